@@ -1,0 +1,93 @@
+"""The exceptions a user reads. Each message says what happened and, where known, what to do.
+
+`exit_code` is what the command line ends with: 1 the job failed, 2 bad usage, 130 interrupted.
+"""
+
+from typing import ClassVar
+
+
+class WanduetError(Exception):
+    """Base of every error wanduet raises on purpose. `code` is the stable machine-readable name."""
+
+    exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "failed"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class InvalidRequestError(WanduetError):
+    """A field is out of its range; nothing was loaded."""
+
+    exit_code = 2
+    code = "invalid_request"
+
+    def __init__(self, field: str, given: object, allowed: str, nearest: object | None = None) -> None:
+        hint = f"Nearest allowed: {nearest}." if nearest is not None else None
+        super().__init__(f"{field}={given!r} is not allowed: {allowed}.", hint=hint)
+        self.field = field
+        self.given = given
+        self.allowed = allowed
+        self.nearest = nearest
+
+
+class ConfigError(WanduetError):
+    """An engine setting (devices, strategy, limits, model name) makes no sense on this machine."""
+
+    exit_code = 2
+    code = "invalid_config"
+
+
+class ModelNotFoundError(WanduetError):
+    """The model folder or hub id cannot be found, or is not in the Diffusers layout."""
+
+    code = "model_not_found"
+
+
+class WeightsError(WanduetError):
+    """A weights file is damaged, or its tensors do not match the model."""
+
+    code = "bad_weights"
+
+
+class DoesNotFitError(WanduetError):
+    """The plan says the job cannot fit; refused before loading."""
+
+    code = "does_not_fit"
+
+
+class OutOfMemoryError(WanduetError):
+    """Memory ran out at run time and every rung of the ladder was used."""
+
+    code = "out_of_memory"
+
+
+class NonFiniteLatentsError(WanduetError):
+    """NaN or infinity appeared in the latents; a video of it would be black."""
+
+    code = "non_finite_latents"
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"The latents became NaN or infinite at denoising step {step + 1}.",
+            hint="Try --transformer-dtype float32, or check the weights with `wanduet doctor`.",
+        )
+        self.step = step
+
+
+class OutputError(WanduetError):
+    """The output cannot be written (missing or read-only folder, disk full)."""
+
+    code = "output_error"
+
+
+class CancelledError(WanduetError):
+    """The job was cancelled, by the user or by Ctrl-C."""
+
+    exit_code = 130
+    code = "cancelled"
