@@ -1,0 +1,107 @@
+"""Engine settings: which model, which devices, how precise, how much memory. Apart from the request,
+because they say how a video is made, not what it shows."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+
+from wanduet.errors import ConfigError
+from wanduet.specs import DEFAULT_MODEL
+
+Strategy = Literal["auto", "single", "placed", "parallel"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+TextEncoderHold = Literal["auto", "resident", "streamed"]
+ROLES = ("vae", "transformer", "text_encoder")
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of an engine. `None` and "auto" leave the choice to the plan."""
+
+    model: str = DEFAULT_MODEL  # a Diffusers-layout folder, a hub id, `miniature`, `random:1.3b`
+    revision: str | None = None
+    strategy: Strategy = "auto"
+    devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
+    transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    vae_dtype: DType = "auto"  # auto: float32
+    text_encoder_dtype: DType = "auto"
+    text_encoder_hold: TextEncoderHold = "auto"
+    tf32: bool = True  # TF32 in the VAE's float32 convolutions (never in the transformer's float32 parts)
+    vram_limit: int | None = None  # bytes a device
+    ram_limit: int | None = None  # bytes of host memory
+    attention: str = "auto"  # a back end's name; auto: the fastest measured one
+    cache_embeddings: bool = True
+    data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense early. Raises ConfigError."""
+        if not self.model:
+            raise ConfigError("The model must not be empty.", hint="Try --model miniature.")
+        parse_devices(self.devices)
+
+    @property
+    def data_folder(self) -> Path:
+        """Where jobs, videos and caches live: `WANDUET_DATA_DIR` or the platform's user data folder."""
+        if self.data_dir is not None:
+            return self.data_dir
+        return Path(os.environ.get("WANDUET_DATA_DIR") or platformdirs.user_data_dir("wanduet", appauthor=False))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """What `--devices` asked for: devices in order, and the roles that were named."""
+
+    names: tuple[str, ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()  # (role, device)
+
+    def role(self, name: str) -> str | None:
+        """The device named for a role, if any."""
+        return dict(self.roles).get(name)
+
+
+def parse_devices(text: str | None) -> DeviceRequest:
+    """Read `cuda:0,cuda:1`, `vae=cuda:0,transformer=cuda:1` or `cpu,cpu`. Raises ConfigError."""
+    if text is None or not text.strip():
+        return DeviceRequest()
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [part.split("=", 1) for part in parts if "=" in part]
+    if pairs and len(pairs) != len(parts):
+        raise ConfigError(f"devices={text!r}: name a role for every device, or for none.")
+    names = [pair[1].strip() for pair in pairs] if pairs else parts
+    for name in names:
+        if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
+            raise ConfigError(
+                f"devices={text!r}: {name!r} is no device.",
+                hint="Examples: cuda:0 · cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu",
+            )
+    roles = tuple((pair[0].strip(), name) for pair, name in zip(pairs, names, strict=False))
+    for role, _ in roles:
+        if role not in ROLES:
+            raise ConfigError(f"devices={text!r}: {role!r} is no role.", hint=f"Roles: {', '.join(ROLES)}.")
+    if len({role for role, _ in roles}) != len(roles):
+        raise ConfigError(f"devices={text!r}: a role is named twice.")
+    return DeviceRequest(tuple(dict.fromkeys(names)) if pairs else tuple(names), roles)
+
+
+def parse_bytes(text: str | int) -> int:
+    """`24GiB`, `24GB`, `24G`, `512MiB` or plain bytes to bytes. GB means 10**9, G and GiB 2**30."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{text!r} is no amount of memory.", hint="Examples: 24GiB, 11.5GiB, 800MiB.")
+    number, prefix, suffix = match.groups()
+    power = " KMGT".index(prefix.upper()) if prefix else 0
+    base = 1000 if prefix and suffix.upper() == "B" else 1024
+    return int(float(number) * base**power)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people: `3.42 GiB`, `189 MiB`."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
