@@ -130,7 +130,9 @@ def _check_frames(num_frames: int, spec: ModelSpec) -> None:
         raise InvalidRequestError("num_frames", num_frames, f"at most {limit} frames", limit)
     if (num_frames - 1) % stride:
         low = (num_frames - 1) // stride * stride + 1
-        raise InvalidRequestError("num_frames", num_frames, f"a number of the form {stride}n+1", f"{low + stride} or {low}")
+        raise InvalidRequestError(
+            "num_frames", num_frames, f"a number of the form {stride}n+1", f"{low + stride} or {low}"
+        )
 
 
 def _explain(error: ValidationError) -> InvalidRequestError:

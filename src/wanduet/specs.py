@@ -60,7 +60,6 @@ class TransformerSpec:
     ffn_dim: int = 8960
     num_layers: int = 30
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
 
@@ -75,7 +74,13 @@ class TransformerSpec:
         _require(
             "transformer",
             config,
-            {"image_dim": None, "added_kv_proj_dim": None, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None},
+            {
+                "image_dim": None,
+                "added_kv_proj_dim": None,
+                "pos_embed_seq_len": None,
+                "qk_norm": "rms_norm_across_heads",
+                "cross_attn_norm": True,
+            },
         )
         return cls(**_pick(cls, config))
 

@@ -1,0 +1,1 @@
+"""Policy: what runs where, and stages that overlap."""

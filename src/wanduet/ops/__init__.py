@@ -1,0 +1,1 @@
+"""Kernels, each with its plain PyTorch form beside it."""

@@ -1,0 +1,276 @@
+"""The Wan2.1 denoising transformer, written for one device.
+
+Parameter names are those of a Diffusers checkpoint (`WanTransformer3DModel`). What runs between the
+matrix products (`kernels`), how attention is computed (`attention`) and how a sequence is spread over
+devices (`sharding`) are given to the model; it does not know which ones it has.
+
+Precision, as in the official code: the residual stream, norms, modulation, gates, time embedding, patch
+embedding and head are float32; the large matrix products run in the dtype of their weights.
+
+Letters in names: B batch, L tokens on this device, C width, H heads, D channels a head.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanduet.models.embeddings import ConditionEmbedder, PatchGrid
+from wanduet.ops.attention import AttentionFn, sdpa
+from wanduet.ops.fused import TORCH_KERNELS, Kernels
+from wanduet.ops.rope import Rope, rope_for_grid
+from wanduet.parallel.sharding import NoSharding, Sharding
+from wanduet.specs import TransformerSpec
+
+# Tokens a chunk of the feed-forward: its hidden tensor [chunk, 8960] is 280 MiB in bf16.
+FFN_CHUNK_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class TextContext:
+    """A prompt as every block's cross-attention sees it: keys and values `[B, text_len, H, D]`.
+
+    The text does not change during a denoise, so this is computed once a prompt.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """One block's shifts, scales and gates `[B, C]` float32, for self-attention and feed-forward."""
+
+    attn_weight: Tensor
+    attn_bias: Tensor
+    attn_gate: Tensor
+    ffn_weight: Tensor
+    ffn_bias: Tensor
+    ffn_gate: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How blocks run here: fused kernels, attention, sharding, feed-forward chunk in tokens."""
+
+    kernels: Kernels = TORCH_KERNELS
+    attention: AttentionFn = sdpa
+    sharding: Sharding = field(default_factory=NoSharding)
+    ffn_chunk: int = FFN_CHUNK_TOKENS
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMSNorm over all channels of q and k."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+        # Set where q, k and v lie side by side in one buffer (wanduet.models.packing).
+        self.packed_qkv: tuple[Tensor, Tensor] | None = None
+
+    def project_qkv(self, n_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, L, C]`, before norms; one product where the weights are packed."""
+        if self.packed_qkv is None:
+            return self.to_q(n_BLC), self.to_k(n_BLC), self.to_v(n_BLC)
+        q, k, v = F.linear(n_BLC, *self.packed_qkv).chunk(3, dim=-1)
+        return q, k, v
+
+    def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
+        """Self-attention's heads `[B, L, C]`, before the output projection."""
+        q, k, v = self.project_qkv(n_BLC)
+        q_BLHD = run.kernels.qk_norm_rope(q, self.norm_q.weight, self.eps, self.num_heads, rope)
+        k_BLHD = run.kernels.qk_norm_rope(k, self.norm_k.weight, self.eps, self.num_heads, rope)
+        v_BLHD = v.unflatten(-1, (self.num_heads, -1))
+        return run.sharding.attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
+
+    def attend_text(self, n_BLC: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, run: Runtime) -> Tensor:
+        """Cross-attention's heads `[B, L, C]`, before the output projection."""
+        q_BLHD = run.kernels.qk_norm_rope(self.to_q(n_BLC), self.norm_q.weight, self.eps, self.num_heads, None)
+        return run.attention(q_BLHD, k_BLHD, v_BLHD).flatten(2)
+
+    def project_text(self, text_BSC: Tensor, run: Runtime) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, text_len, H, D]` of a projected prompt."""
+        k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
+        return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
+
+    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor) -> Tensor:
+        """The output projection; without gradients written into `out_BLC`, whose content is not needed."""
+        return _linear_into(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
+
+
+class _Up(nn.Module):
+    """Holds the widening projection under the name it has in a Diffusers checkpoint."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, ffn_dim)
+
+
+class FeedForward(nn.Module):
+    """`Linear → GELU (tanh) → Linear`; parameter names `net.0.proj` and `net.2` as in Diffusers."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(_Up(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
+
+    def forward(self, n_BLC: Tensor, out_BLC: Tensor, run: Runtime) -> Tensor:
+        """`[B, L, C]` to `[B, L, C]`; without gradients written into `out_BLC` (may be `n_BLC` itself)."""
+        up, down = cast(_Up, self.net[0]).proj, cast(nn.Linear, self.net[2])
+        return _linear_into(run.kernels.linear_gelu(n_BLC, up.weight, up.bias), down, out_BLC)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        dim, self.eps = spec.dim, spec.eps
+        self.attn1 = Attention(dim, spec.num_attention_heads, spec.eps)
+        self.attn2 = Attention(dim, spec.num_attention_heads, spec.eps)
+        self.norm2 = nn.LayerNorm(dim, spec.eps)
+        self.ffn = FeedForward(dim, spec.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def modulation(self, time_B6C: Tensor) -> Modulation:
+        """Shifts, scales and gates of this block for the projected timestep `[B, 6, C]` float32."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
+        return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        n_BLC: Tensor,
+        mod: Modulation,
+        next_norm: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor],
+        rope: Rope,
+        run: Runtime,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block on the residual stream x and its already modulated norm n.
+
+        Returns the new x and its norm by `next_norm` (weight, bias `[B, C]`): each residual addition is
+        fused with the norm that follows it, also across blocks. Without gradients both are in place.
+        """
+        residual_norm, eps = run.kernels.residual_norm, self.eps
+        y = self.attn1.project_out(self.attn1.attend_self(n_BLC, rope, run), n_BLC)
+        x_BLC, n_BLC = residual_norm(x_BLC, y, mod.attn_gate, self.norm2.weight[None], self.norm2.bias[None], eps)
+        y = self.attn2.project_out(self.attn2.attend_text(n_BLC, *text, run), n_BLC)
+        x_BLC, n_BLC = residual_norm(x_BLC, y, None, mod.ffn_weight, mod.ffn_bias, eps)
+        if torch.is_grad_enabled():
+            return residual_norm(x_BLC, self.ffn(n_BLC, n_BLC, run), mod.ffn_gate, *next_norm, eps)
+        for start in range(0, x_BLC.shape[1], run.ffn_chunk):
+            rows = slice(start, start + run.ffn_chunk)
+            y = self.ffn(n_BLC[:, rows], n_BLC[:, rows], run)
+            residual_norm(x_BLC[:, rows], y, mod.ffn_gate, *next_norm, eps)
+        return x_BLC, n_BLC
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity (noise - video) of latents at a timestep, given a prompt's embeddings.
+
+    `runtime` and `fetch_blocks` may be replaced after construction: passes in `accelerate/` do.
+    """
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        dim = spec.dim
+        self.patch_embedding = nn.Conv3d(spec.in_channels, dim, spec.patch_size, spec.patch_size)
+        self.condition_embedder = ConditionEmbedder(spec)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        patch_volume = spec.patch_size[0] * spec.patch_size[1] * spec.patch_size[2]
+        self.proj_out = nn.Linear(dim, spec.out_channels * patch_volume)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.runtime = Runtime()
+
+    @staticmethod
+    def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype a parameter is held in when the model computes in `dtype`: float32 outside the blocks'
+        large products (official code: amp.autocast(float32) around time MLP, modulation, head)."""
+        large = ".to_" in name or ".ffn." in name or "text_embedder" in name
+        return dtype if large else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the large matrix products."""
+        return next(iter(self._blocks())).attn1.to_q.weight.dtype
+
+    def _blocks(self) -> Iterable[Block]:
+        return (cast(Block, block) for block in self.blocks)
+
+    def fetch_blocks(self) -> Iterable[Block]:
+        """The blocks in order, each ready on the device when it is yielded (see accelerate/offload.py)."""
+        return self._blocks()
+
+    def prepare_text(self, prompt_embeds: Tensor) -> TextContext:
+        """Keys and values of all blocks for `[B, text_len, text_dim]` zero-padded embeddings."""
+        text = self.condition_embedder.embed_text(prompt_embeds.to(self.compute_dtype))
+        pairs = [block.attn2.project_text(text, self.runtime) for block in self.fetch_blocks()]
+        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def prepare_rope(self, latent_shape: tuple[int, ...], device: torch.device) -> Rope:
+        """Rotation angles of this device's tokens for latents `[..., frames, rows, columns]`."""
+        grid = PatchGrid.of(latent_shape, self.spec.patch_size)
+        rope = rope_for_grid(grid.tokens, self.spec.attention_head_dim, device)
+        shard = self.runtime.sharding.shard_sequence
+        return Rope(shard(rope.cos, 0), shard(rope.sin, 0))
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor | TextContext, rope: Rope | None = None
+    ) -> Tensor:
+        """Velocity `[B, 16, T, h, w]` float32 for latents of that shape.
+
+        `timestep` `[B]` in 0..1000; `text` embeddings or what `prepare_text` made of them; `rope` from
+        `prepare_rope`, computed here if it is left out.
+        """
+        if isinstance(text, Tensor):
+            text = self.prepare_text(text)
+        if rope is None:
+            rope = self.prepare_rope(latents.shape, latents.device)
+        x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
+        n_BLC = self.run_blocks(x_BLC, time_BC, time_B6C, text, rope)
+        return self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size))
+
+    def embed(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches of this device as tokens `[B, L, C]`, and the timestep `[B, C]` and `[B, 6, C]`; float32."""
+        patches = PatchGrid.of(latents.shape, self.spec.patch_size).patchify(latents.float())
+        patches = self.runtime.sharding.shard_sequence(patches, 1)
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        x_BLC = F.linear(patches, weight.flatten(1).float(), None if bias is None else bias.float())
+        time_BC, time_B6C = self.condition_embedder.embed_time(timestep)
+        return x_BLC, time_BC, time_B6C
+
+    def run_blocks(self, x_BLC: Tensor, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope) -> Tensor:
+        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites x."""
+        modulations = [block.modulation(time_B6C) for block in self._blocks()]
+        norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
+        shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
+        norms.append((1 + scale, shift))
+        n_BLC = self.runtime.kernels.norm(x_BLC, *norms[0], self.spec.eps, self.compute_dtype)
+        for index, block in enumerate(self.fetch_blocks()):
+            keys_values = (text.keys[index], text.values[index])
+            x_BLC, n_BLC = block(x_BLC, n_BLC, modulations[index], norms[index + 1], keys_values, rope, self.runtime)
+        return n_BLC
+
+    def head(self, n_BLC: Tensor, grid: PatchGrid) -> Tensor:
+        """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device."""
+        bias = self.proj_out.bias
+        weight = self.proj_out.weight.to(n_BLC.dtype)
+        patches = F.linear(n_BLC, weight, bias.to(n_BLC.dtype)).float()
+        patches = self.runtime.sharding.gather_sequence(patches, 1)
+        return grid.unpatchify(patches, self.spec.out_channels)
+
+
+def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor) -> Tensor:
+    """`x @ weight.T + bias`, written into `out` when no gradients are needed."""
+    if torch.is_grad_enabled():
+        return F.linear(x, linear.weight, linear.bias)
+    for x_LC, out_LC in zip(x, out, strict=True):
+        torch.addmm(linear.bias, x_LC, linear.weight.t(), out=out_LC)
+    return out

@@ -1,0 +1,98 @@
+"""The element-wise work between a transformer's matrix products, in as few passes as possible.
+
+`Kernels` is the set of operations that the transformer is given; `TORCH_KERNELS` is the plain PyTorch
+form of each, the reference for every faster one. All arithmetic is float32 inside; results are rounded
+once. With gradients enabled the operations are functional; otherwise they work in place, in chunks of
+tokens, so that no float32 copy of a whole sequence ever exists.
+
+Shapes: x `[B, L, C]` float32 residual stream; normed, y `[B, L, C]` in the compute dtype;
+weight, bias, gate `[B, C]` or `[1, C]` float32.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanduet.ops.rope import Rope, rotate
+
+# Tokens a chunk of the plain forms: float32 temporaries stay below 50 MB at width 1536.
+CHUNK_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One implementation of each fused operation. See the functions below for what each computes."""
+
+    name: str
+    norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
+    residual_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`LayerNorm(x) * weight + bias` as `dtype`. Modulation is `weight = 1 + scale, bias = shift`."""
+    if torch.is_grad_enabled():
+        return _norm(x, weight, bias, eps).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    for rows in _chunks(x.shape[1]):
+        out[:, rows] = _norm(x[:, rows], weight, bias, eps)
+    return out
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x + gate * y` and its `norm`. Without gradients x and y are overwritten and returned."""
+    if torch.is_grad_enabled():
+        x = x + (y.float() if gate is None else y.float() * gate[:, None])
+        return x, _norm(x, weight, bias, eps).to(y.dtype)
+    for rows in _chunks(x.shape[1]):
+        x_rows, y_rows = x[:, rows], y[:, rows]
+        if gate is None:
+            x_rows += y_rows
+        else:
+            x_rows.addcmul_(y_rows.float(), gate[:, None])
+        y_rows.copy_(_norm(x_rows, weight, bias, eps))
+    return x, y
+
+
+def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+    """RMSNorm over all channels of q or k `[B, L, C]` (may be strided), then the rotation, as `[B, L, H, D]`.
+
+    The norm spans all heads (wan-facts: before the split). Without gradients the result is in place.
+    """
+    if torch.is_grad_enabled():
+        return _qk_norm_rope(qk, weight, eps, num_heads, rope).to(qk.dtype)
+    heads: Tensor = qk.unflatten(-1, (num_heads, -1))
+    for rows in _chunks(qk.shape[1]):
+        heads[:, rows] = _qk_norm_rope(qk[:, rows], weight, eps, num_heads, rope.select(rows) if rope else None)
+    return heads
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`."""
+    hidden = F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return F.gelu(hidden, approximate="tanh")
+    torch.ops.aten.gelu_(hidden, approximate="tanh")
+    return hidden
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight[:, None] + bias[:, None]
+
+
+def _qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+    normed = F.rms_norm(qk.float(), qk.shape[-1:], weight, eps).unflatten(-1, (num_heads, -1))
+    return normed if rope is None else rotate(normed, rope)
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
+
+
+TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, linear_gelu)

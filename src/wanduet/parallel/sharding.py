@@ -1,0 +1,36 @@
+"""How one sequence of tokens is spread over devices. The transformer is given one of these."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from wanduet.ops.attention import AttentionFn
+
+
+class Sharding(Protocol):
+    """What the transformer asks of a strategy. `dim` is the sequence's axis."""
+
+    def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """This device's part of a whole sequence."""
+
+    def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """The whole sequence from every device's part."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Attention of this device's queries to the whole sequence; all `[B, L, H, D]`."""
+
+
+class NoSharding:
+    """One device holds the whole sequence."""
+
+    def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """`x` itself."""
+        return x
+
+    def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """`x` itself."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Plain attention."""
+        return attention(q, k, v)

@@ -1,0 +1,63 @@
+import dataclasses
+
+import pytest
+import torch
+
+from wanduet.models.transformer import TextContext, WanTransformer
+from wanduet.specs import TransformerSpec
+
+SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
+
+
+@pytest.fixture
+def model() -> WanTransformer:
+    torch.manual_seed(0)
+    return WanTransformer(SPEC).eval()
+
+
+@pytest.fixture
+def given() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(1, 16, 3, 6, 8), torch.tensor([400]), torch.randn(1, 9, 32)
+
+
+@torch.no_grad()
+def test_prepared_text_gives_the_same(model, given) -> None:
+    latents, timestep, embeds = given
+    text = model.prepare_text(embeds)
+    assert isinstance(text, TextContext)
+    assert torch.equal(model(latents, timestep, text), model(latents, timestep, embeds))
+
+
+@torch.no_grad()
+def test_inputs_are_left_alone(model, given) -> None:
+    copies = [x.clone() for x in given]
+    model(*given)
+    assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 36])
+def test_feed_forward_chunks_change_only_rounding(model, given, chunk: int) -> None:
+    whole = model(*given)
+    model.runtime = dataclasses.replace(model.runtime, ffn_chunk=chunk)
+    torch.testing.assert_close(model(*given), whole, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_float32_where_the_official_code_does(model, given) -> None:
+    expected = model(*given)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, torch.bfloat16))
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"patch_embedding.weight", "condition_embedder.time_proj.weight", "blocks.0.scale_shift_table"} <= kept
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    got = model(*given)
+    assert got.dtype == torch.float32
+    error = ((got - expected).norm() / expected.norm()).item()
+    assert 1e-5 < error < 2e-2
+
+
+def test_latents_that_do_not_divide_are_refused(model) -> None:
+    with pytest.raises(ValueError, match="cannot be cut"):
+        model(torch.randn(1, 16, 3, 5, 8), torch.tensor([1]), torch.randn(1, 9, 32))
