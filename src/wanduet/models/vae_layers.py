@@ -1,0 +1,183 @@
+"""The layers of Wan2.1's causal video VAE, each a pure step: input and past in, output and past out.
+
+A past is what a layer remembers of earlier frames (None at a video's start): for a temporal convolution
+the last two frames of its input. Frames are `[B, C, T, rows, columns]`. `Rows` says which rows of the
+frame they are; see vae_rows.py. With gradients enabled nothing is computed in place.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanduet.models.vae_rows import Rows
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+
+Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
+Step: TypeAlias = tuple[Tensor, Past, Rows]
+
+
+class Layer(Protocol):
+    """What every layer offers."""
+
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+        """Process the next frames of a video."""
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """The input rows that give at least these output rows."""
+
+
+class RMSNorm(nn.Module):
+    """Channel norm with a learned gain: `x / |x| * sqrt(C) * gamma`, per pixel. `gamma` `[C, 1, 1(, 1)]`."""
+
+    def __init__(self, dim: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees this frame and the two before it, never later ones."""
+
+    kernels: VAEKernels = VAE_TORCH_KERNELS
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int]) -> None:
+        super().__init__(in_dim, out_dim, kernel)
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """One more row on each side for a 3x3 kernel."""
+        return rows.widened(self.kernel_size[1] // 2)
+
+    def step(self, x: Tensor, past: Past, rows: Rows, norm: RMSNorm | None = None) -> Step:
+        """Convolve; where `norm` is given, of `silu(norm(x))`. The past is of the convolution's input."""
+        spatial = self.kernel_size[1] == 3
+        top, bottom = rows.padding if spatial else (0, 0)
+        # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
+        native = spatial and top and bottom
+        pads = (0, 0) if native else (top, bottom)
+        frames = self.kernel_size[0] - 1
+        padded = self.kernels.causal_input(x, past, pads, frames, None if norm is None else norm.gamma)
+        past = padded[:, :, -frames:].clone() if frames else None
+        padding = (0, int(native), int(spatial))
+        out = F.conv3d(padded, self.weight, self.bias, padding=padding)
+        return out, past, rows.narrowed() if spatial else rows
+
+
+class ResidualBlock(nn.Module):
+    """Twice `norm → silu → conv`, added to the input (through a 1x1x1 convolution where widths differ)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(in_dim, 3), RMSNorm(out_dim, 3)
+        self.conv1, self.conv2 = CausalConv3d(in_dim, out_dim, 3), CausalConv3d(out_dim, out_dim, 3)
+        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """Two convolutions."""
+        return rows.widened(2)
+
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+        """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
+        past1, past2 = past or (None, None)
+        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1)
+        h, past2, outer = self.conv2.step(h, past2, inner, self.norm2)
+        shortcut = self.conv_shortcut(rows.crop(x, outer))
+        return (h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)), (past1, past2), outer
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels of each frame. Needs whole frames."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """All rows: attention is global within a frame."""
+        return Rows.whole(rows.height)
+
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+        """`[B, C, T, h, w]` to the same shape."""
+        if rows.count != rows.height:
+            raise ValueError("The attention of the VAE's middle needs whole frames.")
+        batch, channels, frames, height, width = x.shape
+        images = x.transpose(1, 2).flatten(0, 1)
+        normed = F.normalize(images.float(), dim=1).to(x.dtype) * (channels**0.5) * self.norm.gamma
+        q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        heads = heads.squeeze(1).transpose(1, 2).reshape(batch * frames, channels, height, width)
+        out = self.proj(heads).unflatten(0, (batch, frames)).transpose(1, 2)
+        return x + out, None, rows
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns (nearest, then a 3x3 convolution); with `temporal`, twice the frames before."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        # Index 1 as in a checkpoint, where index 0 is the parameterless nearest-neighbour doubling.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3))
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """One more row on each side after doubling."""
+        return rows.widened(1).sources_of_double()
+
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+        """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
+        if self.time_conv is not None:
+            if past is None:  # the video's first frame is one frame; what comes after starts from zeros
+                past = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+            else:
+                pairs, past, _ = self.time_conv.step(x, past, rows)
+                x = pairs.unflatten(1, (2, x.shape[1])).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        doubled = rows.doubled()
+        conv: nn.Conv2d = self.resample[1]  # type: ignore[assignment]
+        batch, frames = x.shape[0], x.shape[2]
+        images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
+        images = F.conv2d(F.pad(images, (1, 1, *doubled.padding)), conv.weight, conv.bias)
+        return images.unflatten(0, (batch, frames)).transpose(1, 2), past, doubled.narrowed()
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns (3x3 convolution of stride 2); with `temporal`, half the frames after."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """Two for each, and one below."""
+        return rows.sources_of_half()
+
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+        """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the past is the last frame before time_conv."""
+        batch, frames = x.shape[0], x.shape[2]
+        x = x[..., rows.start % 2 :, :]  # an output row starts at an even row
+        images = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, rows.padding[1]))
+        images = self.resample[1](images)
+        x = images.unflatten(0, (batch, frames)).transpose(1, 2)
+        if self.time_conv is not None:
+            last = x[:, :, -1:]
+            if past is not None:
+                x = self.time_conv(torch.cat((past, x), dim=2))
+            past = last.clone()
+        return x, past, rows.halved()
+
+
+def run(layers: "nn.ModuleList | list[nn.Module]", x: Tensor, past: Past, rows: Rows) -> Step:
+    """Layers one after another; the past is a tuple of theirs."""
+    pasts: list[Past] = []
+    for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
+        x, layer_past, rows = layer.step(x, layer_past, rows)  # type: ignore[operator, assignment]
+        pasts.append(layer_past)
+    return x, tuple(pasts), rows
+
+
+def rows_needed(layers: "nn.ModuleList | list[nn.Module]", rows: Rows) -> Rows:
+    """The rows that the first of these layers needs so that the last gives at least `rows`."""
+    for layer in reversed(list(layers)):
+        rows = layer.rows_needed(rows)  # type: ignore[operator]
+    return rows

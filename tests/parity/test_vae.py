@@ -1,0 +1,116 @@
+"""The VAE against diffusers' on seeded random small models, float32 on the CPU."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import Rows, split_rows
+from wanduet.specs import VAESpec
+
+CONFIGS = {
+    "wan": dict(base_dim=8, z_dim=16),
+    "narrow": dict(base_dim=6, z_dim=16, dim_mult=[1, 2, 2, 3], num_res_blocks=1),
+    "other-times": dict(base_dim=4, z_dim=16, temperal_downsample=[True, True, False]),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def oracle(request) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(**CONFIGS[request.param])
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:  # its default, 1, would hide mistakes
+            parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def vae(oracle) -> WanVAE:
+    model = WanVAE(VAESpec.from_config(oracle.config))
+    model.load_state_dict(oracle.state_dict(), strict=True)
+    return model.eval()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def denormalize(oracle, latents: torch.Tensor) -> torch.Tensor:
+    mean = torch.tensor(oracle.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(oracle.config.latents_std).view(1, -1, 1, 1, 1)
+    return latents * std + mean
+
+
+def latents(frames: int, rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(1, 16, frames, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 3, 2), (2, 5, 4), (5, 4, 6)])
+def test_decode_equals_diffusers(oracle, vae, shape) -> None:
+    z = latents(*shape)
+    expected = oracle.decode(denormalize(oracle, z), return_dict=False)[0]
+    assert relative(vae.decode(z), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 24, 16), (5, 40, 32), (17, 32, 48)])
+def test_encode_equals_diffusers(oracle, vae, shape) -> None:
+    video = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    expected = oracle.encode(video, return_dict=False)[0]
+    assert relative(vae.encode_moments(video), expected.parameters) < 1e-5
+    assert relative(denormalize(oracle, vae.encode(video)), expected.mode()) < 1e-5
+
+
+def test_training_gives_the_same_and_has_gradients(oracle, vae) -> None:
+    z = latents(3, 4, 4)
+    with torch.no_grad():
+        expected = vae.decode(z)
+    z.requires_grad_(True)
+    got = vae.decode(z)
+    assert relative(got.detach(), expected) < 1e-5
+    got.square().mean().backward()
+    assert z.grad is not None
+    assert z.grad.abs().min() > 0
+    video = torch.rand(1, 3, 5, 16, 16)
+    vae.encode(video).square().mean().backward()
+    assert all(p.grad is not None for n, p in vae.named_parameters() if not n.startswith("decoder.conv_out.none"))
+    vae.zero_grad()
+
+
+@torch.no_grad()
+def test_interleaved_videos_do_not_touch(vae) -> None:
+    first, second = latents(3, 4, 4, seed=1), latents(3, 4, 4, seed=2)
+    alone = vae.decode(first)
+    pasts, chunks = [None, None], []
+    for t in range(3):
+        for i, video in enumerate((first, second)):
+            frames, pasts[i] = vae.decode_step(video[:, :, t : t + 1], pasts[i])
+            if i == 0:
+                chunks.append(frames)
+    assert torch.equal(torch.cat(chunks, dim=2), alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strips", [2, 3, 5])
+def test_decoded_strips_are_exact(vae, strips: int) -> None:
+    z = latents(3, 10, 4)
+    expected = vae.decode(z)
+    chunks, trunk_past, pasts = [], None, [None] * strips
+    for frame in z.split(1, dim=2):
+        mid, trunk_past = vae.decode_trunk(frame, trunk_past)
+        parts = []
+        for i, wanted in enumerate(split_rows(Rows.whole(80), [1.0] * strips)):
+            part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted)
+            parts.append(part)
+        chunks.append(torch.cat(parts, dim=3))
+    assert relative(torch.cat(chunks, dim=2), expected) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strips", [2, 3])
+def test_encoded_strips_are_exact(vae, strips: int) -> None:
+    video = torch.rand(1, 3, 9, 96, 24) * 2 - 1
+    assert relative(vae.encode_moments(video, strips), vae.encode_moments(video)) < 1e-6
