@@ -84,8 +84,9 @@ class Attention(nn.Module):
     def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
         """Self-attention's heads `[B, L, C]`, before the output projection."""
         q, k, v = self.project_qkv(n_BLC)
-        q_BLHD = run.kernels.qk_norm_rope(q, self.norm_q.weight, self.eps, self.num_heads, rope)
-        k_BLHD = run.kernels.qk_norm_rope(k, self.norm_k.weight, self.eps, self.num_heads, rope)
+        q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
+            q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
+        )
         v_BLHD = v.unflatten(-1, (self.num_heads, -1))
         return run.sharding.attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 

@@ -9,6 +9,7 @@ Pixels are in [-1, 1]; latents are normalised (mean 0, standard deviation 1 over
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from wanduet.models.vae_layers import (
     rows_needed,
     run,
 )
-from wanduet.models.vae_rows import Rows
+from wanduet.models.vae_rows import Rows, split_rows
 from wanduet.specs import VAESpec
 
 
@@ -177,8 +178,6 @@ class WanVAE(nn.Module):
 
         The moments are mean and log-variance, not normalised. `strips` cuts the local part by rows.
         """
-        from wanduet.models.vae_rows import split_rows
-
         trunk_past, local_pasts = past or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
         layers, features, pasts = self.encoder.local_layers, [], []
@@ -212,9 +211,15 @@ class WanVAE(nn.Module):
         return (z - mean) / std
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        values = (self.spec.latents_mean, self.spec.latents_std)
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for v in values)
-        return mean, std
+        return _latent_statistics(self.spec, like.dtype, like.device)
 
     def _all_pixel_rows(self, latent_rows: int) -> Rows:
         return Rows.whole(latent_rows * self.spec.spatial_stride)
+
+
+@lru_cache(maxsize=16)
+def _latent_statistics(spec: VAESpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[1, 16, 1, 1, 1]`; kept on the device, so that no step copies them there."""
+    values = (spec.latents_mean, spec.latents_std)
+    mean, std = (torch.tensor(v, dtype=dtype, device=device).view(1, -1, 1, 1, 1) for v in values)
+    return mean, std

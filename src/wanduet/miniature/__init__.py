@@ -1,0 +1,1 @@
+"""The bundled miniature: a small Wan trained from scratch on a procedural world, and how it is made."""

@@ -1,0 +1,121 @@
+"""The miniature without the engine: read its parts, sample in batches, judge the result. For training.
+
+`evaluate.py` measures the same through the engine, at the default settings.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanduet.miniature import folder as files
+from wanduet.miniature.detector import ATTRIBUTES, detect
+from wanduet.miniature.prompts import describe
+from wanduet.miniature.world import held_out_combinations
+from wanduet.models.transformer import WanTransformer
+from wanduet.models.vae import WanVAE
+from wanduet.specs import TransformerSpec, VAESpec
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The model's parts on one device, in float32."""
+
+    vae: WanVAE
+    transformer: WanTransformer | None
+    encoder: nn.Module | None
+    folder: Path
+    device: str
+
+
+def read_model(folder: Path, device: str, only_vae: bool = False) -> Parts:
+    """Read what `folder.py` wrote."""
+    vae = WanVAE(VAESpec.from_config(json.loads((folder / "vae" / "config.json").read_text())))
+    vae.load_state_dict(files.read_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    vae.to(device).eval().requires_grad_(False)
+    if only_vae:
+        return Parts(vae, None, None, folder, device)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    transformer = WanTransformer(TransformerSpec.from_config(config))
+    transformer.load_state_dict(files.read_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    return Parts(vae, transformer.to(device).eval(), encoder_of(folder, device).eval(), folder, device)
+
+
+def encoder_of(folder: Path | None, device: str) -> nn.Module:
+    """The UMT5 encoder: new, or with the weights of a written folder."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    encoder = UMT5EncoderModel(UMT5Config(**files.text_encoder_config()))
+    if folder is not None:
+        tensors = files.read_tensors(folder / "text_encoder" / "model.safetensors")
+        encoder.load_state_dict(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]})
+    module: nn.Module = encoder.to(device)
+    return module
+
+
+@torch.no_grad()
+def sample(parts: Parts, prompts: list[str], seed: int) -> Tensor:
+    """Videos `[B, 3, T, H, W]` for prompts: Euler steps with guidance at the default settings."""
+    assert parts.transformer is not None
+    d = files.DEFAULTS
+    positive, negative = (_embed(parts, texts) for texts in (prompts, [""] * len(prompts)))
+    shape = (len(prompts), 16, (d.num_frames - 1) // 4 + 1, d.height // 8, d.width // 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parts.device)
+    time = torch.linspace(1, 0, d.num_inference_steps + 1)
+    sigmas = (d.flow_shift * time / (1 + (d.flow_shift - 1) * time)).tolist()
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        timestep = torch.full((len(prompts),), 1000 * sigma, device=parts.device)
+        with torch.autocast(parts.device, torch.bfloat16, enabled=parts.device == "cuda"):
+            conditional = parts.transformer(x, timestep, positive).float()
+            unconditional = parts.transformer(x, timestep, negative).float()
+        x = x + (following - sigma) * (unconditional + d.guidance_scale * (conditional - unconditional))
+    return torch.cat([parts.vae.decode(part) for part in x.split(8)])
+
+
+def evaluate_model(parts: Parts, count: int, sheet: Path | None) -> dict[str, Any]:
+    """Share of right attributes over `count` combinations that training never saw."""
+    wanted = [describe(c) for c in held_out_combinations()[:count].tolist()]
+    videos = []
+    for i in range(0, count, 70):
+        videos.append(sample(parts, [w.prompt for w in wanted[i : i + 70]], seed=1000 + i).cpu())
+    pixels = ((torch.cat(videos) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    mistakes = []
+    for want, frames in zip(wanted, pixels, strict=True):
+        seen = detect(frames)
+        for name in ATTRIBUTES:
+            right[name] += getattr(seen, name) == getattr(want, name)
+        if any(getattr(seen, n) != getattr(want, n) for n in ATTRIBUTES):
+            mistakes.append(f"{want.prompt} -> {seen.color} {seen.shape} {seen.motion} {seen.background}")
+    if sheet is not None:
+        _write_sheet(pixels[:24], sheet)
+    shares = {name: right[name] / count for name in ATTRIBUTES}
+    return {"prompts": count, "all": sum(shares.values()) / len(shares), **shares, "mistakes": mistakes}
+
+
+def _embed(parts: Parts, texts: list[str]) -> Tensor:
+    from tokenizers import Tokenizer
+
+    assert parts.encoder is not None
+    tokenizer = Tokenizer.from_file(str(parts.folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.enable_padding()
+    ids = torch.tensor([e.ids for e in tokenizer.encode_batch(texts)], device=parts.device)
+    mask = ids != 0
+    hidden: Tensor = parts.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    return F.pad(hidden * mask[..., None], (0, 0, 0, 512 - ids.shape[1]))
+
+
+def _write_sheet(videos: Any, path: Path) -> None:
+    """Five frames of each clip, in three columns."""
+    import numpy as np
+    from PIL import Image
+
+    rows = [np.concatenate([v[t] for t in (0, 8, 16, 24, 32)], axis=1) for v in videos]
+    third = -(-len(rows) // 3)
+    columns = [np.concatenate(rows[i : i + third], axis=0) for i in range(0, len(rows), third)]
+    height = min(c.shape[0] for c in columns)
+    Image.fromarray(np.concatenate([c[:height] for c in columns], axis=1)).save(path)

@@ -1,0 +1,276 @@
+"""The miniature's world: flat shapes that move on plain backgrounds, and two small scenes.
+
+A clip is a handful of integers (what the prompt says) and floats (what it leaves open). Everything is
+batched tensors, so that thousands of clips a second are drawn on a GPU. Positions and sizes are shares of
+the frame's side; time runs from 0 (first frame) to 1 (last).
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+COLORS = {
+    "red": (225, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 70, 230),
+    "yellow": (250, 220, 40),
+    "orange": (250, 145, 20),
+    "purple": (145, 40, 175),
+    "white": (248, 248, 248),
+}
+SHAPES = ("circle", "square", "triangle", "star", "heart")
+MOTIONS = (
+    "moving left", "moving right", "moving up", "moving down", "staying still", "growing", "shrinking",
+    "spinning", "bouncing",
+)  # fmt: skip
+BACKGROUNDS = {
+    "black": (8, 8, 8),
+    "gray": (128, 128, 128),
+    "navy": (10, 20, 100),
+    "brown": (115, 68, 38),
+    "beige": (236, 222, 190),
+}
+SIZES = ("", "small", "big")
+SPEEDS = ("", "slowly", "quickly")
+SCENES = ("", "the sun rising over the sea", "snow falling on a house at night")
+
+# The grammar that the model card promises; the other shapes and motions are extras.
+BASE_SHAPES, BASE_MOTIONS = 3, 7
+BASE_GRID = (len(COLORS), BASE_SHAPES, BASE_MOTIONS, len(BACKGROUNDS))
+HELD_OUT = 210  # of 735 combinations, never rendered for training
+
+
+def held_out_combinations() -> Tensor:
+    """The `[210, 4]` combinations (colour, shape, motion, background) that training never sees."""
+    order = torch.randperm(735, generator=torch.Generator().manual_seed(2025))
+    return torch.stack(torch.unravel_index(order[:HELD_OUT], BASE_GRID), dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """A batch of clips. Integers `[B]` or `[B, 2]` (two objects), floats in shares of the frame's side."""
+
+    scene: Tensor  # [B] index into SCENES
+    background: Tensor  # [B]
+    present: Tensor  # [B, 2] whether the object is there
+    color: Tensor  # [B, 2]
+    shape: Tensor
+    motion: Tensor
+    size: Tensor
+    speed: Tensor
+    start: Tensor  # [B, 2, 2] centre (x, y) of the first frame
+    end: Tensor  # [B, 2, 2] centre of the last frame
+    radius: Tensor  # [B, 2, 2] of the first and of the last frame
+    turn: Tensor  # [B, 2] radians turned by the last frame
+    hop: Tensor  # [B, 2] height of a bounce
+    noise: Tensor  # [B, 64, 3] what a scene leaves open
+
+    def to(self, device: torch.device | str) -> "Clips":
+        """The same on another device."""
+        return Clips(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def select(self, index: Tensor | slice) -> "Clips":
+        """Some of the clips."""
+        return Clips(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def sample_clips(count: int, generator: torch.Generator, base_only: bool = False) -> Clips:
+    """Random clips for training: no object has a held-out combination with its background. On the CPU."""
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, (count, *shape), generator=generator)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    background = integers(len(BACKGROUNDS))
+    color, shape, motion = integers(len(COLORS), 2), integers(BASE_SHAPES, 2), integers(BASE_MOTIONS, 2)
+    if not base_only:
+        shape = torch.where(floats(2) < 0.15, integers(len(SHAPES), 2), shape)
+        motion = torch.where(floats(2) < 0.12, integers(len(MOTIONS), 2), motion)
+    color = _avoid_held_out(color, shape, motion, background)
+    size = torch.where(floats(2) < 0.2, integers(3, 2), 0) if not base_only else torch.zeros(count, 2, dtype=torch.long)
+    speed = torch.where(floats(2) < 0.2, integers(3, 2), 0) if not base_only else torch.zeros(count, 2, dtype=torch.long)
+    second = floats() < (0.0 if base_only else 0.22)
+    scene = torch.where(floats() < (0.0 if base_only else 0.05), 1 + integers(2), 0)
+    return place_clips(scene, background, second, color, shape, motion, size, speed, generator)
+
+
+def clips_of(combinations: Tensor, generator: torch.Generator) -> Clips:
+    """One-object clips of given `[B, 4]` combinations, everything else random."""
+    color, shape, motion, background = (column.clone() for column in combinations.T)
+    none = torch.zeros_like(color)
+    pairs = [torch.stack((x, none), dim=1) for x in (color, shape, motion, none, none)]
+    return place_clips(none, background, none.bool(), *pairs, generator)
+
+
+def place_clips(
+    scene: Tensor, background: Tensor, second: Tensor,
+    color: Tensor, shape: Tensor, motion: Tensor, size: Tensor, speed: Tensor, generator: torch.Generator,
+) -> Clips:  # fmt: skip
+    """Choose what the prompts leave open, so that objects stay inside and their motion is plain to see."""
+    count = len(scene)
+
+    def uniform(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
+        return low + (torch.as_tensor(high) - low) * torch.rand(count, *shape, generator=generator)
+
+    two = second[:, None]
+    radius = uniform(0.13, 0.19, 2)
+    radius = torch.where(size == 1, uniform(0.075, 0.1, 2), torch.where(size == 2, uniform(0.23, 0.27, 2), radius))
+    radius = torch.where(two, radius * 0.8, radius)
+    factor = uniform(1.9, 2.5, 2)
+    small = (radius * 0.72).clamp(max=torch.where(two, 0.1, 0.17))
+    growing, shrinking = motion == 5, motion == 6
+    first = torch.where(growing, small, torch.where(shrinking, small * factor, radius))
+    last = torch.where(growing, small * factor, torch.where(shrinking, small, radius))
+    most = torch.maximum(first, last)
+    travel = uniform(0.36, 0.52, 2)
+    travel = torch.where(speed == 1, uniform(0.18, 0.26, 2), torch.where(speed == 2, uniform(0.54, 0.62, 2), travel))
+    travel = torch.minimum(travel, 0.97 - 2 * most)
+
+    # One object lives in the whole frame; two live in the left and right, or upper and lower, half.
+    sideways = (motion >= 2) & (motion < 4)
+    stacked = (~sideways.any(dim=1, keepdim=True)).expand(-1, 2)
+    order = torch.tensor([[0.27, 0.73]]).expand(count, 2)
+    center_x, center_y = uniform(0.42, 0.58, 2), uniform(0.42, 0.58, 2)
+    across = uniform(most + 0.02, 0.98 - most, 2)
+    x, y = across.clone(), uniform(most + 0.02, 0.98 - most, 2)
+    x = torch.where(two, torch.where(stacked, center_x, order), x)
+    y = torch.where(two, torch.where(stacked, order, center_y), y)
+    span = uniform(most + 0.015, 0.985 - most - travel, 2)
+    horizontal, vertical = motion < 2, sideways
+    begin_x, begin_y = torch.where(horizontal, span, x), torch.where(vertical, span, y)
+    final_x = torch.where(horizontal, span + travel, x)
+    final_y = torch.where(vertical, span + travel, y)
+    backwards = (motion == 0) | (motion == 2)  # left and up run from the far end
+    start = torch.stack((begin_x, begin_y), dim=-1)
+    end = torch.stack((final_x, final_y), dim=-1)
+    start, end = (torch.where(backwards[..., None], b, a) for a, b in ((start, end), (end, start)))
+
+    quick = torch.where(speed == 1, 0.5, torch.where(speed == 2, 2.0, 1.0))
+    turn = torch.where(motion == 7, quick * uniform(2.6, 3.4, 2), 0.0)
+    hop = torch.where(motion == 8, uniform(0.22, 0.3, 2), 0.0)
+    start[..., 1] = torch.where(motion == 8, torch.where(two, y + 0.08, 0.9 - most), start[..., 1])
+    end[..., 1] = torch.where(motion == 8, start[..., 1], end[..., 1])
+    present = torch.stack((scene == 0, (scene == 0) & second), dim=1)
+    noise = torch.rand(count, 64, 3, generator=generator)
+    return Clips(
+        scene, background, present, color, shape, motion, size, speed,
+        start, end, torch.stack((first, last), dim=-1), turn, hop, noise,
+    )  # fmt: skip
+
+
+def render(clips: Clips, num_frames: int = 33, size: int = 128) -> Tensor:
+    """Draw clips as `[B, 3, T, size, size]` float32 in [-1, 1], anti-aliased, on the clips' device."""
+    device = clips.start.device
+    time = torch.linspace(0, 1, num_frames, device=device).view(1, -1, 1, 1)
+    line = (torch.arange(size, device=device) + 0.5) / size
+    y, x = line.view(1, 1, -1, 1), line.view(1, 1, 1, -1)
+    palette = torch.tensor(list(BACKGROUNDS.values()), device=device).float()
+    video = palette[clips.background].view(-1, 3, 1, 1, 1).expand(-1, 3, num_frames, size, size)
+    paints = torch.tensor(list(COLORS.values()), device=device).float()
+    for k in range(2):
+        start, end, radius = clips.start[:, k], clips.end[:, k], clips.radius[:, k]
+        grow = _of(radius[:, 0]) * (_of(radius[:, 1] / radius[:, 0])) ** time
+        bounce = _of(clips.hop[:, k]) * (torch.sin(2 * torch.pi * time)).abs()
+        px = x - (_of(start[:, 0]) + _of(end[:, 0] - start[:, 0]) * time)
+        py = y - (_of(start[:, 1]) + _of(end[:, 1] - start[:, 1]) * time) + bounce
+        angle = _of(clips.turn[:, k]) * time
+        cos, sin = angle.cos(), angle.sin()
+        u, v = (px * cos + py * sin) / grow, (py * cos - px * sin) / grow
+        inside = _coverage(_distance(u, v, clips.shape[:, k]) * grow, size) * _of(clips.present[:, k].float())
+        video = video + inside[:, None] * (paints[clips.color[:, k]].view(-1, 3, 1, 1, 1) - video)
+    for index in (1, 2):
+        chosen = clips.scene == index
+        if chosen.any():
+            draw = _sunrise if index == 1 else _snow
+            video = video.clone()
+            video[chosen] = draw(x, y, time, clips.noise[chosen], size)
+    return video / 127.5 - 1
+
+
+def _avoid_held_out(color: Tensor, shape: Tensor, motion: Tensor, background: Tensor) -> Tensor:
+    """Change the colours of objects whose combination is held out."""
+    table = torch.zeros(len(COLORS), len(SHAPES), len(MOTIONS), len(BACKGROUNDS), dtype=torch.bool)
+    table[tuple(held_out_combinations().T)] = True
+    behind = background[:, None].expand_as(color)
+    for _ in range(len(COLORS)):
+        color = torch.where(table[color, shape, motion, behind], (color + 1) % len(COLORS), color)
+    return color
+
+
+def _distance(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
+    """Signed distance (about) to the border of a shape of unit radius; v points down."""
+    circle = (u * u + v * v).sqrt() - 1
+    square = torch.maximum(u.abs(), v.abs()) - 0.86
+    triangle = torch.maximum(v - 0.62, u.abs() * 0.866 - (v + 0.62) * 0.5) - 0.05
+    angle = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5) - torch.pi / 5
+    reach = (u * u + v * v).sqrt()
+    w = -v * 1.1 + 0.25
+    heart = ((u * u * 1.2 + w * w - 0.75).clamp(min=-2, max=4) ** 3 - 1.4 * u * u * w**3).sign() * 0.02
+    kinds = torch.stack((circle, square, triangle, _star(reach, angle), heart))
+    index = shape.view(1, -1, 1, 1, 1).expand(1, *circle.shape)
+    return kinds.gather(0, index)[0]
+
+
+def _star(reach: Tensor, angle: Tensor) -> Tensor:
+    """Distance to a five-pointed star: each edge runs straight from a tip (radius 1.1) to a notch (0.45)."""
+    tip, notch, half = 1.1, 0.45, math.pi / 5
+    from_tip = half - angle.abs()  # 0 at a tip, `half` at a notch
+    edge_x, edge_y = notch * math.cos(half) - tip, notch * math.sin(half)
+    px, py = reach * from_tip.cos() - tip, reach * from_tip.sin()
+    return (edge_y * px - edge_x * py) / math.hypot(edge_x, edge_y)
+
+
+def _coverage(distance: Tensor, size: int) -> Tensor:
+    """Share of a pixel covered, from its centre's distance to the border."""
+    return (0.5 - distance * size).clamp(0, 1)
+
+
+def _of(values: Tensor) -> Tensor:
+    """`[B]` to a shape that broadcasts with `[B, T, rows, columns]`."""
+    return values.view(-1, 1, 1, 1)
+
+
+def _rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
+    return torch.tensor([red, green, blue], device=like.device).view(1, 3, 1, 1, 1)
+
+
+def _mix(under: Tensor, over: Tensor, share: Tensor) -> Tensor:
+    return under + share[:, None] * (over - under)
+
+
+def _sunrise(x: Tensor, y: Tensor, time: Tensor, noise: Tensor, size: int) -> Tensor:
+    """The sky turns from plum to light blue while the sun comes out of the sea."""
+    sun_x = _of(0.35 + 0.3 * noise[:, 0, 0])
+    sun_y = 0.72 - 0.45 * time
+    day = time.expand(len(noise), -1, size, size)
+    sky = _mix(_rgb(70, 30, 90, x), _rgb(120, 190, 245, x), day)
+    sky = _mix(sky, _rgb(250, 140, 60, x), ((1 - day) * (y * 1.3).clamp(0, 1)).expand_as(day))
+    distance = ((x - sun_x) ** 2 + (y - sun_y) ** 2).sqrt() - 0.13
+    sky = _mix(sky, _rgb(255, 215, 60, x), _coverage(distance, size).expand_as(day))
+    waves = 0.5 + 0.5 * torch.sin(60 * y - 10 * time + 4 * torch.sin(6 * x))
+    glint = (waves * (1 - ((x - sun_x).abs() * 5).clamp(max=1))).expand_as(day)
+    sea = _mix(_rgb(20, 60, 130, x), _rgb(250, 200, 90, x), glint * 0.8)
+    return _mix(sky, sea, _coverage(0.66 - y, size).expand_as(day))
+
+
+def _snow(x: Tensor, y: Tensor, time: Tensor, noise: Tensor, size: int) -> Tensor:
+    """A house with a lit window on white ground; flakes fall."""
+    full = (time + x + y).expand(len(noise), -1, size, size) * 0 + 1
+    video = _mix(_rgb(12, 16, 60, x).expand(len(noise), 3, *full.shape[1:]), _rgb(235, 240, 250, x), _coverage(0.8 - y, size) * full)
+    house_x = _of(0.3 + 0.4 * noise[:, 0, 0])
+    u = (x - house_x).abs()
+    video = _mix(video, _rgb(120, 60, 40, x), _coverage(torch.maximum(u - 0.16, (y - 0.7).abs() - 0.14), size) * full)
+    roof = torch.maximum(u * 0.75 - (y - 0.36) * 0.66, y - 0.56)
+    video = _mix(video, _rgb(200, 40, 40, x), _coverage(roof, size) * full)
+    window = torch.maximum(u - 0.05, (y - 0.68).abs() - 0.05)
+    video = _mix(video, _rgb(255, 220, 90, x), _coverage(window, size) * full)
+    for flake in range(1, 26):
+        fx, fy = _of(noise[:, flake, 0]), _of(noise[:, flake, 1])
+        fall = torch.remainder(fy + (0.6 + 0.3 * _of(noise[:, flake, 2])) * time, 1.0)
+        distance = ((x - fx) ** 2 + (y - fall) ** 2).sqrt() - 0.013
+        video = _mix(video, _rgb(250, 250, 255, x), _coverage(distance, size) * full)
+    return video
