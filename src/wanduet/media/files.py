@@ -1,0 +1,236 @@
+"""Files that are whole or not there: checked before the job, written beside the target, moved at the end.
+
+Knows nothing of videos; everything the project leaves under a final name goes through `atomic_output`.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+import unicodedata
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ClassVar
+
+from wanduet.config import format_bytes
+from wanduet.errors import OutputError, WanduetError
+
+if sys.platform != "win32":
+    import fcntl
+
+PARTIAL_SUFFIX = ".partial"
+NAME_LIMIT = 255  # bytes of a file name on the usual file systems
+STALE_SECONDS = 60.0  # a partial file younger than this may not have been locked yet
+SLUG_BYTES = 64
+# Names that Windows keeps for devices, with any extension.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+_HINT = "Choose another place with --output."
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the disk reported an error",
+}
+
+
+class UnreadableFileError(WanduetError):
+    """A file given as input is missing, damaged, or not one that wanduet wrote."""
+
+    code: ClassVar[str] = "unreadable_file"
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """What a failed write means, in one sentence."""
+    if isinstance(error, FileExistsError | NotADirectoryError):  # some part of the path is a file
+        reason = f"{_first_file(path.parent)} is a file, not a folder"
+    else:
+        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "Free some space, or choose another place with --output." if full else _HINT
+    return OutputError(f"Cannot write {path}: {reason}.", hint=hint)
+
+
+def check_writable(path: Path, needed_bytes: int = 0) -> None:
+    """Make sure, before any work starts, that `path` can be written; creates its folder.
+
+    An existing file is fine: it is replaced when the new one is complete. Raises OutputError.
+    """
+    try:
+        _refuse_special(path)
+        folder = path.absolute().parent
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed_bytes:
+            raise OutputError(
+                f"Cannot write {path}: this needs {format_bytes(needed_bytes)}, the disk has {format_bytes(free)} free.",
+                hint="Free some space, or choose another place with --output.",
+            )
+        _make_folder(folder)
+        partial, handle = _create_partial(path)
+        os.close(handle)
+        partial.unlink()
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+@contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """Yield an empty partial file beside `path`; on success it becomes `path`, on failure it goes away.
+
+    The bytes and the folder's entry are on the disk when the block ends. Whoever looks at `path` sees
+    the old file or the whole new one, even if the process is killed; a partial file that a killed
+    process left is removed by the next one that writes the same path. Raises OutputError.
+    """
+    try:
+        _refuse_special(path)
+        _make_folder(path.absolute().parent)
+        _remove_stale(path)
+        partial, lock = _create_partial(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        try:
+            yield partial
+        finally:
+            os.close(lock)  # before moving or removing: Windows does neither with an open file
+        try:
+            _sync_file(partial)
+            os.replace(partial, path)
+            _sync_folder(path.absolute().parent)
+        except OSError as error:
+            raise output_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file through `atomic_output`. Raises OutputError."""
+    with atomic_output(path) as partial:
+        try:
+            partial.write_bytes(data)
+        except OSError as error:
+            raise output_error(path, error) from error
+
+
+def next_free_path(folder: Path, prompt: str, extension: str = ".mp4", taken: Collection[Path] = ()) -> Path:
+    """`folder/a-red-circle.mp4`, or `-2`, `-3`, ... where that exists or is in `taken`.
+
+    `taken` holds the paths of jobs that have not written yet.
+    """
+    slug = slugify(prompt)
+    number = 1
+    while True:
+        path = folder / (f"{slug}{extension}" if number == 1 else f"{slug}-{number}{extension}")
+        if path not in taken and not os.path.lexists(path):
+            return path
+        number += 1
+
+
+def slugify(text: str) -> str:
+    """A file name from a prompt: letters and digits of any script, joined by `-`; `video` if none is left."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+    cut = "-".join(words).encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
+    if len(words) > 1 and len(cut.encode()) > SLUG_BYTES - 4 and "-" in cut:
+        cut = cut.rpartition("-")[0]  # no half word at the end
+    slug = cut.strip("-")
+    return f"{slug}-video" if _RESERVED.fullmatch(slug) else slug or "video"
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse what must not be replaced by a file: folders, devices (`/dev/null`), write-protected files."""
+    if not path.name:
+        raise OutputError(
+            f"Cannot write {str(path)!r}: it is a folder.", hint="Name a file in it, for example clip.mp4."
+        )
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError:  # a NUL character
+        raise OutputError(f"Cannot write {str(path)!r}: the name is not valid.", hint=_HINT) from None
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"Cannot write {path}: it is a folder.", hint="Name a file in it, for example clip.mp4.")
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"Cannot write {path}: it is a device, not a file.", hint=_HINT)
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"Cannot write {path}: a write-protected file has that name.", hint=_HINT)
+
+
+def _first_file(folder: Path) -> Path:
+    return next((p for p in reversed((folder, *folder.parents)) if p.exists() and not p.is_dir()), folder)
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in missing:
+        _sync_folder(created.parent)
+
+
+def _partial_prefix(path: Path) -> str:
+    """The start of the names of `path`'s partial files, cut so that the whole name is legal."""
+    room = NAME_LIMIT - len(f".{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    return os.fsdecode(os.fsencode(path.name)[:room]) + "."
+
+
+def _create_partial(path: Path) -> tuple[Path, int]:
+    """A new empty file beside `path` and an open handle that holds its lock."""
+    partial = path.with_name(f"{_partial_prefix(path)}{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+    if sys.platform != "win32":
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return partial, handle
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove partial files of `path` whose writer is gone: old enough, and nobody holds the lock."""
+    prefix = _partial_prefix(path)
+    with os.scandir(path.absolute().parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix) and entry.name.endswith(PARTIAL_SUFFIX):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > STALE_SECONDS and _is_unlocked(entry.path):
+                        os.unlink(entry.path)
+
+
+def _is_unlocked(name: str) -> bool:
+    if sys.platform == "win32":
+        return True  # Windows itself refuses to remove a file that is open
+    handle = os.open(name, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's entries on the disk; where the system cannot (Windows), there is nothing to do."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

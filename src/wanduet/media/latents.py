@@ -1,0 +1,73 @@
+"""Latents on disk: kept before the decode starts, so that nothing computed is lost; decoded again at will."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from wanduet.media import provenance
+from wanduet.media.files import UnreadableFileError, write_atomically
+from wanduet.media.read import read_metadata
+
+NAME = "latents"
+HASH_KEY = "latents_sha256"
+CHANNELS = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any]) -> None:
+    """Write latents `[16, T, h, w]` (float32, bfloat16 or float16, as the denoise left them) to `path`.
+
+    `metadata` is a provenance dict; a hash of it and of the data is kept with it. The file is whole and
+    on the disk when this returns, or not there. Raises OutputError, ValueError for another shape or dtype.
+    """
+    if problem := _problem(latents):
+        raise ValueError(problem)
+    tensor = latents.detach().cpu().contiguous()
+    signed = {**metadata, HASH_KEY: _digest(tensor, metadata)}
+    header = {provenance.KEY: provenance.to_json(signed)}  # one entry: safetensors shuffles several
+    write_atomically(Path(path), safetensors.torch.save({NAME: tensor}, header))
+
+
+def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
+    """Latents `[16, T, h, w]` on the CPU and their provenance. Raises UnreadableFileError.
+
+    Refuses files that are damaged (any flipped bit: the hash is checked), of another kind or shape, or
+    that hold NaN or infinity.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UnreadableFileError(f"{path} is damaged ({error}).") from error
+    if set(tensors) != {NAME}:
+        names = ", ".join(sorted(tensors)) or "nothing"
+        raise UnreadableFileError(f"{path} holds {names}, not latents.")
+    latents = tensors[NAME]
+    if problem := _problem(latents):
+        raise UnreadableFileError(f"{path}: {problem}")
+    if metadata.pop(HASH_KEY, None) != _digest(latents, metadata):
+        raise UnreadableFileError(f"{path} is damaged: its content does not have the hash that it was saved with.")
+    if not bool(torch.isfinite(latents).all()):
+        raise UnreadableFileError(f"{path} holds NaN or infinity.")
+    return latents, metadata
+
+
+def _problem(latents: Tensor) -> str | None:
+    if latents.ndim != 4 or latents.shape[0] != CHANNELS or 0 in latents.shape:
+        return f"Latents must be [{CHANNELS}, T, h, w], not {list(latents.shape)}."
+    if latents.dtype not in _DTYPES:
+        return f"Latents must be float32, bfloat16 or float16, not {str(latents.dtype).removeprefix('torch.')}."
+    return None
+
+
+def _digest(tensor: Tensor, metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}{provenance.to_json(metadata)}".encode())
+    digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Small pictures: latents seen through a linear map, and sheets of frames from a finished video.
+
+The map costs nothing beside a denoising step, so a page can show the video taking shape.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from wanduet.media.codecs import Frame
+from wanduet.media.read import probe, read_frames
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+SPATIAL_STRIDE = 8  # pixels for one latent row or column
+TEMPORAL_STRIDE = 4  # frames for one latent frame, after the first
+
+
+@dataclass(frozen=True, slots=True)
+class LatentToRGB:
+    """A linear map from a latent pixel to its colour: `matrix [C, 3]`, `bias [3]`, colours in 0 to 1."""
+
+    matrix: Tensor
+    bias: Tensor
+
+    def __call__(self, latents: Tensor) -> Frame:
+        """Latents `[C, T, h, w]` to uint8 frames `[T, h, w, 3]`."""
+        matrix = self.matrix.to(latents.device, torch.float32)
+        colours = torch.einsum("cthw,cr->thwr", latents.float(), matrix) + self.bias.to(latents.device, torch.float32)
+        picture: Frame = colours.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return picture
+
+
+def fit_latent_to_rgb(pairs: Sequence[tuple[Tensor, Tensor]]) -> LatentToRGB:
+    """The map with the least squared error over pairs of latents `[C, T, h, w]` and their frames.
+
+    Frames are float `[3, 4 (T - 1) + 1, 8 h, 8 w]` in 0 to 1. The first latent frame stands for one
+    frame, every later one for the mean of four.
+    """
+    inputs, colours = [], []
+    for latents, frames in pairs:
+        inputs.append(latents.double().flatten(1).T)
+        colours.append(_latent_sized(frames.double()).flatten(1).T)
+    x = torch.cat(inputs)
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], dim=1)
+    solution = torch.linalg.lstsq(x.cpu(), torch.cat(colours).cpu(), driver="gelsd").solution
+    return LatentToRGB(solution[:-1].float(), solution[-1].float())
+
+
+def _latent_sized(frames: Tensor) -> Tensor:
+    """Frames `[3, F, H, W]` averaged down to the latents' grid `[3, T, h, w]`."""
+    small = avg_pool2d(frames, SPATIAL_STRIDE)
+    later = small[:, 1:].unflatten(1, (-1, TEMPORAL_STRIDE)).mean(2) if small.shape[1] > 1 else small[:, 1:]
+    return torch.cat([small[:, :1], later], dim=1)
+
+
+def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: int = 85) -> bytes:
+    """An RGB picture `[H, W, 3]` as a file's bytes; PNG is lossless and ignores the quality by its nature."""
+    buffer = io.BytesIO()
+    options = {} if image_format == "png" else {"quality": quality}
+    Image.fromarray(picture).save(buffer, image_format.upper(), **options)
+    return buffer.getvalue()
+
+
+def resize(picture: Frame, longest_side: int) -> Frame:
+    """A picture scaled so that its longer side is `longest_side`; never enlarged."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, longest_side / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def contact_sheet(pictures: Sequence[Frame], columns: int, gap: int = 0) -> Frame:
+    """Pictures of one size in rows of `columns`, black where there is none."""
+    if not pictures:
+        raise ValueError("A sheet needs at least one picture.")
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(pictures))
+    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def sample_frames(path: Path | str, count: int, longest_side: int) -> list[Frame]:
+    """`count` frames of a video, evenly spaced from the first to the last, scaled down as they are read."""
+    total = int(probe(path)["num_frames"])
+    wanted = spaced(total, count)
+    return [resize(frame, longest_side) for index, frame in enumerate(read_frames(path)) if index in wanted]
+
+
+def spaced(total: int, count: int) -> tuple[int, ...]:
+    """At most `count` indices below `total`, evenly spaced; the middle one if only one is wanted."""
+    if count <= 1 or total <= 1:
+        return (total // 2,)
+    return tuple(dict.fromkeys(round(i * (total - 1) / (count - 1)) for i in range(count)))
+
+
+def thumbnail(path: Path | str, longest_side: int = 512, image_format: ImageFormat = "webp") -> bytes:
+    """The middle frame of a video as an image file."""
+    return encode_image(sample_frames(path, 1, longest_side)[0], image_format)
+
+
+def spritesheet(
+    path: Path | str, count: int = 16, columns: int = 4, longest_side: int = 256, image_format: ImageFormat = "jpeg"
+) -> bytes:
+    """Evenly spaced frames of a video in a grid, as an image file."""
+    return encode_image(contact_sheet(sample_frames(path, count, longest_side), columns), image_format)

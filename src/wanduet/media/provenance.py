@@ -1,0 +1,179 @@
+"""What made a video: everything needed to make it again, as plain JSON that travels in the file."""
+
+import json
+import math
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wanduet.request import ResolvedRequest
+
+SCHEMA_VERSION = 1
+KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, that holds the JSON
+TITLE_LENGTH = 120
+_PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def make_provenance(
+    request: ResolvedRequest,
+    *,
+    seed: int,
+    model: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    versions: Mapping[str, str],
+    created_at: datetime,
+    hardware: Sequence[str] = (),
+    attention: str | None = None,
+    timings: Mapping[str, float] | None = None,
+    rungs: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Gather what made one video; only JSON values come out, and nothing is looked up.
+
+    `seed` is this video's own (the request's plus its index). `model` holds `name`, `hash`, `revision`;
+    `engine` the settings and the plan's choices; `rungs` the steps of the out-of-memory ladder used;
+    `timings` the seconds of the phases that are over when the file is begun.
+    """
+    plain = _plain(
+        {
+            "schema": SCHEMA_VERSION,
+            "created_at": created_at.astimezone(UTC).isoformat(timespec="seconds"),
+            "request": request.model_dump(),
+            "seed": seed,
+            "model": model,
+            "engine": engine,
+            "attention": attention,
+            "hardware": list(hardware),
+            "versions": versions,
+            "timings": timings or {},
+            "rungs": list(rungs),
+            "warnings": list(warnings),
+        }
+    )
+    assert isinstance(plain, dict)
+    return plain
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a say in the pixels. Looks only at what is installed or already loaded."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+        cudnn = torch.backends.cudnn.version()
+        if cudnn is not None:
+            found["cudnn"] = str(cudnn)
+    if driver := _driver_version():
+        found["driver"] = driver
+    if "av" in sys.modules:
+        found["ffmpeg"] = str(sys.modules["av"].ffmpeg_version_info)
+        if x264 := x264_version():
+            found["x264"] = x264
+    return found
+
+
+def to_json(provenance: Mapping[str, Any]) -> str:
+    """Compact JSON in ASCII, which every container keeps as it is."""
+    return json.dumps(_plain(provenance), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """What `to_json` wrote. Raises ValueError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """A video's metadata: what players show (title, comment, software) and the whole JSON under `wanduet`."""
+    request = provenance.get("request", {})
+    found = {"title": title(str(request.get("prompt", ""))), "comment": summary(provenance), "software": _software()}
+    return {name: text for name, text in found.items() if text} | {KEY: to_json(provenance)}
+
+
+def title(prompt: str) -> str:
+    """A prompt as one short line."""
+    printable = "".join(c if c.isprintable() else " " for c in prompt)
+    line = " ".join(printable.split())
+    return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"
+
+
+def summary(provenance: Mapping[str, Any]) -> str:
+    """The settings as one line for people."""
+    request = provenance.get("request", {})
+    parts = [str(provenance.get("model", {}).get("name", ""))]
+    if "seed" in provenance:
+        parts.append(f"seed {provenance['seed']}")
+    if "width" in request and "height" in request:
+        parts.append(f"{request['width']}x{request['height']}")
+    for name, label in (
+        ("num_frames", "{} frames"),
+        ("num_inference_steps", "{} steps"),
+        ("guidance_scale", "guidance {:g}"),
+        ("flow_shift", "shift {:g}"),
+        ("sampler", "{}"),
+    ):
+        if name in request:
+            parts.append(label.format(request[name]))
+    return ", ".join(part for part in parts if part)
+
+
+@cache
+def x264_version() -> str | None:
+    """x264's own version, which it writes into what it encodes; PyAV does not tell it."""
+    import av
+
+    if "libx264" not in av.codecs_available:
+        return None
+    context = av.CodecContext.create("libx264", "w")
+    context.width = context.height = 16
+    context.pix_fmt = "yuv420p"
+    context.framerate = 1
+    frame = av.VideoFrame(16, 16, "yuv420p")
+    data = b"".join(bytes(packet) for packet in (*context.encode(frame), *context.encode(None)))
+    match = re.search(rb"x264 - core (\d+(?: r\d+)?)", data)
+    return match[1].decode() if match else None
+
+
+def _driver_version() -> str | None:
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def _software() -> str:
+    try:
+        return f"wanduet {metadata.version('wanduet')}"
+    except metadata.PackageNotFoundError:
+        return "wanduet"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: what is none becomes text, and a float that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)

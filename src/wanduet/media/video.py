@@ -1,0 +1,287 @@
+"""Frames to a video file, while they are still being decoded.
+
+The encoder runs in its own thread, fed by a queue of a few frames, so the GPU does not wait for it and
+memory does not grow with the length of the video. Nothing stands under the final name until all of it
+is on the disk.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from wanduet.errors import InvalidRequestError
+from wanduet.media import provenance
+from wanduet.media.codecs import (
+    CHROMA_SITE,
+    DEFAULT_QUALITY,
+    ENCODER_THREADS,
+    Codec,
+    Frame,
+    ToVideoFrame,
+    container_for,
+    find_codec,
+    tag_stream,
+)
+from wanduet.media.files import atomic_output, output_error
+
+QUEUE_BYTES = 64 * 2**20
+MIN_QUEUE_FRAMES = 4
+KEYFRAME_SECONDS = 2  # how far a player may have to go back when seeking
+MAX_FPS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """How a video is encoded. Frames larger than `height` x `width` are cropped at the bottom and right.
+
+    `quality` is 1 (smallest) to 100 (best), 75 unless said; 75 and above looks like the original. FFV1 is
+    lossless and takes none. Raises InvalidRequestError.
+    """
+
+    height: int
+    width: int
+    fps: int = 16
+    codec: str = "h264"
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        codec = find_codec(self.codec)
+        if not 1 <= self.fps <= MAX_FPS:
+            raise InvalidRequestError("fps", self.fps, f"1 to {MAX_FPS}", min(max(self.fps, 1), MAX_FPS))
+        if self.quality is not None and codec.lossless:
+            raise InvalidRequestError("quality", self.quality, f"{codec.name} is lossless and has no quality setting")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise InvalidRequestError("quality", self.quality, "1 to 100", min(max(self.quality, 1), 100))
+        step = 1 if codec.lossless else 2  # 4:2:0 has one colour for two rows and two columns
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side < 1 or side % step:
+                raise InvalidRequestError(name, side, f"an even number of pixels for {codec.name}", max(2, side - 1))
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The encoder's options."""
+        codec = find_codec(self.codec)
+        options = dict(codec.options)
+        if not codec.lossless:
+            options["crf"] = f"{codec.crf(DEFAULT_QUALITY if self.quality is None else self.quality):g}"
+            options["chroma_sample_location"] = CHROMA_SITE
+            options["g"] = str(KEYFRAME_SECONDS * self.fps)
+        return options
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenVideo:
+    """A finished file. `encode_s` is the encoder thread's work, `waited_s` how long it held up the caller."""
+
+    path: Path
+    num_frames: int
+    num_bytes: int
+    encode_s: float
+    waited_s: float
+
+
+def write_video(
+    frames: Iterable[NDArray[np.uint8]],
+    path: Path | str,
+    *,
+    fps: int = 16,
+    codec: str = "h264",
+    quality: int | None = None,
+    size: tuple[int, int] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> WrittenVideo:
+    """Encode RGB frames (`[H, W, 3]` or chunks `[t, H, W, 3]`, uint8) as they come and put the file at `path`.
+
+    `size` is `(height, width)` of the video; larger frames are cropped at the bottom and right. `metadata`
+    is a provenance dict. An error, from `frames` or from the encoder, leaves nothing at `path` but what was
+    there before. Raises InvalidRequestError, OutputError, or ValueError for frames of the wrong shape.
+    """
+    path = Path(path)
+    container_for(path, codec)
+    writer: VideoWriter | None = None
+    try:
+        for chunk in frames:
+            if writer is None:
+                height, width = size or (chunk.shape[-3], chunk.shape[-2])
+                writer = VideoWriter(path, VideoSpec(height, width, fps, codec, quality), metadata)
+            writer.write(chunk)
+        if writer is None:
+            raise ValueError("There are no frames to write.")
+        return writer.close()
+    except BaseException:
+        if writer is not None:
+            writer.abort()
+        raise
+
+
+class VideoWriter:
+    """Writes one video from frames that arrive over time; their number need not be known.
+
+    A context manager: leaving it normally finishes the file, leaving it with an error leaves no file.
+    """
+
+    def __init__(self, path: Path | str, spec: VideoSpec, metadata: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.spec = spec
+        self._container = container_for(self.path, spec.codec)
+        self._tags = provenance.tags(metadata) if metadata is not None else {}
+        room = max(MIN_QUEUE_FRAMES, QUEUE_BYTES // (3 * spec.height * spec.width))
+        self._queue: queue.Queue[Frame | Literal["finish", "abort"]] = queue.Queue(room)
+        self._last_word: Literal["finish", "abort"] | None = None
+        self._error: BaseException | None = None
+        self._count = 0
+        self._encode_s = 0.0
+        self._waited_s = 0.0
+        self._result: WrittenVideo | None = None
+        self._thread = threading.Thread(target=self._run, name="wanduet-video", daemon=True)
+        self._thread.start()
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Add one frame `[H, W, 3]` or a chunk `[t, H, W, 3]`; copied, so the caller may reuse its buffer.
+
+        Raises what the encoder thread failed with, and ValueError for a wrong shape or dtype.
+        """
+        chunk = frames if frames.ndim == 4 else frames[None]
+        height, width = self.spec.height, self.spec.width
+        if frames.dtype != np.uint8 or chunk.ndim != 4 or chunk.shape[3] != 3:
+            raise ValueError(f"Frames must be uint8 [t, H, W, 3], not {frames.dtype} {list(frames.shape)}.")
+        if chunk.shape[1] < height or chunk.shape[2] < width:
+            raise ValueError(f"Frames of {chunk.shape[2]}x{chunk.shape[1]} are smaller than {width}x{height}.")
+        for frame in chunk[:, :height, :width]:
+            if self._error is not None:
+                raise self._error
+            started = time.perf_counter()
+            self._queue.put(frame.copy())
+            self._waited_s += time.perf_counter() - started
+
+    def close(self) -> WrittenVideo:
+        """Finish the file, wait until it is on the disk and has its name. Raises what the encoder failed with."""
+        self._stop("finish")
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise ValueError(f"{self.path} was aborted, or has no frames.")
+        return self._result
+
+    def abort(self) -> None:
+        """Stop at once and remove what was written. Does nothing to a finished file."""
+        self._stop("abort")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _stop(self, how: Literal["finish", "abort"]) -> None:
+        if self._thread.is_alive():
+            self._queue.put(how)
+            self._thread.join()
+
+    # The encoder's thread. After an error it goes on emptying the queue, so that the caller never hangs.
+
+    def _run(self) -> None:
+        try:
+            self._encode_all()
+        except _AbortedError:
+            return
+        except OSError as error:
+            self._error = output_error(self.path, error)
+            self._error.__cause__ = error
+        except BaseException as error:
+            self._error = error
+        while self._last_word is None:
+            self._take()
+
+    def _take(self) -> Frame | None:
+        """The next frame, or None when the caller has said its last word."""
+        item = self._queue.get()
+        if isinstance(item, str):
+            self._last_word = item
+            return None
+        return item
+
+    def _encode_all(self) -> None:
+        with atomic_output(self.path) as partial:
+            encoder = _Encoder(partial, self._container, self.spec, self._tags)
+            try:
+                while (frame := self._take()) is not None:
+                    started = time.perf_counter()
+                    encoder.add(frame)
+                    self._count += 1
+                    self._encode_s += time.perf_counter() - started
+                if self._last_word == "abort" or not self._count:
+                    raise _AbortedError
+                started = time.perf_counter()
+                encoder.finish()
+                self._encode_s += time.perf_counter() - started
+            except BaseException:
+                encoder.discard()
+                raise
+            num_bytes = partial.stat().st_size
+        self._result = WrittenVideo(self.path, self._count, num_bytes, self._encode_s, self._waited_s)
+
+
+class _AbortedError(Exception):
+    """The caller gave up, or sent no frames."""
+
+
+class _Encoder:
+    """PyAV's side of a writer: one container with one video stream."""
+
+    def __init__(self, path: Path, container: str, spec: VideoSpec, tags: Mapping[str, str]) -> None:
+        codec: Codec = find_codec(spec.codec)
+        if codec.name == "av1":
+            os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 tells its settings on stderr unless told not to
+        # bitexact: no random ids in Matroska. faststart: the index goes before the frames, so that browsers
+        # start at once; it costs a second pass over the file, under a millisecond for a 2 MB clip.
+        options = {"fflags": "+bitexact"}
+        if container in ("mp4", "mov"):
+            options["movflags"] = "+faststart+use_metadata_tags"
+        self._time_base = Fraction(1, spec.fps)
+        self._convert = ToVideoFrame(spec.height, spec.width, codec)
+        self._output = av.open(str(path), "w", format=container, container_options=options)
+        self._output.metadata.update(tags)
+        self._stream = self._output.add_stream(codec.encoder, rate=spec.fps, options=spec.options)
+        context = self._stream.codec_context
+        context.width, context.height = spec.width, spec.height
+        context.pix_fmt = codec.pixel_format
+        context.time_base = self._time_base
+        context.thread_count = ENCODER_THREADS
+        tag_stream(context, codec)
+        self._next = 0
+
+    def add(self, frame: Frame) -> None:
+        """Encode one frame at the next timestamp."""
+        picture = self._convert(frame)
+        picture.pts, picture.time_base = self._next, self._time_base
+        self._next += 1
+        self._output.mux(self._stream.encode(picture))
+
+    def finish(self) -> None:
+        """Write what the encoder still holds, and the index."""
+        self._output.mux(self._stream.encode(None))
+        self._output.close()
+
+    def discard(self) -> None:
+        """Let go of the file, whatever state it is in; what failed has been told already."""
+        try:
+            self._output.close()
+        except Exception:
+            return
