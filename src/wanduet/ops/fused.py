@@ -30,6 +30,7 @@ class Kernels:
     norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
     residual_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
+    qk_norm_rope_pair: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Rope | None], tuple[Tensor, Tensor]]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -73,6 +74,13 @@ def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: R
     return heads
 
 
+def qk_norm_rope_pair(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` of q and of k, which have the same rotation; one launch where there are kernels."""
+    return qk_norm_rope(q, q_weight, eps, num_heads, rope), qk_norm_rope(k, k_weight, eps, num_heads, rope)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu_tanh(x @ weight.T + bias)`."""
     hidden = F.linear(x, weight, bias)
@@ -95,4 +103,4 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
 
 
-TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, linear_gelu)
+TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu)

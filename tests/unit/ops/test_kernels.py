@@ -1,0 +1,51 @@
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+
+from wanduet.ops import kernels
+from wanduet.ops.fused import TORCH_KERNELS
+
+CUDA = torch.device("cuda", 0)
+
+
+def offered(monkeypatch: pytest.MonkeyPatch, kernel_set: object) -> None:
+    """Let `kernel_set` stand where Triton's kernels are imported from."""
+    module = types.SimpleNamespace(TRITON_KERNELS=kernel_set)
+    monkeypatch.setitem(sys.modules, "wanduet.ops.triton_kernels", module)
+    check = kernels.largest_error
+    monkeypatch.setattr(kernels, "largest_error", lambda k, device, dtype: check(k, torch.device("cpu"), dtype))
+
+
+def test_a_cpu_gets_the_plain_forms() -> None:
+    assert kernels.kernels_for(torch.device("cpu"), torch.float32) is TORCH_KERNELS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_right_kernels_are_taken(monkeypatch, dtype) -> None:
+    right = dataclasses.replace(TORCH_KERNELS, name="triton")
+    offered(monkeypatch, right)
+    assert kernels.kernels_for(CUDA, dtype) is right
+
+
+@pytest.mark.parametrize("spoilt", ["norm", "residual_norm", "qk_norm_rope", "qk_norm_rope_pair", "linear_gelu"])
+@pytest.mark.parametrize("how", [1.05, float("nan")])
+def test_wrong_kernels_are_dropped(monkeypatch, spoilt: str, how: float) -> None:
+    def wrong(*args: object) -> object:
+        out = getattr(TORCH_KERNELS, spoilt)(*args)
+        return tuple(x * how for x in out) if isinstance(out, tuple) else out * how
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, **{spoilt: wrong}))
+    with pytest.warns(RuntimeWarning, match="are wrong here"):
+        assert kernels.kernels_for(CUDA, torch.bfloat16) is TORCH_KERNELS
+
+
+def test_kernels_that_cannot_be_compiled_are_dropped(monkeypatch) -> None:
+    def broken(*args: object) -> object:
+        raise RuntimeError("no compiler")
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, norm=broken))
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        assert kernels.kernels_for(CUDA, torch.bfloat16) is TORCH_KERNELS

@@ -1,0 +1,121 @@
+"""Triton's kernels against the plain forms, in Triton's interpreter on the CPU."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from wanduet.ops import fused
+from wanduet.ops.rope import rope_for_grid
+
+pytest.importorskip("triton")
+
+EPS = 1e-6
+MODULE = "wanduet.ops.triton_kernels"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    """The module as it is when Triton interprets.
+
+    Triton decides that where a kernel is decorated, its own library included, so both are imported afresh.
+    """
+    before = take_triton_out()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module(MODULE)
+    take_triton_out()
+    sys.modules.update(before)
+
+
+def take_triton_out() -> dict[str, ModuleType]:
+    compiled = "triton._C"  # cannot be loaded twice
+    names = [n for n in sys.modules if n == MODULE or (n.split(".")[0] == "triton" and not n.startswith(compiled))]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    return {"rtol": bound, "atol": bound}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 96, 1536])
+@pytest.mark.parametrize("rows_of_weight", [1, 2])
+def test_norm(kernels, dtype, width: int, rows_of_weight: int) -> None:
+    x = 3 + torch.randn(2, 9, width)
+    weight, bias = torch.randn(2, rows_of_weight, width)
+    got = kernels.norm(x, weight, bias, EPS, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, fused.norm(x, weight, bias, EPS, dtype), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("width", [96, 128])
+def test_residual_norm_on_a_chunk_of_tokens(kernels, dtype, gated: bool, width: int) -> None:
+    x, y = torch.randn(2, 21, width), torch.randn(2, 21, width).to(dtype)
+    gate, weight, bias = torch.randn(3, 2, width)
+    results = []
+    for implementation in (kernels, fused):
+        a, b = x.clone(), y.clone()
+        rows = slice(3, 20)
+        a_rows, b_rows = implementation.residual_norm(
+            a[:, rows], b[:, rows], gate if gated else None, weight[:1], bias, EPS
+        )
+        assert a_rows.data_ptr() == a[:, rows].data_ptr()
+        assert b_rows.data_ptr() == b[:, rows].data_ptr()
+        results.append((a, b))
+    (x_got, n_got), (x_expected, n_expected) = results
+    torch.testing.assert_close(x_got, x_expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(n_got, n_expected, **tolerance(dtype))
+    assert torch.equal(x_got[:, :3], x[:, :3])
+    assert torch.equal(n_got[:, 20:], y[:, 20:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 32), (2, 24), (12, 128)])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_q_and_k_of_a_packed_buffer(kernels, dtype, heads: int, head_dim: int, rotated: bool) -> None:
+    width = heads * head_dim
+    packed = torch.randn(2, 10, 3 * width).to(dtype)
+    q_weight, k_weight = torch.randn(2, width)
+    rope = rope_for_grid((1, 2, 5), head_dim, "cpu") if rotated else None
+    got, expected = packed.clone(), packed.clone()
+    q, k, _ = got.chunk(3, dim=-1)
+    q_heads, k_heads = kernels.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, heads, rope)
+    assert q_heads.shape == k_heads.shape == (2, 10, heads, head_dim)
+    assert q_heads.data_ptr() == got.data_ptr()
+    q, k, _ = expected.chunk(3, dim=-1)
+    fused.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, heads, rope)
+    torch.testing.assert_close(got, expected, **tolerance(dtype))
+    assert torch.equal(got[..., 2 * width :], packed[..., 2 * width :])
+
+
+def test_one_of_q_and_k(kernels) -> None:
+    q, weight = torch.randn(1, 7, 96), torch.randn(96)
+    rope = rope_for_grid((7, 1, 1), 32, "cpu")
+    expected = fused.qk_norm_rope(q.clone(), weight, EPS, 3, rope)
+    torch.testing.assert_close(kernels.qk_norm_rope(q, weight, EPS, 3, rope), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_gradients_the_plain_forms_run(kernels) -> None:
+    x = torch.randn(1, 4, 32, requires_grad=True)
+    with torch.enable_grad():
+        kernels.residual_norm(x, x * 2, None, torch.ones(1, 32), torch.zeros(1, 32), EPS)[1].square().sum().backward()
+    assert x.grad is not None
+
+
+def test_channels_that_are_apart_are_refused(kernels) -> None:
+    with pytest.raises(ValueError, match="side by side"):
+        kernels.norm(torch.randn(1, 4, 64)[..., ::2], torch.ones(1, 32), torch.zeros(1, 32), EPS, torch.float32)
