@@ -1,0 +1,258 @@
+"""Outputs under attack: killed writers, full disks, failing system calls.
+
+What stands under the final name is always the old file or the whole new one.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wanduet.errors import OutputError
+from wanduet.media.files import STALE_SECONDS
+from wanduet.media.latents import save_latents
+from wanduet.media.read import frame_hashes, probe, read_metadata
+from wanduet.media.video import VideoSpec, VideoWriter, write_video
+
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and limits")
+NUM_FRAMES = 12
+
+
+def frames(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (NUM_FRAMES, 64, 96, 3), dtype=np.uint8)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def is_whole(path: Path) -> bool:
+    return len(frame_hashes(path).frames) == NUM_FRAMES and "seed" in read_metadata(path)
+
+
+# Writes the same path again and again; the parent kills it at some moment.
+ENDLESS = """
+import sys
+import numpy as np
+from wanduet.media.video import write_video
+path = sys.argv[1]
+frames = np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), dtype=np.uint8)
+write_video(frames, path, metadata={"seed": 0})
+print("ready", flush=True)
+seed = 0
+while True:
+    seed += 1
+    write_video(frames, path, metadata={"seed": seed})
+"""
+
+
+@posix
+def test_killed_at_random_moments(tmp_path) -> None:
+    path = tmp_path / "a.mp4"
+    dice = random.Random(0)
+    kills, mid_write, whole = 12, 0, 0
+    for _ in range(kills):
+        with subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(dice.uniform(0, 0.12))
+            process.send_signal(signal.SIGKILL)
+        left = [n for n in names(tmp_path) if n != "a.mp4"]
+        assert all(n.endswith(".partial") for n in left)
+        mid_write += bool(left)
+        whole += is_whole(path)
+        for name in left:
+            long_ago = time.time() - 2 * STALE_SECONDS
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    assert whole == kills
+    assert mid_write >= kills // 2  # or the attack hit nothing
+    write_video(frames(), path, metadata={"seed": 1})
+    assert names(tmp_path) == ["a.mp4"]
+
+
+# Ends the process, without any cleaning up, at the n-th call of a function.
+AT_CALL = """
+import os, sys
+import numpy as np
+from wanduet.media import files, video
+path, place, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner, name = (os, place[3:]) if place.startswith("os.") else (video._Encoder, place)
+call, left = getattr(owner, name), count
+def deadly(*args, **more):
+    global left
+    left -= 1
+    if left == 0:
+        os._exit(9)
+    return call(*args, **more)
+setattr(owner, name, deadly)
+frames = np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), dtype=np.uint8)
+video.write_video(frames, path, metadata={"seed": 5})
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("place", "count", "complete"),
+    [("add", 1, False), ("add", 12, False), ("finish", 1, False), ("os.fsync", 1, False), ("os.replace", 1, False),
+     ("os.fsync", 2, True)],
+)  # fmt: skip
+def test_ended_at_each_stage(tmp_path, place, count, complete, old) -> None:
+    path = tmp_path / "a.mp4"
+    if old:
+        write_video(frames(1), path, metadata={"seed": 1})
+    before = path.read_bytes() if old else None
+    command = [sys.executable, "-c", AT_CALL, str(path), place, str(count)]
+    assert subprocess.run(command, check=False).returncode == 9
+    if complete:
+        assert is_whole(path)
+        assert read_metadata(path)["seed"] == 5
+    elif old:
+        assert path.read_bytes() == before
+    else:
+        assert not path.exists()
+
+
+# Writes under each of several limits on the size of files; after each, the old file must stand alone.
+LIMITED = """
+import os, resource, sys
+import numpy as np
+from wanduet.errors import OutputError
+from wanduet.media.video import write_video
+path, what, limits = sys.argv[1], sys.argv[2], [int(x) for x in sys.argv[3].split(",")]
+frames = np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), dtype=np.uint8)
+outcomes = []
+for limit in limits:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        if what == "latents":
+            import torch
+            from wanduet.media.latents import save_latents
+            save_latents(path, torch.zeros(16, 3, 32, 32), {"seed": 1})
+        else:
+            write_video(frames, path, codec=what, metadata={"seed": 1})
+        outcomes.append("written")
+    except OutputError as error:
+        assert open(path, "rb").read() == b"old" and len(os.listdir(os.path.dirname(path))) == 1, limit
+        outcomes.append(error.message)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("\\n".join(outcomes))
+"""
+
+
+@posix
+@pytest.mark.parametrize(
+    ("what", "name"), [("h264", "a.mp4"), ("h264", "a.mkv"), ("ffv1", "a.mkv"), ("latents", "a.safetensors")]
+)
+def test_file_size_limit_at_every_point(tmp_path, what, name) -> None:
+    """The disk refuses a write at 40 points of the file, the last byte among them; then it has just room enough."""
+    path = tmp_path / name
+    if what == "latents":
+        save_latents(path, torch.zeros(16, 3, 32, 32), {"seed": 1})
+    else:
+        write_video(frames(), path, codec=what, metadata={"seed": 1})
+    size = path.stat().st_size
+    limits = sorted({*range(0, size, max(1, size // 40)), size - 1})
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", LIMITED, str(path), what, ",".join(map(str, [*limits, size]))]
+    outcomes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    refused = f"Cannot write {path}: the file is larger than this system allows."
+    assert outcomes == [refused] * len(limits) + ["written"]
+    assert path.stat().st_size == size
+    assert names(tmp_path) == [name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, check=False
+        )
+    except OSError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("codec", "name"), [("h264", "a.mp4"), ("ffv1", "a.mkv")])
+def test_full_disk(small_disk, codec, name) -> None:
+    path = small_disk / name
+    path.write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"the disk is full\.\n  Free some space"):
+        write_video(np.concatenate([frames(i) for i in range(8)]), path, codec=codec, quality=_best(codec))
+    assert path.read_bytes() == b"old"
+    assert names(small_disk) == [name]
+    write_video(np.zeros((NUM_FRAMES, 64, 96, 3), np.uint8), path, codec=codec, metadata={"seed": 1})
+    assert is_whole(path)
+
+
+def _best(codec: str) -> int | None:
+    return 100 if codec == "h264" else None
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_system_call_fails_at_the_end(tmp_path, monkeypatch, call) -> None:
+    """The disk tells of an error only when the data is forced out: still no file."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def fail(*_args) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OutputError, match="the disk reported an error"):
+        write_video(frames(), path)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.mp4"]
+
+
+def test_interrupted_by_the_user(tmp_path) -> None:
+    """Ctrl-C between two chunks of frames."""
+
+    def source():
+        yield frames()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video(source(), tmp_path / "a.mp4")
+    assert names(tmp_path) == []
+
+
+@posix
+def test_folder_removed_while_writing(tmp_path) -> None:
+    folder = tmp_path / "outputs"
+    writer = VideoWriter(folder / "a.mp4", VideoSpec(64, 96))
+    writer.write(frames())
+    while not folder.exists() or not names(folder):
+        time.sleep(0.01)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    with pytest.raises(OutputError, match="Cannot write"):
+        writer.close()
+    assert not folder.exists()
+
+
+def test_many_writers_of_one_path(tmp_path) -> None:
+    """The last one to finish wins; the file is whole at every moment."""
+    path = tmp_path / "a.mkv"
+    writers = [VideoWriter(path, VideoSpec(64, 96, codec="ffv1"), {"seed": i}) for i in range(4)]
+    for i, writer in enumerate(writers):
+        writer.write(frames(i))
+    for i, writer in enumerate(writers):
+        writer.close()
+        assert is_whole(path)
+        assert read_metadata(path)["seed"] == i
+    assert probe(path)["num_frames"] == NUM_FRAMES
+    assert names(tmp_path) == ["a.mkv"]
