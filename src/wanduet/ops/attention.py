@@ -1,15 +1,128 @@
-"""Softmax attention back ends behind one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out."""
+"""Softmax attention back ends behind one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out.
 
+Keys and values may be shorter or longer than queries. Inputs may be strided views, with a head's
+channels side by side. `attend_with_lse` also returns the natural logarithm of each query's sum of
+exponentials, `[B, H, L]` float32, with which partial results over parts of the keys can be joined.
+
+The back ends call their kernels directly: PyTorch's `sdpa_kernel` switch is global to the process, and
+another thread (the VAE's) may be attending at the same time. Which one runs where is decided by
+measurement in `wanduet.ops.attention_choice`.
+"""
+
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Queries a chunk of the plain form: its float32 scores stay below 64 MB at 4096 keys and 4 heads.
+PLAIN_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to compute attention. `exact`: differs from the definition by rounding only."""
+
+    name: str
+    attend: AttentionFn
+    attend_with_lse: AttentionLseFn | None
+    exact: bool = True
+    package: str | None = None  # the distribution that holds it, where that is not torch
+
+    @property
+    def version(self) -> str:
+        """Of the package that holds it; part of the key under which a measurement is kept."""
+        return torch.__version__ if self.package is None else version(self.package)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own choice of kernel. Any device, any dtype; the reference for every other back end."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention by its definition in float32, a chunk of queries at a time, and its log-sum-exp."""
+    k_BHDL, v_BHLD = k.permute(0, 2, 3, 1).float(), v.transpose(1, 2).float()
+    outs, lses = [], []
+    for q_chunk in q.split(PLAIN_CHUNK, dim=1):
+        scores = q_chunk.transpose(1, 2).float() @ k_BHDL * q.shape[-1] ** -0.5
+        lses.append(scores.logsumexp(dim=-1))
+        outs.append((scores.softmax(dim=-1) @ v_BHLD).to(q.dtype).transpose(1, 2))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
+def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
+    )
+    return out.transpose(1, 2), sums.flatten(2) if lse else sums  # [B, H, L, 1]
+
+
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    )
+    return out.transpose(1, 2), sums
+
+
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
+    )
+    return out.transpose(1, 2), sums[..., : q.shape[1]]  # padded to a multiple of 32
+
+
+def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute import flash_attn_func
+
+    with torch.cuda.device(q.device):
+        out, sums = flash_attn_func(q, k, v, return_lse=lse)  # sums is None without lse
+    return out, sums
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattention import sageattn
+
+    with torch.cuda.device(q.device):
+        out: Tensor = sageattn(q, k, v, tensor_layout="NHD")
+    return out
+
+
+SDPA = Backend("sdpa", sdpa, plain_with_lse)
+BACKENDS: tuple[Backend, ...] = (
+    SDPA,
+    Backend("sdpa_cudnn", lambda q, k, v: _sdpa_cudnn(q, k, v, False)[0], _sdpa_cudnn),
+    Backend("sdpa_flash", lambda q, k, v: _sdpa_flash(q, k, v)[0], _sdpa_flash),
+    Backend("sdpa_efficient", lambda q, k, v: _sdpa_efficient(q, k, v, False)[0], _sdpa_efficient),
+    Backend(
+        "flash-attn-4",
+        lambda q, k, v: _flash_attention_4(q, k, v, False)[0],
+        _flash_attention_4,
+        package="flash-attn-4",
+    ),
+    Backend("sageattention", _sage, None, exact=False, package="sageattention"),
+)
+
+
+def available_backends(device: torch.device) -> dict[str, Backend]:
+    """The back ends that could run on `device`, by name. That one is listed does not mean that it works there."""
+    if device.type != "cuda":
+        return {SDPA.name: SDPA}
+    modules = {"flash-attn-4": "flash_attn.cute", "sageattention": "sageattention"}
+    return {b.name: b for b in BACKENDS if b.package is None or _importable(modules[b.package], b.package)}
+
+
+def _importable(module: str, package: str) -> bool:
+    try:
+        version(package)
+        return importlib.util.find_spec(module) is not None
+    except (PackageNotFoundError, ImportError):
+        return False

@@ -1,0 +1,258 @@
+"""Which attention back end a machine uses for a shape: checked for correctness, timed once, remembered.
+
+The measurement is kept in a file, so that only the first start on a machine pays for it (about a second).
+"""
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanduet.errors import ConfigError
+from wanduet.ops.attention import SDPA, AttentionFn, AttentionLseFn, Backend, available_backends, plain_with_lse
+
+log = logging.getLogger(__name__)
+
+# Largest relative error against float32 that counts as rounding; bf16 gives 3e-3 in every exact kernel.
+EXACT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+APPROXIMATE_TOLERANCE = 8e-2
+CHECK_TOKENS = 330  # no multiple of any kernel's tile
+# Longer sequences rank the back ends as this one does; timing them would only take longer.
+TIMED_TOKENS = 32768
+TIMED_RUNS = 3
+CACHE_FILE = "attention.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An attention to choose for: queries and keys in tokens, on one device."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    @property
+    def timed(self) -> "Shape":
+        """The shape that is timed in its place: lengths rounded up to half powers of two, at most `TIMED_TOKENS`."""
+        return Shape(_bucket(self.queries), _bucket(self.keys), self.heads, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was seen of one back end: median milliseconds, relative error against float32, or why it was dropped."""
+
+    name: str
+    milliseconds: float | None
+    error: float | None
+    problem: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it computed the right thing."""
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The back end to use, and what was measured of all (empty where there was nothing to measure)."""
+
+    name: str
+    fn: AttentionFn
+    fn_with_lse: AttentionLseFn
+    table: tuple[Timing, ...] = ()
+
+
+def choose_attention(
+    device: torch.device,
+    shape: Shape,
+    dtype: torch.dtype,
+    prefer: str = "auto",
+    cache_folder: Path | None = None,
+    backends: dict[str, Backend] | None = None,
+) -> Choice:
+    """The fastest exact back end for `shape` on `device`, or the one named by `prefer`.
+
+    Every back end is compared with float32 before it may be chosen; what fails is dropped with a
+    warning. Approximate back ends are chosen only by name. `backends` replaces those that are installed.
+    Raises ConfigError if the named one is not there or is wrong here.
+    """
+    found = available_backends(device) if backends is None else backends
+    if prefer != "auto":
+        return _named(prefer, found, device, shape, dtype)
+    exact = [backend for backend in found.values() if backend.exact]
+    if len(exact) == 1:
+        return _choice(exact[0])
+    key = _cache_key(device, shape, dtype, exact)
+    table = _read_cache(cache_folder, key)
+    if table is None:
+        table = measure(exact, device, shape, dtype)
+        _write_cache(cache_folder, key, table)
+    timed = {row.name: row.milliseconds for row in table if row.usable and row.milliseconds is not None}
+    best = found[min(timed, key=lambda name: timed[name])] if timed else SDPA
+    log.info("attention for %s: %s of %s", shape, best.name, timed)
+    return _choice(best, table)
+
+
+def measure(backends: Iterable[Backend], device: torch.device, shape: Shape, dtype: torch.dtype) -> tuple[Timing, ...]:
+    """Check and time each back end; a warning for each that fails. Fastest first."""
+    rows = []
+    for backend in backends:
+        row = _check(backend, device, shape, dtype)
+        if row.usable:
+            row = _time(backend, row, device, shape.timed, dtype)
+        if not row.usable:
+            warnings.warn(f"Attention back end {row.name} is not used: {row.problem}", RuntimeWarning)
+        rows.append(row)
+    return tuple(sorted(rows, key=lambda r: float("inf") if r.milliseconds is None else r.milliseconds))
+
+
+def _named(name: str, found: dict[str, Backend], device: torch.device, shape: Shape, dtype: torch.dtype) -> Choice:
+    if name not in found:
+        raise ConfigError(f"attention={name!r} is not available here.", hint=f"Available: auto, {', '.join(found)}.")
+    backend = found[name]
+    if backend is SDPA:
+        return _choice(backend)
+    row = _check(backend, device, shape, dtype)
+    if not row.usable:
+        raise ConfigError(f"attention={name!r} does not work here: {row.problem}.", hint="Use auto.")
+    return _choice(backend, (row,))
+
+
+def _choice(backend: Backend, table: tuple[Timing, ...] = ()) -> Choice:
+    return Choice(backend.name, backend.attend, backend.attend_with_lse or plain_with_lse, table)
+
+
+@torch.no_grad()
+def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
+    """Compare with float32 on a short sequence, q, k and v being slices of one buffer as in the model."""
+    small = Shape(CHECK_TOKENS, min(shape.keys, CHECK_TOKENS), shape.heads, shape.head_dim)
+    q, k, v = _random_inputs(small, device, dtype)
+    expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
+    try:
+        error = _relative(backend.attend(q, k, v), expected)
+        lse_error = 0.0
+        if backend.attend_with_lse is not None:
+            out, lse = backend.attend_with_lse(q, k, v)
+            error = _worse(error, _relative(out, expected))
+            lse_error = (lse.float() - expected_lse).abs().max().item()
+    except Exception as problem:  # whatever a kernel's library raises
+        return Timing(backend.name, None, None, _first_line(problem))
+    tolerance = EXACT_TOLERANCE[dtype] if backend.exact else APPROXIMATE_TOLERANCE
+    if not error <= tolerance:  # also true for NaN
+        return Timing(backend.name, None, None, f"wrong result (relative error {error:.1e})")
+    if not lse_error <= tolerance:
+        return Timing(backend.name, None, None, f"wrong log-sum-exp (error {lse_error:.1e})")
+    return Timing(backend.name, None, error)
+
+
+@torch.no_grad()
+def _time(backend: Backend, row: Timing, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
+    """`row` with the median time at `shape`; dropped if the result is not finite there."""
+    try:
+        q, k, v = _random_inputs(shape, device, dtype)
+        finite = bool(torch.isfinite(backend.attend(q, k, v)).all())
+        times = [_timed_once(backend.attend, (q, k, v), device) for _ in range(TIMED_RUNS)]
+    except Exception as problem:
+        return Timing(backend.name, None, row.error, _first_line(problem))
+    if not finite:
+        return Timing(backend.name, None, row.error, f"not finite at {shape.queries} tokens")
+    return Timing(backend.name, statistics.median(times), row.error)
+
+
+def _timed_once(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        attend(*qkv)
+        return (time.perf_counter() - start) * 1e3
+    stream = torch.cuda.current_stream(device)
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record(stream)
+    attend(*qkv)
+    after.record(stream)
+    after.synchronize()
+    return float(before.elapsed_time(after))
+
+
+def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `[1, L, H, D]`; slices of a packed `[1, L, 3 * H * D]` buffer where lengths are equal."""
+    generator = torch.Generator(device).manual_seed(0)
+    width = shape.heads * shape.head_dim
+
+    def draw(length: int, parts: int) -> tuple[Tensor, ...]:
+        x = torch.randn(1, length, parts * width, device=device, dtype=dtype, generator=generator)
+        return tuple(part.unflatten(-1, (shape.heads, shape.head_dim)) for part in x.chunk(parts, dim=-1))
+
+    if shape.queries == shape.keys:
+        q, k, v = draw(shape.queries, 3)
+    else:
+        (q,), (k, v) = draw(shape.queries, 1), (draw(shape.keys, 1)[0], draw(shape.keys, 1)[0])
+    return q, k, v
+
+
+def _bucket(length: int) -> int:
+    half_powers = -(-2 * log2(max(length, 16)) // 1)
+    return min(TIMED_TOKENS, round(2 ** (half_powers / 2)))
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.float() - expected).norm() / expected.norm())
+
+
+def _worse(a: float, b: float) -> float:
+    return a if a != a or a > b else b  # NaN is worst
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+
+
+def _cache_key(device: torch.device, shape: Shape, dtype: torch.dtype, backends: Iterable[Backend]) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = ",".join(f"{b.name}={b.version}" for b in backends)
+    timed = shape.timed
+    return f"{name}|{versions}|{dtype}|{timed.queries}x{timed.keys}x{timed.heads}x{timed.head_dim}"
+
+
+def _read_all(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_cache(folder: Path | None, key: str) -> tuple[Timing, ...] | None:
+    """None if nothing usable is kept under `key`: a damaged file only costs a new measurement."""
+    if folder is None:
+        return None
+    try:
+        table = tuple(Timing(**row) for row in _read_all(folder / CACHE_FILE)[key])
+    except (KeyError, TypeError):
+        return None
+    return table or None
+
+
+def _write_cache(folder: Path | None, key: str, table: tuple[Timing, ...]) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = _read_all(folder / CACHE_FILE) | {key: [asdict(row) for row in table]}
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=CACHE_FILE, delete=False) as partial:
+            json.dump(content, partial, indent=1)
+        os.replace(partial.name, folder / CACHE_FILE)
+    except OSError as problem:
+        log.warning("The attention measurement cannot be kept in %s: %s", folder, problem)

@@ -1,0 +1,180 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanduet.errors import ConfigError
+from wanduet.ops import attention, attention_choice
+from wanduet.ops.attention import Backend, available_backends, plain_with_lse, sdpa
+from wanduet.ops.attention_choice import CACHE_FILE, Shape, choose_attention
+
+CPU = torch.device("cpu")
+SHAPE = Shape(queries=64, keys=64, heads=2, head_dim=16)
+
+
+class Spy:
+    """A back end that counts its calls and spoils its result."""
+
+    def __init__(self, name: str, spoil=lambda x: x, slow: float = 0.0, exact: bool = True, lse=True) -> None:
+        self.calls, self.spoil, self.slow = 0, spoil, slow
+        self.backend = Backend(name, self.attend, self.attend_with_lse if lse else None, exact=exact)
+
+    def attend(self, q, k, v):
+        self.calls += 1
+        if self.slow:
+            time.sleep(self.slow)
+        return self.spoil(sdpa(q, k, v))
+
+    def attend_with_lse(self, q, k, v):
+        out, lse = plain_with_lse(q, k, v)
+        return self.spoil(out), lse
+
+
+def offered(*spies: Spy) -> dict[str, Backend]:
+    return {"sdpa": attention.SDPA} | {spy.backend.name: spy.backend for spy in spies}
+
+
+def choose(*spies: Spy, dtype=torch.float32, **given):
+    return choose_attention(CPU, SHAPE, dtype, backends=offered(*spies), **given)
+
+
+@pytest.fixture
+def slow_sdpa(monkeypatch) -> None:
+    spy = Spy("sdpa", slow=0.02)
+    monkeypatch.setattr(attention, "SDPA", spy.backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(33, 33), (1500, 70), (5, 300)])
+def test_plain_form_equals_sdpa(dtype, lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 16).to(dtype) for length in (lengths[0], lengths[1], lengths[1]))
+    out, lse = plain_with_lse(q, k, v)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out, sdpa(q, k, v), rtol=bound, atol=bound)
+    assert lse.shape == (2, 3, lengths[0])
+    assert lse.dtype == torch.float32
+
+
+def test_log_sum_exp_joins_parts_of_the_keys() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 40, 2, 16)
+    whole, _ = plain_with_lse(q, k, v)
+    parts = [plain_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 13), slice(13, 40))]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3)[..., None]
+    joined = sum(out * weight for (out, _), weight in zip(parts, weights, strict=True))
+    torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_has_sdpa_and_measures_nothing(tmp_path: Path) -> None:
+    assert list(available_backends(CPU)) == ["sdpa"]
+    choice = choose_attention(CPU, SHAPE, torch.float32, cache_folder=tmp_path)
+    assert choice.name == "sdpa"
+    assert choice.table == ()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fastest_is_chosen(slow_sdpa) -> None:
+    fast, slow = Spy("fast"), Spy("slow", slow=0.05)
+    choice = choose(slow, fast)
+    assert choice.name == "fast"
+    assert [row.name for row in choice.table] == ["fast", "sdpa", "slow"]
+    q = torch.randn(1, 4, 2, 16)
+    torch.testing.assert_close(choice.fn(q, q, q), sdpa(q, q, q))
+    torch.testing.assert_close(choice.fn_with_lse(q, q, q), plain_with_lse(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x * 1.1, lambda x: x * float("nan"), lambda x: x.flip(1), torch.zeros_like],
+    ids=["scaled", "nan", "reversed", "zeros"],
+)
+def test_wrong_ones_are_dropped_with_a_warning(slow_sdpa, spoil, dtype) -> None:
+    with pytest.warns(RuntimeWarning, match="broken is not used: wrong result"):
+        choice = choose(Spy("broken", spoil), dtype=dtype)
+    assert choice.name == "sdpa"
+
+
+def test_one_that_fails_only_on_long_sequences_is_dropped(slow_sdpa, monkeypatch) -> None:
+    monkeypatch.setattr(attention_choice, "CHECK_TOKENS", 20)
+    spoil = lambda x: x / 0 if x.shape[1] > 50 else x  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="not finite at 64 tokens"):
+        assert choose(Spy("overflows", spoil)).name == "sdpa"
+
+
+def test_one_that_raises_is_dropped(slow_sdpa) -> None:
+    def raises(x):
+        raise RuntimeError("no kernel image is available\nlong trace")
+
+    with pytest.warns(RuntimeWarning, match=r"absent is not used: no kernel image is available$"):
+        assert choose(Spy("absent", raises)).name == "sdpa"
+
+
+def test_a_wrong_log_sum_exp_is_found(slow_sdpa) -> None:
+    spy = Spy("halved")
+    spy.backend = Backend("halved", spy.attend, lambda q, k, v: (sdpa(q, k, v), plain_with_lse(q, k, v)[1] / 2))
+    with pytest.warns(RuntimeWarning, match="log-sum-exp"):
+        assert choose(spy).name == "sdpa"
+
+
+def test_approximate_ones_are_chosen_by_name_only(slow_sdpa) -> None:
+    spy = Spy("approximate", lambda x: x * 1.03, exact=False, lse=False)
+    assert choose(spy).name == "sdpa"
+    assert spy.calls == 0
+    choice = choose(spy, prefer="approximate")
+    assert choice.name == "approximate"
+    assert 0.02 < choice.table[0].error < 0.04
+    assert choice.fn_with_lse is plain_with_lse
+
+
+def test_a_named_one_that_is_absent_or_wrong_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not available here(.|\n)*auto, sdpa"):
+        choose(prefer="flash-attn-9")
+    with pytest.raises(ConfigError, match="wrong result"):
+        choose(Spy("broken", lambda x: x * 2), prefer="broken")
+
+
+def test_measured_once_and_remembered(tmp_path: Path, slow_sdpa) -> None:
+    first, second = Spy("fast"), Spy("fast")
+    table = choose(first, cache_folder=tmp_path).table
+    again = choose(second, cache_folder=tmp_path)
+    assert again.name == "fast"
+    assert again.table == table
+    assert (first.calls > 0, second.calls) == (True, 0)
+
+
+def test_another_version_or_shape_is_measured_anew(tmp_path: Path, slow_sdpa, monkeypatch) -> None:
+    choose(Spy("fast"), cache_folder=tmp_path)
+    longer = Shape(queries=64, keys=16, heads=2, head_dim=16)
+    spy = Spy("fast")
+    choose_attention(CPU, longer, torch.float32, backends=offered(spy), cache_folder=tmp_path)
+    assert spy.calls > 0
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    spy = Spy("fast")
+    choose(spy, cache_folder=tmp_path)
+    assert spy.calls > 0
+    assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_damaged_cache_is_measured_anew(tmp_path: Path, slow_sdpa, content: str) -> None:
+    (tmp_path / CACHE_FILE).write_text(content)
+    assert choose(Spy("fast"), cache_folder=tmp_path).name == "fast"
+    assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [CACHE_FILE]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, slow_sdpa) -> None:
+    (tmp_path / "file").write_text("")
+    assert choose(Spy("fast"), cache_folder=tmp_path / "file").name == "fast"
+
+
+def test_long_sequences_share_one_measurement() -> None:
+    assert Shape(75_600, 512, 12, 128).timed == Shape(171_360, 512, 12, 128).timed == Shape(32_768, 512, 12, 128)
+    assert Shape(32_760, 32_760, 12, 128).timed.queries == 32_768
+    assert Shape(100, 100, 12, 128).timed.queries == 128
