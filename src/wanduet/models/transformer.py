@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.models.embeddings import ConditionEmbedder, PatchGrid
+from wanduet.ops.adjacent import side_by_side
 from wanduet.ops.attention import AttentionFn, sdpa
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.rope import Rope, rope_for_grid
@@ -54,12 +55,14 @@ class Modulation:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How blocks run here: fused kernels, attention, sharding, feed-forward chunk in tokens."""
+    """How blocks run here: fused kernels, attention, sharding, feed-forward chunk in tokens, and attention
+    to the text where another back end is faster at its few keys."""
 
     kernels: Kernels = TORCH_KERNELS
     attention: AttentionFn = sdpa
     sharding: Sharding = field(default_factory=NoSharding)
     ffn_chunk: int = FFN_CHUNK_TOKENS
+    text_attention: AttentionFn | None = None
 
 
 class Attention(nn.Module):
@@ -71,14 +74,15 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
-        # Set where q, k and v lie side by side in one buffer (wanduet.models.packing).
-        self.packed_qkv: tuple[Tensor, Tensor] | None = None
 
     def project_qkv(self, n_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before norms; one product where the weights are packed."""
-        if self.packed_qkv is None:
+        parts = (self.to_q, self.to_k, self.to_v)
+        weight = side_by_side(*(part.weight for part in parts))
+        bias = side_by_side(*(part.bias for part in parts))
+        if weight is None or bias is None or torch.is_grad_enabled():
             return self.to_q(n_BLC), self.to_k(n_BLC), self.to_v(n_BLC)
-        q, k, v = F.linear(n_BLC, *self.packed_qkv).chunk(3, dim=-1)
+        q, k, v = F.linear(n_BLC, weight, bias).chunk(3, dim=-1)
         return q, k, v
 
     def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
@@ -93,7 +97,7 @@ class Attention(nn.Module):
     def attend_text(self, n_BLC: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, run: Runtime) -> Tensor:
         """Cross-attention's heads `[B, L, C]`, before the output projection."""
         q_BLHD = run.kernels.qk_norm_rope(self.to_q(n_BLC), self.norm_q.weight, self.eps, self.num_heads, None)
-        return run.attention(q_BLHD, k_BLHD, v_BLHD).flatten(2)
+        return (run.text_attention or run.attention)(q_BLHD, k_BLHD, v_BLHD).flatten(2)
 
     def project_text(self, text_BSC: Tensor, run: Runtime) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, text_len, H, D]` of a projected prompt."""
