@@ -17,7 +17,7 @@ NUM_FRAMES, SIZE = 33, 128
 
 VAE_SPEC = VAESpec(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 TRANSFORMER_SPEC = TransformerSpec(
-    num_attention_heads=8, attention_head_dim=32, text_dim=128, freq_dim=128, ffn_dim=1024, num_layers=6
+    num_attention_heads=8, attention_head_dim=32, text_dim=128, freq_dim=128, ffn_dim=896, num_layers=6
 )
 TEXT_ENCODER_SPEC = TextEncoderSpec(vocab_size=640, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
 DEFAULTS = GenerationDefaults(
@@ -102,11 +102,11 @@ def write_transformer(folder: Path, module: nn.Module) -> None:
 
 
 def write_text_encoder(folder: Path, module: nn.Module) -> None:
-    """The UMT5 encoder in float32, as transformers saves it (the embedding once, as `shared.weight`)."""
+    """The UMT5 encoder in bfloat16, as transformers saves it (the embedding once, as `shared.weight`)."""
     folder = folder / "text_encoder"
     write_json(folder / "config.json", text_encoder_config() | {"architectures": ["UMT5EncoderModel"]})
     tensors = {n: t for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
-    _save(folder / "model.safetensors", tensors, torch.float32)
+    _save(folder / "model.safetensors", tensors, torch.bfloat16)
 
 
 def text_encoder_config() -> dict[str, Any]:

@@ -69,9 +69,8 @@ def sample(parts: Parts, prompts: list[str], seed: int) -> Tensor:
     sigmas = (d.flow_shift * time / (1 + (d.flow_shift - 1) * time)).tolist()
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         timestep = torch.full((len(prompts),), 1000 * sigma, device=parts.device)
-        with torch.autocast(parts.device, torch.bfloat16, enabled=parts.device == "cuda"):
-            conditional = parts.transformer(x, timestep, positive).float()
-            unconditional = parts.transformer(x, timestep, negative).float()
+        conditional = parts.transformer(x, timestep, positive)
+        unconditional = parts.transformer(x, timestep, negative)
         x = x + (following - sigma) * (unconditional + d.guidance_scale * (conditional - unconditional))
     return torch.cat([parts.vae.decode(part) for part in x.split(8)])
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,38 @@ from wanduet.miniature.training import Trainer
 from wanduet.miniature.world import Clips, render, sample_clips
 from wanduet.models.transformer import WanTransformer
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_layers import CausalConv3d
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, causal_input, norm_silu
 
 TEXT_TOKENS = 40  # longest prompt in training, in tokens; longer ones are cut
 PROMPT_DROPOUT = 0.12
 
 
-def train_vae(out: Path, device: str, minutes: float, batch: int, crop: int) -> None:
-    """Stage 1: reconstruct nine-frame clips (L1 of pixels and of their edges, a little KL); write vae/."""
+def train_vae(out: Path, device: str, minutes: float, batch: int, crop: int) -> float:
+    """Stage 1: learn to reconstruct clips, first short crops, then whole clips; write vae/. Returns PSNR in dB."""
     torch.manual_seed(0)
     vae = WanVAE(files.VAE_SPEC).to(device).train()
     _initialise(vae)
-    frames = 9
-    pool = _clip_pool(2048, seed=1, device=device)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        compiled = torch.compile(norm_silu, dynamic=True)
+        CausalConv3d.kernels = VAEKernels("compiled", partial(causal_input, norm_silu=compiled))
+    short = _fit_vae(vae, device, 0.55 * minutes, batch, 17, crop, peak_lr=2e-3)
+    whole = max(1, batch // 8)
+    long = _fit_vae(vae, device, 0.45 * minutes, whole, files.NUM_FRAMES, 2 * crop, peak_lr=1e-3)
+    CausalConv3d.kernels = VAE_TORCH_KERNELS
+    vae.eval()
+    mean, std, psnr = _latent_statistics(vae, device)
+    print(f"vae: {short} + {long} steps, reconstruction {psnr:.2f} dB", flush=True)
+    files.write_static(out)
+    files.write_vae(out, vae, mean, std)
+    files.write_json(out / "vae_report.json", {"steps": [short, long], "psnr_db": psnr, "minutes": minutes})
+    return psnr
+
+
+def _fit_vae(vae: WanVAE, device: str, minutes: float, batch: int, frames: int, crop: int, peak_lr: float) -> int:
+    """Train on random crops: L1 of pixels and of their differences, a little KL. Returns the steps made."""
+    pool = _clip_pool(2048, seed=frames, device=device)
     video = torch.zeros(batch, 3, frames, crop, crop, device=device)
 
     def loss() -> Tensor:
@@ -48,21 +69,16 @@ def train_vae(out: Path, device: str, minutes: float, batch: int, crop: int) -> 
         edges = sum(F.l1_loss(got.diff(dim=d), video.diff(dim=d)) for d in (2, 3, 4))
         return F.l1_loss(got, video) + 0.5 * edges + 2e-5 * kl
 
-    trainer = Trainer([vae], loss, peak_lr=2e-3, decay=0.995, seconds=60 * minutes)
+    trainer = Trainer([vae], loss, peak_lr=peak_lr, decay=0.995, seconds=60 * minutes)
     while trainer.progress < 1:
         video.copy_(_random_crops(pool, batch, frames, crop))
         trainer.step()
-        if trainer.steps % 100 == 1:
+        if trainer.steps % 200 == 1:
             print(f"vae step {trainer.steps} {trainer.progress:5.0%} loss {trainer.loss_value():.4f}", flush=True)
-            if trainer.steps % 1000 == 1:
-                pool = _clip_pool(2048, seed=trainer.steps, device=device)
+        if trainer.steps % 1000 == 0:
+            pool = _clip_pool(2048, seed=frames + trainer.steps, device=device)
     trainer.use_averages()
-    vae.eval()
-    mean, std, psnr = _latent_statistics(vae, device)
-    print(f"vae: {trainer.steps} steps, reconstruction {psnr:.2f} dB", flush=True)
-    files.write_static(out)
-    files.write_vae(out, vae, mean, std)
-    files.write_json(out / "vae_report.json", {"steps": trainer.steps, "psnr_db": psnr, "minutes": minutes})
+    return trainer.steps
 
 
 def train_transformer(out: Path, device: str, minutes: float, batch: int, num_clips: int) -> None:
@@ -207,13 +223,16 @@ def main() -> None:
     parser.add_argument("--minutes-transformer", type=float, default=6.0)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae-crop", type=int, default=64)
+    parser.add_argument("--require-psnr", type=float, default=0.0, help="stop after the VAE if it is below this, in dB")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--clips", type=int, default=40000)
     parser.add_argument("--evaluate", type=int, default=210, help="unseen prompts to evaluate at the end")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     if options.stage in ("all", "vae"):
-        train_vae(options.out, options.device, options.minutes_vae, options.vae_batch, options.vae_crop)
+        psnr = train_vae(options.out, options.device, options.minutes_vae, options.vae_batch, options.vae_crop)
+        if psnr < options.require_psnr:
+            raise SystemExit(f"The VAE reconstructs at {psnr:.1f} dB only; not worth a transformer.")
     if options.stage in ("all", "transformer"):
         train_transformer(options.out, options.device, options.minutes_transformer, options.batch, options.clips)
     if options.evaluate and options.stage != "vae":

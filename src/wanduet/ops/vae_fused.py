@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CausalInput = Callable[[Tensor, Tensor | None, tuple[int, int], int, Tensor | None], Tensor]
+NormSilu = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +19,28 @@ class VAEKernels:
     causal_input: CausalInput
 
 
-def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """`silu(x / |x| * sqrt(C) * gamma)` of `[B, C, ...]`, the norm over channels in float32."""
+    normalized = F.normalize(x.float(), dim=1).to(x.dtype) * (x.shape[1] ** 0.5) * gamma
+    return F.silu(normalized, inplace=not torch.is_grad_enabled())
+
+
+def causal_input(
+    x: Tensor,
+    past: Tensor | None,
+    pads: tuple[int, int],
+    frames: int,
+    gamma: Tensor | None,
+    norm_silu: NormSilu = norm_silu,
+) -> Tensor:
     """The input of a causal convolution, written once: `frames` past frames, then `x`, with zero rows.
 
     x `[B, C, T, h, w]`; past `[B, C, frames, h + pads, w]` or None (zeros); pads zero rows above and below.
-    With `gamma` `[C, 1, 1, 1]` the new frames are `silu(x / |x| * sqrt(C) * gamma)`, the norm over
-    channels in float32. Returns `[B, C, frames + T, h + pads, w]`, laid out in memory as x is.
+    With `gamma` `[C, 1, 1, 1]` the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`, laid out in memory as x is.
     """
     top, bottom = pads
     if torch.is_grad_enabled():
-        value = x if gamma is None else F.silu(_normalized(x, gamma))
+        value = x if gamma is None else norm_silu(x, gamma)
         value = F.pad(value, (0, 0, top, bottom))
         before = value.new_zeros(*value.shape[:2], frames, *value.shape[3:]) if past is None else past
         return torch.cat((before, value), dim=2) if frames else value
@@ -47,13 +60,8 @@ def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: 
         inside.copy_(x)
     else:
         for frame in range(length):  # one frame at a time: the temporaries stay small
-            inside[:, :, frame : frame + 1].copy_(F.silu(_normalized(x[:, :, frame : frame + 1], gamma), inplace=True))
+            inside[:, :, frame : frame + 1].copy_(norm_silu(x[:, :, frame : frame + 1], gamma))
     return out
-
-
-def _normalized(x: Tensor, gamma: Tensor) -> Tensor:
-    normalized = F.normalize(x.float(), dim=1).to(x.dtype)
-    return normalized * (x.shape[1] ** 0.5) * gamma
 
 
 def _layout(x: Tensor) -> torch.memory_format:
