@@ -1,0 +1,58 @@
+"""Host memory that blocks of weights wait in: page-locked, memory-mapped, or plain."""
+
+import logging
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Hold = Literal["pinned", "mapped", "plain"]
+"""pinned: copies run beside the computation at full speed. mapped: in a scratch file, which the system may
+write out when memory is short. plain: ordinary memory, for a CPU as the device."""
+
+
+class HostMemory:
+    """Flat buffers in host memory. Page-locked ones are unlocked when this object goes."""
+
+    def __init__(self, hold: Hold, folder: Path | None = None) -> None:
+        """`folder` holds the scratch files of "mapped" (default: the system's temporary folder)."""
+        self.hold, self.folder = hold, folder
+        self._locked: list[Tensor] = []
+        weakref.finalize(self, _unlock, self._locked)
+
+    def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised `[size]` tensor."""
+        if self.hold == "mapped":
+            return self._map(size, dtype)
+        flat = torch.empty(size, dtype=dtype)
+        if self.hold == "pinned" and torch.cuda.is_available():
+            self._lock(flat)
+        return flat
+
+    def _lock(self, flat: Tensor) -> None:
+        """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
+        cudart = torch.cuda.cudart()
+        error = cudart.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
+        if int(error) == 0:
+            self._locked.append(flat)
+        else:
+            log.warning("Host memory cannot be page-locked (CUDA error %s): block copies will be slower.", int(error))
+
+    def _map(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A scratch file without a name: gone with the last mapping, whatever happens to the process."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix="wanduet-block-", dir=self.folder) as file:
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+
+
+def _unlock(locked: list[Tensor]) -> None:
+    """Unlock while the tensors are still held here, so before their memory is freed."""
+    for flat in locked:
+        torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
+    locked.clear()
