@@ -264,6 +264,7 @@ class _Encoder:
         context.pix_fmt = codec.pixel_format
         context.time_base = self._time_base
         context.thread_count = ENCODER_THREADS
+        context.thread_type = "AUTO"  # else x264 cuts each picture into slices, which costs quality
         tag_stream(context, codec)
         self._next = 0
 
