@@ -34,6 +34,13 @@ class HostMemory:
             self._lock(flat)
         return flat
 
+    def release(self, flat: Tensor) -> None:
+        """A buffer of `allocate` that is not read any more; its memory goes with its last reference."""
+        for index, locked in enumerate(self._locked):
+            if locked is flat or locked.data_ptr() == flat.data_ptr():
+                _unlock([self._locked.pop(index)])
+                return
+
     def _lock(self, flat: Tensor) -> None:
         """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
         cudart = torch.cuda.cudart()

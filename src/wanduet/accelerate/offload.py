@@ -155,12 +155,14 @@ class BlockStream:
             dtype = block.attn1.to_q.weight.dtype
             streamed = index in self._order
             if flat is None or flat.device.type != ("cpu" if streamed else self.device.type):
-                flat = (
-                    self.memory.allocate(layout.size, dtype)
-                    if streamed
-                    else torch.empty(layout.size, dtype=dtype, device=self.device)
-                )
+                before = flat
+                if streamed:
+                    flat = self.memory.allocate(layout.size, dtype)
+                else:
+                    flat = torch.empty(layout.size, dtype=dtype, device=self.device)
                 pack_block(block, flat)
+                if before is not None:
+                    self.memory.release(before)
             if streamed:
                 waiting[index] = _Waiting(large_parameters(block, layout), flat, layout.views(flat))
         return waiting

@@ -186,8 +186,12 @@ def test_page_locked_memory_is_unlocked_before_it_is_freed(monkeypatch) -> None:
     monkeypatch.setattr(host_memory.torch.cuda, "cudart", Cudart)
     memory = HostMemory("pinned")
     pointer = memory.allocate(10, torch.float32).data_ptr()
-    memory.allocate(11, torch.float32)  # cannot be locked: used as it is
-    assert [call[0] for call in calls] == ["lock", "lock"]
+    unlocked = memory.allocate(11, torch.float32)  # cannot be locked: used as it is
+    memory.release(unlocked)
+    released = memory.allocate(10, torch.float32)
+    assert [call[0] for call in calls] == ["lock"] * 3
+    memory.release(released)
+    assert calls[3:] == [("unlock", released.data_ptr())]
     del memory
     gc.collect()
-    assert calls[2:] == [("unlock", pointer)]
+    assert calls[4:] == [("unlock", pointer)]
