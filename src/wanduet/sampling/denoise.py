@@ -1,0 +1,92 @@
+"""The only denoising loop. It takes a callable for the velocity and knows nothing of models."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.sampling.guidance import Velocity
+from wanduet.sampling.samplers import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """A finished step. `latents` are those after it; `seconds` since the loop began."""
+
+    step: int  # from 0
+    num_steps: int
+    timestep: float
+    sigma: float  # share of noise before the step
+    latents: Tensor
+    seconds: float
+
+
+# May return other latents to go on with, or None.
+OnStep = Callable[[StepInfo], Tensor | None]
+
+
+def denoise(
+    velocity: Velocity,
+    latents: Tensor,
+    sampler: Sampler,
+    *,
+    on_step: OnStep | None = None,
+    should_cancel: Callable[[], bool] | None = None,
+    start_step: int = 0,
+) -> Tensor:
+    """Step latents `[B, 16, T, h, w]` float32 through the sampler's schedule from `start_step`.
+
+    Raises CancelledError between steps when `should_cancel()`, and NonFiniteLatentsError naming the step
+    after which NaN or infinity appeared. That check never makes the host wait for the step it has just
+    launched: it reads the verdict of the step before.
+    """
+    guard = _FiniteGuard()
+    began = time.perf_counter()
+    num_steps = len(sampler.timesteps)
+    for step in range(start_step, num_steps):
+        if should_cancel is not None and should_cancel():
+            raise CancelledError(f"Cancelled before denoising step {step + 1} of {num_steps}.")
+        timestep = sampler.timesteps[step]
+        latents = sampler.step(velocity(latents, timestep), step, latents)
+        guard.watch(step, latents)
+        if on_step is not None:
+            seconds = time.perf_counter() - began
+            info = StepInfo(step, num_steps, timestep, sampler.sigmas[step], latents, seconds)
+            replaced = on_step(info)
+            latents = latents if replaced is None else replaced
+    guard.finish()
+    return latents
+
+
+class _FiniteGuard:
+    """Asks after each step whether the latents are finite, and reads the answer one step later."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def watch(self, step: int, latents: Tensor) -> None:
+        """Start the check of this step; raise if the one before failed."""
+        self.finish()
+        verdict = torch.isfinite(latents).all()
+        if not latents.is_cuda:
+            self._pending = (step, verdict, None)
+            return
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(verdict, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (step, host, event)
+
+    def finish(self) -> None:
+        """Read the pending verdict. Raises NonFiniteLatentsError."""
+        if self._pending is None:
+            return
+        step, verdict, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        if not bool(verdict):
+            raise NonFiniteLatentsError(step)

@@ -1,0 +1,76 @@
+"""Classifier-free guidance: how the prompt's and the negative prompt's velocities make one.
+
+Source: Ho & Salimans, arXiv 2207.12598: `negative + scale * (positive - negative)`, here in float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+Condition = TypeVar("Condition")
+Predict = Callable[[Tensor, float, Condition], Tensor]
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+class Guidance(Protocol):
+    """Velocity of latents at a timestep, whatever it takes."""
+
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+        """Latents `[B, 16, T, h, w]` float32, timestep in 0..1000; velocity of that shape, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoGuidance(Generic[Condition]):
+    """The prompt alone: one forward a step."""
+
+    predict: Predict[Condition]
+    positive: Condition
+
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+        """See Guidance."""
+        return self.predict(latents, timestep, self.positive)
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialGuidance(Generic[Condition]):
+    """Both prompts on one device, one after the other."""
+
+    predict: Predict[Condition]
+    positive: Condition
+    negative: Condition
+    scale: float
+
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+        """See Guidance."""
+        positive = self.predict(latents, timestep, self.positive)
+        negative = self.predict(latents, timestep, self.negative)
+        return combine(positive, negative, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelGuidance(Generic[Condition]):
+    """One prompt on each of two ranks, which exchange their velocities: bit for bit as in sequence.
+
+    Rank 0 of `group` takes the prompt, rank 1 the negative prompt; `condition` is this rank's own.
+    """
+
+    predict: Predict[Condition]
+    condition: Condition
+    scale: float
+    group: dist.ProcessGroup
+
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+        """See Guidance."""
+        own = self.predict(latents, timestep, self.condition).contiguous()
+        both = [torch.empty_like(own), torch.empty_like(own)]
+        dist.all_gather(both, own, group=self.group)
+        return combine(both[0], both[1], self.scale)
+
+
+def combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """`negative + scale * (positive - negative)`; the order of operations is part of the promise."""
+    return negative + scale * (positive - negative)

@@ -1,0 +1,60 @@
+"""Each sampler against diffusers' own scheduler used as diffusers uses it."""
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
+from wanduet.sampling.denoise import denoise
+from wanduet.sampling.samplers import make_sampler
+
+CPU = torch.device("cpu")
+NAMES = ("unipc", "dpm++2m", "euler")
+
+
+def reference(name: str, shift: float):
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    if name == "unipc":
+        return UniPCMultistepScheduler(**flow)
+    return DPMSolverMultistepScheduler(**flow) if name == "dpm++2m" else FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def velocity(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    return torch.sin(3 * x) * 0.7 + x * (timestep / 1000) - 0.2
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(1, 16, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1, 2, 8, 50])
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+def test_equals_diffusers_exactly(name: str, steps: int, shift: float) -> None:
+    scheduler = reference(name, shift)
+    scheduler.set_timesteps(steps)
+    expected = noise()
+    for t in scheduler.timesteps:
+        expected = scheduler.step(velocity(expected, float(t)), t, expected, return_dict=False)[0]
+    sampler = make_sampler(name, shift, steps, CPU)
+    assert len(sampler.timesteps) == steps
+    assert sampler.sigmas[-1] == 0.0
+    assert torch.equal(denoise(velocity, noise(), sampler), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restored_at_every_step_continues_bit_for_bit(name: str, tmp_path) -> None:
+    steps = 7
+    expected = denoise(velocity, noise(), make_sampler(name, 5.0, steps, CPU))
+    sampler = make_sampler(name, 5.0, steps, CPU)
+    store = Checkpoints(tmp_path, "job")
+
+    def save(info) -> None:
+        store.save(DenoiseCheckpoint(info.step + 1, info.latents, sampler.state(), {"prompt": "x"}))
+        resumed = make_sampler(name, 5.0, steps, CPU)
+        saved = store.load()
+        assert saved is not None
+        resumed.restore(saved.sampler_state)
+        assert torch.equal(denoise(velocity, saved.latents, resumed, start_step=saved.step), expected)
+
+    assert torch.equal(denoise(velocity, noise(), sampler, on_step=save), expected)
