@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red circle moving left on a black background
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test check bench soak docs clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# On a machine with a GPU: the true shapes. Elsewhere: the same code in small, to see that it works.
+bench: $(VENV)/.dev
+	cd benchmarks && for file in [a-z]*.py; do ../$(BIN)/python $$file || exit 1; done
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/make.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@ $(VENV)/.runtime

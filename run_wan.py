@@ -1,0 +1,14 @@
+"""The simplest door: change the three settings, then `python run_wan.py`.
+
+Every flag of `wanduet generate` works here too and wins over the settings, for example:
+    python run_wan.py --model miniature "a red circle moving left on a black background"
+"""
+
+prompt = "A cat walks on the grass, realistic style, soft morning light."
+num_frames = 81  # 4n + 1; 16 frames are a second
+resolution = (480, 832)  # height, width; (720, 1280) and (1080, 1920) work too
+
+if __name__ == "__main__":
+    from wanduet.frontends.simple import run
+
+    run(prompt, num_frames, resolution)
