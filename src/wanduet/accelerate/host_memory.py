@@ -16,6 +16,9 @@ Hold = Literal["pinned", "mapped", "plain"]
 write out when memory is short. plain: ordinary memory, for a CPU as the device."""
 
 
+PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the current one alone
+
+
 class HostMemory:
     """Flat buffers in host memory. Page-locked ones are unlocked when this object goes."""
 
@@ -44,7 +47,7 @@ class HostMemory:
     def _lock(self, flat: Tensor) -> None:
         """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
         cudart = torch.cuda.cudart()
-        error = cudart.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
+        error = cudart.cudaHostRegister(flat.data_ptr(), flat.nbytes, PORTABLE)
         if int(error) == 0:
             self._locked.append(flat)
         else:

@@ -8,6 +8,7 @@ part that is local in space, which may run on some rows only, and a trunk with g
 Pixels are in [-1, 1]; latents are normalised (mean 0, standard deviation 1 over the training videos).
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ from wanduet.models.vae_layers import (
     CausalConv3d,
     Downsample,
     Past,
+    Remembers,
     ResidualBlock,
     RMSNorm,
     Step,
@@ -27,6 +29,7 @@ from wanduet.models.vae_layers import (
     run,
 )
 from wanduet.models.vae_rows import Rows, split_rows
+from wanduet.ops.vae_fused import VAEKernels
 from wanduet.specs import VAESpec
 
 
@@ -51,9 +54,9 @@ class Encoder(nn.Module):
         dims = [spec.base_dim * m for m in (1, *spec.dim_mult)]
         self.conv_in = CausalConv3d(3, dims[0], 3)
         self.down_blocks = nn.ModuleList()
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             widths = [in_dim] + [out_dim] * spec.num_res_blocks
-            self.down_blocks.extend(ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+            self.down_blocks.extend(ResidualBlock(a, b) for a, b in itertools.pairwise(widths))
             if level < len(spec.dim_mult) - 1:
                 self.down_blocks.append(Downsample(out_dim, spec.temperal_downsample[level]))
         self.mid_block = MidBlock(dims[-1])
@@ -79,7 +82,7 @@ class UpBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, upsample: Upsample | None) -> None:
         super().__init__()
         widths = [in_dim] + [out_dim] * (num_res_blocks + 1)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.resnets = nn.ModuleList(ResidualBlock(a, b) for a, b in pairs)
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
@@ -94,7 +97,7 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(dims[0])
         temporal = (*reversed(spec.temperal_downsample), None)
         self.up_blocks = nn.ModuleList()
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             doubles_time = temporal[level]
             upsample = None if doubles_time is None else Upsample(out_dim, doubles_time)
             entering = in_dim if level == 0 else in_dim // 2  # the upsampling before halved the width
@@ -117,11 +120,12 @@ class Decoder(nn.Module):
             layers += [*block.resnets, *(block.upsamplers or ())]  # type: ignore[misc]
         return layers
 
-    def local(self, x: Tensor, past: Past, rows: Rows) -> Step:
-        """From the middle's rows to pixels `[B, 3, T, h', w]`."""
+    def local(self, x: Tensor, past: Past, rows: Rows, wanted: Rows) -> Step:
+        """From the middle's rows to pixels `[B, 3, T, h', w]`, the wanted rows and perhaps some around them."""
         layers_past, out_past = past or (None, None)
-        x, layers_past, rows = run(self.local_layers, x, layers_past, rows)
-        x, out_past, rows = self.conv_out.step(x, out_past, rows, self.norm_out)
+        last = self.conv_out.rows_needed(wanted)
+        x, layers_past, rows = run(self.local_layers, x, layers_past, rows, last)
+        x, out_past, rows = self.conv_out.step(rows.crop(x, last), out_past, last, self.norm_out)
         return x, (layers_past, out_past), rows
 
 
@@ -134,6 +138,26 @@ class WanVAE(nn.Module):
         self.encoder, self.decoder = Encoder(spec), Decoder(spec)
         self.quant_conv = CausalConv3d(2 * spec.z_dim, 2 * spec.z_dim, 1)
         self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
+
+    def own_pasts(self, owns: bool = True) -> None:
+        """Let steps overwrite the past they are given. For drivers that use each past once: half the memory."""
+        for module in self.modules():
+            if isinstance(module, Remembers):
+                module.owns_past = owns
+
+    def use_kernels(self, kernels: VAEKernels) -> None:
+        """Run these between the convolutions."""
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.kernels = kernels
+
+    def channels_last(self) -> None:
+        """Lay weights out with channels last; activations follow. What most GPUs' convolutions are fastest in."""
+        for parameter in self.parameters():
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+            elif parameter.ndim == 4 and parameter.shape[-1] > 0:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     # Decoding.
 
@@ -150,7 +174,7 @@ class WanVAE(nn.Module):
         """The middle's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows."""
         window = self.decode_window(wanted)
         x = Rows.whole(mid.shape[-2]).crop(mid, window)
-        x, past, rows = self.decoder.local(x, past, window)
+        x, past, rows = self.decoder.local(x, past, window, wanted)
         return rows.crop(x, wanted).clamp(-1.0, 1.0), past
 
     def decode_step(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
@@ -184,7 +208,7 @@ class WanVAE(nn.Module):
         for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * strips)):
             window = rows_needed(layers, wanted)
             x = Rows.whole(frames.shape[-2]).crop(frames, window)
-            x, local_past, rows = run(layers, x, local_pasts[index] if local_pasts else None, window)
+            x, local_past, rows = run(layers, x, local_pasts[index] if local_pasts else None, window, wanted)
             features.append(rows.crop(x, wanted))
             pasts.append(local_past)
         x = torch.cat(features, dim=3) if len(features) > 1 else features[0]

@@ -5,7 +5,7 @@ the last two frames of its input. Frames are `[B, C, T, rows, columns]`. `Rows` 
 frame they are; see vae_rows.py. With gradients enabled nothing is computed in place.
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+
+SCORES_BYTES = 128 * 2**20  # of the middle's attention at a time
 
 Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
 Step: TypeAlias = tuple[Tensor, Past, Rows]
@@ -28,6 +30,19 @@ class Layer(Protocol):
         """The input rows that give at least these output rows."""
 
 
+class Remembers(nn.Module):
+    """A layer that keeps frames for the next step. `owns_past`: the caller never uses a past twice, so the
+    next one may take the old one's memory; without it steps are pure (see `WanVAE.own_pasts`)."""
+
+    owns_past = False
+
+    def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
+        """The next past: a copy of `frames`, in the old past's memory where that was given up."""
+        if self.owns_past and past is not None and past.shape == frames.shape and not torch.is_grad_enabled():
+            return past.copy_(frames)
+        return frames.clone()
+
+
 class RMSNorm(nn.Module):
     """Channel norm with a learned gain: `x / |x| * sqrt(C) * gamma`, per pixel. `gamma` `[C, 1, 1(, 1)]`."""
 
@@ -36,7 +51,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(nn.Conv3d, Remembers):
     """A convolution that sees this frame and the two before it, never later ones."""
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
@@ -57,7 +72,7 @@ class CausalConv3d(nn.Conv3d):
         pads = (0, 0) if native else (top, bottom)
         frames = self.kernel_size[0] - 1
         padded = self.kernels.causal_input(x, past, pads, frames, None if norm is None else norm.gamma)
-        past = padded[:, :, -frames:].clone() if frames else None
+        past = self.keep(padded[:, :, -frames:], past) if frames else None
         padding = (0, int(native), int(spatial))
         out = F.conv3d(padded, self.weight, self.bias, padding=padding)
         return out, past, rows.narrowed() if spatial else rows
@@ -105,7 +120,9 @@ class AttentionBlock(nn.Module):
         images = x.transpose(1, 2).flatten(0, 1)
         normed = F.normalize(images.float(), dim=1).to(x.dtype) * (channels**0.5) * self.norm.gamma
         q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        heads = F.scaled_dot_product_attention(q, k, v)
+        # In parts of the queries, so that a back end that writes out the scores needs a bounded memory too.
+        part = max(1, SCORES_BYTES // (4 * height * width * q.shape[0]))
+        heads = torch.cat([F.scaled_dot_product_attention(rows, k, v) for rows in q.split(part, dim=2)], dim=2)
         heads = heads.squeeze(1).transpose(1, 2).reshape(batch * frames, channels, height, width)
         out = self.proj(heads).unflatten(0, (batch, frames)).transpose(1, 2)
         return x + out, None, rows
@@ -130,17 +147,40 @@ class Upsample(nn.Module):
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
                 past = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
             else:
-                pairs, past, _ = self.time_conv.step(x, past, rows)
-                x = pairs.unflatten(1, (2, x.shape[1])).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+                x, past, _ = self.time_conv.step(x, past, rows)
+        channels = self.resample[1].in_channels
+        # A pair of frames lies in the two halves of the channels.
+        frames = [half for frame in x.unbind(2) for half in frame.split(channels, dim=1)]
         doubled = rows.doubled()
-        conv: nn.Conv2d = self.resample[1]  # type: ignore[assignment]
-        batch, frames = x.shape[0], x.shape[2]
-        images = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
-        images = F.conv2d(F.pad(images, (1, 1, *doubled.padding)), conv.weight, conv.bias)
-        return images.unflatten(0, (batch, frames)).transpose(1, 2), past, doubled.narrowed()
+        if torch.is_grad_enabled():
+            return torch.stack([self._widen(frame, doubled) for frame in frames], dim=2), past, doubled.narrowed()
+        out: Tensor | None = None
+        for index, frame in enumerate(frames):  # one at a time: the doubled input is a decode's largest tensor
+            wide = self._widen(frame, doubled)
+            if out is None:
+                shape = (*wide.shape[:2], len(frames), *wide.shape[2:])
+                out = torch.empty(shape, dtype=wide.dtype, device=wide.device, memory_format=_layout_of_clip(wide))
+            out[:, :, index] = wide
+        assert out is not None
+        return out, past, doubled.narrowed()
+
+    def _widen(self, images: Tensor, rows: Rows) -> Tensor:
+        """`[N, C, h, w]` to `[N, C/2, 2h', 2w]`; `rows` are the doubled ones."""
+        conv = cast(nn.Conv2d, self.resample[1])
+        images = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
+        top, bottom = rows.padding
+        if top != bottom:
+            images, top = F.pad(images, (0, 0, top, bottom)), 0
+        return F.conv2d(images, conv.weight, conv.bias, padding=(top, 1))
 
 
-class Downsample(nn.Module):
+def _layout_of_clip(image: Tensor) -> torch.memory_format:
+    """Channels last for a clip of images that are."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
+class Downsample(Remembers):
     """Half the rows and columns (3x3 convolution of stride 2); with `temporal`, half the frames after."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
@@ -163,15 +203,24 @@ class Downsample(nn.Module):
             last = x[:, :, -1:]
             if past is not None:
                 x = self.time_conv(torch.cat((past, x), dim=2))
-            past = last.clone()
+            past = self.keep(last, past)
         return x, past, rows.halved()
 
 
-def run(layers: "nn.ModuleList | list[nn.Module]", x: Tensor, past: Past, rows: Rows) -> Step:
-    """Layers one after another; the past is a tuple of theirs."""
+def run(
+    layers: "nn.ModuleList | list[nn.Module]", x: Tensor, past: Past, rows: Rows, wanted: Rows | None = None
+) -> Step:
+    """Layers one after another; the past is a tuple of theirs.
+
+    With `wanted`, rows that the wanted ones do not need are dropped before each layer. (A strip near the
+    frame's border would otherwise carry all rows up to the border through every layer.)
+    """
+    inputs = [rows_needed(list(layers)[i:], wanted) for i in range(len(layers))] if wanted is not None else None
     pasts: list[Past] = []
-    for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
-        x, layer_past, rows = layer.step(x, layer_past, rows)  # type: ignore[operator, assignment]
+    for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
+        if inputs is not None and inputs[index] != rows:
+            x, rows = rows.crop(x, inputs[index]), inputs[index]
+        x, layer_past, rows = layer.step(x, layer_past, rows)  # type: ignore[operator]
         pasts.append(layer_past)
     return x, tuple(pasts), rows
 

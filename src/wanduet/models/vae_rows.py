@@ -7,7 +7,7 @@ true border, where zeros are padded as for the whole frame. Nothing is blended.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -88,4 +88,4 @@ def split_rows(rows: Rows, weights: Sequence[float]) -> list[Rows]:
     """Cut rows into consecutive parts in proportion to `weights`; parts that would be empty are left out."""
     total = sum(weights)
     cuts = [rows.start + round(rows.count * share / total) for share in accumulate(weights, initial=0.0)]
-    return [Rows(a, b, rows.height) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    return [Rows(a, b, rows.height) for a, b in pairwise(cuts) if b > a]

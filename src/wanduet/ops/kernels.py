@@ -3,12 +3,14 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.rope import Rope, rope_for_grid
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 
 # Largest relative error against the plain forms on the same inputs: both round once, at other places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -20,19 +22,59 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     Triton's kernels are compiled and compared with the plain forms on small tensors before they are
     trusted; if Triton is missing or they are wrong, a warning is given and the plain forms are returned.
     """
-    if device.type != "cuda":
-        return TORCH_KERNELS
-    try:
+
+    def faster() -> tuple[Kernels, float]:
         from wanduet.ops.triton_kernels import TRITON_KERNELS
 
-        error = largest_error(TRITON_KERNELS, device, dtype)
+        return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype)
+
+    return _trusted(faster, TORCH_KERNELS, device, dtype)
+
+
+def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
+    """The same for what runs between the VAE's convolutions."""
+
+    def faster() -> tuple[VAEKernels, float]:
+        from wanduet.ops.vae_triton import VAE_TRITON_KERNELS
+
+        return VAE_TRITON_KERNELS, largest_vae_error(VAE_TRITON_KERNELS, device, dtype)
+
+    return _trusted(faster, VAE_TORCH_KERNELS, device, dtype)
+
+
+Set = TypeVar("Set", Kernels, VAEKernels)
+
+
+def _trusted(faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.device, dtype: torch.dtype) -> Set:
+    """The faster kernels if they run on a GPU and are right; else the plain ones, with a warning."""
+    if device.type != "cuda":
+        return plain
+    try:
+        kernels, error = faster()
     except Exception as problem:  # a compiler's failure can be anything
         warnings.warn(f"Triton kernels cannot be used here, plain PyTorch runs instead: {problem!r}", RuntimeWarning)
-        return TORCH_KERNELS
+        return plain
     if not error <= CHECK_TOLERANCE[dtype]:  # also true for NaN
         warnings.warn(f"Triton kernels are wrong here (error {error:.1e}), plain PyTorch runs instead.", RuntimeWarning)
-        return TORCH_KERNELS
-    return TRITON_KERNELS
+        return plain
+    return kernels
+
+
+def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative error of a convolution's input against the plain form, on small random tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator).to(device, dtype)
+        return x.to(memory_format=torch.channels_last_3d)
+
+    x, past = draw(1, 96, 3, 5, 7), draw(1, 96, 2, 6, 7)
+    gamma = torch.randn(96, 1, 1, 1, generator=generator).to(device, dtype)
+    errors = []
+    with torch.no_grad():
+        for inputs in ((x, past, (1, 0), 2, gamma), (x, None, (1, 1), 2, gamma), (x, past, (0, 1), 2, None)):
+            errors.append(_relative(kernels.causal_input(*inputs), VAE_TORCH_KERNELS.causal_input(*inputs)))
+    return max(errors, key=lambda error: float("inf") if error != error else error)
 
 
 def largest_error(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> float:

@@ -21,14 +21,13 @@ Bytes moved by what stands between the matrix products, in units of one `[L, C]`
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads the annotations of a kernel's parameters itself.)
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops import fused
+from wanduet.ops.devices import on_device_of
 from wanduet.ops.fused import Kernels
 from wanduet.ops.rope import Rope
 
@@ -165,7 +164,7 @@ def _launch_residual_norm(
     read = x if y is None else y
     _require_dense_channels(x, read, out, weight, bias, *(() if gate is None else (gate,)))
     block, rows, warps = launch_shape(width)
-    with _current_device(x):
+    with on_device_of(x):
         _residual_norm_kernel[(triton.cdiv(length, rows), batch)](
             x, read, out, weight if gate is None else gate, weight, bias,
             x.stride(0), x.stride(1), read.stride(0), read.stride(1), out.stride(0), out.stride(1),
@@ -183,7 +182,7 @@ def _launch_qk_norm_rope(
     _require_dense_channels(q, second, q_weight)
     cos, sin = (q_weight, q_weight) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
     block, rows, warps = launch_shape(width)
-    with _current_device(q):
+    with on_device_of(q):
         _qk_norm_rope_kernel[(triton.cdiv(length, rows), batch)](
             q, second, q_weight, q_weight if k_weight is None else k_weight, cos, sin,
             q.stride(0), q.stride(1), second.stride(0), second.stride(1), length, eps,
@@ -206,11 +205,6 @@ def _batch_stride(x: Tensor) -> int:
 def _require_dense_channels(*tensors: Tensor) -> None:
     if any(x.stride(-1) != 1 for x in tensors):
         raise ValueError("Fused kernels need channels that lie side by side in memory.")
-
-
-def _current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 TRITON_KERNELS = Kernels("triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu)
