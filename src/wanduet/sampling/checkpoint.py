@@ -7,6 +7,8 @@ complete. A checksum over the tensors is stored with them; a damaged file is ign
 import hashlib
 import json
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,10 @@ class Checkpoints:
         scalars = _flatten(checkpoint.sampler_state, tensors)
         about = {"step": checkpoint.step, "sampler": scalars, "about": checkpoint.about, "sha256": _digest(tensors)}
         partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, {"wanduet_checkpoint": json.dumps(about)})
+        try:
+            save_file(tensors, partial, {"wanduet_checkpoint": json.dumps(about)})
+        except SafetensorError as error:  # what a full disk becomes on its way through safetensors
+            raise OSError(str(error)) from error
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         if self.path.exists():
@@ -59,9 +64,21 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Forget this denoise."""
+        """Forget this denoise; a folder that cannot be written keeps its files."""
         for path in (self.path, self.previous, self.path.with_suffix(".partial")):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, days: float) -> int:
+    """Delete what nobody came back for in so many days; returns how many files went."""
+    removed = 0
+    for path in folder.glob("*.*") if folder.is_dir() else ():
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86400 * days:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def find_checkpoints(folder: Path) -> list[DenoiseCheckpoint]:
@@ -110,5 +127,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

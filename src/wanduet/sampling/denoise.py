@@ -56,7 +56,9 @@ def denoise(
             seconds = time.perf_counter() - began
             info = StepInfo(step, num_steps, timestep, sampler.sigmas[step], latents, seconds)
             replaced = on_step(info)
-            latents = latents if replaced is None else replaced
+            if replaced is not None:
+                latents = replaced
+                guard.watch(step, latents)
     guard.finish()
     return latents
 
@@ -77,7 +79,7 @@ class _FiniteGuard:
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(verdict, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(latents.device))
         self._pending = (step, host, event)
 
     def finish(self) -> None:

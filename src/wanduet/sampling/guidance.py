@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from wanduet.parallel.exchange import gather
 
 Condition = TypeVar("Condition")
 Predict = Callable[[Tensor, float, Condition], Tensor]
@@ -65,10 +66,8 @@ class ParallelGuidance(Generic[Condition]):
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """See Guidance."""
-        own = self.predict(latents, timestep, self.condition).contiguous()
-        both = [torch.empty_like(own), torch.empty_like(own)]
-        dist.all_gather(both, own, group=self.group)
-        return combine(both[0], both[1], self.scale)
+        positive, negative = gather(self.predict(latents, timestep, self.condition), self.group)
+        return combine(positive, negative, self.scale)
 
 
 def combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

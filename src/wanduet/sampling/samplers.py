@@ -54,8 +54,8 @@ class SchedulerSampler:
 
     def restore(self, state: State) -> None:
         """See Sampler."""
-        for name in self._names():
-            setattr(self._scheduler, name, _to(state[name], self._device))
+        for name, value in state.items():  # a fresh scheduler lacks some of these attributes
+            setattr(self._scheduler, name, _to(value, self._device))
 
     def _names(self) -> list[str]:
         return [name for name in _HISTORY if hasattr(self._scheduler, name)]

@@ -1,0 +1,228 @@
+"""Models from the hub: found in the cache, or fetched with resume, pinned to a revision and verified.
+
+huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_HOME, HF_TOKEN.
+"""
+
+import errno
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanduet.errors import ModelNotFoundError, WeightsError
+from wanduet.weights.folder import ModelFolder
+from wanduet.weights.manifest import SHA256_LENGTH, file_sha256, find_damaged, verify, write_manifest
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+log = logging.getLogger(__name__)
+
+MINIATURE = "miniature"
+_NEEDED = ("*.json", "*.safetensors", "*.model", "*.txt")  # nothing that is not needed, no pickles
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HINT = "Give a folder, a hub id, or `miniature`."
+
+
+def open_model(model: str, revision: str | None = None, *, fetch: bool = True) -> ModelFolder:
+    """A model by folder, hub id or `miniature`; fetched from the hub if it is not in the cache.
+
+    Raises ModelNotFoundError, or WeightsError for a fetched file that is damaged.
+    """
+    local = local_model(model)
+    if local is not None:
+        return local
+    try:
+        cached = _cached(model, revision)
+    except WeightsError as error:  # half a download is never used
+        if not fetch:
+            raise
+        log.warning("%s It is fetched again.", error.message)
+        cached = None
+    if cached is not None:
+        return cached
+    if not fetch:
+        raise ModelNotFoundError(f"{model} is not in the cache.", hint=f"Fetch it: wanduet download --model {model}")
+    return download(model, revision).folder
+
+
+def local_model(model: str) -> ModelFolder | None:
+    """The model that a folder's path or `miniature` names; None for a hub id. Raises ModelNotFoundError."""
+    if model == MINIATURE:
+        return ModelFolder(Path(__file__).parent.parent / "miniature" / "model", MINIATURE)
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return ModelFolder(path.resolve(), model)
+        is_file = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
+        raise ModelNotFoundError(f"There is no model {model[:200]!r} ({error}).", hint=_HINT) from error
+    if is_file:
+        raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=_HINT)
+    if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
+        raise ModelNotFoundError(f"There is no model {model!r}.", hint=_HINT)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A fetched model, and what was verified: files with a published hash, and their bytes."""
+
+    folder: ModelFolder
+    num_verified: int
+    num_bytes: int
+
+
+def download(model: str, revision: str | None = None, remember: Path | None = None) -> Download:
+    """Fetch a model with huggingface_hub (resumed where it stopped) and check every file.
+
+    A file that is not what was published is thrown away and fetched once more. With HF_HUB_OFFLINE the cached
+    model is checked instead. `remember` is a file where good ones are noted. Raises ModelNotFoundError if it
+    cannot be fetched, WeightsError if a file is still not what was published.
+    """
+    info, path = _fetch(model, revision)
+    if info is None:
+        folder = _cached(model, revision)
+        if folder is None:
+            raise ModelNotFoundError(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids fetching it.")
+        hashes = published_hashes(folder.path)
+        verify(folder.path, hashes, remember)
+        return Download(folder, len(hashes), _size(folder.path, hashes))
+    hashes = _published(info)
+    damaged, _ = find_damaged(path, hashes, remember)
+    if damaged:
+        log.warning("Not what was published, fetched again: %s", ", ".join(damaged))
+        _throw_away(path, damaged)
+        _, path = _fetch(model, revision)
+        damaged, _ = find_damaged(path, hashes, remember)
+        _throw_away(path, damaged)
+    if damaged:
+        raise WeightsError(
+            f"{', '.join(damaged)} of {model} came damaged twice: the hash is not the one that was published.",
+            hint="Is a proxy or a mirror (HF_ENDPOINT) in between? What was good is kept.",
+        )
+    if not published_hashes(path):  # a cache of copies instead of links, as on Windows: keep the hashes beside them
+        write_manifest(
+            path, {name: h if len(h) == SHA256_LENGTH else file_sha256(path / name) for name, h in hashes.items()}
+        )
+    return Download(ModelFolder(path, model, info.sha), len(hashes), _size(path, hashes))
+
+
+def published_hashes(folder: Path) -> dict[str, str]:
+    """The hashes that a folder's files should have: its `manifest.json`, or the names that the hub's cache gives.
+
+    In the hub's cache a file is a link to `blobs/<hash>`. Empty for a folder that has neither.
+    """
+    from wanduet.weights.folder import MANIFEST_FILE, read_json
+
+    if (folder / MANIFEST_FILE).exists():
+        hashes = read_json(folder / MANIFEST_FILE).get("sha256")
+        return {str(k): str(v) for k, v in hashes.items()} if isinstance(hashes, Mapping) else {}
+    links = {p.relative_to(folder).as_posix(): p.resolve() for p in sorted(folder.rglob("*")) if p.is_symlink()}
+    return {
+        name: blob.name
+        for name, blob in links.items()
+        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+    }
+
+
+def verify_manifest(folder: ModelFolder, remember: Path | None, parts: tuple[str, ...] = ()) -> int:
+    """Check a folder against the hashes that were published with it; returns how many files were hashed.
+
+    `parts` are the subfolders to look at, none for the whole model. Raises WeightsError.
+    """
+    hashes = published_hashes(folder.path)
+    wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}
+    with folder.checking:
+        return verify(folder.path, wanted, remember, folder.checked)
+
+
+def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
+    """What the hub says of a model, and its folder; no info in offline mode. Raises ModelNotFoundError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True)
+        # By the name that was asked for, not by the commit: the cache then knows the name without a network.
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED)))
+        if path.name != info.sha:  # somebody published in between
+            info = HfApi().model_info(model, revision=path.name, files_metadata=True)
+        return info, path
+    except OfflineModeIsEnabled:
+        return None, Path()
+    except GatedRepoError as error:
+        raise ModelNotFoundError(f"{model} is gated: accept its terms on the hub, then set HF_TOKEN.") from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{model} has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"The hub has no model {model!r} (or it is private).") from error
+    except HfHubHTTPError as error:
+        raise ModelNotFoundError(f"The hub refused {model}: {_first_line(error)}") from error
+    except Exception as error:  # the HTTP client's own errors (no common base over its versions), a full disk
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ModelNotFoundError(
+            f"There is no folder {model}, and it cannot be fetched from the hub: {_first_line(error)}",
+            hint=("Free some space, or set HF_HOME to another disk. " if full else "Is there a network? ") + _AGAIN,
+        ) from error
+
+
+_AGAIN = (
+    "Files that came whole are kept; run the same command again. `--model miniature` comes with wanduet and "
+    "needs nothing fetched."
+)
+
+
+def _published(info: "ModelInfo") -> dict[str, str]:
+    """Hash of every file that wanduet needs, as the hub tells them."""
+    return {
+        sibling.rfilename: sibling.lfs.sha256 if sibling.lfs is not None else str(sibling.blob_id)
+        for sibling in info.siblings or ()
+        if any(fnmatch(sibling.rfilename, pattern) for pattern in _NEEDED)
+        and (sibling.lfs is not None or sibling.blob_id is not None)
+    }
+
+
+def _throw_away(folder: Path, names: list[str]) -> None:
+    """Remove files and the blobs that they are links to, so that the hub's client fetches them anew."""
+    for name in names:
+        path = folder / name
+        blob = path.resolve()
+        path.unlink(missing_ok=True)
+        if blob.parent.name == "blobs":
+            blob.unlink(missing_ok=True)
+
+
+def _size(folder: Path, names: Mapping[str, str]) -> int:
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def _cached(model: str, revision: str | None) -> ModelFolder | None:
+    """The hub's cached copy, if it is whole. Raises WeightsError for a file that is cut off."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_NEEDED))
+        folder = ModelFolder(Path(found), model, Path(found).name)
+        folder.spec  # noqa: B018 - reads the configs
+        for files in (folder.transformer, folder.vae, folder.text_encoder):
+            files.shapes  # noqa: B018 - reads the headers, which are checked against the files' sizes
+    except (LocalEntryNotFoundError, ModelNotFoundError):
+        return None
+    except (OSError, ValueError) as error:  # an id that the hub's client refuses, a cache that cannot be read
+        raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=_HINT) from error
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,183 @@
+"""Safetensors files of one component: what they hold, read from their headers alone, and their tensors.
+
+Files are memory-mapped, one at a time and only while something is read from them, so reading never needs
+more host memory than what is asked for.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from wanduet.errors import WeightsError
+
+if TYPE_CHECKING:  # configs and headers are read, and refused, before torch is imported
+    import torch
+    from torch import Tensor
+
+HEADER_LIMIT = 100 * 2**20  # what safetensors itself allows
+# Bytes hashed at each of a file's sampled places for the fingerprint.
+SAMPLE_BYTES = 65536
+SAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor; `dtype` as safetensors names it (`F32`, `BF16`)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFiles:
+    """The tensors of a component, over one or several files."""
+
+    def __init__(self, name: str, paths: Sequence[Path]) -> None:
+        """`name` is the component's, for messages. Raises WeightsError for a damaged or truncated file."""
+        self.name, self.paths = name, tuple(paths)
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in self.paths:
+            self.tensors.update(_tensors_of(path))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
+        """The named tensors, file by file, memory-mapped. Raises WeightsError."""
+        for path in self.paths:
+            wanted = [n for n in names if n in self.tensors and self.tensors[n].file == path]
+            if not wanted:
+                continue
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in wanted:
+                        yield name, file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"{path} is damaged: {error}.", hint=_HINT) from error
+
+    def read(self, names: Collection[str], dtype: "torch.dtype") -> "dict[str, Tensor]":
+        """Copies of the named tensors in `dtype`; nothing stays mapped. Raises WeightsError for a missing one."""
+        self._require(names)
+        return {name: tensor.to(dtype, copy=True) for name, tensor in self.iterate(names)}
+
+    def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+        """Some rows of a matrix, without reading the others. Raises WeightsError."""
+        import torch
+
+        self._require([name])
+        count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
+        if not all(0 <= row < count for row in rows):  # a slice beyond the end would be empty, not an error
+            raise WeightsError(
+                f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
+                "tokenizer and weights do not belong together."
+            )
+        try:
+            with safe_open(self.tensors[name].file, framework="pt") as file:
+                matrix = file.get_slice(name)
+                return torch.cat([matrix[row : row + 1].to(dtype, copy=True) for row in rows])
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{self.tensors[name].file} is damaged: {error}.", hint=_HINT) from error
+
+    def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:
+        """Fill tensors that have their memory already, one by one; dtype and device are the targets'.
+
+        Raises WeightsError if `check` does.
+        """
+        import torch
+
+        self.check({name: tuple(target.shape) for name, target in targets.items()}, ignore)
+        with torch.no_grad():
+            for name, tensor in self.iterate(targets):
+                targets[name].copy_(tensor)
+
+    def check(self, shapes: "Mapping[str, tuple[int, ...]]", ignore: Collection[str] = ()) -> None:
+        """Compare with the shapes that a model needs, from the headers alone.
+
+        Names must match exactly, but for those in `ignore`. Raises WeightsError that names what is missing,
+        surplus or of another shape.
+        """
+        missing = sorted(set(shapes) - set(self.tensors))
+        surplus = sorted(set(self.tensors) - set(shapes) - set(ignore))
+        wrong = [n for n, shape in shapes.items() if n in self.tensors and shape != self.tensors[n].shape]
+        problems = [
+            f"{label}: {_some(names)}"
+            for label, names in (("missing", missing), ("not known", surplus), ("of another shape", wrong))
+            if names
+        ]
+        if problems:
+            raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
+
+    def fingerprint(self) -> str:
+        """A digest of every header and of samples of the data; reads a few MiB whatever the files' size."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                digest.update(file.read(length))
+                for sample in range(SAMPLES):
+                    file.seek(8 + length + (size - 8 - length) * sample // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def _require(self, names: Collection[str]) -> None:
+        missing = sorted(set(names) - set(self.tensors))
+        if missing:
+            raise WeightsError(f"The {self.name}'s files lack {_some(missing)}.", hint=_HINT)
+
+
+_HINT = "Fetch the model again with `wanduet download`."
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, without its tensors.
+
+    Raises OSError, or ValueError for a file that is damaged or of another kind.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError("the file is too short")
+        (length,) = struct.unpack("<Q", start)
+        if length > HEADER_LIMIT:
+            raise ValueError("the header is too long")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    return header
+
+
+def _tensors_of(path: Path) -> dict[str, TensorInfo]:
+    """The entries of a file's header, checked against its size."""
+    try:
+        header = read_header(path)
+        size = path.stat().st_size
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        tensors = {
+            name: TensorInfo(path, tuple(int(side) for side in entry["shape"]), str(entry["dtype"]))
+            for name, entry in entries.items()
+        }
+    except OSError as error:
+        raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=_HINT) from error
+    except (ValueError, LookupError, TypeError, RecursionError, struct.error) as error:
+        raise WeightsError(f"{path} is no safetensors file, or damaged ({error}).", hint=_HINT) from error
+    if size != end:
+        raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=_HINT)
+    return tensors
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,212 @@
+"""A model folder in the Diffusers layout: where it is, what its configs say, which files hold its tensors."""
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wanduet.errors import ModelNotFoundError
+from wanduet.specs import (
+    WAN_1_3B,
+    WAN_14B,
+    GenerationDefaults,
+    ModelSpec,
+    TextEncoderSpec,
+    TransformerSpec,
+    VAESpec,
+)
+from wanduet.weights.files import TensorFiles
+
+COMPONENTS = ("transformer", "vae", "text_encoder")
+DEFAULTS_FILE = "generation_defaults.json"
+MANIFEST_FILE = "manifest.json"
+
+Spec = TypeVar("Spec")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One model on disk. `name` is what the user called it; `revision` the hub's commit, where known."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+    checked: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # files whose hash was right
+    checking: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ModelNotFoundError for a folder that is not there or not in the Diffusers layout."""
+        if not self.path.is_dir():
+            raise ModelNotFoundError(
+                f"There is no folder {self.path}.", hint="Give a folder, a hub id, or `miniature`."
+            )
+        missing = [n for n in (*COMPONENTS, "tokenizer") if not (self.path / n).is_dir()]
+        if missing:
+            raise ModelNotFoundError(
+                f"{self.path} is no model in the Diffusers layout: it lacks {', '.join(n + '/' for n in missing)}.",
+                hint="A folder that diffusers' WanPipeline can load is what is needed.",
+            )
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """Everything the configs say. Raises ModelNotFoundError for a config that is missing or not supported."""
+        transformer = self._component("transformer", TransformerSpec.from_config)
+        spec = ModelSpec(
+            self.name,
+            transformer=transformer,
+            vae=self._component("vae", VAESpec.from_config),
+            text_encoder=self._component("text_encoder", TextEncoderSpec.from_config),
+            defaults=self._defaults(transformer),
+        )
+        _check_consistent(self.path, spec)
+        return spec
+
+    @cached_property
+    def transformer(self) -> TensorFiles:
+        """The transformer's tensors."""
+        return self._files("transformer")
+
+    @cached_property
+    def vae(self) -> TensorFiles:
+        """The VAE's tensors."""
+        return self._files("vae")
+
+    @cached_property
+    def text_encoder(self) -> TensorFiles:
+        """The text encoder's tensors."""
+        return self._files("text_encoder")
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's folder."""
+        return self.path / "tokenizer"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the weights that make the pixels: a digest of transformer and VAE."""
+        both = self.transformer.fingerprint() + self.vae.fingerprint()
+        configs = [self.config(component) for component in ("transformer", "vae")]
+        return hashlib.sha256((both + json.dumps(configs, sort_keys=True)).encode()).hexdigest()
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """What identifies the text encoder and its tokenizer."""
+        config = json.dumps(self.config("text_encoder"), sort_keys=True)
+        digest = hashlib.sha256((self.text_encoder.fingerprint() + config).encode())
+        for path in sorted(self.tokenizer.iterdir()):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config.json. Raises ModelNotFoundError."""
+        return read_json(self.path / component / "config.json")
+
+    def _component(self, name: str, read: Callable[[dict[str, Any]], Spec]) -> Spec:
+        return _understood(self.path / name / "config.json", self.config(name), read)
+
+    def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
+        path = self.path / DEFAULTS_FILE
+        if path.exists():
+            return _understood(path, read_json(path), GenerationDefaults.from_config)
+        return WAN_14B.defaults if transformer == WAN_14B.transformer else WAN_1_3B.defaults
+
+    def _files(self, name: str) -> TensorFiles:
+        folder = self.path / name
+        indices = sorted(folder.glob("*.safetensors.index.json"))
+        whole = sorted(folder.glob("*.safetensors"))
+        paths = [folder / file for file in _shards(indices[0])] if indices else whole
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing or not paths:
+            raise ModelNotFoundError(
+                f"{folder} lacks {', '.join(missing) or 'its .safetensors file'}.",
+                hint="Fetch the model with `wanduet download`; .bin and .pth files are not read.",
+            )
+        return TensorFiles(name.replace("_", " "), paths)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. Raises ModelNotFoundError."""
+    weights = read_json(index).get("weight_map", {})
+    names = {str(name) for name in weights.values()} if isinstance(weights, dict) else {""}
+    if any(not name.endswith(".safetensors") or Path(name).name != name for name in names):
+        raise ModelNotFoundError(f"{index} is not understood: its weight_map must give each tensor's file.")
+    return sorted(names)
+
+
+def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, Any]], Spec]) -> Spec:
+    """A config as a spec, each field of the kind that its default has. Raises ModelNotFoundError."""
+    try:
+        spec = read(config)
+        problems = [_problem(f.name, getattr(spec, f.name), f.default) for f in fields(spec)]  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelNotFoundError(f"{path} is not understood: {error}.") from error
+    if found := [problem for problem in problems if problem]:
+        raise ModelNotFoundError(f"{path} is not understood: {'; '.join(found)}.")
+    return spec
+
+
+def _check_consistent(path: Path, spec: ModelSpec) -> None:
+    """The parts of a model must fit each other. Raises ModelNotFoundError."""
+    transformer, vae, text = spec.transformer, spec.vae, spec.text_encoder
+    rules = {
+        "transformer: patch_size needs three numbers": len(transformer.patch_size) == 3,
+        "transformer: attention_head_dim must be even, at least 6": transformer.attention_head_dim % 2 == 0
+        and transformer.attention_head_dim >= 6,
+        "transformer: in_channels and out_channels must be the vae's z_dim": transformer.in_channels
+        == transformer.out_channels
+        == vae.z_dim,
+        "transformer: text_dim must be the text encoder's d_model": transformer.text_dim == text.d_model,
+        "vae: temperal_downsample needs one entry less than dim_mult": len(vae.temperal_downsample)
+        == len(vae.dim_mult) - 1,
+        "vae: latents_mean and latents_std need one entry for each of z_dim": len(vae.latents_mean)
+        == len(vae.latents_std)
+        == vae.z_dim,
+        "vae: latents_std must be above 0": all(std > 0 for std in vae.latents_std),
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise ModelNotFoundError(
+            f"The configs of {path} do not fit together: {'; '.join(broken)}.",
+            hint="wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.",
+        )
+
+
+def _problem(name: str, value: object, default: object) -> str | None:
+    """What is wrong with a config's value, going by the default's type; None for nothing."""
+    if isinstance(default, tuple):
+        kind = type(default[0])
+        if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
+            return f"{name} must be a list of {kind.__name__}"
+        numbers = [] if kind is bool else list(value)
+        lowest = None if kind is float else 1
+    elif isinstance(default, bool) or not isinstance(default, int | float):
+        return None if type(value) is type(default) else f"{name} must be of type {type(default).__name__}"
+    else:
+        if type(value) not in _allowed(type(default)):
+            return f"{name} must be a number, not {value!r}"
+        numbers, lowest = [value], 0 if isinstance(default, float) else 1
+    if any(not math.isfinite(n) or (lowest is not None and n < lowest) for n in numbers):
+        return f"{name}={value!r} is out of range"
+    return None
+
+
+def _allowed(kind: type) -> set[type]:
+    return {int, float} if kind is float else {kind}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelNotFoundError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path} is missing.", hint="The folder must be in the Diffusers layout.") from None
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelNotFoundError(f"{path} is no JSON object.")
+    return value
