@@ -1,0 +1,218 @@
+"""One worker process of a group: how it joins the others, and how it talks with the process that started it."""
+
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import distributed as dist
+
+from wanduet.errors import WanduetError
+from wanduet.parallel.mesh import Layout, Mesh
+
+# Exit status of a worker whose starter is gone (nobody is left to read it) and of one that reported an error.
+ABANDONED, FAILED = 3, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a worker says of an exception that ended it.
+
+    `echo`: only the loss of another rank was noticed. `error`: class, arguments and attributes of a
+    WanduetError, which is raised again in the starter; None for any other exception.
+    """
+
+    summary: str
+    traceback: str
+    echo: bool
+    when: float
+    error: tuple[type[WanduetError], tuple[Any, ...], dict[str, Any]] | None
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Describe an exception."""
+        return cls(
+            f"{type(error).__name__}: {error}",
+            "".join(traceback.format_exception(error)),
+            isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()),
+            time.time(),
+            (type(error), error.args, dict(vars(error))) if isinstance(error, WanduetError) else None,
+        )
+
+    def raised_again(self) -> WanduetError:
+        """The worker's WanduetError, its traceback as a note. Raises ValueError if it was none."""
+        if self.error is None:
+            raise ValueError(f"{self.summary} is no WanduetError.")
+        kind, arguments, attributes = self.error
+        error = kind.__new__(kind)  # not by its constructor, whose arguments an exception does not keep
+        error.args = arguments
+        vars(error).update(attributes)
+        error.add_note(self.traceback)
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something for the other side."""
+
+    content: object
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a worker's work returned."""
+
+    value: object
+
+
+Command = Literal["cancel", "leave"]
+
+
+def pack(item: object) -> bytes:
+    """Bytes that outlive their sender: multiprocessing's own way to send a tensor passes shared memory, which
+    is lost if the sender ends before it is read."""
+    return pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+@dataclass(slots=True)
+class Mailbox:
+    """A worker's two one-way pipes to its starter. A thread reads; when the starter is gone, it ends the process."""
+
+    incoming: "Connection[Any, Any]"
+    outgoing: "Connection[Any, Any]"
+    messages: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    may_leave: threading.Event = field(default_factory=threading.Event)
+
+    def listen(self) -> None:
+        """Start to read what the starter sends."""
+        threading.Thread(target=self._read, name="wanduet-mailbox", daemon=True).start()
+
+    def send(self, item: object) -> None:
+        """Send to the starter; from one thread at a time."""
+        self.outgoing.send_bytes(pack(item))
+
+    def _read(self) -> None:
+        while True:
+            try:
+                item = pickle.loads(self.incoming.recv_bytes())
+            except (EOFError, OSError):
+                if self.may_leave.is_set():
+                    return
+                os._exit(ABANDONED)  # a collective may never return: nothing gentler ends this process surely
+            if isinstance(item, Message):
+                self.messages.put(item.content)
+            elif item == "cancel":
+                self.cancelled.set()
+            else:
+                self.may_leave.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `world_size` processes with a device each; the default process group is initialised.
+
+    `timeout_s` is how long a collective may take.
+    """
+
+    index: int
+    world_size: int
+    device: torch.device
+    timeout_s: float
+    mailbox: Mailbox | None = None
+
+    def mesh(self, layout: Layout) -> Mesh:
+        """The ranks in a layout; all must ask. Raises ConfigError if their number is not the layout's."""
+        return Mesh.create(layout, self.timeout_s)
+
+    def report(self, message: object) -> None:
+        """Send something picklable to the starter (tensors on the CPU); nobody hears it under torchrun."""
+        if self.mailbox is not None:
+            self.mailbox.send(Message(message))
+
+    def receive(self) -> object:
+        """Wait for the next message of the starter. Raises RuntimeError under torchrun, where there is none."""
+        if self.mailbox is None:
+            raise RuntimeError("This process was not started by wanduet: nobody sends it messages.")
+        return self.mailbox.messages.get()
+
+    def cancelled(self) -> bool:
+        """Whether the work was cancelled, the same answer on every rank: all must ask together, once a step."""
+        asked = torch.tensor([self.mailbox is not None and self.mailbox.cancelled.is_set()], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+
+def join_torchrun(timeout_s: float) -> Rank | None:
+    """Join the group that torchrun started this process in, one GPU a process where there are any; None
+    outside torchrun. `timeout_s` is how long a collective may take."""
+    if not dist.is_torchelastic_launched():
+        return None
+    index, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    _join(index, size, device, "env://", timeout_s)
+    return Rank(index, size, device, timeout_s)
+
+
+def serve(
+    index: int,
+    devices: tuple[str, ...],
+    rendezvous: str,
+    timeout_s: float,
+    incoming: "Connection[Any, Any]",
+    outgoing: "Connection[Any, Any]",
+    work: Callable[..., object],
+    args: tuple[object, ...],
+) -> None:
+    """What a worker process runs: join the group, do `work(rank, *args)`, report how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches everyone; the starter decides
+    mailbox = Mailbox(incoming, outgoing)
+    mailbox.listen()
+    try:
+        _stay_on_this_machine()
+        device = torch.device(devices[index])
+        if device.type == "cpu":
+            ranks_on_cpu = sum(torch.device(name).type == "cpu" for name in devices)
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks_on_cpu))
+        _join(index, len(devices), device, rendezvous, timeout_s)
+        mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox), *args)))
+    except BaseException as error:
+        mailbox.send(Failure.of(error))
+        sys.stderr.flush()
+        os._exit(FAILED)  # leaving in order would wait for ranks that will not come
+    # A rank that leaves takes its connections along, which others may still need; not a barrier, because
+    # that would time out where one rank works on alone.
+    mailbox.may_leave.wait()
+    dist.destroy_process_group()
+
+
+def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        init_method=rendezvous,
+        rank=index,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if nccl else None,
+    )
+
+
+def _stay_on_this_machine() -> None:
+    """Let ranks meet over the loopback: quick, unseen by the network, and there without one."""
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
