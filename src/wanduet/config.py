@@ -28,6 +28,7 @@ class EngineConfig:
     revision: str | None = None
     strategy: Strategy = "auto"
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
+    speeds: tuple[float, ...] | None = None  # of the devices, relative, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
@@ -37,13 +38,16 @@ class EngineConfig:
     ram_limit: int | None = None  # bytes of host memory
     attention: str = "auto"  # a back end's name; auto: the fastest measured one
     cache_embeddings: bool = True
+    checkpoint_seconds: float = 15.0  # at most so much of a denoise is lost when the process is killed
     data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse nonsense early. Raises ConfigError."""
         if not self.model:
             raise ConfigError("The model must not be empty.", hint="Try --model miniature.")
-        parse_devices(self.devices)
+        devices = parse_devices(self.devices)
+        if self.speeds is not None and (min(self.speeds, default=0) <= 0 or len(self.speeds) != len(devices.names)):
+            raise ConfigError(f"speeds={self.speeds} must be a positive number for each of --devices.")
 
     @property
     def data_folder(self) -> Path:
@@ -105,3 +109,11 @@ def parse_bytes(text: str | int) -> int:
 def format_bytes(count: int) -> str:
     """Bytes for people: `3.42 GiB`, `189 MiB`."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """`2,1` to numbers. Raises ConfigError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"speeds={text!r} is no list of numbers.", hint="Example: --speeds 2,1") from None

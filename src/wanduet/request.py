@@ -100,7 +100,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if name in RESOLUTIONS:
         return RESOLUTIONS[name]
     width, _, height = name.partition("x")
-    if width.isdigit() and height.isdigit():
+    if all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
         return int(height), int(width)
     allowed = ", ".join(RESOLUTIONS) + " or WIDTHxHEIGHT, for example 832x480"
     raise InvalidRequestError("resolution", text, allowed)

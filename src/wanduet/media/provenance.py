@@ -114,8 +114,8 @@ def title(prompt: str) -> str:
 
 def summary(provenance: Mapping[str, Any]) -> str:
     """The settings as one line for people."""
-    request = provenance.get("request", {})
-    parts = [str(provenance.get("model", {}).get("name", ""))]
+    request, model = (p if isinstance(p, Mapping) else {} for p in map(provenance.get, ("request", "model")))
+    parts = [str(model.get("name", ""))]
     if "seed" in provenance:
         parts.append(f"seed {provenance['seed']}")
     if "width" in request and "height" in request:

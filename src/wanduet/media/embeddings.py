@@ -1,0 +1,68 @@
+"""Prompt embeddings on disk: the cache's entries and what `encode` writes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wanduet.media.files import UnreadableFileError, write_atomically
+
+NAME = "prompt_embeds"
+_KEY = "wanduet_embeddings"
+_HASH_KEY = "sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbeds:
+    """Embeddings `[n, text_dim]` float32 of a prompt's `n` true tokens, on the host.
+
+    `text` is the cleaned prompt, `cut` what was beyond the model's limit, `encoder` the fingerprint of text
+    encoder and tokenizer, `dtype` what the encoder computed in.
+    """
+
+    embeds: Tensor
+    text: str
+    cut: str
+    encoder: str
+    dtype: str
+
+
+def save_embeddings(path: Path | str, prompt: PromptEmbeds) -> None:
+    """Write to `path`, whole or not at all. Raises OutputError."""
+    about = {"text": prompt.text, "cut": prompt.cut, "encoder": prompt.encoder, "dtype": prompt.dtype}
+    embeds = prompt.embeds.contiguous()
+    signed = about | {_HASH_KEY: _digest(embeds, about)}
+    data = safetensors.torch.save({NAME: embeds}, {_KEY: json.dumps(signed)})
+    write_atomically(Path(path), data)
+
+
+def load_embeddings(path: Path | str) -> PromptEmbeds:
+    """Read what `save_embeddings` wrote. Raises UnreadableFileError, also for one flipped bit: a hash is checked."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            embeds = file.get_tensor(NAME).clone()
+        expected = about.pop(_HASH_KEY)
+        found = PromptEmbeds(embeds, about["text"], about["cut"], about["encoder"], about["dtype"])
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UnreadableFileError(f"{path} holds no prompt embeddings, or is damaged ({error}).") from error
+    if embeds.ndim != 2 or 0 in embeds.shape or embeds.dtype != torch.float32:
+        raise UnreadableFileError(f"{path} holds embeddings of a wrong shape or kind.")
+    if expected != _digest(embeds, about):
+        raise UnreadableFileError(f"{path} is damaged: its content does not have the hash that it was saved with.")
+    if not bool(torch.isfinite(embeds).all()):
+        raise UnreadableFileError(f"{path} holds NaN or infinity.")
+    return found
+
+
+def _digest(embeds: Tensor, about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(f"{list(embeds.shape)}{json.dumps(about, sort_keys=True)}".encode())
+    digest.update(embeds.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
