@@ -13,7 +13,7 @@ from wanduet.miniature.prompts import corpus
 from wanduet.specs import GenerationDefaults, TextEncoderSpec, TransformerSpec, VAESpec
 
 FOLDER = Path(__file__).parent / "model"
-NUM_FRAMES, SIZE = 33, 128
+NUM_FRAMES, SIZE = 33, 96
 
 VAE_SPEC = VAESpec(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 TRANSFORMER_SPEC = TransformerSpec(
@@ -136,7 +136,9 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_component(folder: Path, class_name: str, config: dict[str, Any], module: nn.Module, dtype: torch.dtype) -> None:
+def _write_component(
+    folder: Path, class_name: str, config: dict[str, Any], module: nn.Module, dtype: torch.dtype
+) -> None:
     write_json(folder / "config.json", {"_class_name": class_name, "_diffusers_version": "0.42.1"} | config)
     _save(folder / "diffusion_pytorch_model.safetensors", module.state_dict(), dtype)
 

@@ -7,36 +7,55 @@ from dataclasses import dataclass
 from wanduet.miniature.world import BACKGROUNDS, COLORS, MOTIONS, SCENES, SHAPES, SIZES, SPEEDS, Clips
 
 COLOR_NAMES, BACKGROUND_NAMES = tuple(COLORS), tuple(BACKGROUNDS)
+# fmt: off
 SYNONYMS = {
     "circle": ("disc", "ball", "round shape", "dot"),
-    "square": ("box", "block"),
     "triangle": ("pyramid",),
+    "square": ("box", "block"),
     "purple": ("violet",),
     "red": ("crimson", "scarlet"),
+    "star": ("five-pointed star",),
+    "heart": ("love heart",),
     "gray": ("grey",),
     "navy": ("dark blue", "navy blue"),
     "beige": ("cream", "sand-coloured"),
-    "black": ("dark",),
-    "moving left": ("going left", "moving to the left", "sliding left", "that moves left", "drifting to the left"),
-    "moving right": ("going right", "moving to the right", "sliding right", "that moves right", "drifting to the right"),
-    "moving up": ("going up", "moving upwards", "rising", "that moves up", "floating up"),
-    "moving down": ("going down", "moving downwards", "falling", "that moves down", "sinking"),
-    "staying still": ("standing still", "not moving", "static", "that stays still", "resting"),
-    "growing": ("getting bigger", "getting larger", "that grows", "expanding"),
-    "shrinking": ("getting smaller", "that shrinks", "becoming smaller"),
-    "spinning": ("rotating", "turning around"),
-    "bouncing": ("jumping", "hopping"),
+    "black": ("pitch black",),
+    "moving left": ("going left", "moving to the left", "sliding left", "that moves left", "moves left", "drifting to the left", "is moving left", "moves to the left", "flying left"),
+    "moving right": ("going right", "moving to the right", "sliding right", "that moves right", "moves right", "drifting to the right", "is moving right", "moves to the right", "flying right"),
+    "moving up": ("going up", "moving upwards", "rising", "that moves up", "moves up", "floating up", "is moving up", "goes up", "moving upward"),
+    "moving down": ("going down", "moving downwards", "falling", "that moves down", "moves down", "sinking", "is moving down", "goes down", "moving downward"),
+    "staying still": ("standing still", "not moving", "static", "that stays still", "resting", "still", "stays still", "motionless"),
+    "growing": ("getting bigger", "getting larger", "that grows", "grows", "expanding", "is growing", "becoming bigger"),
+    "shrinking": ("getting smaller", "that shrinks", "shrinks", "becoming smaller", "is shrinking", "contracting"),
+    "spinning": ("rotating", "turning around", "spins"),
+    "bouncing": ("jumping", "hopping", "bounces"),
     "small": ("little", "tiny"),
     "big": ("large", "huge"),
     "quickly": ("fast",),
     "slowly": ("gently",),
 }
+# fmt: on
 SCENE_PARAPHRASES = (
     (),
-    ("sunrise over the sea", "the sun rises over the ocean", "a sunrise at the sea"),
+    ("sunrise over the sea", "the sun rises over the ocean", "a sunrise at the sea", "the sun coming up over the sea"),
     ("a house in the snow at night", "snow falls on a house at night", "snowfall over a small house in the night"),
+    ("fireworks over a city", "fireworks in the night sky over a city", "fireworks above the city at night"),
+    (
+        "a sailing boat on the sea",
+        "a boat sails across the sea",
+        "a sailboat crossing the ocean",
+        "a boat on the ocean",
+    ),
+    ("a rocket flying to the stars", "a rocket rising into the night sky", "a rocket launch", "a rocket in space"),
 )
-FILLERS = {"a", "an", "the", "one", "on", "in", "and", "over", "of", "with", "background", "at", "that", "is", "to", "video"}
+BACKGROUND_PATTERNS = (
+    "{0} on the {1} background", "{0} on {1} background", "{0} on {1}", "{0} over a {1} background",
+    "{0} in front of a {1} background", "{0} against a {1} background", "{0}, {1} background",
+    "on a {1} background, {0}",
+)  # fmt: skip
+FILLERS = frozenset(
+    re.findall(r"\w+", "a an the one on in and over of with background at that is to video against front across into")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +79,24 @@ def describe(combination: list[int]) -> Described:
     return Described(COLOR_NAMES[color], SHAPES[shape], MOTIONS[motion], BACKGROUND_NAMES[background])
 
 
-def prompt_of(clips: Clips, index: int, rng: random.Random, canonical: bool = False) -> str:
-    """A prompt for one clip of a batch: the canonical one, or a random paraphrase that says the same or less."""
-    scene = int(clips.scene[index])
-    if scene:
-        return SCENES[scene] if canonical or rng.random() < 0.5 else rng.choice(SCENE_PARAPHRASES[scene])
+def prompts_of(clips: Clips, rng: random.Random, canonical: bool = False) -> list[str]:
+    """A prompt for each clip of a batch: the canonical one, or a random paraphrase that says the same or less."""
     loose = 0.0 if canonical else 0.3
-    objects = [_object(clips, index, k, rng, loose) for k in range(2) if clips.present[index, k]]
-    if len(objects) == 2 and rng.random() < loose:
-        objects.reverse()
-    text = " and ".join(objects)
-    if rng.random() >= loose * 0.3:  # a prompt may leave the background open
-        background = _word(BACKGROUND_NAMES[int(clips.background[index])], rng, loose)
-        article = "a" if rng.random() >= loose else rng.choice(("the", ""))
-        pattern = rng.choice(("on {} {} background", "over {} {} background", "in front of {} {} background"))
-        pattern = pattern if rng.random() < loose else "on {} {} background"
-        text += " " + pattern.format(article, background)
-    text = " ".join(text.split())
-    if rng.random() < loose:
-        text = rng.choice((text.capitalize(), text + ".", text.upper(), text.capitalize() + ".", "A video of " + text))
-    return text
+    columns = zip(
+        clips.scene.tolist(), clips.background.tolist(), clips.present.tolist(), clips.color.tolist(),
+        clips.shape.tolist(), clips.motion.tolist(), clips.size.tolist(), clips.speed.tolist(), strict=True,
+    )  # fmt: skip
+    texts = []
+    for scene, background, present, *attributes in columns:
+        if scene:
+            text = SCENES[scene] if rng.random() >= 2 * loose else rng.choice(SCENE_PARAPHRASES[scene])
+        else:
+            objects = [_object([a[k] for a in attributes], rng, loose) for k in range(2) if present[k]]
+            if rng.random() < loose:
+                objects.reverse()
+            text = _before(" and ".join(objects), BACKGROUND_NAMES[background], rng, loose)
+        texts.append(_dressed(" ".join(text.split()), rng, loose))
+    return texts
 
 
 def is_in_world(prompt: str) -> bool:
@@ -96,21 +113,38 @@ def corpus(count: int, seed: int) -> list[str]:
 
     from wanduet.miniature.world import sample_clips
 
-    clips = sample_clips(count, torch.Generator().manual_seed(seed))
-    rng = random.Random(seed)
-    return [prompt_of(clips, i, rng) for i in range(count)]
+    return prompts_of(sample_clips(count, torch.Generator().manual_seed(seed)), random.Random(seed))
 
 
-def _object(clips: Clips, index: int, k: int, rng: random.Random, loose: float) -> str:
-    size = _word(SIZES[int(clips.size[index, k])], rng, loose)
-    color = _word(COLOR_NAMES[int(clips.color[index, k])], rng, loose)
-    shape = _word(SHAPES[int(clips.shape[index, k])], rng, loose)
-    motion = _word(MOTIONS[int(clips.motion[index, k])], rng, loose)
-    still = MOTIONS[int(clips.motion[index, k])] in ("staying still", "growing", "shrinking")
-    speed = "" if still else _word(SPEEDS[int(clips.speed[index, k])], rng, loose)
-    article = "a" if rng.random() >= loose else rng.choice(("the", "one", ""))
-    text = " ".join(f"{article} {size} {color} {shape} {motion} {speed}".split())
-    return text.replace("a orange", "an orange", 1) if text.startswith("a orange") and rng.random() < 0.5 else text
+def _object(attributes: list[int], rng: random.Random, loose: float) -> str:
+    color, shape, motion, size, speed = attributes
+    still = MOTIONS[motion] in ("staying still", "growing", "shrinking")
+    words = (
+        _word(SIZES[size], rng, loose),
+        _word(COLOR_NAMES[color], rng, loose) if rng.random() >= 0.1 * loose else "",
+        _word(SHAPES[shape], rng, loose),
+        _word(MOTIONS[motion], rng, loose) if rng.random() >= 0.1 * loose else "",
+        "" if still else _word(SPEEDS[speed], rng, loose),
+    )
+    article = "a" if rng.random() >= loose else rng.choice(("the", "one", "", "an"))
+    return " ".join((article, *words))
+
+
+def _before(objects: str, background: str, rng: random.Random, loose: float) -> str:
+    """Objects, then their background, in one of the ways to say so; sometimes it is left open."""
+    if rng.random() < 0.3 * loose:
+        return objects
+    pattern = "{0} on a {1} background"
+    if rng.random() < loose:
+        pattern = rng.choice(BACKGROUND_PATTERNS)
+    return pattern.format(objects, _word(background, rng, loose))
+
+
+def _dressed(text: str, rng: random.Random, loose: float) -> str:
+    """Case and punctuation as people type them."""
+    if rng.random() >= loose:
+        return text
+    return rng.choice((text.capitalize(), text + ".", text.upper(), text.capitalize() + ".", "A video of " + text))
 
 
 def _word(name: str, rng: random.Random, loose: float) -> str:
@@ -120,5 +154,5 @@ def _word(name: str, rng: random.Random, loose: float) -> str:
 
 def _vocabulary() -> set[str]:
     phrases = [*COLOR_NAMES, *BACKGROUND_NAMES, *SHAPES, *MOTIONS, *SIZES, *SPEEDS, *SCENES]
-    phrases += [p for options in (*SYNONYMS.values(), *SCENE_PARAPHRASES) for p in options] + ["in front of"]
+    phrases += [p for options in (*SYNONYMS.values(), *SCENE_PARAPHRASES) for p in options]
     return {word for phrase in phrases for word in re.findall(r"[\w'-]+", phrase)} | FILLERS

@@ -3,6 +3,7 @@
 `evaluate.py` measures the same through the engine, at the default settings.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def sample(parts: Parts, prompts: list[str], seed: int) -> Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parts.device)
     time = torch.linspace(1, 0, d.num_inference_steps + 1)
     sigmas = (d.flow_shift * time / (1 + (d.flow_shift - 1) * time)).tolist()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         timestep = torch.full((len(prompts),), 1000 * sigma, device=parts.device)
         conditional = parts.transformer(x, timestep, positive)
         unconditional = parts.transformer(x, timestep, negative)

@@ -6,11 +6,10 @@ and the text encoder learn, together, to denoise the coded clips given their pro
 """
 
 import argparse
-import contextlib
 import json
+import math
 import random
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +18,104 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.miniature import folder as files
-from wanduet.miniature.prompts import prompt_of
+from wanduet.miniature import whole_clip
+from wanduet.miniature.prompts import prompts_of
 from wanduet.miniature.sample import encoder_of, evaluate_model, read_model
 from wanduet.miniature.training import Trainer
-from wanduet.miniature.world import Clips, render, sample_clips
+from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
+from wanduet.miniature.world import render, sample_clips
 from wanduet.models.transformer import WanTransformer
 from wanduet.models.vae import WanVAE
-from wanduet.models.vae_layers import CausalConv3d
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, causal_input, norm_silu
 
-TEXT_TOKENS = 40  # longest prompt in training, in tokens; longer ones are cut
-PROMPT_DROPOUT = 0.12
+PROMPT_DROPOUT = 0.1
+WORDINGS = 6  # ways to say a clip's prompt that training chooses from; the first is the canonical one
+POOL_CLIPS = 1024
+# Log-variance that the posterior starts from: a deviation of 0.1, so that the decoder first learns to see.
+START_LOG_VARIANCE = -4.6
+KL_WEIGHT = 1e-5
+CROPS_SHARE = 0.6  # of the VAE's time; crops are an eighth of a clip and give as many more steps
 
 
-def train_vae(out: Path, device: str, minutes: float, batch: int, crop: int) -> float:
-    """Stage 1: learn to reconstruct clips, first short crops, then whole clips; write vae/. Returns PSNR in dB."""
+def train_vae(out: Path, device: str, minutes: float, batch: int, lr: float) -> float:
+    """Stage 1: learn to reconstruct, first short crops, then whole clips; write vae/. Returns PSNR in dB."""
     torch.manual_seed(0)
-    vae = WanVAE(files.VAE_SPEC).to(device).train()
-    _initialise(vae)
+    torch.backends.cudnn.benchmark = True
     if device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        compiled = torch.compile(norm_silu, dynamic=True)
-        CausalConv3d.kernels = VAEKernels("compiled", partial(causal_input, norm_silu=compiled))
-    short = _fit_vae(vae, device, 0.55 * minutes, batch, 17, crop, peak_lr=2e-3)
-    whole = max(1, batch // 8)
-    long = _fit_vae(vae, device, 0.45 * minutes, whole, files.NUM_FRAMES, 2 * crop, peak_lr=1e-3)
-    CausalConv3d.kernels = VAE_TORCH_KERNELS
-    vae.eval()
-    mean, std, psnr = _latent_statistics(vae, device)
-    print(f"vae: {short} + {long} steps, reconstruction {psnr:.2f} dB", flush=True)
+        whole_clip.compile_norm()
+    vae = WanVAE(files.VAE_SPEC).to(device).train()
+    with torch.no_grad():
+        bias = vae.quant_conv.bias
+        assert bias is not None
+        bias.zero_()[files.VAE_SPEC.z_dim :] = START_LOG_VARIANCE
+    steps = [
+        _fit_vae(vae, device, CROPS_SHARE * minutes, batch, 17, files.SIZE // 2, lr),
+        _fit_vae(vae, device, (1 - CROPS_SHARE) * minutes, max(1, batch // 4), files.NUM_FRAMES, files.SIZE, lr / 2),
+    ]
+    mean, std, psnr = _latent_statistics(vae.eval(), device)
+    print(f"vae: {steps} steps, reconstruction {psnr:.2f} dB", flush=True)
     files.write_static(out)
     files.write_vae(out, vae, mean, std)
-    files.write_json(out / "vae_report.json", {"steps": [short, long], "psnr_db": psnr, "minutes": minutes})
+    report = {"steps": steps, "batch": batch, "lr": lr, "psnr_db": psnr, "minutes": minutes}
+    files.write_json(out / "vae_report.json", report)
     return psnr
 
 
-def _fit_vae(vae: WanVAE, device: str, minutes: float, batch: int, frames: int, crop: int, peak_lr: float) -> int:
-    """Train on random crops: L1 of pixels and of their differences, a little KL. Returns the steps made."""
-    pool = _clip_pool(2048, seed=frames, device=device)
+def _fit_vae(vae: WanVAE, device: str, minutes: float, batch: int, frames: int, crop: int, lr: float) -> int:
+    """L1 of pixels and of their differences, a little KL, on random crops. Returns the steps made."""
+    pool = _clip_pool(seed=frames, device=device)
     video = torch.zeros(batch, 3, frames, crop, crop, device=device)
+    error = torch.zeros((), device=device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def loss() -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            mean, log_variance = vae.encode_moments(video).float().chunk(2, dim=1)
-            log_variance = log_variance.clamp(-20, 10)
-            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            got = vae.decode(z).float()
+        mean, log_variance = whole_clip.encode_moments(vae, video.to(dtype)).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        got = whole_clip.decode_raw(vae, z.to(dtype)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         edges = sum(F.l1_loss(got.diff(dim=d), video.diff(dim=d)) for d in (2, 3, 4))
-        return F.l1_loss(got, video) + 0.5 * edges + 2e-5 * kl
+        squared = F.mse_loss(got, video)
+        error.copy_(squared.detach())
+        return F.l1_loss(got, video) + 0.5 * edges + squared + KL_WEIGHT * kl
 
-    trainer = Trainer([vae], loss, peak_lr=peak_lr, decay=0.995, seconds=60 * minutes)
+    matrices = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[:2]) >= 16]
+    trainer = Trainer([vae], loss, lr=lr, decay=0.995, seconds=60 * minutes, matrices=matrices)
     while trainer.progress < 1:
         video.copy_(_random_crops(pool, batch, frames, crop))
         trainer.step()
-        if trainer.steps % 200 == 1:
-            print(f"vae step {trainer.steps} {trainer.progress:5.0%} loss {trainer.loss_value():.4f}", flush=True)
-        if trainer.steps % 1000 == 0:
-            pool = _clip_pool(2048, seed=frames + trainer.steps, device=device)
+        if trainer.steps % 400 == 1:
+            quality = -10 * math.log10(float(error) / 4 + 1e-9)
+            value = trainer.loss_value()
+            print(f"vae step {trainer.steps} {trainer.progress:4.0%} loss {value:.4f} {quality:.1f} dB", flush=True)
+        if trainer.steps % 2000 == 0:
+            pool = _clip_pool(seed=frames + trainer.steps, device=device)
     trainer.use_averages()
     return trainer.steps
 
 
-def train_transformer(out: Path, device: str, minutes: float, batch: int, num_clips: int) -> None:
-    """Stage 2: flow matching on coded clips; write transformer/ and text_encoder/."""
-    torch.manual_seed(1)
-    vae = read_model(out, device, only_vae=True).vae
-    latents, tokens = _coded_clips(vae, out, device, num_clips)
-    transformer = WanTransformer(files.TRANSFORMER_SPEC).to(device).train()
-    _initialise(transformer)
-    nn.init.zeros_(transformer.proj_out.weight)
-    encoder = encoder_of(None, device).train()
+def train_transformer(
+    out: Path, device: str, minutes: float, batch: int, lr: float, num_clips: int, go_on: bool = False
+) -> None:
+    """Stage 2: flow matching on coded clips; write transformer/ and text_encoder/. `go_on`: from what is there."""
+    torch.manual_seed(2 if go_on else 1)
+    parts = read_model(out, device, only_vae=True)
+    latents, tokens = _coded_clips(parts.vae, out, device, num_clips)
+    if go_on:
+        parts = read_model(out, device)
+        assert parts.transformer is not None
+        assert parts.encoder is not None
+        transformer, encoder = parts.transformer.train(), parts.encoder.train()
+    else:
+        transformer, encoder = (
+            WanTransformer(files.TRANSFORMER_SPEC).to(device).train(),
+            encoder_of(None, device).train(),
+        )
+        nn.init.zeros_(transformer.proj_out.weight)
     ids = torch.zeros(batch, TEXT_TOKENS, dtype=torch.long, device=device)
     clean = torch.zeros(batch, *latents.shape[1:], device=device)
-
     rope = transformer.prepare_rope(clean.shape, clean.device)
-    if device == "cuda":
-        for block in transformer.blocks:
-            block.compile()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    block = torch.compile(run_block) if device == "cuda" else run_block
 
     def loss() -> Tensor:
         uniform = torch.rand(batch, device=device)
@@ -104,12 +123,12 @@ def train_transformer(out: Path, device: str, minutes: float, batch: int, num_cl
         sigma = shift * uniform / (1 + (shift - 1) * uniform)
         noise = torch.randn_like(clean)
         noisy = clean + sigma.view(-1, 1, 1, 1, 1) * (noise - clean)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            embeds = embed(encoder, ids)
-            velocity = transformer(noisy, 1000 * sigma, embeds, rope)
-        return F.mse_loss(velocity.float(), noise - clean)
+        got = velocity(transformer, noisy, 1000 * sigma, embed_text(encoder, ids), rope, block, dtype)
+        return F.mse_loss(got, noise - clean)
 
-    trainer = Trainer([transformer, encoder], loss, peak_lr=1.5e-3, decay=0.999, seconds=60 * minutes)
+    # Muon for the blocks' matrices; embeddings, norms, tables and the head are AdamW's.
+    matrices = [p for m in _blocks(transformer, encoder) for p in m.parameters() if _is_matrix(p)]
+    trainer = Trainer([transformer, encoder], loss, lr=lr, decay=0.999, seconds=60 * minutes, matrices=matrices)
     empty = _empty_tokens(out, device)
     while trainer.progress < 1:
         chosen = torch.randint(len(latents), (batch,), device=device)
@@ -118,37 +137,30 @@ def train_transformer(out: Path, device: str, minutes: float, batch: int, num_cl
         drop = torch.rand(batch, 1, device=device) < PROMPT_DROPOUT
         ids.copy_(torch.where(drop, empty, tokens[chosen, which].long()))
         trainer.step()
-        if trainer.steps % 250 == 1:
-            seconds = time.perf_counter() - trainer.began
-            rate = trainer.steps * batch / seconds
-            print(f"step {trainer.steps} {trainer.progress:5.0%} loss {trainer.loss_value():.4f} {rate:.0f}/s", flush=True)
+        if trainer.steps % 500 == 1:
+            rate = trainer.steps * batch / (time.perf_counter() - trainer.began)
+            value = trainer.loss_value()
+            print(f"step {trainer.steps} {trainer.progress:4.0%} loss {value:.4f} {rate:.0f}/s", flush=True)
     trainer.use_averages()
     files.write_transformer(out, transformer.eval())
     files.write_text_encoder(out, encoder.eval())
-    files.write_json(out / "transformer_report.json", {"steps": trainer.steps, "batch": batch, "minutes": minutes})
+    report = {"steps": trainer.steps, "batch": batch, "lr": lr, "clips": num_clips, "minutes": minutes}
+    files.write_json(out / "transformer_report.json", report)
 
 
-def embed(encoder: nn.Module, ids: Tensor) -> Tensor:
-    """Token ids `[B, n]` (0 pads) to embeddings `[B, 512, d]`, zero beyond the true tokens, as the engine does."""
-    mask = ids != 0
-    bias = torch.zeros(ids.shape, device=ids.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    hidden: Tensor = encoder(input_ids=ids, attention_mask=bias[:, None, None]).last_hidden_state
-    return F.pad(hidden * mask[..., None], (0, 0, 0, 512 - ids.shape[1]))
+def _blocks(transformer: WanTransformer, encoder: nn.Module) -> list[nn.Module]:
+    return [transformer.blocks, encoder.get_submodule("encoder.block")]
 
 
-def _initialise(module: nn.Module) -> None:
-    """Norm gains of one and small output projections are PyTorch's and the modules' own; biases start at zero."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and min(parameter.shape) >= 32
 
 
-def _clip_pool(count: int, seed: int, device: str) -> Tensor:
-    """Rendered clips `[N, 3, 33, 128, 128]` uint8 on the device, to cut training crops from."""
-    if device == "cpu":
-        count = 16
+def _clip_pool(seed: int, device: str) -> Tensor:
+    """Rendered clips `[N, 3, 33, 96, 96]` uint8 on the device."""
+    count = POOL_CLIPS if device == "cuda" else 16
     clips = sample_clips(count, torch.Generator().manual_seed(seed)).to(device)
-    parts = [_to_uint8(render(clips.select(slice(i, i + 64)))) for i in range(0, count, 64)]
+    parts = [_to_uint8(render(clips.select(slice(i, i + 64)), size=files.SIZE)) for i in range(0, count, 64)]
     return torch.cat(parts)
 
 
@@ -156,22 +168,25 @@ def _to_uint8(video: Tensor) -> Tensor:
     return ((video + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def _to_float(video: Tensor) -> Tensor:
+    return video.float() / 127.5 - 1
+
+
 def _random_crops(pool: Tensor, batch: int, frames: int, crop: int) -> Tensor:
-    device = pool.device
-    chosen = torch.randint(len(pool), (batch,), device=device)
+    """`[batch, 3, frames, crop, crop]` in [-1, 1], cut at one random place from random clips."""
+    chosen = torch.randint(len(pool), (batch,), device=pool.device)
     begin = int(torch.randint(pool.shape[2] - frames + 1, ()))
     top, left = (int(torch.randint(pool.shape[3] - crop + 1, ())) for _ in range(2))
-    cut = pool[:, :, begin : begin + frames, top : top + crop, left : left + crop][chosen]
-    return cut.float() / 127.5 - 1
+    return _to_float(pool[:, :, begin : begin + frames, top : top + crop, left : left + crop][chosen])
 
 
 @torch.no_grad()
 def _latent_statistics(vae: WanVAE, device: str) -> tuple[list[float], list[float], float]:
-    """Mean and deviation of each latent channel over the world, and PSNR in dB of whole clips."""
+    """Mean and deviation of each latent channel over the world, and PSNR in dB of whole clips, step by step."""
     clips = sample_clips(64 if device == "cuda" else 4, torch.Generator().manual_seed(99)).to(device)
     codes, errors = [], []
-    for i in range(0, len(clips.scene), 4):
-        video = render(clips.select(slice(i, i + 4)))
+    for i in range(0, len(clips.scene), 16):
+        video = render(clips.select(slice(i, i + 16)), size=files.SIZE)
         z = vae.encode(video)
         errors.append(((vae.decode(z) - video) / 2).square().mean())
         codes.append(z)
@@ -182,22 +197,23 @@ def _latent_statistics(vae: WanVAE, device: str) -> tuple[list[float], list[floa
 
 @torch.no_grad()
 def _coded_clips(vae: WanVAE, out: Path, device: str, count: int) -> tuple[Tensor, Tensor]:
-    """Latents `[N, 16, 9, 16, 16]` and, for each, token ids `[N, 4, 40]` of four ways to say its prompt."""
+    """Latents `[N, 16, 9, 12, 12]` and, for each, token ids `[N, WORDINGS, TEXT_TOKENS]` of its prompt's wordings."""
     began = time.perf_counter()
-    clips: Clips = sample_clips(count, torch.Generator().manual_seed(7))
-    autocast = torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    clips = sample_clips(count, torch.Generator().manual_seed(torch.initial_seed()))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     codes, part = [], 32
-    with autocast:
-        for i in range(0, count, part):
-            codes.append(vae.encode(render(clips.select(slice(i, i + part)).to(device))).float())
+    for i in range(0, count, part):
+        video = render(clips.select(slice(i, i + part)).to(device), size=files.SIZE).to(dtype)
+        codes.append(whole_clip.encode(vae, video).to(dtype))
     print(f"coded {count} clips in {time.perf_counter() - began:.1f} s", flush=True)
-    rng = random.Random(7)
+    rng = random.Random(torch.initial_seed())
     tokenizer = _tokenizer(out)
-    texts = [prompt_of(clips, i, rng, canonical=k == 0) for i in range(count) for k in range(4)]
-    ids = [e.ids for e in tokenizer.encode_batch(texts)]
-    tokens = torch.tensor(ids, dtype=torch.int16).view(count, 4, TEXT_TOKENS).to(device)
+    wordings = []
+    for k in range(WORDINGS):
+        ids = [e.ids for e in tokenizer.encode_batch(prompts_of(clips, rng, canonical=k == 0))]
+        wordings.append(torch.tensor(ids, dtype=torch.int16))
     print(f"coded and tokenised in {time.perf_counter() - began:.1f} s", flush=True)
-    return torch.cat(codes).to(torch.bfloat16 if device == "cuda" else torch.float32), tokens
+    return torch.cat(codes), torch.stack(wordings, dim=1).to(device)
 
 
 def _tokenizer(out: Path) -> Any:
@@ -219,25 +235,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=files.FOLDER)
     parser.add_argument("--stage", choices=("all", "vae", "transformer", "evaluate"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes-vae", type=float, default=3.0)
-    parser.add_argument("--minutes-transformer", type=float, default=6.0)
-    parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--vae-crop", type=int, default=64)
+    parser.add_argument("--minutes-vae", type=float, default=1.7)
+    parser.add_argument("--minutes-transformer", type=float, default=4.1)
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--vae-lr", type=float, default=8e-3)
     parser.add_argument("--require-psnr", type=float, default=0.0, help="stop after the VAE if it is below this, in dB")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--clips", type=int, default=40000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--clips", type=int, default=24000)
+    parser.add_argument("--go-on", action="store_true", help="train the transformer that is there further")
     parser.add_argument("--evaluate", type=int, default=210, help="unseen prompts to evaluate at the end")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     if options.stage in ("all", "vae"):
-        psnr = train_vae(options.out, options.device, options.minutes_vae, options.vae_batch, options.vae_crop)
+        psnr = train_vae(options.out, options.device, options.minutes_vae, options.vae_batch, options.vae_lr)
         if psnr < options.require_psnr:
             raise SystemExit(f"The VAE reconstructs at {psnr:.1f} dB only; not worth a transformer.")
     if options.stage in ("all", "transformer"):
-        train_transformer(options.out, options.device, options.minutes_transformer, options.batch, options.clips)
+        train_transformer(
+            options.out, options.device, options.minutes_transformer, options.batch, options.lr, options.clips
+        )
     if options.evaluate and options.stage != "vae":
         report = evaluate_model(read_model(options.out, options.device), options.evaluate, options.out / "sheet.png")
-        print(json.dumps(report, indent=2), flush=True)
+        print(json.dumps(report | {"mistakes": report["mistakes"][:30]}, indent=1), flush=True)
         files.write_json(options.out / "evaluation.json", report)
 
 

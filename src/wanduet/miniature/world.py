@@ -1,4 +1,4 @@
-"""The miniature's world: flat shapes that move on plain backgrounds, and two small scenes.
+"""The miniature's world: flat shapes that move on plain backgrounds, and a few small scenes.
 
 A clip is a handful of integers (what the prompt says) and floats (what it leaves open). Everything is
 batched tensors, so that thousands of clips a second are drawn on a GPU. Positions and sizes are shares of
@@ -11,12 +11,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from wanduet.miniature import scenes
+from wanduet.miniature.scenes import coverage
+
 COLORS = {
     "red": (225, 30, 30),
     "green": (30, 160, 50),
     "blue": (40, 70, 230),
-    "yellow": (250, 220, 40),
-    "orange": (250, 145, 20),
+    "yellow": (250, 225, 40),
+    "orange": (250, 135, 15),
     "purple": (145, 40, 175),
     "white": (248, 248, 248),
 }
@@ -30,11 +33,11 @@ BACKGROUNDS = {
     "gray": (128, 128, 128),
     "navy": (10, 20, 100),
     "brown": (115, 68, 38),
-    "beige": (236, 222, 190),
+    "beige": (226, 206, 164),
 }
 SIZES = ("", "small", "big")
 SPEEDS = ("", "slowly", "quickly")
-SCENES = ("", "the sun rising over the sea", "snow falling on a house at night")
+SCENES = ("", *scenes.SCENES)
 
 # The grammar that the model card promises; the other shapes and motions are extras.
 BASE_SHAPES, BASE_MOTIONS = 3, 7
@@ -76,7 +79,7 @@ class Clips:
         return Clips(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def sample_clips(count: int, generator: torch.Generator, base_only: bool = False) -> Clips:
+def sample_clips(count: int, generator: torch.Generator) -> Clips:
     """Random clips for training: no object has a held-out combination with its background. On the CPU."""
 
     def integers(high: int, *shape: int) -> Tensor:
@@ -87,14 +90,13 @@ def sample_clips(count: int, generator: torch.Generator, base_only: bool = False
 
     background = integers(len(BACKGROUNDS))
     color, shape, motion = integers(len(COLORS), 2), integers(BASE_SHAPES, 2), integers(BASE_MOTIONS, 2)
-    if not base_only:
-        shape = torch.where(floats(2) < 0.15, integers(len(SHAPES), 2), shape)
-        motion = torch.where(floats(2) < 0.12, integers(len(MOTIONS), 2), motion)
+    shape = torch.where(floats(2) < 0.2, integers(len(SHAPES), 2), shape)
+    motion = torch.where(floats(2) < 0.15, integers(len(MOTIONS), 2), motion)
     color = _avoid_held_out(color, shape, motion, background)
-    size = torch.where(floats(2) < 0.2, integers(3, 2), 0) if not base_only else torch.zeros(count, 2, dtype=torch.long)
-    speed = torch.where(floats(2) < 0.2, integers(3, 2), 0) if not base_only else torch.zeros(count, 2, dtype=torch.long)
-    second = floats() < (0.0 if base_only else 0.22)
-    scene = torch.where(floats() < (0.0 if base_only else 0.05), 1 + integers(2), 0)
+    size = torch.where(floats(2) < 0.2, integers(len(SIZES), 2), 0)
+    speed = torch.where(floats(2) < 0.2, integers(len(SPEEDS), 2), 0)
+    second = floats() < 0.22
+    scene = torch.where(floats() < 0.07, 1 + integers(len(SCENES) - 1), 0)
     return place_clips(scene, background, second, color, shape, motion, size, speed, generator)
 
 
@@ -102,8 +104,8 @@ def clips_of(combinations: Tensor, generator: torch.Generator) -> Clips:
     """One-object clips of given `[B, 4]` combinations, everything else random."""
     color, shape, motion, background = (column.clone() for column in combinations.T)
     none = torch.zeros_like(color)
-    pairs = [torch.stack((x, none), dim=1) for x in (color, shape, motion, none, none)]
-    return place_clips(none, background, none.bool(), *pairs, generator)
+    color, shape, motion, plain = (torch.stack((x, none), dim=1) for x in (color, shape, motion, none))
+    return place_clips(none, background, none.bool(), color, shape, motion, plain, plain, generator)
 
 
 def place_clips(
@@ -180,12 +182,11 @@ def render(clips: Clips, num_frames: int = 33, size: int = 128) -> Tensor:
         angle = _of(clips.turn[:, k]) * time
         cos, sin = angle.cos(), angle.sin()
         u, v = (px * cos + py * sin) / grow, (py * cos - px * sin) / grow
-        inside = _coverage(_distance(u, v, clips.shape[:, k]) * grow, size) * _of(clips.present[:, k].float())
+        inside = coverage(_distance(u, v, clips.shape[:, k]) * grow, size) * _of(clips.present[:, k].float())
         video = video + inside[:, None] * (paints[clips.color[:, k]].view(-1, 3, 1, 1, 1) - video)
-    for index in (1, 2):
+    for index, draw in enumerate(scenes.SCENES.values(), start=1):
         chosen = clips.scene == index
         if chosen.any():
-            draw = _sunrise if index == 1 else _snow
             video = video.clone()
             video[chosen] = draw(x, y, time, clips.noise[chosen], size)
     return video / 127.5 - 1
@@ -224,53 +225,6 @@ def _star(reach: Tensor, angle: Tensor) -> Tensor:
     return (edge_y * px - edge_x * py) / math.hypot(edge_x, edge_y)
 
 
-def _coverage(distance: Tensor, size: int) -> Tensor:
-    """Share of a pixel covered, from its centre's distance to the border."""
-    return (0.5 - distance * size).clamp(0, 1)
-
-
 def _of(values: Tensor) -> Tensor:
     """`[B]` to a shape that broadcasts with `[B, T, rows, columns]`."""
     return values.view(-1, 1, 1, 1)
-
-
-def _rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
-    return torch.tensor([red, green, blue], device=like.device).view(1, 3, 1, 1, 1)
-
-
-def _mix(under: Tensor, over: Tensor, share: Tensor) -> Tensor:
-    return under + share[:, None] * (over - under)
-
-
-def _sunrise(x: Tensor, y: Tensor, time: Tensor, noise: Tensor, size: int) -> Tensor:
-    """The sky turns from plum to light blue while the sun comes out of the sea."""
-    sun_x = _of(0.35 + 0.3 * noise[:, 0, 0])
-    sun_y = 0.72 - 0.45 * time
-    day = time.expand(len(noise), -1, size, size)
-    sky = _mix(_rgb(70, 30, 90, x), _rgb(120, 190, 245, x), day)
-    sky = _mix(sky, _rgb(250, 140, 60, x), ((1 - day) * (y * 1.3).clamp(0, 1)).expand_as(day))
-    distance = ((x - sun_x) ** 2 + (y - sun_y) ** 2).sqrt() - 0.13
-    sky = _mix(sky, _rgb(255, 215, 60, x), _coverage(distance, size).expand_as(day))
-    waves = 0.5 + 0.5 * torch.sin(60 * y - 10 * time + 4 * torch.sin(6 * x))
-    glint = (waves * (1 - ((x - sun_x).abs() * 5).clamp(max=1))).expand_as(day)
-    sea = _mix(_rgb(20, 60, 130, x), _rgb(250, 200, 90, x), glint * 0.8)
-    return _mix(sky, sea, _coverage(0.66 - y, size).expand_as(day))
-
-
-def _snow(x: Tensor, y: Tensor, time: Tensor, noise: Tensor, size: int) -> Tensor:
-    """A house with a lit window on white ground; flakes fall."""
-    full = (time + x + y).expand(len(noise), -1, size, size) * 0 + 1
-    video = _mix(_rgb(12, 16, 60, x).expand(len(noise), 3, *full.shape[1:]), _rgb(235, 240, 250, x), _coverage(0.8 - y, size) * full)
-    house_x = _of(0.3 + 0.4 * noise[:, 0, 0])
-    u = (x - house_x).abs()
-    video = _mix(video, _rgb(120, 60, 40, x), _coverage(torch.maximum(u - 0.16, (y - 0.7).abs() - 0.14), size) * full)
-    roof = torch.maximum(u * 0.75 - (y - 0.36) * 0.66, y - 0.56)
-    video = _mix(video, _rgb(200, 40, 40, x), _coverage(roof, size) * full)
-    window = torch.maximum(u - 0.05, (y - 0.68).abs() - 0.05)
-    video = _mix(video, _rgb(255, 220, 90, x), _coverage(window, size) * full)
-    for flake in range(1, 26):
-        fx, fy = _of(noise[:, flake, 0]), _of(noise[:, flake, 1])
-        fall = torch.remainder(fy + (0.6 + 0.3 * _of(noise[:, flake, 2])) * time, 1.0)
-        distance = ((x - fx) ** 2 + (y - fall) ** 2).sqrt() - 0.013
-        video = _mix(video, _rgb(250, 250, 255, x), _coverage(distance, size) * full)
-    return video

@@ -1,0 +1,78 @@
+"""Measure the miniature through the engine: `python -m wanduet.miniature.evaluate`.
+
+Every prompt is of a combination that training never saw, made at the default settings into an MP4; the MP4's
+frames go to the detector, which looks at pixels only.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wanduet.config import EngineConfig
+from wanduet.engine.job import OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.media.read import read_frames
+from wanduet.miniature.detector import ATTRIBUTES, Seen, detect
+from wanduet.miniature.prompts import Described, describe
+from wanduet.miniature.world import held_out_combinations
+from wanduet.request import GenerationRequest
+
+
+def evaluate(engine: Engine, count: int, seed: int) -> dict[str, Any]:
+    """Share of attributes that are right over the first `count` held-out combinations."""
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    mistakes = []
+    total = 0
+    for want, seen in look(engine, [describe(c) for c in held_out_combinations()[:count].tolist()], seed):
+        wrong = [name for name in ATTRIBUTES if getattr(seen, name) != getattr(want, name)]
+        for name in ATTRIBUTES:
+            right[name] += name not in wrong
+        if wrong:
+            mistakes.append({"prompt": want.prompt, "wrong": {name: getattr(seen, name) for name in wrong}})
+        total += 1
+    shares = {name: round(right[name] / total, 4) for name in ATTRIBUTES}
+    return {
+        "prompts": total,
+        "seed": seed,
+        "attributes_right": round(sum(right.values()) / (total * len(ATTRIBUTES)), 4),
+        **shares,
+        "mistakes": mistakes,
+    }
+
+
+def look(engine: Engine, wanted: list[Described], seed: int) -> Iterator[tuple[Described, Seen]]:
+    """What the detector sees in the video of each prompt; the next job runs while one is looked at."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for index, want in enumerate(wanted):
+            request = GenerationRequest(prompt=want.prompt, seed=seed + index)
+            jobs.append((want, engine.submit(request, OutputOptions(Path(folder) / f"{index}.mp4"))))
+        for want, job in jobs:
+            path = job.result().videos[0].path
+            yield want, detect(np.stack(list(read_frames(path))))
+            path.unlink()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=210)
+    parser.add_argument("--seed", type=int, default=5000)
+    parser.add_argument("--model", default="miniature")
+    parser.add_argument("--devices", default=None)
+    parser.add_argument("--out", type=Path, default=None, help="also write the result to this file")
+    options = parser.parse_args()
+    with Engine(EngineConfig(model=options.model, devices=options.devices)) as engine:
+        text = json.dumps(evaluate(engine, options.count, options.seed), indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
