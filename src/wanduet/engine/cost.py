@@ -1,0 +1,77 @@
+"""How long a job will take, roughly, from its floating-point work and what a device's class achieves.
+
+The work is counted exactly; the rate is a table of what attention and matrix products reach in practice for each
+generation of GPU, so a prediction is good to a factor of about 1.5, which is what a choice needs.
+"""
+
+import os
+from dataclasses import dataclass
+
+from wanduet.engine.hardware import DeviceInfo
+from wanduet.request import ResolvedRequest
+from wanduet.specs import ModelSpec, TransformerSpec
+
+# TFLOP/s for each multiprocessor in bfloat16 (float16 before Ampere), reached by the whole denoise, not peak.
+# Hopper and Ampere A100: measured or published for this model; others in proportion to their data sheets.
+RATES = {
+    (10, 0): 7.0, (9, 0): 4.6, (8, 9): 0.95, (8, 6): 0.62, (8, 0): 1.9, (12, 0): 1.1, (7, 5): 0.45, (7, 0): 0.9,
+}  # fmt: skip
+OLDER = 0.1
+CPU_RATE = 0.025  # TFLOP/s a core in float32
+# The VAE's convolutions in float32 with TF32 reach about a fifth of the transformer's rate.
+DECODE_SHARE = 0.2
+# TFLOP to decode one latent frame of 60x104 (480x832), shared/measured: 275 for 21.
+DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
+STREAMING_SECONDS_PER_GIB = 1 / 20  # PCIe 4 x16, where the copies are not hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Predicted seconds of each phase."""
+
+    denoise: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """Both; text and writing are hidden or small beside them."""
+        return self.denoise + self.decode
+
+
+def forward_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
+    """Floating-point operations of one forward: two for each multiplication and addition.
+
+    Each block: q, k, v, out of self-attention, its scores and values; q and out of cross-attention, its
+    scores and values; the feed-forward. (The text's keys and values are computed once a job.)
+    """
+    dim = spec.dim
+    products = 2 * tokens * dim * (6 * dim + 2 * spec.ffn_dim)
+    attention = 4 * tokens * dim * (tokens + text_len)
+    return float(spec.num_layers * (products + attention))
+
+
+def predict_seconds(
+    request: ResolvedRequest, spec: ModelSpec, transformer: DeviceInfo, vae: DeviceInfo, ranks: int = 1
+) -> Seconds:
+    """For the whole job; `ranks` equal devices share the denoise and the decode."""
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    branches = 2 if request.uses_guidance else 1
+    flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
+    videos = request.num_videos_per_prompt
+    denoise = videos * request.num_inference_steps * branches * flop / (rate(transformer) * 1e12)
+    _, frames, rows, columns = spec.latent_shape(*size)
+    width = (spec.vae.base_dim / 96) ** 2  # convolutions grow with the square of the width
+    tflop = DECODE_TFLOP_PER_LATENT_PIXEL * frames * rows * columns * width
+    decode = videos * tflop / (rate(vae) * (1.0 if vae.is_cpu else DECODE_SHARE))
+    return Seconds(denoise / ranks, decode / ranks)
+
+
+def rate(device: DeviceInfo) -> float:
+    """TFLOP/s that the denoise reaches on a device."""
+    if device.is_cpu or not device.multiprocessors:
+        return CPU_RATE * max(1, (os.cpu_count() or 2) // 2)
+    exact = RATES.get(device.capability)
+    if exact is None:
+        newer = [value for generation, value in sorted(RATES.items()) if generation <= device.capability]
+        exact = newer[-1] if newer else OLDER
+    return exact * device.multiprocessors

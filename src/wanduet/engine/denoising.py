@@ -1,0 +1,190 @@
+"""The denoise of one video on a loaded transformer: in the engine's own process, or in each rank of a group.
+
+All that differs between the two is given: how progress is told, how a cancel is noticed, what a forward is
+wrapped in, and the mesh of ranks, if there is one.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanduet.engine.build import Denoiser
+from wanduet.engine.job import Event
+from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.media.embeddings import PromptEmbeds
+from wanduet.models.text_encoder import pad_embeddings
+from wanduet.models.transformer import TextContext
+from wanduet.ops.attention import sdpa
+from wanduet.ops.fused import TORCH_KERNELS
+from wanduet.parallel.exchange import take_from_first
+from wanduet.parallel.mesh import Mesh
+from wanduet.request import ResolvedRequest
+from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
+from wanduet.sampling.denoise import OnStep, StepInfo, denoise
+from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
+from wanduet.sampling.noise import initial_noise
+from wanduet.sampling.samplers import Sampler, make_sampler
+from wanduet.specs import ModelSpec
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """The prompt, and the negative prompt where guidance is on, as embeddings."""
+
+    prompt: PromptEmbeds
+    negative: PromptEmbeds | None
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseTask:
+    """What is to be denoised: video `index` of a request. `digest` names its checkpoints, `about` is kept in them."""
+
+    request: ResolvedRequest
+    index: int
+    conditioning: Conditioning
+    digest: str
+    about: dict[str, Any]
+    resume: bool
+    checkpoint_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where a denoise runs."""
+
+    emit: Callable[[Event], None]
+    should_cancel: Callable[[], bool]
+    on_step: OnStep | None = None
+    forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may go down the out-of-memory ladder
+    rung: Callable[[str], None] = field(default=lambda _: None)
+    mesh: Mesh | None = None
+    keeps_checkpoints: bool = True
+
+
+class Denoising:
+    """One denoise: its parts are made once, and may be run again after a setback."""
+
+    def __init__(
+        self, task: DenoiseTask, spec: ModelSpec, denoiser: Denoiser, checkpoints: Checkpoints, around: Surroundings
+    ) -> None:
+        self.task, self.denoiser, self.checkpoints, self.around = task, denoiser, checkpoints, around
+        request = task.request
+        shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+        self.noise = initial_noise((1, *shape), request.seed + task.index)
+        self.rope = denoiser.transformer.prepare_rope(self.noise.shape, denoiser.device)
+        self.contexts = self._contexts(spec.text_len)
+        self._saved_at = 0.0
+        self._last: tuple[int, Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        """Latents `[16, T, h, w]` float32 on the host.
+
+        Raises CancelledError (after a checkpoint), or NonFiniteLatentsError if plain kernels give NaN too.
+        """
+        try:
+            return self._run(self.task.resume)[0].float().cpu()
+        except NonFiniteLatentsError as error:
+            if not self._use_plain_kernels():
+                raise
+            log.warning("%s Retrying with plain kernels.", error.message)
+            self.around.rung(f"denoise: plain kernels after NaN at step {error.step + 1}")
+            return self._run(resume=True)[0].float().cpu()
+
+    def _run(self, resume: bool) -> Tensor:
+        """Latents `[1, 16, T, h, w]` on the device, from the last checkpoint if there is one and `resume`."""
+        request, device = self.task.request, self.denoiser.device
+        sampler = make_sampler(request.sampler, request.flow_shift, request.num_inference_steps, device)
+        start, latents = 0, self.noise.to(device)
+        if resume and (saved := self.checkpoints.load()) is not None:
+            start, latents = saved.step, saved.latents.to(device)
+            sampler.restore(saved.sampler_state)
+            log.info("Going on after step %d of %d.", start, request.num_inference_steps)
+        self._saved_at = time.perf_counter()
+        self._last = None
+        self.around.emit(Event("denoise", start, request.num_inference_steps, self.task.index))
+        try:
+            return denoise(
+                self._velocity(),
+                latents,
+                sampler,
+                on_step=lambda info: self._on_step(info, sampler, start),
+                should_cancel=self.around.should_cancel,
+                start_step=start,
+            )
+        except CancelledError:
+            self._keep_last(sampler)
+            raise
+
+    def _use_plain_kernels(self) -> bool:
+        """Replace every faster kernel by its plain form; False if there was none."""
+        runtime = self.denoiser.transformer.runtime
+        if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa:
+            return False
+        self.denoiser.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa, text_attention=None)
+        self.denoiser.attention = "sdpa"
+        return True
+
+    def _velocity(self) -> Velocity:
+        scale, mesh = self.task.request.guidance_scale, self.around.mesh
+        if self.task.conditioning.negative is None:
+            return NoGuidance(self._predict, self.contexts[0])
+        if mesh is not None and mesh.layout.cfg > 1:
+            return ParallelGuidance(self._predict, self.contexts[0], scale, mesh.cfg)
+        positive, negative = self.contexts
+        return SequentialGuidance(self._predict, positive, negative, scale)
+
+    def _predict(self, latents: Tensor, timestep: float, text: TextContext) -> Tensor:
+        steps = torch.full((1,), timestep, device=latents.device)
+        velocity: Tensor = self.around.forward(lambda: self.denoiser.transformer(latents, steps, text, self.rope))
+        return velocity
+
+    def _contexts(self, text_len: int) -> list[TextContext]:
+        """This process's prompts: both, or the one of its side of the mesh."""
+        both = self.task.conditioning
+        prompts = [p for p in (both.prompt, both.negative) if p is not None]
+        mesh = self.around.mesh
+        if mesh is not None and mesh.layout.cfg > 1 and len(prompts) > 1:
+            prompts = [prompts[mesh.cfg_rank]]
+        return [self._context(pad_embeddings(prompt.embeds, text_len)) for prompt in prompts]
+
+    def _context(self, padded: Tensor) -> TextContext:
+        there = padded.to(self.denoiser.device)
+        context: TextContext = self.around.forward(lambda: self.denoiser.transformer.prepare_text(there))
+        return context
+
+    def _on_step(self, info: StepInfo, sampler: Sampler, start: int) -> Tensor | None:
+        if self.around.mesh is not None:
+            # Every rank made the same step; on unlike GPUs it may differ in the last bit, and must not drift.
+            take_from_first(info.latents)
+        done, now = info.step + 1, time.perf_counter()
+        left = info.seconds / (done - start) * (info.num_steps - done)
+        self.around.emit(Event("denoise", done, info.num_steps, self.task.index, seconds_left=left))
+        self._last = (done, info.latents)
+        due = now - self._saved_at >= self.task.checkpoint_seconds and done < info.num_steps
+        if due and bool(torch.isfinite(info.latents).all()):
+            self._save(done, info.latents, sampler)
+            self._saved_at = time.perf_counter()
+        return self.around.on_step(info) if self.around.on_step is not None else None
+
+    def _keep_last(self, sampler: Sampler) -> None:
+        """After a cancel: a checkpoint of the last step, so that --resume loses nothing."""
+        if self._last is not None:
+            self._save(*self._last, sampler)
+
+    def _save(self, step: int, latents: Tensor, sampler: Sampler) -> None:
+        """A checkpoint; a disk that cannot take it costs the checkpoint, not the job."""
+        if not self.around.keeps_checkpoints:
+            return
+        try:
+            self.checkpoints.save(DenoiseCheckpoint(step, latents, sampler.state(), self.task.about))
+        except OSError as error:
+            log.warning("The checkpoint after step %d could not be written: %s", step, error)

@@ -1,0 +1,82 @@
+"""Strategy `parallel`, the engine's side: gives tasks to a group of ranks and gathers what they make.
+
+A group lives as long as its plan's devices are asked for. A rank that dies takes the group down; the next
+task starts a new one, and a denoise goes on from its last checkpoint.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wanduet.config import EngineConfig
+from wanduet.engine.denoising import DenoiseTask
+from wanduet.engine.job import Event, Job
+from wanduet.engine.plan import Plan
+from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
+from wanduet.errors import CancelledError
+from wanduet.parallel.launch import RankGroup
+
+# How often a waiting engine looks whether its job was cancelled, in seconds.
+POLL = 0.2
+
+
+class Group:
+    """Worker processes for one list of devices."""
+
+    def __init__(self, config: EngineConfig, plan: Plan) -> None:
+        """Start the processes; they load the model when the first task comes."""
+        self.devices = plan.ranks
+        self._ranks = RankGroup(work, plan.ranks, config)
+
+    def preload(self, job: Job) -> None:
+        """Let the ranks load the transformer now; does not wait."""
+        self._ranks.send(Assignment(job.plan, job.request, None))
+
+    def denoise(self, job: Job, task: DenoiseTask) -> Tensor:
+        """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank."""
+        self._ranks.send(Assignment(job.plan, job.request, task))
+        told = False
+        while True:
+            if job.cancelled and not told:
+                self._ranks.cancel()
+                told = True
+            message = self._next()
+            if isinstance(message, Event):
+                job.emit(message)
+            elif isinstance(message, Denoised):
+                job.attention = message.attention
+                job.rungs.extend(message.rungs)
+                if message.latents is None:
+                    raise CancelledError("The job was cancelled.")
+                return message.latents
+
+    def decode(self, job: Job, latents: Tensor, index: int) -> Iterator[NDArray[np.uint8]]:
+        """Frames `[1 or 4, H, W, 3]` of latents `[16, T, h, w]`, put together from the ranks' rows."""
+        self._ranks.send(Assignment(job.plan, job.request, DecodeTask(latents)))
+        waiting: dict[int, list[DecodedRows]] = {}
+        done = 0
+        for frame in range(latents.shape[1]):
+            parts = waiting.setdefault(frame, [])
+            while len(parts) < len(self.devices):
+                message = self._next()
+                if isinstance(message, DecodedRows):
+                    waiting.setdefault(message.frame, []).append(message)
+            parts.sort(key=lambda part: part.rows.start)
+            picture = np.concatenate([part.pixels.numpy() for part in waiting.pop(frame)], axis=1)
+            done += len(picture)
+            job.emit(Event("decode", done, job.request.num_frames, index))
+            yield picture
+
+    def close(self) -> None:
+        """End every process."""
+        self._ranks.close()
+
+    def _next(self) -> object:
+        """What a rank reports next, or None after a while without a word."""
+        try:
+            item = self._ranks.receive(POLL)
+        except TimeoutError:
+            return None
+        return None if item is None else item[1]

@@ -1,0 +1,98 @@
+"""How many bytes each phase needs, from shapes alone. The planner's arithmetic; no model is loaded.
+
+Activations are not formulas: the code itself runs on the meta device (models/footprint.py). What it does not
+see, workspaces and the allocator's rounding, is added here and checked against measured peaks in
+benchmarks/results.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from wanduet.models.transformer import WanTransformer
+from wanduet.models.transformer_memory import forward_bytes
+from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae_rows import DecodePlan
+from wanduet.specs import ModelSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+Size = tuple[int, int, int]  # generated height, generated width, frames
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# cuBLAS and cuBLASLt workspaces (32 MiB each on Hopper) and the caching allocator's rounding.
+WORKSPACE_BYTES = 72 * 2**20
+# Blocks on their way to or on the device beside the resident ones (accelerate/offload.py).
+STREAM_BUFFERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerMemory:
+    """Bytes of the transformer on its device."""
+
+    total_weights: int
+    weights: int  # resident weights, streaming buffers included
+    text: int  # cross-attention keys and values of every guidance branch
+    activations: int  # the largest moment of one forward
+    latents: int  # latents, sampler history, velocities
+
+    @property
+    def peak(self) -> int:
+        """Highest sum during the denoise."""
+        return self.weights + self.text + self.activations + self.latents + WORKSPACE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """A model's spec and the shapes of its tensors (from the checkpoint's headers)."""
+
+    spec: ModelSpec
+    transformer_shapes: Shapes
+    vae_shapes: Shapes
+
+    def transformer(
+        self, size: Size, dtype: str, branches: int, resident_blocks: int, ffn_chunk: int, sequence_ranks: int = 1
+    ) -> TransformerMemory:
+        """Memory of denoising with `resident_blocks` kept on the device and the sequence spread over ranks."""
+        t, item = self.spec.transformer, DTYPE_BYTES[dtype]
+        total = sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
+        streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
+        weights = total - streamed_blocks * self._block_bytes(dtype)
+        text = branches * 2 * t.num_layers * self.spec.text_len * t.dim * item
+
+        activations = forward_bytes(
+            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, ffn_chunk, sequence_ranks
+        )
+        latents = 10 * prod(self.spec.latent_shape(*size)) * 4
+        return TransformerMemory(total, weights, text, activations, latents)
+
+    def vae_weights(self, dtype: str) -> int:
+        """Bytes of the whole VAE (encoder and decoder)."""
+        return sum(prod(s) * DTYPE_BYTES[dtype] for s in self.vae_shapes.values())
+
+    def decode(self, size: Size, mode: DecodePlan, dtype: str) -> int:
+        """Bytes that decoding needs beside the weights."""
+        return decode_bytes(self.spec.vae, *size, mode, dtype)
+
+    def _block_bytes(self, dtype: str) -> int:
+        """Bytes of one block's streamed parameters: the large products; tables and norms stay resident."""
+        block = {n: s for n, s in self.transformer_shapes.items() if n.startswith("blocks.0.")}
+        return sum(prod(s) * DTYPE_BYTES[dtype] for n, s in block.items() if ".to_" in n or ".ffn." in n)
+
+
+def text_encoder_bytes(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> int:
+    """Host bytes of the text encoder: all of it, or one layer at a time with its float32 source."""
+    t, item = spec.text_encoder, DTYPE_BYTES[dtype]
+    inner = t.num_heads * t.d_kv
+    layer = 4 * t.d_model * inner + 3 * t.d_model * t.d_ff  # parameters
+    if hold == "resident":
+        return (t.num_layers * layer + t.vocab_size * t.d_model) * item
+    activations = 12 * spec.text_len * max(t.d_ff, t.d_model) * 4
+    return layer * (item + 4) + activations
+
+
+def _parameter_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
+    import torch
+
+    held = WanTransformer.parameter_dtype(name, getattr(torch, dtype))
+    return prod(shape) * held.itemsize

@@ -1,0 +1,330 @@
+"""What runs where, decided before anything is loaded: devices, dtypes, offload and decode mode that fit.
+
+`make_plan` predicts the peak bytes of every device in each phase and picks the fastest choices whose
+prediction stays below the limits. It refuses with the nearest settings that would fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+from wanduet.config import GIB, EngineConfig, format_bytes
+from wanduet.engine.cost import Seconds, predict_seconds, rate
+from wanduet.engine.hardware import DeviceInfo, Hardware
+from wanduet.engine.memory import ModelMemory, text_encoder_bytes
+from wanduet.engine.placement import Placement, StrategyName, find_placement, pairs_up, parallel_placement
+from wanduet.errors import DoesNotFitError
+from wanduet.models.vae_rows import DecodePlan
+from wanduet.parallel.mesh import Layout, choose_layout
+from wanduet.request import ResolvedRequest
+from wanduet.specs import ModelSpec
+
+BlockHold = Literal["pinned", "mapped"]
+
+# Kept free on every device beside what is predicted: other programs and allocator fragmentation.
+HEADROOM_BYTES = 192 * 2**20
+# Python, PyTorch and its libraries, frames on their way to the encoder.
+HOST_BASE_BYTES = 1200 * 2**20
+NEAREST = 3  # settings that fit, told with a refusal
+ONE_DEVICE = Layout()
+FFN_CHUNKS = (16384, 8192, 4096)
+DECODE_MODES = (
+    *(DecodePlan("frame", strips) for strips in (1, 2, 4)),
+    *(DecodePlan("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing the plan decided, and why."""
+
+    setting: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What one device holds and the predicted peak bytes of each phase (outside the CUDA context)."""
+
+    name: str
+    role: str  # "vae", "transformer", "text_encoder", joined by "+"
+    phases: dict[str, int]
+    limit_bytes: int
+
+    @property
+    def peak(self) -> int:
+        """The highest phase."""
+        return max(self.phases.values(), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the engine needs to know to run a request."""
+
+    strategy: StrategyName
+    transformer_device: str
+    vae_device: str
+    transformer_dtype: str
+    vae_dtype: str
+    text_encoder_dtype: str
+    text_encoder_hold: Literal["resident", "streamed"]
+    resident_blocks: int  # of the transformer; the others are streamed from host memory
+    block_hold: BlockHold  # how those wait there
+    ffn_chunk: int
+    decode: DecodePlan
+    keep_both: bool  # transformer and VAE stay loaded side by side; else one makes room for the other
+    tf32: bool
+    devices: tuple[DevicePlan, ...]
+    host_bytes: int
+    host_limit_bytes: int
+    choices: tuple[Choice, ...]
+    seconds: Seconds
+    fits: bool
+    ranks: tuple[str, ...] = ()  # strategy `parallel`: the device of each process
+    layout: Layout = ONE_DEVICE  # and what they share
+    nearest_that_fits: tuple[dict[str, Any], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as `wanduet plan --json` prints it."""
+        return {
+            "fits": self.fits,
+            "strategy": self.strategy,
+            "devices": [
+                {"name": d.name, "role": d.role, "phases": d.phases, "limit_bytes": d.limit_bytes} for d in self.devices
+            ],
+            "host_bytes": self.host_bytes,
+            "host_limit_bytes": self.host_limit_bytes,
+            "choices": [{"setting": c.setting, "value": c.value, "why": c.why} for c in self.choices],
+            "predicted_seconds": {
+                "denoise": round(self.seconds.denoise, 1),
+                "decode": round(self.seconds.decode, 1),
+                "total": round(self.seconds.total, 1),
+            },
+            "nearest_that_fits": list(self.nearest_that_fits),
+        }
+
+    @property
+    def predicted_peak_bytes(self) -> dict[str, int]:
+        """Highest predicted phase of each device."""
+        return {d.name: d.peak for d in self.devices}
+
+
+def make_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
+    """Choose. Returns a plan with `fits=False` and the nearest settings that fit if nothing does."""
+    plan = _fastest_that_fits(request, memory, config, hardware)
+    if plan.fits:
+        return plan
+    nearest = []
+    for change, smaller in _smaller_requests(request, memory.spec):
+        candidate = _fastest_that_fits(smaller, memory, config, hardware)
+        if candidate.fits:
+            told = {"predicted_peak_bytes": candidate.predicted_peak_bytes}
+            nearest.append(change | told | {"predicted_seconds": round(candidate.seconds.total, 1)})
+        if len(nearest) == NEAREST:
+            break
+    return replace(plan, nearest_that_fits=tuple(nearest))
+
+
+def require_fit(plan: Plan, request: ResolvedRequest) -> None:
+    """Raise DoesNotFitError, with the nearest settings that fit, if the plan does not."""
+    if plan.fits:
+        return
+    short = [(d.name, d.peak, d.limit_bytes) for d in plan.devices if d.peak > d.limit_bytes]
+    if plan.host_bytes > plan.host_limit_bytes:
+        short.append(("the host", plan.host_bytes, plan.host_limit_bytes))
+    where = "; ".join(f"{name} needs {format_bytes(need)} and may use {format_bytes(has)}" for name, need, has in short)
+    near = [
+        ", ".join(f"{k}={v}" for k, v in n.items() if not k.startswith("predicted"))
+        + f" (about {n['predicted_seconds']} s)"
+        for n in plan.nearest_that_fits
+    ]
+    hint = f"These fit: {' · '.join(near)}." if near else "No smaller setting fits either."
+    size = f"{request.width}x{request.height} with {request.num_frames} frames"
+    raise DoesNotFitError(f"{size} does not fit: {where}.", hint=hint)
+
+
+def _fastest_that_fits(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
+    """The first candidate that fits, or the smallest one."""
+    if config.strategy in ("auto", "parallel"):
+        shared = parallel_placement(request, config, hardware)
+        if shared is not None:
+            plan = _parallel_plan(request, memory, config, hardware, shared)
+            if plan.fits or config.strategy == "parallel":
+                return plan
+    place = find_placement(config, hardware)
+    candidates = list(_candidates(memory.spec, place))
+    smallest = _plan(request, memory, config, hardware, place, *candidates[-1])
+    if any(device.peak > device.limit_bytes for device in smallest.devices):
+        return smallest  # without a look at all the others
+    plans = (_plan(request, memory, config, hardware, place, *candidate) for candidate in candidates)
+    return next((plan for plan in plans if plan.fits), smallest)
+
+
+def _candidates(spec: ModelSpec, place: Placement) -> Iterator[tuple[int, int, bool, DecodePlan]]:
+    """Settings from the fastest to the smallest: resident blocks, FFN chunk, keep both models, decode mode."""
+    layers = spec.transformer.num_layers
+    on_cpu = place.transformer.is_cpu
+    resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
+    keep_both = (True, False) if place.shared and not on_cpu else (True,)
+    return product(resident, FFN_CHUNKS, keep_both, DECODE_MODES)
+
+
+def _plan(
+    request: ResolvedRequest,
+    memory: ModelMemory,
+    config: EngineConfig,
+    hardware: Hardware,
+    place: Placement,
+    resident: int,
+    chunk: int,
+    keep_both: bool,
+    mode: DecodePlan,
+    layout: Layout = ONE_DEVICE,
+) -> Plan:
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    dtype, dtype_why = _transformer_dtype(config, place.transformer)
+    vae_dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
+    branches = (2 if request.uses_guidance else 1) // layout.cfg or 1
+    transformer = memory.transformer(size, dtype, branches, resident, chunk, layout.sequence)
+    vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype)
+    on_transformer = {"denoise": transformer.peak, "decode": transformer.weights if keep_both else 0}
+    on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
+    devices = _device_plans(place, on_transformer, on_vae, config)
+
+    text_dtype, hold, hold_why = _text_encoder(memory, config, hardware)
+    host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
+    host += sum(d.peak for d in devices if d.name == "cpu")
+    waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
+    if not place.transformer.is_cpu:
+        on_host = layers - resident if keep_both else layers  # taking turns, all blocks wait on the host at times
+        waiting = transformer.total_weights * on_host // layers
+    host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
+    # Mapped from a scratch file the system may write blocks out; two at a time are being read.
+    block_hold: BlockHold = "pinned" if host + waiting <= host_limit else "mapped"
+    host += waiting if block_hold == "pinned" else transformer.total_weights * min(on_host, 2) // layers
+    fits = host <= host_limit and all(d.peak <= d.limit_bytes for d in devices)
+    choices = (
+        Choice("strategy", place.strategy, place.why),
+        Choice("transformer_dtype", dtype, dtype_why),
+        Choice("vae_dtype", vae_dtype, "the reference; bfloat16 decodes faster at a small loss"),
+        Choice("tf32", config.tf32, "TF32 in the VAE's float32 convolutions (GPU only)"),
+        Choice("text_encoder_hold", hold, hold_why),
+        Choice("resident_blocks", resident, _why_resident(resident, memory.spec.transformer.num_layers)),
+        Choice("block_hold", block_hold, _why_hold(block_hold, on_host)),
+        Choice("ffn_chunk", chunk, "tokens of the feed-forward at a time"),
+        Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
+        Choice("keep_both", keep_both, "both models fit together" if keep_both else "they take turns on the device"),
+    )
+    return Plan(
+        strategy=place.strategy,
+        transformer_device=place.transformer.name,
+        vae_device=place.vae.name,
+        transformer_dtype=dtype,
+        vae_dtype=vae_dtype,
+        text_encoder_dtype=text_dtype,
+        text_encoder_hold=hold,
+        resident_blocks=resident,
+        block_hold=block_hold,
+        ffn_chunk=chunk,
+        decode=mode,
+        keep_both=keep_both,
+        tf32=config.tf32,
+        devices=devices,
+        host_bytes=host,
+        host_limit_bytes=host_limit,
+        choices=choices,
+        seconds=predict_seconds(request, memory.spec, place.transformer, place.vae, max(1, len(place.ranks))),
+        fits=fits,
+    )
+
+
+def _parallel_plan(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, place: Placement
+) -> Plan:
+    """Every rank holds the whole transformer, its part of the sequence, and its rows of the decode."""
+    spec, count = memory.spec, len(place.ranks)
+    rates = config.speeds or tuple(rate(device) for device in place.ranks)
+    layout = choose_layout(count, spec.transformer.num_attention_heads, request.uses_guidance and pairs_up(rates))
+    plan = _plan(
+        request, memory, config, hardware, place, spec.transformer.num_layers, FFN_CHUNKS[0], True,
+        DecodePlan("strip", count), layout,
+    )  # fmt: skip
+    shares = Choice("layout", f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}", "exchanges least")
+    return replace(plan, choices=(*plan.choices, shares), ranks=tuple(d.name for d in place.ranks), layout=layout)
+
+
+def _device_plans(
+    place: Placement, on_transformer: dict[str, int], on_vae: dict[str, int], config: EngineConfig
+) -> tuple[DevicePlan, ...]:
+    if place.ranks:
+        phases = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
+        return tuple(_device_plan(device, "vae+transformer", phases, config) for device in place.ranks)
+    if place.shared:
+        role = "vae+transformer" + ("+text_encoder" if place.vae.is_cpu else "")
+        phases = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
+        return (_device_plan(place.vae, role, phases, config),)
+    return (
+        _device_plan(place.vae, "vae", on_vae, config),
+        _device_plan(place.transformer, "transformer", on_transformer, config),
+    )
+
+
+def _device_plan(device: DeviceInfo, role: str, phases: dict[str, int], config: EngineConfig) -> DevicePlan:
+    free = max(0, device.free_bytes - HEADROOM_BYTES)
+    limit = free if config.vram_limit is None or device.is_cpu else min(config.vram_limit, free)
+    return DevicePlan(device.name, role, {"encode": 0} | phases, limit)
+
+
+def _transformer_dtype(config: EngineConfig, device: DeviceInfo) -> tuple[str, str]:
+    if config.transformer_dtype != "auto":
+        return config.transformer_dtype, "asked for"
+    if device.is_cpu:
+        return "float32", "a CPU without bfloat16 matrix units is faster in float32"
+    if device.capability and not device.has_bfloat16:
+        return "float16", "this GPU has no bfloat16 matrix units"
+    return "bfloat16", "the model's own precision; norms, modulation and residuals stay float32"
+
+
+def _text_encoder(
+    memory: ModelMemory, config: EngineConfig, hardware: Hardware
+) -> tuple[str, Literal["resident", "streamed"], str]:
+    # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
+    small = text_encoder_bytes(memory.spec, "float32", "resident") < GIB
+    dtype = config.text_encoder_dtype
+    if dtype == "auto":
+        dtype = "float32" if small else "bfloat16"
+    if config.text_encoder_hold != "auto":
+        return dtype, config.text_encoder_hold, "asked for"
+    if small:
+        return dtype, "resident", "it is small"
+    return dtype, "streamed", "read layer by layer from the file: never more than 3 GiB of host memory"
+
+
+def _why_hold(hold: BlockHold, on_host: int) -> str:
+    if not on_host:
+        return "no block waits on the host"
+    return (
+        "page-locked: copies run beside the computation"
+        if hold == "pinned"
+        else "host memory is short: from a scratch file"
+    )
+
+
+def _why_resident(resident: int, layers: int) -> str:
+    return "all blocks fit" if resident == layers else "the others are streamed from host memory"
+
+
+def _smaller_requests(request: ResolvedRequest, spec: ModelSpec) -> Iterator[tuple[dict[str, Any], ResolvedRequest]]:
+    """Changes that make the job smaller, least painful first: fewer frames, then a smaller picture."""
+    stride = spec.vae.temporal_stride
+    for share in (0.8, 0.6, 0.4, 0.2):
+        frames = int((request.num_frames - 1) * share) // stride * stride + 1
+        if frames < request.num_frames:
+            yield {"num_frames": frames}, request.model_copy(update={"num_frames": frames})
+    for height, width in ((720, 1280), (480, 832), (320, 512), (240, 416)):
+        if height * width < request.height * request.width:
+            changes = {"height": height, "width": width}
+            generated = {"generated_height": height, "generated_width": width}
+            yield changes, request.model_copy(update=changes | generated)

@@ -1,0 +1,137 @@
+"""Strategy `parallel`, the ranks' side: every process of a group holds the transformer and a strip of the decode.
+
+Each process waits for tasks, does its part with the same code as one device (engine/denoising.py), and
+rank 0 reports. See engine/group.py for the side that gives the tasks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanduet.config import EngineConfig
+from wanduet.engine.build import Denoiser, Models
+from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
+from wanduet.engine.job import Event, Job, OutputOptions
+from wanduet.engine.plan import Plan
+from wanduet.engine.speeds import all_speeds, of_sequence
+from wanduet.errors import CancelledError
+from wanduet.models.vae_rows import Rows
+from wanduet.models.vae_stream import to_uint8
+from wanduet.parallel.mesh import Layout, Mesh
+from wanduet.parallel.rank import Rank
+from wanduet.parallel.sequence import SequenceSharding, split_lengths
+from wanduet.request import ResolvedRequest
+from wanduet.sampling.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTask:
+    """Decode latents `[16, T, h, w]`; each rank takes rows in proportion to its speed."""
+
+    latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One task with the plan that it runs under."""
+
+    plan: Plan
+    request: ResolvedRequest
+    task: DenoiseTask | DecodeTask | None  # None: only load the transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """Rank 0's answer to a denoise: latents `[16, T, h, w]`, and what was used."""
+
+    latents: Tensor | None  # None: it was cancelled
+    attention: str | None
+    rungs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRows:
+    """One rank's rows `[t, rows, W, 3]` uint8 of the frames of one latent frame."""
+
+    frame: int
+    rows: Rows
+    pixels: Tensor
+
+
+def work(rank: Rank, config: EngineConfig) -> None:
+    """What each process of the group runs, until it is told None."""
+    torch.set_grad_enabled(False)
+    models = Models(config)
+    meshes: dict[Layout, Mesh] = {}
+    speeds: tuple[float, ...] = ()
+    while (assignment := rank.receive()) is not None:
+        assert isinstance(assignment, Assignment)
+        if rank.mailbox is not None:
+            rank.mailbox.cancelled.clear()  # what was sent before this task was about the one before
+        plan = _own_plan(assignment.plan, rank)
+        job = Job(assignment.request, plan, OutputOptions(config.data_folder))
+        layout = assignment.plan.layout
+        if layout not in meshes:
+            meshes[layout] = rank.mesh(layout)
+        speeds = speeds or all_speeds(rank, meshes[layout], config.speeds)
+        if assignment.task is None:
+            models.preload(job)
+        elif isinstance(assignment.task, DecodeTask):
+            _decode(rank, models, job, assignment.task, speeds)
+        else:
+            _denoise(rank, models, job, assignment.task, meshes[layout], speeds)
+
+
+def _own_plan(plan: Plan, rank: Rank) -> Plan:
+    device = str(rank.device)
+    # In here it is one device with all that it holds.
+    return replace(plan, strategy="single", transformer_device=device, vae_device=device)
+
+
+def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh, speeds: tuple[float, ...]) -> None:
+    first = rank.index == 0
+
+    def emit(event: Event) -> None:
+        if first:
+            rank.report(event)
+
+    checkpoints = Checkpoints(models.config.data_folder / "checkpoints", task.digest)
+    around = Surroundings(emit, rank.cancelled, rung=job.rungs.append, mesh=mesh, keeps_checkpoints=first)
+    with models.transformer(job) as denoiser:
+        _share(denoiser, mesh, speeds)
+        try:
+            latents = Denoising(task, models.spec, denoiser, checkpoints, around)()
+        except CancelledError:
+            latents = None
+    if first:
+        rank.report(Denoised(latents, denoiser.attention, tuple(job.rungs)))
+
+
+def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
+    """Give the transformer its part of the sequence, the faster rank more of it."""
+    if mesh.layout.sequence == 1:
+        return
+    sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
+    denoiser.transformer.runtime = replace(denoiser.transformer.runtime, sharding=sharding)
+
+
+def _decode(rank: Rank, models: Models, job: Job, task: DecodeTask, speeds: tuple[float, ...]) -> None:
+    """Every rank runs the (small) middle on whole frames and the large layers on its own rows: exact."""
+    with models.vae(job, job.plan.vae_device) as vae:
+        vae.own_pasts()
+        height = task.latents.shape[2] * vae.spec.spatial_stride
+        lengths = split_lengths(height, speeds)
+        start = sum(lengths[: rank.index])
+        mine = Rows(start, start + lengths[rank.index], height)
+        latents = task.latents.to(rank.device, vae.post_quant_conv.weight.dtype)
+        trunk: Any = None
+        past: Any = None
+        for index in range(latents.shape[1]):
+            if rank.cancelled():
+                break
+            mid, trunk = vae.decode_trunk(latents[None, :, index : index + 1], trunk)
+            pixels, past = vae.decode_rows(mid, past, mine)
+            rank.report(DecodedRows(index, mine, to_uint8(pixels).cpu().contiguous()))
+        vae.own_pasts(False)

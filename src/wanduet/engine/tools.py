@@ -1,0 +1,229 @@
+"""What can be done besides a whole job: decode kept latents, encode a prompt, look into files, look at the machine."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanduet.config import EngineConfig, format_bytes
+from wanduet.engine import generate
+from wanduet.engine.build import Models
+from wanduet.engine.hardware import Hardware, detect
+from wanduet.engine.job import Job, JobResult, OutputOptions
+from wanduet.engine.plan import make_plan
+from wanduet.engine.text import CachedPromptEncoder, check_shapes
+from wanduet.errors import OutputError, WanduetError
+from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
+from wanduet.media.files import UnreadableFileError, check_writable
+from wanduet.media.latents import load_latents
+from wanduet.media.provenance import versions
+from wanduet.media.read import probe, read_metadata
+from wanduet.ops.attention import available_backends
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.weights.download import open_model, verify_manifest
+
+
+def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> JobResult:
+    """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
+    latents, about = load_latents(path)
+    models = Models(config)
+    request = _request_of(about, models.spec)
+    expected = models.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+    if tuple(latents.shape) != expected:
+        raise UnreadableFileError(f"{path}: latents {list(latents.shape)} do not fit their request {list(expected)}.")
+    check_writable(output.path, generate.bytes_on_disk(request, models.spec))
+    plan = make_plan(request, models.memory, config, detect())
+    job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
+    job.attention = about.get("attention")
+    video = generate.decode_video(models, job, 0, latents)
+    job.timings["total_s"] = sum(job.timings.values())
+    return JobResult((video,), dict(job.timings), models.peak_memory(), tuple(job.warnings))
+
+
+def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
+    fields = about.get("request")
+    if not isinstance(fields, dict):
+        raise UnreadableFileError("The latents do not say which request they belong to.")
+    known = {k: v for k, v in fields.items() if k in GenerationRequest.model_fields}
+    known["seed"] = about.get("seed", known.get("seed"))
+    return GenerationRequest.parse(**known).resolve(spec)
+
+
+def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbeds:
+    """A prompt's embeddings, written to a file."""
+    check_writable(path)
+    models = Models(config)
+    request = GenerationRequest.parse(prompt=prompt).resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    embeds = models.text(plan).encode([request.prompt])[0]
+    save_embeddings(path, embeds)
+    return embeds
+
+
+def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
+    """What is in a file of ours (latents, embeddings, video), or in the cache for a prompt.
+
+    Raises UnreadableFileError.
+    """
+    path = Path(target)
+    try:
+        is_file = path.exists()
+    except OSError:  # a prompt that is longer than any file's name
+        is_file = False
+    if not is_file:
+        return _inspect_prompt(config, target)
+    if path.suffix.lower() != ".safetensors":
+        return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
+    try:
+        return _inspect_embeddings(load_embeddings(path), path)
+    except UnreadableFileError:
+        latents, about = load_latents(path)
+    channels = latents.float().flatten(1)
+    return {
+        "kind": "latents",
+        "path": str(path),
+        "shape": list(latents.shape),
+        "dtype": str(latents.dtype).removeprefix("torch."),
+        "mean": float(channels.mean()),
+        "std": float(channels.std()),
+        "min": float(channels.min()),
+        "max": float(channels.max()),
+        "channel_means": [round(v, 4) for v in channels.mean(1).tolist()],
+        "channel_stds": [round(v, 4) for v in channels.std(1).tolist()],
+        "made_by": about,
+    }
+
+
+def _made_by(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_metadata(path)
+    except UnreadableFileError:
+        return None
+
+
+def _inspect_prompt(config: EngineConfig, prompt: str) -> dict[str, Any]:
+    if config.model not in RANDOM_SPECS:
+        open_model(config.model, config.revision, fetch=False)  # looking is no reason to fetch gigabytes
+    models = Models(config)
+    request = GenerationRequest.parse(prompt=prompt).resolve(models.spec)
+    encoder = models.text(make_plan(request, models.memory, config, detect()))
+    path = encoder.path_of(prompt) if isinstance(encoder, CachedPromptEncoder) else None
+    if path is None or not path.exists():
+        raise UnreadableFileError(
+            f"There is no file {prompt!r}, and no embeddings of such a prompt in the cache.",
+            hint="Files: latents, embeddings (.safetensors), videos. Prompts: as they were generated with --model.",
+        )
+    return _inspect_embeddings(load_embeddings(path), path)
+
+
+def _inspect_embeddings(prompt: PromptEmbeds, path: Path) -> dict[str, Any]:
+    norms = prompt.embeds.norm(dim=1)
+    return {
+        "kind": "embeddings",
+        "path": str(path),
+        "text": prompt.text,
+        "cut": prompt.cut,
+        "shape": list(prompt.embeds.shape),
+        "token_norm_min": float(norms.min()),
+        "token_norm_max": float(norms.max()),
+        "mean": float(prompt.embeds.mean()),
+        "std": float(prompt.embeds.std()),
+        "encoder": prompt.encoder,
+        "dtype": prompt.dtype,
+    }
+
+
+def doctor(config: EngineConfig) -> dict[str, Any]:
+    """What this machine has, what is missing, and what to do about it."""
+    hardware = detect()
+    folder = config.data_folder
+    problems: list[str] = []
+    data_folder = {"path": str(folder), "free_bytes": _free_bytes(folder)}
+    try:
+        check_writable(folder / "doctor")
+    except OutputError as error:
+        problems.append(f"{error.message} Set WANDUET_DATA_DIR to a folder that can be written.")
+    return {
+        "versions": versions(),
+        "cpu": {"model": hardware.host, "count": hardware.cpu_count},
+        "memory": {"total_bytes": hardware.host_total_bytes, "free_bytes": hardware.host_free_bytes},
+        "gpus": [
+            {
+                "name": d.name,
+                "model": d.model,
+                "total_bytes": d.total_bytes,
+                "free_bytes": d.free_bytes,
+                "bfloat16": d.has_bfloat16,
+                "attention": list(available_backends(torch.device(d.name))),
+            }
+            for d in hardware.gpus
+        ],
+        "links": _links(hardware),
+        "triton": importlib.util.find_spec("triton") is not None,
+        "data_folder": data_folder,
+        "model": _model(config),
+        "advice": problems + _advice(hardware),
+    }
+
+
+def _advice(hardware: Hardware) -> list[str]:
+    found = []
+    gpus = hardware.gpus
+    if not gpus and torch.version.cuda is None:
+        found.append(
+            "PyTorch was installed without CUDA: reinstall it from pytorch.org if this machine has an NVIDIA GPU."
+        )
+    elif not gpus:
+        found.append("No GPU is seen: check the driver with nvidia-smi.")
+    if gpus and importlib.util.find_spec("triton") is None:
+        hint = "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
+        found.append(f"Triton is missing: plain kernels run instead, about a fifth slower. {hint}")
+    if any(d.capability >= (9, 0) for d in gpus) and importlib.util.find_spec("flash_attn") is None:
+        found.append("This GPU is served best by flash-attn-4: pip install wanduet[hopper]")
+    if hardware.host_free_bytes < 6 * 2**30:
+        found.append(
+            f"Only {format_bytes(hardware.host_free_bytes)} of host memory are free; the text encoder needs 3 GiB."
+        )
+    return found
+
+
+def _links(hardware: Hardware) -> list[str]:
+    """How GPUs are joined, as nvidia-smi tells it."""
+    if len(hardware.gpus) < 2 or shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        text = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.replace("\t", " ") for line in text.splitlines() if line.startswith("GPU")]
+
+
+def _model(config: EngineConfig) -> dict[str, Any]:
+    """Whether the model is here and whole: configs, headers, hashes."""
+    if config.model in RANDOM_SPECS:
+        return {"name": config.model, "found": True}
+    found: dict[str, Any] = {"name": config.model, "found": False}
+    try:
+        folder = open_model(config.model, config.revision, fetch=False)
+        found |= {"found": True, "path": str(folder.path), "revision": folder.revision, "whole": False}
+        folder.spec  # noqa: B018 - reads the configs
+        for files in (folder.transformer, folder.vae, folder.text_encoder):
+            files.shapes  # noqa: B018 - reads the headers, which are checked against the files' sizes
+        check_shapes(folder)
+        verify_manifest(folder, config.data_folder / "verified.json")
+    except WanduetError as error:
+        return found | {"problem": error.message, "hint": error.hint}
+    return found | {"whole": True}
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return None

@@ -1,0 +1,95 @@
+"""Where the time of jobs went: spans of every stage, as Perfetto shows them, and beside the floor that the work has.
+
+Open the file at https://ui.perfetto.dev (nothing is uploaded), or in chrome://tracing.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanduet.engine.cost import predict_seconds
+from wanduet.engine.hardware import Hardware
+from wanduet.engine.job import Job
+from wanduet.media.files import write_atomically
+from wanduet.specs import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stage's work on one job, in seconds since the trace began."""
+
+    stage: str
+    job: str
+    begin: float
+    end: float
+
+
+class Trace:
+    """Collects spans from any thread."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._lock = threading.Lock()
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def span(self, stage: str, job: Job) -> Iterator[None]:
+        """Time the block, also when it fails."""
+        begin = time.perf_counter() - self._began
+        try:
+            yield
+        finally:
+            span = Span(stage, job.id, begin, time.perf_counter() - self._began)
+            with self._lock:
+                self.spans.append(span)
+
+    def as_chrome(self) -> dict[str, Any]:
+        """The trace in Chrome's JSON format: one row a stage, microseconds."""
+        with self._lock:
+            spans = list(self.spans)
+        rows = {stage: number for number, stage in enumerate(dict.fromkeys(s.stage for s in spans), start=1)}
+        names = [
+            {"name": "thread_name", "ph": "M", "pid": 1, "tid": row, "args": {"name": stage}}
+            for stage, row in rows.items()
+        ]
+        events = [
+            {
+                "name": f"{s.stage} {s.job[:8]}", "cat": "stage", "ph": "X", "pid": 1, "tid": rows[s.stage],
+                "ts": round(1e6 * s.begin), "dur": round(1e6 * (s.end - s.begin)), "args": {"job": s.job},
+            }
+            for s in spans
+        ]  # fmt: skip
+        return {"traceEvents": names + events, "displayTimeUnit": "ms"}
+
+    def save(self, path: Path) -> None:
+        """Write the trace. Raises OutputError."""
+        write_atomically(path, (json.dumps(self.as_chrome()) + "\n").encode())
+
+
+def overlap(spans: list[Span], first: str, second: str) -> float:
+    """Seconds in which `first` worked on one job while `second` worked on another."""
+    pairs = ((a, b) for a in spans for b in spans if (a.stage, b.stage) == (first, second) and a.job != b.job)
+    return sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a, b in pairs)
+
+
+def where_it_went(job: Job, spec: ModelSpec, hardware: Hardware) -> list[dict[str, Any]]:
+    """Rows of phase, seconds, share, and the predicted seconds of its floating-point work on this device."""
+    plan = job.plan
+    devices = (hardware.device(plan.transformer_device), hardware.device(plan.vae_device))
+    work = predict_seconds(job.request, spec, *devices, max(1, len(plan.ranks)))
+    expected = {"denoise_s": work.denoise, "decode_s": work.decode}
+    total = job.timings["total_s"] or 1.0
+    return [
+        {
+            "phase": name.removesuffix("_s"),
+            "seconds": round(seconds, 3),
+            "share": round(seconds / total, 3),
+            "work_alone_s": round(expected[name], 3) if name in expected else None,
+        }
+        for name, seconds in job.timings.items()
+    ]
