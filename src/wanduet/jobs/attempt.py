@@ -1,0 +1,282 @@
+"""One attempt at one job: run it, keep its lease, publish what came out or say why nothing did.
+
+Two threads: the attempt's own follows the engine, the keeper's renews the lease, stores progress and
+notices that the job was cancelled, deleted or given to another worker.
+"""
+
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from wanduet.errors import CancelledError, InvalidRequestError, WanduetError
+from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
+from wanduet.jobs.records import JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError
+from wanduet.jobs.store import JobStore
+from wanduet.media.files import write_atomically
+from wanduet.request import GenerationRequest
+
+if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
+    from wanduet.engine.job import Event
+
+log = structlog.get_logger(__name__)
+
+# Percent of a job at the start and end of each phase, by what they take of a 50-step video.
+_SPANS = {"load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
+_BEATS = 5  # renewals in the length of a lease: four may be late before anyone takes the job
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSettings:
+    """Times in seconds. `max_crashes`: attempts in a row that may die at the same place."""
+
+    poll_seconds: float = 0.25
+    progress_seconds: float = 0.5
+    drain_seconds: float = 0.0  # how long a draining worker lets a job go on before it stops at the next step
+    max_crashes: int = 3
+    log_prompts: bool = False
+
+
+class Attempt:
+    """Runs one leased job in the calling thread; `run` raises nothing."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        engine: VideoEngine,
+        lease: Lease,
+        draining: threading.Event,
+        settings: AttemptSettings,
+        hooks: EngineHooks | None = None,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._lease = lease
+        self._settings = settings
+        self._hooks = hooks or EngineHooks()
+        self._checkpoints: list[str] = []
+        self._keeper = LeaseKeeper(store, lease, draining, settings)
+        self._work = store.files.work_path(lease.job.id)
+        self._log = log.bind(job=lease.job.id, attempt=lease.job.attempts)
+
+    def run(self) -> None:
+        """Bring the job to an end, or back into the queue, or leave it to whoever has it now."""
+        prompt = {"prompt": self._lease.job.request.get("prompt")} if self._settings.log_prompts else {}
+        self._log.info("job started", **prompt)
+        with self._keeper:
+            try:
+                outcome = self._saved_outcome() or self._generate()
+                self._publish(outcome)
+            except StaleLeaseError:
+                self._lost()
+            except CancelledError as error:
+                if self._keeper.lost.is_set():
+                    self._lost()
+                elif self._keeper.draining.is_set():
+                    self._settle(lambda: self._store.release(self._lease), "released")
+                else:
+                    self._crashed(error)
+            except WanduetError as error:
+                self._failed(error)
+            except Exception as error:
+                self._crashed(error)
+
+    def _generate(self) -> dict[str, Any]:
+        """Let the engine make the videos; returns what `result.json` holds."""
+        request = GenerationRequest.parse(**self._lease.job.request)
+        files, job_id = self._store.files, self._lease.job.id
+        output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
+        watcher = self._hooks.watch_steps(self._engine, files.preview_path(job_id), request)
+        running = self._engine.submit(request, output, watcher)
+        self._keeper.watch(running)
+        self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
+        files.note_checkpoints(job_id, self._checkpoints)
+        for event in running.events():
+            self._keeper.note(event, request.num_videos_per_prompt)
+        result = running.result()
+        outcome = {
+            "videos": [video.path.name for video in result.videos],
+            "report": {
+                "timings": result.timings,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "warnings": list(result.warnings),
+                "seeds": [video.seed for video in result.videos],
+            },
+        }
+        # From here on a kill costs nothing but the publishing: the next attempt finds this and the videos.
+        write_atomically(self._outcome_path, json.dumps(outcome).encode())
+        if watcher is not None:
+            watcher.learn(result.videos[0].path)
+        return outcome
+
+    @property
+    def _outcome_path(self) -> Path:
+        return self._work.with_name("result.json")
+
+    def _saved_outcome(self) -> dict[str, Any] | None:
+        """What an earlier attempt finished before it was killed; None if there is still work to do."""
+        if self._lease.job.attempts < 2:
+            return None
+        try:
+            outcome = json.loads(self._outcome_path.read_bytes())
+        except (OSError, ValueError):
+            # Videos appear whole or not at all, so when the last is there, the engine was done.
+            count = self._lease.job.request.get("num_videos_per_prompt") or 1
+            names = [self._work.name] if count == 1 else [f"{self._work.stem}-{i + 1}.mp4" for i in range(count)]
+            outcome = {"videos": names, "report": {}}
+        return outcome if all((self._work.parent / name).is_file() for name in outcome["videos"]) else None
+
+    def _publish(self, outcome: dict[str, Any]) -> None:
+        """Files first, row second: whoever sees a completed job finds its files."""
+        self._store.check(self._lease)
+        files: list[OutputFile] = []
+        try:
+            for index, name in enumerate(outcome["videos"]):
+                files += self._publish_video(index, self._work.with_name(name))
+            self._settle(lambda: self._store.complete(self._lease, files, outcome["report"]), "completed")
+        except BaseException:
+            self._store.files.remove(file.name for file in files)
+            raise
+        self._store.files.discard_work(self._lease.job.id)
+
+    def _publish_video(self, index: int, path: Path) -> list[OutputFile]:
+        job_id, token = self._lease.job.id, self._lease.token
+        files = [self._store.files.publish(job_id, token, index, path)]
+        try:
+            previews = self._hooks.make_previews(path)
+            files += [self._store.files.publish_bytes(job_id, token, index, *one) for one in previews.items()]
+        except Exception as error:  # a video without its thumbnail is worth more than none
+            self._log.warning("no previews", error=type(error).__name__)
+        return files
+
+    def _lost(self) -> None:
+        """The job is not this worker's any more. If it is nobody's, what was half made goes too."""
+        self._log.info("job lost")
+        with suppress(SQLAlchemyError):  # else a later sweep does it
+            try:
+                unwanted = self._store.get(self._lease.job.id).finished
+            except UnknownJobError:
+                unwanted = True
+            if unwanted:
+                self._store.files.discard_checkpoints(self._checkpoints)
+                self._store.files.discard_work(self._lease.job.id)
+
+    def _failed(self, error: WanduetError) -> None:
+        message = str(error).replace(str(self._store.files.folder), "the data folder")
+        kind, param = "server_error", None
+        if isinstance(error, InvalidRequestError):
+            kind, param = "invalid_request_error", error.field
+        reason = JobError(error.code, message, kind, param)
+        self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
+
+    def _crashed(self, error: BaseException) -> None:
+        # Frames only: an unexpected error's message or variables might hold the prompt.
+        where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+        self._log.error("job crashed", error=type(error).__name__, where=where)
+        reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
+        self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
+
+    def _end(self, commit: Callable[[], object], what: str) -> None:
+        try:
+            self._settle(commit, what)
+        except StaleLeaseError:
+            self._lost()
+
+    def _settle(self, commit: Callable[[], object], what: str) -> None:
+        """Commit, however long the database cannot be written (disk full). Raises StaleLeaseError."""
+        pause = self._settings.poll_seconds
+        while True:
+            try:
+                commit()
+            except SQLAlchemyError as error:
+                self._log.warning("the job store cannot be written", error=type(error).__name__)
+                if self._keeper.draining.is_set():  # nobody waits for ever: the next worker finds result.json
+                    raise StaleLeaseError("The job store could not be written before the worker had to end.") from error
+                time.sleep(pause)
+                pause = min(pause * 2, 5.0)
+            else:
+                self._log.info("job ended", outcome=what)
+                return
+
+
+class LeaseKeeper:
+    """Renews a lease and stores progress while an attempt runs; stops the engine's job when it must end."""
+
+    def __init__(self, store: JobStore, lease: Lease, draining: threading.Event, settings: AttemptSettings) -> None:
+        self.lost = threading.Event()
+        self.draining = draining
+        self._store = store
+        self._lease = lease
+        self._settings = settings
+        self._running: RunningJob | None = None
+        self._stop = threading.Event()
+        self._guard = threading.Lock()
+        self._must_end = False
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job.id}", daemon=True)
+        self._position: tuple[float, str, float | None] = (0.0, "", None)  # percent, phase, seconds left
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def watch(self, running: RunningJob) -> None:
+        """Take the engine's job, to cancel it when the time comes; at once if it came already."""
+        with self._guard:
+            self._running = running
+            must_end = self._must_end
+        if must_end:
+            running.cancel()
+
+    def note(self, event: "Event", num_videos: int) -> None:
+        """Remember how far the job is; stored at the next look."""
+        start, end = _SPANS.get(event.phase, (None, None))
+        if start is None or end is None:
+            return
+        part = min(1.0, event.done / event.total) if event.total else 0.0
+        percent = start + (end - start) * (event.video + part) / max(num_videos, 1)
+        self._position = (min(percent, end), event.phase, event.seconds_left)
+
+    def _keep(self) -> None:
+        beaten = stored_at = time.monotonic()
+        stored = self._position
+        drained_since: float | None = None
+        while not self._stop.wait(self._settings.poll_seconds):
+            now = time.monotonic()
+            try:
+                position = self._position
+                if position != stored and now - stored_at >= self._settings.progress_seconds:
+                    self._store.progress(self._lease, *position)
+                    stored, stored_at, beaten = position, now, now
+                elif now - beaten >= self._lease.seconds / _BEATS:
+                    self._store.renew(self._lease)
+                    beaten = now
+                else:
+                    self._store.check(self._lease)
+            except StaleLeaseError:
+                self.lost.set()
+                self._end_job()
+                return
+            except SQLAlchemyError as error:  # the job itself needs no database
+                log.warning("the job store cannot be reached", job=self._lease.job.id, error=type(error).__name__)
+            if self.draining.is_set():
+                drained_since = now if drained_since is None else drained_since
+                if now - drained_since >= self._settings.drain_seconds:
+                    self._end_job()
+
+    def _end_job(self) -> None:
+        with self._guard:
+            first, self._must_end = not self._must_end, True
+            running = self._running
+        if first and running is not None:
+            running.cancel()

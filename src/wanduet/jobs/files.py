@@ -1,0 +1,176 @@
+"""Where jobs' files live: names that the server makes, inside the data folder, whatever a client sends.
+
+    DATA/jobs.sqlite3             the store, unless a database's address was given
+    DATA/work/<job>/video.mp4     where an attempt writes and where the next one finds it
+    DATA/work/<job>/preview.webp, checkpoints.json    what is foreseen; which of DATA/checkpoints are the job's
+    DATA/videos/<job>.<token>-0.mp4, .webp, .jpg    published files of a completed job
+    DATA/workers/<worker>.lock    held by a living worker
+
+A published name holds the lease's token, so a worker that lost its job can never replace the file of the
+one that has it. Knows nothing of the database: whether a file is wanted is the store's to say.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from wanduet.errors import OutputError
+from wanduet.jobs.records import OutputFile, is_job_id
+from wanduet.media.files import atomic_output, output_error, write_atomically
+
+EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
+
+_CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
+_NAME = re.compile(r"(video_[0-9a-f]{32})\.\d+-\d+\.(mp4|webp|jpg)")
+
+
+class JobFiles:
+    """The files of all jobs under one data folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create the folders. Raises OutputError."""
+        self.folder = folder.absolute()
+        self.videos = self.folder / "videos"
+        self.work = self.folder / "work"
+        self.workers = self.folder / "workers"
+        for path in (self.videos, self.work, self.workers):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise output_error(path, error) from error
+
+    @property
+    def default_url(self) -> str:
+        """The address of the SQLite database in the data folder."""
+        return f"sqlite:///{self.folder / 'jobs.sqlite3'}"
+
+    def work_path(self, job_id: str) -> Path:
+        """The video that the attempts of a job write. Raises ValueError for what is no job id."""
+        if not is_job_id(job_id):
+            raise ValueError("not a job id")
+        return self.work / job_id / "video.mp4"
+
+    def preview_path(self, job_id: str) -> Path:
+        """The picture of what a running job foresees. Raises ValueError for what is no job id."""
+        return self.work_path(job_id).with_name("preview.webp")
+
+    def preview(self, job_id: str) -> bytes | None:
+        """That picture, an animated WebP; None if there is none yet, or no more."""
+        try:
+            return self.preview_path(job_id).read_bytes()
+        except OSError:
+            return None
+
+    def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
+        """Give a finished video its public name; the working copy stays until `discard_work`. Raises OutputError."""
+        target = self._target(job_id, token, index, "video")
+        try:
+            target.unlink(missing_ok=True)  # the same lease tries again after an error
+            try:
+                os.link(source, target)
+                _sync_folder(self.videos)
+            except OSError:  # a file system without hard links
+                with atomic_output(target) as partial:
+                    shutil.copyfile(source, partial)
+            return OutputFile("video", index, target.name, target.stat().st_size)
+        except OSError as error:
+            raise output_error(target, error) from error
+
+    def publish_bytes(self, job_id: str, token: int, index: int, variant: str, data: bytes) -> OutputFile:
+        """Write a thumbnail or sprite sheet under its public name. Raises OutputError."""
+        target = self._target(job_id, token, index, variant)
+        write_atomically(target, data)
+        return OutputFile(variant, index, target.name, len(data))
+
+    def path(self, name: str) -> Path | None:
+        """A published file by its stored name; None if it is gone or leads out of the folder."""
+        if not _NAME.fullmatch(name):
+            return None
+        path = self.videos / name
+        if path.is_symlink() or not path.is_file() or path.resolve().parent != self.videos.resolve():
+            return None
+        return path
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete published files; one that is gone already is fine."""
+        for name in names:
+            if _NAME.fullmatch(name):
+                with suppress(OSError):
+                    (self.videos / name).unlink(missing_ok=True)
+
+    def note_checkpoints(self, job_id: str, keys: Iterable[str]) -> None:
+        """Write down which of the engine's checkpoints are a job's, so that they go when its work goes."""
+        write_atomically(self._checkpoints_note(job_id), json.dumps(list(keys)).encode())
+
+    def discard_work(self, job_id: str) -> None:
+        """Delete what the attempts of a job left behind, the engine's checkpoints too."""
+        try:
+            keys = json.loads(self._checkpoints_note(job_id).read_bytes())
+        except (OSError, ValueError):
+            keys = ()
+        self.discard_checkpoints(keys)  # first: a kill in between leaves the note for the next sweep
+        shutil.rmtree(self.work_path(job_id).parent, ignore_errors=True)
+
+    def discard_checkpoints(self, keys: Iterable[str]) -> None:
+        """Delete checkpoints of the engine by their keys."""
+        for key in keys:
+            if _CHECKPOINT.fullmatch(key):
+                for path in (self.folder / "checkpoints").glob(f"{key}.*"):
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
+
+    def sweep(self, wanted: Callable[[str], Iterable[str] | None]) -> int:
+        """Delete what no job owns, and return how many files and folders that were.
+
+        `wanted(job_id)` gives the published names that the job's row holds, or None while it is open: the
+        files of an open job may be on their way.
+        """
+        removed = 0
+        for job_id, path in tuple(self._everything()):
+            names = wanted(job_id)
+            if names is None or path.name in names:
+                continue
+            removed += 1
+            if path.is_dir():
+                self.discard_work(job_id)
+            else:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+        return removed
+
+    def _everything(self) -> Iterator[tuple[str, Path]]:
+        for path in self.videos.iterdir():
+            if match := re.match(r"video_[0-9a-f]{32}(?=\.)", path.name):  # partial files too
+                yield match[0], path
+        for path in self.work.iterdir():
+            if is_job_id(path.name):
+                yield path.name, path
+
+    def _checkpoints_note(self, job_id: str) -> Path:
+        return self.work_path(job_id).with_name("checkpoints.json")
+
+    def _target(self, job_id: str, token: int, index: int, variant: str) -> Path:
+        if not is_job_id(job_id):
+            raise ValueError("not a job id")
+        return self.videos / f"{job_id}.{token:d}-{index:d}{EXTENSIONS[variant]}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that holds a folder. Raises OutputError."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"Cannot look at {folder}: {error.strerror}.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # Windows cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,84 @@
+"""What the runner asks of the engine's side beside running jobs. Everything here is imported when it is called:
+a process that only looks after jobs does without torch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wanduet.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from wanduet.engine.job import Event, JobResult, OutputOptions
+
+
+class RunningJob(Protocol):
+    """What the runner needs of `wanduet.engine.job.Job`."""
+
+    def events(self) -> "Iterator[Event]":
+        """Progress as it happens; ends when the job does."""
+
+    def result(self, timeout: float | None = None) -> "JobResult":
+        """The videos; raises what the job failed with."""
+
+    def cancel(self) -> None:
+        """Stop within a step; `result` then raises CancelledError."""
+
+
+class Watcher(Protocol):
+    """Sees the steps of a denoise, to show the video taking shape."""
+
+    def __call__(self, info: Any) -> None:
+        """After each step, in the denoising thread; must not raise."""
+
+    def learn(self, video: Path) -> None:
+        """After the job, with its finished video; must not raise."""
+
+
+class VideoEngine(Protocol):
+    """What the runner needs of `wanduet.engine.pipeline.Engine`."""
+
+    def submit(self, request: GenerationRequest, output: "OutputOptions", on_step: Watcher | None = None) -> RunningJob:
+        """Start a job; its videos go where `output` says. With `resume`, go on from what is there."""
+
+
+def engine_output(path: Path, resume: bool) -> "OutputOptions":
+    """The engine's own output options."""
+    from wanduet.engine.job import OutputOptions
+
+    return OutputOptions(path, resume=resume)
+
+
+def video_previews(path: Path) -> dict[str, bytes]:
+    """The thumbnail (WebP) and sprite sheet (JPEG) of a finished video."""
+    from wanduet.media.preview import spritesheet, thumbnail
+
+    return {"thumbnail": thumbnail(path), "spritesheet": spritesheet(path)}
+
+
+def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
+    """Pictures of the video taking shape, at a path."""
+    from wanduet.jobs.previews import ColourMaps, Previews
+
+    models = engine.models
+    maps = ColourMaps(engine.config.data_folder / "previews", models.about["name"], models.spec.vae.z_dim)
+    return Previews(path, maps, request)
+
+
+def checkpoint_keys(engine: Any, running: Any) -> list[str]:
+    """The names under which the engine keeps a job's checkpoints."""
+    from wanduet.engine.generate import job_digest
+
+    count = running.request.num_videos_per_prompt
+    return [job_digest(engine.models, running.request, index) for index in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHooks:
+    """The functions above, or others for another engine."""
+
+    make_output: Callable[[Path, bool], "OutputOptions"] = engine_output
+    make_previews: Callable[[Path], Mapping[str, bytes]] = video_previews
+    watch_steps: Callable[[Any, Path, GenerationRequest], Watcher | None] = step_previews
+    checkpoint_keys: Callable[[Any, Any], list[str]] = checkpoint_keys

@@ -1,0 +1,119 @@
+"""Who still lives: leases watched over the watcher's own time, and locks that the system drops at death.
+
+No clock is compared with another. A watcher counts how long it has itself looked at a beat that did not
+move; a jump of the wall clock, and a pause of the whole machine or of the watcher, count for nothing.
+"""
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from wanduet.jobs.records import Pulse
+
+# A beat must have stood still in at least this many looks: one long gap between two looks proves nothing,
+# because the watcher may have been paused together with the worker.
+LOOKS = 4
+SWEEP_SECONDS = 3600.0
+
+
+@dataclass(slots=True)
+class _Quiet:
+    token: int
+    beat: int
+    seconds: float = 0.0
+
+
+class LeaseWatch:
+    """Finds leases whose holders are dead. One for each watcher; `monotonic` gives seconds that never go back."""
+
+    def __init__(self, workers: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._workers = workers
+        self._monotonic = monotonic
+        self._looked: float | None = None
+        self._quiet: dict[str, _Quiet] = {}
+        self._guard = threading.Lock()
+
+    def look(self, pulses: Iterable[Pulse]) -> list[Pulse]:
+        """The leases that are dead as of this look. Call it a few times in each lease's length.
+
+        A lease is dead when its beat stood still for its length, or at once when its worker ran on this
+        machine and the system has released the worker's lock.
+        """
+        with self._guard:
+            now = self._monotonic()
+            passed = 0.0 if self._looked is None else max(0.0, now - self._looked)
+            self._looked = now
+            seen: dict[str, _Quiet] = {}
+            dead: list[Pulse] = []
+            for pulse in pulses:
+                quiet = self._quiet.get(pulse.job_id)
+                if quiet is None or (quiet.token, quiet.beat) != (pulse.token, pulse.beat):
+                    quiet = _Quiet(pulse.token, pulse.beat)
+                else:
+                    quiet.seconds += min(passed, pulse.lease_seconds / LOOKS)
+                seen[pulse.job_id] = quiet
+                if quiet.seconds >= pulse.lease_seconds or is_dead(self._workers, pulse.worker):
+                    dead.append(pulse)
+            self._quiet = seen
+            return dead
+
+
+class WorkerLock:
+    """Proof of life on this machine: a lock on `<worker>.lock`, which the system releases however a process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take a new name and lock it."""
+        self.worker = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._path = folder / f"{self.worker}.lock"
+        self._lock = FileLock(self._path, thread_local=False)
+        self._lock.acquire(timeout=10)  # a watcher may be trying the new file just now
+        remove_stale_locks(folder)
+
+    def release(self) -> None:
+        """Give the name up; its leases are dead from now on."""
+        # The lock first: a watcher then finds the lease dead at once and not after its whole length.
+        self._lock.release()
+
+
+def is_dead(folder: Path, worker: str) -> bool:
+    """Whether a worker of this machine and this data folder has ended. False where that cannot be known."""
+    if worker.split(".")[0] != _host() or "/" in worker or "\\" in worker:
+        return False
+    return _is_free(folder / f"{worker}.lock")
+
+
+def live_workers(folder: Path) -> int:
+    """How many workers of this data folder run on this machine."""
+    return sum(not _is_free(path) for path in folder.glob(f"{_host()}.*.lock"))
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Remove locks of workers that ended long ago, whose jobs were recovered since."""
+    for path in folder.glob(f"{_host()}.*.lock"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
+                path.unlink()
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists():
+        return False
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return False
+    lock.release()
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-").replace("/", "-") or "host"

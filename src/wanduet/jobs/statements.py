@@ -1,0 +1,116 @@
+"""The small statements that the store's operations are made of. Each runs inside the caller's transaction."""
+
+import hashlib
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from wanduet.jobs.records import (
+    OPEN_STATUSES,
+    JobError,
+    Lease,
+    Limits,
+    NewJob,
+    OutputFile,
+    QueueFullError,
+    StaleLeaseError,
+    StoredJob,
+    UnknownJobError,
+)
+from wanduet.jobs.schema import jobs, stages
+
+Values = dict[str, Any]
+
+
+def to_job(row: "sa.Row[Any]") -> StoredJob:
+    """Read one row."""
+    error = None
+    if row.error_code is not None:
+        error = JobError(row.error_code, row.error_message, row.error_type, row.error_param)
+    return StoredJob(
+        id=row.id,
+        owner=row.owner,
+        model=row.model,
+        request=row.request,
+        status=row.status,
+        priority=row.priority,
+        progress=row.progress,
+        phase=row.phase,
+        seconds_left=row.seconds_left,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        completed_at=row.completed_at,
+        expires_at=row.expires_at,
+        error=error,
+        remixed_from=row.remixed_from,
+        files=tuple(OutputFile(**file) for file in row.files),
+        report=row.report,
+        attempts=row.attempts,
+        crashes=row.crashes,
+        worker=row.worker,
+        token=row.token,
+    )
+
+
+def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":
+    """One job's row; only if it is the owner's, where one is given. Raises UnknownJobError."""
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    if owner is not None:
+        query = query.where(jobs.c.owner == owner)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise UnknownJobError(job_id)
+    return row
+
+
+def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":
+    """Change at most one row and return it as it is now."""
+    return connection.execute(sa.update(jobs).where(where).values(values).returning(jobs)).one_or_none()
+
+
+def held(lease: Lease) -> sa.ColumnElement[bool]:
+    """The fence: true only while the lease is the newest of its job and the job still runs."""
+    return sa.and_(
+        jobs.c.id == lease.job.id,
+        jobs.c.status == "in_progress",
+        jobs.c.token == lease.token,
+        jobs.c.worker == lease.worker,
+    )
+
+
+def commit(connection: sa.Connection, lease: Lease, values: Values) -> "sa.Row[Any]":
+    """Change the job behind the fence. Raises StaleLeaseError."""
+    row = update_row(connection, held(lease), values)
+    if row is None:
+        raise stale(lease)
+    return row
+
+
+def stale(lease: Lease) -> StaleLeaseError:
+    """What a worker hears that lost its job."""
+    return StaleLeaseError(f"Worker {lease.worker} no longer holds job {lease.job.id} (token {lease.token}).")
+
+
+def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
+    """Raises QueueFullError when one more open job would be too many."""
+    open_jobs = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.status.in_(OPEN_STATUSES))
+    if limits.per_owner is not None:
+        mine = connection.scalar(open_jobs.where(jobs.c.owner == owner)) or 0
+        if mine >= limits.per_owner:
+            raise QueueFullError(limits.per_owner, personal=True)
+    if limits.queue is not None and (connection.scalar(open_jobs) or 0) >= limits.queue:
+        raise QueueFullError(limits.queue, personal=False)
+
+
+def count_stages(connection: sa.Connection, seconds: dict[str, float]) -> None:
+    """Add a finished job's seconds to the sums; names that are no stage are left out."""
+    for name, value in sorted(seconds.items()):
+        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + 1}
+        connection.execute(sa.update(stages).where(stages.c.name == name).values(changed))
+
+
+def fingerprint(new: NewJob) -> str:
+    """A digest of what was asked for, to tell a repetition from another request under the same key."""
+    asked = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(asked.encode()).hexdigest()

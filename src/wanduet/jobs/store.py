@@ -1,0 +1,398 @@
+"""The durable queue: every state a job was acknowledged in survives a kill, and one worker at most owns it.
+
+No decision about a lease looks at a clock. A lease carries a token, which grows with every claim, and a
+beat, which its holder makes grow; whoever watches decides over his own monotonic time that a beat stands
+still (`jobs.leases`) and takes the job away with `recover`, which is refused if the beat moved meanwhile.
+The wall clock is only written down, for people and for retention.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from wanduet.jobs import statements
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.records import (
+    CANCELLED,
+    MAX_PAGE,
+    OPEN_STATUSES,
+    WORKER_CRASHED,
+    IdempotencyError,
+    JobError,
+    Lease,
+    Limits,
+    NewJob,
+    Order,
+    OutputFile,
+    Page,
+    Pulse,
+    Statistics,
+    Status,
+    StoredJob,
+    Submitted,
+    UnknownJobError,
+    make_id,
+)
+from wanduet.jobs.schema import WRITE, jobs, open_database, stages, state
+
+Values = dict[str, Any]
+_FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
+
+
+class JobStore:
+    """Jobs in a database and their files in a data folder. Safe to use from any thread and any process.
+
+    `clock` gives Unix seconds; a finished job is kept for `retention_seconds` (None: for ever).
+    """
+
+    def __init__(
+        self,
+        files: JobFiles,
+        url: str | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        retention_seconds: float | None = None,
+    ) -> None:
+        self.files = files
+        self.database = open_database(url or files.default_url)
+        self.retention_seconds = retention_seconds
+        self._clock = clock
+        # SQLite lets one writer in at a time and makes the others poll; queueing threads here is fair and quick.
+        sqlite = self.database.dialect.name == "sqlite"
+        self._turn: threading.Lock | nullcontext[None] = threading.Lock() if sqlite else nullcontext()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.database.dispose()
+
+    # What a client does.
+
+    def submit(self, new: NewJob, limits: Limits | None = None) -> Submitted:
+        """Store a job. When this returns, it is on the disk.
+
+        Raises QueueFullError (nothing stored) or IdempotencyError (the key belongs to another request).
+        """
+        fingerprint = new.fingerprint or statements.fingerprint(new)
+        with self._write() as connection:
+            # The row lock makes submissions queue up where the database itself lets them run side by side.
+            newest = connection.scalar(sa.select(state.c.newest_id).with_for_update())
+            known = self._by_key(connection, new)
+            if known is not None:
+                if known.fingerprint != fingerprint:
+                    raise IdempotencyError("This idempotency key was used for another request.")
+                return Submitted(statements.to_job(known), created=False)
+            statements.check_limits(connection, new.owner, limits or Limits())
+            job_id = make_id(self._clock(), newest)
+            connection.execute(sa.update(state).values(newest_id=job_id))
+            insert = sa.insert(jobs).values(
+                **{**asdict(new), "fingerprint": fingerprint},
+                id=job_id,
+                status="queued",
+                created_at=self._clock(),
+                files=[],
+                report={},
+            )
+            row = connection.execute(insert.returning(jobs)).one()
+        return Submitted(statements.to_job(row), created=True)
+
+    def get(self, job_id: str, owner: str | None = None) -> StoredJob:
+        """One job; with `owner`, only if it is theirs. Raises UnknownJobError."""
+        with self._read() as connection:
+            return statements.to_job(statements.find_row(connection, job_id, owner))
+
+    def list(
+        self,
+        owner: str | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+        status: Status | None = None,
+    ) -> Page:
+        """Jobs by age, newest first; those after the id `after`, which may be gone. `limit` is 1 to 100."""
+        limit = min(max(limit, 1), MAX_PAGE)
+        query = sa.select(jobs).order_by(jobs.c.id if order == "asc" else jobs.c.id.desc()).limit(limit + 1)
+        if owner is not None:
+            query = query.where(jobs.c.owner == owner)
+        if status is not None:
+            query = query.where(jobs.c.status == status)
+        if after is not None:
+            query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
+        with self._read() as connection:
+            found = connection.execute(query).all()
+        return Page(tuple(statements.to_job(row) for row in found[:limit]), len(found) > limit)
+
+    def cancel(self, job_id: str, owner: str | None = None) -> StoredJob:
+        """End an open job at once; its worker learns it at the next look. A finished job stays as it is.
+
+        Raises UnknownJobError.
+        """
+        error = JobError(CANCELLED, "The job was cancelled.", "cancelled")
+        with self._write() as connection:
+            row = statements.find_row(connection, job_id, owner, lock=True)
+            if row.status in OPEN_STATUSES:
+                row = statements.update_row(connection, jobs.c.id == job_id, self._failed(error)) or row
+        return statements.to_job(row)
+
+    def delete(self, job_id: str, owner: str | None = None) -> StoredJob:
+        """Remove a job in any state, its row first and then its files. Raises UnknownJobError.
+
+        A kill between the two leaves files that `sweep` removes; never a row without files. What a worker
+        still writes, it discards itself when it notices, or a sweep does.
+        """
+        with self._write() as connection:
+            job = statements.to_job(statements.find_row(connection, job_id, owner, lock=True))
+            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+        self._remove_files(job)
+        return job
+
+    # What a worker does.
+
+    def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
+        """Take the oldest queued job of the highest priority, or None. No other worker gets the same one.
+
+        A job that crashed before is given only to a worker that has no other (`alone`): its next crash must
+        not be blamed on a neighbour.
+        """
+        first = (
+            sa.select(jobs.c.id)
+            .where(jobs.c.status == "queued")
+            .order_by(jobs.c.priority.desc(), jobs.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+            .scalar_subquery()
+        )
+        if not self._has_queued():  # an idle worker does not take the write lock
+            return None
+        values: Values = {
+            "status": "in_progress",
+            "worker": worker,
+            "token": jobs.c.token + 1,
+            "beat": jobs.c.beat + 1,
+            "lease_seconds": lease_seconds,
+            "attempts": jobs.c.attempts + 1,
+            "started_at": sa.func.coalesce(jobs.c.started_at, self._clock()),
+        }
+        free = sa.and_(jobs.c.id == first, jobs.c.status == "queued")
+        with self._write() as connection:
+            row = statements.update_row(connection, free if alone else sa.and_(free, jobs.c.crashes == 0), values)
+        if row is None:
+            return None
+        return Lease(statements.to_job(row), worker, row.token, lease_seconds)
+
+    def renew(self, lease: Lease) -> None:
+        """Show that the worker lives. Raises StaleLeaseError."""
+        with self._write() as connection:
+            statements.commit(connection, lease, {"beat": jobs.c.beat + 1})
+
+    def check(self, lease: Lease) -> None:
+        """Look whether the lease still holds, writing nothing. Raises StaleLeaseError."""
+        with self._read() as connection:
+            if connection.scalar(sa.select(jobs.c.id).where(statements.held(lease))) is None:
+                raise statements.stale(lease)
+
+    def progress(self, lease: Lease, percent: float, phase: str, seconds_left: float | None = None) -> None:
+        """Store how far the job is (0 to 100, never going back); renews too. Raises StaleLeaseError."""
+        percent = min(max(percent, 0.0), 100.0)
+        farther = sa.case((jobs.c.progress < percent, percent), else_=jobs.c.progress)
+        values = {"progress": farther, "phase": phase, "seconds_left": seconds_left, "beat": jobs.c.beat + 1}
+        with self._write() as connection:
+            statements.commit(connection, lease, values)
+
+    def complete(self, lease: Lease, files: Sequence[OutputFile], report: Values | None = None) -> StoredJob:
+        """End the job with its files, which are on the disk already. Raises StaleLeaseError.
+
+        Repeating it after an error whose outcome is not known is harmless.
+        """
+        now = self._clock()
+        values: Values = {
+            "status": "completed",
+            "progress": 100.0,
+            **_FREE,
+            "completed_at": now,
+            "expires_at": self._expiry(now),
+            "files": [asdict(file) for file in files],
+            "files_bytes": sum(file.num_bytes for file in files),
+            "report": report or {},
+        }
+        with self._write() as connection:
+            row = statements.update_row(connection, statements.held(lease), values)
+            if row is None:
+                row = connection.execute(sa.select(jobs).where(jobs.c.id == lease.job.id)).one_or_none()
+                if row is None or row.status != "completed" or row.token != lease.token:
+                    raise statements.stale(lease)
+                return statements.to_job(row)
+            waited = {"queue_s": max(0.0, row.started_at - row.created_at)}
+            statements.count_stages(connection, {**waited, **(report or {}).get("timings", {})})
+        return statements.to_job(row)
+
+    def fail(self, lease: Lease, error: JobError) -> StoredJob:
+        """End the job with an error. Raises StaleLeaseError."""
+        with self._write() as connection:
+            return statements.to_job(statements.commit(connection, lease, self._failed(error)))
+
+    def release(self, lease: Lease) -> None:
+        """Put the job back into the queue without blame, as a draining worker does. Raises StaleLeaseError."""
+        with self._write() as connection:
+            statements.commit(connection, lease, {"status": "queued", **_FREE})
+
+    def retry(self, lease: Lease, error: JobError, max_crashes: int) -> StoredJob:
+        """Put the job back after an unexpected error, or fail it with that error. Raises StaleLeaseError.
+
+        It fails once `max_crashes` attempts in a row ended so without getting farther than the one before.
+        """
+        with self._write() as connection:
+            row = connection.execute(sa.select(jobs).where(statements.held(lease)).with_for_update()).one_or_none()
+            if row is None:
+                raise statements.stale(lease)
+            return statements.to_job(statements.commit(connection, lease, self._after_crash(row, error, max_crashes)))
+
+    # What an observer does.
+
+    def pulses(self) -> tuple[Pulse, ...]:
+        """All leases as they stand."""
+        query = sa.select(jobs.c.id, jobs.c.worker, jobs.c.token, jobs.c.beat, jobs.c.lease_seconds)
+        with self._read() as connection:
+            found = connection.execute(query.where(jobs.c.status == "in_progress")).all()
+        return tuple(Pulse(*row) for row in found)
+
+    def recover(self, pulse: Pulse, max_crashes: int) -> StoredJob | None:
+        """Take a job from a dead worker: back into the queue, or failed if it killed too many.
+
+        None if the lease moved since `pulse` was seen: its holder lives after all.
+        """
+        same = sa.and_(
+            jobs.c.id == pulse.job_id,
+            jobs.c.status == "in_progress",
+            jobs.c.token == pulse.token,
+            jobs.c.beat == pulse.beat,
+        )
+        error = JobError(WORKER_CRASHED, "The worker died each time it ran this job, at the same place.")
+        with self._write() as connection:
+            row = connection.execute(sa.select(jobs).where(same).with_for_update()).one_or_none()
+            if row is None:
+                return None
+            row = statements.update_row(connection, same, self._after_crash(row, error, max_crashes))
+        return statements.to_job(row) if row is not None else None
+
+    # Retention.
+
+    def expire(self) -> int:
+        """Delete finished jobs whose time is over, with their files; returns how many."""
+        with self._read() as connection:
+            query = sa.select(jobs.c.id).where(jobs.c.expires_at <= self._clock(), jobs.c.status.not_in(OPEN_STATUSES))
+            return sum(self._delete_if_there(job_id) for job_id in connection.scalars(query).all())
+
+    def trim(self, max_bytes: int) -> int:
+        """Delete the oldest finished jobs until published files take at most `max_bytes`; returns how many."""
+        removed = 0
+        with self._read() as connection:
+            excess = (connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes))) or 0) - max_bytes
+            query = sa.select(jobs.c.id, jobs.c.files_bytes).where(jobs.c.files_bytes > 0).order_by(jobs.c.id)
+            oldest = connection.execute(query).all() if excess > 0 else []
+        for job_id, size in oldest:
+            if excess <= 0:
+                break
+            removed += self._delete_if_there(job_id)
+            excess -= size
+        return removed
+
+    def sweep(self) -> int:
+        """Delete files that no job owns (left by a kill between two steps); returns how many."""
+
+        def wanted(job_id: str) -> Sequence[str] | None:
+            try:
+                job = self.get(job_id)
+            except UnknownJobError:
+                return ()
+            return tuple(file.name for file in job.files) if job.finished else None
+
+        return self.files.sweep(wanted)
+
+    # For metrics.
+
+    def statistics(self) -> Statistics:
+        """How the queue stands now, and what all completed jobs took."""
+        counted = sa.func.count()
+        by_status = sa.select(jobs.c.status, counted).group_by(jobs.c.status)
+        by_code = (
+            sa.select(jobs.c.error_code, counted).where(jobs.c.error_code.is_not(None)).group_by(jobs.c.error_code)
+        )
+        oldest = sa.select(sa.func.min(jobs.c.created_at)).where(jobs.c.status == "queued")
+        last = (
+            sa.select(jobs.c.report).where(jobs.c.status == "completed").order_by(jobs.c.completed_at.desc()).limit(1)
+        )
+        with self._read() as connection:
+            waiting = connection.scalar(oldest)
+            return Statistics(
+                {row[0]: row[1] for row in connection.execute(by_status)},
+                {row[0]: row[1] for row in connection.execute(by_code)},
+                0.0 if waiting is None else max(0.0, self._clock() - waiting),
+                {row[0]: (row[1], row[2]) for row in connection.execute(sa.select(stages))},
+                (connection.scalar(last) or {}).get("peak_memory_bytes", {}),
+            )
+
+    # Inside.
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with (
+            self._turn,
+            self.database.connect().execution_options(**WRITE) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self.database.connect() as connection, connection.begin():
+            yield connection
+
+    def _has_queued(self) -> bool:
+        with self._read() as connection:
+            return connection.scalar(sa.select(jobs.c.id).where(jobs.c.status == "queued").limit(1)) is not None
+
+    def _by_key(self, connection: sa.Connection, new: NewJob) -> "sa.Row[Any] | None":
+        if new.idempotency_key is None:
+            return None
+        same = sa.and_(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key)
+        return connection.execute(sa.select(jobs).where(same)).one_or_none()
+
+    def _expiry(self, now: float) -> float | None:
+        return None if self.retention_seconds is None else now + self.retention_seconds
+
+    def _failed(self, error: JobError) -> Values:
+        now = self._clock()
+        return {
+            "status": "failed",
+            **_FREE,
+            "completed_at": now,
+            "expires_at": self._expiry(now),
+            "error_code": error.code,
+            "error_message": error.message,
+            "error_type": error.type,
+            "error_param": error.param,
+        }
+
+    def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int) -> Values:
+        # A long job on a shaky machine goes on as long as it gets ahead; one that dies at one place is poison.
+        crashes = 1 if row.progress > row.crash_progress else row.crashes + 1
+        ending = self._failed(error) if crashes >= max_crashes else {"status": "queued", **_FREE}
+        return {**ending, "crashes": crashes, "crash_progress": row.progress}
+
+    def _delete_if_there(self, job_id: str) -> int:
+        try:
+            self.delete(job_id)
+        except UnknownJobError:  # somebody was quicker
+            return 0
+        return 1
+
+    def _remove_files(self, job: StoredJob) -> None:
+        self.files.remove(file.name for file in job.files)
+        if job.status != "in_progress":
+            self.files.discard_work(job.id)
