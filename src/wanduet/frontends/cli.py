@@ -1,0 +1,180 @@
+"""The command line: `wanduet generate`, `decode`, `encode`, `inspect`, `plan`, `download`, `doctor`, `verify`.
+
+Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
+Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env, Toml
+
+from wanduet.frontends import cli_jobs
+from wanduet.frontends.early import check_output, check_request, read_batch
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, VideoFlags, whole
+from wanduet.frontends.run import emit, run
+
+Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
+Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
+WANTED, OTHER = VideoFlags(), EngineFlags()
+
+app = App(
+    name="wanduet",
+    help="Text to video with Wan2.1, on one GPU, two, or many.",
+    config=[Env("WANDUET_", command=False), Toml(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False)],
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
+)
+
+
+@app.command
+def generate(
+    prompt: str,
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    output: Output = None,
+    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
+    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents beside the video.")] = False,
+    resume: Annotated[bool, Parameter(help="Go on from what an interrupted run left.")] = False,
+    profile: Annotated[bool, Parameter(help="Say where the time went; a trace for Perfetto beside the video.")] = False,
+    dry_run: Annotated[bool, Parameter(help="Say what would be done, and stop.")] = False,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Make a video of a prompt."""
+    request, config = video.request(prompt), engine.config()
+    check_request(request, config)
+    check_output(output, codec, quality)
+    from wanduet.engine.job import OutputOptions
+    from wanduet.frontends.commands import run_generate
+
+    options = OutputOptions(output or Path(), codec, quality, save_latents, resume)
+    emit(run_generate(request, config, options, named=output is not None, dry_run=dry_run, profile=profile), json_)
+
+
+@app.command
+def batch(
+    file: Path,
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.")] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv."""
+    config = engine.config()
+    requests = read_batch(file, video)
+    for request in requests:
+        check_request(request, config)
+    from wanduet.frontends.commands import run_batch
+
+    done = run_batch(requests, config, output or Path())
+    emit(done, json_)
+    if done["failed"]:
+        raise SystemExit(1)
+
+
+@app.command
+def plan(
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    hardware: Annotated[str | None, Parameter(help="Hardware that is not here: 2x24GiB, 24GiB+12GiB.")] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Predict memory and choose settings, without loading anything."""
+    request, config = video.request("a plan"), engine.config()
+    check_request(request, config)
+    from wanduet.frontends.commands import run_plan
+
+    found = run_plan(request, config, hardware)
+    emit(found, json_)
+    if not found["fits"]:
+        raise SystemExit(1)
+
+
+@app.command
+def encode(
+    prompt: str,
+    *,
+    engine: EngineFlags = OTHER,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="The embeddings' path.")] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Write a prompt's embeddings to a file."""
+    request, config = VideoFlags().request(prompt), engine.config()
+    from wanduet.frontends.commands import run_encode
+
+    emit(run_encode(request.prompt, config, output), json_)
+
+
+@app.command
+def decode(
+    latents: Path,
+    *,
+    engine: EngineFlags = OTHER,
+    output: Output = None,
+    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
+    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Turn kept latents into their video. The model is the one that made them, unless --model says another."""
+    check_output(output, codec, quality)
+    from wanduet.frontends.commands import run_decode
+
+    emit(run_decode(latents, engine, output, codec, quality), json_)
+
+
+@app.command
+def inspect(
+    target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+) -> None:
+    """Look into a video, latents or embeddings, or into the cache for a prompt."""
+    from wanduet.engine import tools
+
+    emit(tools.inspect(engine.config(), target), json_)
+
+
+@app.command
+def download(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
+    """Fetch a model beforehand, and check every file."""
+    from wanduet.frontends.fetch import run_download
+
+    emit(run_download(engine.config()), json_)
+
+
+@app.command
+def verify(
+    video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+) -> None:
+    """Make a video again from its own metadata and compare every frame."""
+    from wanduet.frontends.commands import run_verify
+
+    found = run_verify(video, engine)
+    emit(found, json_)
+    if not found["equal"]:
+        raise SystemExit(1)
+
+
+@app.command
+def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
+    """Say what this machine has, what is missing, and what to do."""
+    from wanduet.engine import tools
+
+    emit(tools.doctor(engine.config()), json_)
+
+
+cli_jobs.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run and exit."""
+    sys.exit(run(app, sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()

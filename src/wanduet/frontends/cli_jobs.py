@@ -1,0 +1,308 @@
+"""The command line's service side: `wanduet serve`, `ui`, `jobs list|show|cancel|rm`, `keys add|list|rm`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Group, Parameter
+
+from wanduet.config import EngineConfig, parse_bytes
+from wanduet.errors import ConfigError, WanduetError
+from wanduet.frontends.options import EngineFlags
+from wanduet.frontends.run import emit
+
+if TYPE_CHECKING:
+    from wanduet.frontends.http_context import ServerSettings
+    from wanduet.frontends.http_keys import KeyRing
+    from wanduet.jobs.records import StoredJob
+    from wanduet.jobs.runner import RunnerSettings
+    from wanduet.jobs.store import JobStore
+
+Json = Annotated[bool, Parameter(name="--json", help="Print one JSON object on stdout.", negative="")]
+DataDir = Annotated[Path | None, Parameter(help="Where jobs, videos and caches live.")]
+Database = Annotated[str | None, Parameter(help="The job store's address; SQLite in the data folder unless said.")]
+JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+SERVER = Group("Server", sort_key=0)
+DAY = 86400.0
+
+jobs_app = App(name="jobs", help="Look after the jobs of this data folder.")
+keys_app = App(name="keys", help="API keys: who may use the server.")
+
+
+@Parameter(name="*", group=SERVER)
+@dataclass(frozen=True, slots=True)
+class ServerFlags:
+    """How the server listens and what it takes."""
+
+    host: Annotated[str, Parameter(help="Another than this machine's own needs a key: wanduet keys add.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="0 for a free one.")] = 8000
+    allowed_host: Annotated[
+        tuple[str, ...], Parameter(help="A name by which others reach the server.", negative="")
+    ] = ()
+    allowed_origin: Annotated[tuple[str, ...], Parameter(help="A page that may write here.", negative="")] = ()
+    page: Annotated[bool, Parameter(help="Serve the web page at /.")] = True
+    parallel: Annotated[int, Parameter(help="Jobs in the engine's stages at the same time.")] = 2
+    checkpoint_seconds: Annotated[float, Parameter(help="A killed denoise loses at most so much.")] = 15.0
+    max_queue: Annotated[int, Parameter(help="Open jobs of everybody.")] = 1000
+    max_queue_per_key: Annotated[int, Parameter(help="Open jobs of one key.")] = 100
+    max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
+    max_frames: Annotated[int, Parameter(help="Longest video.")] = 401
+    max_steps: Annotated[int, Parameter(help="Most denoising steps.")] = 200
+    retention_days: Annotated[float | None, Parameter(help="Finished videos are deleted after so long.")] = None
+    disk_limit: Annotated[str | None, Parameter(help="Oldest videos go beyond this, for example 50GiB.")] = None
+    log_prompts: Annotated[bool, Parameter(help="Write prompts to the log.")] = False
+    database_url: Database = None
+
+    def server(self) -> "ServerSettings":
+        """What the HTTP side is told. Raises ConfigError."""
+        from wanduet.frontends.http_context import ServerSettings
+        from wanduet.frontends.http_schemas import RequestLimits
+        from wanduet.jobs.records import Limits
+
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is no port.", hint="0 to 65535.")
+        return ServerSettings(
+            host=self.host,
+            port=self.port,
+            allowed_hosts=self.allowed_host,
+            allowed_origins=self.allowed_origin,
+            queue=Limits(self.max_queue, self.max_queue_per_key),
+            limits=RequestLimits(pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps),
+        )
+
+    def runner(self) -> "RunnerSettings":
+        """What the worker is told. Raises ConfigError."""
+        from wanduet.jobs.attempt import AttemptSettings
+        from wanduet.jobs.runner import RunnerSettings
+
+        if self.parallel < 1:
+            raise ConfigError(f"parallel={self.parallel}: at least one job must run.")
+        return RunnerSettings(
+            parallel=self.parallel,
+            max_bytes=None if self.disk_limit is None else parse_bytes(self.disk_limit),
+            attempt=AttemptSettings(log_prompts=self.log_prompts),
+        )
+
+
+OURS, ENGINE = ServerFlags(), EngineFlags()
+
+
+def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE) -> None:
+    """Serve the OpenAI videos protocol, and the web page at /, until told to stop."""
+    _run(server, engine.config(), browser=False)
+
+
+def ui(
+    *,
+    server: ServerFlags = OURS,
+    engine: EngineFlags = ENGINE,
+    browser: Annotated[bool, Parameter(help="Open the page.")] = True,
+) -> None:
+    """Open the web page: the same server, with a browser."""
+    if not server.page:
+        raise ConfigError("`wanduet ui --no-page` leaves nothing to open.", hint="Use `wanduet serve --no-page`.")
+    _run(server, engine.config(), browser=browser)
+
+
+def _run(flags: ServerFlags, config: EngineConfig, *, browser: bool) -> None:
+    with _extra("server"):
+        from wanduet.frontends import server as http_server
+    from wanduet.frontends.http_security import check_bind
+    from wanduet.specs import RANDOM_SPECS
+    from wanduet.weights.download import open_model
+
+    settings, runner = flags.server(), flags.runner()
+    check_bind(settings.host, bool(_keys(config.data_folder).records()))
+    page = None
+    if flags.page:
+        try:
+            from wanduet.frontends.ui import mount_page
+        except ImportError:
+            if browser:
+                raise _missing("ui") from None
+            print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
+        else:
+            page = mount_page
+    spec = RANDOM_SPECS.get(config.model) or open_model(config.model, config.revision).spec
+
+    def announce(url: str) -> None:
+        print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
+        print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    http_server.serve(
+        replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds)),
+        spec,
+        settings,
+        runner=runner,
+        database_url=flags.database_url,
+        retention_seconds=None if flags.retention_days is None else flags.retention_days * DAY,
+        page=page,
+        announce=announce,
+    )
+
+
+@jobs_app.command(name="list")
+def list_jobs(
+    *,
+    status: Annotated[JobStatus | None, Parameter(help="Only these.")] = None,
+    limit: Annotated[int, Parameter(help="At most so many, 100 at most.")] = 20,
+    after: Annotated[str | None, Parameter(help="The last id of the page before.")] = None,
+    data_dir: DataDir = None,
+    database_url: Database = None,
+    json_: Json = False,
+) -> None:
+    """Jobs, newest first."""
+    with _store(data_dir, database_url) as store:
+        page = store.list(limit=limit, after=after, status=status)
+    if json_:
+        emit({"jobs": [describe(job) for job in page.jobs], "has_more": page.has_more}, as_json=True)
+    else:
+        _show_jobs(page.jobs)
+
+
+@jobs_app.command
+def show(job: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Everything about a job."""
+    with _store(data_dir, database_url) as store:
+        found = store.get(job)
+        paths = [str(path) for file in found.files if (path := store.files.path(file.name)) is not None]
+    emit({**describe(found), "files": paths, "report": found.report}, json_)
+
+
+@jobs_app.command
+def cancel(job: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Stop a job that waits or runs; a finished one stays as it is."""
+    with _store(data_dir, database_url) as store:
+        emit(describe(store.cancel(job)), json_)
+
+
+@jobs_app.command(name="rm")
+def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Delete jobs with their videos, in any state."""
+    if not jobs:
+        raise ConfigError("Which jobs?", hint="wanduet jobs rm VIDEO_ID ...")
+    with _store(data_dir, database_url) as store:
+        emit({"deleted": [store.delete(job).id for job in jobs]}, json_)
+
+
+@keys_app.command
+def add(name: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
+    """Make a key. It is shown once; only its hash is kept."""
+    keys = _keys(_folder(data_dir))
+    key = keys.add(name)
+    record = keys.records()[-1]
+    if json_:
+        emit({"id": record.id, "name": name, "key": key}, as_json=True)
+    else:
+        print(key)
+        print(f"The key of {name!r} (id {record.id}). It cannot be shown again.", file=sys.stderr)
+
+
+@keys_app.command(name="list")
+def list_keys(*, data_dir: DataDir = None, json_: Json = False) -> None:
+    """The keys' ids and names."""
+    records = _keys(_folder(data_dir)).records()
+    if json_:
+        emit({"keys": [{"id": record.id, "name": record.name} for record in records]}, as_json=True)
+    for record in () if json_ else records:
+        print(f"{record.id}  {record.name}")
+
+
+@keys_app.command(name="rm")
+def remove_key(key_id: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
+    """Revoke a key by its id, at once. Its jobs stay."""
+    if not _keys(_folder(data_dir)).remove(key_id):
+        raise ConfigError(f"There is no key {key_id!r}.", hint="`wanduet keys list` shows the ids.")
+    emit({"removed": key_id}, json_)
+
+
+def register(app: App) -> None:
+    """Add these commands to `wanduet`."""
+    app.command(serve)
+    app.command(ui)
+    app.command(jobs_app)
+    app.command(keys_app)
+
+
+def describe(job: "StoredJob") -> dict[str, Any]:
+    """A job for people and programs, without what only workers need."""
+    error = None if job.error is None else {"code": job.error.code, "message": job.error.message}
+    return {
+        "id": job.id,
+        "status": job.status,
+        "progress": round(job.progress, 1),
+        "phase": job.phase,
+        "seconds_left": job.seconds_left,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "completed_at": job.completed_at,
+        "expires_at": job.expires_at,
+        "model": job.model,
+        "owner": job.owner,
+        "attempts": job.attempts,
+        "error": error,
+        "remixed_from": job.remixed_from,
+        "request": job.request,
+    }
+
+
+def _show_jobs(jobs: "tuple[StoredJob, ...]") -> None:
+    from datetime import datetime
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("id", "status", "made", "prompt", box=None, pad_edge=False)
+    for job in jobs:
+        status = job.error.code if job.error else job.status.replace("_", " ")
+        if job.status == "in_progress":
+            status = f"{job.phase or 'starting'} {job.progress:.0f} %"
+        made = datetime.fromtimestamp(job.created_at).strftime("%Y-%m-%d %H:%M")
+        prompt = " ".join(str(job.request.get("prompt", "")).split())
+        table.add_row(job.id, status, made, Text(prompt if len(prompt) <= 60 else f"{prompt[:59]}…"))
+    Console(soft_wrap=True).print(table if jobs else "No jobs.")
+
+
+@contextmanager
+def _store(data_dir: Path | None, url: str | None) -> "Iterator[JobStore]":
+    with _extra("server"):
+        from wanduet.jobs.files import JobFiles
+        from wanduet.jobs.store import JobStore
+    store = JobStore(JobFiles(_folder(data_dir)), url)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _keys(folder: Path) -> "KeyRing":
+    from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
+
+    return KeyRing(folder / KEYS_FILE)
+
+
+def _folder(data_dir: Path | None) -> Path:
+    return EngineConfig(data_dir=data_dir).data_folder
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say which extra to install instead of failing on an import."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "wanduet":
+            raise
+        raise _missing(name) from None
+
+
+def _missing(name: str) -> WanduetError:
+    return ConfigError(f"The {name}'s packages are not installed.", hint=f"pip install 'wanduet[{name}]'")

@@ -1,0 +1,286 @@
+"""What the commands do: each returns what is printed. Imported by the command line when it is needed."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wanduet.config import EngineConfig
+from wanduet.engine import tools
+from wanduet.engine.build import Models
+from wanduet.engine.hardware import detect, parse_hardware
+from wanduet.engine.job import Job, JobResult, OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.engine.plan import Plan, make_plan
+from wanduet.engine.trace import where_it_went
+from wanduet.errors import CancelledError, ConfigError, InvalidRequestError, ModelNotFoundError
+from wanduet.frontends.early import PUBLISHED, is_folder
+from wanduet.frontends.options import EngineFlags
+from wanduet.frontends.progress import follow
+from wanduet.media.files import UnreadableFileError, next_free_path
+from wanduet.media.latents import load_latents
+from wanduet.media.provenance import versions
+from wanduet.media.read import frame_hashes, probe, read_metadata
+from wanduet.miniature.prompts import is_in_world
+from wanduet.ops.attention import BACKENDS, SDPA
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.sampling.checkpoint import find_checkpoints
+from wanduet.specs import RANDOM_SPECS
+from wanduet.weights.download import MINIATURE, open_model
+
+
+def run_generate(
+    request: GenerationRequest,
+    config: EngineConfig,
+    options: OutputOptions,
+    *,
+    named: bool,
+    dry_run: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
+    check_attention(config)
+    if not named or is_folder(options.path):
+        options = _named(options, request.prompt, request.num_videos_per_prompt)
+    if dry_run:
+        with Engine(without_fetching(config)) as engine:
+            plan = engine.plan(request)
+            resolved = request.resolve(engine.models.spec)
+            return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
+    with Engine(config) as engine:
+        if options.resume and request.seed is None:
+            request = _with_seed_of_interrupted(request, options, engine)
+        job = engine.submit(request, options)
+        _announce(job, config)
+        follow(job)
+        try:
+            result = job.result()
+        except CancelledError as error:
+            if job.timings["denoise_s"]:
+                error.hint = "Go on where it stopped: the same command with --resume."
+            raise
+        done = report(job, result)
+        if profile:
+            path = Path(f"{done['output']}.trace.json")
+            engine.trace.save(path)
+            done |= {"trace": str(path), "profile": where_it_went(job, engine.models.spec, engine.hardware)}
+    return done
+
+
+def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """Requests, checked already, to videos in a folder. One that fails does not stop the others; Ctrl-C does."""
+    check_attention(config)
+    done: list[dict[str, Any]] = []
+    with Engine(config) as engine:
+        jobs: list[Job] = []
+        for request in requests:
+            taken = [job.video_path(index) for job in jobs for index in range(job.request.num_videos_per_prompt)]
+            options = _named(OutputOptions(folder), request.prompt, request.num_videos_per_prompt, taken)
+            jobs.append(engine.submit(request, options))
+        for number, job in enumerate(jobs, start=1):
+            print(f"[{number}/{len(jobs)}] {job.request.prompt}", file=sys.stderr)
+            follow(job)
+            try:
+                done.append(report(job, job.result()))
+            except CancelledError as error:
+                raise CancelledError(f"Interrupted: {len(done)} of {len(jobs)} videos were made.") from error
+            except Exception as error:  # told below; the next job goes on
+                print(error, file=sys.stderr)
+                done.append({"prompt": job.request.prompt, "error": str(error)})
+    return {"videos": done, "failed": sum("error" in one for one in done)}
+
+
+def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
+    """What would run where."""
+    check_attention(config)
+    models = Models(without_fetching(config))
+    machine = detect()
+    if hardware is not None:
+        machine = parse_hardware(hardware, machine)
+    return make_plan(request.resolve(models.spec), models.memory, config, machine).as_dict()
+
+
+def check_attention(config: EngineConfig) -> None:
+    """Refuse a back end that no machine has. Raises ConfigError."""
+    names = ["auto", SDPA.name, *(backend.name for backend in BACKENDS)]
+    if config.attention not in names:
+        known = ", ".join(dict.fromkeys(names))
+        raise ConfigError(f"attention={config.attention!r} is no back end.", hint=f"Known: {known}.")
+
+
+def without_fetching(config: EngineConfig) -> EngineConfig:
+    """The same settings for a model that is not here yet, if its shapes are published. Raises ModelNotFoundError."""
+    if config.model in RANDOM_SPECS:
+        return config
+    try:
+        open_model(config.model, config.revision, fetch=False)
+    except ModelNotFoundError:
+        if config.model not in PUBLISHED:
+            raise
+        print(f"{config.model} is not fetched yet; its published shapes are used.", file=sys.stderr)
+        return replace(config, model=PUBLISHED[config.model], revision=None)
+    return config
+
+
+def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[str, Any]:
+    """A prompt to an embeddings file."""
+    path = output or next_free_path(Path(), prompt, ".safetensors")
+    embeds = tools.encode_to_file(config, prompt, path)
+    return {"output": str(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
+
+
+def run_decode(
+    latents: Path, flags: EngineFlags, output: Path | None, codec: str, quality: int | None
+) -> dict[str, Any]:
+    """Kept latents to a video."""
+    about = load_latents(latents)[1]
+    config = _config_of(flags, about)
+    options = OutputOptions(output or Path(), codec, quality, save_latents=True)
+    if output is None or is_folder(output):
+        options = _named(options, str(_part(about, "request").get("prompt") or latents.stem))
+    result = tools.decode_latents(config, latents, options)
+    video = result.videos[0]
+    return {
+        "output": str(video.path),
+        "seed": video.seed,
+        "num_frames": video.num_frames,
+        "timings": _rounded(result.timings),
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
+    """Make a video again and compare frame hashes. Raises UnreadableFileError."""
+    about = read_metadata(video)
+    request, codec = _request_of(video, about), str(probe(video)["codec"])
+    expected = frame_hashes(video)
+    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(flags, about)) as engine:
+        path = Path(folder) / f"again{video.suffix}"
+        job = engine.submit(request, OutputOptions(path, codec, quality=_part(about, "output").get("quality")))
+        follow(job)
+        job.result()
+        again = frame_hashes(path)
+        now = engine.models.about
+    pairs = zip(expected.frames, again.frames, strict=False)
+    different = [i for i, (a, b) in enumerate(pairs) if a != b]
+    return {
+        "video": str(video),
+        "equal": expected.digest == again.digest,
+        "num_frames": len(expected.frames),
+        "different_frames": different,
+        "model_equal": _part(about, "model").get("hash") == now["hash"],
+        "versions_then": about.get("versions"),
+        "versions_now": versions(),
+    }
+
+
+def _request_of(video: Path, about: dict[str, Any]) -> GenerationRequest:
+    fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
+    try:
+        return GenerationRequest.parse(**(fields | {"seed": about.get("seed"), "num_videos_per_prompt": 1}))
+    except InvalidRequestError as error:
+        raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
+
+
+def report(job: Job, result: JobResult) -> dict[str, Any]:
+    """A finished job as `generate --json` prints it."""
+    request = job.request
+    videos = [{"output": str(v.path), "seed": v.seed} for v in result.videos]
+    return {
+        "output": videos[0]["output"],
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "num_frames": request.num_frames,
+        "fps": request.fps,
+        "videos": videos,
+        "latents": [str(v.latents_path) for v in result.videos if v.latents_path is not None],
+        "settings": settings(request),
+        "plan": job.plan.as_dict(),
+        "timings": _rounded(result.timings),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "predicted_peak_bytes": predicted(job.plan),
+        "attention": job.attention,
+        "rungs": job.rungs,
+        "warnings": list(result.warnings),
+        "versions": versions(),
+    }
+
+
+def predicted(plan: Plan) -> dict[str, int]:
+    """Predicted peak bytes by device; on a CPU the whole process."""
+    peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
+    return peaks | {"cpu": plan.host_bytes}
+
+
+def settings(request: ResolvedRequest) -> dict[str, Any]:
+    """Every resolved field."""
+    return request.model_dump()
+
+
+def _announce(job: Job, config: EngineConfig) -> None:
+    r = job.request
+    if config.model == MINIATURE and not is_in_world(r.prompt):
+        job.warnings.append(
+            "The miniature knows coloured shapes that move on plain backgrounds, and a few scenes; "
+            "this prompt goes beyond its world. Try: a red circle moving left on a black background."
+        )
+    print(f"Prompt: {r.prompt}", file=sys.stderr)
+    size = f"{r.width}x{r.height}, {r.num_frames} frames ({r.seconds:.1f} s)"
+    where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
+    print(f"{size}, {r.num_inference_steps} steps of {r.sampler}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def _config_of(flags: EngineFlags, about: dict[str, Any]) -> EngineConfig:
+    """The flags' settings; model and precision are those that made a file unless others were named."""
+    config, unset = flags.config(), EngineFlags()
+    model, engine = _part(about, "model"), _part(about, "engine")
+    if config.model == unset.model and isinstance(model.get("name"), str):
+        config = replace(config, model=model["name"], revision=config.revision or model.get("revision"))
+    for name, kind in (("transformer_dtype", str), ("vae_dtype", str), ("tf32", bool)):
+        if getattr(flags, name) == getattr(unset, name) and type(engine.get(name)) is kind:
+            config = replace(config, **{name: engine[name]})
+    return config
+
+
+def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """One object of a file's metadata; empty where it has none. Anybody may have written the file."""
+    value = about.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _with_seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> GenerationRequest:
+    """The same request with the seed that an interrupted run of it had drawn, so that --resume finds its work."""
+    resolved = request.resolve(engine.models.spec)
+    wanted = resolved.model_dump(exclude={"seed"})
+    candidates: list[dict[str, Any]] = []
+    with suppress(UnreadableFileError):
+        candidates.append(read_metadata(options.latents_path(0, resolved.num_videos_per_prompt)))
+    candidates += [checkpoint.about for checkpoint in find_checkpoints(engine.config.data_folder / "checkpoints")]
+    for about in candidates:
+        fields = dict(_part(about, "request"))
+        seed = fields.pop("seed", None)
+        if fields == wanted and about.get("model") == engine.models.about:
+            return GenerationRequest.parse(**(request.model_dump(exclude_unset=True) | {"seed": seed}))
+    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+    return request
+
+
+def _named(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
+    """A name in the folder `options.path` for a prompt's `count` videos, none of which exists or is in `taken`."""
+    extension = ".mkv" if options.codec == "ffv1" else ".webm" if options.codec == "vp9" else ".mp4"
+    refused = list(taken)
+    while True:
+        named = replace(options, path=next_free_path(options.path, prompt, extension, refused))
+        paths = [named.video_path(index, count) for index in range(count)]
+        if not any(path in taken or os.path.lexists(path) for path in paths):
+            return named
+        refused.append(named.path)
+
+
+def _rounded(timings: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in timings.items()}

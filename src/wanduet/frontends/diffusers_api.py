@@ -1,0 +1,357 @@
+"""`from wanduet import WanPipeline`: diffusers' pipeline call, run by this engine.
+
+Where diffusers and the official code differ, this follows diffusers: the negative prompt is "" by default,
+the schedule is the checkpoint's scheduler, a frame count is rounded with a warning. What is not supported raises.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wanduet.config import EngineConfig, TextEncoderHold
+from wanduet.engine.build import Denoiser, Models
+from wanduet.engine.hardware import detect
+from wanduet.engine.job import Job, OutputOptions
+from wanduet.engine.ladder import DenoiseLadder, decode_modes
+from wanduet.engine.plan import make_plan, require_fit
+from wanduet.errors import CancelledError, InvalidRequestError, OutOfMemoryError
+from wanduet.models.text_encoder import pad_embeddings
+from wanduet.models.transformer import TextContext
+from wanduet.models.vae_stream import decode_stream
+from wanduet.request import GenerationRequest
+from wanduet.sampling.denoise import StepInfo, denoise
+from wanduet.sampling.guidance import combine
+from wanduet.sampling.samplers import SchedulerSampler
+
+log = logging.getLogger(__name__)
+
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Callback = Callable[["WanPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass
+class WanPipelineOutput:
+    """`frames`: `[B, F, H, W, 3]` float32 in 0..1 (np), `[B, F, 3, H, W]` (pt), lists of images (pil), or latents."""
+
+    frames: Any
+
+
+class WanPipeline:
+    """Text to video with diffusers' `WanPipeline` call. Make one with `from_pretrained`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Engine settings as of `wanduet.EngineConfig`; the model is found, and nothing is loaded yet."""
+        self._config = config
+        self._models = Models(config)
+        self.scheduler = _load_scheduler(self._models)
+        self._interrupt = False
+        self._guidance_scale = 5.0
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+        devices: str | None = None,
+        text_encoder_hold: TextEncoderHold = "auto",
+        vram_limit: int | None = None,
+        data_dir: Path | None = None,
+    ) -> Self:
+        """A pipeline of a folder, hub id or `miniature`. `torch_dtype` is the transformer's (None: float32).
+
+        Ours: `vae_dtype`, and `devices`, `vram_limit` (bytes), `text_encoder_hold` as on the command line.
+        """
+        if torch_dtype is not None and torch_dtype not in DTYPE_NAMES:
+            raise ValueError(f"torch_dtype={torch_dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
+        return cls(
+            EngineConfig(
+                model=str(pretrained_model_name_or_path),
+                revision=revision,
+                devices=devices,
+                transformer_dtype=DTYPE_NAMES[torch_dtype or torch.float32],  # type: ignore[arg-type]
+                vae_dtype=DTYPE_NAMES[vae_dtype],  # type: ignore[arg-type]
+                text_encoder_hold=text_encoder_hold,
+                vram_limit=vram_limit,
+                data_dir=data_dir,
+            )
+        )
+
+    def to(self, device: str | torch.device) -> Self:
+        """Run on a device from the next call on."""
+        from dataclasses import replace
+
+        self._models.unload()
+        self._config = replace(self._config, devices=str(device))
+        scheduler = self.scheduler
+        self._models = Models(self._config)
+        self.scheduler = scheduler
+        return self
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that runs, or ran last."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt takes part."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep that is being computed."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt = True` in a callback to stop after that step."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """As diffusers 0.42's; `progress(done, total)` is ours. Raises ValueError for what it cannot do."""
+        _refuse(guidance_scale_2, attention_kwargs, output_type, callback_on_step_end_tensor_inputs)
+        prompts = _prompts(prompt, prompt_embeds, "prompt")
+        num_frames = _rounded_frames(num_frames, self._models.spec.vae.temporal_stride)
+        copies = num_videos_per_prompt or 1
+        batch = (len(prompts) if prompts is not None else len(_given(prompt_embeds))) * copies
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = num_inference_steps
+        job = self._job(height, width, num_frames, num_inference_steps, guidance_scale)
+
+        positive = self._embeds(job, prompts, prompt_embeds, max_sequence_length, copies)
+        negative = None
+        if self.do_classifier_free_guidance:
+            texts = negative_prompt or ""
+            negatives = [texts] * (batch // copies) if isinstance(texts, str) else texts
+            if len(negatives) * copies != batch and negative_prompt_embeds is None:
+                raise ValueError(f"negative_prompt has {len(negatives)} texts, prompt has {batch // copies}.")
+            given = None if negative_prompt_embeds is not None else negatives
+            negative = self._embeds(job, given, negative_prompt_embeds, max_sequence_length, copies)
+
+        noise = self._noise((batch, *self._models.spec.latent_shape(height, width, num_frames)), generator, latents)
+        with self._models.transformer(job) as denoiser:
+            loop = _Loop(
+                self, job, denoiser, positive, negative, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
+            result = loop(noise.to(denoiser.device), progress)
+        frames = result if output_type == "latent" else self._decode(job, result, output_type or "np")
+        return WanPipelineOutput(frames) if return_dict else (frames,)
+
+    def _job(self, height: int, width: int, num_frames: int, steps: int, scale: float) -> Job:
+        """Plan the call; refused here if it does not fit."""
+        try:
+            request = GenerationRequest.parse(
+                prompt="-", height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
+                guidance_scale=scale, seed=0,
+            )  # fmt: skip
+            resolved = request.resolve(self._models.spec)
+        except InvalidRequestError as error:
+            raise ValueError(str(error)) from None
+        if (resolved.generated_height, resolved.generated_width) != (height, width):
+            raise ValueError(f"height={height} and width={width} must be multiples of 16.")
+        plan = make_plan(resolved, self._models.memory, self._config, detect())
+        require_fit(plan, resolved)
+        return Job(resolved, plan, OutputOptions(Path()))
+
+    def _embeds(self, job: Job, texts: list[str] | None, given: Tensor | None, max_tokens: int, copies: int) -> Tensor:
+        """`[batch, max_tokens, text_dim]`, each prompt repeated for its videos."""
+        if given is not None:
+            return given.repeat_interleave(copies, dim=0)
+        assert texts is not None
+        encoded = self._models.text(job.plan).encode(texts, max_tokens=max_tokens)
+        padded = torch.cat([pad_embeddings(one.embeds, max_tokens) for one in encoded])
+        return padded.repeat_interleave(copies, dim=0)
+
+    def _noise(
+        self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, given: Tensor | None
+    ) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if given is not None:
+            if tuple(given.shape) != shape:
+                raise ValueError(f"latents have shape {tuple(given.shape)}, this call needs {shape}.")
+            return given.float()
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for {shape[0]} videos.")
+        noise: Tensor = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+        return noise
+
+    def _decode(self, job: Job, latents: Tensor, output_type: str) -> Any:
+        videos = [self._frames(job, one) for one in latents.float().cpu()]
+        if output_type == "pil":
+            from PIL import Image
+
+            return [[Image.fromarray(frame) for frame in video] for video in videos]
+        values = np.stack(videos).astype(np.float32) / 255.0
+        return values if output_type == "np" else torch.from_numpy(values).permute(0, 1, 4, 2, 3)
+
+    def _frames(self, job: Job, latents: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """`[F, H, W, 3]` of one video, going down the ladder if memory runs out."""
+        for device, mode in decode_modes(job):
+            try:
+                with self._models.vae(job, device) as vae:
+                    return np.concatenate([chunk.copy() for chunk in decode_stream(vae, latents, mode)])
+            except torch.OutOfMemoryError:
+                log.warning("Out of memory while decoding; going on in smaller parts.")
+            self._models.make_room(device)
+        raise OutOfMemoryError("Decoding ran out of memory in its smallest form.")
+
+
+class _Loop:
+    """One call's denoise, with what a callback may change between steps."""
+
+    def __init__(
+        self, pipe: WanPipeline, job: Job, denoiser: Denoiser, positive: Tensor, negative: Tensor | None,
+        callback: Callback | None, tensors: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.pipe, self.job, self.denoiser = pipe, job, denoiser
+        self.embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        self.callback, self.tensors = callback, tensors
+        self.ladder = DenoiseLadder(pipe._models, job, denoiser)
+        self.contexts = {name: self._context(value) for name, value in self.embeds.items()}
+
+    def __call__(self, latents: Tensor, progress: Callable[[int, int], None] | None) -> Tensor:
+        pipe, steps = self.pipe, self.job.request.num_inference_steps
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(steps, device="cpu")
+        sampler = SchedulerSampler(scheduler, self.denoiser.device)
+        rope = self.denoiser.transformer.prepare_rope(latents.shape, self.denoiser.device)
+        last = [latents]
+
+        def predict(x: Tensor, timestep: float, context: TextContext | None) -> Tensor:
+            assert context is not None
+            times = torch.full((x.shape[0],), timestep, device=x.device)
+            return self.ladder(lambda: self.denoiser.transformer(x, times, context, rope))
+
+        def velocity(x: Tensor, timestep: float) -> Tensor:
+            pipe._current_timestep = torch.tensor(timestep)
+            positive = predict(x, timestep, self.contexts["prompt_embeds"])
+            if self.contexts["negative_prompt_embeds"] is None:
+                return positive
+            return combine(positive, predict(x, timestep, self.contexts["negative_prompt_embeds"]), pipe.guidance_scale)
+
+        def on_step(info: StepInfo) -> Tensor | None:
+            changed = self._call_back(info)
+            last[0] = info.latents if changed is None else changed
+            if progress is not None:
+                progress(info.step + 1, info.num_steps)
+            return changed
+
+        try:
+            return denoise(velocity, latents, sampler, on_step=on_step, should_cancel=lambda: pipe.interrupt)
+        except CancelledError:
+            return last[0]
+        finally:
+            pipe._current_timestep = None
+
+    def _call_back(self, info: StepInfo) -> Tensor | None:
+        if self.callback is None:
+            return None
+        available = self.embeds | {"latents": info.latents}
+        timestep = torch.tensor(info.timestep)
+        outputs = self.callback(self.pipe, info.step, timestep, {name: available[name] for name in self.tensors}) or {}
+        for name in self.embeds:
+            if name in outputs and outputs[name] is not self.embeds[name]:
+                self.embeds[name] = outputs[name]
+                self.contexts[name] = self._context(outputs[name])
+        latents: Tensor | None = outputs.get("latents")
+        return None if latents is info.latents else latents
+
+    def _context(self, embeds: Tensor | None) -> TextContext | None:
+        if embeds is None:
+            return None
+        there = embeds.to(self.denoiser.device)
+        return self.ladder(lambda: self.denoiser.transformer.prepare_text(there))
+
+
+def _load_scheduler(models: Models) -> Any:
+    """The checkpoint's own; for random weights the official one."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    if models.folder is None or not (models.folder.path / "scheduler").is_dir():
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return UniPCMultistepScheduler.from_pretrained(str(models.folder.path / "scheduler"), local_files_only=True)
+
+
+def _refuse(
+    guidance_scale_2: float | None,
+    attention_kwargs: dict[str, Any] | None,
+    output_type: str | None,
+    tensors: Sequence[str],
+) -> None:
+    """Nothing is silently ignored."""
+    if guidance_scale_2 is not None:
+        raise ValueError("guidance_scale_2 is for Wan2.2's two transformers; this is Wan2.1.")
+    if attention_kwargs:
+        raise ValueError(f"attention_kwargs={attention_kwargs} are not supported (LoRA scales, for example).")
+    if output_type not in (None, "np", "pil", "pt", "latent"):
+        raise ValueError(f"output_type={output_type!r} is not supported: np, pil, pt or latent.")
+    unknown = [name for name in tensors if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
+
+
+def _prompts(prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> list[str] | None:
+    if prompt is not None and embeds is not None:
+        raise ValueError(f"Give either {name} or {name}_embeds, not both.")
+    if prompt is None and embeds is None:
+        raise ValueError(f"Give {name} or {name}_embeds.")
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"{name} must be a str or a list of them, not {type(prompt).__name__}.")
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def _given(embeds: Tensor | None) -> Tensor:
+    assert embeds is not None
+    return embeds
+
+
+def _rounded_frames(num_frames: int, stride: int) -> int:
+    if num_frames % stride == 1:
+        return num_frames
+    rounded = max(num_frames // stride * stride + 1, 1)
+    log.warning("num_frames=%d is not of the form %dn+1: using %d.", num_frames, stride, rounded)
+    return rounded

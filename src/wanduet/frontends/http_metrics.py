@@ -1,0 +1,97 @@
+"""Prometheus metrics: what the server counts itself, and what the store knows at the moment of asking."""
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from wanduet.jobs.records import Statistics
+from wanduet.jobs.store import JobStore
+
+STATUSES = ("queued", "in_progress", "completed", "failed")
+
+
+class ServerMetrics:
+    """The registry of one server; nothing is global, so several servers fit into one process."""
+
+    def __init__(self, store: JobStore) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "wanduet_http_requests",
+            "Answers by route and status.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "wanduet_http_request_seconds", "Time to the first byte of an answer.", ["route"], registry=self.registry
+        )
+        self.submissions = Counter(
+            "wanduet_submissions", "Submissions by what became of them.", ["outcome"], registry=self.registry
+        )
+        self.registry.register(_StoreCollector(store))
+
+
+class _StoreCollector(Collector):
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: registering must not need the database."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask the store."""
+        return _families(self._store.statistics())
+
+
+def _families(found: Statistics) -> Iterator[Metric]:
+    jobs = GaugeMetricFamily("wanduet_jobs", "Jobs in the store by status.", labels=["status"])
+    for status in STATUSES:
+        jobs.add_metric([status], found.by_status.get(status, 0))
+    yield jobs
+    failures = GaugeMetricFamily("wanduet_failed_jobs", "Failed jobs in the store by code.", labels=["code"])
+    for code, count in sorted(found.failures.items()):
+        failures.add_metric([code], count)
+    yield failures
+    yield GaugeMetricFamily("wanduet_queue_oldest_seconds", "How long the oldest queued job waits.", found.oldest_wait)
+    seconds = CounterMetricFamily("wanduet_stage_seconds", "Seconds by stage of all completed jobs.", labels=["stage"])
+    counts = CounterMetricFamily("wanduet_stage_jobs", "Completed jobs that went through a stage.", labels=["stage"])
+    for stage, (total, count) in sorted(found.stages.items()):
+        name = stage.removesuffix("_s")
+        seconds.add_metric([name], total)
+        counts.add_metric([name], count)
+    yield from (seconds, counts)
+    memory = GaugeMetricFamily(
+        "wanduet_peak_memory_bytes", "Peak memory of the newest completed job by device.", labels=["device"]
+    )
+    for device, peak in sorted(found.peak_memory_bytes.items()):
+        memory.add_metric([device], peak)
+    yield memory
+
+
+class CountRequests:
+    """Counts answers by route; the route's pattern and not the path, so that ids make no new series."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "none")
+                method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "DELETE") else "other"
+                self._metrics.requests.labels(method, route, message["status"]).inc()
+                self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
+            await send(message)
+
+        await self._app(scope, receive, counting_send)

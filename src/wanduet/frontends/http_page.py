@@ -1,0 +1,152 @@
+"""What stands around the page: who may see it, which of its routes are open, and that it loads nothing from elsewhere."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from wanduet.errors import WanduetError
+from wanduet.frontends.http_context import KEY_COOKIE, ServerContext, find_owner
+from wanduet.frontends.http_errors import ApiError
+from wanduet.frontends.http_schemas import read_fields
+from wanduet.frontends.http_security import UPLOAD_PATH
+
+EVENTS_PATH = "/gradio_api/queue/join"
+COOKIE_SECONDS = 30 * 24 * 3600
+# Everything comes from this server. Gradio's own scripts are inline and compile their templates.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; connect-src 'self'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+_OURS = ("/v1/", "/health", "/ready", "/metrics", "/openapi.json", "/login")
+# Of Gradio's routes only what the page needs: no proxy, no files by path, no monitoring.
+_PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+_ASSETS = (
+    "/static/", "/assets/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/", UPLOAD_PATH,
+    "/gradio_api/startup-events", "/gradio_api/theme.css", "/gradio_api/app_id", "/gradio_api/cancel",
+    "/gradio_api/reset",
+)  # fmt: skip
+
+_LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>wanduet</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body{{font:16px/1.5 system-ui,sans-serif;display:grid;place-items:center;min-height:90vh;margin:0 1rem;
+background:#fafaf9;color:#1c1917}}form{{width:min(22rem,100%)}}h1{{font-size:1.25rem;margin:0 0 1rem}}
+input,button{{font:inherit;width:100%;box-sizing:border-box;padding:.6rem .8rem;border-radius:8px;
+border:1px solid #d6d3d1;margin:.25rem 0 .75rem}}button{{background:#1c1917;color:#fff;cursor:pointer}}
+p{{color:#b91c1c;min-height:1.5em;margin:0}}</style>
+<form method="post" action="/login"><h1>wanduet</h1><label for="key">API key</label>
+<input id="key" name="key" type="password" autocomplete="current-password" autofocus required>
+<button>Sign in</button><p role="alert">{message}</p></form></html>"""
+
+
+def add_login(app: FastAPI) -> None:
+    """The routes by which a browser gets its cookie."""
+
+    @app.get("/login", include_in_schema=False)
+    def login() -> HTMLResponse:
+        return HTMLResponse(_LOGIN.format(message=""))
+
+    @app.post("/login", include_in_schema=False)
+    async def sign_in(request: Request) -> Response:
+        key = str((await read_fields(request)).get("key", "")).strip()
+        context: ServerContext = app.state.context
+        if context.keys.owner(key) is None:
+            return HTMLResponse(_LOGIN.format(message=escape("This key is not valid.")), 401)
+        answer = RedirectResponse("/", 303)
+        secure = request.url.scheme == "https"
+        answer.set_cookie(KEY_COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    @app.post("/logout", include_in_schema=False)
+    def sign_out() -> Response:
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(KEY_COOKIE)
+        return answer
+
+
+def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
+    """The route to which the page sends a video; `read` gives the settings in it, or raises WanduetError."""
+
+    @app.post(UPLOAD_PATH, include_in_schema=False)
+    async def restore(request: Request) -> JSONResponse:
+        with tempfile.TemporaryDirectory(prefix="wanduet-") as folder:
+            path = Path(folder) / "video.mp4"
+            with path.open("wb") as file:
+                async for chunk in request.stream():
+                    await run_in_threadpool(file.write, chunk)
+            try:
+                return JSONResponse({"form": await run_in_threadpool(read, path)})
+            except WanduetError as error:
+                return JSONResponse({"error": error.message.replace(str(path), "This file")})
+
+
+class PageGate:
+    """Lets a page's visitor in by key, keeps what the page does not need closed, and sets the page's policy."""
+
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path == "/logout" or path.startswith(_OURS):
+            await self._app(scope, receive, send if scope["type"] != "http" else _with_policy(send))
+        elif path not in _PAGES and not path.startswith(_ASSETS):
+            await ApiError(404, "not_found", "Not Found").response()(scope, receive, send)
+        elif find_owner(self._context, Headers(scope=scope)) is not None:
+            await self._open(scope, receive, send)
+        elif path == "/" and scope["method"] in ("GET", "HEAD"):
+            await RedirectResponse("/login", 303)(scope, receive, send)
+        else:
+            error = ApiError(401, "invalid_api_key", "Sign in first.", kind="authentication_error")
+            await error.response()(scope, receive, send)
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != EVENTS_PATH:
+            await self._app(scope, receive, _with_policy(send))
+            return
+        # Gradio reads a file, or fetches an address, for any field that looks like one. The page has none.
+        body = await Request(scope, receive).body()
+        if _names_a_file(body):
+            await ApiError(400, "invalid_request", "The page takes no files.").response()(scope, receive, send)
+            return
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Message:
+            return next(given, None) or await receive()
+
+        await self._app(scope, again, send)
+
+
+def _names_a_file(body: bytes) -> bool:
+    def walk(value: Any) -> bool:
+        if isinstance(value, dict):
+            return "path" in value or any(map(walk, value.values()))
+        return isinstance(value, list) and any(map(walk, value))
+
+    try:
+        return walk(json.loads(body))
+    except (ValueError, RecursionError):
+        return True  # not what the page sends
+
+
+def _with_policy(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/html"):
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "same-origin"  # with none, a form would post as from nowhere
+        await send(message)
+
+    return sending

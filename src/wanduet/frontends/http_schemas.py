@@ -1,0 +1,234 @@
+"""The wire's words: what a client sends as a `GenerationRequest`, a stored job as a video object."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from wanduet.errors import InvalidRequestError
+from wanduet.frontends.http_errors import ApiError, ErrorDetail
+from wanduet.jobs.records import StoredJob
+from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
+from wanduet.specs import ModelSpec
+
+MAX_FIELDS = 64
+MAX_SECONDS = 3600.0
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may ask for, beyond what the model can. Sizes in pixels, the prompt's in characters."""
+
+    prompt: int = 8000
+    pixels: int = 1920 * 1088
+    frames: int = 401
+    steps: int = 200
+    videos: int = 4
+
+
+class CreateVideo(BaseModel):
+    """The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    model: str | None = None
+    seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
+    size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    num_videos_per_prompt: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+class RemixVideo(BaseModel):
+    """The body of a remix: the same settings and seed with another prompt."""
+
+    prompt: str = Field(min_length=1)
+
+
+class Video(BaseModel):
+    """A job as clients know it. Times are whole Unix seconds; `settings` is ours: every resolved field."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None
+    error: ErrorDetail | None
+    settings: dict[str, Any]
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class DeletedVideo(BaseModel):
+    """What is left of a deleted video."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+def to_video(job: StoredJob) -> Video:
+    """A stored job as the wire's object."""
+    request = job.request
+    error = None
+    if job.error is not None:
+        error = ErrorDetail(message=job.error.message, type=job.error.type, param=job.error.param, code=job.error.code)
+    return Video(
+        id=job.id,
+        model=job.model,
+        status=job.status,
+        progress=math.floor(job.progress),
+        created_at=int(job.created_at),
+        completed_at=_seconds(job.completed_at),
+        expires_at=_seconds(job.expires_at),
+        seconds=_length(request.get("num_frames"), request.get("fps")),
+        size=f"{request['width']}x{request['height']}" if request.get("width") and request.get("height") else "",
+        prompt=request.get("prompt", ""),
+        remixed_from_video_id=job.remixed_from,
+        error=error,
+        settings={name: value for name, value in request.items() if name != "prompt"},
+    )
+
+
+def _length(num_frames: int | None, fps: int | None) -> str:
+    """The inverse of `frames_for_seconds`; empty for a job that another door stored with fields left open."""
+    return f"{(num_frames - 1) / fps:g}" if num_frames and fps else ""
+
+
+def _seconds(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)
+
+
+async def read_fields(request: Request) -> dict[str, Any]:
+    """The fields of a body, JSON or form. Raises ApiError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind in _FORMS:
+            return await _read_form(request)
+        if kind in ("application/json", ""):
+            fields = json.loads(await request.body())
+            if isinstance(fields, dict):
+                return fields
+            raise ApiError(400, "invalid_request", "The body must be a JSON object.")
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_request", "The body is not valid JSON in UTF-8.") from None
+    except ClientDisconnect:
+        raise ApiError(400, "invalid_request", "The body ended too early.") from None
+    except HTTPException as error:  # what the form's parser says
+        raise ApiError(400, "invalid_request", f"The form cannot be read: {error.detail}") from None
+    raise ApiError(415, "unsupported_media_type", "Send multipart/form-data or application/json.", param="Content-Type")
+
+
+async def _read_form(request: Request) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=2**20) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                text = "Files are not taken: the model makes videos from text alone."
+                raise ApiError(400, "unsupported", text, param=name)
+            if name in fields:
+                raise ApiError(400, "invalid_request", f"{name} is given twice.", param=name)
+            fields[name] = value
+    return fields
+
+
+def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -> GenerationRequest:
+    """What a client sent (without `model`) as a request with every field decided, seed included.
+
+    Raises InvalidRequestError, which names the field.
+    """
+    values = {name: value for name, value in fields.items() if value is not None}
+    _check_texts(values, limits)
+    fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
+    _take_seconds(values, fps, spec)
+    _take_size(values)
+    request = GenerationRequest.parse(**values).resolve(spec)
+    for name, given, limit in (
+        ("size", request.height * request.width, limits.pixels),
+        ("num_frames", request.num_frames, limits.frames),
+        ("num_inference_steps", request.num_inference_steps, limits.steps),
+        ("num_videos_per_prompt", request.num_videos_per_prompt, limits.videos),
+    ):
+        if given > limit:
+            unit = " pixels" if name == "size" else ""
+            raise InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+    return request.as_request()
+
+
+def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
+    """A digest of what a client sent, before a seed is drawn; the same for a form and for JSON."""
+    plain = {name: str(value) for name, value in fields.items() if value is not None}
+    text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name, "")
+        if not isinstance(text, str):
+            raise InvalidRequestError(name, text, "it must be a text")
+        if len(text) > limits.prompt:
+            raise InvalidRequestError(name, f"{len(text)} characters", f"at most {limits.prompt} characters")
+        if any("\ud800" <= character <= "\udfff" for character in text) or "\0" in text:
+            raise InvalidRequestError(name, text, "a text of valid Unicode characters")
+
+
+def _take_seconds(values: dict[str, Any], fps: int, spec: ModelSpec) -> None:
+    """Replace `seconds` by `num_frames`."""
+    given = values.pop("seconds", None)
+    if given is None:
+        return
+    try:
+        seconds = float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else math.nan
+    except (ValueError, OverflowError):
+        seconds = math.nan
+    if not 0.0 <= seconds <= MAX_SECONDS:  # not a number either
+        raise InvalidRequestError("seconds", given, f"a number of seconds from 0 to {MAX_SECONDS:g}")
+    if "num_frames" in values:
+        raise InvalidRequestError("seconds", given, "give seconds or num_frames, not both")
+    values["num_frames"] = frames_for_seconds(seconds, fps, spec.vae.temporal_stride)
+
+
+def _take_size(values: dict[str, Any]) -> None:
+    """Replace `size` by `height` and `width`."""
+    given = values.pop("size", None)
+    if given is None:
+        return
+    if "height" in values or "width" in values:
+        raise InvalidRequestError("size", given, "give size or height and width, not both")
+    try:
+        values["height"], values["width"] = parse_resolution(given if isinstance(given, str) else "")
+    except (InvalidRequestError, ValueError):
+        raise InvalidRequestError("size", given, "480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480") from None

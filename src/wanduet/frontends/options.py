@@ -1,0 +1,138 @@
+"""The command line's flags, one field each: what a video shows, and how it is made.
+
+Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then default.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter, Token
+
+from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
+from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.request import GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
+from wanduet.specs import DEFAULT_MODEL
+
+VIDEO = Group("Video", sort_key=1)
+ENGINE = Group("Engine", sort_key=2)
+SETTINGS_FILE = "wanduet.toml"
+
+
+def whole(kind: Any, tokens: Sequence[Token]) -> int:
+    """A flag's text as a whole number; cyclopts itself would round `2.7`. Raises ValueError."""
+    text = tokens[0].value.strip()
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"a whole number is needed, not {text[:40]!r}") from None
+
+
+@Parameter(name="*", group=VIDEO)
+@dataclass(frozen=True, slots=True)
+class VideoFlags:
+    """What the video shows."""
+
+    negative_prompt: Annotated[str | None, Parameter(help="What to keep out; '' for nothing.")] = None
+    num_frames: Annotated[int | None, Parameter(help="4n+1 frames; 81 unless said.", converter=whole)] = None
+    seconds: Annotated[float | None, Parameter(help="Length instead of --num-frames.")] = None
+    resolution: Annotated[str | None, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")] = None
+    height: Annotated[int | None, Parameter(help="In pixels, a multiple of 16.", converter=whole)] = None
+    width: Annotated[int | None, Parameter(help="In pixels, a multiple of 16.", converter=whole)] = None
+    num_inference_steps: Annotated[
+        int | None, Parameter(name=["--num-inference-steps", "--steps"], help="Denoising steps.", converter=whole)
+    ] = None
+    guidance_scale: Annotated[float | None, Parameter(help="How strictly the prompt is followed; 1 turns it off.")] = (
+        None
+    )
+    flow_shift: Annotated[float | None, Parameter(help="Moves steps towards the noisy end.")] = None
+    sampler: Annotated[SamplerName | None, Parameter(help="The solver.")] = None
+    seed: Annotated[int | None, Parameter(help="Same seed, same video. Random unless said.", converter=whole)] = None
+    fps: Annotated[int | None, Parameter(help="Frames a second of the file.", converter=whole)] = None
+    num_videos_per_prompt: Annotated[int | None, Parameter(help="Videos of consecutive seeds.", converter=whole)] = None
+
+    def request(self, prompt: str) -> GenerationRequest:
+        """The request that was typed. Raises InvalidRequestError."""
+        names = (
+            "negative_prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale",
+            "flow_shift", "sampler", "seed", "fps", "num_videos_per_prompt",
+        )  # fmt: skip
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.resolution is not None:
+            if self.height is not None or self.width is not None:
+                raise InvalidRequestError("resolution", self.resolution, "either --resolution or --height and --width")
+            try:
+                values["height"], values["width"] = parse_resolution(self.resolution)
+            except ValueError:  # digits that int() does not take: ², or thousands of them
+                raise InvalidRequestError("resolution", self.resolution[:40], "for example 480p or 832x480") from None
+        if self.seconds is not None:
+            if self.num_frames is not None:
+                raise InvalidRequestError("seconds", self.seconds, "either --seconds or --num-frames")
+            if not 0 < self.seconds <= 3600:
+                raise InvalidRequestError("seconds", self.seconds, "more than 0, at most 3600")
+            values["num_frames"] = frames_for_seconds(self.seconds, self.fps or 16)
+        return GenerationRequest.parse(prompt=prompt, **values)
+
+
+@Parameter(name="*", group=ENGINE)
+@dataclass(frozen=True, slots=True)
+class EngineFlags:
+    """How it is made."""
+
+    model: Annotated[
+        str,
+        Parameter(
+            name=["--model", "--model-path"], help="A Diffusers-layout folder, a hub id, `miniature`, `random:1.3b`."
+        ),
+    ] = DEFAULT_MODEL
+    revision: Annotated[str | None, Parameter(help="The hub's commit, branch or tag.")] = None
+    strategy: Annotated[Strategy, Parameter(help="How devices share the work.")] = "auto"
+    devices: Annotated[str | None, Parameter(help="cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu")] = None
+    speeds: Annotated[
+        str | None, Parameter(help="Relative speeds of --devices, for example 2,1; measured unless said.")
+    ] = None
+    vram_limit: Annotated[str | None, Parameter(help="Most memory of a GPU, for example 12GiB.")] = None
+    ram_limit: Annotated[str | None, Parameter(help="Most host memory.")] = None
+    transformer_dtype: Annotated[DType, Parameter(help="bfloat16 on a GPU unless said.")] = "auto"
+    vae_dtype: Annotated[DType, Parameter(help="float32 unless said.")] = "auto"
+    text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
+    text_encoder_hold: Annotated[TextEncoderHold, Parameter(help="Kept in memory, or read layer by layer.")] = "auto"
+    tf32: Annotated[bool, Parameter(help="TF32 in the VAE's float32 convolutions.")] = True
+    attention: Annotated[str, Parameter(help="An attention back end by name.")] = "auto"
+    cache_embeddings: Annotated[bool, Parameter(help="Keep prompts' embeddings on disk.")] = True
+    checkpoint_seconds: Annotated[
+        float, Parameter(help="At most so many seconds of denoising are lost when the process is killed.")
+    ] = 15.0
+    data_dir: Annotated[Path | None, Parameter(help="Where jobs, videos and caches live.")] = None
+
+    def config(self) -> EngineConfig:
+        """The engine's settings. Raises ConfigError."""
+        if not 0 <= self.checkpoint_seconds < float("inf"):
+            raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds}: it must be 0 or more.")
+        return EngineConfig(
+            model=self.model,
+            revision=self.revision,
+            strategy=self.strategy,
+            devices=self.devices,
+            speeds=None if self.speeds is None else parse_speeds(self.speeds),
+            transformer_dtype=self.transformer_dtype,
+            vae_dtype=self.vae_dtype,
+            text_encoder_dtype=self.text_encoder_dtype,
+            text_encoder_hold=self.text_encoder_hold,
+            tf32=self.tf32,
+            vram_limit=None if self.vram_limit is None else parse_bytes(self.vram_limit),
+            ram_limit=None if self.ram_limit is None else parse_bytes(self.ram_limit),
+            attention=self.attention,
+            cache_embeddings=self.cache_embeddings,
+            checkpoint_seconds=self.checkpoint_seconds,
+            data_dir=None if self.data_dir is None else _home(self.data_dir),
+        )
+
+
+def _home(path: Path) -> Path:
+    """`~/x` from a settings file or the environment, where no shell has replaced it. Raises ConfigError."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"data_dir={str(path)!r}: {error}.") from error

@@ -1,0 +1,236 @@
+"""`wanduet serve`: the OpenAI videos protocol over the durable job store.
+
+The server holds no model and no queue of its own: it validates, stores and shows. Videos are made by a
+worker process beside it, which it starts again when it dies.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Literal
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from wanduet import __version__
+from wanduet.config import EngineConfig
+from wanduet.errors import ConfigError
+from wanduet.frontends import http_errors, http_videos
+from wanduet.frontends.http_context import ServerContext, ServerSettings, get_context, get_owner
+from wanduet.frontends.http_errors import ErrorBody
+from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
+from wanduet.frontends.http_metrics import CountRequests
+from wanduet.frontends.http_security import Guard, check_bind
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.runner import RunnerSettings
+from wanduet.jobs.store import JobStore
+from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.specs import ModelSpec
+
+Announce = Callable[[str], None]
+MountPage = Callable[[FastAPI, EngineConfig], FastAPI]
+DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
+
+
+class Model(BaseModel):
+    """A model that this server has."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "wanduet"
+
+
+class ModelList(BaseModel):
+    """The models of this server."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: str
+    version: str = __version__
+
+
+def create_app(
+    store: JobStore,
+    spec: ModelSpec,
+    settings: ServerSettings | None = None,
+    *,
+    keys: KeyRing | None = None,
+    worker_ready: Callable[[], bool] = lambda: True,
+) -> FastAPI:
+    """The application over a job store. `worker_ready` says whether some worker takes jobs, for `/ready`."""
+    settings = settings or ServerSettings()
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), worker_ready)
+    # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
+    app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    http_errors.install(app)
+    app.include_router(http_videos.router)
+    _add_service_routes(app)
+    app.add_middleware(
+        Guard,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    app.add_middleware(CountRequests, metrics=context.metrics)
+    return app
+
+
+def _add_service_routes(app: FastAPI) -> None:
+    refused: dict[int | str, dict[str, Any]] = {401: {"model": ErrorBody}, 503: {"model": ErrorBody}}
+
+    @app.get("/v1/models", response_model=ModelList, responses=refused, dependencies=[Depends(get_owner)])
+    def list_models(request: Request) -> ModelList:
+        """The models of this server."""
+        return ModelList(data=[Model(id=get_context(request).spec.name)])
+
+    @app.get("/v1/models/{model:path}", response_model=Model, responses={**refused, 404: {"model": ErrorBody}})
+    def retrieve_model(model: str, request: Request, _: str = Depends(get_owner)) -> Model:
+        """One model."""
+        name = get_context(request).spec.name
+        if model != name:
+            raise http_errors.ApiError(
+                404, "model_not_found", f"This server has the model {name!r} only.", param="model"
+            )
+        return Model(id=name)
+
+    @app.get("/health", response_model=Health)
+    async def health() -> Health:
+        """Whether the process lives."""
+        return Health(status="ok")
+
+    @app.get("/ready", response_model=Health, responses={503: {"model": Health}})
+    def ready(request: Request) -> Response:
+        """Whether submissions are taken and some worker makes videos."""
+        context = get_context(request)
+        status = "ready"
+        if context.draining.is_set():
+            status = "draining"
+        elif not context.worker_ready():
+            status = "no worker"
+        else:
+            context.store.list(limit=1)  # an unreachable store answers 503 by itself
+        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ready" else 503)
+
+    @app.get("/metrics", response_class=Response, responses=refused, dependencies=[Depends(get_owner)])
+    def metrics(request: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(get_context(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that tells the application at once when it is asked to stop: not ready, nothing new taken."""
+
+    def __init__(self, config: uvicorn.Config, context: ServerContext, announce: Announce) -> None:
+        super().__init__(config)
+        self._context = context
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where the server is once it listens."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            self._announce(_url(self._context.settings.host, sockets[0].getsockname()[1]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; a second one stops at once."""
+        if self._context.draining.is_set():
+            self.force_exit = True
+        self._context.draining.set()
+        super().handle_exit(sig, frame)
+
+
+def run_app(app: FastAPI, announce: Announce = lambda url: None) -> None:
+    """Serve an application until SIGTERM or SIGINT; ends its streams and lets answers finish. Raises ConfigError.
+
+    `announce` is called with the address when the server listens.
+    """
+    context: ServerContext = app.state.context
+    settings = context.settings
+    check_bind(settings.host, bool(context.keys.records()))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        backlog=2048,
+    )
+    with _listen(settings.host, settings.port) as listener:
+        _Server(config, context, announce).run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises ConfigError."""
+    bare = host.strip("[]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((bare, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    bare = host.strip("[]")
+    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
+
+
+def serve(
+    config: EngineConfig,
+    spec: ModelSpec,
+    settings: ServerSettings | None = None,
+    *,
+    runner: RunnerSettings | None = None,
+    database_url: str | None = None,
+    retention_seconds: float | None = None,
+    worker: WorkerSettings | None = None,
+    page: MountPage | None = None,
+    announce: Announce = lambda url: None,
+) -> None:
+    """Serve a model until told to stop: the API in this process, the engine in one beside it.
+
+    `spec` is the model's, so that requests are checked without loading it; `worker` replaces what is told
+    to the worker process; `page` adds a web page to the application; `announce` is called with the address.
+    Raises ConfigError for an address that others reach where no key is set.
+    """
+    settings = settings or ServerSettings()
+    configure_logs()
+    files = JobFiles(config.data_folder)
+    keys = KeyRing(files.folder / KEYS_FILE)
+    check_bind(settings.host, bool(keys.records()))  # before anything is started
+    store = JobStore(files, database_url, retention_seconds=retention_seconds)
+    process = WorkerProcess(
+        worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
+    )
+    # Uvicorn raises the signals it took again when it is done; the worker must still be drained then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    process.start()
+    try:
+        app = create_app(store, spec, settings, keys=keys, worker_ready=lambda: process.ready)
+        run_app(app if page is None else page(app, config), announce)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: process.kill())
+        process.stop(DRAIN_SECONDS)
+        store.close()

@@ -1,0 +1,92 @@
+"""Results for people: what `--json` prints, as a table or a few lines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wanduet.config import format_bytes
+
+_HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
+
+
+def show(value: Mapping[str, Any]) -> None:
+    """Print to stdout."""
+    # Prompts are shown as they are: no [markup], no :emoji: of theirs is meant.
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if "devices" in value:
+        _show_plan(console, value)
+    elif "timings" in value and "output" in value:
+        _show_video(console, value)
+    else:
+        _show_fields(console, value)
+
+
+def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
+    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}")
+    table = Table("device", "role", "denoise", "decode", "may use")
+    for device in plan["devices"]:
+        phases = device["phases"]
+        cells = [format_bytes(phases.get(phase, 0)) for phase in ("denoise", "decode")]
+        table.add_row(device["name"], device["role"], *cells, format_bytes(device["limit_bytes"]))
+    table.add_row(
+        "host", "text encoder, frames", "", format_bytes(plan["host_bytes"]), format_bytes(plan["host_limit_bytes"])
+    )
+    console.print(table)
+    choices = Table("setting", "value", "why")
+    for choice in plan["choices"]:
+        choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
+    console.print(choices)
+    for nearest in plan["nearest_that_fits"]:
+        console.print("fits: " + ", ".join(f"{k}={v}" for k, v in nearest.items() if k != "predicted_peak_bytes"))
+
+
+def _show_video(console: Console, done: Mapping[str, Any]) -> None:
+    for warning in done.get("warnings", ()):
+        console.print(f"Note: {warning}")
+    seconds = " · ".join(f"{k.removesuffix('_s')} {v:.1f} s" for k, v in done["timings"].items() if v >= 0.05)
+    console.print(f"Times: {seconds}")
+    for row in done.get("profile", ()):
+        alone = "" if row["work_alone_s"] is None else f", the work alone about {row['work_alone_s']:.1f} s"
+        console.print(f"  {row['phase']:<8} {row['seconds']:8.2f} s {row['share']:6.1%}{alone}", highlight=False)
+    if "trace" in done:
+        console.print(f"Trace: {done['trace']} (open it at ui.perfetto.dev)", markup=False, highlight=False)
+    memory = " · ".join(f"{device} {format_bytes(size)}" for device, size in done["peak_memory_bytes"].items())
+    console.print(f"Peak memory: {memory}")
+    for video in done.get("videos", [done]):
+        console.print(f"{video['output']} (seed {video['seed']})")
+
+
+def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
+    table = Table(show_header=False)
+    for name, field in value.items():
+        if name not in _HIDDEN and field not in (None, [], {}):
+            table.add_row(name, _text(name, field))
+    if value.get("versions"):
+        table.add_row("versions", _text("versions", value["versions"]))
+    made_by = value.get("made_by")
+    if isinstance(made_by, Mapping):
+        from wanduet.media.provenance import summary
+
+        parts = {name: made_by.get(name) for name in ("request", "model")}
+        if all(isinstance(part, Mapping) for part in parts.values()):  # anybody may have written the file
+            table.add_row("made by", _text("made by", summary(made_by)))
+        if isinstance(parts["request"], Mapping):
+            table.add_row("prompt", _text("prompt", parts["request"].get("prompt")))
+    console.print(table)
+
+
+def _text(name: str, field: Any) -> str:
+    if isinstance(field, Mapping):
+        return "\n".join(f"{k}: {_text(k, v)}" for k, v in field.items() if v not in (None, [], {}))
+    if isinstance(field, list):
+        return "\n".join(_text(name, item) for item in field)
+    if isinstance(field, int) and name.endswith("bytes"):
+        return format_bytes(field)
+    return f"{field:.4g}" if isinstance(field, float) else _printable(str(field))
+
+
+def _printable(text: str) -> str:
+    """Text from a file that anybody may have made, without what steers a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
