@@ -11,7 +11,7 @@ from wanduet.specs import VAESpec
 CONFIGS = {
     "wan": dict(base_dim=8, z_dim=16),
     "narrow": dict(base_dim=6, z_dim=16, dim_mult=[1, 2, 2, 3], num_res_blocks=1),
-    "other-times": dict(base_dim=4, z_dim=16, temperal_downsample=[True, True, False]),
+    "other-times": dict(base_dim=8, z_dim=16, temperal_downsample=[True, True, False]),
 }
 
 
@@ -95,8 +95,11 @@ def test_interleaved_videos_do_not_touch(vae) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("strips", [2, 3, 5])
-def test_decoded_strips_are_exact(vae, strips: int) -> None:
-    z = latents(3, 10, 4)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: float) -> None:
+    """Exact as mathematics (float64); in float32 the convolution kernels sum in another order for other heights."""
+    z = latents(3, 10, 4).to(dtype)
+    vae.to(dtype)
     expected = vae.decode(z)
     chunks, trunk_past, pasts = [], None, [None] * strips
     for frame in z.split(1, dim=2):
@@ -106,7 +109,8 @@ def test_decoded_strips_are_exact(vae, strips: int) -> None:
             part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted)
             parts.append(part)
         chunks.append(torch.cat(parts, dim=3))
-    assert relative(torch.cat(chunks, dim=2), expected) < 1e-6
+    vae.to(torch.float32)
+    assert relative(torch.cat(chunks, dim=2), expected) < limit
 
 
 @torch.no_grad()

@@ -38,9 +38,11 @@ def test_fit_finds_the_map_that_made_the_frames(num_latent_frames) -> None:
     for _ in range(3):
         latents = torch.randn(16, num_latent_frames, 6, 7, generator=generator)
         small = torch.einsum("cthw,cr->rthw", latents, matrix) + bias[:, None, None, None]
-        frames = torch.cat([small[:, :1], small[:, 1:].repeat_interleave(4, 1)], 1)
+        later = small[:, 1:].repeat_interleave(4, 1)
+        change = torch.tensor([-0.3, 0.1, 0.4, -0.2]).repeat(num_latent_frames - 1)  # cancels over four frames
+        frames = torch.cat([small[:, :1], later + change[:, None, None]], 1)
         large = frames.repeat_interleave(8, 2).repeat_interleave(8, 3)
-        texture = torch.rand(8, 8, generator=generator).repeat(6, 7)
+        texture = torch.rand(8, 8, generator=generator).repeat(6, 7)  # cancels over a latent pixel
         pairs.append((latents, large + texture - texture[:8, :8].mean()))
     fitted = fit_latent_to_rgb(pairs)
     torch.testing.assert_close(fitted.matrix, matrix, atol=1e-5, rtol=1e-4)

@@ -133,15 +133,20 @@ def test_spoilt_metadata_is_said_to_be_damaged(tmp_path, monkeypatch) -> None:
         ("a.safetensors", b"\xff" * 64),
         ("a.safetensors", (2).to_bytes(8, "little") + b"[]"),
         ("a.safetensors", (9).to_bytes(8, "little") + b'{"a": 1'),
-        # a playlist, which libavformat would follow to other files and addresses
-        ("a.mp4", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n"),
-        ("a.mp4", b"ffconcat version 1.0\nfile /etc/passwd\n"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path, name, content) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UnreadableFileError, match=name):
         read_metadata(tmp_path / name)
+
+
+def test_a_list_of_other_files_is_not_followed(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(np.zeros((2, 64, 96, 3), np.uint8), tmp_path / "secret.mp4", metadata=made())
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    with pytest.raises(UnreadableFileError, match="Cannot read"):
+        probe(tmp_path / "a.mp4")
 
 
 def test_missing_file_and_folder_are_refused(tmp_path) -> None:

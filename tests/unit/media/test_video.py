@@ -1,4 +1,5 @@
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -225,6 +226,7 @@ def test_old_file_stays_until_the_new_one_is_complete(tmp_path, moving) -> None:
 @pytest.mark.parametrize("word", ["add", "finish"])
 def test_error_in_the_encoder_reaches_the_caller(tmp_path, moving, monkeypatch, word) -> None:
     def fail(*_args) -> None:
+        time.sleep(0.2)  # meanwhile the queue fills up and the caller waits in it
         raise MemoryError("encoder")
 
     monkeypatch.setattr(video._Encoder, word, fail)
@@ -350,3 +352,19 @@ def test_folder_that_is_a_file_is_an_output_error(tmp_path, moving) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(OutputError, match="is a file, not a folder"):
         write_video(moving(3), tmp_path / "x" / "a.mp4")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way to fill memory")
+def test_what_lay_in_memory_before_does_not_matter(tmp_path) -> None:
+    """x264's AVX-512 code reads memory that it never wrote: see codecs._x264_repair."""
+    script = (
+        "import sys, numpy as np; from wanduet.media.video import write_video;"
+        "t, y, x = np.meshgrid(np.arange(20), np.arange(64), np.arange(96), indexing='ij');"
+        "f = (127 + 90 * np.stack([np.sin(x / 17 + t / 3), np.sin(y / 13 - t / 4), np.sin(t / 5)], -1)).astype(np.uint8);"
+        "write_video(f, sys.argv[1])"
+    )
+    paths = [tmp_path / f"{fill}.mp4" for fill in ("0", "85", "1")]
+    for path in paths:
+        environment = os.environ | {"MALLOC_PERTURB_": path.stem}
+        subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
+    assert len({path.read_bytes() for path in paths}) == 1

@@ -1,7 +1,5 @@
 """Triton's kernels against the plain forms, in Triton's interpreter on the CPU."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -18,23 +16,8 @@ MODULE = "wanduet.ops.triton_kernels"
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """The module as it is when Triton interprets.
-
-    Triton decides that where a kernel is decorated, its own library included, so both are imported afresh.
-    """
-    before = take_triton_out()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module(MODULE)
-    take_triton_out()
-    sys.modules.update(before)
-
-
-def take_triton_out() -> dict[str, ModuleType]:
-    compiled = "triton._C"  # cannot be loaded twice
-    names = [n for n in sys.modules if n == MODULE or (n.split(".")[0] == "triton" and not n.startswith(compiled))]
-    return {name: sys.modules.pop(name) for name in names}
+def kernels(interpreted) -> ModuleType:
+    return interpreted(MODULE)
 
 
 @pytest.fixture(autouse=True)

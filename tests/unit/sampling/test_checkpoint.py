@@ -38,3 +38,18 @@ def test_damage_falls_back_to_the_previous(tmp_path) -> None:
     assert store.load().step == 1
     store.path.write_bytes(whole)
     assert store.load().step == 2
+
+
+def test_what_nobody_came_back_for_goes(tmp_path) -> None:
+    import os
+    import time
+
+    from wanduet.sampling.checkpoint import remove_abandoned
+
+    for name, days in (("old.safetensors", 40), ("old.previous.safetensors", 40), ("new.safetensors", 2)):
+        (tmp_path / name).write_text("x")
+        then = time.time() - 86400 * days
+        os.utime(tmp_path / name, (then, then))
+    assert remove_abandoned(tmp_path, 30) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
+    assert remove_abandoned(tmp_path / "not there", 30) == 0

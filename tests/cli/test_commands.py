@@ -1,0 +1,344 @@
+"""Every command on the bundled miniature, and what people do to their files."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanduet.media.read import frame_hashes, probe, read_metadata
+
+TINY = ("--model", "miniature", "--steps", "2", "--num-frames", "5", "--resolution", "32x32", "--seed", "1")
+CIRCLE = "a red circle moving left on a black background"
+LONG = "a red circle " * 300 + "the end"
+
+
+def test_generate_tells_everything(wanduet, work: Path) -> None:
+    ran = wanduet("generate", CIRCLE, *TINY, "--json")
+    assert ran.code == 0
+    done = ran.json
+    assert done["output"] == "a-red-circle-moving-left-on-a-black-background.mp4"
+    expected = {"seed": 1, "width": 32, "height": 32, "num_frames": 5, "fps": 16}
+    assert {name: done[name] for name in expected} == expected
+    assert {"load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} <= set(done["timings"])
+    assert done["peak_memory_bytes"]["cpu"] > 0
+    assert done["predicted_peak_bytes"]["cpu"] > 0
+    assert done["settings"]["num_inference_steps"] == 2
+    assert done["plan"]["fits"] is True
+    assert done["versions"]["torch"]
+    video = probe(work / done["output"])
+    assert (video["codec"], video["num_frames"], video["width"]) == ("h264", 5, 32)
+    assert read_metadata(work / done["output"])["request"]["prompt"] == CIRCLE
+    assert sorted(os.listdir(work)) == [done["output"]]  # no latents, no partial file
+    assert "\r" not in ran.err  # no progress bar: this is no terminal
+    assert "\x1b" not in ran.err
+
+
+def test_for_people_the_path_comes_last_on_stdout(wanduet, work: Path) -> None:
+    ran = wanduet("generate", CIRCLE, *TINY)
+    assert ran.out.strip().splitlines()[-1] == "a-red-circle-moving-left-on-a-black-background.mp4 (seed 1)"
+    assert CIRCLE in ran.err
+
+
+def test_a_second_run_takes_another_name_and_a_named_one_replaces(wanduet, work: Path) -> None:
+    assert wanduet("generate", "x", *TINY, "--json").json["output"] == "x.mp4"
+    assert wanduet("generate", "x", *TINY, "--json").json["output"] == "x-2.mp4"
+    several = wanduet("generate", "x", *TINY, "--num-videos-per-prompt", "2", "--json").json
+    assert [v["output"] for v in several["videos"]] == ["x-3-1.mp4", "x-3-2.mp4"]
+    again = wanduet("generate", "x", *TINY, "--num-videos-per-prompt", "2", "--json").json
+    assert not {v["output"] for v in again["videos"]} & {"x.mp4", "x-2.mp4", "x-3-1.mp4", "x-3-2.mp4"}
+    before = (work / "x.mp4").stat().st_ino
+    assert wanduet("generate", "x", *TINY, "-o", "x.mp4", "--json").json["output"] == "x.mp4"
+    assert (work / "x.mp4").stat().st_ino != before
+
+
+def test_several_videos_never_replace_what_is_there(wanduet, work: Path) -> None:
+    (work / "x-2.mp4").write_text("mine")
+    done = wanduet("generate", "x", *TINY, "--num-videos-per-prompt", "2", "--json").json
+    assert (work / "x-2.mp4").read_text() == "mine"
+    assert all((work / v["output"]).stat().st_size > 500 for v in done["videos"])
+
+
+def test_output_folders(wanduet, work: Path) -> None:
+    assert wanduet("generate", "x", *TINY, "-o", "new/deep/clip.mp4", "--json").code == 0
+    assert (work / "new" / "deep" / "clip.mp4").exists()
+    assert wanduet("generate", "x", *TINY, "-o", "new", "--json").json["output"] == str(Path("new/x.mp4"))
+    (work / "folder.mp4").mkdir()
+    assert wanduet("generate", "x", *TINY, "-o", "folder.mp4", "--json").json["output"] == str(Path("folder.mp4/x.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("file/clip.mp4", "is a file, not a folder"), ("a" * 300 + ".mp4", "too long"), ("a\0.mp4", "not valid")],
+)
+def test_an_output_that_cannot_be(wanduet, work: Path, path: str, words: str) -> None:
+    (work / "file").write_text("")
+    ran = wanduet("generate", "x", *TINY, "-o", path, "--json")
+    assert ran.code == 1
+    assert words in ran.error
+    assert ran.json["error"]["code"] == "output_error"
+    assert os.listdir(work) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only(wanduet, work: Path) -> None:
+    (work / "closed").mkdir(mode=0o500)
+    ran = wanduet("generate", "x", *TINY, "-o", "closed/x.mp4", "--json")
+    assert ran.code == 1
+    assert "permission denied" in ran.error
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_place_without_room(wanduet) -> None:
+    ran = wanduet("generate", "x", *TINY, "-o", "/proc/x.mp4", "--json")
+    assert ran.code == 1
+    assert "Cannot write /proc/x.mp4" in ran.error
+
+
+@pytest.mark.parametrize("codec", [("ffv1", ".mkv"), ("vp9", ".webm"), ("av1", ".mp4")])
+def test_each_codec_has_its_extension(wanduet, work: Path, codec: tuple[str, str]) -> None:
+    done = wanduet("generate", "x", *TINY, "--codec", codec[0], "--json").json
+    assert done["output"] == f"x{codec[1]}"
+    assert probe(work / done["output"])["codec"].startswith(codec[0])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["😀🎬", "红色的圆圈", "دائرة حمراء", "[/b] [red]x :smile:", "-dash", "a\tb\nc", "\u202eRTL", "%s {0} $HOME", "../../etc",
+     "CON", "</s> <pad>", "nul\0nul", "\x1b[31mred\x1b[0m"],
+)  # fmt: skip
+def test_any_prompt_gives_a_video_that_names_it(wanduet, work: Path, prompt: str) -> None:
+    ran = wanduet("generate", f"--prompt={prompt}", *TINY)
+    assert ran.code == 0
+    assert "beyond its world" in ran.out
+    (name,) = os.listdir(work)
+    assert read_metadata(work / name)["request"]["prompt"] == prompt
+    shown = wanduet("inspect", name)
+    assert shown.code == 0
+    assert "\x1b" not in shown.out
+    assert any(word in shown.out for word in re.findall(r"[\w/.%-]+|[^\w\s]+", prompt) if word.isprintable())
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_told(wanduet) -> None:
+    ran = wanduet("generate", LONG, *TINY, "--json")
+    assert ran.code == 0
+    (warning,) = [w for w in ran.json["warnings"] if "512 tokens" in w]
+    assert warning.endswith("the end'")
+    encoded = wanduet("encode", LONG, "--model", "miniature", "--json").json
+    assert encoded["tokens"] == 512
+    assert encoded["cut"].endswith("the end")
+    assert LONG.startswith("a red circle")
+    assert len(encoded["cut"]) < len(LONG)
+
+
+def test_encode_inspect_and_the_cache(wanduet, work: Path, tmp_path: Path) -> None:
+    missing = wanduet("inspect", CIRCLE, "--model", "miniature", "--json")
+    assert missing.code == 1
+    assert "no embeddings of such a prompt" in missing.error
+    done = wanduet("encode", CIRCLE, "--model", "miniature", "--json").json
+    assert wanduet("encode", CIRCLE, "--model", "miniature", "-o", "e.safetensors", "--json").json["text"] == CIRCLE
+    for target in (done["output"], "e.safetensors", CIRCLE, f"  {CIRCLE} "):
+        found = wanduet("inspect", target, "--model", "miniature", "--json").json
+        assert (found["kind"], found["text"], found["shape"][0]) == ("embeddings", CIRCLE, done["tokens"])
+    assert wanduet("inspect", "x " * 3000, "--model", "miniature", "--json").code == 1  # longer than any file's name
+
+
+def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
+    made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
+    (latents,) = made["latents"]
+    about = wanduet("inspect", latents, "--json").json
+    assert (about["kind"], about["shape"]) == ("latents", [16, 2, 4, 4])
+    again = wanduet("decode", latents, "--codec", "ffv1", "--json").json
+    assert again["output"] != made["output"]
+    assert frame_hashes(work / again["output"]) == frame_hashes(work / made["output"])
+    assert (work / latents).exists()
+    named = wanduet("decode", latents, "-o", "clip.mp4", "--json")
+    assert named.json["output"] == "clip.mp4"
+    assert wanduet("decode", latents, "-o", "clip.avi", "--json").code == 2
+
+
+def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
+    made = wanduet("generate", CIRCLE, *TINY, "--vae-dtype", "bfloat16", "--codec", "ffv1", "--json").json
+    ran = wanduet("verify", made["output"], "--json")
+    assert ran.code == 0
+    assert ran.json["equal"] is True
+    assert ran.json["model_equal"] is True
+    assert ran.json["num_frames"] == 5
+    other = wanduet("verify", made["output"], "--vae-dtype", "float32", "--json")
+    assert other.code == 1
+    assert other.json["equal"] is False
+    assert other.json["different_frames"]
+
+
+def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:
+    (work / "text.mp4").write_text("no video")
+    (work / "text.safetensors").write_text("no tensors")
+    (work / "empty.mp4").write_bytes(b"")
+    for command, name in [
+        (command, name)
+        for command in ("inspect", "verify", "decode")
+        for name in ("text.mp4", "empty.mp4", "text.safetensors", ".")
+    ]:
+        ran = wanduet(command, name, "--json")
+        assert ran.code == 1, (command, name)
+        assert ran.json["error"]["code"] == "unreadable_file", (command, name)
+    for command in ("verify", "decode"):
+        ran = wanduet(command, "nowhere.mp4", "--json")
+        assert ran.code == 1
+        assert "nowhere.mp4" in ran.error
+
+
+def test_every_truncation_of_latents_is_refused(wanduet, work: Path) -> None:
+    (latents,) = wanduet("generate", "x", *TINY, "--save-latents", "--json").json["latents"]
+    whole = (work / latents).read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        (work / latents).write_bytes(whole[:length])
+        assert wanduet("decode", latents, "--json").json["error"]["code"] == "unreadable_file"
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    (work / latents).write_bytes(flipped)
+    assert "damaged" in wanduet("decode", latents, "--json").error
+
+
+def test_batch(wanduet, work: Path) -> None:
+    lines = [CIRCLE, "# a comment", "", '{"prompt": "a blue square", "seed": 5, "num_frames": 1}', CIRCLE]
+    (work / "prompts.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    ran = wanduet("batch", "prompts.txt", *TINY, "-o", "out", "--json")
+    assert ran.code == 0
+    videos = ran.json["videos"]
+    assert [(v["seed"], v["num_frames"]) for v in videos] == [(1, 5), (5, 1), (1, 5)]
+    assert len({v["output"] for v in videos}) == 3
+    assert all((work / v["output"]).exists() for v in videos)
+    assert ran.json["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a circle\n{broken", "line 2"),
+        ('{"prompt": "x", "num_frames": 6}', "num_frames=6"),
+        ('{"prompt": "x", "nonsense": 6}', "no such field"),
+        ('{"seed": 6}', "prompt"),
+        ('{"prompt": 6}', "line 1"),
+        ("\n# only a comment\n", "at least one prompt"),
+        ("a circle\n" + '{"a":' * 20000, "line 2"),
+    ],
+)
+def test_a_batch_file_that_is_wrong_makes_nothing(wanduet, work: Path, text: str, words: str) -> None:
+    (work / "prompts.txt").write_text(text)
+    ran = wanduet("batch", "prompts.txt", *TINY, "--json")
+    assert ran.code == 2
+    assert words in ran.error
+    assert os.listdir(work) == ["prompts.txt"]
+
+
+def test_one_that_fails_in_a_batch_does_not_stop_the_others(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanduet.engine import generate
+
+    whole = generate.decode_video
+
+    def decode(models, job, *rest):
+        if job.request.seed == 5:
+            raise RuntimeError("no luck")
+        return whole(models, job, *rest)
+
+    monkeypatch.setattr(generate, "decode_video", decode)
+    (work / "prompts.txt").write_text('x\n{"prompt": "y", "seed": 5}\nz')
+    ran = wanduet("batch", "prompts.txt", *TINY, "--json")
+    assert ran.code == 1
+    assert ran.json["failed"] == 1
+    assert [("error" in v) for v in ran.json["videos"]] == [False, True, False]
+    assert "no luck" in ran.err
+
+
+def test_download_of_what_is_here_checks_it(wanduet, model: Path) -> None:
+    for name in ("miniature", str(model)):
+        done = wanduet("download", "--model", name, "--json").json
+        assert done["files_verified"] >= 12
+        assert "nothing to fetch" in done["note"]
+    data = bytearray((model / "vae" / "config.json").read_bytes())
+    data[-5] ^= 1
+    (model / "vae" / "config.json").write_bytes(data)
+    ran = wanduet("download", "--model", str(model), "--json")
+    assert ran.code == 1
+    assert "config.json is damaged" in ran.error
+
+
+def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wanduet("doctor", "--model", "miniature", "--json").json
+    assert found["model"]["whole"] is True
+    assert found["cpu"]["count"] > 0
+    assert found["data_folder"]["free_bytes"] > 0
+    assert wanduet("doctor", "--model", "miniature").code == 0
+    (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    found = wanduet("doctor", "--model", str(model), "--json").json
+    assert found["model"]["whole"] is False
+    assert "vae" in found["model"]["problem"]
+    assert wanduet("doctor", "--model", "no-such-model", "--json").json["model"]["found"] is False
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path / "file"))
+    assert any(
+        "WANDUET_DATA_DIR" in line for line in wanduet("doctor", "--json", "--model", "miniature").json["advice"]
+    )
+
+
+def test_a_data_folder_that_cannot_be_costs_nothing_but_the_cache(
+    wanduet, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path / "file"))
+    for _ in range(2):
+        assert wanduet("generate", "x", *TINY, "--json", "-o", "x.mp4").code == 0
+    assert (work / "x.mp4").exists()
+
+
+def test_the_second_run_reads_the_embeddings_from_the_cache(
+    wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanduet.models.text_encoder import TextEncoder
+
+    assert wanduet("generate", CIRCLE, *TINY, "--json").code == 0
+    kept = list((tmp_path / "data" / "embeddings").iterdir())
+    assert len(kept) == 2  # the prompt's and the empty negative one's
+
+    def encode(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder ran")
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    assert wanduet("generate", CIRCLE, *TINY, "--json").code == 0
+    assert wanduet("generate", CIRCLE, *TINY, "--no-cache-embeddings", "--json").code == 1
+    monkeypatch.undo()
+
+
+def test_run_wan_takes_its_settings_unless_flags_say_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from wanduet.frontends.simple import arguments
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDUET_MODEL", raising=False)
+    size = ["--height", "480", "--width", "832"]
+
+    def of(*flags: str) -> list[str]:
+        return arguments(flags, "-a cat", 81, (480, 832))
+
+    assert of() == ["generate", "--num-frames", "81", *size, "--prompt=-a cat"]
+    assert of("a dog") == ["generate", "--num-frames", "81", *size, "a dog"]
+    assert of("--model", "miniature", "a dog") == ["generate", "--model", "miniature", "a dog"]
+    assert of("--model=miniature") == ["generate", "--prompt=-a cat", "--model=miniature"]
+    assert of("--seconds", "2", "--resolution=720p", "--prompt", "x") == [
+        "generate", "--seconds", "2", "--resolution=720p", "--prompt", "x",
+    ]  # fmt: skip
+    monkeypatch.setenv("WANDUET_MODEL", "miniature")
+    assert of() == ["generate", "--prompt=-a cat"]
+
+
+def test_messages_hold_no_machine_secrets(wanduet, tmp_path: Path) -> None:
+    """What is kept beside the videos says what was made and with what, never where on the disk."""
+    done = wanduet("generate", "x", *TINY, "--json").json
+    text = json.dumps(read_metadata(tmp_path / "work" / done["output"]))
+    assert str(tmp_path) not in text
+    assert str(Path(shutil.__file__).parent) not in text

@@ -1,0 +1,294 @@
+"""Flags, environment, settings file; everything that is refused before anything is loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRY = ("generate", "a red circle", "--dry-run", "--json", "--model", "miniature")
+
+
+def without_torch(arguments: list[str], folder: Path) -> tuple[int, bool]:
+    """Exit code, and whether torch was imported, of a command in a fresh process."""
+    code = (
+        "import sys; from wanduet.frontends.cli import app; from wanduet.frontends.run import run;"
+        f"code = run(app, {arguments!r}); print(code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    last = done.stderr.strip().splitlines()[-1].split()
+    return int(last[0]), last[1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["generate", "--help"], 0),
+        (["generate", "x", "--nonsense"], 2),
+        (["generate", "x", "--steps", "0"], 2),
+        (["generate", "x", "--model", "miniature", "--num-frames", "80"], 2),
+        (["generate", "x", "--num-frames", "80"], 2),
+        (["generate", "x", "--model", "miniature", "-o", "x.avi"], 2),
+        (["generate", "x", "--model", "/no/such/folder"], 1),
+        (["batch", "no-such-file"], 2),
+        (["download", "--model", "miniature"], 0),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(tmp_path: Path, arguments: list[str], code: int) -> None:
+    assert without_torch(arguments, tmp_path) == (code, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "words"),
+    [
+        ("--num-frames 80", "num_frames", "Nearest allowed: 81 or 77"),
+        ("--num-frames -1", "num_frames", "Nearest allowed: 1"),
+        ("--num-frames 99999999999999999999", "num_frames", "at most 4093"),
+        ("--height 17", "height", "Nearest allowed: 16 or 32"),
+        ("--width 0", "width", "at least 16"),
+        ("--height 1088 --width 16400", "width", "at most 16384"),
+        ("--resolution 0x0", "height", "at least 16"),
+        ("--resolution ²x²", "resolution", "480p"),
+        ("--resolution 480", "resolution", "WIDTHxHEIGHT"),
+        ("--resolution 32x32 --height 32", "resolution", "either"),
+        ("--seconds nan", "seconds", "more than 0"),
+        ("--seconds inf", "seconds", "at most 3600"),
+        ("--seconds 1 --num-frames 5", "seconds", "either"),
+        ("--fps 0", "fps", "at least 1"),
+        ("--fps 121", "fps", "at most 120"),
+        ("--steps 0", "num_inference_steps", "at least 1"),
+        ("--steps 1001", "num_inference_steps", "at most 1000"),
+        ("--guidance-scale nan", "guidance_scale", "finite"),
+        ("--guidance-scale -1", "guidance_scale", "at least 0"),
+        ("--flow-shift 0", "flow_shift", "more than 0"),
+        ("--flow-shift inf", "flow_shift", "finite"),
+        ("--seed -1", "seed", "at least 0"),
+        ("--seed 9223372036854775808", "seed", "at most 9223372036854775807"),
+        ("--num-videos-per-prompt 65", "num_videos_per_prompt", "at most 64"),
+        ("--quality 0", "quality", "Nearest allowed: 1"),
+        ("--quality 101", "quality", "Nearest allowed: 100"),
+        ("--quality 5 --codec ffv1", "quality", "lossless"),
+        ("--codec nonsense", "codec", "h264"),
+        ("-o clip.avi", "output", "clip.mp4"),
+        ("-o clip", "output", "clip.mp4"),
+        ("-o clip.webm", "output", "clip.mp4"),
+    ],
+)
+def test_a_value_out_of_range_names_field_and_what_is_allowed(wanduet, flags: str, field: str, words: str) -> None:
+    ran = wanduet(*DRY, *flags.split())
+    assert ran.code == 2
+    assert words in ran.error
+    assert ran.json["error"]["param"] == field
+    assert field in ran.error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--nonsense", "--nonsense"),
+        ("--steps 2.7", "whole number"),
+        ("--steps many", "whole number"),
+        ("--sampler nonsense", "unipc"),
+        ("--strategy nonsense", "placed"),
+        ("--devices gpu", "cuda:0"),
+        ("--devices cuda:9", "cuda:9"),
+        ("--devices vae=cpu,transformer", "role for every"),
+        ("--devices tokenizer=cpu", "no role"),
+        ("--vram-limit lots", "24GiB"),
+        ("--attention nonsense", "sdpa"),
+        ("--transformer-dtype int8", "bfloat16"),
+        ("--checkpoint-seconds -1", "0 or more"),
+    ],
+)
+def test_bad_usage_says_what_is_meant(wanduet, flags: str, words: str) -> None:
+    ran = wanduet(*DRY, *flags.split())
+    assert ran.code == 2
+    assert words in ran.error
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\t\n", "\ud800"])
+def test_a_prompt_that_is_none(wanduet, prompt: str) -> None:
+    for command in ("generate", "encode"):
+        ran = wanduet(command, prompt, "--model", "miniature", "--json")
+        assert ran.code == 2
+        assert ran.json["error"]["param"] == "prompt"
+
+
+def test_commands_that_are_none(wanduet) -> None:
+    assert wanduet("nonsense", "--json").code == 2
+    assert "nonsense" in wanduet("nonsense", "--json").error
+    assert wanduet("generate", "--json").code == 2
+    ran = wanduet()
+    assert (ran.code, ran.err) == (0, "")
+    assert "generate" in ran.out
+    assert wanduet("--version").code == 0
+
+
+def test_flag_before_environment_before_file_before_default(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(*flags: str) -> int:
+        return int(wanduet(*DRY, *flags).json["settings"]["num_inference_steps"])
+
+    assert steps() == 20  # the miniature's own
+    (work / "wanduet.toml").write_text("num_inference_steps = 3\n")
+    assert steps() == 3
+    (work / "wanduet.toml").write_text("steps = 4\n")
+    assert steps() == 4
+    monkeypatch.setenv("WANDUET_NUM_INFERENCE_STEPS", "5")
+    assert steps() == 5
+    assert steps("--steps", "6") == 6
+    assert steps("--num-inference-steps", "7") == 7
+
+
+def test_the_same_order_for_what_is_true_or_false(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tf32(*flags: str) -> bool:
+        choices = wanduet("plan", "--model", "miniature", "--json", *flags).json["choices"]
+        return next(c["value"] for c in choices if c["setting"] == "tf32")
+
+    assert tf32() is True
+    (work / "wanduet.toml").write_text("tf32 = false\n")
+    assert tf32() is False
+    monkeypatch.setenv("WANDUET_TF32", "true")
+    assert tf32() is True
+    assert tf32("--no-tf32") is False
+    monkeypatch.setenv("WANDUET_TF32", "0")
+    assert tf32() is False
+    assert tf32("--tf32") is True
+
+
+def test_model_from_environment_and_file(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "wanduet.toml").write_text('model = "random:1.3b"\nseed = 7\n"guidance-scale" = 2.5\n')
+    settings = wanduet("generate", "x", "--dry-run", "--json").json["settings"]
+    assert (settings["height"], settings["seed"], settings["guidance_scale"]) == (480, 7, 2.5)
+    monkeypatch.setenv("WANDUET_MODEL", "miniature")
+    assert wanduet("generate", "x", "--dry-run", "--json").json["settings"]["height"] == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("garbage [", "wanduet.toml is no TOML"),
+        ("num_frames = 'x'", "num_frames"),
+        ("num_frames = [1, 2]", "num_frames"),
+        ("seed = 1.5", "whole number"),
+        ("tf32 = 'perhaps'", "tf32"),
+        ("num_frame = 9", "Did you mean num_frames?"),
+        ("[video]\nnum_frames = 9", "without sections"),
+        ("[generate]\nnum_frames = 9", "without sections"),
+    ],
+)
+def test_a_settings_file_that_is_wrong(wanduet, work: Path, text: str, words: str) -> None:
+    (work / "wanduet.toml").write_text(text)
+    ran = wanduet(*DRY)
+    assert ran.code == 2
+    assert words in ran.error
+
+
+def test_a_settings_file_that_cannot_be_read(wanduet, work: Path) -> None:
+    (work / "wanduet.toml").write_bytes(b"\xff\xfe")
+    assert wanduet(*DRY).code == 2
+    (work / "wanduet.toml").unlink()
+    (work / "wanduet.toml").mkdir()
+    ran = wanduet(*DRY)
+    assert ran.code == 2
+    assert "wanduet.toml cannot be read" in ran.error
+
+
+@pytest.mark.parametrize(("name", "text"), [("TF32", "maybe"), ("NUM_FRAMES", ""), ("STRATEGY", "x")])
+def test_an_environment_that_is_wrong(wanduet, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(f"WANDUET_{name}", text)
+    ran = wanduet(*DRY)
+    assert ran.code == 2
+    assert f"WANDUET_{name}" in ran.error
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file"])
+def test_json_is_wanted_by_flag_environment_or_file(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    if how == "environment":
+        monkeypatch.setenv("WANDUET_JSON", "1")
+    elif how == "file":
+        (work / "wanduet.toml").write_text("json = true")
+    flags = ["--json"] if how == "flag" else []
+    base = ["generate", "x", "--model", "miniature", "--dry-run"]
+    assert wanduet(*base, *flags).json["output"] == "x.mp4"
+    assert wanduet(*base, *flags, "--num-frames", "6").json["error"]["code"] == "invalid_request"
+    if how != "flag":
+        ran = wanduet(*base, "--no-json", "--num-frames", "6")
+        assert (ran.code, ran.out) == (2, "")
+
+
+def test_a_plan_needs_no_network_and_no_weights(wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    ran = wanduet("plan", "--json", "--hardware", "2x24GiB", "--resolution", "480x288", "--num-frames", "9")
+    assert ran.code == 0
+    assert {d["name"] for d in ran.json["devices"]} >= {"cuda:0"}
+    assert "published shapes" in ran.err
+    unknown = wanduet("plan", "--json", "--model", "foo/bar")
+    assert unknown.code == 1
+    assert "wanduet download --model foo/bar" in unknown.error
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_plan_that_does_not_fit_exits_with_1(wanduet) -> None:
+    small = ("--model", "miniature", "--ram-limit", "1MiB", "--resolution", "16x16", "--num-frames", "1", "--json")
+    ran = wanduet("plan", *small)
+    assert ran.code == 1
+    assert ran.json["fits"] is False
+    refused = wanduet("generate", "x", *small)
+    assert refused.code == 1
+    assert refused.json["error"]["code"] == "does_not_fit"
+
+
+def test_no_network_and_nothing_cached(wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for arguments in (["generate", "x"], ["encode", "x"], ["download"]):
+        ran = wanduet(*arguments, "--model", "foo/bar", "--json")
+        assert ran.code == 1
+        assert "cannot be fetched" in ran.error
+        assert ran.json["error"]["code"] == "model_not_found"
+    assert "not in the cache" in wanduet("inspect", "a prompt", "--model", "foo/bar", "--json").error
+
+
+def test_an_unexpected_error_is_one_object_and_a_trace_on_stderr(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import tools
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the dog ate it\nsecond line")
+
+    monkeypatch.setattr(tools, "doctor", broken)
+    ran = wanduet("doctor", "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["code"] == "internal_error"
+    assert "the dog ate it" in ran.json["error"]["message"]
+    assert "Traceback" in ran.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_result_that_cannot_be_printed(tmp_path: Path) -> None:
+    code = "from wanduet.frontends.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "download", "--model", "random:1.3b", "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot be printed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_console_of_another_encoding_gets_whole_json(tmp_path: Path) -> None:
+    code = "from wanduet.frontends.run import emit; emit({'prompt': '红色 é'}, True)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=tmp_path)
+    assert done.stdout.strip() == rb'{"prompt": "\u7ea2\u8272 \u00e9"}'

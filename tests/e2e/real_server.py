@@ -1,0 +1,99 @@
+"""A server with the real engine, for tests: `with serving(folder) as server`."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+
+SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
+# Long enough to be interrupted: a few seconds on two cores.
+LONG = {**SMALL, "num_frames": "17", "num_inference_steps": "100"}
+PROMPT = "a red circle moving left on a black background"
+
+
+@dataclass
+class Server:
+    """`wanduet serve` with the real engine and the miniature, in its own processes."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    data: Path
+    http: httpx.Client
+
+    def create(self, prompt: str = PROMPT, **fields: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/videos", data={"prompt": prompt, **SMALL, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def get(self, video_id: str) -> dict[str, Any]:
+        return self.http.get(f"/v1/videos/{video_id}").json()
+
+    def wait(self, video_id: str, until: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
+        until = until or (lambda video: video["status"] in ("completed", "failed"))
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            if until(video := self.get(video_id)):
+                return video
+            time.sleep(0.05)
+        raise AssertionError(f"it did not happen in time: {self.get(video_id)}")
+
+    def frames(self, video_id: str) -> np.ndarray:
+        content = self.http.get(f"/v1/videos/{video_id}/content").content
+        with av.open(io.BytesIO(content)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+    def worker(self) -> int:
+        """The process id of the worker that lives now."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+            children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+            if children and self.http.get("/ready").status_code == 200:
+                return children[0]
+            time.sleep(0.1)
+        raise AssertionError("no worker")
+
+    def log(self) -> str:
+        return (self.data / "server.log").read_text()
+
+
+@contextmanager
+def serving(data: Path, *flags: str, settings: str = "") -> Iterator[Server]:
+    data.mkdir(exist_ok=True)
+    environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": "2"}
+    command = [
+        sys.executable,
+        "-m",
+        "wanduet.frontends.cli",
+        "serve",
+        "--model",
+        "miniature",
+        *(flags if "--port" in flags else ("--port", "0", *flags)),
+    ]
+    with (
+        open(data / "server.log", "a") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+            with httpx.Client(base_url=url.removesuffix("/v1"), timeout=60.0) as http:
+                yield Server(process, url, data, http)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()

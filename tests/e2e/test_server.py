@@ -1,0 +1,188 @@
+"""The whole service with the real engine and the miniature: over HTTP, with the client that people use."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from real_server import LONG, PROMPT, Server, serving
+
+from wanduet.media.read import probe, read_metadata
+
+openai = pytest.importorskip("openai")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="POSIX signals and /proc"),
+    pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
+]
+EXTRA = {"num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    with openai.OpenAI(base_url=server.url, api_key="none") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def video(client: Any) -> Any:
+    """A finished video of a size that can be looked at."""
+    done = client.videos.create_and_poll(
+        prompt=PROMPT, size="64x48", extra_body={**EXTRA, "num_inference_steps": 6}, poll_interval_ms=100
+    )
+    assert done.status == "completed", done.error
+    return done
+
+
+def test_a_video_is_made_and_is_what_was_asked_for(client: Any, video: Any, tmp_path: Path) -> None:
+    assert (video.progress, video.size, video.seconds, video.model) == (100, "64x48", "0.25", "miniature")
+    path = tmp_path / "video.mp4"
+    path.write_bytes(client.videos.download_content(video.id).read())
+    about = probe(path)
+    assert (about["width"], about["height"], about["num_frames"]) == (64, 48, 5)
+    made_by = read_metadata(path)
+    assert made_by["request"]["prompt"] == PROMPT
+    assert (made_by["seed"], made_by["model"]["name"]) == (7, "miniature")
+
+
+def test_thumbnail_spritesheet_and_ranges(client: Any, server: Server, video: Any) -> None:
+    for variant, kind, size in (("thumbnail", "WEBP", (64, 48)), ("spritesheet", "JPEG", (256, 96))):
+        with Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).read())) as image:
+            assert (image.format, image.size) == (kind, size)
+    whole = server.http.get(f"/v1/videos/{video.id}/content")
+    part = server.http.get(f"/v1/videos/{video.id}/content", headers={"Range": "bytes=100-199"})
+    assert (whole.headers["content-type"], whole.headers["accept-ranges"]) == ("video/mp4", "bytes")
+    assert (part.status_code, part.content) == (206, whole.content[100:200])
+
+
+def test_remix_list_and_delete(client: Any, server: Server, video: Any) -> None:
+    remix = client.videos.poll(client.videos.remix(video.id, prompt="a blue square").id, poll_interval_ms=100)
+    assert (remix.status, remix.remixed_from_video_id, remix.size) == ("completed", video.id, video.size)
+    assert [one.id for one in client.videos.list(limit=1)][:2] == [remix.id, video.id]
+    assert client.videos.delete(remix.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(remix.id)
+    assert not list((server.data / "videos").glob(f"{remix.id}*"))
+
+
+def test_events_show_progress_and_the_video_taking_shape(server: Server) -> None:
+    job = server.create(**LONG)
+    names, percents, pictures = [], [], []
+    with server.http.stream("GET", f"/v1/videos/{job['id']}/events") as stream:
+        for line in stream.iter_lines():
+            kind, _, value = line.partition(": ")
+            if kind == "event":
+                names.append(value)
+            elif kind == "data" and names[-1] == "preview":
+                pictures.append(base64.b64decode(json.loads(value)["image"].partition(",")[2]))
+            elif kind == "data":
+                percents.append(json.loads(value)["progress"])
+    assert names[-1] == "done"
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert len(set(percents)) > 3
+    assert pictures
+    with Image.open(io.BytesIO(pictures[-1])) as image:
+        assert (image.format, image.size) == ("WEBP", (4, 4))
+    assert len(pictures[-1]) < 10_000
+    assert server.http.get(f"/v1/videos/{job['id']}/preview").status_code == 404, "the video itself is there"
+
+
+def denoising(video: dict[str, Any]) -> bool:
+    return video["progress"] >= 10
+
+
+def test_cancel_in_the_denoise_frees_the_worker(server: Server, record_property: Any) -> None:
+    job = server.create(**{**LONG, "num_frames": "33"})
+    server.wait(job["id"], denoising)
+    began = time.monotonic()
+    ended = server.http.post(f"/v1/videos/{job['id']}/cancel").json()
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "cancelled")
+    following = server.create()
+    assert server.wait(following["id"])["status"] == "completed"
+    record_property("seconds until the next job was done", time.monotonic() - began)
+    assert time.monotonic() - began < 20
+    assert server.get(job["id"])["error"]["code"] == "cancelled"
+    wait_until(lambda: not list((server.data / "checkpoints").glob("*")))
+    assert not (server.data / "work" / job["id"]).exists()
+
+
+def test_impossible_requests_are_refused_or_fail_with_a_reason(client: Any, server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.videos.create(prompt="x", extra_body={"num_frames": 80})
+    assert bad.value.param == "num_frames"
+    assert "81" in bad.value.message
+    assert server.http.post("/v1/videos", data={"prompt": "x", "size": "33x33"}).status_code == 400
+
+
+@pytest.fixture(scope="module")
+def reference(server: Server) -> np.ndarray:
+    """The frames of a job that nothing interrupted."""
+    job = server.create("something else", **LONG, seed="11")
+    assert server.wait(job["id"])["status"] == "completed"
+    return server.frames(job["id"])
+
+
+def test_the_killed_workers_job_goes_on_to_the_same_frames(
+    server: Server, reference: np.ndarray, record_property: Any
+) -> None:
+    job = server.create("something else", **LONG, seed="11")
+    server.wait(job["id"], lambda video: video["progress"] >= 40)
+    began = time.monotonic()
+    os.kill(server.worker(), signal.SIGKILL)
+    assert server.wait(job["id"])["status"] == "completed"
+    record_property("seconds to the end after the kill", time.monotonic() - began)
+    assert resumed_at(server) >= 10
+    assert np.array_equal(server.frames(job["id"]), reference)
+    assert server.http.get("/health").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_drained_job_goes_on_where_it_was(tmp_path: Path, reference: np.ndarray, record_property: Any) -> None:
+    """SIGTERM in the denoise: a checkpoint, exit 0; the next server goes on, queued jobs too; nothing is leaked."""
+    data = tmp_path / "data"
+    with serving(data, "--no-page", "--parallel", "1") as first:
+        job, queued = first.create("something else", **LONG, seed="11"), first.create("a secret plan")
+        first.wait(job["id"], lambda video: video["progress"] >= 30)
+        began = time.monotonic()
+        first.process.send_signal(signal.SIGTERM)
+        assert first.process.wait(30) == 0
+        record_property("seconds to drain", time.monotonic() - began)
+        assert len(list((data / "checkpoints").glob("*.safetensors"))) == 1
+    with serving(data, "--no-page") as second:
+        assert second.get(job["id"])["progress"] >= 30, "what was done is not forgotten"
+        assert second.wait(job["id"])["status"] == second.wait(queued["id"])["status"] == "completed"
+        assert resumed_at(second) >= 20
+        assert np.array_equal(second.frames(job["id"]), reference)
+        assert not list((data / "checkpoints").glob("*"))
+        wait_until(lambda: not any((data / "work").iterdir()))
+        assert "secret" not in second.log()
+        assert "something else" not in second.log()
+
+
+def resumed_at(server: Server) -> int:
+    """The step after which the worker went on last."""
+    return int(re.findall(r"Going on after step (\d+)", server.log())[-1])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_overload_is_refused_politely(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--no-page", "--max-queue", "3", "--max-queue-per-key", "2") as busy:
+        codes = [busy.http.post("/v1/videos", data={"prompt": "x", **LONG}) for _ in range(4)]
+        assert [answer.status_code for answer in codes] == [200, 200, 429, 429]
+        assert int(codes[-1].headers["Retry-After"]) > 0
+        assert codes[-1].json()["error"]["type"] == "rate_limit_error"

@@ -1,0 +1,250 @@
+"""`wanduet generate` interrupted and killed in every phase, as a process of its own; then resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanduet.media.read import frame_hashes
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+PROMPT = "a red circle moving left on a black background"
+STEPS = 8
+BASE = ["generate", PROMPT, "--model", "miniature", "--steps", str(STEPS), "--num-frames", "5", "--resolution", "32x32"]
+LOSSLESS = ["--codec", "ffv1", "--checkpoint-seconds", "0", "--json"]
+
+# Runs the command line with one function slowed down: "paused" is printed when it is reached, which may be
+# the n-th time, and it goes on only after the pause.
+RUNNER = """
+import importlib, sys, time
+module, name, nth, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+if module:
+    owner = importlib.import_module(module)
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part)
+    name = name.split(".")[-1]
+    whole, calls = getattr(owner, name), 0
+    def slowed(*arguments, **keywords):
+        global calls
+        calls += 1
+        if calls == nth:
+            print("paused", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+        return whole(*arguments, **keywords)
+    setattr(owner, name, slowed)
+from wanduet.frontends.cli import main
+main(sys.argv[5:])
+"""
+PHASES = {
+    "load": ("wanduet.engine.build", "verify_manifest", 1),
+    "encode": ("wanduet.models.text_encoder", "TextEncoder._layer", 2),
+    "denoise": ("wanduet.models.transformer", "WanTransformer.forward", 8),
+    "decode": ("wanduet.media.video", "VideoWriter.write", 2),
+}
+
+# What a resumed run gives is compared with a run that nobody disturbed.
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Starts `wanduet ARGUMENTS`, slowed down in a phase, in an empty folder."""
+    (tmp_path / "work").mkdir()
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("WANDUET_")}
+    environment["WANDUET_DATA_DIR"] = str(tmp_path / "data")
+
+    def run(*arguments: str, phase: str = "", pause: float = 0.0) -> "subprocess.Popen[str]":
+        module, name, nth = PHASES.get(phase, ("", "", 0))
+        return subprocess.Popen(
+            [sys.executable, "-c", RUNNER, module, name, str(nth), str(pause), *BASE, *LOSSLESS, *arguments],
+            cwd=tmp_path / "work", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    return run
+
+
+def wait_for_pause(process: "subprocess.Popen[str]") -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.strip() == "paused":
+            return
+    raise AssertionError("the phase was never reached")
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, Any, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, json.loads(out), err
+
+
+@pytest.fixture
+def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `wanduet generate ARGUMENTS` to its end, in this process: result and stderr."""
+    from wanduet.frontends.cli import app
+    from wanduet.frontends.run import run
+
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path / "work")
+
+    def call(*arguments: str) -> tuple[Any, str]:
+        capfd.readouterr()
+        code = run(app, [*BASE, *LOSSLESS, *arguments])
+        out, err = capfd.readouterr()
+        assert code == 0, err
+        return json.loads(out), err
+
+    return call
+
+
+@pytest.fixture
+def transformer_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the transformer ran in this process."""
+    from wanduet.models.transformer import WanTransformer
+
+    whole, calls = WanTransformer.forward, []
+
+    def forward(self, latents, *rest, **keywords):
+        calls.append(latents.shape[2])
+        return whole(self, latents, *rest, **keywords)
+
+    monkeypatch.setattr(WanTransformer, "forward", forward)
+    return calls
+
+
+def left(folder: Path) -> set[str]:
+    return {name.partition(".")[2] for name in os.listdir(folder)}
+
+
+@pytest.mark.parametrize("phase", [pytest.param(p, marks=[pytest.mark.slow] * (p != "denoise")) for p in PHASES])
+def test_ctrl_c_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str) -> None:
+    process = start("--seed", "3", phase=phase, pause=1.0)
+    wait_for_pause(process)
+    process.send_signal(signal.SIGINT)
+    code, said, err = finish(process)
+    assert code == 130
+    assert said["error"]["code"] == "cancelled"
+    assert "Traceback" not in err
+    work = tmp_path / "work"
+    assert left(work) <= {"mkv.latents.safetensors"}  # no video, whole or half
+    assert ("--resume" in err) == (phase in ("denoise", "decode"))
+    resumed, _ = resume("--seed", "3", "--resume")
+    whole, _ = resume("--seed", "3", "-o", "whole.mkv")
+    assert frame_hashes(work / resumed["output"]) == frame_hashes(work / whole["output"])
+    assert left(work) == {"mkv"}
+    assert not list((tmp_path / "data" / "checkpoints").glob("*"))
+
+
+def test_killed_while_denoising_then_resume_without_naming_the_seed(
+    start: Start, resume, tmp_path: Path, transformer_runs: list[int]
+) -> None:
+    process = start(phase="denoise", pause=60.0)
+    wait_for_pause(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert left(tmp_path / "work") == set()
+    resumed, err = resume("--resume")
+    assert "No interrupted run" not in err
+    again = len(transformer_runs)
+    transformer_runs.clear()
+    whole, _ = resume("--seed", str(resumed["seed"]), "-o", "whole.mkv")
+    work = tmp_path / "work"
+    assert frame_hashes(work / resumed["output"]) == frame_hashes(work / whole["output"])
+    assert again < len(transformer_runs)  # the steps that were checkpointed were not made again
+
+
+@pytest.mark.slow
+def test_killed_while_writing_leaves_no_video_and_the_latents(
+    start: Start, resume, tmp_path: Path, transformer_runs: list[int]
+) -> None:
+    process = start("-o", "clip.mkv", phase="decode", pause=60.0)
+    wait_for_pause(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    work = tmp_path / "work"
+    assert not (work / "clip.mkv").exists()
+    assert (work / "clip.mkv.latents.safetensors").exists()
+    resumed, err = resume("-o", "clip.mkv", "--resume")
+    assert resumed["output"] == "clip.mkv"
+    assert "No interrupted run" not in err
+    assert len(transformer_runs) <= 2  # not one step again; the self-test after loading is all
+    assert not (work / "clip.mkv.latents.safetensors").exists()
+
+
+def test_resume_with_nothing_to_go_on_from_says_so(start: Start, resume) -> None:
+    _, err = resume("--resume")
+    assert "No interrupted run of this request was found" in err
+
+
+def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
+    process = start("--seed", "3", phase="denoise", pause=60.0)
+    wait_for_pause(process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert "again" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    code, said, err = finish(process)
+    assert code == 130
+    assert said["error"]["code"] == "cancelled"
+    assert "Traceback" not in err
+    assert time.monotonic() - began < 20
+    assert left(tmp_path / "work") == set()
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_batch(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "work" / "prompts.txt").write_text("x\ny\nz\n")
+    environment = {**os.environ, "WANDUET_DATA_DIR": str(tmp_path / "data")}
+    module, name, nth = PHASES["denoise"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, module, name, str(nth), "1", "batch", "prompts.txt", *BASE[2:], "--json"],
+        cwd=tmp_path / "work", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_pause(process)
+    process.send_signal(signal.SIGINT)
+    code, said, err = finish(process)
+    assert code == 130
+    assert "0 of 3 videos" in said["error"]["message"]
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path / "work") == ["prompts.txt"]
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from wanduet.frontends.cli import main
+main(sys.argv[2:])
+"""
+
+
+def limited(tmp_path: Path, size: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`wanduet generate` where no file can be larger than `size` bytes."""
+    environment = {**os.environ, "WANDUET_DATA_DIR": str(tmp_path / "data")}
+    (tmp_path / "full").mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(size), *BASE, "--codec", "ffv1", "--json", "--seed", "1", *arguments],
+        cwd=tmp_path / "full", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
+    done = limited(tmp_path, 2000)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "output_error"
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path / "full") == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(tmp_path: Path) -> None:
+    done = limited(tmp_path, 9000, "--checkpoint-seconds", "0")
+    assert done.returncode == 0
+    assert len(os.listdir(tmp_path / "full")) == 1

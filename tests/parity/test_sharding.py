@@ -1,0 +1,133 @@
+"""The transformer over two and four gloo ranks against the transformer on one device, float32 on the CPU."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from wanduet.models.transformer import Runtime, WanTransformer
+from wanduet.parallel.launch import run_on_ranks
+from wanduet.parallel.mesh import Layout
+from wanduet.parallel.rank import Rank
+from wanduet.parallel.sequence import SequenceSharding
+from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
+from wanduet.specs import TransformerSpec
+
+SPEC = TransformerSpec(
+    num_attention_heads=4, attention_head_dim=24, ffn_dim=128, num_layers=3, text_dim=32, freq_dim=32
+)
+Case = tuple[Layout, tuple[int, int, int, int], tuple[float, ...] | None]
+
+# Latents' batch, frames, rows, columns; tokens are frames x rows/2 x columns/2.
+EVEN, ODD, BATCH, FEW = (1, 3, 8, 8), (1, 3, 6, 10), (2, 1, 6, 10), (1, 1, 2, 6)
+TWO: list[Case] = [
+    (Layout(ulysses=2), EVEN, None),
+    (Layout(ulysses=2), ODD, None),
+    (Layout(ulysses=2), BATCH, None),
+    (Layout(ulysses=2), ODD, (3.0, 1.0)),
+    (Layout(ring=2), EVEN, None),
+    (Layout(ring=2), ODD, None),
+    (Layout(ring=2), BATCH, (1.0, 2.5)),
+]
+FOUR: list[Case] = [
+    (Layout(ring=2, ulysses=2), EVEN, None),
+    (Layout(ring=2, ulysses=2), ODD, None),
+    (Layout(ring=2, ulysses=2), BATCH, (1.0, 2.0, 3.0, 4.0)),
+    (Layout(ring=2, ulysses=2), FEW, None),
+    (Layout(ring=4), ODD, None),
+    (Layout(ring=4), FEW, None),
+    (Layout(ulysses=4), ODD, None),
+    (Layout(ulysses=4), FEW, None),
+    (Layout(cfg=2, ulysses=2), ODD, None),
+]
+CASES = {2: TWO, 4: FOUR}
+
+
+def model() -> WanTransformer:
+    torch.manual_seed(0)
+    made = WanTransformer(SPEC).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if "norm" in name or "bias" in name:  # their defaults (1 and 0) would hide mistakes
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, frames, rows, columns = shape
+    torch.manual_seed(1)
+    latents = torch.randn(batch, 16, frames, rows, columns)
+    return latents, torch.tensor([731.0, 12.0][:batch]), torch.randn(batch, 7, SPEC.text_dim)
+
+
+def forward_sharded(rank: Rank, cases: list[Case]) -> list[Tensor]:
+    made, outputs = model().to(rank.device), []
+    meshes = {layout: rank.mesh(layout) for layout, _, _ in cases}
+    for layout, shape, shares in cases:
+        made.runtime = Runtime(sharding=SequenceSharding(meshes[layout], shares=shares))
+        with torch.no_grad():
+            outputs.append(made(*(x.to(rank.device) for x in inputs(shape))).cpu())
+    return outputs
+
+
+def guided(rank: Rank) -> tuple[Tensor, Tensor]:
+    made = model()
+    latents, _, positive = inputs(ODD)
+    negative = torch.randn_like(positive)
+
+    def predict(latents: Tensor, timestep: float, text: Tensor) -> Tensor:
+        return made(latents, torch.tensor([timestep]), text)
+
+    mesh = rank.mesh(Layout(cfg=2, ulysses=rank.world_size // 2))
+    made.runtime = Runtime(sharding=SequenceSharding(mesh))
+    with torch.no_grad():
+        own = (positive, negative)[mesh.cfg_rank]
+        parallel = ParallelGuidance(predict, own, 5.0, mesh.cfg)(latents, 500.0)
+        return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, 500.0)
+
+
+def on_ranks(monkeypatch: pytest.MonkeyPatch, work: object, devices: list[str], *args: object) -> list[object]:
+    # Workers import this file by its name from the repository's root.
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return run_on_ranks(work, devices, *args, timeout_s=30.0)
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
+
+
+@pytest.fixture(scope="module")
+def outputs(patched: pytest.MonkeyPatch) -> Callable[[int], list[list[Tensor]]]:
+    """Every rank's results of all cases of a number of ranks, from one start of the processes."""
+    return cache(lambda ranks: on_ranks(patched, forward_sharded, ["cpu"] * ranks, CASES[ranks]))
+
+
+@pytest.mark.parametrize(("ranks", "index"), [(ranks, i) for ranks, cases in CASES.items() for i in range(len(cases))])
+def test_sharded_forward_equals_unsharded(outputs: Callable[[int], list[list[Tensor]]], ranks: int, index: int) -> None:
+    _, shape, _ = CASES[ranks][index]
+    with torch.no_grad():
+        expected = model()(*inputs(shape))
+    got = [of_rank[index] for of_rank in outputs(ranks)]
+    assert ((got[0] - expected).abs().max() / expected.abs().max()).item() < 1e-5
+    assert all(torch.equal(other, got[0]) for other in got)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parallel_guidance_equals_sequential_bit_for_bit(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    for parallel, sequential in on_ranks(monkeypatch, guided, ["cpu"] * ranks):
+        assert torch.equal(parallel, sequential)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_forward_over_nccl_equals_unsharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_ranks = on_ranks(monkeypatch, forward_sharded, ["cuda:0", "cuda:1"], TWO)
+    for index, (_, shape, _) in enumerate(TWO):
+        with torch.no_grad():
+            expected = model().cuda()(*(x.cuda() for x in inputs(shape))).cpu()
+        for of_rank in of_ranks:
+            assert ((of_rank[index] - expected).abs().max() / expected.abs().max()).item() < 1e-4

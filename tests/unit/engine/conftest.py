@@ -1,0 +1,45 @@
+"""Engines around the miniature, with a data folder of their own and jobs of a second."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wanduet.config import EngineConfig
+from wanduet.engine.job import Job, JobResult, OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.request import GenerationRequest
+
+SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EngineConfig:
+    return EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def engine(config) -> Iterator[Engine]:
+    with Engine(config) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch) -> None:
+    monkeypatch.setattr("wanduet.engine.ladder.WAIT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def submit(engine, tmp_path):
+    """Submit a small job; flags of OutputOptions by name."""
+
+    def run(name: str = "out", on_step=None, changes: dict | None = None, **options) -> Job:
+        request = GenerationRequest(**({"prompt": "a red circle on a black background"} | SMALL | (changes or {})))
+        return engine.submit(request, OutputOptions(tmp_path / f"{name}.mkv", codec="ffv1", **options), on_step)
+
+    return run
+
+
+def only_path(result: JobResult) -> Path:
+    (video,) = result.videos
+    return video.path

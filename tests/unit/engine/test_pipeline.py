@@ -1,0 +1,219 @@
+"""Jobs through the whole engine, with the miniature."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanduet.engine.job import OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.engine.trace import overlap
+from wanduet.errors import (
+    CancelledError,
+    InvalidRequestError,
+    NonFiniteLatentsError,
+    OutOfMemoryError,
+    OutputError,
+)
+from wanduet.media.latents import load_latents
+from wanduet.media.read import frame_hashes, read_metadata
+from wanduet.models.transformer import WanTransformer
+from wanduet.models.vae import WanVAE
+from wanduet.request import GenerationRequest
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def digest(job) -> str:
+    (video,) = job.result().videos
+    return frame_hashes(video.path).digest
+
+
+def test_a_job_leaves_a_video_and_nothing_else(submit, tmp_path) -> None:
+    job = submit()
+    phases = [event.phase for event in job.events()]
+    result = job.result()
+    assert phases[-1] == "done"
+    assert {"encode", "denoise", "decode"} <= set(phases)
+    assert files(tmp_path) == {"out.mkv"}
+    assert frame_hashes(result.videos[0].path).frames.__len__() == 9
+    assert result.timings["total_s"] >= result.timings["denoise_s"] > 0
+    assert result.timings["write_s"] >= 0
+
+
+def test_same_seed_same_video_whatever_else_runs(submit) -> None:
+    jobs = [submit("a"), submit("b", changes={"seed": 4}), submit("c")]
+    one, other, again = (digest(job) for job in jobs)
+    assert one == again != other
+
+
+def test_several_videos_are_those_of_consecutive_seeds(submit, tmp_path) -> None:
+    both = submit("two", changes={"num_videos_per_prompt": 2}).result()
+    assert [v.seed for v in both.videos] == [3, 4]
+    assert [v.path.name for v in both.videos] == ["two-1.mkv", "two-2.mkv"]
+    alone = digest(submit("alone", changes={"seed": 4}))
+    assert frame_hashes(both.videos[1].path).digest == alone
+
+
+def test_metadata_is_enough_to_make_it_again(submit) -> None:
+    first = submit("first", changes={"sampler": "dpm++2m", "guidance_scale": 2.0, "fps": 8, "seed": None})
+    about = read_metadata(first.result().videos[0].path)
+    fields = {k: v for k, v in about["request"].items() if k in GenerationRequest.model_fields}
+    assert about["model"]["name"] == "miniature"
+    assert about["model"]["hash"]
+    assert about["versions"]["torch"] == torch.__version__
+    assert digest(submit("again", changes=fields)) == digest(first)
+
+
+def test_kept_latents_decode_to_the_same_frames(submit, config, tmp_path) -> None:
+    from wanduet.engine.tools import decode_latents
+
+    job = submit(save_latents=True)
+    latents = job.result().videos[0].latents_path
+    assert latents is not None
+    again = decode_latents(config, latents, OutputOptions(tmp_path / "again.mkv", "ffv1", save_latents=True))
+    assert frame_hashes(again.videos[0].path).digest == digest(job)
+    assert latents.exists()
+
+
+def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -> None:
+    whole = digest(submit("whole", changes={"num_inference_steps": 8}))
+    seen: list[int] = []
+    stop = threading.Event()
+
+    def on_step(info):
+        seen.append(info.step)
+        if info.step == 4:
+            stop.set()
+            time.sleep(0.2)
+
+    job = submit("part", on_step, changes={"num_inference_steps": 8})
+    assert stop.wait(60)
+    job.cancel()
+    with pytest.raises(CancelledError):
+        job.result(60)
+    assert seen[-1] <= 5
+    assert files(tmp_path) == {"whole.mkv"}
+
+    again: list[int] = []
+    resumed = submit("part", lambda info: again.append(info.step), changes={"num_inference_steps": 8}, resume=True)
+    assert digest(resumed) == whole
+    assert again[0] == seen[-1] + 1
+
+
+def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_path, monkeypatch) -> None:
+    whole = digest(submit("whole"))
+
+    def broken(self, z, past):
+        raise RuntimeError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WanVAE, "decode_trunk", broken)
+        with pytest.raises(RuntimeError, match="a fault"):
+            submit("part").result(60)
+    assert files(tmp_path) == {"whole.mkv", "part.mkv.latents.safetensors"}
+    steps: list[int] = []
+    assert digest(submit("part", lambda info: steps.append(info.step), resume=True)) == whole
+    assert steps == []
+    assert files(tmp_path) == {"whole.mkv", "part.mkv"}
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_nan_is_found_and_named(submit, step, tmp_path) -> None:
+    def poison(info):
+        return info.latents * float("nan") if info.step == step else None
+
+    with pytest.raises(NonFiniteLatentsError) as found:
+        submit(on_step=poison).result(60)
+    assert found.value.step == step
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_out_of_memory_while_denoising_repeats_the_forward(submit, monkeypatch, times) -> None:
+    whole = digest(submit("whole"))
+    forward = WanTransformer.forward
+    failures = iter([True] * times)
+
+    def sometimes(self, *args, **kwargs):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer, "forward", sometimes)
+    job = submit("tight")
+    assert digest(job) == whole
+    assert len(job.rungs) == times
+    assert read_metadata(job.result().videos[0].path)["rungs"] == job.rungs
+
+
+def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) -> None:
+    whole = digest(submit("whole"))
+    decode_rows = WanVAE.decode_rows
+    heights: list[int] = []
+
+    def small_only(self, mid, past, wanted):
+        heights.append(wanted.count)
+        if wanted.count > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return decode_rows(self, mid, past, wanted)
+
+    monkeypatch.setattr(WanVAE, "decode_rows", small_only)
+    job = submit("tight")
+    job.result(60)
+    assert job.rungs[0].startswith("decode: frame-major, 4 strips")
+    assert heights[0] == 32
+    monkeypatch.undo()
+    assert len(whole) == 64
+
+
+def test_memory_that_never_suffices_ends_in_a_clear_error_and_the_next_job_works(submit, monkeypatch, tmp_path) -> None:
+    def never(self, mid, past, wanted):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WanVAE, "decode_rows", never)
+        with pytest.raises(OutOfMemoryError, match="smallest form") as refused:
+            submit("part").result(60)
+    assert "part.mkv.latents.safetensors" in str(refused.value)
+    assert load_latents(tmp_path / "part.mkv.latents.safetensors")[0].shape == (16, 3, 4, 6)
+    submit("next").result(60)
+
+
+def test_bad_requests_and_outputs_are_refused_before_any_work(engine, tmp_path) -> None:
+    small = {"prompt": "a", "height": 32, "width": 32, "num_frames": 5}
+    with pytest.raises(InvalidRequestError, match="num_frames"):
+        engine.submit(GenerationRequest(**(small | {"num_frames": 6})), OutputOptions(tmp_path / "a.mp4"))
+    with pytest.raises(OutputError):
+        engine.submit(GenerationRequest(**small), OutputOptions(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        engine.submit(GenerationRequest(**small), OutputOptions(tmp_path / "file" / "a.mp4"))
+
+
+def test_long_prompts_are_cut_with_a_warning(submit) -> None:
+    result = submit(changes={"prompt": "a red circle " * 400 + "and a zebra"}).result()
+    assert any("512 tokens" in warning and "zebra" in warning for warning in result.warnings)
+
+
+def test_stages_work_on_different_jobs_at_once(config, tmp_path) -> None:
+    """While one job decodes, the next one denoises; the trace that Perfetto reads shows it."""
+    request = GenerationRequest(
+        prompt="a red circle", height=32, width=48, num_frames=33, num_inference_steps=4, seed=1
+    )
+    with Engine(replace(config, devices="vae=cpu,transformer=cpu")) as engine:
+        jobs = [engine.submit(request, OutputOptions(tmp_path / f"{i}.mkv", "ffv1")) for i in range(3)]
+        for job in jobs:
+            job.result(120)
+        engine.trace.save(tmp_path / "trace.json")
+    assert overlap(engine.trace.spans, "denoise", "decode") > 0.05
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["encode", "denoise", "decode"]
+    assert sum(e["ph"] == "X" for e in events) == 9
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")

@@ -1,0 +1,170 @@
+"""Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wanduet.config import GIB, EngineConfig
+from wanduet.engine.build import Models
+from wanduet.engine.hardware import Hardware, parse_hardware
+from wanduet.engine.memory import ModelMemory, text_encoder_bytes
+from wanduet.engine.plan import Plan, make_plan, require_fit
+from wanduet.errors import ConfigError, DoesNotFitError
+from wanduet.request import GenerationRequest
+from wanduet.specs import WAN_1_3B
+
+
+@pytest.fixture(scope="module")
+def memory() -> ModelMemory:
+    return Models(EngineConfig(model="random:1.3b")).memory
+
+
+def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, **settings_) -> Plan:
+    request = GenerationRequest(prompt="x", height=size[0], width=size[1], num_frames=frames).resolve(memory.spec)
+    machine = parse_hardware(f"{hardware},ram=32GiB")
+    return make_plan(request, memory, EngineConfig(model="random:1.3b", **settings_), machine)
+
+
+def test_two_cards_get_a_role_each(memory) -> None:
+    found = plan(memory, "2x24GiB", strategy="placed")
+    assert (found.fits, found.strategy) == (True, "placed")
+    assert {d.role for d in found.devices} == {"vae", "transformer"}
+    assert found.transformer_device != found.vae_device
+    assert found.resident_blocks == 30
+
+
+def test_placed_halves_the_peak(memory) -> None:
+    alone = plan(memory, "1x24GiB").predicted_peak_bytes["cuda:0"]
+    found = plan(memory, "2x24GiB", strategy="placed", vram_limit=alone // 2)
+    assert found.fits
+    assert max(found.predicted_peak_bytes.values()) <= alone // 2
+
+
+def test_two_equal_cards_share_a_video_by_themselves_and_unlike_ones_do_not(memory) -> None:
+    equal, unlike = plan(memory, "2x24GiB"), plan(memory, "24GiB+12GiB")
+    assert (equal.strategy, equal.layout.cfg, equal.ranks) == ("parallel", 2, ("cuda:0", "cuda:1"))
+    assert (unlike.strategy, unlike.transformer_device) == ("placed", "cuda:0")
+    tight = plan(memory, "2x24GiB", (1080, 1920), vram_limit=7 * GIB)
+    assert (tight.fits, tight.strategy) == (True, "placed")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "size"),
+    [("1x24GiB", (480, 832)), ("1x24GiB", (720, 1280)), ("1x24GiB", (1080, 1920)), ("1x8GiB", (720, 1280)),
+     ("2x8GiB", (1080, 1920)), ("1x4GiB", (480, 832))],
+)  # fmt: skip
+def test_what_was_promised_fits(memory, hardware, size) -> None:
+    found = plan(memory, hardware, size)
+    assert found.fits
+    assert all(d.peak <= d.limit_bytes for d in found.devices)
+
+
+def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
+    roomy, tight, tiny = (plan(memory, "1x24GiB", vram_limit=int(g * GIB)) for g in (20, 2.5, 0.5))
+    assert roomy.resident_blocks > tight.resident_blocks
+    assert tight.fits
+    assert not tiny.fits
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    with pytest.raises(DoesNotFitError, match="cuda:0 needs") as refused:
+        require_fit(tiny, request)
+    assert refused.value.hint
+
+
+def test_a_refusal_names_settings_that_do_fit(memory) -> None:
+    limit = int(2.6 * GIB)
+    found = plan(memory, "1x24GiB", (1080, 1920), vram_limit=limit)
+    assert not found.fits
+    assert found.nearest_that_fits
+    for nearest in found.nearest_that_fits:
+        size = (nearest.get("height", 1080), nearest.get("width", 1920))
+        assert plan(memory, "1x24GiB", size, nearest.get("num_frames", 81), vram_limit=limit).fits
+
+
+def test_host_memory_counts_too(memory) -> None:
+    assert not plan(memory, "1x24GiB", ram_limit=GIB).fits
+    assert plan(memory, "1x24GiB", ram_limit=4 * GIB).fits  # nothing is streamed there
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    gib=st.floats(0.5, 48), cards=st.integers(1, 2), rows=st.integers(4, 60), columns=st.integers(4, 60),
+    steps=st.integers(0, 30),
+)  # fmt: skip
+def test_a_plan_that_fits_is_within_its_limits(memory, gib, cards, rows, columns, steps) -> None:
+    found = plan(memory, f"{cards}x{gib:.2f}GiB", (16 * rows, 16 * columns), 4 * steps + 1)
+    within = all(d.peak <= d.limit_bytes for d in found.devices) and found.host_bytes <= found.host_limit_bytes
+    assert found.fits == within
+    assert set(found.as_dict()) >= {"fits", "strategy", "devices", "host_bytes", "choices", "nearest_that_fits"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "roles"),
+    [("cpu", "single", {"cpu": "vae+transformer+text_encoder"}),
+     ("vae=cuda:0,transformer=cuda:1", "placed", {"cuda:0": "vae", "cuda:1": "transformer"}),
+     ("cuda:1", "single", {"cuda:1": "vae+transformer"})],
+)  # fmt: skip
+def test_devices_are_obeyed(memory, devices, strategy, roles) -> None:
+    found = plan(memory, "2x24GiB", devices=devices)
+    assert found.strategy == strategy
+    assert {d.name: d.role for d in found.devices} == roles
+
+
+def test_a_device_that_is_not_there_is_refused(memory) -> None:
+    with pytest.raises(ConfigError, match="cuda:5"):
+        plan(memory, "2x24GiB", devices="cuda:5")
+
+
+def test_hardware_in_words() -> None:
+    machine: Hardware = parse_hardware("24GiB+12GiB,ram=64GiB")
+    assert [d.total_bytes for d in machine.devices] == [24 * GIB, 12 * GIB]
+    assert machine.host_total_bytes == 64 * GIB
+    with pytest.raises(ConfigError):
+        parse_hardware("much")
+
+
+def test_a_streamed_text_encoder_stays_below_three_gib() -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert text_encoder_bytes(WAN_1_3B, dtype, "streamed") < 3 * GIB
+    assert text_encoder_bytes(WAN_1_3B, "float32", "resident") > 21 * GIB
+
+
+def test_seconds_come_from_the_work(memory) -> None:
+    """The counts of benchmarks' anchors: 283, 1250 and 5857 TFLOP a forward."""
+    from wanduet.engine.cost import forward_flop
+
+    for tokens, tflop in ((32760, 283), (75600, 1250), (171360, 5857)):
+        assert forward_flop(WAN_1_3B.transformer, tokens, 512) / 1e12 == pytest.approx(tflop, rel=2e-3)
+    seconds = plan(memory, "1x24GiB").seconds
+    assert 150 < seconds.denoise < 900  # a 3090 needs about ten minutes
+    assert plan(memory, "2x24GiB").seconds.denoise == pytest.approx(seconds.denoise / 2)
+    assert plan(memory, "1x24GiB", frames=161).seconds.denoise > 2 * seconds.denoise
+
+
+def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monkeypatch) -> None:
+    import torch
+
+    from wanduet.engine.job import Job, OutputOptions
+    from wanduet.engine.ladder import reserve_decode
+
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    found = plan(memory, "1x24GiB")
+    job = Job(request, found, OutputOptions(None))  # type: ignore[arg-type]
+    asked: list[int] = []
+
+    def empty(size, **_):
+        asked.append(size)
+        if len(asked) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    reserve_decode(job, memory)
+    assert asked == sorted(asked, reverse=True)
+    assert job.plan.decode != found.decode
+    assert "less memory is free" in job.rungs[0]
+
+
+def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
+    small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=4 * GIB)
+    assert (small.fits, small.block_hold) == (True, "mapped")
+    assert small.host_bytes <= 4 * GIB
+    assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).block_hold == "pinned"

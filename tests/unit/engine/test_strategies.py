@@ -1,0 +1,149 @@
+"""Every strategy on the CPU: the same video, whoever makes it."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wanduet.config import EngineConfig
+from wanduet.engine.job import OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.errors import CancelledError, ConfigError
+from wanduet.media.latents import load_latents
+from wanduet.media.read import frame_hashes
+from wanduet.request import GenerationRequest
+
+REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
+STRATEGIES = {
+    "single": {"strategy": "single", "devices": "cpu"},
+    "placed": {"devices": "vae=cpu,transformer=cpu"},
+    "parallel": {"strategy": "parallel", "devices": "cpu,cpu"},
+}
+
+
+def run(config: EngineConfig, path: Path, **changes):
+    with Engine(config) as engine:
+        request = GenerationRequest(**(REQUEST | changes))
+        job = engine.submit(request, OutputOptions(path, "ffv1", save_latents=True))
+        job.result(120)
+        return job
+
+
+def latents(path: Path):
+    return load_latents(Path(f"{path}.latents.safetensors"))[0]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EngineConfig:
+    return EngineConfig(model="miniature", data_dir=tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run(replace(config, **STRATEGIES["single"]), folder / "guided.mkv")
+    run(replace(config, **STRATEGIES["single"]), folder / "plain.mkv", guidance_scale=1.0)
+    return folder
+
+
+def test_placed_gives_the_same_bits(config, alone, tmp_path) -> None:
+    job = run(replace(config, **STRATEGIES["placed"]), tmp_path / "a.mkv")
+    assert job.plan.strategy == "placed"
+    assert frame_hashes(tmp_path / "a.mkv").digest == frame_hashes(alone / "guided.mkv").digest
+
+
+def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> None:
+    """Guidance on two ranks: bit for bit. Their decode by rows: but for a float on a rounding border."""
+    with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
+        guided = engine.submit(
+            GenerationRequest(**REQUEST), OutputOptions(tmp_path / "a.mkv", "ffv1", save_latents=True)
+        )
+        plain = engine.submit(
+            GenerationRequest(**(REQUEST | {"guidance_scale": 1.0})),
+            OutputOptions(tmp_path / "b.mkv", "ffv1", save_latents=True),
+        )
+        guided.result(120)
+        plain.result(120)
+    assert (guided.plan.layout.cfg, plain.plan.layout.sequence) == (2, 2)
+    expected = latents(alone / "guided.mkv")
+    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = latents(alone / "plain.mkv")
+    assert (latents(tmp_path / "b.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    pairs = zip(frame_hashes(tmp_path / "a.mkv").frames, frame_hashes(alone / "guided.mkv").frames, strict=True)
+    assert sum(a == b for a, b in pairs) >= 7
+
+
+def test_cancel_ends_the_step_and_the_group_goes_on(config, tmp_path) -> None:
+    with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
+        many = GenerationRequest(**(REQUEST | {"num_inference_steps": 500}))
+        job = engine.submit(many, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        for event in job.events():
+            if event.phase == "denoise" and event.done >= 2:
+                job.cancel()
+        with pytest.raises(CancelledError):
+            job.result(30)
+        following = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "b.mkv", "ffv1"))
+        following.result(60)
+    assert not (tmp_path / "a.mkv").exists()
+
+
+def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(config, alone, tmp_path) -> None:
+    settings = replace(config, checkpoint_seconds=0.0, **STRATEGIES["parallel"])
+    with Engine(settings) as engine:
+        job = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "a.mkv", "ffv1", save_latents=True))
+        steps, killed = [], False
+        for event in job.events():
+            if event.phase == "denoise":
+                steps.append(event.done)
+                if event.done == 2 and not killed:
+                    killed = True
+                    os.kill(engine.models._group._ranks._processes[1].pid, signal.SIGKILL)
+        job.result(120)
+    assert any("started again" in rung for rung in job.rungs)
+    again = steps[steps.index(2) + 1 :]
+    assert again[-1] == 4
+    expected = latents(alone / "guided.mkv")
+    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_cannot_be_is_refused(config, tmp_path) -> None:
+    with Engine(replace(config, strategy="parallel", devices="cpu")) as engine, pytest.raises(ConfigError, match="two"):
+        engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "a.mkv", "ffv1"))
+
+
+def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_path, monkeypatch) -> None:
+    """Two equal devices share a job by the engine's own choice; then it is also the engine that must cope."""
+    from wanduet.engine.group import Group
+    from wanduet.parallel.launch import RankFailedError
+
+    def fall(self, job, task):
+        raise RankFailedError("Rank 1 (cpu) died.", 1)
+
+    monkeypatch.setattr(Group, "denoise", fall)
+    monkeypatch.setattr(Group, "__init__", lambda self, config, plan: setattr(self, "devices", plan.ranks))
+    monkeypatch.setattr(Group, "preload", lambda self, job: None)
+    monkeypatch.setattr(Group, "close", lambda self: None)
+    job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
+    assert job.rungs[-1].startswith("denoise: without a group")
+    assert frame_hashes(tmp_path / "a.mkv").digest == frame_hashes(alone / "guided.mkv").digest
+
+
+def test_unequal_devices_get_unequal_parts_and_give_the_same(config, alone, tmp_path) -> None:
+    settings = replace(config, strategy="parallel", devices="cpu,cpu", speeds=(3.0, 1.0))
+    job = run(settings, tmp_path / "a.mkv")
+    assert (job.plan.layout.cfg, job.plan.layout.sequence) == (1, 2)  # pairs would wait for the slower one
+    expected = latents(alone / "guided.mkv")
+    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    pairs = zip(frame_hashes(tmp_path / "a.mkv").frames, frame_hashes(alone / "guided.mkv").frames, strict=True)
+    assert sum(a == b for a, b in pairs) >= 7
+
+
+def test_speeds_that_are_alike_are_equal() -> None:
+    from wanduet.engine.speeds import balanced
+
+    assert balanced((100.0, 95.0)) == (1.0, 1.0)
+    assert balanced((2.0, 1.0)) == (1.0, 0.5)
+    with pytest.raises(ConfigError, match="speeds"):
+        EngineConfig(devices="cpu,cpu", speeds=(1.0,))

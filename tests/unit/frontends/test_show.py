@@ -1,0 +1,35 @@
+import pytest
+
+from wanduet.frontends.show import show
+
+
+def shown(capsys: pytest.CaptureFixture[str], value: dict) -> str:
+    show(value)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[/b] [red]x[/red]", ":smile: [link=http://x]y", "{0} %s", "红色"])
+def test_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert text in shown(capsys, {"text": text})
+    video = {"output": f"{text}.mp4", "seed": 1, "timings": {"total_s": 1.0}, "peak_memory_bytes": {"cpu": 2**30}}
+    assert f"{text}.mp4 (seed 1)" in shown(capsys, video | {"warnings": [text]})
+
+
+def test_nothing_of_a_file_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    made_by = {"request": {"prompt": "a\x1b[31mb\x07c\x9bd\r"}, "model": {"name": "\x1b]0;title\x07"}}
+    out = shown(capsys, {"kind": "video", "made_by": made_by, "nested": {"a": ["\x1b[2J"]}})
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(out)
+    assert "a�[31mb�c�d�" in out
+
+
+def test_metadata_of_strange_kinds_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    for request in (None, 5, [], "x", {}):
+        assert "video" in shown(capsys, {"kind": "video", "made_by": {"model": {}, "request": request}})
+
+
+def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, {"num_bytes": 3 * 2**30, "nothing": None, "empty": [], "std": 0.123456})
+    assert "3.00 GiB" in out
+    assert "0.1235" in out
+    assert "nothing" not in out
+    assert "empty" not in out

@@ -1,0 +1,196 @@
+"""An engine without models: it counts to `num_inference_steps`, keeps checkpoints, writes a few bytes.
+
+Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
+The prompt says what goes wrong: `die N` kills the process at step N, `raise N` raises there.
+"""
+
+import hashlib
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from wanduet.config import EngineConfig
+from wanduet.errors import CancelledError, OutOfMemoryError
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.hooks import EngineHooks
+from wanduet.jobs.store import JobStore
+from wanduet.media.files import write_atomically
+from wanduet.request import GenerationRequest
+
+STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0.01"))
+
+
+@dataclass(frozen=True)
+class Event:
+    phase: str
+    done: int = 0
+    total: int = 0
+    video: int = 0
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    path: Path
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Video:
+    path: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    videos: tuple[Video, ...]
+    timings: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    warnings: tuple[str, ...] = ()
+
+
+class FakeJob:
+    def __init__(self, data: Path, request: GenerationRequest, output: Output, on_step: Any) -> None:
+        self.data, self.request, self.output, self.on_step = data, request, output, on_step
+        self.cancelled = threading.Event()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._result: Result | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def events(self) -> Iterator[Event]:
+        while True:
+            event = self._events.get()
+            yield event
+            if event.phase in ("done", "failed"):
+                return
+
+    def result(self, timeout: float | None = None) -> Result:
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+            self._events.put(Event("done"))
+        except BaseException as error:
+            self._error = error
+            self._events.put(Event("failed"))
+
+    def _work(self) -> Result:
+        total = self.request.num_inference_steps or 5
+        word, _, number = self.request.prompt.partition(" ")
+        name = self.output.path.parent.name
+        checkpoint = self.output.path.with_name("checkpoint")
+        start = int(checkpoint.read_text()) if self.output.resume and checkpoint.exists() else 0
+        for step in range(start, total):
+            if self.cancelled.is_set():
+                raise CancelledError("cancelled")
+            if number.isdigit() and step == int(number):
+                if word == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if word == "raise":
+                    raise RuntimeError("a secret detail")
+                if word == "oom":
+                    raise OutOfMemoryError(f"Out of memory in {self.data}.")
+            time.sleep(STEP_SECONDS)
+            write_atomically(checkpoint, str(step + 1).encode())
+            self._note(f"{name} step {step}")
+            if self.on_step is not None:
+                self.on_step(step)
+            self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
+        videos = []
+        count = self.request.num_videos_per_prompt
+        for index in range(count):
+            path = self.output.path if count == 1 else self.output.path.with_stem(f"video-{index + 1}")
+            seed = (self.request.seed or 0) + index
+            write_atomically(path, content(self.request.prompt, seed))
+            videos.append(Video(path, seed))
+        self._note(f"{name} done")
+        return Result(tuple(videos), {"denoise_s": 1.0, "total_s": 2.0}, {"cpu": 123})
+
+    def _note(self, line: str) -> None:
+        handle = os.open(self.data / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.write(handle, f"{line}\n".encode())
+        os.close(handle)
+
+
+def make_previews(path: Path) -> dict[str, bytes]:
+    return {"thumbnail": b"webp" + path.read_bytes(), "spritesheet": b"jpeg" + path.read_bytes()}
+
+
+class FakeWatcher:
+    """Shows the step it has seen, and remembers what it was told to learn."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, info: int) -> None:
+        write_atomically(self.path, b"step %d" % info)
+
+    def learn(self, video: Path) -> None:
+        assert video.exists()
+
+
+def checkpoint_key(request: GenerationRequest) -> str:
+    return hashlib.sha256(f"{request.prompt}/{request.seed}".encode()).hexdigest()[:32]
+
+
+class FakeEngine:
+    hooks = EngineHooks(
+        make_output=Output,
+        make_previews=make_previews,
+        watch_steps=lambda engine, path, request: FakeWatcher(path),
+        checkpoint_keys=lambda engine, running: [checkpoint_key(running.request)],
+    )
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.data = config.data_folder
+        self.jobs: list[FakeJob] = []
+
+    def submit(self, request: GenerationRequest, output: Any, on_step: Any = None) -> FakeJob:
+        self.jobs.append(FakeJob(self.data, request, output, on_step))
+        return self.jobs[-1]
+
+
+def content(prompt: str, seed: int) -> bytes:
+    """What the fake video of a prompt and seed holds."""
+    return hashlib.sha256(f"{prompt}/{seed}".encode()).digest() * 40
+
+
+def open_store(data: Path, **options: Any) -> JobStore:
+    """A store over a folder; on PostgreSQL, in a schema of that folder's own, where WANDUET_TEST_POSTGRES names one."""
+    return JobStore(JobFiles(data), postgres_url(data), **options)
+
+
+def postgres_url(data: Path) -> str | None:
+    base = os.environ.get("WANDUET_TEST_POSTGRES")
+    if base is None:
+        return None
+    schema = "t" + hashlib.sha256(str(data).encode()).hexdigest()[:16]
+    database = sa.create_engine(base)
+    with database.begin() as connection:
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+        connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
+    database.dispose()
+    return f"{base}?options=-csearch_path%3D{schema}"
+
+
+def journal(data: Path) -> list[str]:
+    path = data / "journal"
+    return path.read_text().splitlines() if path.exists() else []

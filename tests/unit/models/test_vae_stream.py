@@ -1,0 +1,81 @@
+"""Streamed decoding: the same bytes as a whole decode, in every order and cut; memory as predicted."""
+
+import numpy as np
+import pytest
+import torch
+
+from wanduet.models.footprint import Footprint
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae_rows import DecodePlan
+from wanduet.models.vae_stream import decode_stream, to_uint8
+from wanduet.specs import VAESpec
+
+SPEC = VAESpec(base_dim=8, num_res_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    torch.manual_seed(0)
+    return WanVAE(SPEC).eval().requires_grad_(False)
+
+
+def latents(seed: int, frames: int = 4) -> torch.Tensor:
+    return torch.randn(16, frames, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(vae: WanVAE, z: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return to_uint8(vae.decode(z[None])).numpy()
+
+
+@pytest.mark.parametrize("order", ["frame", "strip"])
+@pytest.mark.parametrize("strips", [1, 3, 7])
+def test_equals_whole_decode(vae, order, strips) -> None:
+    z = latents(1)
+    told = []
+    chunks = [c.copy() for c in decode_stream(vae, z, DecodePlan(order, strips), lambda *a: told.append(a))]
+    got = np.concatenate(chunks)
+    assert got.shape == (13, 48, 40, 3)
+    difference = np.abs(got.astype(int) - whole(vae, z).astype(int))
+    assert difference.max() <= 1  # a float on a rounding border
+    assert (difference > 0).mean() < 1e-3
+    assert told[-1] == (13, 13)
+
+
+def test_two_interleaved_videos_keep_to_themselves(vae) -> None:
+    one, two = latents(2), latents(3, frames=3)
+    streams = [decode_stream(vae, one), decode_stream(vae, two)]
+    got: list[list[np.ndarray]] = [[], []]
+    for turn in (0, 1, 1, 0, 0, 1, 0):
+        got[turn].append(next(streams[turn]).copy())
+    assert np.array_equal(np.concatenate(got[0]), whole(vae, one))
+    assert np.array_equal(np.concatenate(got[1]), whole(vae, two))
+
+
+def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
+    z = latents(4)[None]
+    with torch.no_grad():
+        _, past = vae.decode_step(z[:, :, :1], None)
+        first, _ = vae.decode_step(z[:, :, 1:2], past)
+        again, _ = vae.decode_step(z[:, :, 1:2], past)
+    assert torch.equal(first, again)
+
+
+def test_footprint_counts_what_is_allocated() -> None:
+    with Footprint() as footprint:
+        a = torch.empty(1024, device="meta")
+        b = a + 1
+        assert footprint.live == 8192
+        del a
+        b.add_(1)
+    assert (footprint.live, footprint.peak) == (4096, 8192)
+
+
+def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:
+    def predict(frames: int, order: str, strips: int) -> int:
+        return decode_bytes(VAESpec(), 480, 832, frames, DecodePlan(order, strips), "float32")
+
+    assert predict(81, "frame", 1) == predict(801, "frame", 1)
+    assert predict(81, "frame", 4) < 0.9 * predict(81, "frame", 1)
+    assert predict(81, "strip", 4) < 0.5 * predict(81, "frame", 4)

@@ -1,0 +1,68 @@
+"""`wanduet serve`, `jobs` and `keys` as they are typed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanduet.frontends.cli import app
+from wanduet.frontends.run import run
+from wanduet.jobs.records import NewJob
+from wanduet.jobs.store import JobStore
+
+
+@pytest.fixture
+def wanduet(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDUET_TEST_POSTGRES", raising=False)
+
+    def call(*arguments: str, code: int = 0) -> str:
+        assert run(app, arguments) == code
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def job_id(store: JobStore) -> str:
+    return store.submit(NewJob("local", "m", {"prompt": "a [red] fox", "seed": 1})).job.id
+
+
+def test_list_show_cancel_and_remove(wanduet: Any, store: JobStore, job_id: str) -> None:
+    assert "a [red] fox" in wanduet("jobs", "list")
+    (listed,) = json.loads(wanduet("jobs", "list", "--json"))["jobs"]
+    assert (listed["id"], listed["status"], listed["request"]["seed"]) == (job_id, "queued", 1)
+    assert json.loads(wanduet("jobs", "list", "--status", "failed", "--json"))["jobs"] == []
+    assert json.loads(wanduet("jobs", "show", job_id, "--json"))["files"] == []
+    assert json.loads(wanduet("jobs", "cancel", job_id, "--json"))["error"]["code"] == "cancelled"
+    assert "cancelled" in wanduet("jobs", "list")
+    assert json.loads(wanduet("jobs", "rm", job_id, "--json")) == {"deleted": [job_id]}
+    assert store.list().jobs == ()
+    assert "No jobs" in wanduet("jobs", "list")
+
+
+def test_unknown_jobs_are_told(wanduet: Any) -> None:
+    for command in ("show", "cancel", "rm"):
+        out = wanduet("jobs", command, "video_0", "--json", code=1)
+        assert json.loads(out)["error"]["code"] == "not_found"
+    wanduet("jobs", "rm", code=2)
+
+
+def test_keys(wanduet: Any, tmp_path: Path) -> None:
+    made = json.loads(wanduet("keys", "add", "ann", "--json"))
+    assert wanduet("keys", "add", "bob").startswith("wanduet-")
+    assert [key["name"] for key in json.loads(wanduet("keys", "list", "--json"))["keys"]] == ["ann", "bob"]
+    assert made["key"] not in (tmp_path / "keys.json").read_text()
+    wanduet("keys", "rm", made["id"])
+    assert "ann" not in wanduet("keys", "list")
+    wanduet("keys", "rm", made["id"], code=2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--host", "0.0.0.0"), ("--port", "70000"), ("--parallel", "0"), ("--disk-limit", "much")],
+    ids=lambda flags: flags[0],
+)
+def test_serve_refuses_before_anything_is_started(wanduet: Any, flags: tuple[str, ...]) -> None:
+    wanduet("serve", "--model", "miniature", *flags, code=2)

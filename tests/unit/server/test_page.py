@@ -1,0 +1,160 @@
+"""The page's HTML, its gate, its actions; in a browser it is tested in tests/e2e."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from api import CONTENT, Api
+from fastapi.testclient import TestClient
+
+from wanduet.config import EngineConfig
+from wanduet.errors import WanduetError
+from wanduet.frontends import ui_views as views
+from wanduet.frontends.http_keys import KeyRing
+from wanduet.frontends.ui_actions import PageActions
+from wanduet.jobs.records import JobError, StoredJob
+
+REQUEST = {
+    "prompt": "<script>alert(1)</script> & 'co\"",
+    "negative_prompt": "<i>none</i>",
+    "width": 832,
+    "height": 480,
+    "num_frames": 81,
+    "fps": 16,
+    "num_inference_steps": 50,
+    "guidance_scale": 6.0,
+    "flow_shift": 8.0,
+    "sampler": "unipc",
+    "seed": 7,
+}
+JOB = StoredJob("video_" + "0" * 32, "local", "m", REQUEST, "queued")
+STATES = [
+    JOB,
+    replace(JOB, status="in_progress", phase="denoise", progress=42.4, seconds_left=75.0),
+    replace(JOB, status="completed", progress=100.0, started_at=1.0, completed_at=63.0),
+    replace(JOB, status="failed", error=JobError("out_of_memory", "<b>no</b> memory")),
+    replace(JOB, status="failed", error=JobError("cancelled", "The job was cancelled.")),
+]
+
+
+@pytest.mark.parametrize("job", STATES, ids=lambda job: views.title(job))
+def test_what_users_wrote_is_escaped(job: StoredJob) -> None:
+    everything = views.stage(job) + views.progress(job) + views.details(job) + views.gallery([job], job.id)
+    for bad in ("<script>", "<i>none", "<b>no</b>"):
+        assert bad not in everything
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#x27;co&quot;" in everything
+
+
+def test_progress_in_words() -> None:
+    line = views.progress(STATES[1])
+    assert "Denoising" in line
+    assert "about 1 min 15 s left" in line
+    assert "42 %" in line
+    assert "made in 1 min 2 s" in views.progress(STATES[2])
+    assert [views.duration(s) for s in (0.2, 59, 61, 3700)] == ["1 s", "59 s", "1 min 1 s", "1 h 1 min"]
+
+
+def test_what_the_plan_says() -> None:
+    device = {"name": "cuda:0", "phases": {"denoise": 3 * 2**30, "decode": 2**30}}
+    plan = {"fits": True, "devices": [device], "predicted_seconds": {"total": 90.0}, "nearest_that_fits": []}
+    assert views.plan_line(plan) == ("Fits: cuda:0 3.00 GiB · about 1 min 30 s", "good")
+    small = {**plan, "fits": False, "nearest_that_fits": [{"num_frames": 41, "predicted_peak_bytes": {}}]}
+    text, kind = views.plan_line(small)
+    assert kind == "bad"
+    assert text.endswith("Try num frames 41.")
+
+
+@pytest.fixture
+def actions(api: Api) -> PageActions:
+    return PageActions(api.context, EngineConfig(data_dir=api.store.files.folder))
+
+
+def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
+    form = {**actions.defaults(), "prompt": "a fox", "num_frames": 33.0, "seed": 5.0, "size": "480x832"}
+    job = actions.submit("local", form)
+    assert (job.request["height"], job.request["width"], job.request["num_frames"]) == (832, 480, 33)
+    assert actions.form_of(job.request) == {**form, "num_frames": 33, "seed": 5}
+    drawn = actions.submit("local", {**form, "seed": None})
+    assert drawn.request["seed"] is not None
+    assert [one.id for one in actions.jobs("local")] == [drawn.id, job.id]
+    assert actions.find("someone", job.id) is None
+    actions.cancel("someone", job.id)
+    actions.cancel("local", job.id)
+    assert [actions.find("local", one.id).status for one in (job, drawn)] == ["failed", "queued"]  # type: ignore[union-attr]
+    actions.delete("local", job.id)
+    assert actions.find("local", job.id) is None
+
+
+def test_an_empty_prompt_and_wrong_sizes_are_told(actions: PageActions) -> None:
+    for change in ({"prompt": "  "}, {"size": "100x100"}, {"size": "huge"}, {"num_frames": 80}):
+        with pytest.raises(WanduetError):
+            actions.submit("local", {**actions.defaults(), "prompt": "x", **change})
+    assert actions.jobs("local") == ()
+
+
+@pytest.fixture
+def mount() -> Any:
+    pytest.importorskip("gradio")
+    from wanduet.frontends.ui import mount_page
+
+    yield mount_page
+    gc.collect()  # Gradio leaves loops and sockets to the collector: here and not in another test
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any, store: Any, mount: Any) -> None:
+    keys = KeyRing(store.files.folder / "keys.json")
+    key, other = keys.add("ann"), keys.add("bob")
+    api = make_api(keys=keys)
+    app = mount(api.app, EngineConfig(data_dir=store.files.folder))
+    job = {"prompt": "x"}
+    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as http:
+        assert (http.get("/").status_code, http.get("/").headers["location"]) == (303, "/login")
+        assert http.get("/config").status_code == 401
+        assert http.post("/login", data={"key": "wrong"}).status_code == 401
+        assert http.post("/login", data={"key": key}, headers={"Origin": "http://evil.example"}).status_code == 403
+        signed_in = http.post("/login", data={"key": key})
+        cookie = signed_in.headers["set-cookie"].lower()
+        assert all(word in cookie for word in ("httponly", "samesite=strict"))
+        page = http.get("/")
+        assert page.status_code == 200
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        video_id = http.post("/v1/videos", json=job).json()["id"]
+        assert http.get(f"/v1/videos/{video_id}").status_code == 200
+        strange = {"Authorization": f"Bearer {other}"}
+        assert http.get(f"/v1/videos/{video_id}", headers=strange).status_code == 404, "a header counts before a cookie"
+        for path in (
+            "/gradio_api/proxy=https://x.hf.space/",
+            "/gradio_api/file=/etc/passwd",
+            "/monitoring",
+            "/gradio_api/upload",
+        ):
+            assert http.get(path).status_code == 404
+        for data in (["x", {"path": "http://x/a.mp4", "meta": {"_type": "gradio.FileData"}}], [[{"p\u0061th": "/x"}]]):
+            asked = {"data": data, "fn_index": 0, "session_hash": "a"}
+            assert http.post("/gradio_api/queue/join", json=asked).status_code == 400, "no file, no address"
+        no_video = http.post("/page/settings", content=b"x" * 2**21)
+        assert (no_video.status_code, list(no_video.json())) == (200, ["error"])
+        assert str(store.files.folder) not in no_video.text
+        keys.remove(keys.records()[0].id)
+        assert http.post("/page/settings", content=b"x").status_code == 401
+        assert http.get("/").status_code == 303, "a revoked key closes the page"
+
+
+def test_only_the_pages_upload_may_be_long(api: Api) -> None:
+    for path, status in (("/v1/videos", 413), ("/page/settings", 404)):
+        assert api.http.post(path, content=b"x" * (2**20 + 1)).status_code == status
+
+
+def test_a_preview_is_served_while_the_job_runs(api: Api) -> None:
+    job = api.create()
+    path = f"/v1/videos/{job['id']}/preview"
+    assert api.http.get(path).status_code == 404
+    api.claim()
+    picture = api.store.files.preview_path(job["id"])
+    picture.parent.mkdir()
+    picture.write_bytes(CONTENT)
+    answer = api.http.get(path)
+    assert (answer.content, answer.headers["content-type"]) == (CONTENT, "image/webp")
+    assert answer.headers["cache-control"] == "no-store"

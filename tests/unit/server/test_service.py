@@ -1,0 +1,311 @@
+"""Around the protocol: keys, hosts, origins, bodies, overload, health, metrics."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from wanduet.errors import ConfigError
+from wanduet.frontends.http_context import ServerSettings
+from wanduet.frontends.http_keys import KeyRing
+from wanduet.frontends.http_security import check_bind
+from wanduet.frontends.server import run_app
+from wanduet.jobs.records import JobError, Limits, NewJob
+from wanduet.jobs.store import JobStore
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyRing:
+    return KeyRing(tmp_path / "keys.json")
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_keys_are_kept_as_hashes_only(keys: KeyRing, tmp_path: Path) -> None:
+    key = keys.add("laptop")
+    assert key not in (tmp_path / "keys.json").read_text()
+    assert key.removeprefix("wanduet-") not in (tmp_path / "keys.json").read_text()
+    assert stat.S_IMODE(os.stat(tmp_path / "keys.json").st_mode) == 0o600
+    (record,) = keys.records()
+    assert keys.owner(key) == record.id
+    assert keys.owner(key + "x") is None
+    assert keys.owner("") is None
+
+
+def test_keys_are_compared_in_constant_time(keys: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hmac
+
+    made = [keys.add(f"{i}") for i in range(4)]
+    compared = []
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(1) or real(a, b))
+    for key in (*made, "wrong"):
+        compared.clear()
+        keys.owner(key)
+        assert len(compared) == 4
+
+
+def test_revoked_keys_stop_at_once(keys: KeyRing, make_api: Any) -> None:
+    first, second = keys.add("a"), keys.add("b")
+    api = make_api(keys=KeyRing(keys._path))
+    assert api.http.get("/v1/videos", headers=bearer(first)).status_code == 200
+    assert keys.remove(keys.records()[0].id)
+    assert not keys.remove("nothing")
+    assert api.http.get("/v1/videos", headers=bearer(first)).status_code == 401
+    assert api.http.get("/v1/videos", headers=bearer(second)).status_code == 200
+
+
+def test_removing_the_last_key_closes_the_server(keys: KeyRing, make_api: Any, tmp_path: Path) -> None:
+    key = keys.add("a")
+    api = make_api(keys=keys)
+    keys.remove(keys.records()[0].id)
+    assert api.http.get("/v1/videos", headers=bearer(key)).status_code == 401
+    (tmp_path / "keys.json").unlink()
+    assert api.http.get("/v1/videos").status_code == 401
+    assert make_api(ServerSettings(host="0.0.0.0")).http.get("/v1/videos").status_code == 401
+
+
+def test_too_many_streams_are_refused_and_ended_ones_make_room(make_api: Any) -> None:
+    api = make_api(ServerSettings(max_streams=1, stream_poll_seconds=0.01))
+    video_id = api.create()["id"]
+    api.store.cancel(video_id)
+    for _ in range(3):
+        assert api.http.get(f"/v1/videos/{video_id}/events").status_code == 200
+    with api.context.streams.enter():
+        answer = api.http.get(f"/v1/videos/{video_id}/events")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_jobs_of_other_doors_are_shown(api: Any) -> None:
+    api.store.submit(NewJob("local", "m", {"prompt": "x", "num_frames": None, "fps": None}))
+    (video,) = api.http.get("/v1/videos").json()["data"]
+    assert (video["seconds"], video["size"], video["prompt"]) == ("", "", "x")
+
+
+def test_a_damaged_key_file_closes_the_server(keys: KeyRing, make_api: Any, tmp_path: Path) -> None:
+    key = keys.add("a")
+    api = make_api(keys=keys)
+    (tmp_path / "keys.json").write_text("{")
+    assert api.http.get("/v1/videos").status_code == 401
+    assert api.http.get("/v1/videos", headers=bearer(key)).status_code == 500
+    with pytest.raises(ConfigError, match="keys"):
+        make_api(keys=keys)
+
+
+@pytest.mark.parametrize(
+    "header", [{}, bearer("wrong"), bearer(""), {"Authorization": "Basic x"}, {"Authorization": "é".encode()}]
+)
+def test_without_a_key_nothing_is_told(keys: KeyRing, make_api: Any, header: dict[str, str]) -> None:
+    keys.add("a")
+    api = make_api(keys=keys)
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models"), ("GET", "/metrics")):
+        answer = api.http.request(method, path, headers=header)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert api.http.get("/health").status_code == 200
+
+
+def test_other_keys_videos_are_404(keys: KeyRing, make_api: Any) -> None:
+    ann, bob = bearer(keys.add("ann")), bearer(keys.add("bob"))
+    api = make_api(keys=keys)
+    video_id = api.http.post("/v1/videos", json={"prompt": "x"}, headers=ann).json()["id"]
+    for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("GET", "/events"), ("POST", "/cancel")):
+        assert api.http.request(method, f"/v1/videos/{video_id}{end}", headers=bob).status_code == 404
+    assert api.http.post(f"/v1/videos/{video_id}/remix", json={"prompt": "y"}, headers=bob).status_code == 404
+    assert api.http.get("/v1/videos", headers=bob).json()["data"] == []
+    assert api.http.get(f"/v1/videos/{video_id}", headers=ann).json()["status"] == "queued"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
+def test_other_machines_need_a_key(host: str, make_api: Any) -> None:
+    with pytest.raises(ConfigError, match="API key"):
+        run_app(make_api(ServerSettings(host=host)).app)
+    check_bind(host, has_keys=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+def test_this_machine_needs_none(host: str) -> None:
+    check_bind(host, has_keys=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("[::1]:8000", 200),
+        ("192.168.1.5", 200),
+        ("videos.example.org", 200),
+        ("evil.example.com", 400),
+        ("localhost.evil.com", 400),
+        ("127.0.0.1.evil.com", 400),
+        ("user@localhost", 400),
+        ("localhost/x", 400),
+        ("localhost:x", 400),
+        ("", 400),
+    ],
+)
+def test_hosts(make_api: Any, host: str, status: int) -> None:
+    api = make_api(ServerSettings(allowed_hosts=("videos.example.org",)))
+    assert api.http.get("/v1/videos", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://127.0.0.1:8000", 200),
+        ("https://page.example.org", 200),
+        ("http://127.0.0.1:9000", 403),
+        ("http://evil.example.com", 403),
+        ("null", 403),
+        ("file://127.0.0.1:8000", 403),
+    ],
+)
+def test_origins_of_writes(make_api: Any, origin: str | None, status: int) -> None:
+    api = make_api(ServerSettings(allowed_origins=("https://page.example.org",)))
+    headers = {} if origin is None else {"Origin": origin}
+    answer = api.http.post("/v1/videos", json={"prompt": "x"}, headers=headers)
+    assert answer.status_code == status
+    assert len(api.store.list().jobs) == (status == 200)
+    assert "access-control-allow-origin" not in answer.headers
+    assert api.http.get("/v1/videos", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+def test_long_bodies_are_cut_off(make_api: Any, streamed: bool, kind: str) -> None:
+    api = make_api(ServerSettings(max_body_bytes=1000))
+    sent = []
+
+    def body() -> Iterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n'
+        for _ in range(100):
+            sent.append(1)
+            yield b"x" * 100
+
+    content = body() if streamed else b"x" * 1001
+    answer = api.http.post("/v1/videos", content=content, headers={"content-type": kind})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert api.store.list().jobs == ()
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "9" * 30])
+def test_lengths_that_are_none(api: Any, length: str) -> None:
+    answer = api.http.post("/v1/videos", content=b"{}", headers={"content-length": length})
+    assert answer.status_code in (400, 413)
+
+
+@pytest.mark.parametrize(("limits", "status"), [(Limits(queue=3), 503), (Limits(per_owner=3), 429)])
+def test_a_full_queue_refuses_before_it_stores(make_api: Any, limits: Limits, status: int) -> None:
+    api = make_api(ServerSettings(queue=limits))
+    answers = [api.http.post("/v1/videos", json={"prompt": "x"}) for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200] * 3 + [status] * 2
+    assert int(answers[-1].headers["retry-after"]) > 0
+    assert answers[-1].json()["error"]["code"] == "queue_full"
+    assert len(api.store.list().jobs) == 3
+
+
+def test_successes_equal_rows_under_overload(make_api: Any) -> None:
+    api = make_api(ServerSettings(max_submissions=8, queue=Limits(queue=60)))
+    with api.http, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda i: api.http.post("/v1/videos", json={"prompt": f"job {i}"}), range(200)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) <= {200, 503}
+    assert 8 <= statuses.count(200) == len(api.store.list(limit=100).jobs) <= 60
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+
+
+def test_one_key_many_times_at_once_is_one_job(api: Any) -> None:
+    headers = {"Idempotency-Key": "k"}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(
+            pool.map(lambda _: api.http.post("/v1/videos", json={"prompt": "x"}, headers=headers), range(50))
+        )
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["id"] for answer in answers}) == len(api.store.list().jobs) == 1
+
+
+def test_a_full_disk_is_503_and_stores_nothing(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "submit", full)
+        answer = api.http.post("/v1/videos", json={"prompt": "a secret"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+    assert "retry-after" in answer.headers
+    assert "secret" not in answer.text
+    assert api.create()["status"] == "queued"
+
+
+def test_bugs_tell_nothing(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise RuntimeError("/home/someone/secret")
+
+    monkeypatch.setattr(JobStore, "list", bug)
+    answer = api.http.get("/v1/videos")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+
+
+def test_health_and_ready(make_api: Any) -> None:
+    alive = [True]
+    api = make_api(worker_ready=lambda: alive[0])
+    assert (api.http.get("/health").json()["status"], api.http.get("/ready").status_code) == ("ok", 200)
+    alive[0] = False
+    assert (api.http.get("/ready").status_code, api.http.get("/ready").json()["status"]) == (503, "no worker")
+    alive[0] = True
+    api.context.draining.set()
+    assert api.http.get("/ready").json()["status"] == "draining"
+    assert api.http.get("/health").status_code == 200
+    answer = api.http.post("/v1/videos", json={"prompt": "x"})
+    assert (answer.status_code, "retry-after" in answer.headers, api.store.list().jobs) == (503, True, ())
+
+
+def test_models(api: Any) -> None:
+    assert [model["id"] for model in api.http.get("/v1/models").json()["data"]] == ["Wan2.1-T2V-1.3B"]
+    assert api.http.get("/v1/models/Wan2.1-T2V-1.3B").json()["object"] == "model"
+    assert api.http.get("/v1/models/other/one").status_code == 404
+
+
+def test_metrics(api: Any) -> None:
+    api.create()
+    api.finish()
+    api.create()
+    api.store.fail(api.claim(), JobError("out_of_memory", "x"))
+    api.create()
+    api.http.get("/v1/videos/video_" + "0" * 32)
+    text = api.http.get("/metrics").text
+    for line in (
+        'wanduet_jobs{status="queued"} 1.0',
+        'wanduet_jobs{status="completed"} 1.0',
+        'wanduet_failed_jobs{code="out_of_memory"} 1.0',
+        'wanduet_submissions_total{outcome="stored"} 3.0',
+        'wanduet_stage_jobs_total{stage="queue"} 1.0',
+        'status="404"',
+    ):
+        assert line in text
+    assert "video_000" not in text, "ids make no series"
+
+
+def test_unknown_paths_and_methods(api: Any) -> None:
+    for method, path, status in (("GET", "/nothing", 404), ("PUT", "/v1/videos", 405), ("GET", "/docs", 404)):
+        answer = api.http.request(method, path)
+        assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
+
+
+def test_the_schema_names_every_field(api: Any) -> None:
+    schema = api.http.get("/openapi.json").json()
+    body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    assert set(body) == {"multipart/form-data", "application/json"}
+    assert {"prompt", "seconds", "size", "seed", "flow_shift"} <= set(body["application/json"]["schema"]["properties"])
+    json.dumps(schema)

@@ -1,0 +1,327 @@
+"""The protocol: what a client sends and gets, call by call."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from wanduet.jobs.records import JobError
+
+FIELDS = {
+    "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "seconds", "size",
+    "prompt", "remixed_from_video_id", "error", "settings",
+}  # fmt: skip
+CONTENT = bytes(range(256)) * 8
+
+
+def test_create_from_a_form_as_the_sdk_sends_it(api: Any) -> None:
+    form = {
+        "prompt": "a red circle", "model": "Wan2.1-T2V-1.3B", "seconds": "4", "size": "832x480", "seed": "5",
+        "num_inference_steps": "20", "guidance_scale": "4.5", "flow_shift": "3", "negative_prompt": "", "fps": "16",
+    }  # fmt: skip
+    answer = api.http.post("/v1/videos", files={name: (None, value) for name, value in form.items()})
+    assert answer.status_code == 200
+    video = answer.json()
+    assert set(video) == FIELDS
+    assert (video["object"], video["status"], video["progress"]) == ("video", "queued", 0)
+    assert (video["seconds"], video["size"], video["model"]) == ("4", "832x480", "Wan2.1-T2V-1.3B")
+    settings = video["settings"]
+    assert (settings["num_frames"], settings["seed"], settings["guidance_scale"]) == (65, 5, 4.5)
+    assert (settings["negative_prompt"], settings["num_inference_steps"], settings["flow_shift"]) == ("", 20, 3.0)
+    assert api.store.get(video["id"]).request["prompt"] == "a red circle"
+
+
+def test_create_from_json_and_from_a_plain_form(api: Any) -> None:
+    video = api.create(seconds=5, size="720p")
+    assert (video["seconds"], video["size"], video["settings"]["num_frames"]) == ("5", "1280x720", 81)
+    answer = api.http.post("/v1/videos", data={"prompt": "x", "num_frames": "17"})
+    assert answer.json()["settings"]["num_frames"] == 17
+
+
+@pytest.mark.parametrize(
+    ("given", "frames"), [("5", 81), (5, 81), (5.0, 81), ("1", 17), ("0.1", 1), ("0", 1), ("2.1", 33)]
+)
+def test_seconds_become_frames(api: Any, given: Any, frames: int) -> None:
+    assert api.create(seconds=given)["settings"]["num_frames"] == frames
+
+
+def test_1080p_keeps_its_size(api: Any) -> None:
+    assert api.create(size="1080p")["size"] == "1920x1080"
+
+
+def test_a_seed_is_drawn_once_so_that_an_attempt_can_be_repeated(api: Any) -> None:
+    seeds = {api.create()["settings"]["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "x" * 8001}, "prompt"),
+        ({"prompt": "a\udc80"}, "prompt"),
+        ({"prompt": "a\0b"}, "prompt"),
+        ({"negative_prompt": "x" * 8001}, "negative_prompt"),
+        ({"seconds": "long"}, "seconds"),
+        ({"seconds": "nan"}, "seconds"),
+        ({"seconds": True}, "seconds"),
+        ({"seconds": [1]}, "seconds"),
+        ({"seconds": -1}, "seconds"),
+        ({"seconds": 10**400}, "seconds"),
+        ({"seconds": "60"}, "num_frames"),
+        ({"seconds": "4", "num_frames": 81}, "seconds"),
+        ({"size": "big"}, "size"),
+        ({"size": "²x³"}, "size"),
+        ({"size": 480}, "size"),
+        ({"size": "99984x16"}, "width"),
+        ({"size": "4096x4096"}, "size"),
+        ({"size": "833x480"}, "width"),
+        ({"size": "480p", "height": 480}, "size"),
+        ({"num_frames": 80}, "num_frames"),
+        ({"num_frames": 405}, "num_frames"),
+        ({"num_inference_steps": 201}, "num_inference_steps"),
+        ({"num_videos_per_prompt": 5}, "num_videos_per_prompt"),
+        ({"seed": "x"}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"fps": 0}, "fps"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"input_reference": "http://example.com/a.png"}, "input_reference"),
+        ({"output": "/etc/passwd"}, "output"),
+        ({"path": "../x"}, "path"),
+    ],
+)
+def test_bad_fields_are_named_and_nothing_is_stored(api: Any, fields: dict[str, Any], param: str) -> None:
+    error = _post_raw(api, fields)
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert len(error["message"]) < 700
+
+
+def _post_raw(api: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    body = json.dumps({"prompt": "x", **fields}).encode()
+    answer = api.http.post("/v1/videos", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert api.store.list().jobs == ()
+    return answer.json()["error"]
+
+
+def test_the_nearest_allowed_value_is_told(api: Any) -> None:
+    assert "81 or 77" in api.refusal(num_frames=80)["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"", "application/json", 400),
+        (b"x", "multipart/form-data", 400),
+        (b"x", "multipart/form-data; boundary=b", 400),
+        (b"prompt=x", "text/plain", 415),
+        (b"prompt=x&prompt=y", "application/x-www-form-urlencoded", 400),
+    ],
+)
+def test_bodies_that_are_no_request(api: Any, content: bytes, kind: str, status: int) -> None:
+    answer = api.http.post("/v1/videos", content=content, headers={"content-type": kind})
+    assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
+
+
+def test_files_are_not_taken(api: Any) -> None:
+    answer = api.http.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": ("a.png", b"x")})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
+
+
+def test_another_model_is_not_found(api: Any) -> None:
+    answer = api.http.post("/v1/videos", json={"prompt": "x", "model": "sora-2"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_video_through_its_life(api: Any) -> None:
+    video_id = api.create()["id"]
+    lease = api.claim()
+    api.store.progress(lease, 41.7, "denoise", 9.0)
+    running = api.http.get(f"/v1/videos/{video_id}").json()
+    assert (running["status"], running["progress"], running["completed_at"]) == ("in_progress", 41, None)
+    api.store.fail(lease, JobError("out_of_memory", "Memory ran out.", "server_error"))
+    answer = api.http.get(f"/v1/videos/{video_id}")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "failed"
+    assert answer.json()["error"] == {
+        "code": "out_of_memory",
+        "message": "Memory ran out.",
+        "type": "server_error",
+        "param": None,
+    }
+
+
+def test_content_in_all_variants(api: Any) -> None:
+    video_id = api.create()["id"]
+    job = api.finish()
+    for variant, kind, content in (
+        ("video", "video/mp4", CONTENT),
+        ("thumbnail", "image/webp", b"thumbnail"),
+        ("spritesheet", "image/jpeg", b"spritesheet"),
+    ):
+        answer = api.http.get(f"/v1/videos/{video_id}/content", params={"variant": variant})
+        assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, kind, content)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    head = api.http.head(f"/v1/videos/{video_id}/content")
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, str(len(CONTENT)), b"")
+    assert api.http.get(f"/v1/videos/{video_id}/content?variant=other").status_code == 400
+    assert api.http.get(f"/v1/videos/{video_id}/content?index=1").status_code == 404
+    assert job.id == video_id
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "content"),
+    [
+        ("bytes=0-9", 206, CONTENT[:10]),
+        ("bytes=2000-", 206, CONTENT[2000:]),
+        ("bytes=-5", 206, CONTENT[-5:]),
+        ("bytes=9999-", 416, None),
+        ("bytes=x", 400, None),
+    ],
+)
+def test_ranges(api: Any, wanted: str, status: int, content: bytes | None) -> None:
+    video_id = api.create()["id"]
+    api.finish()
+    answer = api.http.get(f"/v1/videos/{video_id}/content", headers={"Range": wanted})
+    assert answer.status_code == status
+    if content is not None:
+        assert answer.content == content
+        assert answer.headers["content-range"].endswith(f"/{len(CONTENT)}")
+
+
+def test_content_that_is_not_there_is_404_and_never_409(api: Any) -> None:
+    video_id = api.create()["id"]
+    for code in ("video_queued", "video_in_progress", "video_failed"):
+        answer = api.http.get(f"/v1/videos/{video_id}/content")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, code)
+        if code == "video_queued":
+            api.claim()
+        else:
+            api.store.cancel(video_id)
+
+
+def test_list_pages(api: Any) -> None:
+    ids = [api.create()["id"] for _ in range(5)]
+    first = api.http.get("/v1/videos", params={"limit": 2}).json()
+    assert [video["id"] for video in first["data"]] == ids[:2:-1]
+    assert (first["has_more"], first["first_id"], first["last_id"]) == (True, ids[4], ids[3])
+    rest = api.http.get("/v1/videos", params={"limit": 10, "after": first["last_id"]}).json()
+    assert ([v["id"] for v in rest["data"]], rest["has_more"]) == (ids[2::-1], False)
+    oldest = api.http.get("/v1/videos", params={"order": "asc", "limit": 1}).json()
+    assert oldest["data"][0]["id"] == ids[0]
+    empty = api.http.get("/v1/videos", params={"order": "asc", "after": ids[4]}).json()
+    assert empty == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+    for bad in ({"limit": 0}, {"limit": 101}, {"limit": "x"}, {"order": "up"}, {"after": "x"}):
+        answer = api.http.get("/v1/videos", params=bad)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(bad)))
+
+
+def test_delete(api: Any) -> None:
+    video_id = api.create()["id"]
+    api.finish()
+    answer = api.http.delete(f"/v1/videos/{video_id}")
+    assert answer.json() == {"id": video_id, "deleted": True, "object": "video.deleted"}
+    assert api.http.get(f"/v1/videos/{video_id}").status_code == 404
+    assert api.http.delete(f"/v1/videos/{video_id}").status_code == 404
+    assert list(api.store.files.videos.iterdir()) == []
+
+
+def test_remix_changes_the_prompt_only(api: Any) -> None:
+    source = api.create(seed=9, size="720p", num_inference_steps=7)
+    answer = api.http.post(f"/v1/videos/{source['id']}/remix", json={"prompt": "a blue circle"})
+    assert answer.status_code == 200
+    remix = answer.json()
+    assert (remix["prompt"], remix["remixed_from_video_id"]) == ("a blue circle", source["id"])
+    assert remix["settings"] == source["settings"]
+    for bad in ({}, {"prompt": ""}, {"prompt": 5}):
+        answer = api.http.post(f"/v1/videos/{source['id']}/remix", json=bad)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert api.http.post(f"/v1/videos/video_{'0' * 32}/remix", json={"prompt": "x"}).status_code == 404
+
+
+def test_cancel(api: Any) -> None:
+    video_id = api.create()["id"]
+    answer = api.http.post(f"/v1/videos/{video_id}/cancel")
+    assert (answer.status_code, answer.json()["status"], answer.json()["error"]["code"]) == (200, "failed", "cancelled")
+    again = api.http.post(f"/v1/videos/{video_id}/cancel")
+    assert again.json() == answer.json()
+
+
+def test_idempotency_key(api: Any) -> None:
+    def send(**fields: Any) -> Any:
+        return api.http.post("/v1/videos", json={"prompt": "x", **fields}, headers={"Idempotency-Key": "k"})
+
+    first, again = send(), send()
+    assert first.json() == again.json(), "the seed was drawn once"
+    other = send(prompt="y")
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert len(api.store.list().jobs) == 1
+    bad = api.http.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": "k" * 256})
+    assert bad.status_code == 400
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    blocks = [block for block in text.replace("\r\n", "\n").split("\n\n") if block.startswith("event")]
+    return [(b.split("\n")[0].removeprefix("event: "), json.loads(b.split("data: ", 1)[1])) for b in blocks]
+
+
+def between_looks(api: Any, monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], Any]) -> None:
+    """Make one change before each look of a stream at its video, from the second look on."""
+    real, left = api.store.get, [lambda: None, *changes]
+
+    def get(*values: Any) -> Any:
+        if left:
+            left.pop(0)()
+        return real(*values)
+
+    monkeypatch.setattr(api.store, "get", get)
+
+
+def test_events_follow_a_video_to_its_end(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    video_id = api.create()["id"]
+    lease = api.claim()
+    between_looks(
+        api,
+        monkeypatch,
+        lambda: api.store.progress(lease, 20.0, "denoise", 3.0),
+        lambda: None,
+        lambda: api.store.progress(lease, 60.0, "denoise", 1.0),
+        lambda: api.store.complete(lease, []),
+    )
+    answer = api.http.get(f"/v1/videos/{video_id}/events")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    seen = events(answer.text)
+    assert [name for name, _ in seen] == ["video", "video", "video", "done"]
+    assert [data["progress"] for _, data in seen] == [0, 20, 60, 100]
+    assert (seen[1][1]["phase"], seen[1][1]["seconds_left"]) == ("denoise", 3.0)
+
+
+def test_events_of_a_deleted_video_end(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    video_id = api.create()["id"]
+    between_looks(api, monkeypatch, lambda: api.store.delete(video_id))
+    seen = events(api.http.get(f"/v1/videos/{video_id}/events").text)
+    assert [name for name, _ in seen] == ["video", "deleted"]
+
+
+def test_streams_end_when_the_server_drains(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    video_id = api.create()["id"]
+    between_looks(api, monkeypatch, lambda: None, api.context.draining.set)
+    assert len(events(api.http.get(f"/v1/videos/{video_id}/events").text)) == 1
+
+
+@pytest.mark.parametrize("bad", ["x", "video_" + "0" * 32, "video_" + "g" * 32, "%2e%2e", "%00", "%ff", "x" * 65])
+@pytest.mark.parametrize(
+    ("method", "end"), [("GET", ""), ("GET", "/content"), ("GET", "/events"), ("DELETE", ""), ("POST", "/cancel")]
+)
+def test_ids_that_are_none(api: Any, bad: str, method: str, end: str) -> None:
+    answer = api.http.request(method, f"/v1/videos/{bad}{end}")
+    assert answer.status_code in (400, 404, 405)
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from wanduet.config import EngineConfig, format_bytes, parse_bytes, parse_devices
+from wanduet.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24GB", 24 * 10**9), ("512MiB", 2**29), ("1.5 TiB", 3 * 2**39),
+        ("800", 800), ("800B", 800), (" 1kib ", 1024), (77, 77),
+    ],
+)  # fmt: skip
+def test_amounts_of_memory(text: str | int, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "1..5G", "24 Gibi", "GiB", "1e3", "nan"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="no amount of memory"):
+        parse_bytes(text)
+
+
+def test_bytes_for_people() -> None:
+    assert (format_bytes(3 * 2**30), format_bytes(5 * 2**20), format_bytes(0)) == ("3.00 GiB", "5 MiB", "0 MiB")
+
+
+def test_devices() -> None:
+    assert parse_devices(None).names == parse_devices("  ").names == ()
+    assert parse_devices("cpu, cpu").names == ("cpu", "cpu")
+    named = parse_devices("vae=cuda:0,transformer=cuda:1")
+    assert (named.role("vae"), named.role("transformer"), named.role("text_encoder")) == ("cuda:0", "cuda:1", None)
+    assert parse_devices("vae=cpu,transformer=cpu").names == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["gpu", "cuda:", "cuda:-1", "cpu,", ",", "vae=cpu,cpu", "x=cpu", "vae=cpu,vae=cpu", "vae=", "=cpu", "cuda:0 1"],
+)
+def test_devices_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ConfigError):
+        EngineConfig(devices=text)
+
+
+def test_a_model_must_be_named() -> None:
+    with pytest.raises(ConfigError):
+        EngineConfig(model="")
+
+
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path))
+    assert EngineConfig().data_folder == tmp_path
+    assert EngineConfig(data_dir=tmp_path / "x").data_folder == tmp_path / "x"
+    monkeypatch.setenv("WANDUET_DATA_DIR", "")
+    assert EngineConfig().data_folder.name == "wanduet"
