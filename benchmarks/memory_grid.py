@@ -1,0 +1,130 @@
+"""Predicted against measured peak memory, 1.3B in its true shapes: every size, length, and way to run.
+
+    PYTHONPATH=src python benchmarks/memory_grid.py [section ...]
+
+Sections: denoise decode. Measured is what the allocator reserved (`torch.cuda.max_memory_reserved`), outside the
+CUDA context. `ratio` is predicted / measured: never below 1, at most 1.08, is the promise.
+"""
+
+import sys
+
+import torch
+from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, synchronize, timed
+
+from wanduet.accelerate.host_memory import HostMemory
+from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.config import EngineConfig
+from wanduet.engine.build import Models
+from wanduet.models.packing import allocate_packed
+from wanduet.models.transformer import Runtime, WanTransformer
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import DecodePlan
+from wanduet.models.vae_stream import decode_stream
+from wanduet.ops.attention_choice import Shape, choose_attention
+from wanduet.ops.kernels import kernels_for, vae_kernels_for
+
+SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920)}
+FRAMES = (17, 81, 161)
+RESIDENT = (30, 10, 0)
+MODES = [
+    DecodePlan(o, n)
+    for o, n in (("frame", 1), ("frame", 2), ("frame", 4), ("strip", 2), ("strip", 4), ("strip", 8), ("strip", 16))
+]
+if TINY:
+    SIZES, FRAMES, RESIDENT, MODES = {"480p": (32, 48)}, (5,), (30,), MODES[:1]
+MODELS = Models(EngineConfig(model="random:1.3b"))
+GIB = 2**30
+
+
+def reserved() -> float:
+    synchronize()
+    return torch.cuda.max_memory_reserved() / GIB if ON_GPU else 0.0
+
+
+def row(report: Report, section: str, predicted: int, **facts: object) -> None:
+    measured = reserved()
+    ratio = predicted / GIB / measured if measured else 0.0
+    report.add(
+        section,
+        **facts,
+        predicted_gib=round(predicted / GIB, 3),
+        measured_gib=round(measured, 3),
+        ratio=round(ratio, 3),
+    )
+
+
+def denoise(report: Report) -> None:
+    for resident in RESIDENT:
+        for name, (height, width) in SIZES.items():
+            for frames in FRAMES:
+                if name == "1080p" and frames > 81:
+                    continue
+                clear_memory()
+                seconds = one_step((height, width, frames), resident)
+                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", 2, resident, 16384)
+                row(
+                    report,
+                    "denoise",
+                    memory.peak,
+                    size=name,
+                    frames=frames,
+                    resident=resident,
+                    step_s=round(seconds, 3),
+                )
+
+
+@torch.no_grad()
+def one_step(size: tuple[int, int, int], resident: int) -> float:
+    """Seconds of both branches of a step, with all that a denoise holds."""
+    spec = MODELS.spec
+    with torch.device("meta"):
+        model = WanTransformer(spec.transformer).eval().requires_grad_(False)
+    if resident == spec.transformer.num_layers:
+        allocate_packed(model, DEVICE, torch.bfloat16)
+    else:
+        allocate_streamed(model, DEVICE, torch.bfloat16, resident, HostMemory("pinned"))
+        stream_blocks(model, DEVICE, resident)
+    shape, tokens = (1, *spec.latent_shape(*size)), spec.num_tokens(*size)
+    heads = (spec.transformer.num_attention_heads, spec.transformer.attention_head_dim)
+    choice = choose_attention(DEVICE, Shape(tokens, tokens, *heads), torch.bfloat16)
+    model.runtime = Runtime(kernels_for(DEVICE, torch.bfloat16), choice.fn)
+    clear_memory()
+    text = torch.zeros(1, spec.text_len, spec.transformer.text_dim, device=DEVICE)
+    contexts = [model.prepare_text(text) for _ in range(2)]
+    rope = model.prepare_rope(shape, DEVICE)
+    history = [torch.zeros(shape, device=DEVICE) for _ in range(6)]  # what UniPC remembers
+    step = torch.full((1,), 500.0, device=DEVICE)
+    return timed(lambda: [model(history[0], step, c, rope) for c in contexts], runs=1, warmup=1)
+
+
+def decode(report: Report) -> None:
+    spec = MODELS.spec
+    for dtype in ("float32", "bfloat16"):
+        vae = WanVAE(spec.vae).to(DEVICE, getattr(torch, dtype)).eval().requires_grad_(False)
+        if ON_GPU:
+            vae.channels_last()
+            vae.use_kernels(vae_kernels_for(DEVICE, getattr(torch, dtype)))
+        weights = MODELS.memory.vae_weights(dtype)
+        for name, (height, width) in SIZES.items():
+            for mode in MODES:
+                # A few latent frames show the peak of frame-major; strip-major keeps the middle of all.
+                for frames in (17,) if mode.order == "frame" or name != "480p" else FRAMES:
+                    latents = torch.randn(spec.latent_shape(height, width, frames))
+                    predicted = weights + MODELS.memory.decode((height, width, frames), mode, dtype)
+                    if predicted > 70 * GIB:
+                        continue
+                    clear_memory()
+                    seconds = timed(lambda: [None for _ in decode_stream(vae, latents, mode)], runs=1, warmup=0)
+                    row(report, "decode", predicted, dtype=dtype, size=name, frames=frames,
+                        mode=f"{mode.order}-{mode.num_strips}", seconds=round(seconds, 3))  # fmt: skip
+
+
+def main() -> None:
+    report = Report("memory_grid")
+    sections = {"denoise": denoise, "decode": decode}
+    report.run(sections, sys.argv[1:] or list(sections))
+    report.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A whole job in the 1.3B model's true shapes (random weights) beside diffusers', in one run: seconds and peaks by phase.
+
+    PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--size 480p] [section ...]
+
+Sections: ours decode forms diffusers. `decode` compares each way to cut a decode with what the planner predicts.
+Random weights: time and memory do not depend on their values.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, synchronize
+
+from wanduet.config import EngineConfig
+from wanduet.engine.job import OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae_rows import DecodePlan
+from wanduet.models.vae_stream import decode_stream
+from wanduet.ops.kernels import vae_kernels_for
+from wanduet.request import GenerationRequest
+from wanduet.sampling.denoise import StepInfo
+from wanduet.specs import WAN_1_3B
+
+SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
+MODEL = "random:1.3b"
+PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
+MODES = [DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 4), ("strip", 2), ("strip", 4), ("strip", 8))]
+
+
+def ours(report: Report, options: argparse.Namespace) -> None:
+    height, width, frames = SIZES[options.size]
+    request = GenerationRequest(
+        prompt=PROMPT, height=height, width=width, num_frames=frames, num_inference_steps=options.steps,
+        guidance_scale=6.0, seed=1,
+    )  # fmt: skip
+    peaks: dict[str, dict[str, float]] = {}
+
+    def on_step(info: StepInfo) -> None:
+        if info.step == info.num_steps - 1:
+            synchronize()
+            peaks["denoise"] = peak_memory()
+            if ON_GPU:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+    clear_memory()
+    data = Path(tempfile.mkdtemp())
+    with Engine(EngineConfig(model=options.model, data_dir=data)) as engine:
+        for run in ("first", "second"):  # the second has models and kernels ready
+            job = engine.submit(request, OutputOptions(data / f"{run}.mp4"), on_step)
+            result = job.result()
+            peaks["decode"] = peak_memory()
+            predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
+            timings = {k: round(v, 3) for k, v in result.timings.items()}
+            report.add("ours", run=run, size=options.size, steps=options.steps, **timings, attention=job.attention)
+            report.add("ours memory", run=run, predicted=predicted, **peaks)
+
+
+def decode(report: Report, options: argparse.Namespace) -> None:
+    spec = WAN_1_3B.vae
+    vae = WanVAE(spec).to(DEVICE).eval().requires_grad_(False)
+    height, width, frames = SIZES[options.size]
+    latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
+    for mode in MODES:
+        predicted = decode_bytes(spec, height, width, frames, mode, "float32")
+        for _ in range(2):
+            clear_memory()
+            before = torch.cuda.memory_allocated() if ON_GPU else 0
+            began = time.perf_counter()
+            count = sum(len(chunk) for chunk in decode_stream(vae, latents, mode))
+            synchronize()
+            seconds = time.perf_counter() - began
+        peak = {k: round(v - before / 2**30, 3) for k, v in peak_memory().items()}
+        name = f"{mode.order}-{mode.num_strips}"
+        report.add("decode", size=options.size, mode=name, seconds=round(seconds, 3), frames=count,
+                   predicted_gib=round(predicted / 2**30, 3), **peak)  # fmt: skip
+
+
+def forms(report: Report, options: argparse.Namespace) -> None:
+    """Ways to run the same decode: memory layout, kernels between convolutions, cuDNN's search, precision."""
+    height, width, frames = SIZES[options.size]
+    latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout, kernels, search in product(("contiguous", "channels_last"), ("torch", "triton"), (False, True)):
+            if layout == "contiguous" and kernels == "triton":
+                continue
+            vae = WanVAE(WAN_1_3B.vae).to(DEVICE, dtype).eval().requires_grad_(False)
+            if layout == "channels_last":
+                vae.channels_last()
+            if kernels == "triton":
+                vae.use_kernels(vae_kernels_for(DEVICE, dtype))
+            torch.backends.cudnn.benchmark = search
+            try:
+                for _ in range(2):
+                    clear_memory()
+                    began = time.perf_counter()
+                    for _ in decode_stream(vae, latents, DecodePlan("frame", options.strips)):
+                        pass
+                    synchronize()
+                    seconds = time.perf_counter() - began
+                report.add("forms", size=options.size, dtype=str(dtype)[6:], layout=layout, kernels=kernels,
+                           search=search, strips=options.strips, seconds=round(seconds, 3), **peak_memory())  # fmt: skip
+            finally:
+                torch.backends.cudnn.benchmark = False
+
+
+@torch.no_grad()
+def diffusers(report: Report, options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+
+    height, width, frames = SIZES[options.size]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096)
+    torch.set_default_dtype(default)
+    for name, parameter in transformer.named_parameters():
+        if any(part in name for part in transformer._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
+    transformer.eval()
+    with torch.device(DEVICE):
+        vae = AutoencoderKLWan().eval()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
+    scheduler.set_timesteps(options.steps, device=DEVICE)
+    latents = torch.randn(1, *WAN_1_3B.latent_shape(height, width, frames), device=DEVICE)
+    texts = [torch.randn(1, 512, 4096, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+
+    def forward(t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return transformer(latents.bfloat16(), t.expand(1), text, return_dict=False)[0]
+
+    forward(scheduler.timesteps[0], texts[0])
+    clear_memory()
+    began = time.perf_counter()
+    for t in scheduler.timesteps:
+        conditional, unconditional = (forward(t, text) for text in texts)
+        velocity = unconditional + 6.0 * (conditional - unconditional)
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    synchronize()
+    seconds = time.perf_counter() - began
+    report.add(
+        "diffusers", phase="denoise", size=options.size, steps=options.steps, seconds=round(seconds, 3), **peak_memory()
+    )
+    z = torch.randn_like(latents)
+    for _ in range(2):
+        clear_memory()
+        began = time.perf_counter()
+        video = vae.decode(z, return_dict=False)[0]
+        video = (
+            ((video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy() * 255).round().astype("uint8")
+        )
+        seconds = time.perf_counter() - began
+        del video
+    report.add("diffusers", phase="decode", size=options.size, seconds=round(seconds, 3), **peak_memory())
+
+
+SECTIONS = {"ours": ours, "decode": decode, "forms": forms, "diffusers": diffusers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--size", choices=tuple(SIZES), default="480p")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--strips", type=int, default=1)
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=(*SECTIONS, []))
+    options = parser.parse_args()
+    if TINY:
+        SIZES[options.size] = (64, 64, 5)
+        options.steps = min(options.steps, 2)
+    os.environ.setdefault("WANDUET_DATA_DIR", tempfile.mkdtemp())
+    report = Report(f"whole_job_{options.size}")
+    chosen = {name: lambda r, f=SECTIONS[name]: f(r, options) for name in SECTIONS}
+    report.run(chosen, options.sections)
+    report.print()
+
+
+if __name__ == "__main__":
+    main()
