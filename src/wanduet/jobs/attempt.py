@@ -143,9 +143,20 @@ class Attempt:
                 files += self._publish_video(index, self._work.with_name(name))
             self._settle(lambda: self._store.complete(self._lease, files, outcome["report"]), "completed")
         except BaseException:
-            self._store.files.remove(file.name for file in files)
+            self._unpublish(files)
             raise
+        if self._lease.job.attempts > 1:
+            self._store.files.remove_older(self._lease.job.id, self._lease.token)
         self._store.files.discard_work(self._lease.job.id)
+
+    def _unpublish(self, files: list[OutputFile]) -> None:
+        """Delete what was published, unless its commit took place though an error came back instead of an answer."""
+        with suppress(SQLAlchemyError):  # nobody knows: a later sweep, or the next attempt, does it
+            try:
+                held = self._store.get(self._lease.job.id).files
+            except UnknownJobError:
+                held = ()
+            self._store.files.remove(file.name for file in files if file not in held)
 
     def _publish_video(self, index: int, path: Path) -> list[OutputFile]:
         job_id, token = self._lease.job.id, self._lease.token

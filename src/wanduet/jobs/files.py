@@ -25,7 +25,7 @@ from wanduet.media.files import atomic_output, output_error, write_atomically
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
-_NAME = re.compile(r"(video_[0-9a-f]{32})\.\d+-\d+\.(mp4|webp|jpg)")
+_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
 
 
 class JobFiles:
@@ -101,6 +101,16 @@ class JobFiles:
             if _NAME.fullmatch(name):
                 with suppress(OSError):
                     (self.videos / name).unlink(missing_ok=True)
+
+    def remove_older(self, job_id: str, token: int) -> None:
+        """Delete what attempts before the one with this token published and were killed before they could commit.
+
+        A writer that still lives loses a file that nobody will ever ask for, and ends at its own commit.
+        """
+        for path in self.videos.glob(f"{job_id}.*"):
+            if (match := _NAME.fullmatch(path.name)) and int(match["token"]) < token:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def note_checkpoints(self, job_id: str, keys: Iterable[str]) -> None:
         """Write down which of the engine's checkpoints are a job's, so that they go when its work goes."""

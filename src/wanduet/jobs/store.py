@@ -394,5 +394,7 @@ class JobStore:
 
     def _remove_files(self, job: StoredJob) -> None:
         self.files.remove(file.name for file in job.files)
+        if job.attempts > 1:
+            self.files.remove_older(job.id, job.token)
         if job.status != "in_progress":
             self.files.discard_work(job.id)

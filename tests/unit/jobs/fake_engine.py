@@ -1,7 +1,8 @@
 """An engine without models: it counts to `num_inference_steps`, keeps checkpoints, writes a few bytes.
 
 Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
-The prompt says what goes wrong: `die N` kills the process at step N, `raise N` raises there.
+The prompt says what goes wrong: `die N` kills the process at step N, `raise N` raises there, `orphan N` kills
+it N times between publishing the video and committing it.
 """
 
 import hashlib
@@ -114,6 +115,8 @@ class FakeJob:
             if self.on_step is not None:
                 self.on_step(step)
             self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
+        if word == "orphan":
+            write_atomically(self.output.path.with_name("deaths"), number.encode())
         videos = []
         count = self.request.num_videos_per_prompt
         for index in range(count):
@@ -131,6 +134,10 @@ class FakeJob:
 
 
 def make_previews(path: Path) -> dict[str, bytes]:
+    deaths = path.with_name("deaths")
+    if deaths.exists() and (left := int(deaths.read_text())):
+        write_atomically(deaths, str(left - 1).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
     return {"thumbnail": b"webp" + path.read_bytes(), "spritesheet": b"jpeg" + path.read_bytes()}
 
 

@@ -191,6 +191,24 @@ def test_a_job_killed_before_its_commit_is_not_run_again(store: JobStore, monkey
     assert journal(store.files.folder).count(f"{job_id} done") == 1
 
 
+def test_a_commit_whose_answer_was_lost_keeps_its_files(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(store)
+    answered = threading.Event()
+    complete = JobStore.complete
+
+    def lose_the_answer(self: JobStore, *values: Any) -> StoredJob:
+        complete(self, *values)
+        answered.set()
+        raise OperationalError("COMMIT", {}, Exception("the connection is gone"))
+
+    monkeypatch.setattr(JobStore, "complete", lose_the_answer)
+    with running(store):
+        assert answered.wait(60)
+    job = store.get(job_id)
+    assert job.status == "completed"
+    assert {path.name for path in store.files.videos.iterdir()} == {file.name for file in job.files}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_videos_that_stand_are_not_made_again(store: JobStore, count: int) -> None:
     """Killed after the last video was written and before anything else was noted."""

@@ -340,6 +340,26 @@ def test_sweep_removes_only_what_nobody_owns(store: JobStore) -> None:
     assert [path.name for path in store.files.work.iterdir()] == [running]
 
 
+def test_what_dead_attempts_published_goes_with_the_job(store: JobStore) -> None:
+    (job_id,) = submit(store)
+    publish(store, claim(store, "dead"))
+    store.recover(store.pulses()[0], 3)
+    lease = claim(store)
+    store.complete(lease, [publish(store, lease)])
+    assert len(list(store.files.videos.iterdir())) == 2
+    store.delete(job_id)
+    assert list(store.files.videos.iterdir()) == []
+
+
+def test_older_files_are_of_the_same_job_and_an_older_token(store: JobStore) -> None:
+    ids = submit(store, "a", "b")
+    for name in (f"{ids[0]}.9-0.mp4", f"{ids[0]}.10-0.mp4", f"{ids[0]}.11-0.webp", f"{ids[1]}.9-0.mp4", "a.mp4"):
+        (store.files.videos / name).write_bytes(b"x")
+    store.files.remove_older(ids[0], 10)
+    left = {path.name for path in store.files.videos.iterdir()}
+    assert left == {f"{ids[0]}.10-0.mp4", f"{ids[0]}.11-0.webp", f"{ids[1]}.9-0.mp4", "a.mp4"}
+
+
 def test_only_published_names_lead_to_files(store: JobStore, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
