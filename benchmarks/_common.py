@@ -74,9 +74,10 @@ def _commit() -> str:
     return "unknown"
 
 
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
+def synchronize(device: torch.device = DEVICE) -> None:
+    """Wait until a device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def timed(fn: Callable[[], object], runs: int = 5, warmup: int = 1) -> float:

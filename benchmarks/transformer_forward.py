@@ -1,15 +1,14 @@
-"""One forward of the 1.3B transformer in its true shapes, random weights: time, peak memory, error, where it goes.
+"""One forward of the 1.3B transformer in its true shapes, random weights: time, peak memory, where it goes.
 
     PYTHONPATH=src python benchmarks/transformer_forward.py [section ...]
 
-Sections: kernels attention forward variants profile error stream diffusers compiled (default: all but the last).
+Sections: kernels attention forward variants profile stream diffusers compiled (default: all but the last).
 Compute does not depend on the values of the weights. Peaks include the weights and both text contexts.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from _common import (
     Report,
     clear_memory,
     peak_memory,
-    relative_error,
     synchronize,
     timed,
 )
@@ -221,35 +219,6 @@ def kind_of(kernel: str) -> str:
     return "element-wise"
 
 
-def section_error(report: Report) -> None:
-    """Against float32 on the same weights (exact in bf16) and inputs, 5 latent frames of 480p."""
-    with full_float32():
-        reference = our_model(torch.float32)
-        expected = Job(reference, "480p", frames=5)()
-    del reference
-    clear_memory()
-    model = tuned_model()
-    report.add("error", impl="wanduet bf16", relative_error=relative_error(Job(model, "480p", frames=5)(), expected))
-    model.runtime = dataclasses.replace(model.runtime, kernels=TORCH_KERNELS, attention=sdpa, text_attention=None)
-    got = Job(model, "480p", frames=5)()
-    report.add("error", impl="wanduet bf16, plain forms", relative_error=relative_error(got, expected))
-    del model
-    clear_memory()
-    if (theirs := diffusers_model()) is not None:
-        got = diffusers_call(theirs, "480p", frames=5)()
-        report.add("error", impl="diffusers bf16", relative_error=relative_error(got, expected))
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def section_stream(report: Report) -> None:
     """Blocks streamed from page-locked host memory: bit-equal to resident, and how much slower."""
     model = tuned_model()
@@ -338,7 +307,6 @@ SECTIONS = {
     "forward": section_forward,
     "variants": section_variants,
     "profile": section_profile,
-    "error": section_error,
     "stream": section_stream,
     "diffusers": section_diffusers,
     "compiled": section_compiled,

@@ -12,6 +12,7 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, synchronize
@@ -111,53 +112,67 @@ def forms(report: Report, options: argparse.Namespace) -> None:
                 torch.backends.cudnn.benchmark = False
 
 
-@torch.no_grad()
-def diffusers(report: Report, options: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+def diffusers_models(device: torch.device, layers: int = 30) -> tuple[Any, Any]:
+    """Transformer as `from_pretrained(torch_dtype=bfloat16)` leaves it, and VAE in float32; random weights."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    height, width, frames = SIZES[options.size]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096)
+    with torch.device(device):
+        transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=layers, text_dim=4096)
     torch.set_default_dtype(default)
     for name, parameter in transformer.named_parameters():
         if any(part in name for part in transformer._keep_in_fp32_modules):
             parameter.data = parameter.data.float()
-    transformer.eval()
-    with torch.device(DEVICE):
+    with torch.device(device):
         vae = AutoencoderKLWan().eval()
+    return transformer.eval().requires_grad_(False), vae.requires_grad_(False)
+
+
+def diffusers_denoise(transformer: Any, size: tuple[int, int, int], steps: int) -> float:
+    """Seconds of a denoise with guidance, after one forward to warm up."""
+    from diffusers import UniPCMultistepScheduler
+
+    device = transformer.device
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
-    scheduler.set_timesteps(options.steps, device=DEVICE)
-    latents = torch.randn(1, *WAN_1_3B.latent_shape(height, width, frames), device=DEVICE)
-    texts = [torch.randn(1, 512, 4096, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    scheduler.set_timesteps(steps, device=device)
+    latents = torch.randn(1, *WAN_1_3B.latent_shape(*size), device=device)
+    texts = [torch.randn(1, 512, 4096, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
     def forward(t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return transformer(latents.bfloat16(), t.expand(1), text, return_dict=False)[0]
 
     forward(scheduler.timesteps[0], texts[0])
+    synchronize(device)
     clear_memory()
     began = time.perf_counter()
     for t in scheduler.timesteps:
         conditional, unconditional = (forward(t, text) for text in texts)
         velocity = unconditional + 6.0 * (conditional - unconditional)
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    synchronize()
-    seconds = time.perf_counter() - began
-    report.add(
-        "diffusers", phase="denoise", size=options.size, steps=options.steps, seconds=round(seconds, 3), **peak_memory()
-    )
-    z = torch.randn_like(latents)
-    for _ in range(2):
-        clear_memory()
-        began = time.perf_counter()
-        video = vae.decode(z, return_dict=False)[0]
-        video = (
-            ((video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy() * 255).round().astype("uint8")
-        )
-        seconds = time.perf_counter() - began
-        del video
-    report.add("diffusers", phase="decode", size=options.size, seconds=round(seconds, 3), **peak_memory())
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def diffusers(report: Report, options: argparse.Namespace) -> None:
+    size, steps = SIZES[options.size], options.steps
+    transformer, vae = diffusers_models(DEVICE, layers=1 if TINY else 30)
+    seconds = diffusers_denoise(transformer, size, steps)
+    report.add("diffusers", phase="denoise", size=options.size, steps=steps, seconds=round(seconds, 3), **peak_memory())
+    z = torch.randn(1, *WAN_1_3B.latent_shape(*size), device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        vae.to(dtype)
+        for _ in range(2):
+            clear_memory()
+            began = time.perf_counter()
+            video = vae.decode(z.to(dtype), return_dict=False)[0]
+            pixels = (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).float().cpu().numpy()
+            (pixels * 255).round().astype("uint8")
+            seconds = time.perf_counter() - began
+            del video, pixels
+        report.add("diffusers", phase=f"decode {str(dtype)[6:]}", size=options.size, seconds=round(seconds, 3),
+                   **peak_memory())  # fmt: skip
 
 
 SECTIONS = {"ours": ours, "decode": decode, "forms": forms, "diffusers": diffusers}
@@ -169,7 +184,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="480p")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--strips", type=int, default=1)
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=(*SECTIONS, []))
+    parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
     options = parser.parse_args()
     if TINY:
         SIZES[options.size] = (64, 64, 5)
@@ -177,7 +192,7 @@ def main() -> None:
     os.environ.setdefault("WANDUET_DATA_DIR", tempfile.mkdtemp())
     report = Report(f"whole_job_{options.size}")
     chosen = {name: lambda r, f=SECTIONS[name]: f(r, options) for name in SECTIONS}
-    report.run(chosen, options.sections)
+    report.run(chosen, options.sections or list(SECTIONS))
     report.print()
 
 

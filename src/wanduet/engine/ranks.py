@@ -5,7 +5,6 @@ rank 0 reports. See engine/group.py for the side that gives the tasks.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from wanduet.engine.plan import Plan
 from wanduet.engine.speeds import all_speeds, of_sequence
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
-from wanduet.models.vae_stream import to_uint8
+from wanduet.models.vae_stream import decode_stream
 from wanduet.parallel.mesh import Layout, Mesh
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import SequenceSharding, split_lengths
@@ -120,18 +119,11 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
 def _decode(rank: Rank, models: Models, job: Job, task: DecodeTask, speeds: tuple[float, ...]) -> None:
     """Every rank runs the (small) middle on whole frames and the large layers on its own rows: exact."""
     with models.vae(job, job.plan.vae_device) as vae:
-        vae.own_pasts()
         height = task.latents.shape[2] * vae.spec.spatial_stride
         lengths = split_lengths(height, speeds)
         start = sum(lengths[: rank.index])
         mine = Rows(start, start + lengths[rank.index], height)
-        latents = task.latents.to(rank.device, vae.post_quant_conv.weight.dtype)
-        trunk: Any = None
-        past: Any = None
-        for index in range(latents.shape[1]):
+        for index, pixels in enumerate(decode_stream(vae, task.latents, rows=mine)):
+            rank.report(DecodedRows(index, mine, torch.from_numpy(pixels)))
             if rank.cancelled():
                 break
-            mid, trunk = vae.decode_trunk(latents[None, :, index : index + 1], trunk)
-            pixels, past = vae.decode_rows(mid, past, mine)
-            rank.report(DecodedRows(index, mine, to_uint8(pixels).cpu().contiguous()))
-        vae.own_pasts(False)

@@ -24,15 +24,20 @@ WHOLE_FRAMES = DecodePlan()
 
 @torch.no_grad()
 def decode_stream(
-    vae: WanVAE, latents: Tensor, plan: DecodePlan = WHOLE_FRAMES, on_frames: OnFrames | None = None
+    vae: WanVAE,
+    latents: Tensor,
+    plan: DecodePlan = WHOLE_FRAMES,
+    on_frames: OnFrames | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[Frames]:
     """Decode latents `[16, T, h, w]` (normalised, on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
 
-    Yielded arrays are reused: take what is needed before asking for more. `on_frames(done, total)` counts
-    frames decoded so far. Decoding may run in any thread, one video at a time for each `vae`.
+    With `rows` (in pixels) only these of each frame: what one rank of several does. Yielded arrays are
+    reused: take what is needed before asking for more. `on_frames(done, total)` counts frames decoded so
+    far. Decoding may run in any thread, one video at a time for each `vae`.
     """
     vae.own_pasts()
-    job = _Decode(vae, latents, plan, on_frames)
+    job = _Decode(vae, latents, plan, on_frames, rows)
     try:
         yield from job.frame_major() if plan.order == "frame" else job.strip_major()
     finally:
@@ -61,16 +66,19 @@ class _OnTheWay:
 class _Decode:
     """One decode: what both orders share."""
 
-    def __init__(self, vae: WanVAE, latents: Tensor, plan: DecodePlan, on_frames: OnFrames | None) -> None:
+    def __init__(
+        self, vae: WanVAE, latents: Tensor, plan: DecodePlan, on_frames: OnFrames | None, rows: Rows | None
+    ) -> None:
         weight = vae.post_quant_conv.weight
         self.vae, self.device = vae, weight.device
         self.latents = latents.to(weight.dtype)
         self.length = latents.shape[1]
         stride = vae.spec.spatial_stride
-        self.height, self.width = latents.shape[2] * stride, latents.shape[3] * stride
+        self.width = latents.shape[3] * stride
+        self.rows = rows or Rows.whole(latents.shape[2] * stride)
         self.num_frames = (self.length - 1) * vae.spec.temporal_stride + 1
         self.on_frames = on_frames
-        self.strips = split_rows(Rows.whole(self.height), [1.0] * plan.num_strips)
+        self.strips = split_rows(self.rows, [1.0] * plan.num_strips)
         self._buffers: list[Tensor] = []
 
     def frame_major(self) -> Iterator[Frames]:
@@ -85,9 +93,9 @@ class _Decode:
                 pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows)
                 part = to_uint8(pixels)
                 if picture is None:
-                    shape = (part.shape[0], self.height, self.width, 3)
+                    shape = (part.shape[0], self.rows.count, self.width, 3)
                     picture = torch.empty(shape, dtype=torch.uint8, device=self.device)
-                picture[:, rows.start : rows.stop] = part
+                picture[:, self._place(rows)] = part
                 del pixels, part
             assert picture is not None
             # These frames travel, and the next are being decoded, while the ones before are encoded.
@@ -108,19 +116,23 @@ class _Decode:
             mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
             middles.append(mid)
         trunk = None
-        video = np.empty((self.num_frames, self.height, self.width, 3), np.uint8)
+        video = np.empty((self.num_frames, self.rows.count, self.width, 3), np.uint8)
         for number, rows in enumerate(self.strips):
             past: Past = None
             begin = 0
             for mid in middles:
                 pixels, past = self.vae.decode_rows(mid, past, rows)
                 part = to_uint8(pixels)
-                video[begin : begin + part.shape[0], rows.start : rows.stop] = part.cpu().numpy()
+                video[begin : begin + part.shape[0], self._place(rows)] = part.cpu().numpy()
                 begin += part.shape[0]
                 del pixels, part
                 self._tell((number * self.num_frames + begin) // len(self.strips))
         for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
             yield video[begin : begin + self.vae.spec.temporal_stride]
+
+    def _place(self, strip: Rows) -> slice:
+        """Where a strip's rows are among the wanted ones."""
+        return slice(strip.start - self.rows.start, strip.stop - self.rows.start)
 
     def _latent(self, index: int) -> Tensor:
         """One latent frame `[1, 16, 1, h, w]` on the VAE's device."""
@@ -131,7 +143,7 @@ class _Decode:
         if not picture.is_cuda:
             return _OnTheWay(picture.cpu(), None)
         while len(self._buffers) < 2:
-            shape = (self.vae.spec.temporal_stride, self.height, self.width, 3)
+            shape = (self.vae.spec.temporal_stride, self.rows.count, self.width, 3)
             self._buffers.append(torch.empty(shape, dtype=torch.uint8, pin_memory=True))
         host = self._buffers[index % 2][: picture.shape[0]]
         host.copy_(picture, non_blocking=True)

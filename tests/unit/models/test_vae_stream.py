@@ -7,7 +7,7 @@ import torch
 from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes
-from wanduet.models.vae_rows import DecodePlan
+from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_stream import decode_stream, to_uint8
 from wanduet.specs import VAESpec
 
@@ -41,6 +41,16 @@ def test_equals_whole_decode(vae, order, strips) -> None:
     assert difference.max() <= 1  # a float on a rounding border
     assert (difference > 0).mean() < 1e-3
     assert told[-1] == (13, 13)
+
+
+@pytest.mark.parametrize("order", ["frame", "strip"])
+def test_some_rows_are_those_of_the_whole(vae, order) -> None:
+    z = latents(1)
+    rows = Rows(13, 31, 48)
+    got = np.concatenate([c.copy() for c in decode_stream(vae, z, DecodePlan(order, 2), rows=rows)])
+    expected = whole(vae, z)[:, 13:31]
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_two_interleaved_videos_keep_to_themselves(vae) -> None:
