@@ -184,6 +184,20 @@ def make_id(now: float, newest: str | None) -> str:
     return f"video_{moment:012x}{secrets.token_hex(10)}"
 
 
+def demand_of(request: dict[str, Any]) -> str:
+    """What of a request decides memory and time, as a short text that a queue can be grouped by.
+
+    `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` where the model's default holds.
+    """
+    scale = request.get("guidance_scale")
+    branches = None if scale is None else 1 + (scale > 1.0)
+    numbers = [request.get(name) for name in ("height", "width", "num_frames", "num_inference_steps")]
+    height, width, frames, steps, branches, videos = (
+        "-" if number is None else number for number in (*numbers, branches, request.get("num_videos_per_prompt", 1))
+    )
+    return f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
+
+
 def is_job_id(text: str) -> bool:
     """Whether a text has the form of a job's id; only such texts ever become part of a file name."""
     return _ID.fullmatch(text) is not None

@@ -1,9 +1,8 @@
-"""The worker's loop: claim jobs, run each in a thread, take over from the dead, tidy up, drain when asked."""
+"""The worker's loop: claim jobs, run each in a thread, look after the store, drain when asked."""
 
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -11,7 +10,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.jobs.attempt import Attempt, AttemptSettings
 from wanduet.jobs.hooks import EngineHooks, VideoEngine
-from wanduet.jobs.leases import LeaseWatch, WorkerLock
+from wanduet.jobs.housekeeping import Housekeeper
+from wanduet.jobs.leases import WorkerLock
 from wanduet.jobs.records import StoredJob
 from wanduet.jobs.store import JobStore
 
@@ -23,13 +23,15 @@ class RunnerSettings:
     """How a worker works. Times in seconds.
 
     `parallel`: jobs at once; an engine with overlapping stages is busy with two or three. `max_bytes`: what
-    published files may take of the disk (None: all of it).
+    published files may take of the disk (None: all of it). `housekeeping`: whether this worker also takes jobs
+    from dead ones and tidies up; where somebody does it for many workers, they need not.
     """
 
     lease_seconds: float = 30.0
     parallel: int = 1
     tidy_seconds: float = 60.0
     max_bytes: int | None = None
+    housekeeping: bool = True
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
 
 
@@ -49,11 +51,17 @@ class Runner:
         self._engine = engine
         self._settings = settings or RunnerSettings()
         self._hooks = hooks or EngineHooks()
-        self._watch = LeaseWatch(store.files.workers, monotonic)
+        self._housekeeper = Housekeeper(
+            store,
+            max_crashes=self._settings.attempt.max_crashes,
+            tidy_seconds=self._settings.tidy_seconds,
+            max_bytes=self._settings.max_bytes,
+            monotonic=monotonic,
+        )
         self._draining = threading.Event()
         self._wake = threading.Condition()
         self._attempts: dict[threading.Thread, StoredJob] = {}
-        self._tidied: float | None = None
+        self.worker: str | None = None  # the name on its leases, once `run` was called
 
     def drain(self) -> None:
         """Take no more jobs; end those that run within a step and put them back. `run` then returns."""
@@ -64,9 +72,15 @@ class Runner:
         """Whether `drain` was called."""
         return self._draining.is_set()
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The ids of the jobs that it has just now."""
+        return tuple(job.id for job in tuple(self._attempts.values()))
+
     def run(self) -> None:
         """Work until `drain`. A database that cannot be reached is waited for."""
         lock = WorkerLock(self._store.files.workers)
+        self.worker = lock.worker
         log.info("worker ready", worker=lock.worker)
         try:
             while not self._draining.is_set():
@@ -85,11 +99,8 @@ class Runner:
 
     def _turn(self, worker: str) -> bool:
         """Do what there is to do; True if a job was started and there may be more."""
-        for pulse in self._watch.look(self._store.pulses()):
-            job = self._store.recover(pulse, self._settings.attempt.max_crashes)
-            if job is not None:
-                log.warning("took a job from a dead worker", job=job.id, worker=pulse.worker, status=job.status)
-        self._tidy()
+        if self._settings.housekeeping:
+            self._housekeeper.turn()
         running = tuple(self._attempts.values())
         # A job that crashed before runs alone, so that a neighbour does not take the blame for its next crash.
         if len(running) >= self._settings.parallel or any(job.crashes for job in running):
@@ -116,15 +127,3 @@ class Runner:
         with self._wake:
             # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
             self._wake.wait(self._settings.attempt.poll_seconds)
-
-    def _tidy(self) -> None:
-        """Retention, now and then. A full or broken disk is no reason to stop working."""
-        now = time.monotonic()
-        if self._tidied is not None and now - self._tidied < self._settings.tidy_seconds:
-            return
-        self._tidied = now
-        with suppress(OSError):
-            self._store.expire()
-            if self._settings.max_bytes is not None:
-                self._store.trim(self._settings.max_bytes)
-            self._store.sweep()

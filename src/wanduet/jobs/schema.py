@@ -13,8 +13,9 @@ from sqlalchemy import event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from wanduet.errors import ConfigError
+from wanduet.jobs.records import demand_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30.0  # how long a statement waits for another process's transaction
 CREATE_ATTEMPTS = 5
 WRITE = {"sqlite_begin": "BEGIN IMMEDIATE"}  # take the write lock at once: no upgrade can fail half-way
@@ -30,6 +31,7 @@ jobs = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),  # of what was asked for under that key
     sa.Column("model", sa.String(255), nullable=False),
     sa.Column("request", sa.JSON, nullable=False),
+    sa.Column("demand", sa.String(96), nullable=False, server_default=""),  # of the request: see `demand_of`
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("progress", sa.Double, nullable=False, server_default="0"),
@@ -57,6 +59,7 @@ jobs = sa.Table(
     sa.UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     sa.CheckConstraint("status IN ('queued', 'in_progress', 'completed', 'failed')", name="jobs_status"),
     sa.Index("jobs_by_queue", "status", "priority", "id"),
+    sa.Index("jobs_by_demand", "status", "owner", "demand", "priority", "id"),
     sa.Index("jobs_by_owner", "owner", "id"),
     sa.Index("jobs_by_expiry", "expires_at"),
 )
@@ -83,10 +86,11 @@ state = sa.Table(
 STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
 
 
-def open_database(url: str) -> sa.Engine:
+def open_database(url: str, connections: int = 10) -> sa.Engine:
     """Connect, create the tables where they are missing, check their version. Raises ConfigError.
 
-    `url` is SQLAlchemy's: `sqlite:////folder/jobs.sqlite3`, `postgresql+psycopg://...`.
+    `url` is SQLAlchemy's: `sqlite:////folder/jobs.sqlite3`, `postgresql+psycopg://...`; of `connections` to a
+    server at most so many are kept open.
     """
     try:
         parsed = sa.make_url(url)
@@ -94,7 +98,8 @@ def open_database(url: str) -> sa.Engine:
         raise ConfigError(
             "The database's address is not valid.", hint="Example: sqlite:////data/jobs.sqlite3"
         ) from None
-    database = _open_sqlite(parsed) if parsed.get_backend_name() == "sqlite" else sa.create_engine(parsed, pool_size=10)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    database = _open_sqlite(parsed) if sqlite else sa.create_engine(parsed, pool_size=connections)
     try:
         _create_tables(database)
     except BaseException:
@@ -158,6 +163,9 @@ def _create_tables(database: sa.Engine) -> None:
 
 
 def _create_missing(connection: sa.Connection) -> None:
+    known = sa.inspect(connection)
+    if known.has_table("jobs") and "demand" not in {column["name"] for column in known.get_columns("jobs")}:
+        _add_demand(connection)
     metadata.create_all(connection)
     version = connection.scalar(sa.select(state.c.version))
     if version is None:
@@ -167,3 +175,12 @@ def _create_missing(connection: sa.Connection) -> None:
         raise ConfigError(
             "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
         )
+
+
+def _add_demand(connection: sa.Connection) -> None:
+    """From version 1 to 2."""
+    connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN demand VARCHAR(96) NOT NULL DEFAULT ''"))
+    next(index for index in jobs.indexes if index.name == "jobs_by_demand").create(connection)
+    for job_id, request in connection.execute(sa.select(jobs.c.id, jobs.c.request)).all():
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(demand=demand_of(request)))
+    connection.execute(sa.update(state).values(version=2))

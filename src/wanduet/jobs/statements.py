@@ -69,6 +69,23 @@ def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values:
     return connection.execute(sa.update(jobs).where(where).values(values).returning(jobs)).one_or_none()
 
 
+def take(
+    connection: sa.Connection, which: sa.ColumnElement[bool], worker: str, lease_seconds: float, now: float
+) -> Lease | None:
+    """Give one queued job to a worker, behind a new token; None if it is not there or not queued any more."""
+    values: Values = {
+        "status": "in_progress",
+        "worker": worker,
+        "token": jobs.c.token + 1,
+        "beat": jobs.c.beat + 1,
+        "lease_seconds": lease_seconds,
+        "attempts": jobs.c.attempts + 1,
+        "started_at": sa.func.coalesce(jobs.c.started_at, now),
+    }
+    row = update_row(connection, sa.and_(which, jobs.c.status == "queued"), values)
+    return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
+
+
 def held(lease: Lease) -> sa.ColumnElement[bool]:
     """The fence: true only while the lease is the newest of its job and the job still runs."""
     return sa.and_(

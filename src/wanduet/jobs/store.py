@@ -36,6 +36,7 @@ from wanduet.jobs.records import (
     StoredJob,
     Submitted,
     UnknownJobError,
+    demand_of,
     make_id,
 )
 from wanduet.jobs.schema import WRITE, jobs, open_database, stages, state
@@ -57,9 +58,10 @@ class JobStore:
         *,
         clock: Callable[[], float] = time.time,
         retention_seconds: float | None = None,
+        connections: int = 10,
     ) -> None:
         self.files = files
-        self.database = open_database(url or files.default_url)
+        self.database = open_database(url or files.default_url, connections)
         self.retention_seconds = retention_seconds
         self._clock = clock
         # SQLite lets one writer in at a time and makes the others poll; queueing threads here is fair and quick.
@@ -93,6 +95,7 @@ class JobStore:
                 **{**asdict(new), "fingerprint": fingerprint},
                 id=job_id,
                 status="queued",
+                demand=demand_of(new.request),
                 created_at=self._clock(),
                 files=[],
                 report={},
@@ -169,21 +172,9 @@ class JobStore:
         )
         if not self._has_queued():  # an idle worker does not take the write lock
             return None
-        values: Values = {
-            "status": "in_progress",
-            "worker": worker,
-            "token": jobs.c.token + 1,
-            "beat": jobs.c.beat + 1,
-            "lease_seconds": lease_seconds,
-            "attempts": jobs.c.attempts + 1,
-            "started_at": sa.func.coalesce(jobs.c.started_at, self._clock()),
-        }
-        free = sa.and_(jobs.c.id == first, jobs.c.status == "queued")
         with self._write() as connection:
-            row = statements.update_row(connection, free if alone else sa.and_(free, jobs.c.crashes == 0), values)
-        if row is None:
-            return None
-        return Lease(statements.to_job(row), worker, row.token, lease_seconds)
+            free = jobs.c.id == first if alone else sa.and_(jobs.c.id == first, jobs.c.crashes == 0)
+            return statements.take(connection, free, worker, lease_seconds, self._clock())
 
     def renew(self, lease: Lease) -> None:
         """Show that the worker lives. Raises StaleLeaseError."""
