@@ -41,7 +41,7 @@ class Server:
 
     def wait(self, video_id: str, until: Callable[[dict[str, Any]], bool] | None = None) -> dict[str, Any]:
         until = until or (lambda video: video["status"] in ("completed", "failed"))
-        end = time.monotonic() + 90
+        end = time.monotonic() + 240
         while time.monotonic() < end:
             if until(video := self.get(video_id)):
                 return video
@@ -66,6 +66,13 @@ class Server:
 
     def log(self) -> str:
         return (self.data / "server.log").read_text()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @contextmanager

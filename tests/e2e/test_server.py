@@ -7,14 +7,13 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from real_server import LONG, PROMPT, Server, serving
+from real_server import LONG, PROMPT, Server, serving, wait_until
 
 from wanduet.media.read import probe, read_metadata
 
@@ -171,13 +170,6 @@ def test_a_drained_job_goes_on_where_it_was(tmp_path: Path, reference: np.ndarra
 def resumed_at(server: Server) -> int:
     """The step after which the worker went on last."""
     return int(re.findall(r"Going on after step (\d+)", server.log())[-1])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_overload_is_refused_politely(tmp_path: Path) -> None:

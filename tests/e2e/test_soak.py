@@ -1,23 +1,30 @@
 """A whole server with the real engine, killed at random: nothing lost, nothing made twice, the same frames."""
 
+import json
 import os
 import random
 import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from real_server import LONG, Server, serving
+from real_server import LONG, Server, serving, wait_until
+
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.store import JobStore
 
 KILLS = int(os.environ.get("WANDUET_KILLS", "200"))
-JOBS_A_KILL = 2
+OPEN_JOBS = 3  # there is always one that runs, one that is encoded ahead and one that waits
+WHOM = ("worker", "server", "both")
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="POSIX signals and /proc"),
     pytest.mark.slow,
-    pytest.mark.timeout(7200),
+    pytest.mark.timeout(4 * 3600),
 ]
 
 
@@ -25,32 +32,73 @@ def test_killed_at_random_every_video_is_made_once_with_the_same_frames(tmp_path
     data, dice = tmp_path / "data", random.Random(0)
     flags = ("--no-page", "--checkpoint-seconds", "0.2")
     ids: list[str] = []
-    seconds: list[float] = []
+    gaps: list[float] = []  # seconds from a kill until a living worker holds a job again
     with serving(data, *flags) as server:
         first = server.create("job", **LONG, seed="5")["id"]
         assert server.wait(first)["status"] == "completed"
         want = server.frames(first)
+    store = JobStore(JobFiles(data))
+    killed = 0.0
     for kill in range(KILLS):
+        whom = WHOM[kill % 3]
         with serving(data, *flags) as server:
-            ids += [server.create("job", **LONG, seed="5")["id"] for _ in range(JOBS_A_KILL)]
-            started = time.monotonic()
-            worker = server.worker()
-            seconds.append(time.monotonic() - started)
-            time.sleep(dice.uniform(0.0, 6.0))
-            os.kill(worker if kill % 3 == 0 else server.process.pid, signal.SIGKILL)
-            if kill % 3:
-                server.process.wait()
-            else:
-                time.sleep(dice.uniform(0.0, 2.0))
+            while len(store.list(limit=OPEN_JOBS, status="queued").jobs) < OPEN_JOBS:
+                ids.append(server.create("job", **LONG, seed="5")["id"])
+            if whom == "worker" or dice.random() < 0.75:  # else killed while it starts
+                worker = goes_on(store, server)
+                gaps += [time.monotonic() - killed] if killed else []
+            time.sleep(dice.uniform(0.0, 5.0))
+            family = psutil.Process(server.process.pid).children()
+            killed = time.monotonic()
+            if whom == "worker":
+                os.kill(worker, signal.SIGKILL)
+                goes_on(store, server, after=worker)
+                gaps.append(time.monotonic() - killed)
+                time.sleep(dice.uniform(0.0, 1.0))
+                family = psutil.Process(server.process.pid).children()
+                killed = time.monotonic()
+            if whom != "server":  # a server's worker hears that it is gone, and drains: the milder way
+                for child in family:
+                    child.kill()
+            server.process.kill()
+            server.process.wait()
+            psutil.wait_procs(family, timeout=60)
     with serving(data, *flags) as server:
         lost, differ = check(server, ids, want)
-        left = [path.name for name in ("work", "checkpoints") for path in (data / name).iterdir()]
-        videos = list((data / "videos").glob("*.mp4"))
-    print(f"kills {KILLS}, jobs {len(ids)}, lost {len(lost)}, different {len(differ)}, ready in {max(seconds):.1f} s")
-    for name, value in (("kills", KILLS), ("jobs", len(ids)), ("lost", len(lost)), ("different", len(differ))):
+    log = [json.loads(line) for line in (data / "server.log").read_text().splitlines() if line.startswith("{")]
+    store.sweep()
+    left = [path.name for name in ("work", "checkpoints") for path in (data / name).iterdir()]
+    videos = list((data / "videos").glob("*.mp4"))
+    ended = [line["job"] for line in log if line.get("outcome") == "completed"]
+    store.close()
+    found = {
+        "kills": KILLS,
+        "jobs": len(ids),
+        "lost": len(lost),
+        "made twice": len(ended) - len(set(ended)),
+        "different": len(differ),
+        "resumed": sum("Going on after step" in line["event"] for line in log),
+        "seconds to go on, median": round(statistics.median(gaps), 1) if gaps else None,
+        "seconds to go on, max": round(max(gaps), 1) if gaps else None,
+    }
+    print(found)
+    for name, value in found.items():
         record_property(name, value)
-    assert (lost, differ, left) == ([], [], [])
+    assert (lost, differ, left, found["made twice"]) == ([], [], [], 0)
     assert len(videos) == len(ids) + 1, "no video was published twice"
+
+
+def goes_on(store: JobStore, server: Server, after: int | None = None) -> int:
+    """Wait until a worker that lives, and is another than `after`, holds a job; its process id."""
+    held: list[int] = []
+
+    def holds() -> bool:
+        living = {child.pid for child in psutil.Process(server.process.pid).children()} - {after}
+        held[:] = [pid for pulse in store.pulses() if (pid := int(pulse.worker.split(".")[1])) in living]
+        return bool(held)
+
+    wait_until(holds, 120)
+    return held[0]
 
 
 def check(server: Server, ids: list[str], want: np.ndarray) -> tuple[list[str], list[str]]:

@@ -69,9 +69,9 @@ class LeaseWatch:
 class WorkerLock:
     """Proof of life on this machine: a lock on `<worker>.lock`, which the system releases however a process ends."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take a new name and lock it."""
-        self.worker = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+    def __init__(self, folder: Path, supervisor: str = "") -> None:
+        """Take a new name and lock it. `supervisor`: the id of the SupervisorLock of whoever started this worker."""
+        self.worker = ".".join(filter(None, [_host(), str(os.getpid()), secrets.token_hex(4), supervisor]))
         self._path = folder / f"{self.worker}.lock"
         self._lock = FileLock(self._path, thread_local=False)
         self._lock.acquire(timeout=10)  # a watcher may be trying the new file just now
@@ -81,6 +81,37 @@ class WorkerLock:
         """Give the name up; its leases are dead from now on."""
         # The lock first: a watcher then finds the lease dead at once and not after its whole length.
         self._lock.release()
+
+
+class SupervisorLock:
+    """Proof that whoever starts a worker again lives: a worker that dies alone is tried for it, one that dies
+    together with its supervisor was taken along, by a kill of the service or by the machine.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take a new id; nothing is locked yet."""
+        self.id = secrets.token_hex(4)
+        self._lock = FileLock(_supervisor_path(folder, self.id), thread_local=False)
+
+    def acquire(self) -> None:
+        """From now on, until the end of this process or `release`."""
+        self._lock.acquire(timeout=10)
+
+    def release(self) -> None:
+        """Leave nothing behind."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+
+def outlived_by_supervisor(folder: Path, worker: str) -> bool:
+    """Whether a dead worker's supervisor lives. True where that cannot be known."""
+    host, *rest = worker.split(".")
+    if len(rest) != 3 or host != _host() or "/" in worker or "\\" in worker:
+        return True
+    path = _supervisor_path(folder, rest[2])
+    return path.exists() and not _is_free(path)
 
 
 def is_dead(folder: Path, worker: str) -> bool:
@@ -96,11 +127,15 @@ def live_workers(folder: Path) -> int:
 
 
 def remove_stale_locks(folder: Path) -> None:
-    """Remove locks of workers that ended long ago, whose jobs were recovered since."""
-    for path in folder.glob(f"{_host()}.*.lock"):
+    """Remove locks of workers and supervisors that ended long ago, whose jobs were recovered since."""
+    for path in (*folder.glob(f"{_host()}.*.lock"), *folder.glob(f"{_host()}.*.supervisor")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
                 path.unlink()
+
+
+def _supervisor_path(folder: Path, supervisor: str) -> Path:
+    return folder / f"{_host()}.{supervisor}.supervisor"
 
 
 def _is_free(path: Path) -> bool:

@@ -32,6 +32,7 @@ class RunnerSettings:
     tidy_seconds: float = 60.0
     max_bytes: int | None = None
     housekeeping: bool = True
+    supervisor: str = ""  # the id of the lock of whoever starts this worker again
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
 
 
@@ -79,7 +80,7 @@ class Runner:
 
     def run(self) -> None:
         """Work until `drain`. A database that cannot be reached is waited for."""
-        lock = WorkerLock(self._store.files.workers)
+        lock = WorkerLock(self._store.files.workers, self._settings.supervisor)
         self.worker = lock.worker
         log.info("worker ready", worker=lock.worker)
         try:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from wanduet.jobs import statements
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.leases import outlived_by_supervisor
 from wanduet.jobs.records import (
     CANCELLED,
     MAX_PAGE,
@@ -42,6 +43,7 @@ from wanduet.jobs.records import (
 from wanduet.jobs.schema import WRITE, jobs, open_database, stages, state
 
 Values = dict[str, Any]
+MAX_STUCK_ATTEMPTS = 20  # of a job that may be what takes the whole service down, as in a container with a memory limit
 _FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
 
 
@@ -255,8 +257,10 @@ class JobStore:
     def recover(self, pulse: Pulse, max_crashes: int) -> StoredJob | None:
         """Take a job from a dead worker: back into the queue, or failed if it killed too many.
 
-        None if the lease moved since `pulse` was seen: its holder lives after all.
+        None if the lease moved since `pulse` was seen: its holder lives after all. A worker that went down
+        together with its supervisor, as at a power cut, says little against the job and hardly counts.
         """
+        alone = outlived_by_supervisor(self.files.workers, pulse.worker)
         same = sa.and_(
             jobs.c.id == pulse.job_id,
             jobs.c.status == "in_progress",
@@ -268,7 +272,7 @@ class JobStore:
             row = connection.execute(sa.select(jobs).where(same).with_for_update()).one_or_none()
             if row is None:
                 return None
-            row = statements.update_row(connection, same, self._after_crash(row, error, max_crashes))
+            row = statements.update_row(connection, same, self._after_crash(row, error, max_crashes, alone))
         return statements.to_job(row) if row is not None else None
 
     # Retention.
@@ -370,11 +374,13 @@ class JobStore:
             "error_param": error.param,
         }
 
-    def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int) -> Values:
+    def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int, alone: bool = True) -> Values:
         # A long job on a shaky machine goes on as long as it gets ahead; one that dies at one place is poison.
-        crashes = 1 if row.progress > row.crash_progress else row.crashes + 1
-        ending = self._failed(error) if crashes >= max_crashes else {"status": "queued", **_FREE}
-        return {**ending, "crashes": crashes, "crash_progress": row.progress}
+        farther = row.progress > row.crash_progress
+        crashes = 1 if farther else row.crashes + alone
+        poison = crashes >= max_crashes if alone else not farther and row.attempts >= MAX_STUCK_ATTEMPTS
+        ending = self._failed(error) if poison else {"status": "queued", **_FREE}
+        return {**ending, "crashes": max(crashes, 1), "crash_progress": row.progress}
 
     def _delete_if_there(self, job_id: str) -> int:
         try:

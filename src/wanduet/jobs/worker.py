@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
-from wanduet.jobs.leases import live_workers
+from wanduet.jobs.leases import SupervisorLock, live_workers
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -118,9 +118,11 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE),
     ) -> None:
+        self._workers = JobFiles(settings.config.data_folder).workers
+        self._lock = SupervisorLock(self._workers)
+        settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
         self._arguments = [sys.executable, "-m", "wanduet.jobs.worker", settings.to_json()]
         self._environment = {**os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
-        self._workers = JobFiles(settings.config.data_folder).workers
         self._pauses = pauses
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -140,6 +142,7 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Start the process and watch it."""
+        self._lock.acquire()
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> int | None:
@@ -147,6 +150,7 @@ class WorkerProcess:
         self._stopping.set()
         process = self._process
         if process is None or not self._thread.is_alive():
+            self._lock.release()
             return None
         with suppress(ProcessLookupError):
             process.terminate()
@@ -155,6 +159,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
         self._thread.join()
+        self._lock.release()
         return process.returncode
 
     def kill(self) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from fake_engine import open_store
 
-from wanduet.jobs.leases import LeaseWatch, WorkerLock, is_dead, live_workers, remove_stale_locks
+from wanduet.jobs.leases import (
+    LeaseWatch,
+    SupervisorLock,
+    WorkerLock,
+    is_dead,
+    live_workers,
+    outlived_by_supervisor,
+    remove_stale_locks,
+)
 from wanduet.jobs.records import NewJob, Pulse
 
 HOUR = 3600.0
@@ -117,9 +125,25 @@ def test_workers_elsewhere_are_never_declared_dead_by_a_lock(tmp_path: Path) -> 
     assert not is_dead(tmp_path, f"{host}.../../x")
 
 
+def test_a_worker_is_outlived_by_its_supervisor_or_not(tmp_path: Path) -> None:
+    supervisor = SupervisorLock(tmp_path)
+    lock = WorkerLock(tmp_path, supervisor.id)
+    lock.release()
+    assert not outlived_by_supervisor(tmp_path, lock.worker), "it never was there"
+    supervisor.acquire()
+    assert outlived_by_supervisor(tmp_path, lock.worker)
+    assert live_workers(tmp_path) == 0
+    assert is_dead(tmp_path, lock.worker)
+    supervisor.release()
+    assert not outlived_by_supervisor(tmp_path, lock.worker)
+    for unknown in (lock.worker.rpartition(".")[0], f"other{lock.worker}", "w1"):
+        assert outlived_by_supervisor(tmp_path, unknown), "nothing is known"
+
+
 def test_old_locks_are_removed(tmp_path: Path) -> None:
     held, left = WorkerLock(tmp_path), WorkerLock(tmp_path)
     left.release()
+    (tmp_path / f"{held.worker.split('.')[0]}.0123abcd.supervisor").touch()
     for path in tmp_path.iterdir():
         os.utime(path, (0, 0))
     remove_stale_locks(tmp_path)

@@ -11,6 +11,7 @@ from fake_engine import open_store
 
 from wanduet.errors import ConfigError
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.leases import SupervisorLock, WorkerLock
 from wanduet.jobs.records import (
     IdempotencyError,
     JobError,
@@ -212,6 +213,27 @@ def test_poison_stops_but_progress_goes_on(store: JobStore) -> None:
     claim(store)
     store.recover(store.pulses()[0], 2)
     assert store.get(slow).status == "failed"
+
+
+def test_going_down_with_the_whole_service_is_hardly_held_against_a_job(store: JobStore) -> None:
+    (job_id,) = submit(store)
+    supervisor = SupervisorLock(store.files.workers)
+
+    def die() -> str:
+        worker = WorkerLock(store.files.workers, supervisor.id)
+        store.progress(claim(store, worker.worker), 5.0, "encode")
+        worker.release()
+        job = store.recover(store.pulses()[0], 3)
+        assert job is not None
+        return job.status
+
+    assert [die() for _ in range(10)] == ["queued"] * 10
+    assert store.get(job_id).crashes == 1, "a suspect: it runs alone"
+    supervisor.acquire()
+    assert [die() for _ in range(2)] == ["queued", "failed"], "alone, three times at one place"
+    supervisor.release()
+    (job_id,) = submit(store)
+    assert [die() for _ in range(20)] == ["queued"] * 19 + ["failed"], "it may be what takes the service down"
 
 
 def test_release_is_no_crash(store: JobStore) -> None:
