@@ -201,3 +201,44 @@ def postgres_url(data: Path) -> str | None:
 def journal(data: Path) -> list[str]:
     path = data / "journal"
     return path.read_text().splitlines() if path.exists() else []
+
+
+def work(settings: str, url: str | None, ears: Any, log: str, failpoints: tuple[str, ...]) -> None:
+    """A worker's process, for `multiprocessing`: lives until it is told to drain or `ears` hears that its parent ended.
+
+    It dies once at each failpoint: `JobStore.complete:before`, `JobFiles.publish:after`, ...
+    """
+    from wanduet.jobs.worker import WorkerSettings, run_worker
+
+    os.dup2(ears.fileno(), 0)
+    handle = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    parsed = WorkerSettings.from_json(settings)
+    for point in failpoints:
+        _arm(parsed.config.data_folder, point)
+    run_worker(parsed, url)
+
+
+def _arm(data: Path, point: str) -> None:
+    place, _, when = point.partition(":")
+    owner, _, name = place.partition(".")
+    kind: Any = {"JobStore": JobStore, "JobFiles": JobFiles}[owner]
+    original = getattr(kind, name)
+
+    def die() -> None:
+        try:
+            os.close(os.open(data / f"{point}.reached", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def attacked(self: Any, *values: Any, **named: Any) -> Any:
+        if when == "before":
+            die()
+        found = original(self, *values, **named)
+        if when == "after":
+            die()
+        return found
+
+    setattr(kind, name, attacked)
