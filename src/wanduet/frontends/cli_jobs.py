@@ -46,6 +46,7 @@ class ServerFlags:
     page: Annotated[bool, Parameter(help="Serve the web page at /.")] = True
     parallel: Annotated[int, Parameter(help="Jobs in the engine's stages at the same time.")] = 2
     checkpoint_seconds: Annotated[float, Parameter(help="A killed denoise loses at most so much.")] = 15.0
+    max_crashes: Annotated[int, Parameter(help="A job whose engine dies so often at one place is given up.")] = 3
     max_queue: Annotated[int, Parameter(help="Open jobs of everybody.")] = 1000
     max_queue_per_key: Annotated[int, Parameter(help="Open jobs of one key.")] = 100
     max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
@@ -80,10 +81,12 @@ class ServerFlags:
 
         if self.parallel < 1:
             raise ConfigError(f"parallel={self.parallel}: at least one job must run.")
+        if self.max_crashes < 1:
+            raise ConfigError(f"max_crashes={self.max_crashes}: one crash is the least.")
         return RunnerSettings(
             parallel=self.parallel,
             max_bytes=None if self.disk_limit is None else parse_bytes(self.disk_limit),
-            attempt=AttemptSettings(log_prompts=self.log_prompts),
+            attempt=AttemptSettings(max_crashes=self.max_crashes, log_prompts=self.log_prompts),
         )
 
 

@@ -43,7 +43,7 @@ from wanduet.jobs.records import (
 from wanduet.jobs.schema import WRITE, jobs, open_database, stages, state
 
 Values = dict[str, Any]
-MAX_STUCK_ATTEMPTS = 20  # of a job that may be what takes the whole service down, as in a container with a memory limit
+PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
 _FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
 
 
@@ -378,7 +378,7 @@ class JobStore:
         # A long job on a shaky machine goes on as long as it gets ahead; one that dies at one place is poison.
         farther = row.progress > row.crash_progress
         crashes = 1 if farther else row.crashes + alone
-        poison = crashes >= max_crashes if alone else not farther and row.attempts >= MAX_STUCK_ATTEMPTS
+        poison = crashes >= max_crashes if alone else not farther and row.attempts >= PATIENCE * max_crashes
         ending = self._failed(error) if poison else {"status": "queued", **_FREE}
         return {**ending, "crashes": max(crashes, 1), "crash_progress": row.progress}
 

@@ -61,7 +61,7 @@ def test_keys(wanduet: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--host", "0.0.0.0"), ("--port", "70000"), ("--parallel", "0"), ("--disk-limit", "much")],
+    [("--host", "0.0.0.0"), ("--port", "70000"), ("--parallel", "0"), ("--max-crashes", "0"), ("--disk-limit", "much")],
     ids=lambda flags: flags[0],
 )
 def test_serve_refuses_before_anything_is_started(wanduet: Any, flags: tuple[str, ...]) -> None:
