@@ -111,20 +111,22 @@ class Plan:
         return {d.name: d.peak for d in self.devices}
 
 
-def make_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """Choose. Returns a plan with `fits=False` and the nearest settings that fit if nothing does."""
+def make_plan(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, *, nearest: bool = True
+) -> Plan:
+    """Choose. Returns a plan with `fits=False` if nothing does, and the nearest settings that do unless told not to."""
     plan = _fastest_that_fits(request, memory, config, hardware)
-    if plan.fits:
+    if plan.fits or not nearest:
         return plan
-    nearest = []
+    found: list[dict[str, Any]] = []
     for change, smaller in _smaller_requests(request, memory.spec):
         candidate = _fastest_that_fits(smaller, memory, config, hardware)
         if candidate.fits:
             told = {"predicted_peak_bytes": candidate.predicted_peak_bytes}
-            nearest.append(change | told | {"predicted_seconds": round(candidate.seconds.total, 1)})
-        if len(nearest) == NEAREST:
+            found.append(change | told | {"predicted_seconds": round(candidate.seconds.total, 1)})
+        if len(found) == NEAREST:
             break
-    return replace(plan, nearest_that_fits=tuple(nearest))
+    return replace(plan, nearest_that_fits=tuple(found))
 
 
 def require_fit(plan: Plan, request: ResolvedRequest) -> None:

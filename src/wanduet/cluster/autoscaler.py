@@ -1,0 +1,212 @@
+"""Which replicas there should be, from what waits and what lives. Pure: no clock, no database, no Ray.
+
+Replicas are wanted by demand, not by number alone: a job that no live replica fits brings one that does, on the
+GPUs where it costs least, and if none are free, idle replicas make room. Queue age decides the rest: what has
+waited longer than `upscale_seconds` brings as many replicas as would work the backlog off in `target_seconds`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil, log
+
+from wanduet.cluster.fit import Fit, FitOf
+from wanduet.cluster.shapes import Node, ReplicaView, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSettings:
+    """Limits and patience of the autoscaler. Times in seconds.
+
+    `minimum` 0 lets the fleet go down to nothing. `gpus`: how many GPUs each replica has (None: the plan decides).
+    `expected`: what nodes that Ray's own autoscaler can bring would offer (None: it brings none).
+    """
+
+    minimum: int = 1
+    maximum: int = 1000
+    upscale_seconds: float = 10.0
+    target_seconds: float = 60.0
+    idle_seconds: float = 300.0
+    gpus: int | None = None
+    expected: Shape | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Queued jobs of one demand, of all owners; `waited` is the age of the oldest in seconds."""
+
+    demand: str
+    count: int
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A replica to start; `node` None: wherever Ray can make room for it, a new node included."""
+
+    node: str | None
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What to do now. `drain`: ids of replicas that take no more jobs and end. `unfit`: demands that fit nowhere,
+    not even on an empty node.
+    """
+
+    start: tuple[Start, ...] = ()
+    drain: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
+
+
+def decide(
+    nodes: Sequence[Node],
+    replicas: Iterable[ReplicaView],
+    backlog: Iterable[Backlog],
+    fits: Callable[[Shape], FitOf],
+    settings: ScaleSettings,
+    reference: str,
+) -> Changes:
+    """Compare what there is with what there should be.
+
+    `reference` is the demand that replicas are made for while nothing waits, to keep up the minimum.
+    """
+    fleet = _Fleet(nodes, tuple(replicas), fits, settings)
+    fleet.leave_draining_nodes()
+    waiting = sorted(backlog, key=lambda one: -one.waited)
+    for one in waiting:
+        fleet.serve(one)
+    while len(fleet.active) < settings.minimum and fleet.start_for(reference):
+        pass
+    fleet.shrink(waiting)
+    return Changes(tuple(fleet.started), tuple(fleet.drained), tuple(fleet.unfit))
+
+
+class _Fleet:
+    """The fleet as it will be after the changes decided so far."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        replicas: tuple[ReplicaView, ...],
+        fits: Callable[[Shape], FitOf],
+        settings: ScaleSettings,
+    ) -> None:
+        self.nodes = {node.id: node for node in nodes}
+        self.replicas = replicas
+        self.settings = settings
+        self.active = [replica for replica in replicas if replica.state != "draining"]
+        self.started: list[Start] = []
+        self.drained: list[str] = []
+        self.unfit: list[str] = []
+        self._fits = fits
+        self._free = {node.id: len(node.devices) if node.devices else 1 for node in nodes}
+        for replica in replicas:
+            if replica.node in self._free:
+                self._free[replica.node] -= max(1, replica.shape.gpus)
+
+    def fit(self, demand: str, shape: Shape) -> Fit:
+        """Whether and how fast a demand runs on a shape."""
+        return self._fits(shape)(demand)
+
+    def leave_draining_nodes(self) -> None:
+        """Whatever is on a node that is to be emptied ends."""
+        for replica in tuple(self.active):
+            if replica.node is not None and replica.node in self.nodes and self.nodes[replica.node].draining:
+                self._drain(replica)
+
+    def serve(self, one: Backlog) -> None:
+        """Bring replicas for a demand that waits too long, or that nobody fits."""
+        able = [replica for replica in self.active if self.fit(one.demand, replica.shape).fits]
+        if not able:
+            if not self.start_for(one.demand) and one.waited >= self.settings.upscale_seconds:
+                self._make_room(one.demand)
+            return
+        if one.waited < self.settings.upscale_seconds:
+            return
+        seconds = min(self.fit(one.demand, replica.shape).seconds for replica in able)
+        wanted = min(one.count, ceil(one.count * seconds / self.settings.target_seconds))
+        coming = sum(replica.state == "starting" or not replica.jobs for replica in able)
+        for _ in range(wanted - coming):
+            if not self.start_for(one.demand):
+                return
+
+    def start_for(self, demand: str) -> bool:
+        """Start the replica on which a demand costs the fewest device-seconds; False if there is no place."""
+        if len(self.active) >= self.settings.maximum:
+            return False
+        best: tuple[int, int, int] | None = None
+        choice: Start | None = None
+        anywhere = False
+        for node, shape in self._places():
+            fit = self.fit(demand, shape)
+            anywhere = anywhere or fit.fits
+            if not fit.fits or self._free[node.id] < max(1, shape.gpus):
+                continue
+            # A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
+            cost = (round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1)), _size(shape), shape.gpus)
+            if best is None or cost < best:
+                best, choice = cost, Start(node.id, shape)
+        expected = self.settings.expected
+        if choice is None and expected is not None and self.fit(demand, expected).fits:
+            choice, anywhere = Start(None, expected), True
+        if choice is None:
+            if not anywhere and self.nodes and demand not in self.unfit:
+                self.unfit.append(demand)
+            return False
+        self._add(choice)
+        return True
+
+    def shrink(self, waiting: Sequence[Backlog]) -> None:
+        """End replicas that have long been idle and that nothing waiting needs."""
+        idle = [replica for replica in self.active if replica.idle_seconds >= self.settings.idle_seconds]
+        for replica in sorted(idle, key=lambda one: -one.idle_seconds):
+            if len(self.active) <= self.settings.minimum:
+                return
+            if not any(self.fit(one.demand, replica.shape).fits for one in waiting):
+                self._drain(replica)
+
+    def _places(self) -> Iterable[tuple[Node, Shape]]:
+        for node in self.nodes.values():
+            if not node.draining:
+                yield from ((node, shape) for shape in node.shapes(self.settings.gpus))
+
+    def _make_room(self, demand: str) -> None:
+        """Drain what stands where the demand would fit, where that loses least; nothing if room is on its way."""
+        if len(self.active) >= self.settings.maximum:
+            idle = [replica for replica in self.active if not replica.jobs and replica.state == "ready"]
+            if idle and not any(replica.state == "draining" for replica in self.replicas):
+                self._drain(max(idle, key=lambda one: one.idle_seconds))
+            return
+        best: tuple[tuple[int, int], list[ReplicaView]] | None = None
+        for node, shape in self._places():
+            if not self.fit(demand, shape).fits:
+                continue
+            here = [replica for replica in self.replicas if replica.node == node.id]
+            leaving = [one for one in here if one.state == "draining" or one.id in self.drained]
+            coming = self._free[node.id] + sum(max(1, one.shape.gpus) for one in leaving)
+            staying = [one for one in here if one not in leaving]
+            staying.sort(key=lambda one: (len(one.jobs), -one.idle_seconds))
+            victims: list[ReplicaView] = []
+            while coming < max(1, shape.gpus) and staying:
+                victims.append(staying.pop(0))
+                coming += max(1, victims[-1].shape.gpus)
+            loss = (sum(len(one.jobs) for one in victims), len(victims))
+            if coming >= max(1, shape.gpus) and (best is None or loss < best[0]):
+                best = (loss, victims)
+        for replica in best[1] if best is not None else ():
+            self._drain(replica)
+
+    def _add(self, start: Start) -> None:
+        self.started.append(start)
+        if start.node is not None:
+            self._free[start.node] -= max(1, start.shape.gpus)
+        self.active.append(ReplicaView(f"new-{len(self.started)}", start.node, start.shape))
+
+    def _drain(self, replica: ReplicaView) -> None:
+        self.active.remove(replica)
+        if replica.id not in self.drained:
+            self.drained.append(replica.id)
+
+
+def _size(shape: Shape) -> int:
+    return sum(device.total_bytes for device in shape.devices)

@@ -1,0 +1,85 @@
+"""Which waiting job a replica takes next. Pure: no clock, no database, no Ray.
+
+Every replica asks for itself, so there is no scheduler process that could be lost. The order, first to last:
+
+1. *Priority*, as on one machine.
+2. *Fairness between owners*: start-time fair queueing (Goyal, Vin, Cheng 1996). Each claim charges its owner the
+   job's predicted device-seconds in virtual time; the owner with the smallest start tag goes first. Nobody saves
+   up credit by staying away, and nobody pays for what they used while nobody else wanted it.
+3. *Between one owner's jobs*, the highest response ratio: waited time over predicted time, plus one (Brinch Hansen
+   1971). Small jobs pass big ones, and a big one's ratio grows until it is next.
+4. A job that waited longer than `patience_seconds` goes by age alone, before its owner's others.
+
+Jobs that do not fit the replica are not seen at all, so a replica never waits for a job and is never blocked by one.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from wanduet.cluster.fit import FitOf
+
+PATIENCE_SECONDS = 900.0
+SHORTEST_SECONDS = 1.0  # below this, predictions say nothing and ratios would explode
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The queued jobs of one owner, demand and priority. The oldest stands for all: it goes first.
+
+    `since`: Unix seconds when it was submitted.
+    """
+
+    owner: str
+    demand: str
+    priority: int
+    job_id: str
+    since: float
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """An owner's place in virtual time (device-seconds): where its newest job started, and where its next may."""
+
+    start: float = 0.0
+    finish: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A job to try for, and what it will be charged."""
+
+    waiting: Waiting
+    device_seconds: float
+
+
+def order(
+    waiting: Iterable[Waiting],
+    shares: Mapping[str, Share],
+    fit_of: FitOf,
+    now: float,
+    *,
+    devices: int = 1,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> list[Pick]:
+    """What to try for, best first, on a replica of `devices` GPUs; empty if nothing that waits fits it."""
+    virtual = max((share.start for share in shares.values()), default=0.0)
+    found: list[tuple[tuple[float, ...], str, Pick]] = []
+    for one in waiting:
+        fit = fit_of(one.demand)
+        if not fit.fits:
+            continue
+        seconds = max(fit.seconds, SHORTEST_SECONDS)
+        waited = max(0.0, now - one.since)
+        overdue = waited > patience_seconds
+        tag = max(virtual, shares.get(one.owner, Share()).finish)
+        urgency = waited if overdue else 1.0 + waited / seconds
+        key = (-one.priority, tag, not overdue, -urgency)
+        found.append((key, one.job_id, Pick(one, seconds * max(1, devices))))
+    return [pick for _, _, pick in sorted(found, key=lambda entry: entry[:2])]
+
+
+def charge(share: Share, virtual: float, device_seconds: float) -> Share:
+    """The owner's place after a claim; `virtual` is the largest start of all owners."""
+    start = max(share.finish, virtual)
+    return Share(start, start + device_seconds)

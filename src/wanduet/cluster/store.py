@@ -1,0 +1,206 @@
+"""The job store as a cluster's replicas use it: the same rows, leases and fences, claimed in the scheduler's order.
+
+Two tables are added to the jobs': each owner's place in virtual time, and what the controller tells the API and
+the command line about replicas and nodes. Nothing that a job needs to survive is in them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from wanduet.cluster import scheduler
+from wanduet.cluster.autoscaler import Backlog
+from wanduet.cluster.fit import FitOf
+from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
+from wanduet.jobs import statements
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.records import JobError, Lease
+from wanduet.jobs.schema import WRITE, jobs
+from wanduet.jobs.store import JobStore
+
+TRIES = 8  # jobs that a claim tries for before it looks at the queue again
+UNFIT_LEASE_SECONDS = 30.0
+
+metadata = sa.MetaData()
+
+shares = sa.Table(
+    "cluster_shares",
+    metadata,
+    sa.Column("owner", sa.String(128), primary_key=True),
+    sa.Column("start", sa.Double, nullable=False),
+    sa.Column("finish", sa.Double, nullable=False),
+)
+
+replicas = sa.Table(
+    "cluster_replicas",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("node", sa.String(255), nullable=False),
+    sa.Column("shape", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("worker", sa.String(255)),
+    sa.Column("jobs", sa.Integer, nullable=False),
+)
+
+drains = sa.Table(
+    "cluster_drains",
+    metadata,
+    sa.Column("node", sa.String(255), primary_key=True),  # its name or the start of its Ray id
+)
+
+
+class ClusterStore(JobStore):
+    """A job store whose `claim` takes what fits a replica, in the scheduler's order.
+
+    `fit_of` says what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
+    """
+
+    def __init__(
+        self,
+        files: JobFiles,
+        url: str | None = None,
+        *,
+        fit_of: FitOf | None = None,
+        devices: int = 1,
+        patience_seconds: float = PATIENCE_SECONDS,
+        **options: Any,
+    ) -> None:
+        super().__init__(files, url, **options)
+        self._fit_of = fit_of
+        self._devices = devices
+        self._patience = patience_seconds
+        self._create_tables()
+
+    def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
+        """Take the job that is next for this replica, or None. No other worker gets the same one."""
+        if self._fit_of is None:
+            return None
+        for pick in self._picks(self._fit_of, alone)[:TRIES]:
+            with self._write() as connection:
+                lease = self._take(connection, pick.waiting, worker, lease_seconds, alone)
+                if lease is not None:
+                    self._charge(connection, pick)
+                    return lease
+        return None
+
+    def waiting(self, alone: bool = True) -> tuple[Waiting, ...]:
+        """What is queued, grouped; without jobs that crashed before unless `alone`."""
+        with self._read() as connection:
+            return self._waiting(connection, alone)
+
+    def backlog(self, waiting: Iterable[Waiting]) -> tuple[Backlog, ...]:
+        """The same by demand alone, as the autoscaler sees it."""
+        now = self._clock()
+        found: dict[str, Backlog] = {}
+        for one in waiting:
+            known = found.get(one.demand, Backlog(one.demand, 0, 0.0))
+            waited = max(known.waited, now - one.since)
+            found[one.demand] = Backlog(one.demand, known.count + one.count, waited)
+        return tuple(found.values())
+
+    def refuse(self, waiting: Waiting, worker: str, error: JobError) -> int:
+        """Fail the jobs of a group that fits nowhere, behind a lease as any other end; returns how many."""
+        refused = 0
+        while True:
+            with self._write() as connection:
+                lease = self._take(connection, waiting, worker, UNFIT_LEASE_SECONDS, alone=True)
+            if lease is None:
+                return refused
+            self.fail(lease, error)
+            refused += 1
+
+    # What the controller tells others, and what it is told.
+
+    def publish(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Replace the list of replicas: `id`, `node`, `shape`, `state`, `worker`, `jobs` (how many)."""
+        found = list(rows)
+        with self._write() as connection:
+            connection.execute(sa.delete(replicas))
+            if found:
+                connection.execute(sa.insert(replicas), found)
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """The replicas as the controller last saw them."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(replicas).order_by(replicas.c.node, replicas.c.id))
+            return [dict(row) for row in rows.mappings()]
+
+    def drain_node(self, node: str) -> None:
+        """Ask for a node to be emptied; it stays so until `undrain_node`."""
+        with self._write() as connection:
+            connection.execute(sa.delete(drains).where(drains.c.node == node))
+            connection.execute(sa.insert(drains).values(node=node))
+
+    def undrain_node(self, node: str) -> bool:
+        """Let replicas start on a node again; False if it was not being drained."""
+        with self._write() as connection:
+            return connection.execute(sa.delete(drains).where(drains.c.node == node)).rowcount > 0
+
+    def drained_nodes(self) -> frozenset[str]:
+        """The nodes that were asked to be emptied."""
+        with self._read() as connection:
+            return frozenset(connection.scalars(sa.select(drains.c.node)))
+
+    # Inside.
+
+    def _picks(self, fit_of: FitOf, alone: bool) -> list[Pick]:
+        with self._read() as connection:
+            waiting = self._waiting(connection, alone)
+            if not waiting:
+                return []
+            rows = connection.execute(sa.select(shares)).all()
+        known = {row.owner: Share(row.start, row.finish) for row in rows}
+        return scheduler.order(
+            waiting, known, fit_of, self._clock(), devices=self._devices, patience_seconds=self._patience
+        )
+
+    def _waiting(self, connection: sa.Connection, alone: bool) -> tuple[Waiting, ...]:
+        key = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
+        query = sa.select(*key, sa.func.min(jobs.c.id), sa.func.count()).where(jobs.c.status == "queued").group_by(*key)
+        if not alone:
+            query = query.where(jobs.c.crashes == 0)
+        # The id begins with the milliseconds of its submission, so the index alone answers.
+        return tuple(
+            Waiting(owner, demand, priority, first, int(first[6:18], 16) / 1000, count)
+            for owner, demand, priority, first, count in connection.execute(query)
+        )
+
+    def _take(
+        self, connection: sa.Connection, waiting: Waiting, worker: str, lease_seconds: float, alone: bool
+    ) -> Lease | None:
+        """The oldest of a group that nobody else is just taking."""
+        same = (
+            jobs.c.status == "queued",
+            jobs.c.owner == waiting.owner,
+            jobs.c.demand == waiting.demand,
+            jobs.c.priority == waiting.priority,
+        )
+        oldest = sa.select(jobs.c.id).where(*same).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
+        if not alone:
+            oldest = oldest.where(jobs.c.crashes == 0)
+        job_id = connection.scalar(oldest)
+        if job_id is None:
+            return None
+        return statements.take(connection, jobs.c.id == job_id, worker, lease_seconds, self._clock())
+
+    def _charge(self, connection: sa.Connection, pick: Pick) -> None:
+        owner = pick.waiting.owner
+        virtual = connection.scalar(sa.select(sa.func.max(shares.c.start))) or 0.0
+        row = connection.execute(sa.select(shares).where(shares.c.owner == owner).with_for_update()).one_or_none()
+        share = Share() if row is None else Share(row.start, row.finish)
+        place = scheduler.charge(share, virtual, pick.device_seconds)
+        values = {"start": place.start, "finish": place.finish}
+        on_postgres = self.database.dialect.name == "postgresql"
+        insert = postgresql.insert(shares) if on_postgres else sqlite.insert(shares)
+        connection.execute(
+            insert.values(owner=owner, **values).on_conflict_do_update(index_elements=["owner"], set_=values)
+        )
+
+    def _create_tables(self) -> None:
+        # One at a time: two that create a table together fail on PostgreSQL.
+        with self.database.connect().execution_options(**WRITE) as connection, connection.begin():
+            if self.database.dialect.name == "postgresql":
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7761)"))
+            metadata.create_all(connection)

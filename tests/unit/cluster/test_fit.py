@@ -1,0 +1,80 @@
+"""Fits come from the plan, by the demand that stands in a job's row."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wanduet.cluster.fit import Fitter, parse_demand
+from wanduet.cluster.shapes import Node, Shape, declared_devices
+from wanduet.config import EngineConfig
+from wanduet.engine.build import Models
+from wanduet.engine.plan import make_plan
+from wanduet.errors import InvalidRequestError
+from wanduet.jobs.records import demand_of
+from wanduet.request import GenerationRequest
+from wanduet.specs import WAN_1_3B
+
+SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models(EngineConfig(model="random:1.3b"))
+
+
+def shape(gpus: str) -> Shape:
+    devices = declared_devices(gpus)
+    return Node("n", "n", devices, 64 * 2**30, 8).shape(len(devices))
+
+
+@given(
+    st.sampled_from([(480, 832), (1080, 1920), (None, None)]),
+    st.sampled_from([None, 1, 81]),
+    st.sampled_from([None, 1.0, 6.0]),
+    st.sampled_from([None, 7]),
+    st.sampled_from([1, 3]),
+)
+def test_a_demand_says_everything_that_memory_and_time_depend_on(size, frames, scale, steps, videos) -> None:
+    request = GenerationRequest(
+        prompt="a cat", height=size[0], width=size[1], num_frames=frames, guidance_scale=scale,
+        num_inference_steps=steps, num_videos_per_prompt=videos, seed=5,
+    )  # fmt: skip
+    said, meant = parse_demand(demand_of(request.model_dump()), WAN_1_3B), request.resolve(WAN_1_3B)
+    for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
+                 "num_videos_per_prompt"):  # fmt: skip
+        assert getattr(said, name) == getattr(meant, name)
+
+
+@pytest.mark.parametrize("gpus", ["1x2GiB", "1x24GiB", "2x24GiB"])
+@pytest.mark.parametrize("demand", [SMALL, FULL_HD])
+def test_a_fit_is_what_the_plan_says(models: Models, gpus: str, demand: str) -> None:
+    config = EngineConfig(model="random:1.3b")
+    plan = make_plan(parse_demand(demand, models.spec), models.memory, config, shape(gpus).hardware, nearest=False)
+    found = Fitter(models.memory, config).on(shape(gpus))(demand)
+    assert found.fits == plan.fits
+    assert found.peak_bytes == max(device.peak for device in plan.devices)
+
+
+def test_what_is_too_large_for_one_card_fits_a_larger_one(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
+    assert [fitter.on(shape(gpus))(FULL_HD).fits for gpus in ("1x2GiB", "1x80GiB")] == [False, True]
+    assert fitter.on(shape("1x80GiB"))(SMALL).seconds < fitter.on(shape("1x80GiB"))(FULL_HD).seconds
+
+
+def test_a_strategy_that_needs_two_devices_fits_no_single_one(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b", strategy="placed"))
+    assert [fitter.on(shape(gpus))(SMALL).fits for gpus in ("1x80GiB", "2x24GiB")] == [False, True]
+
+
+def test_a_job_that_no_plan_can_be_made_for_goes_anywhere_and_fails_there(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
+    assert fitter.on(shape("1x24GiB"))("481x833x80/50/2/1").fits
+    assert fitter.on(shape("1x24GiB"))("").fits
+    with pytest.raises(InvalidRequestError):
+        parse_demand("nonsense", WAN_1_3B)
+
+
+def test_part_of_an_uneven_node_is_as_small_as_its_smallest_card() -> None:
+    node = Node("n", "n", declared_devices("24GiB_12GiB"), 64 * 2**30, 8)
+    assert [one.name for one in node.shapes()] == ["1x12GiB", "2x12GiB"]
+    assert [d.total_bytes // 2**30 for d in node.shape(2).devices] == [24, 12]
