@@ -59,11 +59,9 @@ def video_previews(path: Path) -> dict[str, bytes]:
 
 def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
     """Pictures of the video taking shape, at a path."""
-    from wanduet.jobs.previews import ColourMaps, Previews
+    from wanduet.jobs.previews import watch_job
 
-    models = engine.models
-    maps = ColourMaps(engine.config.data_folder / "previews", models.about["name"], models.spec.vae.z_dim)
-    return Previews(path, maps, request)
+    return watch_job(engine.models, engine.config.data_folder, path, request)
 
 
 def checkpoint_keys(engine: Any, running: Any) -> list[str]:

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wanduet.jobs.previews import ColourMaps, Previews, foresee, moving_picture, small_frames
+from wanduet.jobs.preview_decoders import DecodedPictures
+from wanduet.jobs.preview_maps import ColourMaps, latent_sized, load_encoder, small_frames
+from wanduet.jobs.previews import Previews, foresee, moving_picture
 from wanduet.media.video import write_video
+from wanduet.miniature.world import render, sample_clips
 from wanduet.request import GenerationRequest
+from wanduet.weights.download import open_model
 
 
 @dataclass
@@ -114,3 +118,43 @@ def test_nothing_that_goes_wrong_reaches_the_denoise(tmp_path: Path) -> None:
     for step in euler(latents[None], torch.randn(1, *latents.shape), [1.0, 0.5, 0.0]):
         previews(step)
     previews.learn(video)
+
+
+def test_a_map_is_fitted_to_the_models_own_encoder(tmp_path: Path) -> None:
+    """With the miniature under another name: its fitted map does nearly as well as the one that is built in."""
+    folder = open_model("miniature")
+    maps = ColourMaps(tmp_path, "unknown/model", 16)
+    thread = maps.fit_beside(folder)
+    assert thread is not None
+    assert maps.fit_beside(folder) is None, "one at a time"
+    thread.join(120)
+    fitted, built_in = maps.load(), ColourMaps(tmp_path, "miniature", 16).load()
+    assert fitted is not None
+    assert built_in is not None
+    vae = load_encoder(folder)
+    clips = render(sample_clips(8, torch.Generator().manual_seed(7)), 5, 64)
+    colours = np.stack([latent_sized((clip + 1) / 2) for clip in clips])
+    latents = [vae.encode(clip[None])[0] for clip in clips]
+    ours, best = (
+        np.square(np.stack([known(z) for z in latents]) / 255 - colours).mean() for known in (fitted, built_in)
+    )
+    assert ours < 2 * best
+    assert ours < 0.35 * colours.var((0, 1, 2, 3)).mean()
+    assert maps.fit_beside(folder) is None, "once"
+
+
+def test_a_decoder_that_fails_leaves_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanduet.jobs.previews.SHORTEST_PAUSE", 0.0)
+    monkeypatch.setattr("wanduet.jobs.previews.SHARE", 1e9)
+    latents, video = make_video(tmp_path, BARS)
+    maps = ColourMaps(tmp_path, "m", 16)
+    maps.learn(latents, video)
+    damaged = tmp_path / "taew2_1.safetensors"
+    damaged.write_bytes(b"no weights")
+    decoder = DecodedPictures(damaged, (0.0,) * 16, (1.0,) * 16)
+    picture = tmp_path / "preview.webp"
+    previews = Previews(picture, maps, GenerationRequest(prompt="x", fps=16), decoder)
+    for step in euler(latents[None], torch.randn(1, *latents.shape), [1.0, 0.5, 0.0]):
+        previews(step)
+    with Image.open(picture) as image:
+        assert image.size == (8, 4)
