@@ -30,7 +30,7 @@ ENVIRONMENT = {
 FOREVER = 10**6  # attempts: where every death is the test's own doing, no job may be blamed
 
 
-def worker_settings(data: Path, lease_seconds: float = 1.0, max_crashes: int = FOREVER) -> WorkerSettings:
+def worker_settings(data: Path, lease_seconds: float = 30.0, max_crashes: int = FOREVER) -> WorkerSettings:
     attempt = AttemptSettings(poll_seconds=0.02, progress_seconds=0.02, max_crashes=max_crashes)
     runner = RunnerSettings(lease_seconds=lease_seconds, attempt=attempt)
     return WorkerSettings(EngineConfig(data_dir=data), runner, engine="fake_engine:FakeEngine")

@@ -1,8 +1,9 @@
 """An engine without models: it counts to `num_inference_steps`, keeps checkpoints, writes a few bytes.
 
 Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
-The prompt says what goes wrong: `die N` kills the process at step N, `raise N` raises there, `orphan N` kills
-it N times between publishing the video and committing it.
+The prompt says what goes wrong: `die N` kills the process at step N, `once N` the first time only, `stop N` stops
+it there once (SIGSTOP), `raise N` raises there, `orphan N` kills it N times between publishing the video and
+committing it.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,21 @@ class Result:
     warnings: tuple[str, ...] = ()
 
 
+def first_time(marker: Path) -> bool:
+    """Whether nobody asked before, in any process."""
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
 class FakeJob:
-    def __init__(self, data: Path, request: GenerationRequest, output: Output, on_step: Any) -> None:
+    def __init__(
+        self, data: Path, request: GenerationRequest, output: Output, on_step: Any, pace: "Pace | None" = None
+    ) -> None:
         self.data, self.request, self.output, self.on_step = data, request, output, on_step
+        self.pace = pace or (lambda job, step: time.sleep(STEP_SECONDS))
         self.cancelled = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -105,11 +118,13 @@ class FakeJob:
             if number.isdigit() and step == int(number):
                 if word == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if word in ("once", "stop") and first_time(self.data / f"{name}.{word}"):
+                    os.kill(os.getpid(), signal.SIGKILL if word == "once" else signal.SIGSTOP)
                 if word == "raise":
                     raise RuntimeError("a secret detail")
                 if word == "oom":
                     raise OutOfMemoryError(f"Out of memory in {self.data}.")
-            time.sleep(STEP_SECONDS)
+            self.pace(self, step)
             write_atomically(checkpoint, str(step + 1).encode())
             self._note(f"{name} step {step}")
             if self.on_step is not None:
@@ -166,13 +181,35 @@ class FakeEngine:
         checkpoint_keys=lambda engine, running: [checkpoint_key(running.request)],
     )
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, pace: "Pace | None" = None) -> None:
         self.data = config.data_folder
+        self.pace = pace
         self.jobs: list[FakeJob] = []
 
     def submit(self, request: GenerationRequest, output: Any, on_step: Any = None) -> FakeJob:
-        self.jobs.append(FakeJob(self.data, request, output, on_step))
+        self.jobs.append(FakeJob(self.data, request, output, on_step, self.pace))
         return self.jobs[-1]
+
+
+Pace = Callable[[FakeJob, int], None]  # called before each step
+
+
+class Turnstile:
+    """Lets so many steps pass; the next one waits until more are let through, all are, or its job is cancelled."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = threading.Semaphore(steps)
+        self._open = threading.Event()
+
+    def __call__(self, job: FakeJob, step: int) -> None:
+        while not (self._open.is_set() or job.cancelled.is_set() or self._left.acquire(timeout=0.005)):
+            pass
+
+    def let(self, steps: int) -> None:
+        self._left.release(steps)
+
+    def open(self) -> None:
+        self._open.set()
 
 
 def content(prompt: str, seed: int) -> bytes:
@@ -227,11 +264,8 @@ def _arm(data: Path, point: str) -> None:
     original = getattr(kind, name)
 
     def die() -> None:
-        try:
-            os.close(os.open(data / f"{point}.reached", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
+        if first_time(data / f"{point}.reached"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def attacked(self: Any, *values: Any, **named: Any) -> Any:
         if when == "before":
