@@ -8,20 +8,21 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from job_workers import (
     ENVIRONMENT,
-    assert_exactly_once,
     fake_engine,
+    journal,
     open_store,
     published,
     steps_of,
@@ -33,7 +34,8 @@ from job_workers import (
 
 from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import Attempt, AttemptSettings
-from wanduet.jobs.records import Lease, UnknownJobError
+from wanduet.jobs.records import Lease, StoredJob
+from wanduet.jobs.store import JobStore
 from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
@@ -60,23 +62,21 @@ def worker(data: Path, *, step_seconds: float = 0.01, **options: Any) -> Iterato
 
 def test_killed_in_the_middle_goes_on_and_finishes_once(tmp_path: Path, record_property) -> None:
     store = open_store(tmp_path)
-    job_id = submit(store, "job 0", steps=40, seed=0)
+    job_id = submit(store, "once 15", steps=40, seed=0)
     with worker(tmp_path) as first:
-        wait(lambda: len(steps_of(tmp_path, job_id)) >= 15)
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        assert first.wait(120) == -signal.SIGKILL
     assert store.get(job_id).status == "in_progress"
-    with worker(tmp_path, lease_seconds=60.0) as second:
-        started = time.monotonic()
+    with worker(tmp_path, lease_seconds=1e6) as second:  # a dead process's lease needs no waiting
         wait(lambda: store.get(job_id).finished)
-        assert time.monotonic() - started < 30, "a dead process's lease needs no waiting"
         second.terminate()
-        assert second.wait(10) == 0
-    assert_exactly_once(store, [job_id])
-    assert store.get(job_id).attempts == 2
+        assert second.wait(120) == 0
+    job = store.get(job_id)
+    assert (job.status, job.attempts) == ("completed", 2)
+    assert published(store) == {file.name for file in job.files}
+    assert journal(tmp_path).count(f"{job_id} done") == 1
     redone = len(steps_of(tmp_path, job_id)) - 40
     record_property("steps_redone", redone)
-    assert redone <= 1
+    assert redone == 0
     store.close()
 
 
@@ -95,28 +95,54 @@ def test_a_poison_job_stops_and_the_next_one_runs(tmp_path: Path) -> None:
     store.close()
 
 
-def test_stopped_past_its_lease_the_stale_commit_is_refused(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    job_id = submit(store, "job 0", steps=30, seed=0)
-    with worker(tmp_path, step_seconds=0.02, lease_seconds=3.0) as first:
-        wait(lambda: len(steps_of(tmp_path, job_id)) >= 10)
-        first.send_signal(signal.SIGSTOP)
-        stale_token = store.get(job_id).token
-        with worker(tmp_path, step_seconds=0.2, lease_seconds=3.0) as second:
-            wait(lambda: store.get(job_id).token > stale_token)
-            fresh = store.get(job_id)
+def stop_past_its_lease(data: Path, lease_seconds: float) -> None:
+    """A worker stops in the middle, another takes its job, then the first goes on."""
+    store = open_store(data)
+    job_id = submit(store, "stop 10", steps=30, seed=0)
+    with worker(data, lease_seconds=lease_seconds) as first:
+        os.waitpid(first.pid, os.WUNTRACED)
+        while is_locked(data):  # it was stopped in the middle of a write: nobody can write until it goes on
             first.send_signal(signal.SIGCONT)
-            # The first worker has 0.4 s of steps left, the second more: without fencing the first would win.
+            time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)
+        stale = store.get(job_id)
+        assert stale.status == "in_progress"
+        # The first has 0.2 s of steps left, the second more: without fencing the first would win.
+        with worker(data, step_seconds=0.2, lease_seconds=lease_seconds) as second:
+            wait(lambda: store.get(job_id).token > stale.token)
+            first.send_signal(signal.SIGCONT)
             wait(lambda: store.get(job_id).finished)
-            first.terminate()
-            assert first.wait(10) == 0
-            second.terminate()
-            second.wait(10)
+            for process in (first, second):
+                process.terminate()
+                assert process.wait(120) == 0
     job = store.get(job_id)
-    assert (job.status, job.token, job.attempts) == ("completed", fresh.token, 2)
-    assert job.files[0].name == f"{job_id}.{fresh.token}-0.mp4"
-    assert len(list(store.files.videos.glob("*.mp4"))) == 1
+    assert (job.status, job.token, job.attempts) == ("completed", stale.token + 1, 2)
+    assert job.files[0].name == f"{job_id}.{job.token}-0.mp4"
+    assert published(store) == {file.name for file in job.files}
     store.close()
+
+
+def is_locked(data: Path) -> bool:
+    if "WANDUET_TEST_POSTGRES" in os.environ:
+        return False
+    with closing(sqlite3.connect(data / "jobs.sqlite3", timeout=0.5, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        return False
+
+
+def test_stopped_past_its_lease_the_stale_commit_is_refused(tmp_path: Path) -> None:
+    stop_past_its_lease(tmp_path, 3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_often_stopped_past_its_lease(tmp_path: Path, record_property) -> None:
+    for number in range(50):
+        stop_past_its_lease(tmp_path / str(number), 3.0)
+    record_property("stale workers", 50)
 
 
 def test_a_stale_worker_that_has_finished_publishes_nothing(tmp_path: Path) -> None:
@@ -178,7 +204,7 @@ def test_200_concurrent_submissions_of_20_keys_make_20_jobs(tmp_path: Path, reco
         )
         for part in range(4)
     ]
-    answers = [tuple(answer) for process in processes for answer in json.loads(process.communicate(timeout=60)[0])]
+    answers = [tuple(answer) for process in processes for answer in json.loads(process.communicate(timeout=240)[0])]
     record_property("seconds", round(time.monotonic() - started, 2))
     store = open_store(tmp_path)
     rows = store.list(limit=100).jobs
@@ -188,43 +214,70 @@ def test_200_concurrent_submissions_of_20_keys_make_20_jobs(tmp_path: Path, reco
     store.close()
 
 
-@sqlite
-def test_a_log_cut_after_the_last_sync_loses_nothing_acknowledged(tmp_path: Path, record_property) -> None:
+AS_FAR_AS = {"queued": ("queued", "in_progress", "completed"), "completed": ("completed",)}
+
+
+def cut_the_log(folder: Path, jobs: int, cuts: int, record_property) -> None:
     """What a power cut leaves: the log up to the last sync, and any part of what came later."""
     dice = random.Random(0)
-    data = tmp_path / "data"
+    data = folder / "data"
     store = open_store(data)
     with store.database.connect() as connection:  # folds the tables' creation into the database file
         connection.exec_driver_sql("COMMIT")
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     log = data / "jobs.sqlite3-wal"
-    synced: list[tuple[int, str]] = []  # bytes of the log when each job was acknowledged
-    for number in range(25):
+    synced: list[tuple[int, str, str]] = []  # bytes of the log when each job was acknowledged, and its state then
+    for number in range(jobs):
         job_id = submit(store, f"job {number}")
-        synced.append((log.stat().st_size, job_id))
+        synced.append((log.stat().st_size, job_id, "queued"))
+        if number % 3 == 0:
+            lease = store.claim("w", 30.0)
+            assert lease is not None
+            store.complete(lease, [])
+            synced.append((log.stat().st_size, lease.job.id, "completed"))
     whole = log.read_bytes()
-    cuts = lost = 0
-    for number in range(60):
-        size, _ = dice.choice(synced)
+    lost = 0
+    for number in range(cuts):
+        size = dice.choice(synced)[0]
         cut = dice.randint(size, len(whole))
-        kept = [job_id for end, job_id in synced if end <= size]
-        copy = tmp_path / f"copy{number}"
+        copy = folder / f"copy{number}"
         copy.mkdir()
         shutil.copy(data / "jobs.sqlite3", copy)
         (copy / "jobs.sqlite3-wal").write_bytes(whole[:cut])
         after = open_store(copy)
-        for job_id in kept:
-            try:
-                after.get(job_id)
-            except UnknownJobError:
-                lost += 1
+        found = {job.id: job.status for job in all_jobs(after)}
+        promised = {job_id: status for end, job_id, status in synced if end <= size}
+        lost += sum(found.get(job_id) not in AS_FAR_AS[status] for job_id, status in promised.items())
         with after.database.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         after.close()
-        cuts += 1
+        shutil.rmtree(copy)
     record_property("cuts", cuts)
-    assert (cuts, lost) == (60, 0)
+    record_property("lost", lost)
+    print({"cuts": cuts, "acknowledged states": len(synced), "lost": lost})
+    assert lost == 0
     store.close()
+
+
+def all_jobs(store: JobStore) -> Iterator[StoredJob]:
+    after = None
+    while True:
+        page = store.list(after=after, limit=100)
+        yield from page.jobs
+        if not page.has_more:
+            return
+        after = page.jobs[-1].id
+
+
+@sqlite
+def test_a_log_cut_after_the_last_sync_loses_nothing_acknowledged(tmp_path: Path, record_property) -> None:
+    cut_the_log(tmp_path, 25, 60, record_property)
+
+
+@sqlite
+@pytest.mark.slow
+def test_a_log_cut_at_many_places_loses_nothing_acknowledged(tmp_path: Path, record_property) -> None:
+    cut_the_log(tmp_path, 100, 2000, record_property)
 
 
 def test_sigterm_drains_and_exits_with_0(tmp_path: Path, record_property) -> None:
@@ -234,7 +287,7 @@ def test_sigterm_drains_and_exits_with_0(tmp_path: Path, record_property) -> Non
         wait(lambda: len(steps_of(tmp_path, job_id)) >= 3)
         started = time.monotonic()
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
         record_property("drain_seconds", round(time.monotonic() - started, 2))
     assert (store.get(job_id).status, store.get(job_id).crashes) == ("queued", 0)
     store.close()
@@ -247,7 +300,7 @@ def test_a_worker_ends_with_whoever_started_it(tmp_path: Path) -> None:
         wait(lambda: steps_of(tmp_path, job_id))
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
     assert store.get(job_id).status == "queued"
     store.close()
 
