@@ -110,7 +110,7 @@ def decode(report: Report) -> None:
                 # A few latent frames show the peak of frame-major; strip-major keeps the middle of all.
                 for frames in (17,) if mode.order == "frame" or name != "480p" else FRAMES:
                     latents = torch.randn(spec.latent_shape(height, width, frames))
-                    predicted = weights + MODELS.memory.decode((height, width, frames), mode, dtype)
+                    predicted = weights + MODELS.memory.decode((height, width, frames), mode, dtype, str(DEVICE))
                     if predicted > 70 * GIB:
                         continue
                     clear_memory()

@@ -24,7 +24,9 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.kernels import vae_kernels_for
+from wanduet.ops.kernels import planned_vae_kernels, vae_kernels_for
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
+from wanduet.ops.vae_gpu import VAE_INPUT_KERNELS, VAE_OWN_KERNELS
 from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo
 from wanduet.specs import WAN_1_3B
@@ -67,10 +69,13 @@ def ours(report: Report, options: argparse.Namespace) -> None:
 def decode(report: Report, options: argparse.Namespace) -> None:
     spec = WAN_1_3B.vae
     vae = WanVAE(spec).to(DEVICE).eval().requires_grad_(False)
+    if ON_GPU:
+        vae.channels_last()
+    vae.use_kernels(vae_kernels_for(DEVICE, torch.float32))
     height, width, frames = SIZES[options.size]
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
     for mode in MODES:
-        predicted = decode_bytes(spec, height, width, frames, mode, "float32")
+        predicted = decode_bytes(spec, height, width, frames, mode, "float32", planned_vae_kernels(str(DEVICE)))
         for _ in range(2):
             clear_memory()
             before = torch.cuda.memory_allocated() if ON_GPU else 0
@@ -88,17 +93,22 @@ def forms(report: Report, options: argparse.Namespace) -> None:
     """Ways to run the same decode: memory layout, kernels between convolutions, cuDNN's search, precision."""
     height, width, frames = SIZES[options.size]
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
+    sets = {
+        "contiguous": (VAE_TORCH_KERNELS,),
+        "channels_last": (VAE_TORCH_KERNELS, VAE_INPUT_KERNELS, VAE_OWN_KERNELS),
+    }
+    if not ON_GPU:
+        sets = dict.fromkeys(sets, (VAE_TORCH_KERNELS,))
     for dtype in (torch.float32, torch.bfloat16):
-        for layout, kernels, search in product(("contiguous", "channels_last"), ("torch", "triton"), (False, True)):
-            if layout == "contiguous" and kernels == "triton":
-                continue
-            vae = WanVAE(WAN_1_3B.vae).to(DEVICE, dtype).eval().requires_grad_(False)
+        vae = WanVAE(WAN_1_3B.vae).to(DEVICE, dtype).eval().requires_grad_(False)
+        for layout, kernel_sets in sets.items():
             if layout == "channels_last":
                 vae.channels_last()
-            if kernels == "triton":
-                vae.use_kernels(vae_kernels_for(DEVICE, dtype))
-            torch.backends.cudnn.benchmark = search
-            try:
+            for kernels, search in product(kernel_sets, (False, True)):
+                if search and kernels is VAE_OWN_KERNELS:
+                    continue
+                vae.use_kernels(kernels)
+                torch.backends.cudnn.benchmark = search
                 for _ in range(2):
                     clear_memory()
                     began = time.perf_counter()
@@ -106,10 +116,9 @@ def forms(report: Report, options: argparse.Namespace) -> None:
                         pass
                     synchronize()
                     seconds = time.perf_counter() - began
-                report.add("forms", size=options.size, dtype=str(dtype)[6:], layout=layout, kernels=kernels,
+                report.add("forms", size=options.size, dtype=str(dtype)[6:], layout=layout, kernels=kernels.name,
                            search=search, strips=options.strips, seconds=round(seconds, 3), **peak_memory())  # fmt: skip
-            finally:
-                torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False
 
 
 def diffusers_models(device: torch.device, layers: int = 30) -> tuple[Any, Any]:

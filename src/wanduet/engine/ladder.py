@@ -97,7 +97,7 @@ def reserve_decode(job: Job, memory: ModelMemory) -> None:
     for name, mode in decode_modes(job):
         if name == "cpu":
             return  # the decode's own ladder will end there if nothing changes
-        needed = memory.decode(size, mode, job.plan.vae_dtype)
+        needed = memory.decode(size, mode, job.plan.vae_dtype, name)
         try:
             if needed > _cached_bytes(device):  # of a decode before, perhaps
                 torch.empty(needed, dtype=torch.uint8, device=device)

@@ -14,6 +14,7 @@ from wanduet.models.transformer import WanTransformer
 from wanduet.models.transformer_memory import forward_bytes
 from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
+from wanduet.ops.kernels import planned_vae_kernels
 from wanduet.specs import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,9 +71,9 @@ class ModelMemory:
         """Bytes of the whole VAE (encoder and decoder)."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for s in self.vae_shapes.values())
 
-    def decode(self, size: Size, mode: DecodePlan, dtype: str) -> int:
-        """Bytes that decoding needs beside the weights."""
-        return decode_bytes(self.spec.vae, *size, mode, dtype)
+    def decode(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
+        """Bytes that decoding needs beside the weights, on a device like `cuda:0`."""
+        return decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
 
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters: the large products; tables and norms stay resident."""

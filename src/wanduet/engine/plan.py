@@ -190,7 +190,7 @@ def _plan(
     vae_dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
     branches = (2 if request.uses_guidance else 1) // layout.cfg or 1
     transformer = memory.transformer(size, dtype, branches, resident, chunk, layout.sequence)
-    vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype)
+    vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name)
     on_transformer = {"denoise": transformer.peak, "decode": transformer.weights if keep_both else 0}
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)

@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         layers_past, out_past = past or (None, None)
         last = self.conv_out.rows_needed(wanted)
         x, layers_past, rows = run(self.local_layers, x, layers_past, rows, last)
-        x, out_past, rows = self.conv_out.step(rows.crop(x, last), out_past, last, self.norm_out)
+        x, out_past, rows = self.conv_out.step(rows.crop(x, last), out_past, last, self.norm_out, consume=True)
         return x, (layers_past, out_past), rows
 
 
@@ -146,9 +146,9 @@ class WanVAE(nn.Module):
                 module.owns_past = owns
 
     def use_kernels(self, kernels: VAEKernels) -> None:
-        """Run these between the convolutions."""
+        """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
         for module in self.modules():
-            if isinstance(module, CausalConv3d):
+            if isinstance(module, CausalConv3d | Upsample):
                 module.kernels = kernels
 
     def channels_last(self) -> None:

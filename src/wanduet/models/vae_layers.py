@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.models.vae_rows import Rows
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv
 
 SCORES_BYTES = 128 * 2**20  # of the middle's attention at a time
 
@@ -63,18 +63,22 @@ class CausalConv3d(nn.Conv3d, Remembers):
         """One more row on each side for a 3x3 kernel."""
         return rows.widened(self.kernel_size[1] // 2)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, norm: RMSNorm | None = None) -> Step:
-        """Convolve; where `norm` is given, of `silu(norm(x))`. The past is of the convolution's input."""
+    def step(
+        self,
+        x: Tensor,
+        past: Past,
+        rows: Rows,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        consume: bool = False,
+    ) -> Step:
+        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after."""
         spatial = self.kernel_size[1] == 3
-        top, bottom = rows.padding if spatial else (0, 0)
-        # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
-        native = spatial and top and bottom
-        pads = (0, 0) if native else (top, bottom)
-        frames = self.kernel_size[0] - 1
-        padded = self.kernels.causal_input(x, past, pads, frames, None if norm is None else norm.gamma)
-        past = self.keep(padded[:, :, -frames:], past) if frames else None
-        padding = (0, int(native), int(spatial))
-        out = F.conv3d(padded, self.weight, self.bias, padding=padding)
+        pads = rows.padding if spatial else (0, 0)
+        gamma = None if norm is None else norm.gamma
+        assert self.bias is not None
+        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume)
+        past = self.keep(last, past) if self.kernel_size[0] > 1 else None
         return out, past, rows.narrowed() if spatial else rows
 
 
@@ -95,9 +99,9 @@ class ResidualBlock(nn.Module):
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
         h, past1, inner = self.conv1.step(x, past1, rows, self.norm1)
-        h, past2, outer = self.conv2.step(h, past2, inner, self.norm2)
-        shortcut = self.conv_shortcut(rows.crop(x, outer))
-        return (h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)), (past1, past2), outer
+        shortcut = self.conv_shortcut(rows.crop(x, inner.narrowed()))
+        h, past2, outer = self.conv2.step(h, past2, inner, self.norm2, shortcut, consume=True)
+        return h, (past1, past2), outer
 
 
 class AttentionBlock(nn.Module):
@@ -131,6 +135,8 @@ class AttentionBlock(nn.Module):
 class Upsample(nn.Module):
     """Twice the rows and columns (nearest, then a 3x3 convolution); with `temporal`, twice the frames before."""
 
+    kernels: VAEKernels = VAE_TORCH_KERNELS
+
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
         # Index 1 as in a checkpoint, where index 0 is the parameterless nearest-neighbour doubling.
@@ -148,36 +154,24 @@ class Upsample(nn.Module):
                 past = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
             else:
                 x, past, _ = self.time_conv.step(x, past, rows)
-        channels = self.resample[1].in_channels
+        conv, doubled = cast(nn.Conv2d, self.resample[1]), rows.doubled()
+        assert conv.bias is not None
         # A pair of frames lies in the two halves of the channels.
-        frames = [half for frame in x.unbind(2) for half in frame.split(channels, dim=1)]
-        doubled = rows.doubled()
+        halves = x.split(conv.in_channels, dim=1)
         if torch.is_grad_enabled():
-            return torch.stack([self._widen(frame, doubled) for frame in frames], dim=2), past, doubled.narrowed()
-        out: Tensor | None = None
-        for index, frame in enumerate(frames):  # one at a time: the doubled input is a decode's largest tensor
-            wide = self._widen(frame, doubled)
-            if out is None:
-                shape = (*wide.shape[:2], len(frames), *wide.shape[2:])
-                out = torch.empty(shape, dtype=wide.dtype, device=wide.device, memory_format=_layout_of_clip(wide))
-            out[:, :, index] = wide
-        assert out is not None
+            images = [half[:, :, t] for t in range(x.shape[2]) for half in halves]
+            wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
+            return torch.stack(wide, dim=2), past, doubled.narrowed()
+        shape = (x.shape[0], conv.out_channels, len(halves) * x.shape[2], doubled.narrowed().count, 2 * x.shape[4])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout_of_clip(x))
+        for index, half in enumerate(halves):
+            self.kernels.double_conv(half, conv.weight, conv.bias, doubled.padding, out[:, :, index :: len(halves)])
         return out, past, doubled.narrowed()
 
-    def _widen(self, images: Tensor, rows: Rows) -> Tensor:
-        """`[N, C, h, w]` to `[N, C/2, 2h', 2w]`; `rows` are the doubled ones."""
-        conv = cast(nn.Conv2d, self.resample[1])
-        images = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
-        top, bottom = rows.padding
-        if top != bottom:
-            images, top = F.pad(images, (0, 0, top, bottom)), 0
-        return F.conv2d(images, conv.weight, conv.bias, padding=(top, 1))
 
-
-def _layout_of_clip(image: Tensor) -> torch.memory_format:
-    """Channels last for a clip of images that are."""
-    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
-    return torch.channels_last_3d if last else torch.contiguous_format
+def _layout_of_clip(clip: Tensor) -> torch.memory_format:
+    """Channels last where they are so already."""
+    return torch.channels_last_3d if clip.stride(1) == 1 < clip.stride(4) else torch.contiguous_format
 
 
 class Downsample(Remembers):

@@ -10,6 +10,7 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 from wanduet.models.vae_stream import to_uint8
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
@@ -17,16 +18,26 @@ TRACED_STEPS = 3
 
 
 @lru_cache(maxsize=1024)
-def decode_bytes(spec: VAESpec, height: int, width: int, num_frames: int, plan: DecodePlan, dtype: str) -> int:
-    """Peak bytes of `decode_stream` for a generated size in pixels, without weights and kernels' workspaces."""
+def decode_bytes(
+    spec: VAESpec,
+    height: int,
+    width: int,
+    num_frames: int,
+    plan: DecodePlan,
+    dtype: str,
+    kernels: VAEKernels = VAE_TORCH_KERNELS,
+) -> int:
+    """Peak bytes of `decode_stream` for a generated size in pixels, without weights and libraries' workspaces."""
     kind: torch.dtype = getattr(torch, dtype)
     steps = (num_frames - 1) // spec.temporal_stride + 1
     rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
-    trunk = _trunk(spec, rows, columns, min(steps, TRACED_STEPS), kind)
+    trunk = _trunk(spec, rows, columns, min(steps, TRACED_STEPS), kind, kernels)
     strips = split_rows(Rows.whole(height), [1.0] * plan.num_strips)
     # The first strip has one border of the frame; those between two, which makes them the largest.
-    first = _strip(spec, rows, columns, strips[0], min(steps, TRACED_STEPS), kind)
-    other = _strip(spec, rows, columns, strips[1], min(steps, TRACED_STEPS), kind) if len(strips) > 1 else first
+    first = _strip(spec, rows, columns, strips[0], min(steps, TRACED_STEPS), kind, kernels)
+    other = (
+        _strip(spec, rows, columns, strips[1], min(steps, TRACED_STEPS), kind, kernels) if len(strips) > 1 else first
+    )
     transient = max(first.transient, other.transient)
     if plan.order == "strip":
         waiting = steps * trunk.output  # the middle's features of all frames
@@ -44,8 +55,8 @@ class _Cost:
 
 
 @lru_cache(maxsize=256)
-def _trunk(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch.dtype) -> _Cost:
-    vae = _meta_vae(spec, dtype)
+def _trunk(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch.dtype, kernels: VAEKernels) -> _Cost:
+    vae = _meta_vae(spec, dtype, kernels)
     with torch.no_grad(), Footprint() as footprint:
         z = on_meta((1, spec.z_dim, 1, rows, columns), dtype)
         base, past = footprint.live, None
@@ -60,8 +71,10 @@ def _trunk(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch.dtyp
 
 
 @lru_cache(maxsize=1024)
-def _strip(spec: VAESpec, rows: int, columns: int, wanted: Rows, steps: int, dtype: torch.dtype) -> _Cost:
-    vae = _meta_vae(spec, dtype)
+def _strip(
+    spec: VAESpec, rows: int, columns: int, wanted: Rows, steps: int, dtype: torch.dtype, kernels: VAEKernels
+) -> _Cost:
+    vae = _meta_vae(spec, dtype, kernels)
     with torch.no_grad(), Footprint() as footprint:
         mid = on_meta((1, spec.base_dim * spec.dim_mult[-1], 1, rows, columns), dtype)
         base = footprint.live
@@ -75,8 +88,11 @@ def _strip(spec: VAESpec, rows: int, columns: int, wanted: Rows, steps: int, dty
 
 
 @lru_cache(maxsize=4)
-def _meta_vae(spec: VAESpec, dtype: torch.dtype) -> WanVAE:
+def _meta_vae(spec: VAESpec, dtype: torch.dtype, kernels: VAEKernels) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(spec).requires_grad_(False).to(dtype)
+    vae.use_kernels(kernels)
+    if kernels is not VAE_TORCH_KERNELS:
+        vae.channels_last()
     vae.own_pasts()
     return vae

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.ops.vae_gpu import VAE_INPUT_KERNELS
+
+# What a GPU gets; see benchmarks/whole_job.py, section forms.
+VAE_GPU_KERNELS = VAE_INPUT_KERNELS
 
 # Largest relative error against the plain forms on the same inputs: both round once, at other places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -32,14 +37,17 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
 
 
 def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
-    """The same for what runs between the VAE's convolutions."""
+    """The same for the VAE."""
 
     def faster() -> tuple[VAEKernels, float]:
-        from wanduet.ops.vae_triton import VAE_TRITON_KERNELS
-
-        return VAE_TRITON_KERNELS, largest_vae_error(VAE_TRITON_KERNELS, device, dtype)
+        return VAE_GPU_KERNELS, largest_vae_error(VAE_GPU_KERNELS, device, dtype)
 
     return _trusted(faster, VAE_TORCH_KERNELS, device, dtype)
+
+
+def planned_vae_kernels(device: str) -> VAEKernels:
+    """What `vae_kernels_for` will give on a device that need not be here, for a prediction."""
+    return VAE_GPU_KERNELS if torch.device(device).type == "cuda" else VAE_TORCH_KERNELS
 
 
 Set = TypeVar("Set", Kernels, VAEKernels)
@@ -61,19 +69,34 @@ def _trusted(faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.
 
 
 def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative error of a convolution's input against the plain form, on small random tensors."""
+    """Largest relative error of any operation against its plain form, on small random tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator).to(device, dtype)
-        return x.to(memory_format=torch.channels_last_3d)
+        return x.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else x
 
-    x, past = draw(1, 96, 3, 5, 7), draw(1, 96, 2, 6, 7)
-    gamma = torch.randn(96, 1, 1, 1, generator=generator).to(device, dtype)
+    def clone(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.clone()
+
+    width, outputs = 96, 192
+    x, residual = draw(1, width, 3, 5, 7), draw(1, outputs, 3, 4, 7)
+    past = kernels.causal_conv(draw(1, width, 2, 5, 7), None, draw(8, width, 3, 3, 3), draw(8), (1, 0))[1].clone()
+    plain = F.pad(past, (0, 0, 1, 0)) if past.shape[3] == 5 else past  # the plain form's past has the zero rows
+    weight, bias, gamma = draw(outputs, width, 3, 3, 3) / 50, draw(outputs), draw(width, 1, 1, 1)
     errors = []
     with torch.no_grad():
-        for inputs in ((x, past, (1, 0), 2, gamma), (x, None, (1, 1), 2, gamma), (x, past, (0, 1), 2, None)):
-            errors.append(_relative(kernels.causal_input(*inputs), VAE_TORCH_KERNELS.causal_input(*inputs)))
+        for pads, mine, theirs in (((1, 0), past, plain), ((1, 0), None, None), ((0, 1), None, None)):
+            for norm in (gamma, None):
+                inputs = (weight, bias, pads, norm, residual)
+                got, _ = kernels.causal_conv(x.clone(), clone(mine), *inputs, consume=True)
+                expected, _ = VAE_TORCH_KERNELS.causal_conv(x.clone(), clone(theirs), *inputs)
+                errors.append(_relative(got, expected))
+        outs = [draw(1, outputs, 3, 10, 14) for _ in range(2)]
+        flat = weight[:, :, 0].to(memory_format=torch.channels_last)
+        for one, out in zip((kernels, VAE_TORCH_KERNELS), outs, strict=True):
+            one.double_conv(x, flat, bias, (1, 1), out)
+        errors.append(_relative(*outs))
     return max(errors, key=lambda error: float("inf") if error != error else error)
 
 

@@ -1,22 +1,61 @@
-"""What the VAE does between its convolutions, in as few passes as possible, with its plain PyTorch form."""
+"""What the VAE does in one step each: a causal convolution with norm, past and residual; a doubling of the image.
+
+`VAEKernels` is the set of operations that the VAE is given; `VAE_TORCH_KERNELS` is the plain PyTorch form of each,
+the reference for every faster one. With gradients enabled nothing is computed in place.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CausalInput = Callable[[Tensor, Tensor | None, tuple[int, int], int, Tensor | None], Tensor]
-NormSilu = Callable[[Tensor, Tensor], Tensor]
+
+
+class CausalConv(Protocol):
+    """A convolution over time and space that sees the past."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        past: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        pads: tuple[int, int],
+        gamma: Tensor | None = None,
+        residual: Tensor | None = None,
+        consume: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
+
+        With `gamma` `[I, 1, 1, 1]` it is the convolution of `silu(norm(x))`. `past` is what the call before
+        returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
+        rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
+        shape, is added. `consume`: x is not needed any more and may be overwritten.
+        """
+
+
+class DoubleConv(Protocol):
+    """A convolution over an image of which rows and columns count twice."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
+        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by its nearest neighbours, with `weight` `[O, I, kh, kw]`.
+
+        Written into `out` `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class VAEKernels:
-    """One implementation of the operation below."""
+    """One implementation of each operation."""
 
     name: str
-    causal_input: CausalInput
+    causal_conv: CausalConv
+    double_conv: DoubleConv
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
@@ -25,18 +64,12 @@ def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     return F.silu(normalized, inplace=not torch.is_grad_enabled())
 
 
-def causal_input(
-    x: Tensor,
-    past: Tensor | None,
-    pads: tuple[int, int],
-    frames: int,
-    gamma: Tensor | None,
-    norm_silu: NormSilu = norm_silu,
-) -> Tensor:
+def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
     """The input of a causal convolution, written once: `frames` past frames, then `x`, with zero rows.
 
     x `[B, C, T, h, w]`; past `[B, C, frames, h + pads, w]` or None (zeros); pads zero rows above and below.
-    With `gamma` `[C, 1, 1, 1]` the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`, laid out in memory as x is.
+    With `gamma` `[C, 1, 1, 1]` the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`,
+    laid out in memory as x is.
     """
     top, bottom = pads
     if torch.is_grad_enabled():
@@ -64,9 +97,51 @@ def causal_input(
     return out
 
 
+def causal_conv(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    consume: bool = False,
+    causal_input: CausalInput = causal_input,
+) -> tuple[Tensor, Tensor]:
+    """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
+    frames = weight.shape[2] - 1
+    # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
+    native = min(pads) if pads[0] == pads[1] else 0
+    padded = causal_input(x, past, (0, 0) if native else pads, frames, gamma)
+    out = F.conv3d(padded, weight, bias, padding=(0, native, weight.shape[4] // 2))
+    if residual is not None:
+        out = out + residual if torch.is_grad_enabled() else out.add_(residual)
+    return out, padded[:, :, padded.shape[2] - frames :]
+
+
+def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
+    """See DoubleConv. One frame at a time: the doubled input is a decode's largest tensor."""
+    for index, image in enumerate(x.unbind(2)):
+        out[:, :, index] = double_image_conv(image, weight, bias, pads)
+
+
+def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int]) -> Tensor:
+    """The same for one image `[B, I, h, w]`; differentiable."""
+    top, bottom = pads
+    wide = F.interpolate(image, scale_factor=2.0, mode="nearest-exact")
+    if top != bottom:
+        wide, top = F.pad(wide, (0, 0, top, bottom)), 0
+    return F.conv2d(wide, weight, bias, padding=(top, weight.shape[3] // 2))
+
+
+def with_input(name: str, causal_input: CausalInput) -> VAEKernels:
+    """PyTorch's convolutions, of inputs that another kernel writes."""
+    return VAEKernels(name, partial(causal_conv, causal_input=causal_input), double_conv)
+
+
 def _layout(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
-VAE_TORCH_KERNELS = VAEKernels("torch", causal_input)
+VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, double_conv)

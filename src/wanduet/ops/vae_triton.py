@@ -1,4 +1,4 @@
-"""The Triton form of `wanduet.ops.vae_fused`: a convolution's input written in one pass.
+"""A convolution's input written in one pass, by Triton: what `wanduet.ops.vae_gpu` launches.
 
 Imported lazily, only where Triton is there. For channels-last tensors, where a pixel's channels lie side by
 side: one program takes some pixels of the output with all their channels, and writes past frames, zero rows,
@@ -8,14 +8,11 @@ or `silu(norm(x))`. The plain form needs seven passes over x for that, this one 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads the annotations of a kernel's parameters itself.)
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.ops import vae_fused
 from wanduet.ops.devices import on_device_of
-from wanduet.ops.vae_fused import VAEKernels
 
 # Values a program holds: pixels x channels. More would spill registers, fewer would not hide latency.
 VALUES = 8192
@@ -57,16 +54,14 @@ def _causal_input_kernel(
     tl.store(out_ptr + (pixel * C)[:, None] + channel, value, inside[:, None] & in_width)
 
 
-def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
-    """See `vae_fused.causal_input`; that one runs for other layouts, and where nothing is to be done."""
-    nothing = not frames and pads == (0, 0) and gamma is None
-    if nothing or torch.is_grad_enabled() or x.stride(1) != 1 or (past is not None and past.stride(1) != 1):
-        return vae_fused.causal_input(x, past, pads, frames, gamma)
-    batch, channels, length, height, width = x.shape
+def write_causal_input(
+    x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None, out: Tensor
+) -> None:
+    """See `vae_fused.causal_input`: into `out` `[B, C, frames + T, h + pads, w]`, dense and channels last. Without
+    pads and frames it may be x itself."""
+    _, channels, length, height, width = x.shape
     top, out_height = pads[0], pads[0] + height + pads[1]
-    shape = (batch, channels, frames + length, out_height, width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    count = batch * (frames + length) * out_height * width
+    count = out.shape[0] * out.shape[2] * out_height * width
     block = triton.next_power_of_2(channels)
     pixels = max(1, VALUES // block)
     before = x if past is None else past
@@ -79,7 +74,3 @@ def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: 
             C=channels, BLOCK_C=block, PIXELS=pixels, HAS_PAST=past is not None and frames > 0,
             HAS_NORM=gamma is not None, EPS=EPS,
         )  # fmt: skip
-    return out
-
-
-VAE_TRITON_KERNELS = VAEKernels("triton", causal_input)

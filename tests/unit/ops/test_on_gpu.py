@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wanduet.ops import kernels
+from wanduet.ops import kernels, vae_gpu
 from wanduet.ops.attention import available_backends
 from wanduet.ops.attention_choice import Shape, choose_attention, measure
 
@@ -44,3 +44,24 @@ def test_every_exact_back_end_that_runs_is_right(keys: int) -> None:
         print(row)
     assert {"sdpa", "sdpa_flash", "sdpa_efficient"} <= {row.name for row in table if row.usable}
     assert choose_attention(DEVICE, shape, torch.bfloat16).name == table[0].name or table[0].milliseconds is not None
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("width", [96, 192, 384])
+@torch.no_grad()
+def test_a_convolution_is_right_and_does_not_depend_on_the_cut(width: int, dtype: torch.dtype, bound: float) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last_3d)
+
+    x, past, residual = draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52)
+    weight = draw(width, width, 3, 3, 3) / (27 * width) ** 0.5
+    bias = torch.randn(width, device=DEVICE, dtype=dtype)
+    whole, _ = vae_gpu.causal_conv(x, past, weight, bias, (1, 1), residual=residual)
+    source = torch.cat((past, x), dim=2).double()
+    expected = F.conv3d(source, weight.double(), bias.double(), padding=(0, 1, 1)) + residual.double()
+    assert (whole.double() - expected).norm() / expected.norm() < bound
+    rows = slice(11, 30)
+    part, _ = vae_gpu.causal_conv(
+        x[..., rows, :], past[..., rows, :], weight, bias, (0, 0), residual=residual[..., 12:29, :]
+    )
+    assert torch.equal(part, whole[..., 12:29, :])

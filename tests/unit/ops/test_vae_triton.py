@@ -1,22 +1,27 @@
-"""The VAE's Triton kernel against its plain form, in Triton's interpreter on the CPU."""
+"""The VAE's GPU forms against their plain ones, in Triton's interpreter on the CPU."""
 
 from types import ModuleType
 
 import pytest
 import torch
 
+from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
-from wanduet.ops import vae_fused
+from wanduet.ops import vae_fused, vae_gpu
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.ops.vae_gpu import VAE_INPUT_KERNELS, VAE_OWN_KERNELS
 from wanduet.specs import VAESpec
 
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def kernels(interpreted) -> ModuleType:
-    return interpreted("wanduet.ops.vae_triton")
+@pytest.fixture(scope="module", autouse=True)
+def convolutions(interpreted) -> ModuleType:
+    """Triton's modules as they are when it interprets; `vae_gpu` takes what is imported when it launches."""
+    interpreted("wanduet.ops.vae_triton")
+    return interpreted("wanduet.ops.conv_triton")
 
 
 def clip(channels: int, frames: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,56 +34,148 @@ def clip(channels: int, frames: int, rows: int, columns: int, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("frames", "has_past", "has_norm"), [(2, True, True), (2, False, True), (2, True, False), (0, False, True)]
 )
-def test_equals_the_plain_form(kernels, channels, pads, frames, has_past, has_norm) -> None:
+def test_equals_the_plain_form(channels, pads, frames, has_past, has_norm) -> None:
     torch.manual_seed(0)
     x = clip(channels, 2, 5, 7)
     past = clip(channels, frames, 5 + sum(pads), 7) if has_past else None
     gamma = torch.randn(channels, 1, 1, 1) if has_norm else None
     with torch.no_grad():
-        got = kernels.causal_input(x, past, pads, frames, gamma)
+        got = vae_gpu.causal_input(x, past, pads, frames, gamma)
         expected = vae_fused.causal_input(x, past, pads, frames, gamma)
     assert got.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_takes_slices_of_larger_tensors(kernels) -> None:
+def test_takes_slices_of_larger_tensors() -> None:
     torch.manual_seed(1)
     x, past, gamma = clip(8, 3, 9, 6)[:, :, :, 2:7], clip(8, 4, 6, 6)[:, :, -2:], torch.randn(8, 1, 1, 1)
     with torch.no_grad():
-        got = kernels.causal_input(x, past, (1, 0), 2, gamma)
+        got = vae_gpu.causal_input(x, past, (1, 0), 2, gamma)
         torch.testing.assert_close(got, vae_fused.causal_input(x, past, (1, 0), 2, gamma), rtol=1e-5, atol=1e-6)
 
 
-def test_a_pixel_of_zeros_stays_zero(kernels) -> None:
+def test_a_pixel_of_zeros_stays_zero() -> None:
     with torch.no_grad():
-        got = kernels.causal_input(clip(8, 1, 2, 2) * 0, None, (0, 0), 2, torch.ones(8, 1, 1, 1))
+        got = vae_gpu.causal_input(clip(8, 1, 2, 2) * 0, None, (0, 0), 2, torch.ones(8, 1, 1, 1))
     assert not got.any()
 
 
-def test_other_layouts_go_to_the_plain_form(kernels) -> None:
+def test_other_layouts_go_to_the_plain_form() -> None:
     x, gamma = torch.randn(1, 8, 1, 3, 4), torch.randn(8, 1, 1, 1)
     with torch.no_grad():
-        got = kernels.causal_input(x, None, (0, 0), 2, gamma)
+        got = vae_gpu.causal_input(x, None, (0, 0), 2, gamma)
         assert torch.equal(got, vae_fused.causal_input(x, None, (0, 0), 2, gamma))
 
 
+def convolution(inputs: int, outputs: int, size: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(outputs, inputs, *size) / (inputs * 9) ** 0.5
+    return weight.to(memory_format=torch.channels_last_3d), torch.randn(outputs)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (16, 3), (8, 96)])
+@pytest.mark.parametrize("pads", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(("has_past", "has_norm", "has_residual"), [(1, 1, 1), (0, 1, 0), (1, 0, 1), (0, 0, 0)])
+def test_a_convolution_equals_the_plain_form(inputs, outputs, pads, has_past, has_norm, has_residual) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias) = clip(inputs, 2, 4, 3), convolution(inputs, outputs, (3, 3, 3))
+    past = clip(inputs, 2, 4, 3) if has_past else None
+    gamma = torch.randn(inputs, 1, 1, 1) if has_norm else None
+    residual = clip(outputs, 2, 4 + sum(pads) - 2, 3) if has_residual else None
+    with torch.no_grad():
+        got, left = vae_gpu.causal_conv(x.clone(), past, weight, bias, pads, gamma, residual, consume=True)
+        padded = None
+        if past is not None:  # the plain form writes border rows where the convolution does not pad
+            padded = past if pads[0] == pads[1] else torch.nn.functional.pad(past, (0, 0, *pads))
+        expected, _ = vae_fused.causal_conv(x, padded, weight, bias, pads, gamma, residual)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(left, x if gamma is None else vae_gpu.causal_input(x, None, (0, 0), 0, gamma))
+
+
+def test_a_step_of_one_frame_keeps_a_frame_of_the_past() -> None:
+    torch.manual_seed(0)
+    x, past, (weight, bias) = clip(8, 1, 3, 2), clip(8, 2, 3, 2), convolution(8, 16, (3, 1, 1))
+    with torch.no_grad():
+        got, left = vae_gpu.causal_conv(x, past, weight, bias, (0, 0))
+        expected, _ = vae_fused.causal_conv(x, past, weight, bias, (0, 0))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(left, torch.cat((past[:, :, 1:], x), dim=2))
+
+
+@pytest.mark.parametrize("pads", [(1, 1), (1, 0), (0, 0)])
+def test_a_doubling_equals_the_plain_form(pads) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias) = clip(24, 2, 3, 2)[:, 8:], convolution(16, 8, (1, 3, 3))
+    flat = weight[:, :, 0].contiguous(memory_format=torch.channels_last)
+    got, expected = (clip(8, 4, 6 + sum(pads) - 2, 4) for _ in range(2))
+    untouched = got.clone()
+    with torch.no_grad():
+        vae_gpu.double_conv(x, flat, bias, pads, got[:, :, ::2])
+        vae_fused.double_conv(x, flat, bias, pads, expected[:, :, ::2])
+    torch.testing.assert_close(got[:, :, ::2], expected[:, :, ::2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[:, :, 1::2], untouched[:, :, 1::2])
+
+
+def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
+    torch.manual_seed(0)
+    x, past, (weight, bias) = clip(8, 2, 9, 5), clip(8, 2, 9, 5), convolution(8, 16, (3, 3, 3))
+    with torch.no_grad():
+        whole, _ = vae_gpu.causal_conv(x, past, weight, bias, (1, 1))
+        part, _ = vae_gpu.causal_conv(x[..., 2:7, :], past[..., 2:7, :], weight, bias, (0, 0))
+    # To the last bit on a GPU (tests marked gpu); the interpreter's matrix products round by a row's place.
+    torch.testing.assert_close(part, whole[..., 3:6, :], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 96), (192, 192), (384, 384), (384, 768), (16, 384), (96, 3)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024, 64 * 1024])
+def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_memory) -> None:
+    tile = convolutions.tile_for(inputs, outputs, itemsize, shared_memory)
+    assert tile.shared_memory(itemsize) <= shared_memory
+    assert min(tile.pixels, tile.depth) >= 16
+    assert tile.stages >= 2
+    assert tile.depth * itemsize <= 128
+    assert outputs < 96 or outputs % tile.channels == 0
+
+
+@pytest.mark.parametrize("kernels", [VAE_INPUT_KERNELS, VAE_OWN_KERNELS], ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
 def test_a_whole_decode_in_channels_last_gives_the_same_frames(kernels, plan) -> None:
     torch.manual_seed(2)
     vae = WanVAE(VAESpec(base_dim=8, num_res_blocks=1)).eval().requires_grad_(False)
-    latents = torch.randn(16, 3, 4, 4)
+    latents = torch.randn(16, 3, 2, 2)
     expected = [chunk.copy() for chunk in decode_stream(vae, latents, plan)]
     vae.channels_last()
-    vae.use_kernels(kernels.VAE_TRITON_KERNELS)
+    vae.use_kernels(kernels)
     for got, want in zip(decode_stream(vae, latents, plan), expected, strict=True):
         assert abs(got.astype(int) - want.astype(int)).max() <= 1
 
 
-def test_the_check_before_use_sees_a_wrong_kernel(kernels) -> None:
+@pytest.mark.parametrize("kernels", [VAE_INPUT_KERNELS, VAE_OWN_KERNELS], ids=lambda kernels: kernels.name)
+def test_what_is_predicted_is_what_is_allocated(kernels) -> None:
+    """On the meta device nothing runs, and the same is asked of the allocator."""
+    peaks = []
+    for device in ("cpu", "meta"):
+        with torch.device(device), torch.no_grad():
+            vae = WanVAE(VAESpec(base_dim=8, num_res_blocks=1)).requires_grad_(False)
+            vae.channels_last()
+            vae.use_kernels(kernels)
+            vae.own_pasts()
+            z = torch.zeros(1, 16, 1, 2, 2)
+            with Footprint() as footprint:
+                past = None
+                for _ in range(3):
+                    _, past = vae.decode_step(z, past)
+        peaks.append(footprint.peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_the_check_before_use_sees_a_wrong_kernel() -> None:
     from wanduet.ops.kernels import largest_vae_error
-    from wanduet.ops.vae_fused import VAEKernels
+
+    def wrong(*inputs, **options):
+        out, past = VAE_TORCH_KERNELS.causal_conv(*inputs, **options)
+        return out * 1.01, past
 
     cpu = torch.device("cpu")
-    assert largest_vae_error(kernels.VAE_TRITON_KERNELS, cpu, torch.float32) < 1e-5
-    wrong = VAEKernels("wrong", lambda *inputs: kernels.causal_input(*inputs) * 1.01)
-    assert largest_vae_error(wrong, cpu, torch.float32) > 5e-3
+    assert largest_vae_error(VAE_INPUT_KERNELS, cpu, torch.float32) < 1e-5
+    assert largest_vae_error(VAEKernels("wrong", wrong, VAE_TORCH_KERNELS.double_conv), cpu, torch.float32) > 5e-3

@@ -1,0 +1,201 @@
+"""A causal convolution that reads past frames, border and residual where they lie, as one Triton kernel.
+
+Imported lazily, only where Triton is there. An implicit matrix product over channels-last tensors: a program
+takes a run of one output frame's pixels and some output channels, and adds up taps x input channels in one
+fixed order. So a pixel's value does not depend on how the frame is cut, to the last bit, and neither a padded
+copy of the input nor, where rows and columns are doubled before a convolution, the doubled image ever exists.
+
+Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759, section 3).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of a kernel's parameters itself.)
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanduet.ops.devices import on_device_of
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a program computes: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
+
+    Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
+    are not: 96 = 64 + 32. `second` may be 0.
+    """
+
+    pixels: int
+    first: int
+    second: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a program."""
+        return self.first + self.second
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of the inputs and weights under way, in values of `itemsize` bytes."""
+        return self.stages * (self.pixels + self.channels) * self.depth * itemsize
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolution_kernel(
+    x_ptr, to_past, weight_ptr, bias_ptr, residual_ptr, out_ptr,
+    x_batch, x_frame, x_row, x_column,
+    past_batch, past_frame, past_row, past_column,
+    residual_batch, residual_frame, residual_row, residual_column,
+    out_batch, out_frame, out_row, out_column,
+    length, height, width, out_height, out_width, top,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UP: tl.constexpr,
+    HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`, of which rows
+    and columns count `UP` times; weight `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` is the padding above, `to_past` how many
+    values lie between the first of x and the first of the past."""
+    groups = tl.cdiv(C_OUT, FIRST + SECOND)
+    first_channel = (tl.program_id(0) % groups) * (FIRST + SECOND)
+    pixel = (tl.program_id(0) // groups) * PIXELS + tl.arange(0, PIXELS)
+    frame = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    is_pixel = pixel < out_height * out_width
+    row = pixel // out_width
+    column = pixel % out_width
+
+    x_ptr += batch * x_batch
+    to_past += batch * (past_batch - x_batch)
+    part = tl.arange(0, DEPTH)
+    one = first_channel + tl.arange(0, FIRST)
+    steps: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
+    taps: tl.constexpr = KT * KH * KW
+    sum_one = tl.zeros((PIXELS, FIRST), tl.float32)
+    one_at = one[:, None] * (taps * C_IN) + part[None, :]
+    is_one = one[:, None] < C_OUT
+    if SECOND:
+        two = first_channel + FIRST + tl.arange(0, SECOND)
+        sum_two = tl.zeros((PIXELS, SECOND), tl.float32)
+        two_at = two[:, None] * (taps * C_IN) + part[None, :]
+        is_two = two[:, None] < C_OUT
+
+    for index in range(taps * steps):
+        tap = index // steps
+        channel = (index % steps) * DEPTH
+        # Frames before the first of x lie in the past, the oldest first.
+        source = frame + tap // (KH * KW) - (KT - 1)
+        up_row = row + (tap // KW) % KH - top
+        up_column = column + tap % KW - KW // 2
+        if not HAS_PAST:  # zeros, as outside of the frame
+            up_row = tl.where(source >= 0, up_row, -1)
+        inside = is_pixel & (up_row >= 0) & (up_row < height * UP) & (up_column >= 0) & (up_column < width * UP)
+        at = source.to(tl.int64) * x_frame
+        rows_at, columns_at = x_row, x_column
+        if HAS_PAST:
+            # Sums, not tl.where, nor two pointers: Triton must see that all are multiples of 16 values.
+            new = (source >= 0).to(tl.int32)
+            at = new * at + (1 - new) * (to_past + (source + KT - 1).to(tl.int64) * past_frame)
+            rows_at = new * x_row + (1 - new) * past_row
+            columns_at = new * x_column + (1 - new) * past_column
+        offset = (up_row // UP) * rows_at + (up_column // UP) * columns_at
+        channels = channel + part
+        in_width = channels[None, :] < C_IN
+        values = tl.load(x_ptr + at + offset[:, None] + channels[None, :], inside[:, None] & in_width, 0.0)
+        weights_at = weight_ptr + tap * C_IN + channel
+        weights = tl.load(weights_at + one_at, is_one & in_width, 0.0)
+        sum_one = tl.dot(values, tl.trans(weights), sum_one, input_precision=PRECISION)
+        if SECOND:
+            more = tl.load(weights_at + two_at, is_two & in_width, 0.0)
+            sum_two = tl.dot(values, tl.trans(more), sum_two, input_precision=PRECISION)
+
+    out_at = out_ptr + batch * out_batch + frame.to(tl.int64) * out_frame + row * out_row + column * out_column
+    residual_at = residual_ptr + batch * residual_batch + frame.to(tl.int64) * residual_frame
+    residual_at = residual_at + row * residual_row + column * residual_column
+    _finish(sum_one, out_at, residual_at, bias_ptr, one, is_pixel, C_OUT, HAS_RESIDUAL)
+    if SECOND:
+        _finish(sum_two, out_at, residual_at, bias_ptr, two, is_pixel, C_OUT, HAS_RESIDUAL)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(
+    total, out_at, residual_at, bias_ptr, channel, is_pixel, C_OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """Add the bias and the residual, round once, store."""
+    mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
+    total += tl.load(bias_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        total += tl.load(residual_at[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    tl.store(out_at[:, None] + channel[None, :], total.to(out_at.dtype.element_ty), mask)
+
+
+def convolve(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    up: int,
+    residual: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Convolve `x` `[B, I, T, h, w]` (its rows and columns repeated `up` times) into `out` `[B, O, T, h', w']`.
+
+    Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory, odd kh and kw;
+    `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and below; columns are padded by
+    kw // 2. `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
+    PyTorch's own convolutions do that (`torch.backends.cudnn.allow_tf32`).
+    """
+    outputs, inputs, kt, kh, kw = weight.shape
+    batch, _, length, height, width = x.shape
+    tile = tile or tile_for(inputs, outputs, x.itemsize, _shared_memory(x.device))
+    before = x if past is None else past
+    added = out if residual is None else residual
+    tiles = triton.cdiv(out.shape[3] * out.shape[4], tile.pixels) * triton.cdiv(outputs, tile.channels)
+    with on_device_of(x):
+        _convolution_kernel[(tiles, length, batch)](
+            x, (before.data_ptr() - x.data_ptr()) // x.itemsize, weight, bias, added, out,
+            *_strides(x), *_strides(before), *_strides(added), *_strides(out),
+            length, height, width, out.shape[3], out.shape[4], pads[0],
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, HAS_PAST=past is not None and kt > 1,
+            HAS_RESIDUAL=residual is not None, PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Tile:
+    """The tile for a convolution of these widths in values of `itemsize` bytes, within `shared_memory` bytes."""
+    depth = min(triton.next_power_of_2(inputs), 128 // itemsize)  # 128 bytes of a pixel at a time
+    if outputs % 192 == 0:
+        tile = Tile(128, 128, 64, depth, 8, 3)
+    elif outputs % 96 == 0:
+        tile = Tile(256, 64, 32, min(depth, 32), 8, 4)
+    else:
+        tile = Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3)
+    tile = replace(tile, depth=max(16, tile.depth))
+    while tile.shared_memory(itemsize) > shared_memory:
+        fewer = tile.stages > 2
+        tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
+    return tile
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 2**30  # Triton's interpreter
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, frame, row and column."""
+    return x.stride(0), x.stride(2), x.stride(3), x.stride(4)
