@@ -22,7 +22,7 @@ class ScaleSettings:
     """
 
     minimum: int = 1
-    maximum: int = 1000
+    maximum: int = 64
     upscale_seconds: float = 10.0
     target_seconds: float = 60.0
     idle_seconds: float = 300.0
@@ -99,7 +99,7 @@ class _Fleet:
         self.drained: list[str] = []
         self.unfit: list[str] = []
         self._fits = fits
-        self._free = {node.id: len(node.devices) if node.devices else 1 for node in nodes}
+        self._free = {node.id: 0 if node.resting else max(1, len(node.devices)) for node in nodes}
         for replica in replicas:
             if replica.node in self._free:
                 self._free[replica.node] -= max(1, replica.shape.gpus)
@@ -167,7 +167,7 @@ class _Fleet:
 
     def _places(self) -> Iterable[tuple[Node, Shape]]:
         for node in self.nodes.values():
-            if not node.draining:
+            if not node.draining:  # a resting one counts as a place, but has none free: its jobs do fit somewhere
                 yield from ((node, shape) for shape in node.shapes(self.settings.gpus))
 
     def _make_room(self, demand: str) -> None:

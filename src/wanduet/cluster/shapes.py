@@ -12,7 +12,7 @@ GROUP_SIZES = (1, 2, 4, 8)  # GPUs that denoise together: Ulysses and guidance d
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The devices that one replica has to itself, all of one node; no GPU means the node's CPU.
+    """What one replica has to itself, all of one node: GPUs, and its part of the host; no GPU means the CPU alone.
 
     `declared`: the GPUs are not there, the node's operator said that they be counted on. Such a replica plans for
     them and computes on the CPU, which is for trying a fleet out.
@@ -50,7 +50,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster. `draining`: nothing starts there, what runs there ends and moves."""
+    """A machine of the cluster. `draining`: nothing starts there, what runs there ends and moves; `resting`: nothing
+    starts there for now.
+    """
 
     id: str
     name: str
@@ -58,6 +60,7 @@ class Node:
     host_bytes: int = 0
     cpu_count: int = 1
     draining: bool = False
+    resting: bool = False
     declared: bool = False
     computes: bool = True  # a node without GPUs takes replicas only where the CPU was asked for
 
@@ -95,6 +98,17 @@ class ReplicaView:
     worker: str | None = None
     jobs: tuple[str, ...] = field(default=())
     idle_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A replica that ended. `worker`: the name on its leases; `lost`: its node went; `failed`: it never came up."""
+
+    id: str
+    node: str | None
+    worker: str | None
+    lost: bool = False
+    failed: bool = False
 
 
 def declared_devices(label: str) -> tuple[DeviceInfo, ...]:

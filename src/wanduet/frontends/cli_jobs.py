@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Group, Parameter
 
 from wanduet.config import EngineConfig, parse_bytes
-from wanduet.errors import ConfigError, WanduetError
+from wanduet.errors import ConfigError
+from wanduet.frontends.cli_cluster import ClusterFlags, cluster_app
 from wanduet.frontends.options import EngineFlags
-from wanduet.frontends.run import emit
+from wanduet.frontends.run import emit, extra, missing_extra
 
 if TYPE_CHECKING:
     from wanduet.frontends.http_context import ServerSettings
@@ -90,12 +91,12 @@ class ServerFlags:
         )
 
 
-OURS, ENGINE = ServerFlags(), EngineFlags()
+OURS, ENGINE, ALONE = ServerFlags(), EngineFlags(), ClusterFlags()
 
 
-def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE) -> None:
+def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: ClusterFlags = ALONE) -> None:
     """Serve the OpenAI videos protocol, and the web page at /, until told to stop."""
-    _run(server, engine.config(), browser=False)
+    _run(server, engine.config(), cluster, browser=False)
 
 
 def ui(
@@ -107,17 +108,19 @@ def ui(
     """Open the web page: the same server, with a browser."""
     if not server.page:
         raise ConfigError("`wanduet ui --no-page` leaves nothing to open.", hint="Use `wanduet serve --no-page`.")
-    _run(server, engine.config(), browser=browser)
+    _run(server, engine.config(), ALONE, browser=browser)
 
 
-def _run(flags: ServerFlags, config: EngineConfig, *, browser: bool) -> None:
-    with _extra("server"):
+def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, browser: bool) -> None:
+    with extra("server"):
         from wanduet.frontends import server as http_server
     from wanduet.frontends.http_security import check_bind
     from wanduet.specs import RANDOM_SPECS
     from wanduet.weights.download import open_model
 
     settings, runner = flags.server(), flags.runner()
+    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
+    database_url = flags.database_url
     check_bind(settings.host, bool(_keys(config.data_folder).records()))
     page = None
     if flags.page:
@@ -125,7 +128,7 @@ def _run(flags: ServerFlags, config: EngineConfig, *, browser: bool) -> None:
             from wanduet.frontends.ui import mount_page
         except ImportError:
             if browser:
-                raise _missing("ui") from None
+                raise missing_extra("ui") from None
             print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
         else:
             page = mount_page
@@ -139,13 +142,15 @@ def _run(flags: ServerFlags, config: EngineConfig, *, browser: bool) -> None:
 
             webbrowser.open(url)
 
+    retention = None if flags.retention_days is None else flags.retention_days * DAY
     http_server.serve(
-        replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds)),
+        config,
         spec,
         settings,
         runner=runner,
-        database_url=flags.database_url,
-        retention_seconds=None if flags.retention_days is None else flags.retention_days * DAY,
+        database_url=database_url,
+        retention_seconds=retention,
+        cluster=cluster.settings(config, runner, retention, database_url),
         page=page,
         announce=announce,
     )
@@ -232,6 +237,7 @@ def register(app: App) -> None:
     app.command(ui)
     app.command(jobs_app)
     app.command(keys_app)
+    app.command(cluster_app)
 
 
 def describe(job: "StoredJob") -> dict[str, Any]:
@@ -276,7 +282,7 @@ def _show_jobs(jobs: "tuple[StoredJob, ...]") -> None:
 
 @contextmanager
 def _store(data_dir: Path | None, url: str | None) -> "Iterator[JobStore]":
-    with _extra("server"):
+    with extra("server"):
         from wanduet.jobs.files import JobFiles
         from wanduet.jobs.store import JobStore
     store = JobStore(JobFiles(_folder(data_dir)), url)
@@ -294,18 +300,3 @@ def _keys(folder: Path) -> "KeyRing":
 
 def _folder(data_dir: Path | None) -> Path:
     return EngineConfig(data_dir=data_dir).data_folder
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say which extra to install instead of failing on an import."""
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == "wanduet":
-            raise
-        raise _missing(name) from None
-
-
-def _missing(name: str) -> WanduetError:
-    return ConfigError(f"The {name}'s packages are not installed.", hint=f"pip install 'wanduet[{name}]'")

@@ -172,3 +172,19 @@ def _prepare_output() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Say which extra to install instead of failing on an import. Raises ConfigError."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "wanduet":
+            raise
+        raise missing_extra(name) from None
+
+
+def missing_extra(name: str) -> ConfigError:
+    """What a user hears whose installation lacks an extra's packages."""
+    return ConfigError(f"The {name}'s packages are not installed.", hint=f"pip install 'wanduet[{name}]'")

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -32,6 +32,9 @@ from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.worker import WorkerProcess, WorkerSettings
 from wanduet.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from wanduet.cluster.settings import ClusterSettings
 
 Announce = Callable[[str], None]
 MountPage = Callable[[FastAPI, EngineConfig], FastAPI]
@@ -204,13 +207,14 @@ def serve(
     database_url: str | None = None,
     retention_seconds: float | None = None,
     worker: WorkerSettings | None = None,
+    cluster: "ClusterSettings | None" = None,
     page: MountPage | None = None,
     announce: Announce = lambda url: None,
 ) -> None:
-    """Serve a model until told to stop: the API in this process, the engine in one beside it.
+    """Serve a model until told to stop: the API in this process, the engine in one beside it, or on a cluster.
 
     `spec` is the model's, so that requests are checked without loading it; `worker` replaces what is told
-    to the worker process; `page` adds a web page to the application; `announce` is called with the address.
+    to the worker process; with `cluster`, a controller takes its place; `page` adds a web page to the application; `announce` is called with the address.
     Raises ConfigError for an address that others reach where no key is set.
     """
     settings = settings or ServerSettings()
@@ -218,10 +222,15 @@ def serve(
     files = JobFiles(config.data_folder)
     keys = KeyRing(files.folder / KEYS_FILE)
     check_bind(settings.host, bool(keys.records()))  # before anything is started
-    store = JobStore(files, database_url, retention_seconds=retention_seconds)
-    process = WorkerProcess(
-        worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
-    )
+    store: JobStore
+    process: WorkerProcess
+    if cluster is not None and database_url is not None:
+        store, process = _on_cluster(cluster, database_url)
+    else:
+        store = JobStore(files, database_url, retention_seconds=retention_seconds)
+        process = WorkerProcess(
+            worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
+        )
     # Uvicorn raises the signals it took again when it is done; the worker must still be drained then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -234,3 +243,15 @@ def serve(
             signal.signal(number, lambda *_: process.kill())
         process.stop(DRAIN_SECONDS)
         store.close()
+
+
+def _on_cluster(cluster: "ClusterSettings", database_url: str) -> tuple[JobStore, WorkerProcess]:
+    """The store and the controller's process, in the places of those of one machine."""
+    from wanduet.cluster.files import open_files
+    from wanduet.cluster.process import ControllerProcess
+    from wanduet.cluster.store import ClusterStore
+
+    worker = cluster.worker
+    files = open_files(worker.config.data_folder, cluster.storage)
+    store = ClusterStore(files, database_url, retention_seconds=worker.retention_seconds)
+    return store, ControllerProcess(cluster, store, database_url)

@@ -71,7 +71,8 @@ class Attempt:
         """Bring the job to an end, or back into the queue, or leave it to whoever has it now."""
         prompt = {"prompt": self._lease.job.request.get("prompt")} if self._settings.log_prompts else {}
         self._log.info("job started", **prompt)
-        with self._keeper:
+        resume = self._lease.job.attempts > 1
+        with self._keeper, self._store.files.attempt(self._lease.job.id, resume):
             try:
                 outcome = self._saved_outcome() or self._generate()
                 self._publish(outcome)
@@ -81,6 +82,7 @@ class Attempt:
                 if self._keeper.lost.is_set():
                     self._lost()
                 elif self._keeper.draining.is_set():
+                    self._store.files.keep(self._lease.job.id)
                     self._settle(lambda: self._store.release(self._lease), "released")
                 else:
                     self._crashed(error)
@@ -192,6 +194,7 @@ class Attempt:
         # Frames only: an unexpected error's message or variables might hold the prompt.
         where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
         self._log.error("job crashed", error=type(error).__name__, where=where)
+        self._store.files.keep(self._lease.job.id)
         reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
         self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wanduet.errors import OutputError
@@ -25,7 +25,7 @@ from wanduet.media.files import atomic_output, output_error, write_atomically
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
-_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
+PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
 
 
 class JobFiles:
@@ -65,6 +65,14 @@ class JobFiles:
         except OSError:
             return None
 
+    @contextmanager
+    def attempt(self, job_id: str, resume: bool) -> Iterator[None]:
+        """Around an attempt. With `resume`, what earlier ones left is brought here; all of it lies here already."""
+        yield
+
+    def keep(self, job_id: str) -> None:
+        """Before a job is put back: what was made of it is where the next worker looks. Here, it is."""
+
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Give a finished video its public name; the working copy stays until `discard_work`. Raises OutputError."""
         target = self._target(job_id, token, index, "video")
@@ -88,7 +96,7 @@ class JobFiles:
 
     def path(self, name: str) -> Path | None:
         """A published file by its stored name; None if it is gone or leads out of the folder."""
-        if not _NAME.fullmatch(name):
+        if not PUBLISHED_NAME.fullmatch(name):
             return None
         path = self.videos / name
         if path.is_symlink() or not path.is_file() or path.resolve().parent != self.videos.resolve():
@@ -98,7 +106,7 @@ class JobFiles:
     def remove(self, names: Iterable[str]) -> None:
         """Delete published files; one that is gone already is fine."""
         for name in names:
-            if _NAME.fullmatch(name):
+            if PUBLISHED_NAME.fullmatch(name):
                 with suppress(OSError):
                     (self.videos / name).unlink(missing_ok=True)
 
@@ -108,7 +116,7 @@ class JobFiles:
         A writer that still lives loses a file that nobody will ever ask for, and ends at its own commit.
         """
         for path in self.videos.glob(f"{job_id}.*"):
-            if (match := _NAME.fullmatch(path.name)) and int(match["token"]) < token:
+            if (match := PUBLISHED_NAME.fullmatch(path.name)) and int(match["token"]) < token:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 

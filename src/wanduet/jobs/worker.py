@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import structlog
 
@@ -36,6 +37,17 @@ ENGINE = "wanduet.engine.pipeline:Engine"
 URL_VARIABLE = "WANDUET_DATABASE_URL"  # not an argument: it may hold a password, and arguments are public
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a crashed worker is started again
 _HEALTHY_SECONDS = 60.0  # after living so long, a crash counts as the first
+
+
+class Drains(Protocol):
+    """What can be told to end its work."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was told."""
+
+    def drain(self) -> None:
+        """End soon; may be called from a signal handler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +82,10 @@ class WorkerSettings:
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
     """Work in this process until drained by a signal or by the end of standard input."""
     store = JobStore(JobFiles(settings.config.data_folder), url, retention_seconds=settings.retention_seconds)
-    engine = _make_engine(settings)
+    engine = make_engine(settings)
     runner = Runner(store, engine, settings.runner, hooks=getattr(engine, "hooks", None))
-    _drain_on_signals(runner)
-    threading.Thread(target=_drain_at_end_of_input, args=(runner,), name="parent-watch", daemon=True).start()
+    drain_on_signals(runner)
+    threading.Thread(target=drain_at_end_of_input, args=(runner,), name="parent-watch", daemon=True).start()
     try:
         runner.run()
     finally:
@@ -82,13 +94,16 @@ def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
         store.close()
 
 
-def _make_engine(settings: WorkerSettings) -> VideoEngine:
+def make_engine(settings: WorkerSettings) -> VideoEngine:
+    """The engine that the settings name, with their configuration."""
     module, _, name = settings.engine.partition(":")
     engine: VideoEngine = getattr(import_module(module), name)(settings.config)
     return engine
 
 
-def _drain_on_signals(runner: Runner) -> None:
+def drain_on_signals(runner: Drains) -> None:
+    """SIGTERM and SIGINT drain; a second one ends the process at once."""
+
     def handle(number: int, _: FrameType | None) -> None:
         if runner.draining:
             os._exit(128 + number)  # leases die with the process; the next worker goes on
@@ -98,7 +113,8 @@ def _drain_on_signals(runner: Runner) -> None:
         signal.signal(number, handle)
 
 
-def _drain_at_end_of_input(runner: Runner) -> None:
+def drain_at_end_of_input(runner: Drains) -> None:
+    """Drain when whoever started this process is gone."""
     with suppress(OSError, ValueError):
         while os.read(0, 1024):
             pass
@@ -121,13 +137,17 @@ class WorkerProcess:
         self._workers = JobFiles(settings.config.data_folder).workers
         self._lock = SupervisorLock(self._workers)
         settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
-        self._arguments = [sys.executable, "-m", "wanduet.jobs.worker", settings.to_json()]
+        self._arguments = [sys.executable, "-m", *self._command(settings)]
         self._environment = {**os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
         self._pauses = pauses
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
         self.restarts = 0
+
+    def _command(self, settings: WorkerSettings) -> list[str]:
+        """The module that the process runs, and its arguments."""
+        return ["wanduet.jobs.worker", settings.to_json()]
 
     @property
     def pid(self) -> int | None:

@@ -1,0 +1,248 @@
+"""The controller: compares what waits with what lives, and starts and drains replicas until they agree.
+
+It is one process beside the API. Everything it knows it can find again, in the database and from Ray, so it may be
+killed at any moment; replicas go on without it. Of several controllers on one database one works, the others wait.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from wanduet.cluster.autoscaler import Changes, Start, decide
+from wanduet.cluster.fit import Fitter
+from wanduet.cluster.settings import ClusterSettings
+from wanduet.cluster.shapes import Gone, Node, ReplicaView
+from wanduet.cluster.store import ClusterStore
+from wanduet.jobs.housekeeping import Housekeeper
+from wanduet.jobs.records import JobError, demand_of
+
+log = structlog.get_logger(__name__)
+
+LEADER_LOCK = 7762  # of PostgreSQL's advisory locks
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds that a node rests after a replica failed to come up there
+DRAIN_SECONDS = 20.0  # that replicas have to end in when the service stops
+
+
+class Fleet(Protocol):
+    """Who can start and end replicas."""
+
+    def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
+        """The nodes that live; `drained` are names, or beginnings of ids, of nodes to be emptied."""
+
+    def start(self, start: Start) -> None:
+        """Start a replica; it is in `poll` from now on."""
+
+    def drain(self, replica: str) -> None:
+        """Let a replica end; its jobs go back into the queue."""
+
+    def poll(self) -> tuple[tuple[ReplicaView, ...], tuple[Gone, ...]]:
+        """How the replicas are, and which ended since the last look."""
+
+    def close(self) -> None:
+        """Leave the replicas alone from now on."""
+
+
+class Leadership:
+    """At most one holder on a database at a time; it is lost with the connection that holds it."""
+
+    def __init__(self, database: sa.Engine) -> None:
+        self._database = database
+        self._connection: sa.Connection | None = None
+
+    def held(self) -> bool:
+        """Take it, or see whether it still holds. SQLite is one machine's, where nobody competes."""
+        if self._database.dialect.name != "postgresql":
+            return True
+        try:
+            if self._connection is None:
+                self._connection = self._database.connect().execution_options(isolation_level="AUTOCOMMIT")
+                if not self._connection.scalar(sa.select(sa.func.pg_try_advisory_lock(LEADER_LOCK))):
+                    self.release()
+                    return False
+            self._connection.scalar(sa.select(1))
+        except SQLAlchemyError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let another have it."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(SQLAlchemyError):
+                connection.invalidate()  # closing alone would give the connection back with its lock
+            connection.close()
+
+
+class Controller:
+    """Reconciles until drained. One thread calls `run`, any thread or signal handler `drain`."""
+
+    def __init__(
+        self,
+        store: ClusterStore,
+        fleet: Fleet,
+        fitter: Fitter,
+        settings: ClusterSettings,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._fitter = fitter
+        self._settings = settings
+        self._monotonic = monotonic
+        self._draining = threading.Event()
+        self._published: list[dict[str, object]] = [{}]  # unlike any list, so that the first one is written
+        self._resting: dict[str, tuple[float, float]] = {}  # by node: until when, and for how long
+        self._dead: dict[str, bool] = {}  # workers that ended: whether with their node
+        runner = settings.worker.runner
+        self._housekeeper = Housekeeper(
+            store,
+            max_crashes=runner.attempt.max_crashes,
+            tidy_seconds=runner.tidy_seconds,
+            max_bytes=runner.max_bytes,
+            monotonic=monotonic,
+        )
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining.is_set()
+
+    def drain(self) -> None:
+        """End all replicas, then `run`."""
+        self._draining.set()
+
+    def run(self) -> None:
+        """Work until `drain`. A database that cannot be reached is waited for."""
+        leader = Leadership(self._store.database)
+        try:
+            while not self._draining.is_set():
+                if leader.held():
+                    self._try(self.turn)
+                # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
+                end = self._monotonic() + self._settings.tick_seconds
+                while not self._draining.is_set() and (left := end - self._monotonic()) > 0:
+                    time.sleep(min(0.1, left))
+            if leader.held():
+                self._end_all()
+        finally:
+            leader.release()
+            self._fleet.close()
+
+    def keep_house(self) -> None:
+        """Take jobs from the dead, for ever; in a thread of its own, so that a Ray that hangs does not stop it."""
+        while not self._draining.is_set():
+            self._try(self.tidy)
+            time.sleep(self._settings.tick_seconds)
+
+    def tidy(self) -> None:
+        """Take jobs from workers that are known, or found, to be dead."""
+        dead = dict(self._dead)
+        self._housekeeper.turn(
+            dead=[worker for worker, lost in dead.items() if not lost],
+            lost=[worker for worker, lost in dead.items() if lost],
+        )
+        for worker in dead:
+            self._dead.pop(worker, None)
+
+    def turn(self) -> Changes:
+        """Look once and change what must be changed."""
+        replicas, gone = self._fleet.poll()
+        for one in gone:
+            self._note(one)
+        nodes = self._fleet.nodes(self._store.drained_nodes())
+        waiting = self._store.waiting()
+        backlog = self._store.backlog(waiting)
+        changes = decide(
+            [self._rested(node) for node in nodes],
+            replicas,
+            backlog,
+            self._fitter.on,
+            self._settings.scale,
+            demand_of({}),
+        )
+        for replica in changes.drain:
+            self._fleet.drain(replica)
+        for start in changes.start:
+            self._fleet.start(start)
+        old = {one.demand for one in backlog if one.waited > self._settings.unfit_seconds}
+        for group in waiting:
+            if group.demand in changes.unfit and group.demand in old:
+                refused = self._store.refuse(group, "controller", _does_not_fit(group.demand, nodes))
+                log.warning("jobs fit no node", demand=group.demand, jobs=refused)
+        self._publish(replicas, nodes)
+        return changes
+
+    def _note(self, gone: Gone) -> None:
+        if gone.worker is not None:
+            self._dead[gone.worker] = gone.lost
+        if gone.node is None:
+            return
+        if gone.failed:
+            _, pause = self._resting.get(gone.node, (0.0, FIRST_PAUSE / 2))
+            pause = min(pause * 2, LONGEST_PAUSE)
+            self._resting[gone.node] = (self._monotonic() + pause, pause)
+            log.error("a replica did not come up; its node rests", node=gone.node, seconds=pause)
+        elif gone.worker is not None:
+            self._resting.pop(gone.node, None)
+
+    def _rested(self, node: Node) -> Node:
+        """A node where replicas fail takes none for a while; those that are there stay."""
+        until, _ = self._resting.get(node.id, (0.0, 0.0))
+        return replace(node, resting=True) if self._monotonic() < until else node
+
+    def _publish(self, replicas: tuple[ReplicaView, ...], nodes: tuple[Node, ...]) -> None:
+        names = {node.id: node.name for node in nodes}
+        rows: list[dict[str, object]] = [
+            {
+                "id": one.id,
+                "node": names.get(one.node or "", "") or (one.node or ""),
+                "shape": one.shape.name,
+                "state": one.state,
+                "worker": one.worker,
+                "jobs": len(one.jobs),
+            }
+            for one in replicas
+        ]
+        if rows != self._published:
+            self._store.publish(rows)
+            self._published = rows
+
+    def _end_all(self) -> None:
+        """The service stops: replicas put their jobs back and give their GPUs up."""
+        end = self._monotonic() + DRAIN_SECONDS
+        while self._monotonic() < end:
+            replicas, gone = self._fleet.poll()
+            for ended in gone:
+                self._note(ended)
+            if not replicas:
+                break
+            for one in replicas:
+                self._fleet.drain(one.id)
+            time.sleep(0.1)
+        self._try(self.tidy)
+        self._try(lambda: self._store.publish([]))
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except SQLAlchemyError as error:
+            log.warning("the job store cannot be reached", error=type(error).__name__)
+
+
+def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> JobError:
+    offers = sorted({node.shape(len(node.devices)).name for node in nodes if node.devices or node.computes})
+    size = demand.split("/")[0]
+    return JobError(
+        "does_not_fit",
+        f"A video of {size} (height x width x frames) fits no node of this cluster ({', '.join(offers) or 'none'}).",
+        "invalid_request_error",
+    )

@@ -1,0 +1,73 @@
+"""The controller's process: `python -m wanduet.cluster.process`, started and watched by the API's.
+
+Ray ends a process whose cluster is gone. Apart from the API, that costs a restart and no answer.
+"""
+
+import argparse
+import os
+import threading
+from collections.abc import Sequence
+
+from wanduet.cluster.controller import Controller
+from wanduet.cluster.files import open_files
+from wanduet.cluster.fit import Fitter
+from wanduet.cluster.settings import ClusterSettings
+from wanduet.cluster.store import ClusterStore
+from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.worker import (
+    URL_VARIABLE,
+    WorkerProcess,
+    WorkerSettings,
+    drain_at_end_of_input,
+    drain_on_signals,
+)
+
+
+class ControllerProcess(WorkerProcess):
+    """Keeps a controller running beside the API, as `WorkerProcess` does a worker."""
+
+    def __init__(self, settings: ClusterSettings, store: ClusterStore, url: str) -> None:
+        self._settings = settings
+        self._store = store
+        super().__init__(settings.worker, url)
+
+    def _command(self, settings: WorkerSettings) -> list[str]:
+        return ["wanduet.cluster.process", self._settings.to_json()]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a replica takes jobs, or one would be started for them."""
+        if any(replica["state"] == "ready" for replica in self._store.replicas()):
+            return True
+        return self._settings.scale.minimum == 0 and self.pid is not None
+
+
+def run_controller(settings: ClusterSettings, url: str) -> None:
+    """Reconcile in this process until drained by a signal or by the end of standard input. Raises ConfigError."""
+    from wanduet.cluster.ray_fleet import RayFleet
+    from wanduet.engine.build import Models
+
+    config = settings.worker.config
+    store = ClusterStore(
+        open_files(config.data_folder, settings.storage), url, retention_seconds=settings.worker.retention_seconds
+    )
+    fleet = RayFleet(settings, url)
+    controller = Controller(store, fleet, Fitter(Models(config).memory, config), settings)
+    drain_on_signals(controller)  # after Ray has set its own
+    threading.Thread(target=drain_at_end_of_input, args=(controller,), name="parent-watch", daemon=True).start()
+    threading.Thread(target=controller.keep_house, name="housekeeping", daemon=True).start()
+    controller.run()
+    store.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of the controller's process; its one argument is `ClusterSettings` as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m wanduet.cluster.process", description=__doc__)
+    parser.add_argument("settings", type=ClusterSettings.from_json)
+    settings: ClusterSettings = parser.parse_args(arguments).settings
+    configure_logs()
+    run_controller(settings, os.environ[URL_VARIABLE])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Ray's side of the controller: nodes, placement groups, actors. The only file that talks to Ray.
+
+Replicas are detached, named actors: they outlive the controller, and the next one finds them by their names. No
+state is kept here that cannot be found again, so losing this process, or Ray's head, loses nothing.
+"""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any
+
+import ray
+import structlog
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.util import (
+    get_placement_group,
+    list_named_actors,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from wanduet.cluster.autoscaler import Start
+from wanduet.cluster.probe import read_probe
+from wanduet.cluster.replica import Replica, ReplicaStatus
+from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
+from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
+from wanduet.config import parse_devices
+from wanduet.errors import ConfigError, WanduetError
+
+log = structlog.get_logger(__name__)
+
+NAMESPACE = "wanduet"
+PREFIX = "replica-"
+GPUS_LABEL = "wanduet.io/gpus"  # on a node: count on these GPUs instead of looking
+NODE_LABEL = "ray.io/node-id"
+ANSWER_SECONDS = 2.0  # that one look waits for replicas to answer
+PROBE_SECONDS = 3600.0  # a node may have weights to download
+THREADS = 4  # calls to a replica at the same time
+
+
+@dataclass(slots=True)
+class _Member:
+    actor: Any
+    view: ReplicaView | None  # None: found at the start, and not heard of since
+    since: float = field(default_factory=time.monotonic)
+    asked: Any = None  # the answer that is on its way
+    status: ReplicaStatus | None = None
+    draining: bool = False
+
+
+class RayFleet:
+    """The replicas on one Ray cluster. Not safe to use from several threads."""
+
+    def __init__(self, settings: ClusterSettings, database_url: str) -> None:
+        """Connect, and find the replicas of an earlier controller. Raises ConfigError."""
+        self._settings = settings
+        self._url = database_url
+        self._members: dict[str, _Member] = {}
+        self._hardware: dict[str, Any] = {}  # by node: a Node, or the answer that is on its way
+        self._alive: frozenset[str] = frozenset()
+        try:
+            ray.init(address=settings.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"There is no Ray cluster at {settings.address!r}: {str(error).splitlines()[0]}",
+                hint="Start one: `ray start --head` here, `ray start --address=HOST:6379` on the other machines.",
+            ) from None
+        self._adopt()
+
+    def close(self) -> None:
+        """Disconnect; replicas live on."""
+        ray.shutdown()
+
+    # Nodes.
+
+    def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
+        """The nodes that live and whose devices are known by now. `drained`: names, or beginnings of ids."""
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        self._alive = frozenset(alive)
+        for gone in self._hardware.keys() - alive.keys():
+            del self._hardware[gone]
+        leaving = _draining_nodes()
+        found = []
+        for node_id, about in alive.items():
+            node = self._look_at(node_id, about)
+            if node is not None:
+                names = (node.name, about["NodeManagerAddress"])
+                asked = any(one in names or node_id.startswith(one) for one in drained)
+                found.append(replace(node, draining=asked or node_id in leaving))
+        return tuple(found)
+
+    def _look_at(self, node_id: str, about: dict[str, Any]) -> Node | None:
+        known = self._hardware.get(node_id)
+        if isinstance(known, Node):
+            return known
+        resources, labels = about["Resources"], about.get("Labels", {})
+        cpus = max(1, int(resources.get("CPU", 1)))
+        node = Node(node_id, about["NodeManagerHostname"], (), int(resources.get("memory", 0)), cpus)
+        label = labels.get(GPUS_LABEL)
+        if label is not None or not resources.get("GPU"):
+            devices = declared_devices(label) if label is not None else ()
+            computes = self._cpu_asked_for() and not devices
+            self._hardware[node_id] = node = replace(node, devices=devices, declared=bool(devices), computes=computes)
+            return node
+        if known is None:
+            config = self._settings.worker.config
+            where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            probe = ray.remote(num_cpus=0, max_calls=1, max_retries=3)(_probe).options(scheduling_strategy=where)
+            self._hardware[node_id] = (time.monotonic(), probe.remote(config.model, config.revision))
+            return None
+        began, answer = known
+        if not ray.wait([answer], timeout=0)[0]:
+            return None
+        try:
+            hardware = read_probe(ray.get(answer))
+        except RayError as error:
+            if time.monotonic() - began > ANSWER_SECONDS * 15:
+                log.error("a node cannot be used", node=node.name, error=str(error).splitlines()[-1])
+                del self._hardware[node_id]  # it is looked at again
+            return None
+        devices = hardware.gpus[: int(resources["GPU"])]
+        self._hardware[node_id] = node = replace(node, devices=devices, host_bytes=hardware.host_total_bytes)
+        log.info("a node joined", node=node.name, shape=node.shape(len(devices)).name)
+        return node
+
+    def _cpu_asked_for(self) -> bool:
+        names = parse_devices(self._settings.worker.config.devices).names
+        return bool(names) and all(name == "cpu" for name in names)
+
+    # Replicas.
+
+    def start(self, start: Start) -> None:
+        """Ask Ray for a replica; it shows up in `poll` at once and is ready when it answers."""
+        name = f"{PREFIX}{self._settings.fingerprint}-{secrets.token_hex(4)}"
+        shape = start.shape
+        bundle = {"GPU": float(shape.gpus)} if shape.gpus else {"CPU": float(shape.cpu_count)}
+        selector = None if start.node is None else [{NODE_LABEL: start.node}]
+        group = placement_group(
+            [bundle], strategy="STRICT_PACK", name=name, lifetime="detached", bundle_label_selector=selector
+        )
+        options = dict(
+            name=name,
+            lifetime="detached",
+            num_gpus=shape.gpus,
+            num_cpus=0 if shape.gpus else shape.cpu_count,
+            max_restarts=0,  # a replica that ended is judged anew: its node may be gone, its shape not wanted any more
+            max_concurrency=THREADS,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+        )
+        order = ReplicaOrder(self._settings, shape, start.node, self._url)
+        actor = ray.remote(Replica).options(**options).remote(order, _node_id)
+        self._members[name] = _Member(actor, ReplicaView(name, start.node, shape))
+        log.info("a replica starts", replica=name, shape=shape.name, node=start.node)
+
+    def drain(self, replica: str) -> None:
+        """Let a replica end: its jobs are checkpointed and put back."""
+        member = self._members.get(replica)
+        if member is None or member.draining:
+            return
+        member.draining = True
+        if member.view is not None:
+            member.view = replace(member.view, state="draining")
+        member.actor.drain.remote()
+        log.info("a replica drains", replica=replica)
+
+    def poll(self) -> tuple[tuple[ReplicaView, ...], tuple[Gone, ...]]:
+        """How the replicas are, and which ended since the last look."""
+        for member in self._members.values():
+            if member.asked is None:
+                member.asked = member.actor.status.remote()
+        waiting = [
+            member.asked for member in self._members.values() if member.status is not None or member.view is None
+        ]
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
+        gone = [one for name in tuple(self._members) if (one := self._hear(name)) is not None]
+        views = (member.view for member in self._members.values())
+        return tuple(view for view in views if view is not None), tuple(gone)
+
+    def _hear(self, name: str) -> Gone | None:
+        member = self._members[name]
+        if not ray.wait([member.asked], timeout=0)[0]:
+            late = time.monotonic() - member.since > self._settings.start_seconds
+            return self._remove(name, failed=True) if member.status is None and late else None
+        asked, member.asked = member.asked, None
+        try:
+            status: ReplicaStatus = ray.get(asked)
+        except (ActorUnavailableError, GetTimeoutError):
+            return None
+        except RayActorError as error:
+            log.warning("a replica died", replica=name, error=str(error).strip().splitlines()[-1])
+            return self._remove(name, failed=member.status is None and member.view is not None)
+        member.status = status
+        if status.ended:
+            return self._remove(name)
+        member.draining = member.draining or status.draining
+        state = "draining" if member.draining else "ready"
+        member.view = ReplicaView(
+            name, status.node, status.shape, state, status.worker, status.jobs, status.idle_seconds
+        )
+        if not name.startswith(f"{PREFIX}{self._settings.fingerprint}-"):
+            self.drain(name)  # of other settings
+        return None
+
+    def _remove(self, name: str, *, failed: bool = False) -> Gone:
+        member = self._members.pop(name)
+        with suppress(RayError, ValueError):
+            ray.kill(member.actor)
+        _remove_group(name)
+        node = member.view.node if member.view is not None else None
+        lost = node is not None and node not in {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+        worker = None if member.status is None else member.status.worker
+        return Gone(name, node, worker, lost, failed and not lost)
+
+    def _adopt(self) -> None:
+        """Find replicas that live, and remove reservations that no replica came to use."""
+        for name in _names():
+            with suppress(ValueError):  # it ended just now
+                self._members[name] = _Member(ray.get_actor(name, namespace=NAMESPACE), None)
+        for group in placement_group_table().values():
+            name = group["name"]
+            if name.startswith(PREFIX) and name not in self._members and group["state"] != "REMOVED":
+                _remove_group(name)
+
+
+def _names() -> Iterator[str]:
+    return (name for name in list_named_actors() if name.startswith(PREFIX))
+
+
+def _remove_group(name: str) -> None:
+    with suppress(RayError, ValueError):
+        remove_placement_group(get_placement_group(name))
+
+
+def _node_id() -> str | None:
+    """In the actor: where Ray has put it."""
+    found: str = ray.get_runtime_context().get_node_id()
+    return found
+
+
+def _probe(model: str, revision: str | None) -> str:
+    """On a node: fetch the weights once for all its replicas, then look at the devices, in a process of its own so
+    that no memory stays taken.
+    """
+    from wanduet.specs import RANDOM_SPECS
+    from wanduet.weights.download import open_model
+
+    if model not in RANDOM_SPECS:
+        open_model(model, revision)
+    environment = dict(os.environ)
+    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from what has not reserved any
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-m", "wanduet.cluster.probe"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise WanduetError(f"The node's devices cannot be seen: {found.stderr.strip()[-200:]}")
+    return found.stdout
+
+
+def _draining_nodes() -> frozenset[str]:
+    """Nodes that Ray itself is about to take away: scaled down, or a spot machine whose time is over."""
+    client: Any = ray.util.client.ray
+    if client.is_connected():  # from outside, only what the database says is known
+        return frozenset()
+    try:
+        gcs: Any = import_module("ray._raylet").GcsClient  # Ray has no public way to ask
+        return frozenset(gcs(address=ray.get_runtime_context().gcs_address).get_draining_nodes())
+    except (ImportError, AttributeError, RayError, RuntimeError):
+        return frozenset()

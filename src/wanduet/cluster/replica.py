@@ -1,0 +1,113 @@
+"""A replica: the worker of one machine, as a Ray actor with some GPUs of one node to itself.
+
+Ray places it, watches it and carries drains to it, and nothing else: jobs come from the database and go back to
+it, under the leases and fences of one machine. So a replica goes on while Ray's head, the controller and the API
+are away, and what happens to a job never depends on a message that may be lost.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from wanduet.cluster.files import open_files
+from wanduet.cluster.fit import Fit, FitOf, Fitter
+from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
+from wanduet.cluster.shapes import Shape
+from wanduet.cluster.store import ClusterStore
+from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.runner import Runner
+from wanduet.jobs.worker import make_engine
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """A replica as it sees itself. `worker` is the name on its leases; `ended`: it was drained, or gave up."""
+
+    worker: str | None
+    jobs: tuple[str, ...]
+    idle_seconds: float
+    draining: bool
+    ended: bool
+    shape: Shape
+    node: str | None
+    pid: int
+
+
+class Replica:
+    """The actor's class; methods may be called at the same time."""
+
+    def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
+        """Load what there is to load. Raises what keeps the engine from working here."""
+        threads = max(1, order.shape.cpu_count)
+        # Ray sets this to the actor's CPUs, of which it has none: threads are this replica's part of the node.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+        configure_logs()
+        self._order = order
+        self._node = node() or order.node
+        settings = order.settings
+        config = order.shape.engine_config(settings.worker.config)
+        worker = replace(settings.worker, config=config, runner=settings.runner())
+        self._engine = make_engine(worker)
+        self._store = ClusterStore(
+            open_files(config.data_folder, settings.storage),
+            order.database_url,
+            fit_of=self._fits(order),
+            devices=order.shape.gpus,
+            patience_seconds=settings.patience_seconds,
+            retention_seconds=worker.retention_seconds,
+            connections=REPLICA_CONNECTIONS,
+        )
+        hooks = getattr(self._engine, "hooks", None)
+        self._runner = Runner(self._store, self._engine, worker.runner, hooks=hooks)
+        self._idle_since: float | None = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
+        self._thread.start()
+
+    def status(self) -> ReplicaStatus:
+        """How it is, for the controller."""
+        jobs, now = self._runner.running, time.monotonic()
+        if jobs:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        idle = 0.0 if self._idle_since is None else now - self._idle_since
+        ended = not self._thread.is_alive()
+        return ReplicaStatus(
+            self._runner.worker, jobs, idle, self._runner.draining, ended, self._order.shape, self._node, os.getpid()
+        )
+
+    def drain(self) -> None:
+        """Take no more jobs; checkpoint those that run, within a step, and put them back."""
+        self._runner.drain()
+
+    def _run(self) -> None:
+        try:
+            self._runner.run()
+        finally:
+            with suppress(AttributeError):
+                self._engine.close()  # type: ignore[attr-defined]
+            self._store.close()
+
+    def _fits(self, order: ReplicaOrder) -> FitOf:
+        """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""
+        from wanduet.engine.build import Models
+        from wanduet.engine.hardware import detect
+
+        config = order.settings.worker.config
+        fitter = Fitter(Models(order.shape.engine_config(config)).memory, config)
+        here = getattr(self._engine, "hardware", None) or detect()
+        if not order.shape.declared:
+            return lambda demand: fitter.on_hardware(demand, here)
+        declared = order.shape.hardware
+
+        def fit(demand: str) -> Fit:
+            found = fitter.on_hardware(demand, declared)
+            return found if fitter.on_hardware(demand, here).fits else Fit(False)
+
+        return fit

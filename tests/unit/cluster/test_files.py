@@ -1,0 +1,178 @@
+"""Files in an object store: a job goes on on another node's disk, and what was published is found from anywhere.
+
+The store is a folder behind fsspec; each "node" has a data folder of its own and sees nothing of the others'.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+
+from fake_engine import FakeEngine, content, journal
+
+from wanduet.cluster import files as cluster_files
+from wanduet.cluster.files import StoredFiles, open_files
+from wanduet.config import EngineConfig
+from wanduet.errors import ConfigError, OutputError
+from wanduet.jobs.attempt import AttemptSettings
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.records import NewJob
+from wanduet.jobs.runner import Runner, RunnerSettings
+from wanduet.jobs.store import JobStore
+
+JOB = "video_" + "0" * 31 + "1"
+FAST = RunnerSettings(lease_seconds=2.0, attempt=AttemptSettings(poll_seconds=0.02, progress_seconds=0.02))
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_files, "LOOK_SECONDS", 0.02)
+
+
+class Cluster:
+    """A database, a store and as many nodes as are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.storage = f"file://{folder / 'storage'}"
+        self.url = f"sqlite:///{folder / 'jobs.sqlite3'}"
+
+    def files(self, node: str) -> StoredFiles:
+        return StoredFiles(self.folder / node, self.storage)
+
+    def node(self, name: str) -> JobStore:
+        return JobStore(self.files(name), self.url)
+
+    def stored(self) -> list[str]:
+        root = self.folder / "storage"
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def run(store: JobStore, until: Callable[[], object]) -> None:
+    runner = Runner(store, FakeEngine(EngineConfig(data_dir=store.files.folder)), FAST, hooks=FakeEngine.hooks)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    end = time.monotonic() + 60
+    while not until() and time.monotonic() < end:
+        time.sleep(0.01)
+    runner.drain()
+    thread.join()
+    assert until()
+
+
+def submit(store: JobStore, steps: int) -> str:
+    request = {"prompt": "a cat", "num_inference_steps": steps, "seed": 7}
+    return store.submit(NewJob("ann", "m", request)).job.id
+
+
+def test_a_drained_job_goes_on_on_another_disk_and_no_step_is_done_twice(cluster: Cluster) -> None:
+    with closing(cluster.node("a")) as a, closing(cluster.node("b")) as b, closing(cluster.node("api")) as api:
+        job = submit(a, 60)
+        run(a, lambda: len(journal(a.files.folder)) >= 10)
+        assert api.get(job).status == "queued"
+        assert not (a.files.folder / "work" / job).exists()
+        run(b, lambda: api.get(job).finished)
+        lines = journal(a.files.folder) + journal(b.files.folder)
+        assert lines == [f"{job} step {step}" for step in range(60)] + [f"{job} done"]
+        done = api.get(job)
+        path = api.files.path(done.files[0].name)
+        assert path is not None
+        assert path.read_bytes() == content("a cat", 7)
+        assert path.is_relative_to(api.files.folder)
+        assert [name.partition("/")[0] for name in cluster.stored()] == ["videos"] * 3
+        api.delete(job)
+        assert cluster.stored() == []
+        assert api.files.path(done.files[0].name) is None
+
+
+def test_checkpoints_and_results_come_back_the_result_last(cluster: Cluster) -> None:
+    a, b = cluster.files("a"), cluster.files("b")
+    key = "ab" * 16
+    with a.attempt(JOB, resume=False):
+        work = a.work_path(JOB).parent
+        work.mkdir(parents=True)
+        (a.folder / "checkpoints").mkdir()
+        a.note_checkpoints(JOB, [key])
+        (a.folder / "checkpoints" / f"{key}.safetensors").write_bytes(b"latents")
+        (work / "result.json").write_bytes(b"{}")
+        (work / "video.mp4.partial").write_bytes(b"half")
+        assert a._written(JOB)[-1][0] == "result.json"
+        a.keep(JOB)
+    assert cluster.stored() == [
+        f"work/{JOB}/checkpoints.json", f"work/{JOB}/checkpoints/{key}.safetensors", f"work/{JOB}/result.json",
+    ]  # fmt: skip
+    assert not (a.folder / "checkpoints" / f"{key}.safetensors").exists()
+    with b.attempt(JOB, resume=True):
+        assert (b.folder / "checkpoints" / f"{key}.safetensors").read_bytes() == b"latents"
+        assert b.work_path(JOB).with_name("result.json").read_bytes() == b"{}"
+    with b.attempt(JOB, resume=False):
+        assert not b.work_path(JOB).parent.exists()
+
+
+def test_the_preview_of_a_job_is_seen_from_another_node(cluster: Cluster) -> None:
+    a = cluster.files("a")
+    with a.attempt(JOB, resume=False):
+        a.preview_path(JOB).parent.mkdir(parents=True)
+        a.preview_path(JOB).write_bytes(b"webp")
+        a.keep(JOB)
+    assert cluster.files("api").preview(JOB) == b"webp"
+    assert cluster.files("api").preview("video_" + "0" * 32) is None
+
+
+def test_a_store_that_fails_costs_work_but_no_job(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = cluster.files("a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the store")
+
+    for call in ("put_file", "find", "ls", "rm", "get_file"):
+        monkeypatch.setattr(a._fs, call, fail)
+    with a.attempt(JOB, resume=True):
+        a.work_path(JOB).parent.mkdir(parents=True)
+        a.work_path(JOB).write_bytes(b"video")
+        a.keep(JOB)
+        with pytest.raises(OutputError):  # what nobody could fetch is not completed
+            a.publish(JOB, 1, 0, a.work_path(JOB))
+    a.discard_work(JOB)
+    assert a.path(f"{JOB}.1-0.mp4") is None
+
+
+def test_what_nobody_owns_is_swept_from_the_store_too(cluster: Cluster) -> None:
+    with closing(cluster.node("a")) as a:
+        job = submit(a, 2)
+        run(a, lambda: a.get(job).finished)
+        other = "video_" + "0" * 31 + "2"
+        for name in (f"videos/{other}.1-0.mp4", f"work/{other}/video.latents.safetensors"):
+            path = cluster.folder / "storage" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+        assert a.sweep() == 2
+        assert all(job in name for name in cluster.stored())
+        assert len(cluster.stored()) == 3
+
+
+def test_published_files_of_killed_attempts_go(cluster: Cluster) -> None:
+    a = cluster.files("a")
+    a.work_path(JOB).parent.mkdir(parents=True)
+    a.work_path(JOB).write_bytes(b"video")
+    for token in (1, 2):
+        a.publish(JOB, token, 0, a.work_path(JOB))
+    cluster.files("b").remove_older(JOB, 2)
+    assert cluster.stored() == [f"videos/{JOB}.2-0.mp4"]
+
+
+def test_addresses_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="storage"):
+        open_files(tmp_path, "nosuch://bucket")
+    assert type(open_files(tmp_path, None)) is JobFiles
