@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from wanduet.errors import CancelledError, InvalidRequestError, WanduetError
+from wanduet.errors import CancelledError, InvalidRequestError, OutputError, WanduetError
 from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
 from wanduet.jobs.records import JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError
 from wanduet.jobs.store import JobStore
@@ -36,12 +36,15 @@ _BEATS = 5  # renewals in the length of a lease: four may be late before anyone 
 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
-    """Times in seconds. `max_crashes`: attempts in a row that may die at the same place."""
+    """Times in seconds. `max_crashes`: attempts in a row that may die at the same place. `reserve_bytes`: while the
+    disk has less free, no job is begun, and one that could not write its video waits.
+    """
 
     poll_seconds: float = 0.25
     progress_seconds: float = 0.5
     drain_seconds: float = 0.0  # how long a draining worker lets a job go on before it stops at the next step
     max_crashes: int = 3
+    reserve_bytes: int = 64 * 2**20
     log_prompts: bool = False
 
 
@@ -86,6 +89,8 @@ class Attempt:
                     self._settle(lambda: self._store.release(self._lease), "released")
                 else:
                     self._crashed(error)
+            except OutputError as error:
+                self._disk_failed(error)
             except WanduetError as error:
                 self._failed(error)
             except Exception as error:
@@ -111,6 +116,7 @@ class Attempt:
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "warnings": list(result.warnings),
                 "seeds": [video.seed for video in result.videos],
+                "worker": self._lease.worker,
             },
         }
         # From here on a kill costs nothing but the publishing: the next attempt finds this and the videos.
@@ -183,12 +189,32 @@ class Attempt:
                 self._store.files.discard_work(self._lease.job.id)
 
     def _failed(self, error: WanduetError) -> None:
-        message = str(error).replace(str(self._store.files.folder), "the data folder")
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):
             kind, param = "invalid_request_error", error.field
-        reason = JobError(error.code, message, kind, param)
+        reason = JobError(error.code, self._told(error), kind, param)
         self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
+
+    def _disk_failed(self, error: OutputError) -> None:
+        """A disk that is full or broken is not the job's fault: wait until it can be written, and try again."""
+        waited = 0
+        while not self._store.files.has_room(self._settings.reserve_bytes):
+            if waited % 240 == 0:
+                self._log.error(
+                    "the data folder's disk cannot be written or is full", reserve=self._settings.reserve_bytes
+                )
+            waited += 1
+            if self._keeper.lost.wait(self._settings.poll_seconds):
+                return self._lost()
+            if self._keeper.draining.is_set():
+                break
+        if waited:
+            return self._end(lambda: self._store.release(self._lease), "released: no room on the disk")
+        reason = JobError(error.code, self._told(error))  # there is room, only not for this
+        return self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "no room for it")
+
+    def _told(self, error: WanduetError) -> str:
+        return str(error).replace(str(self._store.files.folder), "the data folder")
 
     def _crashed(self, error: BaseException) -> None:
         # Frames only: an unexpected error's message or variables might hold the prompt.

@@ -11,6 +11,7 @@ one that has it. Knows nothing of the database: whether a file is wanted is the 
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,23 @@ class JobFiles:
             return None
         return path
 
+    def free_bytes(self) -> float:
+        """Free space of the disk; infinite where that cannot be known."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return math.inf
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether the disk has so much free and can be written just now."""
+        if self.free_bytes() < num_bytes:
+            return False
+        try:
+            write_atomically(self.folder / "disk-check", b"x")
+        except OutputError:
+            return False
+        return True
+
     def remove(self, names: Iterable[str]) -> None:
         """Delete published files; one that is gone already is fine."""
         for name in names:
@@ -175,14 +193,6 @@ class JobFiles:
         if not is_job_id(job_id):
             raise ValueError("not a job id")
         return self.videos / f"{job_id}.{token:d}-{index:d}{EXTENSIONS[variant]}"
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that holds a folder. Raises OutputError."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError as error:
-        raise OutputError(f"Cannot look at {folder}: {error.strerror}.") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -61,6 +61,7 @@ class Runner:
         )
         self._draining = threading.Event()
         self._wake = threading.Condition()
+        self._had_room = True
         self._attempts: dict[threading.Thread, StoredJob] = {}
         self.worker: str | None = None  # the name on its leases, once `run` was called
 
@@ -106,6 +107,8 @@ class Runner:
         # A job that crashed before runs alone, so that a neighbour does not take the blame for its next crash.
         if len(running) >= self._settings.parallel or any(job.crashes for job in running):
             return False
+        if not self._has_room():
+            return False
         lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running)
         if lease is None:
             return False
@@ -114,6 +117,14 @@ class Runner:
         self._attempts[thread] = lease.job
         thread.start()
         return True
+
+    def _has_room(self) -> bool:
+        reserve = self._settings.attempt.reserve_bytes
+        room = self._store.files.free_bytes() >= reserve
+        if not room and self._had_room:
+            log.error("no job is begun: the data folder's disk is full", reserve=reserve)
+        self._had_room = room
+        return room
 
     def _run(self, attempt: Attempt) -> None:
         try:

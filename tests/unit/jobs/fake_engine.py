@@ -2,7 +2,7 @@
 
 Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
 The prompt says what goes wrong: `die N` kills the process at step N, `once N` the first time only, `stop N` stops
-it there once (SIGSTOP), `raise N` raises there, `orphan N` kills it N times between publishing the video and
+it there once (SIGSTOP), `raise N` raises there, `full N` cannot write there, `orphan N` kills it N times between publishing the video and
 committing it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from wanduet.config import EngineConfig
-from wanduet.errors import CancelledError, OutOfMemoryError
+from wanduet.errors import CancelledError, OutOfMemoryError, OutputError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import EngineHooks
 from wanduet.jobs.store import JobStore
@@ -122,6 +122,8 @@ class FakeJob:
                     os.kill(os.getpid(), signal.SIGKILL if word == "once" else signal.SIGSTOP)
                 if word == "raise":
                     raise RuntimeError("a secret detail")
+                if word == "full":
+                    raise OutputError(f"Cannot write {self.data}: the disk is full.")
                 if word == "oom":
                     raise OutOfMemoryError(f"Out of memory in {self.data}.")
             self.pace(self, step)

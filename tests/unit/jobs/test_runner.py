@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import AttemptSettings
+from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -250,6 +251,43 @@ def test_a_full_disk_is_waited_for(store: JobStore, monkeypatch: pytest.MonkeyPa
     with running(store):
         job = finished(store, job_id)
     assert (job.status, job.attempts, refusals) == ("completed", 1, [0])
+
+
+def test_nothing_is_begun_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10.0]
+    monkeypatch.setattr(JobFiles, "free_bytes", lambda self: free[0])
+    job_id = submit(store)
+    with structlog.testing.capture_logs() as lines, running(store) as engine:
+        wait(lambda: lines and "disk is full" in lines[-1]["event"])
+        assert (store.get(job_id).status, engine.jobs) == ("queued", [])
+        free[0] = 1e12
+        assert finished(store, job_id).status == "completed"
+    assert sum("disk is full" in line["event"] for line in lines) == 1, "told once"
+
+
+def test_a_job_that_met_a_full_disk_waits_for_room(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [True, False, False, False, True]  # when it is begun; while it waits; when there is room again
+    monkeypatch.setattr(JobFiles, "free_bytes", lambda self: 1e12 if len(rooms) < 2 or rooms.pop(0) else 0.0)
+    job_id = submit(store, "full 2")
+    with running(store):
+        job = finished(store, job_id)
+    # Without room it was put back unblamed; with room and failing all the same, it is given up with its own error.
+    assert job.error is not None
+    assert (job.error.code, job.crashes, rooms) == ("output_error", 3, [True])
+    assert job.attempts > 3
+    assert str(store.files.folder) not in job.error.message
+
+
+@pytest.mark.parametrize("how", ["cancel", "drain"])
+def test_waiting_for_room_can_be_ended(store: JobStore, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(JobFiles, "has_room", lambda self, num_bytes: False)
+    job_id = submit(store, "full 2")
+    with structlog.testing.capture_logs() as lines, running(store):
+        wait(lambda: any("cannot be written" in line["event"] for line in lines))
+        if how == "cancel":
+            store.cancel(job_id)
+            wait(lambda: not (store.files.work / job_id).exists())
+    assert store.get(job_id).status == ("failed" if how == "cancel" else "queued")
 
 
 def test_a_video_without_previews_is_still_a_video(store: JobStore) -> None:
