@@ -12,6 +12,7 @@ import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ class FakeEngine:
     def __init__(self, config: EngineConfig, pace: "Pace | None" = None) -> None:
         self.data = config.data_folder
         self.pace = pace
-        self.jobs: list[FakeJob] = []
+        self.jobs: deque[FakeJob] = deque(maxlen=100)
 
     def submit(self, request: GenerationRequest, output: Any, on_step: Any = None) -> FakeJob:
         self.jobs.append(FakeJob(self.data, request, output, on_step, self.pace))

@@ -1,0 +1,59 @@
+"""The service with an engine that only counts, as a process with sockets: `with server(folder) as running`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from job_workers import ENVIRONMENT, wait
+
+PYTHON_PATH = ENVIRONMENT["PYTHONPATH"]
+
+SERVE = """
+import json, sys
+from pathlib import Path
+from wanduet.config import EngineConfig
+from wanduet.frontends.http_context import ServerSettings
+from wanduet.frontends.server import serve
+from wanduet.jobs.attempt import AttemptSettings
+from wanduet.jobs.records import Limits
+from wanduet.jobs.runner import RunnerSettings
+from wanduet.jobs.worker import WorkerSettings
+from wanduet.specs import WAN_1_3B
+data, queue = Path(sys.argv[1]), int(sys.argv[2])
+config = EngineConfig(data_dir=data)
+attempt = AttemptSettings(poll_seconds=0.02, progress_seconds=0.02, max_crashes=10**6)
+worker = WorkerSettings(config, RunnerSettings(attempt=attempt), engine="fake_engine:FakeEngine")
+settings = ServerSettings(port=0, stream_poll_seconds=0.05, queue=Limits(queue, None))
+serve(config, WAN_1_3B, settings, worker=worker, announce=lambda url: print(url, flush=True))
+"""
+
+
+@dataclass
+class Server:
+    process: "subprocess.Popen[str]"
+    http: httpx.Client
+
+
+@contextmanager
+def server(data: Path, queue: int = 10_000, step_seconds: float = 0.01) -> Iterator[Server]:
+    data.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "FAKE_STEP_SECONDS": str(step_seconds)}
+    command = [sys.executable, "-c", SERVE, str(data), str(queue)]
+    with (
+        open(data / "server.log", "ab") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            assert url, "the server ended"
+            with httpx.Client(base_url=url, timeout=120.0) as http:
+                wait(lambda: process.poll() is not None or http.get("/ready").status_code == 200)
+                yield Server(process, http)
+        finally:
+            process.kill()
