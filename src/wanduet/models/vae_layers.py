@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.models.vae_rows import Rows
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv, empty_clip
 
 SCORES_BYTES = 128 * 2**20  # of the middle's attention at a time
 
@@ -99,8 +99,11 @@ class ResidualBlock(nn.Module):
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
         h, past1, inner = self.conv1.step(x, past1, rows, self.norm1)
-        shortcut = self.conv_shortcut(rows.crop(x, inner.narrowed()))
-        h, past2, outer = self.conv2.step(h, past2, inner, self.norm2, shortcut, consume=True)
+        outer = inner.narrowed()
+        shortcut = rows.crop(x, outer)
+        if isinstance(self.conv_shortcut, CausalConv3d):
+            shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer)
+        h, past2, _ = self.conv2.step(h, past2, inner, self.norm2, shortcut, consume=True)
         return h, (past1, past2), outer
 
 
@@ -151,7 +154,7 @@ class Upsample(nn.Module):
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
-                past = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
+                past = empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_()
             else:
                 x, past, _ = self.time_conv.step(x, past, rows)
         conv, doubled = cast(nn.Conv2d, self.resample[1]), rows.doubled()
@@ -162,16 +165,10 @@ class Upsample(nn.Module):
             images = [half[:, :, t] for t in range(x.shape[2]) for half in halves]
             wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
             return torch.stack(wide, dim=2), past, doubled.narrowed()
-        shape = (x.shape[0], conv.out_channels, len(halves) * x.shape[2], doubled.narrowed().count, 2 * x.shape[4])
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout_of_clip(x))
+        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], doubled.narrowed().count, 2 * x.shape[4])
         for index, half in enumerate(halves):
             self.kernels.double_conv(half, conv.weight, conv.bias, doubled.padding, out[:, :, index :: len(halves)])
         return out, past, doubled.narrowed()
-
-
-def _layout_of_clip(clip: Tensor) -> torch.memory_format:
-    """Channels last where they are so already."""
-    return torch.channels_last_3d if clip.stride(1) == 1 < clip.stride(4) else torch.contiguous_format
 
 
 class Downsample(Remembers):

@@ -79,9 +79,8 @@ def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: 
         return torch.cat((before, value), dim=2) if frames else value
     if not frames and not top and not bottom and gamma is None:
         return x
-    batch, channels, length, height, width = x.shape
-    shape = (batch, channels, frames + length, top + height + bottom, width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    length, height = x.shape[2:4]
+    out = empty_clip(x, x.shape[1], frames + length, top + height + bottom, x.shape[4])
     if past is None:
         out[:, :, :frames].zero_()
     else:
@@ -113,10 +112,19 @@ def causal_conv(
     # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
     native = min(pads) if pads[0] == pads[1] else 0
     padded = causal_input(x, past, (0, 0) if native else pads, frames, gamma)
-    out = F.conv3d(padded, weight, bias, padding=(0, native, weight.shape[4] // 2))
+    out = _conv3d(padded, weight, bias, native, weight.shape[4] // 2)
     if residual is not None:
         out = out + residual if torch.is_grad_enabled() else out.add_(residual)
     return out, padded[:, :, padded.shape[2] - frames :]
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int) -> Tensor:
+    """With so many zero rows and columns on each side."""
+    if x.device.type == "meta" and x.stride(1) == 1:  # PyTorch's meta form forgets the layout, a GPU keeps it
+        outputs, _, kt, kh, kw = weight.shape
+        sizes = (x.shape[2] + 1 - kt, x.shape[3] + 2 * rows + 1 - kh, x.shape[4] + 2 * columns + 1 - kw)
+        return empty_clip(x, outputs, *sizes)
+    return F.conv3d(x, weight, bias, padding=(0, rows, columns))
 
 
 def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
@@ -139,9 +147,11 @@ def with_input(name: str, causal_input: CausalInput) -> VAEKernels:
     return VAEKernels(name, partial(causal_conv, causal_input=causal_input), double_conv)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
+def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int) -> Tensor:
+    """`[B, channels, frames, rows, columns]`, channels last where `like` is."""
+    layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format
+    shape = (like.shape[0], channels, frames, rows, columns)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, double_conv)

@@ -3,22 +3,26 @@ conv_triton.py, imported only where they run. On the meta device nothing runs, s
 machine that has no Triton.
 
 Two sets: `VAE_INPUT_KERNELS` writes a convolution's input in one pass and leaves the convolution to PyTorch (cuDNN);
-`VAE_OWN_KERNELS` convolves itself, from where the input, the past and the residual lie.
+`VAE_OWN_KERNELS` convolves itself, from where the input, the past and the residual lie. Both want weights in
+channels-last memory, and give results in it.
 """
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from wanduet.ops import vae_fused
-from wanduet.ops.vae_fused import VAEKernels, with_input
+from wanduet.ops.vae_fused import VAEKernels, empty_clip, with_input
 
 
 def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
-    """See `vae_fused.causal_input`; that one runs for other layouts, and where nothing is to be done."""
+    """See `vae_fused.causal_input`; the result is channels last."""
     nothing = not frames and pads == (0, 0) and gamma is None
-    if nothing or not _suits(x, past):
+    if nothing or torch.is_grad_enabled():
         return vae_fused.causal_input(x, past, pads, frames, gamma)
-    out = _empty(x, x.shape[1], frames + x.shape[2], sum(pads) + x.shape[3], x.shape[4])
+    x, past = _channels_last(x), _channels_last(past)
+    out = empty_clip(x, x.shape[1], frames + x.shape[2], sum(pads) + x.shape[3], x.shape[4])
     _write_input(x, past, pads, frames, gamma, out)
     return out
 
@@ -34,44 +38,36 @@ def causal_conv(
     consume: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `vae_fused.CausalConv`. Its past is of x's rows, without padding."""
-    if not _suits(x, past, residual) or not _channels_last(weight):
-        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, causal_input)
+    if torch.is_grad_enabled():
+        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume)
+    x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
         dense = x.is_contiguous(memory_format=torch.channels_last_3d)
-        normed = x if consume and dense else _empty(x, *x.shape[1:])
+        normed = x if consume and dense else empty_clip(x, *x.shape[1:])
         _write_input(x, None, (0, 0), 0, gamma, normed)
         x = normed
     frames = weight.shape[2] - 1
-    out = _empty(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
+    out = empty_clip(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
     _convolve(x, past, weight, bias, pads, 1, residual, out)
     if x.shape[2] < frames:  # the new past is partly the old one
-        before = x.new_zeros(*x.shape[:2], frames, *x.shape[3:]) if past is None else past
+        before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
     return out, x[:, :, x.shape[2] - frames :]
 
 
 def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
     """See `vae_fused.DoubleConv`: the doubled image is never there."""
-    flat = weight.unsqueeze(2)
-    if not _suits(x, out) or not _channels_last(flat):
-        vae_fused.double_conv(x, weight, bias, pads, out)
-        return
-    _convolve(x, None, flat, bias, pads, 2, None, out)
+    _convolve(_channels_last(x), None, weight.unsqueeze(2), bias, pads, 2, None, out)
 
 
-def _suits(*tensors: Tensor | None) -> bool:
-    """Whether channels lie side by side in all of them, and no gradients are wanted."""
-    return not torch.is_grad_enabled() and all(x is None or x.stride(1) == 1 for x in tensors)
+Some = TypeVar("Some", Tensor, Tensor | None)
 
 
-def _channels_last(weight: Tensor) -> bool:
-    return weight.permute(0, 2, 3, 4, 1).is_contiguous()
-
-
-def _empty(like: Tensor, channels: int, frames: int, rows: int, columns: int) -> Tensor:
-    """`[B, channels, frames, rows, columns]`, channels last."""
-    shape = (like.shape[0], channels, frames, rows, columns)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+def _channels_last(x: Some) -> Some:
+    """With channels side by side: itself, but for what enters the VAE."""
+    if x is None or x.stride(1) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _write_input(
