@@ -19,6 +19,8 @@ import numpy as np
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
 # Long enough to be interrupted: a few seconds on two cores.
 LONG = {**SMALL, "num_frames": "17", "num_inference_steps": "100"}
+# Long enough to be seen in the middle, on a fast machine too.
+LONGER = {**SMALL, "num_frames": "33", "num_inference_steps": "200"}
 PROMPT = "a red circle moving left on a black background"
 
 

@@ -11,7 +11,7 @@ from fake_engine import FakeEngine, content
 
 from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import AttemptSettings
-from wanduet.jobs.records import Limits
+from wanduet.jobs.records import QueueFullError, Submitted
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
 
@@ -36,7 +36,7 @@ def served(make_api: Any, store: JobStore) -> Iterator[Any]:
     server.should_exit = True
     runner.drain()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
 
 
 @pytest.fixture
@@ -98,7 +98,15 @@ def test_errors_arrive_as_the_clients_exceptions(client: Any) -> None:
 
 def test_the_clients_own_retries_store_one_job(client: Any, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wanduet.frontends.http_errors.QUEUE_RETRY_SECONDS", 1)
-    object.__setattr__(served.context.settings, "queue", Limits(queue=0))
-    threading.Timer(0.5, object.__setattr__, (served.context.settings, "queue", Limits(queue=10))).start()
+    submit, refusals = JobStore.submit, []
+
+    def full_at_first(self: JobStore, *values: Any) -> Submitted:
+        if not refusals:
+            refusals.append(1)
+            raise QueueFullError(0, personal=False)
+        return submit(self, *values)
+
+    monkeypatch.setattr(JobStore, "submit", full_at_first)
     client.videos.create(prompt="x", extra_body={"num_inference_steps": 1})
+    assert refusals
     assert len(served.store.list().jobs) == 1
