@@ -1,7 +1,7 @@
 """Prometheus metrics: what the server counts itself, and what the store knows at the moment of asking."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanduet.jobs.records import Statistics
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.telemetry import read_memory
 
 STATUSES = ("queued", "in_progress", "completed", "failed")
 
@@ -44,7 +45,8 @@ class _StoreCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Ask the store."""
-        return _families(self._store.statistics())
+        yield from _families(self._store.statistics())
+        yield _device_memory(read_memory(self._store.files.workers))
 
 
 def _families(found: Statistics) -> Iterator[Metric]:
@@ -70,6 +72,17 @@ def _families(found: Statistics) -> Iterator[Metric]:
     for device, peak in sorted(found.peak_memory_bytes.items()):
         memory.add_metric([device], peak)
     yield memory
+
+
+def _device_memory(found: Mapping[tuple[str, str, str], int]) -> Metric:
+    memory = GaugeMetricFamily(
+        "wanduet_device_memory_bytes",
+        "Memory of the workers' devices just now: allocated and reserved by the workers, used by everybody.",
+        labels=["host", "device", "kind"],
+    )
+    for labels, size in sorted(found.items()):
+        memory.add_metric(labels, size)
+    return memory
 
 
 class CountRequests:

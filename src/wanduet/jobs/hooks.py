@@ -2,6 +2,7 @@
 a process that only looks after jobs does without torch.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,22 @@ def checkpoint_keys(engine: Any, running: Any) -> list[str]:
     return [job_digest(engine.models, running.request, index) for index in range(count)]
 
 
+def device_memory(engine: Any) -> dict[str, dict[str, int]]:
+    """Bytes by kind and device: what this process has allocated and reserved, what all together use. None on CPUs."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found[f"cuda:{index}"] = {
+            "allocated": torch.cuda.memory_allocated(index),
+            "reserved": torch.cuda.memory_reserved(index),
+            "used": total - free,
+        }
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class EngineHooks:
     """The functions above, or others for another engine."""
@@ -80,3 +97,4 @@ class EngineHooks:
     make_previews: Callable[[Path], Mapping[str, bytes]] = video_previews
     watch_steps: Callable[[Any, Path, GenerationRequest], Watcher | None] = step_previews
     checkpoint_keys: Callable[[Any, Any], list[str]] = checkpoint_keys
+    measure_memory: Callable[[Any], Mapping[str, Mapping[str, int]]] = device_memory

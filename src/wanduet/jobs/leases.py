@@ -127,10 +127,14 @@ def live_workers(folder: Path) -> int:
 
 
 def remove_stale_locks(folder: Path) -> None:
-    """Remove locks of workers and supervisors that ended long ago, whose jobs were recovered since."""
+    """Remove what workers and supervisors left that ended long ago, whose jobs were recovered since."""
     for path in (*folder.glob(f"{_host()}.*.lock"), *folder.glob(f"{_host()}.*.supervisor")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
+                path.unlink()
+    for path in folder.glob(f"{_host()}.*.memory"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > SWEEP_SECONDS:  # a living worker writes it all the time
                 path.unlink()
 
 

@@ -14,6 +14,7 @@ from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.leases import WorkerLock
 from wanduet.jobs.records import StoredJob
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.telemetry import Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +85,7 @@ class Runner:
         lock = WorkerLock(self._store.files.workers, self._settings.supervisor)
         self.worker = lock.worker
         log.info("worker ready", worker=lock.worker)
+        telemetry = Telemetry(self._store.files.workers, lock.worker, lambda: self._hooks.measure_memory(self._engine))
         try:
             while not self._draining.is_set():
                 try:
@@ -91,11 +93,13 @@ class Runner:
                 except SQLAlchemyError as error:
                     log.warning("the job store cannot be reached", error=type(error).__name__)
                     busy = False
+                telemetry.tell()
                 if not busy:
                     self._pause()
             for thread in tuple(self._attempts):
                 thread.join()
         finally:
+            telemetry.close()
             lock.release()
             log.info("worker ended", worker=lock.worker)
 

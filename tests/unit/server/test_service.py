@@ -18,6 +18,7 @@ from wanduet.frontends.http_security import check_bind
 from wanduet.frontends.server import run_app
 from wanduet.jobs.records import JobError, Limits, NewJob
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.telemetry import Telemetry
 
 
 @pytest.fixture
@@ -295,6 +296,14 @@ def test_metrics(api: Any) -> None:
     ):
         assert line in text
     assert "video_000" not in text, "ids make no series"
+
+
+def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
+    assert "wanduet_device_memory_bytes{" not in api.http.get("/metrics").text
+    told = {"cuda:0": {"allocated": 3 * 2**30, "reserved": 4 * 2**30}}
+    Telemetry(api.store.files.workers, "elsewhere.1.a", lambda: told).tell()
+    text = api.http.get("/metrics").text
+    assert 'wanduet_device_memory_bytes{device="cuda:0",host="elsewhere",kind="allocated"} 3.221225472e+09' in text
 
 
 def test_unknown_paths_and_methods(api: Any) -> None:
