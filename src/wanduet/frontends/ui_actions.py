@@ -9,6 +9,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.frontends.http_context import ServerContext
 from wanduet.frontends.http_schemas import to_request
+from wanduet.frontends.http_uploads import MetadataReader
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ class PageActions:
 
     def restore(self, video: Path) -> Form:
         """The settings that a video was made with. Raises WanduetError if it does not say."""
-        from wanduet.media.read import read_metadata
-
-        about = read_metadata(video)
+        about = self._uploads.read(video)
         request = about.get("request")
         if not isinstance(request, dict):
             raise WanduetError("This video does not say how it was made.")
@@ -108,6 +107,10 @@ class PageActions:
         with self._planning:
             models, hardware = self._machine
             return make_plan(request.resolve(models.spec), models.memory, self._config, hardware).as_dict()
+
+    @cached_property
+    def _uploads(self) -> MetadataReader:
+        return MetadataReader()
 
     @cached_property
     def _machine(self) -> "tuple[Models, Hardware]":
