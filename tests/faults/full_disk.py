@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-from real_server import LONG, Server, serving
+from real_server import LONG, PROMPT, Server, serving
 
 BALLAST = "ballast"
 CHUNK = 2**20
@@ -75,7 +75,7 @@ def main() -> None:
                 found["moments"] += 1
                 end = time.monotonic() + dice.uniform(1.0, 4.0)
                 while time.monotonic() < end:
-                    answer = server.http.post("/v1/videos", data={"prompt": "x", **LONG, "seed": "5"})
+                    answer = server.http.post("/v1/videos", data={"prompt": PROMPT, **LONG, "seed": "5"})
                     if answer.status_code == 200:  # there was room in the log's pages
                         ids.append(answer.json()["id"])
                         found["accepted"] += 1
