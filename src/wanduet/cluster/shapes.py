@@ -33,7 +33,7 @@ class Shape:
         """For people and metrics: `2x24GiB`, `cpu`."""
         if not self.devices:
             return "cpu"
-        return f"{self.gpus}x{round(min(d.total_bytes for d in self.devices) / GIB)}GiB"
+        return f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB"
 
     @property
     def hardware(self) -> Hardware:

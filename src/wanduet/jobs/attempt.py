@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.errors import CancelledError, InvalidRequestError, OutputError, WanduetError
 from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
+from wanduet.jobs.prompts import forget_prompts
 from wanduet.jobs.records import JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError
 from wanduet.jobs.store import JobStore
 from wanduet.media.files import write_atomically
@@ -184,6 +185,7 @@ class Attempt:
                 unwanted = self._store.get(self._lease.job.id).finished
             except UnknownJobError:
                 unwanted = True
+                forget_prompts(self._store.files.folder, [self._lease.job])  # encoded since the job was deleted
             if unwanted:
                 self._store.files.discard_checkpoints(self._checkpoints)
                 self._store.files.discard_work(self._lease.job.id)

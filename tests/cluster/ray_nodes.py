@@ -1,0 +1,55 @@
+"""The nodes of one Ray cluster, in a process of their own: Ray reads its settings once, when it is first imported.
+
+Commands come as JSON lines, each answered by one: `["add", name, gpus]` gives the node's id, `["kill", name]` ends
+raylet and workers at once as a power cut would.
+The end of input ends everything.
+"""
+
+import json
+import sys
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+OBJECT_STORE_BYTES = 80 * 2**20  # nothing goes through Ray's own store
+
+
+class Nodes:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.nodes: dict[str, Any] = {}
+        self.cluster = Cluster()
+
+    def head(self, port: int = 0) -> str:
+        """The head has no GPUs, and runs nothing of ours; returns the cluster's address."""
+        more = {"gcs_server_port": port} if port else {}
+        self.nodes["head"] = self._start(num_cpus=0, temp_dir=self.folder, **more)
+        return self.cluster.address
+
+    def add(self, name: str, gpus: str) -> str:
+        """A node whose GPUs are declared, with one CPU, thus one thread, for each."""
+        count = int(gpus.partition("x")[0])
+        self.nodes[name] = self._start(num_cpus=count, num_gpus=count, labels={"wanduet.io/gpus": gpus})
+        return self.nodes[name].node_id
+
+    def kill(self, name: str) -> str:
+        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
+        return name
+
+    def _start(self, **options: Any) -> Any:
+        return self.cluster.add_node(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+
+
+def main() -> None:
+    nodes = Nodes(sys.argv[1])
+    try:
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            print(json.dumps(getattr(nodes, name)(*arguments)), file=sys.__stdout__, flush=True)
+    finally:
+        nodes.cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.stdout = sys.stderr  # Ray prints, too
+    main()

@@ -1,0 +1,177 @@
+"""The controller against a fleet without Ray: it brings what is missing, ends what is not wanted, blames nobody."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+
+from fake_engine import postgres_url
+
+from wanduet.cluster.autoscaler import ScaleSettings, Start
+from wanduet.cluster.controller import FIRST_PAUSE, Controller, Leadership
+from wanduet.cluster.fit import Fit
+from wanduet.cluster.settings import ClusterSettings
+from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
+from wanduet.cluster.store import ClusterStore
+from wanduet.config import EngineConfig
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.records import NewJob
+from wanduet.jobs.worker import WorkerSettings
+
+REQUEST = {"prompt": "x", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+class FakeFleet:
+    def __init__(self) -> None:
+        self.all_nodes = [Node("n1", "one", declared_devices("2x24GiB"), 2**36, 8)]
+        self.live: dict[str, ReplicaView] = {}
+        self.gone: list[Gone] = []
+        self.closed = False
+
+    def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
+        return tuple(self.all_nodes)
+
+    def start(self, start: Start) -> None:
+        name = f"r{len(self.live)}"
+        self.live[name] = ReplicaView(name, start.node, start.shape, "ready", f"worker-{name}")
+
+    def drain(self, replica: str) -> None:
+        self.gone.append(Gone(replica, "n1", self.live.pop(replica).worker))
+
+    def poll(self) -> tuple[tuple[ReplicaView, ...], tuple[Gone, ...]]:
+        gone, self.gone = tuple(self.gone), []
+        return tuple(self.live.values()), gone
+
+    def close(self) -> None:
+        self.closed = True
+
+    def lose(self, name: str, **options: bool) -> None:
+        one = self.live.pop(name)
+        self.gone.append(Gone(name, one.node, one.worker, **options))
+
+
+class Bench:
+    """A controller, its store and fleet, and the clocks in hand."""
+
+    def __init__(self, folder: Path, **scale: object) -> None:
+        self.now = 1000.0
+        self.fleet = FakeFleet()
+        self.store = ClusterStore(
+            JobFiles(folder), postgres_url(folder), fit_of=lambda demand: Fit(True), clock=lambda: self.now
+        )
+        settings = ClusterSettings(
+            WorkerSettings(EngineConfig(data_dir=folder)), scale=ScaleSettings(**{"minimum": 0, **scale})
+        )
+        fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(not demand.startswith("9984")))
+        self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now)
+
+    def submit(self, **changes: object) -> str:
+        return self.store.submit(NewJob("ann", "m", {**REQUEST, **changes})).job.id
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.store.close()
+
+
+def test_a_job_brings_a_replica_and_idleness_takes_it_away(bench: Bench) -> None:
+    bench.controller.turn()
+    assert bench.fleet.live == {}
+    bench.submit()
+    bench.controller.turn()
+    bench.controller.turn()
+    assert [(one["id"], one["node"], one["state"]) for one in bench.store.replicas()] == [("r0", "one", "ready")]
+    bench.store.complete(bench.store.claim("worker-r0", 30.0), [])
+    one = bench.fleet.live["r0"]
+    bench.fleet.live["r0"] = ReplicaView("r0", "n1", one.shape, "ready", one.worker, (), 1e6)
+    bench.controller.turn()
+    assert bench.fleet.live == {}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_dead_worker_gives_its_job_up_at_once_and_a_lost_node_is_not_the_jobs_fault(bench: Bench, lost: bool) -> None:
+    job = bench.submit()
+    bench.controller.turn()
+    for _ in range(5):  # more often than a job may crash at one place
+        assert bench.store.claim("worker-r0", 1e6) is not None
+        bench.fleet.lose("r0", lost=lost)
+        bench.controller.turn()
+        bench.controller.tidy()
+        if bench.store.get(job).finished:
+            break
+        assert bench.store.get(job).status == "queued"
+        bench.controller.turn()
+    assert bench.store.get(job).status == ("queued" if lost else "failed")
+
+
+def test_a_node_where_replicas_fail_rests_longer_each_time(bench: Bench) -> None:
+    bench.submit()
+    pause = FIRST_PAUSE
+    for _ in range(3):
+        bench.controller.turn()
+        bench.fleet.lose("r0", failed=True)
+        bench.controller.turn()
+        bench.now += pause - 1
+        bench.controller.turn()
+        assert bench.fleet.live == {}
+        assert bench.store.waiting()[0].count == 1  # its node is there: it fits somewhere, and waits
+        bench.now += 2
+        pause *= 2
+    bench.controller.turn()
+    assert list(bench.fleet.live) == ["r0"]
+
+
+def test_what_fits_no_node_is_refused_after_a_while_and_not_while_no_node_is_there(bench: Bench) -> None:
+    huge, small = bench.submit(height=9984), bench.submit()
+    bench.controller.turn()
+    assert bench.store.get(huge).status == "queued"
+    bench.now += 100
+    nodes, bench.fleet.all_nodes = bench.fleet.all_nodes, []
+    bench.controller.turn()
+    assert bench.store.get(huge).status == "queued"
+    bench.fleet.all_nodes = nodes
+    bench.controller.turn()
+    found = bench.store.get(huge)
+    assert found.error is not None
+    assert (found.status, found.error.code) == ("failed", "does_not_fit")
+    assert "9984x32x5" in found.error.message
+    assert bench.store.get(small).status == "queued"
+
+
+def test_the_end_drains_every_replica(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, minimum=2)
+    bench.controller.turn()
+    assert len(bench.fleet.live) == 2
+    bench.controller.drain()
+    bench.controller.run()
+    assert (bench.fleet.live, bench.store.replicas(), bench.fleet.closed) == ({}, [], True)
+    bench.store.close()
+
+
+def test_on_sqlite_nobody_competes(bench: Bench) -> None:
+    if bench.store.database.dialect.name == "sqlite":
+        assert Leadership(bench.store.database).held()
+
+
+def test_settings_survive_the_command_line() -> None:
+    expected = Node("", "", declared_devices("2x24GiB"), 2**36, 8).shape(2)
+    settings = ClusterSettings(
+        WorkerSettings(EngineConfig(data_dir=Path("/data"))), scale=ScaleSettings(expected=expected), storage="s3://b"
+    )
+    assert ClusterSettings.from_json(settings.to_json()) == settings
+    assert settings.fingerprint == ClusterSettings.from_json(settings.to_json()).fingerprint
+
+
+def test_replicas_poll_less_often_in_a_large_fleet() -> None:
+    def poll(maximum: int) -> float:
+        settings = ClusterSettings(WorkerSettings(EngineConfig()), scale=ScaleSettings(maximum=maximum))
+        return settings.runner().attempt.poll_seconds
+
+    assert poll(1) == poll(64) == 0.25
+    assert 2.0 < poll(1000) < 30.0 / 4
