@@ -86,12 +86,14 @@ def assert_exactly_once(store: JobStore, ids: list[str]) -> None:
 class Workers:
     """Workers that start within milliseconds, forked from a process that has imported everything already."""
 
-    def __init__(self, data: Path, failpoints: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, data: Path, failpoints: tuple[str, ...] = (), jumps: float = 0.0, lease_seconds: float = 30.0
+    ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["wanduet.jobs.worker"])
         self._ears, self._mouth = self._context.Pipe(duplex=False)
-        settings = worker_settings(data).to_json()
-        self._arguments = (settings, fake_engine.postgres_url(data), self._ears, str(data / "worker.log"), failpoints)
+        settings, url = worker_settings(data, lease_seconds).to_json(), fake_engine.postgres_url(data)
+        self._arguments = (settings, url, self._ears, str(data / "worker.log"), failpoints, jumps)
         self.living: list[BaseProcess] = []
 
     def start(self) -> BaseProcess:

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from job_workers import (
     ENVIRONMENT,
+    Workers,
+    assert_exactly_once,
     fake_engine,
     journal,
     open_store,
@@ -212,6 +214,36 @@ def test_200_concurrent_submissions_of_20_keys_make_20_jobs(tmp_path: Path, reco
     assert len(rows) == len({job_id for _, job_id, _ in answers}) == len({(k, j) for k, j, _ in answers}) == 20
     assert sum(created for _, _, created in answers) == 20
     store.close()
+
+
+def jump_clocks(data: Path, num_jobs: int, record_property) -> None:
+    """Two workers whose wall clocks jump an hour back or forth at every look; one is killed in the middle."""
+    store = open_store(data)
+    workers = Workers(data, jumps=3600.0)
+    ids = [submit(store, f"job {number}", steps=10, seed=number) for number in range(num_jobs)]
+    for _ in range(2):
+        workers.start()
+    wait(lambda: store.statistics().by_status.get("completed", 0) >= num_jobs // 2, 600)
+    workers.kill_one(random.Random(0))
+    wait(lambda: all(store.get(job_id).finished for job_id in ids), 600)
+    assert workers.stop() == [0]
+    again = [job_id for job_id in ids if store.get(job_id).attempts > 1]
+    found = {"jobs": num_jobs, "live leases stolen": max(0, len(again) - 1), "dead ones stuck": 0}
+    print(found)
+    record_property("live leases stolen", found["live leases stolen"])
+    assert len(again) <= 1, "only what the killed worker had was begun again"
+    assert_exactly_once(store, ids)
+    store.close()
+
+
+def test_clocks_that_jump_steal_no_lease(tmp_path: Path, record_property) -> None:
+    jump_clocks(tmp_path, 20, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_clocks_that_jump_steal_none_of_many_leases(tmp_path: Path, record_property) -> None:
+    jump_clocks(tmp_path, 1000, record_property)
 
 
 AS_FAR_AS = {"queued": ("queued", "in_progress", "completed"), "completed": ("completed",)}

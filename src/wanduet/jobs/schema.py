@@ -127,7 +127,28 @@ def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
     _switch_to_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # WAL's default would lose the last commits at a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # a deleted prompt is overwritten, not only let go
     cursor.close()
+
+
+def fold_log(database: sa.Engine) -> None:
+    """Empty SQLite's log into the database file, so that the log holds nothing that was deleted.
+
+    If somebody reads or writes just now, that is left to a later deletion, or to the log's own turn.
+    """
+    if database.dialect.name != "sqlite":
+        return
+    connection = database.raw_connection()
+    cursor = connection.cursor()
+    try:
+        cursor.execute("PRAGMA busy_timeout = 100")
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.OperationalError:
+        pass
+    finally:
+        cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+        cursor.close()
+        connection.close()
 
 
 def _switch_to_wal(cursor: Any) -> None:

@@ -9,8 +9,9 @@ The wall clock is only written down, for people and for retention.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ import sqlalchemy as sa
 from wanduet.jobs import statements
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.leases import outlived_by_supervisor
+from wanduet.jobs.prompts import forget_prompts
 from wanduet.jobs.records import (
     CANCELLED,
     MAX_PAGE,
@@ -40,7 +42,7 @@ from wanduet.jobs.records import (
     demand_of,
     make_id,
 )
-from wanduet.jobs.schema import WRITE, jobs, open_database, stages, state
+from wanduet.jobs.schema import WRITE, fold_log, jobs, open_database, stages, state
 
 Values = dict[str, Any]
 PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
@@ -145,15 +147,14 @@ class JobStore:
         return statements.to_job(row)
 
     def delete(self, job_id: str, owner: str | None = None) -> StoredJob:
-        """Remove a job in any state, its row first and then its files. Raises UnknownJobError.
+        """Remove a job in any state: its prompt's embeddings, its row, its files. Raises UnknownJobError.
 
-        A kill between the two leaves files that `sweep` removes; never a row without files. What a worker
+        A kill between the last two leaves files that `sweep` removes; never a row without files. What a worker
         still writes, it discards itself when it notices, or a sweep does.
         """
-        with self._write() as connection:
-            job = statements.to_job(statements.find_row(connection, job_id, owner, lock=True))
-            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
-        self._remove_files(job)
+        forget_prompts(self.files.folder, [self.get(job_id, owner)])
+        job = self._delete(job_id, owner)
+        fold_log(self.database)
         return job
 
     # What a worker does.
@@ -280,22 +281,18 @@ class JobStore:
     def expire(self) -> int:
         """Delete finished jobs whose time is over, with their files; returns how many."""
         with self._read() as connection:
-            query = sa.select(jobs.c.id).where(jobs.c.expires_at <= self._clock(), jobs.c.status.not_in(OPEN_STATUSES))
-            return sum(self._delete_if_there(job_id) for job_id in connection.scalars(query).all())
+            over = sa.and_(jobs.c.expires_at <= self._clock(), jobs.c.status.not_in(OPEN_STATUSES))
+            rows = connection.execute(sa.select(jobs).where(over)).all()
+        return self._delete_all(rows)
 
     def trim(self, max_bytes: int) -> int:
         """Delete the oldest finished jobs until published files take at most `max_bytes`; returns how many."""
-        removed = 0
         with self._read() as connection:
             excess = (connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes))) or 0) - max_bytes
-            query = sa.select(jobs.c.id, jobs.c.files_bytes).where(jobs.c.files_bytes > 0).order_by(jobs.c.id)
-            oldest = connection.execute(query).all() if excess > 0 else []
-        for job_id, size in oldest:
-            if excess <= 0:
-                break
-            removed += self._delete_if_there(job_id)
-            excess -= size
-        return removed
+            query = sa.select(jobs).where(jobs.c.files_bytes > 0).order_by(jobs.c.id)
+            rows = connection.execute(query).all() if excess > 0 else []
+        sizes = accumulate((row.files_bytes for row in rows), initial=0)
+        return self._delete_all([row for row, before in zip(rows, sizes, strict=False) if before < excess])
 
     def sweep(self) -> int:
         """Delete files that no job owns (left by a kill between two steps); returns how many."""
@@ -307,6 +304,7 @@ class JobStore:
                 return ()
             return tuple(file.name for file in job.files) if job.finished else None
 
+        fold_log(self.database)  # what was deleted while somebody read
         return self.files.sweep(wanted)
 
     # For metrics.
@@ -382,12 +380,23 @@ class JobStore:
         ending = self._failed(error) if poison else {"status": "queued", **_FREE}
         return {**ending, "crashes": max(crashes, 1), "crash_progress": row.progress}
 
-    def _delete_if_there(self, job_id: str) -> int:
-        try:
-            self.delete(job_id)
-        except UnknownJobError:  # somebody was quicker
-            return 0
-        return 1
+    def _delete(self, job_id: str, owner: str | None = None) -> StoredJob:
+        with self._write() as connection:
+            job = statements.to_job(statements.find_row(connection, job_id, owner, lock=True))
+            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+        self._remove_files(job)
+        return job
+
+    def _delete_all(self, rows: "Sequence[sa.Row[Any]]") -> int:
+        removed = 0
+        forget_prompts(self.files.folder, map(statements.to_job, rows))
+        for row in rows:
+            with suppress(UnknownJobError):  # somebody was quicker
+                self._delete(row.id)
+                removed += 1
+        if removed:
+            fold_log(self.database)
+        return removed
 
     def _remove_files(self, job: StoredJob) -> None:
         self.files.remove(file.name for file in job.files)

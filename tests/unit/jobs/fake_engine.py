@@ -9,6 +9,7 @@ committing it.
 import hashlib
 import os
 import queue
+import random
 import signal
 import threading
 import time
@@ -243,10 +244,11 @@ def journal(data: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def work(settings: str, url: str | None, ears: Any, log: str, failpoints: tuple[str, ...]) -> None:
+def work(settings: str, url: str | None, ears: Any, log: str, failpoints: tuple[str, ...], jumps: float) -> None:
     """A worker's process, for `multiprocessing`: lives until it is told to drain or `ears` hears that its parent ended.
 
-    It dies once at each failpoint: `JobStore.complete:before`, `JobFiles.publish:after`, ...
+    It dies once at each failpoint: `JobStore.complete:before`, `JobFiles.publish:after`, ... Its wall clock jumps by
+    up to so many seconds, each time that it is looked at.
     """
     from wanduet.jobs.worker import WorkerSettings, run_worker
 
@@ -255,6 +257,10 @@ def work(settings: str, url: str | None, ears: Any, log: str, failpoints: tuple[
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     parsed = WorkerSettings.from_json(settings)
+    if jumps:
+        real, dice = time.time, random.Random(os.getpid())
+        time.time = lambda: real() + dice.uniform(-jumps, jumps)
+        JobStore.__init__.__kwdefaults__["clock"] = time.time
     for point in failpoints:
         _arm(parsed.config.data_folder, point)
     run_worker(parsed, url)
