@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from job_server import server
-from job_workers import journal, open_store
+from job_workers import journal, open_store, wait
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
@@ -87,6 +88,76 @@ def test_drain_ends_streams_puts_the_job_back_and_exits_with_0(tmp_path: Path, r
     store.close()
 
 
+def p99(values: list[float]) -> float:
+    return round(sorted(values)[int(0.99 * len(values))], 2)
+
+
+def drain_often(data: Path, times: int, record_property) -> None:
+    """One job that is put back again and again, by servers that are told to end in the middle of it."""
+    seconds = []
+    with server(data, step_seconds=0.2) as running:
+        video_id = create(running.http, "job 0", steps=200)
+    for _ in range(times):
+        with server(data, step_seconds=0.5) as running:
+            known = len(journal(data))
+            wait(lambda known=known: len(journal(data)) > known)
+            began = time.monotonic()
+            running.process.terminate()
+            assert running.process.wait(120) == 0
+            seconds.append(time.monotonic() - began)
+    with server(data) as running:
+        assert finish(running.http, [video_id])[0]["status"] == "completed"
+    done = [line for line in journal(data) if line.startswith(f"{video_id} step")]
+    found = {"drains": times, "seconds, p99": p99(seconds), "steps redone": len(done) - len(set(done))}
+    print(found)
+    for name, value in found.items():
+        record_property(name, value)
+    assert found["steps redone"] == 0
+
+
+def test_drained_twice_no_step_is_done_twice(tmp_path: Path, record_property) -> None:
+    drain_often(tmp_path / "data", 2, record_property)
+
+
+@pytest.mark.slow
+def test_drained_often_no_step_is_done_twice(tmp_path: Path, record_property) -> None:
+    drain_often(tmp_path / "data", 30, record_property)
+
+
+def cancel_often(data: Path, times: int, record_property) -> None:
+    """Jobs cancelled at random moments; the seconds until the worker has begun the next one."""
+    dice = random.Random(0)
+    seconds = []
+    with server(data, step_seconds=0.05) as running:
+
+        def status(video_id: str) -> str:
+            return str(running.http.get(f"/v1/videos/{video_id}").json()["status"])
+
+        for _ in range(times):
+            first, second = (create(running.http, "job 0", steps=200) for _ in range(2))
+            wait(lambda first=first: status(first) == "in_progress")
+            time.sleep(dice.uniform(0.0, 0.2))
+            began = time.monotonic()
+            ended = running.http.post(f"/v1/videos/{first}/cancel").json()
+            assert (ended["status"], ended["error"]["code"]) == ("failed", "cancelled")
+            wait(lambda second=second: status(second) == "in_progress")
+            seconds.append(time.monotonic() - began)
+            running.http.post(f"/v1/videos/{second}/cancel")
+    print({"cancels": times, "seconds to the next job, p99": p99(seconds)})
+    record_property("cancels", times)
+    record_property("seconds to the next job, p99", p99(seconds))
+
+
+def test_cancels_free_the_worker(tmp_path: Path, record_property) -> None:
+    cancel_often(tmp_path / "data", 5, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_cancels_free_the_worker(tmp_path: Path, record_property) -> None:
+    cancel_often(tmp_path / "data", 200, record_property)
+
+
 def overload(tmp_path: Path, submissions: int, queue: int, record_property) -> None:
     data = tmp_path / "data"
     with server(data, queue=queue, step_seconds=10.0) as running:
@@ -108,10 +179,10 @@ def overload(tmp_path: Path, submissions: int, queue: int, record_property) -> N
             after = page["last_id"]
             if not page["has_more"]:
                 break
-        p99 = sorted(seconds for _, _, seconds in answers)[int(0.99 * len(answers))]
+        slowest = p99([seconds for _, _, seconds in answers])
         record_property("accepted", statuses.count(200))
-        record_property("p99_seconds", round(p99, 2))
-        print(f"submissions {submissions}, accepted {statuses.count(200)}, rows {rows}, p99 {p99:.2f} s")
+        record_property("p99_seconds", slowest)
+        print(f"submissions {submissions}, accepted {statuses.count(200)}, rows {rows}, p99 {slowest} s")
         assert set(statuses) <= {200, 503}
         assert statuses.count(200) == rows == min(queue, submissions)
         assert all(retry for status, retry, _ in answers if status == 503)
