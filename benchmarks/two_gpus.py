@@ -196,6 +196,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES))
     parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
     options = parser.parse_args()
+    if not TINY and torch.cuda.device_count() < len(DEVICES):
+        print(f"# nothing is measured: this machine has {torch.cuda.device_count()} GPUs (TINY=1 tries it on the CPU)")
+        return
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("WANDUET_DATA_DIR", folder)
         bench = Bench(options, Path(folder))

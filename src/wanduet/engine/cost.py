@@ -59,11 +59,15 @@ def predict_seconds(
     flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
     videos = request.num_videos_per_prompt
     denoise = videos * request.num_inference_steps * branches * flop / (rate(transformer) * 1e12)
+    decode = videos * decode_flop(spec, size) / (rate(vae) * 1e12 * (1.0 if vae.is_cpu else DECODE_SHARE))
+    return Seconds(denoise / ranks, decode / ranks)
+
+
+def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
+    """Floating-point operations of decoding a video of so many generated rows, columns and frames."""
     _, frames, rows, columns = spec.latent_shape(*size)
     width = (spec.vae.base_dim / 96) ** 2  # convolutions grow with the square of the width
-    tflop = DECODE_TFLOP_PER_LATENT_PIXEL * frames * rows * columns * width
-    decode = videos * tflop / (rate(vae) * (1.0 if vae.is_cpu else DECODE_SHARE))
-    return Seconds(denoise / ranks, decode / ranks)
+    return DECODE_TFLOP_PER_LATENT_PIXEL * 1e12 * frames * rows * columns * width
 
 
 def rate(device: DeviceInfo) -> float:

@@ -56,7 +56,7 @@ class ModelMemory:
     ) -> TransformerMemory:
         """Memory of denoising with `resident_blocks` kept on the device and the sequence spread over ranks."""
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
-        total = sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
+        total = self.transformer_weights(dtype)
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = branches * 2 * t.num_layers * self.spec.text_len * t.dim * item
@@ -66,6 +66,10 @@ class ModelMemory:
         )
         latents = 10 * prod(self.spec.latent_shape(*size)) * 4
         return TransformerMemory(total, weights, text, activations, latents)
+
+    def transformer_weights(self, dtype: str) -> int:
+        """Bytes of the whole transformer that computes in `dtype`."""
+        return sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
 
     def vae_weights(self, dtype: str) -> int:
         """Bytes of the whole VAE (encoder and decoder)."""

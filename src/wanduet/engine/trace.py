@@ -1,4 +1,4 @@
-"""Where the time of jobs went: spans of every stage, as Perfetto shows them, and beside the floor that the work has.
+"""When each stage worked on which job: spans, as Perfetto shows them.
 
 Open the file at https://ui.perfetto.dev (nothing is uploaded), or in chrome://tracing.
 """
@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanduet.engine.cost import predict_seconds
-from wanduet.engine.hardware import Hardware
 from wanduet.engine.job import Job
 from wanduet.media.files import write_atomically
-from wanduet.specs import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +72,3 @@ def overlap(spans: list[Span], first: str, second: str) -> float:
     """Seconds in which `first` worked on one job while `second` worked on another."""
     pairs = ((a, b) for a in spans for b in spans if (a.stage, b.stage) == (first, second) and a.job != b.job)
     return sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a, b in pairs)
-
-
-def where_it_went(job: Job, spec: ModelSpec, hardware: Hardware) -> list[dict[str, Any]]:
-    """Rows of phase, seconds, share, and the predicted seconds of its floating-point work on this device."""
-    plan = job.plan
-    devices = (hardware.device(plan.transformer_device), hardware.device(plan.vae_device))
-    work = predict_seconds(job.request, spec, *devices, max(1, len(plan.ranks)))
-    expected = {"denoise_s": work.denoise, "decode_s": work.decode}
-    total = job.timings["total_s"] or 1.0
-    return [
-        {
-            "phase": name.removesuffix("_s"),
-            "seconds": round(seconds, 3),
-            "share": round(seconds / total, 3),
-            "work_alone_s": round(expected[name], 3) if name in expected else None,
-        }
-        for name, seconds in job.timings.items()
-    ]

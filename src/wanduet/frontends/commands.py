@@ -16,7 +16,7 @@ from wanduet.engine.hardware import detect, parse_hardware
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import Plan, make_plan
-from wanduet.engine.trace import where_it_went
+from wanduet.engine.roofline import where_it_went
 from wanduet.errors import CancelledError, ConfigError, InvalidRequestError, ModelNotFoundError
 from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
@@ -67,7 +67,7 @@ def run_generate(
         if profile:
             path = Path(f"{done['output']}.trace.json")
             engine.trace.save(path)
-            done |= {"trace": str(path), "profile": where_it_went(job, engine.models.spec, engine.hardware)}
+            done |= {"trace": str(path), "profile": where_it_went(job, engine.models.memory)}
     return done
 
 

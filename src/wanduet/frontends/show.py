@@ -48,8 +48,11 @@ def _show_video(console: Console, done: Mapping[str, Any]) -> None:
     seconds = " · ".join(f"{k.removesuffix('_s')} {v:.1f} s" for k, v in done["timings"].items() if v >= 0.05)
     console.print(f"Times: {seconds}")
     for row in done.get("profile", ()):
-        alone = "" if row["work_alone_s"] is None else f", the work alone about {row['work_alone_s']:.1f} s"
-        console.print(f"  {row['phase']:<8} {row['seconds']:8.2f} s {row['share']:6.1%}{alone}", highlight=False)
+        line = f"  {row['phase']:<8} {row['seconds']:8.2f} s {row['share']:6.1%}"
+        if row.get("floor_s") and row["of_floor"]:
+            line += f"   at least {row['floor_s']:.2f} s here ({row['tflop']:,.2f} TFLOP, {row['gigabytes']:,.2f} GB)"
+            line += f": {row['of_floor']:.0%} of what the device can do"
+        console.print(line, highlight=False)
     if "trace" in done:
         console.print(f"Trace: {done['trace']} (open it at ui.perfetto.dev)", markup=False, highlight=False)
     memory = " · ".join(f"{device} {format_bytes(size)}" for device, size in done["peak_memory_bytes"].items())

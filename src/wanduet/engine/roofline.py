@@ -1,0 +1,126 @@
+"""Where a job's time went, stage by stage, beside the least that its work can take on this machine.
+
+The least is a roofline's: the floating-point operations at the rate of a large matrix product, or the bytes that must
+move at the rate of a large copy, whichever takes longer. Both rates are measured on the device, not looked up.
+Source of the model: Williams et al., "Roofline", CACM 52(4), 2009.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from wanduet.engine.cost import decode_flop, forward_flop
+from wanduet.engine.job import Job
+from wanduet.engine.memory import DTYPE_BYTES, ModelMemory, text_encoder_bytes
+from wanduet.ops.devices import on_device_of
+
+RUNS = 3
+SIDE_GPU, SIDE_CPU = 8192, 2048  # of the square matrices that are multiplied
+COPY_GPU, COPY_CPU = 2**30, 2**28  # bytes that are copied
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """What a device reaches at best: floating-point operations and bytes read or written, a second."""
+
+    flop: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a stage cannot do without."""
+
+    flop: float
+    bytes: float
+    device: str
+    dtype: str
+
+    def floor(self, peaks: Peaks) -> float:
+        """Seconds on a device of these peaks."""
+        return max(self.flop / peaks.flop, self.bytes / peaks.bytes)
+
+
+def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
+    """The work of each stage that computes, by the name of its timing; for all videos of the job.
+
+    Bytes are those of the weights, read once a pass, and of what must be kept between passes: a lower bound. A prompt
+    whose embeddings were kept costs nothing.
+    """
+    request, plan, spec = job.request, job.plan, memory.spec
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    videos, ranks = request.num_videos_per_prompt, max(1, len(plan.ranks))
+    passes = videos * request.num_inference_steps * (2 if request.uses_guidance else 1)
+    weights = memory.transformer_weights(plan.transformer_dtype)
+    flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
+    vae_bytes = memory.vae_weights(plan.vae_dtype) * spec.latent_shape(*size)[1]
+    pixels = 3 * size[0] * size[1] * size[2]
+    work = {
+        "denoise_s": Work(passes * flop / ranks, passes * weights / ranks, plan.transformer_device, plan.transformer_dtype),
+        "decode_s": Work(
+            videos * decode_flop(spec, size) / ranks, videos * (vae_bytes + pixels) / ranks, plan.vae_device, plan.vae_dtype
+        ),
+    }  # fmt: skip
+    if job.timings["encode_s"] > 0:
+        read = text_encoder_bytes(spec, plan.text_encoder_dtype, "resident")
+        tokens = 2 * read // DTYPE_BYTES[plan.text_encoder_dtype]  # one token through every weight, at least
+        work["encode_s"] = Work(tokens, read, "cpu", plan.text_encoder_dtype)
+    return work
+
+
+def where_it_went(job: Job, memory: ModelMemory) -> list[dict[str, Any]]:
+    """Rows of phase, seconds, share of the whole, and for stages that compute: floating-point operations, bytes, the
+    least seconds they can take here and the share of that least in what they took. Measures the devices."""
+    total = job.timings["total_s"] or 1.0
+    work = work_of(job, memory)
+    peaks = {key: measure_peaks(*key) for key in {(w.device, w.dtype) for w in work.values()}}
+    rows = []
+    for name, seconds in job.timings.items():
+        row: dict[str, Any] = {
+            "phase": name.removesuffix("_s"), "seconds": round(seconds, 3), "share": round(seconds / total, 3),
+        }  # fmt: skip
+        if (found := work.get(name)) is not None:
+            floor = found.floor(peaks[found.device, found.dtype])
+            row |= {"tflop": round(found.flop / 1e12, 3), "gigabytes": round(found.bytes / 1e9, 3)}
+            row |= {"floor_s": round(floor, 3), "of_floor": round(floor / seconds, 3) if seconds else None}
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def measure_peaks(device: str, dtype: str) -> Peaks:
+    """The rates of a large matrix product in `dtype` (float32 with TF32, as the VAE computes) and of a large copy."""
+    on = torch.device(device)
+    gpu = on.type != "cpu"
+    side, size = (SIDE_GPU, COPY_GPU) if gpu else (SIDE_CPU, COPY_CPU)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        with on_device_of(on):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+            matrix = torch.randn(side, side, device=on).to(getattr(torch, dtype))
+            flop = 2 * side**3 / _seconds(partial(torch.matmul, matrix, matrix), on)
+            source, target = (torch.zeros(size, dtype=torch.uint8, device=on) for _ in range(2))
+            return Peaks(flop, 2 * size / _seconds(partial(target.copy_, source), on))
+    except torch.OutOfMemoryError:
+        return Peaks(float("inf"), float("inf"))  # no room to measure: no floor is known
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of some runs, after one to warm up."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(RUNS))
