@@ -33,8 +33,8 @@ def _other_user() -> pwd.struct_passwd | None:
 
 
 @contextmanager
-def postgres(connections: int = 100) -> Iterator[str]:
-    """The address of a running, empty database; skips the test where there is no PostgreSQL."""
+def postgres(**settings: object) -> Iterator[str]:
+    """The address of a running, empty database, with settings of one's own; skips the test where there is none."""
     initdb, pg_ctl = find("initdb"), find("pg_ctl")
     if initdb is None or pg_ctl is None:
         pytest.skip(INSTALL)
@@ -54,9 +54,9 @@ def postgres(connections: int = 100) -> Iterator[str]:
         settings = {
             "listen_addresses": "''",
             "unix_socket_directories": f"'{folder}'",
-            "max_connections": connections,
             "fsync": "off",  # no power cut is tried here
             "shared_buffers": "64MB",
+            **settings,
         }
         with open(f"{data}/postgresql.auto.conf", "a") as file:
             file.writelines(f"{name} = {value}\n" for name, value in settings.items())

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 LEADER_LOCK = 7762  # of PostgreSQL's advisory locks
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds that a node rests after a replica failed to come up there
+REMEMBER_SECONDS = 86400.0  # a node that was away for so long is not waited for
 DRAIN_SECONDS = 20.0  # that replicas have to end in when the service stops
 
 
@@ -101,6 +102,8 @@ class Controller:
         self._draining = threading.Event()
         self._published: list[dict[str, object]] = [{}]  # unlike any list, so that the first one is written
         self._resting: dict[str, tuple[float, float]] = {}  # by node: until when, and for how long
+        self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with when they last were there
+        self._unfit_since: dict[str, float] = {}  # demands that fit none of them
         self._dead: dict[str, bool] = {}  # workers that ended: whether with their node
         runner = settings.worker.runner
         self._housekeeper = Housekeeper(
@@ -173,13 +176,24 @@ class Controller:
             self._fleet.drain(replica)
         for start in changes.start:
             self._fleet.start(start)
-        old = {one.demand for one in backlog if one.waited > self._settings.unfit_seconds}
+        hopeless = self._hopeless(changes.unfit, nodes)
         for group in waiting:
-            if group.demand in changes.unfit and group.demand in old:
+            if group.demand in hopeless:
                 refused = self._store.refuse(group, "controller", _does_not_fit(group.demand, nodes))
                 log.warning("jobs fit no node", demand=group.demand, jobs=refused)
         self._publish(replicas, nodes)
         return changes
+
+    def _hopeless(self, unfit: tuple[str, ...], nodes: tuple[Node, ...]) -> frozenset[str]:
+        """Demands that fit no node for so long that none will come: a node that went away may come back."""
+        now = self._monotonic()
+        self._seen |= {node.id: (now, node) for node in nodes}
+        self._seen = {key: one for key, one in self._seen.items() if now - one[0] < REMEMBER_SECONDS}
+        away = [shape for _, node in self._seen.values() for shape in node.shapes(self._settings.scale.gpus)]
+        unfit = tuple(demand for demand in unfit if not any(self._fitter.on(shape)(demand).fits for shape in away))
+        self._unfit_since = {demand: self._unfit_since.get(demand, now) for demand in unfit}
+        patience = self._settings.unfit_seconds
+        return frozenset(demand for demand, since in self._unfit_since.items() if now - since >= patience)
 
     def _note(self, gone: Gone) -> None:
         if gone.worker is not None:

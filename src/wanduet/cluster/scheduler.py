@@ -8,7 +8,8 @@ Every replica asks for itself, so there is no scheduler process that could be lo
    up credit by staying away, and nobody pays for what they used while nobody else wanted it.
 3. *Between one owner's jobs*, the highest response ratio: waited time over predicted time, plus one (Brinch Hansen
    1971). Small jobs pass big ones, and a big one's ratio grows until it is next.
-4. A job that waited longer than `patience_seconds` goes by age alone, before its owner's others.
+4. A job that waited longer than `patience_seconds`, and ten times as long as it will take, goes by age alone, before
+   its owner's others: where more comes than is done, ratios alone would put big jobs off without a bound.
 
 Jobs that do not fit the replica are not seen at all, so a replica never waits for a job and is never blocked by one.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from wanduet.cluster.fit import FitOf
 
 PATIENCE_SECONDS = 900.0
+OVERDUE_RATIO = 10.0  # of waited to predicted time
 SHORTEST_SECONDS = 1.0  # below this, predictions say nothing and ratios would explode
 
 
@@ -71,7 +73,7 @@ def order(
             continue
         seconds = max(fit.seconds, SHORTEST_SECONDS)
         waited = max(0.0, now - one.since)
-        overdue = waited > patience_seconds
+        overdue = waited > max(patience_seconds, OVERDUE_RATIO * seconds)
         tag = max(virtual, shares.get(one.owner, Share()).finish)
         urgency = waited if overdue else 1.0 + waited / seconds
         key = (-one.priority, tag, not overdue, -urgency)

@@ -21,7 +21,7 @@ class ClusterSettings:
 
     `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`. `storage`: where checkpoints and videos are kept that other
     nodes must read, as an fsspec address (None: the data folder itself is shared by all nodes). `unfit_seconds`:
-    how long a job that fits no node waits for one that it does fit.
+    how long a job that fits no node, nor one that went away in the last day, waits for one that it does fit.
     """
 
     worker: WorkerSettings
@@ -30,7 +30,7 @@ class ClusterSettings:
     storage: str | None = None
     tick_seconds: float = 1.0
     patience_seconds: float = PATIENCE_SECONDS
-    unfit_seconds: float = 60.0
+    unfit_seconds: float = 600.0
     start_seconds: float = 900.0  # for a replica to come up, weights and all
 
     def to_json(self) -> str:

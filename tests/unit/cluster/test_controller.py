@@ -66,7 +66,8 @@ class Bench:
         settings = ClusterSettings(
             WorkerSettings(EngineConfig(data_dir=folder)), scale=ScaleSettings(**{"minimum": 0, **scale})
         )
-        fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(not demand.startswith("9984")))
+        self.fits = lambda shape, demand: not demand.startswith("9984")
+        fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(self.fits(shape, demand)))
         self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now)
 
     def submit(self, **changes: object) -> str:
@@ -129,19 +130,41 @@ def test_a_node_where_replicas_fail_rests_longer_each_time(bench: Bench) -> None
 
 def test_what_fits_no_node_is_refused_after_a_while_and_not_while_no_node_is_there(bench: Bench) -> None:
     huge, small = bench.submit(height=9984), bench.submit()
-    bench.controller.turn()
-    assert bench.store.get(huge).status == "queued"
-    bench.now += 100
     nodes, bench.fleet.all_nodes = bench.fleet.all_nodes, []
     bench.controller.turn()
-    assert bench.store.get(huge).status == "queued"
+    bench.now += 1000
     bench.fleet.all_nodes = nodes
+    bench.controller.turn()  # from now on it is known to fit nothing
+    assert bench.store.get(huge).status == "queued"
+    bench.now += 1000
     bench.controller.turn()
     found = bench.store.get(huge)
     assert found.error is not None
     assert (found.status, found.error.code) == ("failed", "does_not_fit")
     assert "9984x32x5" in found.error.message
     assert bench.store.get(small).status == "queued"
+
+
+def test_a_job_waits_for_the_node_that_it_fits_while_that_is_away(bench: Bench) -> None:
+    large = Node("n2", "two", declared_devices("1x80GiB"), 2**36, 8)
+    bench.fits = lambda shape, demand: not demand.startswith("9984") or shape.name == "1x80GiB"
+    bench.fleet.all_nodes.append(large)
+    bench.controller.turn()
+    job = bench.submit(height=9984)
+    bench.fleet.all_nodes.remove(large)
+    for _ in range(20):
+        bench.controller.turn()
+        bench.now += 1000
+    assert bench.store.get(job).status == "queued"
+    bench.fleet.all_nodes.append(large)
+    bench.controller.turn()
+    assert [one.node for one in bench.fleet.live.values()] == ["n2"]
+    bench.fleet.all_nodes.remove(large)
+    bench.fleet.live.clear()
+    for _ in range(200):  # more than a day
+        bench.controller.turn()
+        bench.now += 1000
+    assert bench.store.get(job).status == "failed"
 
 
 def test_the_end_drains_every_replica(tmp_path: Path) -> None:

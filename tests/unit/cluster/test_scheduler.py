@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanduet.cluster.fit import Fit
-from wanduet.cluster.scheduler import Share, Waiting, charge, order
+from wanduet.cluster.scheduler import OVERDUE_RATIO, Share, Waiting, charge, order
 
 SECONDS = {"small": 10.0, "big": 1000.0}
-NOW = 10_000.0
+NOW = 100_000.0
 
 
 def fit_of(demand: str) -> Fit:
@@ -39,9 +39,12 @@ def test_small_jobs_pass_big_ones_until_those_have_waited_in_proportion() -> Non
 
 
 def test_whoever_waited_longer_than_patience_goes_by_age() -> None:
-    big, small = waiting(demand="big", waited=950), waiting(waited=940)
-    assert first(big, small, patience=1000).demand == "small"
-    assert first(big, small, patience=900).demand == "big"
+    """And ten times longer than it takes; until then the ratio decides."""
+    older, newer = waiting(demand="big", waited=10_500), waiting(waited=10_400)
+    assert first(older, newer, patience=20_000).demand == "small"
+    assert first(older, newer, patience=900).demand == "big"
+    early = waiting(demand="big", waited=9_000), waiting(waited=8_900)
+    assert first(*early, patience=900).demand == "small"
 
 
 def test_the_owner_who_used_least_goes_first_whatever_the_others_age() -> None:
@@ -79,17 +82,17 @@ def test_backlogged_owners_get_equal_device_time(kinds: list[tuple[str, str]]) -
 
 
 @given(st.integers(1, 200))
-def test_a_big_job_under_a_stream_of_small_ones_is_served_within_patience(seed: int) -> None:
+def test_a_big_job_under_a_stream_of_small_ones_is_served_before_it_is_overdue_for_long(seed: int) -> None:
     """One replica, one owner, a small job arriving for each that is taken: the big one still gets its turn."""
-    now, arrived, patience = 0.0, float(seed % 7), 300.0
-    for turn in range(1000):
+    now, arrived = 0.0, float(seed % 7)
+    for turn in range(1100):
         big = Waiting("ann", "big", 0, "video_big", arrived)
         small = Waiting("ann", "small", 0, f"video_small{turn:05d}", max(0.0, now - seed))
-        taken = order([big, small], {}, fit_of, now, patience_seconds=patience)[0].waiting
+        taken = order([big, small], {}, fit_of, now, patience_seconds=300.0)[0].waiting
         if taken is big:
             break
         now += SECONDS["small"]
-    assert now - arrived <= patience + seed + SECONDS["small"]
+    assert now - arrived <= OVERDUE_RATIO * SECONDS["big"] + SECONDS["small"]
 
 
 def test_more_devices_are_charged_more() -> None:
