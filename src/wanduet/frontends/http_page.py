@@ -1,6 +1,7 @@
 """What stands around the page: who may see it, which of its routes are open, and that it loads nothing from elsewhere."""
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable
 from html import escape
@@ -20,6 +21,7 @@ from wanduet.frontends.http_schemas import read_fields
 from wanduet.frontends.http_security import UPLOAD_PATH
 
 EVENTS_PATH = "/gradio_api/queue/join"
+PULSE_PATH = "/page/pulse"
 COOKIE_SECONDS = 30 * 24 * 3600
 # Everything comes from this server. Gradio's own scripts are inline and compile their templates.
 POLICY = (
@@ -31,7 +33,7 @@ _OURS = ("/v1/", "/health", "/ready", "/metrics", "/openapi.json", "/login")
 # Of Gradio's routes only what the page needs: no proxy, no files by path, no monitoring.
 _PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
 _ASSETS = (
-    "/static/", "/assets/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/", UPLOAD_PATH,
+    "/static/", "/assets/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/", UPLOAD_PATH, PULSE_PATH,
     "/gradio_api/startup-events", "/gradio_api/theme.css", "/gradio_api/app_id", "/gradio_api/cancel",
     "/gradio_api/reset",
 )  # fmt: skip
@@ -73,8 +75,17 @@ def add_login(app: FastAPI) -> None:
         return answer
 
 
+def add_pulse(app: FastAPI) -> None:
+    """The route by which an open page notices that its server is gone, another one, or wants a key."""
+    started = secrets.token_hex(8)
+
+    @app.get(PULSE_PATH, include_in_schema=False)
+    def pulse() -> dict[str, str]:
+        return {"started": started}
+
+
 def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
-    """The route to which the page sends a video; `read` gives the settings in it, or raises WanduetError."""
+    """The route to which the page sends a video; `read` gives what to answer, or raises WanduetError."""
 
     @app.post(UPLOAD_PATH, include_in_schema=False)
     async def restore(request: Request) -> JSONResponse:
@@ -84,7 +95,7 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
                 async for chunk in request.stream():
                     await run_in_threadpool(file.write, chunk)
             try:
-                return JSONResponse({"form": await run_in_threadpool(read, path)})
+                return JSONResponse(await run_in_threadpool(read, path))
             except WanduetError as error:
                 return JSONResponse({"error": error.message.replace(str(path), "This file")})
 

@@ -2,39 +2,35 @@
 comes from the server's own API.
 """
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 
 from wanduet.config import EngineConfig
-from wanduet.errors import WanduetError
+from wanduet.frontends import ui_scripts as scripts
 from wanduet.frontends import ui_views as views
-from wanduet.frontends.http_context import ServerContext, find_owner
-from wanduet.frontends.http_errors import ApiError
-from wanduet.frontends.http_page import PageGate, add_login, add_restore
-from wanduet.frontends.ui_actions import FIELDS, Form, PageActions
-from wanduet.frontends.ui_style import CARD_CLICKS, CSS, RESTORE, RESTORE_CLICKS
+from wanduet.frontends.http_context import ServerContext
+from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore
+from wanduet.frontends.ui_actions import PageActions
+from wanduet.frontends.ui_events import PageEvents
+from wanduet.frontends.ui_style import CSS
 
-SIZES = ("832x480", "480x832", "624x624", "1280x720", "720x1280", "1920x1080")
-SMALL_SIZES = ("96x96", "128x128", "160x96", "96x160")
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-EXAMPLE = "A red fox walks through fresh snow at dawn, soft light, shallow depth of field"
-SMALL_EXAMPLE = "a red circle moving left on a black background"
+QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 
 
 def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
     """Put the page at `/` of a server's application."""
     context: ServerContext = app.state.context
     actions = PageActions(context, config)
-    page = Page(actions)
     add_login(app)
+    add_pulse(app)
     add_restore(app, actions.restore)
     app = gr.mount_gradio_app(
         app,
-        page.build(),
+        Page(actions).build(),
         path="/",
         show_error=True,
         footer_links=[],
@@ -51,201 +47,138 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
 
 
 class Page:
-    """The page's parts and what happens at each event."""
+    """The page's parts, and which handler each event calls."""
 
     def __init__(self, actions: PageActions) -> None:
         self._actions = actions
+        self._events = PageEvents(actions)
 
     def build(self) -> gr.Blocks:
         """The whole page."""
         with gr.Blocks(title="wanduet", analytics_enabled=False, fill_width=True) as page:
             self._chosen = gr.State(None)
+            self._pages = gr.State(1)
             self._shown = gr.State({})
-            self._remembered = gr.BrowserState(None, storage_key="wanduet-form", secret="wanduet")
-            self._top = gr.HTML(elem_id="top")
-            with gr.Row():
-                with gr.Column(scale=4, min_width=340):
+            self._stored = gr.Textbox(visible=False)  # what the browser remembers, on its way to `recall`
+            self._confirmed = gr.Checkbox(visible=False)
+            self._top = gr.HTML(self._events.header(()), elem_id="top", js_on_load=scripts.PULSE)
+            with gr.Row(elem_id="desk"):
+                with gr.Column(scale=4, min_width=320, elem_id="form"):
                     self._build_form()
-                with gr.Column(scale=7, min_width=420):
+                with gr.Column(scale=7, min_width=320, elem_id="result"):
                     self._build_stage()
-            gr.Markdown("### Videos")
-            self._gallery = gr.HTML(js_on_load=CARD_CLICKS)
+            gr.HTML("<h2>Videos</h2>")
+            self._gallery = gr.HTML(js_on_load=scripts.CARD_CLICKS)
             self._connect(page)
         return page
 
     def _build_form(self) -> None:
-        start = self._actions.defaults()
-        limits = self._actions.context.settings.limits
-        small = start["size"] in SMALL_SIZES
-        example = SMALL_EXAMPLE if small else EXAMPLE
+        presets, start, limits = self._actions.presets, self._actions.defaults(), self._actions.context.settings.limits
         prompt = gr.Textbox(
-            label="Prompt", lines=4, max_lines=10, max_length=limits.prompt, placeholder=example, autofocus=True
+            label="Prompt",
+            lines=4,
+            max_lines=10,
+            max_length=limits.prompt,
+            placeholder=presets.examples[0],
+            autofocus=True,
         )
-        sizes = list(dict.fromkeys((start["size"], *(SMALL_SIZES if small else SIZES))))
-        with gr.Row():
-            size = gr.Dropdown(sizes, value=start["size"], label="Size", allow_custom_value=True, min_width=120)
-            frames = gr.Slider(1, limits.frames, start["num_frames"], step=4, label="Frames", min_width=140, buttons=[])
-        with gr.Row():
-            steps = gr.Slider(
-                1,
-                min(100, limits.steps),
-                start["num_inference_steps"],
-                step=1,
-                label="Steps",
-                min_width=140,
-                buttons=[],
-            )
-            guidance = gr.Slider(1, 15, start["guidance_scale"], step=0.5, label="Guidance", min_width=140, buttons=[])
-        seed = gr.Number(None, label="Seed", precision=0, minimum=0, placeholder="Empty: a new one each time")
-        with gr.Accordion("More settings", open=False):
-            negative = gr.Textbox(start["negative_prompt"], label="Negative prompt", lines=2, max_lines=6)
-            with gr.Row():
-                shift = gr.Slider(0.5, 20, start["flow_shift"], step=0.5, label="Flow shift", min_width=140, buttons=[])
-                fps = gr.Slider(1, 60, start["fps"], step=1, label="Frame rate", min_width=140, buttons=[])
-            sampler = gr.Dropdown(["unipc", "dpm++2m", "euler"], value=start["sampler"], label="Sampler")
-            with gr.Row():
-                self._restore = gr.HTML(RESTORE, js_on_load=RESTORE_CLICKS)
-                self._reset = gr.Button("Model's defaults", size="sm")
-        self._generate = gr.Button("Generate", variant="primary")
+        shape, length, quality = presets.chosen(start)
+        with gr.Row(elem_id="presets"):
+            self._presets = [
+                gr.Radio(list(presets.shapes), value=shape, label="Shape", min_width=120),
+                gr.Radio(list(presets.lengths), value=length, label="Length", min_width=120),
+                gr.Radio(list(presets.qualities), value=quality, label="Quality", min_width=120),
+            ]
+        with gr.Accordion("All settings", open=False, elem_id="settings"):
+            rest = self._build_settings(start)
+        self._plan = gr.HTML(elem_id="plan")
+        self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
         self._message = gr.HTML(elem_id="message")
-        self._form: list[Any] = [
-            prompt, negative, size, frames, steps, guidance, shift, sampler, fps, seed
-        ]  # fmt: skip
-        self._prompt = prompt
+        # Not among the settings: what is folded away is not there, and could not take what is dropped.
+        self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
+        self._form: list[Any] = [prompt, *rest]
+
+    def _build_settings(self, start: dict[str, Any]) -> list[Any]:
+        limits = self._actions.context.settings.limits
+
+        def slider(low: float, high: float, field: str, label: str, step: float = 1) -> gr.Slider:
+            return gr.Slider(low, high, start[field], step=step, label=label, min_width=140, buttons=[])
+
+        with gr.Row():
+            sizes = self._actions.presets.sizes
+            size = gr.Dropdown(sizes, value=start["size"], label="Size", allow_custom_value=True, min_width=120)
+            seed = gr.Textbox(label="Seed", max_length=20, placeholder="a new one each time", min_width=120)
+        with gr.Row():
+            frames = slider(1, limits.frames, "num_frames", "Frames", 4)
+            fps = slider(1, 60, "fps", "Frame rate")
+        with gr.Row():
+            steps = slider(1, min(100, limits.steps), "num_inference_steps", "Steps")
+            sampler = gr.Dropdown(["unipc", "dpm++2m", "euler"], value=start["sampler"], label="Sampler", min_width=120)
+        with gr.Row():
+            guidance = slider(1, 15, "guidance_scale", "Guidance", 0.5)
+            shift = slider(0.5, 20, "flow_shift", "Flow shift", 0.5)
+        negative = gr.Textbox(start["negative_prompt"], label="Negative prompt", lines=2, max_lines=6)
+        self._reset = gr.Button("Model's defaults", size="sm")
+        return [negative, size, frames, steps, guidance, shift, sampler, fps, seed]
 
     def _build_stage(self) -> None:
-        self._stage = gr.HTML(views.stage(None))
+        self._stage = gr.HTML(
+            views.empty_stage(self._actions.presets.examples), elem_id="stage", js_on_load=scripts.EXAMPLE_CLICKS
+        )
         self._progress = gr.HTML()
         with gr.Row(elem_id="actions"):
             self._cancel = gr.Button("Cancel", size="sm", visible=False)
-            self._again = gr.Button("Use these settings", size="sm", visible=False)
+            self._retry = gr.Button("Try again", size="sm", visible=False)
             self._reseed = gr.Button("Same with a new seed", size="sm", visible=False)
-            self._delete = gr.Button("Delete", size="sm", variant="stop", visible=False)
+            self._again = gr.Button("Use these settings", size="sm", visible=False)
+            self._delete = gr.Button("Delete", size="sm", visible=False)
         self._details = gr.HTML()
 
     def _connect(self, page: gr.Blocks) -> None:
-        seen = [self._chosen, self._shown]
+        on, chosen, form = self._events, self._chosen, self._form
+        model = self._actions.context.spec.name
+        seen = [chosen, self._pages, self._shown]
         view = [
             self._top, self._stage, self._progress, self._details, self._gallery,
-            self._cancel, self._again, self._reseed, self._delete, *seen,
+            self._cancel, self._retry, self._reseed, self._again, self._delete, chosen, self._shown,
         ]  # fmt: skip
-        look: dict[str, Any] = {"fn": self._look, "inputs": seen, "outputs": view, **PRIVATE, "concurrency_limit": 8}
-
-        page.load(self._recall, self._remembered, self._form, **PRIVATE).then(**look)
-        page.load(self._look, seen, view, **PRIVATE)
+        look: dict[str, Any] = {"fn": on.look, "inputs": seen, "outputs": view, **PRIVATE, "concurrency_limit": 8}
+        page.load(**look)
         gr.Timer(1.0).tick(**look)
-        submitted = [*self._form, self._chosen]
-        for event in (self._generate.click, self._prompt.submit):
-            event(self._submit, submitted, [self._chosen, self._message, self._remembered], **PRIVATE).then(**look)
-        self._gallery.click(self._choose, None, self._chosen, **PRIVATE).then(**look)
-        self._cancel.click(self._stop, self._chosen, None, **PRIVATE).then(**look)
-        self._delete.click(
-            self._remove, self._chosen, self._chosen, js="(id) => confirm('Delete this video?') ? id : null", **PRIVATE
-        ).then(**look)
-        self._again.click(self._reuse, self._chosen, self._form, **PRIVATE)
-        self._reseed.click(self._repeat, self._chosen, [self._chosen, self._message], **PRIVATE).then(**look)
-        self._reset.click(self._defaults, None, self._form, **PRIVATE)
-        self._restore.click(self._take_settings, None, [*self._form, self._message], **PRIVATE)
-        for part in self._form[2:7]:
-            part.change(self._plan, self._form, self._message, trigger_mode="always_last", **PRIVATE)
 
-    # What happens. Each gets who is asking from Gradio.
-
-    def _look(self, chosen: str | None, shown: dict[str, str], request: gr.Request) -> list[Any]:
-        """Everything that changed since the last look; what did not is left alone, so that a video plays on."""
-        owner, context = self._owner(request), self._actions.context
-        jobs = self._actions.jobs(owner)
-        job = self._actions.find(owner, chosen) or (jobs[0] if jobs else None)
-        running = job is not None and job.status == "in_progress"
-        preview = context.store.files.preview(job.id) if job is not None and running else None
-        waiting = sum(one.status == "queued" for one in jobs)
-        parts = {
-            "top": views.header(context.spec.name, context.worker_ready(), waiting),
-            "stage": views.stage(job, preview),
-            "progress": views.progress(job),
-            "details": views.details(job),
-            "gallery": views.gallery(jobs, job.id if job else None),
+        recall = scripts.storage_script(scripts.RECALL, model)
+        recalled = page.load(on.recall, self._stored, form, js=recall, **PRIVATE)
+        recalled = recalled.then(None, None, None, js=scripts.storage_script(scripts.RECALLED, model))
+        answer: dict[str, Any] = {
+            "fn": on.answer,
+            "inputs": [self._plan, *form],
+            "outputs": [*self._presets, self._plan],
+            **PRIVATE,
         }
-        changed = [gr.skip() if shown.get(name) == text else text for name, text in parts.items()]
-        states = f"{job is not None}{job is not None and not job.finished}"
-        buttons: list[Any] = [gr.skip()] * 4
-        if shown.get("buttons") != states:
-            there, is_open = job is not None, job is not None and not job.finished
-            buttons = [gr.Button(visible=is_open), *(gr.Button(visible=there) for _ in range(3))]
-        return [*changed, *buttons, job.id if job else None, {**parts, "buttons": states}]
+        recalled.then(**answer)
+        gr.on([part.change for part in form[1:]], **answer, trigger_mode="always_last")
+        # Answers may overtake each other, and those to half a form's events be the last: look once more.
+        gr.Timer(2.0).tick(**answer)
+        remember = scripts.storage_script(scripts.REMEMBER, model)
+        gr.on([part.change for part in form], None, form, None, js=remember, **QUICK)
+        presets = self._actions.presets
+        rows: tuple[Mapping[str, str | int], ...] = (presets.shapes, presets.lengths, presets.qualities)
+        for row, values, field in zip(self._presets, rows, (2, 3, 4), strict=True):
+            row.input(None, row, form[field], js=scripts.preset_script(values), **QUICK)
 
-    def _submit(self, request: gr.Request, *values: Any) -> tuple[Any, str, Any]:
-        form, chosen = dict(zip(FIELDS, values, strict=False)), values[-1]
-        try:
-            job = self._actions.submit(self._owner(request), form)
-        except (WanduetError, ApiError) as error:
-            return chosen, views.message(_told(error), "bad"), gr.skip()
-        return job.id, "", json.dumps(form)
-
-    def _choose(self, event: gr.EventData) -> str:
-        return str(event.id)
-
-    def _stop(self, chosen: str | None, request: gr.Request) -> None:
-        if chosen is not None:
-            self._actions.cancel(self._owner(request), chosen)
-
-    def _remove(self, chosen: str | None, request: gr.Request) -> None:
-        if chosen is not None:  # else the question was answered with no
-            self._actions.delete(self._owner(request), chosen)
-
-    def _reuse(self, chosen: str | None, request: gr.Request) -> list[Any]:
-        job = self._actions.find(self._owner(request), chosen)
-        return [gr.skip()] * len(FIELDS) if job is None else _values(self._actions.form_of(job.request))
-
-    def _repeat(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
-        owner = self._owner(request)
-        job = self._actions.find(owner, chosen)
-        if job is None:
-            return chosen, ""
-        try:
-            again = self._actions.submit(owner, {**self._actions.form_of(job.request), "seed": None})
-        except (WanduetError, ApiError) as error:
-            return chosen, views.message(_told(error), "bad")
-        return again.id, ""
-
-    def _defaults(self) -> list[Any]:
-        return [gr.skip(), *_values(self._actions.defaults())[1:]]
-
-    def _recall(self, remembered: str | None) -> list[Any]:
-        """The form as it was sent last from this browser."""
-        try:
-            form = json.loads(remembered or "{}")
-            return _values({**self._actions.defaults(), **{name: form[name] for name in FIELDS if name in form}})
-        except (ValueError, TypeError):
-            return [gr.skip()] * len(FIELDS)
-
-    def _take_settings(self, event: gr.EventData) -> list[Any]:
-        """What the server found in the video that was chosen."""
-        told = event._data if isinstance(event._data, dict) else {}
-        if not isinstance(told.get("form"), dict):
-            return [*[gr.skip()] * len(FIELDS), views.message(str(told.get("error", "")), "bad")]
-        form = {**self._actions.defaults(), **told["form"]}
-        return [*_values(form), views.message("These are the settings of that video.")]
-
-    def _plan(self, *values: Any) -> str:
-        try:
-            return views.message(*views.plan_line(self._actions.plan(dict(zip(FIELDS, values, strict=True)))))
-        except (WanduetError, ApiError) as error:
-            return views.message(_told(error), "bad")
-
-    def _owner(self, request: gr.Request) -> str:
-        owner = find_owner(self._actions.context, Headers(dict(request.headers)))
-        if owner is None:
-            raise gr.Error("Sign in again.")
-        return owner
-
-
-def _values(form: Form) -> list[Any]:
-    return [form[name] for name in FIELDS]
-
-
-def _told(error: WanduetError | ApiError) -> str:
-    return " ".join(str(error).split())
+        result = [chosen, self._message]
+        for event in (self._generate.click, form[0].submit):
+            event(on.submit, [*form, chosen], result, **PRIVATE).then(**look)
+        self._retry.click(on.retry, chosen, result, **PRIVATE).then(**look)
+        self._reseed.click(on.reseed, chosen, result, **PRIVATE).then(**look)
+        self._cancel.click(on.stop, chosen, None, **PRIVATE).then(**look)
+        asked = [self._confirmed, chosen]
+        self._delete.click(on.remove, asked, None, js=scripts.CONFIRM, **PRIVATE).then(**look)
+        self._gallery.click(on.choose, self._pages, [chosen, self._pages], **PRIVATE).then(**look)
+        self._stage.click(on.example, None, form[0], **PRIVATE)
+        self._again.click(on.reuse, chosen, form, **PRIVATE)
+        self._reset.click(on.defaults, None, form, **PRIVATE)
+        self._restore.click(on.restore, None, [*form, self._message], **PRIVATE)
 
 
 def _theme() -> gr.themes.Base:
@@ -265,4 +198,5 @@ def _theme() -> gr.themes.Base:
         button_primary_background_fill_hover_dark="*primary_300",
         button_primary_text_color_dark="*primary_900",
         color_accent="#c2410c",
+        slider_color="#c2410c",
     )

@@ -10,21 +10,14 @@ from wanduet.errors import WanduetError
 from wanduet.frontends.http_context import ServerContext
 from wanduet.frontends.http_schemas import to_request
 from wanduet.frontends.http_uploads import MetadataReader
+from wanduet.frontends.ui_forms import Form, Presets, default_form, fields_of, form_of
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 
 if TYPE_CHECKING:
     from wanduet.engine.build import Models
     from wanduet.engine.hardware import Hardware
 
-MOST_CARDS = 60
-# The form's fields in the page's order; `size` is WIDTHxHEIGHT, an empty seed draws one.
-FIELDS = (
-    "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale", "flow_shift",
-    "sampler", "fps", "seed",
-)  # fmt: skip
-_WHOLE = ("num_frames", "num_inference_steps", "fps", "seed")
-
-Form = dict[str, Any]
+PAGE_CARDS = 60  # videos in the gallery, and how many more each "Older videos" shows
 
 
 class PageActions:
@@ -32,37 +25,42 @@ class PageActions:
 
     def __init__(self, context: ServerContext, config: EngineConfig) -> None:
         self.context = context
+        self.presets = Presets(context.spec.defaults)
         self._config = config
         self._planning = threading.Lock()
 
     def defaults(self) -> Form:
         """The model's own settings."""
-        known = self.context.spec.defaults
-        return {
-            "prompt": "",
-            "negative_prompt": known.negative_prompt,
-            "size": f"{known.width}x{known.height}",
-            "num_frames": known.num_frames,
-            "num_inference_steps": known.num_inference_steps,
-            "guidance_scale": known.guidance_scale,
-            "flow_shift": known.flow_shift,
-            "sampler": "unipc",
-            "fps": known.fps,
-            "seed": None,
-        }
+        return default_form(self.context.spec.defaults)
+
+    def form_of(self, request: dict[str, Any]) -> Form:
+        """A stored request as the form shows it."""
+        return form_of(request, self.defaults())
 
     def submit(self, owner: str, form: Form) -> StoredJob:
         """Put the form into the queue. Raises WanduetError or ApiError with what is wrong."""
-        self.context.check_accepting()
         if not str(form.get("prompt") or "").strip():
             raise WanduetError("Describe what the video shows first.")
-        wanted = to_request(_fields(form), self.context.spec, self.context.settings.limits)
-        new = NewJob(owner, self.context.spec.name, wanted.model_dump())
-        return self.context.store.submit(new, self.context.settings.queue).job
+        return self._submit(owner, fields_of(form))
 
-    def jobs(self, owner: str) -> tuple[StoredJob, ...]:
-        """The newest, for the gallery."""
-        return self.context.store.list(owner, limit=MOST_CARDS).jobs
+    def repeat(self, owner: str, job: StoredJob, *, new_seed: bool) -> StoredJob:
+        """The same once more, with its seed or another. Raises WanduetError or ApiError with what is wrong."""
+        request = {name: value for name, value in job.request.items() if value is not None}
+        if new_seed:
+            request.pop("seed", None)
+        return self._submit(owner, request)
+
+    def jobs(self, owner: str, pages: int = 1) -> tuple[tuple[StoredJob, ...], bool]:
+        """The newest, for the gallery, and whether there are older ones."""
+        found: list[StoredJob] = []
+        more = True
+        for _ in range(pages):
+            page = self.context.store.list(owner, limit=PAGE_CARDS, after=found[-1].id if found else None)
+            found += page.jobs
+            more = page.has_more
+            if not more:
+                break
+        return tuple(found), more
 
     def find(self, owner: str, job_id: str | None) -> StoredJob | None:
         """One job, if it is the owner's and still there."""
@@ -83,30 +81,36 @@ class PageActions:
         if self.find(owner, job_id) is not None:
             self.context.store.delete(job_id, owner)
 
-    def form_of(self, request: dict[str, Any]) -> Form:
-        """A stored request, or the one in a video's metadata, as the form shows it."""
-        form = {**self.defaults(), **{name: request[name] for name in FIELDS if request.get(name) is not None}}
-        if request.get("width") and request.get("height"):
-            form["size"] = f"{request['width']}x{request['height']}"
-        return form
+    def restore(self, video: Path) -> dict[str, Any]:
+        """The `form` that a video was made with, and a `note` where it will not come out the same.
 
-    def restore(self, video: Path) -> Form:
-        """The settings that a video was made with. Raises WanduetError if it does not say."""
+        Raises WanduetError if the video does not say.
+        """
         about = self._uploads.read(video)
         request = about.get("request")
         if not isinstance(request, dict):
             raise WanduetError("This video does not say how it was made.")
-        return self.form_of({**request, "seed": about.get("seed", request.get("seed"))})
+        model = about.get("model")
+        made_by = model.get("name") if isinstance(model, dict) else model
+        served = self.context.spec.name
+        note = f"It was made with {made_by}, this server has {served}." if made_by not in (None, served) else ""
+        return {"form": self.form_of({**request, "seed": about.get("seed", request.get("seed"))}), "note": note}
 
     def plan(self, form: Form) -> dict[str, Any]:
         """What would run where, without loading anything. Raises WanduetError."""
         from wanduet.engine.plan import make_plan
 
-        fields = {**_fields(form), "prompt": "a plan"}
+        fields = {**fields_of(form), "prompt": "a plan"}
         request = to_request(fields, self.context.spec, self.context.settings.limits)
         with self._planning:
             models, hardware = self._machine
             return make_plan(request.resolve(models.spec), models.memory, self._config, hardware).as_dict()
+
+    def _submit(self, owner: str, fields: dict[str, Any]) -> StoredJob:
+        self.context.check_accepting()
+        wanted = to_request(fields, self.context.spec, self.context.settings.limits)
+        new = NewJob(owner, self.context.spec.name, wanted.model_dump())
+        return self.context.store.submit(new, self.context.settings.queue).job
 
     @cached_property
     def _uploads(self) -> MetadataReader:
@@ -118,13 +122,3 @@ class PageActions:
         from wanduet.engine.hardware import detect
 
         return Models(self._config), detect()
-
-
-def _fields(form: Form) -> dict[str, Any]:
-    """What a client would have sent: nothing where the form is empty, whole numbers where the page made floats."""
-    fields = {name: form.get(name) for name in FIELDS if form.get(name) not in (None, "")}
-    fields["negative_prompt"] = form.get("negative_prompt") or ""
-    for name in _WHOLE:
-        if isinstance(value := fields.get(name), float) and value.is_integer():
-            fields[name] = int(value)
-    return fields

@@ -1,17 +1,18 @@
 """The page's pieces of HTML: a job in, a text out. Everything that a user wrote is escaped."""
 
 import base64
+import hashlib
 import time
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from wanduet.frontends.ui_style import EMPTY_STAGE
 from wanduet.jobs.records import CANCELLED, StoredJob
 
 PHASES = {"load": "Loading the model", "encode": "Reading the prompt", "denoise": "Denoising", "decode": "Decoding"}
 SETTINGS = (
     ("Size", lambda r: f"{r.get('width')} × {r.get('height')}"),
+    ("Length", lambda r: _length(r.get("num_frames"), r.get("fps"))),
     ("Frames", lambda r: f"{r.get('num_frames')} at {r.get('fps')} a second"),
     ("Steps", lambda r: r.get("num_inference_steps")),
     ("Guidance", lambda r: _number(r.get("guidance_scale"))),
@@ -28,51 +29,74 @@ def title(job: StoredJob) -> str:
     return {"queued": "Waiting", "in_progress": "Running", "completed": "Done"}.get(job.status, job.status)
 
 
-def header(model: str, worker_ready: bool, waiting: int) -> str:
+def header(model: str, worker_ready: bool, running: int, waiting: int, *, signed_in: bool = False) -> str:
     """The line at the top."""
     state = "ready" if worker_ready else "starting, or no worker runs"
-    queue = f" · {waiting} waiting" if waiting else ""
+    counts = "".join(f" · {count} {word}" for count, word in ((running, "running"), (waiting, "waiting")) if count)
     dot = "on" if worker_ready else "off"
-    return f'<h1>wanduet</h1><span class="state"><i class="dot {dot}"></i>{escape(model)} · {state}{queue}</span>'
+    leave = '<form method="post" action="/logout"><button>Sign out</button></form>' if signed_in else ""
+    return (
+        f'<h1>wanduet</h1><span class="state"><i class="dot {dot}"></i>{escape(model)} · {state}{counts}</span>{leave}'
+    )
 
 
-def stage(job: StoredJob | None, preview: bytes | None = None) -> str:
-    """The large picture: what is foreseen while a job runs, then the video itself."""
-    if job is None:
-        return f'<div class="stage">{EMPTY_STAGE}</div>'
+def empty_stage(examples: Sequence[str]) -> str:
+    """What stands where the first video will be."""
+    buttons = "".join(
+        f'<button type="button" data-prompt="{escape(text, quote=True)}">{escape(text)}</button>' for text in examples
+    )
+    return (
+        '<div class="stage empty"><div class="note"><p>Describe a scene and press Generate, '
+        f'or start with one of these.</p><div class="examples">{buttons}</div></div></div>'
+    )
+
+
+def stage(job: StoredJob, preview: bytes | None = None) -> str:
+    """The large picture: what is foreseen while a job runs, then the video itself, or all of them."""
+    kind = ""
     if job.status == "completed":
-        source, poster = f"/v1/videos/{job.id}/content", f"/v1/videos/{job.id}/content?variant=thumbnail"
-        inner = (
-            f'<video id="player" src="{source}" poster="{poster}" '
-            f'controls autoplay loop muted playsinline aria-label="{escape(_prompt(job), quote=True)}"></video>'
-        )
+        numbers = sorted(file.index for file in job.files if file.variant == "video") or [0]
+        kind = " many" if len(numbers) > 1 else ""
+        inner = "".join(_video(job, number) for number in numbers)
     elif job.error is not None:
         text = "Stopped before it was done." if job.error.code == CANCELLED else escape(job.error.message)
         inner = f'<p class="note">{text}</p>'
     elif preview is not None:
         image = base64.b64encode(preview).decode()
-        inner = f'<img class="preview" src="data:image/webp;base64,{image}" alt="Preview">'
+        inner = (
+            f'<img class="preview" src="data:image/webp;base64,{image}" alt="Preview"><span class="tag">Preview</span>'
+        )
     else:
         inner = f'<p class="note">{"Waiting for its turn" if job.status == "queued" else "Taking shape"}</p>'
-    return f'<div class="stage">{inner}</div>'
+    return f'<div class="stage{kind}">{inner}</div>'
 
 
-def progress(job: StoredJob | None) -> str:
-    """How far a job is, in a line and a bar; for a finished one, how long it took."""
+def _video(job: StoredJob, number: int) -> str:
+    part = f"&index={number}" if number else ""
+    source, poster = f"/v1/videos/{job.id}/content?variant=video", f"/v1/videos/{job.id}/content?variant=thumbnail"
+    player = ' id="player"' if not number else ""
+    return (
+        f'<video{player} src="{source}{part}" poster="{poster}{part}" controls autoplay loop muted playsinline '
+        f'aria-label="{escape(_prompt(job), quote=True)}"></video>'
+    )
+
+
+def progress(job: StoredJob | None, ahead: int = 0) -> str:
+    """How far a job is, in a line and a bar; for a finished one, how long it took. `ahead`: jobs before it."""
     if job is None:
-        return '<div class="progress"></div>'
-    words = title(job)
+        return ""
+    words, note = title(job), ""
     if job.status == "in_progress":
         words = PHASES.get(job.phase, "Starting")
         left = f"about {duration(job.seconds_left)} left" if job.seconds_left else ""
         bar = f'<div class="bar"><i style="width:{job.progress:.1f}%"></i></div>'
         return f'<div class="progress"><b>{words}</b><span>{left}</span><em>{job.progress:.0f} %</em>{bar}</div>'
-    took = ""
     if job.status == "completed" and job.started_at and job.completed_at:
-        took = f"made in {duration(job.completed_at - job.started_at)}"
+        note = f"made in {duration(job.completed_at - job.started_at)}"
     elif job.status == "queued":
-        took = "you can close this page, it stays in the queue"
-    return f'<div class="progress"><b>{words}</b><span>{took}</span></div>'
+        before = f"{ahead} of your videos {'is' if ahead == 1 else 'are'} before it; " if ahead else ""
+        note = f"{before}you can close this page, it stays in the queue"
+    return f'<div class="progress"><b>{words}</b><span>{note}</span></div>'
 
 
 def details(job: StoredJob | None) -> str:
@@ -83,21 +107,32 @@ def details(job: StoredJob | None) -> str:
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value(request)))}</dd></div>" for name, value in SETTINGS)
     negative = request.get("negative_prompt")
     without = f'<p class="negative"><b>Without:</b> {escape(negative)}</p>' if negative else ""
-    link = ""
-    if job.status == "completed":
-        link = f'<a href="/v1/videos/{job.id}/content" download="{job.id}.mp4">Download the MP4</a>'
+    warnings = "".join(f'<p class="message bad">{escape(str(text))}</p>' for text in job.report.get("warnings", ()))
     made = time.strftime("%d %b %Y, %H:%M", time.localtime(job.created_at))
     return (
-        f'<div class="details"><p class="prompt">{escape(_prompt(job))}</p>{without}<dl>{rows}</dl>'
-        f'<p class="fine">{escape(job.model)} · {made} · <code>{job.id}</code> {link}</p></div>'
+        f'<div class="details"><p class="prompt">{escape(_prompt(job))}</p>{warnings}<dl>{rows}</dl>{without}'
+        f'<p class="fine">{_downloads(job)}{escape(job.model)} · {made} · <code>{job.id}</code></p></div>'
     )
 
 
-def gallery(jobs: Sequence[StoredJob], chosen: str | None) -> str:
+def _downloads(job: StoredJob) -> str:
+    if job.status != "completed":
+        return ""
+    numbers = sorted(file.index for file in job.files if file.variant == "video") or [0]
+    names = ["Download the MP4"] if len(numbers) == 1 else [f"Download MP4 {number + 1}" for number in numbers]
+    return "".join(
+        f'<a href="/v1/videos/{job.id}/content?variant=video&index={number}" '
+        f'download="{job.id}{f"-{number + 1}" if number else ""}.mp4">{name}</a>'
+        for number, name in zip(numbers, names, strict=True)
+    )
+
+
+def gallery(jobs: Sequence[StoredJob], chosen: str | None, *, more: bool = False) -> str:
     """All videos as cards; a click on one chooses it."""
     if not jobs:
-        return '<p class="fine">Your videos will be here.</p>'
-    return f'<div class="cards">{"".join(_card(job, job.id == chosen) for job in jobs)}</div>'
+        return '<p class="fine">Your videos will be here, with everything that made them.</p>'
+    older = '<button type="button" class="older" data-older>Older videos</button>' if more else ""
+    return f'<div class="cards">{"".join(_card(job, job.id == chosen) for job in jobs)}</div>{older}'
 
 
 def _card(job: StoredJob, chosen: bool) -> str:
@@ -108,10 +143,16 @@ def _card(job: StoredJob, chosen: bool) -> str:
         picture, badge = "", f'<span class="badge {job.status}">{title(job)}</span>'
     bar = f'<i class="line" style="width:{job.progress:.0f}%"></i>' if job.status == "in_progress" else ""
     text = escape(_prompt(job), quote=True)
+    about = escape(" · ".join(_short(job.request)))
     return (
         f'<button type="button" class="card{" chosen" if chosen else ""}" data-id="{job.id}" title="{text}">'
-        f'<span class="frame">{picture}{badge}{bar}</span><span class="caption">{text}</span></button>'
+        f'<span class="frame">{picture}{badge}{bar}</span><span class="caption">{text}</span>'
+        f'<span class="about">{about}</span></button>'
     )
+
+
+def _short(request: dict[str, Any]) -> list[str]:
+    return [_length(request.get("num_frames"), request.get("fps")), f"seed {request.get('seed')}"]
 
 
 def message(text: str, kind: str = "") -> str:
@@ -119,20 +160,41 @@ def message(text: str, kind: str = "") -> str:
     return f'<p class="message {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
-def plan_line(plan: dict[str, Any]) -> tuple[str, str]:
-    """What the plan says, and the kind of message that it is."""
+def settings_line(form: dict[str, Any]) -> str:
+    """The form in a line, for when everything but the presets is folded away."""
+    parts = (
+        str(form.get("size") or "").replace("x", " × "),
+        _length(form.get("num_frames"), form.get("fps")),
+        f"{form.get('num_inference_steps')} steps",
+        f"seed {form['seed']}" if form.get("seed") else "a new seed",
+    )
+    return " · ".join(part for part in parts if part)
+
+
+def mark_of(values: Sequence[Any]) -> str:
+    """What an answer to these values carries, so that it is known by what it answers."""
+    return f'data-answers="{hashlib.sha256(repr(tuple(values)).encode()).hexdigest()[:16]}"'
+
+
+def plan_panel(plan: dict[str, Any], line: str) -> str:
+    """The plan's answer: whether it fits, how long it takes, how much memory on which device."""
     from wanduet.config import format_bytes
 
-    devices = " · ".join(
-        f"{device['name']} {format_bytes(max(device['phases'].values(), default=0))}" for device in plan["devices"]
-    )
+    rows = ""
+    for device in plan["devices"]:
+        need, limit = max(device["phases"].values(), default=0), device.get("limit_bytes") or 0
+        share = f'<i style="width:{min(100.0, 100 * need / limit):.0f}%"></i>' if limit else ""
+        known = f"{format_bytes(need)} of {format_bytes(limit)}" if limit else format_bytes(need)
+        rows += f"<li><span>{escape(device['name'])}</span><span>{known}</span><b>{share}</b></li>"
     if plan["fits"]:
         seconds = plan.get("predicted_seconds", {}).get("total")
-        return f"Fits: {devices}" + (f" · about {duration(seconds)}" if seconds else ""), "good"
-    nearest = plan["nearest_that_fits"]
-    known = {k: v for k, v in nearest[0].items() if not k.startswith("predicted")} if nearest else {}
-    hint = " Try " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in known.items()) + "." if known else ""
-    return f"Does not fit into this machine's memory ({devices}).{hint}", "bad"
+        text, kind = "Fits" + (f": about {duration(seconds)}" if seconds else ""), "good"
+    else:
+        nearest = plan["nearest_that_fits"]
+        wanted = {k: v for k, v in nearest[0].items() if not k.startswith("predicted")} if nearest else {}
+        hint = " Try " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in wanted.items()) + "." if wanted else ""
+        text, kind = f"Does not fit into this machine's memory.{hint}", "bad"
+    return f'{message(text, kind)}<p class="fine">{escape(line)}</p><ul class="memory">{rows}</ul>'
 
 
 def duration(seconds: float) -> str:
@@ -141,6 +203,13 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _length(frames: Any, fps: Any) -> str:
+    """How long a video plays; a single frame is a picture."""
+    if not frames or not fps:
+        return ""
+    return "1 frame" if frames == 1 else f"{frames / fps:.1f} s"
 
 
 def _prompt(job: StoredJob) -> str:

@@ -13,7 +13,9 @@ from wanduet.errors import WanduetError
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_keys import KeyRing
 from wanduet.frontends.ui_actions import PageActions
-from wanduet.jobs.records import JobError, StoredJob
+from wanduet.frontends.ui_forms import Presets, default_form
+from wanduet.jobs.records import JobError, OutputFile, StoredJob
+from wanduet.specs import GenerationDefaults
 
 REQUEST = {
     "prompt": "<script>alert(1)</script> & 'co\"",
@@ -56,13 +58,65 @@ def test_progress_in_words() -> None:
 
 
 def test_what_the_plan_says() -> None:
-    device = {"name": "cuda:0", "phases": {"denoise": 3 * 2**30, "decode": 2**30}}
-    plan = {"fits": True, "devices": [device], "predicted_seconds": {"total": 90.0}, "nearest_that_fits": []}
-    assert views.plan_line(plan) == ("Fits: cuda:0 3.00 GiB · about 1 min 30 s", "good")
+    devices = [
+        {"name": "cuda:0", "phases": {"denoise": 3 * 2**30, "decode": 2**30}, "limit_bytes": 4 * 2**30},
+        {"name": "cpu", "phases": {}, "limit_bytes": None},
+    ]
+    plan = {"fits": True, "devices": devices, "predicted_seconds": {"total": 90.0}, "nearest_that_fits": []}
+    panel = views.plan_panel(plan, "832 × 480")
+    for part in (
+        "Fits: about 1 min 30 s",
+        "832 × 480",
+        "cuda:0",
+        "3.00 GiB of 4.00 GiB",
+        "width:75%",
+        "cpu",
+        "message good",
+    ):
+        assert part in panel
     small = {**plan, "fits": False, "nearest_that_fits": [{"num_frames": 41, "predicted_peak_bytes": {}}]}
-    text, kind = views.plan_line(small)
-    assert kind == "bad"
-    assert text.endswith("Try num frames 41.")
+    panel = views.plan_panel(small, "")
+    assert "message bad" in panel
+    assert "Try num frames 41." in panel
+
+
+def test_the_form_in_a_line() -> None:
+    form = {"size": "832x480", "num_frames": 81, "fps": 16, "num_inference_steps": 50, "seed": ""}
+    assert views.settings_line(form) == "832 × 480 · 5.1 s · 50 steps · a new seed"
+    assert views.settings_line({**form, "num_frames": 1, "seed": "0"}) == "832 × 480 · 1 frame · 50 steps · seed 0"
+
+
+def test_presets_follow_from_the_model() -> None:
+    wan = Presets(GenerationDefaults())
+    assert wan.shapes == {"Wide": "832x480", "Tall": "480x832", "Square": "624x624"}
+    assert wan.lengths == {"3 s": 49, "5 s": 81, "8 s": 129}
+    assert wan.qualities == {"Draft": 20, "Standard": 50, "Fine": 75}
+    form = default_form(GenerationDefaults())
+    assert wan.chosen(form) == ("Wide", "5 s", "Standard")
+    assert wan.chosen({**form, "size": "640x640", "num_frames": 5}) == (None, None, "Standard")
+    small = Presets(GenerationDefaults(height=96, width=96, num_frames=33, num_inference_steps=20))
+    assert small.shapes == {"Wide": "160x96", "Tall": "96x160", "Square": "96x96"}
+    assert small.lengths == {"1 s": 17, "2 s": 33, "3 s": 49}
+    tiny = Presets(GenerationDefaults(height=16, width=16, num_frames=1, num_inference_steps=1))
+    assert tiny.lengths == {"1 s": 17}
+    assert tiny.qualities == {"Draft": 1, "Standard": 1, "Fine": 2}
+
+
+def test_every_video_of_a_job_is_shown() -> None:
+    files = tuple(OutputFile(kind, i, f"{i}.mp4", 1) for i in (0, 1) for kind in ("video", "thumbnail"))
+    job = replace(JOB, status="completed", files=files)
+    stage, details = views.stage(job), views.details(job)
+    assert stage.count("<video") == 2
+    assert 'id="player"' in stage
+    assert f"/v1/videos/{job.id}/content?variant=video&index=1" in stage
+    assert "Download MP4 2" in details
+    assert views.stage(STATES[2]).count("<video") == 1
+
+
+def test_a_job_that_waits_says_behind_what() -> None:
+    assert "2 of your videos are before it" in views.progress(JOB, ahead=2)
+    assert "1 of your videos is before it" in views.progress(JOB, ahead=1)
+    assert "before it" not in views.progress(JOB)
 
 
 @pytest.fixture
@@ -71,13 +125,13 @@ def actions(api: Api) -> PageActions:
 
 
 def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
-    form = {**actions.defaults(), "prompt": "a fox", "num_frames": 33.0, "seed": 5.0, "size": "480x832"}
+    form = {**actions.defaults(), "prompt": "a fox", "num_frames": 33.0, "seed": " 5 ", "size": "480x832"}
     job = actions.submit("local", form)
     assert (job.request["height"], job.request["width"], job.request["num_frames"]) == (832, 480, 33)
-    assert actions.form_of(job.request) == {**form, "num_frames": 33, "seed": 5}
-    drawn = actions.submit("local", {**form, "seed": None})
+    assert actions.form_of(job.request) == {**form, "num_frames": 33, "seed": "5"}
+    drawn = actions.submit("local", {**form, "seed": ""})
     assert drawn.request["seed"] is not None
-    assert [one.id for one in actions.jobs("local")] == [drawn.id, job.id]
+    assert [one.id for one in actions.jobs("local")[0]] == [drawn.id, job.id]
     assert actions.find("someone", job.id) is None
     actions.cancel("someone", job.id)
     actions.cancel("local", job.id)
@@ -87,10 +141,30 @@ def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
 
 
 def test_an_empty_prompt_and_wrong_sizes_are_told(actions: PageActions) -> None:
-    for change in ({"prompt": "  "}, {"size": "100x100"}, {"size": "huge"}, {"num_frames": 80}):
+    for change in ({"prompt": "  "}, {"size": "100x100"}, {"size": "huge"}, {"num_frames": 80}, {"seed": "many"}):
         with pytest.raises(WanduetError):
             actions.submit("local", {**actions.defaults(), "prompt": "x", **change})
-    assert actions.jobs("local") == ()
+    assert actions.jobs("local") == ((), False)
+
+
+def test_the_same_again_and_with_another_seed(actions: PageActions) -> None:
+    job = actions.submit("local", {**actions.defaults(), "prompt": "a fox", "seed": "5", "negative_prompt": ""})
+    again = actions.repeat("local", job, new_seed=False)
+    assert again.id != job.id
+    assert again.request == job.request
+    other = actions.repeat("local", job, new_seed=True)
+    assert other.request["seed"] != 5
+    assert {**other.request, "seed": 5} == job.request
+
+
+def test_older_videos_come_by_the_page(actions: PageActions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanduet.frontends.ui_actions.PAGE_CARDS", 2)
+    ids = [actions.submit("local", {**actions.defaults(), "prompt": str(i)}).id for i in range(5)][::-1]
+    for pages, (count, more) in {1: (2, True), 2: (4, True), 3: (5, False), 9: (5, False)}.items():
+        jobs, has_more = actions.jobs("local", pages)
+        assert ([job.id for job in jobs], has_more) == (ids[:count], more)
+    assert "data-older" in views.gallery(jobs, None, more=True)
+    assert "data-older" not in views.gallery(jobs, None)
 
 
 @pytest.fixture
@@ -137,7 +211,9 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
         no_video = http.post("/page/settings", content=b"x" * 2**21)
         assert (no_video.status_code, list(no_video.json())) == (200, ["error"])
         assert str(store.files.folder) not in no_video.text
+        assert http.get("/page/pulse").json() == http.get("/page/pulse").json() != {}
         keys.remove(keys.records()[0].id)
+        assert http.get("/page/pulse").status_code == 401
         assert http.post("/page/settings", content=b"x").status_code == 401
         assert http.get("/").status_code == 303, "a revoked key closes the page"
 

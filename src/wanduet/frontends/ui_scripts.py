@@ -1,0 +1,115 @@
+"""The page's own JavaScript: clicks inside its HTML, dropping a video, and living through a restart of the server.
+
+Each runs once, when the HTML component that it belongs to appears; `element` is that component.
+"""
+
+import json
+from collections.abc import Mapping
+
+CARD_CLICKS = """
+element.addEventListener('click', event => {
+  const target = event.target.closest('[data-id], [data-older]');
+  if (!target) return;
+  if (target.dataset.id) scrollTo({top: 0, behavior: 'smooth'});
+  trigger('click', target.dataset.id ? {id: target.dataset.id} : {older: true});
+});
+"""
+
+EXAMPLE_CLICKS = """
+element.addEventListener('click', event => {
+  const example = event.target.closest('[data-prompt]');
+  if (example) trigger('click', {prompt: example.dataset.prompt});
+});
+"""
+
+RESTORE = (
+    '<p class="fine upload">Drop a video on this page to use its settings, or '
+    '<label>choose one<input type="file" accept=".mp4,.mkv,video/*"></label>.</p>'
+)
+
+# A video may be dropped anywhere: beside a target, a browser would leave the page for it.
+RESTORE_CLICKS = """
+const restore = async file => {
+  if (!file) return;
+  document.body.classList.add('reading');
+  let told = {error: 'This file cannot be read.'};
+  try {
+    const answer = await fetch('/page/settings', {method: 'POST', body: file});
+    if (answer.ok) told = await answer.json();
+    else if (answer.status === 413) told = {error: 'This file is too large for a video of ours.'};
+  } catch (error) {
+    told = {error: 'The server does not answer.'};
+  }
+  document.body.classList.remove('reading');
+  trigger('click', {...told, name: file.name});
+};
+element.addEventListener('change', event => {
+  restore(event.target.files && event.target.files[0]);
+  event.target.value = '';
+});
+const isFile = event => event.dataTransfer && [...event.dataTransfer.types].includes('Files');
+document.addEventListener('dragover', event => {
+  if (!isFile(event)) return;
+  event.preventDefault();
+  document.body.classList.add('dropping');
+});
+document.addEventListener('dragleave', event => {
+  if (!event.relatedTarget) document.body.classList.remove('dropping');
+});
+document.addEventListener('drop', event => {
+  if (!isFile(event)) return;
+  event.preventDefault();
+  document.body.classList.remove('dropping');
+  restore(event.dataTransfer.files[0]);
+});
+"""
+
+# Gradio's connection does not survive its server. The form is remembered and every job is on the disk, so
+# loading the page again once the server is back loses nothing.
+PULSE_SECONDS = 2
+PULSE = f"""
+document.addEventListener('keydown', event => {{
+  if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
+  const button = document.querySelector('#generate');
+  if (button) button.click();
+}});
+let started = null;
+const pulse = async () => {{
+  try {{
+    const answer = await fetch('/page/pulse', {{signal: AbortSignal.timeout(10000)}});
+    if (answer.status === 401) return location.assign('/login');
+    if (!answer.ok) throw new Error(answer.status);
+    const told = await answer.json();
+    if (started !== null && started !== told.started) return location.reload();
+    started = told.started;
+    document.body.classList.remove('offline');
+  }} catch (error) {{
+    document.body.classList.add('offline');
+  }}
+  const percent = document.querySelector('.progress em');
+  document.title = (percent ? percent.textContent + ' · ' : '') + 'wanduet';
+  setTimeout(pulse, {PULSE_SECONDS * 1000});
+}};
+pulse();
+"""
+
+# Handlers that run in the browser alone. The form is written only after it was read, or the first values
+# of the components would replace what was remembered. Storage may be forbidden; then nothing is remembered.
+REMEMBER = """(...form) => {{
+  if (!window.wanduetRecalled) return;
+  try {{ localStorage.setItem({key}, JSON.stringify(form)); }} catch (error) {{ }}
+}}"""
+RECALL = """() => {{ try {{ return localStorage.getItem({key}); }} catch (error) {{ return null; }} }}"""
+RECALLED = "() => {{ window.wanduetRecalled = true; }}"
+PRESET = "label => ({values})[label]"  # at once: a click on Generate may follow before a server has answered
+CONFIRM = "() => [confirm('Delete this video?'), null]"
+
+
+def preset_script(values: Mapping[str, str | int]) -> str:
+    """What a preset's label means, in the browser."""
+    return PRESET.format(values=json.dumps(values))
+
+
+def storage_script(script: str, model: str) -> str:
+    """One of the scripts above for a model: what is remembered for one means nothing to another."""
+    return script.format(key=json.dumps(f"wanduet-form-{model}"))
