@@ -86,9 +86,9 @@ class Ray:
         """Start the head; returns the cluster's address."""
         return self._ask("head", port)
 
-    def add(self, name: str, gpus: str) -> str:
-        """Start a node whose GPUs are declared; returns its id."""
-        self.nodes[name] = self._ask("add", name, gpus)
+    def add(self, name: str, gpus: str, cpus: int | None = None) -> str:
+        """Start a node whose GPUs are declared, with a CPU for each unless said; returns its id."""
+        self.nodes[name] = self._ask("add", name, gpus, cpus)
         return self.nodes[name]
 
     def kill(self, name: str) -> None:
@@ -193,7 +193,7 @@ def kill_worker(worker: str) -> None:
 
 
 @contextmanager
-def fleet(folder: Path, nodes: dict[str, str], *flags: str) -> Iterator[Fleet]:
+def fleet(folder: Path, nodes: dict[str, str], *flags: str, cpus: int | None = None) -> Iterator[Fleet]:
     """A cluster of the nodes (name to GPUs), ready when a replica on each takes jobs."""
     for package in ("ray", "psycopg"):
         if find_spec(package) is None:
@@ -202,7 +202,7 @@ def fleet(folder: Path, nodes: dict[str, str], *flags: str) -> Iterator[Fleet]:
         ray = Ray(sockets, folder / "ray.log")
         try:
             for name, gpus in nodes.items():
-                ray.add(name, gpus)
+                ray.add(name, gpus, cpus)
             arguments = ("--no-page", "--cluster", ray.address, "--database-url", url, *flags)
             with (
                 pytest.MonkeyPatch.context() as patch,
