@@ -60,7 +60,8 @@ class Ray:
     def __init__(self, folder: str, log: Path) -> None:
         # A token of this cluster's own: no other on this machine can be reached by mistake, nor this one by others.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-        self.environment = token | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+        # Replicas are what the nodes are for: Ray gives its workers a lower priority than other programs have.
+        self.environment = token | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_worker_niceness": "0"}
         self._log = open(log, "ab")  # noqa: SIM115 - closed by `shutdown`
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ray_nodes.py")), folder],

@@ -1,0 +1,86 @@
+"""The recipes say what their readers understand: fields that exist, and commands that our own programs take."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from wanduet.frontends.cli import app
+
+ROOT = Path(__file__).parents[3]
+KUBERAY = ROOT / "deploy" / "kuberay.yaml"
+SKYPILOT = ROOT / "deploy" / "skypilot.yaml"
+
+# Of RayCluster's ray.io/v1 definition (KubeRay 1.5).
+CLUSTER_FIELDS = {
+    "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
+    "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "upgradeStrategy", "workerGroupSpecs",
+}  # fmt: skip
+HEAD_FIELDS = {"enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template"}
+WORKER_FIELDS = {
+    "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas",
+    "resources", "scaleStrategy", "suspend", "template",
+}  # fmt: skip
+# Of SkyPilot's task definition.
+TASK_FIELDS = {
+    "name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run", "service",
+    "config", "experimental",
+}  # fmt: skip
+
+
+def documents() -> dict[str, dict[str, Any]]:
+    return {one["kind"]: one for one in yaml.safe_load_all(KUBERAY.read_text())}
+
+
+def test_the_ray_cluster_has_only_fields_that_its_definition_has() -> None:
+    cluster = documents()["RayCluster"]
+    spec = cluster["spec"]
+    assert cluster["apiVersion"] == "ray.io/v1"
+    assert set(spec) <= CLUSTER_FIELDS
+    assert set(spec["headGroupSpec"]) <= HEAD_FIELDS
+    assert spec["authOptions"] == {"mode": "token"}
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) <= WORKER_FIELDS
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod.get("volumes", ())}
+        assert all(mount["name"] in volumes for one in pod["containers"] for mount in one.get("volumeMounts", ()))
+
+
+def test_nothing_but_the_api_faces_the_outside() -> None:
+    found = documents()
+    assert found["RayCluster"]["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert found["Service"]["spec"]["type"] == "ClusterIP"
+    open_to_all = [rule for rule in found["NetworkPolicy"]["spec"]["ingress"] if "from" not in rule]
+    assert [port["port"] for rule in open_to_all for port in rule["ports"]] == [8000]
+    labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert found["Service"]["spec"]["selector"].items() <= labels.items()
+
+
+def test_the_versions_are_those_that_are_tested() -> None:
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert documents()["RayCluster"]["spec"]["rayVersion"] == pinned[1]
+
+
+def test_the_skypilot_task_has_only_fields_that_its_definition_has() -> None:
+    task = yaml.safe_load(SKYPILOT.read_text())
+    assert set(task) <= TASK_FIELDS
+    assert "ports" not in task["resources"]
+    assert "RAY_AUTH_MODE=token" in task["run"]
+
+
+@pytest.mark.parametrize("path", ["deploy/kuberay.yaml", "deploy/skypilot.yaml", "docs/cluster.md"])
+def test_our_own_commands_are_understood(path: str) -> None:
+    text = (ROOT / path).read_text()
+    commands = re.findall(r"(?:exec |^)wanduet ((?:serve|download)\b[^\n`]*(?:\n +--[^\n]*)*)", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = shlex.split(re.sub(r"\$\w+|\"\$\w+:?\$?\w*\"", "x", command.split(" ||")[0]))
+        app.parse_args(words, exit_on_error=False, print_error=False)  # raises for a flag that does not exist
