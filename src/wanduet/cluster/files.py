@@ -12,7 +12,7 @@ writes late is still a true state of the same job, so no lock is needed: at wors
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from wanduet.errors import ConfigError, OutputError
-from wanduet.jobs.files import PUBLISHED_NAME, JobFiles
+from wanduet.jobs.files import PUBLISHED_NAME, JobFiles, Wanted, unowned
 from wanduet.jobs.records import OutputFile, is_job_id
 from wanduet.media.files import PARTIAL_SUFFIX, atomic_output
 
@@ -214,20 +214,21 @@ class StoredFiles(JobFiles):
         super().discard_work(job_id)
         self._delete(f"work/{job_id}")
 
-    def sweep(self, wanted: Callable[[str], Iterable[str] | None]) -> int:
+    def sweep(self, wanted: Wanted) -> int:
         """Delete what no job owns, here and in the store."""
         removed = super().sweep(wanted)
         with suppress(Exception):
-            for remote in [*self._list("videos"), *self._list("work")]:
-                name = remote.rstrip("/").rpartition("/")[2]
-                job_id = name.partition(".")[0]
-                if not is_job_id(job_id):
-                    continue
-                names = wanted(job_id)
-                if names is not None and name not in names:
-                    self._delete(f"work/{job_id}" if name == job_id else f"videos/{name}")
-                    removed += 1
+            for job_id, name in unowned(self._remote_entries(), wanted):
+                self._delete(f"work/{job_id}" if name == job_id else f"videos/{name}")
+                removed += 1
         return removed
+
+    def _remote_entries(self) -> Iterator[tuple[str, str]]:
+        for remote in [*self._list("videos"), *self._list("work")]:
+            name = remote.rstrip("/").rpartition("/")[2]
+            job_id = name.partition(".")[0]
+            if is_job_id(job_id):
+                yield job_id, name
 
     # The store.
 

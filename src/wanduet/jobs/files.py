@@ -15,8 +15,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from wanduet.errors import OutputError
@@ -24,6 +25,11 @@ from wanduet.jobs.records import OutputFile, is_job_id
 from wanduet.media.files import atomic_output, output_error, write_atomically
 
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
+
+SWEEP_BATCH = 300
+# For some job ids: the published names that a job's row holds, None for an open job, whose files may be on their way.
+# A job that is not there has none.
+Wanted = Callable[[Collection[str]], Mapping[str, Collection[str] | None]]
 
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
 PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
@@ -159,32 +165,25 @@ class JobFiles:
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
 
-    def sweep(self, wanted: Callable[[str], Iterable[str] | None]) -> int:
-        """Delete what no job owns, and return how many files and folders that were.
-
-        `wanted(job_id)` gives the published names that the job's row holds, or None while it is open: the
-        files of an open job may be on their way.
-        """
+    def sweep(self, wanted: Wanted) -> int:
+        """Delete what no job owns, and return how many files and folders that were."""
         removed = 0
-        for job_id, path in tuple(self._everything()):
-            names = wanted(job_id)
-            if names is None or path.name in names:
-                continue
+        for job_id, name in unowned(self._everything(), wanted):
             removed += 1
-            if path.is_dir():
+            if name == job_id:
                 self.discard_work(job_id)
             else:
                 with suppress(OSError):
-                    path.unlink(missing_ok=True)
+                    (self.videos / name).unlink(missing_ok=True)
         return removed
 
-    def _everything(self) -> Iterator[tuple[str, Path]]:
-        for path in self.videos.iterdir():
-            if match := re.match(r"video_[0-9a-f]{32}(?=\.)", path.name):  # partial files too
-                yield match[0], path
-        for path in self.work.iterdir():
-            if is_job_id(path.name):
-                yield path.name, path
+    def _everything(self) -> Iterator[tuple[str, str]]:
+        with os.scandir(self.videos) as entries:
+            for entry in entries:
+                if match := re.match(r"video_[0-9a-f]{32}(?=\.)", entry.name):  # partial files too
+                    yield match[0], entry.name
+        with os.scandir(self.work) as entries:
+            yield from ((entry.name, entry.name) for entry in entries if is_job_id(entry.name))
 
     def _checkpoints_note(self, job_id: str) -> Path:
         return self.work_path(job_id).with_name("checkpoints.json")
@@ -193,6 +192,17 @@ class JobFiles:
         if not is_job_id(job_id):
             raise ValueError("not a job id")
         return self.videos / f"{job_id}.{token:d}-{index:d}{EXTENSIONS[variant]}"
+
+
+def unowned(everything: Iterable[tuple[str, str]], wanted: Wanted) -> Iterator[tuple[str, str]]:
+    """Of `(job id, name)`, those that no job owns; some hundred at a time, however many there are."""
+    entries = iter(everything)
+    while batch := tuple(islice(entries, SWEEP_BATCH)):
+        owned = wanted({job_id for job_id, _ in batch})
+        for job_id, name in batch:
+            names = owned.get(job_id, ())
+            if names is not None and name not in names:
+                yield job_id, name
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ The wall clock is only written down, for people and for retention.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import accumulate
@@ -297,12 +297,13 @@ class JobStore:
     def sweep(self) -> int:
         """Delete files that no job owns (left by a kill between two steps); returns how many."""
 
-        def wanted(job_id: str) -> Sequence[str] | None:
-            try:
-                job = self.get(job_id)
-            except UnknownJobError:
-                return ()
-            return tuple(file.name for file in job.files) if job.finished else None
+        def wanted(job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
+            query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(job_ids))
+            with self._read() as connection:
+                rows = connection.execute(query).all()
+            return {
+                row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows
+            }
 
         fold_log(self.database)  # what was deleted while somebody read
         return self.files.sweep(wanted)

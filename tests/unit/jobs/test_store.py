@@ -362,6 +362,22 @@ def test_sweep_removes_only_what_nobody_owns(store: JobStore) -> None:
     assert [path.name for path in store.files.work.iterdir()] == [running]
 
 
+def test_a_sweep_asks_the_database_for_many_jobs_at_once(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanduet.jobs.files.SWEEP_BATCH", 10)
+    kept = set()
+    for _ in submit(store, *map(str, range(25))):
+        lease = claim(store)
+        kept.add(publish(store, lease).name)
+        store.complete(lease, [OutputFile("video", 0, f"{lease.job.id}.1-0.mp4", 10)])
+        (store.files.videos / f"{lease.job.id}.0-0.mp4").write_bytes(b"x")
+    asked: list[str] = []
+    sa.event.listen(store.database, "before_cursor_execute", lambda *values: asked.append(values[2]))
+    assert store.sweep() == 50, "older files and work folders"
+    assert {path.name for path in store.files.videos.iterdir()} == kept
+    assert sum("SELECT" in text for text in asked) <= 8
+    assert store.sweep() == 0
+
+
 def test_what_dead_attempts_published_goes_with_the_job(store: JobStore) -> None:
     (job_id,) = submit(store)
     publish(store, claim(store, "dead"))
