@@ -127,6 +127,9 @@ def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
     _switch_to_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # WAL's default would lose the last commits at a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
+    # Jobs are read by key, and the system keeps the file's pages: SQLite's own 2 MB for each connection would only be
+    # filled again and again by the sweeps, until all of it looks like a leak.
+    cursor.execute("PRAGMA cache_size = -256")
     cursor.execute("PRAGMA secure_delete = ON")  # a deleted prompt is overwritten, not only let go
     cursor.close()
 
