@@ -62,7 +62,7 @@ class Trouble:
         name = self.draw.choice(sorted(self.cluster.ray.nodes))
         node = self.cluster.ray.nodes[name][:12]
         self.cluster.store.drain_node(node)
-        time.sleep(5)
+        time.sleep(5)  # however far it came: a drain that is called off half-way is a case too
         self.cluster.store.undrain_node(node)
         self.done.append(f"node {name} drained")
 

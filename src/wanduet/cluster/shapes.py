@@ -1,6 +1,5 @@
 """What a fleet is made of: nodes, and the shapes of replicas that their GPUs can form. Plain values."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -113,4 +112,4 @@ class Gone:
 
 def declared_devices(label: str) -> tuple[DeviceInfo, ...]:
     """GPUs from a node's label: `2x24GiB`, or `24GiB_12GiB`, since labels take no plus. Raises ConfigError."""
-    return parse_hardware(re.sub("_", "+", label)).devices
+    return parse_hardware(label.replace("_", "+")).devices

@@ -25,7 +25,7 @@ from wanduet.parallel.exchange import take_from_first
 from wanduet.parallel.mesh import Mesh
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
-from wanduet.sampling.denoise import OnStep, StepInfo, denoise
+from wanduet.sampling.denoise import OnStep, StepInfo, Watch, denoise
 from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, make_sampler
@@ -55,6 +55,7 @@ class DenoiseTask:
     about: dict[str, Any]
     resume: bool
     checkpoint_seconds: float
+    watched: bool = False  # by a process that is not the one that makes the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Surroundings:
     emit: Callable[[Event], None]
     should_cancel: Callable[[], bool]
     on_step: OnStep | None = None
+    watch: Watch | None = None
     forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may go down the out-of-memory ladder
     rung: Callable[[str], None] = field(default=lambda _: None)
     mesh: Mesh | None = None
@@ -173,6 +175,8 @@ class Denoising:
         if due and bool(torch.isfinite(info.latents).all()):
             self._save(done, info.latents, sampler)
             self._saved_at = time.perf_counter()
+        if self.around.watch is not None:
+            self.around.watch(info)
         return self.around.on_step(info) if self.around.on_step is not None else None
 
     def _keep_last(self, sampler: Sampler) -> None:

@@ -66,7 +66,8 @@ def denoise_video(models: Models, job: Job, index: int, conditioning: Conditioni
         return latents
     about = {"request": job.request.model_dump(), "seed": job.request.seed + index, "model": models.about}
     seconds = models.config.checkpoint_seconds
-    task = DenoiseTask(job.request, index, conditioning, digest, about, job.output.resume, seconds)
+    watched = job.watch is not None
+    task = DenoiseTask(job.request, index, conditioning, digest, about, job.output.resume, seconds, watched)
     latents = (
         _denoise_on_ranks(models, job, task) if job.plan.strategy == "parallel" else _denoise_here(models, job, task)
     )
@@ -81,7 +82,7 @@ def _denoise_here(models: Models, job: Job, task: DenoiseTask) -> Tensor:
             if idle:  # else a decode runs there, and shows that its memory is there
                 reserve_decode(job, models.memory)
         ladder = DenoiseLadder(models, job, denoiser)
-        around = Surroundings(job.emit, lambda: job.cancelled, job.on_step, ladder, job.rungs.append)
+        around = Surroundings(job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder, job.rungs.append)
         latents = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)()
         job.attention = denoiser.attention
     return latents

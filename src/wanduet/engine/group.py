@@ -17,6 +17,7 @@ from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
 from wanduet.parallel.launch import RankGroup
+from wanduet.sampling.denoise import StepInfo
 
 # How often a waiting engine looks whether its job was cancelled, in seconds.
 POLL = 0.2
@@ -45,6 +46,8 @@ class Group:
             message = self._next()
             if isinstance(message, Event):
                 job.emit(message)
+            elif isinstance(message, StepInfo) and job.watch is not None:
+                job.watch(message)
             elif isinstance(message, Denoised):
                 job.attention = message.attention
                 job.rungs.extend(message.rungs)

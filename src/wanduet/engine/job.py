@@ -13,7 +13,7 @@ from typing import Any, Literal
 from wanduet.engine.plan import Plan
 from wanduet.errors import CancelledError, WanduetError
 from wanduet.request import ResolvedRequest
-from wanduet.sampling.denoise import OnStep
+from wanduet.sampling.denoise import OnStep, Watch
 
 Phase = Literal["load", "encode", "denoise", "decode", "done", "failed"]
 TIMING_NAMES = ("load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
@@ -80,6 +80,7 @@ class Job:
     output: OutputOptions
     fallback: Plan | None = None  # what to do instead if a group of ranks cannot be kept together
     on_step: OnStep | None = None  # called after each step, in the denoising thread
+    watch: Watch | None = None  # sees each step, wherever it is made
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_NAMES, 0.0))
     warnings: list[str] = field(default_factory=list)

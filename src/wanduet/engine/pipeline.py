@@ -29,7 +29,7 @@ from wanduet.media.files import check_writable
 from wanduet.media.video import VideoSpec
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.sampling.checkpoint import remove_abandoned
-from wanduet.sampling.denoise import OnStep
+from wanduet.sampling.denoise import OnStep, Watch
 
 ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long is forgotten
 
@@ -70,8 +70,15 @@ class Engine:
         """What would run where, without loading anything."""
         return make_plan(request.resolve(self.models.spec), self.models.memory, self.config, self.hardware)
 
-    def submit(self, request: GenerationRequest, output: OutputOptions, on_step: OnStep | None = None) -> Job:
-        """Check, plan and queue a request. `on_step` is called after each step and may change the latents.
+    def submit(
+        self,
+        request: GenerationRequest,
+        output: OutputOptions,
+        on_step: OnStep | None = None,
+        watch: Watch | None = None,
+    ) -> Job:
+        """Check, plan and queue a request. `on_step` is called after each step and may change the latents; `watch`
+        only sees them, and so may look at what other processes do.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded.
         """
@@ -87,7 +94,7 @@ class Engine:
         )
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch)
         self._open.add(job)
         self._videos[job.id] = []
         if not self._started:

@@ -23,6 +23,7 @@ from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import SequenceSharding, split_lengths
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
+from wanduet.sampling.denoise import StepInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,18 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
         if first:
             rank.report(event)
 
+    def show(info: StepInfo) -> None:
+        rank.report(replace(info, latents=info.latents.cpu()))
+
     checkpoints = Checkpoints(models.config.data_folder / "checkpoints", task.digest)
-    around = Surroundings(emit, rank.cancelled, rung=job.rungs.append, mesh=mesh, keeps_checkpoints=first)
+    around = Surroundings(
+        emit,
+        rank.cancelled,
+        watch=show if first and task.watched else None,
+        rung=job.rungs.append,
+        mesh=mesh,
+        keeps_checkpoints=first,
+    )
     with models.transformer(job) as denoiser:
         _share(denoiser, mesh, speeds)
         try:

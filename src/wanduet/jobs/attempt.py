@@ -103,7 +103,7 @@ class Attempt:
         files, job_id = self._store.files, self._lease.job.id
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, files.preview_path(job_id), request)
-        running = self._engine.submit(request, output, watcher)
+        running = self._engine.submit(request, output, watch=watcher)
         self._keeper.watch(running)
         self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
         files.note_checkpoints(job_id, self._checkpoints)

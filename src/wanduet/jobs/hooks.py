@@ -40,7 +40,9 @@ class Watcher(Protocol):
 class VideoEngine(Protocol):
     """What the runner needs of `wanduet.engine.pipeline.Engine`."""
 
-    def submit(self, request: GenerationRequest, output: "OutputOptions", on_step: Watcher | None = None) -> RunningJob:
+    def submit(
+        self, request: GenerationRequest, output: "OutputOptions", *, watch: Watcher | None = None
+    ) -> RunningJob:
         """Start a job; its videos go where `output` says. With `resume`, go on from what is there."""
 
 

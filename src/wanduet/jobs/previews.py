@@ -43,7 +43,7 @@ class Step(Protocol):
 
 
 class Previews:
-    """The previews of one job's denoise: give it to the engine as `on_step`. Never raises, never changes latents."""
+    """The previews of one job's denoise: give it to the engine as `watch`. Never raises."""
 
     def __init__(
         self, path: Path, maps: ColourMaps, request: GenerationRequest, decoder: DecodedPictures | None = None

@@ -7,7 +7,7 @@ Two sets: `VAE_INPUT_KERNELS` writes a convolution's input in one pass and leave
 channels-last memory, and give results in it.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,29 +70,20 @@ def _channels_last(x: Some) -> Some:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _write_input(
-    x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None, out: Tensor
-) -> None:
+def _write_input(x: Tensor, *rest: Any) -> None:
+    """`vae_triton.write_causal_input`, where there is something to write."""
     if x.device.type != "meta":
         from wanduet.ops.vae_triton import write_causal_input
 
-        write_causal_input(x, past, pads, frames, gamma, out)
+        write_causal_input(x, *rest)
 
 
-def _convolve(
-    x: Tensor,
-    past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    pads: tuple[int, int],
-    up: int,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
+def _convolve(x: Tensor, *rest: Any) -> None:
+    """`conv_triton.convolve`, where there is something to convolve."""
     if x.device.type != "meta":
         from wanduet.ops.conv_triton import convolve
 
-        convolve(x, past, weight, bias, pads, up, residual, out)
+        convolve(x, *rest)
 
 
 VAE_INPUT_KERNELS = with_input("triton", causal_input)

@@ -26,6 +26,8 @@ class StepInfo:
 
 # May return other latents to go on with, or None.
 OnStep = Callable[[StepInfo], Tensor | None]
+# Only looks on.
+Watch = Callable[[StepInfo], None]
 
 
 def denoise(

@@ -75,6 +75,18 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
     assert sum(a == b for a, b in pairs) >= 7
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_can_be_watched_wherever_they_are_made(config, alone, tmp_path, strategy) -> None:
+    seen = []
+    with Engine(replace(config, **STRATEGIES[strategy])) as engine:
+        output = OutputOptions(tmp_path / "a.mkv", "ffv1", save_latents=True)
+        job = engine.submit(GenerationRequest(**REQUEST), output, watch=seen.append)
+        job.result(120)
+    assert job.plan.strategy == strategy
+    assert [info.step for info in seen] == [0, 1, 2, 3]
+    assert (seen[-1].latents[0] - latents(tmp_path / "a.mkv")).abs().max() == 0
+
+
 def test_cancel_ends_the_step_and_the_group_goes_on(config, tmp_path) -> None:
     with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
         many = GenerationRequest(**(REQUEST | {"num_inference_steps": 500}))

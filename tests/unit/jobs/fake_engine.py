@@ -72,9 +72,9 @@ def first_time(marker: Path) -> bool:
 
 class FakeJob:
     def __init__(
-        self, data: Path, request: GenerationRequest, output: Output, on_step: Any, pace: "Pace | None" = None
+        self, data: Path, request: GenerationRequest, output: Output, watch: Any, pace: "Pace | None" = None
     ) -> None:
-        self.data, self.request, self.output, self.on_step = data, request, output, on_step
+        self.data, self.request, self.output, self.watch = data, request, output, watch
         self.pace = pace or (lambda job, step: time.sleep(STEP_SECONDS))
         self.cancelled = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -131,8 +131,8 @@ class FakeJob:
             self.pace(self, step)
             write_atomically(checkpoint, str(step + 1).encode())
             self._note(f"{name} step {step}")
-            if self.on_step is not None:
-                self.on_step(step)
+            if self.watch is not None:
+                self.watch(step)
             self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
         if word == "orphan":
             write_atomically(self.output.path.with_name("deaths"), number.encode())
@@ -190,8 +190,8 @@ class FakeEngine:
         self.pace = pace
         self.jobs: deque[FakeJob] = deque(maxlen=100)
 
-    def submit(self, request: GenerationRequest, output: Any, on_step: Any = None) -> FakeJob:
-        self.jobs.append(FakeJob(self.data, request, output, on_step, self.pace))
+    def submit(self, request: GenerationRequest, output: Any, watch: Any = None) -> FakeJob:
+        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace))
         return self.jobs[-1]
 
 
