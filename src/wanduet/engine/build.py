@@ -26,8 +26,8 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.ops.attention import AttentionLseFn
-from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.devices import on_device_of
+from wanduet.ops.attention_choice import Shape, choose_attention
+from wanduet.ops.devices import on_device_of, prepare_allocator
 from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
@@ -58,6 +58,7 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         torch.backends.cudnn.allow_tf32 = config.tf32
+        prepare_allocator()
         self._denoiser: Denoiser | None = None
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
@@ -194,17 +195,11 @@ class Models:
         folder = self.config.data_folder / "measurements"
         heads = (t.num_attention_heads, t.attention_head_dim)
 
-        def choose(keys: int) -> Choice:
-            shape = Shape(tokens, keys, *heads)
-            return choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
-
-        choice = choose(tokens)
+        shape = Shape(tokens, tokens, *heads)
+        choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
         denoiser.attention, denoiser.attention_lse = choice.name, choice.fn_with_lse
         denoiser.transformer.runtime = Runtime(
-            kernels=kernels_for(denoiser.device, denoiser.dtype),
-            attention=choice.fn,
-            ffn_chunk=job.plan.ffn_chunk,
-            text_attention=choose(self.spec.text_len).fn,
+            kernels=kernels_for(denoiser.device, denoiser.dtype), attention=choice.fn, ffn_chunk=job.plan.ffn_chunk
         )
 
     @contextmanager

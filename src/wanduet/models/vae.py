@@ -148,7 +148,7 @@ class WanVAE(nn.Module):
     def use_kernels(self, kernels: VAEKernels) -> None:
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
         for module in self.modules():
-            if isinstance(module, CausalConv3d | Upsample):
+            if isinstance(module, AttentionBlock | CausalConv3d | Upsample):
                 module.kernels = kernels
 
     def channels_last(self) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv, empty_clip
 
-SCORES_BYTES = 128 * 2**20  # of the middle's attention at a time
-
 Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
 Step: TypeAlias = tuple[Tensor, Past, Rows]
 
@@ -71,13 +69,15 @@ class CausalConv3d(nn.Conv3d, Remembers):
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         consume: bool = False,
+        then: RMSNorm | None = None,
     ) -> Step:
-        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after."""
+        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after.
+        With `then` the result is `silu(then(result))`."""
         spatial = self.kernel_size[1] == 3
         pads = rows.padding if spatial else (0, 0)
-        gamma = None if norm is None else norm.gamma
+        gamma, out_gamma = (None if n is None else n.gamma for n in (norm, then))
         assert self.bias is not None
-        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume)
+        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma)
         past = self.keep(last, past) if self.kernel_size[0] > 1 else None
         return out, past, rows.narrowed() if spatial else rows
 
@@ -98,17 +98,19 @@ class ResidualBlock(nn.Module):
     def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
-        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1)
+        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2)
         outer = inner.narrowed()
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
             shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer)
-        h, past2, _ = self.conv2.step(h, past2, inner, self.norm2, shortcut, consume=True)
+        h, past2, _ = self.conv2.step(h, past2, inner, residual=shortcut)
         return h, (past1, past2), outer
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all pixels of each frame. Needs whole frames."""
+
+    kernels: VAEKernels = VAE_TORCH_KERNELS
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,11 +128,8 @@ class AttentionBlock(nn.Module):
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).flatten(0, 1)
         normed = F.normalize(images.float(), dim=1).to(x.dtype) * (channels**0.5) * self.norm.gamma
-        q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        # In parts of the queries, so that a back end that writes out the scores needs a bounded memory too.
-        part = max(1, SCORES_BYTES // (4 * height * width * q.shape[0]))
-        heads = torch.cat([F.scaled_dot_product_attention(rows, k, v) for rows in q.split(part, dim=2)], dim=2)
-        heads = heads.squeeze(1).transpose(1, 2).reshape(batch * frames, channels, height, width)
+        q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        heads = self.kernels.attend(q, k, v).transpose(1, 2).reshape(batch * frames, channels, height, width)
         out = self.proj(heads).unflatten(0, (batch, frames)).transpose(1, 2)
         return x + out, None, rows
 
