@@ -135,7 +135,10 @@ def section_kernels(report: Report) -> None:
             "norm": (3, lambda k_=kernels: k_.norm(x, row, row, 1e-6, BF16)),
             "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, row, row, 1e-6)),
             "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], 1e-6, heads, rope)),
-            "text_attention": (2, lambda k_=kernels: k_.text_attention(y, row[0], 1e-6, *text, TEXT_LEN - TRUE_TOKENS[0])),
+            "text_attention": (
+                2,
+                lambda k_=kernels: k_.text_attention(y, row[0], 1e-6, *text, TEXT_LEN - TRUE_TOKENS[0]),
+            ),
         }
         for name, (units, fn) in cases.items():
             ms = timed(fn, 10, 3) * 1e3

@@ -253,27 +253,30 @@ class Models:
             release_memory()
 
     def load_vae(self, device: str, dtype: str, job: Job | None = None) -> WanVAE:
-        """The VAE on a device, loaded or moved there."""
+        """The VAE's decoder on a device, loaded or moved there."""
         began = time.perf_counter()
         kind = getattr(torch, dtype)
         if self._vae is None:
             with torch.device("meta"):
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
             self._enforce_limit(torch.device(device))
-            vae = vae.to(kind).to_empty(device=device)
-            parameters = dict(vae.named_parameters())
+            for part in vae.decoding_parts:  # the encoder stays without memory
+                part.to(kind).to_empty(device=device)
+            parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
             if self.folder is None:
                 _randomise(parameters)
             else:
                 self._verify()
-                self.folder.vae.load_into({n: p.data for n, p in parameters.items()})
+                rest = [name for name, _ in vae.named_parameters() if not vae.decodes(name)]
+                self.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
                 selftest.check_vae(vae)
             self._vae = vae
             self._fit_vae_to(torch.device(device), kind)
             if job is not None:
                 job.add_time("load_s", time.perf_counter() - began)
         moved = self._vae.post_quant_conv.weight.device != torch.device(device)
-        self._vae.to(device, kind)
+        for part in self._vae.decoding_parts:
+            part.to(device, kind)
         if moved:  # also to the CPU, where a GPU's kernels must not follow
             self._fit_vae_to(torch.device(device), kind)
         return self._vae
@@ -282,11 +285,14 @@ class Models:
         assert self._vae is not None
         if device.type == "cuda":
             self._vae.channels_last()
+            if self.config.tf32:
+                self._vae.round_to_tf32()
         self._vae.use_kernels(vae_kernels_for(device, dtype))
 
     def _vae_to_host(self) -> None:
         if self._vae is not None:
-            self._vae.to("cpu")
+            for part in self._vae.decoding_parts:
+                part.to("cpu")
             release_memory()
 
     # Housekeeping.

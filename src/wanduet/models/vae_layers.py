@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanduet.models.vae_history import History
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv, empty_clip
 
@@ -30,14 +31,19 @@ class Layer(Protocol):
 
 class Remembers(nn.Module):
     """A layer that keeps frames for the next step. `owns_past`: the caller never uses a past twice, so the
-    next one may take the old one's memory; without it steps are pure (see `WanVAE.own_pasts`)."""
+    next one may take the old one's memory; without it steps are pure. `history`: where a first past is put (see
+    `WanVAE.own_pasts`)."""
 
     owns_past = False
+    history: History | None = None
 
     def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
         """The next past: a copy of `frames`, in the old past's memory where that was given up."""
-        if self.owns_past and past is not None and past.shape == frames.shape and not torch.is_grad_enabled():
-            return past.copy_(frames)
+        if self.owns_past and not torch.is_grad_enabled():
+            if past is not None and past.shape == frames.shape:
+                return past.copy_(frames)
+            if self.history is not None:
+                return self.history.copy_of(frames)
         return frames.clone()
 
 
@@ -153,7 +159,7 @@ class Upsample(nn.Module):
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
-                past = empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_()
+                past = self.time_conv.keep(empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_(), None)
             else:
                 x, past, _ = self.time_conv.step(x, past, rows)
         conv, doubled = cast(nn.Conv2d, self.resample[1]), rows.doubled()

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import on_device_of
+from wanduet.ops.vae_triton import EPS, silu_rounded, uses_tf32
 
 UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
-NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class Tile:
     """What a program computes: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
 
     Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
-    are not: 96 = 64 + 32. `second` may be 0.
+    are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
+    instead of the other way round.
     """
 
     pixels: int
@@ -39,6 +40,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    swap: bool = False
 
     @property
     def channels(self) -> int:
@@ -61,7 +63,8 @@ def _convolution_kernel(
     length, height, width, out_height, out_width, top, norm_scale,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UP: tl.constexpr,
     UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    SWAP: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`, of which rows
     and columns count `UP` times; weight `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` is the padding above; from the
@@ -81,12 +84,12 @@ def _convolution_kernel(
     one = first_channel + tl.arange(0, FIRST)
     steps: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
     taps: tl.constexpr = KT * KH * KW
-    sum_one = tl.zeros((PIXELS, FIRST), tl.float32)
+    sum_one = tl.zeros((FIRST, PIXELS) if SWAP else (PIXELS, FIRST), tl.float32)
     one_at = one[:, None] * (taps * C_IN) + part[None, :]
     is_one = one[:, None] < C_OUT
     if SECOND:
         two = first_channel + FIRST + tl.arange(0, SECOND)
-        sum_two = tl.zeros((PIXELS, SECOND), tl.float32)
+        sum_two = tl.zeros((SECOND, PIXELS) if SWAP else (PIXELS, SECOND), tl.float32)
         two_at = two[:, None] * (taps * C_IN) + part[None, :]
         is_two = two[:, None] < C_OUT
 
@@ -117,10 +120,14 @@ def _convolution_kernel(
         )
         weights_at = weight_ptr + tap * C_IN + channel
         weights = tl.load(weights_at + one_at, is_one & in_width, 0.0)
-        sum_one = tl.dot(values, tl.trans(weights), sum_one, input_precision=PRECISION)
+        sum_one = _multiplied(values, weights, sum_one, PRECISION, SWAP)
         if SECOND:
             more = tl.load(weights_at + two_at, is_two & in_width, 0.0)
-            sum_two = tl.dot(values, tl.trans(more), sum_two, input_precision=PRECISION)
+            sum_two = _multiplied(values, more, sum_two, PRECISION, SWAP)
+    if SWAP:
+        sum_one = tl.trans(sum_one)
+        if SECOND:
+            sum_two = tl.trans(sum_two)
 
     out_at = out_ptr + batch * out_batch + frame.to(tl.int64) * out_frame + row * out_row + column * out_column
     residual_at = residual_ptr + batch * residual_batch + frame.to(tl.int64) * residual_frame
@@ -133,12 +140,20 @@ def _convolution_kernel(
         if SECOND:
             squares += tl.sum(sum_two * sum_two, 1)
         factor = norm_scale / tl.maximum(tl.sqrt(squares), EPS)
-        sum_one = _norm_silu(sum_one, factor, gamma_ptr, one, C_OUT)
+        sum_one = _norm_silu(sum_one, factor, gamma_ptr, one, C_OUT, TO_TF32)
         if SECOND:
-            sum_two = _norm_silu(sum_two, factor, gamma_ptr, two, C_OUT)
+            sum_two = _norm_silu(sum_two, factor, gamma_ptr, two, C_OUT, TO_TF32)
     _store(sum_one, out_at, one, is_pixel, C_OUT)
     if SECOND:
         _store(sum_two, out_at, two, is_pixel, C_OUT)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """Values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]`, added to the total."""
+    if SWAP:
+        return tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
+    return tl.dot(values, tl.trans(weights), total, input_precision=PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -154,10 +169,10 @@ def _completed(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _norm_silu(value, factor, gamma_ptr, channel, C_OUT: tl.constexpr):
+def _norm_silu(value, factor, gamma_ptr, channel, C_OUT: tl.constexpr, TO_TF32: tl.constexpr):
     """`silu(value * factor * gamma)`."""
-    normed = value * factor[:, None] * tl.load(gamma_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)[None, :]
-    return normed * tl.sigmoid(normed)
+    gamma = tl.load(gamma_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)
+    return silu_rounded(value * factor[:, None] * gamma[None, :], TO_TF32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -204,9 +219,9 @@ def convolve(
             *_strides(x), *_strides(before), *_strides(added), *_strides(out),
             length, height, width, out.shape[3], out.shape[4], pads[0], float(outputs**0.5),
             C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, UNIT=unit, HAS_PAST=past is not None and kt > 1,
-            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=NORM_EPS,
+            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
             PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth,
+            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return normed
@@ -214,18 +229,28 @@ def convolve(
 
 def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Tile:
     """The tile for a convolution of these widths in values of `itemsize` bytes, within `shared_memory` bytes."""
-    depth = min(triton.next_power_of_2(inputs), 128 // itemsize)  # 128 bytes of a pixel at a time
-    if outputs % 192 == 0:
-        tile = Tile(128, 128, 64, depth, 8, 3)
-    elif outputs % 96 == 0:
-        tile = Tile(256, 64, 32, min(depth, 32), 8, 4)
+    depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
+    for width, size in TILES:
+        if outputs % width == 0 and itemsize <= size:
+            tile = TILES[width, size]
+            break
     else:
         tile = Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3)
-    tile = replace(tile, depth=max(16, tile.depth))
+    tile = replace(tile, depth=min(tile.depth, depth))
     while tile.shared_memory(itemsize) > shared_memory:
         fewer = tile.stages > 2
         tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
     return tile
+
+
+# By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
+# Measured on an H100: benchmarks/convolutions.py.
+TILES = {
+    (192, 2): Tile(128, 128, 64, 64, 8, 3),
+    (192, 4): Tile(128, 128, 64, 32, 8, 4),
+    (96, 2): Tile(128, 64, 32, 32, 4, 4),
+    (96, 4): Tile(128, 64, 32, 32, 4, 4),
+}
 
 
 @lru_cache

@@ -7,6 +7,7 @@ program takes some pixels with all their channels. The plain form needs seven pa
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads the annotations of a kernel's parameters itself.)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,10 +19,21 @@ VALUES = 8192
 EPS = 1e-12  # torch.nn.functional.normalize's
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def silu_rounded(x, TO_TF32: tl.constexpr):
+    """`silu(x)` in float32; with `TO_TF32` rounded to the nearest number of 11 bits: what only convolutions read, whose
+    matrix units would cut the other bits off, and every result would be a little too small."""
+    x = x * tl.sigmoid(x)
+    if TO_TF32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
 @triton.jit(do_not_specialize=["frames", "height", "width", "count"])  # type: ignore[untyped-decorator]
 def _norm_silu_kernel(
     x_ptr, gamma_ptr, out_ptr, x_batch, x_frame, x_row, x_column, frames, height, width, count, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr, EPS: tl.constexpr,
+    TO_TF32: tl.constexpr,
 ):  # fmt: skip
     """Pixels of `out` `[B, frames, height, width, C]`, contiguous; `scale` is sqrt(C)."""
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
@@ -36,8 +48,13 @@ def _norm_silu_kernel(
     value = tl.load(x_ptr + x_at[:, None] + channel, mask, 0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
     gamma = tl.load(gamma_ptr + channel, in_width, 0.0).to(tl.float32)
-    normed = value / length * scale * gamma
-    tl.store(out_ptr + (pixel * C)[:, None] + channel, (normed * tl.sigmoid(normed)).to(out_ptr.dtype.element_ty), mask)
+    result = silu_rounded(value / length * scale * gamma, TO_TF32)
+    tl.store(out_ptr + (pixel * C)[:, None] + channel, result.to(out_ptr.dtype.element_ty), mask)
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
+    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
@@ -49,5 +66,5 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     with on_device_of(x):
         _norm_silu_kernel[(triton.cdiv(count, pixels),)](
             x, gamma, out, x.stride(0), x.stride(2), x.stride(3), x.stride(4), frames, height, width, count,
-            float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS,
+            float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
         )  # fmt: skip

@@ -105,15 +105,15 @@ def test_channels_that_are_apart_are_refused(kernels) -> None:
 
 
 @pytest.mark.parametrize(("num_keys", "repeats"), [(1, 5), (37, 1), (37, 400), (130, 3)])
-@pytest.mark.parametrize("heads_at_a_time", [4, 2])
-def test_attention_to_the_text(kernels, num_keys: int, repeats: int, heads_at_a_time: int) -> None:
+@pytest.mark.parametrize("programs", [1, 5])
+def test_attention_to_the_text(kernels, num_keys: int, repeats: int, programs: int) -> None:
     from wanduet.ops.text_triton import TextTile, text_attention
 
     heads, head_dim = 4, 16
     q = torch.randn(2, 21, heads * head_dim)[:, 3:]
     keys, values = torch.randn(2, 2, num_keys, heads, head_dim)
     weight = torch.randn(heads * head_dim)
-    tile = TextTile(queries=16, keys=32, heads=heads_at_a_time)
+    tile = TextTile(queries=16, keys=64, programs=programs)
     got = text_attention(q.clone(), weight, EPS, keys, values, repeats, tile)
     expected = fused.text_attention(q.clone(), weight, EPS, keys, values, repeats)
     # (In bfloat16 on a GPU: tests marked gpu. The interpreter multiplies bfloat16 as integers.)

@@ -26,6 +26,11 @@ def convolutions(interpreted) -> ModuleType:
     return interpreted("wanduet.ops.conv_triton")
 
 
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def clip(channels: int, frames: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     x = torch.randn(1, channels, frames, rows, columns).to(dtype)
     return x.to(memory_format=torch.channels_last_3d)
@@ -107,6 +112,34 @@ def test_attention_in_products_equals_the_plain_form(monkeypatch, part_bytes) ->
         torch.testing.assert_close(vae_gpu.attend(*qkv), vae_fused.attend(*qkv), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("outputs", [40, 96])
+def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias), gamma = clip(24, 2, 4, 5), convolution(24, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
+    results = []
+    for swap in (False, True):
+        out = clip(outputs, 2, 4, 5)
+        first, second = (64, 32) if outputs == 96 else (64, 0)
+        tile = convolutions.Tile(16, first, second, 16, 4, 2, swap)
+        assert convolutions.convolve(x, None, weight, bias, (1, 1), 1, None, out, gamma, tile)
+        results.append(out)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_norms_round_to_nearest_where_convolutions_use_tf32(monkeypatch, convolutions, tf32) -> None:
+    from wanduet.ops.vae_triton import norm_silu
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    x, gamma = clip(16, 1, 5, 4), torch.randn(16, 1, 1, 1)
+    exact, out = vae_fused.norm_silu(x.double(), gamma.double()), torch.empty_like(x)
+    norm_silu(x, gamma, out)
+    error = ((out.double() - exact) / exact).abs().max().item()
+    assert (2**-13 < error <= 2**-11) if tf32 else error < 1e-5
+    kept = out.contiguous().view(torch.int32) & 0x1FFF
+    assert kept.any().item() != tf32
+
+
 def test_a_step_of_one_frame_keeps_a_frame_of_the_past() -> None:
     torch.manual_seed(0)
     x, past, (weight, bias) = clip(8, 1, 3, 2), clip(8, 2, 3, 2), convolution(8, 16, (3, 1, 1))
@@ -150,7 +183,7 @@ def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_me
     assert min(tile.pixels, tile.depth) >= 16
     assert tile.stages >= 2
     assert tile.depth * itemsize <= 128
-    assert outputs < 96 or outputs % tile.channels == 0
+    assert outputs < 96 or outputs % tile.channels == 0 or tile.channels >= outputs
 
 
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
