@@ -152,8 +152,10 @@ def _convolution_kernel(
 def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
     """Values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]`, added to the total."""
     if SWAP:
-        return tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
-    return tl.dot(values, tl.trans(weights), total, input_precision=PRECISION)
+        total = tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(values, tl.trans(weights), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
