@@ -97,10 +97,12 @@ def parse_bytes(text: str | int) -> int:
     """`24GiB`, `24GB`, `24G`, `512MiB` or plain bytes to bytes. GB means 10**9, G and GiB 2**30."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE | re.ASCII)
     if not match:
         raise ConfigError(f"{text!r} is no amount of memory.", hint="Examples: 24GiB, 11.5GiB, 800MiB.")
     number, prefix, suffix = match.groups()
+    if not prefix and not suffix and 0 < float(number) < 1024:
+        raise ConfigError(f"{text.strip()} bytes of memory are not meant.", hint=f"Say the unit: {text.strip()}GiB.")
     power = " KMGT".index(prefix.upper()) if prefix else 0
     base = 1000 if prefix and suffix.upper() == "B" else 1024
     return int(float(number) * base**power)

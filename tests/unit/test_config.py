@@ -10,7 +10,7 @@ from wanduet.errors import ConfigError
     ("text", "value"),
     [
         ("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24GB", 24 * 10**9), ("512MiB", 2**29), ("1.5 TiB", 3 * 2**39),
-        ("800", 800), ("800B", 800), (" 1kib ", 1024), (77, 77),
+        ("8000", 8000), ("800B", 800), ("0", 0), (" 1kib ", 1024), (77, 77),
     ],
 )  # fmt: skip
 def test_amounts_of_memory(text: str | int, value: int) -> None:
@@ -55,3 +55,13 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert EngineConfig(data_dir=tmp_path / "x").data_folder == tmp_path / "x"
     monkeypatch.setenv("WANDUET_DATA_DIR", "")
     assert EngineConfig().data_folder.name == "wanduet"
+
+
+def test_a_number_that_was_meant_as_gib_says_so() -> None:
+    with pytest.raises(ConfigError, match="12GiB"):
+        parse_bytes("12")
+
+
+def test_an_amount_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes("9" * 400)

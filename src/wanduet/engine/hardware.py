@@ -12,6 +12,8 @@ from wanduet.errors import ConfigError
 # What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
 # on Hopper with CUDA 13 (see benchmarks/results); counted apart from every prediction.
 CUDA_CONTEXT_BYTES = 600 * 2**20
+MOST_DEVICES = 64  # of one host
+SMALLEST_DEVICE = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +97,25 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
         if part.lower().startswith("ram="):
             ram = parse_bytes(part[4:])
         elif part.lower() != "cpu":
-            match = re.fullmatch(r"(?:(\d+)x)?(.+)", part, re.IGNORECASE)
-            if match is None:
-                raise ConfigError(f"hardware={text!r} is not understood.", hint="Examples: 2x24GiB, 24GiB+12GiB.")
-            sizes += [parse_bytes(match[2])] * int(match[1] or 1)
+            match = re.fullmatch(r"(?:(\d{1,4})[x×*])?(.+)", part, re.IGNORECASE | re.ASCII)
+            count = int(match[1] or 1) if match else 0
+            if match is None or not 1 <= count <= MOST_DEVICES:
+                hint = f"Examples: 2x24GiB, 24GiB+12GiB; 1 to {MOST_DEVICES} devices."
+                raise ConfigError(f"hardware={text!r} is not understood.", hint=hint)
+            sizes += [_device_bytes(match[2])] * count
     # 8.6 is the RTX 3090's generation, the least the project promises to run on.
     devices = (
         DeviceInfo(f"cuda:{i}", "assumed", size, size - CUDA_CONTEXT_BYTES, (8, 6), 82) for i, size in enumerate(sizes)
     )
     return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, "assumed")
+
+
+def _device_bytes(text: str) -> int:
+    """A GPU's memory. Raises ConfigError."""
+    size = parse_bytes(text)
+    if size < SMALLEST_DEVICE:
+        raise ConfigError(f"hardware: no GPU has {text}.", hint="Examples: 2x24GiB, 24GiB+12GiB.")
+    return size
 
 
 def host_memory() -> tuple[int, int]:
