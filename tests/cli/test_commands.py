@@ -215,6 +215,14 @@ def test_batch(wanduet, work: Path) -> None:
     assert ran.json["failed"] == 0
 
 
+def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text(CIRCLE)
+    ran = wanduet("batch", "prompts.txt", *TINY, "-o", "clip.mp4", "--json")
+    assert ran.code == 2
+    assert "a folder" in ran.error
+    assert os.listdir(work) == ["prompts.txt"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

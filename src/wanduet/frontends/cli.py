@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env, Toml
 
 from wanduet.frontends import cli_jobs
-from wanduet.frontends.early import check_output, check_request, read_batch
+from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
 from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, VideoFlags, whole
 from wanduet.frontends.run import emit, run
 
@@ -46,8 +46,8 @@ def generate(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video of a prompt."""
-    request, config = video.request(prompt), engine.config()
-    check_request(request, config)
+    config = engine.config()
+    request = early_request(prompt, video, config)
     check_output(output, codec, quality)
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.commands import run_generate
@@ -65,11 +65,13 @@ def batch(
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.")] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv."""
+    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv.
+
+    Lines that begin with # are comments.
+    """
     config = engine.config()
-    requests = read_batch(file, video)
-    for request in requests:
-        check_request(request, config)
+    requests = read_batch(file, video, config)
+    check_folder(output)
     from wanduet.frontends.commands import run_batch
 
     done = run_batch(requests, config, output or Path())
@@ -87,8 +89,8 @@ def plan(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Predict memory and choose settings, without loading anything."""
-    request, config = video.request("a plan"), engine.config()
-    check_request(request, config)
+    config = engine.config()
+    request = early_request("a plan", video, config)
     from wanduet.frontends.commands import run_plan
 
     found = run_plan(request, config, hardware)

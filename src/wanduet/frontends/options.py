@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter, Token
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.request import GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
-from wanduet.specs import DEFAULT_MODEL
+from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
 
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
@@ -52,8 +52,8 @@ class VideoFlags:
     fps: Annotated[int | None, Parameter(help="Frames a second of the file.", converter=whole)] = None
     num_videos_per_prompt: Annotated[int | None, Parameter(help="Videos of consecutive seeds.", converter=whole)] = None
 
-    def request(self, prompt: str) -> GenerationRequest:
-        """The request that was typed. Raises InvalidRequestError."""
+    def request(self, prompt: str, spec: ModelSpec | None = None) -> GenerationRequest:
+        """The request that was typed; `spec` is the model's, where it is known. Raises InvalidRequestError."""
         names = (
             "negative_prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale",
             "flow_shift", "sampler", "seed", "fps", "num_videos_per_prompt",
@@ -71,7 +71,9 @@ class VideoFlags:
                 raise InvalidRequestError("seconds", self.seconds, "either --seconds or --num-frames")
             if not 0 < self.seconds <= 3600:
                 raise InvalidRequestError("seconds", self.seconds, "more than 0, at most 3600")
-            values["num_frames"] = frames_for_seconds(self.seconds, self.fps or 16)
+            known = spec or WAN_1_3B
+            fps, stride = self.fps or known.defaults.fps, known.vae.temporal_stride
+            values["num_frames"] = frames_for_seconds(self.seconds, fps, stride)
         return GenerationRequest.parse(prompt=prompt, **values)
 
 
