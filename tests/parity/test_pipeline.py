@@ -1,5 +1,7 @@
 """`wanduet.WanPipeline` against diffusers' own: the same call on the same folder, float32 on the CPU."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +135,26 @@ def test_positional_parameters_are_those_of_diffusers() -> None:
     theirs = list(inspect.signature(Oracle.__call__).parameters)
     ours = inspect.signature(wanduet.WanPipeline.__call__).parameters
     assert [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY] == theirs
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_the_scheduler_is_the_one_that_the_folder_names(random_model, tmp_path, name) -> None:
+    import diffusers
+
+    flow = {} if name.startswith("FlowMatch") else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    shift = {"shift": 5.0} if name.startswith("FlowMatch") else {"flow_shift": 5.0}
+    oracle = Oracle.from_pretrained(random_model, scheduler=getattr(diffusers, name)(**flow, **shift))
+    oracle.set_progress_bar_config(disable=True)
+    oracle.save_pretrained(tmp_path / "model")
+    compare(oracle, wanduet.WanPipeline.from_pretrained(tmp_path / "model", data_dir=tmp_path), prompt="a heart")
+
+
+def test_a_scheduler_of_another_kind_is_refused(random_model, tmp_path) -> None:
+    from diffusers import DDIMScheduler
+
+    from wanduet.errors import ModelNotFoundError
+
+    model = shutil.copytree(random_model, tmp_path / "model")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    with pytest.raises(ModelNotFoundError, match="DDIMScheduler"):
+        wanduet.WanPipeline.from_pretrained(model)

@@ -20,7 +20,7 @@ from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.ladder import DenoiseLadder, decode_modes
 from wanduet.engine.plan import make_plan, require_fit
-from wanduet.errors import CancelledError, InvalidRequestError, OutOfMemoryError
+from wanduet.errors import CancelledError, InvalidRequestError, ModelNotFoundError, OutOfMemoryError
 from wanduet.models.text_encoder import pad_embeddings
 from wanduet.models.transformer import TextContext
 from wanduet.models.vae_stream import decode_stream
@@ -28,11 +28,13 @@ from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
+from wanduet.weights.folder import read_json
 
 log = logging.getLogger(__name__)
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[["WanPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
+SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -306,12 +308,19 @@ class _Loop:
 
 
 def _load_scheduler(models: Models) -> Any:
-    """The checkpoint's own; for random weights the official one."""
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    """The checkpoint's own; for random weights the official one. Raises ModelNotFoundError for one of another kind."""
+    import diffusers
 
-    if models.folder is None or not (models.folder.path / "scheduler").is_dir():
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return UniPCMultistepScheduler.from_pretrained(str(models.folder.path / "scheduler"), local_files_only=True)
+    folder = None if models.folder is None else models.folder.path / "scheduler"
+    if folder is None or not folder.is_dir():
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    name = read_json(folder / "scheduler_config.json").get("_class_name", SCHEDULERS[0])
+    if name not in SCHEDULERS:
+        known = ", ".join(SCHEDULERS)
+        raise ModelNotFoundError(f"{folder}: {name} is not supported.", hint=f"Supported: {known}.")
+    return getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True)
 
 
 def _refuse(
