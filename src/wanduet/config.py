@@ -109,7 +109,9 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people: `3.42 GiB`, `189 MiB`."""
+    """Bytes for people: `3.42 GiB`, `189 MiB`, `52 KiB`."""
+    if 0 < count < 2**20:
+        return f"{count / 1024:.0f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 

@@ -6,10 +6,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
+from wanduet.errors import OutputError
 from wanduet.media.read import frame_hashes, probe, read_metadata
+from wanduet.media.video import write_video
 
 TINY = ("--model", "miniature", "--steps", "2", "--num-frames", "5", "--resolution", "32x32", "--seed", "1")
 CIRCLE = "a red circle moving left on a black background"
@@ -146,6 +150,18 @@ def test_encode_inspect_and_the_cache(wanduet, work: Path, tmp_path: Path) -> No
     assert wanduet("inspect", "x " * 3000, "--model", "miniature", "--json").code == 1  # longer than any file's name
 
 
+def test_embeddings_go_where_they_are_found_again(wanduet, work: Path) -> None:
+    (work / "out").mkdir()
+    assert wanduet("encode", "x", "--model", "miniature", "-o", "out", "--json").json["output"] == str(
+        Path("out/x.safetensors")
+    )
+    assert "x.txt.safetensors" in wanduet("encode", "x", "--model", "miniature", "-o", "x.txt", "--json").error
+    damaged = bytearray((work / "out" / "x.safetensors").read_bytes())
+    damaged[-5] ^= 1
+    (work / "out" / "x.safetensors").write_bytes(damaged)
+    assert "damaged" in wanduet("inspect", "out/x.safetensors", "--json").error
+
+
 def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
     made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
     (latents,) = made["latents"]
@@ -171,6 +187,47 @@ def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
     assert other.code == 1
     assert other.json["equal"] is False
     assert other.json["different_frames"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": {"quality": "high"}}, {"output": {"quality": 1000}}, {"seed": None}, {"seed": "1"}, {"request": {}},
+        {"request": {"prompt": "x", "num_frames": 6}}, {"request": {"prompt": ["x"]}}, {"request": {"prompt": ""}},
+    ],
+)  # fmt: skip
+def test_metadata_that_anybody_wrote_is_not_trusted(wanduet, work: Path, change: dict) -> None:
+    about = {"request": {"prompt": "x", "num_frames": 1}, "seed": 1, "model": {"name": "miniature"}} | change
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), work / "x.mp4", metadata=about)
+    ran = wanduet("verify", "x.mp4", "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["code"] == "unreadable_file"
+    assert "x.mp4" in ran.error
+    assert wanduet("inspect", "x.mp4").code == 0
+
+
+def test_a_disk_that_is_full_at_the_end_says_what_is_kept(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import generate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
+        assert "--resume" in wanduet("generate", "x", *TINY, "--json").error
+    assert os.listdir(work) == ["x.mp4.latents.safetensors"]
+    assert wanduet("generate", "x", *TINY, "--resume", "--json").json["timings"]["denoise_s"] == 0
+    assert os.listdir(work) == ["x.mp4"]
+
+
+@pytest.mark.parametrize("prompt", ["&nbsp;", "&amp;#32; \u3000"])
+def test_a_prompt_that_is_empty_once_cleaned_is_told(wanduet, prompt: str) -> None:
+    assert any("Nothing is left" in note for note in wanduet("generate", prompt, *TINY, "--json").json["warnings"])
+
+
+def test_a_prompt_does_not_steer_the_terminal(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text("a \x1b[2J circle\n" + "long " * 1000)
+    ran = wanduet("batch", "prompts.txt", *TINY, "--json")
+    assert ran.code == 0
+    assert "\x1b" not in ran.err
+    assert "(4999 characters)" in ran.err
 
 
 def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:

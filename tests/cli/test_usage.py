@@ -188,13 +188,20 @@ def test_a_settings_file_that_is_wrong(wanduet, work: Path, text: str, words: st
 
 
 def test_a_settings_file_that_cannot_be_read(wanduet, work: Path) -> None:
-    (work / "wanduet.toml").write_bytes(b"\xff\xfe")
+    (work / "wanduet.toml").write_bytes(b"\xff\x00")
     assert wanduet(*DRY).code == 2
     (work / "wanduet.toml").unlink()
     (work / "wanduet.toml").mkdir()
     ran = wanduet(*DRY)
     assert ran.code == 2
     assert "wanduet.toml cannot be read" in ran.error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_settings_file_as_windows_writes_it(wanduet, work: Path, encoding: str) -> None:
+    (work / "wanduet.toml").write_text("negative_prompt = '模糊'\r\nsteps = 3\r\n", encoding=encoding)
+    settings = wanduet(*DRY).json["settings"]
+    assert (settings["negative_prompt"], settings["num_inference_steps"]) == ("模糊", 3)
 
 
 @pytest.mark.parametrize(("name", "text"), [("TF32", "maybe"), ("NUM_FRAMES", ""), ("STRATEGY", "x")])

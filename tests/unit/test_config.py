@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wanduet.config import EngineConfig, format_bytes, parse_bytes, parse_devices
+from wanduet.config import GIB, EngineConfig, format_bytes, parse_bytes, parse_devices
 from wanduet.errors import ConfigError
 
 
@@ -21,10 +21,6 @@ def test_amounts_of_memory(text: str | int, value: int) -> None:
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(ConfigError, match="no amount of memory"):
         parse_bytes(text)
-
-
-def test_bytes_for_people() -> None:
-    assert (format_bytes(3 * 2**30), format_bytes(5 * 2**20), format_bytes(0)) == ("3.00 GiB", "5 MiB", "0 MiB")
 
 
 def test_devices() -> None:
@@ -65,3 +61,10 @@ def test_a_number_that_was_meant_as_gib_says_so() -> None:
 def test_an_amount_beyond_all_numbers_is_refused() -> None:
     with pytest.raises(ConfigError):
         parse_bytes("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 MiB"), (52 * 1024, "52 KiB"), (189 * 2**20, "189 MiB"), (3 * GIB, "3.00 GiB")]
+)
+def test_bytes_for_people(size: int, text: str) -> None:
+    assert format_bytes(size) == text

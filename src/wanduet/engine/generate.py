@@ -55,6 +55,8 @@ def encode_prompt(models: Models, job: Job) -> Conditioning:
     for name, one in zip(("prompt", "negative_prompt"), encoded, strict=False):
         if one.cut:
             job.warnings.append(f"{name} is longer than {models.spec.text_len} tokens; cut off: {one.cut!r}")
+    if not encoded[0].text:
+        job.warnings.append("Nothing is left of the prompt once entities and spaces are cleaned: it says nothing.")
     return Conditioning(encoded[0], encoded[1] if request.uses_guidance else None)
 
 

@@ -17,7 +17,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
 from wanduet.errors import OutputError, WanduetError
-from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
+from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -72,17 +72,16 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
     """
     path = Path(target)
     try:
-        is_file = path.exists()
-    except OSError:  # a prompt that is longer than any file's name
+        is_file = bool(target) and path.exists()
+    except (OSError, ValueError):  # a prompt that is longer than any file's name
         is_file = False
     if not is_file:
         return _inspect_prompt(config, target)
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
-    try:
+    if holds_embeddings(path):
         return _inspect_embeddings(load_embeddings(path), path)
-    except UnreadableFileError:
-        latents, about = load_latents(path)
+    latents, about = load_latents(path)
     channels = latents.float().flatten(1)
     return {
         "kind": "latents",

@@ -17,10 +17,18 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import Plan, make_plan
 from wanduet.engine.roofline import where_it_went
-from wanduet.errors import CancelledError, ConfigError, InvalidRequestError, ModelNotFoundError
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutputError,
+    WanduetError,
+)
 from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
 from wanduet.frontends.progress import follow
+from wanduet.frontends.show import printable
 from wanduet.media.files import UnreadableFileError, next_free_path
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -31,6 +39,8 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.sampling.checkpoint import find_checkpoints
 from wanduet.specs import RANDOM_SPECS
 from wanduet.weights.download import MINIATURE, open_model
+
+SHOWN = 500  # characters of a prompt
 
 
 def run_generate(
@@ -59,9 +69,11 @@ def run_generate(
         follow(job)
         try:
             result = job.result()
-        except CancelledError as error:
-            if job.timings["denoise_s"]:
+        except WanduetError as error:
+            if isinstance(error, CancelledError) and job.timings["denoise_s"]:
                 error.hint = "Go on where it stopped: the same command with --resume."
+            elif isinstance(error, OutputError) and _kept(job):
+                error.hint = f"{error.hint or ''} The latents are kept: the same command with --resume only decodes."
             raise
         done = report(job, result)
         if profile:
@@ -82,7 +94,7 @@ def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, folde
             options = _named(OutputOptions(folder), request.prompt, request.num_videos_per_prompt, taken)
             jobs.append(engine.submit(request, options))
         for number, job in enumerate(jobs, start=1):
-            print(f"[{number}/{len(jobs)}] {job.request.prompt}", file=sys.stderr)
+            print(f"[{number}/{len(jobs)}] {_shown(job.request.prompt)}", file=sys.stderr)
             follow(job)
             try:
                 done.append(report(job, job.result()))
@@ -128,7 +140,11 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
 
 def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[str, Any]:
     """A prompt to an embeddings file."""
-    path = output or next_free_path(Path(), prompt, ".safetensors")
+    path = output or Path()
+    if is_folder(path):
+        path = next_free_path(path, prompt, ".safetensors")
+    elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
+        raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
     embeds = tools.encode_to_file(config, prompt, path)
     return {"output": str(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
 
@@ -156,11 +172,14 @@ def run_decode(
 def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     """Make a video again and compare frame hashes. Raises UnreadableFileError."""
     about = read_metadata(video)
-    request, codec = _request_of(video, about), str(probe(video)["codec"])
+    (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
-        job = engine.submit(request, OutputOptions(path, codec, quality=_part(about, "output").get("quality")))
+        try:
+            job = engine.submit(request, OutputOptions(path, codec, quality))
+        except InvalidRequestError as error:
+            raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
         follow(job)
         job.result()
         again = frame_hashes(path)
@@ -178,10 +197,14 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     }
 
 
-def _request_of(video: Path, about: dict[str, Any]) -> GenerationRequest:
+def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:
+    """The request in a video's metadata, which anybody may have written, and the quality. Raises UnreadableFileError."""
     fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
+    seed, quality = about.get("seed"), _part(about, "output").get("quality")
+    if type(seed) is not int or type(quality) not in (int, type(None)):
+        raise UnreadableFileError(f"{video} does not say which seed and quality made it.")
     try:
-        return GenerationRequest.parse(**(fields | {"seed": about.get("seed"), "num_videos_per_prompt": 1}))
+        return GenerationRequest.parse(**(fields | {"seed": seed, "num_videos_per_prompt": 1})), quality
     except InvalidRequestError as error:
         raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
 
@@ -211,6 +234,11 @@ def report(job: Job, result: JobResult) -> dict[str, Any]:
     }
 
 
+def _kept(job: Job) -> bool:
+    """Whether latents of a job that failed are on the disk."""
+    return any(job.latents_path(index).exists() for index in range(job.request.num_videos_per_prompt))
+
+
 def predicted(plan: Plan) -> dict[str, int]:
     """Predicted peak bytes by device; on a CPU the whole process."""
     peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
@@ -229,10 +257,17 @@ def _announce(job: Job, config: EngineConfig) -> None:
             "The miniature knows coloured shapes that move on plain backgrounds, and a few scenes; "
             "this prompt goes beyond its world. Try: a red circle moving left on a black background."
         )
-    print(f"Prompt: {r.prompt}", file=sys.stderr)
-    size = f"{r.width}x{r.height}, {r.num_frames} frames ({r.seconds:.1f} s)"
+    print(f"Prompt: {_shown(r.prompt)}", file=sys.stderr)
+    size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
-    print(f"{size}, {r.num_inference_steps} steps of {r.sampler}, seed {r.seed}; {where}", file=sys.stderr)
+    steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
+    print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def _shown(prompt: str) -> str:
+    """A prompt for the terminal, which it must not steer: the first lines' worth of it."""
+    text = printable(prompt)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
 def _config_of(flags: EngineFlags, about: dict[str, Any]) -> EngineConfig:

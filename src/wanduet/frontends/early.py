@@ -1,6 +1,5 @@
 """What can be refused before torch is imported: it takes a third of a second instead of several."""
 
-import codecs
 import csv
 import io
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
-from wanduet.frontends.options import VideoFlags
+from wanduet.frontends.options import VideoFlags, decoded
 from wanduet.request import GenerationRequest
 from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 
@@ -73,7 +72,7 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
     ModelNotFoundError.
     """
     try:
-        text = _decoded(file.read_bytes())
+        text = decoded(file.read_bytes())
         rows = _csv_rows(text) if file.suffix.lower() in (".csv", ".tsv") else _text_rows(text)
     except (OSError, ValueError, csv.Error) as error:
         raise InvalidRequestError("file", str(file), f"a text file that can be read ({error})") from error
@@ -95,12 +94,6 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
 
 
 Row = str | dict[str, str]
-
-
-def _decoded(data: bytes) -> str:
-    """UTF-8, or what the file's first bytes say: Windows' shell writes UTF-16."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def _text_rows(text: str) -> list[tuple[int, Row]]:

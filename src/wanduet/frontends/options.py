@@ -3,12 +3,15 @@
 Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then default.
 """
 
+import codecs
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, Token
+from cyclopts.config import Toml
 
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
@@ -18,6 +21,19 @@ from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
+
+
+class Settings(Toml):
+    """`wanduet.toml`, also as Windows' editors and shell write it."""
+
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        return tomllib.loads(decoded(path.read_bytes()))
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in what its first bytes say. Raises ValueError."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def whole(kind: Any, tokens: Sequence[Token]) -> int:
