@@ -272,6 +272,42 @@ def test_batch(wanduet, work: Path) -> None:
     assert ran.json["failed"] == 0
 
 
+def test_a_batch_goes_on_with_what_is_missing(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text('x\nx\n{"prompt": "y", "num_videos_per_prompt": 2}\nz\n')
+    unseeded = [flag for flag in TINY if flag not in ("--seed", "1")]
+    batch = ("batch", "prompts.txt", *unseeded, "-o", "out", "--codec", "ffv1", "--json")
+    assert wanduet("generate", "z", *unseeded, "-o", "out/z.mkv", "--codec", "ffv1", "--fps", "8", "--json").code == 0
+    first = wanduet(*batch).json["videos"]
+    outputs = ["x.mkv", "x-2.mkv", "y-1.mkv", "z-2.mkv"]
+    assert [Path(video["output"]).name for video in first] == outputs
+    kept = {name: (work / "out" / name).stat().st_ino for name in os.listdir(work / "out")}
+    (work / "out" / "x-2.mkv").unlink()
+    (work / "out" / "y-2.mkv").unlink()
+    again = wanduet(*batch, "--resume").json["videos"]
+    assert [Path(video["output"]).name for video in again] == ["x.mkv", "x-2.mkv", "y-2-1.mkv", "z-2.mkv"]
+    assert [video.get("made_before", False) for video in again] == [True, False, False, True]
+    assert [video["seed"] for video in again][::3] == [video["seed"] for video in first][::3]
+    for name in ("x.mkv", "y-1.mkv", "z.mkv", "z-2.mkv"):
+        assert (work / "out" / name).stat().st_ino == kept[name]
+    seeded = wanduet(*batch, "--resume", "--seed", "5").json["videos"]  # another request: none of these is its video
+    assert not any(video.get("made_before") for video in seeded)
+
+
+def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -> None:
+    ran = wanduet("bench", *TINY, "--runs", "2", "--json")
+    assert ran.code == 0
+    found = ran.json
+    assert len(found["runs"]) == 2
+    assert found["timings"]["encode_s"] > 0  # not from the cache
+    assert {"load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} == set(found["timings"])
+    assert found["seconds_per_step"] > 0
+    assert found["peak_memory_bytes"]["cpu"] > 0
+    assert os.listdir(work) == []
+    assert not (tmp_path / "data" / "embeddings").exists()
+    assert wanduet("bench", *TINY, "--runs", "0", "--json").code == 2
+    assert wanduet("bench", *TINY, "--runs", "1").code == 0
+
+
 def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
     (work / "prompts.txt").write_text(CIRCLE)
     ran = wanduet("batch", "prompts.txt", *TINY, "-o", "clip.mp4", "--json")

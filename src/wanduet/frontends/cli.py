@@ -1,4 +1,5 @@
-"""The command line: `wanduet generate`, `decode`, `encode`, `inspect`, `plan`, `download`, `doctor`, `verify`.
+"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `encode`, `decode`, `inspect`, `download`,
+`verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
@@ -18,6 +19,8 @@ from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, Vide
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
+Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
+Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
 Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
@@ -37,8 +40,8 @@ def generate(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     output: Output = None,
-    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
-    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
     save_latents: Annotated[bool, Parameter(help="Keep the latents beside the video.")] = False,
     resume: Annotated[bool, Parameter(help="Go on from what an interrupted run left.")] = False,
     profile: Annotated[bool, Parameter(help="Say where the time went; a trace for Perfetto beside the video.")] = False,
@@ -63,6 +66,12 @@ def batch(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.")] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
+    resume: Annotated[
+        bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
+    ] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv.
@@ -72,9 +81,11 @@ def batch(
     config = engine.config()
     requests = read_batch(file, video, config)
     check_folder(output)
-    from wanduet.frontends.commands import run_batch
+    check_output(None, codec, quality)
+    from wanduet.engine.job import OutputOptions
+    from wanduet.frontends.batch import run_batch
 
-    done = run_batch(requests, config, output or Path())
+    done = run_batch(requests, config, OutputOptions(output or Path(), codec, quality, save_latents, resume))
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
@@ -100,6 +111,23 @@ def plan(
 
 
 @app.command
+def bench(
+    prompt: str = "a red circle moving left on a black background",
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights."""
+    config = engine.config()
+    request = early_request(prompt, video, config)
+    from wanduet.frontends.bench import run_bench
+
+    emit(run_bench(request, config, runs), json_)
+
+
+@app.command
 def encode(
     prompt: str,
     *,
@@ -120,8 +148,8 @@ def decode(
     *,
     engine: EngineFlags = OTHER,
     output: Output = None,
-    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
-    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Turn kept latents into their video. The model is the one that made them, unless --model says another."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
 from wanduet.frontends.progress import follow
 from wanduet.frontends.show import printable
+from wanduet.media.codecs import find_codec
 from wanduet.media.files import UnreadableFileError, next_free_path
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -55,7 +56,7 @@ def run_generate(
     """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
     check_attention(config)
     if not named or is_folder(options.path):
-        options = _named(options, request.prompt, request.num_videos_per_prompt)
+        options = named_output(options, request.prompt, request.num_videos_per_prompt)
     if dry_run:
         with Engine(without_fetching(config)) as engine:
             plan = engine.plan(request)
@@ -63,7 +64,10 @@ def run_generate(
             return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Engine(config) as engine:
         if options.resume and request.seed is None:
-            request = _with_seed_of_interrupted(request, options, engine)
+            found = with_seed_of_interrupted(request, options, engine)
+            if found is None:
+                print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+            request = found or request
         job = engine.submit(request, options)
         _announce(job, config)
         follow(job)
@@ -81,29 +85,6 @@ def run_generate(
             engine.trace.save(path)
             done |= {"trace": str(path), "profile": where_it_went(job, engine.models.memory)}
     return done
-
-
-def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, folder: Path) -> dict[str, Any]:
-    """Requests, checked already, to videos in a folder. One that fails does not stop the others; Ctrl-C does."""
-    check_attention(config)
-    done: list[dict[str, Any]] = []
-    with Engine(config) as engine:
-        jobs: list[Job] = []
-        for request in requests:
-            taken = [job.video_path(index) for job in jobs for index in range(job.request.num_videos_per_prompt)]
-            options = _named(OutputOptions(folder), request.prompt, request.num_videos_per_prompt, taken)
-            jobs.append(engine.submit(request, options))
-        for number, job in enumerate(jobs, start=1):
-            print(f"[{number}/{len(jobs)}] {_shown(job.request.prompt)}", file=sys.stderr)
-            follow(job)
-            try:
-                done.append(report(job, job.result()))
-            except CancelledError as error:
-                raise CancelledError(f"Interrupted: {len(done)} of {len(jobs)} videos were made.") from error
-            except Exception as error:  # told below; the next job goes on
-                print(error, file=sys.stderr)
-                done.append({"prompt": job.request.prompt, "error": str(error)})
-    return {"videos": done, "failed": sum("error" in one for one in done)}
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
@@ -157,7 +138,7 @@ def run_decode(
     config = _config_of(flags, about)
     options = OutputOptions(output or Path(), codec, quality, save_latents=True)
     if output is None or is_folder(output):
-        options = _named(options, str(_part(about, "request").get("prompt") or latents.stem))
+        options = named_output(options, str(_part(about, "request").get("prompt") or latents.stem))
     result = tools.decode_latents(config, latents, options)
     video = result.videos[0]
     return {
@@ -257,14 +238,14 @@ def _announce(job: Job, config: EngineConfig) -> None:
             "The miniature knows coloured shapes that move on plain backgrounds, and a few scenes; "
             "this prompt goes beyond its world. Try: a red circle moving left on a black background."
         )
-    print(f"Prompt: {_shown(r.prompt)}", file=sys.stderr)
+    print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 
-def _shown(prompt: str) -> str:
+def shown(prompt: str) -> str:
     """A prompt for the terminal, which it must not steer: the first lines' worth of it."""
     text = printable(prompt)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
@@ -288,8 +269,11 @@ def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _with_seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> GenerationRequest:
-    """The same request with the seed that an interrupted run of it had drawn, so that --resume finds its work."""
+def with_seed_of_interrupted(
+    request: GenerationRequest, options: OutputOptions, engine: Engine
+) -> GenerationRequest | None:
+    """The same request with the seed that an interrupted run of it had drawn, so that --resume finds its work;
+    None if there was none."""
     resolved = request.resolve(engine.models.spec)
     wanted = resolved.model_dump(exclude={"seed"})
     candidates: list[dict[str, Any]] = []
@@ -301,13 +285,12 @@ def _with_seed_of_interrupted(request: GenerationRequest, options: OutputOptions
         seed = fields.pop("seed", None)
         if fields == wanted and about.get("model") == engine.models.about:
             return GenerationRequest.parse(**(request.model_dump(exclude_unset=True) | {"seed": seed}))
-    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
-    return request
+    return None
 
 
-def _named(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
+def named_output(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
     """A name in the folder `options.path` for a prompt's `count` videos, none of which exists or is in `taken`."""
-    extension = ".mkv" if options.codec == "ffv1" else ".webm" if options.codec == "vp9" else ".mp4"
+    extension = find_codec(options.codec).extensions[0]
     refused = list(taken)
     while True:
         named = replace(options, path=next_free_path(options.path, prompt, extension, refused))
