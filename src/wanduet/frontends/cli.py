@@ -15,7 +15,7 @@ from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
 from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
-from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, whole
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
@@ -27,7 +27,11 @@ WANTED, OTHER = VideoFlags(), EngineFlags()
 app = App(
     name="wanduet",
     help="Text to video with Wan2.1, on one GPU, two, or many.",
-    config=[Env("WANDUET_", command=False), Settings(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False)],
+    config=[
+        Env("WANDUET_", command=False),
+        Settings(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False),
+        drop_overruled,
+    ],
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )

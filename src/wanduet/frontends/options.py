@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.config import Toml
 
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
@@ -28,6 +28,24 @@ class Settings(Toml):
 
     def _load_config(self, path: Path) -> dict[str, Any]:
         return tomllib.loads(decoded(path.read_bytes()))
+
+
+# Two ways to say one thing.
+ALTERNATIVES = (({"resolution"}, {"height", "width"}), ({"seconds"}, {"num-frames"}))
+_RANKS = {"cli": 0, "env": 1}  # a settings file's tokens have its path
+
+
+def drop_overruled(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """A flag wins over the environment and the file also where they say the same in another way.
+
+    Called by cyclopts after all sources are read; both ways in one source stay, and are refused.
+    """
+    for sides in ALTERNATIVES:
+        found = [[a for a in arguments if a.tokens and side & {name.lstrip("-") for name in a.names}] for side in sides]
+        ranks = [min((_RANKS.get(t.source, 2) for a in side for t in a.tokens), default=9) for side in found]
+        for side, rank in zip(found, ranks, strict=True):
+            for argument in side if rank > min(ranks) else ():
+                argument.tokens.clear()
 
 
 def decoded(data: bytes) -> str:
