@@ -115,6 +115,15 @@ def format_bytes(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """Seconds for people: `42 s`, `13 min`, `6.2 h`, `13 days`."""
+    for unit, length in (("days", 48 * 3600), ("h", 2 * 3600), ("min", 120)):
+        if seconds >= length:
+            number = seconds / (24 * 3600 if unit == "days" else length / 2)
+            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def parse_speeds(text: str) -> tuple[float, ...]:
     """`2,1` to numbers. Raises ConfigError."""
     try:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wanduet.config import GIB, EngineConfig, format_bytes, parse_bytes, parse_devices
+from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds, parse_bytes, parse_devices
 from wanduet.errors import ConfigError
 
 
@@ -68,3 +68,12 @@ def test_an_amount_beyond_all_numbers_is_refused() -> None:
 )
 def test_bytes_for_people(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (42, "42 s"), (119, "119 s"), (120, "2.0 min"), (1500, "25 min"), (7200, "2.0 h"), (90000, "25 h"),
+     (1142340, "13 days")],
+)  # fmt: skip
+def test_seconds_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from wanduet.config import GIB, EngineConfig, format_bytes
+from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
 from wanduet.engine.cost import Seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes
@@ -139,21 +139,12 @@ def require_fit(plan: Plan, request: ResolvedRequest) -> None:
     where = "; ".join(f"{name} needs {format_bytes(need)} and may use {format_bytes(has)}" for name, need, has in short)
     near = [
         ", ".join(f"{k}={v}" for k, v in n.items() if not k.startswith("predicted"))
-        + f" (about {_duration(n['predicted_seconds'])})"
+        + f" (about {format_seconds(n['predicted_seconds'])})"
         for n in plan.nearest_that_fits
     ]
     hint = f"These fit: {' · '.join(near)}." if near else "No smaller setting fits either."
     size = f"{request.width}x{request.height} with {request.num_frames} frames"
     raise DoesNotFitError(f"{size} does not fit: {where}.", hint=hint)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds for people: `42 s`, `13 min`, `6.2 h`, `13 days`."""
-    for unit, length in (("days", 48 * 3600), ("h", 2 * 3600), ("min", 120)):
-        if seconds >= length:
-            number = seconds / (24 * 3600 if unit == "days" else length / 2)
-            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _fastest_that_fits(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wanduet.config import format_bytes
+from wanduet.config import format_bytes, format_seconds
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
 
@@ -24,7 +24,8 @@ def show(value: Mapping[str, Any]) -> None:
 
 
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}")
+    about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
+    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
     table = Table("device", "role", "denoise", "decode", "may use")
     for device in plan["devices"]:
         phases = device["phases"]
@@ -39,7 +40,8 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
     console.print(choices)
     for nearest in plan["nearest_that_fits"]:
-        console.print("fits: " + ", ".join(f"{k}={v}" for k, v in nearest.items() if k != "predicted_peak_bytes"))
+        change = ", ".join(f"{k}={v}" for k, v in nearest.items() if not k.startswith("predicted"))
+        console.print(f"fits: {change} (about {format_seconds(nearest['predicted_seconds'])})")
 
 
 def _show_video(console: Console, done: Mapping[str, Any]) -> None:
