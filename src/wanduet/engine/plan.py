@@ -171,7 +171,9 @@ def _fastest_of(
     candidates = list(_candidates(memory.spec, place))
     smallest = _plan(request, memory, config, hardware, place, *candidates[-1])
     all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
-    if any(d.peak > d.limit_bytes for d in smallest.devices) or (all_on_host and not smallest.fits):
+    text_dtype, hold, _ = _text_encoder(memory, config, hardware)
+    least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
+    if any(d.peak > d.limit_bytes for d in smallest.devices) or least > smallest.host_limit_bytes:
         return smallest  # without a look at all the others
     plans = (_plan(request, memory, config, hardware, place, *candidate) for candidate in candidates)
     return next((plan for plan in plans if plan.fits), smallest)

@@ -9,6 +9,7 @@ from math import sqrt
 from typing import Any, Literal
 
 from wanduet.config import EngineConfig
+from wanduet.engine.cost import predict_seconds
 from wanduet.engine.hardware import Hardware
 from wanduet.request import RESOLUTIONS, ResolvedRequest
 from wanduet.specs import ModelSpec
@@ -18,6 +19,7 @@ SHARES = (0.8, 0.6, 0.4, 0.2)  # of the frames
 FEWER = (0.4, 0.1)  # of the frames, where the picture is smaller too
 SMALL_SIZES = ((320, 512), (240, 416))  # beside the presets
 AREAS = (0.5, 0.25, 0.1)  # of the picture, where every known size is larger than it
+LONGEST_SECONDS = 24 * 3600.0  # what takes longer on the CPU is no offer
 SAME_SHAPE = 0.04  # 832x480 is taken for 16:9
 
 
@@ -43,7 +45,7 @@ def alternatives(
     for size in sizes:
         for share in FEWER:
             yield from _asked("both", request, config, spec, share=share, size=size)
-    for change in _modes(config, hardware):
+    for change in _modes(request, config, spec, hardware):
         yield Alternative("mode", change, request, replace(config, **change))
 
 
@@ -100,7 +102,9 @@ def _fits_shape(size: tuple[int, int], shape: float, multiple: int) -> bool:
     return abs(width / height / shape - 1) < SAME_SHAPE and not (height % multiple or width % multiple)
 
 
-def _modes(config: EngineConfig, hardware: Hardware) -> Iterator[dict[str, Any]]:
+def _modes(
+    request: ResolvedRequest, config: EngineConfig, spec: ModelSpec, hardware: Hardware
+) -> Iterator[dict[str, Any]]:
     """Slower or less exact ways to make the same video, by the engine's settings."""
     if config.text_encoder_hold == "resident":
         yield {"text_encoder_hold": "streamed"}
@@ -110,7 +114,7 @@ def _modes(config: EngineConfig, hardware: Hardware) -> Iterator[dict[str, Any]]
     on_cpu = (config.devices or "cpu").strip() == "cpu" and (config.devices is not None or not hardware.gpus)
     if config.transformer_dtype == "float32" or (config.transformer_dtype == "auto" and on_cpu):
         yield half
-    if not on_cpu:
+    if not on_cpu and predict_seconds(request, spec, hardware.cpu, hardware.cpu).total <= LONGEST_SECONDS:
         cpu = {"devices": "cpu"} | ({} if config.strategy in ("auto", "single") else {"strategy": "auto"})
         yield cpu
         yield cpu | half

@@ -190,8 +190,8 @@ def test_the_two_best_of_several_cards_are_taken(memory) -> None:
         ("2.6GiB", (1920, 1080), {}),  # upright
         ("2.3GiB", (1024, 1024), {}),
         ("2.1GiB", (160, 3200), {}),
-        ("1GiB", (480, 832), {}),
-        ("2GiB+2GiB", (1080, 1920), {"strategy": "parallel"}),
+        ("1GiB", (96, 96), {"devices": "cuda:0"}),
+        ("6GiB+6GiB", (1080, 1920), {"strategy": "parallel"}),
         ("cpu", (480, 832), {"ram_limit": 8 * GIB}),
         ("24GiB", (480, 832), {"ram_limit": 6 * GIB, "text_encoder_hold": "resident"}),
     ],
@@ -218,7 +218,7 @@ def test_what_is_offered_is_legal_for_a_model_of_another_stride(memory) -> None:
     spec = replace(memory.spec, vae=replace(memory.spec.vae, dim_mult=(1, 2, 4, 4, 4), temperal_downsample=(True,) * 4))
     request = GenerationRequest(prompt="x", height=1024, width=736, num_frames=161).resolve(spec)
     offered = list(alternatives(request, EngineConfig(), spec, parse_hardware("1GiB")))
-    assert {one.kind for one in offered} == {"frames", "size", "both", "mode"}
+    assert {one.kind for one in offered} == {"frames", "size", "both"}  # on the CPU it would take days
     for one in offered:
         asked = one.request.as_request().resolve(spec)  # raises where it is not legal
         assert asked == one.request
