@@ -5,8 +5,10 @@ Results go to stdout, progress and messages to stderr. With `--json` stdout gets
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,7 @@ Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
 Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
+INTERRUPTED = 130
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
 app = App(
@@ -207,7 +210,14 @@ cli_jobs.register(app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and exit."""
-    sys.exit(run(app, sys.argv[1:] if arguments is None else arguments))
+    code = run(app, sys.argv[1:] if arguments is None else arguments)
+    if code == INTERRUPTED:
+        # An interrupt inside an exec(), of which libraries are full, would make Python end by the signal instead.
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
