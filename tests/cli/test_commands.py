@@ -284,13 +284,33 @@ def test_a_batch_goes_on_with_what_is_missing(wanduet, work: Path) -> None:
     (work / "out" / "x-2.mkv").unlink()
     (work / "out" / "y-2.mkv").unlink()
     again = wanduet(*batch, "--resume").json["videos"]
-    assert [Path(video["output"]).name for video in again] == ["x.mkv", "x-2.mkv", "y-2-1.mkv", "z-2.mkv"]
+    assert [Path(video["output"]).name for video in again] == ["x.mkv", "x-2.mkv", "y-1.mkv", "z-2.mkv"]
     assert [video.get("made_before", False) for video in again] == [True, False, False, True]
-    assert [video["seed"] for video in again][::3] == [video["seed"] for video in first][::3]
+    assert [video["seed"] for video in again][2:] == [video["seed"] for video in first][2:]
+    assert again[0]["seed"] == first[0]["seed"]
+    assert (work / "out" / "y-2.mkv").exists()
     for name in ("x.mkv", "y-1.mkv", "z.mkv", "z-2.mkv"):
         assert (work / "out" / name).stat().st_ino == kept[name]
     seeded = wanduet(*batch, "--resume", "--seed", "5").json["videos"]  # another request: none of these is its video
     assert not any(video.get("made_before") for video in seeded)
+
+
+def test_a_group_of_videos_goes_on_with_what_is_missing(wanduet, work: Path) -> None:
+    unseeded = [flag for flag in TINY if flag not in ("--seed", "1")]
+    command = ("generate", "x", *unseeded, "--num-videos-per-prompt", "3", "--codec", "ffv1", "--json")
+    first = wanduet(*command).json
+    frames = frame_hashes(work / "x-3.mkv")
+    kept = {name: (work / name).stat().st_ino for name in ("x-1.mkv", "x-2.mkv")}
+    (work / "x-3.mkv").unlink()
+    again = wanduet(*command, "--resume").json
+    assert again["videos"] == first["videos"]
+    assert frame_hashes(work / "x-3.mkv") == frames
+    assert kept == {name: (work / name).stat().st_ino for name in kept}
+    named = wanduet(*command, "--resume", "-o", "x.mkv", "--seed", str(first["seed"])).json
+    assert named["videos"] == first["videos"]
+    assert named["timings"]["denoise_s"] == 0  # all were there
+    other = wanduet(*command, "--resume", "--fps", "8").json  # another request: under another name
+    assert other["output"] == "x-4-1.mkv"
 
 
 def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from wanduet.errors import (
 from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
 from wanduet.frontends.progress import follow
+from wanduet.frontends.resume import find_begun, seed_of_interrupted, with_seed
 from wanduet.frontends.show import printable
 from wanduet.media.codecs import find_codec
 from wanduet.media.files import UnreadableFileError, next_free_path
@@ -37,7 +37,6 @@ from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
 from wanduet.ops.attention import BACKENDS, SDPA
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.sampling.checkpoint import find_checkpoints
 from wanduet.specs import RANDOM_SPECS
 from wanduet.weights.download import MINIATURE, open_model
 
@@ -55,7 +54,9 @@ def run_generate(
 ) -> dict[str, Any]:
     """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
     check_attention(config)
-    if not named or is_folder(options.path):
+    folder = options
+    is_named = named and not is_folder(options.path)
+    if not is_named:
         options = named_output(options, request.prompt, request.num_videos_per_prompt)
     if dry_run:
         with Engine(without_fetching(config)) as engine:
@@ -63,11 +64,15 @@ def run_generate(
             resolved = request.resolve(engine.models.spec)
             return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Engine(config) as engine:
-        if options.resume and request.seed is None:
-            found = with_seed_of_interrupted(request, options, engine)
-            if found is None:
-                print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
-            request = found or request
+        if options.resume:
+            found = None if is_named else find_begun(request, folder, engine)
+            if found is not None and not found.complete:
+                options, request = found.options, with_seed(request, found.seed)
+            elif request.seed is None:
+                seed = seed_of_interrupted(request, options, engine)
+                if seed is None:
+                    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+                request = with_seed(request, seed)
         job = engine.submit(request, options)
         _announce(job, config)
         follow(job)
@@ -267,25 +272,6 @@ def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """One object of a file's metadata; empty where it has none. Anybody may have written the file."""
     value = about.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def with_seed_of_interrupted(
-    request: GenerationRequest, options: OutputOptions, engine: Engine
-) -> GenerationRequest | None:
-    """The same request with the seed that an interrupted run of it had drawn, so that --resume finds its work;
-    None if there was none."""
-    resolved = request.resolve(engine.models.spec)
-    wanted = resolved.model_dump(exclude={"seed"})
-    candidates: list[dict[str, Any]] = []
-    with suppress(UnreadableFileError):
-        candidates.append(read_metadata(options.latents_path(0, resolved.num_videos_per_prompt)))
-    candidates += [checkpoint.about for checkpoint in find_checkpoints(engine.config.data_folder / "checkpoints")]
-    for about in candidates:
-        fields = dict(_part(about, "request"))
-        seed = fields.pop("seed", None)
-        if fields == wanted and about.get("model") == engine.models.about:
-            return GenerationRequest.parse(**(request.model_dump(exclude_unset=True) | {"seed": seed}))
-    return None
 
 
 def named_output(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
