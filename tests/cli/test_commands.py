@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from wanduet.errors import OutputError
 from wanduet.media.read import frame_hashes, probe, read_metadata
@@ -174,6 +175,23 @@ def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
     named = wanduet("decode", latents, "-o", "clip.mp4", "--json")
     assert named.json["output"] == "clip.mp4"
     assert wanduet("decode", latents, "-o", "clip.avi", "--json").code == 2
+
+
+def test_latents_of_another_program_are_decoded(wanduet, work: Path) -> None:
+    """As diffusers' `output_type="latent"` gives them: normalised, with a batch of one, without a word of how."""
+    made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
+    latents = load_file(work / made["latents"][0])["latents"]
+    save_file({"latents": latents[None]}, work / "other.safetensors")
+    assert wanduet("inspect", "other.safetensors", "--json").json["shape"] == [16, 2, 4, 4]
+    done = wanduet("decode", "other.safetensors", "--model", "miniature", "--codec", "ffv1", "--json").json
+    assert done["output"] == "other.mkv"
+    assert frame_hashes(work / done["output"]) == frame_hashes(work / made["output"])
+    save_file({"latents": latents[:, :, :, :3].contiguous()}, work / "odd.safetensors")
+    assert "width" in wanduet("decode", "odd.safetensors", "--model", "miniature", "--json").error
+    save_file({"latents": latents[:4].contiguous()}, work / "few.safetensors")
+    assert "do not fit" in wanduet("decode", "few.safetensors", "--model", "miniature", "--json").error
+    save_file({"latents": latents * float("nan")}, work / "nan.safetensors")
+    assert "NaN" in wanduet("decode", "nan.safetensors", "--model", "miniature", "--json").error
 
 
 def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:

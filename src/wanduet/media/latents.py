@@ -12,10 +12,11 @@ from torch import Tensor
 
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError, write_atomically
-from wanduet.media.read import read_metadata
+from wanduet.media.read import has_metadata, read_metadata
 
 NAME = "latents"
 HASH_KEY = "latents_sha256"
+_HINT = "Latents are kept by --save-latents; another program's must be one tensor named latents."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,23 +37,27 @@ def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any])
 def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
     """Latents `[C, T, h, w]` on the CPU and their provenance. Raises UnreadableFileError.
 
+    Latents of another program, one tensor named `latents`, have an empty provenance.
     Refuses files that are damaged (any flipped bit: the hash is checked), of another kind or shape, or
     that hold NaN or infinity.
     """
     path = Path(path)
-    metadata = read_metadata(path)
+    foreign = not has_metadata(path)
+    metadata = {} if foreign else read_metadata(path)
     try:
         # Copies: Windows neither removes nor replaces a file that is still mapped.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UnreadableFileError(f"{path} is damaged ({error}).") from error
     if set(tensors) != {NAME}:
-        names = ", ".join(sorted(tensors)) or "nothing"
-        raise UnreadableFileError(f"{path} holds {names}, not latents.")
+        names = ", ".join(sorted(tensors)[:5]) or "nothing"
+        raise UnreadableFileError(f"{path} holds {names}, not latents.", hint=_HINT)
     latents = tensors[NAME]
+    if foreign and latents.ndim == 5 and latents.shape[0] == 1:  # as diffusers' pipelines give them
+        latents = latents[0]
     if problem := _problem(latents):
         raise UnreadableFileError(f"{path}: {problem}")
-    if metadata.pop(HASH_KEY, None) != _digest(latents, metadata):
+    if not foreign and metadata.pop(HASH_KEY, None) != _digest(latents, metadata):
         raise UnreadableFileError(f"{path} is damaged: its content does not have the hash that it was saved with.")
     if not bool(torch.isfinite(latents).all()):
         raise UnreadableFileError(f"{path} holds NaN or infinity.")

@@ -97,6 +97,15 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         raise UnreadableFileError(f"{path}: its {provenance.KEY} metadata is damaged ({error}).") from error
 
 
+def has_metadata(path: Path) -> bool:
+    """Whether a safetensors file says anything of itself: a damaged name of ours is not another program's silence.
+
+    Raises UnreadableFileError.
+    """
+    entries = _safetensors_header(path).get("__metadata__")
+    return bool(entries) and (not isinstance(entries, dict) or set(entries) != {"format"})
+
+
 def _safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, without its tensors. Raises UnreadableFileError."""
     try:

@@ -76,7 +76,7 @@ def test_every_damaged_byte_is_noticed(tmp_path, latents) -> None:
 def test_foreign_files_are_refused(tmp_path, latents) -> None:
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"weight": latents}, path)
-    with pytest.raises(UnreadableFileError, match="says nothing"):
+    with pytest.raises(UnreadableFileError, match="holds weight, not latents"):
         load_latents(path)
     safetensors.torch.save_file({"weight": latents}, path, {"wanduet": "{}"})
     with pytest.raises(UnreadableFileError, match="holds weight, not latents"):
