@@ -97,18 +97,31 @@ def parse_bytes(text: str | int) -> int:
     """`24GiB`, `24GB`, `24G`, `512MiB` or plain bytes to bytes. GB means 10**9, G and GiB 2**30."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE | re.ASCII)
     if not match:
         raise ConfigError(f"{text!r} is no amount of memory.", hint="Examples: 24GiB, 11.5GiB, 800MiB.")
     number, prefix, suffix = match.groups()
+    if not prefix and not suffix and 0 < float(number) < 1024:
+        raise ConfigError(f"{text.strip()} bytes of memory are not meant.", hint=f"Say the unit: {text.strip()}GiB.")
     power = " KMGT".index(prefix.upper()) if prefix else 0
     base = 1000 if prefix and suffix.upper() == "B" else 1024
     return int(float(number) * base**power)
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people: `3.42 GiB`, `189 MiB`."""
+    """Bytes for people: `3.42 GiB`, `189 MiB`, `52 KiB`."""
+    if 0 < count < 2**20:
+        return f"{count / 1024:.0f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people: `42 s`, `13 min`, `6.2 h`, `13 days`."""
+    for unit, length in (("days", 48 * 3600), ("h", 2 * 3600), ("min", 120)):
+        if seconds >= length:
+            number = seconds / (24 * 3600 if unit == "days" else length / 2)
+            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def parse_speeds(text: str) -> tuple[float, ...]:

@@ -142,7 +142,8 @@ def _explain(error: ValidationError) -> InvalidRequestError:
     context = first.get("ctx", {})
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
-    return InvalidRequestError(name, first.get("input"), _allowed(first["type"], first["msg"], context), nearest)
+    given = None if first["type"] == "missing" else first.get("input")  # else the other fields would be shown
+    return InvalidRequestError(name, given, _allowed(first["type"], first["msg"], context), nearest)
 
 
 def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:

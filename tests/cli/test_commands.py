@@ -6,10 +6,15 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from wanduet.errors import OutputError
 from wanduet.media.read import frame_hashes, probe, read_metadata
+from wanduet.media.video import write_video
 
 TINY = ("--model", "miniature", "--steps", "2", "--num-frames", "5", "--resolution", "32x32", "--seed", "1")
 CIRCLE = "a red circle moving left on a black background"
@@ -146,6 +151,18 @@ def test_encode_inspect_and_the_cache(wanduet, work: Path, tmp_path: Path) -> No
     assert wanduet("inspect", "x " * 3000, "--model", "miniature", "--json").code == 1  # longer than any file's name
 
 
+def test_embeddings_go_where_they_are_found_again(wanduet, work: Path) -> None:
+    (work / "out").mkdir()
+    assert wanduet("encode", "x", "--model", "miniature", "-o", "out", "--json").json["output"] == str(
+        Path("out/x.safetensors")
+    )
+    assert "x.txt.safetensors" in wanduet("encode", "x", "--model", "miniature", "-o", "x.txt", "--json").error
+    damaged = bytearray((work / "out" / "x.safetensors").read_bytes())
+    damaged[-5] ^= 1
+    (work / "out" / "x.safetensors").write_bytes(damaged)
+    assert "damaged" in wanduet("inspect", "out/x.safetensors", "--json").error
+
+
 def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
     made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
     (latents,) = made["latents"]
@@ -160,6 +177,23 @@ def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
     assert wanduet("decode", latents, "-o", "clip.avi", "--json").code == 2
 
 
+def test_latents_of_another_program_are_decoded(wanduet, work: Path) -> None:
+    """As diffusers' `output_type="latent"` gives them: normalised, with a batch of one, without a word of how."""
+    made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
+    latents = load_file(work / made["latents"][0])["latents"]
+    save_file({"latents": latents[None]}, work / "other.safetensors")
+    assert wanduet("inspect", "other.safetensors", "--json").json["shape"] == [16, 2, 4, 4]
+    done = wanduet("decode", "other.safetensors", "--model", "miniature", "--codec", "ffv1", "--json").json
+    assert done["output"] == "other.mkv"
+    assert frame_hashes(work / done["output"]) == frame_hashes(work / made["output"])
+    save_file({"latents": latents[:, :, :, :3].contiguous()}, work / "odd.safetensors")
+    assert "width" in wanduet("decode", "odd.safetensors", "--model", "miniature", "--json").error
+    save_file({"latents": latents[:4].contiguous()}, work / "few.safetensors")
+    assert "do not fit" in wanduet("decode", "few.safetensors", "--model", "miniature", "--json").error
+    save_file({"latents": latents * float("nan")}, work / "nan.safetensors")
+    assert "NaN" in wanduet("decode", "nan.safetensors", "--model", "miniature", "--json").error
+
+
 def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
     made = wanduet("generate", CIRCLE, *TINY, "--vae-dtype", "bfloat16", "--codec", "ffv1", "--json").json
     ran = wanduet("verify", made["output"], "--json")
@@ -171,6 +205,47 @@ def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
     assert other.code == 1
     assert other.json["equal"] is False
     assert other.json["different_frames"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": {"quality": "high"}}, {"output": {"quality": 1000}}, {"seed": None}, {"seed": "1"}, {"request": {}},
+        {"request": {"prompt": "x", "num_frames": 6}}, {"request": {"prompt": ["x"]}}, {"request": {"prompt": ""}},
+    ],
+)  # fmt: skip
+def test_metadata_that_anybody_wrote_is_not_trusted(wanduet, work: Path, change: dict) -> None:
+    about = {"request": {"prompt": "x", "num_frames": 1}, "seed": 1, "model": {"name": "miniature"}} | change
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), work / "x.mp4", metadata=about)
+    ran = wanduet("verify", "x.mp4", "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["code"] == "unreadable_file"
+    assert "x.mp4" in ran.error
+    assert wanduet("inspect", "x.mp4").code == 0
+
+
+def test_a_disk_that_is_full_at_the_end_says_what_is_kept(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import generate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
+        assert "--resume" in wanduet("generate", "x", *TINY, "--json").error
+    assert os.listdir(work) == ["x.mp4.latents.safetensors"]
+    assert wanduet("generate", "x", *TINY, "--resume", "--json").json["timings"]["denoise_s"] == 0
+    assert os.listdir(work) == ["x.mp4"]
+
+
+@pytest.mark.parametrize("prompt", ["&nbsp;", "&amp;#32; \u3000"])
+def test_a_prompt_that_is_empty_once_cleaned_is_told(wanduet, prompt: str) -> None:
+    assert any("Nothing is left" in note for note in wanduet("generate", prompt, *TINY, "--json").json["warnings"])
+
+
+def test_a_prompt_does_not_steer_the_terminal(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text("a \x1b[2J circle\n" + "long " * 1000)
+    ran = wanduet("batch", "prompts.txt", *TINY, "--json")
+    assert ran.code == 0
+    assert "\x1b" not in ran.err
+    assert "(4999 characters)" in ran.err
 
 
 def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:
@@ -213,6 +288,70 @@ def test_batch(wanduet, work: Path) -> None:
     assert len({v["output"] for v in videos}) == 3
     assert all((work / v["output"]).exists() for v in videos)
     assert ran.json["failed"] == 0
+
+
+def test_a_batch_goes_on_with_what_is_missing(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text('x\nx\n{"prompt": "y", "num_videos_per_prompt": 2}\nz\n')
+    unseeded = [flag for flag in TINY if flag not in ("--seed", "1")]
+    batch = ("batch", "prompts.txt", *unseeded, "-o", "out", "--codec", "ffv1", "--json")
+    assert wanduet("generate", "z", *unseeded, "-o", "out/z.mkv", "--codec", "ffv1", "--fps", "8", "--json").code == 0
+    first = wanduet(*batch).json["videos"]
+    outputs = ["x.mkv", "x-2.mkv", "y-1.mkv", "z-2.mkv"]
+    assert [Path(video["output"]).name for video in first] == outputs
+    kept = {name: (work / "out" / name).stat().st_ino for name in os.listdir(work / "out")}
+    (work / "out" / "x-2.mkv").unlink()
+    (work / "out" / "y-2.mkv").unlink()
+    again = wanduet(*batch, "--resume").json["videos"]
+    assert [Path(video["output"]).name for video in again] == ["x.mkv", "x-2.mkv", "y-1.mkv", "z-2.mkv"]
+    assert [video.get("made_before", False) for video in again] == [True, False, False, True]
+    assert [video["seed"] for video in again][2:] == [video["seed"] for video in first][2:]
+    assert again[0]["seed"] == first[0]["seed"]
+    assert (work / "out" / "y-2.mkv").exists()
+    for name in ("x.mkv", "y-1.mkv", "z.mkv", "z-2.mkv"):
+        assert (work / "out" / name).stat().st_ino == kept[name]
+    seeded = wanduet(*batch, "--resume", "--seed", "5").json["videos"]  # another request: none of these is its video
+    assert not any(video.get("made_before") for video in seeded)
+
+
+def test_a_group_of_videos_goes_on_with_what_is_missing(wanduet, work: Path) -> None:
+    unseeded = [flag for flag in TINY if flag not in ("--seed", "1")]
+    command = ("generate", "x", *unseeded, "--num-videos-per-prompt", "3", "--codec", "ffv1", "--json")
+    first = wanduet(*command).json
+    frames = frame_hashes(work / "x-3.mkv")
+    kept = {name: (work / name).stat().st_ino for name in ("x-1.mkv", "x-2.mkv")}
+    (work / "x-3.mkv").unlink()
+    again = wanduet(*command, "--resume").json
+    assert again["videos"] == first["videos"]
+    assert frame_hashes(work / "x-3.mkv") == frames
+    assert kept == {name: (work / name).stat().st_ino for name in kept}
+    named = wanduet(*command, "--resume", "-o", "x.mkv", "--seed", str(first["seed"])).json
+    assert named["videos"] == first["videos"]
+    assert named["timings"]["denoise_s"] == 0  # all were there
+    other = wanduet(*command, "--resume", "--fps", "8").json  # another request: under another name
+    assert other["output"] == "x-4-1.mkv"
+
+
+def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -> None:
+    ran = wanduet("bench", *TINY, "--runs", "2", "--json")
+    assert ran.code == 0
+    found = ran.json
+    assert len(found["runs"]) == 2
+    assert found["timings"]["encode_s"] > 0  # not from the cache
+    assert {"load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} == set(found["timings"])
+    assert found["seconds_per_step"] > 0
+    assert found["peak_memory_bytes"]["cpu"] > 0
+    assert os.listdir(work) == []
+    assert not (tmp_path / "data" / "embeddings").exists()
+    assert wanduet("bench", *TINY, "--runs", "0", "--json").code == 2
+    assert wanduet("bench", *TINY, "--runs", "1").code == 0
+
+
+def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
+    (work / "prompts.txt").write_text(CIRCLE)
+    ran = wanduet("batch", "prompts.txt", *TINY, "-o", "clip.mp4", "--json")
+    assert ran.code == 2
+    assert "a folder" in ran.error
+    assert os.listdir(work) == ["prompts.txt"]
 
 
 @pytest.mark.parametrize(

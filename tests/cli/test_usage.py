@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from wanduet.frontends.cli import app
+from wanduet.frontends.options import EngineFlags, VideoFlags
 
 DRY = ("generate", "a red circle", "--dry-run", "--json", "--model", "miniature")
 
@@ -143,6 +147,65 @@ def test_flag_before_environment_before_file_before_default(
     assert steps("--num-inference-steps", "7") == 7
 
 
+@pytest.mark.parametrize(
+    ("flags", "environment", "file", "expected"),
+    [
+        ("--height 32 --width 48", {}, 'resolution = "64x64"', (32, 48, 33)),
+        ("--resolution 32x48", {}, "height = 64\nwidth = 64", (48, 32, 33)),
+        ("--height 32", {"RESOLUTION": "64x64"}, "", (32, 96, 33)),
+        ("", {"RESOLUTION": "64x48"}, "height = 32", (48, 64, 33)),
+        ("--seconds 1", {"NUM_FRAMES": "5"}, "", (96, 96, 17)),
+        ("--num-frames 5", {"SECONDS": "1"}, "seconds = 2", (96, 96, 5)),
+        ("", {"SECONDS": "1"}, "num_frames = 5", (96, 96, 17)),
+        ("", {}, "seconds = 1\nheight = 32", (32, 96, 17)),
+    ],
+)
+def test_the_same_order_where_one_thing_is_said_in_two_ways(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch, flags: str, environment: dict, file: str, expected: tuple
+) -> None:
+    (work / "wanduet.toml").write_text(file)
+    for name, text in environment.items():
+        monkeypatch.setenv(f"WANDUET_{name}", text)
+    settings = wanduet(*DRY, *flags.split()).json["settings"]
+    assert (settings["height"], settings["width"], settings["num_frames"]) == expected
+
+
+def test_both_ways_in_one_source_are_refused(wanduet, work: Path) -> None:
+    (work / "wanduet.toml").write_text('resolution = "64x64"\nheight = 32\n')
+    assert "either" in wanduet(*DRY).error
+
+
+@pytest.mark.parametrize("option", [*fields(VideoFlags), *fields(EngineFlags)], ids=lambda option: option.name)
+def test_every_option_has_a_flag_a_variable_and_a_setting(
+    option, work: Path, wanduet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By flag before environment before file."""
+    special = {
+        "resolution": ("32x32", "48x48", "64x64"), "sampler": ("euler", "unipc", "dpm++2m"),
+        "strategy": ("single", "placed", "parallel"), "text_encoder_hold": ("resident", "streamed", "auto"),
+        **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), ("float32", "bfloat16", "float16")),
+        **dict.fromkeys(("tf32", "cache_embeddings"), ("true", "false", "true")),
+    }  # fmt: skip
+    flag, variable, setting = special.get(option.name, ("32", "48", "64"))
+    group = "video" if option in fields(VideoFlags) else "engine"
+
+    def value(*flags: str) -> str:
+        _, bound, _ = app.parse_args(["generate", "x", *flags], exit_on_error=False, print_error=False)
+        return str(getattr(bound.arguments[group], option.name)).lower().removesuffix(".0")
+
+    literal = (
+        setting
+        if setting in ("true", "false") or (setting.isdecimal() and "str" not in str(option.type))
+        else repr(setting)
+    )
+    monkeypatch.delenv(f"WANDUET_{option.name.upper()}", raising=False)
+    (work / "wanduet.toml").write_text(f"{option.name} = {literal}\n")
+    assert value() == setting
+    monkeypatch.setenv(f"WANDUET_{option.name.upper()}", variable)
+    assert value() == variable
+    assert value(f"--{option.name.replace('_', '-')}={flag}") == flag
+
+
 def test_the_same_order_for_what_is_true_or_false(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tf32(*flags: str) -> bool:
         choices = wanduet("plan", "--model", "miniature", "--json", *flags).json["choices"]
@@ -188,13 +251,20 @@ def test_a_settings_file_that_is_wrong(wanduet, work: Path, text: str, words: st
 
 
 def test_a_settings_file_that_cannot_be_read(wanduet, work: Path) -> None:
-    (work / "wanduet.toml").write_bytes(b"\xff\xfe")
+    (work / "wanduet.toml").write_bytes(b"\xff\x00")
     assert wanduet(*DRY).code == 2
     (work / "wanduet.toml").unlink()
     (work / "wanduet.toml").mkdir()
     ran = wanduet(*DRY)
     assert ran.code == 2
     assert "wanduet.toml cannot be read" in ran.error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_settings_file_as_windows_writes_it(wanduet, work: Path, encoding: str) -> None:
+    (work / "wanduet.toml").write_text("negative_prompt = '模糊'\r\nsteps = 3\r\n", encoding=encoding)
+    settings = wanduet(*DRY).json["settings"]
+    assert (settings["negative_prompt"], settings["num_inference_steps"]) == ("模糊", 3)
 
 
 @pytest.mark.parametrize(("name", "text"), [("TF32", "maybe"), ("NUM_FRAMES", ""), ("STRATEGY", "x")])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import wanduet
 from wanduet.media.read import frame_hashes
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -197,6 +198,42 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert time.monotonic() - began < 20
     assert left(tmp_path / "work") == set()
+
+
+EARLY = """
+import signal, sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "cyclopts":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["wanduet", "generate", "x", "--json"]
+from wanduet.__main__ import main
+main()
+"""
+IN_EXEC = """
+import sys
+from wanduet.frontends import commands
+def interrupted(*_, **__):
+    exec("import signal; signal.raise_signal(signal.SIGINT)")
+commands.run_plan = interrupted
+sys.argv = ["wanduet", "plan", "--json"]
+from wanduet.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("code", [EARLY, IN_EXEC], ids=["while importing", "inside an exec"])
+def test_ctrl_c_at_any_moment_is_code_130(tmp_path: Path, code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert json.loads(done.stdout)["error"]["code"] == "cancelled"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "wanduet", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, wanduet.__version__)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """`wanduet.WanPipeline` against diffusers' own: the same call on the same folder, float32 on the CPU."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,75 @@ def test_a_callback_sees_and_changes_the_same(oracle, pipe) -> None:
     assert theirs == ours
 
 
+def test_a_callback_may_turn_guidance_off(oracle, pipe) -> None:
+    def run(which) -> torch.Tensor:
+        def callback(pipe, step, _timestep, _tensors):
+            if step == 2:
+                pipe._guidance_scale = 0.0
+            return {}
+
+        call = {"guidance_scale": 5.0, "output_type": "latent", "callback_on_step_end": callback}
+        return which("a heart", generator=seeded(), **CALL, **call).frames
+
+    expected = run(oracle)
+    assert (run(pipe) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_callback_object_says_what_it_sees(oracle, pipe) -> None:
+    from diffusers.callbacks import PipelineCallback
+
+    class Halve(PipelineCallback):
+        tensor_inputs = ["latents", "negative_prompt_embeds"]  # noqa: RUF012 - as diffusers declares them
+
+        def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+            return {name: tensor * 0.5 for name, tensor in callback_kwargs.items()}
+
+    results = [
+        which("a heart", generator=seeded(), callback_on_step_end=Halve(), **CALL).frames for which in (oracle, pipe)
+    ]
+    assert np.abs(results[0] - results[1]).max() <= LEVEL
+
+
+def test_a_generator_for_each_video(oracle, pipe) -> None:
+    frames = [which(["a heart", "a star"], generator=[seeded(1), seeded(2)], **CALL).frames for which in (oracle, pipe)]
+    assert np.abs(frames[0] - frames[1]).max() <= LEVEL
+
+
+def test_without_a_generator_the_global_seed_counts(oracle, pipe) -> None:
+    frames = []
+    for which in (oracle, pipe):
+        torch.manual_seed(5)
+        frames.append(which("a heart", **CALL).frames)
+    assert np.abs(frames[0] - frames[1]).max() <= LEVEL
+
+
+def test_every_parameter_by_position(oracle, pipe) -> None:
+    def call(which):
+        return which(
+            "a heart", "blue", 32, 48, 8, 3, 4.0, None, 2, seeded(), None, None, None, "np", False, None, None,
+            ["latents"], 64,
+        )  # fmt: skip
+
+    (expected,), (got,) = call(oracle), call(pipe)
+    assert got.shape == expected.shape == (2, 9, 32, 48, 3)
+    assert np.abs(got - expected).max() <= LEVEL
+
+
+def test_several_videos_need_no_more_activations_than_one(pipe, monkeypatch) -> None:
+    """Each forward is of one video: what the plan has counted."""
+    from wanduet.models.transformer import WanTransformer
+
+    forward, batches = WanTransformer.forward, []
+
+    def counted(self, latents, *rest, **named):
+        batches.append(len(latents))
+        return forward(self, latents, *rest, **named)
+
+    monkeypatch.setattr(WanTransformer, "forward", counted)
+    pipe(["a", "b", "c"], **(CALL | {"num_inference_steps": 2}), output_type="latent")
+    assert set(batches) == {1}
+
+
 def test_interrupt_keeps_what_was_made(oracle, pipe) -> None:
     def run(which) -> torch.Tensor:
         def callback(pipe, step, _timestep, _tensors):
@@ -120,6 +191,10 @@ def test_another_scheduler(oracle, pipe) -> None:
         {"height": 30}, {"guidance_scale_2": 3.0}, {"attention_kwargs": {"scale": 0.5}}, {"output_type": "jpg"},
         {"callback_on_step_end_tensor_inputs": ["noise"]}, {"prompt": None}, {"negative_prompt": ["a", "b"]},
         {"latents": torch.zeros(1, 16, 1, 1, 1)},
+        {"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(1, 8, 32)}, {"negative_prompt": 5},
+        {"prompt": []}, {"prompt": ["a", 5]}, {"prompt": ("a",)}, {"prompt_embeds": torch.zeros(1, 8, 32)},
+        {"prompt": None, "prompt_embeds": torch.zeros(8, 32)}, {"prompt": None, "prompt_embeds": torch.zeros(1, 8, 33)},
+        {"negative_prompt_embeds": torch.zeros(2, 8, 32)}, {"generator": [torch.Generator()] * 2},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_raises(pipe, wrong) -> None:
@@ -133,3 +208,26 @@ def test_positional_parameters_are_those_of_diffusers() -> None:
     theirs = list(inspect.signature(Oracle.__call__).parameters)
     ours = inspect.signature(wanduet.WanPipeline.__call__).parameters
     assert [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY] == theirs
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_the_scheduler_is_the_one_that_the_folder_names(random_model, tmp_path, name) -> None:
+    import diffusers
+
+    flow = {} if name.startswith("FlowMatch") else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    shift = {"shift": 5.0} if name.startswith("FlowMatch") else {"flow_shift": 5.0}
+    oracle = Oracle.from_pretrained(random_model, scheduler=getattr(diffusers, name)(**flow, **shift))
+    oracle.set_progress_bar_config(disable=True)
+    oracle.save_pretrained(tmp_path / "model")
+    compare(oracle, wanduet.WanPipeline.from_pretrained(tmp_path / "model", data_dir=tmp_path), prompt="a heart")
+
+
+def test_a_scheduler_of_another_kind_is_refused(random_model, tmp_path) -> None:
+    from diffusers import DDIMScheduler
+
+    from wanduet.errors import ModelNotFoundError
+
+    model = shutil.copytree(random_model, tmp_path / "model")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    with pytest.raises(ModelNotFoundError, match="DDIMScheduler"):
+        wanduet.WanPipeline.from_pretrained(model)

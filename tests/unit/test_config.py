@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wanduet.config import EngineConfig, format_bytes, parse_bytes, parse_devices
+from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds, parse_bytes, parse_devices
 from wanduet.errors import ConfigError
 
 
@@ -10,7 +10,7 @@ from wanduet.errors import ConfigError
     ("text", "value"),
     [
         ("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24GB", 24 * 10**9), ("512MiB", 2**29), ("1.5 TiB", 3 * 2**39),
-        ("800", 800), ("800B", 800), (" 1kib ", 1024), (77, 77),
+        ("8000", 8000), ("800B", 800), ("0", 0), (" 1kib ", 1024), (77, 77),
     ],
 )  # fmt: skip
 def test_amounts_of_memory(text: str | int, value: int) -> None:
@@ -21,10 +21,6 @@ def test_amounts_of_memory(text: str | int, value: int) -> None:
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(ConfigError, match="no amount of memory"):
         parse_bytes(text)
-
-
-def test_bytes_for_people() -> None:
-    assert (format_bytes(3 * 2**30), format_bytes(5 * 2**20), format_bytes(0)) == ("3.00 GiB", "5 MiB", "0 MiB")
 
 
 def test_devices() -> None:
@@ -55,3 +51,29 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert EngineConfig(data_dir=tmp_path / "x").data_folder == tmp_path / "x"
     monkeypatch.setenv("WANDUET_DATA_DIR", "")
     assert EngineConfig().data_folder.name == "wanduet"
+
+
+def test_a_number_that_was_meant_as_gib_says_so() -> None:
+    with pytest.raises(ConfigError, match="12GiB"):
+        parse_bytes("12")
+
+
+def test_an_amount_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 MiB"), (52 * 1024, "52 KiB"), (189 * 2**20, "189 MiB"), (3 * GIB, "3.00 GiB")]
+)
+def test_bytes_for_people(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (42, "42 s"), (119, "119 s"), (120, "2.0 min"), (1500, "25 min"), (7200, "2.0 h"), (90000, "25 h"),
+     (1142340, "13 days")],
+)  # fmt: skip
+def test_seconds_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -28,6 +28,7 @@ from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError, Output
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.provenance import make_provenance, versions
+from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
 from wanduet.models.vae_stream import decode_stream
 from wanduet.parallel.launch import RankFailedError
@@ -55,7 +56,24 @@ def encode_prompt(models: Models, job: Job) -> Conditioning:
     for name, one in zip(("prompt", "negative_prompt"), encoded, strict=False):
         if one.cut:
             job.warnings.append(f"{name} is longer than {models.spec.text_len} tokens; cut off: {one.cut!r}")
+    if not encoded[0].text:
+        job.warnings.append("Nothing is left of the prompt once entities and spaces are cleaned: it says nothing.")
     return Conditioning(encoded[0], encoded[1] if request.uses_guidance else None)
+
+
+def finished_video(models: Models, job: Job, index: int) -> VideoResult | None:
+    """Video `index` of the job as an earlier run has finished it, where the job goes on from that run."""
+    path, kept = job.video_path(index), job.latents_path(index)
+    if not job.output.resume or not path.exists() or (job.output.save_latents and not kept.exists()):
+        return None
+    seed, wanted = job.request.seed + index, _provenance(models, job, index)
+    try:
+        about = read_metadata(path)
+    except UnreadableFileError:
+        return None
+    if any(about.get(name) != wanted[name] for name in ("request", "seed", "model", "output")):
+        return None
+    return VideoResult(path, seed, job.request.num_frames, kept if job.output.save_latents else None, about)
 
 
 @torch.no_grad()

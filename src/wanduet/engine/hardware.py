@@ -5,6 +5,7 @@ import platform
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from wanduet.config import parse_bytes
 from wanduet.errors import ConfigError
@@ -12,6 +13,8 @@ from wanduet.errors import ConfigError
 # What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
 # on Hopper with CUDA 13 (see benchmarks/results); counted apart from every prediction.
 CUDA_CONTEXT_BYTES = 600 * 2**20
+MOST_DEVICES = 64  # of one host
+SMALLEST_DEVICE = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,12 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
         if part.lower().startswith("ram="):
             ram = parse_bytes(part[4:])
         elif part.lower() != "cpu":
-            match = re.fullmatch(r"(?:(\d+)x)?(.+)", part, re.IGNORECASE)
-            if match is None:
-                raise ConfigError(f"hardware={text!r} is not understood.", hint="Examples: 2x24GiB, 24GiB+12GiB.")
-            sizes += [parse_bytes(match[2])] * int(match[1] or 1)
+            match = re.fullmatch(r"(?:(\d{1,4})[x×*])?(.+)", part, re.IGNORECASE | re.ASCII)
+            count = int(match[1] or 1) if match else 0
+            if match is None or not 1 <= count <= MOST_DEVICES:
+                hint = f"Examples: 2x24GiB, 24GiB+12GiB; 1 to {MOST_DEVICES} devices."
+                raise ConfigError(f"hardware={text!r} is not understood.", hint=hint)
+            sizes += [_device_bytes(match[2])] * count
     # 8.6 is the RTX 3090's generation, the least the project promises to run on.
     devices = (
         DeviceInfo(f"cuda:{i}", "assumed", size, size - CUDA_CONTEXT_BYTES, (8, 6), 82) for i, size in enumerate(sizes)
@@ -106,19 +111,28 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
     return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, "assumed")
 
 
+def _device_bytes(text: str) -> int:
+    """A GPU's memory. Raises ConfigError."""
+    size = parse_bytes(text)
+    if size < SMALLEST_DEVICE:
+        raise ConfigError(f"hardware: no GPU has {text}.", hint="Examples: 2x24GiB, 24GiB+12GiB.")
+    return size
+
+
 def host_memory() -> tuple[int, int]:
-    """`(total, available)` bytes of host memory, respecting a container's limit."""
+    """`(total, available)` bytes of host memory, respecting the limits of a container or a batch system's job."""
     total, available = _os_memory()
-    limit = _cgroup_limit()
-    if limit is not None and limit < total:
-        return limit, min(available, limit)
+    for limit, used in _cgroup_limits():
+        if limit < total:
+            total = limit
+        available = min(available, max(0, limit - used))
     return total, available
 
 
 def process_peak_bytes() -> int:
-    """The most memory this process has had resident so far (0 where the system does not say)."""
+    """The most memory this process has had resident so far."""
     if platform.system() == "Windows":
-        return 0
+        return _windows_peak_bytes()
     if platform.system() == "Linux":  # getrusage would count what the starting process had before exec
         with open("/proc/self/status") as file:
             peak = next((line.split()[1] for line in file if line.startswith("VmHWM")), "0")
@@ -153,15 +167,50 @@ def _windows_memory() -> tuple[int, int]:
     return int(status.total), int(status.available)
 
 
-def _cgroup_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
+def _windows_peak_bytes() -> int:
+    import ctypes
+
+    class Counters(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("page_faults", ctypes.c_ulong)] + [
+            (name, ctypes.c_size_t)
+            for name in ("peak_resident", "resident", "peak_paged", "paged", "peak_nonpaged", "nonpaged", "file", "peak_file")
+        ]  # fmt: skip
+
+    kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    counters = Counters(length=ctypes.sizeof(Counters))
+    this_process = ctypes.c_void_p(-1)  # what GetCurrentProcess gives, as wide as a handle is
+    kernel32.K32GetProcessMemoryInfo(this_process, ctypes.byref(counters), ctypes.c_ulong(counters.length))
+    return int(counters.peak_resident)
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """`(limit, used)` bytes of this process's control group and of those around it. Files that can be thrown out
+    of the page cache count as free."""
+    found: list[tuple[int, int]] = []
+    for line in _lines(own):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number != "0" and "memory" not in controllers.split(","):
             continue
-        return int(text) if text.isdigit() else None
-    return None
+        top = root if number == "0" else root / "memory"
+        names = (
+            ("memory.max", "memory.current") if number == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        here = top / path.strip("/")  # in a container the path is often that of the host, which is not seen here
+        for folder in dict.fromkeys([*(p for p in (here, *here.parents) if p.is_relative_to(top)), top]):
+            limit, used = ("".join(_lines(folder / name)) for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                stat = dict(entry.split(" ", 1) for entry in _lines(folder / "memory.stat") if " " in entry)
+                cached = stat.get("inactive_file") or stat.get("total_inactive_file") or "0"
+                found.append((int(limit), max(0, int(used) - int(cached))))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 @lru_cache(maxsize=1)

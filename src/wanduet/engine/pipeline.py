@@ -36,11 +36,11 @@ ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long
 
 @dataclass(frozen=True, slots=True)
 class _Denoised:
-    """What the denoise hands to the decode: one of a job's videos."""
+    """What the denoise hands to the decode: one of a job's videos, or the whole of it where it was made before."""
 
     job: Job
     index: int
-    latents: Tensor
+    latents: Tensor | VideoResult
 
 
 class Engine:
@@ -154,6 +154,10 @@ class Engine:
         self._to_decode.put(None)
 
     def _denoise_video(self, job: Job, index: int, conditioning: Conditioning) -> None:
+        finished = generate.finished_video(self.models, job, index)
+        if finished is not None:
+            self._to_decode.put(_Denoised(job, index, finished))
+            return
         with self.trace.span("denoise", job):
             latents = generate.denoise_video(self.models, job, index, conditioning)
         self._to_decode.put(_Denoised(job, index, latents))
@@ -165,8 +169,11 @@ class Engine:
     def _decode_video(self, item: _Denoised) -> None:
         job = item.job
         videos = self._videos[job.id]
-        with self.trace.span("decode", job):
-            videos.append(generate.decode_video(self.models, job, item.index, item.latents))
+        if isinstance(item.latents, VideoResult):
+            videos.append(item.latents)
+        else:
+            with self.trace.span("decode", job):
+                videos.append(generate.decode_video(self.models, job, item.index, item.latents))
         if len(videos) == job.request.num_videos_per_prompt:
             job.timings["total_s"] = time.perf_counter() - job.created
             self._forget(job)

@@ -1,6 +1,7 @@
 """Which device does what: one for all, one for each model, or all together on one video."""
 
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 from wanduet.config import EngineConfig, parse_devices
@@ -9,6 +10,7 @@ from wanduet.errors import ConfigError
 from wanduet.request import ResolvedRequest
 
 StrategyName = Literal["single", "placed", "parallel"]
+PAIRED = 4  # of many devices, those that are looked at for the two parts
 SEQUENCE_COST = 1.06  # what the exchanges of a shared sequence add
 
 
@@ -28,8 +30,11 @@ class Placement:
         return self.transformer.name == self.vae.name
 
 
-def find_placement(config: EngineConfig, hardware: Hardware) -> Placement:
-    """Which device denoises and which decodes. Raises ConfigError where the wish cannot be met."""
+def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement, ...]:
+    """Which device denoises and which decodes, best first: a later one is for where the ones before do not fit.
+
+    Raises ConfigError where the wish cannot be met.
+    """
     asked = parse_devices(config.devices)
     names = asked.names or tuple(d.name for d in hardware.gpus) or ("cpu",)
     devices = tuple(hardware.device(name) for name in names)
@@ -38,16 +43,32 @@ def find_placement(config: EngineConfig, hardware: Hardware) -> Placement:
         first, second = hardware.device(vae or transformer or ""), hardware.device(transformer or vae or "")
         shared = first.name == second.name and not first.is_cpu
         strategy: StrategyName = "single" if shared else "placed"
-        return Placement(strategy, second, first, "the devices' roles were named")
+        return (Placement(strategy, second, first, "the devices' roles were named"),)
+    if config.strategy == "placed" and len(devices) == 1 and not devices[0].is_cpu:
+        raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
+    alone = sorted(devices, key=lambda d: (d.multiprocessors, d.free_bytes), reverse=True)
     if config.strategy == "single" or len(devices) == 1:
-        if config.strategy == "placed" and len(devices) == 1 and not devices[0].is_cpu:
-            raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
-        best = max(devices, key=lambda d: (d.multiprocessors, d.free_bytes))
-        why = "asked for" if config.strategy == "single" else f"{best.name} is the only device"
-        return Placement("single", best, best, why)
-    # The denoise is more than nine tenths of the work: it gets the faster card.
-    ranked = sorted(devices[:2], key=lambda d: (d.multiprocessors, d.capability, d.total_bytes))
-    return Placement("placed", ranked[1], ranked[0], "VAE and transformer each have a device of their own")
+        why = "asked for" if config.strategy == "single" else f"{alone[0].name} is the only device"
+        return tuple(Placement("single", device, device, why) for device in alone)
+    why = "VAE and transformer each have a device of their own"
+    placed = tuple(Placement("placed", transformer, vae, why) for transformer, vae in _pairs(devices))
+    if config.strategy == "placed":
+        return placed
+    why = "the other devices are too small for a part of the work"
+    return placed + tuple(Placement("single", device, device, why) for device in alone)
+
+
+def _pairs(devices: tuple[DeviceInfo, ...]) -> tuple[tuple[DeviceInfo, DeviceInfo], ...]:
+    """`(transformer, vae)` devices. The denoise is more than nine tenths of the work: it gets the fastest card."""
+
+    def speed(device: DeviceInfo) -> tuple[object, ...]:
+        return device.multiprocessors, device.capability, device.total_bytes
+
+    ranked = sorted(devices, key=speed, reverse=True)[:PAIRED]
+    first, second = ranked[:2]
+    if speed(first) == speed(second):  # in the order they were named: the VAE's first
+        first, second = second, first
+    return tuple(dict.fromkeys([(first, second), (second, first), *permutations(ranked, 2)]))
 
 
 def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Placement | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from wanduet.config import GIB, EngineConfig, format_bytes
+from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
 from wanduet.engine.cost import Seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
-from wanduet.engine.placement import Placement, StrategyName, find_placement, pairs_up, parallel_placement
+from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
+from wanduet.engine.smaller import alternatives
 from wanduet.errors import DoesNotFitError
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.parallel.mesh import Layout, choose_layout
@@ -26,7 +27,6 @@ BlockHold = Literal["pinned", "mapped"]
 HEADROOM_BYTES = 192 * 2**20
 # Python, PyTorch and its libraries, frames on their way to the encoder.
 HOST_BASE_BYTES = 1200 * 2**20
-NEAREST = 3  # settings that fit, told with a refusal
 ONE_DEVICE = Layout()
 FFN_CHUNKS = (16384, 8192, 4096)
 DECODE_MODES = (
@@ -118,15 +118,15 @@ def make_plan(
     plan = _fastest_that_fits(request, memory, config, hardware)
     if plan.fits or not nearest:
         return plan
-    found: list[dict[str, Any]] = []
-    for change, smaller in _smaller_requests(request, memory.spec):
-        candidate = _fastest_that_fits(smaller, memory, config, hardware)
+    found: dict[str, dict[str, Any]] = {}
+    for other in alternatives(request, config, memory.spec, hardware):
+        if other.kind in found or (other.kind == "both" and found):
+            continue  # one of each kind, the least painful
+        candidate = _fastest_that_fits(other.request, memory, other.config, hardware)
         if candidate.fits:
             told = {"predicted_peak_bytes": candidate.predicted_peak_bytes}
-            found.append(change | told | {"predicted_seconds": round(candidate.seconds.total, 1)})
-        if len(found) == NEAREST:
-            break
-    return replace(plan, nearest_that_fits=tuple(found))
+            found[other.kind] = other.change | told | {"predicted_seconds": round(candidate.seconds.total, 1)}
+    return replace(plan, nearest_that_fits=tuple(found.values()))
 
 
 def require_fit(plan: Plan, request: ResolvedRequest) -> None:
@@ -139,7 +139,7 @@ def require_fit(plan: Plan, request: ResolvedRequest) -> None:
     where = "; ".join(f"{name} needs {format_bytes(need)} and may use {format_bytes(has)}" for name, need, has in short)
     near = [
         ", ".join(f"{k}={v}" for k, v in n.items() if not k.startswith("predicted"))
-        + f" (about {n['predicted_seconds']} s)"
+        + f" (about {format_seconds(n['predicted_seconds'])})"
         for n in plan.nearest_that_fits
     ]
     hint = f"These fit: {' · '.join(near)}." if near else "No smaller setting fits either."
@@ -148,17 +148,32 @@ def require_fit(plan: Plan, request: ResolvedRequest) -> None:
 
 
 def _fastest_that_fits(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """The first candidate that fits, or the smallest one."""
+    """The first candidate that fits, or the one that lacks least."""
     if config.strategy in ("auto", "parallel"):
         shared = parallel_placement(request, config, hardware)
         if shared is not None:
             plan = _parallel_plan(request, memory, config, hardware, shared)
             if plan.fits or config.strategy == "parallel":
                 return plan
-    place = find_placement(config, hardware)
+    refused: list[Plan] = []
+    for place in find_placements(config, hardware):
+        plan = _fastest_of(request, memory, config, hardware, place)
+        if plan.fits:
+            return plan
+        refused.append(plan)
+    return min(refused, key=lambda plan: sum(max(0, d.peak - d.limit_bytes) for d in plan.devices))
+
+
+def _fastest_of(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, place: Placement
+) -> Plan:
+    """The first candidate of one placement that fits, or the smallest one."""
     candidates = list(_candidates(memory.spec, place))
     smallest = _plan(request, memory, config, hardware, place, *candidates[-1])
-    if any(device.peak > device.limit_bytes for device in smallest.devices):
+    all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
+    text_dtype, hold, _ = _text_encoder(memory, config, hardware)
+    least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
+    if any(d.peak > d.limit_bytes for d in smallest.devices) or least > smallest.host_limit_bytes:
         return smallest  # without a look at all the others
     plans = (_plan(request, memory, config, hardware, place, *candidate) for candidate in candidates)
     return next((plan for plan in plans if plan.fits), smallest)
@@ -319,17 +334,3 @@ def _why_hold(hold: BlockHold, on_host: int) -> str:
 
 def _why_resident(resident: int, layers: int) -> str:
     return "all blocks fit" if resident == layers else "the others are streamed from host memory"
-
-
-def _smaller_requests(request: ResolvedRequest, spec: ModelSpec) -> Iterator[tuple[dict[str, Any], ResolvedRequest]]:
-    """Changes that make the job smaller, least painful first: fewer frames, then a smaller picture."""
-    stride = spec.vae.temporal_stride
-    for share in (0.8, 0.6, 0.4, 0.2):
-        frames = int((request.num_frames - 1) * share) // stride * stride + 1
-        if frames < request.num_frames:
-            yield {"num_frames": frames}, request.model_copy(update={"num_frames": frames})
-    for height, width in ((720, 1280), (480, 832), (320, 512), (240, 416)):
-        if height * width < request.height * request.width:
-            changes = {"height": height, "width": width}
-            generated = {"generated_height": height, "generated_width": width}
-            yield changes, request.model_copy(update=changes | generated)

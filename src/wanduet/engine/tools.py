@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.engine import generate
@@ -17,7 +18,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
 from wanduet.errors import OutputError, WanduetError
-from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
+from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -32,7 +33,7 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
     latents, about = load_latents(path)
     models = Models(config)
-    request = _request_of(about, models.spec)
+    request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
     expected = models.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     if tuple(latents.shape) != expected:
         raise UnreadableFileError(f"{path}: latents {list(latents.shape)} do not fit their request {list(expected)}.")
@@ -40,9 +41,12 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
     job.attention = about.get("attention")
-    video = generate.decode_video(models, job, 0, latents)
-    job.timings["total_s"] = sum(job.timings.values())
-    return JobResult((video,), dict(job.timings), models.peak_memory(), tuple(job.warnings))
+    try:
+        video = generate.decode_video(models, job, 0, latents)
+        job.timings["total_s"] = sum(job.timings.values())
+        return JobResult((video,), dict(job.timings), models.peak_memory(), tuple(job.warnings))
+    finally:
+        models.unload()  # a group of ranks, where there is one
 
 
 def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
@@ -52,6 +56,16 @@ def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
     known = {k: v for k, v in fields.items() if k in GenerationRequest.model_fields}
     known["seed"] = about.get("seed", known.get("seed"))
     return GenerationRequest.parse(**known).resolve(spec)
+
+
+def _request_for(latents: Tensor, spec: ModelSpec) -> ResolvedRequest:
+    """What latents that say nothing of themselves become: as large and as long as they are."""
+    _, frames, rows, columns = latents.shape
+    stride = spec.vae.spatial_stride
+    return GenerationRequest.parse(
+        prompt="-", height=rows * stride, width=columns * stride,
+        num_frames=(frames - 1) * spec.vae.temporal_stride + 1, seed=0,
+    ).resolve(spec)  # fmt: skip
 
 
 def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbeds:
@@ -72,17 +86,16 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
     """
     path = Path(target)
     try:
-        is_file = path.exists()
-    except OSError:  # a prompt that is longer than any file's name
+        is_file = bool(target) and path.exists()
+    except (OSError, ValueError):  # a prompt that is longer than any file's name
         is_file = False
     if not is_file:
         return _inspect_prompt(config, target)
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
-    try:
+    if holds_embeddings(path):
         return _inspect_embeddings(load_embeddings(path), path)
-    except UnreadableFileError:
-        latents, about = load_latents(path)
+    latents, about = load_latents(path)
     channels = latents.float().flatten(1)
     return {
         "kind": "latents",

@@ -1,30 +1,40 @@
-"""The command line: `wanduet generate`, `decode`, `encode`, `inspect`, `plan`, `download`, `doctor`, `verify`.
+"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `encode`, `decode`, `inspect`, `download`,
+`verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from cyclopts.config import Env, Toml
+from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
-from wanduet.frontends.early import check_output, check_request, read_batch
-from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, VideoFlags, whole
+from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
+Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
+Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
 Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
+INTERRUPTED = 130
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
 app = App(
     name="wanduet",
     help="Text to video with Wan2.1, on one GPU, two, or many.",
-    config=[Env("WANDUET_", command=False), Toml(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False)],
+    config=[
+        Env("WANDUET_", command=False),
+        Settings(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False),
+        drop_overruled,
+    ],
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
@@ -37,8 +47,8 @@ def generate(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     output: Output = None,
-    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
-    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
     save_latents: Annotated[bool, Parameter(help="Keep the latents beside the video.")] = False,
     resume: Annotated[bool, Parameter(help="Go on from what an interrupted run left.")] = False,
     profile: Annotated[bool, Parameter(help="Say where the time went; a trace for Perfetto beside the video.")] = False,
@@ -46,8 +56,8 @@ def generate(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video of a prompt."""
-    request, config = video.request(prompt), engine.config()
-    check_request(request, config)
+    config = engine.config()
+    request = early_request(prompt, video, config)
     check_output(output, codec, quality)
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.commands import run_generate
@@ -63,16 +73,26 @@ def batch(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.")] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
+    resume: Annotated[
+        bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
+    ] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv."""
-    config = engine.config()
-    requests = read_batch(file, video)
-    for request in requests:
-        check_request(request, config)
-    from wanduet.frontends.commands import run_batch
+    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv.
 
-    done = run_batch(requests, config, output or Path())
+    Lines that begin with # are comments.
+    """
+    config = engine.config()
+    requests = read_batch(file, video, config)
+    check_folder(output)
+    check_output(None, codec, quality)
+    from wanduet.engine.job import OutputOptions
+    from wanduet.frontends.batch import run_batch
+
+    done = run_batch(requests, config, OutputOptions(output or Path(), codec, quality, save_latents, resume))
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
@@ -87,14 +107,31 @@ def plan(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Predict memory and choose settings, without loading anything."""
-    request, config = video.request("a plan"), engine.config()
-    check_request(request, config)
+    config = engine.config()
+    request = early_request("a plan", video, config)
     from wanduet.frontends.commands import run_plan
 
     found = run_plan(request, config, hardware)
     emit(found, json_)
     if not found["fits"]:
         raise SystemExit(1)
+
+
+@app.command
+def bench(
+    prompt: str = "a red circle moving left on a black background",
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights."""
+    config = engine.config()
+    request = early_request(prompt, video, config)
+    from wanduet.frontends.bench import run_bench
+
+    emit(run_bench(request, config, runs), json_)
 
 
 @app.command
@@ -118,8 +155,8 @@ def decode(
     *,
     engine: EngineFlags = OTHER,
     output: Output = None,
-    codec: Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")] = "h264",
-    quality: Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Turn kept latents into their video. The model is the one that made them, unless --model says another."""
@@ -173,7 +210,14 @@ cli_jobs.register(app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and exit."""
-    sys.exit(run(app, sys.argv[1:] if arguments is None else arguments))
+    code = run(app, sys.argv[1:] if arguments is None else arguments)
+    if code == INTERRUPTED:
+        # An interrupt inside an exec(), of which libraries are full, would make Python end by the signal instead.
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,20 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import Plan, make_plan
 from wanduet.engine.roofline import where_it_went
-from wanduet.errors import CancelledError, ConfigError, InvalidRequestError, ModelNotFoundError
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutputError,
+    WanduetError,
+)
 from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
 from wanduet.frontends.progress import follow
+from wanduet.frontends.resume import find_begun, seed_of_interrupted, with_seed
+from wanduet.frontends.show import printable
+from wanduet.media.codecs import find_codec
 from wanduet.media.files import UnreadableFileError, next_free_path
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -28,9 +37,10 @@ from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
 from wanduet.ops.attention import BACKENDS, SDPA
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.sampling.checkpoint import find_checkpoints
 from wanduet.specs import RANDOM_SPECS
 from wanduet.weights.download import MINIATURE, open_model
+
+SHOWN = 500  # characters of a prompt
 
 
 def run_generate(
@@ -44,24 +54,35 @@ def run_generate(
 ) -> dict[str, Any]:
     """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
     check_attention(config)
-    if not named or is_folder(options.path):
-        options = _named(options, request.prompt, request.num_videos_per_prompt)
+    folder = options
+    is_named = named and not is_folder(options.path)
+    if not is_named:
+        options = named_output(options, request.prompt, request.num_videos_per_prompt)
     if dry_run:
         with Engine(without_fetching(config)) as engine:
             plan = engine.plan(request)
             resolved = request.resolve(engine.models.spec)
             return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Engine(config) as engine:
-        if options.resume and request.seed is None:
-            request = _with_seed_of_interrupted(request, options, engine)
+        if options.resume:
+            found = None if is_named else find_begun(request, folder, engine)
+            if found is not None and not found.complete:
+                options, request = found.options, with_seed(request, found.seed)
+            elif request.seed is None:
+                seed = seed_of_interrupted(request, options, engine)
+                if seed is None:
+                    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+                request = with_seed(request, seed)
         job = engine.submit(request, options)
         _announce(job, config)
         follow(job)
         try:
             result = job.result()
-        except CancelledError as error:
-            if job.timings["denoise_s"]:
+        except WanduetError as error:
+            if isinstance(error, CancelledError) and job.timings["denoise_s"]:
                 error.hint = "Go on where it stopped: the same command with --resume."
+            elif isinstance(error, OutputError) and _kept(job):
+                error.hint = f"{error.hint or ''} The latents are kept: the same command with --resume only decodes."
             raise
         done = report(job, result)
         if profile:
@@ -69,29 +90,6 @@ def run_generate(
             engine.trace.save(path)
             done |= {"trace": str(path), "profile": where_it_went(job, engine.models.memory)}
     return done
-
-
-def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, folder: Path) -> dict[str, Any]:
-    """Requests, checked already, to videos in a folder. One that fails does not stop the others; Ctrl-C does."""
-    check_attention(config)
-    done: list[dict[str, Any]] = []
-    with Engine(config) as engine:
-        jobs: list[Job] = []
-        for request in requests:
-            taken = [job.video_path(index) for job in jobs for index in range(job.request.num_videos_per_prompt)]
-            options = _named(OutputOptions(folder), request.prompt, request.num_videos_per_prompt, taken)
-            jobs.append(engine.submit(request, options))
-        for number, job in enumerate(jobs, start=1):
-            print(f"[{number}/{len(jobs)}] {job.request.prompt}", file=sys.stderr)
-            follow(job)
-            try:
-                done.append(report(job, job.result()))
-            except CancelledError as error:
-                raise CancelledError(f"Interrupted: {len(done)} of {len(jobs)} videos were made.") from error
-            except Exception as error:  # told below; the next job goes on
-                print(error, file=sys.stderr)
-                done.append({"prompt": job.request.prompt, "error": str(error)})
-    return {"videos": done, "failed": sum("error" in one for one in done)}
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
@@ -128,7 +126,11 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
 
 def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[str, Any]:
     """A prompt to an embeddings file."""
-    path = output or next_free_path(Path(), prompt, ".safetensors")
+    path = output or Path()
+    if is_folder(path):
+        path = next_free_path(path, prompt, ".safetensors")
+    elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
+        raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
     embeds = tools.encode_to_file(config, prompt, path)
     return {"output": str(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
 
@@ -141,7 +143,7 @@ def run_decode(
     config = _config_of(flags, about)
     options = OutputOptions(output or Path(), codec, quality, save_latents=True)
     if output is None or is_folder(output):
-        options = _named(options, str(_part(about, "request").get("prompt") or latents.stem))
+        options = named_output(options, str(_part(about, "request").get("prompt") or latents.stem))
     result = tools.decode_latents(config, latents, options)
     video = result.videos[0]
     return {
@@ -156,11 +158,14 @@ def run_decode(
 def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     """Make a video again and compare frame hashes. Raises UnreadableFileError."""
     about = read_metadata(video)
-    request, codec = _request_of(video, about), str(probe(video)["codec"])
+    (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
-        job = engine.submit(request, OutputOptions(path, codec, quality=_part(about, "output").get("quality")))
+        try:
+            job = engine.submit(request, OutputOptions(path, codec, quality))
+        except InvalidRequestError as error:
+            raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
         follow(job)
         job.result()
         again = frame_hashes(path)
@@ -178,10 +183,14 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     }
 
 
-def _request_of(video: Path, about: dict[str, Any]) -> GenerationRequest:
+def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:
+    """The request in a video's metadata, which anybody may have written, and the quality. Raises UnreadableFileError."""
     fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
+    seed, quality = about.get("seed"), _part(about, "output").get("quality")
+    if type(seed) is not int or type(quality) not in (int, type(None)):
+        raise UnreadableFileError(f"{video} does not say which seed and quality made it.")
     try:
-        return GenerationRequest.parse(**(fields | {"seed": about.get("seed"), "num_videos_per_prompt": 1}))
+        return GenerationRequest.parse(**(fields | {"seed": seed, "num_videos_per_prompt": 1})), quality
     except InvalidRequestError as error:
         raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
 
@@ -211,6 +220,11 @@ def report(job: Job, result: JobResult) -> dict[str, Any]:
     }
 
 
+def _kept(job: Job) -> bool:
+    """Whether latents of a job that failed are on the disk."""
+    return any(job.latents_path(index).exists() for index in range(job.request.num_videos_per_prompt))
+
+
 def predicted(plan: Plan) -> dict[str, int]:
     """Predicted peak bytes by device; on a CPU the whole process."""
     peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
@@ -229,10 +243,17 @@ def _announce(job: Job, config: EngineConfig) -> None:
             "The miniature knows coloured shapes that move on plain backgrounds, and a few scenes; "
             "this prompt goes beyond its world. Try: a red circle moving left on a black background."
         )
-    print(f"Prompt: {r.prompt}", file=sys.stderr)
-    size = f"{r.width}x{r.height}, {r.num_frames} frames ({r.seconds:.1f} s)"
+    print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
+    size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
-    print(f"{size}, {r.num_inference_steps} steps of {r.sampler}, seed {r.seed}; {where}", file=sys.stderr)
+    steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
+    print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def shown(prompt: str) -> str:
+    """A prompt for the terminal, which it must not steer: the first lines' worth of it."""
+    text = printable(prompt)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
 def _config_of(flags: EngineFlags, about: dict[str, Any]) -> EngineConfig:
@@ -253,26 +274,9 @@ def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _with_seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> GenerationRequest:
-    """The same request with the seed that an interrupted run of it had drawn, so that --resume finds its work."""
-    resolved = request.resolve(engine.models.spec)
-    wanted = resolved.model_dump(exclude={"seed"})
-    candidates: list[dict[str, Any]] = []
-    with suppress(UnreadableFileError):
-        candidates.append(read_metadata(options.latents_path(0, resolved.num_videos_per_prompt)))
-    candidates += [checkpoint.about for checkpoint in find_checkpoints(engine.config.data_folder / "checkpoints")]
-    for about in candidates:
-        fields = dict(_part(about, "request"))
-        seed = fields.pop("seed", None)
-        if fields == wanted and about.get("model") == engine.models.about:
-            return GenerationRequest.parse(**(request.model_dump(exclude_unset=True) | {"seed": seed}))
-    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
-    return request
-
-
-def _named(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
+def named_output(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
     """A name in the folder `options.path` for a prompt's `count` videos, none of which exists or is in `taken`."""
-    extension = ".mkv" if options.codec == "ffv1" else ".webm" if options.codec == "vp9" else ".mp4"
+    extension = find_codec(options.codec).extensions[0]
     refused = list(taken)
     while True:
         named = replace(options, path=next_free_path(options.path, prompt, extension, refused))

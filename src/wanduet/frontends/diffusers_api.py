@@ -6,7 +6,8 @@ the schedule is the checkpoint's scheduler, a frame count is rounded with a warn
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.ladder import DenoiseLadder, decode_modes
 from wanduet.engine.plan import make_plan, require_fit
-from wanduet.errors import CancelledError, InvalidRequestError, OutOfMemoryError
+from wanduet.errors import CancelledError, InvalidRequestError, ModelNotFoundError, OutOfMemoryError
 from wanduet.models.text_encoder import pad_embeddings
 from wanduet.models.transformer import TextContext
 from wanduet.models.vae_stream import decode_stream
@@ -28,13 +29,16 @@ from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
+from wanduet.weights.folder import read_json
 
 # Stands for prompts and embeddings that are not known when memory is planned: of the greatest length.
 ANY_PROMPT = 512 * "-"
 log = logging.getLogger(__name__)
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+Text = TextContext | Tensor
 Callback = Callable[["WanPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
+SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -75,8 +79,9 @@ class WanPipeline:
 
         Ours: `vae_dtype`, and `devices`, `vram_limit` (bytes), `text_encoder_hold` as on the command line.
         """
-        if torch_dtype is not None and torch_dtype not in DTYPE_NAMES:
-            raise ValueError(f"torch_dtype={torch_dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
+        for name, dtype in (("torch_dtype", torch_dtype or torch.float32), ("vae_dtype", vae_dtype)):
+            if dtype not in DTYPE_NAMES:
+                raise ValueError(f"{name}={dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
         return cls(
             EngineConfig(
                 model=str(pretrained_model_name_or_path),
@@ -92,8 +97,6 @@ class WanPipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Run on a device from the next call on."""
-        from dataclasses import replace
-
         self._models.unload()
         self._config = replace(self._config, devices=str(device))
         scheduler = self.scheduler
@@ -152,30 +155,34 @@ class WanPipeline:
         progress: Callable[[int, int], None] | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
         """As diffusers 0.42's; `progress(done, total)` is ours. Raises ValueError for what it cannot do."""
-        _refuse(guidance_scale_2, attention_kwargs, output_type, callback_on_step_end_tensor_inputs)
-        prompts = _prompts(prompt, prompt_embeds, "prompt")
+        # diffusers' own callback objects say themselves what they want to see.
+        seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        _refuse(guidance_scale_2, attention_kwargs, output_type, seen)
+        prompts = _prompts(prompt, prompt_embeds)
+        _check_negative(negative_prompt, negative_prompt_embeds)
         num_frames = _rounded_frames(num_frames, self._models.spec.vae.temporal_stride)
         copies = num_videos_per_prompt or 1
-        batch = (len(prompts) if prompts is not None else len(_given(prompt_embeds))) * copies
+        count = len(prompts) if prompts is not None else len(_given(prompt_embeds))
+        batch = count * copies
         self._guidance_scale, self._interrupt = guidance_scale, False
         self._num_timesteps = num_inference_steps
         job = self._job(height, width, num_frames, num_inference_steps, guidance_scale)
 
-        positive = self._embeds(job, prompts, prompt_embeds, max_sequence_length, copies)
+        positive = self._embeds(job, prompts, prompt_embeds, max_sequence_length, count, copies)
         negative = None
         if self.do_classifier_free_guidance:
             texts = negative_prompt or ""
-            negatives = [texts] * (batch // copies) if isinstance(texts, str) else texts
-            if len(negatives) * copies != batch and negative_prompt_embeds is None:
-                raise ValueError(f"negative_prompt has {len(negatives)} texts, prompt has {batch // copies}.")
+            negatives = [texts] * count if isinstance(texts, str) else texts
+            if len(negatives) != count and negative_prompt_embeds is None:
+                raise ValueError(f"negative_prompt has {len(negatives)} texts, prompt has {count}.")
             given = None if negative_prompt_embeds is not None else negatives
-            negative = self._embeds(job, given, negative_prompt_embeds, max_sequence_length, copies)
+            negative = self._embeds(job, given, negative_prompt_embeds, max_sequence_length, count, copies)
 
-        noise = self._noise((batch, *self._models.spec.latent_shape(height, width, num_frames)), generator, latents)
+        # As diffusers: where no generator says otherwise, noise is drawn on the device that denoises.
+        shape = (batch, *self._models.spec.latent_shape(height, width, num_frames))
+        noise = self._noise(shape, generator, latents, torch.device(job.plan.transformer_device))
         with self._models.transformer(job) as denoiser:
-            loop = _Loop(
-                self, job, denoiser, positive, negative, callback_on_step_end, callback_on_step_end_tensor_inputs
-            )
+            loop = _Loop(self, job, denoiser, positive, negative, callback_on_step_end, seen)
             result = loop(noise.to(denoiser.device), progress)
         frames = result if output_type == "latent" else self._decode(job, result, output_type or "np")
         return WanPipelineOutput(frames) if return_dict else (frames,)
@@ -196,9 +203,14 @@ class WanPipeline:
         require_fit(plan, resolved)
         return Job(resolved, plan, OutputOptions(Path()))
 
-    def _embeds(self, job: Job, texts: list[str] | None, given: Tensor | None, max_tokens: int, copies: int) -> Tensor:
+    def _embeds(
+        self, job: Job, texts: list[str] | None, given: Tensor | None, max_tokens: int, count: int, copies: int
+    ) -> Tensor:
         """`[batch, max_tokens, text_dim]`, each prompt repeated for its videos."""
         if given is not None:
+            dim = self._models.spec.transformer.text_dim
+            if given.ndim != 3 or given.shape[0] != count or given.shape[2] != dim:
+                raise ValueError(f"Embeddings must be [{count}, tokens, {dim}], not {list(given.shape)}.")
             return given.repeat_interleave(copies, dim=0)
         assert texts is not None
         encoded = self._models.text(job.plan).encode(texts, max_tokens=max_tokens)
@@ -206,7 +218,11 @@ class WanPipeline:
         return padded.repeat_interleave(copies, dim=0)
 
     def _noise(
-        self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, given: Tensor | None
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
+        given: Tensor | None,
+        device: torch.device,
     ) -> Tensor:
         from diffusers.utils.torch_utils import randn_tensor
 
@@ -216,7 +232,7 @@ class WanPipeline:
             return given.float()
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators were given for {shape[0]} videos.")
-        noise: Tensor = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+        noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise
 
     def _decode(self, job: Job, latents: Tensor, output_type: str) -> Any:
@@ -252,6 +268,7 @@ class _Loop:
         self.callback, self.tensors = callback, tensors
         self.ladder = DenoiseLadder(pipe._models, job, denoiser)
         self.contexts = {name: self._context(value) for name, value in self.embeds.items()}
+        self.scale = pipe.guidance_scale  # of the call; a callback can turn guidance off, not change it
 
     def __call__(self, latents: Tensor, progress: Callable[[int, int], None] | None) -> Tensor:
         pipe, steps = self.pipe, self.job.request.num_inference_steps
@@ -261,17 +278,23 @@ class _Loop:
         rope = self.denoiser.transformer.prepare_rope(latents.shape, self.denoiser.device)
         last = [latents]
 
-        def predict(x: Tensor, timestep: float, context: TextContext | None) -> Tensor:
-            assert context is not None
-            times = torch.full((x.shape[0],), timestep, device=x.device)
-            return self.ladder(lambda: self.denoiser.transformer(x, times, context, rope))
+        def predict(x: Tensor, timestep: float, text: Text) -> Tensor:
+            # One video at a time: that is what the plan has counted, and long sequences gain nothing together.
+            times = torch.full((1,), timestep, device=x.device)
+            parts = []
+            for index, one in enumerate(x.split(1)):
+                own = text if isinstance(text, TextContext) else text[index : index + 1]
+                parts.append(self.ladder(partial(self.denoiser.transformer, one, times, own, rope)))
+            return torch.cat(parts)
 
         def velocity(x: Tensor, timestep: float) -> Tensor:
             pipe._current_timestep = torch.tensor(timestep)
-            positive = predict(x, timestep, self.contexts["prompt_embeds"])
-            if self.contexts["negative_prompt_embeds"] is None:
+            text, negative = self.contexts["prompt_embeds"], self.contexts["negative_prompt_embeds"]
+            assert text is not None
+            positive = predict(x, timestep, text)
+            if negative is None or not pipe.do_classifier_free_guidance:
                 return positive
-            return combine(positive, predict(x, timestep, self.contexts["negative_prompt_embeds"]), pipe.guidance_scale)
+            return combine(positive, predict(x, timestep, negative), self.scale)
 
         def on_step(info: StepInfo) -> Tensor | None:
             changed = self._call_back(info)
@@ -300,20 +323,30 @@ class _Loop:
         latents: Tensor | None = outputs.get("latents")
         return None if latents is info.latents else latents
 
-    def _context(self, embeds: Tensor | None) -> TextContext | None:
+    def _context(self, embeds: Tensor | None) -> Text | None:
+        """One prompt's keys and values; of several only the embeddings: their keys and values need far more."""
         if embeds is None:
             return None
         there = embeds.to(self.denoiser.device)
+        if len(there) > 1:
+            return there
         return self.ladder(lambda: self.denoiser.transformer.prepare_text(there))
 
 
 def _load_scheduler(models: Models) -> Any:
-    """The checkpoint's own; for random weights the official one."""
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    """The checkpoint's own; for random weights the official one. Raises ModelNotFoundError for one of another kind."""
+    import diffusers
 
-    if models.folder is None or not (models.folder.path / "scheduler").is_dir():
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return UniPCMultistepScheduler.from_pretrained(str(models.folder.path / "scheduler"), local_files_only=True)
+    folder = None if models.folder is None else models.folder.path / "scheduler"
+    if folder is None or not folder.is_dir():
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    name = read_json(folder / "scheduler_config.json").get("_class_name", SCHEDULERS[0])
+    if name not in SCHEDULERS:
+        known = ", ".join(SCHEDULERS)
+        raise ModelNotFoundError(f"{folder}: {name} is not supported.", hint=f"Supported: {known}.")
+    return getattr(diffusers, name).from_pretrained(str(folder), local_files_only=True)
 
 
 def _refuse(
@@ -334,16 +367,29 @@ def _refuse(
         raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
 
 
-def _prompts(prompt: str | list[str] | None, embeds: Tensor | None, name: str) -> list[str] | None:
+def _prompts(prompt: str | list[str] | None, embeds: Tensor | None) -> list[str] | None:
     if prompt is not None and embeds is not None:
-        raise ValueError(f"Give either {name} or {name}_embeds, not both.")
+        raise ValueError("Give either prompt or prompt_embeds, not both.")
     if prompt is None and embeds is None:
-        raise ValueError(f"Give {name} or {name}_embeds.")
+        raise ValueError("Give prompt or prompt_embeds.")
     if prompt is None:
         return None
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"{name} must be a str or a list of them, not {type(prompt).__name__}.")
+    _check_texts("prompt", prompt)
     return [prompt] if isinstance(prompt, str) else prompt
+
+
+def _check_negative(prompt: str | list[str] | None, embeds: Tensor | None) -> None:
+    if prompt is not None and embeds is not None:
+        raise ValueError("Give either negative_prompt or negative_prompt_embeds, not both.")
+    if prompt is not None:
+        _check_texts("negative_prompt", prompt)
+
+
+def _check_texts(name: str, value: object) -> None:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        raise ValueError(f"{name} must be a str or a list of them, not {type(value).__name__}.")
+    if value == []:
+        raise ValueError(f"{name} must not be an empty list.")
 
 
 def _given(embeds: Tensor | None) -> Tensor:

@@ -3,11 +3,12 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
-from wanduet.frontends.options import VideoFlags
+from wanduet.frontends.options import VideoFlags, decoded
 from wanduet.request import GenerationRequest
 from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 
@@ -15,11 +16,14 @@ from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 PUBLISHED = {DEFAULT_MODEL: "random:1.3b", "Wan-AI/Wan2.1-T2V-14B-Diffusers": "random:14b"}
 
 
-def check_request(request: GenerationRequest, config: EngineConfig) -> None:
-    """Raises InvalidRequestError or ModelNotFoundError for what can be known without the hub and its cache."""
+def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> GenerationRequest:
+    """The request that was typed. Raises InvalidRequestError or ModelNotFoundError for what can be known without
+    the hub and its cache."""
     spec = known_spec(config.model)
+    request = video.request(prompt, spec)
     if spec is not None:
         request.resolve(spec)
+    return request
 
 
 def known_spec(model: str) -> ModelSpec | None:
@@ -45,6 +49,14 @@ def check_output(path: Path | None, codec: str, quality: int | None) -> None:
         container_for(path, codec)
 
 
+def check_folder(path: Path | None) -> None:
+    """Raises InvalidRequestError for what is meant as a video's name where a folder is needed."""
+    from wanduet.media.codecs import CONTAINERS
+
+    if path is not None and path.suffix.lower() in CONTAINERS and not is_folder(path):
+        raise InvalidRequestError("output", str(path), "a folder for all videos", path.with_suffix("").name or None)
+
+
 def is_folder(path: Path) -> bool:
     """Whether a video's name is still to be made up. A path that cannot be looked at is none."""
     try:
@@ -53,23 +65,29 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def read_batch(file: Path, video: VideoFlags) -> list[GenerationRequest]:
+def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[GenerationRequest]:
     """The requests in a file: one a line (a prompt, or a JSON object), or the rows of a `.csv` with a header.
 
-    Fields that a line leaves out are the flags'. Raises InvalidRequestError that names the line.
+    Fields that a line leaves out are the flags'. Raises InvalidRequestError that names the line,
+    ModelNotFoundError.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        rows = _csv_rows(text) if file.suffix.lower() == ".csv" else _text_rows(text)
+        text = decoded(file.read_bytes())
+        rows = _csv_rows(text) if file.suffix.lower() in (".csv", ".tsv") else _text_rows(text)
     except (OSError, ValueError, csv.Error) as error:
         raise InvalidRequestError("file", str(file), f"a text file that can be read ({error})") from error
+    json_only = file.suffix.lower() in (".jsonl", ".ndjson")
+    spec = known_spec(config.model)
     found: list[GenerationRequest] = []
     for number, row in rows:
         try:
-            found.append(_request(row, video))
+            request = _request(row, video, json_only, spec)
+            if spec is not None:
+                request.resolve(spec)
         except InvalidRequestError as error:
             error.message = f"{file}, line {number}: {error.message}"
             raise
+        found.append(request)
     if not found:
         raise InvalidRequestError("file", str(file), "a file with at least one prompt")
     return found
@@ -79,24 +97,35 @@ Row = str | dict[str, str]
 
 
 def _text_rows(text: str) -> list[tuple[int, Row]]:
-    lines = enumerate(text.splitlines(), start=1)
+    # Not splitlines(): what it takes for the end of a line besides (U+2028, a form feed) may stand in a prompt.
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip() and not line.startswith("#")]
 
 
 def _csv_rows(text: str) -> list[tuple[int, Row]]:
     """Rows as fields by the header's names; empty cells are left out."""
-    reader = csv.DictReader(io.StringIO(text), restkey="surplus", restval="", strict=True)
+    header = text.lstrip().partition("\n")[0]
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets write what their country uses
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), restkey="surplus", restval="", strict=True, delimiter=delimiter
+    )
     return [
-        (reader.line_num, {name: cell for name, cell in row.items() if cell}) for row in reader if any(row.values())
+        (reader.line_num, {(name or "").strip(): cell for name, cell in row.items() if cell})
+        for row in reader
+        if any(row.values())
     ]
 
 
-def _request(row: Row, video: VideoFlags) -> GenerationRequest:
-    if isinstance(row, str) and not row.startswith("{"):
-        return video.request(row)
+def _request(row: Row, video: VideoFlags, json_only: bool, spec: ModelSpec | None) -> GenerationRequest:
+    if isinstance(row, str) and not row.startswith("{") and not json_only:
+        return video.request(row, spec)
     try:
         fields = json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("file", str(row)[:80], f"one JSON object a line ({error})") from error
-    common = video.request("-").model_dump(exclude_unset=True, exclude={"prompt"})
+    if isinstance(fields, str):
+        return video.request(fields, spec)
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("file", str(row)[:80], "one JSON object a line")
+    common = video.request("-", spec).model_dump(exclude_unset=True, exclude={"prompt"})
     return GenerationRequest.parse(**(common | fields))

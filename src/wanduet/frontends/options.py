@@ -3,21 +3,55 @@
 Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then default.
 """
 
+import codecs
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import App, ArgumentCollection, Group, Parameter, Token
+from cyclopts.config import Toml
 
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.request import GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
-from wanduet.specs import DEFAULT_MODEL
+from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
 
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
+
+
+class Settings(Toml):
+    """`wanduet.toml`, also as Windows' editors and shell write it."""
+
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        return tomllib.loads(decoded(path.read_bytes()))
+
+
+# Two ways to say one thing.
+ALTERNATIVES = (({"resolution"}, {"height", "width"}), ({"seconds"}, {"num-frames"}))
+_RANKS = {"cli": 0, "env": 1}  # a settings file's tokens have its path
+
+
+def drop_overruled(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """A flag wins over the environment and the file also where they say the same in another way.
+
+    Called by cyclopts after all sources are read; both ways in one source stay, and are refused.
+    """
+    for sides in ALTERNATIVES:
+        found = [[a for a in arguments if a.tokens and side & {name.lstrip("-") for name in a.names}] for side in sides]
+        ranks = [min((_RANKS.get(t.source, 2) for a in side for t in a.tokens), default=9) for side in found]
+        for side, rank in zip(found, ranks, strict=True):
+            for argument in side if rank > min(ranks) else ():
+                argument.tokens.clear()
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in what its first bytes say. Raises ValueError."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def whole(kind: Any, tokens: Sequence[Token]) -> int:
@@ -52,8 +86,8 @@ class VideoFlags:
     fps: Annotated[int | None, Parameter(help="Frames a second of the file.", converter=whole)] = None
     num_videos_per_prompt: Annotated[int | None, Parameter(help="Videos of consecutive seeds.", converter=whole)] = None
 
-    def request(self, prompt: str) -> GenerationRequest:
-        """The request that was typed. Raises InvalidRequestError."""
+    def request(self, prompt: str, spec: ModelSpec | None = None) -> GenerationRequest:
+        """The request that was typed; `spec` is the model's, where it is known. Raises InvalidRequestError."""
         names = (
             "negative_prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale",
             "flow_shift", "sampler", "seed", "fps", "num_videos_per_prompt",
@@ -71,7 +105,9 @@ class VideoFlags:
                 raise InvalidRequestError("seconds", self.seconds, "either --seconds or --num-frames")
             if not 0 < self.seconds <= 3600:
                 raise InvalidRequestError("seconds", self.seconds, "more than 0, at most 3600")
-            values["num_frames"] = frames_for_seconds(self.seconds, self.fps or 16)
+            known = spec or WAN_1_3B
+            fps, stride = self.fps or known.defaults.fps, known.vae.temporal_stride
+            values["num_frames"] = frames_for_seconds(self.seconds, fps, stride)
         return GenerationRequest.parse(prompt=prompt, **values)
 
 

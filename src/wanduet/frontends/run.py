@@ -21,7 +21,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from wanduet.errors import ConfigError, OutputError, WanduetError
-from wanduet.frontends.options import SETTINGS_FILE
+from wanduet.frontends.options import SETTINGS_FILE, decoded
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
@@ -107,7 +107,7 @@ def _read_settings(command: App) -> dict[str, Any]:
     try:
         if not path.exists():
             return {}
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wanduet.config import format_bytes
+from wanduet.config import format_bytes, format_seconds
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
 
@@ -24,7 +24,8 @@ def show(value: Mapping[str, Any]) -> None:
 
 
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}")
+    about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
+    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
     table = Table("device", "role", "denoise", "decode", "may use")
     for device in plan["devices"]:
         phases = device["phases"]
@@ -39,7 +40,8 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
     console.print(choices)
     for nearest in plan["nearest_that_fits"]:
-        console.print("fits: " + ", ".join(f"{k}={v}" for k, v in nearest.items() if k != "predicted_peak_bytes"))
+        change = ", ".join(f"{k}={v}" for k, v in nearest.items() if not k.startswith("predicted"))
+        console.print(f"fits: {change} (about {format_seconds(nearest['predicted_seconds'])})")
 
 
 def _show_video(console: Console, done: Mapping[str, Any]) -> None:
@@ -87,9 +89,9 @@ def _text(name: str, field: Any) -> str:
         return "\n".join(_text(name, item) for item in field)
     if isinstance(field, int) and name.endswith("bytes"):
         return format_bytes(field)
-    return f"{field:.4g}" if isinstance(field, float) else _printable(str(field))
+    return f"{field:.4g}" if isinstance(field, float) else printable(str(field))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text from a file that anybody may have made, without what steers a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -62,6 +62,15 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
     return found
 
 
+def holds_embeddings(path: Path | str) -> bool:
+    """Whether a file says that it holds embeddings; they may be damaged all the same."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _digest(embeds: Tensor, about: Mapping[str, str]) -> str:
     digest = hashlib.sha256(f"{list(embeds.shape)}{json.dumps(about, sort_keys=True)}".encode())
     digest.update(embeds.view(torch.uint8).numpy().data)

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError, write_atomically
-from wanduet.media.read import read_metadata
+from wanduet.media.read import has_metadata, read_metadata
 
 NAME = "latents"
 HASH_KEY = "latents_sha256"
-CHANNELS = 16
+_HINT = "Latents are kept by --save-latents; another program's must be one tensor named latents."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any]) -> None:
-    """Write latents `[16, T, h, w]` (float32, bfloat16 or float16, as the denoise left them) to `path`.
+    """Write latents `[C, T, h, w]` (C is 16 for Wan2.1; float32, bfloat16 or float16, as the denoise left them) to `path`.
 
     `metadata` is a provenance dict; a hash of it and of the data is kept with it. The file is whole and
     on the disk when this returns, or not there. Raises OutputError, ValueError for another shape or dtype.
@@ -35,24 +35,29 @@ def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any])
 
 
 def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
-    """Latents `[16, T, h, w]` on the CPU and their provenance. Raises UnreadableFileError.
+    """Latents `[C, T, h, w]` on the CPU and their provenance. Raises UnreadableFileError.
 
+    Latents of another program, one tensor named `latents`, have an empty provenance.
     Refuses files that are damaged (any flipped bit: the hash is checked), of another kind or shape, or
     that hold NaN or infinity.
     """
     path = Path(path)
-    metadata = read_metadata(path)
+    foreign = not has_metadata(path)
+    metadata = {} if foreign else read_metadata(path)
     try:
-        tensors = safetensors.torch.load_file(path)
+        # Copies: Windows neither removes nor replaces a file that is still mapped.
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UnreadableFileError(f"{path} is damaged ({error}).") from error
     if set(tensors) != {NAME}:
-        names = ", ".join(sorted(tensors)) or "nothing"
-        raise UnreadableFileError(f"{path} holds {names}, not latents.")
+        names = ", ".join(sorted(tensors)[:5]) or "nothing"
+        raise UnreadableFileError(f"{path} holds {names}, not latents.", hint=_HINT)
     latents = tensors[NAME]
+    if foreign and latents.ndim == 5 and latents.shape[0] == 1:  # as diffusers' pipelines give them
+        latents = latents[0]
     if problem := _problem(latents):
         raise UnreadableFileError(f"{path}: {problem}")
-    if metadata.pop(HASH_KEY, None) != _digest(latents, metadata):
+    if not foreign and metadata.pop(HASH_KEY, None) != _digest(latents, metadata):
         raise UnreadableFileError(f"{path} is damaged: its content does not have the hash that it was saved with.")
     if not bool(torch.isfinite(latents).all()):
         raise UnreadableFileError(f"{path} holds NaN or infinity.")
@@ -60,8 +65,8 @@ def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _problem(latents: Tensor) -> str | None:
-    if latents.ndim != 4 or latents.shape[0] != CHANNELS or 0 in latents.shape:
-        return f"Latents must be [{CHANNELS}, T, h, w], not {list(latents.shape)}."
+    if latents.ndim != 4 or 0 in latents.shape:
+        return f"Latents must be [C, T, h, w], not {list(latents.shape)}."
     if latents.dtype not in _DTYPES:
         return f"Latents must be float32, bfloat16 or float16, not {str(latents.dtype).removeprefix('torch.')}."
     return None

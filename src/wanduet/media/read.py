@@ -52,16 +52,16 @@ def probe(path: Path | str) -> dict[str, Any]:
         stream = container.streams.video[0]
         context = stream.codec_context
         count = sum(1 for packet in container.demux(stream) if packet.size)
-        fps = stream.average_rate
+        fps = stream.average_rate or stream.guessed_rate  # neither is known of a damaged file
         return {
             "container": container.format.name,
             "codec": context.codec.canonical_name,
             "pixel_format": context.pix_fmt,
             "width": context.width,
             "height": context.height,
-            "fps": float(fps),
+            "fps": float(fps) if fps else None,
             "num_frames": count,
-            "duration_s": float(count / fps),
+            "duration_s": float(count / fps) if fps else None,
             "colour": {
                 "primaries": _PRIMARIES.get(int(context.color_primaries), "unknown"),
                 "transfer": _TRANSFERS.get(int(context.color_trc), "unknown"),
@@ -88,11 +88,22 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     text = _header_tag(path) if path.suffix.lower() == ".safetensors" else _video_tag(path)
     if text is None:
-        raise UnreadableFileError(f"{path} says nothing about how it was made.", hint="Was it re-encoded or edited?")
+        is_video = path.suffix.lower() != ".safetensors"
+        hint = "Was it re-encoded or edited?" if is_video else "Latents of wanduet's are kept by --save-latents."
+        raise UnreadableFileError(f"{path} says nothing about how it was made.", hint=hint)
     try:
         return provenance.from_json(text)
     except ValueError as error:
         raise UnreadableFileError(f"{path}: its {provenance.KEY} metadata is damaged ({error}).") from error
+
+
+def has_metadata(path: Path) -> bool:
+    """Whether a safetensors file says anything of itself: a damaged name of ours is not another program's silence.
+
+    Raises UnreadableFileError.
+    """
+    entries = _safetensors_header(path).get("__metadata__")
+    return bool(entries) and (not isinstance(entries, dict) or set(entries) != {"format"})
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
@@ -129,9 +140,9 @@ def _open_video(path: Path) -> Iterator[Any]:
     """The opened container; whatever goes wrong while it is read becomes UnreadableFileError."""
     try:
         with path.open("rb") as file, av.open(file, "r", options=_OPEN_OPTIONS) as container:
-            if not container.streams.video:
-                raise UnreadableFileError(f"{path} holds no video.")
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise UnreadableFileError(f"{path} holds no video that can be read.")
             yield container
-    except (OSError, ValueError) as error:  # PyAV's errors are one or the other
+    except (OSError, ValueError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableFileError(f"Cannot read {path}: {reason}.") from error

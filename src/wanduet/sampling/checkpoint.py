@@ -114,7 +114,8 @@ def _read(path: Path) -> DenoiseCheckpoint | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["wanduet_checkpoint"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copies: Windows neither removes nor replaces a file that is still mapped.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         if _digest(tensors) != about["sha256"]:
             return None
         state = {name: _unflatten(value, tensors) for name, value in about["sampler"].items()}

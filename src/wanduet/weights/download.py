@@ -6,14 +6,16 @@ huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_
 import errno
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.weights.folder import ModelFolder
+from wanduet.weights.folder import COMPONENTS, ModelFolder
 from wanduet.weights.manifest import SHA256_LENGTH, file_sha256, find_damaged, verify, write_manifest
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MINIATURE = "miniature"
-_NEEDED = ("*.json", "*.safetensors", "*.model", "*.txt")  # nothing that is not needed, no pickles
+# Nothing that is not needed (a repository may hold single-file weights too), no pickles.
+_NEEDED = (
+    "*.json", "tokenizer/*.model", "tokenizer/*.txt", *(f"{component}/*.safetensors" for component in COMPONENTS),
+)  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HINT = "Give a folder, a hub id, or `miniature`."
 
@@ -153,11 +158,14 @@ def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
 
     try:
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
+        _announce(model, info)
         # By the name that was asked for, not by the commit: the cache then knows the name without a network.
         path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED)))
         if path.name != info.sha:  # somebody published in between
             info = HfApi().model_info(model, revision=path.name, files_metadata=True)
         return info, path
+    except ModelNotFoundError:
+        raise
     except OfflineModeIsEnabled:
         return None, Path()
     except GatedRepoError as error:
@@ -180,6 +188,32 @@ _AGAIN = (
     "Files that came whole are kept; run the same command again. `--model miniature` comes with wanduet and "
     "needs nothing fetched."
 )
+
+
+def _announce(model: str, info: "ModelInfo") -> None:
+    """Say how much will be fetched. Raises ModelNotFoundError where the disk has no room for it."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cache = Path(constants.HF_HUB_CACHE)
+    sizes = {
+        sibling.rfilename: sibling.size or 0
+        for sibling in info.siblings or ()
+        if any(fnmatch(sibling.rfilename, pattern) for pattern in _NEEDED)
+    }
+    missing = [name for name in sizes if not isinstance(try_to_load_from_cache(model, name, revision=info.sha), str)]
+    begun = sum(
+        p.stat().st_size for p in (cache / f"models--{model.replace('/', '--')}" / "blobs").glob("*.incomplete")
+    )
+    needed = sum(sizes[name] for name in missing) - begun
+    if needed <= 0:
+        return
+    free = shutil.disk_usage(next(p for p in (cache, *cache.absolute().parents) if p.exists())).free
+    if needed > free:
+        raise ModelNotFoundError(
+            f"{model} needs {format_bytes(needed)} more in {cache}, which has {format_bytes(free)} free.",
+            hint="Free some space, or set HF_HOME to a folder on another disk.",
+        )
+    log.warning("%s is not here yet: fetching %s into %s, once.", model, format_bytes(needed), cache)
 
 
 def _published(info: "ModelInfo") -> dict[str, str]:

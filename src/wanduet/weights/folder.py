@@ -55,6 +55,7 @@ class ModelFolder:
     @cached_property
     def spec(self) -> ModelSpec:
         """Everything the configs say. Raises ModelNotFoundError for a config that is missing or not supported."""
+        self._check_kind()
         transformer = self._component("transformer", TransformerSpec.from_config)
         spec = ModelSpec(
             self.name,
@@ -110,6 +111,18 @@ class ModelFolder:
     def _component(self, name: str, read: Callable[[dict[str, Any]], Spec]) -> Spec:
         return _understood(self.path / name / "config.json", self.config(name), read)
 
+    def _check_kind(self) -> None:
+        """Refuse a pipeline with parts that this engine has not: it would run, and give something else."""
+        path = self.path / "model_index.json"
+        index = read_json(path) if path.exists() else {}
+        for part in ("transformer_2", "image_encoder"):
+            value = index.get(part)
+            if isinstance(value, list) and any(name is not None for name in value):
+                raise ModelNotFoundError(
+                    f"{path}: {part} is not supported ({index.get('_class_name')}).",
+                    hint="wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.",
+                )
+
     def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
         path = self.path / DEFAULTS_FILE
         if path.exists():
@@ -118,9 +131,13 @@ class ModelFolder:
 
     def _files(self, name: str) -> TensorFiles:
         folder = self.path / name
-        indices = sorted(folder.glob("*.safetensors.index.json"))
-        whole = sorted(folder.glob("*.safetensors"))
-        paths = [folder / file for file in _shards(indices[0])] if indices else whole
+        usual = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        # The usual name first: a variant (`.fp16.`) or an adapter may lie beside it.
+        indices = _first(folder / f"{usual}.index.json") or sorted(folder.glob("*.safetensors.index.json"))
+        if indices and (indices[0].name.startswith(usual) or not (folder / usual).is_file()):
+            paths = [folder / file for file in _shards(indices[0])]
+        else:
+            paths = _first(folder / usual) or sorted(folder.glob("*.safetensors"))
         missing = [path.name for path in paths if not path.is_file()]
         if missing or not paths:
             raise ModelNotFoundError(
@@ -128,6 +145,10 @@ class ModelFolder:
                 hint="Fetch the model with `wanduet download`; .bin and .pth files are not read.",
             )
         return TensorFiles(name.replace("_", " "), paths)
+
+
+def _first(path: Path) -> list[Path]:
+    return [path] if path.is_file() else []
 
 
 def _shards(index: Path) -> list[str]:
@@ -155,7 +176,8 @@ def _check_consistent(path: Path, spec: ModelSpec) -> None:
     """The parts of a model must fit each other. Raises ModelNotFoundError."""
     transformer, vae, text = spec.transformer, spec.vae, spec.text_encoder
     rules = {
-        "transformer: patch_size needs three numbers": len(transformer.patch_size) == 3,
+        "transformer: patch_size must be [1, n, n]": transformer.patch_size
+        == (1, transformer.patch_size[-1], transformer.patch_size[-1]),
         "transformer: attention_head_dim must be even, at least 6": transformer.attention_head_dim % 2 == 0
         and transformer.attention_head_dim >= 6,
         "transformer: in_channels and out_channels must be the vae's z_dim": transformer.in_channels

@@ -1,5 +1,7 @@
 """Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import Hardware, parse_hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes
 from wanduet.engine.plan import Plan, make_plan, require_fit
+from wanduet.engine.smaller import alternatives
 from wanduet.errors import ConfigError, DoesNotFitError
 from wanduet.request import GenerationRequest
 from wanduet.specs import WAN_1_3B
@@ -68,16 +71,6 @@ def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
     with pytest.raises(DoesNotFitError, match="cuda:0 needs") as refused:
         require_fit(tiny, request)
     assert refused.value.hint
-
-
-def test_a_refusal_names_settings_that_do_fit(memory) -> None:
-    limit = int(2.6 * GIB)
-    found = plan(memory, "1x24GiB", (1080, 1920), vram_limit=limit)
-    assert not found.fits
-    assert found.nearest_that_fits
-    for nearest in found.nearest_that_fits:
-        size = (nearest.get("height", 1080), nearest.get("width", 1920))
-        assert plan(memory, "1x24GiB", size, nearest.get("num_frames", 81), vram_limit=limit).fits
 
 
 def test_host_memory_counts_too(memory) -> None:
@@ -168,3 +161,75 @@ def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
     assert (small.fits, small.block_hold) == (True, "mapped")
     assert small.host_bytes <= 4 * GIB
     assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).block_hold == "pinned"
+
+
+@pytest.mark.parametrize("hardware", ["24GiB+4GiB", "4GiB+24GiB", "24GiB+1GiB", "4GiB+1GiB+24GiB"])
+def test_a_small_card_beside_a_large_one_is_no_reason_to_refuse(memory, hardware) -> None:
+    found = plan(memory, hardware, (1080, 1920))
+    assert (found.fits, found.strategy) == (True, "single")
+    assert found.predicted_peak_bytes.keys() == {f"cuda:{hardware.split('+').index('24GiB')}"}
+
+
+def test_a_pair_that_was_asked_for_is_kept(memory) -> None:
+    assert not plan(memory, "24GiB+1GiB", strategy="placed").fits
+    found = plan(memory, "6GiB+3GiB", (720, 1280), strategy="placed")
+    assert (found.fits, found.strategy) == (True, "placed")
+
+
+def test_the_two_best_of_several_cards_are_taken(memory) -> None:
+    found = plan(memory, "16GiB+8GiB+24GiB")
+    assert (found.strategy, found.transformer_device, found.vae_device) == ("placed", "cuda:2", "cuda:0")
+    equal = plan(memory, "4x24GiB", strategy="placed")
+    assert (equal.vae_device, equal.transformer_device) == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "size", "settings_"),
+    [
+        ("24GiB", (1080, 1920), {"vram_limit": int(2.6 * GIB)}),
+        ("2.6GiB", (1920, 1080), {}),  # upright
+        ("2.3GiB", (1024, 1024), {}),
+        ("2.1GiB", (160, 3200), {}),
+        ("1GiB", (96, 96), {"devices": "cuda:0"}),
+        ("6GiB+6GiB", (1080, 1920), {"strategy": "parallel"}),
+        ("cpu", (480, 832), {"ram_limit": 8 * GIB}),
+        ("24GiB", (480, 832), {"ram_limit": 6 * GIB, "text_encoder_hold": "resident"}),
+    ],
+)
+def test_what_is_offered_instead_is_accepted_when_asked_for(memory, hardware, size, settings_) -> None:
+    found = plan(memory, hardware, size, **settings_)
+    assert not found.fits
+    assert found.nearest_that_fits
+    for nearest in found.nearest_that_fits:
+        change = {k: v for k, v in nearest.items() if not k.startswith("predicted")}
+        fields = {"height": size[0], "width": size[1], "num_frames": 81} | {
+            k: change.pop(k) for k in ("height", "width", "num_frames") if k in change
+        }
+        again = plan(
+            memory, hardware, (fields["height"], fields["width"]), fields["num_frames"], **{**settings_, **change}
+        )
+        assert again.fits
+        assert again.predicted_peak_bytes == nearest["predicted_peak_bytes"]
+        upright = (fields["height"] > fields["width"]) == (size[0] > size[1])
+        assert upright
+
+
+def test_what_is_offered_is_legal_for_a_model_of_another_stride(memory) -> None:
+    spec = replace(memory.spec, vae=replace(memory.spec.vae, dim_mult=(1, 2, 4, 4, 4), temperal_downsample=(True,) * 4))
+    request = GenerationRequest(prompt="x", height=1024, width=736, num_frames=161).resolve(spec)
+    offered = list(alternatives(request, EngineConfig(), spec, parse_hardware("1GiB")))
+    assert {one.kind for one in offered} == {"frames", "size", "both"}  # on the CPU it would take days
+    for one in offered:
+        asked = one.request.as_request().resolve(spec)  # raises where it is not legal
+        assert asked == one.request
+        assert one.kind == "mode" or asked.num_frames * asked.height * asked.width < 161 * 1024 * 736
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "0x24GiB", "999999x24GiB", "2x", "24", "1MiB", "²x24GiB", "9" * 400 + "GiB", "24GiB;12GiB",
+             "24GiB,ram=", "RTX3090", "+", "24GiB++24GiB"],
+)  # fmt: skip
+def test_hardware_that_is_none(text) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_hardware(text)
+    assert refused.value.hint

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,10 @@ from cyclopts import Token
 
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.frontends.early import check_request, is_folder, known_spec, read_batch
+from wanduet.frontends.early import early_request, is_folder, known_spec, read_batch
 from wanduet.frontends.options import EngineFlags, VideoFlags, whole
 from wanduet.request import GenerationRequest
-from wanduet.specs import DEFAULT_MODEL, WAN_1_3B
+from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, GenerationDefaults, VAESpec
 
 
 def test_flags_and_configuration_have_the_same_fields_and_defaults() -> None:
@@ -61,8 +62,16 @@ def test_shapes_known_without_the_hub() -> None:
     assert miniature is not None
     assert miniature.name == "miniature"
     with pytest.raises(InvalidRequestError, match="num_frames"):
-        check_request(GenerationRequest(prompt="x", num_frames=80), EngineConfig())
-    check_request(GenerationRequest(prompt="x", num_frames=80), EngineConfig(model="some/model"))
+        early_request("x", VideoFlags(num_frames=80), EngineConfig())
+    assert early_request("x", VideoFlags(num_frames=80), EngineConfig(model="some/model")).num_frames == 80
+
+
+def test_seconds_are_those_of_the_model() -> None:
+    slow = replace(
+        WAN_1_3B, defaults=GenerationDefaults(fps=8), vae=replace(VAESpec(), temperal_downsample=(True,) * 3)
+    )
+    assert VideoFlags(seconds=2).request("x", slow).num_frames == 17
+    assert VideoFlags(seconds=2, fps=4).request("x", slow).num_frames == 9
 
 
 def test_what_is_a_folder(tmp_path: Path) -> None:
@@ -75,7 +84,7 @@ def test_what_is_a_folder(tmp_path: Path) -> None:
 def test_a_batch_takes_flags_as_defaults(tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_text('one\r\n  two  \n{"prompt": "three", "seed": 9, "height": 64}\n#no\n\n', encoding="utf-8")
-    requests = read_batch(file, VideoFlags(seed=1, num_frames=5))
+    requests = read_batch(file, VideoFlags(seed=1, num_frames=5), EngineConfig())
     assert [(r.prompt, r.seed, r.num_frames, r.height) for r in requests] == [
         ("one", 1, 5, None),
         ("two", 1, 5, None),
@@ -83,18 +92,54 @@ def test_a_batch_takes_flags_as_defaults(tmp_path: Path) -> None:
     ]
     for path in (tmp_path / "none", tmp_path, Path("nul\0")):
         with pytest.raises(InvalidRequestError, match="can be read"):
-            read_batch(path, VideoFlags())
+            read_batch(path, VideoFlags(), EngineConfig())
 
 
 def test_a_batch_as_csv(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text('prompt,seed,num_frames\n"a circle, red",7,9\na star,,\n\n', encoding="utf-8")
-    first, second = read_batch(file, VideoFlags(num_frames=5, guidance_scale=2.0))
+    first, second = read_batch(file, VideoFlags(num_frames=5, guidance_scale=2.0), EngineConfig())
     assert (first.prompt, first.seed, first.num_frames, first.guidance_scale) == ("a circle, red", 7, 9, 2.0)
     assert (second.prompt, second.seed, second.num_frames) == ("a star", None, 5)
     file.write_text("prompt,sede\na star,3\n")
     with pytest.raises(InvalidRequestError, match=r"line 2.*sede"):
-        read_batch(file, VideoFlags())
+        read_batch(file, VideoFlags(), EngineConfig())
     file.write_text("prompt\na,b,c\n")
     with pytest.raises(InvalidRequestError, match="surplus"):
-        read_batch(file, VideoFlags())
+        read_batch(file, VideoFlags(), EngineConfig())
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_of_any_spreadsheet(tmp_path: Path, delimiter: str) -> None:
+    file = tmp_path / "prompts.csv"
+    text = 'prompt,seed \r\n\r\n"a, b; c\td",3\r\n"two\nlines",\r\n'.replace(",seed", f"{delimiter}seed")
+    file.write_bytes(("\ufeff" + text.replace('",', f'"{delimiter}')).encode())
+    first, second = read_batch(file, VideoFlags(), EngineConfig())
+    assert (first.prompt, first.seed) == ("a, b; c\td", 3)
+    assert (second.prompt, second.seed) == ("two\nlines", None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_batch_in_the_encoding_that_a_shell_gave_it(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("un café\r\n红色\u2028的\x0c圆\r\n", encoding=encoding)
+    requests = read_batch(file, VideoFlags(), EngineConfig())
+    assert [r.prompt for r in requests] == ["un café", "红色\u2028的\x0c圆"]
+
+
+def test_a_line_that_the_model_cannot_make_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text('one\n\n{"prompt": "two", "num_frames": 80}\nthree\n')
+    with pytest.raises(InvalidRequestError, match=r"line 3: num_frames=80") as refused:
+        read_batch(file, VideoFlags(), EngineConfig(model="miniature"))
+    assert refused.value.hint == "Nearest allowed: 81 or 77."
+
+
+def test_json_lines_are_objects_or_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n"two"\n')
+    assert [r.prompt for r in read_batch(file, VideoFlags(), EngineConfig())] == ["one", "two"]
+    for line, words in (("three", "JSON"), ("[1]", "object"), ('{"seed": 1}', "prompt=None")):
+        file.write_text(f'{{"prompt": "one"}}\n{line}\n')
+        with pytest.raises(InvalidRequestError, match=f"line 2.*{words}"):
+            read_batch(file, VideoFlags(), EngineConfig())

@@ -13,7 +13,8 @@ import pytest
 from wanduet.errors import InvalidRequestError, OutputError
 from wanduet.media import video
 from wanduet.media.codecs import CODECS
-from wanduet.media.read import frame_hashes, hash_frame, probe, read_frames
+from wanduet.media.files import UnreadableFileError
+from wanduet.media.read import frame_hashes, hash_frame, probe, read_frames, read_metadata
 from wanduet.media.video import VideoSpec, VideoWriter, write_video
 
 
@@ -368,3 +369,15 @@ def test_what_lay_in_memory_before_does_not_matter(tmp_path) -> None:
         environment = os.environ | {"MALLOC_PERTURB_": path.stem}
         subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
     assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_a_file_without_a_frame_is_an_error_that_names_it(tmp_path) -> None:
+    path = tmp_path / "empty.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+    for read in (probe, read_metadata, frame_hashes):
+        with pytest.raises(UnreadableFileError, match=r"empty\.mkv"):
+            read(path)

@@ -1,4 +1,6 @@
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -171,3 +173,33 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelNotFoundError, match="is a file"):
         open_model(str(tmp_path / "model.safetensors"))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(len(data) for name, data in hub.files.items() if not name.endswith((".md", ".bin")))
+    free = SimpleNamespace(total=0, used=0, free=total - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free)
+        with pytest.raises(ModelNotFoundError, match=r"needs 4[89] KiB more") as refused:
+            download("some/model")
+    assert "HF_HOME" in str(refused.value)
+    assert not hub.sent
+    download("some/model")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+    assert download("some/model").num_verified == NEEDED  # nothing is missing
+
+
+def test_what_is_fetched_is_told_once(hub, caplog: pytest.LogCaptureFixture) -> None:
+    open_model("some/model")
+    assert "some/model is not here yet: fetching 4" in caplog.text
+    caplog.clear()
+    open_model("some/model")
+    download("some/model")
+    assert caplog.text == ""
+
+
+def test_weights_that_belong_to_no_component_stay_on_the_hub(hub) -> None:
+    hub.files |= {"wan_single_file.safetensors": b"x" * 999, "transformer_2/model.safetensors": b"x"}
+    folder = download("some/model").folder.path
+    assert not (folder / "wan_single_file.safetensors").exists()
+    assert not (folder / "transformer_2").exists()

@@ -3,6 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.specs import WAN_1_3B
@@ -64,7 +66,9 @@ def test_a_config_with_values_of_another_kind_names_file_and_field(folder: Path,
 @pytest.mark.parametrize(
     ("component", "values", "words"),
     [
-        ("transformer", {"patch_size": [1, 2]}, "patch_size needs three"),
+        ("transformer", {"patch_size": [1, 2]}, "patch_size must be"),
+        ("transformer", {"patch_size": [2, 2, 2]}, "patch_size must be"),
+        ("transformer", {"patch_size": [1, 2, 4]}, "patch_size must be"),
         ("transformer", {"attention_head_dim": 7}, "must be even"),
         ("transformer", {"in_channels": 8}, "z_dim"),
         ("transformer", {"text_dim": 64}, "d_model"),
@@ -120,6 +124,35 @@ def test_a_component_without_its_weights(folder: Path) -> None:
         _ = ModelFolder(folder, "x").transformer
 
 
+def test_the_usual_file_counts_and_not_what_lies_beside_it(folder: Path) -> None:
+    """Variants, adapters; a variant alone is taken."""
+    usual = folder / WEIGHTS
+    variant = usual.with_name("diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(usual, variant)
+    save_file({"lora": torch.zeros(1)}, usual.with_name("pytorch_lora_weights.safetensors"))
+    shards = {"weight_map": {"x": "diffusion_pytorch_model.bf16-00001-of-00001.safetensors"}}
+    usual.with_name("diffusion_pytorch_model.safetensors.index.bf16.json").write_text(json.dumps(shards))
+    usual.with_name("diffusion_pytorch_model.bf16.safetensors.index.json").write_text(json.dumps(shards))
+    assert ModelFolder(folder, "x").transformer.paths == (usual,)
+    for path in usual.parent.glob("*.index*"):
+        path.unlink()
+    usual.with_name("pytorch_lora_weights.safetensors").unlink()
+    usual.unlink()
+    assert ModelFolder(folder, "x").transformer.paths == (variant,)
+
+
+@pytest.mark.parametrize("part", ["transformer_2", "image_encoder"])
+def test_a_pipeline_with_other_parts_is_refused(folder: Path, part: str) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    assert ModelFolder(folder, "x").spec
+    (folder / "model_index.json").write_text(json.dumps(index | {part: ["diffusers", "Something"]}))
+    with pytest.raises(ModelNotFoundError, match=part):
+        _ = ModelFolder(folder, "x").spec
+    (folder / "model_index.json").unlink()
+    assert ModelFolder(folder, "x").spec
+
+
 @pytest.mark.parametrize(
     ("index", "words"),
     [
@@ -131,7 +164,7 @@ def test_a_component_without_its_weights(folder: Path) -> None:
     ],
 )
 def test_an_index_of_shards_is_not_trusted(folder: Path, index: object, words: str) -> None:
-    (folder / "transformer" / "x.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelNotFoundError, match=words):
         _ = ModelFolder(folder, "x").transformer
 
