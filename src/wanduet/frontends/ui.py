@@ -12,7 +12,7 @@ from wanduet.config import EngineConfig
 from wanduet.frontends import ui_scripts as scripts
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_context import ServerContext
-from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore
+from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore, keep_page_off_api
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
@@ -42,6 +42,7 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
         theme=_theme(),
         css=CSS,
     )
+    keep_page_off_api(app)
     app.add_middleware(PageGate, context=context)
     return app
 

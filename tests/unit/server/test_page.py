@@ -218,6 +218,29 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
         assert http.get("/").status_code == 303, "a revoked key closes the page"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) -> None:
+    api = make_api()
+    app = mount(api.app, EngineConfig(data_dir=api.store.files.folder))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as http:
+        for path in ("/v1", "/v1/nothing", "/v1/videos/", "/v1/videos/../../etc", "/nothing", "/docs"):
+            answer = http.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        for method, path in (("PUT", "/v1/videos"), ("PATCH", "/v1/videos/x"), ("GET", "/v1/videos/x/remix")):
+            answer = http.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+            assert answer.headers["allow"]
+        assert http.head("/health").status_code == http.head("/").status_code == 200
+        near = {"Origin": "http://localhost:3000"}  # another server's page on this machine
+        for path in ("/", "/config", "/v1/videos"):
+            answer = http.get(path, headers=near)
+            assert answer.status_code == 200
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+        for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
+            answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 def test_only_the_pages_upload_may_be_long(api: Api) -> None:
     for path, status in (("/v1/videos", 413), ("/page/settings", 404)):
         assert api.http.post(path, content=b"x" * (2**20 + 1)).status_code == status
