@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from wanduet.jobs.records import (
 from wanduet.jobs.schema import jobs, stages
 
 Values = dict[str, Any]
+SIZE_STEP = 100
 
 
 def to_job(row: "sa.Row[Any]") -> StoredJob:
@@ -51,6 +53,14 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
         worker=row.worker,
         token=row.token,
     )
+
+
+def wanted_names(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
+    """The published names that jobs hold; None for an open job. A job that is not there is left out."""
+    # Filled up, so that there are few statements: drivers keep every text they have seen lately, prepared.
+    asked = [*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]
+    rows = connection.execute(sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(asked)))
+    return {row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows}
 
 
 def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":

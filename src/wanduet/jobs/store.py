@@ -298,12 +298,8 @@ class JobStore:
         """Delete files that no job owns (left by a kill between two steps); returns how many."""
 
         def wanted(job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
-            query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(job_ids))
             with self._read() as connection:
-                rows = connection.execute(query).all()
-            return {
-                row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows
-            }
+                return statements.wanted_names(connection, job_ids)
 
         fold_log(self.database)  # what was deleted while somebody read
         return self.files.sweep(wanted)

@@ -376,6 +376,10 @@ def test_a_sweep_asks_the_database_for_many_jobs_at_once(store: JobStore, monkey
     assert {path.name for path in store.files.videos.iterdir()} == kept
     assert sum("SELECT" in text for text in asked) <= 8
     assert store.sweep() == 0
+    for size in range(5, 25):
+        monkeypatch.setattr("wanduet.jobs.files.SWEEP_BATCH", size)
+        store.sweep()
+    assert len({text for text in asked if " IN (" in text}) == 1, "each other text would be kept by the driver"
 
 
 def test_what_dead_attempts_published_goes_with_the_job(store: JobStore) -> None:
