@@ -87,9 +87,9 @@ def _text(name: str, field: Any) -> str:
         return "\n".join(_text(name, item) for item in field)
     if isinstance(field, int) and name.endswith("bytes"):
         return format_bytes(field)
-    return f"{field:.4g}" if isinstance(field, float) else _printable(str(field))
+    return f"{field:.4g}" if isinstance(field, float) else printable(str(field))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text from a file that anybody may have made, without what steers a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
