@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,37 @@ def test_the_form_in_a_line() -> None:
     form = {"size": "832x480", "num_frames": 81, "fps": 16, "num_inference_steps": 50, "seed": ""}
     assert views.settings_line(form) == "832 × 480 · 5.1 s · 50 steps · a new seed"
     assert views.settings_line({**form, "num_frames": 1, "seed": "0"}) == "832 × 480 · 1 frame · 50 steps · seed 0"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_frames": 80}, "Frames: 80 does not work, 81 or 77 does."),
+        ({"size": "830x480"}, "Size: a width of 830 does not work, 816 or 832 does."),
+        ({"size": "big"}, "Size: 480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480."),
+        ({"size": "2560x1440"}, "Size: this server takes at most 2088960 pixels."),
+        ({"seed": "abc"}, "Seed: a whole number."),
+        ({"num_inference_steps": 0}, "Steps: 0 does not work, 1 does."),
+        ({"num_videos_per_prompt": 5}, "Videos: 5 does not work, 4 does."),
+    ],
+)
+def test_what_is_wrong_is_told_by_the_pages_own_names(actions: PageActions, fields: Any, words: str) -> None:
+    with pytest.raises(WanduetError) as told:
+        actions.submit("local", {**actions.defaults(), "prompt": "x", **fields})
+    assert words in views.refusal(told.value)
+
+
+def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {**actions.defaults(), "prompt": "x", "num_videos_per_prompt": 3.0}
+    job = actions.submit("local", form)
+    assert job.request["num_videos_per_prompt"] == 3
+    assert "3 videos" in views.settings_line(form)
+    assert "3 videos" in views.gallery([job], None)
+    assert "<dd>5, 6, 7</dd>" in views.details(replace(job, report={"seeds": [5, 6, 7]}))
+    about = {"request": job.request, "seed": 6}
+    monkeypatch.setattr("wanduet.frontends.http_uploads.MetadataReader.read", lambda *_: about)
+    restored = actions.restore(Path("second.mp4"))["form"]
+    assert (restored["seed"], restored["num_videos_per_prompt"]) == ("6", 1), "this one, and not its sisters"
 
 
 def test_presets_follow_from_the_model() -> None:
