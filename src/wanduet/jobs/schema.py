@@ -83,7 +83,8 @@ state = sa.Table(
     sa.Column("newest_id", sa.String(64)),
 )
 
-STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+STEPS = "steps"  # beside the stages: seconds of denoising, and how many steps they were
+STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s", STEPS)
 
 
 def open_database(url: str, connections: int = 10) -> sa.Engine:
@@ -194,11 +195,13 @@ def _create_missing(connection: sa.Connection) -> None:
     version = connection.scalar(sa.select(state.c.version))
     if version is None:
         connection.execute(sa.insert(state).values(id=1, version=SCHEMA_VERSION))
-        connection.execute(sa.insert(stages), [{"name": name, "seconds": 0.0, "count": 0} for name in STAGE_NAMES])
     elif version > SCHEMA_VERSION:
         raise ConfigError(
             "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
         )
+    counted = set(connection.scalars(sa.select(stages.c.name)))
+    if missing := [{"name": name, "seconds": 0.0, "count": 0} for name in STAGE_NAMES if name not in counted]:
+        connection.execute(sa.insert(stages), missing)
 
 
 def _add_demand(connection: sa.Connection) -> None:

@@ -19,7 +19,7 @@ from wanduet.jobs.records import (
     StoredJob,
     UnknownJobError,
 )
-from wanduet.jobs.schema import jobs, stages
+from wanduet.jobs.schema import STEPS, jobs, stages
 
 Values = dict[str, Any]
 SIZE_STEP = 100
@@ -130,10 +130,14 @@ def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
         raise QueueFullError(limits.queue, personal=False)
 
 
-def count_stages(connection: sa.Connection, seconds: dict[str, float]) -> None:
-    """Add a finished job's seconds to the sums; names that are no stage are left out."""
-    for name, value in sorted(seconds.items()):
-        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + 1}
+def count_stages(connection: sa.Connection, waited: float, report: Values) -> None:
+    """Add a finished job's seconds and steps to the sums; timings of what is no stage are left out."""
+    timings = {"queue_s": waited, **report.get("timings", {})}
+    counted = {name: (value, 1) for name, value in timings.items() if name != STEPS}
+    if steps := report.get("steps", 0):
+        counted[STEPS] = (timings.get("denoise_s", 0.0), steps)
+    for name, (value, count) in sorted(counted.items()):
+        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + count}
         connection.execute(sa.update(stages).where(stages.c.name == name).values(changed))
 
 

@@ -221,8 +221,7 @@ class JobStore:
                 if row is None or row.status != "completed" or row.token != lease.token:
                     raise statements.stale(lease)
                 return statements.to_job(row)
-            waited = {"queue_s": max(0.0, row.started_at - row.created_at)}
-            statements.count_stages(connection, {**waited, **(report or {}).get("timings", {})})
+            statements.count_stages(connection, max(0.0, row.started_at - row.created_at), report or {})
         return statements.to_job(row)
 
     def fail(self, lease: Lease, error: JobError) -> StoredJob:

@@ -70,12 +70,13 @@ def test_a_job_from_start_to_end(tmp_path: Path) -> None:
     assert (running.started_at, running.attempts, running.token, running.worker) == (1010.0, 1, 1, "w1")
     now[0] = 1020.0
     file = publish(store, lease)
-    done = store.complete(lease, [file], {"timings": {"denoise_s": 4.0}})
+    done = store.complete(lease, [file], {"timings": {"denoise_s": 4.0}, "steps": 20})
     assert (done.status, done.progress, done.completed_at, done.expires_at) == ("completed", 100.0, 1020.0, 1070.0)
     assert done.files == (file,)
     assert done.worker is None
     assert store.statistics().stages["denoise_s"] == (4.0, 1)
     assert store.statistics().stages["queue_s"] == (10.0, 1)
+    assert store.statistics().stages["steps"] == (4.0, 20)
     store.close()
     again = open_store(tmp_path)
     assert again.get(job.id) == done
@@ -412,6 +413,17 @@ def test_only_published_names_lead_to_files(store: JobStore, tmp_path: Path) -> 
     for bad in ("..", "../x", "video_1"):
         with pytest.raises(ValueError, match="job id"):
             store.files.work_path(bad)
+
+
+def test_sums_that_an_older_database_lacks_are_added(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with store.database.begin() as connection:
+        connection.execute(sa.text("DELETE FROM stages WHERE name = 'steps'"))
+        connection.execute(sa.text("UPDATE stages SET count = 7 WHERE name = 'total_s'"))
+    store.close()
+    again = open_store(tmp_path)
+    assert (again.statistics().stages["steps"], again.statistics().stages["total_s"]) == ((0.0, 0), (0.0, 7))
+    again.close()
 
 
 def test_newer_database_is_refused(store: JobStore) -> None:

@@ -311,10 +311,13 @@ def test_metrics(api: Any) -> None:
         'wanduet_failed_jobs{code="out_of_memory"} 1.0',
         'wanduet_submissions_total{outcome="stored"} 3.0',
         'wanduet_stage_jobs_total{stage="queue"} 1.0',
+        "wanduet_denoise_steps_total 0.0",
+        "wanduet_denoise_steps_seconds_total 0.0",
         'status="404"',
     ):
         assert line in text
     assert "video_000" not in text, "ids make no series"
+    assert 'stage="steps"' not in text
 
 
 def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
