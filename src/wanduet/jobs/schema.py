@@ -5,6 +5,7 @@ The same statements run on SQLite and PostgreSQL; only the connection's settings
 
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,11 @@ def open_database(url: str, connections: int = 10) -> sa.Engine:
 def _open_sqlite(url: sa.URL) -> sa.Engine:
     if not url.database or url.database == ":memory:":
         raise ConfigError("Jobs must be kept in a file.", hint="Example: sqlite:////data/jobs.sqlite3")
-    Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+    path = Path(url.database).absolute()
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    if not path.exists() and not url.database.startswith("file:"):
+        with suppress(OSError):  # SQLite will tell
+            path.touch(0o600)  # it holds prompts; the log gets the same mode
     database = sa.create_engine(
         url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=56
     )

@@ -426,6 +426,15 @@ def test_sums_that_an_older_database_lacks_are_added(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+def test_other_users_of_the_machine_read_neither_prompts_nor_videos(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "data")
+    store.submit(new())
+    modes = {path: path.stat().st_mode & 0o077 for path in (tmp_path / "data", *(tmp_path / "data").iterdir())}
+    assert set(modes.values()) == {0}, modes
+    store.close()
+
+
 def test_newer_database_is_refused(store: JobStore) -> None:
     with store.database.begin() as connection:
         connection.execute(sa.update(state).values(version=99))
