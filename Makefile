@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle moving left on a black background
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check bench soak docs clean
+.PHONY: demo test check bench soak docs lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature
@@ -29,6 +29,12 @@ soak: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make.py
 
+# The hashes of what a server needs, for every system; needs `uv`.
+lock:
+	{ sed -n '/^#/p; /^[^#]/q' requirements-hashed.txt; grep -h '==' requirements.txt requirements-server.txt | \
+	  uv pip compile - --generate-hashes --universal --python-version 3.11 --no-header --no-annotate -q; } > requirements-hashed.tmp
+	mv requirements-hashed.tmp requirements-hashed.txt
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
@@ -39,6 +45,6 @@ $(VENV)/.runtime: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: requirements-dev.txt requirements-server.txt requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@ $(VENV)/.runtime

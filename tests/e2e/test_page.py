@@ -106,7 +106,7 @@ def test_presets_and_the_plans_answer(page: Any) -> None:
     assert " of " in page.locator(".memory li").first.inner_text()
     page.get_by_text("All settings").click()
     size = page.get_by_label("Size")
-    for wrong, words in {"100x100": "a multiple of 16", "4096x4096": "at most"}.items():
+    for wrong, words in {"100x100": "96 or 112 does", "4096x4096": "at most"}.items():
         size.fill(wrong)
         size.press("Enter")
         plan.get_by_text(words).wait_for()
@@ -114,6 +114,30 @@ def test_presets_and_the_plans_answer(page: Any) -> None:
     size.press("Enter")
     plan.get_by_text("96 × 96").wait_for()
     page.wait_for_function("document.querySelector('#presets label.selected input[value=Square]')")
+
+
+def test_several_videos_of_one_prompt_and_what_is_wrong_in_words(page: Any, served: Server) -> None:
+    describe(page, "a red circle moving left on a black background", Steps=2)
+    pick(page, "1 s")
+    frames = page.get_by_label("number input for Frames")
+    frames.fill("16")
+    frames.press("Tab")
+    page.locator("#plan").get_by_text("Frames: 16 does not work, 17 or 13 does.").wait_for()
+    page.get_by_role("button", name="Generate").click()
+    refusal = page.locator("#message").get_by_text("17 or 13")
+    refusal.wait_for()
+    frames.fill("17")
+    frames.press("Tab")
+    refusal.wait_for(state="detached")
+    page.locator("#plan").get_by_text("Fits").wait_for()
+    videos = page.get_by_label("number input for Videos")
+    videos.fill("2")
+    videos.press("Tab")
+    page.locator("#plan").get_by_text("2 videos").wait_for()
+    job = generate(page)
+    play(page)
+    assert page.locator("#stage video").count() == page.locator(".details a").count() == 2
+    assert served.get(job)["settings"]["num_videos_per_prompt"] == 2
 
 
 def test_a_preset_counts_at_once(page: Any, served: Server) -> None:

@@ -18,7 +18,7 @@ from wanduet.frontends.run import emit, extra, missing_extra
 if TYPE_CHECKING:
     from wanduet.frontends.http_context import ServerSettings
     from wanduet.frontends.http_keys import KeyRing
-    from wanduet.jobs.records import StoredJob
+    from wanduet.jobs.records import Page, StoredJob
     from wanduet.jobs.runner import RunnerSettings
     from wanduet.jobs.store import JobStore
 
@@ -167,12 +167,14 @@ def list_jobs(
     json_: Json = False,
 ) -> None:
     """Jobs, newest first."""
+    if not 1 <= limit <= 100:
+        raise ConfigError(f"limit={limit}: from 1 to 100.", hint="--after goes on from the last id.")
     with _store(data_dir, database_url) as store:
         page = store.list(limit=limit, after=after, status=status)
     if json_:
         emit({"jobs": [describe(job) for job in page.jobs], "has_more": page.has_more}, as_json=True)
     else:
-        _show_jobs(page.jobs)
+        _show_jobs(page)
 
 
 @jobs_app.command
@@ -181,23 +183,26 @@ def show(job: str, *, data_dir: DataDir = None, database_url: Database = None, j
     with _store(data_dir, database_url) as store:
         found = store.get(job)
         paths = [str(path) for file in found.files if (path := store.files.path(file.name)) is not None]
-    emit({**describe(found), "files": paths, "report": found.report}, json_)
+    about = {**describe(found), "files": paths, "report": found.report}
+    emit(about if json_ else _for_people(about), json_)
 
 
 @jobs_app.command
 def cancel(job: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
     """Stop a job that waits or runs; a finished one stays as it is."""
     with _store(data_dir, database_url) as store:
-        emit(describe(store.cancel(job)), json_)
+        about = describe(store.cancel(job))
+    emit(about if json_ else _for_people(about), json_)
 
 
 @jobs_app.command(name="rm")
 def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
-    """Delete jobs with their videos, in any state."""
+    """Delete jobs with their videos, in any state; none if one of them is not known."""
     if not jobs:
         raise ConfigError("Which jobs?", hint="wanduet jobs rm VIDEO_ID ...")
     with _store(data_dir, database_url) as store:
-        emit({"deleted": [store.delete(job).id for job in jobs]}, json_)
+        found = dict.fromkeys(store.get(job).id for job in jobs)
+        emit({"deleted": [store.delete(job).id for job in found]}, json_)
 
 
 @keys_app.command
@@ -262,22 +267,39 @@ def describe(job: "StoredJob") -> dict[str, Any]:
     }
 
 
-def _show_jobs(jobs: "tuple[StoredJob, ...]") -> None:
+def _for_people(about: dict[str, Any]) -> dict[str, Any]:
+    """The same with times of the clock."""
+    times = {name: _when(value) for name, value in about.items() if name.endswith("_at") and value is not None}
+    return {**about, **times}
+
+
+def _when(moment: float) -> str:
     from datetime import datetime
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")
 
-    table = Table("id", "status", "made", "prompt", box=None, pad_edge=False)
-    for job in jobs:
+
+def _show_jobs(page: "Page") -> None:
+    """One line a job, however narrow the terminal: an id that is cut short is no use to the other commands."""
+    from wanduet.frontends.show import printable
+
+    lines = []
+    for job in page.jobs:
         status = job.error.code if job.error else job.status.replace("_", " ")
         if job.status == "in_progress":
             status = f"{job.phase or 'starting'} {job.progress:.0f} %"
-        made = datetime.fromtimestamp(job.created_at).strftime("%Y-%m-%d %H:%M")
-        prompt = " ".join(str(job.request.get("prompt", "")).split())
-        table.add_row(job.id, status, made, Text(prompt if len(prompt) <= 60 else f"{prompt[:59]}…"))
-    Console(soft_wrap=True).print(table if jobs else "No jobs.")
+        prompt = printable(" ".join(str(job.request.get("prompt", "")).split()))
+        lines.append((job.id, status, _when(job.created_at)[:-3], prompt if len(prompt) <= 60 else f"{prompt[:59]}…"))
+    if not lines:
+        print("No jobs.")
+        return
+    widths = [
+        max(map(len, column)) for column in zip(("id", "status", "made"), *(line[:3] for line in lines), strict=True)
+    ]
+    for line in (("id", "status", "made", "prompt"), *lines):
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
+    if page.has_more:
+        print(f"There are more: --after {page.jobs[-1].id}", file=sys.stderr)
 
 
 @contextmanager

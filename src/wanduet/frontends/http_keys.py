@@ -80,7 +80,7 @@ class KeyRing:
             raise ConfigError("The file of API keys cannot be read.", hint=f"Repair or remove {self._path}.") from error
 
     def _save(self, records: tuple[KeyRecord, ...]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
         text = json.dumps({"keys": [asdict(record) for record in records]}, indent=1)
         write_atomically(self._path, text.encode())
         with suppress(OSError):  # Windows has no such modes

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanduet.jobs.records import Statistics
+from wanduet.jobs.schema import STEPS
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import read_memory
 
@@ -61,7 +62,12 @@ def _families(found: Statistics) -> Iterator[Metric]:
     yield GaugeMetricFamily("wanduet_queue_oldest_seconds", "How long the oldest queued job waits.", found.oldest_wait)
     seconds = CounterMetricFamily("wanduet_stage_seconds", "Seconds by stage of all completed jobs.", labels=["stage"])
     counts = CounterMetricFamily("wanduet_stage_jobs", "Completed jobs that went through a stage.", labels=["stage"])
+    step_seconds, steps = found.stages.get(STEPS, (0.0, 0))
+    yield CounterMetricFamily("wanduet_denoise_steps", "Denoising steps of all completed jobs.", steps)
+    yield CounterMetricFamily("wanduet_denoise_steps_seconds", "Seconds that these steps took.", step_seconds)
     for stage, (total, count) in sorted(found.stages.items()):
+        if stage == STEPS:
+            continue
         name = stage.removesuffix("_s")
         seconds.add_metric([name], total)
         counts.add_metric([name], count)

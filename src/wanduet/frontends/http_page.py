@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanduet.errors import WanduetError
@@ -100,6 +101,26 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
                 return JSONResponse({"error": error.message.replace(str(path), "This file")})
 
 
+class PageMount(Mount):
+    """The page at `/`, which would otherwise answer for the API what the API has no route or no method for."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Never one of the API's paths."""
+        return (Match.NONE, {}) if is_api(scope["path"]) else super().matches(scope)
+
+
+def keep_page_off_api(app: FastAPI) -> None:
+    """Let the application that was mounted last have only what is not the API's."""
+    mounted = app.router.routes[-1]
+    assert isinstance(mounted, Mount)
+    app.router.routes[-1] = PageMount(mounted.path, app=mounted.app)
+
+
+def is_api(path: str) -> bool:
+    """Whether a path is the API's and not the page's."""
+    return path == "/v1" or path.startswith(_OURS)
+
+
 class PageGate:
     """Lets a page's visitor in by key, keeps what the page does not need closed, and sets the page's policy."""
 
@@ -110,7 +131,7 @@ class PageGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or path == "/logout" or path.startswith(_OURS):
+        if scope["type"] != "http" or path == "/logout" or is_api(path):
             await self._app(scope, receive, send if scope["type"] != "http" else _with_policy(send))
         elif path not in _PAGES and not path.startswith(_ASSETS):
             await ApiError(404, "not_found", "Not Found").response()(scope, receive, send)
@@ -124,7 +145,7 @@ class PageGate:
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != EVENTS_PATH:
-            await self._app(scope, receive, _with_policy(send))
+            await self._app(scope, receive, _with_policy(_without_cors(send)))
             return
         # Gradio reads a file, or fetches an address, for any field that looks like one. The page has none.
         body = await Request(scope, receive).body()
@@ -136,7 +157,7 @@ class PageGate:
         async def again() -> Message:
             return next(given, None) or await receive()
 
-        await self._app(scope, again, send)
+        await self._app(scope, again, _without_cors(send))
 
 
 def _names_a_file(body: bytes) -> bool:
@@ -149,6 +170,18 @@ def _names_a_file(body: bytes) -> bool:
         return walk(json.loads(body))
     except (ValueError, RecursionError):
         return True  # not what the page sends
+
+
+def _without_cors(send: Send) -> Send:
+    """Gradio lets pages of other ports of this machine read it; nobody else's page shall."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", ())
+            message = {**message, "headers": [item for item in headers if not item[0].startswith(b"access-control-")]}
+        await send(message)
+
+    return sending
 
 
 def _with_policy(send: Send) -> Send:

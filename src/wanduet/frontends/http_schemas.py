@@ -59,6 +59,8 @@ class CreateVideo(BaseModel):
 class RemixVideo(BaseModel):
     """The body of a remix: the same settings and seed with another prompt."""
 
+    model_config = ConfigDict(extra="forbid")
+
     prompt: str = Field(min_length=1)
 
 
@@ -153,6 +155,10 @@ async def read_fields(request: Request) -> dict[str, Any]:
 
 async def _read_form(request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    multipart = "multipart" in request.headers["content-type"].lower()
+    # The parser takes what there is of a form that was cut off: a job would be made of half of its settings.
+    if multipart and not (await request.body()).rstrip().endswith(b"--"):
+        raise ApiError(400, "invalid_request", "The form ended too early.")
     async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=2**20) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
@@ -170,6 +176,9 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     Raises InvalidRequestError, which names the field.
     """
     values = {name: value for name, value in fields.items() if value is not None}
+    check_names(values, CreateVideo)
+    if "prompt" not in values:
+        raise InvalidRequestError("prompt", None, "a text that is not empty")
     _check_texts(values, limits)
     fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
     _take_seconds(values, fps, spec)
@@ -192,6 +201,14 @@ def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
     plain = {name: str(value) for name, value in fields.items() if value is not None}
     text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
+    """Raises InvalidRequestError for a field that a body does not have."""
+    for name, value in fields.items():
+        if name not in known.model_fields:
+            allowed = f"there is no such field; fields are {', '.join(known.model_fields)}"
+            raise InvalidRequestError(name, value, allowed)
 
 
 def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:

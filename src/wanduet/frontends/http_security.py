@@ -1,4 +1,4 @@
-"""What stands before the application: which hosts, which origins, how much of a body.
+"""What stands before the application: which hosts, which origins, how much of a body, HEAD.
 
 Plain ASGI, so that a body is counted while it streams in and an answer is never buffered.
 """
@@ -15,6 +15,7 @@ from wanduet.frontends.http_errors import ApiError
 LOOPBACK_NAMES = ("localhost",)
 UPLOAD_PATH = "/page/settings"  # the page's: a video whose settings are wanted
 MAX_UPLOAD_BYTES = 2**28
+OWN_HEAD = ("/content", "/events")  # ends of paths: one answers HEAD without reading the file, the other never ends
 _WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
 
@@ -123,6 +124,29 @@ class Guard:
                 raise
         if too_long and not started:
             await _too_long(limit).response()(scope, receive, send)
+
+
+class AnswerHead:
+    """Answers HEAD as GET without the body, which FastAPI's routes do not: what watches a server may ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].endswith(OWN_HEAD):
+            await self._app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+
+        async def bare_send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            elif "route" in as_get:
+                scope["route"] = as_get["route"]  # where those look who count
+            await send(message)
+
+        await self._app(as_get, receive, bare_send)
 
 
 def _too_long(limit: int) -> ApiError:

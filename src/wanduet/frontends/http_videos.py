@@ -17,12 +17,14 @@ from starlette.types import Receive, Scope, Send
 from wanduet.errors import InvalidRequestError
 from wanduet.frontends.http_context import ServerContext, get_context, get_owner
 from wanduet.frontends.http_errors import ApiError, ErrorBody
+from wanduet.frontends.http_files import answer_file
 from wanduet.frontends.http_schemas import (
     CreateVideo,
     DeletedVideo,
     RemixVideo,
     Video,
     VideoList,
+    check_names,
     fingerprint,
     read_fields,
     to_request,
@@ -81,6 +83,7 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
     with context.submissions.enter():
         context.check_accepting()
         fields = await read_fields(request)
+        check_names(fields, RemixVideo)
         try:
             prompt = RemixVideo.model_validate(fields).prompt
         except ValidationError:
@@ -144,11 +147,13 @@ def cancel_video(video_id: VideoId, context: Context, owner: Owner) -> Video:
     responses={
         200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}, "description": "The file."},
         206: {"description": "A part of the file."},
-        416: {"description": "The range lies outside of the file."},
+        304: {"description": "The client has it already."},
+        416: {"model": ErrorBody, "description": "The range lies outside of the file."},
     },
 )
 def download_video(
     video_id: VideoId,
+    request: Request,
     context: Context,
     owner: Owner,
     variant: Variant = "video",
@@ -160,14 +165,14 @@ def download_video(
         raise ApiError(404, f"video_{job.status}", f"This video is {job.status}, not completed.", param="video_id")
     name = next((file.name for file in job.files if (file.variant, file.index) == (variant, index)), None)
     path = context.store.files.path(name) if name is not None else None
-    if path is None:
-        raise ApiError(404, "not_found", f"This video has no such {variant}.", param="variant")
-    return FileResponse(
-        path,
-        media_type=MEDIA_TYPES[variant],
-        filename=f"{job.id}{path.suffix}",
-        headers={"Cache-Control": "private, no-transform"},
-    )
+    try:
+        if path is None:
+            raise FileNotFoundError
+        # It never changes, but it may be deleted: a browser keeps it and asks each time whether it is still there.
+        kept = {"Cache-Control": "private, no-cache, no-transform"}
+        return answer_file(path, request.headers, MEDIA_TYPES[variant], f"{job.id}{path.suffix}", kept)
+    except FileNotFoundError:
+        raise ApiError(404, "not_found", f"This video has no such {variant}.", param="variant") from None
 
 
 @router.get(

@@ -25,7 +25,7 @@ from wanduet.frontends.http_context import ServerContext, ServerSettings, get_co
 from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
 from wanduet.frontends.http_metrics import CountRequests
-from wanduet.frontends.http_security import Guard, check_bind
+from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
@@ -87,6 +87,7 @@ def create_app(
         allowed_origins=settings.allowed_origins,
         max_body_bytes=settings.max_body_bytes,
     )
+    app.add_middleware(AnswerHead)
     app.add_middleware(CountRequests, metrics=context.metrics)
     return app
 

@@ -12,7 +12,7 @@ from wanduet.config import EngineConfig
 from wanduet.frontends import ui_scripts as scripts
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_context import ServerContext
-from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore
+from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore, keep_page_off_api
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
@@ -42,6 +42,7 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
         theme=_theme(),
         css=CSS,
     )
+    keep_page_off_api(app)
     app.add_middleware(PageGate, context=context)
     return app
 
@@ -117,9 +118,10 @@ class Page:
         with gr.Row():
             guidance = slider(1, 15, "guidance_scale", "Guidance", 0.5)
             shift = slider(0.5, 20, "flow_shift", "Flow shift", 0.5)
+        videos = slider(1, limits.videos, "num_videos_per_prompt", "Videos of this prompt")
         negative = gr.Textbox(start["negative_prompt"], label="Negative prompt", lines=2, max_lines=6)
         self._reset = gr.Button("Model's defaults", size="sm")
-        return [negative, size, frames, steps, guidance, shift, sampler, fps, seed]
+        return [negative, size, frames, steps, guidance, shift, sampler, fps, seed, videos]
 
     def _build_stage(self) -> None:
         self._stage = gr.HTML(
@@ -161,6 +163,7 @@ class Page:
         gr.Timer(2.0).tick(**answer)
         remember = scripts.storage_script(scripts.REMEMBER, model)
         gr.on([part.change for part in form], None, form, None, js=remember, **QUICK)
+        gr.on([part.change for part in form], None, self._message, self._message, js=scripts.FORGET_REFUSAL, **QUICK)
         presets = self._actions.presets
         rows: tuple[Mapping[str, str | int], ...] = (presets.shapes, presets.lengths, presets.qualities)
         for row, values, field in zip(self._presets, rows, (2, 3, 4), strict=True):

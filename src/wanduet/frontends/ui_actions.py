@@ -94,7 +94,8 @@ class PageActions:
         made_by = model.get("name") if isinstance(model, dict) else model
         served = self.context.spec.name
         note = f"It was made with {made_by}, this server has {served}." if made_by not in (None, served) else ""
-        return {"form": self.form_of({**request, "seed": about.get("seed", request.get("seed"))}), "note": note}
+        its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of several, this one
+        return {"form": self.form_of({**request, **its_own}), "note": note}
 
     def plan(self, form: Form) -> dict[str, Any]:
         """What would run where, without loading anything. Raises WanduetError."""

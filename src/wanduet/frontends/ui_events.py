@@ -110,7 +110,7 @@ class PageEvents:
         try:
             told = views.plan_panel(self._actions.plan(form), views.settings_line(form))
         except (WanduetError, ApiError) as error:
-            told = views.message(_told(error), "bad")
+            told = views.refusal(error)
         return [*presets, f"<div {mark}>{told}</div>"]
 
     def _repeat(self, chosen: str | None, request: gr.Request, *, new_seed: bool) -> tuple[Any, str]:
@@ -124,7 +124,7 @@ class PageEvents:
         try:
             return submit().id, ""
         except (WanduetError, ApiError) as error:
-            return chosen, views.message(_told(error), "bad")
+            return chosen, views.refusal(error)
 
     def header(self, jobs: Sequence[StoredJob]) -> str:
         """The line at the top, over these jobs."""
@@ -173,7 +173,3 @@ def _values(form: Form) -> list[Any]:
 
 def _told_by(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}
-
-
-def _told(error: WanduetError | ApiError) -> str:
-    return " ".join(str(error).split())

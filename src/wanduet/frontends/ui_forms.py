@@ -11,12 +11,26 @@ Form = dict[str, Any]
 # empty one draws one.
 FIELDS = (
     "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale", "flow_shift",
-    "sampler", "fps", "seed",
+    "sampler", "fps", "seed", "num_videos_per_prompt",
 )  # fmt: skip
-_WHOLE = ("num_frames", "num_inference_steps", "fps")
+_WHOLE = ("num_frames", "num_inference_steps", "fps", "num_videos_per_prompt")
 _MULTIPLE = 16  # of pixels: the VAE's stride times the transformer's patch
 _LENGTHS = (0.6, 1.0, 1.6)  # of the model's own length: 3, 5 and 8 seconds for Wan
 _QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # of the model's own number of steps
+
+LABELS = {
+    "prompt": "Prompt",
+    "negative_prompt": "Negative prompt",
+    "size": "Size",
+    "num_frames": "Frames",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "flow_shift": "Flow shift",
+    "sampler": "Sampler",
+    "fps": "Frame rate",
+    "seed": "Seed",
+    "num_videos_per_prompt": "Videos",
+}
 
 EXAMPLES = (
     "A red fox walks through fresh snow at dawn, soft light, shallow depth of field",
@@ -66,6 +80,7 @@ def default_form(defaults: GenerationDefaults) -> Form:
         "sampler": "unipc",
         "fps": defaults.fps,
         "seed": "",
+        "num_videos_per_prompt": 1,
     }
 
 
@@ -80,7 +95,7 @@ def form_of(request: dict[str, Any], defaults: Form) -> Form:
 
 def fields_of(form: Form) -> dict[str, Any]:
     """What a client would have sent: nothing where the form is empty, whole numbers where the page made floats."""
-    fields = {name: form.get(name) for name in FIELDS if str(form.get(name) or "").strip()}
+    fields = {name: form[name] for name in FIELDS if form.get(name) is not None and str(form[name]).strip()}
     fields["negative_prompt"] = form.get("negative_prompt") or ""
     for name in _WHOLE:
         if isinstance(value := fields.get(name), float) and value.is_integer():

@@ -102,6 +102,7 @@ REMEMBER = """(...form) => {{
 RECALL = """() => {{ try {{ return localStorage.getItem({key}); }} catch (error) {{ return null; }} }}"""
 RECALLED = "() => {{ window.wanduetRecalled = true; }}"
 PRESET = "label => ({values})[label]"  # at once: a click on Generate may follow before a server has answered
+FORGET_REFUSAL = "told => (told || '').includes('message bad') ? '' : told"  # it was about the form as it was
 CONFIRM = "() => [confirm('Delete this video?'), null]"
 
 

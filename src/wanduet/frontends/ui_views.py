@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from wanduet.errors import InvalidRequestError
+from wanduet.frontends.ui_forms import LABELS
 from wanduet.jobs.records import CANCELLED, StoredJob
 
 PHASES = {"load": "Loading the model", "encode": "Reading the prompt", "denoise": "Denoising", "decode": "Decoding"}
@@ -104,7 +106,10 @@ def details(job: StoredJob | None) -> str:
     if job is None:
         return ""
     request = job.request
-    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value(request)))}</dd></div>" for name, value in SETTINGS)
+    values = {name: value(request) for name, value in SETTINGS}
+    if len(seeds := job.report.get("seeds", ())) > 1:
+        values["Seed"] = ", ".join(map(str, seeds))  # in the order of the videos
+    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
     negative = request.get("negative_prompt")
     without = f'<p class="negative"><b>Without:</b> {escape(negative)}</p>' if negative else ""
     warnings = "".join(f'<p class="message bad">{escape(str(text))}</p>' for text in job.report.get("warnings", ()))
@@ -152,7 +157,9 @@ def _card(job: StoredJob, chosen: bool) -> str:
 
 
 def _short(request: dict[str, Any]) -> list[str]:
-    return [_length(request.get("num_frames"), request.get("fps")), f"seed {request.get('seed')}"]
+    count = request.get("num_videos_per_prompt") or 1
+    many = [f"{count} videos"] if count > 1 else []
+    return [*many, _length(request.get("num_frames"), request.get("fps")), f"seed {request.get('seed')}"]
 
 
 def message(text: str, kind: str = "") -> str:
@@ -160,13 +167,28 @@ def message(text: str, kind: str = "") -> str:
     return f'<p class="message {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
+def refusal(error: Exception) -> str:
+    """What is wrong, by the names that the page gives to its fields."""
+    if not isinstance(error, InvalidRequestError):
+        return message(" ".join(str(error).split()), "bad")
+    given = _number(error.given)
+    if error.field in ("height", "width"):  # the page has them in one field
+        label, given = LABELS["size"], f"a {error.field} of {given}"
+    else:
+        label = LABELS.get(error.field, error.field)
+    if error.nearest is None or error.field == "size":
+        return message(f"{label}: {error.allowed}.", "bad")
+    return message(f"{label}: {given} does not work, {error.nearest} does.", "bad")
+
+
 def settings_line(form: dict[str, Any]) -> str:
     """The form in a line, for when everything but the presets is folded away."""
     parts = (
         str(form.get("size") or "").replace("x", " × "),
         _length(form.get("num_frames"), form.get("fps")),
-        f"{form.get('num_inference_steps')} steps",
+        f"{_number(form.get('num_inference_steps'))} steps",
         f"seed {form['seed']}" if form.get("seed") else "a new seed",
+        f"{form['num_videos_per_prompt']:g} videos" if (form.get("num_videos_per_prompt") or 1) > 1 else "",
     )
     return " · ".join(part for part in parts if part)
 

@@ -107,13 +107,18 @@ class Attempt:
         self._keeper.watch(running)
         self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
         files.note_checkpoints(job_id, self._checkpoints)
+        steps, before = 0, (0, 0)
         for event in running.events():
             self._keeper.note(event, request.num_videos_per_prompt)
+            if event.phase == "denoise":  # each video begins with an event that says where
+                steps += before == (event.video, event.done - 1)
+                before = event.video, event.done
         result = running.result()
         outcome = {
             "videos": [video.path.name for video in result.videos],
             "report": {
                 "timings": result.timings,
+                "steps": steps,
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "warnings": list(result.warnings),
                 "seeds": [video.seed for video in result.videos],

@@ -26,6 +26,9 @@ from wanduet.media.files import atomic_output, output_error, write_atomically
 
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 
+PRIVATE_FOLDER = (
+    0o700  # prompts and videos are no business of the machine's other users; a folder that is there keeps its mode
+)
 SWEEP_BATCH = 300
 # For some job ids: the published names that a job's row holds, None for an open job, whose files may be on their way.
 # A job that is not there has none.
@@ -44,9 +47,9 @@ class JobFiles:
         self.videos = self.folder / "videos"
         self.work = self.folder / "work"
         self.workers = self.folder / "workers"
-        for path in (self.videos, self.work, self.workers):
+        for path in (self.folder, self.videos, self.work, self.workers):
             try:
-                path.mkdir(parents=True, exist_ok=True)
+                path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             except OSError as error:
                 raise output_error(path, error) from error
 

@@ -5,6 +5,7 @@ The same statements run on SQLite and PostgreSQL; only the connection's settings
 
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ state = sa.Table(
     sa.Column("newest_id", sa.String(64)),
 )
 
-STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+STEPS = "steps"  # beside the stages: seconds of denoising, and how many steps they were
+STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s", STEPS)
 
 
 def open_database(url: str, connections: int = 10) -> sa.Engine:
@@ -111,7 +113,11 @@ def open_database(url: str, connections: int = 10) -> sa.Engine:
 def _open_sqlite(url: sa.URL) -> sa.Engine:
     if not url.database or url.database == ":memory:":
         raise ConfigError("Jobs must be kept in a file.", hint="Example: sqlite:////data/jobs.sqlite3")
-    Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+    path = Path(url.database).absolute()
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    if not path.exists() and not url.database.startswith("file:"):
+        with suppress(OSError):  # SQLite will tell
+            path.touch(0o600)  # it holds prompts; the log gets the same mode
     database = sa.create_engine(
         url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=56
     )
@@ -194,11 +200,13 @@ def _create_missing(connection: sa.Connection) -> None:
     version = connection.scalar(sa.select(state.c.version))
     if version is None:
         connection.execute(sa.insert(state).values(id=1, version=SCHEMA_VERSION))
-        connection.execute(sa.insert(stages), [{"name": name, "seconds": 0.0, "count": 0} for name in STAGE_NAMES])
     elif version > SCHEMA_VERSION:
         raise ConfigError(
             "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
         )
+    counted = set(connection.scalars(sa.select(stages.c.name)))
+    if missing := [{"name": name, "seconds": 0.0, "count": 0} for name in STAGE_NAMES if name not in counted]:
+        connection.execute(sa.insert(stages), missing)
 
 
 def _add_demand(connection: sa.Connection) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,9 +19,10 @@ from wanduet.jobs.records import (
     StoredJob,
     UnknownJobError,
 )
-from wanduet.jobs.schema import jobs, stages
+from wanduet.jobs.schema import STEPS, jobs, stages
 
 Values = dict[str, Any]
+SIZE_STEP = 100
 
 
 def to_job(row: "sa.Row[Any]") -> StoredJob:
@@ -51,6 +53,14 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
         worker=row.worker,
         token=row.token,
     )
+
+
+def wanted_names(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
+    """The published names that jobs hold; None for an open job. A job that is not there is left out."""
+    # Filled up, so that there are few statements: drivers keep every text they have seen lately, prepared.
+    asked = [*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]
+    rows = connection.execute(sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(asked)))
+    return {row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows}
 
 
 def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":
@@ -120,10 +130,14 @@ def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
         raise QueueFullError(limits.queue, personal=False)
 
 
-def count_stages(connection: sa.Connection, seconds: dict[str, float]) -> None:
-    """Add a finished job's seconds to the sums; names that are no stage are left out."""
-    for name, value in sorted(seconds.items()):
-        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + 1}
+def count_stages(connection: sa.Connection, waited: float, report: Values) -> None:
+    """Add a finished job's seconds and steps to the sums; timings of what is no stage are left out."""
+    timings = {"queue_s": waited, **report.get("timings", {})}
+    counted = {name: (value, 1) for name, value in timings.items() if name != STEPS}
+    if steps := report.get("steps", 0):
+        counted[STEPS] = (timings.get("denoise_s", 0.0), steps)
+    for name, (value, count) in sorted(counted.items()):
+        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + count}
         connection.execute(sa.update(stages).where(stages.c.name == name).values(changed))
 
 

@@ -221,8 +221,7 @@ class JobStore:
                 if row is None or row.status != "completed" or row.token != lease.token:
                     raise statements.stale(lease)
                 return statements.to_job(row)
-            waited = {"queue_s": max(0.0, row.started_at - row.created_at)}
-            statements.count_stages(connection, {**waited, **(report or {}).get("timings", {})})
+            statements.count_stages(connection, max(0.0, row.started_at - row.created_at), report or {})
         return statements.to_job(row)
 
     def fail(self, lease: Lease, error: JobError) -> StoredJob:
@@ -298,12 +297,8 @@ class JobStore:
         """Delete files that no job owns (left by a kill between two steps); returns how many."""
 
         def wanted(job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
-            query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(job_ids))
             with self._read() as connection:
-                rows = connection.execute(query).all()
-            return {
-                row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows
-            }
+                return statements.wanted_names(connection, job_ids)
 
         fold_log(self.database)  # what was deleted while somebody read
         return self.files.sweep(wanted)

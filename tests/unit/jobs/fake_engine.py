@@ -2,8 +2,8 @@
 
 Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
 The prompt says what goes wrong: `die N` kills the process at step N, `once N` the first time only, `stop N` stops
-it there once (SIGSTOP), `raise N` raises there, `full N` cannot write there, `orphan N` kills it N times between publishing the video and
-committing it.
+it there once (SIGSTOP), `raise N` raises there, `full N` cannot write there, `hold N` stays there until it is cancelled,
+`orphan N` kills it N times between publishing the video and committing it.
 """
 
 import hashlib
@@ -122,6 +122,9 @@ class FakeJob:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if word in ("once", "stop") and first_time(self.data / f"{name}.{word}"):
                     os.kill(os.getpid(), signal.SIGKILL if word == "once" else signal.SIGSTOP)
+                if word == "hold":
+                    self.cancelled.wait()
+                    continue
                 if word == "raise":
                     raise RuntimeError("a secret detail")
                 if word == "full":

@@ -71,6 +71,7 @@ def test_a_job_becomes_files(store: JobStore) -> None:
     assert video.read_bytes() == content("x", 7)
     assert job.files[0].num_bytes == video.stat().st_size
     assert job.report["timings"] == {"denoise_s": 1.0, "total_s": 2.0}
+    assert job.report["steps"] == job.request["num_inference_steps"]
     assert job.report["peak_memory_bytes"] == {"cpu": 123}
     assert list(store.files.work.iterdir()) == []
 

@@ -70,12 +70,13 @@ def test_a_job_from_start_to_end(tmp_path: Path) -> None:
     assert (running.started_at, running.attempts, running.token, running.worker) == (1010.0, 1, 1, "w1")
     now[0] = 1020.0
     file = publish(store, lease)
-    done = store.complete(lease, [file], {"timings": {"denoise_s": 4.0}})
+    done = store.complete(lease, [file], {"timings": {"denoise_s": 4.0}, "steps": 20})
     assert (done.status, done.progress, done.completed_at, done.expires_at) == ("completed", 100.0, 1020.0, 1070.0)
     assert done.files == (file,)
     assert done.worker is None
     assert store.statistics().stages["denoise_s"] == (4.0, 1)
     assert store.statistics().stages["queue_s"] == (10.0, 1)
+    assert store.statistics().stages["steps"] == (4.0, 20)
     store.close()
     again = open_store(tmp_path)
     assert again.get(job.id) == done
@@ -376,6 +377,10 @@ def test_a_sweep_asks_the_database_for_many_jobs_at_once(store: JobStore, monkey
     assert {path.name for path in store.files.videos.iterdir()} == kept
     assert sum("SELECT" in text for text in asked) <= 8
     assert store.sweep() == 0
+    for size in range(5, 25):
+        monkeypatch.setattr("wanduet.jobs.files.SWEEP_BATCH", size)
+        store.sweep()
+    assert len({text for text in asked if " IN (" in text}) == 1, "each other text would be kept by the driver"
 
 
 def test_what_dead_attempts_published_goes_with_the_job(store: JobStore) -> None:
@@ -408,6 +413,26 @@ def test_only_published_names_lead_to_files(store: JobStore, tmp_path: Path) -> 
     for bad in ("..", "../x", "video_1"):
         with pytest.raises(ValueError, match="job id"):
             store.files.work_path(bad)
+
+
+def test_sums_that_an_older_database_lacks_are_added(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with store.database.begin() as connection:
+        connection.execute(sa.text("DELETE FROM stages WHERE name = 'steps'"))
+        connection.execute(sa.text("UPDATE stages SET count = 7 WHERE name = 'total_s'"))
+    store.close()
+    again = open_store(tmp_path)
+    assert (again.statistics().stages["steps"], again.statistics().stages["total_s"]) == ((0.0, 0), (0.0, 7))
+    again.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+def test_other_users_of_the_machine_read_neither_prompts_nor_videos(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "data")
+    store.submit(new())
+    modes = {path: path.stat().st_mode & 0o077 for path in (tmp_path / "data", *(tmp_path / "data").iterdir())}
+    assert set(modes.values()) == {0}, modes
+    store.close()
 
 
 def test_newer_database_is_refused(store: JobStore) -> None:

@@ -1,6 +1,7 @@
 """`wanduet serve`, `jobs` and `keys` as they are typed."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,24 @@ def test_list_show_cancel_and_remove(wanduet: Any, store: JobStore, job_id: str)
     assert json.loads(wanduet("jobs", "rm", job_id, "--json")) == {"deleted": [job_id]}
     assert store.list().jobs == ()
     assert "No jobs" in wanduet("jobs", "list")
+
+
+def test_a_list_can_be_read_and_copied_from(wanduet: Any, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    jobs = [store.submit(NewJob("local", "m", {"prompt": f"{n} \x1b[2J {'x' * 99}"})).job for n in range(3)]
+    store.cancel(jobs[1].id)
+    lines = wanduet("jobs", "list", "--limit", "2").splitlines()
+    assert [line.split()[0] for line in lines] == ["id", jobs[2].id, jobs[1].id]
+    assert all(line[lines[0].index("made") :].startswith("20") for line in lines[1:]), "columns"
+    assert "\x1b" not in "".join(lines), "a prompt does not steer the terminal"
+    for limit in ("0", "101", "-1"):
+        wanduet("jobs", "list", "--limit", limit, code=2)
+    shown = wanduet("jobs", "show", jobs[0].id)
+    assert datetime.fromtimestamp(jobs[0].created_at).strftime("%Y-%m-%d %H:%M:%S") in shown
+    assert "e+09" not in shown
+    wanduet("jobs", "rm", jobs[0].id, "video_0", code=1)
+    assert len(store.list().jobs) == 3, "none is deleted where one is not known"
+    assert json.loads(wanduet("jobs", "rm", jobs[0].id, jobs[0].id, "--json")) == {"deleted": [jobs[0].id]}
 
 
 def test_unknown_jobs_are_told(wanduet: Any) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,37 @@ def test_the_form_in_a_line() -> None:
     form = {"size": "832x480", "num_frames": 81, "fps": 16, "num_inference_steps": 50, "seed": ""}
     assert views.settings_line(form) == "832 × 480 · 5.1 s · 50 steps · a new seed"
     assert views.settings_line({**form, "num_frames": 1, "seed": "0"}) == "832 × 480 · 1 frame · 50 steps · seed 0"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_frames": 80}, "Frames: 80 does not work, 81 or 77 does."),
+        ({"size": "830x480"}, "Size: a width of 830 does not work, 816 or 832 does."),
+        ({"size": "big"}, "Size: 480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480."),
+        ({"size": "2560x1440"}, "Size: this server takes at most 2088960 pixels."),
+        ({"seed": "abc"}, "Seed: a whole number."),
+        ({"num_inference_steps": 0}, "Steps: 0 does not work, 1 does."),
+        ({"num_videos_per_prompt": 5}, "Videos: 5 does not work, 4 does."),
+    ],
+)
+def test_what_is_wrong_is_told_by_the_pages_own_names(actions: PageActions, fields: Any, words: str) -> None:
+    with pytest.raises(WanduetError) as told:
+        actions.submit("local", {**actions.defaults(), "prompt": "x", **fields})
+    assert words in views.refusal(told.value)
+
+
+def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {**actions.defaults(), "prompt": "x", "num_videos_per_prompt": 3.0}
+    job = actions.submit("local", form)
+    assert job.request["num_videos_per_prompt"] == 3
+    assert "3 videos" in views.settings_line(form)
+    assert "3 videos" in views.gallery([job], None)
+    assert "<dd>5, 6, 7</dd>" in views.details(replace(job, report={"seeds": [5, 6, 7]}))
+    about = {"request": job.request, "seed": 6}
+    monkeypatch.setattr("wanduet.frontends.http_uploads.MetadataReader.read", lambda *_: about)
+    restored = actions.restore(Path("second.mp4"))["form"]
+    assert (restored["seed"], restored["num_videos_per_prompt"]) == ("6", 1), "this one, and not its sisters"
 
 
 def test_presets_follow_from_the_model() -> None:
@@ -216,6 +248,29 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
         assert http.get("/page/pulse").status_code == 401
         assert http.post("/page/settings", content=b"x").status_code == 401
         assert http.get("/").status_code == 303, "a revoked key closes the page"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) -> None:
+    api = make_api()
+    app = mount(api.app, EngineConfig(data_dir=api.store.files.folder))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as http:
+        for path in ("/v1", "/v1/nothing", "/v1/videos/", "/v1/videos/../../etc", "/nothing", "/docs"):
+            answer = http.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        for method, path in (("PUT", "/v1/videos"), ("PATCH", "/v1/videos/x"), ("GET", "/v1/videos/x/remix")):
+            answer = http.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+            assert answer.headers["allow"]
+        assert http.head("/health").status_code == http.head("/").status_code == 200
+        near = {"Origin": "http://localhost:3000"}  # another server's page on this machine
+        for path in ("/", "/config", "/v1/videos"):
+            answer = http.get(path, headers=near)
+            assert answer.status_code == 200
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+        for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
+            answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
+            assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_only_the_pages_upload_may_be_long(api: Api) -> None:

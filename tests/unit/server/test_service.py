@@ -272,6 +272,25 @@ def test_health_and_ready(make_api: Any) -> None:
     assert (answer.status_code, "retry-after" in answer.headers, api.store.list().jobs) == (503, True, ())
 
 
+def test_head_is_get_without_the_body(api: Any) -> None:
+    video_id = api.create()["id"]
+    for path in (
+        "/health",
+        "/ready",
+        "/metrics",
+        "/v1/models",
+        "/v1/videos",
+        f"/v1/videos/{video_id}",
+        "/openapi.json",
+    ):
+        head, get = api.http.head(path), api.http.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert api.http.head("/v1/videos/nothing").status_code == 404
+    assert api.http.head(f"/v1/videos/{video_id}/events").status_code == 405, "it would never end"
+    assert 'method="HEAD",route="/v1/videos/{video_id}",status="200"' in api.http.get("/metrics").text
+
+
 def test_models(api: Any) -> None:
     assert [model["id"] for model in api.http.get("/v1/models").json()["data"]] == ["Wan2.1-T2V-1.3B"]
     assert api.http.get("/v1/models/Wan2.1-T2V-1.3B").json()["object"] == "model"
@@ -292,10 +311,13 @@ def test_metrics(api: Any) -> None:
         'wanduet_failed_jobs{code="out_of_memory"} 1.0',
         'wanduet_submissions_total{outcome="stored"} 3.0',
         'wanduet_stage_jobs_total{stage="queue"} 1.0',
+        "wanduet_denoise_steps_total 0.0",
+        "wanduet_denoise_steps_seconds_total 0.0",
         'status="404"',
     ):
         assert line in text
     assert "video_000" not in text, "ids make no series"
+    assert 'stage="steps"' not in text
 
 
 def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
