@@ -78,19 +78,20 @@ class StoredFiles(JobFiles):
             self._sent.pop(job_id, None)
             super().discard_work(job_id)  # from this disk only: the store has it, where it is still wanted
 
-    def keep(self, job_id: str) -> None:
-        """Copy the last of an attempt; an error costs the steps since the last copy."""
-        self._send(job_id)
+    def keep(self, job_id: str) -> bool:
+        """Copy the last of an attempt; an error costs the steps since the last copy. Whether all was copied."""
+        return self._send(job_id)
 
     def _follow(self, job_id: str, stop: threading.Event) -> None:
         while not stop.wait(LOOK_SECONDS):
             self._send(job_id)
 
-    def _send(self, job_id: str) -> None:
+    def _send(self, job_id: str) -> bool:
+        whole = True
         with self._guard:
             sent = self._sent.get(job_id)
             if sent is None:
-                return
+                return False
             for name, path in self._written(job_id):
                 try:
                     about = path.stat()
@@ -102,6 +103,8 @@ class StoredFiles(JobFiles):
                     continue
                 except Exception as error:  # whatever the store's client raises
                     log.warning("not copied to the store", job=job_id, name=name, error=type(error).__name__)
+                    whole = False
+        return whole
 
     def _written(self, job_id: str) -> list[tuple[str, Path]]:
         """Names in the store and files of a job, the result last: who has it has all."""

@@ -7,7 +7,7 @@ by queues of one; each models' lock keeps two stages off one device when the pla
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -35,7 +35,7 @@ ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long
 
 
 @dataclass(frozen=True, slots=True)
-class _Denoised:
+class Denoised:
     """What the denoise hands to the decode: one of a job's videos."""
 
     job: Job
@@ -56,8 +56,9 @@ class Engine:
         self.trace = Trace()
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
-        self._to_decode: queue.Queue[_Denoised | None] = queue.Queue(maxsize=1)
+        self._to_decode: queue.Queue[Denoised | None] = queue.Queue(maxsize=1)
         self._videos: dict[str, list[VideoResult]] = {}
+        self._held: dict[str, list[Denoised]] = {}  # latents that another worker is to decode, until all are there
         self._open: set[Job] = set()
         self._threads = [
             threading.Thread(target=stage, name=f"wanduet-{name}", daemon=True)
@@ -68,7 +69,7 @@ class Engine:
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What would run where, without loading anything."""
-        return make_plan(request.resolve(self.models.spec), self.models.memory, self.config, self.hardware)
+        return self._plan(request.resolve(self.models.spec))
 
     def submit(
         self,
@@ -76,16 +77,18 @@ class Engine:
         output: OutputOptions,
         on_step: OnStep | None = None,
         watch: Watch | None = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> Job:
         """Check, plan and queue a request. `on_step` is called after each step and may change the latents; `watch`
-        only sees them, and so may look at what other processes do.
+        only sees them, and so may look at what other processes do. `elsewhere` is asked when latents are on the
+        disk; if another worker decodes them, the job ends there, with no videos in its result.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded.
         """
         if self._closed:
             raise CancelledError("The engine is closed.")
         resolved = request.resolve(self.models.spec)
-        plan = make_plan(resolved, self.models.memory, self.config, self.hardware)
+        plan = self._plan(resolved)
         if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
             plan = alone  # a callback cannot follow the work into other processes
         require_fit(plan, resolved)
@@ -94,9 +97,10 @@ class Engine:
         )
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)
         self._open.add(job)
         self._videos[job.id] = []
+        self._held[job.id] = []
         if not self._started:
             self._started = True
             remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
@@ -104,6 +108,9 @@ class Engine:
                 thread.start()
         self._to_encode.put(job)
         return job
+
+    def _plan(self, request: ResolvedRequest) -> Plan:
+        return make_plan(request, self.models.memory, self.config, self.hardware)
 
     def _fallback(self, request: ResolvedRequest, plan: Plan) -> Plan | None:
         """The plan without a group of ranks, where a group was the engine's own idea."""
@@ -141,6 +148,10 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
+        latents = generate.kept_latents(self.models, job)
+        if latents is not None:  # neither text encoder nor transformer is needed
+            self._decode_all(Denoised(job, index, one) for index, one in enumerate(latents))
+            return
         with self.trace.span("encode", job):
             self.models.preload(job)
             conditioning = generate.encode_prompt(self.models, job)
@@ -156,21 +167,37 @@ class Engine:
     def _denoise_video(self, job: Job, index: int, conditioning: Conditioning) -> None:
         with self.trace.span("denoise", job):
             latents = generate.denoise_video(self.models, job, index, conditioning)
-        self._to_decode.put(_Denoised(job, index, latents))
+        held = self._held[job.id]
+        held.append(Denoised(job, index, latents))
+        # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video.
+        asked = job.elsewhere is not None and (index == 0 or len(held) > 1)
+        if asked and job.elsewhere is not None and job.elsewhere():
+            if len(held) == job.request.num_videos_per_prompt:
+                self._succeed(job, ())
+            return
+        self._decode_all(held)
+        held.clear()
+
+    def _decode_all(self, found: Iterable[Denoised]) -> None:
+        for one in found:
+            self._to_decode.put(one)
 
     def _decode(self) -> None:
         while (item := self._to_decode.get()) is not None:
             self._attempt(item.job, partial(self._decode_video, item))
 
-    def _decode_video(self, item: _Denoised) -> None:
+    def _decode_video(self, item: Denoised) -> None:
         job = item.job
         videos = self._videos[job.id]
         with self.trace.span("decode", job):
             videos.append(generate.decode_video(self.models, job, item.index, item.latents))
         if len(videos) == job.request.num_videos_per_prompt:
-            job.timings["total_s"] = time.perf_counter() - job.created
-            self._forget(job)
-            job.succeed(JobResult(tuple(videos), dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
+            self._succeed(job, tuple(videos))
+
+    def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
+        job.timings["total_s"] = time.perf_counter() - job.created
+        self._forget(job)
+        job.succeed(JobResult(videos, dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
         """Do a stage's work for a job; an error ends that job and leaves the stage ready for the next."""
@@ -187,3 +214,4 @@ class Engine:
     def _forget(self, job: Job) -> None:
         self._open.discard(job)
         self._videos.pop(job.id, None)
+        self._held.pop(job.id, None)
