@@ -147,7 +147,7 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
     )
     host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0)
     host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
-    text_dtype, hold, _ = _text_encoder(memory, config, hardware)
+    text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     return Plan(
         strategy="single",
         transformer_device=device.name,
@@ -240,7 +240,7 @@ def _plan(
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)
 
-    text_dtype, hold, hold_why = _text_encoder(memory, config, hardware)
+    text_dtype, hold, hold_why = text_encoder_choice(memory.spec, config)
     host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
     host += sum(d.peak for d in devices if d.name == "cpu")
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
@@ -334,11 +334,10 @@ def _transformer_dtype(config: EngineConfig, device: DeviceInfo) -> tuple[str, s
     return "bfloat16", "the model's own precision; norms, modulation and residuals stay float32"
 
 
-def _text_encoder(
-    memory: ModelMemory, config: EngineConfig, hardware: Hardware
-) -> tuple[str, Literal["resident", "streamed"], str]:
+def text_encoder_choice(spec: ModelSpec, config: EngineConfig) -> tuple[str, Literal["resident", "streamed"], str]:
+    """What the text encoder computes in, how its weights are held, and why so."""
     # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
-    small = text_encoder_bytes(memory.spec, "float32", "resident") < GIB
+    small = text_encoder_bytes(spec, "float32", "resident") < GIB
     dtype = config.text_encoder_dtype
     if dtype == "auto":
         dtype = "float32" if small else "bfloat16"

@@ -84,6 +84,9 @@ class JobFiles:
         """
         return True
 
+    def offer(self, job_id: str, paths: Iterable[Path]) -> None:
+        """Let a job's attempts find entries of the embeddings' cache wherever they run. Here, they do."""
+
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Give a finished video its public name; the working copy stays until `discard_work`. Raises OutputError."""
         target = self._target(job_id, token, index, "video")
