@@ -115,7 +115,7 @@ def plan_stages(
     encoders, decoders = fleet.encoders(), fleet.decoders()
     choices = list(_choices(encoders, decoders, fleet))
     if mode == "apart" and (wished := fleet.wished()):
-        return fleet.plan(wished, together, "asked for: ")
+        return fleet.plan(wished, together, labelled=True)
     best = max(choices, key=lambda stages: fleet.rate(stages)[0], default={})
     simplest: dict[str, Stage] = {}
     if (most := fleet.rate(best)[0]) > together * (1 + MARGIN):
@@ -128,7 +128,7 @@ def plan_stages(
         if rate > together and rate * (1 + MARGIN) >= most:
             simplest = kept
     if simplest:
-        return fleet.plan(simplest, together, "")
+        return fleet.plan(simplest, together)
     return StagePlan({}, together, together, 0.0, fleet.why_together(best, together, bool(encoders), bool(decoders)))
 
 
@@ -200,21 +200,24 @@ class _Fleet:
             low, high = (middle, high) if middle * at(middle) <= decodes else (low, middle)
         return at(low), low
 
-    def plan(self, stages: Mapping[str, Stage], together: float, why: str) -> StagePlan:
-        """A choice with its rate and reason."""
+    def plan(self, stages: Mapping[str, Stage], together: float, labelled: bool = False) -> StagePlan:
+        """A choice with its rate and reason: that it pays, or that nodes were labelled so."""
         rate, left = self.rate(stages)
         plan = StagePlan(dict(stages), together, rate, left)
         parts = []
         decoding = [self._nodes[name] for name, stage in stages.items() if stage == "decode"]
         if decoding:
             cannot = all(not node.rates(0.0)[0] for node in decoding)
-            reason = "cannot denoise this" if cannot else "are better at decoding than at denoising"
+            reason = "cannot denoise this" if cannot else "do better at it than at denoising"
+            reason = "as labelled" if labelled else reason
             parts.append(f"{_names(decoding)} decode {left:.0%} of the videos ({reason})")
         encoding = [self._nodes[name] for name, stage in stages.items() if stage == "encode"]
         if encoding:
-            parts.append(f"{_names(encoding)} encode prompts ahead of the queue")
+            parts.append(
+                f"{_names(encoding)} encode prompts ahead of the queue" + (" (as labelled)" if labelled else "")
+            )
         gain = "nothing could be made together" if not isfinite(plan.gain) else f"{plan.gain:+.0%} throughput"
-        return StagePlan(plan.stages, together, rate, left, f"apart: {why}{' and '.join(parts)}; {gain}")
+        return StagePlan(plan.stages, together, rate, left, f"apart: {' and '.join(parts)}; {gain}")
 
     def why_together(self, best: Mapping[str, Stage], together: float, may_encode: bool, may_decode: bool) -> str:
         """The reason why nothing is to live apart."""
