@@ -95,10 +95,11 @@ class Fitter:
                 count = max(1, len(node.devices)) // max(1, shape.gpus)
                 found.append((fit.costs.period() / count, count, fit.costs))
         _, count, whole = min(found, key=lambda one: one[:2], default=(inf, 0, Costs(inf, inf)))
-        decode = self.on(replace(node, stage="decode").shape(1))(DECODE + demand) if node.devices else NOWHERE
-        beside, alone = self._encode_seconds(node, max(1, count))
+        alone = replace(node, stage="decode")
+        decode = self.on(next(iter(alone.shapes())))(DECODE + demand) if node.devices else NOWHERE
+        decode_seconds = decode.seconds if decode.fits else inf
         return NodeCosts(
-            node.name, count, whole, len(node.devices), decode.seconds if decode.fits else inf, beside, alone
+            node.name, count, whole, len(node.devices), decode_seconds, *self._encode_seconds(node, max(1, count))
         )
 
     def _encode_seconds(self, node: Node, replicas: int) -> tuple[float, float]:
