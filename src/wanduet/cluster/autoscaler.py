@@ -7,9 +7,9 @@ waited longer than `upscale_seconds` brings as many replicas as would work the b
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
 
-from wanduet.cluster.fit import Fit, FitOf
+from wanduet.cluster.fit import Fit, FitOf, preference
 from wanduet.cluster.shapes import Node, ReplicaView, Shape
 from wanduet.cluster.stages import Mode
 from wanduet.jobs.records import DECODE
@@ -167,8 +167,7 @@ class _Fleet:
             anywhere = anywhere or fit.fits
             if not fit.fits or self._free[node.id] < max(1, shape.gpus):
                 continue
-            # A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
-            cost = (round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1)), _size(shape), shape.gpus)
+            cost = preference(shape, fit)
             if best is None or cost < best:
                 best, choice = cost, Start(node.id, shape)
         expected = self.settings.expected
@@ -237,7 +236,3 @@ class _Fleet:
         self.active.remove(replica)
         if replica.id not in self.drained:
             self.drained.append(replica.id)
-
-
-def _size(shape: Shape) -> int:
-    return sum(device.total_bytes for device in shape.devices)

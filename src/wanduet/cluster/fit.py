@@ -7,7 +7,7 @@ others take them too.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import inf
+from math import inf, log
 from typing import Literal
 
 from wanduet.cluster.shapes import Node, Shape, Stage
@@ -37,6 +37,15 @@ class Fit:
     seconds: float = 1.0
     peak_bytes: int = 0
     costs: Costs | None = None
+
+
+def preference(shape: Shape, fit: Fit) -> tuple[int, int, int]:
+    """What replicas are chosen by, least first: device-seconds of a job, then the size and number of the GPUs.
+
+    A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
+    """
+    spent = round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1))
+    return spent, sum(device.total_bytes for device in shape.devices), shape.gpus
 
 
 FitOf = Callable[[str], Fit]
@@ -84,17 +93,17 @@ class Fitter:
         return Fit(plan.fits, seconds, max((device.peak for device in plan.devices), default=0), costs)
 
     def node_costs(self, node: Node, demand: str, gpus: int | None = None) -> NodeCosts:
-        """What the stages of a job would take on a node: in the shape that it costs fewest device-seconds in, of so many
-        GPUs where that is said, and on replicas that decode or encode only.
+        """What the stages of a job would take on a node: in the shape that replicas are chosen to have, of so many GPUs
+        where that is said, and on replicas that decode or encode only.
         """
         demand = demand.removeprefix(DECODE)
-        found: list[tuple[float, int, Costs]] = []
+        found: list[tuple[tuple[int, int, int], int, Costs]] = []
         for shape in replace(node, stage="all").shapes(gpus):
             fit = self.on(shape)(demand)
             if fit.fits and fit.costs is not None:
                 count = max(1, len(node.devices)) // max(1, shape.gpus)
-                found.append((fit.costs.period() / count, count, fit.costs))
-        _, count, whole = min(found, key=lambda one: one[:2], default=(inf, 0, Costs(inf, inf)))
+                found.append((preference(shape, fit), count, fit.costs))
+        _, count, whole = min(found, key=lambda one: one[0], default=((0, 0, 0), 0, Costs(inf, inf)))
         alone = replace(node, stage="decode")
         decode = self.on(next(iter(alone.shapes())))(DECODE + demand) if node.devices else NOWHERE
         decode_seconds = decode.seconds if decode.fits else inf

@@ -21,6 +21,9 @@ OLDER = 0.1
 CPU_RATE = 0.025  # TFLOP/s a core in float32
 # The VAE's convolutions in float32 with TF32 reach about a fifth of the transformer's rate.
 DECODE_SHARE = 0.2
+# Before Ampere there is no TF32: half of what the float32 lanes of a multiprocessor can do, at 1.5 GHz. So a card without
+# matrix units is far worse at denoising than at decoding. From the number of lanes (64 in Volta and Turing), not measured.
+PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent frame of 60x104 (480x832), shared/measured: 275 for 21.
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
 STREAMING_SECONDS_PER_GIB = 1 / 20  # PCIe 4 x16, where the copies are not hidden
@@ -80,8 +83,7 @@ def encode_seconds(spec: ModelSpec, dtype: str, hold: Literal["resident", "strea
 def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
     """Of all of a job's videos on one device."""
     size = (request.generated_height, request.generated_width, request.num_frames)
-    speed = rate(vae) * 1e12 * (1.0 if vae.is_cpu else DECODE_SHARE)
-    return request.num_videos_per_prompt * decode_flop(spec, size) / speed
+    return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
@@ -89,6 +91,14 @@ def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
     _, frames, rows, columns = spec.latent_shape(*size)
     width = (spec.vae.base_dim / 96) ** 2  # convolutions grow with the square of the width
     return DECODE_TFLOP_PER_LATENT_PIXEL * 1e12 * frames * rows * columns * width
+
+
+def decode_rate(device: DeviceInfo) -> float:
+    """TFLOP/s that the decode reaches on a device, in float32."""
+    if device.is_cpu or not device.multiprocessors or device.capability >= (8, 0):
+        return rate(device) * (1.0 if device.is_cpu else DECODE_SHARE)
+    lanes = PLAIN_FLOAT32[(7, 0) if device.capability >= (7, 0) else (0, 0)]
+    return lanes * device.multiprocessors
 
 
 def rate(device: DeviceInfo) -> float:
