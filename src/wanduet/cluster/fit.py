@@ -120,7 +120,7 @@ class Fitter:
         spec, cores = self._memory.spec, min(node.cpu_count, MOST_CORES)
         dtype, hold, _ = text_encoder_choice(spec, self._config)
         read, work = encode_seconds(spec, dtype, hold)
-        beside = read + replicas * work / cores
+        beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
         if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
             return beside, inf
         read, work = encode_seconds(spec, dtype, self.encoder_hold(node.host_bytes))

@@ -2,7 +2,7 @@
 
 from wanduet.engine import generate
 from wanduet.engine.job import Job
-from wanduet.engine.pipeline import Denoised, Engine
+from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import Plan, make_decode_plan
 from wanduet.errors import LatentsGoneError
 from wanduet.request import ResolvedRequest
@@ -18,4 +18,4 @@ class Decoder(Engine):
         latents = generate.kept_latents(self.models, job)
         if latents is None:
             raise LatentsGoneError("The latents of this job are not where its denoise has left them.")
-        self._decode_all(Denoised(job, index, one) for index, one in enumerate(latents))
+        self._decode_here(job, latents)

@@ -150,7 +150,7 @@ class Engine:
     def _encode_job(self, job: Job) -> None:
         latents = generate.kept_latents(self.models, job)
         if latents is not None:  # neither text encoder nor transformer is needed
-            self._decode_all(Denoised(job, index, one) for index, one in enumerate(latents))
+            self._decode_here(job, latents)
             return
         with self.trace.span("encode", job):
             self.models.preload(job)
@@ -167,30 +167,33 @@ class Engine:
     def _denoise_video(self, job: Job, index: int, conditioning: Conditioning) -> None:
         with self.trace.span("denoise", job):
             latents = generate.denoise_video(self.models, job, index, conditioning)
-        held = self._held[job.id]
-        held.append(Denoised(job, index, latents))
-        # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video.
-        asked = job.elsewhere is not None and (index == 0 or len(held) > 1)
-        if asked and job.elsewhere is not None and job.elsewhere():
-            if len(held) == job.request.num_videos_per_prompt:
-                self._succeed(job, ())
-            return
-        self._decode_all(held)
-        held.clear()
-
-    def _decode_all(self, found: Iterable[Denoised]) -> None:
-        for one in found:
-            self._to_decode.put(one)
+        self._to_decode.put(Denoised(job, index, latents))
 
     def _decode(self) -> None:
         while (item := self._to_decode.get()) is not None:
             self._attempt(item.job, partial(self._decode_video, item))
 
+    def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
+        """What was found is not left to another worker again."""
+        job.elsewhere = None
+        for index, one in enumerate(latents):
+            self._to_decode.put(Denoised(job, index, one))
+
     def _decode_video(self, item: Denoised) -> None:
-        job = item.job
+        job, held = item.job, self._held[item.job.id]
+        held.append(item)
+        # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video. Asked
+        # here, where the answer, which may first copy the latents to others, keeps no transformer waiting.
+        asked = job.elsewhere is not None and (item.index == 0 or len(held) > 1)
+        if asked and job.elsewhere is not None and job.elsewhere():
+            if len(held) == job.request.num_videos_per_prompt:
+                self._succeed(job, ())
+            return
         videos = self._videos[job.id]
-        with self.trace.span("decode", job):
-            videos.append(generate.decode_video(self.models, job, item.index, item.latents))
+        for one in held:
+            with self.trace.span("decode", job):
+                videos.append(generate.decode_video(self.models, job, one.index, one.latents))
+        held.clear()
         if len(videos) == job.request.num_videos_per_prompt:
             self._succeed(job, tuple(videos))
 

@@ -106,7 +106,7 @@ def test_a_card_too_small_for_a_video_may_decode_it(models: Models) -> None:
 
 def test_the_text_is_slow_on_a_host_that_many_replicas_share_and_quick_on_an_encoder(models: Models) -> None:
     fitter = Fitter(models.memory, EngineConfig())  # with a text encoder, which random models do without
-    one, eight = (Node("n", "n", declared_devices(f"{count}x80GiB"), 2**38, 16) for count in (1, 8))
+    one, eight = (Node("n", "n", declared_devices(f"{count}x80GiB"), 2**38, 8) for count in (1, 8))
     alone = Node("c", "c", (), 2**36, 32, computes=False, wish="encode")
     costs = [fitter.node_costs(node, SMALL, 1) for node in (one, eight, alone)]
     assert 0 < costs[2].encode_alone < costs[0].encode < costs[1].encode
