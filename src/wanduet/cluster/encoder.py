@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 AHEAD = 64  # jobs of the queue that are looked at
 TOGETHER = 4  # jobs whose prompts pass the encoder together, so that streamed weights are read once for all
+LOOK_SECONDS = 1.0  # between two looks at the queue, each of which reads so many prompts
 REST_SECONDS = 30.0  # after an error of the model, which replicas will meet, and tell, themselves
 
 
@@ -58,7 +59,6 @@ class Encoder:
         self._store = ClusterStore(
             open_files(config.data_folder, order.settings.storage), order.database_url, connections=REPLICA_CONNECTIONS
         )
-        self._poll = order.settings.runner().attempt.poll_seconds
         self._draining = threading.Event()
         self._done: set[str] = set()  # of the jobs that wait, those whose prompts are encoded
         self._idle_since = time.monotonic()
@@ -86,7 +86,7 @@ class Encoder:
     def _run(self) -> None:
         try:
             while not self._draining.is_set():
-                pause = self._poll
+                pause = LOOK_SECONDS
                 try:
                     if self.turn():
                         self._idle_since, pause = time.monotonic(), 0.0

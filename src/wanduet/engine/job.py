@@ -169,6 +169,7 @@ class Job:
         self.denoised = about
         self.attention = about.get("attention")
         self.rungs += [rung for rung in about.get("rungs", ()) if rung not in self.rungs]
+        self.warnings += [warning for warning in about.get("warnings", ()) if warning not in self.warnings]
         for name in ("encode_s", "denoise_s"):  # each of a job's videos tells the sum so far
             self.timings[name] = max(self.timings[name], about.get("timings", {}).get(name, 0.0))
 

@@ -47,6 +47,15 @@ def test_what_is_left_is_decoded_elsewhere_to_the_same_video_without_a_transform
     assert made.timings["denoise_s"] == pytest.approx(left.timings["denoise_s"], abs=0.001)
 
 
+def test_what_was_said_of_the_prompt_is_not_forgotten(engine: Engine, config: EngineConfig, tmp_path: Path) -> None:
+    long = "a red circle " * 300
+    left = run(engine, tmp_path / "v.mkv", lambda: True, prompt=long)
+    with Decoder(config) as decoder:
+        made = run(decoder, tmp_path / "v.mkv", prompt=long)
+    assert left.warnings
+    assert made.warnings == left.warnings
+
+
 def test_an_engine_that_finds_all_latents_only_decodes(config: EngineConfig, tmp_path: Path) -> None:
     with Engine(config) as first:
         run(first, tmp_path / "v.mkv", lambda: True, num_videos_per_prompt=2)
