@@ -176,9 +176,10 @@ class Fleet:
         return found
 
     def check_fits(self, found: list[StoredJob]) -> None:
-        """No big job was made on a small GPU."""
+        """No big job was made on a small GPU; its decode alone does fit there."""
         big = {self.shapes[job.report["worker"]] for job in found if job.request["height"] == 352}
-        assert big == {"1x24GiB"}
+        assert big
+        assert {shape for shape in big if not shape.endswith(" decode")} <= {"1x24GiB"}
 
     def node_of(self, worker: str) -> str:
         """The id of the node where a worker runs: of its process's parent, the raylet, which has it as an argument."""

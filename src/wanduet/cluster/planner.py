@@ -23,7 +23,7 @@ class StagePlanner:
     ) -> None:
         self._scale = scale
         self._monotonic = monotonic
-        self._current = StagePlan()
+        self._current = StagePlan(reason="together: until a choice has stood for a minute")
         self._demand: str | None = None
         self._wanted: tuple[dict[str, Stage], float] | None = None  # another choice, and since when it is wanted
         self._asked: tuple[object, StagePlan] | None = None

@@ -59,6 +59,11 @@ def test_a_choice_is_followed_when_it_has_stood_for_a_while() -> None:
     assert not bench.look("many", after=SETTLE_SECONDS).apart
 
 
+def test_a_reason_is_told_from_the_first_look_on() -> None:
+    assert Bench().look("few").reason.startswith("together: until")
+    assert Bench().look("many").reason.startswith("together: cards do best")
+
+
 def test_an_empty_queue_changes_nothing() -> None:
     bench = Bench()
     bench.look("few")
