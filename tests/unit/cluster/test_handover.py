@@ -180,3 +180,12 @@ def test_a_decoder_that_drains_leaves_the_decode_to_the_next(open_store) -> None
     assert [one.demand for one in store.waiting()] == [DECODE + DEMAND]
     decoder.retry(decoder.claim("d", 30.0), JobError("x", "x"), 3)
     assert [one.demand for one in store.waiting()] == [DEMAND]
+
+
+def test_latents_that_others_cannot_find_are_decoded_here(open_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = replica(open_store)
+    store.publish([DECODER])
+    monkeypatch.setattr(store.files, "keep", lambda job_id: False)
+    job_id = store.submit(NewJob("ann", "m", REQUEST)).job.id
+    run(store, lambda: store.get(job_id).finished)
+    assert (store.get(job_id).status, store.get(job_id).attempts) == ("completed", 1)
