@@ -216,7 +216,7 @@ class _Fleet:
             parts.append(
                 f"{_names(encoding)} encode prompts ahead of the queue" + (" (as labelled)" if labelled else "")
             )
-        gain = "nothing could be made together" if not isfinite(plan.gain) else f"{plan.gain:+.0%} throughput"
+        gain = "nothing could be made together" if not isfinite(plan.gain) else f"{_percent(plan.gain)} throughput"
         return StagePlan(plan.stages, together, rate, left, f"apart: {' and '.join(parts)}; {gain}")
 
     def why_together(self, best: Mapping[str, Stage], together: float, may_encode: bool, may_decode: bool) -> str:
@@ -231,7 +231,11 @@ class _Fleet:
             said.append("equal cards gain nothing by sharing stages out" if equal else "cards do best with whole jobs")
         if may_encode:
             said.append("the replicas' own hosts encode fast enough")
-        return f"together: {' and '.join(said)}; the best way apart would bring {gain:+.0%}"
+        return f"together: {' and '.join(said)}; the best way apart would bring {_percent(gain)}"
+
+
+def _percent(gain: float) -> str:
+    return f"{round(100 * gain):+d}%"  # a whole number knows no -0
 
 
 def _names(nodes: list[NodeCosts]) -> str:
