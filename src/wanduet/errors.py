@@ -80,6 +80,12 @@ class NonFiniteLatentsError(WanduetError):
         self.step = step
 
 
+class LatentsGoneError(WanduetError):
+    """A worker that only decodes does not find, or cannot read, what another has denoised."""
+
+    code = "latents_gone"
+
+
 class OutputError(WanduetError):
     """The output cannot be written (missing or read-only folder, disk full)."""
 

@@ -1,4 +1,6 @@
-"""The long form: 50 jobs over three nodes, workers and nodes killed at random, a drain, the head's death."""
+"""The long form: 50 jobs over three nodes, workers and nodes killed at random, a drain, the head's death; and the same
+with the stages of the jobs on nodes of their own, which find each other's files in a store.
+"""
 
 import os
 import random
@@ -14,7 +16,10 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="POSIX signals"),
     pytest.mark.timeout(3600),
 ]
-JOBS = 50
+JOBS, STAGED_JOBS = 50, 40
+STAGES = {"a": "1x24GiB", "b": "1x24GiB", "old": "1x24GiB decode", "older": "1x24GiB decode", "cpu": " encode"}
+DECODED = {**SMALL, "size": "64x64", "num_frames": "17"}  # seconds to decode
+COLOURS = ("red", "green", "blue", "white", "yellow")
 LIMIT = 1800.0  # seconds until all jobs must be done
 SEED = int(os.environ.get("WANDUET_TEST_SEED", time.time_ns() % 10_000))
 
@@ -96,4 +101,28 @@ def test_fifty_jobs_survive_everything(tmp_path: Path) -> None:
         cluster.check_fits([job for job in jobs if job.report["worker"] in cluster.shapes])
         print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}")
     local.close()
+    assert len(trouble.done) >= 3
+
+
+def test_forty_jobs_survive_everything_with_their_stages_apart(tmp_path: Path) -> None:
+    for name in ("data", "local", "store"):
+        (tmp_path / name).mkdir()
+    flags = ("--min-replicas", "2", "--checkpoint-seconds", "0.2", "--max-crashes", "20", "--stages", "apart")
+    draw = random.Random(SEED)
+    with fleet(tmp_path / "data", STAGES, *flags, "--storage", f"file://{tmp_path / 'store'}") as cluster:
+        wait("two replicas are ready", lambda: len(cluster.replicas()) >= 2)
+        kinds = [draw.choices([SMALL, DECODED, LONG], [3, 5, 2])[0] for _ in range(STAGED_JOBS)]
+        ids = [
+            cluster.server.create(f"a {draw.choice(COLOURS)} circle", seed=str(seed % 4), **fields)["id"]
+            for seed, fields in enumerate(kinds)
+        ]
+        with Trouble(cluster) as trouble:
+            wait("all jobs are finished", lambda: cluster.finished(ids), LIMIT)
+        local = Local(tmp_path / "local")
+        jobs = cluster.check(ids, local)
+        local.close()
+        decoded = [job for job in jobs if cluster.shapes.get(job.report["worker"], "").endswith("decode")]
+        print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}; by decoders {len(decoded)}")
+        assert decoded
+        wait("nothing is left in the store", lambda: not list((tmp_path / "store" / "work").glob("*/*")))
     assert len(trouble.done) >= 3

@@ -7,18 +7,21 @@ waited longer than `upscale_seconds` brings as many replicas as would work the b
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil
 
-from wanduet.cluster.fit import Fit, FitOf
+from wanduet.cluster.fit import Fit, FitOf, preference
 from wanduet.cluster.shapes import Node, ReplicaView, Shape
+from wanduet.cluster.stages import Mode
+from wanduet.jobs.records import DECODE
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
     """Limits and patience of the autoscaler. Times in seconds.
 
-    `minimum` 0 lets the fleet go down to nothing. `gpus`: how many GPUs each replica has (None: the plan decides).
-    `expected`: what nodes that Ray's own autoscaler can bring would offer (None: it brings none).
+    `minimum` 0 lets the fleet go down to nothing; it counts replicas that do whole jobs, `maximum` all that have GPUs.
+    `gpus`: how many GPUs each replica has (None: the plan decides). `expected`: what nodes that Ray's own autoscaler can
+    bring would offer (None: it brings none). `stages`: whether stages may live apart.
     """
 
     minimum: int = 1
@@ -28,6 +31,7 @@ class ScaleSettings:
     idle_seconds: float = 300.0
     gpus: int | None = None
     expected: Shape | None = None
+    stages: Mode = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,9 @@ def decide(
     waiting = sorted(backlog, key=lambda one: -one.waited)
     for one in waiting:
         fleet.serve(one)
-    while len(fleet.active) < settings.minimum and fleet.start_for(reference):
+    while len(fleet.whole) < settings.minimum and fleet.start_for(reference):
         pass
+    fleet.staff_stages(waiting)
     fleet.shrink(waiting)
     return Changes(tuple(fleet.started), tuple(fleet.drained), tuple(fleet.unfit))
 
@@ -109,10 +114,30 @@ class _Fleet:
         return self._fits(shape)(demand)
 
     def leave_draining_nodes(self) -> None:
-        """Whatever is on a node that is to be emptied ends."""
+        """Whatever is on a node that is to be emptied, or to do another stage, ends."""
         for replica in tuple(self.active):
-            if replica.node is not None and replica.node in self.nodes and self.nodes[replica.node].draining:
+            node = self.nodes.get(replica.node or "")
+            if node is not None and (node.draining or replica.shape.stage != node.stage):
                 self._drain(replica)
+
+    @property
+    def whole(self) -> list[ReplicaView]:
+        """The replicas that do whole jobs."""
+        return [replica for replica in self.active if replica.shape.stage == "all"]
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many replicas as may be; encoders take no GPU and do not count."""
+        return sum(replica.shape.stage != "encode" for replica in self.active) >= self.settings.maximum
+
+    def staff_stages(self, waiting: Sequence[Backlog]) -> None:
+        """While there is work, nodes that do a stage only are full: nobody waits for them, so no queue would bring them."""
+        for node in self.nodes.values() if self._works(waiting) else ():
+            if node.stage == "all" or node.draining:
+                continue
+            shape = next(iter(node.shapes()))
+            while self._free[node.id] >= max(1, shape.gpus) and (shape.stage == "encode" or not self.full):
+                self._add(Start(node.id, shape))
 
     def serve(self, one: Backlog) -> None:
         """Bring replicas for a demand that waits too long, or that nobody fits."""
@@ -121,7 +146,7 @@ class _Fleet:
             if not self.start_for(one.demand) and one.waited >= self.settings.upscale_seconds:
                 self._make_room(one.demand)
             return
-        if one.waited < self.settings.upscale_seconds:
+        if one.waited < self.settings.upscale_seconds or one.demand.startswith(DECODE):  # those have their decoders
             return
         seconds = min(self.fit(one.demand, replica.shape).seconds for replica in able)
         wanted = min(one.count, ceil(one.count * seconds / self.settings.target_seconds))
@@ -132,7 +157,7 @@ class _Fleet:
 
     def start_for(self, demand: str) -> bool:
         """Start the replica on which a demand costs the fewest device-seconds; False if there is no place."""
-        if len(self.active) >= self.settings.maximum:
+        if self.full:
             return False
         best: tuple[int, int, int] | None = None
         choice: Start | None = None
@@ -142,8 +167,7 @@ class _Fleet:
             anywhere = anywhere or fit.fits
             if not fit.fits or self._free[node.id] < max(1, shape.gpus):
                 continue
-            # A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
-            cost = (round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1)), _size(shape), shape.gpus)
+            cost = preference(shape, fit)
             if best is None or cost < best:
                 best, choice = cost, Start(node.id, shape)
         expected = self.settings.expected
@@ -160,10 +184,16 @@ class _Fleet:
         """End replicas that have long been idle and that nothing waiting needs."""
         idle = [replica for replica in self.active if replica.idle_seconds >= self.settings.idle_seconds]
         for replica in sorted(idle, key=lambda one: -one.idle_seconds):
-            if len(self.active) <= self.settings.minimum:
-                return
-            if not any(self.fit(one.demand, replica.shape).fits for one in waiting):
+            if replica.shape.stage != "all":
+                if not self._works(waiting):
+                    self._drain(replica)
+            elif len(self.whole) > self.settings.minimum and not any(
+                self.fit(one.demand, replica.shape).fits for one in waiting
+            ):
                 self._drain(replica)
+
+    def _works(self, waiting: Sequence[Backlog]) -> bool:
+        return bool(waiting) or any(replica.jobs for replica in self.whole)
 
     def _places(self) -> Iterable[tuple[Node, Shape]]:
         for node in self.nodes.values():
@@ -172,7 +202,7 @@ class _Fleet:
 
     def _make_room(self, demand: str) -> None:
         """Drain what stands where the demand would fit, where that loses least; nothing if room is on its way."""
-        if len(self.active) >= self.settings.maximum:
+        if self.full:
             idle = [replica for replica in self.active if not replica.jobs and replica.state == "ready"]
             if idle and not any(replica.state == "draining" for replica in self.replicas):
                 self._drain(max(idle, key=lambda one: one.idle_seconds))
@@ -206,7 +236,3 @@ class _Fleet:
         self.active.remove(replica)
         if replica.id not in self.drained:
             self.drained.append(replica.id)
-
-
-def _size(shape: Shape) -> int:
-    return sum(device.total_bytes for device in shape.devices)

@@ -17,11 +17,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.cluster.autoscaler import Changes, Start, decide
 from wanduet.cluster.fit import Fitter
+from wanduet.cluster.planner import StagePlanner
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView
+from wanduet.cluster.stages import StagePlan
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.housekeeping import Housekeeper
-from wanduet.jobs.records import JobError, demand_of
+from wanduet.jobs.records import DECODE, JobError, demand_of
 
 log = structlog.get_logger(__name__)
 
@@ -101,6 +103,8 @@ class Controller:
         self._monotonic = monotonic
         self._draining = threading.Event()
         self._published: list[dict[str, object]] = [{}]  # unlike any list, so that the first one is written
+        self._stages = StagePlanner(fitter, settings.scale, monotonic=monotonic)
+        self._told: dict[str, object] = {}  # about the stages
         self._resting: dict[str, tuple[float, float]] = {}  # by node: until when, and for how long
         self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with when they last were there
         self._unfit_since: dict[str, float] = {}  # demands that fit none of them
@@ -164,8 +168,9 @@ class Controller:
         nodes = self._fleet.nodes(self._store.drained_nodes())
         waiting = self._store.waiting()
         backlog = self._store.backlog(waiting)
+        stages = self._stages(nodes, backlog, demand_of({}))
         changes = decide(
-            [self._rested(node) for node in nodes],
+            [replace(self._rested(node), stage=stages.stages.get(node.id, "all")) for node in nodes],
             replicas,
             backlog,
             self._fitter.on,
@@ -182,6 +187,7 @@ class Controller:
                 refused = self._store.refuse(group, "controller", _does_not_fit(group.demand, nodes))
                 log.warning("jobs fit no node", demand=group.demand, jobs=refused)
         self._publish(replicas, nodes)
+        self._publish_stages(stages, nodes)
         return changes
 
     def _hopeless(self, unfit: tuple[str, ...], nodes: tuple[Node, ...]) -> frozenset[str]:
@@ -230,6 +236,19 @@ class Controller:
             self._store.publish(rows)
             self._published = rows
 
+    def _publish_stages(self, plan: StagePlan, nodes: tuple[Node, ...]) -> None:
+        told: dict[str, object] = {
+            "apart": plan.apart,
+            "reason": plan.reason,
+            "jobs_an_hour": round(3600 * plan.rate, 1),
+            "jobs_an_hour_together": round(3600 * plan.together, 1),
+            "nodes": {node.name: plan.stages[node.id] for node in nodes if node.id in plan.stages},
+        }
+        if told != self._told:
+            log.info("stages", **told)
+            self._store.publish_stages(told)
+            self._told = told
+
     def _end_all(self) -> None:
         """The service stops: replicas put their jobs back and give their GPUs up."""
         end = self._monotonic() + DRAIN_SECONDS
@@ -254,7 +273,7 @@ class Controller:
 
 def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> JobError:
     offers = sorted({node.shape(len(node.devices)).name for node in nodes if node.devices or node.computes})
-    size = demand.split("/")[0]
+    size = demand.removeprefix(DECODE).split("/")[0]
     return JobError(
         "does_not_fit",
         f"A video of {size} (height x width x frames) fits no node of this cluster ({', '.join(offers) or 'none'}).",

@@ -3,6 +3,7 @@
     STORAGE/videos/<name>                  published files
     STORAGE/work/<job>/<name>              what an attempt made so far: latents, videos, its result
     STORAGE/work/<job>/checkpoints/<name>  the engine's checkpoints
+    STORAGE/work/<job>/embeddings/<name>   what an encoder made of its prompts, ahead of the first attempt
 
 The engine writes to its node's own disk as ever. While an attempt runs, what is new is copied to the store; the
 next attempt, on whatever node, gets it back. An object appears whole or not at all, and one that an outlived worker
@@ -31,6 +32,7 @@ TRIES = 3  # of a copy
 ABANDONED_SECONDS = 86400.0  # after which a node deletes what a killed attempt left on its own disk
 WHOLE_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "r2", "oss", "memory"})
 _PREVIEW = "preview.webp"
+_EMBEDDINGS = "embeddings/"
 
 Stamp = tuple[int, int]  # a file's time and size, to see whether it changed
 
@@ -64,9 +66,11 @@ class StoredFiles(JobFiles):
 
     @contextmanager
     def attempt(self, job_id: str, resume: bool) -> Iterator[None]:
-        """Bring what earlier attempts left; then copy what this one writes, until it ends. Raises nothing itself."""
+        """Bring what encoders and earlier attempts left; then copy what this one writes, until it ends. Raises nothing
+        itself.
+        """
         self._remove_abandoned()
-        self._sent[job_id] = self._bring(job_id) if resume else {}
+        self._sent[job_id] = self._bring(job_id, "" if resume else _EMBEDDINGS)
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(job_id, stop), name=f"store-{job_id}", daemon=True)
         thread.start()
@@ -78,19 +82,28 @@ class StoredFiles(JobFiles):
             self._sent.pop(job_id, None)
             super().discard_work(job_id)  # from this disk only: the store has it, where it is still wanted
 
-    def keep(self, job_id: str) -> None:
-        """Copy the last of an attempt; an error costs the steps since the last copy."""
-        self._send(job_id)
+    def keep(self, job_id: str) -> bool:
+        """Copy the last of an attempt; an error costs the steps since the last copy. Whether all was copied."""
+        return self._send(job_id)
+
+    def offer(self, job_id: str, paths: Iterable[Path]) -> None:
+        """Put a job's embeddings where its attempts look first; they go with its work. An error costs the encoding."""
+        for path in paths:
+            try:
+                self._put(path, f"work/{job_id}/{_EMBEDDINGS}{path.name}")
+            except Exception as error:
+                log.warning("not copied to the store", job=job_id, name=path.name, error=type(error).__name__)
 
     def _follow(self, job_id: str, stop: threading.Event) -> None:
         while not stop.wait(LOOK_SECONDS):
             self._send(job_id)
 
-    def _send(self, job_id: str) -> None:
+    def _send(self, job_id: str) -> bool:
+        whole = True
         with self._guard:
             sent = self._sent.get(job_id)
             if sent is None:
-                return
+                return False
             for name, path in self._written(job_id):
                 try:
                     about = path.stat()
@@ -102,6 +115,8 @@ class StoredFiles(JobFiles):
                     continue
                 except Exception as error:  # whatever the store's client raises
                     log.warning("not copied to the store", job=job_id, name=name, error=type(error).__name__)
+                    whole = False
+        return whole
 
     def _written(self, job_id: str) -> list[tuple[str, Path]]:
         """Names in the store and files of a job, the result last: who has it has all."""
@@ -118,14 +133,17 @@ class StoredFiles(JobFiles):
         except (OSError, ValueError):
             return []
 
-    def _bring(self, job_id: str) -> dict[str, Stamp]:
+    def _bring(self, job_id: str, part: str = "") -> dict[str, Stamp]:
         brought: dict[str, Stamp] = {}
         try:
-            for remote in self._list(f"work/{job_id}", deep=True):
+            for remote in self._list(f"work/{job_id}/{part}".rstrip("/"), deep=True):
                 name = remote.rpartition(f"work/{job_id}/")[2]
                 if name == _PREVIEW or name.endswith(".part"):
                     continue
-                folder = self.folder if name.startswith("checkpoints/") else self.work_path(job_id).parent
+                shared = name.startswith(("checkpoints/", _EMBEDDINGS))
+                folder = self.folder if shared else self.work_path(job_id).parent
+                if name.startswith(_EMBEDDINGS) and (folder / name).exists():  # the cache knows the prompt
+                    continue
                 self._get(remote, folder / name)
                 about = (folder / name).stat()
                 brought[name] = (about.st_mtime_ns, about.st_size)

@@ -1,33 +1,56 @@
-"""Which job fits which replica, and how long it will take there: the plan, asked once for each demand and shape."""
+"""Which job fits which replica, and how long it will take there: the plan, asked once for each demand and shape.
+
+A demand that begins with `decode:` is a job whose latents are kept: replicas that only decode take such jobs alone,
+others take them too.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf, log
+from typing import Literal
 
-from wanduet.cluster.shapes import Shape
+from wanduet.cluster.shapes import Node, Shape, Stage
+from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.config import EngineConfig
+from wanduet.engine.cost import MOST_CORES, encode_seconds
 from wanduet.engine.hardware import Hardware
-from wanduet.engine.memory import ModelMemory
-from wanduet.engine.plan import Plan, make_plan
+from wanduet.engine.memory import ModelMemory, text_encoder_bytes
+from wanduet.engine.plan import HOST_BASE_BYTES, Plan, make_decode_plan, make_plan, text_encoder_choice
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.jobs.records import DECODE
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.specs import ModelSpec
+from wanduet.specs import RANDOM_SPECS, ModelSpec
 
 # A replica that streams its blocks from host memory is slower by up to so much, which the plan's seconds leave out.
 STREAMING_COST = 1.15
+RESIDENT_SHARE = 0.7  # of a node's memory that its encoder may fill
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a job fits, its predicted seconds, and the predicted peak bytes of the fullest device."""
+    """Whether a job fits, its predicted seconds, the predicted peak bytes of the fullest device, and each stage's
+    seconds where there is a plan.
+    """
 
     fits: bool
     seconds: float = 1.0
     peak_bytes: int = 0
+    costs: Costs | None = None
+
+
+def preference(shape: Shape, fit: Fit) -> tuple[int, int, int]:
+    """What replicas are chosen by, least first: device-seconds of a job, then the size and number of the GPUs.
+
+    A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
+    """
+    spent = round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1))
+    return spent, sum(device.total_bytes for device in shape.devices), shape.gpus
 
 
 FitOf = Callable[[str], Fit]
 ANYWHERE = Fit(True)
+NOWHERE = Fit(False)
 
 
 class Fitter:
@@ -41,27 +64,74 @@ class Fitter:
     def on(self, shape: Shape) -> FitOf:
         """Fits on replicas of a shape."""
         hardware = shape.hardware
-        return lambda demand: self.on_hardware(demand, hardware)
+        return lambda demand: self.on_hardware(demand, hardware, shape.stage)
 
-    def plan(self, demand: str, hardware: Hardware) -> Plan:
-        """The plan of a demand. Raises InvalidRequestError or ConfigError."""
+    def plan(self, demand: str, hardware: Hardware, stage: Stage = "all") -> Plan:
+        """The plan of a demand, of its decode alone for that stage. Raises InvalidRequestError or ConfigError."""
         config = self._config if hardware.gpus else replace(self._config, devices="cpu")
         if hardware.gpus:
             config = replace(config, devices=None, speeds=None)
+        if stage == "decode":
+            return make_decode_plan(parse_demand(demand, self._memory.spec), self._memory, config, hardware)
         # The nearest settings that fit are not asked for: looking for them takes seconds.
         return make_plan(parse_demand(demand, self._memory.spec), self._memory, config, hardware, nearest=False)
 
-    def _on_hardware(self, demand: str, hardware: Hardware) -> Fit:
+    def _on_hardware(self, demand: str, hardware: Hardware, stage: Stage = "all") -> Fit:
+        whole = demand.removeprefix(DECODE)
+        if stage == "encode" or (stage == "decode" and whole == demand):
+            return NOWHERE
         try:
-            plan = self.plan(demand, hardware)
-        except InvalidRequestError:
-            return ANYWHERE  # whoever takes it will say what is wrong with it
+            plan = self.plan(whole, hardware, stage)
+        except InvalidRequestError:  # whoever takes it will say what is wrong with it, if only it takes whole jobs
+            return ANYWHERE if stage == "all" else NOWHERE
         except ConfigError:
-            return Fit(False)  # a strategy that was asked for needs more devices than these
-        layers = self._memory.spec.transformer.num_layers
-        streams = plan.resident_blocks < layers or not plan.keep_both
-        seconds = plan.seconds.total * (STREAMING_COST if streams else 1.0)
-        return Fit(plan.fits, seconds, max((device.peak for device in plan.devices), default=0))
+            return NOWHERE  # a strategy that was asked for needs more devices than these
+        streams = plan.resident_blocks < self._memory.spec.transformer.num_layers or not plan.keep_both
+        slower = STREAMING_COST if streams and plan.seconds.denoise else 1.0
+        costs = Costs(plan.seconds.denoise * slower, plan.seconds.decode * slower, plan.strategy == "placed")
+        seconds = costs.denoise + costs.decode if whole == demand else costs.decode
+        return Fit(plan.fits, seconds, max((device.peak for device in plan.devices), default=0), costs)
+
+    def node_costs(self, node: Node, demand: str, gpus: int | None = None) -> NodeCosts:
+        """What the stages of a job would take on a node: in the shape that replicas are chosen to have, of so many GPUs
+        where that is said, and on replicas that decode or encode only.
+        """
+        demand = demand.removeprefix(DECODE)
+        found: list[tuple[tuple[int, int, int], int, Costs]] = []
+        for shape in replace(node, stage="all").shapes(gpus):
+            fit = self.on(shape)(demand)
+            if fit.fits and fit.costs is not None:
+                count = max(1, len(node.devices)) // max(1, shape.gpus)
+                found.append((preference(shape, fit), count, fit.costs))
+        _, count, whole = min(found, key=lambda one: one[0], default=((0, 0, 0), 0, Costs(inf, inf)))
+        alone = replace(node, stage="decode")
+        decode = self.on(next(iter(alone.shapes())))(DECODE + demand) if node.devices else NOWHERE
+        decode_seconds = decode.seconds if decode.fits else inf
+        return NodeCosts(
+            node.name, count, whole, len(node.devices), decode_seconds, *self._encode_seconds(node, max(1, count))
+        )
+
+    def _encode_seconds(self, node: Node, replicas: int) -> tuple[float, float]:
+        """Between two new prompts on a node: of each of its replicas, which share its cores, and of an encoder that has
+        them to itself (inf: none may be there, or it would be of no use).
+        """
+        if self._config.model in RANDOM_SPECS:
+            return 0.0, inf
+        spec, cores = self._memory.spec, min(node.cpu_count, MOST_CORES)
+        dtype, hold, _ = text_encoder_choice(spec, self._config)
+        read, work = encode_seconds(spec, dtype, hold)
+        beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
+        if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
+            return beside, inf
+        read, work = encode_seconds(spec, dtype, self.encoder_hold(node.host_bytes))
+        return beside, read + work / cores
+
+    def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
+        """How an encoder of its own holds the weights: in memory where there is enough of it."""
+        dtype, hold, _ = text_encoder_choice(self._memory.spec, self._config)
+        needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, dtype, "resident")
+        roomy = self._config.text_encoder_hold == "auto" and needed < RESIDENT_SHARE * host_bytes
+        return "resident" if roomy else hold
 
 
 def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:

@@ -36,8 +36,9 @@ class ControllerProcess(WorkerProcess):
 
     @property
     def ready(self) -> bool:
-        """Whether a replica takes jobs, or one would be started for them."""
-        if any(replica["state"] == "ready" for replica in self._store.replicas()):
+        """Whether a replica takes whole jobs, or one would be started for them."""
+        ready = (one["shape"] for one in self._store.replicas() if one["state"] == "ready")
+        if any(" " not in shape for shape in ready):  # those of a stage have its name in theirs
             return True
         return self._settings.scale.minimum == 0 and self.pid is not None
 

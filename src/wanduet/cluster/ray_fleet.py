@@ -28,6 +28,7 @@ from ray.util import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from wanduet.cluster.autoscaler import Start
+from wanduet.cluster.encoder import Encoder
 from wanduet.cluster.probe import read_probe
 from wanduet.cluster.replica import Replica, ReplicaStatus
 from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
@@ -40,6 +41,7 @@ log = structlog.get_logger(__name__)
 NAMESPACE = "wanduet"
 PREFIX = "replica-"
 GPUS_LABEL = "wanduet.io/gpus"  # on a node: count on these GPUs instead of looking
+STAGE_LABEL = "wanduet.io/stage"  # on a node: what it is for: all, encode or decode
 NODE_LABEL = "ray.io/node-id"
 ANSWER_SECONDS = 2.0  # that one look waits for replicas to answer
 PROBE_SECONDS = 3600.0  # a node may have weights to download
@@ -103,9 +105,13 @@ class RayFleet:
             return known
         resources, labels = about["Resources"], about.get("Labels", {})
         cpus = max(1, int(resources.get("CPU", 1)))
-        node = Node(node_id, about["NodeManagerHostname"], (), int(resources.get("memory", 0)), cpus)
+        wish = labels.get(STAGE_LABEL)
+        if wish not in (None, "all", "encode", "decode"):
+            log.warning("a node's stage is not understood", node=about["NodeManagerHostname"], stage=wish)
+            wish = None
+        node = Node(node_id, about["NodeManagerHostname"], (), int(resources.get("memory", 0)), cpus, wish=wish)
         label = labels.get(GPUS_LABEL)
-        if label is not None or not resources.get("GPU"):
+        if label is not None or (not resources.get("GPU") and wish != "encode"):
             devices = declared_devices(label) if label is not None else ()
             computes = self._cpu_asked_for() and not devices
             self._hardware[node_id] = node = replace(node, devices=devices, declared=bool(devices), computes=computes)
@@ -114,21 +120,25 @@ class RayFleet:
             config = self._settings.worker.config
             where = NodeAffinitySchedulingStrategy(node_id, soft=False)
             probe = ray.remote(num_cpus=0, max_calls=1, max_retries=3)(_probe).options(scheduling_strategy=where)
-            self._hardware[node_id] = (time.monotonic(), probe.remote(config.model, config.revision))
+            self._hardware[node_id] = (time.monotonic(), probe.remote(config.model, config.revision, wish != "encode"))
             return None
         began, answer = known
         if not ray.wait([answer], timeout=0)[0]:
             return None
         try:
-            hardware = read_probe(ray.get(answer))
+            hardware = read_probe(ray.get(answer)) if wish != "encode" else None
         except RayError as error:
             if time.monotonic() - began > ANSWER_SECONDS * 15:
                 log.error("a node cannot be used", node=node.name, error=str(error).splitlines()[-1])
                 del self._hardware[node_id]  # it is looked at again
             return None
-        devices = hardware.gpus[: int(resources["GPU"])]
-        self._hardware[node_id] = node = replace(node, devices=devices, host_bytes=hardware.host_total_bytes)
-        log.info("a node joined", node=node.name, shape=node.shape(len(devices)).name)
+        if hardware is None:
+            node = replace(node, computes=False)
+        else:
+            devices = hardware.gpus[: int(resources["GPU"])]
+            node = replace(node, devices=devices, host_bytes=hardware.host_total_bytes)
+        self._hardware[node_id] = node
+        log.info("a node joined", node=node.name, shape=node.shape(len(node.devices)).name)
         return node
 
     def _cpu_asked_for(self) -> bool:
@@ -156,7 +166,8 @@ class RayFleet:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
         order = ReplicaOrder(self._settings, shape, start.node, self._url)
-        actor = ray.remote(Replica).options(**options).remote(order, _node_id)
+        kind: type = Encoder if shape.stage == "encode" else Replica
+        actor: Any = ray.remote(kind).options(**options).remote(order, _node_id)
         self._members[name] = _Member(actor, ReplicaView(name, start.node, shape))
         log.info("a replica starts", replica=name, shape=shape.name, node=start.node)
 
@@ -246,15 +257,17 @@ def _node_id() -> str | None:
     return found
 
 
-def _probe(model: str, revision: str | None) -> str:
-    """On a node: fetch the weights once for all its replicas, then look at the devices, in a process of its own so
-    that no memory stays taken.
+def _probe(model: str, revision: str | None, look: bool) -> str:
+    """On a node: fetch the weights once for all its replicas, then look at the devices unless there is no use for any,
+    in a process of its own so that no memory stays taken.
     """
     from wanduet.specs import RANDOM_SPECS
     from wanduet.weights.download import open_model
 
     if model not in RANDOM_SPECS:
         open_model(model, revision)
+    if not look:
+        return ""
     environment = dict(os.environ)
     if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from what has not reserved any
         environment.pop("CUDA_VISIBLE_DEVICES", None)

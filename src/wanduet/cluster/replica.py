@@ -13,13 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from wanduet.cluster.files import open_files
-from wanduet.cluster.fit import Fit, FitOf, Fitter
+from wanduet.cluster.fit import NOWHERE, Fit, FitOf, Fitter
+from wanduet.cluster.handover import DECODER, TakeBack
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
-from wanduet.cluster.shapes import Shape
+from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
-from wanduet.jobs.worker import make_engine
+from wanduet.jobs.worker import ENGINE, make_engine
+
+ROOMY_HOST = 2**40  # bytes: a decoder's host decides nothing
+DECODE_ENGINE = "wanduet.engine.decoder:Decoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +45,28 @@ class Replica:
 
     def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
         """Load what there is to load. Raises what keeps the engine from working here."""
-        threads = max(1, order.shape.cpu_count)
-        # Ray sets this to the actor's CPUs, of which it has none: threads are this replica's part of the node.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        import torch
-
-        torch.set_num_threads(threads)
+        use_threads(order.shape.cpu_count)
         configure_logs()
         self._order = order
         self._node = node() or order.node
         settings = order.settings
         config = order.shape.engine_config(settings.worker.config)
         worker = replace(settings.worker, config=config, runner=settings.runner())
+        whole = order.shape.stage == "all"
+        if not whole:
+            engine = DECODE_ENGINE if worker.engine == ENGINE else worker.engine
+            attempt = replace(worker.runner.attempt, gives_back=True)
+            worker = replace(worker, engine=engine, runner=replace(worker.runner, attempt=attempt))
         self._engine = make_engine(worker)
+        fitter, fit_of = self._fits(order)
         self._store = ClusterStore(
             open_files(config.data_folder, settings.storage),
             order.database_url,
-            fit_of=self._fits(order),
+            fit_of=fit_of,
             devices=order.shape.gpus,
             patience_seconds=settings.patience_seconds,
+            decoder_fits=_decoder_fits(fitter) if whole else None,
+            take_back=TakeBack() if whole else None,
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )
@@ -94,20 +101,38 @@ class Replica:
                 self._engine.close()  # type: ignore[attr-defined]
             self._store.close()
 
-    def _fits(self, order: ReplicaOrder) -> FitOf:
+    def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
         """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""
         from wanduet.engine.build import Models
         from wanduet.engine.hardware import detect
 
         config = order.settings.worker.config
         fitter = Fitter(Models(order.shape.engine_config(config)).memory, config)
-        here = getattr(self._engine, "hardware", None) or detect()
+        here, stage = getattr(self._engine, "hardware", None) or detect(), order.shape.stage
         if not order.shape.declared:
-            return lambda demand: fitter.on_hardware(demand, here)
+            return fitter, lambda demand: fitter.on_hardware(demand, here, stage)
         declared = order.shape.hardware
 
         def fit(demand: str) -> Fit:
-            found = fitter.on_hardware(demand, declared)
-            return found if fitter.on_hardware(demand, here).fits else Fit(False)
+            found = fitter.on_hardware(demand, declared, stage)
+            return found if fitter.on_hardware(demand, here, stage).fits else NOWHERE
 
-        return fit
+        return fitter, fit
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads: Ray would allow the actor's CPUs, of which it has none, not its part of the node."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, count))
+    import torch
+
+    torch.set_num_threads(max(1, count))
+
+
+def _decoder_fits(fitter: Fitter) -> Callable[[str, str], bool]:
+    """Whether a decoder of a shape that is known by name takes a demand."""
+
+    def fits(shape: str, demand: str) -> bool:
+        devices = declared_devices(shape.removesuffix(DECODER))
+        return fitter.on(Shape(devices, ROOMY_HOST, stage="decode"))(demand).fits
+
+    return fits

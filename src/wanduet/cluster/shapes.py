@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from wanduet.config import GIB, EngineConfig
 from wanduet.engine.hardware import DeviceInfo, Hardware, parse_hardware
 
 GROUP_SIZES = (1, 2, 4, 8)  # GPUs that denoise together: Ulysses and guidance divide by two
+
+Stage = Literal["all", "encode", "decode"]  # what of a job is done at a place
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +17,14 @@ class Shape:
     """What one replica has to itself, all of one node: GPUs, and its part of the host; no GPU means the CPU alone.
 
     `declared`: the GPUs are not there, the node's operator said that they be counted on. Such a replica plans for
-    them and computes on the CPU, which is for trying a fleet out.
+    them and computes on the CPU, which is for trying a fleet out. `stage`: what of a job it does.
     """
 
     devices: tuple[DeviceInfo, ...] = ()
     host_bytes: int = 0
     cpu_count: int = 1
     declared: bool = False
+    stage: Stage = "all"
 
     @property
     def gpus(self) -> int:
@@ -29,10 +33,9 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """For people and metrics: `2x24GiB`, `cpu`."""
-        if not self.devices:
-            return "cpu"
-        return f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB"
+        """For people and metrics: `2x24GiB`, `cpu`, `1x8GiB decode`."""
+        size = f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB" if self.devices else "cpu"
+        return size if self.stage == "all" else f"{size} {self.stage}"
 
     @property
     def hardware(self) -> Hardware:
@@ -50,7 +53,7 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Node:
     """A machine of the cluster. `draining`: nothing starts there, what runs there ends and moves; `resting`: nothing
-    starts there for now.
+    starts there for now. `stage`: what of a job is done there just now; `wish`: what its operator said that it is for.
     """
 
     id: str
@@ -62,6 +65,8 @@ class Node:
     resting: bool = False
     declared: bool = False
     computes: bool = True  # a node without GPUs takes replicas only where the CPU was asked for
+    stage: Stage = "all"
+    wish: Stage | None = None
 
     def shape(self, gpus: int) -> Shape:
         """The shape of so many of its GPUs. Which ones they will be is not known unless they are all of them,
@@ -75,7 +80,10 @@ class Node:
         )
 
     def shapes(self, only: int | None = None) -> Iterator[Shape]:
-        """Every shape that fits on the empty node; `only` those of so many GPUs."""
+        """Every shape that fits on the empty node; `only` those of so many GPUs, where whole jobs are done."""
+        if self.stage != "all":
+            yield replace(self.shape(0 if self.stage == "encode" else min(1, len(self.devices))), stage=self.stage)
+            return
         if not self.devices:
             if self.computes:
                 yield self.shape(0)

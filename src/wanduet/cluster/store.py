@@ -1,11 +1,12 @@
 """The job store as a cluster's replicas use it: the same rows, leases and fences, claimed in the scheduler's order.
 
-Two tables are added to the jobs': each owner's place in virtual time, and what the controller tells the API and
-the command line about replicas and nodes. Nothing that a job needs to survive is in them.
+Tables are added to the jobs': each owner's place in virtual time, and what the controller tells the API and the
+command line about replicas, nodes and stages. Nothing that a job needs to survive is in them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,10 +15,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from wanduet.cluster import scheduler
 from wanduet.cluster.autoscaler import Backlog
 from wanduet.cluster.fit import FitOf
+from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import JobError, Lease
+from wanduet.jobs.records import DECODE, JobError, Lease, StoredJob, demand_of
 from wanduet.jobs.schema import WRITE, jobs
 from wanduet.jobs.store import JobStore
 
@@ -52,10 +54,21 @@ drains = sa.Table(
 )
 
 
+# What the controller found about stages that live apart: one row, for people and `wanduet cluster status`.
+verdicts = sa.Table(
+    "cluster_stages",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("verdict", sa.JSON, nullable=False),
+)
+
+
 class ClusterStore(JobStore):
     """A job store whose `claim` takes what fits a replica, in the scheduler's order.
 
-    `fit_of` says what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
+    `fit_of` says what fits (None: this process claims nothing); `devices` is the replica's number of GPUs. `decoder_fits`
+    says whether a decode demand fits a decoder's shape (None: this process leaves no decodes to others); `take_back`
+    keeps a replica that does whole jobs from decodes that decoders will do.
     """
 
     def __init__(
@@ -66,12 +79,16 @@ class ClusterStore(JobStore):
         fit_of: FitOf | None = None,
         devices: int = 1,
         patience_seconds: float = PATIENCE_SECONDS,
+        decoder_fits: Callable[[str, str], bool] | None = None,
+        take_back: TakeBack | None = None,
         **options: Any,
     ) -> None:
         super().__init__(files, url, **options)
         self._fit_of = fit_of
         self._devices = devices
         self._patience = patience_seconds
+        self._decoder_fits = decoder_fits
+        self._take_back = take_back
         self._create_tables()
 
     def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
@@ -85,6 +102,45 @@ class ClusterStore(JobStore):
                     self._charge(connection, pick)
                     return lease
         return None
+
+    def decodes_elsewhere(self, job: StoredJob) -> bool:
+        """Whether a decoder is there for the job's latents. If it turns out that none is, a replica takes them back."""
+        fits = self._decoder_fits
+        if fits is None:
+            return False
+        decode = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
+        decoders = self.decoders()
+        if not decoders:
+            return False
+        with self._read() as connection:
+            queued = connection.scalar(decode) or 0
+        return leaves_decode(job, decoders, queued, lambda shape: fits(shape, DECODE + demand_of(job.request)))
+
+    def decoders(self) -> list[str]:
+        """The shapes of the decoders that are ready, as the controller last saw them."""
+        return ready_decoders(self.replicas())
+
+    def prompts_ahead(self, limit: int) -> tuple[StoredJob, ...]:
+        """Queued jobs whose text may have to be encoded, those first that will be claimed first as far as can be said."""
+        query = sa.select(jobs).where(jobs.c.status == "queued", sa.not_(jobs.c.demand.startswith(DECODE)))
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(limit)).all()
+        return tuple(statements.to_job(row) for row in rows)
+
+    @contextmanager
+    def sole(self, keys: Iterable[str]) -> Iterator[frozenset[str]]:
+        """Those of the keys that nobody else has just now; they are given up at the end, or with the connection."""
+        found = list(keys)
+        if self.database.dialect.name != "postgresql":  # one machine's, where nobody competes
+            yield frozenset(found)
+            return
+        with self.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            numbers = {key: int.from_bytes(sha256(key.encode()).digest()[:8], signed=True) for key in found}
+            mine = [key for key in found if connection.scalar(sa.select(sa.func.pg_try_advisory_lock(numbers[key])))]
+            try:
+                yield frozenset(mine)
+            finally:
+                connection.invalidate()  # what ends the connection ends its locks, whatever state it is in
 
     def waiting(self, alone: bool = True) -> tuple[Waiting, ...]:
         """What is queued, grouped; without jobs that crashed before unless `alone`."""
@@ -128,6 +184,17 @@ class ClusterStore(JobStore):
             rows = connection.execute(sa.select(replicas).order_by(replicas.c.node, replicas.c.id))
             return [dict(row) for row in rows.mappings()]
 
+    def publish_stages(self, verdict: dict[str, Any]) -> None:
+        """Tell which stages live apart, and why."""
+        with self._write() as connection:
+            connection.execute(sa.delete(verdicts))
+            connection.execute(sa.insert(verdicts).values(id=1, verdict=verdict))
+
+    def stages(self) -> dict[str, Any]:
+        """What `publish_stages` told last; empty before."""
+        with self._read() as connection:
+            return dict(connection.scalar(sa.select(verdicts.c.verdict)) or {})
+
     def drain_node(self, node: str) -> None:
         """Ask for a node to be emptied; it stays so until `undrain_node`."""
         with self._write() as connection:
@@ -146,6 +213,10 @@ class ClusterStore(JobStore):
 
     # Inside.
 
+    def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int, alone: bool = True) -> dict[str, Any]:
+        """What a decoder died on is a whole job again: whoever takes it finds the latents and only decodes."""
+        return super()._after_crash(row, error, max_crashes, alone) | {"demand": demand_of(row.request)}
+
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
         """Without a transaction around it where the database is a network away: one journey instead of three."""
@@ -162,6 +233,8 @@ class ClusterStore(JobStore):
             if not waiting:
                 return []
             rows = connection.execute(sa.select(shares)).all()
+        if self._take_back is not None:
+            waiting = tuple(self._take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}
         return scheduler.order(
             waiting, known, fit_of, self._clock(), devices=self._devices, patience_seconds=self._patience

@@ -6,6 +6,7 @@ generation of GPU, so a prediction is good to a factor of about 1.5, which is wh
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from wanduet.engine.hardware import DeviceInfo
 from wanduet.request import ResolvedRequest
@@ -20,9 +21,18 @@ OLDER = 0.1
 CPU_RATE = 0.025  # TFLOP/s a core in float32
 # The VAE's convolutions in float32 with TF32 reach about a fifth of the transformer's rate.
 DECODE_SHARE = 0.2
+# Before Ampere there is no TF32: half of what the float32 lanes of a multiprocessor can do, at 1.5 GHz. So a card without
+# matrix units is far worse at denoising than at decoding. From the number of lanes (64 in Volta and Turing), not measured.
+PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent frame of 60x104 (480x832), shared/measured: 275 for 21.
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
 STREAMING_SECONDS_PER_GIB = 1 / 20  # PCIe 4 x16, where the copies are not hidden
+# The text encoder on the CPU: TFLOP/s a core, and bytes a second that its weights come in, from the file (page cache
+# or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2 cores.
+ENCODE_RATES = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.02}
+MOST_CORES = 32  # a prompt is too short to keep more busy
+READ_RATES = {"streamed": 1.4e9, "resident": 2e10}
+PROMPT_TOKENS = 80  # of a detailed prompt; the negative one is encoded once and kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +69,21 @@ def predict_seconds(
     flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
     videos = request.num_videos_per_prompt
     denoise = videos * request.num_inference_steps * branches * flop / (rate(transformer) * 1e12)
-    decode = videos * decode_flop(spec, size) / (rate(vae) * 1e12 * (1.0 if vae.is_cpu else DECODE_SHARE))
-    return Seconds(denoise / ranks, decode / ranks)
+    return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks)
+
+
+def encode_seconds(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> tuple[float, float]:
+    """Of one prompt that is in no cache: seconds until the weights have passed, and core-seconds of arithmetic."""
+    t = spec.text_encoder
+    parameters = t.num_layers * (4 * t.d_model * t.num_heads * t.d_kv + 3 * t.d_model * t.d_ff)
+    item = 4 if dtype == "float32" else 2
+    return parameters * item / READ_RATES[hold], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[dtype]
+
+
+def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
+    """Of all of a job's videos on one device."""
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
@@ -68,6 +91,14 @@ def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
     _, frames, rows, columns = spec.latent_shape(*size)
     width = (spec.vae.base_dim / 96) ** 2  # convolutions grow with the square of the width
     return DECODE_TFLOP_PER_LATENT_PIXEL * 1e12 * frames * rows * columns * width
+
+
+def decode_rate(device: DeviceInfo) -> float:
+    """TFLOP/s that the decode reaches on a device, in float32."""
+    if device.is_cpu or not device.multiprocessors or device.capability >= (8, 0):
+        return rate(device) * (1.0 if device.is_cpu else DECODE_SHARE)
+    lanes = PLAIN_FLOAT32[(7, 0) if device.capability >= (7, 0) else (0, 0)]
+    return lanes * device.multiprocessors
 
 
 def rate(device: DeviceInfo) -> float:

@@ -215,6 +215,19 @@ def job_digest(models: Models, request: ResolvedRequest, index: int) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def kept_latents(models: Models, job: Job) -> tuple[Tensor, ...] | None:
+    """The latents of all of a job's videos where an earlier run left them, so that only the decode is left to do."""
+    if not job.output.resume:
+        return None
+    found = []
+    for index in range(job.request.num_videos_per_prompt):
+        latents = _kept_latents(job, index, job_digest(models, job.request, index))
+        if latents is None:
+            return None
+        found.append(latents)
+    return tuple(found)
+
+
 def _kept_latents(job: Job, index: int, digest: str) -> Tensor | None:
     """What an earlier run left beside the output, if it belongs to this video."""
     path = job.latents_path(index)
@@ -225,7 +238,10 @@ def _kept_latents(job: Job, index: int, digest: str) -> Tensor | None:
     except UnreadableFileError as error:
         log.warning("%s Denoising again.", error)
         return None
-    return latents if about.get("digest") == digest else None
+    if about.get("digest") != digest:
+        return None
+    job.found_latents(about)
+    return latents
 
 
 def _timed_decode(job: Job, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
@@ -251,6 +267,10 @@ def _provenance(models: Models, job: Job, index: int) -> dict[str, Any]:
         "tf32": plan.tf32,
         "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
     }
+    if job.denoised is not None:  # perhaps by another machine
+        made = job.denoised.get("engine", {})
+        engine |= {name: made[name] for name in ("strategy", "transformer_dtype") if name in made}
+        engine["denoised_on"] = job.denoised.get("hardware", [])
     output = {"output": {"codec": job.output.codec, "quality": job.output.quality}}
     return output | make_provenance(
         job.request,

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,10 @@ class VideoResult:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """A finished job: its videos, how long each phase took, what it used."""
+    """A finished job: its videos, how long each phase took, what it used.
+
+    No videos: the latents are on the disk, and another worker decodes them.
+    """
 
     videos: tuple[VideoResult, ...]
     timings: dict[str, float]
@@ -81,11 +84,13 @@ class Job:
     fallback: Plan | None = None  # what to do instead if a group of ranks cannot be kept together
     on_step: OnStep | None = None  # called after each step, in the denoising thread
     watch: Watch | None = None  # sees each step, wherever it is made
+    elsewhere: Callable[[], bool] | None = None  # asked when latents are kept: whether another worker decodes them
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_NAMES, 0.0))
     warnings: list[str] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
     attention: str | None = None  # the back end that was used
+    denoised: dict[str, Any] | None = None  # the provenance of latents that were found, and not made by this job
     created: float = field(default_factory=time.perf_counter)
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _finished: threading.Event = field(default_factory=threading.Event)
@@ -158,6 +163,15 @@ class Job:
     def add_time(self, name: str, seconds: float) -> None:
         """Add to one of the timings."""
         self.timings[name] += seconds
+
+    def found_latents(self, about: dict[str, Any]) -> None:
+        """Take over what an earlier run says of the latents that it left, for this video's own provenance."""
+        self.denoised = about
+        self.attention = about.get("attention")
+        self.rungs += [rung for rung in about.get("rungs", ()) if rung not in self.rungs]
+        self.warnings += [warning for warning in about.get("warnings", ()) if warning not in self.warnings]
+        for name in ("encode_s", "denoise_s"):  # each of a job's videos tells the sum so far
+            self.timings[name] = max(self.timings[name], about.get("timings", {}).get(name, 0.0))
 
     def succeed(self, result: JobResult) -> None:
         """End the job with a result."""

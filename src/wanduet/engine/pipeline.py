@@ -7,7 +7,7 @@ by queues of one; each models' lock keeps two stages off one device when the pla
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -35,7 +35,7 @@ ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long
 
 
 @dataclass(frozen=True, slots=True)
-class _Denoised:
+class Denoised:
     """What the denoise hands to the decode: one of a job's videos, or the whole of it where it was made before."""
 
     job: Job
@@ -56,8 +56,9 @@ class Engine:
         self.trace = Trace()
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
-        self._to_decode: queue.Queue[_Denoised | None] = queue.Queue(maxsize=1)
+        self._to_decode: queue.Queue[Denoised | None] = queue.Queue(maxsize=1)
         self._videos: dict[str, list[VideoResult]] = {}
+        self._held: dict[str, list[Denoised]] = {}  # latents that another worker is to decode, until all are there
         self._open: set[Job] = set()
         self._threads = [
             threading.Thread(target=stage, name=f"wanduet-{name}", daemon=True)
@@ -68,7 +69,7 @@ class Engine:
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What would run where, without loading anything."""
-        return make_plan(request.resolve(self.models.spec), self.models.memory, self.config, self.hardware)
+        return self._plan(request.resolve(self.models.spec))
 
     def submit(
         self,
@@ -76,16 +77,18 @@ class Engine:
         output: OutputOptions,
         on_step: OnStep | None = None,
         watch: Watch | None = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> Job:
         """Check, plan and queue a request. `on_step` is called after each step and may change the latents; `watch`
-        only sees them, and so may look at what other processes do.
+        only sees them, and so may look at what other processes do. `elsewhere` is asked when latents are on the
+        disk; if another worker decodes them, the job ends there, with no videos in its result.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded.
         """
         if self._closed:
             raise CancelledError("The engine is closed.")
         resolved = request.resolve(self.models.spec)
-        plan = make_plan(resolved, self.models.memory, self.config, self.hardware)
+        plan = self._plan(resolved)
         if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
             plan = alone  # a callback cannot follow the work into other processes
         require_fit(plan, resolved)
@@ -94,9 +97,10 @@ class Engine:
         )
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)
         self._open.add(job)
         self._videos[job.id] = []
+        self._held[job.id] = []
         if not self._started:
             self._started = True
             remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
@@ -104,6 +108,9 @@ class Engine:
                 thread.start()
         self._to_encode.put(job)
         return job
+
+    def _plan(self, request: ResolvedRequest) -> Plan:
+        return make_plan(request, self.models.memory, self.config, self.hardware)
 
     def _fallback(self, request: ResolvedRequest, plan: Plan) -> Plan | None:
         """The plan without a group of ranks, where a group was the engine's own idea."""
@@ -141,6 +148,10 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
+        latents = generate.kept_latents(self.models, job)
+        if latents is not None:  # neither text encoder nor transformer is needed
+            self._decode_here(job, latents)
+            return
         with self.trace.span("encode", job):
             self.models.preload(job)
             conditioning = generate.encode_prompt(self.models, job)
@@ -156,28 +167,48 @@ class Engine:
     def _denoise_video(self, job: Job, index: int, conditioning: Conditioning) -> None:
         finished = generate.finished_video(self.models, job, index)
         if finished is not None:
-            self._to_decode.put(_Denoised(job, index, finished))
+            self._to_decode.put(Denoised(job, index, finished))
             return
         with self.trace.span("denoise", job):
             latents = generate.denoise_video(self.models, job, index, conditioning)
-        self._to_decode.put(_Denoised(job, index, latents))
+        self._to_decode.put(Denoised(job, index, latents))
 
     def _decode(self) -> None:
         while (item := self._to_decode.get()) is not None:
             self._attempt(item.job, partial(self._decode_video, item))
 
-    def _decode_video(self, item: _Denoised) -> None:
-        job = item.job
+    def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
+        """What was found is not left to another worker again."""
+        job.elsewhere = None
+        for index, one in enumerate(latents):
+            self._to_decode.put(Denoised(job, index, one))
+
+    def _decode_video(self, item: Denoised) -> None:
+        job, held = item.job, self._held[item.job.id]
+        held.append(item)
+        # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video. Asked
+        # here, where the answer, which may first copy the latents to others, keeps no transformer waiting.
+        asked = job.elsewhere is not None and (item.index == 0 or len(held) > 1)
+        asked = asked and not any(isinstance(one.latents, VideoResult) for one in held)  # these have no latents to give
+        if asked and job.elsewhere is not None and job.elsewhere():
+            if len(held) == job.request.num_videos_per_prompt:
+                self._succeed(job, ())
+            return
         videos = self._videos[job.id]
-        if isinstance(item.latents, VideoResult):
-            videos.append(item.latents)
-        else:
+        for one in held:
+            if isinstance(one.latents, VideoResult):
+                videos.append(one.latents)
+                continue
             with self.trace.span("decode", job):
-                videos.append(generate.decode_video(self.models, job, item.index, item.latents))
+                videos.append(generate.decode_video(self.models, job, one.index, one.latents))
+        held.clear()
         if len(videos) == job.request.num_videos_per_prompt:
-            job.timings["total_s"] = time.perf_counter() - job.created
-            self._forget(job)
-            job.succeed(JobResult(tuple(videos), dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
+            self._succeed(job, tuple(videos))
+
+    def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
+        job.timings["total_s"] = time.perf_counter() - job.created
+        self._forget(job)
+        job.succeed(JobResult(videos, dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
         """Do a stage's work for a job; an error ends that job and leaves the stage ready for the next."""
@@ -194,3 +225,4 @@ class Engine:
     def _forget(self, job: Job) -> None:
         self._open.discard(job)
         self._videos.pop(job.id, None)
+        self._held.pop(job.id, None)

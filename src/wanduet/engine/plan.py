@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, Literal
 
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
-from wanduet.engine.cost import Seconds, predict_seconds, rate
+from wanduet.engine.cost import Seconds, decode_seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
 from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
@@ -129,6 +129,51 @@ def make_plan(
     return replace(plan, nearest_that_fits=tuple(found.values()))
 
 
+def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
+    """For a worker that only decodes: the VAE has the device to itself, in the fastest mode that fits."""
+    device = find_placement(replace(config, strategy="single"), hardware).vae
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
+    weights = memory.vae_weights(dtype)
+
+    def on_device(mode: DecodePlan) -> DevicePlan:
+        needed = weights + memory.decode(size, mode, dtype, device.name)
+        return _device_plan(device, "vae", {"denoise": 0, "decode": needed}, config)
+
+    tried = ((mode, on_device(mode)) for mode in DECODE_MODES)
+    mode, held = next(
+        ((mode, one) for mode, one in tried if one.peak <= one.limit_bytes),
+        (DECODE_MODES[-1], on_device(DECODE_MODES[-1])),
+    )
+    host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0)
+    host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
+    text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
+    return Plan(
+        strategy="single",
+        transformer_device=device.name,
+        vae_device=device.name,
+        transformer_dtype=_transformer_dtype(config, device)[0],
+        vae_dtype=dtype,
+        text_encoder_dtype=text_dtype,
+        text_encoder_hold=hold,
+        resident_blocks=0,
+        block_hold="pinned",
+        ffn_chunk=FFN_CHUNKS[0],
+        decode=mode,
+        keep_both=True,
+        tf32=config.tf32,
+        devices=(held,),
+        host_bytes=host,
+        host_limit_bytes=host_limit,
+        choices=(
+            Choice("vae_dtype", dtype, "the reference; bfloat16 decodes faster at a small loss"),
+            Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
+        ),
+        seconds=Seconds(0.0, decode_seconds(request, memory.spec, device)),
+        fits=held.peak <= held.limit_bytes and host <= host_limit,
+    )
+
+
 def require_fit(plan: Plan, request: ResolvedRequest) -> None:
     """Raise DoesNotFitError, with the nearest settings that fit, if the plan does not."""
     if plan.fits:
@@ -213,7 +258,7 @@ def _plan(
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)
 
-    text_dtype, hold, hold_why = _text_encoder(memory, config, hardware)
+    text_dtype, hold, hold_why = text_encoder_choice(memory.spec, config)
     host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
     host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype)
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
@@ -307,11 +352,10 @@ def _transformer_dtype(config: EngineConfig, device: DeviceInfo) -> tuple[str, s
     return "bfloat16", "the model's own precision; norms, modulation and residuals stay float32"
 
 
-def _text_encoder(
-    memory: ModelMemory, config: EngineConfig, hardware: Hardware
-) -> tuple[str, Literal["resident", "streamed"], str]:
+def text_encoder_choice(spec: ModelSpec, config: EngineConfig) -> tuple[str, Literal["resident", "streamed"], str]:
+    """What the text encoder computes in, how its weights are held, and why so."""
     # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
-    small = text_encoder_bytes(memory.spec, "float32", "resident") < GIB
+    small = text_encoder_bytes(spec, "float32", "resident") < GIB
     dtype = config.text_encoder_dtype
     if dtype == "auto":
         dtype = "float32" if small else "bfloat16"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 
@@ -43,6 +43,12 @@ class ClusterFlags:
     replica_gpus: Annotated[int | None, Parameter(help="GPUs of each replica; chosen by the plan unless said.")] = None
     upscale_seconds: Annotated[float, Parameter(help="A job that waits longer brings more replicas.")] = 10.0
     idle_seconds: Annotated[float, Parameter(help="A replica idle for longer may end.")] = 300.0
+    stages: Annotated[
+        Literal["auto", "together", "apart"],
+        Parameter(
+            help="May nodes do a stage only, texts or decodes? When the plan finds it pays, never, or as they are labelled."
+        ),
+    ] = "auto"
     expect_nodes: Annotated[
         str | None, Parameter(help="GPUs of the nodes that Ray's autoscaler can add, for example 2x24GiB.")
     ] = None
@@ -85,24 +91,28 @@ class ClusterFlags:
             idle_seconds=self.idle_seconds,
             gpus=self.replica_gpus,
             expected=expected,
+            stages=self.stages,
         )
         return ClusterSettings(WorkerSettings(config, runner, retention), self.cluster, scale, self.storage)
 
 
 @cluster_app.command
 def status(*, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
-    """The replicas, and the nodes that are being emptied."""
+    """The replicas, the nodes that are being emptied, and whether stages live apart, and why."""
     with _store(data_dir, database_url) as store:
         replicas, drained = store.replicas(), sorted(store.drained_nodes())
         waiting = {one.demand: one.count for one in store.backlog(store.waiting())}
+        stages = store.stages()
     if json_:
-        emit({"replicas": replicas, "draining": drained, "waiting": waiting}, as_json=True)
+        emit({"replicas": replicas, "draining": drained, "waiting": waiting, "stages": stages}, as_json=True)
         return
     for one in replicas:
-        print(f"{one['id']}  {one['state']:9} {one['shape']:10} {one['jobs']} jobs  on {one['node']}")
+        print(f"{one['id']}  {one['state']:9} {one['shape']:16} {one['jobs']} jobs  on {one['node']}")
     for name in drained:
         print(f"{name} is being emptied")
     print(f"{sum(waiting.values())} jobs wait")
+    if stages:
+        print(f"stages {stages['reason']}")
 
 
 @cluster_app.command

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from wanduet.errors import CancelledError, InvalidRequestError, OutputError, WanduetError
 from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
 from wanduet.jobs.prompts import forget_prompts
-from wanduet.jobs.records import JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError
+from wanduet.jobs.records import DECODE, JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError, demand_of
 from wanduet.jobs.store import JobStore
 from wanduet.media.files import write_atomically
 from wanduet.request import GenerationRequest
@@ -38,7 +38,8 @@ _BEATS = 5  # renewals in the length of a lease: four may be late before anyone 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
     """Times in seconds. `max_crashes`: attempts in a row that may die at the same place. `reserve_bytes`: while the
-    disk has less free, no job is begun, and one that could not write its video waits.
+    disk has less free, no job is begun, and one that could not write its video waits. `gives_back`: a worker that
+    does a part of a job only; what fails there goes back into the queue for one that does all of it.
     """
 
     poll_seconds: float = 0.25
@@ -47,6 +48,7 @@ class AttemptSettings:
     max_crashes: int = 3
     reserve_bytes: int = 64 * 2**20
     log_prompts: bool = False
+    gives_back: bool = False
 
 
 class Attempt:
@@ -79,7 +81,10 @@ class Attempt:
         with self._keeper, self._store.files.attempt(self._lease.job.id, resume):
             try:
                 outcome = self._saved_outcome() or self._generate()
-                self._publish(outcome)
+                if outcome is None:
+                    self._leave_to_decoder()
+                else:
+                    self._publish(outcome)
             except StaleLeaseError:
                 self._lost()
             except CancelledError as error:
@@ -97,13 +102,13 @@ class Attempt:
             except Exception as error:
                 self._crashed(error)
 
-    def _generate(self) -> dict[str, Any]:
-        """Let the engine make the videos; returns what `result.json` holds."""
+    def _generate(self) -> dict[str, Any] | None:
+        """Let the engine make the videos; returns what `result.json` holds, None if another worker is to decode."""
         request = GenerationRequest.parse(**self._lease.job.request)
         files, job_id = self._store.files, self._lease.job.id
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, files.preview_path(job_id), request)
-        running = self._engine.submit(request, output, watch=watcher)
+        running = self._engine.submit(request, output, watch=watcher, elsewhere=self._decodes_elsewhere)
         self._keeper.watch(running)
         self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
         files.note_checkpoints(job_id, self._checkpoints)
@@ -114,6 +119,8 @@ class Attempt:
                 steps += before == (event.video, event.done - 1)
                 before = event.video, event.done
         result = running.result()
+        if not result.videos:
+            return None
         outcome = {
             "videos": [video.path.name for video in result.videos],
             "report": {
@@ -130,6 +137,19 @@ class Attempt:
         if watcher is not None:
             watcher.learn(result.videos[0].path)
         return outcome
+
+    def _decodes_elsewhere(self) -> bool:
+        """Whether another worker is there to decode, and finds the latents where it looks."""
+        job = self._lease.job
+        try:
+            return self._store.decodes_elsewhere(job) and self._store.files.keep(job.id)
+        except SQLAlchemyError as error:
+            self._log.warning("the job store cannot be reached", error=type(error).__name__)
+            return False
+
+    def _leave_to_decoder(self) -> None:
+        left = DECODE + demand_of(self._lease.job.request)
+        self._settle(lambda: self._store.release(self._lease, left), "left to a decoder")
 
     @property
     def _outcome_path(self) -> Path:
@@ -196,11 +216,14 @@ class Attempt:
                 self._store.files.discard_work(self._lease.job.id)
 
     def _failed(self, error: WanduetError) -> None:
+        if self._settings.gives_back:
+            whole = demand_of(self._lease.job.request)
+            return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):
             kind, param = "invalid_request_error", error.field
         reason = JobError(error.code, self._told(error), kind, param)
-        self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
+        return self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
 
     def _disk_failed(self, error: OutputError) -> None:
         """A disk that is full or broken is not the job's fault: wait until it can be written, and try again."""

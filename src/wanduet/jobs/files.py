@@ -80,8 +80,15 @@ class JobFiles:
         """Around an attempt. With `resume`, what earlier ones left is brought here; all of it lies here already."""
         yield
 
-    def keep(self, job_id: str) -> None:
-        """Before a job is put back: what was made of it is where the next worker looks. Here, it is."""
+    def keep(self, job_id: str) -> bool:
+        """Before a job is put back: what was made of it is where the next worker looks. Here, it is.
+
+        False if something of it could not be brought there.
+        """
+        return True
+
+    def offer(self, job_id: str, paths: Iterable[Path]) -> None:
+        """Let a job's attempts find entries of the embeddings' cache wherever they run. Here, they do."""
 
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Give a finished video its public name; the working copy stays until `discard_work`. Raises OutputError."""

@@ -41,16 +41,27 @@ class VideoEngine(Protocol):
     """What the runner needs of `wanduet.engine.pipeline.Engine`."""
 
     def submit(
-        self, request: GenerationRequest, output: "OutputOptions", *, watch: Watcher | None = None
+        self,
+        request: GenerationRequest,
+        output: "OutputOptions",
+        *,
+        watch: Watcher | None = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> RunningJob:
-        """Start a job; its videos go where `output` says. With `resume`, go on from what is there."""
+        """Start a job; its videos go where `output` says. With `resume`, go on from what is there.
+
+        `elsewhere` is asked when latents are kept: if it says yes, they are left to another worker's decode and
+        the result has no videos.
+        """
 
 
 def engine_output(path: Path, resume: bool) -> "OutputOptions":
-    """The engine's own output options."""
+    """The engine's own output options. Latents stay until the job's work is discarded: until its videos are published
+    whoever comes next need only decode.
+    """
     from wanduet.engine.job import OutputOptions
 
-    return OutputOptions(path, resume=resume)
+    return OutputOptions(path, save_latents=True, resume=resume)
 
 
 def video_previews(path: Path) -> dict[str, bytes]:

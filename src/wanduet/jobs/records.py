@@ -13,6 +13,7 @@ OPEN_STATUSES: tuple[Status, ...] = ("queued", "in_progress")
 MAX_PAGE = 100  # jobs in one answer of `JobStore.list`
 CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
+DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
 

@@ -229,10 +229,17 @@ class JobStore:
         with self._write() as connection:
             return statements.to_job(statements.commit(connection, lease, self._failed(error)))
 
-    def release(self, lease: Lease) -> None:
-        """Put the job back into the queue without blame, as a draining worker does. Raises StaleLeaseError."""
+    def release(self, lease: Lease, demand: str | None = None) -> None:
+        """Put the job back into the queue without blame, as a draining worker does; `demand` is what is left to do of
+        it, where that is another than before. Raises StaleLeaseError.
+        """
+        changed = {} if demand is None else {"demand": demand}
         with self._write() as connection:
-            statements.commit(connection, lease, {"status": "queued", **_FREE})
+            statements.commit(connection, lease, {"status": "queued", **_FREE, **changed})
+
+    def decodes_elsewhere(self, job: StoredJob) -> bool:
+        """Whether another worker is there to decode the job's latents. On one machine, none is."""
+        return False
 
     def retry(self, lease: Lease, error: JobError, max_crashes: int) -> StoredJob:
         """Put the job back after an unexpected error, or fail it with that error. Raises StaleLeaseError.

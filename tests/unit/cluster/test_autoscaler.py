@@ -14,7 +14,7 @@ WORK = {"small": 60.0, "middle": 240.0, "big": 960.0, "huge": 1.0}  # device-sec
 
 def fits(shape: Shape) -> FitOf:
     room = sum(device.total_bytes for device in shape.devices) / 2**30
-    return lambda demand: Fit(NEED[demand] <= room, WORK[demand] / max(1, shape.gpus))
+    return lambda demand: Fit(shape.stage == "all" and NEED[demand] <= room, WORK[demand] / max(1, shape.gpus))
 
 
 def node(name: str, gpus: str, **options: object) -> Node:
@@ -116,6 +116,65 @@ def test_a_node_without_gpus_takes_one_replica_if_asked() -> None:
     assert started(found) == [("cpu", 0)]
     idle = Node("cpu", "cpu", (), 8 * 2**30, 4, computes=False)
     assert run([idle], minimum=1).start == ()
+
+
+def staged(name: str, gpus: str, stage: str, **options: object) -> Node:
+    return node(name, gpus, stage=stage, **options)
+
+
+OLD, CPU = staged("old", "2x24GiB", "decode"), Node("cpu", "cpu", (), 2**34, 4, computes=False, stage="encode")
+
+
+def test_nodes_of_a_stage_are_full_while_there_is_work_and_only_then() -> None:
+    assert run([CARD, OLD, CPU]) == Changes()
+    changes = run([CARD, OLD, CPU], waiting=[Backlog("small", 1, 0.0)])
+    assert [(start.node, start.shape.name) for start in changes.start] == [
+        ("card", "1x80GiB"),
+        ("old", "1x24GiB decode"),
+        ("old", "1x24GiB decode"),
+        ("cpu", "cpu encode"),
+    ]
+    busy = [replica("r", CARD, jobs=("j",))]
+    assert [start.node for start in run([CARD, OLD, CPU], busy).start] == ["old", "old", "cpu"]
+    assert run([CARD, staged("old", "2x24GiB", "decode", resting=True)], busy).start == ()
+    assert run([CARD, staged("old", "2x24GiB", "decode", draining=True)], busy).start == ()
+
+
+def decoder(name: str, idle: float = 0.0) -> ReplicaView:
+    return ReplicaView(name, "old", next(iter(OLD.shapes())), "ready", name, (), idle)
+
+
+def test_stages_go_when_all_work_is_done_and_not_while_the_others_denoise() -> None:
+    there = [replica("r", CARD, jobs=("j",)), decoder("a", 1e4), decoder("b", 1e4)]
+    assert run([CARD, OLD], there) == Changes()
+    there[0] = replica("r", CARD)
+    assert run([CARD, OLD], there).drain == ("a", "b")
+    assert run([CARD, OLD], there, minimum=3).drain == ("a", "b")  # the minimum is of replicas that do whole jobs
+
+
+def test_a_node_that_changes_its_stage_is_emptied_first() -> None:
+    whole = node("old", "2x24GiB")
+    there = [replica("r", whole, jobs=("j",)), replica("s", whole)]
+    changes = run([OLD], there, [Backlog("small", 1, 0.0)])
+    assert changes.drain == ("r", "s")
+    assert changes.start == ()  # their GPUs are not free yet
+    assert run([whole], [decoder("a"), decoder("b")], [Backlog("small", 1, 0.0)]).drain == ("a", "b")
+
+
+def test_the_maximum_counts_decoders_and_not_encoders() -> None:
+    changes = run([CARD, OLD, CPU], waiting=[Backlog("small", 1, 0.0)], maximum=2)
+    assert [start.node for start in changes.start] == ["card", "old", "cpu"]
+
+
+def test_decodes_that_wait_bring_no_replicas_where_one_is_there_for_them() -> None:
+    def fit(shape: Shape) -> FitOf:
+        return lambda demand: Fit(shape.stage == "all" or demand.startswith("decode:"), 5.0)
+
+    four = node("four", "4x24GiB")
+    left = [Backlog("decode:small", 9, 1e4)]
+    settings = ScaleSettings(minimum=0)
+    assert decide([four], [replica("r", four, jobs=("j",))], left, fit, settings, "small") == Changes()
+    assert len(decide([four], [], left, fit, settings, "small").start) == 1  # nobody else would end them
 
 
 fleets = st.lists(st.tuples(st.integers(1, 8), st.sampled_from(["8GiB", "24GiB", "80GiB"])), min_size=1, max_size=5)

@@ -16,6 +16,7 @@ from wanduet.cluster.controller import FIRST_PAUSE, Controller, Leadership
 from wanduet.cluster.fit import Fit
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
+from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
 from wanduet.jobs.files import JobFiles
@@ -66,8 +67,11 @@ class Bench:
         settings = ClusterSettings(
             WorkerSettings(EngineConfig(data_dir=folder)), scale=ScaleSettings(**{"minimum": 0, **scale})
         )
+        self.costs = lambda node, demand, gpus: NodeCosts(node.name, len(node.devices), Costs(9.0, 1.0))
         self.fits = lambda shape, demand: not demand.startswith("9984")
-        fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(self.fits(shape, demand)))
+        fitter = SimpleNamespace(
+            on=lambda shape: lambda demand: Fit(self.fits(shape, demand)), node_costs=lambda *about: self.costs(*about)
+        )
         self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now)
 
     def submit(self, **changes: object) -> str:

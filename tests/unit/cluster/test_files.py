@@ -176,3 +176,21 @@ def test_addresses_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="storage"):
         open_files(tmp_path, "nosuch://bucket")
     assert type(open_files(tmp_path, None)) is JobFiles
+
+
+def test_what_cannot_be_copied_is_not_kept_for_others(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = cluster.files("a")
+    with files.attempt(JOB, resume=False):
+        latents = files.work_path(JOB).with_name("video.mp4.latents.safetensors")
+        latents.parent.mkdir(parents=True, exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_put", refuse)
+            latents.write_bytes(b"latents")
+            assert not files.keep(JOB)
+        assert files.keep(JOB)
+        assert f"work/{JOB}/{latents.name}" in cluster.stored()
+    assert not files.keep(JOB)  # nobody's any more
+
+
+def refuse(path: Path, name: str) -> None:
+    raise OSError("no room")

@@ -1,5 +1,8 @@
 """Fits come from the plan, by the demand that stands in a job's row."""
 
+from dataclasses import replace
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +13,7 @@ from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
 from wanduet.engine.plan import make_plan
 from wanduet.errors import InvalidRequestError
-from wanduet.jobs.records import demand_of
+from wanduet.jobs.records import DECODE, demand_of
 from wanduet.request import GenerationRequest
 from wanduet.specs import WAN_1_3B
 
@@ -78,3 +81,40 @@ def test_part_of_an_uneven_node_is_as_small_as_its_smallest_card() -> None:
     node = Node("n", "n", declared_devices("24GiB_12GiB"), 64 * 2**30, 8)
     assert [one.name for one in node.shapes()] == ["1x12GiB", "2x12GiB"]
     assert [d.total_bytes // 2**30 for d in node.shape(2).devices] == [24, 12]
+
+
+def test_a_decoder_takes_decodes_and_a_replica_both(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
+    whole = shape("1x24GiB")
+    decoder = replace(whole, stage="decode")
+    assert [fitter.on(one)(SMALL).fits for one in (whole, decoder)] == [True, False]
+    assert [fitter.on(one)(DECODE + SMALL).fits for one in (whole, decoder)] == [True, True]
+    alone, beside = fitter.on(decoder)(DECODE + SMALL), fitter.on(whole)(DECODE + SMALL)
+    assert 0 < alone.seconds <= beside.seconds < fitter.on(whole)(SMALL).seconds
+    assert not fitter.on(replace(whole, stage="encode"))(SMALL).fits
+    assert not fitter.on(decoder)("decode:nonsense").fits  # a replica will say what is wrong with it
+
+
+def test_a_card_too_small_for_a_video_may_decode_it(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
+    small = Node("n", "n", declared_devices("1x3GiB"), 2**34, 8)
+    costs = fitter.node_costs(small, "720x1280x81/50/2/1")
+    assert (costs.replicas, costs.decoders) == (0, 1)
+    assert costs.decode < 1e6
+    assert fitter.node_costs(small, DECODE + "720x1280x81/50/2/1") == costs
+
+
+def test_the_text_is_slow_on_a_host_that_many_replicas_share_and_quick_on_an_encoder(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig())  # with a text encoder, which random models do without
+    one, eight = (Node("n", "n", declared_devices(f"{count}x80GiB"), 2**38, 8) for count in (1, 8))
+    alone = Node("c", "c", (), 2**36, 32, computes=False, wish="encode")
+    costs = [fitter.node_costs(node, SMALL, 1) for node in (one, eight, alone)]
+    assert 0 < costs[2].encode_alone < costs[0].encode < costs[1].encode
+    assert [cost.encode_alone for cost in costs[:2]] == [inf, inf]
+    assert costs[2].replicas == 0
+    assert fitter.encoder_hold(2**36) == "resident"
+    assert fitter.encoder_hold(2**33) == "streamed"
+    unlabelled = fitter.node_costs(replace(alone, wish=None), SMALL)
+    cacheless = Fitter(models.memory, EngineConfig(cache_embeddings=False)).node_costs(alone, SMALL)
+    random = Fitter(models.memory, EngineConfig(model="random:1.3b")).node_costs(alone, SMALL)
+    assert [cost.encode_alone for cost in (unlabelled, cacheless, random)] == [inf] * 3

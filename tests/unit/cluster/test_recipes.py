@@ -52,6 +52,13 @@ def test_the_ray_cluster_has_only_fields_that_its_definition_has() -> None:
         assert all(mount["name"] in volumes for one in pod["containers"] for mount in one.get("volumeMounts", ()))
 
 
+def test_labels_are_those_that_are_looked_for() -> None:
+    label = pytest.importorskip("wanduet.cluster.ray_fleet", reason="needs ray").STAGE_LABEL
+    labels = [group["labels"] for group in documents()["RayCluster"]["spec"]["workerGroupSpecs"] if "labels" in group]
+    assert labels == [{label: "encode"}]
+    assert f"{label}=encode" in (ROOT / "docs" / "cluster.md").read_text()
+
+
 def test_nothing_but_the_api_faces_the_outside() -> None:
     found = documents()
     assert found["RayCluster"]["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"

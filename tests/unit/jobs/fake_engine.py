@@ -72,9 +72,16 @@ def first_time(marker: Path) -> bool:
 
 class FakeJob:
     def __init__(
-        self, data: Path, request: GenerationRequest, output: Output, watch: Any, pace: "Pace | None" = None
+        self,
+        data: Path,
+        request: GenerationRequest,
+        output: Output,
+        watch: Any,
+        pace: "Pace | None" = None,
+        elsewhere: Callable[[], bool] | None = None,
     ) -> None:
         self.data, self.request, self.output, self.watch = data, request, output, watch
+        self.elsewhere = elsewhere
         self.pace = pace or (lambda job, step: time.sleep(STEP_SECONDS))
         self.cancelled = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -139,6 +146,9 @@ class FakeJob:
             self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
         if word == "orphan":
             write_atomically(self.output.path.with_name("deaths"), number.encode())
+        if self.elsewhere is not None and self.elsewhere():
+            self._note(f"{name} left")
+            return Result((), {"denoise_s": 1.0, "total_s": 1.0}, {"cpu": 123})
         videos = []
         count = self.request.num_videos_per_prompt
         for index in range(count):
@@ -193,8 +203,10 @@ class FakeEngine:
         self.pace = pace
         self.jobs: deque[FakeJob] = deque(maxlen=100)
 
-    def submit(self, request: GenerationRequest, output: Any, watch: Any = None) -> FakeJob:
-        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace))
+    def submit(
+        self, request: GenerationRequest, output: Any, watch: Any = None, elsewhere: Callable[[], bool] | None = None
+    ) -> FakeJob:
+        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace, elsewhere))
         return self.jobs[-1]
 
 

@@ -1,0 +1,140 @@
+"""An encoder: a process on a node without GPUs that turns the prompts of waiting jobs to embeddings, ahead of the queue.
+
+It holds no job. What it makes lies where every replica's own encoder looks first, so a job is never worse off for it:
+where it is late, or dead, the replica encodes. Two encoders do not encode the same prompt at the same time, but if they
+did, both would write the same file.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from wanduet.cluster.files import open_files
+from wanduet.cluster.fit import Fitter
+from wanduet.cluster.replica import ReplicaStatus, use_threads
+from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
+from wanduet.cluster.store import ClusterStore
+from wanduet.errors import CancelledError, InvalidRequestError, WanduetError
+from wanduet.jobs.leases import WorkerLock
+from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.prompts import forget_prompts
+from wanduet.jobs.records import StoredJob, UnknownJobError
+from wanduet.request import GenerationRequest
+
+log = structlog.get_logger(__name__)
+
+AHEAD = 64  # jobs of the queue that are looked at
+TOGETHER = 4  # jobs whose prompts pass the encoder together, so that streamed weights are read once for all
+LOOK_SECONDS = 1.0  # between two looks at the queue, each of which reads so many prompts
+REST_SECONDS = 30.0  # after an error of the model, which replicas will meet, and tell, themselves
+
+
+class Encoder:
+    """The actor's class, with a replica's face; methods may be called at the same time."""
+
+    def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
+        """Read configs and headers; the weights follow with the first prompt. Raises what keeps it from working."""
+        use_threads(order.shape.cpu_count)
+        configure_logs()
+        from wanduet.engine.build import Models
+        from wanduet.engine.plan import text_encoder_choice
+        from wanduet.engine.text import CachedPromptEncoder
+
+        self._order = order
+        self._node = node() or order.node
+        config = replace(order.settings.worker.config, devices="cpu", strategy="auto", speeds=None)
+        models = Models(config)
+        if models.folder is None:
+            raise WanduetError(f"{config.model} has no text encoder.")
+        self._spec = models.spec
+        dtype, _, _ = text_encoder_choice(models.spec, config)
+        hold = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
+        self._encoder = CachedPromptEncoder(models.folder, dtype, hold, config.data_folder / "embeddings")
+        self._store = ClusterStore(
+            open_files(config.data_folder, order.settings.storage), order.database_url, connections=REPLICA_CONNECTIONS
+        )
+        self._draining = threading.Event()
+        self._done: set[str] = set()  # of the jobs that wait, those whose prompts are encoded
+        self._idle_since = time.monotonic()
+        self._lock = WorkerLock(self._store.files.workers)
+        self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
+        self._thread.start()
+
+    def status(self) -> ReplicaStatus:
+        """How it is, for the controller."""
+        return ReplicaStatus(
+            worker=self._lock.worker,
+            jobs=(),
+            idle_seconds=time.monotonic() - self._idle_since,
+            draining=self._draining.is_set(),
+            ended=not self._thread.is_alive(),
+            shape=self._order.shape,
+            node=self._node,
+            pid=os.getpid(),
+        )
+
+    def drain(self) -> None:
+        """End before the next layer; what is half encoded is left to the replicas."""
+        self._draining.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._draining.is_set():
+                pause = LOOK_SECONDS
+                try:
+                    if self.turn():
+                        self._idle_since, pause = time.monotonic(), 0.0
+                except SQLAlchemyError as error:
+                    log.warning("the job store cannot be reached", error=type(error).__name__)
+                except CancelledError:
+                    break
+                except WanduetError as error:
+                    log.error("prompts cannot be encoded here", error=error.code)
+                    pause = REST_SECONDS
+                self._draining.wait(pause)
+        finally:
+            self._lock.release()
+            self._store.close()
+
+    def turn(self) -> bool:
+        """Encode what is new at the head of the queue; whether there was anything. Raises CancelledError in a drain."""
+        waiting = self._store.prompts_ahead(AHEAD)
+        self._done &= {job.id for job in waiting}
+        wanted = {job.id: self._texts(job) for job in waiting if job.id not in self._done}
+        self._done |= {job_id for job_id, texts in wanted.items() if not texts}
+        new = [job for job in waiting if wanted.get(job.id)][:TOGETHER]
+        if not new:
+            return False
+        with self._store.sole([wanted[job.id][0] for job in new]) as mine:
+            jobs = [job for job in new if wanted[job.id][0] in mine]
+            texts = dict.fromkeys(text for job in jobs for text in wanted[job.id])
+            self._encoder.encode(list(texts), should_cancel=self._draining.is_set)
+            for job in jobs:
+                self._offer(job, wanted[job.id])
+                self._done.add(job.id)
+        return bool(jobs)
+
+    def _texts(self, job: StoredJob) -> list[str]:
+        """What of a job is encoded, its prompt first; nothing where the request will be refused."""
+        try:
+            request = GenerationRequest.parse(**job.request).resolve(self._spec)
+        except InvalidRequestError:
+            return []
+        return [request.prompt, *([request.negative_prompt] if request.uses_guidance else [])]
+
+    def _offer(self, job: StoredJob, texts: list[str]) -> None:
+        files = self._store.files
+        try:
+            if self._store.get(job.id).status == "queued":
+                files.offer(job.id, [path for text in texts if (path := self._encoder.path_of(text)) is not None])
+            self._store.get(job.id)
+        except UnknownJobError:  # deleted since: its prompt is to be found nowhere
+            forget_prompts(files.folder, [job])
+            with suppress(OSError):
+                files.discard_work(job.id)

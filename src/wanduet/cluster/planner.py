@@ -1,0 +1,96 @@
+"""Asks the plan, turn by turn, whether stages should live apart on the nodes that are there, for the jobs that wait."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from wanduet.cluster.autoscaler import Backlog, ScaleSettings
+from wanduet.cluster.fit import Fitter
+from wanduet.cluster.shapes import Node, Stage
+from wanduet.cluster.stages import NodeCosts, StagePlan, plan_stages
+from wanduet.jobs.records import DECODE
+
+SETTLE_SECONDS = 60.0  # that another choice must stand before it is followed: a change costs replicas' starts
+
+
+class StagePlanner:
+    """Remembers the choice, so that a queue that looks different every second does not move replicas every second."""
+
+    def __init__(
+        self, fitter: Fitter, scale: ScaleSettings, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._scale = scale
+        self._monotonic = monotonic
+        self._current = StagePlan(reason="together: until a choice has stood for a minute")
+        self._demand: str | None = None
+        self._wanted: tuple[dict[str, Stage], float] | None = None  # another choice, and since when it is wanted
+        self._asked: tuple[object, StagePlan] | None = None
+        self._nodes: tuple[Node, ...] = ()
+        self._kinds: dict[Node, list[Node]] = {}  # nodes that are alike, by one that has no name
+        self._fitter = fitter
+        self._costs = lru_cache(maxsize=4096)(self._find_costs)
+        self._fits = lru_cache(maxsize=4096)(self._find_fit)
+
+    def __call__(self, nodes: Sequence[Node], backlog: Sequence[Backlog], reference: str) -> StagePlan:
+        """The choice for now. `reference` stands for the jobs to come while none has waited yet."""
+        here = tuple(node for node in nodes if not node.draining)
+        if here != self._nodes:
+            self._nodes = here
+            self._kinds = defaultdict(list)
+            for node in here:
+                self._kinds[replace(node, id="", name="", resting=False, stage="all")].append(node)
+        demands = {one.demand.removeprefix(DECODE): one for one in backlog}
+        if demands:
+            self._demand = max(demands, key=lambda demand: self._work(demand, demands[demand].count))
+        plan = self._ask(self._demand or reference, frozenset(demands))
+        if self._may_follow(plan, {node.id for node in here}):
+            self._current, self._wanted = plan, None
+        return self._current
+
+    def _may_follow(self, plan: StagePlan, here: set[str]) -> bool:
+        new, now = dict(plan.stages), dict(self._current.stages)
+        if new == now or self._scale.stages != "auto" or not here.issuperset(now):
+            return True
+        if plan.needed & now.keys():
+            return True  # a job waits that fits nowhere else
+        if self._wanted is None or self._wanted[0] != new:
+            self._wanted = (new, self._monotonic())
+        return self._monotonic() - self._wanted[1] >= SETTLE_SECONDS
+
+    def _ask(self, demand: str, demands: frozenset[str]) -> StagePlan:
+        before = self._current.stages
+        question = (self._nodes, demand, demands, tuple(sorted(before.items())))
+        if self._asked is not None and self._asked[0] == question:
+            return self._asked[1]
+        costs: dict[str, NodeCosts] = {}
+        for kind, nodes in self._kinds.items():
+            same = self._costs(kind, demand)
+            costs |= {node.id: replace(same, name=node.name) for node in nodes}
+        wishes: dict[str, Stage] = {node.id: node.wish for node in self._nodes if node.wish is not None}
+        able = [
+            frozenset(node.id for kind, nodes in self._kinds.items() if self._fits(kind, one) for node in nodes)
+            for one in {demand, *demands}
+        ]
+        needed: frozenset[str] = frozenset()
+        while True:
+            plan = plan_stages(costs, mode=self._scale.stages, wishes=wishes, needed=needed, before=before)
+            more = frozenset().union(*(ids for ids in able if ids and ids <= plan.stages.keys()))
+            if not more:
+                break
+            needed |= more  # else no node would be left for some job
+        plan = replace(plan, needed=needed)
+        self._asked = (question, plan)
+        return plan
+
+    def _find_costs(self, kind: Node, demand: str) -> NodeCosts:
+        return self._fitter.node_costs(kind, demand, self._scale.gpus)
+
+    def _find_fit(self, kind: Node, demand: str) -> bool:
+        return any(self._fitter.on(shape)(demand).fits for shape in kind.shapes(self._scale.gpus))
+
+    def _work(self, demand: str, count: int) -> float:
+        """Device-seconds that jobs of a demand take where they take fewest."""
+        costs = (self._costs(kind, demand) for kind in self._kinds)
+        return count * min((one.whole.period() for one in costs if one.replicas), default=0.0)

@@ -1,0 +1,21 @@
+"""An engine that only decodes what others have denoised: the VAE alone, on a card that is too small or too slow for more."""
+
+from wanduet.engine import generate
+from wanduet.engine.job import Job
+from wanduet.engine.pipeline import Engine
+from wanduet.engine.plan import Plan, make_decode_plan
+from wanduet.errors import LatentsGoneError
+from wanduet.request import ResolvedRequest
+
+
+class Decoder(Engine):
+    """Takes jobs whose latents lie beside their output, and ends a job with LatentsGoneError where they do not."""
+
+    def _plan(self, request: ResolvedRequest) -> Plan:
+        return make_decode_plan(request, self.models.memory, self.config, self.hardware)
+
+    def _encode_job(self, job: Job) -> None:
+        latents = generate.kept_latents(self.models, job)
+        if latents is None:
+            raise LatentsGoneError("The latents of this job are not where its denoise has left them.")
+        self._decode_here(job, latents)
