@@ -131,7 +131,7 @@ def make_plan(
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
     """For a worker that only decodes: the VAE has the device to itself, in the fastest mode that fits."""
-    device = find_placement(replace(config, strategy="single"), hardware).vae
+    device = find_placements(replace(config, strategy="single"), hardware)[0].vae
     size = (request.generated_height, request.generated_width, request.num_frames)
     dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
     weights = memory.vae_weights(dtype)
@@ -145,7 +145,7 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
         ((mode, one) for mode, one in tried if one.peak <= one.limit_bytes),
         (DECODE_MODES[-1], on_device(DECODE_MODES[-1])),
     )
-    host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0)
+    host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0) + memory.decode_host(size, mode, dtype)
     host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
     text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     return Plan(
@@ -216,7 +216,7 @@ def _fastest_of(
     candidates = list(_candidates(memory.spec, place))
     smallest = _plan(request, memory, config, hardware, place, *candidates[-1])
     all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
-    text_dtype, hold, _ = _text_encoder(memory, config, hardware)
+    text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
     if any(d.peak > d.limit_bytes for d in smallest.devices) or least > smallest.host_limit_bytes:
         return smallest  # without a look at all the others
