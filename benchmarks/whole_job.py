@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--size 480p] [section ...]
 
-Sections: ours decode forms diffusers. `decode` compares each way to cut a decode with what the planner predicts.
+Sections: ours decode forms diffusers decode_diffusers (the last is part of diffusers).
 Random weights: time and memory do not depend on their values.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from wanduet.specs import WAN_1_3B
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 MODEL = "random:1.3b"
 PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
-MODES = [DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 4), ("strip", 2), ("strip", 4), ("strip", 8))]
+MODES = [DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4))]
+# Bytes that the whole job may take on a card in its smallest form (the goals of the memory plan).
+SMALLEST = {"480p": int(2.5 * 2**30), "720p": 4 * 2**30, "1080p": 8 * 2**30}
 
 
 def ours(report: Report, options: argparse.Namespace) -> None:
@@ -53,40 +56,63 @@ def ours(report: Report, options: argparse.Namespace) -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
 
-    clear_memory()
     data = Path(tempfile.mkdtemp())
-    with Engine(EngineConfig(model=options.model, data_dir=data)) as engine:
-        for run in ("first", "second"):  # the second has models and kernels ready
-            job = engine.submit(request, OutputOptions(data / f"{run}.mp4"), on_step)
-            result = job.result()
-            peaks["decode"] = peak_memory()
-            predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
-            timings = {k: round(v, 3) for k, v in result.timings.items()}
-            report.add("ours", run=run, size=options.size, steps=options.steps, **timings, attention=job.attention)
-            report.add("ours memory", run=run, predicted=predicted, **peaks)
-
-
-def decode(report: Report, options: argparse.Namespace) -> None:
-    spec = WAN_1_3B.vae
-    vae = WanVAE(spec).to(DEVICE).eval().requires_grad_(False)
+    runs = (("first", 2, None), ("whole", options.steps, None), ("smallest", 4, SMALLEST[options.size]))
+    for limit in (None, SMALLEST[options.size]):
+        clear_memory()
+        with Engine(EngineConfig(model=options.model, data_dir=data, vram_limit=limit)) as engine:
+            for name, steps, wanted in runs:  # after the first, models and kernels are ready
+                if wanted != limit or (limit and not ON_GPU):
+                    continue
+                clear_memory()
+                request = replace_steps(request, steps)
+                job = engine.submit(request, OutputOptions(data / f"{name}.mp4"), on_step)
+                result = job.result()
+                peaks["decode"] = peak_memory()
+                predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
+                timings = {k: round(v, 3) for k, v in result.timings.items()}
+                modes = {"resident_blocks": job.plan.resident_blocks, "decode_mode": asdict(job.plan.decode)}
+                report.add("ours", run=name, size=options.size, steps=steps, **timings, attention=job.attention)
+                host = round(result.peak_memory_bytes["cpu"] / 2**30, 2)
+                report.add("ours memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
+                           host_gib=host, **modes, rungs=job.rungs)  # fmt: skip
     if ON_GPU:
-        vae.channels_last()
-    vae.use_kernels(vae_kernels_for(DEVICE, torch.float32))
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def replace_steps(request: GenerationRequest, steps: int) -> GenerationRequest:
+    return request.model_copy(update={"num_inference_steps": steps})
+
+
+@torch.no_grad()
+def decode(report: Report, options: argparse.Namespace) -> None:
+    """Each way to cut a decode: seconds, and the peak beside its prediction; weights included."""
+    spec = WAN_1_3B.vae
     height, width, frames = SIZES[options.size]
+    height = -(-height // 16) * 16
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
-    for mode in MODES:
-        predicted = decode_bytes(spec, height, width, frames, mode, "float32", planned_vae_kernels(str(DEVICE)))
-        for _ in range(2):
-            clear_memory()
-            before = torch.cuda.memory_allocated() if ON_GPU else 0
-            began = time.perf_counter()
-            count = sum(len(chunk) for chunk in decode_stream(vae, latents, mode))
-            synchronize()
-            seconds = time.perf_counter() - began
-        peak = {k: round(v - before / 2**30, 3) for k, v in peak_memory().items()}
-        name = f"{mode.order}-{mode.num_strips}"
-        report.add("decode", size=options.size, mode=name, seconds=round(seconds, 3), frames=count,
-                   predicted_gib=round(predicted / 2**30, 3), **peak)  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        clear_memory()
+        vae = WanVAE(spec).to(dtype).eval().requires_grad_(False)
+        for part in vae.decoding_parts:
+            part.to(DEVICE)
+        if ON_GPU:
+            vae.channels_last()
+            vae.round_to_tf32()
+        vae.use_kernels(vae_kernels_for(DEVICE, dtype))
+        weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())
+        for mode in MODES:
+            kernels, kind = planned_vae_kernels(str(DEVICE)), str(dtype)[6:]
+            predicted = weights + decode_bytes(spec, height, width, frames, mode, kind, kernels)
+            for _ in range(2):
+                clear_memory()
+                began = time.perf_counter()
+                count = sum(len(chunk) for chunk in decode_stream(vae, latents, mode))
+                synchronize()
+                seconds = time.perf_counter() - began
+            report.add("decode", size=options.size, dtype=kind, mode=f"{mode.order}-{mode.num_strips}",
+                       seconds=round(seconds, 3), frames=count, predicted_gib=round(predicted / 2**30, 3),
+                       **peak_memory())  # fmt: skip
 
 
 def forms(report: Report, options: argparse.Namespace) -> None:
@@ -169,6 +195,13 @@ def diffusers(report: Report, options: argparse.Namespace) -> None:
     transformer, vae = diffusers_models(DEVICE, layers=1 if TINY else 30)
     seconds = diffusers_denoise(transformer, size, steps)
     report.add("diffusers", phase="denoise", size=options.size, steps=steps, seconds=round(seconds, 3), **peak_memory())
+    del transformer
+    diffusers_decodes(report, options.size, vae)
+
+
+@torch.no_grad()
+def diffusers_decodes(report: Report, name: str, vae: Any) -> None:
+    size = SIZES[name]
     z = torch.randn(1, *WAN_1_3B.latent_shape(*size), device=DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
         vae.to(dtype)
@@ -180,11 +213,17 @@ def diffusers(report: Report, options: argparse.Namespace) -> None:
             (pixels * 255).round().astype("uint8")
             seconds = time.perf_counter() - began
             del video, pixels
-        report.add("diffusers", phase=f"decode {str(dtype)[6:]}", size=options.size, seconds=round(seconds, 3),
+        report.add("diffusers", phase=f"decode {str(dtype)[6:]}", size=name, seconds=round(seconds, 3),
                    **peak_memory())  # fmt: skip
 
 
-SECTIONS = {"ours": ours, "decode": decode, "forms": forms, "diffusers": diffusers}
+def decode_diffusers(report: Report, options: argparse.Namespace) -> None:
+    diffusers_decodes(report, options.size, diffusers_models(DEVICE, layers=1)[1])
+
+
+SECTIONS = {
+    "ours": ours, "decode": decode, "forms": forms, "diffusers": diffusers, "decode_diffusers": decode_diffusers,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -201,7 +240,7 @@ def main() -> None:
     os.environ.setdefault("WANDUET_DATA_DIR", tempfile.mkdtemp())
     report = Report(f"whole_job_{options.size}")
     chosen = {name: lambda r, f=SECTIONS[name]: f(r, options) for name in SECTIONS}
-    report.run(chosen, options.sections or list(SECTIONS))
+    report.run(chosen, options.sections or [name for name in SECTIONS if name != "decode_diffusers"])
     report.print()
 
 
