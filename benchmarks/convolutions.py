@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from _common import DEVICE, ON_GPU, TINY, Report, relative_error, timed
 
-from wanduet.ops import vae_fused, vae_gpu
+from wanduet.ops import vae_fused
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def tiles(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
 def measure(dtype: torch.dtype, report: Report) -> None:
     """Every shape in one dtype."""
     name = str(dtype)[6:]
-    write_input = vae_gpu.causal_input if ON_GPU else vae_fused.causal_input
     torch.backends.cudnn.allow_tf32 = True
     for shape in SHAPES:
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -77,9 +76,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         weight = (weight / (27 * shape.inputs) ** 0.5).to(memory_format=torch.channels_last_3d)
         bias = torch.randn(shape.outputs, generator=generator, device=DEVICE, dtype=dtype)
         joined = torch.cat((past, x), dim=2)
-        library = partial(
-            vae_fused.causal_conv, x, past, weight, bias, (1, 1), residual=residual, causal_input=write_input
-        )
+        library = partial(vae_fused.causal_conv, x, past, weight, bias, (1, 1), residual=residual)
         expected = library()[0]
 
         def add(
@@ -102,7 +99,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
 
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))
-            run = partial(convolve, x, past, weight, bias, (1, 1), 1, residual, out, Tile(*sides))
+            run = partial(convolve, x, past, weight, bias, (1, 1), 1, residual, out, tile=Tile(*sides))
             label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]}"
             try:
                 run()

@@ -32,6 +32,7 @@ MODES = [
 ]
 if TINY:
     SIZES, FRAMES, RESIDENT, MODES = {"480p": (32, 48)}, (5,), (30,), MODES[:1]
+TEXTS = (81, 127)  # of a prompt, and of the default negative prompt
 MODELS = Models(EngineConfig(model="random:1.3b"))
 GIB = 2**30
 
@@ -61,7 +62,7 @@ def denoise(report: Report) -> None:
                     continue
                 clear_memory()
                 seconds = one_step((height, width, frames), resident)
-                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", 2, resident, 16384)
+                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", TEXTS, resident, 16384)
                 row(
                     report,
                     "denoise",
@@ -90,7 +91,10 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
     model.runtime = Runtime(kernels_for(DEVICE, torch.bfloat16), choice.fn)
     clear_memory()
     text = torch.zeros(1, spec.text_len, spec.transformer.text_dim, device=DEVICE)
-    contexts = [model.prepare_text(text) for _ in range(2)]
+    contexts = []
+    for positions in TEXTS:
+        text[:, : positions - 1] = 1
+        contexts.append(model.prepare_text(text))
     rope = model.prepare_rope(shape, DEVICE)
     history = [torch.zeros(shape, device=DEVICE) for _ in range(6)]  # what UniPC remembers
     step = torch.full((1,), 500.0, device=DEVICE)

@@ -54,7 +54,7 @@ def bf16_models(frames: int) -> Iterator[tuple[str, Predict]]:
     """Every bf16 form, one at a time on the device."""
     model = tuned_model()
     yield "wanduet bf16", ours(model, frames)[0]
-    plain = {"kernels": TORCH_KERNELS, "attention": sdpa, "text_attention": None}
+    plain = {"kernels": TORCH_KERNELS, "attention": sdpa}
     model.runtime = dataclasses.replace(model.runtime, **plain)
     job_embeds = Job(model, SIZE, frames).embeds
     yield "wanduet bf16, plain forms", ours(model, frames)[0]

@@ -33,17 +33,17 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import TextContext, WanTransformer
 from wanduet.ops.attention import sdpa
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.fused import TORCH_KERNELS, Kernels
+from wanduet.ops.fused import TORCH_KERNELS, Kernels, text_attention
 from wanduet.ops.kernels import kernels_for
 from wanduet.ops.rope import Rope
 from wanduet.specs import TransformerSpec
 
 BF16 = torch.bfloat16
 SPEC = TransformerSpec()
-TEXT_LEN = 512
+TEXT_LEN, TRUE_TOKENS = 512, (80, 126)  # of a prompt, and of the default negative prompt
 if TINY:
     SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=3, text_dim=32)
-    TEXT_LEN = 9
+    TEXT_LEN, TRUE_TOKENS = 9, (3, 5)
 ROWS_OF_PROFILE = 16
 
 
@@ -73,19 +73,25 @@ def our_model(dtype: torch.dtype = BF16, kernels: Kernels | None = None) -> WanT
     return model
 
 
-def choices(size: str, text: bool = False) -> Choice:
+def choices(size: str) -> Choice:
     frames, rows, columns = LATENT_SIZES[size]
     tokens = frames * rows * columns // 4
-    shape = Shape(tokens, TEXT_LEN if text else tokens, SPEC.num_attention_heads, SPEC.attention_head_dim)
+    shape = Shape(tokens, tokens, SPEC.num_attention_heads, SPEC.attention_head_dim)
     return choose_attention(DEVICE, shape, BF16, cache_folder=Path(".cache") if ON_GPU else None)
 
 
 def tuned_model(size: str = "480p") -> WanTransformer:
     model = our_model()
-    model.runtime = dataclasses.replace(
-        model.runtime, attention=choices(size).fn, text_attention=choices(size, text=True).fn
-    )
+    model.runtime = dataclasses.replace(model.runtime, attention=choices(size).fn)
     return model
+
+
+def random_embeds(generator: torch.Generator) -> torch.Tensor:
+    """`[2, text_len, text_dim]`: of a prompt and a negative prompt of usual length, padded with zeros."""
+    embeds = torch.randn(2, TEXT_LEN, SPEC.text_dim, generator=generator).to(BF16)
+    for prompt, length in zip(embeds, TRUE_TOKENS, strict=True):
+        prompt[length:] = 0
+    return embeds.to(DEVICE)
 
 
 class Job:
@@ -96,7 +102,7 @@ class Job:
         shape = LATENT_SIZES[size] if frames is None else (frames, *LATENT_SIZES[size][1:])
         self.model = model
         self.latents = torch.randn(1, SPEC.in_channels, *shape, generator=generator).to(BF16).float().to(DEVICE)
-        self.embeds = torch.randn(2, TEXT_LEN, SPEC.text_dim, generator=generator).to(BF16).to(DEVICE)
+        self.embeds = random_embeds(generator)
         self.timestep = torch.tensor([500], device=DEVICE)
         self.texts: list[TextContext] = [model.prepare_text(e[None]) for e in self.embeds]
         self.rope: Rope = model.prepare_rope(self.latents.shape, DEVICE)
@@ -123,12 +129,16 @@ def section_kernels(report: Report) -> None:
     rope = Rope(*(torch.randn(length, half, device=DEVICE) for _ in range(2)))
     q, k, _ = qkv.chunk(3, dim=-1)
     heads, unit = SPEC.num_attention_heads, y.nbytes
+    text = [torch.randn(1, TRUE_TOKENS[0] + 1, heads, 2 * half, device=DEVICE, dtype=BF16) for _ in range(2)]
     for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
         cases: dict[str, tuple[int, Callable[[], object]]] = {
             "norm": (3, lambda k_=kernels: k_.norm(x, row, row, 1e-6, BF16)),
             "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, row, row, 1e-6)),
             "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], 1e-6, heads, rope)),
-            "qk_norm": (2, lambda k_=kernels: k_.qk_norm_rope(y, row[0], 1e-6, heads, None)),
+            "text_attention": (
+                2,
+                lambda k_=kernels: k_.text_attention(y, row[0], 1e-6, *text, TEXT_LEN - TRUE_TOKENS[0]),
+            ),
         }
         for name, (units, fn) in cases.items():
             ms = timed(fn, 10, 3) * 1e3
@@ -149,11 +159,10 @@ def section_kernels(report: Report) -> None:
 
 
 def section_attention(report: Report) -> None:
-    """Every back end that works here, at the shapes of self- and of cross-attention."""
-    for size, text in (("480p", False), ("480p", True)):
-        choice = choices(size, text)
-        for row in choice.table:
-            report.add("attention", kind="text" if text else "self", chosen=choice.name, **dataclasses.asdict(row))
+    """Every back end that works here, at the shape of self-attention."""
+    choice = choices("480p")
+    for row in choice.table:
+        report.add("attention", chosen=choice.name, **dataclasses.asdict(row))
 
 
 def section_forward(report: Report) -> None:
@@ -170,8 +179,8 @@ def section_variants(report: Report) -> None:
     changes: dict[str, dict[str, Any]] = {
         "all": {},
         "plain kernels": {"kernels": TORCH_KERNELS},
-        "SDPA attention": {"attention": sdpa, "text_attention": sdpa},
-        "same back end for text": {"text_attention": None},
+        "SDPA attention": {"attention": sdpa},
+        "plain attention to the text": {"kernels": dataclasses.replace(best.kernels, text_attention=text_attention)},
         "FFN in one chunk": {"ffn_chunk": 10**9},
         "FFN in chunks of 8192": {"ffn_chunk": 8192},
     }
@@ -274,7 +283,7 @@ def diffusers_call(model: Any, size: str, frames: int | None = None) -> Callable
     generator = torch.Generator().manual_seed(1)
     shape = LATENT_SIZES[size] if frames is None else (frames, *LATENT_SIZES[size][1:])
     latents = torch.randn(1, SPEC.in_channels, *shape, generator=generator).to(BF16).to(DEVICE)
-    embeds = torch.randn(2, TEXT_LEN, SPEC.text_dim, generator=generator).to(BF16).to(DEVICE)[:1]
+    embeds = random_embeds(generator)[:1]
     timestep = torch.tensor([500], device=DEVICE)
     return lambda: model(hidden_states=latents, timestep=timestep, encoder_hidden_states=embeds, return_dict=False)[0]
 

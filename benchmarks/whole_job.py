@@ -26,7 +26,7 @@ from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
 from wanduet.ops.kernels import planned_vae_kernels, vae_kernels_for
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
-from wanduet.ops.vae_gpu import VAE_INPUT_KERNELS, VAE_OWN_KERNELS
+from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS
 from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo
 from wanduet.specs import WAN_1_3B
@@ -95,7 +95,7 @@ def forms(report: Report, options: argparse.Namespace) -> None:
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
     sets = {
         "contiguous": (VAE_TORCH_KERNELS,),
-        "channels_last": (VAE_TORCH_KERNELS, VAE_INPUT_KERNELS, VAE_OWN_KERNELS),
+        "channels_last": (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS),
     }
     if not ON_GPU:
         sets = dict.fromkeys(sets, (VAE_TORCH_KERNELS,))
@@ -105,7 +105,7 @@ def forms(report: Report, options: argparse.Namespace) -> None:
             if layout == "channels_last":
                 vae.channels_last()
             for kernels, search in product(kernel_sets, (False, True)):
-                if search and kernels is VAE_OWN_KERNELS:
+                if search and kernels is VAE_TRITON_KERNELS:
                     continue
                 vae.use_kernels(kernels)
                 torch.backends.cudnn.benchmark = search

@@ -26,8 +26,8 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.ops.attention import AttentionLseFn
-from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.devices import on_device_of
+from wanduet.ops.attention_choice import Shape, choose_attention
+from wanduet.ops.devices import on_device_of, prepare_allocator
 from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
@@ -58,6 +58,7 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         torch.backends.cudnn.allow_tf32 = config.tf32
+        prepare_allocator()
         self._denoiser: Denoiser | None = None
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
@@ -194,17 +195,11 @@ class Models:
         folder = self.config.data_folder / "measurements"
         heads = (t.num_attention_heads, t.attention_head_dim)
 
-        def choose(keys: int) -> Choice:
-            shape = Shape(tokens, keys, *heads)
-            return choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
-
-        choice = choose(tokens)
+        shape = Shape(tokens, tokens, *heads)
+        choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
         denoiser.attention, denoiser.attention_lse = choice.name, choice.fn_with_lse
         denoiser.transformer.runtime = Runtime(
-            kernels=kernels_for(denoiser.device, denoiser.dtype),
-            attention=choice.fn,
-            ffn_chunk=job.plan.ffn_chunk,
-            text_attention=choose(self.spec.text_len).fn,
+            kernels=kernels_for(denoiser.device, denoiser.dtype), attention=choice.fn, ffn_chunk=job.plan.ffn_chunk
         )
 
     @contextmanager
@@ -258,27 +253,30 @@ class Models:
             release_memory()
 
     def load_vae(self, device: str, dtype: str, job: Job | None = None) -> WanVAE:
-        """The VAE on a device, loaded or moved there."""
+        """The VAE's decoder on a device, loaded or moved there."""
         began = time.perf_counter()
         kind = getattr(torch, dtype)
         if self._vae is None:
             with torch.device("meta"):
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
             self._enforce_limit(torch.device(device))
-            vae = vae.to(kind).to_empty(device=device)
-            parameters = dict(vae.named_parameters())
+            for part in vae.decoding_parts:  # the encoder stays without memory
+                part.to(kind).to_empty(device=device)
+            parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
             if self.folder is None:
                 _randomise(parameters)
             else:
                 self._verify()
-                self.folder.vae.load_into({n: p.data for n, p in parameters.items()})
+                rest = [name for name, _ in vae.named_parameters() if not vae.decodes(name)]
+                self.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
                 selftest.check_vae(vae)
             self._vae = vae
             self._fit_vae_to(torch.device(device), kind)
             if job is not None:
                 job.add_time("load_s", time.perf_counter() - began)
         moved = self._vae.post_quant_conv.weight.device != torch.device(device)
-        self._vae.to(device, kind)
+        for part in self._vae.decoding_parts:
+            part.to(device, kind)
         if moved:  # also to the CPU, where a GPU's kernels must not follow
             self._fit_vae_to(torch.device(device), kind)
         return self._vae
@@ -287,11 +285,14 @@ class Models:
         assert self._vae is not None
         if device.type == "cuda":
             self._vae.channels_last()
+            if self.config.tf32:
+                self._vae.round_to_tf32()
         self._vae.use_kernels(vae_kernels_for(device, dtype))
 
     def _vae_to_host(self) -> None:
         if self._vae is not None:
-            self._vae.to("cpu")
+            for part in self._vae.decoding_parts:
+                part.to("cpu")
             release_memory()
 
     # Housekeeping.

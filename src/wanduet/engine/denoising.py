@@ -131,7 +131,7 @@ class Denoising:
         runtime = self.denoiser.transformer.runtime
         if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa:
             return False
-        self.denoiser.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa, text_attention=None)
+        self.denoiser.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa)
         self.denoiser.attention = "sdpa"
         return True
 

@@ -5,14 +5,15 @@ see, workspaces and the allocator's rounding, is added here and checked against 
 benchmarks/results.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from wanduet.models.transformer import WanTransformer
 from wanduet.models.transformer_memory import forward_bytes
-from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.ops.kernels import planned_vae_kernels
 from wanduet.specs import ModelSpec
@@ -33,7 +34,7 @@ class TransformerMemory:
 
     total_weights: int
     weights: int  # resident weights, streaming buffers included
-    text: int  # cross-attention keys and values of every guidance branch
+    text: int  # cross-attention keys and values of every prompt
     activations: int  # the largest moment of one forward
     latents: int  # latents, sampler history, velocities
 
@@ -52,15 +53,21 @@ class ModelMemory:
     vae_shapes: Shapes
 
     def transformer(
-        self, size: Size, dtype: str, branches: int, resident_blocks: int, ffn_chunk: int, sequence_ranks: int = 1
+        self,
+        size: Size,
+        dtype: str,
+        texts: Sequence[int],
+        resident_blocks: int,
+        ffn_chunk: int,
+        sequence_ranks: int = 1,
     ) -> TransformerMemory:
-        """Memory of denoising with `resident_blocks` kept on the device and the sequence spread over ranks."""
+        """Memory of denoising with prompts of so many positions (`text_positions`), with `resident_blocks` kept on the
+        device and the sequence spread over ranks."""
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
         total = self.transformer_weights(dtype)
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
-        text = branches * 2 * t.num_layers * self.spec.text_len * t.dim * item
-
+        text = sum(texts) * 2 * t.num_layers * t.dim * item
         activations = forward_bytes(
             t, self.spec.latent_shape(*size), self.spec.text_len, dtype, ffn_chunk, sequence_ranks
         )
@@ -72,17 +79,29 @@ class ModelMemory:
         return sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
 
     def vae_weights(self, dtype: str) -> int:
-        """Bytes of the whole VAE (encoder and decoder)."""
-        return sum(prod(s) * DTYPE_BYTES[dtype] for s in self.vae_shapes.values())
+        """Bytes of the VAE's decoder: its encoder is not loaded to make a video of a text."""
+        return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
 
     def decode(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
         """Bytes that decoding needs beside the weights, on a device like `cuda:0`."""
         return decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
 
+    def decode_host(self, size: Size, mode: DecodePlan, dtype: str) -> int:
+        """Bytes of the host that decoding needs."""
+        return decode_host_bytes(self.spec.vae, *size, mode, dtype)
+
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters: the large products; tables and norms stay resident."""
         block = {n: s for n, s in self.transformer_shapes.items() if n.startswith("blocks.0.")}
         return sum(prod(s) * DTYPE_BYTES[dtype] for n, s in block.items() if ".to_" in n or ".ffn." in n)
+
+
+def text_positions(text: str, text_len: int) -> int:
+    """At most so many positions of a prompt have a key and value of their own: before it is cut into tokens, a token for
+    each character (four for one that the vocabulary may have to spell in bytes), some for its borders, and one that
+    stands for all padding."""
+    tokens = sum(1 if ord(character) < 0x10000 else 4 for character in text) + 4
+    return min(text_len, tokens)
 
 
 def text_encoder_bytes(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> int:

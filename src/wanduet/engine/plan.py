@@ -12,7 +12,7 @@ from typing import Any, Literal
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
 from wanduet.engine.cost import Seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
-from wanduet.engine.memory import ModelMemory, text_encoder_bytes
+from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
 from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
 from wanduet.engine.smaller import alternatives
 from wanduet.errors import DoesNotFitError
@@ -203,8 +203,11 @@ def _plan(
     size = (request.generated_height, request.generated_width, request.num_frames)
     dtype, dtype_why = _transformer_dtype(config, place.transformer)
     vae_dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
-    branches = (2 if request.uses_guidance else 1) // layout.cfg or 1
-    transformer = memory.transformer(size, dtype, branches, resident, chunk, layout.sequence)
+    texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
+    positions = sorted(text_positions(text, memory.spec.text_len) for text in texts)
+    # With the branches of the guidance on devices of their own, each has one prompt.
+    positions = positions[-1:] if layout.cfg > 1 else positions
+    transformer = memory.transformer(size, dtype, positions, resident, chunk, layout.sequence)
     vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name)
     on_transformer = {"denoise": transformer.peak, "decode": transformer.weights if keep_both else 0}
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
@@ -212,7 +215,7 @@ def _plan(
 
     text_dtype, hold, hold_why = _text_encoder(memory, config, hardware)
     host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
-    host += sum(d.peak for d in devices if d.name == "cpu")
+    host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype)
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
     if not place.transformer.is_cpu:
         on_host = layers - resident if keep_both else layers  # taking turns, all blocks wait on the host at times

@@ -25,6 +25,7 @@ Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
 Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
 INTERRUPTED = 130
+LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
 app = App(
@@ -108,7 +109,7 @@ def plan(
 ) -> None:
     """Predict memory and choose settings, without loading anything."""
     config = engine.config()
-    request = early_request("a plan", video, config)
+    request = early_request(LONGEST_PROMPT, video, config)
     from wanduet.frontends.commands import run_plan
 
     found = run_plan(request, config, hardware)

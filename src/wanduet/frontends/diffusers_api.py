@@ -31,6 +31,8 @@ from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
 from wanduet.weights.folder import read_json
 
+# Stands for prompts and embeddings that are not known when memory is planned: of the greatest length.
+ANY_PROMPT = 512 * "-"
 log = logging.getLogger(__name__)
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -189,7 +191,7 @@ class WanPipeline:
         """Plan the call; refused here if it does not fit."""
         try:
             request = GenerationRequest.parse(
-                prompt="-", height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
+                prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames, num_inference_steps=steps,
                 guidance_scale=scale, seed=0,
             )  # fmt: skip
             resolved = request.resolve(self._models.spec)

@@ -32,13 +32,15 @@ FFN_CHUNK_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class TextContext:
-    """A prompt as every block's cross-attention sees it: keys and values `[B, text_len, H, D]`.
+    """A prompt as every block's cross-attention sees it: keys and values `[B, S, H, D]`, S at most text_len.
 
-    The text does not change during a denoise, so this is computed once a prompt.
+    The text does not change during a denoise, so this is computed once a prompt. All of a prompt's padding has the
+    same key and value; they are kept once, as the last, which counts `repeats` times.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +57,12 @@ class Modulation:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How blocks run here: fused kernels, attention, sharding, feed-forward chunk in tokens, and attention
-    to the text where another back end is faster at its few keys."""
+    """How blocks run here: fused kernels, self-attention, sharding, feed-forward chunk in tokens."""
 
     kernels: Kernels = TORCH_KERNELS
     attention: AttentionFn = sdpa
     sharding: Sharding = field(default_factory=NoSharding)
     ffn_chunk: int = FFN_CHUNK_TOKENS
-    text_attention: AttentionFn | None = None
 
 
 class Attention(nn.Module):
@@ -94,13 +94,13 @@ class Attention(nn.Module):
         v_BLHD = v.unflatten(-1, (self.num_heads, -1))
         return run.sharding.attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 
-    def attend_text(self, n_BLC: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, run: Runtime) -> Tensor:
+    def attend_text(self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime) -> Tensor:
         """Cross-attention's heads `[B, L, C]`, before the output projection."""
-        q_BLHD = run.kernels.qk_norm_rope(self.to_q(n_BLC), self.norm_q.weight, self.eps, self.num_heads, None)
-        return (run.text_attention or run.attention)(q_BLHD, k_BLHD, v_BLHD).flatten(2)
+        q = self.to_q(n_BLC)
+        return run.kernels.text_attention(q, self.norm_q.weight, self.eps, k_BSHD, v_BSHD, repeats)
 
     def project_text(self, text_BSC: Tensor, run: Runtime) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, text_len, H, D]` of a projected prompt."""
+        """Keys and values `[B, S, H, D]` of a projected prompt `[B, S, C]`."""
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
         n_BLC: Tensor,
         mod: Modulation,
         next_norm: tuple[Tensor, Tensor],
-        text: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor, int],
         rope: Rope,
         run: Runtime,
     ) -> tuple[Tensor, Tensor]:
@@ -215,9 +215,12 @@ class WanTransformer(nn.Module):
 
     def prepare_text(self, prompt_embeds: Tensor) -> TextContext:
         """Keys and values of all blocks for `[B, text_len, text_dim]` zero-padded embeddings."""
-        text = self.condition_embedder.embed_text(prompt_embeds.to(self.compute_dtype))
+        true_tokens = prompt_embeds.ne(0).any(dim=-1).any(dim=0).nonzero()
+        kept = min(int(true_tokens[-1]) + 1 if len(true_tokens) else 0, prompt_embeds.shape[1] - 1) + 1
+        text = self.condition_embedder.embed_text(prompt_embeds[:, :kept].to(self.compute_dtype))
         pairs = [block.attn2.project_text(text, self.runtime) for block in self.fetch_blocks()]
-        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+        repeats = prompt_embeds.shape[1] - kept + 1
+        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), repeats)
 
     def prepare_rope(self, latent_shape: tuple[int, ...], device: torch.device) -> Rope:
         """Rotation angles of this device's tokens for latents `[..., frames, rows, columns]`."""
@@ -259,7 +262,7 @@ class WanTransformer(nn.Module):
         norms.append((1 + scale, shift))
         n_BLC = self.runtime.kernels.norm(x_BLC, *norms[0], self.spec.eps, self.compute_dtype)
         for index, block in enumerate(self.fetch_blocks()):
-            keys_values = (text.keys[index], text.values[index])
+            keys_values = (text.keys[index], text.values[index], text.repeats)
             x_BLC, n_BLC = block(x_BLC, n_BLC, modulations[index], norms[index + 1], keys_values, rope, self.runtime)
         return n_BLC
 

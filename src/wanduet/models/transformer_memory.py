@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.transformer import Runtime, TextContext, WanTransformer
+from wanduet.ops.fused import TORCH_KERNELS
 from wanduet.parallel.sharding import NoSharding
 from wanduet.specs import TransformerSpec
 
@@ -47,7 +48,8 @@ def _traced(
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
-    model.runtime = Runtime(attention=_attend, sharding=_Share(ranks), ffn_chunk=ffn_chunk)
+    kernels = replace(TORCH_KERNELS, text_attention=_attend_text)
+    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks), ffn_chunk=ffn_chunk)
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
     with torch.no_grad(), Footprint() as footprint:
@@ -61,6 +63,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What every fused attention allocates: its output, and the log-sum-exp in float32."""
     torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _attend_text(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
+    """The same for the text: its output, which is no larger than q and comes when little else is there."""
+    return torch.empty_like(q)
 
 
 class _Share(NoSharding):

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from wanduet.models.vae_history import History
 from wanduet.models.vae_layers import (
     AttentionBlock,
     CausalConv3d,
@@ -29,7 +30,7 @@ from wanduet.models.vae_layers import (
     run,
 )
 from wanduet.models.vae_rows import Rows, split_rows
-from wanduet.ops.vae_fused import VAEKernels
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
 
@@ -132,6 +133,8 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """Encoder and decoder with the latents' normalisation."""
 
+    kernels: VAEKernels = VAE_TORCH_KERNELS
+
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
         self.spec = spec
@@ -139,16 +142,20 @@ class WanVAE(nn.Module):
         self.quant_conv = CausalConv3d(2 * spec.z_dim, 2 * spec.z_dim, 1)
         self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
 
-    def own_pasts(self, owns: bool = True) -> None:
-        """Let steps overwrite the past they are given. For drivers that use each past once: half the memory."""
+    def own_pasts(self, owns: bool = True, history: History | None = None) -> None:
+        """Let steps overwrite the past they are given. For drivers that use each past once: half the memory.
+
+        `history`: where first pasts are put.
+        """
         for module in self.modules():
             if isinstance(module, Remembers):
-                module.owns_past = owns
+                module.owns_past, module.history = owns, history
 
     def use_kernels(self, kernels: VAEKernels) -> None:
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
+        self.kernels = kernels
         for module in self.modules():
-            if isinstance(module, CausalConv3d | Upsample):
+            if isinstance(module, AttentionBlock | CausalConv3d | Upsample):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
@@ -159,7 +166,24 @@ class WanVAE(nn.Module):
             elif parameter.ndim == 4 and parameter.shape[-1] > 0:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
+    def round_to_tf32(self) -> None:
+        """Round convolutions' float32 weights to the nearest numbers of 11 bits, for matrix units that would cut the
+        other bits off (they do not round): twice the precision of what comes out."""
+        for parameter in self.parameters():
+            if parameter.ndim >= 4 and parameter.dtype == torch.float32 and not parameter.is_meta:
+                parameter.data.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+
     # Decoding.
+
+    @staticmethod
+    def decodes(name: str) -> bool:
+        """Whether the parameter of this name is needed to decode."""
+        return name.startswith(("decoder.", "post_quant_conv."))
+
+    @property
+    def decoding_parts(self) -> tuple[nn.Module, ...]:
+        """The modules that hold those."""
+        return self.decoder, self.post_quant_conv
 
     def decode_trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One latent frame `[B, 16, 1, h, w]` (normalised) to the middle's features `[B, C, 1, h, w]`."""
@@ -239,6 +263,11 @@ class WanVAE(nn.Module):
 
     def _all_pixel_rows(self, latent_rows: int) -> Rows:
         return Rows.whole(latent_rows * self.spec.spatial_stride)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels `[1, 3, t, h, w]` in [-1, 1] to `[t, h, w, 3]` uint8, rounded to nearest."""
+    return pixels[0].mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
 
 
 @lru_cache(maxsize=16)

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanduet.models.vae_history import History
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv, empty_clip
-
-SCORES_BYTES = 128 * 2**20  # of the middle's attention at a time
 
 Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
 Step: TypeAlias = tuple[Tensor, Past, Rows]
@@ -32,14 +31,19 @@ class Layer(Protocol):
 
 class Remembers(nn.Module):
     """A layer that keeps frames for the next step. `owns_past`: the caller never uses a past twice, so the
-    next one may take the old one's memory; without it steps are pure (see `WanVAE.own_pasts`)."""
+    next one may take the old one's memory; without it steps are pure. `history`: where a first past is put (see
+    `WanVAE.own_pasts`)."""
 
     owns_past = False
+    history: History | None = None
 
     def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
         """The next past: a copy of `frames`, in the old past's memory where that was given up."""
-        if self.owns_past and past is not None and past.shape == frames.shape and not torch.is_grad_enabled():
-            return past.copy_(frames)
+        if self.owns_past and not torch.is_grad_enabled():
+            if past is not None and past.shape == frames.shape:
+                return past.copy_(frames)
+            if self.history is not None:
+                return self.history.copy_of(frames)
         return frames.clone()
 
 
@@ -71,13 +75,15 @@ class CausalConv3d(nn.Conv3d, Remembers):
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         consume: bool = False,
+        then: RMSNorm | None = None,
     ) -> Step:
-        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after."""
+        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after.
+        With `then` the result is `silu(then(result))`."""
         spatial = self.kernel_size[1] == 3
         pads = rows.padding if spatial else (0, 0)
-        gamma = None if norm is None else norm.gamma
+        gamma, out_gamma = (None if n is None else n.gamma for n in (norm, then))
         assert self.bias is not None
-        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume)
+        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma)
         past = self.keep(last, past) if self.kernel_size[0] > 1 else None
         return out, past, rows.narrowed() if spatial else rows
 
@@ -98,17 +104,19 @@ class ResidualBlock(nn.Module):
     def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
-        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1)
+        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2)
         outer = inner.narrowed()
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
             shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer)
-        h, past2, _ = self.conv2.step(h, past2, inner, self.norm2, shortcut, consume=True)
+        h, past2, _ = self.conv2.step(h, past2, inner, residual=shortcut)
         return h, (past1, past2), outer
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all pixels of each frame. Needs whole frames."""
+
+    kernels: VAEKernels = VAE_TORCH_KERNELS
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,11 +134,8 @@ class AttentionBlock(nn.Module):
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).flatten(0, 1)
         normed = F.normalize(images.float(), dim=1).to(x.dtype) * (channels**0.5) * self.norm.gamma
-        q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        # In parts of the queries, so that a back end that writes out the scores needs a bounded memory too.
-        part = max(1, SCORES_BYTES // (4 * height * width * q.shape[0]))
-        heads = torch.cat([F.scaled_dot_product_attention(rows, k, v) for rows in q.split(part, dim=2)], dim=2)
-        heads = heads.squeeze(1).transpose(1, 2).reshape(batch * frames, channels, height, width)
+        q, k, v = self.to_qkv(normed).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        heads = self.kernels.attend(q, k, v).transpose(1, 2).reshape(batch * frames, channels, height, width)
         out = self.proj(heads).unflatten(0, (batch, frames)).transpose(1, 2)
         return x + out, None, rows
 
@@ -154,7 +159,7 @@ class Upsample(nn.Module):
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
-                past = empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_()
+                past = self.time_conv.keep(empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_(), None)
             else:
                 x, past, _ = self.time_conv.step(x, past, rows)
         conv, doubled = cast(nn.Conv2d, self.resample[1]), rows.doubled()

@@ -1,15 +1,16 @@
 """Bytes that a decode needs beside the VAE's weights, found by running the decode on the meta device."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from wanduet.models.footprint import Footprint, on_meta
-from wanduet.models.vae import WanVAE
+from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
-from wanduet.models.vae_stream import to_uint8
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
@@ -28,30 +29,87 @@ def decode_bytes(
     kernels: VAEKernels = VAE_TORCH_KERNELS,
 ) -> int:
     """Peak bytes of `decode_stream` for a generated size in pixels, without weights and libraries' workspaces."""
-    kind: torch.dtype = getattr(torch, dtype)
+    strips = split_rows(Rows.whole(height), [1.0] * plan.num_strips)
+    parts = _Parts.of(spec, height, width, num_frames, strips, getattr(torch, dtype), kernels)
+    mid = parts.trunk.output
+    history = parts.history(plan)
+    if plan.order == "strip":  # the middle of this step, and of the one before or after it
+        return history + 2 * mid + max(parts.trunk.transient, parts.transient)
+    picture = 2 * spec.temporal_stride * height * width * 3  # uint8, this step's and the one on its way
+    return history + picture + max(parts.trunk.transient, mid + parts.transient)
+
+
+def decode_host_bytes(
+    spec: VAESpec, height: int, width: int, num_frames: int, plan: DecodePlan, dtype: str
+) -> int:  # fmt: skip
+    """What waits on the host meanwhile: with strip-major the middle's features, and the frames of all strips."""
+    frames = num_frames if plan.order == "strip" else 2 * spec.temporal_stride
+    pixels = frames * height * width * 3
+    if plan.order == "frame":
+        return pixels
     steps = (num_frames - 1) // spec.temporal_stride + 1
     rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
-    trunk = _trunk(spec, rows, columns, min(steps, TRACED_STEPS), kind, kernels)
-    strips = split_rows(Rows.whole(height), [1.0] * plan.num_strips)
-    # The first strip has one border of the frame; those between two, which makes them the largest.
-    first = _strip(spec, rows, columns, strips[0], min(steps, TRACED_STEPS), kind, kernels)
-    other = (
-        _strip(spec, rows, columns, strips[1], min(steps, TRACED_STEPS), kind, kernels) if len(strips) > 1 else first
-    )
-    transient = max(first.transient, other.transient)
-    if plan.order == "strip":
-        waiting = steps * trunk.output  # the middle's features of all frames
-        return max(waiting + trunk.kept + trunk.transient, waiting + max(first.kept, other.kept) + transient)
-    history = first.kept + (len(strips) - 1) * other.kept
-    picture = 2 * spec.temporal_stride * height * width * 3  # uint8, this step's and the one on its way
-    return trunk.kept + history + picture + max(trunk.transient, trunk.output + transient)
+    features = steps * spec.base_dim * spec.dim_mult[-1] * rows * columns
+    return int(pixels + features * getattr(torch, dtype).itemsize)
 
 
+def history_bytes(
+    spec: VAESpec,
+    height: int,
+    width: int,
+    num_frames: int,
+    plan: DecodePlan,
+    strips: Sequence[Rows],
+    dtype: torch.dtype,
+    kernels: VAEKernels,
+) -> int:
+    """Bytes of what such a decode remembers between its steps, at its fullest."""
+    return _Parts.of(spec, height, width, num_frames, strips, dtype, kernels).history(plan)
+
+
+@dataclass(frozen=True, slots=True)
 class _Cost:
     """Bytes of one part: what it remembers between steps, what it needs beyond that while it runs, its output."""
 
-    def __init__(self, kept: int, transient: int, output: int) -> None:
-        self.kept, self.transient, self.output = kept, transient, output
+    kept: int
+    transient: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The trunk, the first strip of rows (at a border of the frame, perhaps), and the largest of `others` more."""
+
+    trunk: _Cost
+    first: _Cost
+    other: _Cost
+    others: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: VAESpec,
+        height: int,
+        width: int,
+        num_frames: int,
+        strips: Sequence[Rows],
+        dtype: torch.dtype,
+        kernels: VAEKernels,
+    ) -> "_Parts":
+        steps = min((num_frames - 1) // spec.temporal_stride + 1, TRACED_STEPS)
+        rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
+        largest = max(strips[1:], key=lambda strip: strip.count, default=strips[0])
+        first, other = (_strip(spec, rows, columns, strip, steps, dtype, kernels) for strip in (strips[0], largest))
+        return cls(_trunk(spec, rows, columns, steps, dtype, kernels), first, other, len(strips) - 1)
+
+    @property
+    def transient(self) -> int:
+        return max(self.first.transient, self.other.transient)
+
+    def history(self, plan: DecodePlan) -> int:
+        if plan.order == "strip":  # first the trunk's alone, then each strip's alone
+            return max(self.trunk.kept, self.first.kept, self.other.kept)
+        return self.trunk.kept + self.first.kept + self.others * self.other.kept
 
 
 @lru_cache(maxsize=256)

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanduet.models.vae import WanVAE
+from wanduet.models.vae import WanVAE, to_uint8
+from wanduet.models.vae_history import History
 from wanduet.models.vae_layers import Past
+from wanduet.models.vae_memory import history_bytes
 from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
@@ -36,17 +38,11 @@ def decode_stream(
     reused: take what is needed before asking for more. `on_frames(done, total)` counts frames decoded so
     far. Decoding may run in any thread, one video at a time for each `vae`.
     """
-    vae.own_pasts()
     job = _Decode(vae, latents, plan, on_frames, rows)
     try:
         yield from job.frame_major() if plan.order == "frame" else job.strip_major()
     finally:
         vae.own_pasts(False)
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels `[1, 3, t, h, w]` in [-1, 1] to `[t, h, w, 3]` uint8, rounded to nearest."""
-    return pixels[0].mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
 
 
 @dataclass(slots=True)
@@ -70,7 +66,7 @@ class _Decode:
         self, vae: WanVAE, latents: Tensor, plan: DecodePlan, on_frames: OnFrames | None, rows: Rows | None
     ) -> None:
         weight = vae.post_quant_conv.weight
-        self.vae, self.device = vae, weight.device
+        self.vae, self.device, self.plan = vae, weight.device, plan
         self.latents = latents.to(weight.dtype)
         self.length = latents.shape[1]
         stride = vae.spec.spatial_stride
@@ -80,6 +76,12 @@ class _Decode:
         self.on_frames = on_frames
         self.strips = split_rows(self.rows, [1.0] * plan.num_strips)
         self._buffers: list[Tensor] = []
+        self._sent = 0
+        self._history: History | None = None
+        if self.device.type == "cuda":
+            size = (self.rows.height, self.width, self.num_frames)
+            needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
+            self._history = History(needed, self.device)
 
     def frame_major(self) -> Iterator[Frames]:
         trunk: Past = None
@@ -87,6 +89,7 @@ class _Decode:
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):
+            self.vae.own_pasts(history=self._history)
             mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
             picture: Tensor | None = None
             for number, rows in enumerate(self.strips):
@@ -99,7 +102,7 @@ class _Decode:
                 del pixels, part
             assert picture is not None
             # These frames travel, and the next are being decoded, while the ones before are encoded.
-            leaving = self._send(picture, index)
+            leaving = self._send(picture)
             if before is not None:
                 yield before.arrive()
             before = leaving
@@ -109,26 +112,48 @@ class _Decode:
             yield before.arrive()
 
     def strip_major(self) -> Iterator[Frames]:
-        """The middle's features of all frames are kept (small); the big layers run strip after strip."""
+        """The middle's features of all frames wait on the host; the big layers run strip after strip."""
         trunk: Past = None
         middles = []
         for index in range(self.length):
+            self.vae.own_pasts(history=self._history)
             mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
-            middles.append(mid)
+            middles.append(self._to_host(mid))
         trunk = None
         video = np.empty((self.num_frames, self.rows.count, self.width, 3), np.uint8)
+        before: tuple[_OnTheWay, int, Rows] | None = None
         for number, rows in enumerate(self.strips):
             past: Past = None
             begin = 0
-            for mid in middles:
+            if self._history is not None:
+                self._history.forget()
+            for waiting in middles:
+                self.vae.own_pasts(history=self._history)
+                mid = waiting.to(self.device, non_blocking=True)
                 pixels, past = self.vae.decode_rows(mid, past, rows)
-                part = to_uint8(pixels)
-                video[begin : begin + part.shape[0], self._place(rows)] = part.cpu().numpy()
-                begin += part.shape[0]
-                del pixels, part
+                leaving = self._send(to_uint8(pixels))
+                del mid, pixels
+                if before is not None:
+                    self._put(video, *before)
+                before = leaving, begin, rows
+                begin += leaving.host.shape[0]
                 self._tell((number * self.num_frames + begin) // len(self.strips))
+        if before is not None:
+            self._put(video, *before)
         for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
             yield video[begin : begin + self.vae.spec.temporal_stride]
+
+    def _put(self, video: Frames, part: _OnTheWay, begin: int, rows: Rows) -> None:
+        """Into the video `[num_frames, rows, W, 3]`: frames of a strip, from frame `begin` on."""
+        arrived = part.arrive()
+        video[begin : begin + arrived.shape[0], self._place(rows)] = arrived
+
+    def _to_host(self, mid: Tensor) -> Tensor:
+        """A copy in page-locked memory, under way."""
+        if not mid.is_cuda:
+            return mid
+        host = torch.empty(mid.shape, dtype=mid.dtype, pin_memory=True)
+        return host.copy_(mid, non_blocking=True)
 
     def _place(self, strip: Rows) -> slice:
         """Where a strip's rows are among the wanted ones."""
@@ -138,14 +163,16 @@ class _Decode:
         """One latent frame `[1, 16, 1, h, w]` on the VAE's device."""
         return self.latents[None, :, index : index + 1].to(self.device, non_blocking=True)
 
-    def _send(self, picture: Tensor, index: int) -> _OnTheWay:
-        """Start the copy of frames `[t, H, W, 3]` to the host, into one of two buffers."""
+    def _send(self, picture: Tensor) -> _OnTheWay:
+        """Start the copy of frames `[t, rows, W, 3]` to the host, into one of two buffers."""
         if not picture.is_cuda:
             return _OnTheWay(picture.cpu(), None)
         while len(self._buffers) < 2:
             shape = (self.vae.spec.temporal_stride, self.rows.count, self.width, 3)
             self._buffers.append(torch.empty(shape, dtype=torch.uint8, pin_memory=True))
-        host = self._buffers[index % 2][: picture.shape[0]]
+        frames, rows = picture.shape[:2]
+        host = self._buffers[self._sent % 2].view(-1)[: picture.numel()].view(frames, rows, self.width, 3)
+        self._sent += 1
         host.copy_(picture, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device))

@@ -20,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import on_device_of
+from wanduet.ops.vae_triton import EPS, silu_rounded, uses_tf32
+
+UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class Tile:
     """What a program computes: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
 
     Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
-    are not: 96 = 64 + 32. `second` may be 0.
+    are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
+    instead of the other way round.
     """
 
     pixels: int
@@ -36,6 +40,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    swap: bool = False
 
     @property
     def channels(self) -> int:
@@ -47,21 +52,23 @@ class Tile:
         return self.stages * (self.pixels + self.channels) * self.depth * itemsize
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
+@triton.jit(do_not_specialize=["to_past", "length", "height", "width", "out_height", "out_width", "top"])  # type: ignore[untyped-decorator]
 def _convolution_kernel(
-    x_ptr, to_past, weight_ptr, bias_ptr, residual_ptr, out_ptr,
+    x_ptr, to_past: tl.int64, weight_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr,
     x_batch, x_frame, x_row, x_column,
     past_batch, past_frame, past_row, past_column,
     residual_batch, residual_frame, residual_row, residual_column,
     out_batch, out_frame, out_row, out_column,
-    length, height, width, out_height, out_width, top,
+    length, height, width, out_height, out_width, top, norm_scale,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UP: tl.constexpr,
-    HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
+    TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    SWAP: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`, of which rows
-    and columns count `UP` times; weight `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` is the padding above, `to_past` how many
-    values lie between the first of x and the first of the past."""
+    and columns count `UP` times; weight `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` is the padding above; from the
+    first value of x to the first of the past it is `to_past * UNIT` values. `norm_scale` is sqrt(C_OUT)."""
     groups = tl.cdiv(C_OUT, FIRST + SECOND)
     first_channel = (tl.program_id(0) % groups) * (FIRST + SECOND)
     pixel = (tl.program_id(0) // groups) * PIXELS + tl.arange(0, PIXELS)
@@ -72,23 +79,24 @@ def _convolution_kernel(
     column = pixel % out_width
 
     x_ptr += batch * x_batch
-    to_past += batch * (past_batch - x_batch)
+    to_past = to_past * UNIT + batch * (past_batch - x_batch)
     part = tl.arange(0, DEPTH)
     one = first_channel + tl.arange(0, FIRST)
     steps: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
     taps: tl.constexpr = KT * KH * KW
-    sum_one = tl.zeros((PIXELS, FIRST), tl.float32)
+    sum_one = tl.zeros((FIRST, PIXELS) if SWAP else (PIXELS, FIRST), tl.float32)
     one_at = one[:, None] * (taps * C_IN) + part[None, :]
     is_one = one[:, None] < C_OUT
     if SECOND:
         two = first_channel + FIRST + tl.arange(0, SECOND)
-        sum_two = tl.zeros((PIXELS, SECOND), tl.float32)
+        sum_two = tl.zeros((SECOND, PIXELS) if SWAP else (PIXELS, SECOND), tl.float32)
         two_at = two[:, None] * (taps * C_IN) + part[None, :]
         is_two = two[:, None] < C_OUT
 
     for index in range(taps * steps):
-        tap = index // steps
-        channel = (index % steps) * DEPTH
+        # Columns innermost: neighbours are read one after the other, so that two of three come from the L1 cache.
+        tap = (index // (KW * steps)) * KW + index % KW
+        channel = ((index // KW) % steps) * DEPTH
         # Frames before the first of x lie in the past, the oldest first.
         source = frame + tap // (KH * KW) - (KT - 1)
         up_row = row + (tap // KW) % KH - top
@@ -107,31 +115,72 @@ def _convolution_kernel(
         offset = (up_row // UP) * rows_at + (up_column // UP) * columns_at
         channels = channel + part
         in_width = channels[None, :] < C_IN
-        values = tl.load(x_ptr + at + offset[:, None] + channels[None, :], inside[:, None] & in_width, 0.0)
+        values = tl.load(
+            x_ptr + at + offset[:, None] + channels[None, :], inside[:, None] & in_width, 0.0, cache_modifier=".ca"
+        )
         weights_at = weight_ptr + tap * C_IN + channel
         weights = tl.load(weights_at + one_at, is_one & in_width, 0.0)
-        sum_one = tl.dot(values, tl.trans(weights), sum_one, input_precision=PRECISION)
+        sum_one = _multiplied(values, weights, sum_one, PRECISION, SWAP)
         if SECOND:
             more = tl.load(weights_at + two_at, is_two & in_width, 0.0)
-            sum_two = tl.dot(values, tl.trans(more), sum_two, input_precision=PRECISION)
+            sum_two = _multiplied(values, more, sum_two, PRECISION, SWAP)
+    if SWAP:
+        sum_one = tl.trans(sum_one)
+        if SECOND:
+            sum_two = tl.trans(sum_two)
 
     out_at = out_ptr + batch * out_batch + frame.to(tl.int64) * out_frame + row * out_row + column * out_column
     residual_at = residual_ptr + batch * residual_batch + frame.to(tl.int64) * residual_frame
     residual_at = residual_at + row * residual_row + column * residual_column
-    _finish(sum_one, out_at, residual_at, bias_ptr, one, is_pixel, C_OUT, HAS_RESIDUAL)
+    sum_one = _completed(sum_one, residual_at, bias_ptr, one, is_pixel, C_OUT, HAS_RESIDUAL)
     if SECOND:
-        _finish(sum_two, out_at, residual_at, bias_ptr, two, is_pixel, C_OUT, HAS_RESIDUAL)
+        sum_two = _completed(sum_two, residual_at, bias_ptr, two, is_pixel, C_OUT, HAS_RESIDUAL)
+    if HAS_NORM:  # all channels of a pixel are here
+        squares = tl.sum(sum_one * sum_one, 1)
+        if SECOND:
+            squares += tl.sum(sum_two * sum_two, 1)
+        factor = norm_scale / tl.maximum(tl.sqrt(squares), EPS)
+        sum_one = _norm_silu(sum_one, factor, gamma_ptr, one, C_OUT, TO_TF32)
+        if SECOND:
+            sum_two = _norm_silu(sum_two, factor, gamma_ptr, two, C_OUT, TO_TF32)
+    _store(sum_one, out_at, one, is_pixel, C_OUT)
+    if SECOND:
+        _store(sum_two, out_at, two, is_pixel, C_OUT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _finish(
-    total, out_at, residual_at, bias_ptr, channel, is_pixel, C_OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """Values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]`, added to the total."""
+    if SWAP:
+        total = tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(values, tl.trans(weights), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _completed(
+    total, residual_at, bias_ptr, channel, is_pixel, C_OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):  # fmt: skip
-    """Add the bias and the residual, round once, store."""
-    mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
+    """The sum with bias and residual; zero where there is no channel."""
     total += tl.load(bias_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
+        mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
         total += tl.load(residual_at[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_silu(value, factor, gamma_ptr, channel, C_OUT: tl.constexpr, TO_TF32: tl.constexpr):
+    """`silu(value * factor * gamma)`."""
+    gamma = tl.load(gamma_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)
+    return silu_rounded(value * factor[:, None] * gamma[None, :], TO_TF32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(total, out_at, channel, is_pixel, C_OUT: tl.constexpr):
+    """Round once, and write."""
+    mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
     tl.store(out_at[:, None] + channel[None, :], total.to(out_at.dtype.element_ty), mask)
 
 
@@ -144,47 +193,66 @@ def convolve(
     up: int,
     residual: Tensor | None,
     out: Tensor,
+    gamma: Tensor | None = None,
     tile: Tile | None = None,
-) -> None:
+) -> bool:
     """Convolve `x` `[B, I, T, h, w]` (its rows and columns repeated `up` times) into `out` `[B, O, T, h', w']`.
 
     Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory, odd kh and kw;
     `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and below; columns are padded by
     kw // 2. `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
     PyTorch's own convolutions do that (`torch.backends.cudnn.allow_tf32`).
+
+    With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
+    that; whether it was done is returned.
     """
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
     tile = tile or tile_for(inputs, outputs, x.itemsize, _shared_memory(x.device))
     before = x if past is None else past
     added = out if residual is None else residual
+    to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
+    unit = 1 if to_past % UNIT else UNIT
+    normed = gamma is not None and tile.channels >= outputs
     tiles = triton.cdiv(out.shape[3] * out.shape[4], tile.pixels) * triton.cdiv(outputs, tile.channels)
     with on_device_of(x):
         _convolution_kernel[(tiles, length, batch)](
-            x, (before.data_ptr() - x.data_ptr()) // x.itemsize, weight, bias, added, out,
+            x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
             *_strides(x), *_strides(before), *_strides(added), *_strides(out),
-            length, height, width, out.shape[3], out.shape[4], pads[0],
-            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, HAS_PAST=past is not None and kt > 1,
-            HAS_RESIDUAL=residual is not None, PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth,
+            length, height, width, out.shape[3], out.shape[4], pads[0], float(outputs**0.5),
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, UNIT=unit, HAS_PAST=past is not None and kt > 1,
+            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+    return normed
 
 
 def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Tile:
     """The tile for a convolution of these widths in values of `itemsize` bytes, within `shared_memory` bytes."""
-    depth = min(triton.next_power_of_2(inputs), 128 // itemsize)  # 128 bytes of a pixel at a time
-    if outputs % 192 == 0:
-        tile = Tile(128, 128, 64, depth, 8, 3)
-    elif outputs % 96 == 0:
-        tile = Tile(256, 64, 32, min(depth, 32), 8, 4)
+    depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
+    for width, size in TILES:
+        if outputs % width == 0 and itemsize <= size:
+            tile = TILES[width, size]
+            break
     else:
         tile = Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3)
-    tile = replace(tile, depth=max(16, tile.depth))
+    tile = replace(tile, depth=min(tile.depth, depth))
     while tile.shared_memory(itemsize) > shared_memory:
         fewer = tile.stages > 2
         tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
     return tile
+
+
+# By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
+# Measured on an H100: benchmarks/convolutions.py.
+TILES = {
+    (192, 2): Tile(128, 128, 64, 64, 8, 3),
+    (192, 4): Tile(128, 128, 64, 32, 8, 4),
+    (96, 2): Tile(128, 64, 32, 32, 4, 4),
+    (96, 4): Tile(128, 64, 32, 32, 4, 4),
+}
 
 
 @lru_cache

@@ -32,6 +32,7 @@ class Kernels:
     qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
     qk_norm_rope_pair: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Rope | None], tuple[Tensor, Tensor]]
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    text_attention: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -90,6 +91,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return hidden
 
 
+def text_attention(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
+    """Attention of `qk_norm_rope(q)` `[B, L, C]` to a text's keys and values `[B, S, H, D]`; returns `[B, L, C]`.
+
+    The last key and value count `repeats` times: they stand for all of a prompt's padding, which is alike.
+    """
+    heads = qk_norm_rope(q, weight, eps, keys.shape[2], None)
+    k, v = (torch.cat((x, x[:, -1:].expand(-1, repeats - 1, -1, -1)), dim=1) for x in (keys, values))
+    out = F.scaled_dot_product_attention(heads.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight[:, None] + bias[:, None]
 
@@ -103,4 +115,4 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
 
 
-TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu)
+TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu, text_attention)

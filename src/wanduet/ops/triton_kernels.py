@@ -10,7 +10,7 @@ Bytes moved by what stands between the matrix products, in units of one `[L, C]`
     operation                         reads            writes        units
     q, k norm + rotation              q, k             q, k              4
     residual + norm after self-attn   x (2), y         x (2), n          6
-    q norm of cross-attention         q                q                 2
+    cross-attention, norm included    q                out               2
     residual + norm after cross-attn  x (2), y         x (2), n          6
     GELU                              in the product's epilogue          0
     residual + norm after the FFN     x (2), y         x (2), n          6
@@ -30,6 +30,7 @@ from wanduet.ops import fused
 from wanduet.ops.devices import on_device_of
 from wanduet.ops.fused import Kernels
 from wanduet.ops.rope import Rope
+from wanduet.ops.text_triton import text_attention
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -207,4 +208,4 @@ def _require_dense_channels(*tensors: Tensor) -> None:
         raise ValueError("Fused kernels need channels that lie side by side in memory.")
 
 
-TRITON_KERNELS = Kernels("triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu)
+TRITON_KERNELS = Kernels("triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu, text_attention)

@@ -6,14 +6,13 @@ the reference for every faster one. With gradients enabled nothing is computed i
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CausalInput = Callable[[Tensor, Tensor | None, tuple[int, int], int, Tensor | None], Tensor]
+SCORES_BYTES = 64 * 2**20  # of the middle's attention at a time
 
 
 class CausalConv(Protocol):
@@ -29,13 +28,15 @@ class CausalConv(Protocol):
         gamma: Tensor | None = None,
         residual: Tensor | None = None,
         consume: bool = False,
+        out_gamma: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
 
         With `gamma` `[I, 1, 1, 1]` it is the convolution of `silu(norm(x))`. `past` is what the call before
         returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
         rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
-        shape, is added. `consume`: x is not needed any more and may be overwritten.
+        shape, is added. With `out_gamma` `[O, 1, 1, 1]` what is returned is `silu(norm(result))`. `consume`: x is
+        not needed any more and may be overwritten.
         """
 
 
@@ -56,6 +57,7 @@ class VAEKernels:
     name: str
     causal_conv: CausalConv
     double_conv: DoubleConv
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
@@ -96,6 +98,12 @@ def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: 
     return out
 
 
+def _norm_silu_in_place(x: Tensor, gamma: Tensor) -> Tensor:
+    for frame in x.split(1, dim=2):
+        frame.copy_(norm_silu(frame, gamma))
+    return x
+
+
 def causal_conv(
     x: Tensor,
     past: Tensor | None,
@@ -105,7 +113,7 @@ def causal_conv(
     gamma: Tensor | None = None,
     residual: Tensor | None = None,
     consume: bool = False,
-    causal_input: CausalInput = causal_input,
+    out_gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
     frames = weight.shape[2] - 1
@@ -115,6 +123,8 @@ def causal_conv(
     out = _conv3d(padded, weight, bias, native, weight.shape[4] // 2)
     if residual is not None:
         out = out + residual if torch.is_grad_enabled() else out.add_(residual)
+    if out_gamma is not None:
+        out = norm_silu(out, out_gamma) if torch.is_grad_enabled() else _norm_silu_in_place(out, out_gamma)
     return out, padded[:, :, padded.shape[2] - frames :]
 
 
@@ -142,9 +152,17 @@ def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[i
     return F.conv2d(wide, weight, bias, padding=(top, weight.shape[3] // 2))
 
 
-def with_input(name: str, causal_input: CausalInput) -> VAEKernels:
-    """PyTorch's convolutions, of inputs that another kernel writes."""
-    return VAEKernels(name, partial(causal_conv, causal_input=causal_input), double_conv)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of one head in images `[N, L, C]`; returns that shape."""
+    keys, values = k.unsqueeze(1), v.unsqueeze(1)
+    outs = [F.scaled_dot_product_attention(rows.unsqueeze(1), keys, values) for rows in query_parts(q)]
+    return torch.cat([out.squeeze(1) for out in outs], dim=1)
+
+
+def query_parts(q: Tensor) -> tuple[Tensor, ...]:
+    """Queries `[N, L, C]` in parts, so that what writes out the scores of all L keys needs a bounded memory."""
+    rows = max(1, SCORES_BYTES // (4 * q.shape[0] * q.shape[1]))
+    return q.split(rows, dim=1)
 
 
 def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int) -> Tensor:
@@ -154,4 +172,4 @@ def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, double_conv)
+VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, double_conv, attend)

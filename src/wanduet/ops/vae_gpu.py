@@ -2,29 +2,17 @@
 conv_triton.py, imported only where they run. On the meta device nothing runs, so that memory can be predicted on a
 machine that has no Triton.
 
-Two sets: `VAE_INPUT_KERNELS` writes a convolution's input in one pass and leaves the convolution to PyTorch (cuDNN);
-`VAE_OWN_KERNELS` convolves itself, from where the input, the past and the residual lie. Both want weights in
-channels-last memory, and give results in it.
+They want weights in channels-last memory, and give results in it.
 """
 
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops import vae_fused
-from wanduet.ops.vae_fused import VAEKernels, empty_clip, with_input
-
-
-def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
-    """See `vae_fused.causal_input`; the result is channels last."""
-    nothing = not frames and pads == (0, 0) and gamma is None
-    if nothing or torch.is_grad_enabled():
-        return vae_fused.causal_input(x, past, pads, frames, gamma)
-    x, past = _channels_last(x), _channels_last(past)
-    out = empty_clip(x, x.shape[1], frames + x.shape[2], sum(pads) + x.shape[3], x.shape[4])
-    _write_input(x, past, pads, frames, gamma, out)
-    return out
+from wanduet.ops.vae_fused import VAEKernels, empty_clip, query_parts
 
 
 def causal_conv(
@@ -36,19 +24,22 @@ def causal_conv(
     gamma: Tensor | None = None,
     residual: Tensor | None = None,
     consume: bool = False,
+    out_gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `vae_fused.CausalConv`. Its past is of x's rows, without padding."""
     if torch.is_grad_enabled():
-        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume)
+        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
         dense = x.is_contiguous(memory_format=torch.channels_last_3d)
         normed = x if consume and dense else empty_clip(x, *x.shape[1:])
-        _write_input(x, None, (0, 0), 0, gamma, normed)
+        _norm_silu(x, gamma, normed)
         x = normed
     frames = weight.shape[2] - 1
     out = empty_clip(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
-    _convolve(x, past, weight, bias, pads, 1, residual, out)
+    done = _convolve(x, past, weight, bias, pads, 1, residual, out, out_gamma)
+    if out_gamma is not None and not done:
+        _norm_silu(out, out_gamma, out)
     if x.shape[2] < frames:  # the new past is partly the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
@@ -58,6 +49,28 @@ def causal_conv(
 def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
     """See `vae_fused.DoubleConv`: the doubled image is never there."""
     _convolve(_channels_last(x), None, weight.unsqueeze(2), bias, pads, 2, None, out)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """See `vae_fused.attend`: in float32 as matrix products by cuDNN, which may use TF32 as for the convolutions.
+
+    (PyTorch's fused kernels have no matrix units for float32, and take ten times as long.)
+    """
+    if q.dtype != torch.float32:
+        return vae_fused.attend(q, k, v)
+    outs = []
+    for q_LC, k_LC, v_LC in zip(q * q.shape[-1] ** -0.5, k, v, strict=True):
+        keys, values_CL = k_LC.contiguous(), v_LC.t().contiguous()
+        for rows in query_parts(q_LC[None]):
+            outs.append(_product(_product(rows[0], keys).softmax(dim=-1), values_CL))
+    return torch.cat(outs).view(q.shape)
+
+
+def _product(x_LC: Tensor, weight_OC: Tensor) -> Tensor:
+    """`x @ weight.T` `[L, O]`, as a convolution of an image of one row."""
+    image = x_LC.t()[None, :, None]
+    out: Tensor = F.conv2d(image, weight_OC[:, :, None, None])
+    return out[0, :, 0].t()
 
 
 Some = TypeVar("Some", Tensor, Tensor | None)
@@ -70,21 +83,21 @@ def _channels_last(x: Some) -> Some:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _write_input(x: Tensor, *rest: Any) -> None:
-    """`vae_triton.write_causal_input`, where there is something to write."""
+def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """`vae_triton.norm_silu`, where there is something to compute."""
     if x.device.type != "meta":
-        from wanduet.ops.vae_triton import write_causal_input
+        from wanduet.ops.vae_triton import norm_silu
 
-        write_causal_input(x, *rest)
+        norm_silu(x, gamma, out)
 
 
-def _convolve(x: Tensor, *rest: Any) -> None:
+def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, *rest: Any) -> bool:
     """`conv_triton.convolve`, where there is something to convolve."""
-    if x.device.type != "meta":
-        from wanduet.ops.conv_triton import convolve
+    if x.device.type == "meta":
+        return True
+    from wanduet.ops.conv_triton import convolve
 
-        convolve(x, *rest)
+    return convolve(x, past, weight.contiguous(memory_format=torch.channels_last_3d), *rest)
 
 
-VAE_INPUT_KERNELS = with_input("triton", causal_input)
-VAE_OWN_KERNELS = VAEKernels("triton-conv", causal_conv, double_conv)
+VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_conv, attend)

@@ -1,13 +1,13 @@
-"""A convolution's input written in one pass, by Triton: what `wanduet.ops.vae_gpu` launches.
+"""`silu(norm(x))` of the VAE in one pass, by Triton: what `wanduet.ops.vae_gpu` launches.
 
-Imported lazily, only where Triton is there. For channels-last tensors, where a pixel's channels lie side by
-side: one program takes some pixels of the output with all their channels, and writes past frames, zero rows,
-or `silu(norm(x))`. The plain form needs seven passes over x for that, this one reads x once.
+Imported lazily, only where Triton is there. For channels-last tensors, where a pixel's channels lie side by side: one
+program takes some pixels with all their channels. The plain form needs seven passes over x, this one reads x once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads the annotations of a kernel's parameters itself.)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,57 +20,51 @@ EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _causal_input_kernel(
-    x_ptr, past_ptr, gamma_ptr, out_ptr,
-    x_batch, x_frame, x_row, x_column, past_batch, past_frame, past_row, past_column,
-    frames, length, height, width, top, out_height, count, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_NORM: tl.constexpr,
-    EPS: tl.constexpr,
+def silu_rounded(x, TO_TF32: tl.constexpr):
+    """`silu(x)` in float32; with `TO_TF32` rounded to the nearest number of 11 bits: what only convolutions read, whose
+    matrix units would cut the other bits off, and every result would be a little too small."""
+    x = x * tl.sigmoid(x)
+    if TO_TF32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width", "count"])  # type: ignore[untyped-decorator]
+def _norm_silu_kernel(
+    x_ptr, gamma_ptr, out_ptr, x_batch, x_frame, x_row, x_column, frames, height, width, count, scale,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr, EPS: tl.constexpr,
+    TO_TF32: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of `out` `[B, frames + length, out_height, width, C]`, contiguous; `scale` is sqrt(C)."""
+    """Pixels of `out` `[B, frames, height, width, C]`, contiguous; `scale` is sqrt(C)."""
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    inside = pixel < count
     column = pixel % width
-    row = (pixel // width) % out_height
-    frame = (pixel // (width * out_height)) % (frames + length)
-    batch = pixel // (width * out_height * (frames + length))
+    row = (pixel // width) % height
+    frame = (pixel // (width * height)) % frames
+    batch = pixel // (width * height * frames)
     channel = tl.arange(0, BLOCK_C)[None, :]
     in_width = channel < C
-
-    is_new = inside & (frame >= frames) & (row >= top) & (row < top + height)
-    x_at = batch * x_batch + (frame - frames) * x_frame + (row - top) * x_row + column * x_column
-    value = tl.load(x_ptr + x_at[:, None] + channel, is_new[:, None] & in_width, 0.0)
-    if HAS_NORM:
-        wide = value.to(tl.float32)
-        length_of = tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPS)[:, None]
-        gamma = tl.load(gamma_ptr + channel, in_width, 0.0).to(tl.float32)
-        normed = wide / length_of * scale * gamma
-        value = (normed * tl.sigmoid(normed)).to(value.dtype)
-    if HAS_PAST:
-        is_past = inside & (frame < frames)
-        past_at = batch * past_batch + frame * past_frame + row * past_row + column * past_column
-        before = tl.load(past_ptr + past_at[:, None] + channel, is_past[:, None] & in_width, 0.0)
-        value = tl.where(is_past[:, None], before, value)
-    tl.store(out_ptr + (pixel * C)[:, None] + channel, value, inside[:, None] & in_width)
+    mask = (pixel < count)[:, None] & in_width
+    x_at = batch * x_batch + frame * x_frame + row * x_row + column * x_column
+    value = tl.load(x_ptr + x_at[:, None] + channel, mask, 0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
+    gamma = tl.load(gamma_ptr + channel, in_width, 0.0).to(tl.float32)
+    result = silu_rounded(value / length * scale * gamma, TO_TF32)
+    tl.store(out_ptr + (pixel * C)[:, None] + channel, result.to(out_ptr.dtype.element_ty), mask)
 
 
-def write_causal_input(
-    x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None, out: Tensor
-) -> None:
-    """See `vae_fused.causal_input`: into `out` `[B, C, frames + T, h + pads, w]`, dense and channels last. Without
-    pads and frames it may be x itself."""
-    _, channels, length, height, width = x.shape
-    top, out_height = pads[0], pads[0] + height + pads[1]
-    count = out.shape[0] * out.shape[2] * out_height * width
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
+    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+
+
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, dense and channels last; it may be x itself."""
+    _, channels, frames, height, width = x.shape
+    count = x.numel() // channels
     block = triton.next_power_of_2(channels)
     pixels = max(1, VALUES // block)
-    before = x if past is None else past
     with on_device_of(x):
-        _causal_input_kernel[(triton.cdiv(count, pixels),)](
-            x, before, x if gamma is None else gamma, out,
-            x.stride(0), x.stride(2), x.stride(3), x.stride(4),
-            before.stride(0), before.stride(2), before.stride(3), before.stride(4),
-            frames, length, height, width, top, out_height, count, float(channels**0.5),
-            C=channels, BLOCK_C=block, PIXELS=pixels, HAS_PAST=past is not None and frames > 0,
-            HAS_NORM=gamma is not None, EPS=EPS,
+        _norm_silu_kernel[(triton.cdiv(count, pixels),)](
+            x, gamma, out, x.stride(0), x.stride(2), x.stride(3), x.stride(4), frames, height, width, count,
+            float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
         )  # fmt: skip

@@ -30,6 +30,24 @@ def test_prepared_text_gives_the_same(model, given) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(4,), (0,), (8,), (9,), (3, 5)])
+def test_padding_is_kept_once_and_counts_as_often_as_it_is_there(model, lengths) -> None:
+    torch.manual_seed(2)
+    latents, timestep = torch.randn(len(lengths), 16, 3, 6, 8), torch.tensor([400] * len(lengths))
+    embeds = torch.randn(len(lengths), 9, 32)
+    for prompt, length in zip(embeds, lengths, strict=True):
+        prompt[length:] = 0
+    text = model.prepare_text(embeds)
+    assert text.keys[0].shape[1] == min(9, max(lengths) + 1)
+    assert text.repeats == max(1, 9 - max(lengths))
+    all_keys = [block.attn2.project_text(model.condition_embedder.embed_text(embeds), model.runtime)
+                for block in model.blocks]  # fmt: skip
+    whole = TextContext(*(tuple(part) for part in zip(*all_keys, strict=True)))
+    assert whole.keys[0].shape[1] == 9
+    torch.testing.assert_close(model(latents, timestep, text), model(latents, timestep, whole), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_inputs_are_left_alone(model, given) -> None:
     copies = [x.clone() for x in given]
     model(*given)

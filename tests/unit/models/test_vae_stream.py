@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from wanduet.models.footprint import Footprint
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae import WanVAE, to_uint8
+from wanduet.models.vae_history import History
+from wanduet.models.vae_memory import decode_bytes, history_bytes
 from wanduet.models.vae_rows import DecodePlan, Rows
-from wanduet.models.vae_stream import decode_stream, to_uint8
+from wanduet.models.vae_stream import decode_stream
 from wanduet.specs import VAESpec
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
@@ -70,6 +71,43 @@ def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
         first, _ = vae.decode_step(z[:, :, 1:2], past)
         again, _ = vae.decode_step(z[:, :, 1:2], past)
     assert torch.equal(first, again)
+
+
+def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae) -> None:
+    z = latents(5)
+    plan = DecodePlan("frame", 1)
+    predicted = history_bytes(SPEC, 48, 40, 13, plan, [Rows.whole(48)], torch.float32, vae.kernels)
+    history, past = History(predicted, torch.device("cpu")), None
+    frames = []
+    with torch.no_grad():
+        for step in z[None].split(1, dim=2):
+            vae.own_pasts(history=history)
+            pixels, past = vae.decode_step(step, past)
+            frames.append(to_uint8(pixels).numpy())
+    vae.own_pasts(False)
+    assert np.array_equal(np.concatenate(frames), whole(vae, z))
+    assert predicted - 512 < history._used <= predicted
+
+
+def test_a_full_history_is_no_failure() -> None:
+    history = History(100, torch.device("cpu"))
+    frames = torch.randn(1, 3, 2, 4, 5)
+    assert torch.equal(history.copy_of(frames), frames)
+    small = History(4096, torch.device("cpu"))
+    kept = [small.copy_of(frames + i) for i in range(5)]
+    small.forget()
+    again = small.copy_of(frames - 1)
+    assert torch.equal(again, frames - 1)
+    assert again.data_ptr() == kept[0].data_ptr() != kept[1].data_ptr()
+
+
+def test_weights_rounded_for_tf32_are_the_nearest() -> None:
+    model = WanVAE(SPEC)
+    before = model.decoder.conv_in.weight.detach().clone()
+    model.round_to_tf32()
+    after = model.decoder.conv_in.weight.detach()
+    assert not (after.view(torch.int32) & 0x1FFF).any()
+    assert 2**-13 < ((after - before) / before).abs().max() <= 2**-11
 
 
 def test_footprint_counts_what_is_allocated() -> None:

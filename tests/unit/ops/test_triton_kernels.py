@@ -102,3 +102,25 @@ def test_with_gradients_the_plain_forms_run(kernels) -> None:
 def test_channels_that_are_apart_are_refused(kernels) -> None:
     with pytest.raises(ValueError, match="side by side"):
         kernels.norm(torch.randn(1, 4, 64)[..., ::2], torch.ones(1, 32), torch.zeros(1, 32), EPS, torch.float32)
+
+
+@pytest.mark.parametrize(("num_keys", "repeats"), [(1, 5), (37, 1), (37, 400), (130, 3)])
+@pytest.mark.parametrize("programs", [1, 5])
+def test_attention_to_the_text(kernels, num_keys: int, repeats: int, programs: int) -> None:
+    from wanduet.ops.text_triton import TextTile, text_attention
+
+    heads, head_dim = 4, 16
+    q = torch.randn(2, 21, heads * head_dim)[:, 3:]
+    keys, values = torch.randn(2, 2, num_keys, heads, head_dim)
+    weight = torch.randn(heads * head_dim)
+    tile = TextTile(queries=16, keys=64, programs=programs)
+    got = text_attention(q.clone(), weight, EPS, keys, values, repeats, tile)
+    expected = fused.text_attention(q.clone(), weight, EPS, keys, values, repeats)
+    # (In bfloat16 on a GPU: tests marked gpu. The interpreter multiplies bfloat16 as integers.)
+    torch.testing.assert_close(got, expected, **tolerance(torch.float32))
+
+
+def test_attention_to_the_text_of_an_odd_width_is_the_plain_form(kernels) -> None:
+    q, weight, (keys, values) = torch.randn(1, 5, 48), torch.randn(48), torch.randn(2, 1, 7, 2, 24)
+    expected = fused.text_attention(q.clone(), weight, EPS, keys, values, 3)
+    assert torch.equal(kernels.text_attention(q, weight, EPS, keys, values, 3), expected)

@@ -1,6 +1,7 @@
 """The VAE's GPU forms against their plain ones, in Triton's interpreter on the CPU."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -11,8 +12,8 @@ from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
 from wanduet.ops import vae_fused, vae_gpu
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
-from wanduet.ops.vae_gpu import VAE_INPUT_KERNELS, VAE_OWN_KERNELS
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
+from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS
 from wanduet.specs import VAESpec
 
 pytest.importorskip("triton")
@@ -25,48 +26,44 @@ def convolutions(interpreted) -> ModuleType:
     return interpreted("wanduet.ops.conv_triton")
 
 
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def clip(channels: int, frames: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     x = torch.randn(1, channels, frames, rows, columns).to(dtype)
     return x.to(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("channels", [3, 16, 24])
-@pytest.mark.parametrize("pads", [(0, 0), (1, 0), (0, 1), (1, 1)])
-@pytest.mark.parametrize(
-    ("frames", "has_past", "has_norm"), [(2, True, True), (2, False, True), (2, True, False), (0, False, True)]
-)
-def test_equals_the_plain_form(channels, pads, frames, has_past, has_norm) -> None:
+def test_a_norm_equals_the_plain_form(convolutions, channels) -> None:
+    from wanduet.ops.vae_triton import norm_silu
+
     torch.manual_seed(0)
-    x = clip(channels, 2, 5, 7)
-    past = clip(channels, frames, 5 + sum(pads), 7) if has_past else None
-    gamma = torch.randn(channels, 1, 1, 1) if has_norm else None
-    with torch.no_grad():
-        got = vae_gpu.causal_input(x, past, pads, frames, gamma)
-        expected = vae_fused.causal_input(x, past, pads, frames, gamma)
-    assert got.is_contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_takes_slices_of_larger_tensors() -> None:
-    torch.manual_seed(1)
-    x, past, gamma = clip(8, 3, 9, 6)[:, :, :, 2:7], clip(8, 4, 6, 6)[:, :, -2:], torch.randn(8, 1, 1, 1)
-    with torch.no_grad():
-        got = vae_gpu.causal_input(x, past, (1, 0), 2, gamma)
-        torch.testing.assert_close(got, vae_fused.causal_input(x, past, (1, 0), 2, gamma), rtol=1e-5, atol=1e-6)
+    x, gamma = clip(channels, 3, 9, 7)[:, :, 1:, 2:7], torch.randn(channels, 1, 1, 1)
+    expected = vae_fused.norm_silu(x, gamma)
+    out = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    norm_silu(x, gamma, out)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    norm_silu(out.copy_(x), gamma, out)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_pixel_of_zeros_stays_zero() -> None:
+    x, (weight, bias), gamma = clip(8, 1, 2, 2) * 0, convolution(8, 16, (3, 3, 3)), torch.ones(16, 1, 1, 1)
     with torch.no_grad():
-        got = vae_gpu.causal_input(clip(8, 1, 2, 2) * 0, None, (0, 0), 2, torch.ones(8, 1, 1, 1))
+        got, _ = vae_gpu.causal_conv(x, None, weight, bias * 0, (1, 1), gamma[:8], out_gamma=gamma)
     assert not got.any()
 
 
 def test_other_layouts_are_brought_into_this_one() -> None:
-    x, gamma = torch.randn(1, 8, 1, 3, 4), torch.randn(8, 1, 1, 1)
+    x, gamma, (weight, bias) = torch.randn(1, 8, 1, 3, 4), torch.randn(8, 1, 1, 1), convolution(8, 16, (3, 3, 3))
     with torch.no_grad():
-        got = vae_gpu.causal_input(x, None, (0, 0), 2, gamma)
+        got, _ = vae_gpu.causal_conv(x, None, weight, bias, (1, 1), gamma)
         assert got.stride(1) == 1
-        torch.testing.assert_close(got, vae_fused.causal_input(x, None, (0, 0), 2, gamma), rtol=1e-5, atol=1e-6)
+        expected, _ = vae_fused.causal_conv(x, None, weight, bias, (1, 1), gamma)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def convolution(inputs: int, outputs: int, size: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +87,57 @@ def test_a_convolution_equals_the_plain_form(inputs, outputs, pads, has_past, ha
             padded = past if pads[0] == pads[1] else torch.nn.functional.pad(past, (0, 0, *pads))
         expected, _ = vae_fused.causal_conv(x, padded, weight, bias, pads, gamma, residual)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(left, x if gamma is None else vae_gpu.causal_input(x, None, (0, 0), 0, gamma))
+        kept = x if gamma is None else vae_fused.norm_silu(x, gamma)
+        torch.testing.assert_close(left, kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [40, 96, 384])  # one part of channels, two, more than a program has
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_norm_of_the_result_equals_the_plain_form(outputs, has_residual) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias), gamma = clip(8, 2, 4, 3), convolution(8, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
+    residual = clip(outputs, 2, 4, 3) if has_residual else None
+    with torch.no_grad():
+        got, _ = vae_gpu.causal_conv(x, None, weight, bias, (1, 1), residual=residual, out_gamma=gamma)
+        expected, _ = vae_fused.causal_conv(x, None, weight, bias, (1, 1), residual=residual, out_gamma=gamma)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part_bytes", [2**20, 4 * 2 * 35 * 11])
+def test_attention_in_products_equals_the_plain_form(monkeypatch, part_bytes) -> None:
+    monkeypatch.setattr(vae_fused, "SCORES_BYTES", part_bytes)
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 35, 48).chunk(3, dim=-1)
+    with torch.no_grad():
+        torch.testing.assert_close(vae_gpu.attend(*qkv), vae_fused.attend(*qkv), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [40, 96])
+def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias), gamma = clip(24, 2, 4, 5), convolution(24, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
+    results = []
+    for swap in (False, True):
+        out = clip(outputs, 2, 4, 5)
+        first, second = (64, 32) if outputs == 96 else (64, 0)
+        tile = convolutions.Tile(16, first, second, 16, 4, 2, swap)
+        assert convolutions.convolve(x, None, weight, bias, (1, 1), 1, None, out, gamma, tile)
+        results.append(out)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_norms_round_to_nearest_where_convolutions_use_tf32(monkeypatch, convolutions, tf32) -> None:
+    from wanduet.ops.vae_triton import norm_silu
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    x, gamma = clip(16, 1, 5, 4), torch.randn(16, 1, 1, 1)
+    exact, out = vae_fused.norm_silu(x.double(), gamma.double()), torch.empty_like(x)
+    norm_silu(x, gamma, out)
+    error = ((out.double() - exact) / exact).abs().max().item()
+    assert (2**-13 < error <= 2**-11) if tf32 else error < 1e-5
+    kept = out.contiguous().view(torch.int32) & 0x1FFF
+    assert kept.any().item() != tf32
 
 
 def test_a_step_of_one_frame_keeps_a_frame_of_the_past() -> None:
@@ -136,19 +183,18 @@ def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_me
     assert min(tile.pixels, tile.depth) >= 16
     assert tile.stages >= 2
     assert tile.depth * itemsize <= 128
-    assert outputs < 96 or outputs % tile.channels == 0
+    assert outputs < 96 or outputs % tile.channels == 0 or tile.channels >= outputs
 
 
-@pytest.mark.parametrize("kernels", [VAE_INPUT_KERNELS, VAE_OWN_KERNELS], ids=lambda kernels: kernels.name)
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
-def test_a_whole_decode_in_channels_last_gives_the_same_frames(kernels, plan) -> None:
+def test_a_whole_decode_in_channels_last_gives_the_same_frames(plan) -> None:
     torch.manual_seed(2)
     spec = VAESpec(base_dim=8, num_res_blocks=0, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
     latents = torch.randn(16, 3, 4, 3)
     expected = [chunk.copy() for chunk in decode_stream(vae, latents, plan)]
     vae.channels_last()
-    vae.use_kernels(kernels)
+    vae.use_kernels(VAE_TRITON_KERNELS)
     for got, want in zip(decode_stream(vae, latents, plan), expected, strict=True):
         assert abs(got.astype(int) - want.astype(int)).max() <= 1
 
@@ -157,9 +203,9 @@ def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     peaks = [
         decode_bytes(VAESpec(), 480, 832, 9, DecodePlan(), "float32", kernels)
-        for kernels in (VAE_TORCH_KERNELS, VAE_INPUT_KERNELS, VAE_OWN_KERNELS)
+        for kernels in (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS)
     ]
-    assert peaks[0] >= peaks[1] > peaks[2] > 2**30
+    assert peaks[0] > peaks[1] > 2**30
 
 
 def test_the_check_before_use_sees_a_wrong_kernel() -> None:
@@ -170,5 +216,6 @@ def test_the_check_before_use_sees_a_wrong_kernel() -> None:
         return out * 1.01, past
 
     cpu = torch.device("cpu")
-    assert largest_vae_error(VAE_INPUT_KERNELS, cpu, torch.float32) < 1e-5
-    assert largest_vae_error(VAEKernels("wrong", wrong, VAE_TORCH_KERNELS.double_conv), cpu, torch.float32) > 5e-3
+    assert largest_vae_error(VAE_TRITON_KERNELS, cpu, torch.float32) < 1e-5
+    assert largest_vae_error(replace(VAE_TORCH_KERNELS, causal_conv=wrong), cpu, torch.float32) > 5e-3
+    assert largest_vae_error(replace(VAE_TORCH_KERNELS, attend=lambda q, k, v: v), cpu, torch.float32) > 5e-3

@@ -1,0 +1,34 @@
+"""One block of memory for all that a decode remembers.
+
+What is remembered lives as long as a strip of rows or a video, what is computed in between for a moment. Allocated
+one by one in turn, the former would lie scattered among holes of the latter's size, and the allocator would hold a
+tenth more than was ever used.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 512  # bytes, as the CUDA allocator's
+
+
+class History:
+    """Hands out parts of one buffer of `size` bytes, one after the other; what does not fit is allocated apart."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._used = 0
+
+    def copy_of(self, frames: Tensor) -> Tensor:
+        """A copy of frames `[B, C, T, h, w]`, in their layout."""
+        size = prod(frames.shape) * frames.itemsize
+        if self._used + size > self._buffer.numel():
+            return frames.clone()
+        part = self._buffer[self._used : self._used + size].view(frames.dtype)
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        return part.as_strided(frames.shape, torch.empty_like(frames, device="meta").stride()).copy_(frames)
+
+    def forget(self) -> None:
+        """Begin again at the front. Nothing that was handed out may be in use any more."""
+        self._used = 0
