@@ -206,6 +206,15 @@ def test_every_option_has_a_flag_a_variable_and_a_setting(
     assert value(f"--{option.name.replace('_', '-')}={flag}") == flag
 
 
+def test_an_output_at_home(wanduet, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a settings file no shell has replaced the `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (work / "wanduet.toml").write_text('output = "~/x.mp4"\n')
+    assert wanduet(*DRY).json["output"] == str(tmp_path / "x.mp4")
+    assert "home directory" in wanduet(*DRY, "-o", "~nobody-of-this-name/x.mp4").error
+
+
 def test_the_same_order_for_what_is_true_or_false(wanduet, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tf32(*flags: str) -> bool:
         choices = wanduet("plan", "--model", "miniature", "--json", *flags).json["choices"]

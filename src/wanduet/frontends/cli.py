@@ -17,14 +17,17 @@ from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
 from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
-from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, place, whole
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
-Output = Annotated[Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.")]
+Output = Annotated[
+    Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.", converter=place)
+]
 INTERRUPTED = 130
+LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
 app = App(
@@ -72,7 +75,7 @@ def batch(
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.")] = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.", converter=place)] = None,
     codec: Codec = "h264",
     quality: Quality = None,
     save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
@@ -108,7 +111,7 @@ def plan(
 ) -> None:
     """Predict memory and choose settings, without loading anything."""
     config = engine.config()
-    request = early_request("a plan", video, config)
+    request = early_request(LONGEST_PROMPT, video, config)
     from wanduet.frontends.commands import run_plan
 
     found = run_plan(request, config, hardware)
@@ -139,7 +142,9 @@ def encode(
     prompt: str,
     *,
     engine: EngineFlags = OTHER,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="The embeddings' path.")] = None,
+    output: Annotated[
+        Path | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", converter=place)
+    ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Write a prompt's embeddings to a file."""

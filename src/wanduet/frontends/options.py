@@ -63,6 +63,14 @@ def whole(kind: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"a whole number is needed, not {text[:40]!r}") from None
 
 
+def place(kind: Any, tokens: Sequence[Token]) -> Path:
+    """A path; `~` is somebody's home also where no shell has replaced it. Raises ValueError."""
+    try:
+        return Path(tokens[0].value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
 @Parameter(name="*", group=VIDEO)
 @dataclass(frozen=True, slots=True)
 class VideoFlags:
