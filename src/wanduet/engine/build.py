@@ -25,10 +25,11 @@ from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPrompt
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_memory import compile_decode
 from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
-from wanduet.ops.kernels import kernels_for, vae_kernels_for
+from wanduet.ops.kernels import kernels_for, vae_kernels_for, vae_kernels_to_compile
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
 from wanduet.weights.folder import ModelFolder
@@ -129,6 +130,7 @@ class Models:
         with self._guard:
             if self._denoiser is None and self._loading is None:
                 self._loading = self._loader.submit(self._load_denoiser, job)
+                self._loader.submit(self._compile_vae, job)
 
     @contextmanager
     def transformer(self, job: Job) -> Iterator[Denoiser]:
@@ -187,6 +189,18 @@ class Models:
             selftest.check_transformer(transformer, spec.text_len)
         job.add_time("load_s", time.perf_counter() - began)
         return Denoiser(transformer, device, dtype, resident)
+
+    def _compile_vae(self, job: Job) -> None:
+        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
+        plan, request = job.plan, job.request
+        kernels = vae_kernels_to_compile(torch.device(plan.vae_device))
+        if kernels is None:
+            return
+        size = (request.generated_height, request.generated_width)
+        try:
+            compile_decode(self.spec.vae, *size, plan.decode, getattr(torch, plan.vae_dtype), kernels)
+        except Exception as error:  # the decode then compiles them itself, or finds out that they cannot be used
+            log.info("The decode's kernels could not be compiled beforehand: %s", error)
 
     def _fit_to(self, denoiser: Denoiser, job: Job) -> None:
         """Kernels and attention for the job's length of sequence."""

@@ -74,6 +74,14 @@ def history_bytes(
     return _Parts.of(spec, height, width, num_frames, strips, dtype, kernels).history(plan)
 
 
+def compile_decode(
+    spec: VAESpec, height: int, width: int, plan: DecodePlan, dtype: torch.dtype, kernels: VAEKernels
+) -> None:
+    """Run the first steps of such a decode on the meta device, with kernels that are compiled by that."""
+    strip = split_rows(Rows.whole(height), [1.0] * plan.num_strips)[0]
+    _Parts.of(spec, height, width, TRACED_STEPS * spec.temporal_stride, [strip], dtype, kernels)
+
+
 @dataclass(frozen=True, slots=True)
 class _Cost:
     """Bytes of one part: what it remembers between steps, what it needs beyond that while it runs, its output."""

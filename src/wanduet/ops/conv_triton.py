@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.ops.devices import on_device_of
-from wanduet.ops.vae_triton import EPS, silu_rounded, uses_tf32
+from wanduet.ops.vae_triton import EPS, launch, silu_rounded, uses_tf32
 
 UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
 
@@ -195,6 +194,7 @@ def convolve(
     out: Tensor,
     gamma: Tensor | None = None,
     tile: Tile | None = None,
+    compile_for: torch.device | None = None,
 ) -> bool:
     """Convolve `x` `[B, I, T, h, w]` (its rows and columns repeated `up` times) into `out` `[B, O, T, h', w']`.
 
@@ -204,28 +204,28 @@ def convolve(
     PyTorch's own convolutions do that (`torch.backends.cudnn.allow_tf32`).
 
     With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
-    that; whether it was done is returned.
+    that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.
     """
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
-    tile = tile or tile_for(inputs, outputs, x.itemsize, _shared_memory(x.device))
+    tile = tile or tile_for(inputs, outputs, x.itemsize, _shared_memory(compile_for or x.device))
     before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
     normed = gamma is not None and tile.channels >= outputs
     tiles = triton.cdiv(out.shape[3] * out.shape[4], tile.pixels) * triton.cdiv(outputs, tile.channels)
-    with on_device_of(x):
-        _convolution_kernel[(tiles, length, batch)](
-            x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
-            *_strides(x), *_strides(before), *_strides(added), *_strides(out),
-            length, height, width, out.shape[3], out.shape[4], pads[0], float(outputs**0.5),
-            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, UNIT=unit, HAS_PAST=past is not None and kt > 1,
-            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
-            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        _convolution_kernel, (tiles, length, batch), x.device, compile_for,
+        x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
+        *_strides(x), *_strides(before), *_strides(added), *_strides(out),
+        length, height, width, out.shape[3], out.shape[4], pads[0], float(outputs**0.5),
+        C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, UNIT=unit, HAS_PAST=past is not None and kt > 1,
+        HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+        PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return normed
 
 
@@ -248,8 +248,10 @@ def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Ti
 # By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
 # Measured on an H100: benchmarks/convolutions.py.
 TILES = {
-    (192, 2): Tile(128, 128, 64, 64, 8, 3),
-    (192, 4): Tile(128, 128, 64, 32, 8, 4),
+    (384, 2): Tile(128, 128, 64, 64, 8, 3, swap=True),
+    (384, 4): Tile(128, 128, 64, 32, 8, 3, swap=True),
+    (192, 2): Tile(256, 128, 64, 64, 8, 3, swap=True),
+    (192, 4): Tile(128, 128, 64, 32, 8, 3),
     (96, 2): Tile(128, 64, 32, 32, 4, 4),
     (96, 4): Tile(128, 64, 32, 32, 4, 4),
 }

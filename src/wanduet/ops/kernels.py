@@ -1,5 +1,6 @@
 """Which fused kernels a device gets: Triton's where they work, else the plain PyTorch forms."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
-from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS
+from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS, compiling_for
 
 # Largest relative error against the plain forms on the same inputs: both round once, at other places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,6 +50,13 @@ def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
 def planned_vae_kernels(device: str) -> VAEKernels:
     """What `vae_kernels_for` will give on a device that need not be here, for a prediction."""
     return VAE_TRITON_KERNELS if torch.device(device).type == "cuda" else VAE_TORCH_KERNELS
+
+
+def vae_kernels_to_compile(device: torch.device) -> VAEKernels | None:
+    """For a run on the meta device that leaves the kernels of `device` compiled; None where nothing is compiled."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return compiling_for(device)
 
 
 Set = TypeVar("Set", Kernels, VAEKernels)

@@ -5,7 +5,8 @@ machine that has no Triton.
 They want weights in channels-last memory, and give results in it.
 """
 
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +26,38 @@ def causal_conv(
     residual: Tensor | None = None,
     consume: bool = False,
     out_gamma: Tensor | None = None,
+    compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `vae_fused.CausalConv`. Its past is of x's rows, without padding."""
+    """See `vae_fused.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
     if torch.is_grad_enabled():
         return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
         dense = x.is_contiguous(memory_format=torch.channels_last_3d)
         normed = x if consume and dense else empty_clip(x, *x.shape[1:])
-        _norm_silu(x, gamma, normed)
+        _norm_silu(x, gamma, normed, compile_for)
         x = normed
     frames = weight.shape[2] - 1
     out = empty_clip(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
-    done = _convolve(x, past, weight, bias, pads, 1, residual, out, out_gamma)
+    done = _convolve(x, past, weight, bias, pads, 1, residual, out, out_gamma, compile_for)
     if out_gamma is not None and not done:
-        _norm_silu(out, out_gamma, out)
+        _norm_silu(out, out_gamma, out, compile_for)
     if x.shape[2] < frames:  # the new past is partly the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
     return out, x[:, :, x.shape[2] - frames :]
 
 
-def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
+def double_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    out: Tensor,
+    compile_for: torch.device | None = None,
+) -> None:
     """See `vae_fused.DoubleConv`: the doubled image is never there."""
-    _convolve(_channels_last(x), None, weight.unsqueeze(2), bias, pads, 2, None, out)
+    _convolve(_channels_last(x), None, weight.unsqueeze(2), bias, pads, 2, None, out, None, compile_for)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,21 +92,41 @@ def _channels_last(x: Some) -> Some:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None) -> None:
     """`vae_triton.norm_silu`, where there is something to compute."""
-    if x.device.type != "meta":
+    if x.device.type != "meta" or compile_for is not None:
         from wanduet.ops.vae_triton import norm_silu
 
-        norm_silu(x, gamma, out)
+        norm_silu(x, gamma, out, compile_for)
 
 
-def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, *rest: Any) -> bool:
+def _convolve(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    up: int,
+    residual: Tensor | None,
+    out: Tensor,
+    gamma: Tensor | None,
+    compile_for: torch.device | None,
+) -> bool:
     """`conv_triton.convolve`, where there is something to convolve."""
-    if x.device.type == "meta":
+    if x.device.type == "meta" and compile_for is None:
         return True
     from wanduet.ops.conv_triton import convolve
 
-    return convolve(x, past, weight.contiguous(memory_format=torch.channels_last_3d), *rest)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    return convolve(x, past, weight, bias, pads, up, residual, out, gamma, compile_for=compile_for)
+
+
+def compiling_for(device: torch.device) -> VAEKernels:
+    """Kernels for a run on the meta device, which computes nothing but leaves every kernel compiled for `device`: what a
+    real run with the same shapes would wait for."""
+    return VAEKernels(
+        "compiling", partial(causal_conv, compile_for=device), partial(double_conv, compile_for=device), attend
+    )
 
 
 VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_conv, attend)

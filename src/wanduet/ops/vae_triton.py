@@ -57,14 +57,23 @@ def uses_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
-def norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+def launch(kernel, grid, device: torch.device, compile_for: torch.device | None, *args, **options) -> None:
+    """Run a kernel on a device, or only compile it for another."""
+    with on_device_of(compile_for or device):
+        if compile_for is None:
+            kernel[grid](*args, **options)
+        else:
+            kernel.warmup(*args, grid=grid, **options)
+
+
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
     """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, dense and channels last; it may be x itself."""
     _, channels, frames, height, width = x.shape
     count = x.numel() // channels
     block = triton.next_power_of_2(channels)
     pixels = max(1, VALUES // block)
-    with on_device_of(x):
-        _norm_silu_kernel[(triton.cdiv(count, pixels),)](
-            x, gamma, out, x.stride(0), x.stride(2), x.stride(3), x.stride(4), frames, height, width, count,
-            float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
-        )  # fmt: skip
+    launch(
+        _norm_silu_kernel, (triton.cdiv(count, pixels),), x.device, compile_for,
+        x, gamma, out, x.stride(0), x.stride(2), x.stride(3), x.stride(4), frames, height, width, count,
+        float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+    )  # fmt: skip
