@@ -17,7 +17,7 @@ from real_server import LONG, PROMPT, Server, serving, wait_until
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 
-JOBS = int(os.environ.get("WANDUET_REAL_JOBS", "1500"))
+JOBS = int(os.environ.get("WANDUET_REAL_JOBS", "2000"))
 BATCH = 25
 KILLS = int(os.environ.get("WANDUET_KILLS", "200"))
 OPEN_JOBS = 3  # there is always one that runs, one that is encoded ahead and one that waits
@@ -105,12 +105,13 @@ def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_prop
             seen.append((worker.memory_info().rss, worker.num_fds(), worker.num_threads(), service.memory_info().rss))
         assert server.worker() == worker.pid, "it was never started again"
         store.close()
-    later = np.array(seen[len(seen) // 2 :], float)
-    slopes = np.polyfit(np.arange(len(later)) * BATCH / 1000, later, 1)[0]
+    # The allocator's pools swing by tens of megabytes; what is never given back is seen in the least of many looks.
+    quarters = np.array([np.min(part, axis=0) for part in np.array_split(np.array(seen, float), 4)])
+    slopes = (quarters[3] - quarters[1]) / (JOBS / 2 / 1000)
     found = {
         "jobs": JOBS,
         "worker's bytes for 1,000 jobs": round(slopes[0]),
-        "worker's bytes at the half and at the end": (int(later[0][0]), int(later[-1][0])),
+        "worker's least bytes in each quarter": quarters[:, 0].astype(int).tolist(),
         "server's bytes for 1,000 jobs": round(slopes[3]),
         "file handles for 1,000 jobs": round(slopes[1], 2),
         "threads for 1,000 jobs": round(slopes[2], 2),
@@ -118,7 +119,7 @@ def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_prop
     print(found)
     for name, value in found.items():
         record_property(name, value)
-    assert slopes[0] < 10e6  # PyTorch's buffers lie in the allocator's pools, which grow now and then
+    assert slopes[0] < 16e6, "a frame of each video would be about as much"
     assert abs(slopes[1]) < 5
     assert abs(slopes[2]) < 5
 
