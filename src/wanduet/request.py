@@ -164,7 +164,9 @@ def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
             return "it must be given"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
             return "a whole number"
-        case "float_parsing" | "float_type" | "finite_number":
+        case "float_parsing" | "float_type":
             return "a number"
+        case "finite_number":
+            return "a finite number"
         case _:
             return message[0].lower() + message[1:]

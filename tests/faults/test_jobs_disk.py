@@ -1,14 +1,21 @@
 """A disk that fills while a whole server works: nothing acknowledged is lost, and it goes on when there is room."""
 
+import errno
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_workers import content, fake_engine, journal, open_store, published, submit, wait
+
+from wanduet.config import EngineConfig
+from wanduet.jobs.attempt import AttemptSettings
+from wanduet.jobs.runner import Runner, RunnerSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
 
@@ -48,3 +55,61 @@ def test_a_full_disk_is_survived(tmp_path: Path, way: str, record_property: Any)
 @pytest.mark.parametrize("way", ["tmpfs", "limit"])
 def test_a_full_disk_is_survived_at_many_moments(tmp_path: Path, way: str, record_property: Any) -> None:
     survive(tmp_path, way, 20, record_property)
+
+
+def run_one_job(data: Path) -> None:
+    """One job through a worker in this process; whatever failed, it is made, with its files and no others."""
+    store = open_store(data)
+    job_id = submit(store, "job 0", steps=3, seed=0)
+    engine = fake_engine.FakeEngine(EngineConfig(data_dir=data))
+    settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005, progress_seconds=0.005))
+    runner = Runner(store, engine, settings, hooks=engine.hooks)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait(lambda: store.get(job_id).finished)
+    finally:
+        runner.drain()
+        thread.join(120)
+    job = store.get(job_id)
+    assert (job.status, job.error) == ("completed", None)
+    path = store.files.path(job.files[0].name)
+    assert path is not None
+    assert path.read_bytes() == content("job 0", 0)
+    store.sweep()
+    assert published(store) == {file.name for file in job.files}
+    assert list(store.files.work.iterdir()) == []
+    assert journal(data).count(f"{job_id} done") >= 1
+    store.close()
+
+
+def test_each_single_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
+    """The k-th time that the worker makes, names or syncs a file, the disk is full; for every k."""
+    guard = threading.Lock()
+    count = fatal = 0
+
+    def attacked(real: Any) -> Any:
+        def call(*values: Any, **named: Any) -> Any:
+            nonlocal count
+            with guard:
+                count += 1
+                fails = count == fatal
+            if fails:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*values, **named)
+
+        return call
+
+    for data in (tmp_path / str(number) for number in range(1000)):
+        open_store(data).close()  # what a worker finds there
+        with monkeypatch.context() as patch:
+            count = 0
+            for name in ("fsync", "link", "mkdir", "rename", "replace"):
+                patch.setattr(os, name, attacked(getattr(os, name)))
+            run_one_job(data)
+            writes = count
+        if fatal > writes:
+            break
+        fatal += 1
+    record_property("writes that failed", fatal - 1)
+    assert fatal > 15

@@ -15,6 +15,8 @@ from typing import Any
 from wanduet.engine.job import Job
 from wanduet.media.files import write_atomically
 
+MAX_SPANS = 3000  # about 1,000 jobs
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -32,7 +34,7 @@ class Trace:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._lock = threading.Lock()
-        self.spans: list[Span] = []
+        self.spans: list[Span] = []  # the newest; a service runs for months
 
     @contextmanager
     def span(self, stage: str, job: Job) -> Iterator[None]:
@@ -44,6 +46,8 @@ class Trace:
             span = Span(stage, job.id, begin, time.perf_counter() - self._began)
             with self._lock:
                 self.spans.append(span)
+                if len(self.spans) >= 2 * MAX_SPANS:
+                    del self.spans[:-MAX_SPANS]
 
     def as_chrome(self) -> dict[str, Any]:
         """The trace in Chrome's JSON format: one row a stage, microseconds."""

@@ -149,10 +149,10 @@ class JobFiles:
 
         A writer that still lives loses a file that nobody will ever ask for, and ends at its own commit.
         """
-        for path in self.videos.glob(f"{job_id}.*"):
-            if (match := PUBLISHED_NAME.fullmatch(path.name)) and int(match["token"]) < token:
+        for name in _names_of(self.videos, (job_id,)):
+            if (match := PUBLISHED_NAME.fullmatch(name)) and int(match["token"]) < token:
                 with suppress(OSError):
-                    path.unlink(missing_ok=True)
+                    (self.videos / name).unlink(missing_ok=True)
 
     def note_checkpoints(self, job_id: str, keys: Iterable[str]) -> None:
         """Write down which of the engine's checkpoints are a job's, so that they go when its work goes."""
@@ -169,11 +169,10 @@ class JobFiles:
 
     def discard_checkpoints(self, keys: Iterable[str]) -> None:
         """Delete checkpoints of the engine by their keys."""
-        for key in keys:
-            if _CHECKPOINT.fullmatch(key):
-                for path in (self.folder / "checkpoints").glob(f"{key}.*"):
-                    with suppress(OSError):
-                        path.unlink(missing_ok=True)
+        folder = self.folder / "checkpoints"
+        for name in _names_of(folder, tuple(key for key in keys if _CHECKPOINT.fullmatch(key))):
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
 
     def sweep(self, wanted: Wanted) -> int:
         """Delete what no job owns, and return how many files and folders that were."""
@@ -213,6 +212,15 @@ def unowned(everything: Iterable[tuple[str, str]], wanted: Wanted) -> Iterator[t
             names = owned.get(job_id, ())
             if names is not None and name not in names:
                 yield job_id, name
+
+
+def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:
+    """The files `STEM.*` of a folder that may hold very many; `Path.glob` keeps its pattern, and every name at once."""
+    if stems:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(tuple(f"{stem}." for stem in stems)):
+                    yield entry.name
 
 
 def _sync_folder(folder: Path) -> None:

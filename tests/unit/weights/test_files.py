@@ -1,5 +1,7 @@
+import gc
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,25 @@ def test_reading(path: Path) -> None:
         files.read_rows("c", [0], torch.float32)
     with pytest.raises(WeightsError, match="has 2 rows, but row 2"):
         files.read_rows("a", [0, 2], torch.float32)
+
+
+def test_reading_rows_keeps_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.safetensors"
+    save_file({"a": torch.zeros(2000, 2)}, path)
+    files = TensorFiles("text encoder", [path])
+
+    def read(times: int) -> None:
+        for _ in range(times):
+            files.read_rows("a", range(1000, 1064), torch.float32)
+
+    read(5)
+    tracemalloc.start()
+    try:
+        read(100)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 28 * 64 * 100 / 2, "half a number for each row"
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_that_vanishes_is_an_error(path: Path) -> None:
