@@ -22,8 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 Size = tuple[int, int, int]  # generated height, generated width, frames
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# cuBLAS and cuBLASLt workspaces (32 MiB each on Hopper) and the caching allocator's rounding.
-WORKSPACE_BYTES = 72 * 2**20
+# What the code does not see: cuBLAS's workspaces and the caching allocator's rounding.
+WORKSPACE_BYTES = 24 * 2**20
 # Blocks on their way to or on the device beside the resident ones (accelerate/offload.py).
 STREAM_BUFFERS = 2
 

@@ -254,7 +254,9 @@ def _plan(
     positions = positions[-1:] if layout.cfg > 1 else positions
     transformer = memory.transformer(size, dtype, positions, resident, chunk, layout.sequence)
     vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name)
-    on_transformer = {"denoise": transformer.peak, "decode": transformer.weights if keep_both else 0}
+    # The decode's memory is taken once before the denoise (ladder.reserve_decode), when the text is there already.
+    beside = transformer.weights + transformer.text + transformer.latents
+    on_transformer = {"denoise": transformer.peak, "decode": beside if keep_both else 0}
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)
 

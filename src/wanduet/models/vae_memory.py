@@ -16,9 +16,10 @@ from wanduet.specs import VAESpec
 
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
 TRACED_STEPS = 3
-# What the allocator holds beyond what the tensors of a step take, whose sizes differ from layer to layer: measured,
-# benchmarks/memory_grid.py.
+# What the allocator holds beyond what the tensors of a step take, whose sizes differ from layer to layer, and the
+# workspaces of cuDNN and cuBLAS: measured, benchmarks/memory_grid.py and whole_job.py.
 FRAGMENTATION = 0.21
+WORKSPACE_BYTES = 72 * 2**20
 
 
 @lru_cache(maxsize=1024)
@@ -31,7 +32,7 @@ def decode_bytes(
     dtype: str,
     kernels: VAEKernels = VAE_TORCH_KERNELS,
 ) -> int:
-    """Peak bytes of `decode_stream` for a generated size in pixels, without weights and libraries' workspaces."""
+    """Peak bytes of `decode_stream` for a generated size in pixels, without weights, as the CUDA allocator holds them."""
     strips = split_rows(Rows.whole(height), [1.0] * plan.num_strips)
     parts = _Parts.of(spec, height, width, num_frames, strips, getattr(torch, dtype), kernels)
     mid = parts.trunk.output
@@ -43,7 +44,7 @@ def decode_bytes(
 
 
 def _held(transient: int) -> int:
-    return int(transient * (1 + FRAGMENTATION))
+    return int(transient * (1 + FRAGMENTATION)) + WORKSPACE_BYTES
 
 
 def decode_host_bytes(
