@@ -27,8 +27,9 @@ from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import compile_decode
 from wanduet.ops.attention import AttentionLseFn
-from wanduet.ops.attention_choice import Shape, choose_attention
+from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
+from wanduet.ops.fused import Kernels
 from wanduet.ops.kernels import kernels_for, vae_kernels_for, vae_kernels_to_compile
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
@@ -50,6 +51,7 @@ class Denoiser:
     resident_blocks: int
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
+    chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
 
 
 class Models:
@@ -210,11 +212,13 @@ class Models:
         heads = (t.num_attention_heads, t.attention_head_dim)
 
         shape = Shape(tokens, tokens, *heads)
-        choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
+        if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
+            kernels = kernels_for(denoiser.device, denoiser.dtype)
+            choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
+            denoiser.chosen = (shape, kernels, choice)
+        _, kernels, choice = denoiser.chosen
         denoiser.attention, denoiser.attention_lse = choice.name, choice.fn_with_lse
-        denoiser.transformer.runtime = Runtime(
-            kernels=kernels_for(denoiser.device, denoiser.dtype), attention=choice.fn, ffn_chunk=job.plan.ffn_chunk
-        )
+        denoiser.transformer.runtime = Runtime(kernels=kernels, attention=choice.fn, ffn_chunk=job.plan.ffn_chunk)
 
     @contextmanager
     def if_idle(self, device: str) -> Iterator[bool]:

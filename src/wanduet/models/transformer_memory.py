@@ -10,6 +10,7 @@ from torch import Tensor
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.transformer import Runtime, TextContext, WanTransformer
 from wanduet.ops.fused import TORCH_KERNELS
+from wanduet.ops.rope import Rope
 from wanduet.parallel.sharding import NoSharding
 from wanduet.specs import TransformerSpec
 
@@ -52,9 +53,11 @@ def _traced(
     model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks), ffn_chunk=ffn_chunk)
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
+    shape = (1, *latent_shape)
+    host = model.prepare_rope(shape, torch.device("meta"))  # the tables on the host, which are kept, are not the device's
     with torch.no_grad(), Footprint() as footprint:
-        latents = on_meta((1, *latent_shape), torch.float32)
-        rope = model.prepare_rope(latents.shape, latents.device)
+        latents = on_meta(shape, torch.float32)
+        rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
         model(latents, torch.empty(1, device="meta"), TextContext(text, text), rope)
     return int(footprint.peak)
 

@@ -5,6 +5,7 @@ Source: RoFormer (arXiv 2104.09864); Wan2.1 splits the head's channels 44/42/42 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ def rope_for_grid(grid: tuple[int, int, int], head_dim: int, device: torch.devic
 
     Angles are computed in float64 and rounded once, as the official code does.
     """
+    cos, sin = _tables(grid, head_dim)
+    return Rope(cos.to(device), sin.to(device))
+
+
+@lru_cache(maxsize=1)
+def _tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines on the host: jobs of one size follow each other."""
     spatial_dim = 2 * (head_dim // 6)
     dims = (head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
     angles = []
@@ -39,7 +47,7 @@ def rope_for_grid(grid: tuple[int, int, int], head_dim: int, device: torch.devic
         shape[axis] = length
         angles.append(table.view(shape).expand(*grid, -1))
     angles_LD = torch.cat(angles, dim=-1).flatten(0, 2)
-    return Rope(angles_LD.cos().float().to(device), angles_LD.sin().float().to(device))
+    return angles_LD.cos().float(), angles_LD.sin().float()
 
 
 def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
