@@ -54,7 +54,8 @@ def _traced(
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
     shape = (1, *latent_shape)
-    host = model.prepare_rope(shape, torch.device("meta"))  # the tables on the host, which are kept, are not the device's
+    # The tables on the host, which are kept for the next job, are not the device's.
+    host = model.prepare_rope(shape, torch.device("meta"))
     with torch.no_grad(), Footprint() as footprint:
         latents = on_meta(shape, torch.float32)
         rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
