@@ -5,6 +5,7 @@ see, workspaces and the allocator's rounding, is added here and checked against 
 benchmarks/results.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -97,11 +98,14 @@ class ModelMemory:
 
 
 def text_positions(text: str, text_len: int) -> int:
-    """At most so many positions of a prompt have a key and value of their own: before it is cut into tokens, a token for
-    each character (four for one that the vocabulary may have to spell in bytes), some for its borders, and one that
-    stands for all padding."""
-    tokens = sum(1 if ord(character) < 0x10000 else 4 for character in text) + 4
-    return min(text_len, tokens)
+    """At most so many positions of a prompt have a key and value of their own, told before it is cut into tokens.
+
+    UMT5's vocabulary knows the characters of all common scripts: at most a token for each (in the form its tokenizer
+    gives it), four for a rare one that is spelled in bytes, some for the borders, and one that stands for all padding.
+    A model whose vocabulary is smaller is small itself, and so are its keys.
+    """
+    characters = unicodedata.normalize("NFKC", text)
+    return min(text_len, sum(1 if ord(character) < 0x10000 else 4 for character in characters) + 4)
 
 
 def text_encoder_bytes(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> int:

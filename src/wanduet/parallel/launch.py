@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -92,7 +93,8 @@ class RankGroup:
                     name=f"wanduet-rank-{index}",
                     daemon=True,
                 )
-                process.start()
+                with _interrupts_held():
+                    process.start()
                 self._processes.append(process)
                 # Only the worker may hold its ends, or its death would not close the pipes.
                 incoming.close()
@@ -237,6 +239,20 @@ def run_on_ranks(
     `RankGroup.receive` raises."""
     with RankGroup(work, devices, *args, timeout_s=timeout_s) as group:
         return group.results()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """What is started meanwhile is born deaf to a terminal's Ctrl-C, until it says itself what to do with it (see
+    `serve`): it would else die with a traceback in the seconds that its imports take."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit(code: int | None) -> str:

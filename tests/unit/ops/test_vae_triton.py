@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wanduet.models.vae import WanVAE
-from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae_memory import compile_decode, decode_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
 from wanduet.ops import vae_fused, vae_gpu
@@ -219,3 +219,31 @@ def test_the_check_before_use_sees_a_wrong_kernel() -> None:
     assert largest_vae_error(VAE_TRITON_KERNELS, cpu, torch.float32) < 1e-5
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, causal_conv=wrong), cpu, torch.float32) > 5e-3
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, attend=lambda q, k, v: v), cpu, torch.float32) > 5e-3
+
+
+@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
+def test_all_that_a_decode_launches_can_be_compiled_beforehand(monkeypatch, convolutions, plan) -> None:
+    """By a run on the meta device, of other sizes: a compiled kernel depends on neither rows nor columns."""
+    import wanduet.ops.vae_triton as norms
+
+    launched: dict[bool, set[tuple[object, ...]]] = {False: set(), True: set()}
+    run = norms.launch
+
+    def record(kernel, grid, device, compile_for, *args, **options) -> None:
+        dtypes = tuple(str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor))
+        launched[compile_for is not None].add((kernel.__name__, dtypes, *sorted(options.items())))
+        if compile_for is None:
+            run(kernel, grid, device, None, *args, **options)
+
+    for module in (norms, convolutions):
+        monkeypatch.setattr(module, "launch", record)
+    spec = VAESpec(base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
+    vae = WanVAE(spec).eval().requires_grad_(False)
+    vae.channels_last()
+    vae.use_kernels(VAE_TRITON_KERNELS)
+    for _ in decode_stream(vae, torch.randn(16, 3, 4, 3), plan):
+        pass
+    kernels = vae_gpu.compiling_for(torch.device("cpu"))
+    compile_decode(spec, 64, 80, plan, torch.float32, kernels)
+    assert launched[False]
+    assert launched[False] <= launched[True]

@@ -177,6 +177,14 @@ def test_leaving_by_an_exception_ends_every_process() -> None:
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there, no process is born deaf to Ctrl-C")
+def test_ctrl_c_while_ranks_start_is_left_to_the_starter() -> None:
+    with RankGroup(add_up, ["cpu", "cpu"], torch.tensor(0.0)) as group:
+        for process in group._processes:  # long before their imports are done
+            os.kill(process.pid, signal.SIGINT)
+        assert [result[0] for result in group.results()] == [0, 1]
+
+
 def test_no_devices_are_refused() -> None:
     with pytest.raises(ConfigError):
         run_on_ranks(sleep, [])
