@@ -27,7 +27,7 @@ from wanduet.ops.devices import prepare_allocator
 TINY = os.environ.get("TINY") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not TINY else torch.device("cpu")
 ON_GPU = DEVICE.type == "cuda"
-prepare_allocator()
+prepare_allocator(DEVICE)
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn-4", "nvidia-cutlass-dsl", "av")

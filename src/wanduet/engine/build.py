@@ -61,7 +61,6 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         torch.backends.cudnn.allow_tf32 = config.tf32
-        prepare_allocator()
         self._denoiser: Denoiser | None = None
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
@@ -342,6 +341,7 @@ class Models:
 
     def _enforce_limit(self, device: torch.device) -> None:
         """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the ladder is walked."""
+        prepare_allocator(device)
         if self.config.vram_limit is not None and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.vram_limit / total), device)

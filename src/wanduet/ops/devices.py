@@ -1,11 +1,17 @@
 """The current device, for what launches kernels outside PyTorch's own operations; and how its memory is handed out."""
 
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ATTEMPT_BYTES = 32 * 2**20
 
 
 def on_device_of(x: Tensor | torch.device) -> AbstractContextManager[object]:
@@ -14,13 +20,28 @@ def on_device_of(x: Tensor | torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def prepare_allocator() -> None:
+@lru_cache
+def prepare_allocator(device: torch.device) -> None:
     """Let PyTorch's CUDA allocator grow its blocks instead of keeping one for each size it was ever asked for.
 
     A decode's tensors differ from layer to layer; with fixed blocks the allocator held up to 1.8 times what they
-    took. To be called before the first allocation. Where somebody has set the allocator up, or on Windows, which has no
-    such memory mapping, nothing is changed.
+    took. To be called before the first large allocation on a device. Where somebody has set the allocator up, on
+    Windows, and with a driver that cannot map memory so, nothing is changed.
     """
     chosen = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
-    if sys.platform == "linux" and torch.cuda.is_available() and not chosen:
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if sys.platform != "linux" or device.type != "cuda" or chosen:
+        return
+    _set_allocator("expandable_segments:True")
+    try:
+        torch.empty(ATTEMPT_BYTES, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return  # says nothing against growing blocks
+    except RuntimeError as error:
+        log.info("The driver cannot let the allocator's blocks grow: %s", error)
+        _set_allocator("expandable_segments:False")
+
+
+def _set_allocator(settings: str) -> None:
+    """The accelerator's own name for it came with PyTorch 2.9."""
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (setter or torch.cuda.memory._set_allocator_settings)(settings)
