@@ -97,11 +97,11 @@ def test_a_decoder_takes_decodes_and_a_replica_both(models: Models) -> None:
 
 def test_a_card_too_small_for_a_video_may_decode_it(models: Models) -> None:
     fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
-    small = Node("n", "n", declared_devices("1x3GiB"), 2**34, 8)
-    costs = fitter.node_costs(small, "720x1280x81/50/2/1")
+    small = Node("n", "n", declared_devices("1x4GiB"), 2**34, 8)
+    costs = fitter.node_costs(small, "1080x1920x81/50/2/1")
     assert (costs.replicas, costs.decoders) == (0, 1)
     assert costs.decode < 1e6
-    assert fitter.node_costs(small, DECODE + "720x1280x81/50/2/1") == costs
+    assert fitter.node_costs(small, DECODE + "1080x1920x81/50/2/1") == costs
 
 
 def test_the_text_is_slow_on_a_host_that_many_replicas_share_and_quick_on_an_encoder(models: Models) -> None:
