@@ -17,7 +17,7 @@ from real_server import LONG, PROMPT, Server, serving, wait_until
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 
-JOBS = int(os.environ.get("WANDUET_REAL_JOBS", "2000"))
+JOBS = int(os.environ.get("WANDUET_REAL_JOBS", "5000"))
 BATCH = 25
 KILLS = int(os.environ.get("WANDUET_KILLS", "200"))
 OPEN_JOBS = 3  # there is always one that runs, one that is encoded ahead and one that waits
@@ -91,8 +91,12 @@ def test_killed_at_random_every_video_is_made_once_with_the_same_frames(tmp_path
     assert len(videos) == len(ids) + 1, "no video was published twice"
 
 
-def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_property: Any) -> None:
+def test_many_short_jobs_leave_nothing_in_the_worker(
+    tmp_path: Path, record_property: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each with a prompt of its own, a fifth cancelled; the fake engine's ten thousand are in tests/faults."""
+    # glibc keeps a pool for each thread, and each job has threads of its own: in one pool it is seen what stays.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     data, seen = tmp_path / "data", []
     with serving(data, "--no-page") as server:
         store = JobStore(JobFiles(data))
@@ -105,7 +109,7 @@ def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_prop
             seen.append((worker.memory_info().rss, worker.num_fds(), worker.num_threads(), service.memory_info().rss))
         assert server.worker() == worker.pid, "it was never started again"
         store.close()
-    # The allocator's pools swing by tens of megabytes; what is never given back is seen in the least of many looks.
+    # Memory swings with each job; what is never given back is seen in the least of many looks.
     quarters = np.array([np.min(part, axis=0) for part in np.array_split(np.array(seen, float), 4)])
     slopes = (quarters[3] - quarters[1]) / (JOBS / 2 / 1000)
     found = {
@@ -119,7 +123,7 @@ def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_prop
     print(found)
     for name, value in found.items():
         record_property(name, value)
-    assert slopes[0] < 16e6, "a frame of each video would be about as much"
+    assert slopes[0] < 3e6, "the embeddings of each prompt would be about as much"
     assert abs(slopes[1]) < 5
     assert abs(slopes[2]) < 5
 
