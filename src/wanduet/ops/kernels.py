@@ -48,15 +48,21 @@ def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
 
 
 def planned_vae_kernels(device: str) -> VAEKernels:
-    """What `vae_kernels_for` will give on a device that need not be here, for a prediction."""
-    return VAE_TRITON_KERNELS if torch.device(device).type == "cuda" else VAE_TORCH_KERNELS
+    """What `vae_kernels_for` will give on a device that need not be here, for a prediction.
+
+    A GPU elsewhere is taken to have Triton; where GPUs are here, it is known whether there is (on Windows it mostly is not).
+    """
+    without = torch.cuda.is_available() and not _has_triton()
+    return VAE_TORCH_KERNELS if torch.device(device).type != "cuda" or without else VAE_TRITON_KERNELS
 
 
 def vae_kernels_to_compile(device: torch.device) -> VAEKernels | None:
     """For a run on the meta device that leaves the kernels of `device` compiled; None where nothing is compiled."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    return compiling_for(device)
+    return compiling_for(device) if device.type == "cuda" and _has_triton() else None
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 Set = TypeVar("Set", Kernels, VAEKernels)

@@ -49,3 +49,20 @@ def test_kernels_that_cannot_be_compiled_are_dropped(monkeypatch) -> None:
     offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, norm=broken))
     with pytest.warns(RuntimeWarning, match="no compiler"):
         assert kernels.kernels_for(CUDA, torch.bfloat16) is TORCH_KERNELS
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus_here", "triton_here", "expected"),
+    [
+        ("cuda:0", True, True, "triton"),
+        ("cuda:0", True, False, "torch"),
+        ("cuda:0", False, False, "triton"),
+        ("cpu", False, True, "torch"),
+    ],
+)
+def test_memory_is_planned_for_the_kernels_that_will_run(monkeypatch, device, gpus_here, triton_here, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus_here)
+    monkeypatch.setattr(kernels, "_has_triton", lambda: triton_here)
+    assert kernels.planned_vae_kernels(device).name == expected
+    compiled = kernels.vae_kernels_to_compile(torch.device(device))
+    assert (compiled is not None) == (device != "cpu" and triton_here)
