@@ -168,7 +168,7 @@ class WanVAE(nn.Module):
 
     def round_to_tf32(self) -> None:
         """Round convolutions' float32 weights to the nearest numbers of 11 bits, for matrix units that would cut the
-        other bits off (they do not round): twice the precision of what comes out."""
+        other bits off (they do not round), which makes every result a little too small."""
         for parameter in self.parameters():
             if parameter.ndim >= 4 and parameter.dtype == torch.float32 and not parameter.is_meta:
                 parameter.data.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
