@@ -86,7 +86,8 @@ def forward(report: Report, options: argparse.Namespace) -> None:
 def denoised(predict: Predict, latents: torch.Tensor, steps: int) -> torch.Tensor:
     """Latents after a whole denoise with guidance."""
     sampler = make_sampler("unipc", SHIFT, steps, DEVICE)
-    return denoise(SequentialGuidance(predict, 0, 1, SCALE), latents, sampler)
+    both = SequentialGuidance(lambda x, t, prompts: [predict(x, t, prompt) for prompt in prompts], 0, 1, SCALE)
+    return denoise(both, latents, sampler)
 
 
 def whole_denoise(report: Report, options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ main(sys.argv[5:])
 PHASES = {
     "load": ("wanduet.engine.build", "verify_manifest", 1),
     "encode": ("wanduet.models.text_encoder", "TextEncoder._layer", 2),
-    "denoise": ("wanduet.models.transformer", "WanTransformer.forward", 8),
+    "denoise": ("wanduet.models.transformer", "WanTransformer.branches", 5),
     "decode": ("wanduet.media.video", "VideoWriter.write", 2),
 }
 
@@ -110,13 +110,13 @@ def transformer_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the transformer ran in this process."""
     from wanduet.models.transformer import WanTransformer
 
-    whole, calls = WanTransformer.forward, []
+    whole, calls = WanTransformer.branches, []
 
-    def forward(self, latents, *rest, **keywords):
+    def branches(self, latents, *rest, **keywords):
         calls.append(latents.shape[2])
         return whole(self, latents, *rest, **keywords)
 
-    monkeypatch.setattr(WanTransformer, "forward", forward)
+    monkeypatch.setattr(WanTransformer, "branches", branches)
     return calls
 
 

@@ -149,16 +149,16 @@ def test_every_parameter_by_position(oracle, pipe) -> None:
 
 
 def test_several_videos_need_no_more_activations_than_one(pipe, monkeypatch) -> None:
-    """Each forward is of one video: what the plan has counted."""
+    """Each step is of one video: what the plan has counted."""
     from wanduet.models.transformer import WanTransformer
 
-    forward, batches = WanTransformer.forward, []
+    branches, batches = WanTransformer.branches, []
 
     def counted(self, latents, *rest, **named):
         batches.append(len(latents))
-        return forward(self, latents, *rest, **named)
+        return branches(self, latents, *rest, **named)
 
-    monkeypatch.setattr(WanTransformer, "forward", counted)
+    monkeypatch.setattr(WanTransformer, "branches", counted)
     pipe(["a", "b", "c"], **(CALL | {"num_inference_steps": 2}), output_type="latent")
     assert set(batches) == {1}
 

@@ -1,6 +1,6 @@
 """The transformer over two and four gloo ranks against the transformer on one device, float32 on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -77,8 +77,8 @@ def guided(rank: Rank) -> tuple[Tensor, Tensor]:
     latents, _, positive = inputs(ODD)
     negative = torch.randn_like(positive)
 
-    def predict(latents: Tensor, timestep: float, text: Tensor) -> Tensor:
-        return made(latents, torch.tensor([timestep]), text)
+    def predict(latents: Tensor, timestep: float, texts: Sequence[Tensor]) -> list[Tensor]:
+        return [made(latents, torch.tensor([timestep]), text) for text in texts]
 
     mesh = rank.mesh(Layout(cfg=2, ulysses=rank.world_size // 2))
     made.runtime = Runtime(sharding=SequenceSharding(mesh))

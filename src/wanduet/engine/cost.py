@@ -60,15 +60,24 @@ def forward_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
     return float(spec.num_layers * (products + attention))
 
 
+def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
+    """Floating-point operations of all steps of a job's videos on one device.
+
+    With guidance the first block's self-attention is the same for both prompts, and computed once.
+    """
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    t, tokens = spec.transformer, spec.num_tokens(*size)
+    step = forward_flop(t, tokens, spec.text_len)
+    if request.uses_guidance:
+        step += step - 4 * tokens * t.dim * (2 * t.dim + tokens)  # q, k, v, out; scores and values
+    return request.num_videos_per_prompt * request.num_inference_steps * step
+
+
 def predict_seconds(
     request: ResolvedRequest, spec: ModelSpec, transformer: DeviceInfo, vae: DeviceInfo, ranks: int = 1
 ) -> Seconds:
     """For the whole job; `ranks` equal devices share the denoise and the decode."""
-    size = (request.generated_height, request.generated_width, request.num_frames)
-    branches = 2 if request.uses_guidance else 1
-    flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
-    videos = request.num_videos_per_prompt
-    denoise = videos * request.num_inference_steps * branches * flop / (rate(transformer) * 1e12)
+    denoise = denoise_flop(request, spec) / (rate(transformer) * 1e12)
     return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks)
 
 

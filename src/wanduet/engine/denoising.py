@@ -6,7 +6,7 @@ wrapped in, and the mesh of ranks, if there is one.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,10 +144,11 @@ class Denoising:
         positive, negative = self.contexts
         return SequentialGuidance(self._predict, positive, negative, scale)
 
-    def _predict(self, latents: Tensor, timestep: float, text: TextContext) -> Tensor:
+    def _predict(self, latents: Tensor, timestep: float, texts: Sequence[TextContext]) -> Sequence[Tensor]:
         steps = torch.full((1,), timestep, device=latents.device)
-        velocity: Tensor = self.around.forward(lambda: self.denoiser.transformer(latents, steps, text, self.rope))
-        return velocity
+        transformer, rope = self.denoiser.transformer, self.rope
+        velocities: list[Tensor] = self.around.forward(lambda: transformer.branches(latents, steps, texts, rope))
+        return velocities
 
     def _contexts(self, text_len: int) -> list[TextContext]:
         """This process's prompts: both, or the one of its side of the mesh."""

@@ -70,7 +70,7 @@ class ModelMemory:
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         activations = forward_bytes(
-            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, ffn_chunk, sequence_ranks
+            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, ffn_chunk, sequence_ranks, len(texts)
         )
         latents = 10 * prod(self.spec.latent_shape(*size)) * 4
         return TransformerMemory(total, weights, text, activations, latents)

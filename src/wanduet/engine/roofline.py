@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wanduet.engine.cost import decode_flop, forward_flop
+from wanduet.engine.cost import decode_flop, denoise_flop
 from wanduet.engine.job import Job
 from wanduet.engine.memory import DTYPE_BYTES, ModelMemory, text_encoder_bytes
 from wanduet.ops.devices import on_device_of
@@ -57,11 +57,12 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
     videos, ranks = request.num_videos_per_prompt, max(1, len(plan.ranks))
     passes = videos * request.num_inference_steps * (2 if request.uses_guidance else 1)
     weights = memory.transformer_weights(plan.transformer_dtype)
-    flop = forward_flop(spec.transformer, spec.num_tokens(*size), spec.text_len)
     vae_bytes = memory.vae_weights(plan.vae_dtype) * spec.latent_shape(*size)[1]
     pixels = 3 * size[0] * size[1] * size[2]
     work = {
-        "denoise_s": Work(passes * flop / ranks, passes * weights / ranks, plan.transformer_device, plan.transformer_dtype),
+        "denoise_s": Work(
+            denoise_flop(request, spec) / ranks, passes * weights / ranks, plan.transformer_device, plan.transformer_dtype
+        ),
         "decode_s": Work(
             videos * decode_flop(spec, size) / ranks, videos * (vae_bytes + pixels) / ranks, plan.vae_device, plan.vae_dtype
         ),

@@ -10,7 +10,7 @@ embedding and head are float32; the large matrix products run in the dtype of th
 Letters in names: B batch, L tokens on this device, C width, H heads, D channels a head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -65,6 +65,24 @@ class Runtime:
     ffn_chunk: int = FFN_CHUNK_TOKENS
 
 
+@dataclass(slots=True)
+class Stream:
+    """What goes from block to block: the residual stream `x` `[B, L, C]` float32, and beside it `branch`, in the
+    compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x.
+
+    Whoever needs the branch last takes it, so that its memory is free while the largest tensors live.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The branch, which the stream then holds no longer."""
+        branch, self.branch = self.branch, None
+        assert branch is not None
+        return branch
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm over all channels of q and k."""
 
@@ -85,9 +103,9 @@ class Attention(nn.Module):
         q, k, v = F.linear(n_BLC, weight, bias).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
-        """Self-attention's heads `[B, L, C]`, before the output projection."""
-        q, k, v = self.project_qkv(n_BLC)
+    def attend_self(self, stream: Stream, rope: Rope, run: Runtime) -> Tensor:
+        """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch."""
+        q, k, v = self.project_qkv(stream.take())
         q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
             q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
         )
@@ -104,8 +122,8 @@ class Attention(nn.Module):
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor) -> Tensor:
-        """The output projection; without gradients written into `out_BLC`, whose content is not needed."""
+    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None = None) -> Tensor:
+        """The output projection; without gradients written into `out_BLC`, if given: its content is not needed."""
         return _linear_into(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
 
 
@@ -147,33 +165,36 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
+    def attend(self, stream: Stream, rope: Rope, run: Runtime) -> None:
+        """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
+        stream.branch = self.attn1.project_out(self.attn1.attend_self(stream, rope, run))
+
     def forward(
         self,
-        x_BLC: Tensor,
-        n_BLC: Tensor,
+        stream: Stream,
         mod: Modulation,
         next_norm: tuple[Tensor, Tensor],
         text: tuple[Tensor, Tensor, int],
-        rope: Rope,
         run: Runtime,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the block on the residual stream x and its already modulated norm n.
+    ) -> None:
+        """Bring the stream from this block's self-attention to the next block's norm.
 
-        Returns the new x and its norm by `next_norm` (weight, bias `[B, C]`): each residual addition is
-        fused with the norm that follows it, also across blocks. Without gradients both are in place.
+        That norm is by `next_norm` (weight, bias `[B, C]`): each residual addition is fused with the norm that
+        follows it, also across blocks. Without gradients all is in place.
         """
         residual_norm, eps = run.kernels.residual_norm, self.eps
-        y = self.attn1.project_out(self.attn1.attend_self(n_BLC, rope, run), n_BLC)
-        x_BLC, n_BLC = residual_norm(x_BLC, y, mod.attn_gate, self.norm2.weight[None], self.norm2.bias[None], eps)
-        y = self.attn2.project_out(self.attn2.attend_text(n_BLC, *text, run), n_BLC)
-        x_BLC, n_BLC = residual_norm(x_BLC, y, None, mod.ffn_weight, mod.ffn_bias, eps)
+        norm2 = (self.norm2.weight[None], self.norm2.bias[None])
+        x_BLC, n_BLC = residual_norm(stream.x, stream.take(), mod.attn_gate, *norm2, eps)
+        y_BLC = self.attn2.project_out(self.attn2.attend_text(n_BLC, *text, run), n_BLC)
+        x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn_weight, mod.ffn_bias, eps)
         if torch.is_grad_enabled():
-            return residual_norm(x_BLC, self.ffn(n_BLC, n_BLC, run), mod.ffn_gate, *next_norm, eps)
+            stream.x, stream.branch = residual_norm(x_BLC, self.ffn(n_BLC, n_BLC, run), mod.ffn_gate, *next_norm, eps)
+            return
         for start in range(0, x_BLC.shape[1], run.ffn_chunk):
             rows = slice(start, start + run.ffn_chunk)
-            y = self.ffn(n_BLC[:, rows], n_BLC[:, rows], run)
-            residual_norm(x_BLC[:, rows], y, mod.ffn_gate, *next_norm, eps)
-        return x_BLC, n_BLC
+            y_BLC = self.ffn(n_BLC[:, rows], n_BLC[:, rows], run)
+            residual_norm(x_BLC[:, rows], y_BLC, mod.ffn_gate, *next_norm, eps)
+        stream.x, stream.branch = x_BLC, n_BLC
 
 
 class WanTransformer(nn.Module):
@@ -241,9 +262,19 @@ class WanTransformer(nn.Module):
             text = self.prepare_text(text)
         if rope is None:
             rope = self.prepare_rope(latents.shape, latents.device)
-        x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
-        n_BLC = self.run_blocks(x_BLC, time_BC, time_B6C, text, rope)
-        return self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size))
+        return self.branches(latents, timestep, (text,), rope)[0]
+
+    def branches(self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope) -> list[Tensor]:
+        """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
+        block's self-attention, which comes before any text is seen, is computed once."""
+        velocities: list[Tensor] = []
+        kept = None
+        for text in texts:
+            x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
+            stream, kept = Stream(x_BLC, kept), None
+            n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, keep=text is not texts[-1])
+            velocities.append(self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)))
+        return velocities
 
     def embed(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches of this device as tokens `[B, L, C]`, and the timestep `[B, C]` and `[B, 6, C]`; float32."""
@@ -254,17 +285,29 @@ class WanTransformer(nn.Module):
         time_BC, time_B6C = self.condition_embedder.embed_time(timestep)
         return x_BLC, time_BC, time_B6C
 
-    def run_blocks(self, x_BLC: Tensor, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope) -> Tensor:
-        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites x."""
+    def run_blocks(
+        self, stream: Stream, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites the stream.
+
+        The first block's self-attention may be in the stream already. With `keep` it is returned too, for a
+        stream of the same latents.
+        """
         modulations = [block.modulation(time_B6C) for block in self._blocks()]
         norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
         shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
         norms.append((1 + scale, shift))
-        n_BLC = self.runtime.kernels.norm(x_BLC, *norms[0], self.spec.eps, self.compute_dtype)
+        attended, kept = stream.branch is not None, None
+        if not attended:
+            stream.branch = self.runtime.kernels.norm(stream.x, *norms[0], self.spec.eps, self.compute_dtype)
         for index, block in enumerate(self.fetch_blocks()):
+            if index > 0 or not attended:
+                block.attend(stream, rope, self.runtime)
+            if index == 0 and keep and stream.branch is not None:
+                kept = stream.branch.clone()
             keys_values = (text.keys[index], text.values[index], text.repeats)
-            x_BLC, n_BLC = block(x_BLC, n_BLC, modulations[index], norms[index + 1], keys_values, rope, self.runtime)
-        return n_BLC
+            block(stream, modulations[index], norms[index + 1], keys_values, self.runtime)
+        return stream.take(), kept
 
     def head(self, n_BLC: Tensor, grid: PatchGrid) -> Tensor:
         """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device."""
@@ -275,9 +318,9 @@ class WanTransformer(nn.Module):
         return grid.unpatchify(patches, self.spec.out_channels)
 
 
-def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor) -> Tensor:
-    """`x @ weight.T + bias`, written into `out` when no gradients are needed."""
-    if torch.is_grad_enabled():
+def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`, written into `out`, if there is one and no gradients are needed."""
+    if out is None or torch.is_grad_enabled():
         return F.linear(x, linear.weight, linear.bias)
     for x_LC, out_LC in zip(x, out, strict=True):
         torch.addmm(linear.bias, x_LC, linear.weight.t(), out=out_LC)

@@ -1,4 +1,4 @@
-"""Bytes that one forward of the transformer needs beside weights and text, found by running it on the meta device."""
+"""Bytes that a step of the transformer needs beside weights and text, found by running it on the meta device."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -23,25 +23,37 @@ SIDE = 32  # tokens along a frame's side in those two traces
 
 
 def forward_bytes(
-    spec: TransformerSpec, latent_shape: tuple[int, ...], text_len: int, dtype: str, ffn_chunk: int, ranks: int = 1
+    spec: TransformerSpec,
+    latent_shape: tuple[int, ...],
+    text_len: int,
+    dtype: str,
+    ffn_chunk: int,
+    ranks: int = 1,
+    prompts: int = 1,
 ) -> int:
-    """Peak bytes for latents `[16, T, h, w]` on each of `ranks` devices that share the sequence."""
+    """Peak bytes for latents `[16, T, h, w]` and so many prompts on each of `ranks` devices that share the sequence."""
     patch = spec.patch_size
     tokens = prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
     if tokens <= TRACED_TOKENS:
-        return _traced(spec, tuple(latent_shape), text_len, dtype, ffn_chunk, ranks)
+        return _traced(spec, tuple(latent_shape), text_len, dtype, ffn_chunk, ranks, prompts)
     halves = []
     for part in (TRACED_TOKENS // 2, TRACED_TOKENS):
         grid = (part // SIDE**2, SIDE, SIDE)
         shape = (latent_shape[0], *(g * p for g, p in zip(grid, patch, strict=True)))
-        halves.append(_traced(spec, shape, text_len, dtype, ffn_chunk, ranks))
+        halves.append(_traced(spec, shape, text_len, dtype, ffn_chunk, ranks, prompts))
     slope = (halves[1] - halves[0]) / (TRACED_TOKENS / 2)
     return int(halves[1] + slope * (tokens - TRACED_TOKENS))
 
 
 @lru_cache(maxsize=256)
 def _traced(
-    spec: TransformerSpec, latent_shape: tuple[int, ...], text_len: int, dtype: str, ffn_chunk: int, ranks: int
+    spec: TransformerSpec,
+    latent_shape: tuple[int, ...],
+    text_len: int,
+    dtype: str,
+    ffn_chunk: int,
+    ranks: int,
+    prompts: int,
 ) -> int:
     kind: torch.dtype = getattr(torch, dtype)
     small = replace(spec, num_layers=TRACED_BLOCKS)
@@ -59,7 +71,8 @@ def _traced(
     with torch.no_grad(), Footprint() as footprint:
         latents = on_meta(shape, torch.float32)
         rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
-        model(latents, torch.empty(1, device="meta"), TextContext(text, text), rope)
+        texts = tuple(TextContext(text, text) for _ in range(prompts))
+        model.branches(latents, torch.empty(1, device="meta"), texts, rope)
     return int(footprint.peak)
 
 

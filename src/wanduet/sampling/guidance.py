@@ -3,7 +3,7 @@
 Source: Ho & Salimans, arXiv 2207.12598: `negative + scale * (positive - negative)`, here in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -13,7 +13,8 @@ from torch import distributed as dist
 from wanduet.parallel.exchange import gather
 
 Condition = TypeVar("Condition")
-Predict = Callable[[Tensor, float, Condition], Tensor]
+# Velocities of latents at a timestep, one for each condition: what they have in common is the model's to find.
+Predict = Callable[[Tensor, float, Sequence[Condition]], Sequence[Tensor]]
 Velocity = Callable[[Tensor, float], Tensor]
 
 
@@ -33,12 +34,12 @@ class NoGuidance(Generic[Condition]):
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """See Guidance."""
-        return self.predict(latents, timestep, self.positive)
+        return self.predict(latents, timestep, (self.positive,))[0]
 
 
 @dataclass(frozen=True, slots=True)
 class SequentialGuidance(Generic[Condition]):
-    """Both prompts on one device, one after the other."""
+    """Both prompts on one device."""
 
     predict: Predict[Condition]
     positive: Condition
@@ -47,8 +48,7 @@ class SequentialGuidance(Generic[Condition]):
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """See Guidance."""
-        positive = self.predict(latents, timestep, self.positive)
-        negative = self.predict(latents, timestep, self.negative)
+        positive, negative = self.predict(latents, timestep, (self.positive, self.negative))
         return combine(positive, negative, self.scale)
 
 
@@ -66,7 +66,8 @@ class ParallelGuidance(Generic[Condition]):
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """See Guidance."""
-        positive, negative = gather(self.predict(latents, timestep, self.condition), self.group)
+        (own,) = self.predict(latents, timestep, (self.condition,))
+        positive, negative = gather(own, self.group)
         return combine(positive, negative, self.scale)
 
 

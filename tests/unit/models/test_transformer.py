@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wanduet.models.transformer import TextContext, WanTransformer
+from wanduet.ops.attention import sdpa
 from wanduet.specs import TransformerSpec
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
@@ -79,3 +80,30 @@ def test_bfloat16_keeps_float32_where_the_official_code_does(model, given) -> No
 def test_latents_that_do_not_divide_are_refused(model) -> None:
     with pytest.raises(ValueError, match="cannot be cut"):
         model(torch.randn(1, 16, 3, 5, 8), torch.tensor([1]), torch.randn(1, 9, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_together_give_what_each_gives_alone(model, given, dtype) -> None:
+    latents, timestep, _ = given
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, dtype))
+    texts = [model.prepare_text(torch.randn(1, 9, 32)) for _ in range(3)]
+    rope = model.prepare_rope(latents.shape, latents.device)
+    together = model.branches(latents, timestep, texts, rope)
+    assert all(torch.equal(got, model(latents, timestep, text)) for got, text in zip(together, texts, strict=True))
+
+
+@torch.no_grad()
+def test_the_first_self_attention_serves_all_prompts(model, given) -> None:
+    latents, timestep, embeds = given
+    calls = []
+
+    def attention(q, k, v):
+        calls.append(len(q))
+        return sdpa(q, k, v)
+
+    model.runtime = dataclasses.replace(model.runtime, attention=attention)
+    text = model.prepare_text(embeds), model.prepare_text(embeds * 2)
+    model.branches(latents, timestep, text, model.prepare_rope(latents.shape, latents.device))
+    assert len(calls) == 2 * SPEC.num_layers - 1

@@ -50,7 +50,7 @@ def test_a_callback_may_replace_the_latents() -> None:
 
 
 def test_guidance_formula() -> None:
-    predict = lambda x, t, c: x * c + t  # noqa: E731
+    predict = lambda x, t, conditions: [x * c + t for c in conditions]  # noqa: E731
     x = start()
     assert torch.equal(NoGuidance(predict, 2.0)(x, 1.0), x * 2 + 1)
     guided = SequentialGuidance(predict, 3.0, -1.0, 5.0)(x, 0.0)
