@@ -4,7 +4,8 @@
 
 Sections: float32 bfloat16 (float32 with TF32). Both sides do the same work: a step of up to four frames with a past of
 two and a residual. PyTorch's side includes what it needs before and after the convolution (`with input`), and is
-also shown alone (`convolution alone`). Tiles are pixels x channels x depth / warps / stages.
+also shown alone (`convolution alone`). Tiles are pixels x channels x depth / warps / stages, then how many rows the
+pixels are of and whether channels are the product's rows.
 """
 
 import sys
@@ -44,19 +45,21 @@ if TINY:
 
 
 def tiles(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
-    """Pixels, first and second part of the channels, depth, warps, stages."""
+    """Pixels, first and second part of the channels, depth, warps, stages, swap, rows."""
     narrow = dtype == torch.float32
+    depth = 32 if narrow else 64
     if shape.outputs == 3:
-        yield from product((128, 256), (16,), (0,), (32,), (4,), (3, 4))
+        yield from product((128, 256), (16,), (0,), (32,), (4,), (3, 4), (0,), (1, 4, 8))
     elif shape.outputs == 96:
-        yield from ((256, 64, 32, 32, 8, 3), (256, 64, 32, 32, 8, 4), (128, 64, 32, 32, 4, 4), (128, 64, 32, 32, 4, 5))
-        yield (256, 128, 0, 32, 8, 3)
+        for pixels, warps, stages in ((128, 4, 4), (128, 4, 3), (256, 8, 3)):
+            yield from ((pixels, 64, 32, 32, warps, stages, 0, rows) for rows in (1, 4, 8))
+        yield (128, 64, 32, 32, 4, 2, 0, 8)
     else:
-        depth = 32 if narrow else 64
-        yield from ((128, 128, 64, depth, 8, 3), (128, 128, 0, depth, 8, 3), (256, 128, 0, depth, 8, 3))
-        yield from ((128, 128, 64, 32, 8, 4),) if not narrow else ((128, 128, 64, depth, 8, 4),)
+        for swap in (0, 1):
+            yield from ((128, 128, 64, depth, 8, 3, swap, rows) for rows in (1, 4, 8))
+        yield from ((256, 128, 64, depth, 8, 2, 1, rows) for rows in (1, 8))
         if shape.outputs == 384:
-            yield (128, 256, 0, depth, 8, 3)
+            yield from ((128, 256, 0, depth, 8, 3, 0, rows) for rows in (1, 8))
 
 
 @torch.no_grad()
@@ -99,8 +102,8 @@ def measure(dtype: torch.dtype, report: Report) -> None:
 
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))
-            run = partial(convolve, x, past, weight, bias, (1, 1), 1, residual, out, tile=Tile(*sides))
-            label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]}"
+            run = partial(convolve, x, past, weight, bias, (1, 1), residual, out, tile=Tile(*sides))
+            label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]} rows {sides[7]} swap {sides[6]}"
             try:
                 run()
                 add(label, run, relative_error(out, expected))

@@ -155,7 +155,9 @@ class WanVAE(nn.Module):
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
         self.kernels = kernels
         for module in self.modules():
-            if isinstance(module, AttentionBlock | CausalConv3d | Upsample):
+            if isinstance(module, Upsample):
+                module.use_kernels(kernels)
+            elif isinstance(module, AttentionBlock | CausalConv3d):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
@@ -169,7 +171,7 @@ class WanVAE(nn.Module):
     def round_to_tf32(self) -> None:
         """Round convolutions' float32 weights to the nearest numbers of 11 bits, for matrix units that would cut the
         other bits off (they do not round), which makes every result a little too small."""
-        for parameter in self.parameters():
+        for parameter in itertools.chain(self.parameters(), self.buffers()):
             if parameter.ndim >= 4 and parameter.dtype == torch.float32 and not parameter.is_meta:
                 parameter.data.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
 

@@ -150,6 +150,14 @@ class Upsample(nn.Module):
         # Index 1 as in a checkpoint, where index 0 is the parameterless nearest-neighbour doubling.
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.double_weight: Tensor | None
+        self.register_buffer("double_weight", None, persistent=False)
+
+    def use_kernels(self, kernels: VAEKernels) -> None:
+        """Compute with these."""
+        self.kernels = kernels
+        prepare, conv = kernels.double_weight, cast(nn.Conv2d, self.resample[1])
+        self.double_weight = None if prepare is None else prepare(conv.weight.data)
 
     def rows_needed(self, rows: Rows) -> Rows:
         """One more row on each side after doubling."""
@@ -171,8 +179,9 @@ class Upsample(nn.Module):
             wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
             return torch.stack(wide, dim=2), past, doubled.narrowed()
         out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], doubled.narrowed().count, 2 * x.shape[4])
+        weight = conv.weight if self.double_weight is None else self.double_weight
         for index, half in enumerate(halves):
-            self.kernels.double_conv(half, conv.weight, conv.bias, doubled.padding, out[:, :, index :: len(halves)])
+            self.kernels.double_conv(half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves)])
         return out, past, doubled.narrowed()
 
 

@@ -37,6 +37,7 @@ def decode_bytes(
     parts = _Parts.of(spec, height, width, num_frames, strips, getattr(torch, dtype), kernels)
     mid = parts.trunk.output
     history = parts.history(plan)
+    history += sum(b.nbytes for b in _meta_vae(spec, getattr(torch, dtype), kernels).buffers())  # prepared weights
     if plan.order == "strip":  # the middle of this step, and of the one before or after it
         return history + 2 * mid + _held(max(parts.trunk.transient, parts.transient))
     picture = 2 * spec.temporal_stride * height * width * 3  # uint8, this step's and the one on its way

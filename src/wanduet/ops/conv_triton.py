@@ -2,8 +2,8 @@
 
 Imported lazily, only where Triton is there. An implicit matrix product over channels-last tensors: a program
 takes a run of one output frame's pixels and some output channels, and adds up taps x input channels in one
-fixed order. So a pixel's value does not depend on how the frame is cut, to the last bit, and neither a padded
-copy of the input nor, where rows and columns are doubled before a convolution, the doubled image ever exists.
+fixed order. So a pixel's value does not depend on how the frame is cut, to the last bit, and no padded copy of the
+input ever exists.
 
 Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759, section 3).
 """
@@ -30,7 +30,8 @@ class Tile:
 
     Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
     are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
-    instead of the other way round.
+    instead of the other way round. `rows`: the pixels are of so many rows of the frame, so that the neighbours that they
+    have in common are read once; with 1 they are a run of pixels, which may go on in the next row.
     """
 
     pixels: int
@@ -40,11 +41,18 @@ class Tile:
     warps: int
     stages: int
     swap: bool = False
+    rows: int = 1
 
     @property
     def channels(self) -> int:
         """Output channels of a program."""
         return self.first + self.second
+
+    def programs(self, height: int, width: int) -> int:
+        """How many programs a frame's pixels take."""
+        if self.rows == 1:
+            return triton.cdiv(height * width, self.pixels)
+        return triton.cdiv(height, self.rows) * triton.cdiv(width, self.pixels // self.rows)
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes of the inputs and weights under way, in values of `itemsize` bytes."""
@@ -52,30 +60,37 @@ class Tile:
 
 
 # Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
-@triton.jit(do_not_specialize=["to_past", "length", "height", "width", "out_height", "out_width", "top"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["to_past", "length", "height", "width", "out_height", "out_width", "top", "left"])  # type: ignore[untyped-decorator]
 def _convolution_kernel(
     x_ptr, to_past: tl.int64, weight_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr,
     x_batch, x_frame, x_row, x_column,
     past_batch, past_frame, past_row, past_column,
     residual_batch, residual_frame, residual_row, residual_column,
     out_batch, out_frame, out_row, out_column,
-    length, height, width, out_height, out_width, top, norm_scale,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UP: tl.constexpr,
+    length, height, width, out_height, out_width, top, left, norm_scale,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
-    SWAP: tl.constexpr,
+    SWAP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`, of which rows
-    and columns count `UP` times; weight `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` is the padding above; from the
+    """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
+    `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left` are the padding above and before; from the
     first value of x to the first of the past it is `to_past * UNIT` values. `norm_scale` is sqrt(C_OUT)."""
     groups = tl.cdiv(C_OUT, FIRST + SECOND)
     first_channel = (tl.program_id(0) % groups) * (FIRST + SECOND)
-    pixel = (tl.program_id(0) // groups) * PIXELS + tl.arange(0, PIXELS)
+    place = tl.program_id(0) // groups
     frame = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    is_pixel = pixel < out_height * out_width
-    row = pixel // out_width
-    column = pixel % out_width
+    if ROWS == 1:
+        pixel = place * PIXELS + tl.arange(0, PIXELS)
+        row = pixel // out_width
+        column = pixel % out_width
+    else:
+        COLUMNS: tl.constexpr = PIXELS // ROWS
+        across = tl.cdiv(out_width, COLUMNS)
+        row = (place // across) * ROWS + tl.arange(0, PIXELS) // COLUMNS
+        column = (place % across) * COLUMNS + tl.arange(0, PIXELS) % COLUMNS
+    is_pixel = (row < out_height) & (column < out_width)
 
     x_ptr += batch * x_batch
     to_past = to_past * UNIT + batch * (past_batch - x_batch)
@@ -92,17 +107,18 @@ def _convolution_kernel(
         two_at = two[:, None] * (taps * C_IN) + part[None, :]
         is_two = two[:, None] < C_OUT
 
+    # Innermost are the taps that read the same values for neighbours in the tile: they come from the L1 cache.
+    NEAR: tl.constexpr = KW if ROWS == 1 else KH * KW
     for index in range(taps * steps):
-        # Columns innermost: neighbours are read one after the other, so that two of three come from the L1 cache.
-        tap = (index // (KW * steps)) * KW + index % KW
-        channel = ((index // KW) % steps) * DEPTH
+        tap = (index // (NEAR * steps)) * NEAR + index % NEAR
+        channel = ((index // NEAR) % steps) * DEPTH
         # Frames before the first of x lie in the past, the oldest first.
         source = frame + tap // (KH * KW) - (KT - 1)
-        up_row = row + (tap // KW) % KH - top
-        up_column = column + tap % KW - KW // 2
+        in_row = row + (tap // KW) % KH - top
+        in_column = column + tap % KW - left
         if not HAS_PAST:  # zeros, as outside of the frame
-            up_row = tl.where(source >= 0, up_row, -1)
-        inside = is_pixel & (up_row >= 0) & (up_row < height * UP) & (up_column >= 0) & (up_column < width * UP)
+            in_row = tl.where(source >= 0, in_row, -1)
+        inside = is_pixel & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
         at = source.to(tl.int64) * x_frame
         rows_at, columns_at = x_row, x_column
         if HAS_PAST:
@@ -111,7 +127,7 @@ def _convolution_kernel(
             at = new * at + (1 - new) * (to_past + (source + KT - 1).to(tl.int64) * past_frame)
             rows_at = new * x_row + (1 - new) * past_row
             columns_at = new * x_column + (1 - new) * past_column
-        offset = (up_row // UP) * rows_at + (up_column // UP) * columns_at
+        offset = in_row * rows_at + in_column * columns_at
         channels = channel + part
         in_width = channels[None, :] < C_IN
         values = tl.load(
@@ -189,18 +205,17 @@ def convolve(
     weight: Tensor,
     bias: Tensor,
     pads: tuple[int, int],
-    up: int,
     residual: Tensor | None,
     out: Tensor,
     gamma: Tensor | None = None,
     tile: Tile | None = None,
     compile_for: torch.device | None = None,
 ) -> bool:
-    """Convolve `x` `[B, I, T, h, w]` (its rows and columns repeated `up` times) into `out` `[B, O, T, h', w']`.
+    """Convolve `x` `[B, I, T, h, w]` into `out` `[B, O, T, h', w']`.
 
-    Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory, odd kh and kw;
-    `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and below; columns are padded by
-    kw // 2. `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
+    Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory;
+    `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and zero columns before x (below
+    and after it there are as many as the shape of `out` asks for). `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
     PyTorch's own convolutions do that (`torch.backends.cudnn.allow_tf32`).
 
     With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
@@ -214,16 +229,16 @@ def convolve(
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
     normed = gamma is not None and tile.channels >= outputs
-    tiles = triton.cdiv(out.shape[3] * out.shape[4], tile.pixels) * triton.cdiv(outputs, tile.channels)
+    tiles = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
     launch(
         _convolution_kernel, (tiles, length, batch), x.device, compile_for,
         x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
         *_strides(x), *_strides(before), *_strides(added), *_strides(out),
-        length, height, width, out.shape[3], out.shape[4], pads[0], float(outputs**0.5),
-        C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UP=up, UNIT=unit, HAS_PAST=past is not None and kt > 1,
+        length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
+        C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_PAST=past is not None and kt > 1,
         HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
         PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-        PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap,
+        PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return normed

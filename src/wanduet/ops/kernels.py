@@ -112,7 +112,7 @@ def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dt
     outs = [draw(1, outputs, 3, 10, 14) for _ in range(2)]
     flat = weight[:, :, 0].contiguous(memory_format=torch.channels_last)
     for one, out in zip((kernels, VAE_TORCH_KERNELS), outs, strict=True):
-        one.double_conv(x, flat, bias, (1, 1), out)
+        one.double_conv(x, flat if one.double_weight is None else one.double_weight(flat), bias, (1, 1), out)
     errors.append(_relative(*outs))
     qkv = draw(2, 35, 3 * width).chunk(3, dim=-1)
     errors.append(_relative(kernels.attend(*qkv), VAE_TORCH_KERNELS.attend(*qkv)))

@@ -44,9 +44,9 @@ class DoubleConv(Protocol):
     """A convolution over an image of which rows and columns count twice."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
-        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by its nearest neighbours, with `weight` `[O, I, kh, kw]`.
+        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by its nearest neighbours, with a kernel `[O, I, 3, 3]`.
 
-        Written into `out` `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference.
+        `weight` is what `double_weight` made of that kernel. Written into `out` `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference.
         """
 
 
@@ -56,6 +56,7 @@ class VAEKernels:
 
     name: str
     causal_conv: CausalConv
+    double_weight: Callable[[Tensor], Tensor] | None  # of a kernel `[O, I, 3, 3]`, once; None: the kernel itself
     double_conv: DoubleConv
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -172,4 +173,4 @@ def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, double_conv, attend)
+VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, None, double_conv, attend)

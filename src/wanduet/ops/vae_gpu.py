@@ -39,13 +39,33 @@ def causal_conv(
         x = normed
     frames = weight.shape[2] - 1
     out = empty_clip(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
-    done = _convolve(x, past, weight, bias, pads, 1, residual, out, out_gamma, compile_for)
+    corner = pads[0], weight.shape[4] // 2
+    done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
     if out_gamma is not None and not done:
         _norm_silu(out, out_gamma, out, compile_for)
     if x.shape[2] < frames:  # the new past is partly the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
     return out, x[:, :, x.shape[2] - frames :]
+
+
+def double_weight(weight: Tensor) -> Tensor:
+    """`[4, O, I, 2, 2]` of `[O, I, 3, 3]`: what the kernel is for the four pixels that a pixel becomes.
+
+    Of the three doubled rows around a doubled row two are the same one: their weights add up, and four taps are left
+    of nine (sums in float32, rounded once). First the upper two pixels, of each pair the left one first.
+    """
+    kernels = [
+        _halved(_halved(weight.float(), 2, lower), 3, right) for lower in (False, True) for right in (False, True)
+    ]
+    four = torch.stack(kernels).to(weight.dtype)
+    return four.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # channels side by side
+
+
+def _halved(weight: Tensor, dim: int, second: bool) -> Tensor:
+    """Two taps of three along an axis, for the first or the second of the two pixels that were one."""
+    before, here, after = weight.unbind(dim)
+    return torch.stack((before + here, after) if second else (before, here + after), dim)
 
 
 def double_conv(
@@ -57,7 +77,14 @@ def double_conv(
     compile_for: torch.device | None = None,
 ) -> None:
     """See `vae_fused.DoubleConv`: the doubled image is never there."""
-    _convolve(_channels_last(x), None, weight.unsqueeze(2), bias, pads, 2, None, out, None, compile_for)
+    x = _channels_last(x)
+    for index, kernel in enumerate(weight):
+        lower, right = divmod(index, 2)
+        # Without padding above the first row is a lower one, and needs its own row and the next.
+        first = lower if pads[0] else 1 - lower
+        corner = int(bool(pads[0]) and not lower), 1 - right
+        part = out[:, :, :, first::2, right::2]
+        _convolve(x, None, kernel.unsqueeze(2), bias, corner, None, part, None, compile_for)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,8 +132,7 @@ def _convolve(
     past: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    pads: tuple[int, int],
-    up: int,
+    corner: tuple[int, int],
     residual: Tensor | None,
     out: Tensor,
     gamma: Tensor | None,
@@ -118,15 +144,19 @@ def _convolve(
     from wanduet.ops.conv_triton import convolve
 
     weight = weight.contiguous(memory_format=torch.channels_last_3d)
-    return convolve(x, past, weight, bias, pads, up, residual, out, gamma, compile_for=compile_for)
+    return convolve(x, past, weight, bias, corner, residual, out, gamma, compile_for=compile_for)
 
 
 def compiling_for(device: torch.device) -> VAEKernels:
     """Kernels for a run on the meta device, which computes nothing but leaves every kernel compiled for `device`: what a
     real run with the same shapes would wait for."""
     return VAEKernels(
-        "compiling", partial(causal_conv, compile_for=device), partial(double_conv, compile_for=device), attend
+        "compiling",
+        partial(causal_conv, compile_for=device),
+        double_weight,
+        partial(double_conv, compile_for=device),
+        attend,
     )
 
 
-VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_conv, attend)
+VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_weight, double_conv, attend)

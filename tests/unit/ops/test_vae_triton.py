@@ -121,7 +121,22 @@ def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) ->
         out = clip(outputs, 2, 4, 5)
         first, second = (64, 32) if outputs == 96 else (64, 0)
         tile = convolutions.Tile(16, first, second, 16, 4, 2, swap)
-        assert convolutions.convolve(x, None, weight, bias, (1, 1), 1, None, out, gamma, tile)
+        assert convolutions.convolve(x, None, weight, bias, (1, 1), None, out, gamma, tile)
+        results.append(out)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("has_past", [True, False])
+def test_tiles_of_several_rows_give_the_same(convolutions, rows, has_past) -> None:
+    torch.manual_seed(0)
+    x, (weight, bias) = clip(24, 2, 5, 7), convolution(24, 40, (3, 3, 3))
+    past, residual, gamma = clip(24, 2, 5, 7) if has_past else None, clip(40, 2, 5, 7), torch.randn(40, 1, 1, 1)
+    results = []
+    for number in (1, rows):
+        out = clip(40, 2, 5, 7)
+        tile = convolutions.Tile(16, 64, 0, 16, 4, 2, rows=number)
+        assert convolutions.convolve(x, past, weight, bias, (1, 1), residual, out, gamma, tile)
         results.append(out)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -150,7 +165,7 @@ def test_a_step_of_one_frame_keeps_a_frame_of_the_past() -> None:
     assert torch.equal(left, torch.cat((past[:, :, 1:], x), dim=2))
 
 
-@pytest.mark.parametrize("pads", [(1, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize("pads", [(1, 1), (1, 0), (0, 1), (0, 0)])
 def test_a_doubling_equals_the_plain_form(pads) -> None:
     torch.manual_seed(0)
     x, (weight, bias) = clip(24, 2, 3, 2)[:, 8:], convolution(16, 8, (1, 3, 3))
@@ -158,7 +173,7 @@ def test_a_doubling_equals_the_plain_form(pads) -> None:
     got, expected = (clip(8, 4, 6 + sum(pads) - 2, 4) for _ in range(2))
     untouched = got.clone()
     with torch.no_grad():
-        vae_gpu.double_conv(x, flat, bias, pads, got[:, :, ::2])
+        vae_gpu.double_conv(x, vae_gpu.double_weight(flat), bias, pads, got[:, :, ::2])
         vae_fused.double_conv(x, flat, bias, pads, expected[:, :, ::2])
     torch.testing.assert_close(got[:, :, ::2], expected[:, :, ::2], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[:, :, 1::2], untouched[:, :, 1::2])
