@@ -270,11 +270,24 @@ class WanTransformer(nn.Module):
         velocities: list[Tensor] = []
         kept = None
         for text in texts:
-            x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
-            stream, kept = Stream(x_BLC, kept), None
-            n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, keep=text is not texts[-1])
-            velocities.append(self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)))
+            velocity, kept = self._branch(latents, timestep, text, rope, kept, keep=text is not texts[-1])
+            velocities.append(velocity)
         return velocities
+
+    def _branch(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: TextContext,
+        rope: Rope,
+        attended: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One prompt's velocity; the first block's self-attention may be known, and with `keep` is returned."""
+        x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
+        n_BLC, kept = self.run_blocks(Stream(x_BLC, attended), time_BC, time_B6C, text, rope, keep=keep)
+        return self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)), kept
 
     def embed(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches of this device as tokens `[B, L, C]`, and the timestep `[B, C]` and `[B, 6, C]`; float32."""
@@ -297,14 +310,16 @@ class WanTransformer(nn.Module):
         norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
         shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
         norms.append((1 + scale, shift))
-        attended, kept = stream.branch is not None, None
+        attended = stream.branch is not None
+        # Before all that comes and goes, so that it leaves no hole between what does.
+        kept = torch.empty_like(stream.x, dtype=self.compute_dtype) if keep else None
         if not attended:
             stream.branch = self.runtime.kernels.norm(stream.x, *norms[0], self.spec.eps, self.compute_dtype)
         for index, block in enumerate(self.fetch_blocks()):
             if index > 0 or not attended:
                 block.attend(stream, rope, self.runtime)
-            if index == 0 and keep and stream.branch is not None:
-                kept = stream.branch.clone()
+            if index == 0 and kept is not None and stream.branch is not None:
+                kept.copy_(stream.branch)
             keys_values = (text.keys[index], text.values[index], text.repeats)
             block(stream, modulations[index], norms[index + 1], keys_values, self.runtime)
         return stream.take(), kept

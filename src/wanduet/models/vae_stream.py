@@ -68,6 +68,8 @@ class _Decode:
         weight = vae.post_quant_conv.weight
         self.vae, self.device, self.plan = vae, weight.device, plan
         self.latents = latents.to(weight.dtype)
+        if self.device.type == "cuda" and not self.latents.is_cuda:
+            self.latents = self.latents.pin_memory()  # else each frame of them would wait for the device
         self.length = latents.shape[1]
         stride = vae.spec.spatial_stride
         self.width = latents.shape[3] * stride

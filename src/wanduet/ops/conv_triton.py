@@ -263,12 +263,12 @@ def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Ti
 # By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
 # Measured on an H100: benchmarks/convolutions.py.
 TILES = {
-    (384, 2): Tile(128, 128, 64, 64, 8, 3, swap=True),
-    (384, 4): Tile(128, 128, 64, 32, 8, 3, swap=True),
-    (192, 2): Tile(256, 128, 64, 64, 8, 3, swap=True),
-    (192, 4): Tile(128, 128, 64, 32, 8, 3),
-    (96, 2): Tile(128, 64, 32, 32, 4, 4),
-    (96, 4): Tile(128, 64, 32, 32, 4, 4),
+    (384, 2): Tile(128, 128, 64, 64, 8, 3),
+    (384, 4): Tile(128, 128, 64, 32, 8, 3, rows=8),
+    (192, 2): Tile(128, 128, 64, 64, 8, 3, swap=True, rows=8),
+    (192, 4): Tile(128, 128, 64, 32, 8, 3, rows=8),
+    (96, 2): Tile(128, 64, 32, 32, 4, 3, rows=4),
+    (96, 4): Tile(128, 64, 32, 32, 4, 3, rows=4),
 }
 
 

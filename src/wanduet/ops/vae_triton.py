@@ -15,7 +15,7 @@ from torch import Tensor
 from wanduet.ops.devices import on_device_of
 
 # Values a program holds: pixels x channels. More would spill registers, fewer would not hide latency.
-VALUES = 8192
+VALUES = 4096
 EPS = 1e-12  # torch.nn.functional.normalize's
 
 
@@ -29,26 +29,25 @@ def silu_rounded(x, TO_TF32: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["frames", "height", "width", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _norm_silu_kernel(
-    x_ptr, gamma_ptr, out_ptr, x_batch, x_frame, x_row, x_column, frames, height, width, count, scale,
+    x_ptr, gamma_ptr, out_ptr, x_batch, x_frame, x_pixel, out_batch, out_frame, count, scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of `out` `[B, frames, height, width, C]`, contiguous; `scale` is sqrt(C)."""
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    column = pixel % width
-    row = (pixel // width) % height
-    frame = (pixel // (width * height)) % frames
-    batch = pixel // (width * height * frames)
+    """Some of a frame's `count` pixels, which lie `x_pixel` values apart, and in `out` C; `scale` is sqrt(C)."""
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    frame = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)[None, :]
     in_width = channel < C
     mask = (pixel < count)[:, None] & in_width
-    x_at = batch * x_batch + frame * x_frame + row * x_row + column * x_column
-    value = tl.load(x_ptr + x_at[:, None] + channel, mask, 0.0).to(tl.float32)
+    x_ptr += batch * x_batch + frame * x_frame
+    value = tl.load(x_ptr + (pixel * x_pixel)[:, None] + channel, mask, 0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)[:, None]
     gamma = tl.load(gamma_ptr + channel, in_width, 0.0).to(tl.float32)
     result = silu_rounded(value / length * scale * gamma, TO_TF32)
+    out_ptr += batch * out_batch + frame * out_frame
     tl.store(out_ptr + (pixel * C)[:, None] + channel, result.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -67,13 +66,17 @@ def launch(kernel, grid, device: torch.device, compile_for: torch.device | None,
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, dense and channels last; it may be x itself."""
-    _, channels, frames, height, width = x.shape
-    count = x.numel() // channels
+    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, dense and channels last; it may be x itself.
+
+    The rows of x's frames follow each other without gaps (they may be some of a frame's rows).
+    """
+    batch, channels, frames, height, width = x.shape
+    if height > 1 and x.stride(3) != width * x.stride(4):
+        raise ValueError("The rows of a frame must follow each other without gaps.")
     block = triton.next_power_of_2(channels)
     pixels = max(1, VALUES // block)
     launch(
-        _norm_silu_kernel, (triton.cdiv(count, pixels),), x.device, compile_for,
-        x, gamma, out, x.stride(0), x.stride(2), x.stride(3), x.stride(4), frames, height, width, count,
+        _norm_silu_kernel, (triton.cdiv(height * width, pixels), frames, batch), x.device, compile_for,
+        x, gamma, out, x.stride(0), x.stride(2), x.stride(4), out.stride(0), out.stride(2), height * width,
         float(channels**0.5), C=channels, BLOCK_C=block, PIXELS=pixels, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """The solvers that turn noise into latents: diffusers' schedulers behind one small face.
 
 A sampler can hand out its whole state and take it back, and then continues bit for bit. Latents and
-solver arithmetic are float32. No step makes the host wait for the device.
+solver arithmetic are float32.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,9 @@ from wanduet.request import SamplerName
 State = dict[str, Any]  # tensors, numbers, lists of either, None
 # What a multistep scheduler remembers between steps (names of diffusers' attributes).
 _HISTORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
+
+# Those of them that are tensors like the latents, or lists of such.
+_TENSORS = ("model_outputs", "last_sample")
 
 
 class Sampler(Protocol):
@@ -61,11 +65,34 @@ class SchedulerSampler:
         return [name for name in _HISTORY if hasattr(self._scheduler, name)]
 
 
+class LinearSampler(SchedulerSampler):
+    """A scheduler of which each step gives sums of what it is given and remembers, each times a number that the schedule
+    alone decides, as most do.
+
+    So the scheduler computes with those numbers, on the host, and the device adds up. Its own steps would make the host
+    wait for the device a dozen times (small tensors are copied, equations solved), in which the device runs dry.
+    """
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        """See Sampler."""
+        scheduler, names = self._scheduler, [name for name in _TENSORS if hasattr(self._scheduler, name)]
+        remembered = [x for name in names for x in _listed(getattr(scheduler, name)) if x is not None]
+        given = (velocity, latents, *remembered)
+        units = torch.eye(len(given), dtype=torch.float64)[:, None]  # `[1, n]` each: schedulers want a batch
+        waiting = iter(units[2:])
+        for name in names:
+            setattr(scheduler, name, _each(getattr(scheduler, name), lambda _: next(waiting)))
+        result = scheduler.step(units[0], self._steps[index], units[1], return_dict=False)[0]
+        for name in names:
+            setattr(scheduler, name, _each(getattr(scheduler, name), lambda shares: _sum(shares, given)))
+        return _sum(result, given)
+
+
 def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int, device: torch.device) -> Sampler:
     """A sampler with its schedule for a number of steps. `flow_shift` moves steps towards high noise."""
     scheduler = _scheduler(name, flow_shift)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
-    return SchedulerSampler(scheduler, device)
+    return LinearSampler(scheduler, device)
 
 
 def _scheduler(name: SamplerName, flow_shift: float) -> Any:
@@ -91,3 +118,26 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_to(item, device) for item in value]
     return value
+
+
+def _listed(value: Tensor | list[Tensor | None] | None) -> list[Tensor | None]:
+    return value if isinstance(value, list) else [value]
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor in it changed."""
+    if isinstance(value, list):
+        return [_each(item, change) for item in value]
+    return None if value is None else change(value)
+
+
+def _sum(shares: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """The tensors times their shares `[1, n]`, added up; a tensor itself where it is the only one."""
+    terms = [(share, x) for share, x in zip(shares[0].tolist(), given, strict=True) if share != 0.0]
+    if [share for share, _ in terms] == [1.0]:
+        return terms[0][1]
+    (share, first), *rest = terms
+    total = first.float() * share
+    for share, x in rest:
+        total.add_(x, alpha=share)
+    return total

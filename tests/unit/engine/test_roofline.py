@@ -31,7 +31,7 @@ def test_the_work_of_480p_is_as_counted_by_hand() -> None:
     job, models = job_480p(EngineConfig(model="random:1.3b"), gpus(1), num_inference_steps=50, guidance_scale=5.0)
     job.timings["encode_s"] = 1.0
     work = work_of(job, models.memory)
-    assert work["denoise_s"].flop == pytest.approx(28.3e15, rel=0.01)  # 283 TFLOP a forward
+    assert work["denoise_s"].flop == pytest.approx(27.9e15, rel=0.002)  # 283 TFLOP a forward, 7 of a step shared
     assert work["denoise_s"].bytes == pytest.approx(100 * 2.65 * GIB, rel=0.01)
     assert work["decode_s"].flop == pytest.approx(275e12, rel=0.01)
     assert work["encode_s"].bytes == pytest.approx(11.4e9, rel=0.02)
@@ -42,7 +42,7 @@ def test_two_ranks_and_no_guidance_share_and_halve_the_work() -> None:
     two, _ = job_480p(EngineConfig(model="random:1.3b", strategy="parallel"), gpus(2), guidance_scale=5.0)
     plain, _ = job_480p(EngineConfig(model="random:1.3b"), gpus(1), guidance_scale=1.0)
     flops = [work_of(job, models.memory)["denoise_s"].flop for job in (one, two, plain)]
-    assert flops[0] == pytest.approx(2 * flops[1]) == pytest.approx(2 * flops[2])
+    assert flops[0] == pytest.approx(2 * flops[1]) == pytest.approx(2 * flops[2], rel=0.02)
     assert "encode_s" not in work_of(one, models.memory)  # its embeddings were kept
 
 
