@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ class Bench:
         return job, {key: statistics.median(t[key] for t in counted) for key in counted[0]}
 
 
-def both(bench: Bench, report: Report, section: str, guidance: float, **settings: Any) -> None:
+def both(bench: Bench, report: Report, section: str, guidance: float, sizes: Sequence[str], **settings: Any) -> None:
     """Denoise and decode of one job on one device and on both."""
-    for size in bench.options.sizes:
+    for size in sizes:
         request, seconds = bench.request(size, guidance), {}
         for strategy in ("single", "parallel"):
             with bench.engine(strategy, **settings) as engine:
@@ -98,12 +98,12 @@ def both(bench: Bench, report: Report, section: str, guidance: float, **settings
 
 def guided(bench: Bench, report: Report) -> None:
     """A branch of the guidance on each device."""
-    both(bench, report, "guided", 6.0)
+    both(bench, report, "guided", 6.0, bench.options.sizes[:1])
 
 
 def unguided(bench: Bench, report: Report) -> None:
     """One sequence over both devices, heads exchanged."""
-    both(bench, report, "unguided", 1.0)
+    both(bench, report, "unguided", 1.0, bench.options.sizes)
 
 
 def batch(bench: Bench, report: Report) -> None:
