@@ -368,10 +368,14 @@ def release_memory() -> None:
 
 
 def _randomise(parameters: Mapping[str, Tensor]) -> None:
-    """Random weights of the true shapes: norms of one, small matrices, so that activations stay finite."""
-    for name, parameter in parameters.items():
+    """Random weights of the true shapes: norms of one, small matrices, so that activations stay finite.
+
+    The same ones each time, on devices of one kind.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for seed, (name, parameter) in enumerate(sorted(parameters.items())):
         if parameter.ndim == 1 or "gamma" in name:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            fan_in = parameter[0].numel()
-            parameter.normal_(0.0, fan_in**-0.5)
+            generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator.manual_seed(seed))

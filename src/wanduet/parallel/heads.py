@@ -53,33 +53,37 @@ class HeadExchange:
         out_BLHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out_BLPHD = out_BLHD.unflatten(2, (ranks, -1))
         head_slices = _slices(q.shape[2] // ranks, groups)
-        arriving = [[self._send_heads(x, head_slices[0]) for x in (q, k, v)]]
+        arriving = [self._send_heads((q, k, v), head_slices[0])]
         leaving: list[_Exchange] = []
         for index, heads in enumerate(head_slices):
             if index + 1 < len(head_slices):
-                arriving.append([self._send_heads(x, head_slices[index + 1]) for x in (q, k, v)])
-            whole = [self._as_sequence(exchange.wait(), q, heads) for exchange in arriving.pop(0)]
+                arriving.append(self._send_heads((q, k, v), head_slices[index + 1]))
+            whole = self._as_sequences(arriving.pop(0).wait(), q, heads)
             leaving.append(self._send_tokens(attend_whole(*whole)))
         for heads, exchange in zip(head_slices, leaving, strict=True):
             received_PBLHD = exchange.wait().view(ranks, *q.shape[:2], heads.stop - heads.start, q.shape[3])
             out_BLPHD[:, :, :, heads] = received_PBLHD.permute(1, 2, 0, 3, 4)
         return out_BLHD
 
-    def _send_heads(self, x_BLHD: Tensor, heads: slice) -> _Exchange:
-        """Every rank's heads of this rank's tokens, for this rank's heads of every rank's tokens."""
-        sent_PBLHD = x_BLHD.unflatten(2, (len(self.lengths), -1))[:, :, :, heads].permute(2, 0, 1, 3, 4).contiguous()
-        per_token = _per_token(x_BLHD, heads)
-        received = [length * per_token for length in self.lengths]
-        return self._exchange(sent_PBLHD.flatten(), received, [x_BLHD.shape[1] * per_token] * len(received))
+    def _send_heads(self, qkv: tuple[Tensor, Tensor, Tensor], heads: slice) -> _Exchange:
+        """Every rank's heads of this rank's tokens, for this rank's heads of every rank's tokens: q, k, v together."""
+        ranks, (batch, length, _, channels) = len(self.lengths), qkv[0].shape
+        sent_PBL3HD = qkv[0].new_empty(ranks, batch, length, 3, heads.stop - heads.start, channels)
+        for index, x_BLHD in enumerate(qkv):
+            x_BLPHD = x_BLHD.unflatten(2, (ranks, -1))[:, :, :, heads]
+            sent_PBL3HD[:, :, :, index] = x_BLPHD.permute(2, 0, 1, 3, 4)
+        per_token = 3 * _per_token(qkv[0], heads)
+        received = [count * per_token for count in self.lengths]
+        return self._exchange(sent_PBL3HD.flatten(), received, [length * per_token] * ranks)
 
-    def _as_sequence(self, received: Tensor, like_BLHD: Tensor, heads: slice) -> Tensor:
-        """What `_send_heads` brought, as `[B, all ranks' L, heads, D]`; no copy for a batch of one."""
+    def _as_sequences(self, received: Tensor, like_BLHD: Tensor, heads: slice) -> tuple[Tensor, ...]:
+        """What `_send_heads` brought, as q, k, v `[B, all ranks' L, heads, D]`; no copy for a batch of one."""
         batch, channels, count = like_BLHD.shape[0], like_BLHD.shape[3], heads.stop - heads.start
         if batch == 1:
-            return received.view(1, sum(self.lengths), count, channels)
-        parts = received.split([length * _per_token(like_BLHD, heads) for length in self.lengths])
-        views = [part.view(batch, n, count, channels) for part, n in zip(parts, self.lengths, strict=True)]
-        return torch.cat(views, dim=1)
+            return received.view(1, sum(self.lengths), 3, count, channels).unbind(2)
+        parts = received.split([3 * length * _per_token(like_BLHD, heads) for length in self.lengths])
+        views = [part.view(batch, n, 3, count, channels) for part, n in zip(parts, self.lengths, strict=True)]
+        return torch.cat(views, dim=1).unbind(2)
 
     def _send_tokens(self, x_BLHD: Tensor) -> _Exchange:
         """Every rank's tokens of this rank's heads, for every rank's heads of this rank's tokens."""
