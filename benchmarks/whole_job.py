@@ -1,6 +1,6 @@
 """A whole job in the 1.3B model's true shapes (random weights) beside diffusers', in one run: seconds and peaks by phase.
 
-    PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--size 480p] [section ...]
+    PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--diffusers-steps 50] [--size 480p] [section ...]
 
 Sections: ours decode forms diffusers decode_diffusers (the last is part of diffusers).
 Random weights: time and memory do not depend on their values.
@@ -192,10 +192,11 @@ def diffusers_denoise(transformer: Any, size: tuple[int, int, int], steps: int) 
 
 @torch.no_grad()
 def diffusers(report: Report, options: argparse.Namespace) -> None:
-    size, steps = SIZES[options.size], options.steps
+    size, steps = SIZES[options.size], min(options.steps, options.diffusers_steps)
     transformer, vae = diffusers_models(DEVICE, layers=1 if TINY else 30)
     seconds = diffusers_denoise(transformer, size, steps)
-    report.add("diffusers", phase="denoise", size=options.size, steps=steps, seconds=round(seconds, 3), **peak_memory())
+    report.add("diffusers", phase="denoise", size=options.size, steps=steps, seconds=round(seconds, 3),
+               step_s=round(seconds / steps, 4), **peak_memory())  # fmt: skip
     del transformer
     diffusers_decodes(report, options.size, vae)
 
@@ -230,6 +231,7 @@ SECTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--diffusers-steps", type=int, default=50, help="fewer save time: all steps take the same")
     parser.add_argument("--size", choices=tuple(SIZES), default="480p")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--strips", type=int, default=1)
