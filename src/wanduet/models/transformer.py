@@ -68,19 +68,12 @@ class Runtime:
 @dataclass(slots=True)
 class Stream:
     """What goes from block to block: the residual stream `x` `[B, L, C]` float32, and beside it `branch`, in the
-    compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x.
-
-    Whoever needs the branch last takes it, so that its memory is free while the largest tensors live.
+    compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x. Both stay where they
+    are in memory: all else comes and goes in between, and leaves no holes.
     """
 
     x: Tensor
-    branch: Tensor | None = None
-
-    def take(self) -> Tensor:
-        """The branch, which the stream then holds no longer."""
-        branch, self.branch = self.branch, None
-        assert branch is not None
-        return branch
+    branch: Tensor
 
 
 class Attention(nn.Module):
@@ -103,9 +96,9 @@ class Attention(nn.Module):
         q, k, v = F.linear(n_BLC, weight, bias).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, stream: Stream, rope: Rope, run: Runtime) -> Tensor:
-        """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch."""
-        q, k, v = self.project_qkv(stream.take())
+    def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
+        """Self-attention's heads `[B, L, C]`, before the output projection."""
+        q, k, v = self.project_qkv(n_BLC)
         q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
             q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
         )
@@ -122,8 +115,8 @@ class Attention(nn.Module):
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None = None) -> Tensor:
-        """The output projection; without gradients written into `out_BLC`, if given: its content is not needed."""
+    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor) -> Tensor:
+        """The output projection; without gradients written into `out_BLC`, whose content is not needed."""
         return _linear_into(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
 
 
@@ -167,7 +160,8 @@ class Block(nn.Module):
 
     def attend(self, stream: Stream, rope: Rope, run: Runtime) -> None:
         """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
-        stream.branch = self.attn1.project_out(self.attn1.attend_self(stream, rope, run))
+        heads_BLC = self.attn1.attend_self(stream.branch, rope, run)
+        stream.branch = self.attn1.project_out(heads_BLC, stream.branch)
 
     def forward(
         self,
@@ -184,7 +178,7 @@ class Block(nn.Module):
         """
         residual_norm, eps = run.kernels.residual_norm, self.eps
         norm2 = (self.norm2.weight[None], self.norm2.bias[None])
-        x_BLC, n_BLC = residual_norm(stream.x, stream.take(), mod.attn_gate, *norm2, eps)
+        x_BLC, n_BLC = residual_norm(stream.x, stream.branch, mod.attn_gate, *norm2, eps)
         y_BLC = self.attn2.project_out(self.attn2.attend_text(n_BLC, *text, run), n_BLC)
         x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn_weight, mod.ffn_bias, eps)
         if torch.is_grad_enabled():
@@ -268,26 +262,15 @@ class WanTransformer(nn.Module):
         """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
         block's self-attention, which comes before any text is seen, is computed once."""
         velocities: list[Tensor] = []
-        kept = None
+        attended = None
         for text in texts:
-            velocity, kept = self._branch(latents, timestep, text, rope, kept, keep=text is not texts[-1])
-            velocities.append(velocity)
+            x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
+            keep = text is not texts[-1]
+            n_BLC, attended = self.run_blocks(x_BLC, time_BC, time_B6C, text, rope, attended, keep=keep)
+            del x_BLC  # before the next one comes
+            velocities.append(self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)))
+            del n_BLC
         return velocities
-
-    def _branch(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: TextContext,
-        rope: Rope,
-        attended: Tensor | None,
-        *,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One prompt's velocity; the first block's self-attention may be known, and with `keep` is returned."""
-        x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
-        n_BLC, kept = self.run_blocks(Stream(x_BLC, attended), time_BC, time_B6C, text, rope, keep=keep)
-        return self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)), kept
 
     def embed(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches of this device as tokens `[B, L, C]`, and the timestep `[B, C]` and `[B, 6, C]`; float32."""
@@ -299,30 +282,39 @@ class WanTransformer(nn.Module):
         return x_BLC, time_BC, time_B6C
 
     def run_blocks(
-        self, stream: Stream, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope, *, keep: bool = False
+        self,
+        x_BLC: Tensor,
+        time_BC: Tensor,
+        time_B6C: Tensor,
+        text: TextContext,
+        rope: Rope,
+        attended: Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites the stream.
+        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites x, and `attended`.
 
-        The first block's self-attention may be in the stream already. With `keep` it is returned too, for a
-        stream of the same latents.
+        `attended` is the first block's self-attention, if it is known already. With `keep` a copy of it is
+        returned too, for the same latents with another text.
         """
         modulations = [block.modulation(time_B6C) for block in self._blocks()]
         norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
         shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
         norms.append((1 + scale, shift))
-        attended = stream.branch is not None
-        # Before all that comes and goes, so that it leaves no hole between what does.
-        kept = torch.empty_like(stream.x, dtype=self.compute_dtype) if keep else None
-        if not attended:
-            stream.branch = self.runtime.kernels.norm(stream.x, *norms[0], self.spec.eps, self.compute_dtype)
+        known, kept = attended is not None, None
+        if attended is None:
+            attended = self.runtime.kernels.norm(x_BLC, *norms[0], self.spec.eps, self.compute_dtype)
+        if keep:  # its memory first, among what stays
+            kept = torch.empty_like(attended)
+        stream = Stream(x_BLC, attended)
         for index, block in enumerate(self.fetch_blocks()):
-            if index > 0 or not attended:
+            if index > 0 or not known:
                 block.attend(stream, rope, self.runtime)
-            if index == 0 and kept is not None and stream.branch is not None:
+            if index == 0 and kept is not None:
                 kept.copy_(stream.branch)
             keys_values = (text.keys[index], text.values[index], text.repeats)
             block(stream, modulations[index], norms[index + 1], keys_values, self.runtime)
-        return stream.take(), kept
+        return stream.branch, kept
 
     def head(self, n_BLC: Tensor, grid: PatchGrid) -> Tensor:
         """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device."""
@@ -333,9 +325,9 @@ class WanTransformer(nn.Module):
         return grid.unpatchify(patches, self.spec.out_channels)
 
 
-def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`, written into `out`, if there is one and no gradients are needed."""
-    if out is None or torch.is_grad_enabled():
+def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor) -> Tensor:
+    """`x @ weight.T + bias`, written into `out` when no gradients are needed."""
+    if torch.is_grad_enabled():
         return F.linear(x, linear.weight, linear.bias)
     for x_LC, out_LC in zip(x, out, strict=True):
         torch.addmm(linear.bias, x_LC, linear.weight.t(), out=out_LC)
