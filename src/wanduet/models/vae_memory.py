@@ -17,9 +17,13 @@ from wanduet.specs import VAESpec
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
 TRACED_STEPS = 3
 # What the allocator holds beyond what the tensors of a step take, whose sizes differ from layer to layer, and the
-# workspaces of cuDNN and cuBLAS: measured, benchmarks/memory_grid.py and whole_job.py.
+# workspaces of cuDNN and cuBLAS, by bytes of a value: measured, benchmarks/memory_grid.py.
 FRAGMENTATION = 0.21
-WORKSPACE_BYTES = 72 * 2**20
+WORKSPACE_BYTES = {4: 130 * 2**20, 2: 105 * 2**20}
+# Of the trunk, that is of the attention. In float32 its products have a workspace, which is larger for large frames.
+TRUNK_WORKSPACE_BYTES, LARGE_FRAME, BYTES_FOR_PIXEL = 95 * 2**20, 14400, 17 * 2**10
+# In half precision a fused kernel needs none, but leaves holes that grow faster.
+TRUNK_FRAGMENTATION, TRUNK_SAVED_BYTES = 0.63, 96 * 2**20
 
 
 @lru_cache(maxsize=1024)
@@ -35,17 +39,26 @@ def decode_bytes(
     """Peak bytes of `decode_stream` for a generated size in pixels, without weights, as the CUDA allocator holds them."""
     strips = split_rows(Rows.whole(height), [1.0] * plan.num_strips)
     parts = _Parts.of(spec, height, width, num_frames, strips, getattr(torch, dtype), kernels)
-    mid = parts.trunk.output
+    mid, value = parts.trunk.output, getattr(torch, dtype).itemsize
+    trunk = _trunk_held(parts.trunk.transient, height * width // spec.spatial_stride**2, value)
     history = parts.history(plan)
     history += sum(b.nbytes for b in _meta_vae(spec, getattr(torch, dtype), kernels).buffers())  # prepared weights
     if plan.order == "strip":  # the middle of this step, and of the one before or after it
-        return history + 2 * mid + _held(max(parts.trunk.transient, parts.transient))
+        return history + 2 * mid + max(trunk, _held(parts.transient, value))
     picture = 2 * spec.temporal_stride * height * width * 3  # uint8, this step's and the one on its way
-    return history + picture + _held(max(parts.trunk.transient, mid + parts.transient))
+    return history + picture + max(trunk, _held(mid + parts.transient, value))
 
 
-def _held(transient: int) -> int:
-    return int(transient * (1 + FRAGMENTATION)) + WORKSPACE_BYTES
+def _held(transient: int, value: int) -> int:
+    return int(transient * (1 + FRAGMENTATION)) + WORKSPACE_BYTES[value]
+
+
+def _trunk_held(transient: int, pixels: int, value: int) -> int:
+    """For so many pixels of a latent frame and bytes of a value."""
+    if value == 4:
+        workspace = TRUNK_WORKSPACE_BYTES + max(0, pixels - LARGE_FRAME) * BYTES_FOR_PIXEL
+        return int(transient * (1 + FRAGMENTATION)) + workspace
+    return max(transient, int(transient * (1 + TRUNK_FRAGMENTATION)) - TRUNK_SAVED_BYTES)
 
 
 def decode_host_bytes(
