@@ -74,7 +74,7 @@ def denoise(report: Report) -> None:
                     continue  # what there is to see, without the minutes these take
                 clear_memory()
                 seconds = one_step((height, width, frames), resident)
-                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", TEXTS, resident, 16384)
+                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", TEXTS, resident, str(DEVICE))
                 row(
                     report,
                     "denoise",

@@ -181,8 +181,6 @@ def section_variants(report: Report) -> None:
         "plain kernels": {"kernels": TORCH_KERNELS},
         "SDPA attention": {"attention": sdpa},
         "plain attention to the text": {"kernels": dataclasses.replace(best.kernels, text_attention=text_attention)},
-        "FFN in one chunk": {"ffn_chunk": 10**9},
-        "FFN in chunks of 8192": {"ffn_chunk": 8192},
     }
     for name, change in changes.items():
         model.runtime = dataclasses.replace(best, **change)

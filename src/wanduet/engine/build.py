@@ -217,7 +217,7 @@ class Models:
             denoiser.chosen = (shape, kernels, choice)
         _, kernels, choice = denoiser.chosen
         denoiser.attention, denoiser.attention_lse = choice.name, choice.fn_with_lse
-        denoiser.transformer.runtime = Runtime(kernels=kernels, attention=choice.fn, ffn_chunk=job.plan.ffn_chunk)
+        denoiser.transformer.runtime = Runtime(kernels=kernels, attention=choice.fn, share_first=job.plan.share_first)
 
     @contextmanager
     def if_idle(self, device: str) -> Iterator[bool]:

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-SMALLEST_FFN_CHUNK = 4096
 # Before the last rung: another program may be about to give its memory back.
 WAIT_SECONDS = 10.0
 SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("strip", 8), DecodePlan("strip", 16))
@@ -61,9 +60,9 @@ class DenoiseLadder:
 
     def _smaller(self) -> Iterator[str]:
         transformer = self._denoiser.transformer
-        if transformer.runtime.ffn_chunk > SMALLEST_FFN_CHUNK:
-            transformer.runtime = replace(transformer.runtime, ffn_chunk=SMALLEST_FFN_CHUNK)
-            yield f"feed-forward in chunks of {SMALLEST_FFN_CHUNK} tokens"
+        if transformer.runtime.share_first:
+            transformer.runtime = replace(transformer.runtime, share_first=False)
+            yield "nothing kept from one prompt to the next"
         layers = len(transformer.blocks)
         for resident in (layers // 2, layers // 4, 0):
             if self._denoiser.device.type != "cpu" and resident < self._denoiser.resident_blocks:

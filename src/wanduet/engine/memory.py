@@ -16,7 +16,7 @@ from wanduet.models.transformer_memory import forward_bytes
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan
-from wanduet.ops.kernels import planned_vae_kernels
+from wanduet.ops.kernels import planned_vae_kernels, plans_fused_kernels
 from wanduet.specs import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,18 +59,21 @@ class ModelMemory:
         dtype: str,
         texts: Sequence[int],
         resident_blocks: int,
-        ffn_chunk: int,
+        device: str,
+        share_first: bool = True,
         sequence_ranks: int = 1,
     ) -> TransformerMemory:
         """Memory of denoising with prompts of so many positions (`text_positions`), with `resident_blocks` kept on the
-        device and the sequence spread over ranks."""
+        device and the sequence spread over ranks. `device` is its name, like `cuda:0`; `share_first`: see
+        `models.transformer.Runtime`."""
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
         total = self.transformer_weights(dtype)
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
+        prompts, fused = len(texts) if share_first else 1, plans_fused_kernels(device)
         activations = forward_bytes(
-            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, ffn_chunk, sequence_ranks, len(texts)
+            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, fused, sequence_ranks, prompts
         )
         latents = 10 * prod(self.spec.latent_shape(*size)) * 4
         return TransformerMemory(total, weights, text, activations, latents)

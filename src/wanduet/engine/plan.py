@@ -28,7 +28,6 @@ HEADROOM_BYTES = 192 * 2**20
 # Python, PyTorch and its libraries, frames on their way to the encoder.
 HOST_BASE_BYTES = 1200 * 2**20
 ONE_DEVICE = Layout()
-FFN_CHUNKS = (16384, 8192, 4096)
 DECODE_MODES = (
     *(DecodePlan("frame", strips) for strips in (1, 2, 4)),
     *(DecodePlan("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
@@ -72,7 +71,7 @@ class Plan:
     text_encoder_hold: Literal["resident", "streamed"]
     resident_blocks: int  # of the transformer; the others are streamed from host memory
     block_hold: BlockHold  # how those wait there
-    ffn_chunk: int
+    share_first: bool  # the first block's self-attention serves both prompts, and is kept meanwhile
     decode: DecodePlan
     keep_both: bool  # transformer and VAE stay loaded side by side; else one makes room for the other
     tf32: bool
@@ -158,7 +157,7 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
         text_encoder_hold=hold,
         resident_blocks=0,
         block_hold="pinned",
-        ffn_chunk=FFN_CHUNKS[0],
+        share_first=True,
         decode=mode,
         keep_both=True,
         tf32=config.tf32,
@@ -224,13 +223,14 @@ def _fastest_of(
     return next((plan for plan in plans if plan.fits), smallest)
 
 
-def _candidates(spec: ModelSpec, place: Placement) -> Iterator[tuple[int, int, bool, DecodePlan]]:
-    """Settings from the fastest to the smallest: resident blocks, FFN chunk, keep both models, decode mode."""
+def _candidates(spec: ModelSpec, place: Placement) -> Iterator[tuple[int, bool, bool, DecodePlan]]:
+    """Settings from the fastest to the smallest: resident blocks, share the first self-attention, keep both models,
+    decode mode."""
     layers = spec.transformer.num_layers
     on_cpu = place.transformer.is_cpu
     resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
     keep_both = (True, False) if place.shared and not on_cpu else (True,)
-    return product(resident, FFN_CHUNKS, keep_both, DECODE_MODES)
+    return product(resident, (True, False), keep_both, DECODE_MODES)
 
 
 def _plan(
@@ -240,7 +240,7 @@ def _plan(
     hardware: Hardware,
     place: Placement,
     resident: int,
-    chunk: int,
+    share_first: bool,
     keep_both: bool,
     mode: DecodePlan,
     layout: Layout = ONE_DEVICE,
@@ -252,7 +252,9 @@ def _plan(
     positions = sorted(text_positions(text, memory.spec.text_len) for text in texts)
     # With the branches of the guidance on devices of their own, each has one prompt.
     positions = positions[-1:] if layout.cfg > 1 else positions
-    transformer = memory.transformer(size, dtype, positions, resident, chunk, layout.sequence)
+    transformer = memory.transformer(
+        size, dtype, positions, resident, place.transformer.name, share_first, layout.sequence
+    )
     vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name)
     # The decode's memory is taken once before the denoise (ladder.reserve_decode), when the text is there already.
     beside = transformer.weights + transformer.text + transformer.latents
@@ -280,7 +282,7 @@ def _plan(
         Choice("text_encoder_hold", hold, hold_why),
         Choice("resident_blocks", resident, _why_resident(resident, memory.spec.transformer.num_layers)),
         Choice("block_hold", block_hold, _why_hold(block_hold, on_host)),
-        Choice("ffn_chunk", chunk, "tokens of the feed-forward at a time"),
+        Choice("share_first", share_first, "computed once for both prompts" if share_first else "saves memory"),
         Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
         Choice("keep_both", keep_both, "both models fit together" if keep_both else "they take turns on the device"),
     )
@@ -294,7 +296,7 @@ def _plan(
         text_encoder_hold=hold,
         resident_blocks=resident,
         block_hold=block_hold,
-        ffn_chunk=chunk,
+        share_first=share_first,
         decode=mode,
         keep_both=keep_both,
         tf32=config.tf32,
@@ -315,7 +317,7 @@ def _parallel_plan(
     rates = config.speeds or tuple(rate(device) for device in place.ranks)
     layout = choose_layout(count, spec.transformer.num_attention_heads, request.uses_guidance and pairs_up(rates))
     plan = _plan(
-        request, memory, config, hardware, place, spec.transformer.num_layers, FFN_CHUNKS[0], True,
+        request, memory, config, hardware, place, spec.transformer.num_layers, True, True,
         DecodePlan("strip", count), layout,
     )  # fmt: skip
     shares = Choice("layout", f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}", "exchanges least")

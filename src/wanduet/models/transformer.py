@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from wanduet.models.embeddings import ConditionEmbedder, PatchGrid
 from wanduet.ops.adjacent import side_by_side
 from wanduet.ops.attention import AttentionFn, sdpa
-from wanduet.ops.fused import TORCH_KERNELS, Kernels
+from wanduet.ops.fused import TORCH_KERNELS, Kernels, linear_into
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.parallel.sharding import NoSharding, Sharding
 from wanduet.specs import TransformerSpec
-
-# Tokens a chunk of the feed-forward: its hidden tensor [chunk, 8960] is 280 MiB in bf16.
-FFN_CHUNK_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +54,53 @@ class Modulation:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How blocks run here: fused kernels, self-attention, sharding, feed-forward chunk in tokens."""
+    """How blocks run here: fused kernels, self-attention, sharding, and whether several prompts share the first
+    block's self-attention, which must then be kept from one to the next."""
 
     kernels: Kernels = TORCH_KERNELS
     attention: AttentionFn = sdpa
     sharding: Sharding = field(default_factory=NoSharding)
-    ffn_chunk: int = FFN_CHUNK_TOKENS
+    share_first: bool = True
 
 
 @dataclass(slots=True)
 class Stream:
     """What goes from block to block: the residual stream `x` `[B, L, C]` float32, and beside it `branch`, in the
-    compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x. Both stay where they
-    are in memory: all else comes and goes in between, and leaves no holes.
+    compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x.
+
+    Whoever needs the branch last takes it. So its memory is free for the attention's result, which is as large.
     """
 
     x: Tensor
-    branch: Tensor
+    branch: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The branch, which the stream then holds no longer."""
+        branch, self.branch = self.branch, None
+        assert branch is not None
+        return branch
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Memory for what lives within a block: q, k and v, or the feed-forward's hidden tensor, of as many tokens as fit.
+
+    `whole` `[B, L, 3C]`, without gradients; with them it is None, and every tensor has its own.
+    """
+
+    whole: Tensor | None
+
+    def rows(self, width: int) -> int:
+        """So many tokens of this width fit, all where there is no limit."""
+        return 2**62 if self.whole is None else max(1, self.whole[0].numel() // width)
+
+    def part(self, like: Tensor, width: int) -> Tensor | None:
+        """Its front as `[B, tokens of like, width]`; None where that does not fit."""
+        batch, tokens = like.shape[:2]
+        size = batch * tokens * width
+        if self.whole is None or size > self.whole.numel():
+            return None
+        return self.whole.view(-1)[:size].view(batch, tokens, width)
 
 
 class Attention(nn.Module):
@@ -86,28 +113,32 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
-    def project_qkv(self, n_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, n_BLC: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before norms; one product where the weights are packed."""
         parts = (self.to_q, self.to_k, self.to_v)
         weight = side_by_side(*(part.weight for part in parts))
         bias = side_by_side(*(part.bias for part in parts))
         if weight is None or bias is None or torch.is_grad_enabled():
-            return self.to_q(n_BLC), self.to_k(n_BLC), self.to_v(n_BLC)
-        q, k, v = F.linear(n_BLC, weight, bias).chunk(3, dim=-1)
+            outs = (None,) * 3 if scratch.whole is None else scratch.whole.chunk(3, dim=-1)
+            q, k, v = (_project(n_BLC, part, out) for part, out in zip(parts, outs, strict=True))
+        else:
+            q, k, v = linear_into(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, n_BLC: Tensor, rope: Rope, run: Runtime) -> Tensor:
-        """Self-attention's heads `[B, L, C]`, before the output projection."""
-        q, k, v = self.project_qkv(n_BLC)
+    def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch) -> Tensor:
+        """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch."""
+        q, k, v = self.project_qkv(stream.take(), scratch)
         q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
             q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
         )
         v_BLHD = v.unflatten(-1, (self.num_heads, -1))
         return run.sharding.attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 
-    def attend_text(self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime) -> Tensor:
+    def attend_text(
+        self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch
+    ) -> Tensor:
         """Cross-attention's heads `[B, L, C]`, before the output projection."""
-        q = self.to_q(n_BLC)
+        q = _project(n_BLC, self.to_q, scratch.part(n_BLC, n_BLC.shape[2]))
         return run.kernels.text_attention(q, self.norm_q.weight, self.eps, k_BSHD, v_BSHD, repeats)
 
     def project_text(self, text_BSC: Tensor, run: Runtime) -> tuple[Tensor, Tensor]:
@@ -115,9 +146,9 @@ class Attention(nn.Module):
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor) -> Tensor:
-        """The output projection; without gradients written into `out_BLC`, whose content is not needed."""
-        return _linear_into(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
+    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None) -> Tensor:
+        """The output projection; without gradients in `out_BLC`, if it is given."""
+        return _project(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
 
 
 class _Up(nn.Module):
@@ -135,10 +166,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(_Up(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
 
-    def forward(self, n_BLC: Tensor, out_BLC: Tensor, run: Runtime) -> Tensor:
-        """`[B, L, C]` to `[B, L, C]`; without gradients written into `out_BLC` (may be `n_BLC` itself)."""
+    def forward(self, n_BLC: Tensor, run: Runtime, scratch: Scratch) -> Tensor:
+        """`[B, L, C]` to `[B, L, C]`; without gradients in place."""
         up, down = cast(_Up, self.net[0]).proj, cast(nn.Linear, self.net[2])
-        return _linear_into(run.kernels.linear_gelu(n_BLC, up.weight, up.bias), down, out_BLC)
+        hidden = run.kernels.linear_gelu(n_BLC, up.weight, up.bias, scratch.part(n_BLC, up.out_features))
+        return _project(hidden, down, n_BLC)
 
 
 class Block(nn.Module):
@@ -158,10 +190,10 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
-    def attend(self, stream: Stream, rope: Rope, run: Runtime) -> None:
+    def attend(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch) -> None:
         """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
-        heads_BLC = self.attn1.attend_self(stream.branch, rope, run)
-        stream.branch = self.attn1.project_out(heads_BLC, stream.branch)
+        heads_BLC = self.attn1.attend_self(stream, rope, run, scratch)
+        stream.branch = self.attn1.project_out(heads_BLC, scratch.part(heads_BLC, heads_BLC.shape[2]))
 
     def forward(
         self,
@@ -170,24 +202,29 @@ class Block(nn.Module):
         next_norm: tuple[Tensor, Tensor],
         text: tuple[Tensor, Tensor, int],
         run: Runtime,
+        scratch: Scratch,
     ) -> None:
         """Bring the stream from this block's self-attention to the next block's norm.
 
         That norm is by `next_norm` (weight, bias `[B, C]`): each residual addition is fused with the norm that
-        follows it, also across blocks. Without gradients all is in place.
+        follows it, also across blocks.
         """
         residual_norm, eps = run.kernels.residual_norm, self.eps
         norm2 = (self.norm2.weight[None], self.norm2.bias[None])
-        x_BLC, n_BLC = residual_norm(stream.x, stream.branch, mod.attn_gate, *norm2, eps)
-        y_BLC = self.attn2.project_out(self.attn2.attend_text(n_BLC, *text, run), n_BLC)
-        x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn_weight, mod.ffn_bias, eps)
+        attended = stream.take()
+        n_BLC = None if torch.is_grad_enabled() else torch.empty_like(attended)
+        x_BLC, n_BLC = residual_norm(stream.x, attended, mod.attn_gate, *norm2, eps, n_BLC)
+        heads_BLC = self.attn2.attend_text(n_BLC, *text, run, scratch)
+        y_BLC = self.attn2.project_out(heads_BLC, n_BLC)
+        x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn_weight, mod.ffn_bias, eps, None)
         if torch.is_grad_enabled():
-            stream.x, stream.branch = residual_norm(x_BLC, self.ffn(n_BLC, n_BLC, run), mod.ffn_gate, *next_norm, eps)
+            y_BLC = self.ffn(n_BLC, run, scratch)
+            stream.x, stream.branch = residual_norm(x_BLC, y_BLC, mod.ffn_gate, *next_norm, eps, None)
             return
-        for start in range(0, x_BLC.shape[1], run.ffn_chunk):
-            rows = slice(start, start + run.ffn_chunk)
-            y_BLC = self.ffn(n_BLC[:, rows], n_BLC[:, rows], run)
-            residual_norm(x_BLC[:, rows], y_BLC, mod.ffn_gate, *next_norm, eps)
+        chunk = scratch.rows(cast(_Up, self.ffn.net[0]).proj.out_features)
+        for start in range(0, x_BLC.shape[1], chunk):
+            rows = slice(start, start + chunk)
+            residual_norm(x_BLC[:, rows], self.ffn(n_BLC[:, rows], run, scratch), mod.ffn_gate, *next_norm, eps, None)
         stream.x, stream.branch = x_BLC, n_BLC
 
 
@@ -262,12 +299,14 @@ class WanTransformer(nn.Module):
         """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
         block's self-attention, which comes before any text is seen, is computed once."""
         velocities: list[Tensor] = []
-        attended = None
+        kept = None
         for text in texts:
             x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
-            keep = text is not texts[-1]
-            n_BLC, attended = self.run_blocks(x_BLC, time_BC, time_B6C, text, rope, attended, keep=keep)
-            del x_BLC  # before the next one comes
+            stream, kept = Stream(x_BLC, kept), None
+            del x_BLC
+            keep = self.runtime.share_first and text is not texts[-1]
+            n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, keep=keep)
+            del stream  # its memory is the next one's
             velocities.append(self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)))
             del n_BLC
         return velocities
@@ -282,39 +321,34 @@ class WanTransformer(nn.Module):
         return x_BLC, time_BC, time_B6C
 
     def run_blocks(
-        self,
-        x_BLC: Tensor,
-        time_BC: Tensor,
-        time_B6C: Tensor,
-        text: TextContext,
-        rope: Rope,
-        attended: Tensor | None = None,
-        *,
-        keep: bool = False,
+        self, stream: Stream, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope, *, keep: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites x, and `attended`.
+        """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites the stream.
 
-        `attended` is the first block's self-attention, if it is known already. With `keep` a copy of it is
-        returned too, for the same latents with another text.
+        The first block's self-attention may be in the stream already. With `keep` a copy of it is returned too, for
+        the same latents with another text.
         """
         modulations = [block.modulation(time_B6C) for block in self._blocks()]
         norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
         shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
         norms.append((1 + scale, shift))
-        known, kept = attended is not None, None
-        if attended is None:
-            attended = self.runtime.kernels.norm(x_BLC, *norms[0], self.spec.eps, self.compute_dtype)
-        if keep:  # its memory first, among what stays
-            kept = torch.empty_like(attended)
-        stream = Stream(x_BLC, attended)
+        run, like, kind = self.runtime, stream.x, self.compute_dtype
+        # What stays comes first in memory; what comes and goes is of one size, and leaves no holes.
+        kept = torch.empty_like(like, dtype=kind) if keep else None
+        scratch = Scratch(None)
+        if not torch.is_grad_enabled():
+            scratch = Scratch(torch.empty(*like.shape[:2], 3 * like.shape[2], dtype=kind, device=like.device))
+        attended = stream.branch is not None
+        if not attended:
+            stream.branch = run.kernels.norm(stream.x, *norms[0], self.spec.eps, kind)
         for index, block in enumerate(self.fetch_blocks()):
-            if index > 0 or not known:
-                block.attend(stream, rope, self.runtime)
-            if index == 0 and kept is not None:
+            if index > 0 or not attended:
+                block.attend(stream, rope, run, scratch)
+            if index == 0 and kept is not None and stream.branch is not None:
                 kept.copy_(stream.branch)
             keys_values = (text.keys[index], text.values[index], text.repeats)
-            block(stream, modulations[index], norms[index + 1], keys_values, self.runtime)
-        return stream.branch, kept
+            block(stream, modulations[index], norms[index + 1], keys_values, run, scratch)
+        return stream.take(), kept
 
     def head(self, n_BLC: Tensor, grid: PatchGrid) -> Tensor:
         """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device."""
@@ -325,10 +359,5 @@ class WanTransformer(nn.Module):
         return grid.unpatchify(patches, self.spec.out_channels)
 
 
-def _linear_into(x: Tensor, linear: nn.Linear, out: Tensor) -> Tensor:
-    """`x @ weight.T + bias`, written into `out` when no gradients are needed."""
-    if torch.is_grad_enabled():
-        return F.linear(x, linear.weight, linear.bias)
-    for x_LC, out_LC in zip(x, out, strict=True):
-        torch.addmm(linear.bias, x_LC, linear.weight.t(), out=out_LC)
-    return out
+def _project(x: Tensor, linear: nn.Linear, out: Tensor | None) -> Tensor:
+    return linear_into(x, linear.weight, linear.bias, out)

@@ -27,20 +27,23 @@ def forward_bytes(
     latent_shape: tuple[int, ...],
     text_len: int,
     dtype: str,
-    ffn_chunk: int,
+    fused: bool,
     ranks: int = 1,
     prompts: int = 1,
 ) -> int:
-    """Peak bytes for latents `[16, T, h, w]` and so many prompts on each of `ranks` devices that share the sequence."""
+    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of `ranks` devices that share the sequence.
+
+    `fused`: with kernels that need no memory of their own, as Triton's.
+    """
     patch = spec.patch_size
     tokens = prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
     if tokens <= TRACED_TOKENS:
-        return _traced(spec, tuple(latent_shape), text_len, dtype, ffn_chunk, ranks, prompts)
+        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, ranks, prompts)
     halves = []
     for part in (TRACED_TOKENS // 2, TRACED_TOKENS):
         grid = (part // SIDE**2, SIDE, SIDE)
         shape = (latent_shape[0], *(g * p for g, p in zip(grid, patch, strict=True)))
-        halves.append(_traced(spec, shape, text_len, dtype, ffn_chunk, ranks, prompts))
+        halves.append(_traced(spec, shape, text_len, dtype, fused, ranks, prompts))
     slope = (halves[1] - halves[0]) / (TRACED_TOKENS / 2)
     return int(halves[1] + slope * (tokens - TRACED_TOKENS))
 
@@ -51,7 +54,7 @@ def _traced(
     latent_shape: tuple[int, ...],
     text_len: int,
     dtype: str,
-    ffn_chunk: int,
+    fused: bool,
     ranks: int,
     prompts: int,
 ) -> int:
@@ -61,8 +64,8 @@ def _traced(
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
-    kernels = replace(TORCH_KERNELS, text_attention=_attend_text)
-    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks), ffn_chunk=ffn_chunk)
+    kernels = FUSED if fused else TORCH_KERNELS
+    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks))
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
     shape = (1, *latent_shape)
@@ -82,9 +85,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return x, y if out is None else out
+
+
+def _qk_norm_rope_pair(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
+
+
 def _attend_text(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
-    """The same for the text: its output, which is no larger than q and comes when little else is there."""
-    return torch.empty_like(q)
+    return q
+
+
+# What kernels allocate that work in one pass: their results, where those are not in place.
+FUSED = replace(
+    TORCH_KERNELS,
+    name="fused",
+    norm=_norm,
+    residual_norm=_residual_norm,
+    qk_norm_rope_pair=_qk_norm_rope_pair,
+    text_attention=_attend_text,
+)
 
 
 class _Share(NoSharding):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from wanduet.ops.rope import Rope, rotate
 
-# Tokens a chunk of the plain forms: float32 temporaries stay below 50 MB at width 1536.
-CHUNK_TOKENS = 8192
+# Tokens a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and some ten live at once.
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,12 @@ class Kernels:
 
     name: str
     norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
-    residual_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    residual_norm: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]
+    ]
     qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
     qk_norm_rope_pair: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Rope | None], tuple[Tensor, Tensor]]
-    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     text_attention: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
 
 
@@ -46,20 +48,21 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 
 
 def residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`x + gate * y` and its `norm`. Without gradients x and y are overwritten and returned."""
+    """`x + gate * y` and its `norm`. Without gradients x is overwritten, and `out`, by default y, with the norm."""
     if torch.is_grad_enabled():
         x = x + (y.float() if gate is None else y.float() * gate[:, None])
         return x, _norm(x, weight, bias, eps).to(y.dtype)
+    out = y if out is None else out
     for rows in _chunks(x.shape[1]):
         x_rows, y_rows = x[:, rows], y[:, rows]
         if gate is None:
             x_rows += y_rows
         else:
             x_rows.addcmul_(y_rows.float(), gate[:, None])
-        y_rows.copy_(_norm(x_rows, weight, bias, eps))
-    return x, y
+        out[:, rows].copy_(_norm(x_rows, weight, bias, eps))
+    return x, out
 
 
 def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
@@ -82,24 +85,38 @@ def qk_norm_rope_pair(
     return qk_norm_rope(q, q_weight, eps, num_heads, rope), qk_norm_rope(k, k_weight, eps, num_heads, rope)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`gelu_tanh(x @ weight.T + bias)`."""
-    hidden = F.linear(x, weight, bias)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`; without gradients in `out` `[B, L, F]`, if it is given."""
     if torch.is_grad_enabled():
-        return F.gelu(hidden, approximate="tanh")
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    hidden = linear_into(x, weight, bias, out)
     torch.ops.aten.gelu_(hidden, approximate="tanh")
     return hidden
+
+
+def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` `[B, L, O]`; without gradients in `out`, if it is given."""
+    if out is None or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    for x_LC, out_LO in zip(x, out, strict=True):
+        torch.addmm(bias, x_LC, weight.t(), out=out_LO)
+    return out
 
 
 def text_attention(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
     """Attention of `qk_norm_rope(q)` `[B, L, C]` to a text's keys and values `[B, S, H, D]`; returns `[B, L, C]`.
 
     The last key and value count `repeats` times: they stand for all of a prompt's padding, which is alike.
+    Without gradients the result is in place of q.
     """
     heads = qk_norm_rope(q, weight, eps, keys.shape[2], None)
-    k, v = (torch.cat((x, x[:, -1:].expand(-1, repeats - 1, -1, -1)), dim=1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(heads.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+    k, v = (torch.cat((x, x[:, -1:].expand(-1, repeats - 1, -1, -1)), dim=1).transpose(1, 2) for x in (keys, values))
+    if torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(heads.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+    for rows in _chunks(q.shape[1]):
+        attended = F.scaled_dot_product_attention(heads[:, rows].transpose(1, 2), k, v)
+        heads[:, rows] = attended.transpose(1, 2)
+    return q
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -52,8 +52,13 @@ def planned_vae_kernels(device: str) -> VAEKernels:
 
     A GPU elsewhere is taken to have Triton; where GPUs are here, it is known whether there is (on Windows it mostly is not).
     """
+    return VAE_TRITON_KERNELS if plans_fused_kernels(device) else VAE_TORCH_KERNELS
+
+
+def plans_fused_kernels(device: str) -> bool:
+    """Whether `kernels_for` will give Triton's on such a device; see `planned_vae_kernels`."""
     without = torch.cuda.is_available() and not _has_triton()
-    return VAE_TORCH_KERNELS if torch.device(device).type != "cuda" or without else VAE_TRITON_KERNELS
+    return torch.device(device).type == "cuda" and not without
 
 
 def vae_kernels_to_compile(device: torch.device) -> VAEKernels | None:
@@ -173,12 +178,12 @@ def _norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
 
 def _residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     x, y = s.tokens(torch.float32), s.tokens(s.dtype)
-    return kernels.residual_norm(x, y, None, s.row()[:1], s.row()[:1], 1e-6)
+    return kernels.residual_norm(x, y, None, s.row()[:1], s.row()[:1], 1e-6, None)
 
 
 def _gated_residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     x, y = s.tokens(torch.float32), s.tokens(s.dtype)
-    return kernels.residual_norm(x, y, s.row(), s.row(), s.row(), 1e-6)
+    return kernels.residual_norm(x, y, s.row(), s.row(), s.row(), 1e-6, torch.empty_like(y))
 
 
 def _qk(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
@@ -192,7 +197,9 @@ def _qk_pair(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
 
 def _linear_gelu(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     weight = s.draw(2 * s.width, s.width, dtype=s.dtype) / s.width**0.5
-    return (kernels.linear_gelu(s.tokens(s.dtype), weight, s.draw(2 * s.width, dtype=s.dtype)),)
+    x, bias = s.tokens(s.dtype), s.draw(2 * s.width, dtype=s.dtype)
+    out = torch.empty(*x.shape[:2], 2 * s.width, dtype=s.dtype, device=x.device)
+    return kernels.linear_gelu(x, weight, bias, None), kernels.linear_gelu(x, weight, bias, out)
 
 
 def _text(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:

@@ -119,13 +119,14 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 
 
 def residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `fused.residual_norm`: x and y are overwritten and returned."""
+    """See `fused.residual_norm`."""
     if torch.is_grad_enabled():
         return fused.residual_norm(x, y, gate, weight, bias, eps)
-    _launch_residual_norm(x, y, gate, weight, bias, eps, y)
-    return x, y
+    out = y if out is None else out
+    _launch_residual_norm(x, y, gate, weight, bias, eps, out)
+    return x, out
 
 
 def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
@@ -147,11 +148,11 @@ def qk_norm_rope_pair(
     return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """See `fused.linear_gelu`: bias and tanh-GELU in the product's epilogue (cublasLt `EPILOGUE_GELU_BIAS`)."""
     if torch.is_grad_enabled():
         return fused.linear_gelu(x, weight, bias)
-    hidden = x.new_empty(*x.shape[:-1], weight.shape[0])
+    hidden = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
     for x_LC, hidden_LF in zip(x, hidden, strict=True):
         torch.ops.aten._addmm_activation.out(bias, x_LC, weight.t(), use_gelu=True, out=hidden_LF)
     return hidden

@@ -7,6 +7,7 @@ from wanduet.models import packing
 from wanduet.models.packing import BlockLayout, allocate_packed, move_packed, pack_blocks, packed_buffer
 from wanduet.models.transformer import WanTransformer
 from wanduet.ops.adjacent import side_by_side
+from wanduet.ops.fused import linear_into
 from wanduet.specs import TransformerSpec
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
@@ -44,9 +45,9 @@ def test_packed_blocks_are_views_of_one_buffer_with_the_same_values(model) -> No
 
 def test_q_k_and_v_are_one_product_only_while_they_lie_side_by_side(model, monkeypatch) -> None:
     shapes = []
-    linear = torch.nn.functional.linear
     monkeypatch.setattr(
-        "wanduet.models.transformer.F.linear", lambda x, w, b=None: shapes.append(tuple(w.shape)) or linear(x, w, b)
+        "wanduet.models.transformer.linear_into",
+        lambda x, w, b, out: shapes.append(tuple(w.shape)) or linear_into(x, w, b, out),
     )
     pack_blocks(model)
     expected = output(model)

@@ -55,12 +55,27 @@ def test_inputs_are_left_alone(model, given) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 
 
+@pytest.mark.parametrize("ffn_dim", [24, 96, 450, 10_000])  # more than all tokens fit the scratch, or only some
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_scratch_changes_only_rounding(given, ffn_dim: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model = WanTransformer(dataclasses.replace(SPEC, ffn_dim=ffn_dim)).eval()
+    latents, timestep, embeds = (x.expand(batch, *x.shape[1:]) * 1 for x in given)
+    with torch.enable_grad():  # every tensor has its own memory
+        expected = model(latents, timestep, embeds).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(latents, timestep, embeds), expected, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [1, 7, 36])
-def test_feed_forward_chunks_change_only_rounding(model, given, chunk: int) -> None:
-    whole = model(*given)
-    model.runtime = dataclasses.replace(model.runtime, ffn_chunk=chunk)
-    torch.testing.assert_close(model(*given), whole, rtol=1e-5, atol=1e-6)
+def test_prompts_that_share_nothing_give_the_same(model, given) -> None:
+    latents, timestep, embeds = given
+    texts = [model.prepare_text(embeds * factor) for factor in (1, 2)]
+    rope = model.prepare_rope(latents.shape, latents.device)
+    shared = model.branches(latents, timestep, texts, rope)
+    model.runtime = dataclasses.replace(model.runtime, share_first=False)
+    apart = model.branches(latents, timestep, texts, rope)
+    assert all(torch.equal(a, b) for a, b in zip(shared, apart, strict=True))
 
 
 @torch.no_grad()
