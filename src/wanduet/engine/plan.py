@@ -274,7 +274,7 @@ def _plan(
     block_hold: BlockHold = "pinned" if host + waiting <= host_limit else "mapped"
     host += waiting if block_hold == "pinned" else transformer.total_weights * min(on_host, 2) // layers
     fits = host <= host_limit and all(d.peak <= d.limit_bytes for d in devices)
-    choices = (
+    choices: tuple[Choice, ...] = (
         Choice("strategy", place.strategy, place.why),
         Choice("transformer_dtype", dtype, dtype_why),
         Choice("vae_dtype", vae_dtype, "the reference; bfloat16 decodes faster at a small loss"),
@@ -282,10 +282,12 @@ def _plan(
         Choice("text_encoder_hold", hold, hold_why),
         Choice("resident_blocks", resident, _why_resident(resident, memory.spec.transformer.num_layers)),
         Choice("block_hold", block_hold, _why_hold(block_hold, on_host)),
-        Choice("share_first", share_first, "computed once for both prompts" if share_first else "saves memory"),
         Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
         Choice("keep_both", keep_both, "both models fit together" if keep_both else "they take turns on the device"),
     )
+    if len(positions) > 1:
+        first = ("shared", "the same for both prompts") if share_first else ("apart", "nothing is kept in between")
+        choices += (Choice("first_self_attention", *first),)
     return Plan(
         strategy=place.strategy,
         transformer_device=place.transformer.name,
