@@ -91,12 +91,8 @@ def test_killed_at_random_every_video_is_made_once_with_the_same_frames(tmp_path
     assert len(videos) == len(ids) + 1, "no video was published twice"
 
 
-def test_many_short_jobs_leave_nothing_in_the_worker(
-    tmp_path: Path, record_property: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_property: Any) -> None:
     """Each with a prompt of its own, a fifth cancelled; the fake engine's ten thousand are in tests/faults."""
-    # glibc keeps a pool for each thread, and each job has threads of its own: in one pool it is seen what stays.
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     data, seen = tmp_path / "data", []
     with serving(data, "--no-page") as server:
         store = JobStore(JobFiles(data))

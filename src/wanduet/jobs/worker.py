@@ -121,6 +121,11 @@ def drain_at_end_of_input(runner: Drains) -> None:
     runner.drain()
 
 
+# glibc would give each thread a pool of its own, up to eight a core, and each job has threads of its own: what is freed
+# in one pool does not serve another, and a worker that lives for weeks would hold more and more.
+MEMORY_POOLS = {"MALLOC_ARENA_MAX": "2"}
+
+
 class WorkerProcess:
     """Keeps one worker process running: starts it again when it dies, drains it in the end.
 
@@ -138,7 +143,7 @@ class WorkerProcess:
         self._lock = SupervisorLock(self._workers)
         settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
         self._arguments = [sys.executable, "-m", *self._command(settings)]
-        self._environment = {**os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
+        self._environment = {**MEMORY_POOLS, **os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
         self._pauses = pauses
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
