@@ -1,13 +1,17 @@
 """Triton's kernels against the plain forms, in Triton's interpreter on the CPU."""
 
+import dataclasses
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
+from wanduet.models.packing import pack_blocks
+from wanduet.models.transformer import WanTransformer
 from wanduet.ops import fused
 from wanduet.ops.rope import rope_for_grid
+from wanduet.specs import TransformerSpec
 
 pytest.importorskip("triton")
 
@@ -124,3 +128,21 @@ def test_attention_to_the_text_of_an_odd_width_is_the_plain_form(kernels) -> Non
     q, weight, (keys, values) = torch.randn(1, 5, 48), torch.randn(48), torch.randn(2, 1, 7, 2, 24)
     expected = fused.text_attention(q.clone(), weight, EPS, keys, values, 3)
     assert torch.equal(kernels.text_attention(q, weight, EPS, keys, values, 3), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_whole_transformer_gives_the_same_with_them(kernels, packed: bool) -> None:
+    """Where a block's tensors lie in its scratch is as on a GPU, guidance and shared first attention included."""
+    spec = TransformerSpec(
+        num_attention_heads=2, attention_head_dim=32, ffn_dim=300, num_layers=3, text_dim=32, freq_dim=32
+    )
+    model = WanTransformer(spec).eval().requires_grad_(False)
+    if packed:
+        pack_blocks(model)
+    latents, timestep = torch.randn(1, 16, 3, 6, 8), torch.tensor([400])
+    texts = [model.prepare_text(torch.randn(1, 9, 32)) for _ in range(2)]
+    rope = model.prepare_rope(latents.shape, latents.device)
+    expected = model.branches(latents, timestep, texts, rope)
+    model.runtime = dataclasses.replace(model.runtime, kernels=kernels.TRITON_KERNELS)
+    for got, wanted in zip(model.branches(latents, timestep, texts, rope), expected, strict=True):
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm()  # PyTorch's fused GELU is the exact one on CPUs
