@@ -123,7 +123,7 @@ def drain_at_end_of_input(runner: Drains) -> None:
 
 # glibc would give each thread a pool of its own, up to eight a core, and each job has threads of its own: what is freed
 # in one pool does not serve another, and a worker that lives for weeks would hold more and more.
-MEMORY_POOLS = {"MALLOC_ARENA_MAX": "2"}
+MEMORY_POOLS = {"MALLOC_ARENA_MAX": "1"}
 
 
 class WorkerProcess:
