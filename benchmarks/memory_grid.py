@@ -121,8 +121,8 @@ def decode(report: Report) -> None:
             part.to(DEVICE)
         if ON_GPU:
             vae.channels_last()
-            vae.use_kernels(vae_kernels_for(DEVICE, getattr(torch, dtype)))
             vae.round_to_tf32()
+            vae.use_kernels(vae_kernels_for(DEVICE, getattr(torch, dtype)))
         weights = MODELS.memory.vae_weights(dtype)
         for name, (height, width) in SIZES.items():
             for mode in MODES:

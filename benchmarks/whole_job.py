@@ -98,9 +98,8 @@ def decode(report: Report, options: argparse.Namespace) -> None:
             part.to(DEVICE)
         if ON_GPU:
             vae.channels_last()
-        vae.use_kernels(vae_kernels_for(DEVICE, dtype))
-        if ON_GPU:
             vae.round_to_tf32()
+        vae.use_kernels(vae_kernels_for(DEVICE, dtype))
         weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())
         for mode in MODES:
             kernels, kind = planned_vae_kernels(str(DEVICE)), str(dtype)[6:]

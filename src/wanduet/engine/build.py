@@ -302,9 +302,9 @@ class Models:
         assert self._vae is not None
         if device.type == "cuda":
             self._vae.channels_last()
+            if self.config.tf32:
+                self._vae.round_to_tf32()
         self._vae.use_kernels(vae_kernels_for(device, dtype))
-        if device.type == "cuda" and self.config.tf32:
-            self._vae.round_to_tf32()
 
     def _vae_to_host(self) -> None:
         if self._vae is not None:

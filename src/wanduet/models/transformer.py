@@ -91,8 +91,9 @@ class Scratch:
     whole: Tensor | None
 
     def rows(self, width: int) -> int:
-        """So many tokens of this width fit, all where there is no limit."""
-        return 2**62 if self.whole is None else max(1, self.whole[0].numel() // width)
+        """So many tokens of this width fit, at least one."""
+        assert self.whole is not None
+        return max(1, self.whole[0].numel() // width)
 
     def part(self, like: Tensor, width: int) -> Tensor | None:
         """Its front as `[B, tokens of like, width]`; None where that does not fit."""

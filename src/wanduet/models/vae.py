@@ -30,7 +30,7 @@ from wanduet.models.vae_layers import (
     run,
 )
 from wanduet.models.vae_rows import Rows, split_rows
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
 from wanduet.specs import VAESpec
 
 
@@ -171,9 +171,9 @@ class WanVAE(nn.Module):
     def round_to_tf32(self) -> None:
         """Round convolutions' float32 weights to the nearest numbers of 11 bits, for matrix units that would cut the
         other bits off (they do not round), which makes every result a little too small."""
-        for parameter in itertools.chain(self.parameters(), self.buffers()):
+        for parameter in self.parameters():
             if parameter.ndim >= 4 and parameter.dtype == torch.float32 and not parameter.is_meta:
-                parameter.data.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+                round_to_tf32(parameter.data)
 
     # Decoding.
 

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.ops.vae_triton import EPS, launch, silu_rounded, uses_tf32
+from wanduet.ops.vae_fused import uses_tf32
+from wanduet.ops.vae_triton import EPS, launch, silu_rounded
 
 UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
 

@@ -166,6 +166,16 @@ def query_parts(q: Tensor) -> tuple[Tensor, ...]:
     return q.split(rows, dim=1)
 
 
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
+    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+
+
+def round_to_tf32(weight: Tensor) -> None:
+    """Round float32 values in place to the nearest numbers of 11 bits. A second time changes nothing."""
+    weight.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+
+
 def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int) -> Tensor:
     """`[B, channels, frames, rows, columns]`, channels last where `like` is."""
     layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format

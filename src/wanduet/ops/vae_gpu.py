@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops import vae_fused
-from wanduet.ops.vae_fused import VAEKernels, empty_clip, query_parts
+from wanduet.ops.vae_fused import VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
 
 
 def causal_conv(
@@ -59,6 +59,8 @@ def double_weight(weight: Tensor) -> Tensor:
         _halved(_halved(weight.float(), 2, lower), 3, right) for lower in (False, True) for right in (False, True)
     ]
     four = torch.stack(kernels).to(weight.dtype)
+    if uses_tf32(four.dtype):
+        round_to_tf32(four)
     return four.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # channels side by side
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import on_device_of
+from wanduet.ops.vae_fused import uses_tf32
 
 # Values a program holds: pixels x channels. More would spill registers, fewer would not hide latency.
 VALUES = 4096
@@ -49,11 +50,6 @@ def _norm_silu_kernel(
     result = silu_rounded(value / length * scale * gamma, TO_TF32)
     out_ptr += batch * out_batch + frame * out_frame
     tl.store(out_ptr + (pixel * C)[:, None] + channel, result.to(out_ptr.dtype.element_ty), mask)
-
-
-def uses_tf32(dtype: torch.dtype) -> bool:
-    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
-    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
 def launch(kernel, grid, device: torch.device, compile_for: torch.device | None, *args, **options) -> None:

@@ -76,8 +76,9 @@ class LinearSampler(SchedulerSampler):
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """See Sampler."""
         scheduler, names = self._scheduler, [name for name in _TENSORS if hasattr(self._scheduler, name)]
-        remembered = [x for name in names for x in _listed(getattr(scheduler, name)) if x is not None]
-        given = (velocity, latents, *remembered)
+        values = [getattr(scheduler, name) for name in names]
+        listed = [x for value in values for x in (value if isinstance(value, list) else [value])]
+        given = (velocity, latents, *(x for x in listed if x is not None))
         units = torch.eye(len(given), dtype=torch.float64)[:, None]  # `[1, n]` each: schedulers want a batch
         waiting = iter(units[2:])
         for name in names:
@@ -113,22 +114,14 @@ def _scheduler(name: SamplerName, flow_shift: float) -> Any:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, list):
-        return [_to(item, device) for item in value]
-    return value
-
-
-def _listed(value: Tensor | list[Tensor | None] | None) -> list[Tensor | None]:
-    return value if isinstance(value, list) else [value]
+    return _each(value, lambda x: x.detach().to(device, copy=True))
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor in it changed."""
+    """The same with every tensor in it changed, in their order."""
     if isinstance(value, list):
         return [_each(item, change) for item in value]
-    return None if value is None else change(value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def _sum(shares: Tensor, given: Sequence[Tensor]) -> Tensor:

@@ -179,6 +179,20 @@ def test_a_doubling_equals_the_plain_form(pads) -> None:
     assert torch.equal(got[:, :, 1::2], untouched[:, :, 1::2])
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_the_kernel_of_a_doubling_is_rounded_where_convolutions_use_tf32(monkeypatch, tf32) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    weight = torch.randn(8, 16, 3, 3)
+    vae_fused.round_to_tf32(weight)
+    again = weight.clone()
+    vae_fused.round_to_tf32(again)
+    assert torch.equal(again, weight)
+    four = vae_gpu.double_weight(weight)
+    assert (four.contiguous().view(torch.int32) & 0x1FFF).any().item() != tf32
+    sums = four.sum(dim=(3, 4))
+    torch.testing.assert_close(sums, weight.sum(dim=(2, 3)).expand_as(sums), rtol=2e-3, atol=2e-3)
+
+
 def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
     torch.manual_seed(0)
     x, past, (weight, bias) = clip(8, 2, 9, 5), clip(8, 2, 9, 5), convolution(8, 16, (3, 3, 3))
