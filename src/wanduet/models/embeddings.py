@@ -33,11 +33,14 @@ class PatchGrid:
         x = latents.reshape(batch, channels, f, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         return x.reshape(batch, f * h * w, channels * pt * ph * pw)
 
-    def unpatchify(self, patches: Tensor, channels: int) -> Tensor:
-        """`[B, L, patch volume * C]`, channels innermost (the head's order), to `[B, C, T, h, w]`."""
+    def unpatchify(self, patches: Tensor, channels: int, out: Tensor | None = None) -> Tensor:
+        """`[B, L, patch volume * C]`, channels innermost (the head's order), to `[B, C, T, h, w]`; in `out`, if given."""
         (f, h, w), (pt, ph, pw) = self.tokens, self.patch
         x = patches.reshape(-1, f, h, w, pt, ph, pw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(-1, channels, f * pt, h * ph, w * pw)
+        if out is None:
+            return x.reshape(-1, channels, f * pt, h * ph, w * pw)
+        out.view(x.shape).copy_(x)
+        return out
 
 
 class MLP(nn.Module):

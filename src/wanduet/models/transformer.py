@@ -90,6 +90,13 @@ class Scratch:
 
     whole: Tensor | None
 
+    @classmethod
+    def beside(cls, x: Tensor, dtype: torch.dtype) -> "Scratch":
+        """For tokens `[B, L, C]`, in a dtype."""
+        if torch.is_grad_enabled():
+            return cls(None)
+        return cls(torch.empty(*x.shape[:2], 3 * x.shape[2], dtype=dtype, device=x.device))
+
     def rows(self, width: int) -> int:
         """So many tokens of this width fit, at least one."""
         assert self.whole is not None
@@ -300,15 +307,22 @@ class WanTransformer(nn.Module):
         """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
         block's self-attention, which comes before any text is seen, is computed once."""
         velocities: list[Tensor] = []
-        kept = None
-        for text in texts:
+        # What stays is allocated before what comes and goes, which then fits the same holes with each prompt.
+        grid = PatchGrid.of(latents.shape, self.spec.patch_size)
+        outs: list[Tensor | None] = [None] * len(texts)
+        if not torch.is_grad_enabled():
+            shape = (latents.shape[0], self.spec.out_channels, *latents.shape[2:])
+            outs = [torch.empty(shape, dtype=torch.float32, device=latents.device) for _ in texts]
+        scratch = kept = None
+        for text, out in zip(texts, outs, strict=True):
             x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
+            scratch = scratch or Scratch.beside(x_BLC, self.compute_dtype)
             stream, kept = Stream(x_BLC, kept), None
             del x_BLC
             keep = self.runtime.share_first and text is not texts[-1]
-            n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, keep=keep)
+            n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, scratch, keep=keep)
             del stream  # its memory is the next one's
-            velocities.append(self.head(n_BLC, PatchGrid.of(latents.shape, self.spec.patch_size)))
+            velocities.append(self.head(n_BLC, grid, out))
             del n_BLC
         return velocities
 
@@ -322,7 +336,15 @@ class WanTransformer(nn.Module):
         return x_BLC, time_BC, time_B6C
 
     def run_blocks(
-        self, stream: Stream, time_BC: Tensor, time_B6C: Tensor, text: TextContext, rope: Rope, *, keep: bool = False
+        self,
+        stream: Stream,
+        time_BC: Tensor,
+        time_B6C: Tensor,
+        text: TextContext,
+        rope: Rope,
+        scratch: Scratch,
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """All blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites the stream.
 
@@ -334,11 +356,7 @@ class WanTransformer(nn.Module):
         shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
         norms.append((1 + scale, shift))
         run, like, kind = self.runtime, stream.x, self.compute_dtype
-        # What stays comes first in memory; what comes and goes is of one size, and leaves no holes.
         kept = torch.empty_like(like, dtype=kind) if keep else None
-        scratch = Scratch(None)
-        if not torch.is_grad_enabled():
-            scratch = Scratch(torch.empty(*like.shape[:2], 3 * like.shape[2], dtype=kind, device=like.device))
         attended = stream.branch is not None
         if not attended:
             stream.branch = run.kernels.norm(stream.x, *norms[0], self.spec.eps, kind)
@@ -351,13 +369,13 @@ class WanTransformer(nn.Module):
             block(stream, modulations[index], norms[index + 1], keys_values, run, scratch)
         return stream.take(), kept
 
-    def head(self, n_BLC: Tensor, grid: PatchGrid) -> Tensor:
-        """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device."""
+    def head(self, n_BLC: Tensor, grid: PatchGrid, out: Tensor | None) -> Tensor:
+        """Velocity `[B, 16, T, h, w]` float32 from the normed tokens of this device; in `out`, if it is given."""
         bias = self.proj_out.bias
         weight = self.proj_out.weight.to(n_BLC.dtype)
         patches = F.linear(n_BLC, weight, bias.to(n_BLC.dtype)).float()
         patches = self.runtime.sharding.gather_sequence(patches, 1)
-        return grid.unpatchify(patches, self.spec.out_channels)
+        return grid.unpatchify(patches, self.spec.out_channels, out)
 
 
 def _project(x: Tensor, linear: nn.Linear, out: Tensor | None) -> Tensor:
