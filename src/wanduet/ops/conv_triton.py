@@ -12,13 +12,13 @@ Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759
 # (Triton reads the annotations of a kernel's parameters itself.)
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wanduet.ops.devices import shared_memory
 from wanduet.ops.vae_fused import uses_tf32
 from wanduet.ops.vae_triton import EPS, launch, silu_rounded
 
@@ -224,7 +224,7 @@ def convolve(
     """
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
-    tile = tile or tile_for(inputs, outputs, x.itemsize, _shared_memory(compile_for or x.device))
+    tile = tile or tile_for(inputs, outputs, x.itemsize, shared_memory(compile_for or x.device))
     before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
@@ -245,8 +245,8 @@ def convolve(
     return normed
 
 
-def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Tile:
-    """The tile for a convolution of these widths in values of `itemsize` bytes, within `shared_memory` bytes."""
+def tile_for(inputs: int, outputs: int, itemsize: int, limit: int) -> Tile:
+    """The tile for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory."""
     depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
     for width, size in TILES:
         if outputs % width == 0 and itemsize <= size:
@@ -255,7 +255,7 @@ def tile_for(inputs: int, outputs: int, itemsize: int, shared_memory: int) -> Ti
     else:
         tile = Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3)
     tile = replace(tile, depth=min(tile.depth, depth))
-    while tile.shared_memory(itemsize) > shared_memory:
+    while tile.shared_memory(itemsize) > limit:
         fewer = tile.stages > 2
         tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
     return tile
@@ -271,15 +271,6 @@ TILES = {
     (96, 2): Tile(128, 64, 32, 32, 4, 3, rows=4),
     (96, 4): Tile(128, 64, 32, 32, 4, 3, rows=4),
 }
-
-
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return 2**30  # Triton's interpreter
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

@@ -21,6 +21,17 @@ def on_device_of(x: Tensor | torch.device) -> AbstractContextManager[object]:
 
 
 @lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program of Triton's may have."""
+    if device.type != "cuda":
+        return 2**30  # Triton's interpreter
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@lru_cache
 def prepare_allocator(device: torch.device) -> None:
     """Let PyTorch's CUDA allocator grow its blocks instead of keeping one for each size it was ever asked for.
 

@@ -1,5 +1,5 @@
-"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in vae_triton.py and
-conv_triton.py, imported only where they run. On the meta device nothing runs, so that memory can be predicted on a
+"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in vae_triton.py,
+conv_triton.py and attention_triton.py, imported only where they run. On the meta device nothing runs, so that memory can be predicted on a
 machine that has no Triton.
 
 They want weights in channels-last memory, and give results in it.
@@ -9,7 +9,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops import vae_fused
@@ -89,26 +88,30 @@ def double_conv(
         _convolve(x, None, kernel.unsqueeze(2), bias, corner, None, part, None, compile_for)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """See `vae_fused.attend`: in float32 as matrix products by cuDNN, which may use TF32 as for the convolutions.
+def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = None) -> Tensor:
+    """See `vae_fused.attend`: as matrix products, scores and their sums in float32.
 
-    (PyTorch's fused kernels have no matrix units for float32, and take ten times as long.)
+    (PyTorch's fused kernels know no heads as wide as this one, and use no matrix units for float32.)
     """
-    if q.dtype != torch.float32:
+    if torch.is_grad_enabled():
         return vae_fused.attend(q, k, v)
-    outs = []
-    for q_LC, k_LC, v_LC in zip(q * q.shape[-1] ** -0.5, k, v, strict=True):
-        keys, values_CL = k_LC.contiguous(), v_LC.t().contiguous()
-        for rows in query_parts(q_LC[None]):
-            outs.append(_product(_product(rows[0], keys).softmax(dim=-1), values_CL))
-    return torch.cat(outs).view(q.shape)
+    outs = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    own = torch.contiguous_format
+    factors = (q * q.shape[-1] ** -0.5, k.clone(memory_format=own), v.transpose(1, 2).clone(memory_format=own))
+    if uses_tf32(q.dtype):
+        for factor in factors:
+            round_to_tf32(factor)
+    for q_LC, k_SC, v_CS, out_LC in zip(*factors, outs, strict=True):
+        for queries, out in zip(*(query_parts(x[None]) for x in (q_LC, out_LC)), strict=True):
+            scores = torch.empty(queries.shape[1], len(k_SC), dtype=torch.float32, device=q.device)
+            shares = scores if q.dtype == torch.float32 else torch.empty_like(scores, dtype=q.dtype)
+            if q.device.type != "meta" or compile_for is not None:
+                from wanduet.ops.attention_triton import product, softmax
 
-
-def _product(x_LC: Tensor, weight_OC: Tensor) -> Tensor:
-    """`x @ weight.T` `[L, O]`, as a convolution of an image of one row."""
-    image = x_LC.t()[None, :, None]
-    out: Tensor = F.conv2d(image, weight_OC[:, :, None, None])
-    return out[0, :, 0].t()
+                product(queries[0], k_SC, scores, compile_for)
+                softmax(scores, shares, compile_for)
+                product(shares, v_CS, out[0], compile_for)
+    return outs
 
 
 Some = TypeVar("Some", Tensor, Tensor | None)
@@ -157,7 +160,7 @@ def compiling_for(device: torch.device) -> VAEKernels:
         partial(causal_conv, compile_for=device),
         double_weight,
         partial(double_conv, compile_for=device),
-        attend,
+        partial(attend, compile_for=device),
     )
 
 

@@ -21,13 +21,18 @@ EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def silu_rounded(x, TO_TF32: tl.constexpr):
-    """`silu(x)` in float32; with `TO_TF32` rounded to the nearest number of 11 bits: what only convolutions read, whose
-    matrix units would cut the other bits off, and every result would be a little too small."""
-    x = x * tl.sigmoid(x)
+def rounded(x, TO_TF32: tl.constexpr):
+    """With `TO_TF32` x in float32 rounded to the nearest number of 11 bits: what only matrix products read, whose units
+    would cut the other bits off, and every result would be a little too small."""
     if TO_TF32:
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def silu_rounded(x, TO_TF32: tl.constexpr):
+    """`silu(x)` in float32, rounded for a matrix product."""
+    return rounded(x * tl.sigmoid(x), TO_TF32)
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]

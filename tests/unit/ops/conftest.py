@@ -7,7 +7,13 @@ from types import ModuleType
 
 import pytest
 
-KERNELS = ("wanduet.ops.triton_kernels", "wanduet.ops.text_triton", "wanduet.ops.vae_triton", "wanduet.ops.conv_triton")
+KERNELS = (
+    "wanduet.ops.triton_kernels",
+    "wanduet.ops.text_triton",
+    "wanduet.ops.vae_triton",
+    "wanduet.ops.attention_triton",
+    "wanduet.ops.conv_triton",
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The VAE's GPU forms against their plain ones, in Triton's interpreter on the CPU."""
 
+import importlib
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -23,6 +24,7 @@ pytest.importorskip("triton")
 def convolutions(interpreted) -> ModuleType:
     """Triton's modules as they are when it interprets; `vae_gpu` takes what is imported when it launches."""
     interpreted("wanduet.ops.vae_triton")
+    interpreted("wanduet.ops.attention_triton")
     return interpreted("wanduet.ops.conv_triton")
 
 
@@ -104,12 +106,31 @@ def test_a_norm_of_the_result_equals_the_plain_form(outputs, has_residual) -> No
 
 
 @pytest.mark.parametrize("part_bytes", [2**20, 4 * 2 * 35 * 11])
-def test_attention_in_products_equals_the_plain_form(monkeypatch, part_bytes) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_attention_in_products_equals_the_plain_form(monkeypatch, convolutions, part_bytes, dtype, bound) -> None:
     monkeypatch.setattr(vae_fused, "SCORES_BYTES", part_bytes)
     torch.manual_seed(0)
-    qkv = torch.randn(2, 35, 48).chunk(3, dim=-1)
+    qkv = torch.randn(2, 35, 3 * 48).to(dtype)
+    before = qkv.clone()
     with torch.no_grad():
-        torch.testing.assert_close(vae_gpu.attend(*qkv), vae_fused.attend(*qkv), rtol=1e-5, atol=1e-6)
+        got = vae_gpu.attend(*qkv.chunk(3, dim=-1))
+        expected = vae_fused.attend(*qkv.float().chunk(3, dim=-1))
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() < bound * expected.norm()
+    assert torch.equal(qkv, before)
+
+
+@pytest.mark.parametrize("width", [5, 48, 61])
+def test_softmax_equals_pytorchs(convolutions, width) -> None:
+    attention_triton = importlib.import_module("wanduet.ops.attention_triton")
+    torch.manual_seed(0)
+    scores = 20 * torch.randn(7, width)
+    expected = scores.softmax(dim=-1)
+    other = torch.empty(7, width, dtype=torch.bfloat16)
+    attention_triton.softmax(scores, other)
+    attention_triton.softmax(scores, scores)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(other, expected.bfloat16(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("outputs", [40, 96])
@@ -253,6 +274,7 @@ def test_the_check_before_use_sees_a_wrong_kernel() -> None:
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
 def test_all_that_a_decode_launches_can_be_compiled_beforehand(monkeypatch, convolutions, plan) -> None:
     """By a run on the meta device, of other sizes: a compiled kernel depends on neither rows nor columns."""
+    import wanduet.ops.attention_triton as attention
     import wanduet.ops.vae_triton as norms
 
     launched: dict[bool, set[tuple[object, ...]]] = {False: set(), True: set()}
@@ -264,7 +286,7 @@ def test_all_that_a_decode_launches_can_be_compiled_beforehand(monkeypatch, conv
         if compile_for is None:
             run(kernel, grid, device, None, *args, **options)
 
-    for module in (norms, convolutions):
+    for module in (norms, convolutions, attention):
         monkeypatch.setattr(module, "launch", record)
     spec = VAESpec(base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
