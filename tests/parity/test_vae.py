@@ -6,6 +6,7 @@ from diffusers import AutoencoderKLWan
 
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_rows import Rows, split_rows
+from wanduet.models.vae_strips import Seam
 from wanduet.specs import VAESpec
 
 CONFIGS = {
@@ -96,17 +97,20 @@ def test_interleaved_videos_do_not_touch(vae) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("strips", [2, 3, 5])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
-def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: float, joined: bool) -> None:
     """Exact as mathematics (float64); in float32 the convolution kernels sum in another order for other heights."""
     z = latents(3, 10, 4).to(dtype)
     vae.to(dtype)
     expected = vae.decode(z)
     chunks, trunk_past, pasts = [], None, [None] * strips
+    cuts = split_rows(Rows.whole(80), [1.0] * strips)
+    seams = [None, *(Seam(cut) if joined else None for cut in cuts[:-1]), None]
     for frame in z.split(1, dim=2):
         mid, trunk_past = vae.decode_trunk(frame, trunk_past)
         parts = []
-        for i, wanted in enumerate(split_rows(Rows.whole(80), [1.0] * strips)):
-            part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted)
+        for i, wanted in enumerate(cuts):
+            part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted, *seams[i : i + 2])
             parts.append(part)
         chunks.append(torch.cat(parts, dim=3))
     vae.to(torch.float32)

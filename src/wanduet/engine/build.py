@@ -25,7 +25,7 @@ from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPrompt
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
-from wanduet.models.vae_memory import compile_decode
+from wanduet.models.vae_traced import compile_decode
 from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator

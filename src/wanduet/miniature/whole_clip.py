@@ -29,7 +29,7 @@ def decode_raw(vae: WanVAE, z: Tensor) -> Tensor:
     """Latents before normalisation `[B, 16, T, h, w]` to a video `[B, 3, 4T - 3, H, W]`, not clamped."""
     decoder = vae.decoder
     x = _middle(decoder.mid_block, _conv(decoder.conv_in, _conv(vae.post_quant_conv, z)))
-    for layer in decoder.local_layers:
+    for layer in decoder.layers:
         x = _upsample(layer, x) if isinstance(layer, Upsample) else _residual(cast(ResidualBlock, layer), x)
     return _conv(decoder.conv_out, x, decoder.norm_out)
 

@@ -11,6 +11,7 @@ Pixels are in [-1, 1]; latents are normalised (mean 0, standard deviation 1 over
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,18 @@ from wanduet.models.vae_layers import (
     AttentionBlock,
     CausalConv3d,
     Downsample,
+    Layer,
+    NormedConv,
     Past,
     Remembers,
     ResidualBlock,
     RMSNorm,
     Step,
     Upsample,
-    rows_needed,
     run,
 )
 from wanduet.models.vae_rows import Rows, split_rows
+from wanduet.models.vae_strips import Seam, run_rows
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
 from wanduet.specs import VAESpec
 
@@ -107,27 +110,35 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], 3, 3)
 
     def trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """The middle's features `[B, C, T, h, w]`, of whole frames."""
-        in_past, mid_past = past or (None, None)
+        """Features `[B, C, T, h, w]` before the first upsampling, of whole frames.
+
+        Beside the middle, whose attention needs them, these are the layers of its resolution: on strips their halos would
+        be large, and a strip's pixels too few for a GPU.
+        """
+        in_past, mid_past, layers_past = past or (None, None, None)
         x, in_past, rows = self.conv_in.step(z, in_past, Rows.whole(z.shape[-2]))
-        x, mid_past, _ = self.mid_block.step(x, mid_past, rows)
-        return x, (in_past, mid_past)
+        x, mid_past, rows = self.mid_block.step(x, mid_past, rows)
+        x, layers_past, _ = run(self._whole_layers, x, layers_past, rows)
+        return x, (in_past, mid_past, layers_past)
 
     @property
-    def local_layers(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         """The layers between the middle and the last convolution; they see only neighbouring rows."""
         layers: list[nn.Module] = []
         for block in self.up_blocks:
             layers += [*block.resnets, *(block.upsamplers or ())]  # type: ignore[misc]
         return layers
 
-    def local(self, x: Tensor, past: Past, rows: Rows, wanted: Rows) -> Step:
-        """From the middle's rows to pixels `[B, 3, T, h', w]`, the wanted rows and perhaps some around them."""
-        layers_past, out_past = past or (None, None)
-        last = self.conv_out.rows_needed(wanted)
-        x, layers_past, rows = run(self.local_layers, x, layers_past, rows, last)
-        x, out_past, rows = self.conv_out.step(rows.crop(x, last), out_past, last, self.norm_out, consume=True)
-        return x, (layers_past, out_past), rows
+    @property
+    def _whole_layers(self) -> list[nn.Module]:
+        """The first of them, which run on whole frames: those before any upsampling."""
+        return list(cast(UpBlock, self.up_blocks[0]).resnets)
+
+    @property
+    def local_layers(self) -> list[Layer]:
+        """From the first upsampling to the pixels: what may run on some rows only."""
+        layers = cast(list[Layer], self.layers[len(self._whole_layers) :])
+        return [*layers, NormedConv(self.norm_out, self.conv_out)]
 
 
 class WanVAE(nn.Module):
@@ -188,20 +199,16 @@ class WanVAE(nn.Module):
         return self.decoder, self.post_quant_conv
 
     def decode_trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """One latent frame `[B, 16, 1, h, w]` (normalised) to the middle's features `[B, C, 1, h, w]`."""
+        """One latent frame `[B, 16, 1, h, w]` (normalised) to the trunk's features `[B, C, 1, h, w]`."""
         mean, std = self._statistics(z)
         return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
 
-    def decode_window(self, wanted: Rows) -> Rows:
-        """The middle's rows that are needed for these rows of the frame (in pixels)."""
-        return rows_needed([*self.decoder.local_layers, self.decoder.conv_out], wanted)
-
-    def decode_rows(self, mid: Tensor, past: Past, wanted: Rows) -> tuple[Tensor, Past]:
-        """The middle's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows."""
-        window = self.decode_window(wanted)
-        x = Rows.whole(mid.shape[-2]).crop(mid, window)
-        x, past, rows = self.decoder.local(x, past, window, wanted)
-        return rows.crop(x, wanted).clamp(-1.0, 1.0), past
+    def decode_rows(
+        self, mid: Tensor, past: Past, wanted: Rows, above: Seam | None = None, below: Seam | None = None
+    ) -> tuple[Tensor, Past]:
+        """The trunk's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows. Seams: see `run_rows`."""
+        x, past = run_rows(self.decoder.local_layers, mid, past, Rows.whole(mid.shape[-2]), wanted, above, below)
+        return x.clamp(-1.0, 1.0), past
 
     def decode_step(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One latent frame `[B, 16, 1, h, w]` to pixels `[B, 3, 1, H, W]` (a video's first) or `[B, 3, 4, H, W]`."""
@@ -230,13 +237,14 @@ class WanVAE(nn.Module):
         """
         trunk_past, local_pasts = past or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
-        layers, features, pasts = self.encoder.local_layers, [], []
+        layers, features, pasts = cast(list[Layer], self.encoder.local_layers), [], []
+        above: Seam | None = None
         for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * strips)):
-            window = rows_needed(layers, wanted)
-            x = Rows.whole(frames.shape[-2]).crop(frames, window)
-            x, local_past, rows = run(layers, x, local_pasts[index] if local_pasts else None, window, wanted)
-            features.append(rows.crop(x, wanted))
+            local_past, below = local_pasts[index] if local_pasts else None, Seam(wanted)
+            x, local_past = run_rows(layers, frames, local_past, Rows.whole(frames.shape[-2]), wanted, above, below)
+            features.append(x)
             pasts.append(local_past)
+            above = below
         x = torch.cat(features, dim=3) if len(features) > 1 else features[0]
         moments, trunk_past = self.encoder.trunk(x, trunk_past, Rows.whole(height))
         return self.quant_conv(moments), (trunk_past, tuple(pasts))

@@ -5,6 +5,8 @@ the last two frames of its input. Frames are `[B, C, T, rows, columns]`. `Rows` 
 frame they are; see vae_rows.py. With gradients enabled nothing is computed in place.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
@@ -22,8 +24,8 @@ Step: TypeAlias = tuple[Tensor, Past, Rows]
 class Layer(Protocol):
     """What every layer offers."""
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
-        """Process the next frames of a video."""
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+        """Process the next frames of a video. The result has `room` more rows on top, with nothing in them yet."""
 
     def rows_needed(self, rows: Rows) -> Rows:
         """The input rows that give at least these output rows."""
@@ -76,6 +78,7 @@ class CausalConv3d(nn.Conv3d, Remembers):
         residual: Tensor | None = None,
         consume: bool = False,
         then: RMSNorm | None = None,
+        room: int = 0,
     ) -> Step:
         """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after.
         With `then` the result is `silu(then(result))`."""
@@ -83,9 +86,11 @@ class CausalConv3d(nn.Conv3d, Remembers):
         pads = rows.padding if spatial else (0, 0)
         gamma, out_gamma = (None if n is None else n.gamma for n in (norm, then))
         assert self.bias is not None
-        out, last = self.kernels.causal_conv(x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma)
+        out, last = self.kernels.causal_conv(
+            x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma, room
+        )
         past = self.keep(last, past) if self.kernel_size[0] > 1 else None
-        return out, past, rows.narrowed() if spatial else rows
+        return out, past, (rows.narrowed() if spatial else rows).with_room(room)
 
 
 class ResidualBlock(nn.Module):
@@ -101,7 +106,7 @@ class ResidualBlock(nn.Module):
         """Two convolutions."""
         return rows.widened(2)
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
         h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2)
@@ -109,7 +114,7 @@ class ResidualBlock(nn.Module):
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
             shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer)
-        h, past2, _ = self.conv2.step(h, past2, inner, residual=shortcut)
+        h, past2, outer = self.conv2.step(h, past2, inner, residual=shortcut, room=room)
         return h, (past1, past2), outer
 
 
@@ -127,7 +132,7 @@ class AttentionBlock(nn.Module):
         """All rows: attention is global within a frame."""
         return Rows.whole(rows.height)
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
         """`[B, C, T, h, w]` to the same shape."""
         if rows.count != rows.height:
             raise ValueError("The attention of the VAE's middle needs whole frames.")
@@ -163,7 +168,7 @@ class Upsample(nn.Module):
         """One more row on each side after doubling."""
         return rows.widened(1).sources_of_double()
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
@@ -178,11 +183,12 @@ class Upsample(nn.Module):
             images = [half[:, :, t] for t in range(x.shape[2]) for half in halves]
             wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
             return torch.stack(wide, dim=2), past, doubled.narrowed()
-        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], doubled.narrowed().count, 2 * x.shape[4])
+        given = doubled.narrowed().with_room(room)
+        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], given.count, 2 * x.shape[4])
         weight = conv.weight if self.double_weight is None else self.double_weight
         for index, half in enumerate(halves):
-            self.kernels.double_conv(half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves)])
-        return out, past, doubled.narrowed()
+            self.kernels.double_conv(half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves), room:])
+        return out, past, given
 
 
 class Downsample(Remembers):
@@ -197,7 +203,7 @@ class Downsample(Remembers):
         """Two for each, and one below."""
         return rows.sources_of_half()
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
         """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the past is the last frame before time_conv."""
         batch, frames = x.shape[0], x.shape[2]
         x = x[..., rows.start % 2 :, :]  # an output row starts at an even row
@@ -209,29 +215,29 @@ class Downsample(Remembers):
             if past is not None:
                 x = self.time_conv(torch.cat((past, x), dim=2))
             past = self.keep(last, past)
-        return x, past, rows.halved()
+        return F.pad(x, (0, 0, room, 0)) if room else x, past, rows.halved().with_room(room)
 
 
-def run(
-    layers: "nn.ModuleList | list[nn.Module]", x: Tensor, past: Past, rows: Rows, wanted: Rows | None = None
-) -> Step:
-    """Layers one after another; the past is a tuple of theirs.
+@dataclass(frozen=True, slots=True)
+class NormedConv:
+    """The decoder's last layer: norm, silu, a convolution. Overwrites its input where that saves memory."""
 
-    With `wanted`, rows that the wanted ones do not need are dropped before each layer. (A strip near the
-    frame's border would otherwise carry all rows up to the border through every layer.)
-    """
-    inputs = [rows_needed(list(layers)[i:], wanted) for i in range(len(layers))] if wanted is not None else None
+    norm: RMSNorm
+    conv: CausalConv3d
+
+    def rows_needed(self, rows: Rows) -> Rows:
+        """One convolution."""
+        return self.conv.rows_needed(rows)
+
+    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+        """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
+        return self.conv.step(x, past, rows, self.norm, consume=True, room=room)
+
+
+def run(layers: Sequence[nn.Module], x: Tensor, past: Past, rows: Rows) -> Step:
+    """Layers one after another; the past is a tuple of theirs. On some rows only: vae_strips.py."""
     pasts: list[Past] = []
-    for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
-        if inputs is not None and inputs[index] != rows:
-            x, rows = rows.crop(x, inputs[index]), inputs[index]
-        x, layer_past, rows = layer.step(x, layer_past, rows)  # type: ignore[operator]
+    for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
+        x, layer_past, rows = cast(Layer, layer).step(x, layer_past, rows)
         pasts.append(layer_past)
     return x, tuple(pasts), rows
-
-
-def rows_needed(layers: "nn.ModuleList | list[nn.Module]", rows: Rows) -> Rows:
-    """The rows that the first of these layers needs so that the last gives at least `rows`."""
-    for layer in reversed(list(layers)):
-        rows = layer.rows_needed(rows)  # type: ignore[operator]
-    return rows

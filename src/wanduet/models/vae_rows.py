@@ -45,6 +45,10 @@ class Rows:
         top, bottom = self.padding
         return Rows(self.start + 1 - top, self.stop - 1 + bottom, self.height)
 
+    def with_room(self, rows: int) -> "Rows":
+        """These and exactly so many above."""
+        return Rows(self.start - rows, self.stop, self.height)
+
     def doubled(self) -> "Rows":
         """The same part of a frame twice as high."""
         return Rows(2 * self.start, 2 * self.stop, 2 * self.height)
@@ -82,6 +86,10 @@ class DecodePlan:
         """Raises ValueError for a number of strips below 1."""
         if self.num_strips < 1:
             raise ValueError(f"num_strips={self.num_strips} must be at least 1.")
+
+    def strips(self, rows: Rows) -> tuple[Rows, ...]:
+        """These rows, cut."""
+        return tuple(split_rows(rows, [1.0] * self.num_strips))
 
 
 def split_rows(rows: Rows, weights: Sequence[float]) -> list[Rows]:

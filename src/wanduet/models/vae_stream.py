@@ -2,7 +2,8 @@
 
 Frame-major, memory does not grow with the number of frames: each latent frame's pixels leave the device
 before the next but one is decoded. Strip-major keeps the history of one strip of rows only, and gives all
-frames at the end. Either way the pixels are the same as those of a whole decode.
+frames at the end. Either way the pixels are the same as those of a whole decode. On the meta device the same code
+shows how much memory it takes.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from torch import Tensor
 from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_history import History
 from wanduet.models.vae_layers import Past
-from wanduet.models.vae_memory import history_bytes
-from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
+from wanduet.models.vae_rows import DecodePlan, Rows
+from wanduet.models.vae_strips import Seam
+from wanduet.models.vae_traced import history_bytes
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
@@ -76,11 +78,11 @@ class _Decode:
         self.rows = rows or Rows.whole(latents.shape[2] * stride)
         self.num_frames = (self.length - 1) * vae.spec.temporal_stride + 1
         self.on_frames = on_frames
-        self.strips = split_rows(self.rows, [1.0] * plan.num_strips)
+        self.strips = plan.strips(self.rows)
         self._buffers: list[Tensor] = []
         self._sent = 0
         self._history: History | None = None
-        if self.device.type == "cuda":
+        if self.device.type in ("cuda", "meta"):
             size = (self.rows.height, self.width, self.num_frames)
             needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
             self._history = History(needed, self.device)
@@ -88,6 +90,7 @@ class _Decode:
     def frame_major(self) -> Iterator[Frames]:
         trunk: Past = None
         pasts: list[Past] = [None] * len(self.strips)
+        seams = [None, *(Seam(strip, self._history) for strip in self.strips[:-1]), None]
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):
@@ -95,7 +98,7 @@ class _Decode:
             mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
             picture: Tensor | None = None
             for number, rows in enumerate(self.strips):
-                pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows)
+                pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows, *seams[number : number + 2])
                 part = to_uint8(pixels)
                 if picture is None:
                     shape = (part.shape[0], self.rows.count, self.width, 3)
@@ -114,7 +117,7 @@ class _Decode:
             yield before.arrive()
 
     def strip_major(self) -> Iterator[Frames]:
-        """The middle's features of all frames wait on the host; the big layers run strip after strip."""
+        """The trunk's features of all frames wait on the host; the big layers run strip after strip."""
         trunk: Past = None
         middles = []
         for index in range(self.length):
@@ -152,6 +155,8 @@ class _Decode:
 
     def _to_host(self, mid: Tensor) -> Tensor:
         """A copy in page-locked memory, under way."""
+        if mid.is_meta:
+            return torch.empty_like(mid, device="cpu")
         if not mid.is_cuda:
             return mid
         host = torch.empty(mid.shape, dtype=mid.dtype, pin_memory=True)
@@ -167,6 +172,8 @@ class _Decode:
 
     def _send(self, picture: Tensor) -> _OnTheWay:
         """Start the copy of frames `[t, rows, W, 3]` to the host, into one of two buffers."""
+        if picture.is_meta:
+            return _OnTheWay(torch.empty_like(picture, device="cpu"), None)
         if not picture.is_cuda:
             return _OnTheWay(picture.cpu(), None)
         while len(self._buffers) < 2:

@@ -29,6 +29,7 @@ class CausalConv(Protocol):
         residual: Tensor | None = None,
         consume: bool = False,
         out_gamma: Tensor | None = None,
+        room: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
 
@@ -36,7 +37,7 @@ class CausalConv(Protocol):
         returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
         rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
         shape, is added. With `out_gamma` `[O, 1, 1, 1]` what is returned is `silu(norm(result))`. `consume`: x is
-        not needed any more and may be overwritten.
+        not needed any more and may be overwritten. The result has `room` more rows on top, with nothing in them yet.
         """
 
 
@@ -115,6 +116,7 @@ def causal_conv(
     residual: Tensor | None = None,
     consume: bool = False,
     out_gamma: Tensor | None = None,
+    room: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
     frames = weight.shape[2] - 1
@@ -126,6 +128,8 @@ def causal_conv(
         out = out + residual if torch.is_grad_enabled() else out.add_(residual)
     if out_gamma is not None:
         out = norm_silu(out, out_gamma) if torch.is_grad_enabled() else _norm_silu_in_place(out, out_gamma)
+    if room:
+        out = F.pad(out, (0, 0, room, 0))
     return out, padded[:, :, padded.shape[2] - frames :]
 
 

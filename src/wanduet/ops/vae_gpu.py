@@ -25,11 +25,12 @@ def causal_conv(
     residual: Tensor | None = None,
     consume: bool = False,
     out_gamma: Tensor | None = None,
+    room: int = 0,
     compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `vae_fused.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
     if torch.is_grad_enabled():
-        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma)
+        return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
         dense = x.is_contiguous(memory_format=torch.channels_last_3d)
@@ -37,7 +38,9 @@ def causal_conv(
         _norm_silu(x, gamma, normed, compile_for)
         x = normed
     frames = weight.shape[2] - 1
-    out = empty_clip(x, weight.shape[0], x.shape[2], x.shape[3] + sum(pads) - (weight.shape[3] - 1), x.shape[4])
+    rows = x.shape[3] + sum(pads) - (weight.shape[3] - 1)
+    whole = empty_clip(x, weight.shape[0], x.shape[2], room + rows, x.shape[4])
+    out = whole[:, :, :, room:]
     corner = pads[0], weight.shape[4] // 2
     done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
     if out_gamma is not None and not done:
@@ -45,7 +48,7 @@ def causal_conv(
     if x.shape[2] < frames:  # the new past is partly the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
-    return out, x[:, :, x.shape[2] - frames :]
+    return whole, x[:, :, x.shape[2] - frames :]
 
 
 def double_weight(weight: Tensor) -> Tensor:

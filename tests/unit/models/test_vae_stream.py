@@ -7,9 +7,10 @@ import torch
 from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_history import History
-from wanduet.models.vae_memory import decode_bytes, history_bytes
+from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_stream import decode_stream
+from wanduet.models.vae_traced import history_bytes
 from wanduet.specs import VAESpec
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
@@ -76,7 +77,7 @@ def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
 def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae) -> None:
     z = latents(5)
     plan = DecodePlan("frame", 1)
-    predicted = history_bytes(SPEC, 48, 40, 13, plan, [Rows.whole(48)], torch.float32, vae.kernels)
+    predicted = history_bytes(SPEC, 48, 40, 13, plan, (Rows.whole(48),), torch.float32, vae.kernels)
     history, past = History(predicted, torch.device("cpu")), None
     frames = []
     with torch.no_grad():
@@ -117,7 +118,20 @@ def test_footprint_counts_what_is_allocated() -> None:
         assert footprint.live == 8192
         del a
         b.add_(1)
-    assert (footprint.live, footprint.peak) == (4096, 8192)
+    assert (footprint.live, footprint.held) == (4096, 8192)
+
+
+def test_footprint_knows_what_holes_cost() -> None:
+    mib = 2**18  # float32 values
+    with Footprint() as footprint:
+        hole, rest = torch.empty(4 * mib, device="meta"), torch.empty(4 * mib, device="meta")
+        del hole
+        small = torch.empty(2 * mib, device="meta")  # in the hole
+        large = torch.empty(3 * mib, device="meta")  # which it does not fit any more
+        del small
+        again = torch.empty(4 * mib, device="meta")  # but this does
+        assert len((rest, large, again)) == 3
+    assert footprint.held == 11 * 2**20
 
 
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:

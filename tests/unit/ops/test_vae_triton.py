@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from wanduet.models.vae import WanVAE
-from wanduet.models.vae_memory import compile_decode, decode_bytes
+from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
+from wanduet.models.vae_traced import compile_decode
 from wanduet.ops import vae_fused, vae_gpu
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
 from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS

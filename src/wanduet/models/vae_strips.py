@@ -1,0 +1,103 @@
+"""Layers on a strip of a frame's rows, and what a strip hands to the one below it.
+
+Alone, a strip starts with a halo of rows around it, which shrinks from layer to layer. Below another strip it takes
+the rows of each layer's input that both read from that one, and computes only what is new: then any number of strips
+together compute each row of each layer once (within a residual block, two convolutions, up to two rows twice).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from wanduet.models.vae_history import History
+from wanduet.models.vae_layers import Layer, Past
+from wanduet.models.vae_rows import Rows
+
+
+@dataclass(slots=True)
+class Seam:
+    """Between a strip, whose result are the rows `wanted`, and the strip below it.
+
+    `rows` are the last rows of each layer's input, by the layer's place; they may be overwritten by the next frames'.
+    """
+
+    wanted: Rows
+    history: History | None = None
+    rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep(self, index: int, x: Tensor) -> None:
+        """A copy of rows `[B, C, T, rows, w]`."""
+        kept = self.rows.get(index)
+        if kept is not None and kept.shape == x.shape:
+            kept.copy_(x)
+        elif kept is None or self.history is None:  # a video's first step has fewer frames: not worth a lasting place
+            self.rows[index] = x.clone()
+        else:
+            self.rows[index] = self.history.copy_of(x)
+
+    def join(self, index: int, x: Tensor | None, rows: Rows, needed: Rows) -> Tensor:
+        """The needed rows: those of the strip above, then what is new in `x`, which may have room for them on top."""
+        above = self.rows[index]
+        if x is None:
+            return above
+        if rows.start > needed.start:
+            raise ValueError(f"There is no room for the rows {needed.start} to {rows.start} of the strip above.")
+        x = rows.crop(x, needed)
+        x[..., : above.shape[3], :].copy_(above)
+        return x
+
+
+def run_rows(
+    layers: Sequence[Layer],
+    x: Tensor,
+    past: Past,
+    rows: Rows,
+    wanted: Rows,
+    above: Seam | None = None,
+    below: Seam | None = None,
+) -> tuple[Tensor, Past]:
+    """The wanted rows of the layers' result, of `x` `[B, C, T, rows, w]`; the past is a tuple of theirs.
+
+    `above`: what the strip above has kept; its wanted rows end where these begin. `below`: where to keep what the
+    next strip needs.
+    """
+    levels = _levels(layers, wanted)
+    starts = [level.start for level in levels]
+    if above is not None:
+        starts = [level.stop for level in _levels(layers, above.wanted)]
+    new = [Rows(start, level.stop, level.height) for start, level in zip(starts, levels, strict=True)]
+    needed = [layer.rows_needed(rows) for layer, rows in zip(layers, new[1:], strict=True)]
+    pasts: list[Past] = []
+    fresh: Tensor | None = x
+    for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
+        out = new[index + 1]
+        if out.count == 0:  # the strip above has computed all of it
+            if below is not None and above is not None and index in above.rows:
+                below.keep(index, above.rows[index])
+            pasts.append(None)
+            fresh = None
+            continue
+        if above is None or index == 0:
+            assert fresh is not None
+            x = rows.crop(fresh, needed[index])
+        else:
+            x = above.join(index, fresh, rows, needed[index])
+        if below is not None and index > 0 and out.stop < out.height:
+            first = layer.rows_needed(Rows(out.stop, out.stop + 1, out.height)).start
+            below.keep(index, needed[index].crop(x, Rows(first, needed[index].stop, needed[index].height)))
+        room = 0
+        if above is not None and index + 1 < len(layers) and new[index + 2].count:
+            room = out.start - needed[index + 1].start
+        fresh, layer_past, rows = layer.step(x, layer_past, needed[index], room=room)
+        pasts.append(layer_past)
+    assert fresh is not None
+    return rows.crop(fresh, wanted), tuple(pasts)
+
+
+def _levels(layers: Sequence[Layer], wanted: Rows) -> list[Rows]:
+    """The rows of each layer's input that the wanted rows of the last one's result need; these come last."""
+    levels = [wanted]
+    for layer in reversed(layers):
+        levels.insert(0, layer.rows_needed(levels[0]))
+    return levels
