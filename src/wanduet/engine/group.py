@@ -67,7 +67,7 @@ class Group:
                 if isinstance(message, DecodedRows):
                     waiting.setdefault(message.frame, []).append(message)
             parts.sort(key=lambda part: part.rows.start)
-            picture = np.concatenate([part.pixels.numpy() for part in waiting.pop(frame)], axis=1)
+            picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
             done += len(picture)
             job.emit(Event("decode", done, job.request.num_frames, index))
             yield picture

@@ -6,7 +6,9 @@ rank 0 reports. See engine/group.py for the side that gives the tasks.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
@@ -14,13 +16,13 @@ from wanduet.engine.build import Denoiser, Models
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.plan import Plan
+from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.speeds import all_speeds, of_sequence
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
-from wanduet.models.vae_stream import decode_stream
 from wanduet.parallel.mesh import Layout, Mesh
 from wanduet.parallel.rank import Rank
-from wanduet.parallel.sequence import SequenceSharding, split_lengths
+from wanduet.parallel.sequence import SequenceSharding
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
@@ -57,7 +59,7 @@ class DecodedRows:
 
     frame: int
     rows: Rows
-    pixels: Tensor
+    pixels: NDArray[np.uint8]
 
 
 def work(rank: Rank, config: EngineConfig) -> None:
@@ -128,13 +130,8 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
 
 
 def _decode(rank: Rank, models: Models, job: Job, task: DecodeTask, speeds: tuple[float, ...]) -> None:
-    """Every rank runs the (small) middle on whole frames and the large layers on its own rows: exact."""
     with models.vae(job, job.plan.vae_device) as vae:
-        height = task.latents.shape[2] * vae.spec.spatial_stride
-        lengths = split_lengths(height, speeds)
-        start = sum(lengths[: rank.index])
-        mine = Rows(start, start + lengths[rank.index], height)
-        for index, pixels in enumerate(decode_stream(vae, task.latents, rows=mine)):
-            rank.report(DecodedRows(index, mine, torch.from_numpy(pixels)))
+        for index, (rows, pixels) in enumerate(decode_share(rank, vae, task.latents, speeds)):
+            rank.report(DecodedRows(index, rows, pixels))
             if rank.cancelled():
                 break

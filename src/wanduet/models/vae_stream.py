@@ -33,16 +33,19 @@ def decode_stream(
     plan: DecodePlan = WHOLE_FRAMES,
     on_frames: OnFrames | None = None,
     rows: Rows | None = None,
+    above: Seam | None = None,
+    below: Seam | None = None,
 ) -> Iterator[Frames]:
     """Decode latents `[16, T, h, w]` (normalised, on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
 
-    With `rows` (in pixels) only these of each frame: what one rank of several does. Yielded arrays are
+    With `rows` (in pixels) only these of each frame: what one rank of several does, with seams to those that do the
+    rows above and below (frame-major only). Yielded arrays are
     reused: take what is needed before asking for more. `on_frames(done, total)` counts frames decoded so
     far. Decoding may run in any thread, one video at a time for each `vae`.
     """
     job = _Decode(vae, latents, plan, on_frames, rows)
     try:
-        yield from job.frame_major() if plan.order == "frame" else job.strip_major()
+        yield from job.frame_major(above, below) if plan.order == "frame" else job.strip_major()
     finally:
         vae.own_pasts(False)
 
@@ -87,10 +90,10 @@ class _Decode:
             needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
             self._history = History(needed, self.device)
 
-    def frame_major(self) -> Iterator[Frames]:
+    def frame_major(self, above: Seam | None, below: Seam | None) -> Iterator[Frames]:
         trunk: Past = None
         pasts: list[Past] = [None] * len(self.strips)
-        seams = [None, *(Seam(strip, self._history) for strip in self.strips[:-1]), None]
+        seams = [above, *(Seam(strip, self._history) for strip in self.strips[:-1]), below]
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):

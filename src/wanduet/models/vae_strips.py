@@ -5,13 +5,16 @@ the rows of each layer's input that both read from that one, and computes only w
 together compute each row of each layer once (within a residual block, two convolutions, up to two rows twice).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanduet.models.vae_history import History
-from wanduet.models.vae_layers import Layer, Past
+from wanduet.models.vae_layers import Layer, NormedConv, Past, Upsample
 from wanduet.models.vae_rows import Rows
 
 
@@ -36,16 +39,9 @@ class Seam:
         else:
             self.rows[index] = self.history.copy_of(x)
 
-    def join(self, index: int, x: Tensor | None, rows: Rows, needed: Rows) -> Tensor:
-        """The needed rows: those of the strip above, then what is new in `x`, which may have room for them on top."""
-        above = self.rows[index]
-        if x is None:
-            return above
-        if rows.start > needed.start:
-            raise ValueError(f"There is no room for the rows {needed.start} to {rows.start} of the strip above.")
-        x = rows.crop(x, needed)
-        x[..., : above.shape[3], :].copy_(above)
-        return x
+    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+        """The `count` rows that were kept. `below`: the new rows of the same frames, where there are any."""
+        return self.rows[index]
 
 
 def run_rows(
@@ -73,8 +69,8 @@ def run_rows(
     for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
         out = new[index + 1]
         if out.count == 0:  # the strip above has computed all of it
-            if below is not None and above is not None and index in above.rows:
-                below.keep(index, above.rows[index])
+            if below is not None and above is not None and index > 0 and out.stop < out.height:
+                below.keep(index, above.take(index, None, 0))
             pasts.append(None)
             fresh = None
             continue
@@ -82,7 +78,7 @@ def run_rows(
             assert fresh is not None
             x = rows.crop(fresh, needed[index])
         else:
-            x = above.join(index, fresh, rows, needed[index])
+            x = _joined(above.take(index, fresh, new[index].start - needed[index].start), fresh, rows, needed[index])
         if below is not None and index > 0 and out.stop < out.height:
             first = layer.rows_needed(Rows(out.stop, out.stop + 1, out.height)).start
             below.keep(index, needed[index].crop(x, Rows(first, needed[index].stop, needed[index].height)))
@@ -93,6 +89,40 @@ def run_rows(
         pasts.append(layer_past)
     assert fresh is not None
     return rows.crop(fresh, wanted), tuple(pasts)
+
+
+def share_work(layers: Sequence[Layer], height: int, shares: Sequence[float]) -> tuple[Rows, ...] | None:
+    """A frame's `height` rows in strips whose work is in proportion to shares, if strips hand on what both read.
+
+    None where that cannot be: where some strip would have nothing new to compute at some layer.
+    """
+    costs, frames = [], 1
+    for layer, level in zip(layers, _levels(layers, Rows.whole(height))[1:], strict=True):
+        frames *= 2 if isinstance(layer, Upsample) and layer.time_conv is not None else 1
+        module = layer.conv if isinstance(layer, NormedConv) else cast(nn.Module, layer)
+        weights = sum(parameter.numel() for parameter in module.parameters())
+        costs.append(weights * frames * level.height / height)  # of a row, whose columns double as the rows do
+
+    def work(stop: int) -> float:
+        """Of the rows above this one, and of what they need."""
+        stops = [level.stop for level in _levels(layers, Rows(0, stop, height))[1:]]
+        return sum(cost * rows for cost, rows in zip(costs, stops, strict=True))
+
+    total, wanted = work(height), accumulate(shares)
+    cuts = [0, *(bisect_left(range(height + 1), share / sum(shares) * total, key=work) for share in wanted)]
+    strips = tuple(Rows(a, b, height) for a, b in pairwise(cuts))
+    stops = [[level.stop for level in _levels(layers, strip)] for strip in strips if strip.count]
+    apart = all(a < b for above, below in pairwise(stops) for a, b in zip(above[1:], below[1:], strict=True))
+    return strips if apart and len(stops) == len(strips) else None
+
+
+def _joined(above: Tensor, fresh: Tensor | None, rows: Rows, needed: Rows) -> Tensor:
+    """The needed rows: those of the strip above, then the new ones in `fresh`, which has room for them on top."""
+    if fresh is None:
+        return above
+    x = rows.crop(fresh, needed)
+    x[..., : above.shape[3], :].copy_(above)
+    return x
 
 
 def _levels(layers: Sequence[Layer], wanted: Rows) -> list[Rows]:

@@ -1,0 +1,96 @@
+"""One decode over the ranks of a group: a strip of rows each, one below the other.
+
+Every rank runs the (small) trunk on whole frames. From layer to layer a rank sends the rows that it and the one below
+both read, and goes on; that one computes the same layer at the same time, and its device waits for them only. So
+no row is computed twice, and nobody waits for a whole frame.
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import Rows
+from wanduet.models.vae_stream import Frames, decode_stream
+from wanduet.models.vae_strips import Seam, share_work
+from wanduet.parallel.rank import Rank
+from wanduet.parallel.sequence import split_lengths
+
+
+def decode_share(
+    rank: Rank, vae: WanVAE, latents: Tensor, speeds: tuple[float, ...]
+) -> Iterator[tuple[Rows, Frames]]:  # fmt: skip
+    """This rank's rows of each latent frame's pixels (see `decode_stream`); the faster rank has more of them.
+
+    All ranks must call this, and go on together. Where frames are too small for strips to hand rows on, each
+    computes a halo of its own.
+    """
+    height = latents.shape[2] * vae.spec.spatial_stride
+    strips = share_work(vae.decoder.local_layers, height, speeds)
+    above = below = None
+    if strips is None:
+        cuts = accumulate(split_lengths(height, speeds), initial=0)
+        strips = tuple(Rows(start, stop, height) for start, stop in pairwise(cuts))
+    else:
+        above = ReceivedSeam(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
+        below = SentSeam(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
+    mine = strips[rank.index]
+    for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below):
+        yield mine, pixels
+    if below is not None:
+        below.finish()
+
+
+class SentSeam(Seam):
+    """To the rank below."""
+
+    def __init__(self, wanted: Rows, rank: int) -> None:
+        super().__init__(wanted)
+        self._rank = rank
+        self._under_way: dict[int, dist.Work] = {}
+
+    def keep(self, index: int, x: Tensor) -> None:
+        """Send rows `[B, C, T, rows, w]`, channels last."""
+        self._wait(index)
+        self.rows[index] = _carried(x.permute(0, 2, 3, 4, 1).contiguous())
+        work = dist.isend(self.rows[index], self._rank)
+        assert work is not None
+        self._under_way[index] = work
+
+    def finish(self) -> None:
+        """Wait until all has been sent."""
+        for index in tuple(self._under_way):
+            self._wait(index)
+
+    def _wait(self, index: int) -> None:
+        if index in self._under_way:
+            self._under_way.pop(index).wait()
+
+
+class ReceivedSeam(Seam):
+    """From the rank above."""
+
+    def __init__(self, wanted: Rows, rank: int) -> None:
+        super().__init__(wanted)
+        self._rank = rank
+
+    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+        """Receive `count` rows, of the frames, channels and columns of those below."""
+        assert below is not None, "strips that share work have new rows at each layer"
+        batch, channels, frames, _, columns = below.shape
+        device = below.device if _on_device(below) else torch.device("cpu")
+        rows = torch.empty(batch, frames, count, columns, channels, dtype=below.dtype, device=device)
+        dist.recv(rows, self._rank)
+        return rows.to(below.device).permute(0, 4, 1, 2, 3)
+
+
+def _on_device(x: Tensor) -> bool:
+    """Whether the backend moves this tensor as it is: see parallel/exchange.py."""
+    return not x.is_cuda or dist.is_nccl_available()
+
+
+def _carried(x: Tensor) -> Tensor:
+    return x if _on_device(x) else x.cpu()
