@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_traced import compile_decode
-from wanduet.ops.attention import AttentionLseFn
+from wanduet.ops.attention import AttentionLseFn, import_backends
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
 from wanduet.ops.fused import Kernels
@@ -66,7 +66,7 @@ class Models:
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._loading: Future[Denoiser] | None = None
         self._group: Group | None = None
-        self._loader = ThreadPoolExecutor(1, "wanduet-load")
+        self._loader = ThreadPoolExecutor(2, "wanduet-load")
         self._turns: dict[str, threading.RLock] = {}  # one user of a device at a time
         self._guard = threading.Lock()
 
@@ -121,7 +121,7 @@ class Models:
     # Transformer.
 
     def preload(self, job: Job) -> None:
-        """Start to load the transformer while the text is encoded."""
+        """Start to load the transformer, and all that its first step needs, while the text is encoded."""
         if job.plan.strategy == "parallel":
             with self.if_idle("group") as idle:  # a group at work has loaded; the text must not wait for it
                 if idle:
@@ -130,7 +130,9 @@ class Models:
             return
         with self._guard:
             if self._denoiser is None and self._loading is None:
-                self._loading = self._loader.submit(self._load_denoiser, job)
+                kernels, device = self.config.data_folder / "kernels", torch.device(job.plan.transformer_device)
+                self._loader.submit(import_backends, device, self.config.attention, kernels)
+                self._loading = self._loader.submit(self._load_and_fit, job)
                 self._loader.submit(self._compile_vae, job)
 
     @contextmanager
@@ -164,6 +166,12 @@ class Models:
         if have.resident_blocks != plan.resident_blocks:
             self.restream(have, plan.resident_blocks)
         return have
+
+    def _load_and_fit(self, job: Job) -> Denoiser:
+        denoiser = self._load_denoiser(job)
+        with on_device_of(denoiser.device), suppress(Exception):  # which comes again when the job's turn has come
+            self._fit_to(denoiser, job)
+        return denoiser
 
     @torch.no_grad()
     def _load_denoiser(self, job: Job) -> Denoiser:

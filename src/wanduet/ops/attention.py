@@ -10,9 +10,12 @@ measurement in `wanduet.ops.attention_choice`.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -112,12 +115,29 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
+MODULES = {"flash-attn-4": "flash_attn.cute", "sageattention": "sageattention"}
+
+
+def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> None:
+    """Import what `choose_attention` will try: some libraries take ten seconds, which may pass beside other work.
+
+    `kernels_folder` is where they keep the kernels that they compile. What cannot be imported is found out later.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kernels_folder))
+    for backend in available_backends(device).values():
+        if backend.package is not None and prefer in (backend.name, "auto" if backend.exact else backend.name):
+            with suppress(Exception):
+                importlib.import_module(MODULES[backend.package])
+
+
 def available_backends(device: torch.device) -> dict[str, Backend]:
     """The back ends that could run on `device`, by name. That one is listed does not mean that it works there."""
     if device.type != "cuda":
         return {SDPA.name: SDPA}
-    modules = {"flash-attn-4": "flash_attn.cute", "sageattention": "sageattention"}
-    return {b.name: b for b in BACKENDS if b.package is None or _importable(modules[b.package], b.package)}
+    return {b.name: b for b in BACKENDS if b.package is None or _importable(MODULES[b.package], b.package)}
 
 
 def _importable(module: str, package: str) -> bool:
