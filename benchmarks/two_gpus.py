@@ -2,18 +2,22 @@
 
     PYTHONPATH=src python benchmarks/two_gpus.py [--sizes 480p,720p] [--steps 8] [section ...]
 
-Sections: guided unguided batch latents diffusers (default: all). Each measures strategy `parallel` or
-`placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both.
+Sections: guided unguided batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
+`placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both. `exchanges` looks at
+the parts without an engine around them: one forward, by how heads are exchanged, and one decode, with rows handed on or halos.
 TINY=1 runs every section on two CPU ranks with the miniature.
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +26,26 @@ from _common import GIB, TINY, Report, clear_memory, relative_error, synchronize
 from whole_job import diffusers_denoise, diffusers_models
 
 from wanduet.config import EngineConfig
+from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.trace import overlap
 from wanduet.media.latents import load_latents
+from wanduet.models.packing import allocate_packed
+from wanduet.models.transformer import Runtime, WanTransformer
+from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import Rows, split_rows
+from wanduet.models.vae_stream import decode_stream
+from wanduet.ops.attention_choice import Shape, choose_attention
+from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.parallel.launch import run_on_ranks
+from wanduet.parallel.mesh import Layout
 from wanduet.parallel.rank import Rank
+from wanduet.parallel.sequence import SequenceSharding
+from wanduet.parallel.sharding import NoSharding
 from wanduet.request import GenerationRequest
-from wanduet.specs import WAN_1_3B
+from wanduet.specs import WAN_1_3B, ModelSpec
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81)}
 MODEL, DEVICES = "random:1.3b", ("cuda:0", "cuda:1")
@@ -187,7 +203,106 @@ def shared_forward(rank: Rank, sizes: dict[str, tuple[int, int, int]], layers: i
     return rows
 
 
-SECTIONS = {"guided": guided, "unguided": unguided, "batch": batch, "latents": latents, "diffusers": diffusers}
+def exchanges(bench: Bench, report: Report) -> None:
+    """One forward and one decode, alone and shared, in the ranks themselves."""
+    sizes = {size: SIZES[size] for size in bench.options.sizes}
+    for section, row in run_on_ranks(parts_on_rank, DEVICES, sizes)[0]:
+        report.add(section, **row)
+
+
+@torch.no_grad()
+def parts_on_rank(rank: Rank, sizes: dict[str, tuple[int, int, int]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of `exchanges`. A part alone runs on both ranks at once, each for itself."""
+    torch.backends.cudnn.allow_tf32 = True
+    spec = Models(EngineConfig(model=MODEL, devices=str(rank.device))).spec
+    rows = [("exchanges: forward", row) for row in forwards(rank, spec, sizes)]
+    clear_memory()
+    return rows + [("exchanges: decode", row) for row in decodes(rank, spec, sizes)]
+
+
+def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
+    """One forward, alone and with heads exchanged in groups."""
+    t, model, mesh = spec.transformer, random_transformer(spec, rank.device), rank.mesh(Layout(ulysses=rank.world_size))
+    text = torch.ones(1, 80, t.text_dim, device=rank.device)
+    step = torch.full((1,), 500.0, device=rank.device)
+    for name, size in sizes.items():
+        latents = torch.randn(1, *spec.latent_shape(*size), device=rank.device)
+        tokens = spec.num_tokens(*size)
+        shape = Shape(tokens, tokens, t.num_attention_heads, t.attention_head_dim)
+        attention = choose_attention(rank.device, shape, torch.bfloat16, cache_folder=Path(tempfile.gettempdir()))
+        plain = Runtime(kernels_for(rank.device, torch.bfloat16), attention.fn)
+        alone = None
+        for groups in (None, *(g for g in (1, 2, 3, 6) if t.num_attention_heads // rank.world_size % g == 0)):
+            sharding = NoSharding() if groups is None else SequenceSharding(mesh, head_groups=groups)
+            model.runtime = dataclasses.replace(plain, sharding=sharding)
+            context, rope = model.prepare_text(text), model.prepare_rope(latents.shape, rank.device)
+            seconds = together(rank, partial(model, latents, step, context, rope))
+            alone = alone or seconds
+            yield {"size": name, "head_groups": groups, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+
+
+def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
+    """One decode: alone, in halves with halos, and with rows handed on."""
+    for dtype, (name, size) in product((torch.float32, torch.bfloat16), sizes.items()):
+        vae, z = random_vae(spec, rank.device, dtype), torch.randn(spec.latent_shape(*size))
+        torch.distributed.broadcast(z, src=0)
+        ways: dict[str, Callable[[], Iterator[Any]]] = {
+            "alone": partial(decode_stream, vae, z),
+            "halos": partial(decode_stream, vae, z, rows=half(rank, size[0])),
+            "rows handed on": partial(decode_share, rank, vae, z, (1.0,) * rank.world_size),
+        }
+        alone = None
+        for way, frames in ways.items():
+            seconds = together(rank, lambda frames=frames: [None for _ in frames()])
+            alone = alone or seconds
+            kind = str(dtype).removeprefix("torch.")
+            yield {"size": name, "dtype": kind, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+
+
+def half(rank: Rank, height: int) -> Rows:
+    """This rank's equal part of a frame's rows."""
+    return split_rows(Rows.whole(height), [1.0] * rank.world_size)[rank.index]
+
+
+def together(rank: Rank, work: Callable[[], object], runs: int = 3) -> float:
+    """Median seconds until the last rank has done its work, after one run that is not counted."""
+    seconds = []
+    for _ in range(runs + 1):
+        torch.distributed.barrier()
+        synchronize(rank.device)
+        began = time.perf_counter()
+        work()
+        synchronize(rank.device)
+        torch.distributed.barrier()
+        synchronize(rank.device)
+        seconds.append(time.perf_counter() - began)
+    return round(statistics.median(seconds[1:]), 4)
+
+
+def random_transformer(spec: ModelSpec, device: torch.device) -> WanTransformer:
+    """In bfloat16, its weights in one buffer a block."""
+    with torch.device("meta"):
+        model = WanTransformer(spec.transformer).eval().requires_grad_(False)
+    allocate_packed(model, device, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.02)
+    return model
+
+
+def random_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    """As the engine prepares it."""
+    vae = WanVAE(spec.vae).to(device, dtype).eval().requires_grad_(False)
+    if device.type == "cuda":
+        vae.channels_last()
+        vae.round_to_tf32()
+    vae.use_kernels(vae_kernels_for(device, dtype))
+    return vae
+
+
+SECTIONS = {
+    "guided": guided, "unguided": unguided, "batch": batch, "latents": latents, "exchanges": exchanges,
+    "diffusers": diffusers,
+}  # fmt: skip
 
 
 def main() -> None:

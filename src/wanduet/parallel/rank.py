@@ -200,6 +200,8 @@ def serve(
 
 def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
     nccl = device.type == "cuda" and dist.is_nccl_available()
+    # A decode's rows are meant to travel one after another.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
