@@ -99,7 +99,8 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
         stream_blocks(model, DEVICE, resident)
     shape, tokens = (1, *spec.latent_shape(*size)), spec.num_tokens(*size)
     heads = (spec.transformer.num_attention_heads, spec.transformer.attention_head_dim)
-    choice = choose_attention(DEVICE, Shape(tokens, tokens, *heads), torch.bfloat16)
+    cache = Path(".cache") if ON_GPU else None
+    choice = choose_attention(DEVICE, Shape(tokens, tokens, *heads), torch.bfloat16, cache_folder=cache)
     model.runtime = Runtime(kernels_for(DEVICE, torch.bfloat16), choice.fn)
     clear_memory()
     text = torch.zeros(1, spec.text_len, spec.transformer.text_dim, device=DEVICE)

@@ -121,6 +121,16 @@ def test_attention_in_products_equals_the_plain_form(monkeypatch, convolutions, 
     assert torch.equal(qkv, before)
 
 
+@pytest.mark.parametrize("inputs", [130, 1000])
+def test_a_product_in_parts_is_the_same(convolutions, monkeypatch, inputs) -> None:
+    attention_triton = importlib.import_module("wanduet.ops.attention_triton")
+    monkeypatch.setattr(attention_triton, "LEAST_DEPTH", 128)
+    torch.manual_seed(0)
+    x, weight, out = torch.randn(140, inputs), torch.randn(9, inputs), torch.empty(140, 9)
+    attention_triton.product(x, weight, out)
+    torch.testing.assert_close(out, x @ weight.t(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("width", [5, 48, 61])
 def test_softmax_equals_pytorchs(convolutions, width) -> None:
     attention_triton = importlib.import_module("wanduet.ops.attention_triton")
