@@ -24,7 +24,7 @@ Size = tuple[int, int, int]  # generated height, generated width, frames
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the code does not see: cuBLAS's workspaces and the caching allocator's rounding.
-WORKSPACE_BYTES = 24 * 2**20
+WORKSPACE_BYTES = 56 * 2**20
 # Blocks on their way to or on the device beside the resident ones (accelerate/offload.py).
 STREAM_BUFFERS = 2
 

@@ -11,8 +11,8 @@ from wanduet.models.vae_traced import TRACED_STEPS, meta_vae
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
-# Workspaces inside libraries, and the allocator's pages: measured, benchmarks/memory_grid.py.
-WORKSPACE_BYTES = 80 * 2**20
+# Workspaces inside libraries, and the allocator's pages, by bytes of a value: measured, benchmarks/memory_grid.py.
+WORKSPACE_BYTES = {4: 80 * 2**20, 2: 40 * 2**20}
 # Of cuDNN, where it does all convolutions: by what a step takes beyond its history.
 CUDNN_SHARE, CUDNN_BYTES = 0.15, 130 * 2**20
 
@@ -28,7 +28,8 @@ def decode_bytes(
     kernels: VAEKernels = VAE_TORCH_KERNELS,
 ) -> int:
     """Peak bytes of `decode_stream` for a generated size in pixels, without weights, as the CUDA allocator holds them."""
-    vae = meta_vae(spec, getattr(torch, dtype), kernels)
+    kind: torch.dtype = getattr(torch, dtype)
+    vae = meta_vae(spec, kind, kernels)
     frames = min((num_frames - 1) // spec.temporal_stride + 1, TRACED_STEPS)
     latents = torch.empty(spec.z_dim, frames, height // spec.spatial_stride, width // spec.spatial_stride)
     rows = Rows.whole(height)
@@ -41,7 +42,7 @@ def decode_bytes(
     held = footprint.held + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
     if kernels is VAE_TORCH_KERNELS:
         return int(held * (1 + CUDNN_SHARE)) + CUDNN_BYTES
-    return held + WORKSPACE_BYTES
+    return held + WORKSPACE_BYTES[kind.itemsize]
 
 
 def decode_host_bytes(

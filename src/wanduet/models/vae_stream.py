@@ -50,6 +50,12 @@ def decode_stream(
         vae.own_pasts(False)
 
 
+def host_copy(x: Tensor) -> Tensor:
+    """On the host, laid out in memory as x is, for kernels want it so when it comes back. Page-locked, and under way."""
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return host if x.is_meta else host.copy_(x, non_blocking=True)
+
+
 @dataclass(slots=True)
 class _OnTheWay:
     """Frames that are being copied to the host."""
@@ -157,13 +163,8 @@ class _Decode:
         video[begin : begin + arrived.shape[0], self._place(rows)] = arrived
 
     def _to_host(self, mid: Tensor) -> Tensor:
-        """A copy in page-locked memory, under way."""
-        if mid.is_meta:
-            return torch.empty_like(mid, device="cpu")
-        if not mid.is_cuda:
-            return mid
-        host = torch.empty(mid.shape, dtype=mid.dtype, pin_memory=True)
-        return host.copy_(mid, non_blocking=True)
+        """A copy in page-locked memory, under way; on the CPU itself."""
+        return mid if mid.device.type == "cpu" else host_copy(mid)
 
     def _place(self, strip: Rows) -> slice:
         """Where a strip's rows are among the wanted ones."""

@@ -73,16 +73,16 @@ def _strips_kept(
     """Of strips one below the other."""
     vae = meta_vae(spec, dtype, kernels)
     vae.own_pasts()
+    with torch.no_grad():
+        mid, _ = vae.decode_trunk(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
     with torch.no_grad(), Footprint() as footprint:
-        mid = on_meta((1, spec.base_dim * spec.dim_mult[-1], 1, rows, columns), dtype)
-        base = footprint.live
         pasts: list[Past] = [None] * len(strips)
         seams = [None, *(Seam(strip) for strip in strips[:-1]), None]
         for _ in range(steps):
             for number, wanted in enumerate(strips):
                 _, pasts[number] = vae.decode_rows(mid, pasts[number], wanted, *seams[number : number + 2])
         del _
-        return footprint.live - base
+        return footprint.live
 
 
 @lru_cache(maxsize=4)

@@ -222,6 +222,8 @@ def convolve(
     With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
     that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.
     """
+    if any(y.shape[1] > 1 and y.stride(1) != 1 for y in (x, past, residual, out) if y is not None):
+        raise ValueError("Channels must lie side by side.")
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
     tile = tile or tile_for(inputs, outputs, x.itemsize, shared_memory(compile_for or x.device))

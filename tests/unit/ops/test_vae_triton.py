@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from wanduet.models import vae_stream
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
@@ -248,7 +249,9 @@ def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_me
 
 
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
-def test_a_whole_decode_in_channels_last_gives_the_same_frames(plan) -> None:
+def test_a_whole_decode_in_channels_last_gives_the_same_frames(monkeypatch, plan) -> None:
+    # As on a GPU, where the trunk's features wait on the host.
+    monkeypatch.setattr(vae_stream._Decode, "_to_host", lambda self, mid: vae_stream.host_copy(mid))
     torch.manual_seed(2)
     spec = VAESpec(base_dim=8, num_res_blocks=0, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
@@ -258,6 +261,21 @@ def test_a_whole_decode_in_channels_last_gives_the_same_frames(plan) -> None:
     vae.use_kernels(VAE_TRITON_KERNELS)
     for got, want in zip(decode_stream(vae, latents, plan), expected, strict=True):
         assert abs(got.astype(int) - want.astype(int)).max() <= 1
+
+
+def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> None:
+    x, weight = clip(16, 1, 4, 4), clip(16, 1, 1, 1).expand(16, -1, -1, -1, -1)
+    other = torch.empty(1, 16, 1, 4, 4)
+    with pytest.raises(ValueError, match="side by side"):
+        convolutions.convolve(x, None, weight, torch.zeros(16), (0, 0), None, other)
+
+
+def test_a_copy_on_the_host_keeps_its_layout() -> None:
+    x = clip(16, 2, 4, 5)
+    copy = vae_stream.host_copy(x)
+    assert torch.equal(copy, x)
+    assert copy.stride() == x.stride()
+    assert copy.data_ptr() != x.data_ptr()
 
 
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
