@@ -74,7 +74,7 @@ def forward() -> None:
 def memory() -> None:
     """Predicted over measured peaks: in the band is what is allowed."""
     canvas, left, top, width, height = Canvas(720, 300), 60.0, 78.0, 620.0, 170.0
-    low, high, least, most = 0.98, 1.10, 0.5, 16.0
+    low, high, least, most = 0.98, 1.10, 0.5, 32.0
 
     def across(gib: float) -> float:
         return left + width * log2(gib / least) / log2(most / least)
@@ -89,12 +89,12 @@ def memory() -> None:
     for ratio in (0.98, 1.0, 1.02, 1.04, 1.06, 1.08, 1.10):
         canvas.line([(left, up(ratio)), (left + width, up(ratio))], GREY if ratio == 1 else PALE)
         canvas.text(left - 8, up(ratio), f"{ratio:.2f}", INK, 11, "rm")
-    for gib in (0.5, 1, 2, 4, 8, 16):
+    for gib in (0.5, 1, 2, 4, 8, 16, 32):
         canvas.text(across(gib), top + height + 14, f"{gib:g}", INK, 11, "mm")
     canvas.text(left + width / 2, top + height + 34, "measured, GiB", INK, 12, "mm")
     kinds = {
-        "denoise": (BLUE, "denoise: 480p to 1080p, 17 to 161 frames, 0 to 30 blocks kept"),
-        "decode": ("#bf3989", "decode: whole or in strips, float32, bfloat16"),
+        "denoise": (BLUE, "denoise with guidance: 480p to 1080p, 0 to 30 blocks kept"),
+        "decode": ("#bf3989", "decode frame by frame: 1, 2, 4 strips; both dtypes"),
     }
     for at, (section, (colour, name)) in zip((16, 410), kinds.items(), strict=True):
         canvas.dot(at + 4, 50, 4, colour)
