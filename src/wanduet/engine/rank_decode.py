@@ -55,7 +55,8 @@ class SentSeam(Seam):
     def keep(self, index: int, x: Tensor) -> None:
         """Send rows `[B, C, T, rows, w]`, channels last."""
         self._wait(index)
-        self.rows[index] = _carried(x.permute(0, 2, 3, 4, 1).contiguous())
+        # Always a copy: x may be overwritten while this travels.
+        self.rows[index] = _carried(x.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format))
         work = dist.isend(self.rows[index], self._rank)
         assert work is not None
         self._under_way[index] = work

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from wanduet.engine.rank_decode import decode_share
+from wanduet.engine.rank_decode import SentSeam, decode_share
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import Rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.models.vae_strips import share_work
 from wanduet.parallel.launch import run_on_ranks
@@ -53,6 +54,24 @@ def test_shares_of_ranks_are_the_whole(monkeypatch, ranks) -> None:
         difference = np.abs(np.concatenate([r[index][2] for r in of_ranks], axis=1).astype(int) - expected)
         assert difference.max() <= 1  # a float on a rounding border
         assert (difference > 0).mean() < 1e-3
+
+
+def test_what_is_sent_is_a_copy(monkeypatch) -> None:
+    """On a GPU a layer may overwrite its input while that travels."""
+    sent: list[torch.Tensor] = []
+
+    class Work:
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(torch.distributed, "isend", lambda rows, rank: sent.append(rows) or Work())
+    seam = SentSeam(Rows.whole(8), 1)
+    for frames in (1, 2):
+        x = torch.randn(1, 16, frames, 4, 5).to(memory_format=torch.channels_last_3d)
+        expected = x[:, :, :, 1:].permute(0, 2, 3, 4, 1).clone()
+        seam.keep(0, x[:, :, :, 1:])
+        x.zero_()
+        assert torch.equal(sent[-1], expected)
+        assert sent[-1].is_contiguous()
 
 
 def test_work_is_shared_in_proportion_and_no_row_has_a_halo() -> None:
