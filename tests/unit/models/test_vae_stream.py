@@ -134,6 +134,12 @@ def test_footprint_knows_what_holes_cost() -> None:
     assert footprint.held == 11 * 2**20
 
 
+def test_a_prediction_does_not_depend_on_what_was_predicted_before() -> None:
+    # A size that no other test asks for: the second time, what the first one traced is known.
+    twice = [decode_bytes.__wrapped__(VAESpec(), 496, 832, 81, DecodePlan(), "float32") for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:
     def predict(frames: int, order: str, strips: int) -> int:
         return decode_bytes(VAESpec(), 480, 832, frames, DecodePlan(order, strips), "float32")
