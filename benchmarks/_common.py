@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 
+from wanduet.models.vae import WanVAE
 from wanduet.ops.devices import prepare_allocator
+from wanduet.ops.kernels import vae_kernels_for
+from wanduet.specs import VAESpec
 
 TINY = os.environ.get("TINY") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not TINY else torch.device("cpu")
@@ -120,6 +123,18 @@ def peak_memory() -> dict[str, float]:
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
     }
+
+
+def random_vae(spec: VAESpec, dtype: torch.dtype, device: torch.device = DEVICE) -> WanVAE:
+    """Random weights, its decoder on a device, as the engine prepares it."""
+    vae = WanVAE(spec).to(dtype).eval().requires_grad_(False)
+    for part in vae.decoding_parts:
+        part.to(device)
+    if device.type == "cuda":
+        vae.channels_last()
+        vae.round_to_tf32()
+    vae.use_kernels(vae_kernels_for(device, dtype))
+    return vae
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, synchronize, timed
+from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, random_vae, synchronize, timed
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
@@ -22,11 +22,10 @@ from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.models.vae import WanVAE
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
 from wanduet.ops.attention_choice import Shape, choose_attention
-from wanduet.ops.kernels import kernels_for, vae_kernels_for
+from wanduet.ops.kernels import kernels_for
 from wanduet.request import GenerationRequest
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920), "576x1024": (576, 1024)}
@@ -117,13 +116,7 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
 def decode(report: Report) -> None:
     spec = MODELS.spec
     for dtype in ("float32", "bfloat16"):
-        vae = WanVAE(spec.vae).to(getattr(torch, dtype)).eval().requires_grad_(False)
-        for part in vae.decoding_parts:
-            part.to(DEVICE)
-        if ON_GPU:
-            vae.channels_last()
-            vae.round_to_tf32()
-            vae.use_kernels(vae_kernels_for(DEVICE, getattr(torch, dtype)))
+        vae = random_vae(spec.vae, getattr(torch, dtype))
         weights = MODELS.memory.vae_weights(dtype)
         for name, (height, width) in SIZES.items():
             for mode in MODES:

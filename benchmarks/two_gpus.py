@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import GIB, TINY, Report, clear_memory, relative_error, synchronize
+from _common import GIB, TINY, Report, clear_memory, random_vae, relative_error, synchronize
 from whole_job import diffusers_denoise, diffusers_models
 
 from wanduet.config import EngineConfig
@@ -34,11 +34,10 @@ from wanduet.engine.trace import overlap
 from wanduet.media.latents import load_latents
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.models.vae import WanVAE
 from wanduet.models.vae_rows import Rows, split_rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.ops.attention_choice import Shape, choose_attention
-from wanduet.ops.kernels import kernels_for, vae_kernels_for
+from wanduet.ops.kernels import kernels_for
 from wanduet.parallel.launch import run_on_ranks
 from wanduet.parallel.mesh import Layout
 from wanduet.parallel.rank import Rank
@@ -244,7 +243,7 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
 def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
     """One decode: alone, in halves with halos, and with rows handed on."""
     for dtype, (name, size) in product((torch.float32, torch.bfloat16), sizes.items()):
-        vae, z = random_vae(spec, rank.device, dtype), torch.randn(spec.latent_shape(*size))
+        vae, z = random_vae(spec.vae, dtype, rank.device), torch.randn(spec.latent_shape(*size))
         torch.distributed.broadcast(z, src=0)
         ways: dict[str, Callable[[], Iterator[Any]]] = {
             "alone": partial(decode_stream, vae, z),
@@ -287,16 +286,6 @@ def random_transformer(spec: ModelSpec, device: torch.device) -> WanTransformer:
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.02)
     return model
-
-
-def random_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> WanVAE:
-    """As the engine prepares it."""
-    vae = WanVAE(spec.vae).to(device, dtype).eval().requires_grad_(False)
-    if device.type == "cuda":
-        vae.channels_last()
-        vae.round_to_tf32()
-    vae.use_kernels(vae_kernels_for(device, dtype))
-    return vae
 
 
 SECTIONS = {

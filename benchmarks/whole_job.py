@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, synchronize
+from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, random_vae, synchronize
 
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
@@ -25,7 +25,7 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.kernels import planned_vae_kernels, vae_kernels_for
+from wanduet.ops.kernels import planned_vae_kernels
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
 from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS
 from wanduet.request import GenerationRequest
@@ -93,13 +93,7 @@ def decode(report: Report, options: argparse.Namespace) -> None:
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
     for dtype in (torch.float32, torch.bfloat16):
         clear_memory()
-        vae = WanVAE(spec).to(dtype).eval().requires_grad_(False)
-        for part in vae.decoding_parts:
-            part.to(DEVICE)
-        if ON_GPU:
-            vae.channels_last()
-            vae.round_to_tf32()
-        vae.use_kernels(vae_kernels_for(DEVICE, dtype))
+        vae = random_vae(spec, dtype)
         weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())
         for mode in MODES:
             kernels, kind = planned_vae_kernels(str(DEVICE)), str(dtype)[6:]

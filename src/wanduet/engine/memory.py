@@ -86,9 +86,13 @@ class ModelMemory:
         """Bytes of the VAE's decoder: its encoder is not loaded to make a video of a text."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
 
-    def decode(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
-        """Bytes that decoding needs beside the weights, on a device like `cuda:0`."""
-        return decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
+    def decode(self, size: Size, mode: DecodePlan, dtype: str, device: str, ranks: int = 1) -> int:
+        """Bytes that decoding needs beside the weights, on a device like `cuda:0`, or on each of several that share it."""
+        alone = decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
+        if ranks == 1:
+            return alone
+        # The first of them decodes in this mode should the others be lost.
+        return max(alone, decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device), ranks))
 
     def decode_host(self, size: Size, mode: DecodePlan, dtype: str) -> int:
         """Bytes of the host that decoding needs."""

@@ -255,7 +255,8 @@ def _plan(
     transformer = memory.transformer(
         size, dtype, positions, resident, place.transformer.name, share_first, layout.sequence
     )
-    vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name)
+    ranks = max(1, len(place.ranks))
+    vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name, ranks)
     # The decode's memory is taken once before the denoise (ladder.reserve_decode), when the text is there already.
     beside = transformer.weights + transformer.text + transformer.latents
     on_transformer = {"denoise": transformer.peak, "decode": beside if keep_both else 0}
@@ -306,7 +307,7 @@ def _plan(
         host_bytes=host,
         host_limit_bytes=host_limit,
         choices=choices,
-        seconds=predict_seconds(request, memory.spec, place.transformer, place.vae, max(1, len(place.ranks))),
+        seconds=predict_seconds(request, memory.spec, place.transformer, place.vae, ranks),
         fits=fits,
     )
 

@@ -8,14 +8,13 @@ no row is computed twice, and nobody waits for a whole frame.
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
-import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_rows import Rows
 from wanduet.models.vae_stream import Frames, decode_stream
 from wanduet.models.vae_strips import Seam, share_work
+from wanduet.parallel.exchange import Sending, receive, send
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import split_lengths
 
@@ -50,25 +49,20 @@ class SentSeam(Seam):
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
         self._rank = rank
-        self._under_way: dict[int, dist.Work] = {}
+        self._under_way: dict[int, Sending] = {}
 
     def keep(self, index: int, x: Tensor) -> None:
         """Send rows `[B, C, T, rows, w]`, channels last."""
-        self._wait(index)
-        # Always a copy: x may be overwritten while this travels.
-        self.rows[index] = _carried(x.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format))
-        work = dist.isend(self.rows[index], self._rank)
-        assert work is not None
-        self._under_way[index] = work
+        before = self._under_way.pop(index, None)
+        if before is not None:
+            before.wait()
+        self._under_way[index] = send(x.permute(0, 2, 3, 4, 1), self._rank)
 
     def finish(self) -> None:
         """Wait until all has been sent."""
-        for index in tuple(self._under_way):
-            self._wait(index)
-
-    def _wait(self, index: int) -> None:
-        if index in self._under_way:
-            self._under_way.pop(index).wait()
+        for sending in self._under_way.values():
+            sending.wait()
+        self._under_way.clear()
 
 
 class ReceivedSeam(Seam):
@@ -82,16 +76,4 @@ class ReceivedSeam(Seam):
         """Receive `count` rows, of the frames, channels and columns of those below."""
         assert below is not None, "strips that share work have new rows at each layer"
         batch, channels, frames, _, columns = below.shape
-        device = below.device if _on_device(below) else torch.device("cpu")
-        rows = torch.empty(batch, frames, count, columns, channels, dtype=below.dtype, device=device)
-        dist.recv(rows, self._rank)
-        return rows.to(below.device).permute(0, 4, 1, 2, 3)
-
-
-def _on_device(x: Tensor) -> bool:
-    """Whether the backend moves this tensor as it is: see parallel/exchange.py."""
-    return not x.is_cuda or dist.is_nccl_available()
-
-
-def _carried(x: Tensor) -> Tensor:
-    return x if _on_device(x) else x.cpu()
+        return receive((batch, frames, count, columns, channels), below, self._rank).permute(0, 4, 1, 2, 3)

@@ -132,7 +132,7 @@ class AttentionBlock(nn.Module):
         """All rows: attention is global within a frame."""
         return Rows.whole(rows.height)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
         """`[B, C, T, h, w]` to the same shape."""
         if rows.count != rows.height:
             raise ValueError("The attention of the VAE's middle needs whole frames.")

@@ -5,15 +5,16 @@ from functools import lru_cache
 import torch
 
 from wanduet.models.footprint import Footprint
-from wanduet.models.vae_rows import DecodePlan, Rows
+from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 from wanduet.models.vae_stream import decode_stream
-from wanduet.models.vae_traced import TRACED_STEPS, meta_vae
+from wanduet.models.vae_strips import share_work
+from wanduet.models.vae_traced import TRACED_STEPS, TRACING, meta_vae
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
 # Workspaces inside libraries, and the allocator's pages, by bytes of a value: measured, benchmarks/memory_grid.py.
 WORKSPACE_BYTES = {4: 80 * 2**20, 2: 40 * 2**20}
-# Of cuDNN, where it does all convolutions: by what a step takes beyond its history.
+# Of cuDNN, where it does all convolutions: not measured since the allocator is simulated, so on the safe side.
 CUDNN_SHARE, CUDNN_BYTES = 0.15, 130 * 2**20
 
 
@@ -26,20 +27,29 @@ def decode_bytes(
     plan: DecodePlan,
     dtype: str,
     kernels: VAEKernels = VAE_TORCH_KERNELS,
+    ranks: int = 1,
 ) -> int:
-    """Peak bytes of `decode_stream` for a generated size in pixels, without weights, as the CUDA allocator holds them."""
+    """Peak bytes of `decode_stream` for a generated size in pixels, without weights, as the CUDA allocator holds them.
+
+    With several `ranks`, the most that an equal one of them needs: frame-major, its rows and a halo around them, which is
+    no less than what it is sent.
+    """
     kind: torch.dtype = getattr(torch, dtype)
-    vae = meta_vae(spec, kind, kernels)
     frames = min((num_frames - 1) // spec.temporal_stride + 1, TRACED_STEPS)
     latents = torch.empty(spec.z_dim, frames, height // spec.spatial_stride, width // spec.spatial_stride)
     rows = Rows.whole(height)
-    strips = plan.strips(rows)
-    if plan.order == "strip" and len(strips) > 2:  # the others are like the second
-        plan, rows = DecodePlan("strip", 2), Rows(0, strips[1].stop, height)
-    with Footprint() as footprint:
-        for _ in decode_stream(vae, latents, plan, rows=rows):
-            pass
-    held = footprint.held + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
+    with TRACING:
+        vae = meta_vae(spec, kind, kernels)
+        strips = plan.strips(rows)
+        if ranks > 1:
+            shares = share_work(vae.decoder.local_layers, height, (1.0,) * ranks) or split_rows(rows, (1.0,) * ranks)
+            plan, rows = DecodePlan(), max(shares, key=lambda share: share.count)
+        elif plan.order == "strip" and len(strips) > 2:  # the others are like the second
+            plan, rows = DecodePlan("strip", 2), Rows(0, strips[1].stop, height)
+        with Footprint() as footprint:
+            for _ in decode_stream(vae, latents, plan, rows=rows):
+                pass
+        held = footprint.held + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
     if kernels is VAE_TORCH_KERNELS:
         return int(held * (1 + CUDNN_SHARE)) + CUDNN_BYTES
     return held + WORKSPACE_BYTES[kind.itemsize]

@@ -1,5 +1,6 @@
 """How much a decode remembers between its steps, found by running it on the meta device."""
 
+import threading
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,8 @@ from wanduet.specs import VAESpec
 
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
 TRACED_STEPS = 3
+# A trace changes the VAE that it runs on, which all traces of a kind share.
+TRACING = threading.RLock()
 
 
 def history_bytes(
@@ -48,9 +51,9 @@ def compile_decode(
 
 @lru_cache(maxsize=256)
 def _trunk_kept(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch.dtype, kernels: VAEKernels) -> int:
-    vae = meta_vae(spec, dtype, kernels)
-    vae.own_pasts()
-    with torch.no_grad(), Footprint() as footprint:
+    with TRACING, torch.no_grad(), Footprint() as footprint:
+        vae = meta_vae(spec, dtype, kernels)
+        vae.own_pasts()
         z = on_meta((1, spec.z_dim, 1, rows, columns), dtype)
         base, past = footprint.live, None
         for _ in range(steps):
@@ -71,18 +74,19 @@ def _strips_kept(
     kernels: VAEKernels,
 ) -> int:
     """Of strips one below the other."""
-    vae = meta_vae(spec, dtype, kernels)
-    vae.own_pasts()
-    with torch.no_grad(), Footprint():  # a count of its own, which nobody reads
+    with TRACING, torch.no_grad(), Footprint() as footprint:
+        vae = meta_vae(spec, dtype, kernels)
+        vae.own_pasts()
         mid, _ = vae.decode_trunk(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
-    with torch.no_grad(), Footprint() as footprint:
+        del _
+        base = footprint.live
         pasts: list[Past] = [None] * len(strips)
         seams = [None, *(Seam(strip) for strip in strips[:-1]), None]
         for _ in range(steps):
             for number, wanted in enumerate(strips):
                 _, pasts[number] = vae.decode_rows(mid, pasts[number], wanted, *seams[number : number + 2])
         del _
-        return footprint.live
+        return footprint.live - base
 
 
 @lru_cache(maxsize=4)

@@ -128,7 +128,8 @@ def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> 
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kernels_folder))
     for backend in available_backends(device).values():
-        if backend.package is not None and prefer in (backend.name, "auto" if backend.exact else backend.name):
+        tried = backend.exact if prefer == "auto" else backend.name == prefer
+        if tried and backend.package is not None:
             with suppress(Exception):
                 importlib.import_module(MODULES[backend.package])
 

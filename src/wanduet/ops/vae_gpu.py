@@ -1,6 +1,6 @@
 """The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in vae_triton.py,
-conv_triton.py and attention_triton.py, imported only where they run. On the meta device nothing runs, so that memory can be predicted on a
-machine that has no Triton.
+conv_triton.py and attention_triton.py, imported only where they run. On the meta device nothing runs, so that memory
+can be predicted on a machine that has no Triton.
 
 They want weights in channels-last memory, and give results in it.
 """

@@ -4,6 +4,9 @@ NCCL moves GPU tensors. Where it is missing (Windows), gloo carries them through
 MB a step of guidance, too slow for a sequence.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -23,6 +26,33 @@ def take_from_first(x: Tensor) -> None:
     dist.broadcast(own, src=0)
     if own is not x:
         x.copy_(own)
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A tensor under way to another rank."""
+
+    sent: Tensor  # kept alive until it has arrived
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Until it is sent; on a GPU the current stream waits, not the host."""
+        self.work.wait()
+
+
+def send(x: Tensor, rank: int) -> Sending:
+    """Begin to send a copy of `x`, which may be overwritten at once."""
+    own = _carried(x.clone(memory_format=torch.contiguous_format))
+    work = dist.isend(own, rank)
+    assert work is not None
+    return Sending(own, work)
+
+
+def receive(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:
+    """What that rank sends: a tensor of this shape, with the dtype and device of `like`."""
+    own = _carried(like.new_empty(shape))
+    dist.recv(own, rank)
+    return own.to(like.device)
 
 
 def _carried(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Streamed decoding: the same bytes as a whole decode, in every order and cut; memory as predicted."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from wanduet.models.vae_traced import history_bytes
 from wanduet.specs import VAESpec
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
+WHOLE = DecodePlan()
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,25 @@ def test_a_prediction_does_not_depend_on_what_was_predicted_before() -> None:
     # A size that no other test asks for: the second time, what the first one traced is known.
     twice = [decode_bytes.__wrapped__(VAESpec(), 496, 832, 81, DecodePlan(), "float32") for _ in range(2)]
     assert twice[0] == twice[1]
+
+
+def test_predictions_in_several_threads_are_those_of_one() -> None:
+    sizes = [(64, 80 + 16 * i) for i in range(6)]
+
+    def predict(size: tuple[int, int]) -> int:
+        return decode_bytes.__wrapped__(SPEC, *size, 81, DecodePlan("frame", 2), "float32")
+
+    expected = [predict(size) for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(predict, sizes)) == expected
+
+
+def test_a_rank_of_several_needs_less_than_one_alone_and_more_than_its_strip() -> None:
+    def predict(ranks: int, plan: DecodePlan = WHOLE) -> int:
+        return decode_bytes(VAESpec(), 480, 832, 81, plan, "float32", ranks=ranks)
+
+    assert predict(1, DecodePlan("strip", 2)) < predict(2) < predict(1)
+    assert predict(4) < predict(2)
 
 
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:
