@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from wanduet.models.transformer import Runtime, WanTransformer
+from wanduet.ops.attention import sdpa
 from wanduet.parallel.launch import run_on_ranks
 from wanduet.parallel.mesh import Layout
+from wanduet.parallel.prompts import PromptSharding
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import SequenceSharding
 from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
@@ -88,6 +90,27 @@ def guided(rank: Rank) -> tuple[Tensor, Tensor]:
         return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, 500.0)
 
 
+def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:
+    """For some shapes: this rank's prompt with the first self-attention shared, alone, and how many heads it did."""
+    results = []
+    for shape in (EVEN, BATCH, FEW):
+        made, (latents, steps, text) = model(), inputs(shape)
+        text = text.roll(rank.index, 1)  # a prompt of its own
+        with torch.no_grad():
+            alone = made(latents, steps, text)
+        heads: list[int] = []
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: list[int] = heads) -> Tensor:
+            heads.append(q.shape[2])
+            return sdpa(q, k, v)
+
+        sharding = PromptSharding.of_group(rank.mesh(Layout(cfg=rank.world_size)).cfg)
+        made.runtime = Runtime(attention=attention, sharding=sharding)
+        with torch.no_grad():
+            results.append((made(latents, steps, text), alone, heads))
+    return results
+
+
 def on_ranks(monkeypatch: pytest.MonkeyPatch, work: object, devices: list[str], *args: object) -> list[object]:
     # Workers import this file by its name from the repository's root.
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
@@ -120,6 +143,14 @@ def test_sharded_forward_equals_unsharded(outputs: Callable[[int], list[list[Ten
 def test_parallel_guidance_equals_sequential_bit_for_bit(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     for parallel, sequential in on_ranks(monkeypatch, guided, ["cpu"] * ranks):
         assert torch.equal(parallel, sequential)
+
+
+def test_ranks_of_two_prompts_share_the_first_self_attention_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, all_heads = SPEC.num_attention_heads // 2, SPEC.num_attention_heads
+    for of_rank in on_ranks(monkeypatch, shared_first, ["cpu", "cpu"]):
+        for shared, alone, heads in of_rank:
+            assert torch.equal(shared, alone)
+            assert heads == [half] + [all_heads] * (SPEC.num_layers - 1)
 
 
 @pytest.mark.gpu

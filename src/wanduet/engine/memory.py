@@ -17,6 +17,7 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.ops.kernels import planned_vae_kernels, plans_fused_kernels
+from wanduet.parallel.mesh import ONE_DEVICE, Layout
 from wanduet.specs import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,10 +62,10 @@ class ModelMemory:
         resident_blocks: int,
         device: str,
         share_first: bool = True,
-        sequence_ranks: int = 1,
+        layout: Layout = ONE_DEVICE,
     ) -> TransformerMemory:
         """Memory of denoising with prompts of so many positions (`text_positions`), with `resident_blocks` kept on the
-        device and the sequence spread over ranks. `device` is its name, like `cuda:0`; `share_first`: see
+        device, on each of a layout's ranks. `device` is its name, like `cuda:0`; `share_first`: see
         `models.transformer.Runtime`."""
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
         total = self.transformer_weights(dtype)
@@ -72,9 +73,9 @@ class ModelMemory:
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         prompts, fused = len(texts) if share_first else 1, plans_fused_kernels(device)
-        activations = forward_bytes(
-            t, self.spec.latent_shape(*size), self.spec.text_len, dtype, fused, sequence_ranks, prompts
-        )
+        # Ranks of other prompts share a block where the sequence is not shared.
+        shares = (layout.sequence, prompts, layout.cfg if layout.sequence == 1 else 1)
+        activations = forward_bytes(t, self.spec.latent_shape(*size), self.spec.text_len, dtype, fused, *shares)
         latents = 10 * prod(self.spec.latent_shape(*size)) * 4
         return TransformerMemory(total, weights, text, activations, latents)
 

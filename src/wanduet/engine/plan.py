@@ -17,7 +17,7 @@ from wanduet.engine.placement import Placement, StrategyName, find_placements, p
 from wanduet.engine.smaller import alternatives
 from wanduet.errors import DoesNotFitError
 from wanduet.models.vae_rows import DecodePlan
-from wanduet.parallel.mesh import Layout, choose_layout
+from wanduet.parallel.mesh import ONE_DEVICE, Layout, choose_layout
 from wanduet.request import ResolvedRequest
 from wanduet.specs import ModelSpec
 
@@ -27,7 +27,6 @@ BlockHold = Literal["pinned", "mapped"]
 HEADROOM_BYTES = 192 * 2**20
 # Python, PyTorch and its libraries, frames on their way to the encoder.
 HOST_BASE_BYTES = 1200 * 2**20
-ONE_DEVICE = Layout()
 DECODE_MODES = (
     *(DecodePlan("frame", strips) for strips in (1, 2, 4)),
     *(DecodePlan("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
@@ -252,9 +251,7 @@ def _plan(
     positions = sorted(text_positions(text, memory.spec.text_len) for text in texts)
     # With the branches of the guidance on devices of their own, each has one prompt.
     positions = positions[-1:] if layout.cfg > 1 else positions
-    transformer = memory.transformer(
-        size, dtype, positions, resident, place.transformer.name, share_first, layout.sequence
-    )
+    transformer = memory.transformer(size, dtype, positions, resident, place.transformer.name, share_first, layout)
     ranks = max(1, len(place.ranks))
     vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name, ranks)
     # The decode's memory is taken once before the denoise (ladder.reserve_decode), when the text is there already.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch import distributed as dist
 
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Denoiser, Models
@@ -21,8 +22,10 @@ from wanduet.engine.speeds import all_speeds, of_sequence
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
 from wanduet.parallel.mesh import Layout, Mesh
+from wanduet.parallel.prompts import PromptSharding
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import SequenceSharding
+from wanduet.parallel.sharding import Sharding
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
@@ -122,10 +125,14 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
 
 
 def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
-    """Give the transformer its part of the sequence, the faster rank more of it."""
-    if mesh.layout.sequence == 1:
+    """Give the transformer its part of the sequence, the faster rank more of it; or of what all prompts have in common."""
+    sharding: Sharding
+    if mesh.layout.sequence > 1:
+        sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
+    elif dist.get_backend(mesh.cfg) == "nccl":  # over the host it would take longer than it saves
+        sharding = PromptSharding.of_group(mesh.cfg)
+    else:
         return
-    sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
     denoiser.transformer.runtime = replace(denoiser.transformer.runtime, sharding=sharding)
 
 

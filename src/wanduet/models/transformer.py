@@ -133,14 +133,16 @@ class Attention(nn.Module):
             q, k, v = linear_into(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch) -> Tensor:
-        """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch."""
+    def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> Tensor:
+        """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch. `first`: of the
+        first block."""
         q, k, v = self.project_qkv(stream.take(), scratch)
         q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
             q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
         )
         v_BLHD = v.unflatten(-1, (self.num_heads, -1))
-        return run.sharding.attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
+        attend = run.sharding.attend_first if first else run.sharding.attend
+        return attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 
     def attend_text(
         self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch
@@ -198,9 +200,9 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
-    def attend(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch) -> None:
+    def attend(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> None:
         """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
-        heads_BLC = self.attn1.attend_self(stream, rope, run, scratch)
+        heads_BLC = self.attn1.attend_self(stream, rope, run, scratch, first)
         stream.branch = self.attn1.project_out(heads_BLC, scratch.part(heads_BLC, heads_BLC.shape[2]))
 
     def forward(
@@ -362,7 +364,7 @@ class WanTransformer(nn.Module):
             stream.branch = run.kernels.norm(stream.x, *norms[0], self.spec.eps, kind)
         for index, block in enumerate(self.fetch_blocks()):
             if index > 0 or not attended:
-                block.attend(stream, rope, run, scratch)
+                block.attend(stream, rope, run, scratch, first=index == 0)
             if index == 0 and kept is not None and stream.branch is not None:
                 kept.copy_(stream.branch)
             keys_values = (text.keys[index], text.values[index], text.repeats)

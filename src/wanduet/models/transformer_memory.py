@@ -9,9 +9,10 @@ from torch import Tensor
 
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.transformer import Runtime, TextContext, WanTransformer
+from wanduet.ops.attention import AttentionFn
 from wanduet.ops.fused import TORCH_KERNELS
 from wanduet.ops.rope import Rope
-from wanduet.parallel.sharding import NoSharding
+from wanduet.parallel.prompts import PromptSharding
 from wanduet.specs import TransformerSpec
 
 TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept from one to the next
@@ -30,20 +31,22 @@ def forward_bytes(
     fused: bool,
     ranks: int = 1,
     prompts: int = 1,
+    prompt_ranks: int = 1,
 ) -> int:
-    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of `ranks` devices that share the sequence.
+    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of `ranks` devices
+    that share the sequence, or of `prompt_ranks` with other prompts.
 
     `fused`: with kernels that need no memory of their own, as Triton's.
     """
     patch = spec.patch_size
     tokens = prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
     if tokens <= TRACED_TOKENS:
-        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, ranks, prompts)
+        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, ranks, prompts, prompt_ranks)
     halves = []
     for part in (TRACED_TOKENS // 2, TRACED_TOKENS):
         grid = (part // SIDE**2, SIDE, SIDE)
         shape = (latent_shape[0], *(g * p for g, p in zip(grid, patch, strict=True)))
-        halves.append(_traced(spec, shape, text_len, dtype, fused, ranks, prompts))
+        halves.append(_traced(spec, shape, text_len, dtype, fused, ranks, prompts, prompt_ranks))
     slope = (halves[1] - halves[0]) / (TRACED_TOKENS / 2)
     return int(halves[1] + slope * (tokens - TRACED_TOKENS))
 
@@ -57,6 +60,7 @@ def _traced(
     fused: bool,
     ranks: int,
     prompts: int,
+    prompt_ranks: int,
 ) -> int:
     kind: torch.dtype = getattr(torch, dtype)
     small = replace(spec, num_layers=TRACED_BLOCKS)
@@ -65,7 +69,7 @@ def _traced(
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
     kernels = FUSED if fused else TORCH_KERNELS
-    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks))
+    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks, prompt_ranks))
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
     shape = (1, *latent_shape)
@@ -116,16 +120,22 @@ FUSED = replace(
 )
 
 
-class _Share(NoSharding):
-    """The first rank's part of a sequence, without any other rank."""
+class _Share(PromptSharding):
+    """The first rank's part of a sequence, or of the first block's heads, without any other rank."""
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: int, prompt_ranks: int) -> None:
+        super().__init__(prompt_ranks, 0, lambda own: [torch.empty_like(own) for _ in range(prompt_ranks)])
+        self._sequence_ranks = ranks
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
         """The largest part."""
-        return x if self._ranks == 1 else x.narrow(dim, 0, -(-x.shape[dim] // self._ranks)).clone()
+        ranks = self._sequence_ranks
+        return x if ranks == 1 else x.narrow(dim, 0, -(-x.shape[dim] // ranks)).clone()
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """A whole sequence, of which this part is one."""
-        return x if self._ranks == 1 else torch.cat([x] * self._ranks, dim=dim)
+        return x if self._sequence_ranks == 1 else torch.cat([x] * self._sequence_ranks, dim=dim)
+
+    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Alone, or with the ranks of other prompts."""
+        return super().attend_first(q, k, v, attention) if self._ranks > 1 else attention(q, k, v)

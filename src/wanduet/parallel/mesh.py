@@ -41,6 +41,9 @@ class Layout:
         return self.cfg * self.sequence
 
 
+ONE_DEVICE = Layout()
+
+
 def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layout:
     """The layout that exchanges least for a number of ranks, one a device.
 

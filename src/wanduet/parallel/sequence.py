@@ -104,6 +104,10 @@ class SequenceSharding:
         exchange = HeadExchange(self.mesh.ulysses, rows[ring_row], self._rank % layout.ulysses)
         return exchange.attend(q, k, v, attend_whole, self._head_groups)
 
+    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """As in every block."""
+        return self.attend(q, k, v, attention)
+
     def _check_part(self, x: Tensor, dim: int) -> None:
         expected = self._lengths[self._rank] if self._lengths else None
         if x.shape[dim] != expected:

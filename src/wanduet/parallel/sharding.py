@@ -19,6 +19,9 @@ class Sharding(Protocol):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """Attention of this device's queries to the whole sequence; all `[B, L, H, D]`."""
 
+    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """The same in the first block, before any text is seen: devices with other prompts compute the same."""
+
 
 class NoSharding:
     """One device holds the whole sequence."""
@@ -32,5 +35,9 @@ class NoSharding:
         return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Plain attention."""
+        return attention(q, k, v)
+
+    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """Plain attention."""
         return attention(q, k, v)
