@@ -108,9 +108,10 @@ def _timed_once(fn: Callable[[], object]) -> float:
 
 
 def clear_memory() -> None:
-    """Drop what is not used any more and start a new count of the peak."""
+    """Drop what is not used any more, cuBLAS's workspaces too, and start a new count of the peak."""
     gc.collect()
     if ON_GPU:
+        torch._C._cuda_clearCublasWorkspaces()  # else what ran before would count, and lie among what comes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

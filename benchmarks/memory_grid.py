@@ -116,6 +116,8 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
 def decode(report: Report) -> None:
     spec = MODELS.spec
     for dtype in ("float32", "bfloat16"):
+        vae = None  # before there is another
+        clear_memory()
         vae = random_vae(spec.vae, getattr(torch, dtype))
         weights = MODELS.memory.vae_weights(dtype)
         for name, (height, width) in SIZES.items():

@@ -35,7 +35,9 @@ from wanduet.specs import WAN_1_3B
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 MODEL = "random:1.3b"
 PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
-MODES = [DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4))]
+MODES = [
+    DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4), ("strip", 8))
+]
 # Bytes that the whole job may take on a card in its smallest form (the goals of the memory plan).
 SMALLEST = {"480p": int(2.5 * 2**30), "720p": 4 * 2**30, "1080p": 8 * 2**30}
 
@@ -92,6 +94,7 @@ def decode(report: Report, options: argparse.Namespace) -> None:
     height = -(-height // 16) * 16
     latents = torch.randn(WAN_1_3B.latent_shape(height, width, frames))
     for dtype in (torch.float32, torch.bfloat16):
+        vae = None  # before there is another
         clear_memory()
         vae = random_vae(spec, dtype)
         weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())

@@ -20,14 +20,18 @@ class History:
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self._used = 0
 
-    def copy_of(self, frames: Tensor) -> Tensor:
-        """A copy of frames `[B, C, T, h, w]`, in their layout."""
+    def like(self, frames: Tensor) -> Tensor:
+        """Room for frames `[B, C, T, h, w]` (of any device), in their layout."""
         size = prod(frames.shape) * frames.itemsize
         if self._used + size > self._buffer.numel():
-            return frames.clone()
+            return torch.empty_like(frames, device=self._buffer.device)
         part = self._buffer[self._used : self._used + size].view(frames.dtype)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return part.as_strided(frames.shape, torch.empty_like(frames, device="meta").stride()).copy_(frames)
+        return part.as_strided(frames.shape, torch.empty_like(frames, device="meta").stride())
+
+    def copy_of(self, frames: Tensor) -> Tensor:
+        """A copy of frames."""
+        return self.like(frames).copy_(frames)
 
     def forget(self) -> None:
         """Begin again at the front. Nothing that was handed out may be in use any more."""

@@ -5,10 +5,11 @@ from functools import lru_cache
 import torch
 
 from wanduet.models.footprint import Footprint
-from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
+from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.models.vae_strips import share_work
-from wanduet.models.vae_traced import TRACED_STEPS, TRACING, meta_vae
+from wanduet.models.vae_traced import TRACED_STEPS, TRACING, kept_by_strips, meta_vae
+from wanduet.models.vae_waiting import PIECE_BYTES
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
@@ -40,12 +41,13 @@ def decode_bytes(
     rows = Rows.whole(height)
     with TRACING:
         vae = meta_vae(spec, kind, kernels)
-        strips = plan.strips(rows)
         if ranks > 1:
-            shares = share_work(vae.decoder.local_layers, height, (1.0,) * ranks) or split_rows(rows, (1.0,) * ranks)
+            shares = share_work(vae.decoder.local_layers, height, (1.0,) * ranks) or DecodePlan("frame", ranks).strips(
+                height
+            )
             plan, rows = DecodePlan(), max(shares, key=lambda share: share.count)
-        elif plan.order == "strip" and len(strips) > 2:  # the others are like the second
-            plan, rows = DecodePlan("strip", 2), Rows(0, strips[1].stop, height)
+        elif plan.order == "strip":  # all but the first and the last are alike
+            rows = Rows(0, plan.strips(height)[:3][-1].stop, height)
         with Footprint() as footprint:
             for _ in decode_stream(vae, latents, plan, rows=rows):
                 pass
@@ -58,12 +60,14 @@ def decode_bytes(
 def decode_host_bytes(
     spec: VAESpec, height: int, width: int, num_frames: int, plan: DecodePlan, dtype: str
 ) -> int:  # fmt: skip
-    """What waits on the host meanwhile: with strip-major the trunk's features, and the frames of all strips."""
-    frames = num_frames if plan.order == "strip" else 2 * spec.temporal_stride
-    pixels = frames * height * width * 3
+    """What waits on the host meanwhile: with strip-major the trunk's features, what a strip hands on to the next, and the
+    frames of all strips."""
     if plan.order == "frame":
-        return pixels
+        return 2 * spec.temporal_stride * height * width * 3
+    kind: torch.dtype = getattr(torch, dtype)
     steps = (num_frames - 1) // spec.temporal_stride + 1
     rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
-    features = steps * spec.base_dim * spec.dim_mult[-1] * rows * columns
-    return int(pixels + features * getattr(torch, dtype).itemsize)
+    features = spec.base_dim * spec.dim_mult[-1] * rows * columns * kind.itemsize
+    traced, strips = min(steps, TRACED_STEPS), plan.strips(height)[:3]
+    kept = kept_by_strips(spec, rows, columns, strips, traced, kind, VAE_TORCH_KERNELS)
+    return num_frames * height * width * 3 + steps * (features + max(kept.seams)) + 2 * PIECE_BYTES

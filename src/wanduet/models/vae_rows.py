@@ -45,6 +45,11 @@ class Rows:
         top, bottom = self.padding
         return Rows(self.start + 1 - top, self.stop - 1 + bottom, self.height)
 
+    def common(self, other: "Rows") -> "Rows":
+        """The rows that are among these and others of the same frame; perhaps none."""
+        start = max(self.start, other.start)
+        return Rows(start, max(start, min(self.stop, other.stop)), self.height)
+
     def with_room(self, rows: int) -> "Rows":
         """These and exactly so many above."""
         return Rows(self.start - rows, self.stop, self.height)
@@ -87,9 +92,10 @@ class DecodePlan:
         if self.num_strips < 1:
             raise ValueError(f"num_strips={self.num_strips} must be at least 1.")
 
-    def strips(self, rows: Rows) -> tuple[Rows, ...]:
-        """These rows, cut."""
-        return tuple(split_rows(rows, [1.0] * self.num_strips))
+    def strips(self, height: int) -> tuple[Rows, ...]:
+        """A frame of so many rows, cut. With rows handed on the first strip computes a little more than the others,
+        which so find room where its tensors were."""
+        return tuple(split_rows(Rows.whole(height), [1.0] * self.num_strips))
 
 
 def split_rows(rows: Rows, weights: Sequence[float]) -> list[Rows]:

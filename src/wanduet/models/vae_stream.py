@@ -20,6 +20,7 @@ from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_strips import Seam
 from wanduet.models.vae_traced import history_bytes
+from wanduet.models.vae_waiting import Copying, Host, HostSeam
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
@@ -48,12 +49,6 @@ def decode_stream(
         yield from job.frame_major(above, below) if plan.order == "frame" else job.strip_major()
     finally:
         vae.own_pasts(False)
-
-
-def host_copy(x: Tensor) -> Tensor:
-    """On the host, laid out in memory as x is, for kernels want it so when it comes back. Page-locked, and under way."""
-    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-    return host if x.is_meta else host.copy_(x, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -87,7 +82,8 @@ class _Decode:
         self.rows = rows or Rows.whole(latents.shape[2] * stride)
         self.num_frames = (self.length - 1) * vae.spec.temporal_stride + 1
         self.on_frames = on_frames
-        self.strips = plan.strips(self.rows)
+        strips = (self.rows.common(strip) for strip in plan.strips(self.rows.height))
+        self.strips = [strip for strip in strips if strip.count]
         self._buffers: list[Tensor] = []
         self._sent = 0
         self._history: History | None = None
@@ -126,25 +122,34 @@ class _Decode:
             yield before.arrive()
 
     def strip_major(self) -> Iterator[Frames]:
-        """The trunk's features of all frames wait on the host; the big layers run strip after strip."""
-        trunk: Past = None
-        middles = []
-        for index in range(self.length):
-            self.vae.own_pasts(history=self._history)
-            mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
-            middles.append(self._to_host(mid))
-        trunk = None
+        """The trunk's features of all frames wait on the host; the big layers run strip after strip, and what a strip
+        hands on to the next waits there too."""
+        host = Host(self.device)
+        middles = self._middles(host)
         video = np.empty((self.num_frames, self.rows.count, self.width, 3), np.uint8)
         before: tuple[_OnTheWay, int, Rows] | None = None
+        above: HostSeam | None = None
         for number, rows in enumerate(self.strips):
             past: Past = None
             begin = 0
+            below = HostSeam(rows, self._history, host) if number + 1 < len(self.strips) else None
+            if above is not None:
+                above.turn()
             if self._history is not None:
                 self._history.forget()
-            for waiting in middles:
+            # In turns: an allocation each would lie among what comes and goes.
+            places = [host.room_for(middles[0], self._history) for _ in middles[:2]]
+            coming = host.bring(middles[0], places[0])
+            for step in range(self.length):
                 self.vae.own_pasts(history=self._history)
-                mid = waiting.to(self.device, non_blocking=True)
-                pixels, past = self.vae.decode_rows(mid, past, rows)
+                mid = coming.arrive()
+                if above is not None:
+                    above.bring(step)
+                if step + 1 < self.length:
+                    coming = host.bring(middles[step + 1], places[(step + 1) % 2])
+                if below is not None:
+                    below.next_step()
+                pixels, past = self.vae.decode_rows(mid, past, rows, above, below)
                 leaving = self._send(to_uint8(pixels))
                 del mid, pixels
                 if before is not None:
@@ -152,19 +157,29 @@ class _Decode:
                 before = leaving, begin, rows
                 begin += leaving.host.shape[0]
                 self._tell((number * self.num_frames + begin) // len(self.strips))
+            above = below
         if before is not None:
             self._put(video, *before)
         for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
             yield video[begin : begin + self.vae.spec.temporal_stride]
 
+    def _middles(self, host: Host) -> list[Tensor]:
+        """The trunk's features of every latent frame, on the host."""
+        trunk: Past = None
+        leaving: list[Copying] = []
+        for index in range(self.length):
+            self.vae.own_pasts(history=self._history)
+            mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
+            if leaving:
+                leaving[-1].arrive()  # from here on its memory may be overwritten
+            leaving.append(host.send(mid))
+        leaving[-1].arrive()
+        return [copying.target for copying in leaving]
+
     def _put(self, video: Frames, part: _OnTheWay, begin: int, rows: Rows) -> None:
         """Into the video `[num_frames, rows, W, 3]`: frames of a strip, from frame `begin` on."""
         arrived = part.arrive()
         video[begin : begin + arrived.shape[0], self._place(rows)] = arrived
-
-    def _to_host(self, mid: Tensor) -> Tensor:
-        """A copy in page-locked memory, under way; on the CPU itself."""
-        return mid if mid.device.type == "cpu" else host_copy(mid)
 
     def _place(self, strip: Rows) -> slice:
         """Where a strip's rows are among the wanted ones."""

@@ -1,13 +1,18 @@
 """How much a decode remembers between its steps, found by running it on the meta device."""
 
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_history import ALIGNMENT
 from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_strips import Seam
@@ -20,13 +25,22 @@ TRACED_STEPS = 3
 TRACING = threading.RLock()
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that are remembered from step to step, for each strip of a frame: its layers' pasts, and what it keeps for
+    the strip below."""
+
+    pasts: tuple[int, ...]
+    seams: tuple[int, ...]
+
+
 def history_bytes(
     spec: VAESpec,
     height: int,
     width: int,
     num_frames: int,
     plan: DecodePlan,
-    strips: tuple[Rows, ...],
+    strips: Sequence[Rows],
     dtype: torch.dtype,
     kernels: VAEKernels,
 ) -> int:
@@ -34,19 +48,22 @@ def history_bytes(
     steps = min((num_frames - 1) // spec.temporal_stride + 1, TRACED_STEPS)
     size = (height // spec.spatial_stride, width // spec.spatial_stride)
     trunk = _trunk_kept(spec, *size, steps, dtype, kernels)
+    # Strip by strip, all but the first and the last are alike.
+    kept = kept_by_strips(spec, *size, tuple(strips if plan.order == "frame" else strips[:3]), steps, dtype, kernels)
     if plan.order == "frame":
-        return trunk + _strips_kept(spec, *size, strips, steps, dtype, kernels)
-    # First the trunk's alone, then each strip's alone. All but the first and the last are alike.
-    some = {strips[0], max(strips[1:], key=lambda strip: strip.count, default=strips[0])}
-    return max(trunk, *(_strips_kept(spec, *size, (strip,), steps, dtype, kernels) for strip in some))
+        return trunk + sum(kept.pasts) + sum(kept.seams)
+    # First the trunk's alone, then each strip's, with what it is handed, what it hands on, and two frames' features.
+    features = -(-spec.base_dim * spec.dim_mult[-1] * prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    strip = zip(kept.pasts, (0, *kept.seams), kept.seams, strict=False)
+    return max(trunk, *(sum(parts) + 2 * features for parts in strip))
 
 
 def compile_decode(
     spec: VAESpec, height: int, width: int, plan: DecodePlan, dtype: torch.dtype, kernels: VAEKernels
 ) -> None:
     """Run the first steps of such a decode on the meta device, with kernels that are compiled by that."""
-    strips = plan.strips(Rows.whole(height))[:2]
-    history_bytes(spec, height, width, TRACED_STEPS * spec.temporal_stride, plan, strips, dtype, kernels)
+    frames = TRACED_STEPS * spec.temporal_stride
+    history_bytes(spec, height, width, frames, plan, plan.strips(height), dtype, kernels)
 
 
 @lru_cache(maxsize=256)
@@ -64,7 +81,7 @@ def _trunk_kept(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch
 
 
 @lru_cache(maxsize=1024)
-def _strips_kept(
+def kept_by_strips(
     spec: VAESpec,
     rows: int,
     columns: int,
@@ -72,21 +89,25 @@ def _strips_kept(
     steps: int,
     dtype: torch.dtype,
     kernels: VAEKernels,
-) -> int:
-    """Of strips one below the other."""
-    with TRACING, torch.no_grad(), Footprint() as footprint:
+) -> Kept:
+    """What strips one below the other remember, of latents of so many rows and columns."""
+    with TRACING, torch.no_grad(), Footprint():  # one of its own: it is no part of what is being traced around it
         vae = meta_vae(spec, dtype, kernels)
         vae.own_pasts()
         mid, _ = vae.decode_trunk(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
-        del _
-        base = footprint.live
         pasts: list[Past] = [None] * len(strips)
-        seams = [None, *(Seam(strip) for strip in strips[:-1]), None]
+        seams = [Seam(strip) for strip in strips]
         for _ in range(steps):
             for number, wanted in enumerate(strips):
-                _, pasts[number] = vae.decode_rows(mid, pasts[number], wanted, *seams[number : number + 2])
-        del _
-        return footprint.live - base
+                above = seams[number - 1] if number else None
+                _, pasts[number] = vae.decode_rows(mid, pasts[number], wanted, above, seams[number])
+    return Kept(tuple(map(_bytes, pasts)), tuple(_bytes(list(seam.rows.values())) for seam in seams))
+
+
+def _bytes(tensors: Past) -> int:
+    """Of all tensors in a tree of them, each rounded up as `History` does."""
+    sizes = (leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 @lru_cache(maxsize=4)

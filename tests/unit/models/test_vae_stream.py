@@ -9,10 +9,11 @@ import torch
 from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_history import History
-from wanduet.models.vae_memory import decode_bytes
+from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.models.vae_traced import history_bytes
+from wanduet.models.vae_waiting import PIECE_BYTES, HostSeam
 from wanduet.specs import VAESpec
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
@@ -158,8 +159,26 @@ def test_a_rank_of_several_needs_less_than_one_alone_and_more_than_its_strip() -
     def predict(ranks: int, plan: DecodePlan = WHOLE) -> int:
         return decode_bytes(VAESpec(), 480, 832, 81, plan, "float32", ranks=ranks)
 
-    assert predict(1, DecodePlan("strip", 2)) < predict(2) < predict(1)
+    assert predict(1, DecodePlan("strip", 3)) < predict(2) < predict(1)
     assert predict(4) < predict(2)
+
+
+def test_what_strips_hand_on_is_as_large_as_predicted(vae, monkeypatch) -> None:
+    waiting = []
+    turn = HostSeam.turn
+
+    def count(seam: HostSeam) -> None:
+        waiting.append(sum(x.nbytes for step in seam._steps for x in step.values()))
+        turn(seam)
+
+    monkeypatch.setattr(HostSeam, "turn", count)
+    plan = DecodePlan("strip", 3)
+    for _ in decode_stream(vae, latents(6), plan):
+        pass
+    pixels, middles = 13 * 48 * 40 * 3, 4 * 32 * 6 * 5 * 4
+    predicted = decode_host_bytes(SPEC, 48, 40, 13, plan, "float32") - pixels - middles - 2 * PIECE_BYTES
+    assert len(waiting) == 2
+    assert 0.7 * predicted < max(waiting) <= predicted  # the first step has fewer frames
 
 
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:
