@@ -10,7 +10,7 @@ Pixels are in [-1, 1]; latents are normalised (mean 0, standard deviation 1 over
 
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -153,14 +153,17 @@ class WanVAE(nn.Module):
         self.quant_conv = CausalConv3d(2 * spec.z_dim, 2 * spec.z_dim, 1)
         self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
 
+    @cached_property
+    def _remembering(self) -> list[Remembers]:
+        return [module for module in self.modules() if isinstance(module, Remembers)]
+
     def own_pasts(self, owns: bool = True, history: History | None = None) -> None:
         """Let steps overwrite the past they are given. For drivers that use each past once: half the memory.
 
         `history`: where first pasts are put.
         """
-        for module in self.modules():
-            if isinstance(module, Remembers):
-                module.owns_past, module.history = owns, history
+        for module in self._remembering:
+            module.owns_past, module.history = owns, history
 
     def use_kernels(self, kernels: VAEKernels) -> None:
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""

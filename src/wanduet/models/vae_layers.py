@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wanduet.models.vae_history import History
 from wanduet.models.vae_rows import Rows
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, double_image_conv, empty_clip
+from wanduet.ops.vae_fused import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKernels, double_image_conv, empty_clip
 
 Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
 Step: TypeAlias = tuple[Tensor, Past, Rows]
@@ -24,8 +24,8 @@ Step: TypeAlias = tuple[Tensor, Past, Rows]
 class Layer(Protocol):
     """What every layer offers."""
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
-        """Process the next frames of a video. The result has `room` more rows on top, with nothing in them yet."""
+    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+        """Process the next frames of a video. The result comes with `room`."""
 
     def rows_needed(self, rows: Rows) -> Rows:
         """The input rows that give at least these output rows."""
@@ -78,7 +78,7 @@ class CausalConv3d(nn.Conv3d, Remembers):
         residual: Tensor | None = None,
         consume: bool = False,
         then: RMSNorm | None = None,
-        room: int = 0,
+        room: Room = NO_ROOM,
     ) -> Step:
         """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after.
         With `then` the result is `silu(then(result))`."""
@@ -90,7 +90,7 @@ class CausalConv3d(nn.Conv3d, Remembers):
             x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma, room
         )
         past = self.keep(last, past) if self.kernel_size[0] > 1 else None
-        return out, past, (rows.narrowed() if spatial else rows).with_room(room)
+        return out, past, (rows.narrowed() if spatial else rows).with_room(room.above)
 
 
 class ResidualBlock(nn.Module):
@@ -106,14 +106,15 @@ class ResidualBlock(nn.Module):
         """Two convolutions."""
         return rows.widened(2)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
-        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2)
+        within = Room(0, room.whole)
+        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2, room=within)
         outer = inner.narrowed()
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
-            shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer)
+            shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer, room=within)
         h, past2, outer = self.conv2.step(h, past2, inner, residual=shortcut, room=room)
         return h, (past1, past2), outer
 
@@ -168,7 +169,7 @@ class Upsample(nn.Module):
         """One more row on each side after doubling."""
         return rows.widened(1).sources_of_double()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
@@ -183,11 +184,13 @@ class Upsample(nn.Module):
             images = [half[:, :, t] for t in range(x.shape[2]) for half in halves]
             wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
             return torch.stack(wide, dim=2), past, doubled.narrowed()
-        given = doubled.narrowed().with_room(room)
-        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], given.count, 2 * x.shape[4])
+        given = doubled.narrowed().with_room(room.above)
+        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], given.count, 2 * x.shape[4], room.whole)
         weight = conv.weight if self.double_weight is None else self.double_weight
         for index, half in enumerate(halves):
-            self.kernels.double_conv(half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves), room:])
+            self.kernels.double_conv(
+                half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves), room.above :]
+            )
         return out, past, given
 
 
@@ -203,7 +206,7 @@ class Downsample(Remembers):
         """Two for each, and one below."""
         return rows.sources_of_half()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the past is the last frame before time_conv."""
         batch, frames = x.shape[0], x.shape[2]
         x = x[..., rows.start % 2 :, :]  # an output row starts at an even row
@@ -215,7 +218,7 @@ class Downsample(Remembers):
             if past is not None:
                 x = self.time_conv(torch.cat((past, x), dim=2))
             past = self.keep(last, past)
-        return F.pad(x, (0, 0, room, 0)) if room else x, past, rows.halved().with_room(room)
+        return F.pad(x, (0, 0, room.above, 0)) if room.above else x, past, rows.halved().with_room(room.above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,7 @@ class NormedConv:
         """One convolution."""
         return self.conv.rows_needed(rows)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: int = 0) -> Step:
+    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         return self.conv.step(x, past, rows, self.norm, consume=True, room=room)
 

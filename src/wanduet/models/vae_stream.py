@@ -139,17 +139,17 @@ class _Decode:
                 self._history.forget()
             # In turns: an allocation each would lie among what comes and goes.
             places = [host.room_for(middles[0], self._history) for _ in middles[:2]]
-            coming = host.bring(middles[0], places[0])
+            (coming,) = host.bring([(middles[0], places[0])])
             for step in range(self.length):
                 self.vae.own_pasts(history=self._history)
                 mid = coming.arrive()
                 if above is not None:
                     above.bring(step)
                 if step + 1 < self.length:
-                    coming = host.bring(middles[step + 1], places[(step + 1) % 2])
-                if below is not None:
-                    below.next_step()
+                    (coming,) = host.bring([(middles[step + 1], places[(step + 1) % 2])])
                 pixels, past = self.vae.decode_rows(mid, past, rows, above, below)
+                if below is not None:
+                    below.leave()
                 leaving = self._send(to_uint8(pixels))
                 del mid, pixels
                 if before is not None:
@@ -172,7 +172,7 @@ class _Decode:
             mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
             if leaving:
                 leaving[-1].arrive()  # from here on its memory may be overwritten
-            leaving.append(host.send(mid))
+            leaving += host.send([mid])
         leaving[-1].arrive()
         return [copying.target for copying in leaving]
 

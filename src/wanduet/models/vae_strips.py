@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wanduet.models.vae_history import History
 from wanduet.models.vae_layers import Layer, NormedConv, Past, Upsample
 from wanduet.models.vae_rows import Rows
+from wanduet.ops.vae_fused import Room
 
 
 @dataclass(slots=True)
@@ -23,11 +24,14 @@ class Seam:
     """Between a strip, whose result are the rows `wanted`, and the strip below it.
 
     `rows` are the last rows of each layer's input, by the layer's place; they may be overwritten by the next frames'.
+    `largest`: so many rows the upper strip's tensors have memory for, by the frame's height. The lower strip's take no
+    less, so that they fit where those were.
     """
 
     wanted: Rows
     history: History | None = None
     rows: dict[int, Tensor] = field(default_factory=dict)
+    largest: dict[int, int] = field(default_factory=dict)
 
     def keep(self, index: int, x: Tensor) -> None:
         """A copy of rows `[B, C, T, rows, w]`."""
@@ -64,6 +68,11 @@ def run_rows(
         starts = [level.stop for level in _levels(layers, above.wanted)]
     new = [Rows(start, level.stop, level.height) for start, level in zip(starts, levels, strict=True)]
     needed = [layer.rows_needed(rows) for layer, rows in zip(layers, new[1:], strict=True)]
+    largest = {} if above is None else dict(above.largest)
+    for level in needed:
+        largest[level.height] = max(level.count, largest.get(level.height, 0))
+    if below is not None:
+        below.largest = largest
     pasts: list[Past] = []
     fresh: Tensor | None = x
     for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
@@ -82,9 +91,10 @@ def run_rows(
         if below is not None and index > 0 and out.stop < out.height:
             first = layer.rows_needed(Rows(out.stop, out.stop + 1, out.height)).start
             below.keep(index, needed[index].crop(x, Rows(first, needed[index].stop, needed[index].height)))
-        room = 0
+        handed = 0
         if above is not None and index + 1 < len(layers) and new[index + 2].count:
-            room = out.start - needed[index + 1].start
+            handed = out.start - needed[index + 1].start
+        room = Room(handed, largest.get(out.height, 0))
         fresh, layer_past, rows = layer.step(x, layer_past, needed[index], room=room)
         pasts.append(layer_past)
     assert fresh is not None

@@ -4,6 +4,7 @@ Copies run on a stream of their own, beside what the device computes. On the met
 such stream, the same calls show how much memory they take, or copy at once.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -42,25 +43,29 @@ class Host:
         self._piece = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def send(self, x: Tensor) -> Copying:
-        """A copy on the host of a tensor without holes."""
-        return self._copy(x, self._like(x))
+    def send(self, tensors: Iterable[Tensor]) -> list[Copying]:
+        """Copies on the host of tensors without holes, one after the other."""
+        return self._copy([(x, self._like(x)) for x in tensors])
 
     def room_for(self, waiting: Tensor, history: History | None) -> Tensor:
         """Memory of the device for it, in a history where there is one."""
         return torch.empty_like(waiting, device=self.device) if history is None else history.like(waiting)
 
-    def bring(self, waiting: Tensor, into: Tensor) -> Copying:
-        """A copy on the device of what waits on the host, into memory that only earlier work of this stream uses."""
-        return self._copy(waiting, into)
+    def bring(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
+        """Copies on the device of what waits on the host: pairs of that, and memory that only earlier work of the current
+        stream uses."""
+        return self._copy(pairs)
 
-    def _copy(self, source: Tensor, target: Tensor) -> Copying:
+    def _copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
         if self._stream is None:
-            return Copying(target if self.device.type == "meta" else target.copy_(source))
+            return [Copying(target if self.device.type == "meta" else target.copy_(source)) for source, target in pairs]
+        copying = []
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            return Copying(target, self._stream.record_event())
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+                copying.append(Copying(target, self._stream.record_event()))
+        return copying
 
     def _like(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
@@ -77,7 +82,7 @@ class Host:
 class HostSeam(Seam):
     """Between strips of which the upper one decodes all frames before the lower one begins: its rows wait on the host.
 
-    First `next_step`, then what the upper strip keeps, for each step. After `turn`, for each step `bring`, then what
+    What the upper strip keeps in a step goes there by `leave`. After `turn`, `bring` lets a step's rows come back, which
     the lower strip takes.
     """
 
@@ -87,36 +92,38 @@ class HostSeam(Seam):
         self._steps: list[dict[int, Tensor]] = []
         self._copying: dict[int, Copying] = {}
 
-    def next_step(self) -> None:
-        """The upper strip goes on to the next frames."""
-        self._steps.append({})
-
     def keep(self, index: int, x: Tensor) -> None:
-        """Copy rows `[B, C, T, rows, w]` to the host."""
-        if index in self._copying:  # the memory that they pass through may still be read
-            self._copying[index].arrive()
+        """A copy of rows `[B, C, T, rows, w]`."""
+        self._arrive()  # the memory that they pass through may still be read
         super().keep(index, x)
-        self._copying[index] = self._host.send(self.rows[index])
-        self._steps[-1][index] = self._copying[index].target
+
+    def leave(self) -> None:
+        """All rows of a step are kept: they go to the host."""
+        self._copying = dict(zip(self.rows, self._host.send(self.rows.values()), strict=True))
+        self._steps.append({index: copying.target for index, copying in self._copying.items()})
 
     def turn(self) -> None:
         """The upper strip is done. What it remembered is free once this has returned."""
-        for copying in self._copying.values():
-            copying.arrive()
-        self._copying.clear()
+        self._arrive()
         self.rows.clear()
 
     def bring(self, step: int) -> None:
         """Begin to bring back what was kept of a step, which waits on the host no longer."""
-        for index, waiting in self._steps[step].items():
+        waiting, self._steps[step] = self._steps[step], {}
+        for index, x in waiting.items():
             rows = self.rows.get(index)
-            if rows is None or rows.shape != waiting.shape:
+            if rows is None or rows.shape != x.shape:
                 # A video's first step has fewer frames: not worth a lasting place.
-                rows = self._host.room_for(waiting, None if rows is None else self.history)
-            self._copying[index] = self._host.bring(waiting, rows)
-            self.rows[index] = rows
-        self._steps[step] = {}
+                self.rows[index] = self._host.room_for(x, None if rows is None else self.history)
+        pairs = [(x, self.rows[index]) for index, x in waiting.items()]
+        self._copying = dict(zip(waiting, self._host.bring(pairs), strict=True))
 
     def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """The `count` rows that were kept."""
         return self._copying[index].arrive()
+
+    def _arrive(self) -> None:
+        """Wait for the last copy, and so for all."""
+        if self._copying:
+            self._copying.popitem()[1].arrive()
+            self._copying.clear()

@@ -15,6 +15,18 @@ from torch import Tensor
 SCORES_BYTES = 64 * 2**20  # of the middle's attention at a time
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How a result's rows lie in memory: below `above` rows with nothing in them yet, in memory for `whole` rows (or for
+    so many as there are): where tensors follow each other that differ by a row, each finds room where one before was."""
+
+    above: int = 0
+    whole: int = 0
+
+
+NO_ROOM = Room()
+
+
 class CausalConv(Protocol):
     """A convolution over time and space that sees the past."""
 
@@ -29,7 +41,7 @@ class CausalConv(Protocol):
         residual: Tensor | None = None,
         consume: bool = False,
         out_gamma: Tensor | None = None,
-        room: int = 0,
+        room: Room = NO_ROOM,
     ) -> tuple[Tensor, Tensor]:
         """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
 
@@ -37,7 +49,7 @@ class CausalConv(Protocol):
         returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
         rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
         shape, is added. With `out_gamma` `[O, 1, 1, 1]` what is returned is `silu(norm(result))`. `consume`: x is
-        not needed any more and may be overwritten. The result has `room` more rows on top, with nothing in them yet.
+        not needed any more and may be overwritten. The result comes with `room`.
         """
 
 
@@ -116,7 +128,7 @@ def causal_conv(
     residual: Tensor | None = None,
     consume: bool = False,
     out_gamma: Tensor | None = None,
-    room: int = 0,
+    room: Room = NO_ROOM,
 ) -> tuple[Tensor, Tensor]:
     """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
     frames = weight.shape[2] - 1
@@ -128,8 +140,8 @@ def causal_conv(
         out = out + residual if torch.is_grad_enabled() else out.add_(residual)
     if out_gamma is not None:
         out = norm_silu(out, out_gamma) if torch.is_grad_enabled() else _norm_silu_in_place(out, out_gamma)
-    if room:
-        out = F.pad(out, (0, 0, room, 0))
+    if room.above:
+        out = F.pad(out, (0, 0, room.above, 0))
     return out, padded[:, :, padded.shape[2] - frames :]
 
 
@@ -180,11 +192,12 @@ def round_to_tf32(weight: Tensor) -> None:
     weight.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
 
 
-def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int) -> Tensor:
-    """`[B, channels, frames, rows, columns]`, channels last where `like` is."""
+def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int, whole: int = 0) -> Tensor:
+    """`[B, channels, frames, rows, columns]`, channels last where `like` is; in memory for `whole` rows, if that is more."""
     layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format
-    shape = (like.shape[0], channels, frames, rows, columns)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    shape = (like.shape[0], channels, frames, max(rows, whole), columns)
+    clip = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return clip[:, :, :, :rows] if whole > rows else clip
 
 
 VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, None, double_conv, attend)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wanduet.ops import vae_fused
-from wanduet.ops.vae_fused import VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
+from wanduet.ops.vae_fused import NO_ROOM, Room, VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
 
 
 def causal_conv(
@@ -25,7 +25,7 @@ def causal_conv(
     residual: Tensor | None = None,
     consume: bool = False,
     out_gamma: Tensor | None = None,
-    room: int = 0,
+    room: Room = NO_ROOM,
     compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `vae_fused.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
@@ -34,13 +34,13 @@ def causal_conv(
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
         dense = x.is_contiguous(memory_format=torch.channels_last_3d)
-        normed = x if consume and dense else empty_clip(x, *x.shape[1:])
+        normed = x if consume and dense else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
         _norm_silu(x, gamma, normed, compile_for)
         x = normed
     frames = weight.shape[2] - 1
     rows = x.shape[3] + sum(pads) - (weight.shape[3] - 1)
-    whole = empty_clip(x, weight.shape[0], x.shape[2], room + rows, x.shape[4])
-    out = whole[:, :, :, room:]
+    whole = empty_clip(x, weight.shape[0], x.shape[2], room.above + rows, x.shape[4], room.whole)
+    out = whole[:, :, :, room.above :]
     corner = pads[0], weight.shape[4] // 2
     done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
     if out_gamma is not None and not done:

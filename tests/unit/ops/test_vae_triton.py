@@ -270,7 +270,8 @@ def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> 
 
 def test_a_copy_on_the_host_keeps_its_layout() -> None:
     x = clip(16, 2, 4, 5)
-    copy = Host(torch.device("cpu")).send(x).arrive()
+    (copying,) = Host(torch.device("cpu")).send([x])
+    copy = copying.arrive()
     assert torch.equal(copy, x)
     assert copy.stride() == x.stride()
     assert copy.data_ptr() != x.data_ptr()
