@@ -46,6 +46,25 @@ def slow_sdpa(monkeypatch) -> None:
     monkeypatch.setattr(attention, "SDPA", spy.backend)
 
 
+def test_close_ones_are_chosen_by_what_they_take_in_the_long_run(monkeypatch) -> None:
+    brisk, steady, slow = Spy("brisk"), Spy("steady"), Spy("slow")
+    cold, warm = {"sdpa": 50.0, "brisk": 9.9, "steady": 10.0, "slow": 11.0}, {"brisk": 12.0, "steady": 10.5}
+    seen = {name: 0 for name in cold}
+
+    def timed_once(attend, qkv, device) -> float:
+        name = next((spy.backend.name for spy in (brisk, steady, slow) if attend == spy.attend), "sdpa")
+        seen[name] += 1
+        return cold[name] if seen[name] <= attention_choice.TIMED_RUNS else warm[name]
+
+    monkeypatch.setattr(attention_choice, "_timed_once", timed_once)
+    choice = choose(brisk, steady, slow)
+    assert choice.name == "steady"
+    assert [(row.name, row.milliseconds) for row in choice.table] == [
+        ("steady", 10.5), ("slow", 11.0), ("brisk", 12.0), ("sdpa", 50.0)
+    ]  # fmt: skip
+    assert seen["brisk"] == seen["steady"] > 10 * seen["slow"] == 10 * attention_choice.TIMED_RUNS
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(33, 33), (1500, 70), (5, 300)])
 def test_plain_form_equals_sdpa(dtype, lengths: tuple[int, int]) -> None:
