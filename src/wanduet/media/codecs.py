@@ -21,7 +21,7 @@ CodecName = Literal["h264", "av1", "vp9", "ffv1"]
 Frame = NDArray[np.uint8]  # [H, W, 3], RGB
 
 # Encoders are bit-exact for a given number of threads; one number on every machine makes files comparable.
-ENCODER_THREADS = 8
+ENCODER_THREADS = 12
 
 _MATRIX_BT709 = 1  # libavutil's numbers (AVColorSpace)
 _MATRIX_RGB = 0

@@ -49,7 +49,7 @@ def slow_sdpa(monkeypatch) -> None:
 def test_close_ones_are_chosen_by_what_they_take_in_the_long_run(monkeypatch) -> None:
     brisk, steady, slow = Spy("brisk"), Spy("steady"), Spy("slow")
     cold, warm = {"sdpa": 50.0, "brisk": 9.9, "steady": 10.0, "slow": 11.0}, {"brisk": 12.0, "steady": 10.5}
-    seen = {name: 0 for name in cold}
+    seen = dict.fromkeys(cold, 0)
 
     def timed_once(attend, qkv, device) -> float:
         name = next((spy.backend.name for spy in (brisk, steady, slow) if attend == spy.attend), "sdpa")
