@@ -31,8 +31,17 @@ class History:
 
     def copy_of(self, frames: Tensor) -> Tensor:
         """A copy of frames."""
-        return self.like(frames).copy_(frames)
+        return copy_frames(self.like(frames), frames)
 
     def forget(self) -> None:
         """Begin again at the front. Nothing that was handed out may be in use any more."""
         self._used = 0
+
+
+def copy_frames(into: Tensor, frames: Tensor) -> Tensor:
+    """`into`, filled with frames `[B, C, T, h, w]`. With memory between them, one by one: a frame without holes is copied at
+    the memory's full speed, what PyTorch does for all at once is not."""
+    apart = frames.stride(1) == 1 and not frames.is_contiguous(memory_format=torch.channels_last_3d)
+    for index in range(frames.shape[2] if apart else 0):
+        into[:, :, index] = frames[:, :, index]
+    return into if apart else into.copy_(frames)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.models.vae_history import History
+from wanduet.models.vae_history import History, copy_frames
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKernels, double_image_conv, empty_clip
 
@@ -43,7 +43,7 @@ class Remembers(nn.Module):
         """The next past: a copy of `frames`, in the old past's memory where that was given up."""
         if self.owns_past and not torch.is_grad_enabled():
             if past is not None and past.shape == frames.shape:
-                return past.copy_(frames)
+                return copy_frames(past, frames)
             if self.history is not None:
                 return self.history.copy_of(frames)
         return frames.clone()

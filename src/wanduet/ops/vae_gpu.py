@@ -33,8 +33,10 @@ def causal_conv(
         return vae_fused.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
     if gamma is not None:
-        dense = x.is_contiguous(memory_format=torch.channels_last_3d)
-        normed = x if consume and dense else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
+        whole_rows = (x.stride(3), x.stride(4)) == (x.shape[4] * x.shape[1], x.shape[1])
+        normed = (
+            x if consume and whole_rows else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
+        )
         _norm_silu(x, gamma, normed, compile_for)
         x = normed
     frames = weight.shape[2] - 1
