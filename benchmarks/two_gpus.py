@@ -62,7 +62,7 @@ class Bench:
 
     @contextmanager
     def engine(self, strategy: str, **settings: Any) -> Iterator[Engine]:
-        """An engine of a strategy; `single` on the first device."""
+        """An engine of a strategy; `single` on the first device, or that of `settings`."""
         devices = DEVICES[:1] if strategy == "single" else DEVICES
         if strategy == "placed" and TINY:
             settings["devices"] = "vae=cpu,transformer=cpu"
@@ -91,23 +91,29 @@ class Bench:
 
 
 def both(bench: Bench, report: Report, section: str, guidance: float, sizes: Sequence[str], **settings: Any) -> None:
-    """Denoise and decode of one job on one device and on both."""
+    """Denoise and decode of one job on each device, and on both: cards of a kind differ by some percent."""
     for size in sizes:
-        request, seconds = bench.request(size, guidance), {}
-        for strategy in ("single", "parallel"):
-            with bench.engine(strategy, **settings) as engine:
+        request, seconds = bench.request(size, guidance), []
+        for strategy, devices in (*(("single", device) for device in DEVICES), ("parallel", ",".join(DEVICES))):
+            with bench.engine(strategy, devices=devices, **settings) as engine:
                 job, timings = bench.run(engine, request, f"{section}-{size}-{strategy}")
                 forwards = bench.options.steps * (2 if guidance > 1 else 1)
                 layout = next((c.value for c in job.plan.choices if c.setting == "layout"), None)
-                seconds[strategy] = timings
+                seconds.append(timings)
                 report.add(
-                    section, size=size, strategy=strategy, layout=layout, attention=job.attention,
+                    section, size=size, strategy=strategy, devices=devices, layout=layout, attention=job.attention,
                     denoise_s=round(timings["denoise_s"], 3), step_s=round(timings["denoise_s"] / bench.options.steps, 4),
                     forward_s=round(timings["denoise_s"] / forwards, 4), decode_s=round(timings["decode_s"], 3),
                     rungs=job.rungs,
                 )  # fmt: skip
-        ratios = {f"{phase}_ratio": round(seconds["single"][f"{phase}_s"] / seconds["parallel"][f"{phase}_s"], 3)
-                  for phase in ("denoise", "decode")}  # fmt: skip
+        *alone, shared = seconds
+        ratios = {
+            f"{phase}_against_{which.__name__}": round(
+                which(t[f"{phase}_s"] for t in alone) / together[f"{phase}_s"], 3
+            )
+            for phase in ("denoise", "decode")
+            for which in (min, max)
+        }
         report.add(f"{section} ratio", size=size, **ratios)
 
 
@@ -235,7 +241,8 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
             sharding = NoSharding() if groups is None else SequenceSharding(mesh, head_groups=groups)
             model.runtime = dataclasses.replace(plain, sharding=sharding)
             context, rope = model.prepare_text(text), model.prepare_rope(latents.shape, rank.device)
-            seconds = together(rank, partial(model, latents, step, context, rope))
+            # So long that the power limit holds for all of them.
+            seconds = together(rank, partial(model, latents, step, context, rope), 12 if tokens < 2**15 else 4)
             alone = alone or seconds
             yield {"size": name, "head_groups": groups, "seconds": seconds, "ratio": round(alone / seconds, 3)}
 
@@ -255,7 +262,23 @@ def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]])
             seconds = together(rank, lambda frames=frames: [None for _ in frames()])
             alone = alone or seconds
             kind = str(dtype).removeprefix("torch.")
-            yield {"size": name, "dtype": kind, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+            row = {"size": name, "dtype": kind, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+            yield row | busy(rank, lambda frames=frames: [None for _ in frames()])
+
+
+def busy(rank: Rank, work: Callable[[], object]) -> dict[str, float]:
+    """Seconds in which this rank's GPU computes, exchanges (waiting included) and copies during `work`."""
+    if rank.device.type != "cuda":
+        return {}
+    torch.distributed.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        synchronize(rank.device)
+    seconds = {"computing_s": 0.0, "exchanging_s": 0.0, "copying_s": 0.0}
+    for event in profile.key_averages():
+        kind = "exchanging_s" if "nccl" in event.key.lower() else "copying_s" if "Mem" in event.key else "computing_s"
+        seconds[kind] += event.self_device_time_total / 1e6
+    return {kind: round(value, 3) for kind, value in seconds.items()}
 
 
 def half(rank: Rank, height: int) -> Rows:

@@ -73,9 +73,10 @@ class _Decode:
     ) -> None:
         weight = vae.post_quant_conv.weight
         self.vae, self.device, self.plan = vae, weight.device, plan
-        self.latents = latents.to(weight.dtype)
+        # Each frame of them in one piece and page-locked: else to copy it would wait for all that the device has to do.
+        self.latents = latents.to(weight.dtype).transpose(0, 1).contiguous()
         if self.device.type == "cuda" and not self.latents.is_cuda:
-            self.latents = self.latents.pin_memory()  # else each frame of them would wait for the device
+            self.latents = self.latents.pin_memory()
         self.length = latents.shape[1]
         stride = vae.spec.spatial_stride
         self.width = latents.shape[3] * stride
@@ -187,7 +188,7 @@ class _Decode:
 
     def _latent(self, index: int) -> Tensor:
         """One latent frame `[1, 16, 1, h, w]` on the VAE's device."""
-        return self.latents[None, :, index : index + 1].to(self.device, non_blocking=True)
+        return self.latents[index].to(self.device, non_blocking=True)[None, :, None]
 
     def _send(self, picture: Tensor) -> _OnTheWay:
         """Start the copy of frames `[t, rows, W, 3]` to the host, into one of two buffers."""
