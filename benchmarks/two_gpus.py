@@ -108,11 +108,9 @@ def both(bench: Bench, report: Report, section: str, guidance: float, sizes: Seq
                 )  # fmt: skip
         *alone, shared = seconds
         ratios = {
-            f"{phase}_against_{which.__name__}": round(
-                which(t[f"{phase}_s"] for t in alone) / together[f"{phase}_s"], 3
-            )
+            f"{phase}_against_{name}": round(which(t[f"{phase}_s"] for t in alone) / shared[f"{phase}_s"], 3)
             for phase in ("denoise", "decode")
-            for which in (min, max)
+            for name, which in (("faster", min), ("slower", max))
         }
         report.add(f"{section} ratio", size=size, **ratios)
 
