@@ -40,9 +40,10 @@ from wanduet.ops.attention_choice import Shape, choose_attention
 from wanduet.ops.kernels import kernels_for
 from wanduet.parallel.launch import run_on_ranks
 from wanduet.parallel.mesh import Layout
+from wanduet.parallel.prompts import PromptSharding
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import SequenceSharding
-from wanduet.parallel.sharding import NoSharding
+from wanduet.parallel.sharding import NoSharding, Sharding
 from wanduet.request import GenerationRequest
 from wanduet.specs import WAN_1_3B, ModelSpec
 
@@ -224,8 +225,14 @@ def parts_on_rank(rank: Rank, sizes: dict[str, tuple[int, int, int]]) -> list[tu
 
 
 def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
-    """One forward, alone and with heads exchanged in groups."""
-    t, model, mesh = spec.transformer, random_transformer(spec, rank.device), rank.mesh(Layout(ulysses=rank.world_size))
+    """One forward: alone, with the first self-attention shared by ranks of other prompts, and with heads exchanged in
+    groups."""
+    t, model = spec.transformer, random_transformer(spec, rank.device)
+    sequence, prompts = rank.mesh(Layout(ulysses=rank.world_size)), rank.mesh(Layout(cfg=rank.world_size))
+    ways: dict[str, Sharding] = {"alone": NoSharding(), "first attention shared": PromptSharding.of_group(prompts.cfg)}
+    for groups in (1, 2, 3, 6):
+        if t.num_attention_heads // rank.world_size % groups == 0:
+            ways[f"heads in {groups} groups"] = SequenceSharding(sequence, head_groups=groups)
     text = torch.ones(1, 80, t.text_dim, device=rank.device)
     step = torch.full((1,), 500.0, device=rank.device)
     for name, size in sizes.items():
@@ -235,14 +242,13 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
         attention = choose_attention(rank.device, shape, torch.bfloat16, cache_folder=Path(tempfile.gettempdir()))
         plain = Runtime(kernels_for(rank.device, torch.bfloat16), attention.fn)
         alone = None
-        for groups in (None, *(g for g in (1, 2, 3, 6) if t.num_attention_heads // rank.world_size % g == 0)):
-            sharding = NoSharding() if groups is None else SequenceSharding(mesh, head_groups=groups)
+        for way, sharding in ways.items():
             model.runtime = dataclasses.replace(plain, sharding=sharding)
             context, rope = model.prepare_text(text), model.prepare_rope(latents.shape, rank.device)
             # So long that the power limit holds for all of them.
             seconds = together(rank, partial(model, latents, step, context, rope), 12 if tokens < 2**15 else 4)
             alone = alone or seconds
-            yield {"size": name, "head_groups": groups, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+            yield {"size": name, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
 
 
 def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
