@@ -134,8 +134,6 @@ class _Decode:
             past: Past = None
             begin = 0
             below = HostSeam(rows, self._history, host) if number + 1 < len(self.strips) else None
-            if above is not None:
-                above.turn()
             if self._history is not None:
                 self._history.forget()
             # In turns: an allocation each would lie among what comes and goes.
@@ -158,6 +156,9 @@ class _Decode:
                 before = leaving, begin, rows
                 begin += leaving.host.shape[0]
                 self._tell((number * self.num_frames + begin) // len(self.strips))
+            for seam in (above, below):
+                if seam is not None:
+                    seam.finish()
             above = below
         if before is not None:
             self._put(video, *before)

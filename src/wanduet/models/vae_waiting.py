@@ -82,8 +82,8 @@ class Host:
 class HostSeam(Seam):
     """Between strips of which the upper one decodes all frames before the lower one begins: its rows wait on the host.
 
-    What the upper strip keeps in a step goes there by `leave`. After `turn`, `bring` lets a step's rows come back, which
-    the lower strip takes.
+    What the upper strip keeps in a step goes there by `leave`. After `finish`, `bring` lets a step's rows come back, which
+    the lower strip takes, until it has to `finish` too.
     """
 
     def __init__(self, wanted: Rows, history: History | None, host: Host) -> None:
@@ -102,13 +102,14 @@ class HostSeam(Seam):
         self._copying = dict(zip(self.rows, self._host.send(self.rows.values()), strict=True))
         self._steps.append({index: copying.target for index, copying in self._copying.items()})
 
-    def turn(self) -> None:
-        """The upper strip is done. What it remembered is free once this has returned."""
+    def finish(self) -> None:
+        """A strip is done. The device's memory that rows passed through is free once this has returned."""
         self._arrive()
         self.rows.clear()
 
     def bring(self, step: int) -> None:
         """Begin to bring back what was kept of a step, which waits on the host no longer."""
+        self._arrive()
         waiting, self._steps[step] = self._steps[step], {}
         for index, x in waiting.items():
             rows = self.rows.get(index)

@@ -67,9 +67,9 @@ def launch(kernel, grid, device: torch.device, compile_for: torch.device | None,
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, dense and channels last; it may be x itself.
+    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, channels last; it may be x itself.
 
-    The rows of x's frames follow each other without gaps (they may be some of a frame's rows).
+    The rows of a frame follow each other without gaps (they may be some of a frame's rows), in `out` the pixels too.
     """
     batch, channels, frames, height, width = x.shape
     if height > 1 and x.stride(3) != width * x.stride(4):
