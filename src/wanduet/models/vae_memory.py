@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from wanduet.models.footprint import Footprint
-from wanduet.models.vae_rows import DecodePlan, Rows
+from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.models.vae_strips import share_work
 from wanduet.models.vae_traced import TRACED_STEPS, TRACING, kept_by_strips, meta_vae
@@ -42,9 +42,8 @@ def decode_bytes(
     with TRACING:
         vae = meta_vae(spec, kind, kernels)
         if ranks > 1:
-            shares = share_work(vae.decoder.local_layers, height, (1.0,) * ranks) or DecodePlan("frame", ranks).strips(
-                height
-            )
+            equal = (1.0,) * ranks
+            shares = share_work(vae.decoder.local_layers, height, equal) or split_rows(rows, equal)
             plan, rows = DecodePlan(), max(shares, key=lambda share: share.count)
         elif plan.order == "strip":  # all but the first and the last are alike
             rows = Rows(0, plan.strips(height)[:3][-1].stop, height)

@@ -125,9 +125,18 @@ class _Decode:
     def strip_major(self) -> Iterator[Frames]:
         """The trunk's features of all frames wait on the host; the big layers run strip after strip, and what a strip
         hands on to the next waits there too."""
-        host = Host(self.device)
-        middles = self._middles(host)
         video = np.empty((self.num_frames, self.rows.count, self.width, 3), np.uint8)
+        host = Host(self.device)
+        try:
+            self._fill(video, host)
+        finally:
+            host.settle()
+        for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
+            yield video[begin : begin + self.vae.spec.temporal_stride]
+
+    def _fill(self, video: Frames, host: Host) -> None:
+        """Decode strip by strip into the video `[num_frames, rows, W, 3]`."""
+        middles = self._middles(host)
         before: tuple[_OnTheWay, int, Rows] | None = None
         above: HostSeam | None = None
         for number, rows in enumerate(self.strips):
@@ -162,8 +171,6 @@ class _Decode:
             above = below
         if before is not None:
             self._put(video, *before)
-        for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
-            yield video[begin : begin + self.vae.spec.temporal_stride]
 
     def _middles(self, host: Host) -> list[Tensor]:
         """The trunk's features of every latent frame, on the host."""

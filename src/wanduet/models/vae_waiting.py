@@ -56,6 +56,11 @@ class Host:
         stream uses."""
         return self._copy(pairs)
 
+    def settle(self) -> None:
+        """What the current stream is given from here on comes after all copies, which may then lose their memory."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
     def _copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
         if self._stream is None:
             return [Copying(target if self.device.type == "meta" else target.copy_(source)) for source, target in pairs]
@@ -104,7 +109,8 @@ class HostSeam(Seam):
 
     def finish(self) -> None:
         """A strip is done. The device's memory that rows passed through is free once this has returned."""
-        self._arrive()
+        self._host.settle()
+        self._copying.clear()
         self.rows.clear()
 
     def bring(self, step: int) -> None:
