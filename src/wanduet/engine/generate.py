@@ -154,14 +154,18 @@ Written = tuple[WrittenVideo, dict[str, Any]]
 def _decode_here(models: Models, job: Job, index: int, latents: Tensor) -> Written:
     """On the VAE's device, in smaller parts each time that memory runs out, at last on the CPU."""
     problem = ""
+
+    def show(done: int, total: int) -> None:
+        job.check_cancelled()  # strip by strip, frames come only at the end
+        job.emit(Event("decode", done, total, index))
+
     for device, mode in decode_modes(job):
         if problem:
             log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
             job.rungs.append(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
         try:
             with models.vae(job, device) as vae:
-                frames = decode_stream(vae, latents, mode, lambda done, n: job.emit(Event("decode", done, n, index)))
-                return _write(models, job, index, frames)
+                return _write(models, job, index, decode_stream(vae, latents, mode, show))
         except torch.OutOfMemoryError as error:
             problem = str(error).split(". ")[0]
         models.make_room(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wanduet.engine import generate
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.trace import overlap
@@ -23,6 +24,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.models.transformer import WanTransformer
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_rows import DecodePlan
 from wanduet.request import GenerationRequest
 
 
@@ -105,6 +107,27 @@ def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -
     resumed = submit("part", lambda info: again.append(info.step), changes={"num_inference_steps": 8}, resume=True)
     assert digest(resumed) == whole
     assert again[0] == seen[-1] + 1
+
+
+@pytest.mark.parametrize("order", ["frame", "strip"])
+def test_cancel_ends_a_decode_within_a_part_of_it(submit, tmp_path, monkeypatch, order) -> None:
+    decode_rows, submitted, calls = WanVAE.decode_rows, threading.Event(), []
+
+    def cancelling(*args):
+        assert submitted.wait(60)
+        calls.append(args)
+        if len(calls) == 2:
+            job.cancel()
+        return decode_rows(*args)
+
+    monkeypatch.setattr(WanVAE, "decode_rows", cancelling)
+    monkeypatch.setattr(generate, "decode_modes", lambda job: iter([("cpu", DecodePlan(order, 4))]))
+    job = submit()
+    submitted.set()
+    with pytest.raises(CancelledError):
+        job.result(60)
+    assert len(calls) <= 5  # of 3 latent frames x 4 strips
+    assert not [name for name in files(tmp_path) if name.endswith(".mkv")]
 
 
 def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_path, monkeypatch) -> None:
