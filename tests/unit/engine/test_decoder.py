@@ -88,6 +88,6 @@ def test_a_card_that_cannot_hold_the_transformer_decodes_in_the_fastest_mode_tha
         assert plan.fits
         assert 0 < plan.devices[0].peak <= plan.devices[0].limit_bytes
         assert plan.seconds.denoise == 0 < plan.seconds.decode
-        assert plan.host_bytes < 2 * GIB
+        assert plan.host_bytes < 3 * GIB  # what a strip hands on waits there
     assert plans[0].decode.num_strips > plans[1].decode.num_strips == 1
     assert not make_decode_plan(request, models.memory, config, parse_hardware("1x1GiB,ram=16GiB")).fits
