@@ -1,7 +1,7 @@
 """What the cluster path costs beside the local one: the same jobs through `wanduet serve` with a worker beside it
 (SQLite), and through `wanduet serve --cluster` with one replica of one node (Ray, PostgreSQL).
 
-    PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10]
+    PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10] [--kinds small,long,usual]
 
 Both servers run all the time and take turns, so that the machine's moods meet both. `latency`: one job at a time, from
 its row to its completion. `throughput`: a batch at once. Goals: 50 ms a job, 1 % of throughput.
@@ -26,7 +26,12 @@ from real_server import Server, serving
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 
-KINDS = {"small": SMALL, "long": {**LONG, "num_inference_steps": "20" if TINY else "150"}}
+KINDS = {
+    "small": SMALL,
+    "long": {**LONG, "num_inference_steps": "20" if TINY else "150"},
+    # What the miniature makes if nothing is said.
+    "usual": {"size": "96x96", "num_frames": "33", "num_inference_steps": "2" if TINY else "20", "guidance_scale": "3"},
+}
 
 
 def run_jobs(server: Server, store: JobStore, fields: dict[str, str], count: int) -> float:
@@ -42,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1 if TINY else 10)
     parser.add_argument("--batch", type=int, default=2 if TINY else 6)
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS))
     options = parser.parse_args()
     report = Report("cluster_overhead")
     threads = os.cpu_count() or 1
@@ -58,7 +64,8 @@ def main() -> None:
             paths = {"local": (local, store), "cluster": (cluster.server, cluster.store)}
             for one in paths.values():
                 run_jobs(*one, KINDS["long"], 1)  # loads the models
-            for kind, fields in KINDS.items():
+            for kind in options.kinds:
+                fields = KINDS[kind]
                 for section, count in (("latency", 1), ("throughput", options.batch)):
                     seconds: dict[str, list[float]] = {name: [] for name in paths}
                     for turn in range(options.rounds):
