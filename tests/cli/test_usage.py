@@ -339,6 +339,18 @@ def test_no_network_and_nothing_cached(wanduet, tmp_path: Path, monkeypatch: pyt
     assert "not in the cache" in wanduet("inspect", "a prompt", "--model", "foo/bar", "--json").error
 
 
+def test_cpu_threads_do_not_spin_for_long(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    wanduet("plan", "--num-frames", "2")  # refused; but the environment is set before anything imports torch
+    assert int(os.environ["GOMP_SPINCOUNT"]) <= 1000
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wanduet("plan", "--num-frames", "2")
+    assert "GOMP_SPINCOUNT" not in os.environ  # somebody has decided
+
+
 def test_an_unexpected_error_is_one_object_and_a_trace_on_stderr(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
     from wanduet.engine import tools
 

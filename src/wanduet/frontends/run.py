@@ -168,6 +168,10 @@ def _prepare_output() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a prompt in any script, on any console
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads of PyTorch's CPU wheels wait for each other spinning; where another program has their core, one
+        # pool of as many threads as cores spins for most of the time. Read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
