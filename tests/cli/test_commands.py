@@ -268,6 +268,13 @@ def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:
         assert "nowhere.mp4" in ran.error
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "no/clip.mp4.latents.safetensors"])
+def test_a_file_that_is_not_there_is_named_whatever_the_model(wanduet, work: Path, name: str) -> None:
+    ran = wanduet("inspect", name, "--json")  # the default model is not here either, and is not what is missing
+    assert (ran.code, ran.json["error"]["code"]) == (1, "unreadable_file")
+    assert f"no file '{name}'" in ran.error
+
+
 def test_every_truncation_of_latents_is_refused(wanduet, work: Path) -> None:
     (latents,) = wanduet("generate", "x", *TINY, "--save-latents", "--json").json["latents"]
     whole = (work / latents).read_bytes()

@@ -18,6 +18,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
 from wanduet.errors import OutputError, WanduetError
+from wanduet.media.codecs import CONTAINERS
 from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
@@ -27,6 +28,8 @@ from wanduet.ops.attention import available_backends
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
+
+FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
 
 def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> JobResult:
@@ -90,6 +93,8 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
     except (OSError, ValueError):  # a prompt that is longer than any file's name
         is_file = False
     if not is_file:
+        if path.suffix.lower() in FILE_SUFFIXES and not any(c.isspace() for c in path.name):
+            raise UnreadableFileError(f"There is no file {target!r}.")  # not: the model of such a prompt is missing
         return _inspect_prompt(config, target)
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
