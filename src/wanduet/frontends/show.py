@@ -19,6 +19,8 @@ def show(value: Mapping[str, Any]) -> None:
         _show_plan(console, value)
     elif "timings" in value and "output" in value:
         _show_video(console, value)
+    elif "videos" in value and "failed" in value:
+        _show_batch(console, value)
     else:
         _show_fields(console, value)
 
@@ -61,6 +63,19 @@ def _show_video(console: Console, done: Mapping[str, Any]) -> None:
     console.print(f"Peak memory: {memory}")
     for video in done.get("videos", [done]):
         console.print(f"{video['output']} (seed {video['seed']})")
+
+
+def _show_batch(console: Console, batch: Mapping[str, Any]) -> None:
+    for done in batch["videos"]:
+        if "error" in done:
+            console.print(f"Failed: {printable(done['prompt'])}: {done['error']}")
+            continue
+        for warning in done.get("warnings", ()):
+            console.print(f"Note: {warning}")
+        before = ", made before" if done.get("made_before") else ""
+        for video in done["videos"]:
+            console.print(f"{video['output']} (seed {video['seed']}{before})")
+    console.print(f"{len(batch['videos']) - batch['failed']} of {len(batch['videos'])} done.")
 
 
 def _show_fields(console: Console, value: Mapping[str, Any]) -> None:

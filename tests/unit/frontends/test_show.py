@@ -33,3 +33,19 @@ def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.1235" in out
     assert "nothing" not in out
     assert "empty" not in out
+
+
+def test_a_batch_is_a_line_a_video(capsys: pytest.CaptureFixture[str]) -> None:
+    videos = [{"output": "a-1.mp4", "seed": 1}, {"output": "a-2.mp4", "seed": 2}]
+    made = {"output": "a-1.mp4", "seed": 1, "videos": videos, "warnings": ["cut"], "settings": {"prompt": "a"}}
+    before = {"output": "b.mp4", "seed": 3, "videos": [{"output": "b.mp4", "seed": 3}], "made_before": True}
+    failed = {"prompt": "c\x1b[2J", "error": "The disk is full."}
+    out = shown(capsys, {"videos": [made, before, failed], "failed": 1}).splitlines()
+    assert out == [
+        "Note: cut",
+        "a-1.mp4 (seed 1)",
+        "a-2.mp4 (seed 2)",
+        "b.mp4 (seed 3, made before)",
+        "Failed: c\N{REPLACEMENT CHARACTER}[2J: The disk is full.",
+        "2 of 3 done.",
+    ]
