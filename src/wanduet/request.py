@@ -114,10 +114,10 @@ def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
 def _generated_side(name: str, side: int, spec: ModelSpec) -> int:
     multiple = spec.size_multiple
     limit = spec.transformer.rope_max_seq_len * multiple
-    if side % multiple == 0 or side == CROPPED_SIDE:
-        if side <= limit:
-            return -(-side // multiple) * multiple
+    if side > limit:
         raise InvalidRequestError(name, side, f"at most {limit} pixels", limit)
+    if side % multiple == 0 or side == CROPPED_SIDE:
+        return -(-side // multiple) * multiple
     low = max(multiple, side // multiple * multiple)
     nearest = f"{low} or {side // multiple * multiple + multiple}" if side > multiple else str(multiple)
     raise InvalidRequestError(name, side, f"a multiple of {multiple} (or {CROPPED_SIDE}, which is cropped)", nearest)

@@ -10,6 +10,12 @@ ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 FIELDS = st.dictionaries(st.sampled_from([*GenerationRequest.model_fields, "nonsense"]), ANYTHING, max_size=4)
 
 
+def test_the_nearest_allowed_size_is_allowed() -> None:
+    with pytest.raises(InvalidRequestError, match="at most 16384") as caught:
+        GenerationRequest.parse(prompt="x", width=1_000_001).resolve(WAN_1_3B)
+    GenerationRequest.parse(prompt="x", width=caught.value.nearest).resolve(WAN_1_3B)
+
+
 @settings(max_examples=400, deadline=None)
 @given(FIELDS)
 def test_any_values_give_a_request_or_an_error_that_names_a_field(values: dict) -> None:
