@@ -102,14 +102,20 @@ class TensorFiles:
         """Compare with the shapes that a model needs, from the headers alone.
 
         Names must match exactly, but for those in `ignore`. Raises WeightsError that names what is missing,
-        surplus or of another shape.
+        surplus, of another shape, or whole numbers: a quantised checkpoint's, which mean nothing by themselves.
         """
         missing = sorted(set(shapes) - set(self.tensors))
         surplus = sorted(set(self.tensors) - set(shapes) - set(ignore))
         wrong = [n for n, shape in shapes.items() if n in self.tensors and shape != self.tensors[n].shape]
+        whole = sorted(n for n in shapes if n in self.tensors and self.tensors[n].dtype.startswith(("I", "U", "BOOL")))
         problems = [
             f"{label}: {_some(names)}"
-            for label, names in (("missing", missing), ("not known", surplus), ("of another shape", wrong))
+            for label, names in (
+                ("missing", missing),
+                ("not known", surplus),
+                ("of another shape", wrong),
+                ("whole numbers", whole),
+            )
             if names
         ]
         if problems:
