@@ -114,6 +114,14 @@ def _to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
     tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
+@pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXT])
+def test_weights_of_whole_numbers_are_named(refuse, model: Path, file: str) -> None:
+    """What a quantised checkpoint holds: without its scales, which are not read, it would give noise."""
+    name = next(name for name, tensor in load_file(model / file).items() if tensor.ndim > 1)
+    edit(unsigned(model) / file, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refuse(f"whole numbers: {name}")
+
+
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
 def test_a_config_that_is_garbage_empty_or_missing(refuse, model: Path, component: str) -> None:
     config = unsigned(model) / component / "config.json"
@@ -164,7 +172,7 @@ def test_a_tokenizer_that_cannot_be_read(refuse, model: Path, name: str, content
 def test_no_tokenizer(refuse, model: Path) -> None:
     for path in (unsigned(model) / "tokenizer").iterdir():
         path.unlink()
-    refuse("tokenizer holds no tokenizer")
+    assert len(refuse("tokenizer holds no tokenizer", "tokenizer.json").splitlines()) == 2
     shutil.rmtree(model / "tokenizer")
     refuse("lacks tokenizer/")
 

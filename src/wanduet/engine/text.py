@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from wanduet.errors import CancelledError, ModelNotFoundError, OutputError, WanduetError, WeightsError
+from wanduet.errors import CancelledError, ModelNotFoundError, OutputError, WeightsError
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text_encoder import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Hold, TextEncoder
@@ -78,11 +78,12 @@ class CachedPromptEncoder:
     def _load_tokenizer(self) -> Tokenizer:
         try:
             return Tokenizer(self._folder.tokenizer)
-        except WanduetError:
-            raise
-        except Exception as error:  # the tokenizers library raises plain exceptions
+        except Exception as error:  # the tokenizers library raises plain exceptions, some of them of many lines
+            lines = str(error.__cause__ or error).strip().splitlines()
+            reason = lines[0].strip(" :.") if lines else type(error).__name__
             raise ModelNotFoundError(
-                f"{self._folder.tokenizer} holds no tokenizer that can be read: {error}."
+                f"{self._folder.tokenizer} holds no tokenizer that can be read: {reason}.",
+                hint="It needs a tokenizer.json; fetch the model again with `wanduet download`.",
             ) from error
 
     def _load(self) -> TextEncoder:
