@@ -77,9 +77,9 @@ def test_images(oracle, pipe) -> None:
 
 
 def test_a_callback_sees_and_changes_the_same(oracle, pipe) -> None:
-    def run(which, seen: list[float]) -> np.ndarray:
+    def run(which, seen: list[tuple[float, torch.dtype]]) -> np.ndarray:
         def callback(_pipe, step, timestep, tensors):
-            seen.append(float(timestep))
+            seen.append((timestep.item(), timestep.dtype))
             assert set(tensors) == {"latents", "prompt_embeds"}
             return {"latents": tensors["latents"] * 0.9, "prompt_embeds": tensors["prompt_embeds"] * (1 + step)}
 
@@ -88,8 +88,8 @@ def test_a_callback_sees_and_changes_the_same(oracle, pipe) -> None:
             callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **CALL,
         ).frames  # fmt: skip
 
-    theirs: list[float] = []
-    ours: list[float] = []
+    theirs: list[tuple[float, torch.dtype]] = []
+    ours: list[tuple[float, torch.dtype]] = []
     assert np.abs(run(oracle, theirs) - run(pipe, ours)).max() <= LEVEL
     assert theirs == ours
 
@@ -195,6 +195,7 @@ def test_another_scheduler(oracle, pipe) -> None:
         {"prompt": []}, {"prompt": ["a", 5]}, {"prompt": ("a",)}, {"prompt_embeds": torch.zeros(1, 8, 32)},
         {"prompt": None, "prompt_embeds": torch.zeros(8, 32)}, {"prompt": None, "prompt_embeds": torch.zeros(1, 8, 33)},
         {"negative_prompt_embeds": torch.zeros(2, 8, 32)}, {"generator": [torch.Generator()] * 2},
+        {"num_videos_per_prompt": 0}, {"max_sequence_length": 0}, {"max_sequence_length": -1},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_raises(pipe, wrong) -> None:

@@ -158,6 +158,7 @@ class WanPipeline:
         # diffusers' own callback objects say themselves what they want to see.
         seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _refuse(guidance_scale_2, attention_kwargs, output_type, seen)
+        _refuse_below_one(num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length)
         prompts = _prompts(prompt, prompt_embeds)
         _check_negative(negative_prompt, negative_prompt_embeds)
         num_frames = _rounded_frames(num_frames, self._models.spec.vae.temporal_stride)
@@ -268,12 +269,14 @@ class _Loop:
         self.callback, self.tensors = callback, tensors
         self.ladder = DenoiseLadder(pipe._models, job, denoiser)
         self.contexts = {name: self._context(value) for name, value in self.embeds.items()}
+        self.timesteps = torch.empty(0)
         self.scale = pipe.guidance_scale  # of the call; a callback can turn guidance off, not change it
 
     def __call__(self, latents: Tensor, progress: Callable[[int, int], None] | None) -> Tensor:
         pipe, steps = self.pipe, self.job.request.num_inference_steps
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         scheduler.set_timesteps(steps, device="cpu")
+        self.timesteps = scheduler.timesteps
         sampler = SchedulerSampler(scheduler, self.denoiser.device)
         rope = self.denoiser.transformer.prepare_rope(latents.shape, self.denoiser.device)
         last = [latents]
@@ -314,7 +317,7 @@ class _Loop:
         if self.callback is None:
             return None
         available = self.embeds | {"latents": info.latents}
-        timestep = torch.tensor(info.timestep)
+        timestep = self.timesteps[info.step]  # in the scheduler's own dtype, as diffusers gives it
         outputs = self.callback(self.pipe, info.step, timestep, {name: available[name] for name in self.tensors}) or {}
         for name in self.embeds:
             if name in outputs and outputs[name] is not self.embeds[name]:
@@ -365,6 +368,12 @@ def _refuse(
     unknown = [name for name in tensors if name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
+
+
+def _refuse_below_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
 
 
 def _prompts(prompt: str | list[str] | None, embeds: Tensor | None) -> list[str] | None:
