@@ -57,8 +57,8 @@ class Hardware:
         for device in self.devices:
             if device.name == wanted:
                 return device
-        has = ", ".join(d.name for d in self.devices) or "no GPU"
-        raise ConfigError(f"There is no device {name!r}; this machine has {has} and cpu.")
+        has = ", ".join((*(d.name for d in self.devices), "cpu")) if self.devices else "only cpu"
+        raise ConfigError(f"There is no device {name!r}; this machine has {has}.")
 
     @property
     def cpu(self) -> DeviceInfo:
