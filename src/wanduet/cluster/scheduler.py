@@ -14,8 +14,9 @@ Every replica asks for itself, so there is no scheduler process that could be lo
 Jobs that do not fit the replica are not seen at all, so a replica never waits for a job and is never blocked by one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from wanduet.cluster.fit import FitOf
 
@@ -81,7 +82,9 @@ def order(
     return [pick for _, _, pick in sorted(found, key=lambda entry: entry[:2])]
 
 
-def charge(share: Share, virtual: float, device_seconds: float) -> Share:
-    """The owner's place after a claim; `virtual` is the largest start of all owners."""
-    start = max(share.finish, virtual)
-    return Share(start, start + device_seconds)
+def charge(finish: Any, virtual: Any, device_seconds: Any, later: Callable[[Any, Any], Any] = max) -> tuple[Any, Any]:
+    """The owner's new start and finish after a claim, in device-seconds. `finish`: its own before; `virtual`: the largest
+    start of all owners. Columns do as well as numbers, where `later` gives the greater of two.
+    """
+    start = later(finish, virtual)
+    return start, start + device_seconds

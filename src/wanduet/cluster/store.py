@@ -62,6 +62,43 @@ verdicts = sa.Table(
     sa.Column("verdict", sa.JSON, nullable=False),
 )
 
+# Built once, as those in `jobs.statements`, and for the same reason.
+_REPLICAS = sa.select(replicas).order_by(replicas.c.node, replicas.c.id)
+_DECODES = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
+_GROUP = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
+_WAITING = (
+    sa.select(*_GROUP, sa.func.min(jobs.c.id), sa.func.count()).where(jobs.c.status == "queued").group_by(*_GROUP)
+)
+_WAITING_UNBLAMED = _WAITING.where(jobs.c.crashes == 0)
+_OLDEST = (
+    sa.select(jobs.c.id)
+    .where(jobs.c.status == "queued", *(column == sa.bindparam(f"of_{column.name}") for column in _GROUP))
+    .order_by(jobs.c.id)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+_TAKE = statements.taking(jobs.c.id == _OLDEST.scalar_subquery())
+_TAKE_UNBLAMED = statements.taking(jobs.c.id == _OLDEST.where(jobs.c.crashes == 0).scalar_subquery())
+
+
+def _later(one: Any, other: Any) -> Any:
+    """The greater of two expressions."""
+    return sa.case((one > other, one), else_=other)
+
+
+def _charging(insert: Any) -> Any:
+    """What adds a claim to its owner's place, in one statement: what others charge it meanwhile is kept."""
+    virtual = sa.select(sa.func.coalesce(sa.func.max(shares.c.start), 0.0)).scalar_subquery()
+    seconds = sa.bindparam("device_seconds", type_=sa.Double)
+    first = scheduler.charge(0.0, virtual, seconds, lambda _, virtual: virtual)  # of an owner that never had any
+    insert = insert(shares).values(owner=sa.bindparam("of_owner"), start=first[0], finish=first[1])
+    again = scheduler.charge(shares.c.finish, insert.excluded.start, seconds, _later)
+    place = {"start": again[0], "finish": again[1]}
+    return insert.on_conflict_do_update(index_elements=["owner"], set_=place)
+
+
+_CHARGE = {"postgresql": _charging(postgresql.insert), "sqlite": _charging(sqlite.insert)}
+
 
 class ClusterStore(JobStore):
     """A job store whose `claim` takes what fits a replica, in the scheduler's order.
@@ -99,7 +136,8 @@ class ClusterStore(JobStore):
             with self._write() as connection:
                 lease = self._take(connection, pick.waiting, worker, lease_seconds, alone)
                 if lease is not None:
-                    self._charge(connection, pick)
+                    charged = {"of_owner": pick.waiting.owner, "device_seconds": pick.device_seconds}
+                    connection.execute(_CHARGE[self.database.dialect.name], charged)
                     return lease
         return None
 
@@ -108,12 +146,11 @@ class ClusterStore(JobStore):
         fits = self._decoder_fits
         if fits is None:
             return False
-        decode = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
         decoders = self.decoders()
         if not decoders:
             return False
         with self._read() as connection:
-            queued = connection.scalar(decode) or 0
+            queued = connection.scalar(_DECODES) or 0
         return leaves_decode(job, decoders, queued, lambda shape: fits(shape, DECODE + demand_of(job.request)))
 
     def decoders(self) -> list[str]:
@@ -181,8 +218,7 @@ class ClusterStore(JobStore):
     def replicas(self) -> list[dict[str, Any]]:
         """The replicas as the controller last saw them."""
         with self._read() as connection:
-            rows = connection.execute(sa.select(replicas).order_by(replicas.c.node, replicas.c.id))
-            return [dict(row) for row in rows.mappings()]
+            return [dict(row) for row in connection.execute(_REPLICAS).mappings()]
 
     def publish_stages(self, verdict: dict[str, Any]) -> None:
         """Tell which stages live apart, and why."""
@@ -232,7 +268,9 @@ class ClusterStore(JobStore):
             waiting = self._waiting(connection, alone)
             if not waiting:
                 return []
-            rows = connection.execute(sa.select(shares)).all()
+            # An owner alone comes first wherever it stands.
+            alike = len({one.owner for one in waiting}) == 1
+            rows = [] if alike else connection.execute(sa.select(shares)).all()
         if self._take_back is not None:
             waiting = tuple(self._take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}
@@ -241,10 +279,7 @@ class ClusterStore(JobStore):
         )
 
     def _waiting(self, connection: sa.Connection, alone: bool) -> tuple[Waiting, ...]:
-        key = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
-        query = sa.select(*key, sa.func.min(jobs.c.id), sa.func.count()).where(jobs.c.status == "queued").group_by(*key)
-        if not alone:
-            query = query.where(jobs.c.crashes == 0)
+        query = _WAITING if alone else _WAITING_UNBLAMED
         # The id begins with the milliseconds of its submission, so the index alone answers.
         return tuple(
             Waiting(owner, demand, priority, first, int(first[6:18], 16) / 1000, count)
@@ -255,32 +290,9 @@ class ClusterStore(JobStore):
         self, connection: sa.Connection, waiting: Waiting, worker: str, lease_seconds: float, alone: bool
     ) -> Lease | None:
         """The oldest of a group that nobody else is just taking."""
-        same = (
-            jobs.c.status == "queued",
-            jobs.c.owner == waiting.owner,
-            jobs.c.demand == waiting.demand,
-            jobs.c.priority == waiting.priority,
-        )
-        oldest = sa.select(jobs.c.id).where(*same).order_by(jobs.c.id).limit(1).with_for_update(skip_locked=True)
-        if not alone:
-            oldest = oldest.where(jobs.c.crashes == 0)
-        job_id = connection.scalar(oldest)
-        if job_id is None:
-            return None
-        return statements.take(connection, jobs.c.id == job_id, worker, lease_seconds, self._clock())
-
-    def _charge(self, connection: sa.Connection, pick: Pick) -> None:
-        owner = pick.waiting.owner
-        virtual = connection.scalar(sa.select(sa.func.max(shares.c.start))) or 0.0
-        row = connection.execute(sa.select(shares).where(shares.c.owner == owner).with_for_update()).one_or_none()
-        share = Share() if row is None else Share(row.start, row.finish)
-        place = scheduler.charge(share, virtual, pick.device_seconds)
-        values = {"start": place.start, "finish": place.finish}
-        on_postgres = self.database.dialect.name == "postgresql"
-        insert = postgresql.insert(shares) if on_postgres else sqlite.insert(shares)
-        connection.execute(
-            insert.values(owner=owner, **values).on_conflict_do_update(index_elements=["owner"], set_=values)
-        )
+        group = {f"of_{column.name}": getattr(waiting, column.name) for column in _GROUP}
+        oldest = _TAKE if alone else _TAKE_UNBLAMED
+        return statements.take(connection, oldest, worker, lease_seconds, self._clock(), **group)
 
     def _create_tables(self) -> None:
         # One at a time: two that create a table together fail on PostgreSQL.

@@ -1,4 +1,8 @@
-"""The small statements that the store's operations are made of. Each runs inside the caller's transaction."""
+"""The small statements that the store's operations are made of. Each runs inside the caller's transaction.
+
+Those that every job needs are built once: building one, and finding that it was compiled before, takes SQLAlchemy longer
+than it takes a database to run it. What they are told then has names that no column has.
+"""
 
 import hashlib
 import json
@@ -19,10 +23,51 @@ from wanduet.jobs.records import (
     StoredJob,
     UnknownJobError,
 )
-from wanduet.jobs.schema import STEPS, jobs, stages
+from wanduet.jobs.schema import STAGE_NAMES, STEPS, jobs, stages, state
 
 Values = dict[str, Any]
 SIZE_STEP = 100
+
+NEWEST = sa.select(state.c.newest_id).with_for_update()
+INSERT = sa.insert(jobs).returning(jobs)
+
+_COUNTED = sa.func.count()
+_OPEN = sa.select(_COUNTED.filter(jobs.c.owner == sa.bindparam("owner")), _COUNTED).where(
+    jobs.c.status.in_(OPEN_STATUSES)
+)
+
+# The fence: true only while the lease is the newest of its job and the job still runs. `held` names the lease.
+_HELD = sa.and_(
+    jobs.c.id == sa.bindparam("held_id"),
+    jobs.c.status == "in_progress",
+    jobs.c.token == sa.bindparam("held_token"),
+    jobs.c.worker == sa.bindparam("held_worker"),
+)
+CHECK = sa.select(jobs.c.id).where(_HELD)
+LOCK_HELD = sa.select(jobs).where(_HELD).with_for_update()
+UPDATE_HELD = sa.update(jobs).where(_HELD).returning(jobs)
+BEAT = UPDATE_HELD.values(beat=jobs.c.beat + 1)
+_PERCENT = sa.bindparam("percent", type_=sa.Double)
+PROGRESS = BEAT.values(progress=sa.case((jobs.c.progress < _PERCENT, _PERCENT), else_=jobs.c.progress))
+
+# One statement for all sums, for each is a journey to the database. The rows are locked in the order of their names: of
+# two that complete jobs at the same time, each would else wait for the other.
+_SUMS = sa.select(stages.c.name).order_by(stages.c.name).with_for_update().subquery()
+_COUNT_STAGES = (
+    sa.update(stages)
+    .where(stages.c.name == _SUMS.c.name)
+    .values(
+        {
+            column: column
+            + sa.case(
+                {name: sa.bindparam(f"{name}_{column.name}", type_=column.type) for name in STAGE_NAMES},
+                value=stages.c.name,
+                else_=0,
+            )
+            for column in (stages.c.seconds, stages.c.count)
+        }
+    )
+)
 
 
 def to_job(row: "sa.Row[Any]") -> StoredJob:
@@ -79,36 +124,60 @@ def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values:
     return connection.execute(sa.update(jobs).where(where).values(values).returning(jobs)).one_or_none()
 
 
-def take(
-    connection: sa.Connection, which: sa.ColumnElement[bool], worker: str, lease_seconds: float, now: float
-) -> Lease | None:
-    """Give one queued job to a worker, behind a new token; None if it is not there or not queued any more."""
-    values: Values = {
-        "status": "in_progress",
-        "worker": worker,
-        "token": jobs.c.token + 1,
-        "beat": jobs.c.beat + 1,
-        "lease_seconds": lease_seconds,
-        "attempts": jobs.c.attempts + 1,
-        "started_at": sa.func.coalesce(jobs.c.started_at, now),
-    }
-    row = update_row(connection, sa.and_(which, jobs.c.status == "queued"), values)
-    return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
-
-
-def held(lease: Lease) -> sa.ColumnElement[bool]:
-    """The fence: true only while the lease is the newest of its job and the job still runs."""
-    return sa.and_(
-        jobs.c.id == lease.job.id,
-        jobs.c.status == "in_progress",
-        jobs.c.token == lease.token,
-        jobs.c.worker == lease.worker,
+def taking(which: sa.ColumnElement[bool]) -> sa.Update:
+    """What gives one queued job to a worker, behind a new token: a statement for `take`."""
+    return (
+        sa.update(jobs)
+        .where(which, jobs.c.status == "queued")
+        .values(
+            status="in_progress",
+            token=jobs.c.token + 1,
+            beat=jobs.c.beat + 1,
+            attempts=jobs.c.attempts + 1,
+            started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", type_=sa.Double)),
+        )
+        .returning(jobs)
     )
 
 
-def commit(connection: sa.Connection, lease: Lease, values: Values) -> "sa.Row[Any]":
+_FIRST = (
+    sa.select(jobs.c.id)
+    .where(jobs.c.status == "queued")
+    .order_by(jobs.c.priority.desc(), jobs.c.id)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+    .scalar_subquery()
+)
+TAKE_FIRST = taking(jobs.c.id == _FIRST)
+TAKE_FIRST_UNBLAMED = taking(sa.and_(jobs.c.id == _FIRST, jobs.c.crashes == 0))
+
+
+def take(
+    connection: sa.Connection, statement: sa.Update, worker: str, lease_seconds: float, now: float, **which: Any
+) -> Lease | None:
+    """Run a statement of `taking`; None if the job is not there or not queued any more."""
+    told = {"worker": worker, "lease_seconds": lease_seconds, "now": now, **which}
+    row = connection.execute(statement, told).one_or_none()
+    return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
+
+
+def held(lease: Lease) -> Values:
+    """Names the lease to a statement behind the fence."""
+    return {"held_id": lease.job.id, "held_token": lease.token, "held_worker": lease.worker}
+
+
+def update_held(
+    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
+) -> "sa.Row[Any] | None":
+    """Change the job behind the fence and return it as it is now; None if the lease is not held any more."""
+    return connection.execute(statement, {**held(lease), **values}).one_or_none()
+
+
+def commit(
+    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
+) -> "sa.Row[Any]":
     """Change the job behind the fence. Raises StaleLeaseError."""
-    row = update_row(connection, held(lease), values)
+    row = update_held(connection, lease, values, statement)
     if row is None:
         raise stale(lease)
     return row
@@ -121,12 +190,12 @@ def stale(lease: Lease) -> StaleLeaseError:
 
 def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
     """Raises QueueFullError when one more open job would be too many."""
-    open_jobs = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.status.in_(OPEN_STATUSES))
-    if limits.per_owner is not None:
-        mine = connection.scalar(open_jobs.where(jobs.c.owner == owner)) or 0
-        if mine >= limits.per_owner:
-            raise QueueFullError(limits.per_owner, personal=True)
-    if limits.queue is not None and (connection.scalar(open_jobs) or 0) >= limits.queue:
+    if limits == Limits():
+        return
+    mine, everybodys = connection.execute(_OPEN, {"owner": owner}).one()
+    if limits.per_owner is not None and mine >= limits.per_owner:
+        raise QueueFullError(limits.per_owner, personal=True)
+    if limits.queue is not None and everybodys >= limits.queue:
         raise QueueFullError(limits.queue, personal=False)
 
 
@@ -136,9 +205,11 @@ def count_stages(connection: sa.Connection, waited: float, report: Values) -> No
     counted = {name: (value, 1) for name, value in timings.items() if name != STEPS}
     if steps := report.get("steps", 0):
         counted[STEPS] = (timings.get("denoise_s", 0.0), steps)
-    for name, (value, count) in sorted(counted.items()):
-        changed = {"seconds": stages.c.seconds + float(value), "count": stages.c.count + count}
-        connection.execute(sa.update(stages).where(stages.c.name == name).values(changed))
+    told: Values = {}
+    for name in STAGE_NAMES:
+        value, count = counted.get(name, (0.0, 0))
+        told |= {f"{name}_seconds": float(value), f"{name}_count": count}
+    connection.execute(_COUNT_STAGES, told)
 
 
 def fingerprint(new: NewJob) -> str:

@@ -86,7 +86,7 @@ class JobStore:
         fingerprint = new.fingerprint or statements.fingerprint(new)
         with self._write() as connection:
             # The row lock makes submissions queue up where the database itself lets them run side by side.
-            newest = connection.scalar(sa.select(state.c.newest_id).with_for_update())
+            newest = connection.scalar(statements.NEWEST)
             known = self._by_key(connection, new)
             if known is not None:
                 if known.fingerprint != fingerprint:
@@ -95,16 +95,17 @@ class JobStore:
             statements.check_limits(connection, new.owner, limits or Limits())
             job_id = make_id(self._clock(), newest)
             connection.execute(sa.update(state).values(newest_id=job_id))
-            insert = sa.insert(jobs).values(
-                **{**asdict(new), "fingerprint": fingerprint},
-                id=job_id,
-                status="queued",
-                demand=demand_of(new.request),
-                created_at=self._clock(),
-                files=[],
-                report={},
-            )
-            row = connection.execute(insert.returning(jobs)).one()
+            values = {
+                **asdict(new),
+                "fingerprint": fingerprint,
+                "id": job_id,
+                "status": "queued",
+                "demand": demand_of(new.request),
+                "created_at": self._clock(),
+                "files": [],
+                "report": {},
+            }
+            row = connection.execute(statements.INSERT, values).one()
         return Submitted(statements.to_job(row), created=True)
 
     def get(self, job_id: str, owner: str | None = None) -> StoredJob:
@@ -165,38 +166,28 @@ class JobStore:
         A job that crashed before is given only to a worker that has no other (`alone`): its next crash must
         not be blamed on a neighbour.
         """
-        first = (
-            sa.select(jobs.c.id)
-            .where(jobs.c.status == "queued")
-            .order_by(jobs.c.priority.desc(), jobs.c.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
         if not self._has_queued():  # an idle worker does not take the write lock
             return None
         with self._write() as connection:
-            free = jobs.c.id == first if alone else sa.and_(jobs.c.id == first, jobs.c.crashes == 0)
-            return statements.take(connection, free, worker, lease_seconds, self._clock())
+            first = statements.TAKE_FIRST if alone else statements.TAKE_FIRST_UNBLAMED
+            return statements.take(connection, first, worker, lease_seconds, self._clock())
 
     def renew(self, lease: Lease) -> None:
         """Show that the worker lives. Raises StaleLeaseError."""
         with self._write() as connection:
-            statements.commit(connection, lease, {"beat": jobs.c.beat + 1})
+            statements.commit(connection, lease, {}, statements.BEAT)
 
     def check(self, lease: Lease) -> None:
         """Look whether the lease still holds, writing nothing. Raises StaleLeaseError."""
         with self._read() as connection:
-            if connection.scalar(sa.select(jobs.c.id).where(statements.held(lease))) is None:
+            if connection.scalar(statements.CHECK, statements.held(lease)) is None:
                 raise statements.stale(lease)
 
     def progress(self, lease: Lease, percent: float, phase: str, seconds_left: float | None = None) -> None:
         """Store how far the job is (0 to 100, never going back); renews too. Raises StaleLeaseError."""
-        percent = min(max(percent, 0.0), 100.0)
-        farther = sa.case((jobs.c.progress < percent, percent), else_=jobs.c.progress)
-        values = {"progress": farther, "phase": phase, "seconds_left": seconds_left, "beat": jobs.c.beat + 1}
+        values = {"percent": min(max(percent, 0.0), 100.0), "phase": phase, "seconds_left": seconds_left}
         with self._write() as connection:
-            statements.commit(connection, lease, values)
+            statements.commit(connection, lease, values, statements.PROGRESS)
 
     def complete(self, lease: Lease, files: Sequence[OutputFile], report: Values | None = None) -> StoredJob:
         """End the job with its files, which are on the disk already. Raises StaleLeaseError.
@@ -215,7 +206,7 @@ class JobStore:
             "report": report or {},
         }
         with self._write() as connection:
-            row = statements.update_row(connection, statements.held(lease), values)
+            row = statements.update_held(connection, lease, values)
             if row is None:
                 row = connection.execute(sa.select(jobs).where(jobs.c.id == lease.job.id)).one_or_none()
                 if row is None or row.status != "completed" or row.token != lease.token:
@@ -247,7 +238,7 @@ class JobStore:
         It fails once `max_crashes` attempts in a row ended so without getting farther than the one before.
         """
         with self._write() as connection:
-            row = connection.execute(sa.select(jobs).where(statements.held(lease)).with_for_update()).one_or_none()
+            row = connection.execute(statements.LOCK_HELD, statements.held(lease)).one_or_none()
             if row is None:
                 raise statements.stale(lease)
             return statements.to_job(statements.commit(connection, lease, self._after_crash(row, error, max_crashes)))

@@ -60,7 +60,7 @@ def test_absence_saves_up_no_credit() -> None:
         pick = order([waiting("ann"), waiting("bob")], shares, fit_of, NOW)[0]
         owner = pick.waiting.owner
         virtual = max(share.start for share in shares.values())
-        shares[owner] = charge(shares[owner], virtual, pick.device_seconds)
+        shares[owner] = Share(*charge(shares[owner].finish, virtual, pick.device_seconds))
         taken[owner] += 1
     assert abs(taken["ann"] - taken["bob"]) <= 1
 
@@ -75,7 +75,7 @@ def test_backlogged_owners_get_equal_device_time(kinds: list[tuple[str, str]]) -
         pick = order([waiting(owner, demand) for owner, demand in demands.items()], shares, fit_of, NOW)[0]
         owner = pick.waiting.owner
         virtual = max((share.start for share in shares.values()), default=0.0)
-        shares[owner] = charge(shares.get(owner, Share()), virtual, pick.device_seconds)
+        shares[owner] = Share(*charge(shares.get(owner, Share()).finish, virtual, pick.device_seconds))
         used[owner] += pick.device_seconds
         times = [used[name] for name in demands]
         assert max(times) - min(times) <= 2 * max(SECONDS[demand] for demand in demands.values())

@@ -4,17 +4,19 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
 from fake_engine import postgres_url
 
 from wanduet.cluster.fit import Fit
-from wanduet.cluster.store import ClusterStore
+from wanduet.cluster.store import ClusterStore, shares
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import JobError, NewJob, StaleLeaseError
 from wanduet.jobs.store import JobStore
@@ -80,27 +82,44 @@ def test_a_job_that_crashed_is_claimed_alone(open_cluster) -> None:
     assert store.claim("w", 30.0, alone=True) is not None
 
 
+def claim_together(store: ClusterStore, claimers: int = 4) -> list[str]:
+    """Claim and complete all there is, from several threads with a store each; the ids in the order of the claims."""
+    taken: list[str] = []
+    barrier = threading.Barrier(claimers)
+
+    def work(name: str) -> None:
+        url = postgres_url(store.files.folder)
+        with closing(ClusterStore(store.files, url, fit_of=fits("32", "640"))) as mine:
+            barrier.wait()
+            while (lease := mine.claim(name, 30.0)) is not None:
+                taken.append(lease.job.id)
+                mine.complete(lease, [], {"timings": {"denoise_s": 2.0}})
+
+    with ThreadPoolExecutor(claimers) as pool:
+        for done in [pool.submit(work, f"w{i}") for i in range(claimers)]:
+            done.result()
+    while (lease := store.claim("last", 30.0)) is not None:  # a claimer may have given up while others held all heads
+        taken.append(lease.job.id)
+        store.complete(lease, [], {"timings": {"denoise_s": 2.0}})
+    return taken
+
+
 def test_many_claimers_never_share_a_job_and_leave_none(open_cluster) -> None:
     store = open_cluster(fit_of=fits("32", "640"))
     jobs = {submit(store, (SMALL, BIG)[i % 2], f"owner{i % 3}") for i in range(40)}
-    taken: list[str] = []
-
-    def work(name: str) -> None:
-        mine = ClusterStore(store.files, postgres_url(store.files.folder), fit_of=fits("32", "640"))
-        while (lease := mine.claim(name, 30.0)) is not None:
-            taken.append(lease.job.id)
-            mine.complete(lease, [])
-        mine.close()
-
-    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    while (lease := store.claim("last", 30.0)) is not None:  # a claimer may have given up while others held all heads
-        taken.append(lease.job.id)
+    taken = claim_together(store)
     assert len(taken) == len(set(taken)) == 40
     assert set(taken) == jobs
+    assert store.statistics().stages["denoise_s"] == (80.0, 40)
+
+
+def test_claims_at_the_same_time_are_all_charged(open_cluster) -> None:
+    store = open_cluster(fit_of=fits("32"))
+    for _ in range(20):
+        submit(store)
+    claim_together(store)
+    with store.database.connect() as connection:
+        assert connection.execute(sa.select(shares)).all() == [("ann", 190.0, 200.0)]
 
 
 def test_a_stale_lease_of_an_ordered_claim_is_refused(open_cluster) -> None:
