@@ -251,7 +251,8 @@ def postgres_url(data: Path) -> str | None:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
         connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
     database.dispose()
-    return f"{base}?options=-csearch_path%3D{schema}"
+    url = sa.make_url(base).update_query_dict({"options": f"-csearch_path={schema}"})
+    return url.render_as_string(hide_password=False)
 
 
 def journal(data: Path) -> list[str]:

@@ -152,11 +152,12 @@ def test_every_job_is_claimed_once_by_many(tmp_path: Path) -> None:
     assert sorted(claimed) == sorted(ids)
 
 
-def test_stale_token_is_refused_everywhere(store: JobStore) -> None:
+@pytest.mark.parametrize("worker", ["w1", "w2"])  # the same one again, too: its own older attempt is as stale
+def test_stale_token_is_refused_everywhere(store: JobStore, worker: str) -> None:
     submit(store)
     stale = claim(store, "w1")
     assert store.recover(store.pulses()[0], 3) is not None
-    fresh = claim(store, "w2")
+    fresh = claim(store, worker)
     assert fresh.token > stale.token
     file = OutputFile("video", 0, "x", 1)
     for commit in (
