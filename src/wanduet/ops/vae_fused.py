@@ -172,14 +172,22 @@ def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[i
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of one head in images `[N, L, C]`; returns that shape."""
     keys, values = k.unsqueeze(1), v.unsqueeze(1)
-    outs = [F.scaled_dot_product_attention(rows.unsqueeze(1), keys, values) for rows in query_parts(q)]
-    return torch.cat([out.squeeze(1) for out in outs], dim=1)
+    outs = [F.scaled_dot_product_attention(rows.unsqueeze(1), keys, values).squeeze(1) for rows in query_parts(q)]
+    if q.is_meta:  # the parts that were left out
+        outs.append(torch.empty_like(q[:, sum(out.shape[1] for out in outs) :]))
+    return torch.cat(outs, dim=1)
 
 
 def query_parts(q: Tensor) -> tuple[Tensor, ...]:
-    """Queries `[N, L, C]` in parts, so that what writes out the scores of all L keys needs a bounded memory."""
-    rows = max(1, SCORES_BYTES // (4 * q.shape[0] * q.shape[1]))
-    return q.split(rows, dim=1)
+    """Queries `[N, L, C]` in parts, so that what writes out the scores of all L keys needs a bounded memory.
+
+    There are as many as the pixels squared. On the meta device only those that show what all need: four, and the rest.
+    """
+    length = q.shape[1]
+    rows = max(1, SCORES_BYTES // (4 * q.shape[0] * length))
+    if not q.is_meta or length <= 5 * rows:
+        return q.split(rows, dim=1)
+    return *q[:, : 4 * rows].split(rows, dim=1), q[:, length - (length % rows or rows) :]
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes
 from wanduet.models.vae_rows import DecodePlan
@@ -275,6 +276,20 @@ def test_a_copy_on_the_host_keeps_its_layout() -> None:
     assert torch.equal(copy, x)
     assert copy.stride() == x.stride()
     assert copy.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> None:
+    def held() -> int:
+        with Footprint() as footprint:
+            q, k, v = (torch.empty(1, 30000, 384, dtype=dtype, device="meta") for _ in range(3))
+            vae_gpu.attend(q, k, v)
+        return footprint.held
+
+    few = held()
+    monkeypatch.setattr(vae_gpu, "query_parts", lambda q: q.split(vae_fused.SCORES_BYTES // (4 * q.shape[1]), dim=1))
+    assert held() == few
 
 
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
