@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.cluster.files import open_files
 from wanduet.cluster.fit import Fitter
-from wanduet.cluster.replica import ReplicaStatus, use_threads
+from wanduet.cluster.replica import ReplicaStatus, prepare_process
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
 from wanduet.cluster.store import ClusterStore
 from wanduet.errors import CancelledError, InvalidRequestError, WanduetError
@@ -40,7 +40,7 @@ class Encoder:
 
     def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
         """Read configs and headers; the weights follow with the first prompt. Raises what keeps it from working."""
-        use_threads(order.shape.cpu_count)
+        prepare_process(order.shape.cpu_count)
         configure_logs()
         from wanduet.engine.build import Models
         from wanduet.engine.plan import text_encoder_choice

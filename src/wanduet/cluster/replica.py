@@ -5,6 +5,7 @@ it, under the leases and fences of one machine. So a replica goes on while Ray's
 are away, and what happens to a job never depends on a message that may be lost.
 """
 
+import ctypes
 import os
 import threading
 import time
@@ -20,8 +21,9 @@ from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
-from wanduet.jobs.worker import ENGINE, make_engine
+from wanduet.jobs.worker import ENGINE, MEMORY_POOLS, make_engine
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 ROOMY_HOST = 2**40  # bytes: a decoder's host decides nothing
 DECODE_ENGINE = "wanduet.engine.decoder:Decoder"
 
@@ -45,7 +47,7 @@ class Replica:
 
     def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
         """Load what there is to load. Raises what keeps the engine from working here."""
-        use_threads(order.shape.cpu_count)
+        prepare_process(order.shape.cpu_count)
         configure_logs()
         self._order = order
         self._node = node() or order.node
@@ -120,12 +122,16 @@ class Replica:
         return fitter, fit
 
 
-def use_threads(count: int) -> None:
-    """Compute with so many threads: Ray would allow the actor's CPUs, of which it has none, not its part of the node."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, count))
+def prepare_process(threads: int) -> None:
+    """Compute with so many threads: Ray would allow the actor's CPUs, of which it has none, not its part of the node.
+    And take memory as a worker of one machine does, whose environment says so from the start.
+    """
+    with suppress(OSError, AttributeError):  # no glibc: nothing to be told
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, int(MEMORY_POOLS["MALLOC_ARENA_MAX"]))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
     import torch
 
-    torch.set_num_threads(max(1, count))
+    torch.set_num_threads(max(1, threads))
 
 
 def _decoder_fits(fitter: Fitter) -> Callable[[str, str], bool]:

@@ -64,7 +64,7 @@ class Bench:
 
 @pytest.fixture
 def open_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    monkeypatch.setattr("wanduet.cluster.encoder.use_threads", lambda count: None)  # this process is not its own
+    monkeypatch.setattr("wanduet.cluster.encoder.prepare_process", lambda threads: None)  # this process is not its own
     opened: list[Bench] = []
 
     def open_one(storage: str | None = None) -> Bench:
