@@ -3,8 +3,11 @@
 
     PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10] [--kinds small,long,usual]
 
-Both servers run all the time and take turns, so that the machine's moods meet both. `latency`: one job at a time, from
-its row to its completion. `throughput`: a batch at once. Goals: 50 ms a job, 1 % of throughput.
+Both servers run all the time and take turns, so that the machine's moods meet both. Each commit is on the disk, in SQLite
+and in PostgreSQL. `latency`: one job at a time, from its row to its completion. `throughput`: a batch at once, and the
+processor time that all processes of a path took meanwhile, which other programs disturb less. Goals: 50 ms a job, 1 % of
+throughput. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
+turns too, so the differences above are without it.
 """
 
 import argparse
@@ -13,19 +16,23 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
+import sqlalchemy as sa
 from _common import TINY, Report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 
-from fleet import LONG, SMALL, fleet, wait
+from fleet import LONG, SMALL, Fleet, fleet, wait
 from real_server import Server, serving
 
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 
+IDLE_SECONDS = 2.0 if TINY else 20.0
 KINDS = {
     "small": SMALL,
     "long": {**LONG, "num_inference_steps": "20" if TINY else "150"},
@@ -37,17 +44,34 @@ KINDS = {
 def run_jobs(server: Server, store: JobStore, fields: dict[str, str], count: int) -> float:
     """Seconds from the first job's submission to the last one's completion, by their rows: polling costs CPU time."""
     ids = [server.create(**{**fields, "seed": str(index)})["id"] for index in range(count)]
-    while not all(store.get(job_id).finished for job_id in ids):
-        time.sleep(0.1)
-    found = [store.get(job_id) for job_id in ids]
+    found = []
+    for job_id in ids:  # roughly in the order of their ends
+        while not (job := store.get(job_id)).finished:
+            time.sleep(0.1)
+        found.append(job)
     return max(job.completed_at or 0.0 for job in found) - min(job.created_at for job in found)
+
+
+def postmaster(cluster: Fleet) -> int:
+    """The process of the cluster's PostgreSQL, which is no child of ours."""
+    return int(Path(str(sa.make_url(cluster.url).query["host"]), "data", "postmaster.pid").read_text().split()[0])
+
+
+def processor_seconds(roots: Iterable[int]) -> float:
+    """What processes and those that they started, and that still live, have computed so far."""
+    seconds = 0.0
+    for root in map(psutil.Process, roots):
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                seconds += sum(process.cpu_times()[:2])
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1 if TINY else 10)
-    parser.add_argument("--batch", type=int, default=2 if TINY else 6)
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS))
+    parser.add_argument("--batch", type=int, default=2 if TINY else 6)
     options = parser.parse_args()
     report = Report("cluster_overhead")
     threads = os.cpu_count() or 1
@@ -58,20 +82,48 @@ def main() -> None:
         with (
             serving(Path(folder) / "local", "--no-page", "--devices", "cpu") as local,
             closing(JobStore(JobFiles(Path(folder) / "local"))) as store,
-            fleet(Path(folder) / "cluster", {"node": "1x24GiB"}, *flags, cpus=threads) as cluster,
+            fleet(Path(folder) / "cluster", {"node": "1x24GiB"}, *flags, cpus=threads, fsync="on") as cluster,
         ):
             wait("the replica is ready", cluster.replicas)
             paths = {"local": (local, store), "cluster": (cluster.server, cluster.store)}
             for one in paths.values():
                 run_jobs(*one, KINDS["long"], 1)  # loads the models
+            parts = {
+                "local": [local.process.pid],
+                "api and controller": [cluster.server.process.pid],
+                "ray and replica": [cluster.ray.pid],
+                "postgresql": [postmaster(cluster)],
+            }
+            roots = {
+                "local": parts["local"],
+                "cluster": [pid for name in parts if name != "local" for pid in parts[name]],
+            }
+            idle = {name: processor_seconds(pids) for name, pids in parts.items()}
+            time.sleep(IDLE_SECONDS)
+            report.add(
+                "standing",
+                **{
+                    f"{name.replace(' ', '_')}_percent_of_a_core": round(
+                        100 * (processor_seconds(pids) - idle[name]) / IDLE_SECONDS, 1
+                    )
+                    for name, pids in parts.items()
+                },
+            )
             for kind in options.kinds:
                 fields = KINDS[kind]
                 for section, count in (("latency", 1), ("throughput", options.batch)):
                     seconds: dict[str, list[float]] = {name: [] for name in paths}
+                    computed = dict.fromkeys(paths, 0.0)
                     for turn in range(options.rounds):
                         for name in sorted(paths, reverse=bool(turn % 2)):
+                            before = processor_seconds(roots[name])
                             seconds[name].append(run_jobs(*paths[name], fields, count) / count)
-                    report.add(section, **compare(kind, seconds))
+                            computed[name] += processor_seconds(roots[name]) - before
+                    each = {
+                        f"{name}_processor_ms_a_job": round(1e3 * total / count / options.rounds, 1)
+                        for name, total in computed.items()
+                    }
+                    report.add(section, **compare(kind, seconds), **each)
                     report.write()
     report.print()
 

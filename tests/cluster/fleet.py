@@ -76,6 +76,11 @@ class Ray:
         self.nodes: dict[str, str] = {}  # name to id
         self.address = self.head()
 
+    @property
+    def pid(self) -> int:
+        """The process that started all of Ray's."""
+        return self._process.pid
+
     def _ask(self, *words: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -201,12 +206,14 @@ def kill_worker(worker: str) -> None:
 
 
 @contextmanager
-def fleet(folder: Path, nodes: dict[str, str], *flags: str, cpus: int | None = None) -> Iterator[Fleet]:
-    """A cluster of the nodes (name to GPUs), ready when a replica on each takes jobs."""
+def fleet(
+    folder: Path, nodes: dict[str, str], *flags: str, cpus: int | None = None, **database: object
+) -> Iterator[Fleet]:
+    """A cluster of the nodes (name to GPUs), ready when a replica on each takes jobs. `database`: PostgreSQL's settings."""
     for package in ("ray", "psycopg"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'wanduet[cluster]'")
-    with postgres() as url, tempfile.TemporaryDirectory(prefix="wray", dir="/tmp") as sockets:
+    with postgres(**database) as url, tempfile.TemporaryDirectory(prefix="wray", dir="/tmp") as sockets:
         ray = Ray(sockets, folder / "ray.log")
         try:
             for name, gpus in nodes.items():
