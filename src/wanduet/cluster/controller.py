@@ -53,7 +53,10 @@ class Fleet(Protocol):
 
 
 class Leadership:
-    """At most one holder on a database at a time; it is lost with the connection that holds it."""
+    """At most one holder on a database at a time; it is lost with the connection that holds it.
+
+    The lock is that of a transaction that stays open: behind a pooler, nothing else ties a connection to its holder.
+    """
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database
@@ -65,8 +68,8 @@ class Leadership:
             return True
         try:
             if self._connection is None:
-                self._connection = self._database.connect().execution_options(isolation_level="AUTOCOMMIT")
-                if not self._connection.scalar(sa.select(sa.func.pg_try_advisory_lock(LEADER_LOCK))):
+                self._connection = self._database.connect()
+                if not self._connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(LEADER_LOCK))):
                     self.release()
                     return False
             self._connection.scalar(sa.select(1))

@@ -171,9 +171,10 @@ class ClusterStore(JobStore):
         if self.database.dialect.name != "postgresql":  # one machine's, where nobody competes
             yield frozenset(found)
             return
-        with self.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with self.database.connect() as connection:  # whose transaction stays open: its locks last as long
             numbers = {key: int.from_bytes(sha256(key.encode()).digest()[:8], signed=True) for key in found}
-            mine = [key for key in found if connection.scalar(sa.select(sa.func.pg_try_advisory_lock(numbers[key])))]
+            lock = sa.func.pg_try_advisory_xact_lock
+            mine = [key for key in found if connection.scalar(sa.select(lock(numbers[key])))]
             try:
                 yield frozenset(mine)
             finally:

@@ -6,16 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
 from fake_engine import postgres_url
 
 from wanduet.cluster.autoscaler import ScaleSettings, Start
-from wanduet.cluster.controller import FIRST_PAUSE, Controller, Leadership
+from wanduet.cluster.controller import FIRST_PAUSE, LEADER_LOCK, Controller, Leadership
 from wanduet.cluster.fit import Fit
 from wanduet.cluster.settings import ClusterSettings
-from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
+from wanduet.cluster.shapes import Expected, Gone, Node, ReplicaView, declared_devices
 from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
@@ -181,13 +182,27 @@ def test_the_end_drains_every_replica(tmp_path: Path) -> None:
     bench.store.close()
 
 
-def test_on_sqlite_nobody_competes(bench: Bench) -> None:
-    if bench.store.database.dialect.name == "sqlite":
-        assert Leadership(bench.store.database).held()
+def test_of_two_controllers_one_leads_until_its_connection_is_gone(bench: Bench) -> None:
+    database = bench.store.database
+    first, second = Leadership(database), Leadership(database)
+    assert first.held()
+    if database.dialect.name == "sqlite":  # one machine's: nobody competes
+        assert second.held()
+        return
+    assert not second.held()
+    assert first.held()
+    with database.connect() as connection:
+        holders = sa.text(f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE objid = {LEADER_LOCK} AND granted")
+        assert connection.execute(holders).scalars().all() == [True]
+    assert second.held()
+    assert not first.held()
+    second.release()
+    assert first.held()
+    first.release()
 
 
 def test_settings_survive_the_command_line() -> None:
-    expected = Node("", "", declared_devices("2x24GiB"), 2**36, 8).shape(2)
+    expected = (Expected("2x24GiB", Node("", "", declared_devices("2x24GiB"), 2**36, 8).shape(2)),)
     settings = ClusterSettings(
         WorkerSettings(EngineConfig(data_dir=Path("/data"))), scale=ScaleSettings(expected=expected), storage="s3://b"
     )
