@@ -33,6 +33,7 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import CUDA_CONTEXT_BYTES
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.plan import HEADROOM_BYTES
+from wanduet.jobs.attempt import SPANS
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import StoredJob, demand_of
 from wanduet.jobs.schema import jobs
@@ -92,7 +93,8 @@ class Ray:
 
     def head(self, port: int = 0) -> str:
         """Start the head; returns the cluster's address."""
-        return self._ask("head", port)
+        address, self.client_address = self._ask("head", port)
+        return address
 
     def add(self, name: str, gpus: str, cpus: int | None = None) -> str:
         """Start a node whose GPUs are declared, with a CPU for each unless said; returns its id.
@@ -157,6 +159,12 @@ class Fleet:
         """The worker of a job that has come so far."""
         job = self.store.get(job_id)
         return job.worker if job.status == "in_progress" and job.progress > progress else None
+
+    def steps_done(self, job_id: str) -> int:
+        """Steps of a running job with one video, as far as they have been told."""
+        start, end = SPANS["denoise"]
+        job = self.store.get(job_id)
+        return round(job.request["num_inference_steps"] * (job.progress - start) / (end - start))
 
     def finished(self, ids: list[str]) -> list[StoredJob] | None:
         self.replicas()

@@ -6,6 +6,7 @@ The end of input ends everything.
 """
 
 import json
+import socket
 import sys
 from typing import Any
 
@@ -20,11 +21,14 @@ class Nodes:
         self.nodes: dict[str, Any] = {}
         self.cluster = Cluster()
 
-    def head(self, port: int = 0) -> str:
-        """The head has no GPUs, and runs nothing of ours; returns the cluster's address."""
+    def head(self, port: int = 0) -> tuple[str, str]:
+        """The head has no GPUs, and runs nothing of ours; returns the cluster's address, and that for clients outside."""
         more = {"gcs_server_port": port} if port else {}
-        self.nodes["head"] = self._start(num_cpus=0, temp_dir=self.folder, **more)
-        return self.cluster.address
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            door = free.getsockname()[1]
+        node = self._start(num_cpus=0, temp_dir=self.folder, ray_client_server_port=door, **more)
+        self.nodes["head"] = node
+        return self.cluster.address, f"ray://{node.node_ip_address}:{door}"
 
     def add(self, name: str, gpus: str, cpus: int | None = None, stage: str | None = None) -> str:
         """A node whose GPUs are declared ("": it has none), with one CPU, thus one thread, for each unless said."""

@@ -45,7 +45,7 @@ class Trouble:
     def _run(self) -> None:
         deeds = [self.kill_a_worker] * 6 + [self.kill_a_node] * 3 + [self.drain_a_node] * 2
         self.draw.shuffle(deeds)
-        deeds.insert(len(deeds) // 2, self.kill_the_head)
+        deeds.insert(2, self.kill_the_head)  # early: the jobs must not be over before it
         for deed in deeds:
             if self._stop.wait(self.draw.uniform(2, 10)):
                 return
@@ -102,6 +102,7 @@ def test_fifty_jobs_survive_everything(tmp_path: Path) -> None:
         print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}")
     local.close()
     assert len(trouble.done) >= 3
+    assert "head killed" in trouble.done
 
 
 def test_forty_jobs_survive_everything_with_their_stages_apart(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the engine brings torch, which a process that only looks af
 log = structlog.get_logger(__name__)
 
 # Percent of a job at the start and end of each phase, by what they take of a 50-step video.
-_SPANS = {"load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
+SPANS = {"load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
 _BEATS = 5  # renewals in the length of a lease: four may be late before anyone takes the job
 
 
@@ -310,7 +310,7 @@ class LeaseKeeper:
 
     def note(self, event: "Event", num_videos: int) -> None:
         """Remember how far the job is; stored at the next look."""
-        start, end = _SPANS.get(event.phase, (None, None))
+        start, end = SPANS.get(event.phase, (None, None))
         if start is None or end is None:
             return
         part = min(1.0, event.done / event.total) if event.total else 0.0
