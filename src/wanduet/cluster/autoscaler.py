@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from wanduet.cluster.fit import Fit, FitOf, preference
-from wanduet.cluster.shapes import Node, ReplicaView, Shape
+from wanduet.cluster.shapes import Expected, Node, ReplicaView, Shape
 from wanduet.cluster.stages import Mode
 from wanduet.jobs.records import DECODE
 
@@ -20,8 +20,8 @@ class ScaleSettings:
     """Limits and patience of the autoscaler. Times in seconds.
 
     `minimum` 0 lets the fleet go down to nothing; it counts replicas that do whole jobs, `maximum` all that have GPUs.
-    `gpus`: how many GPUs each replica has (None: the plan decides). `expected`: what nodes that Ray's own autoscaler can
-    bring would offer (None: it brings none). `stages`: whether stages may live apart.
+    `gpus`: how many GPUs each replica has (None: the plan decides). `expected`: the nodes that Ray's own autoscaler
+    can bring. `stages`: whether stages may live apart.
     """
 
     minimum: int = 1
@@ -30,7 +30,7 @@ class ScaleSettings:
     target_seconds: float = 60.0
     idle_seconds: float = 300.0
     gpus: int | None = None
-    expected: Shape | None = None
+    expected: tuple[Expected, ...] = ()
     stages: Mode = "auto"
 
 
@@ -45,10 +45,11 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A replica to start; `node` None: wherever Ray can make room for it, a new node included."""
+    """A replica to start on a node that is there; `node` None: on one that Ray can bring, with the label."""
 
     node: str | None
     shape: Shape
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +171,10 @@ class _Fleet:
             cost = preference(shape, fit)
             if best is None or cost < best:
                 best, choice = cost, Start(node.id, shape)
-        expected = self.settings.expected
-        if choice is None and expected is not None and self.fit(demand, expected).fits:
-            choice, anywhere = Start(None, expected), True
+        able = [(one, fit) for one in self.settings.expected if (fit := self.fit(demand, one.shape)).fits]
+        if choice is None and able:
+            new, _ = min(able, key=lambda one: preference(one[0].shape, one[1]))
+            choice, anywhere = Start(None, new.shape, new.label), True
         if choice is None:
             if not anywhere and self.nodes and demand not in self.unfit:
                 self.unfit.append(demand)

@@ -42,6 +42,7 @@ NAMESPACE = "wanduet"
 PREFIX = "replica-"
 GPUS_LABEL = "wanduet.io/gpus"  # on a node: count on these GPUs instead of looking
 STAGE_LABEL = "wanduet.io/stage"  # on a node: what it is for: all, encode or decode
+EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can bring: their GPUs, in the words of --expect-nodes
 NODE_LABEL = "ray.io/node-id"
 ANSWER_SECONDS = 2.0  # that one look waits for replicas to answer
 PROBE_SECONDS = 3600.0  # a node may have weights to download
@@ -152,7 +153,8 @@ class RayFleet:
         name = f"{PREFIX}{self._settings.fingerprint}-{secrets.token_hex(4)}"
         shape = start.shape
         bundle = {"GPU": float(shape.gpus)} if shape.gpus else {"CPU": float(shape.cpu_count)}
-        selector = None if start.node is None else [{NODE_LABEL: start.node}]
+        # A bundle says only how many GPUs: by the label, Ray neither takes a node that is too small nor brings one.
+        selector = [{NODE_LABEL: start.node} if start.node is not None else {EXPECTED_LABEL: start.label}]
         group = placement_group(
             [bundle], strategy="STRICT_PACK", name=name, lifetime="detached", bundle_label_selector=selector
         )

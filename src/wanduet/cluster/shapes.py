@@ -118,6 +118,14 @@ class Gone:
     failed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Nodes that Ray's own autoscaler can bring, by the value of their label, and the replica each would have."""
+
+    label: str
+    shape: Shape
+
+
 def declared_devices(label: str) -> tuple[DeviceInfo, ...]:
     """GPUs from a node's label: `2x24GiB`, or `24GiB_12GiB`, since labels take no plus. Raises ConfigError."""
     return parse_hardware(label.replace("_", "+")).devices

@@ -50,7 +50,11 @@ class ClusterFlags:
         ),
     ] = "auto"
     expect_nodes: Annotated[
-        str | None, Parameter(help="GPUs of the nodes that Ray's autoscaler can add, for example 2x24GiB.")
+        str | None,
+        Parameter(
+            help="GPUs of the nodes that Ray's autoscaler can add, for example 2x24GiB,1x80GiB. "
+            "Theirs is the label wanduet.io/node=2x24GiB."
+        ),
     ] = None
 
     def settings(
@@ -78,19 +82,20 @@ class ClusterFlags:
                     raise ModuleNotFoundError(package, name=package)
             from wanduet.cluster.autoscaler import ScaleSettings
             from wanduet.cluster.settings import ClusterSettings
-            from wanduet.cluster.shapes import Node, declared_devices
+            from wanduet.cluster.shapes import Expected, Node, declared_devices
             from wanduet.jobs.worker import WorkerSettings
-        expected = None
-        if self.expect_nodes is not None:
-            devices = declared_devices(self.expect_nodes)
-            expected = Node("", "", devices, config.ram_limit or 2**36, 8).shape(self.replica_gpus or len(devices))
+        expected = []
+        for label in filter(None, (self.expect_nodes or "").split(",")):
+            devices = declared_devices(label)
+            node = Node("", "", devices, config.ram_limit or 2**36, 8)
+            expected.append(Expected(label, node.shape(self.replica_gpus or len(devices))))
         scale = ScaleSettings(
             minimum=self.min_replicas,
             maximum=self.max_replicas,
             upscale_seconds=self.upscale_seconds,
             idle_seconds=self.idle_seconds,
             gpus=self.replica_gpus,
-            expected=expected,
+            expected=tuple(expected),
             stages=self.stages,
         )
         return ClusterSettings(WorkerSettings(config, runner, retention), self.cluster, scale, self.storage)

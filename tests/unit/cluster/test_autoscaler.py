@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from wanduet.cluster.autoscaler import Backlog, Changes, ScaleSettings, decide
 from wanduet.cluster.fit import Fit, FitOf
-from wanduet.cluster.shapes import Node, ReplicaView, Shape, declared_devices
+from wanduet.cluster.shapes import Expected, Node, ReplicaView, Shape, declared_devices
 
 NEED = {"small": 10, "middle": 30, "big": 70, "huge": 500}  # GiB over all devices of a replica
 WORK = {"small": 60.0, "middle": 240.0, "big": 960.0, "huge": 1.0}  # device-seconds
@@ -30,6 +30,7 @@ def run(nodes, replicas=(), waiting=(), **options) -> Changes:
     return decide(nodes, replicas, waiting, fits, ScaleSettings(**(defaults | options)), "small")
 
 
+API = Node("api", "api", computes=False)
 PAIR, CARD = node("pair", "2x24GiB"), node("card", "1x80GiB")
 
 
@@ -94,9 +95,21 @@ def test_a_full_fleet_gives_up_an_idle_replica_for_a_job_that_nobody_fits() -> N
 def test_what_fits_no_node_is_said() -> None:
     assert run([PAIR, CARD], waiting=[Backlog("huge", 1, 0.0)]).unfit == ("huge",)
     assert run([], waiting=[Backlog("huge", 1, 0.0)]).unfit == ()  # no node just now says nothing
-    expected = node("", "8x80GiB").shape(8)
-    found = run([PAIR], waiting=[Backlog("huge", 1, 0.0)], expected=expected)
+    found = run([PAIR], waiting=[Backlog("huge", 1, 0.0)], expected=expected("8x80GiB"))
     assert (started(found), found.unfit) == ([(None, 8)], ())
+
+
+def expected(*labels: str) -> tuple[Expected, ...]:
+    return tuple(Expected(label, node("", label).shape(int(label[0]))) for label in labels)
+
+
+def test_of_the_nodes_that_can_be_brought_the_one_comes_that_a_job_fits_at_the_least_cost() -> None:
+    both = expected("1x80GiB", "2x24GiB")
+    waiting = [Backlog("small", 1, 0.0)], [Backlog("big", 1, 0.0)], [Backlog("huge", 1, 0.0)]
+    brought = [run([API], waiting=one, expected=both) for one in waiting]
+    assert [[start.label for start in changes.start] for changes in brought] == [["2x24GiB"], ["1x80GiB"], []]
+    assert brought[2].unfit == ("huge",)
+    assert started(run([CARD], waiting=waiting[1], expected=both)) == [("card", 1)]  # it is there already
 
 
 def test_a_draining_node_is_emptied_and_nothing_starts_there() -> None:

@@ -53,3 +53,15 @@ def test_the_flag_reaches_the_controller_and_needs_a_cluster() -> None:
     assert apart.fingerprint == settings(cluster="auto").fingerprint  # no replica depends on it
     with pytest.raises(ConfigError):
         settings(stages="apart")
+
+
+def test_each_kind_of_expected_nodes_has_its_label_and_its_replica() -> None:
+    flags = ClusterFlags(cluster="auto", expect_nodes="2x24GiB,1x80GiB,24GiB_12GiB")
+    found = flags.settings(EngineConfig(), RunnerSettings(), None, URL)
+    assert [(one.label, one.shape.name) for one in found.scale.expected] == [
+        ("2x24GiB", "2x24GiB"),
+        ("1x80GiB", "1x80GiB"),
+        ("24GiB_12GiB", "2x12GiB"),
+    ]
+    with pytest.raises(ConfigError):
+        ClusterFlags(cluster="auto", expect_nodes="many").settings(EngineConfig(), RunnerSettings(), None, URL)

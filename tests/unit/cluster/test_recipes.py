@@ -53,10 +53,16 @@ def test_the_ray_cluster_has_only_fields_that_its_definition_has() -> None:
 
 
 def test_labels_are_those_that_are_looked_for() -> None:
-    label = pytest.importorskip("wanduet.cluster.ray_fleet", reason="needs ray").STAGE_LABEL
-    labels = [group["labels"] for group in documents()["RayCluster"]["spec"]["workerGroupSpecs"] if "labels" in group]
-    assert labels == [{label: "encode"}]
-    assert f"{label}=encode" in (ROOT / "docs" / "cluster.md").read_text()
+    fleet = pytest.importorskip("wanduet.cluster.ray_fleet", reason="needs ray")
+    found = documents()
+    labels = [group["labels"] for group in found["RayCluster"]["spec"]["workerGroupSpecs"]]
+    assert labels.pop() == {fleet.STAGE_LABEL: "encode"}
+    assert f"{fleet.STAGE_LABEL}=encode" in (ROOT / "docs" / "cluster.md").read_text()
+    (command,) = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    expected = re.search(r"--expect-nodes (\S+)", command)
+    assert expected is not None
+    assert labels == [{fleet.EXPECTED_LABEL: kind} for kind in expected[1].split(",")]  # else a group would never come
+    assert found["RayCluster"]["spec"]["autoscalerOptions"]["version"] == "v2"
 
 
 def test_nothing_but_the_api_faces_the_outside() -> None:
