@@ -11,10 +11,12 @@ import pytest
 from postgres import postgres
 
 TESTS = Path(__file__).parents[1]
-FILES = (
+SHORT = (
     "unit/jobs/test_store.py",  # leases, fences, exactly-once completion
-    "unit/jobs/test_runner.py",
     "unit/cluster/test_store.py",
+)
+LONG = (
+    "unit/jobs/test_runner.py",
     "unit/cluster/test_controller.py",
     "unit/cluster/test_handover.py",
     "faults/test_jobs.py",  # workers that are killed, or stopped past their leases
@@ -31,7 +33,7 @@ def server() -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*SHORT, *(pytest.param(file, marks=pytest.mark.slow) for file in LONG)])
 def test_on_postgresql(server: str, file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / file)]
     environment = {**os.environ, "WANDUET_TEST_POSTGRES": server}
