@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,43 @@ def test_labels_are_those_that_are_looked_for() -> None:
     assert expected is not None
     assert labels == [{fleet.EXPECTED_LABEL: kind} for kind in expected[1].split(",")]  # else a group would never come
     assert found["RayCluster"]["spec"]["autoscalerOptions"]["version"] == "v2"
+
+
+def brought(cluster: dict[str, Any], gpus: int, label: str) -> list[str]:
+    """The groups of which Ray's own autoscaler would bring nodes for a replica, by its reading of the manifest."""
+    ours = "ray.autoscaler"  # none of it is public; the version is pinned
+    kuberay = pytest.importorskip(f"{ours}._private.kuberay.autoscaling_config", reason="needs ray")
+    scheduler = import_module(f"{ours}.v2.scheduler")
+    config = import_module(f"{ours}.v2.instance_manager.config")
+    messages = import_module("ray.core.generated.autoscaler_pb2")
+    within = import_module("ray.core.generated.common_pb2").LabelSelectorOperator.LABEL_OPERATOR_IN
+    label_key = import_module("wanduet.cluster.ray_fleet").EXPECTED_LABEL
+
+    described = {**cluster, "metadata": {"namespace": "default", **cluster["metadata"]}}
+    read = config.AutoscalingConfig(kuberay._derive_autoscaling_config_from_ray_cr(described), skip_content_hash=True)
+    bundle = import_module(f"{ours}.v2.utils").ResourceRequestUtil.make(
+        {"GPU": float(gpus)}, label_selectors=[[(label_key, within, [label])]]
+    )
+    request = scheduler.SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=read.get_node_type_configs(),
+        max_num_nodes=read.get_max_num_nodes(),
+        gang_resource_requests=[messages.GangResourceRequest(requests=[bundle])],
+    )
+    return [one.instance_type for one in scheduler.ResourceDemandScheduler(None).schedule(request).to_launch]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "label", "groups"),
+    [
+        (2, "2x24GiB", ["pairs-24gib"]),
+        (1, "1x80GiB", ["cards-80gib"]),
+        (1, "2x24GiB", ["pairs-24gib"]),
+        (1, "8x80GiB", []),
+    ],
+)
+def test_rays_autoscaler_brings_the_group_that_is_asked_for(gpus: int, label: str, groups: list[str]) -> None:
+    assert brought(documents()["RayCluster"], gpus, label) == groups
 
 
 def test_nothing_but_the_api_faces_the_outside() -> None:
