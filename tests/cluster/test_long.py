@@ -98,7 +98,8 @@ def test_fifty_jobs_survive_everything(tmp_path: Path) -> None:
         with Trouble(cluster) as trouble:
             wait("all jobs are finished", lambda: cluster.finished(ids), LIMIT)
         jobs = cluster.check(ids, local)
-        cluster.check_fits([job for job in jobs if job.report["worker"] in cluster.shapes])
+        # A worker that was killed between its videos and its report told no name.
+        cluster.check_fits([job for job in jobs if job.report.get("worker") in cluster.shapes])
         print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}")
     local.close()
     assert len(trouble.done) >= 3
@@ -122,7 +123,7 @@ def test_forty_jobs_survive_everything_with_their_stages_apart(tmp_path: Path) -
         local = Local(tmp_path / "local")
         jobs = cluster.check(ids, local)
         local.close()
-        decoded = [job for job in jobs if cluster.shapes.get(job.report["worker"], "").endswith("decode")]
+        decoded = [job for job in jobs if cluster.shapes.get(job.report.get("worker", ""), "").endswith("decode")]
         print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}; by decoders {len(decoded)}")
         assert decoded
         wait("nothing is left in the store", lambda: not list((tmp_path / "store" / "work").glob("*/*")))
