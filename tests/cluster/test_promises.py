@@ -11,11 +11,9 @@ import pytest
 from postgres import postgres
 
 TESTS = Path(__file__).parents[1]
-SHORT = (
-    "unit/jobs/test_store.py",  # leases, fences, exactly-once completion
-    "unit/cluster/test_store.py",
-)
+SHORT = ("unit/cluster/test_store.py",)
 LONG = (
+    "unit/jobs/test_store.py",  # leases, fences, exactly-once completion
     "unit/jobs/test_runner.py",
     "unit/cluster/test_controller.py",
     "unit/cluster/test_handover.py",
