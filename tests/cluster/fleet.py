@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from postgres import postgres
+from postgres import need, postgres
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
@@ -218,9 +217,7 @@ def fleet(
     folder: Path, nodes: dict[str, str], *flags: str, cpus: int | None = None, **database: object
 ) -> Iterator[Fleet]:
     """A cluster of the nodes (name to GPUs), ready when a replica on each takes jobs. `database`: PostgreSQL's settings."""
-    for package in ("ray", "psycopg"):
-        if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'wanduet[cluster]'")
+    need("ray", "psycopg")
     with postgres(**database) as url, tempfile.TemporaryDirectory(prefix="wray", dir="/tmp") as sockets:
         ray = Ray(sockets, folder / "ray.log")
         try:

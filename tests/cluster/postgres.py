@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def _other_user() -> pwd.struct_passwd | None:
     if user is None:
         pytest.skip("PostgreSQL does not run as root, and there is no other user")
     return user
+
+
+def need(*packages: str) -> None:
+    """Skip the test where one of these is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'wanduet[cluster]'")
 
 
 @contextmanager

@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from postgres import postgres
+from postgres import need, postgres
 
 TESTS = Path(__file__).parents[1]
 SHORT = ("unit/cluster/test_store.py",)
@@ -25,8 +24,7 @@ pytestmark = [pytest.mark.skipif(os.name != "posix", reason="POSIX signals"), py
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    if find_spec("psycopg") is None:
-        pytest.skip("psycopg is not installed: pip install 'wanduet[cluster]'")
+    need("psycopg")
     with postgres() as url:
         yield url
 

@@ -147,14 +147,14 @@ class _Decode:
                 self._history.forget()
             # In turns: an allocation each would lie among what comes and goes.
             places = [host.room_for(middles[0], self._history) for _ in middles[:2]]
-            (coming,) = host.bring([(middles[0], places[0])])
+            (coming,) = host.copy([(middles[0], places[0])])
             for step in range(self.length):
                 self.vae.own_pasts(history=self._history)
                 mid = coming.arrive()
                 if above is not None:
                     above.bring(step)
                 if step + 1 < self.length:
-                    (coming,) = host.bring([(middles[step + 1], places[(step + 1) % 2])])
+                    (coming,) = host.copy([(middles[step + 1], places[(step + 1) % 2])])
                 pixels, past = self.vae.decode_rows(mid, past, rows, above, below)
                 if below is not None:
                     below.leave()

@@ -45,23 +45,14 @@ class Host:
 
     def send(self, tensors: Iterable[Tensor]) -> list[Copying]:
         """Copies on the host of tensors without holes, one after the other."""
-        return self._copy([(x, self._like(x)) for x in tensors])
+        return self.copy([(x, self._like(x)) for x in tensors])
 
     def room_for(self, waiting: Tensor, history: History | None) -> Tensor:
         """Memory of the device for it, in a history where there is one."""
         return torch.empty_like(waiting, device=self.device) if history is None else history.like(waiting)
 
-    def bring(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
-        """Copies on the device of what waits on the host: pairs of that, and memory that only earlier work of the current
-        stream uses."""
-        return self._copy(pairs)
-
-    def settle(self) -> None:
-        """What the current stream is given from here on comes after all copies, which may then lose their memory."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-
-    def _copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
+        """Copies of tensors, there or back: pairs of them and memory that only earlier work of the current stream uses."""
         if self._stream is None:
             return [Copying(target if self.device.type == "meta" else target.copy_(source)) for source, target in pairs]
         copying = []
@@ -71,6 +62,11 @@ class Host:
                 target.copy_(source, non_blocking=True)
                 copying.append(Copying(target, self._stream.record_event()))
         return copying
+
+    def settle(self) -> None:
+        """What the current stream is given from here on comes after all copies, which may then lose their memory."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def _like(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
@@ -123,7 +119,7 @@ class HostSeam(Seam):
                 # A video's first step has fewer frames: not worth a lasting place.
                 self.rows[index] = self._host.room_for(x, None if rows is None else self.history)
         pairs = [(x, self.rows[index]) for index, x in waiting.items()]
-        self._copying = dict(zip(waiting, self._host.bring(pairs), strict=True))
+        self._copying = dict(zip(waiting, self._host.copy(pairs), strict=True))
 
     def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """The `count` rows that were kept."""
