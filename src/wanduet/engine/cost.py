@@ -26,7 +26,10 @@ DECODE_SHARE = 0.2
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent frame of 60x104 (480x832), shared/measured: 275 for 21.
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
-STREAMING_SECONDS_PER_GIB = 1 / 20  # PCIe 4 x16, where the copies are not hidden
+# Of a decode's time, what each further cut of its frames adds: 3 to 7 % at 480p, 1.5 to 3 at 720p, 1 to 2 at 1080p
+# (benchmarks/results/whole_job_*.json, H100).
+CUT_SHARE = 0.03
+MOVING_RATE = 20e9  # bytes a second over PCIe 4 x16, page-locked
 # The text encoder on the CPU: TFLOP/s a core, and bytes a second that its weights come in, from the file (page cache
 # or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2 cores.
 ENCODE_RATES = {"bfloat16": 0.05, "float16": 0.05, "float32": 0.02}
@@ -93,6 +96,16 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
     """Of all of a job's videos on one device."""
     size = (request.generated_height, request.generated_width, request.num_frames)
     return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
+
+
+def cut_seconds(decode: float, num_strips: int) -> float:
+    """What a decode of so many seconds takes longer in strips."""
+    return CUT_SHARE * decode * (num_strips - 1)
+
+
+def turn_seconds(weights: int) -> float:
+    """To take a transformer of so many bytes off its device for a decode, and to bring it back."""
+    return 2 * weights / MOVING_RATE
 
 
 def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:

@@ -95,9 +95,9 @@ class ModelMemory:
         # The first of them decodes in this mode should the others be lost.
         return max(alone, decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device), ranks))
 
-    def decode_host(self, size: Size, mode: DecodePlan, dtype: str) -> int:
-        """Bytes of the host that decoding needs."""
-        return decode_host_bytes(self.spec.vae, *size, mode, dtype)
+    def decode_host(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
+        """Bytes of the host that decoding on a device needs."""
+        return decode_host_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
 
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters: the large products; tables and norms stay resident."""

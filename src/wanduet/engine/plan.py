@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, Literal
 
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
-from wanduet.engine.cost import Seconds, decode_seconds, predict_seconds, rate
+from wanduet.engine.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, turn_seconds
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
 from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
@@ -143,7 +143,7 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
         ((mode, one) for mode, one in tried if one.peak <= one.limit_bytes),
         (DECODE_MODES[-1], on_device(DECODE_MODES[-1])),
     )
-    host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0) + memory.decode_host(size, mode, dtype)
+    host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0) + memory.decode_host(size, mode, dtype, device.name)
     host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
     text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     return Plan(
@@ -211,8 +211,8 @@ def _fastest_of(
     request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, place: Placement
 ) -> Plan:
     """The first candidate of one placement that fits, or the smallest one."""
-    candidates = list(_candidates(memory.spec, place))
-    smallest = _plan(request, memory, config, hardware, place, *candidates[-1])
+    candidates = list(_candidates(request, memory, config, place))
+    smallest = _plan(request, memory, config, hardware, place, *min(candidates, key=_bulk))
     all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
     text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
@@ -222,14 +222,32 @@ def _fastest_of(
     return next((plan for plan in plans if plan.fits), smallest)
 
 
-def _candidates(spec: ModelSpec, place: Placement) -> Iterator[tuple[int, bool, bool, DecodePlan]]:
-    """Settings from the fastest to the smallest: resident blocks, share the first self-attention, keep both models,
-    decode mode."""
-    layers = spec.transformer.num_layers
+Candidate = tuple[int, bool, bool, DecodePlan]  # resident blocks, share the first self-attention, keep both, mode
+
+
+def _candidates(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, place: Placement
+) -> Iterator[Candidate]:
+    """Settings from the fastest to the slowest."""
+    layers = memory.spec.transformer.num_layers
     on_cpu = place.transformer.is_cpu
     resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
     keep_both = (True, False) if place.shared and not on_cpu else (True,)
-    return product(resident, (True, False), keep_both, DECODE_MODES)
+    decode = decode_seconds(request, memory.spec, place.vae)
+    turn = turn_seconds(memory.transformer_weights(_transformer_dtype(config, place.transformer)[0]))
+
+    def seconds(way: tuple[bool, DecodePlan]) -> float:
+        keep, mode = way
+        return cut_seconds(decode, mode.num_strips) + (0.0 if keep else turn)
+
+    ways = sorted(product(keep_both, DECODE_MODES), key=seconds)
+    return ((blocks, share, *way) for blocks, share, way in product(resident, (True, False), ways))
+
+
+def _bulk(candidate: Candidate) -> tuple[bool | int, ...]:
+    """Smaller for settings that need less memory."""
+    resident, share_first, keep_both, mode = candidate
+    return resident, share_first, keep_both, mode.order == "frame", -mode.num_strips
 
 
 def _plan(
@@ -262,7 +280,7 @@ def _plan(
 
     text_dtype, hold, hold_why = text_encoder_choice(memory.spec, config)
     host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
-    host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype)
+    host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype, place.vae.name)
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
     if not place.transformer.is_cpu:
         on_host = layers - resident if keep_both else layers  # taking turns, all blocks wait on the host at times

@@ -57,8 +57,14 @@ def decode_bytes(
 
 
 def decode_host_bytes(
-    spec: VAESpec, height: int, width: int, num_frames: int, plan: DecodePlan, dtype: str
-) -> int:  # fmt: skip
+    spec: VAESpec,
+    height: int,
+    width: int,
+    num_frames: int,
+    plan: DecodePlan,
+    dtype: str,
+    kernels: VAEKernels = VAE_TORCH_KERNELS,
+) -> int:
     """What waits on the host meanwhile: with strip-major the trunk's features, what a strip hands on to the next, and the
     frames of all strips."""
     if plan.order == "frame":
@@ -68,5 +74,5 @@ def decode_host_bytes(
     rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
     features = spec.base_dim * spec.dim_mult[-1] * rows * columns * kind.itemsize
     traced, strips = min(steps, TRACED_STEPS), plan.strips(height)[:3]
-    kept = kept_by_strips(spec, rows, columns, strips, traced, kind, VAE_TORCH_KERNELS)
+    kept = kept_by_strips(spec, rows, columns, strips, traced, kind, kernels)
     return num_frames * height * width * 3 + steps * (features + max(kept.seams)) + 2 * PIECE_BYTES
