@@ -20,13 +20,25 @@ PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the curre
 
 
 class HostMemory:
-    """Flat buffers in host memory. Page-locked ones are unlocked when this object goes."""
+    """Flat buffers in host memory. Page-locked ones are unlocked when this object goes: who uses them holds it too.
+
+    `copies` are of blocks that are on the device now, by their index; see `keep_copies`.
+    """
 
     def __init__(self, hold: Hold, folder: Path | None = None) -> None:
         """`folder` holds the scratch files of "mapped" (default: the system's temporary folder)."""
         self.hold, self.folder = hold, folder
+        self.keeps_copies = False
+        self.copies: dict[int, Tensor] = {}
         self._locked: list[Tensor] = []
         weakref.finalize(self, _unlock, self._locked)
+
+    def keep_copies(self, keeps: bool) -> None:
+        """Whether a block that goes to the device leaves its copy here. Weights do not change, so when it has to make
+        room there, again and again, nothing is copied back."""
+        self.keeps_copies = keeps
+        while self.copies and not keeps:
+            self.release(self.copies.popitem()[1])
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised `[size]` tensor."""

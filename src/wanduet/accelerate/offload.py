@@ -66,7 +66,8 @@ def stream_blocks(
 
     Takes a transformer whose weights are anywhere; blocks already in the right place stay there. May be
     called again with another number, for instance after memory ran out. `memory` is where blocks that
-    must leave the device go (default: page-locked). Undone by the returned object's `close`.
+    must leave the device go (default: page-locked). Without resident blocks and buffers the transformer
+    only waits: it cannot run until it is called again. Undone by the returned object's `close`.
     """
     if isinstance(transformer.fetch_blocks, BlockStream):
         memory = memory or transformer.fetch_blocks.memory
@@ -152,20 +153,30 @@ class BlockStream:
         waiting = {}
         for index, block in enumerate(self._blocks):
             layout, flat = BlockLayout.of(block), packed_buffer(block)
-            dtype = block.attn1.to_q.weight.dtype
             streamed = index in self._order
             if flat is None or flat.device.type != ("cpu" if streamed else self.device.type):
-                before = flat
-                if streamed:
-                    flat = self.memory.allocate(layout.size, dtype)
-                else:
-                    flat = torch.empty(layout.size, dtype=dtype, device=self.device)
-                pack_block(block, flat)
-                if before is not None:
-                    self.memory.release(before)
+                flat = self._move(index, block, layout, flat)
             if streamed:
                 waiting[index] = _Waiting(large_parameters(block, layout), flat, layout.views(flat))
+                waiting[index].point_to(waiting[index].views)
         return waiting
+
+    def _move(self, index: int, block: Block, layout: BlockLayout, before: Tensor | None) -> Tensor:
+        """The block's buffer on the other side, filled; `before` is the one that it had."""
+        dtype = block.attn1.to_q.weight.dtype
+        if index in self._order:
+            kept = self.memory.copies.pop(index, None)
+            if kept is not None:
+                return kept
+            flat = self.memory.allocate(layout.size, dtype)
+        else:
+            flat = torch.empty(layout.size, dtype=dtype, device=self.device)
+        pack_block(block, flat)
+        if before is not None and self.memory.keeps_copies and index not in self._order:
+            self.memory.copies[index] = before
+        elif before is not None:
+            self.memory.release(before)
+        return flat
 
     def _make_buffer(self) -> _Buffer:
         layout, like = BlockLayout.of(self._blocks[0]), self._waiting[self._order[0]].flat

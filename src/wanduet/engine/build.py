@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PARKED = -1  # resident blocks of a transformer that made room: restream before it runs
+
 
 @dataclass(slots=True)
 class Denoiser:
@@ -49,6 +51,7 @@ class Denoiser:
     device: torch.device
     dtype: torch.dtype
     resident_blocks: int
+    memory: HostMemory  # where blocks wait that are not on the device
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
@@ -148,7 +151,7 @@ class Models:
 
     def restream(self, denoiser: Denoiser, resident_blocks: int) -> None:
         """Keep fewer blocks on the device (a rung of the ladder)."""
-        stream_blocks(denoiser.transformer, denoiser.device, resident_blocks)
+        stream_blocks(denoiser.transformer, denoiser.device, resident_blocks, denoiser.memory)
         denoiser.resident_blocks = resident_blocks
 
     def _ready_denoiser(self, job: Job) -> Denoiser:
@@ -163,6 +166,7 @@ class Models:
             release_memory()
         if have is None:
             self._denoiser = have = self._load_denoiser(job)
+        have.memory.keep_copies(not plan.keep_both)
         if have.resident_blocks != plan.resident_blocks:
             self.restream(have, plan.resident_blocks)
         return have
@@ -179,13 +183,13 @@ class Models:
         plan, spec = job.plan, self.spec
         device, dtype = torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype)
         self._enforce_limit(device)
-        resident = plan.resident_blocks
+        resident, memory = plan.resident_blocks, self._host_memory(plan)
         with torch.device("meta"):
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
         if resident == spec.transformer.num_layers:
             allocate_packed(transformer, device, dtype)
         else:
-            allocate_streamed(transformer, device, dtype, resident, self._host_memory(plan))
+            allocate_streamed(transformer, device, dtype, resident, memory)
         parameters = dict(transformer.named_parameters())
         if self.folder is None:
             _randomise(parameters)
@@ -193,11 +197,11 @@ class Models:
             self._verify()
             self.folder.transformer.load_into({n: p.data for n, p in parameters.items()})
         if resident < spec.transformer.num_layers:
-            stream_blocks(transformer, device, resident, self._host_memory(plan))
+            stream_blocks(transformer, device, resident, memory)
         if self.folder is not None:
             selftest.check_transformer(transformer, spec.text_len)
         job.add_time("load_s", time.perf_counter() - began)
-        return Denoiser(transformer, device, dtype, resident)
+        return Denoiser(transformer, device, dtype, resident, memory)
 
     def _compile_vae(self, job: Job) -> None:
         """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
@@ -274,7 +278,8 @@ class Models:
         with self._turn(device):
             denoiser = self._denoiser
             if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
-                self.restream(denoiser, 0)
+                stream_blocks(denoiser.transformer, denoiser.device, 0, denoiser.memory, num_buffers=0)
+                denoiser.resident_blocks = PARKED
             release_memory()
 
     def load_vae(self, device: str, dtype: str, job: Job | None = None) -> WanVAE:

@@ -69,3 +69,25 @@ def test_a_resident_model_gives_its_memory_back(model) -> None:
     move_packed(model, DEVICE)
     assert all(packed_buffer(b).is_cuda for b in model.blocks)
     assert torch.equal(output(model, 0), expected)
+
+
+def test_a_parked_transformer_takes_turns_without_copying_back(model) -> None:
+    expected = output(model, 0)
+    memory = HostMemory("pinned")
+    memory.keep_copies(True)
+    stream_blocks(model, DEVICE, 0, memory, num_buffers=0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    where = [packed_buffer(block).data_ptr() for block in model.blocks]
+    for num_resident in (5, 2):
+        stream_blocks(model, DEVICE, num_resident, memory)
+        assert sum(packed_buffer(block).is_cuda for block in model.blocks) == num_resident == len(memory.copies)
+        assert torch.equal(output(model, 0), expected)
+        stream_blocks(model, DEVICE, 0, memory, num_buffers=0)
+        assert [packed_buffer(block).data_ptr() for block in model.blocks] == where
+        assert torch.cuda.memory_allocated() == before
+        assert not memory.copies
+    stream_blocks(model, DEVICE, 5, memory)
+    memory.keep_copies(False)
+    assert not memory.copies
+    assert torch.equal(output(model, 0), expected)

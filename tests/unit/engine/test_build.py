@@ -1,11 +1,20 @@
 """Models on their devices: what must follow a move, and who may use a device."""
 
+import gc
 import threading
+import weakref
+from dataclasses import replace
 
+import pytest
 import torch
 
+from wanduet.accelerate.host_memory import HostMemory
 from wanduet.engine import build
-from wanduet.engine.build import Models
+from wanduet.engine.build import PARKED, Models
+from wanduet.engine.hardware import detect
+from wanduet.engine.job import Job, OutputOptions
+from wanduet.engine.plan import make_plan
+from wanduet.request import GenerationRequest
 
 
 def test_a_moved_vae_gets_the_kernels_of_where_it_is(config, monkeypatch) -> None:
@@ -32,3 +41,44 @@ def test_a_device_in_use_is_not_idle(config) -> None:
             thread.start()
             thread.join()
     assert seen == [False, True]
+
+
+@pytest.fixture
+def streaming(config, tmp_path) -> tuple[Models, Job]:
+    """A job that keeps two of the transformer's blocks on its device, and takes turns with the VAE."""
+    models = Models(config)
+    request = GenerationRequest(prompt="a red circle", height=32, width=48, num_frames=5).resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    return models, Job(request, replace(plan, resident_blocks=2, keep_both=False), OutputOptions(tmp_path / "x.mp4"))
+
+
+def test_what_blocks_wait_in_lives_as_long_as_they_wait(streaming, monkeypatch) -> None:
+    """It unlocks its pages when it goes: copies from there would not run beside the computation any more."""
+    models, job = streaming
+    made: list[weakref.ref[HostMemory]] = []
+
+    class Noted(HostMemory):
+        def allocate(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+            made.append(weakref.ref(self))
+            return super().allocate(size, dtype)
+
+    monkeypatch.setattr(build, "HostMemory", Noted)
+    with models.transformer(job) as denoiser:
+        gc.collect()
+        assert len(made) == models.spec.transformer.num_layers - 2
+        assert all(memory() is denoiser.memory for memory in made)
+        assert denoiser.memory.keeps_copies
+
+
+def test_a_transformer_that_made_room_runs_again(streaming) -> None:
+    models, job = streaming
+    embeds = torch.zeros(1, models.spec.text_len, models.spec.transformer.text_dim)
+    shape = models.spec.latent_shape(32, 48, 5)
+    given = torch.randn(1, *shape), torch.full((1,), 500.0), embeds
+    with models.transformer(job) as denoiser, torch.no_grad():
+        expected = denoiser.transformer(*given)
+    build.stream_blocks(denoiser.transformer, denoiser.device, 0, denoiser.memory, num_buffers=0)
+    denoiser.resident_blocks = PARKED
+    with models.transformer(job) as again, torch.no_grad():
+        assert again.resident_blocks == 2
+        assert torch.equal(again.transformer(*given), expected)
