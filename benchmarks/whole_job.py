@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--diffusers-steps 50] [--size 480p] [section ...]
 
-Sections: ours decode forms diffusers decode_diffusers (the last is part of diffusers).
+Sections: ours smallest decode forms diffusers decode_diffusers (the last is part of diffusers).
 Random weights: time and memory do not depend on their values.
 """
 
@@ -43,11 +43,20 @@ SMALLEST = {"480p": int(2.5 * 2**30), "720p": 4 * 2**30, "1080p": 8 * 2**30}
 
 
 def ours(report: Report, options: argparse.Namespace) -> None:
+    """Prompt to MP4 as it comes: the first job of an engine, and one when models and kernels are there."""
+    jobs(report, "ours", options, None, {"first": 2, "whole": options.steps})
+
+
+def smallest(report: Report, options: argparse.Namespace) -> None:
+    """The same in the least memory: on a card that is made small, the allocator itself refuses more."""
+    if ON_GPU:
+        jobs(report, "smallest", options, SMALLEST[options.size], {"first": 2, "again": min(4, options.steps)})
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def jobs(report: Report, section: str, options: argparse.Namespace, limit: int | None, runs: dict[str, int]) -> None:
+    """Jobs of so many steps each, one after the other on one engine."""
     height, width, frames = SIZES[options.size]
-    request = GenerationRequest(
-        prompt=PROMPT, height=height, width=width, num_frames=frames, num_inference_steps=options.steps,
-        guidance_scale=6.0, seed=1,
-    )  # fmt: skip
     peaks: dict[str, dict[str, float]] = {}
 
     def on_step(info: StepInfo) -> None:
@@ -59,37 +68,26 @@ def ours(report: Report, options: argparse.Namespace) -> None:
                 torch.cuda.reset_peak_memory_stats()
 
     data = Path(tempfile.mkdtemp())
-    smallest = SMALLEST[options.size]
-    runs = (
-        ("first", 2, None), ("whole", options.steps, None),
-        ("first of the smallest", 2, smallest), ("smallest", min(4, options.steps), smallest),
-    )  # fmt: skip
-    for limit in (None, smallest):
-        clear_memory()
-        with Engine(EngineConfig(model=options.model, data_dir=data, vram_limit=limit)) as engine:
-            for name, steps, wanted in runs:  # after the first, models and kernels are ready
-                if wanted != limit or (limit and not ON_GPU):
-                    continue
-                clear_memory()
-                request = replace_steps(request, steps)
-                job = engine.submit(request, OutputOptions(data / f"{name}.mp4"), on_step)
-                result = job.result()
-                peaks["decode"] = peak_memory()
-                predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
-                timings = {k: round(v, 3) for k, v in result.timings.items()}
-                modes = {"resident_blocks": job.plan.resident_blocks, "decode_mode": asdict(job.plan.decode)}
-                step_s = round(result.timings["denoise_s"] / steps, 4)
-                report.add("ours", run=name, size=options.size, steps=steps, step_s=step_s, **timings,
-                           attention=job.attention)  # fmt: skip
-                host = round(result.peak_memory_bytes["cpu"] / 2**30, 2)
-                report.add("ours memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
-                           host_gib=host, **modes, rungs=job.rungs)  # fmt: skip
-    if ON_GPU:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def replace_steps(request: GenerationRequest, steps: int) -> GenerationRequest:
-    return request.model_copy(update={"num_inference_steps": steps})
+    clear_memory()
+    with Engine(EngineConfig(model=options.model, data_dir=data, vram_limit=limit)) as engine:
+        for name, steps in runs.items():
+            clear_memory()
+            request = GenerationRequest(
+                prompt=PROMPT, height=height, width=width, num_frames=frames, num_inference_steps=steps,
+                guidance_scale=6.0, seed=1,
+            )  # fmt: skip
+            job = engine.submit(request, OutputOptions(data / f"{name}.mp4"), on_step)
+            result = job.result()
+            peaks["decode"] = peak_memory()
+            predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
+            timings = {k: round(v, 3) for k, v in result.timings.items()}
+            step_s = round(result.timings["denoise_s"] / steps, 4)
+            report.add(section, run=name, size=options.size, steps=steps, step_s=step_s, **timings,
+                       attention=job.attention)  # fmt: skip
+            report.add(f"{section} memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
+                       host_gib=round(result.peak_memory_bytes["cpu"] / 2**30, 2), rungs=job.rungs,
+                       resident_blocks=job.plan.resident_blocks, decode_mode=asdict(job.plan.decode),
+                       keep_both=job.plan.keep_both)  # fmt: skip
 
 
 @torch.no_grad()
@@ -226,7 +224,7 @@ def decode_diffusers(report: Report, options: argparse.Namespace) -> None:
 
 
 SECTIONS = {
-    "ours": ours, "decode": decode, "forms": forms, "diffusers": diffusers, "decode_diffusers": decode_diffusers,
+    "ours": ours, "smallest": smallest, "decode": decode, "forms": forms, "diffusers": diffusers, "decode_diffusers": decode_diffusers,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """One decode over the ranks of a group: a strip of rows each, one below the other.
 
-Every rank runs the (small) trunk on whole frames. From layer to layer a rank sends the rows that it and the one below
-both read, and goes on; that one computes the same layer at the same time, and its device waits for them only. So
-no row is computed twice, and nobody waits for a whole frame.
+The first rank runs the (small) trunk on whole frames, sends what comes of it to all others, and has fewer rows for that. From
+layer to layer a rank sends the rows that it and the one below both read, and goes on; that one computes the same layer at
+the same time, and its device waits for them only. So no row is computed twice, and nobody waits for a whole frame.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from itertools import accumulate, pairwise
 from torch import Tensor
 
 from wanduet.models.vae import WanVAE
+from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import Rows
 from wanduet.models.vae_stream import Frames, decode_stream
-from wanduet.models.vae_strips import Seam, share_work
+from wanduet.models.vae_strips import Seam, share_decode
 from wanduet.parallel.exchange import Sending, receive, send
 from wanduet.parallel.rank import Rank
 from wanduet.parallel.sequence import split_lengths
@@ -24,11 +25,15 @@ def decode_share(
 ) -> Iterator[tuple[Rows, Frames]]:  # fmt: skip
     """This rank's rows of each latent frame's pixels (see `decode_stream`); the faster rank has more of them.
 
-    All ranks must call this, and go on together. Where frames are too small for strips to hand rows on, each
-    computes a halo of its own.
+    All ranks must call this, and go on together. Where the first rank is too slow to run the trunk for all, each runs it;
+    where frames are too small for strips to hand rows on, each computes a halo of its own.
     """
-    height = latents.shape[2] * vae.spec.spatial_stride
-    strips = share_work(vae.decoder.local_layers, height, speeds)
+    height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
+    strips, one_trunk = share_decode(decoder.trunk_layers, decoder.local_layers, height, speeds)
+    trunk: SentTrunk | ReceivedTrunk | None = None
+    if one_trunk:
+        others = tuple(range(1, rank.world_size))
+        trunk = SentTrunk(vae, others) if rank.index == 0 else ReceivedTrunk(vae)
     above = below = None
     if strips is None:
         cuts = accumulate(split_lengths(height, speeds), initial=0)
@@ -37,10 +42,45 @@ def decode_share(
         above = ReceivedSeam(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
         below = SentSeam(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
-    for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below):
+    for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below, trunk=trunk):
         yield mine, pixels
-    if below is not None:
-        below.finish()
+    for sending in (below, trunk):
+        if isinstance(sending, SentSeam | SentTrunk):
+            sending.finish()
+
+
+class SentTrunk:
+    """The trunk, whose features go to the other ranks too."""
+
+    def __init__(self, vae: WanVAE, ranks: tuple[int, ...]) -> None:
+        self._vae, self._ranks = vae, ranks
+        self._under_way: Sending | None = None
+
+    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """As `WanVAE.decode_trunk`."""
+        mid, past = self._vae.decode_trunk(z, past)
+        self.finish()
+        self._under_way = send(mid.permute(0, 2, 3, 4, 1), *self._ranks)
+        return mid, past
+
+    def finish(self) -> None:
+        """Wait until all has been sent."""
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+
+
+class ReceivedTrunk:
+    """What the first rank's trunk gives."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        self._channels = vae.spec.base_dim * vae.spec.dim_mult[-1]
+
+    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """As `WanVAE.decode_trunk`; remembers nothing."""
+        batch, _, frames, rows, columns = z.shape
+        mid = receive((batch, frames, rows, columns, self._channels), z, rank=0)
+        return mid.permute(0, 4, 1, 2, 3), None
 
 
 class SentSeam(Seam):

@@ -130,6 +130,11 @@ class Decoder(nn.Module):
         return layers
 
     @property
+    def trunk_layers(self) -> list[nn.Module]:
+        """The modules of the trunk."""
+        return [self.conv_in, self.mid_block, *self._whole_layers]
+
+    @property
     def _whole_layers(self) -> list[nn.Module]:
         """The first of them, which run on whole frames: those before any upsampling."""
         return list(cast(UpBlock, self.up_blocks[0]).resnets)

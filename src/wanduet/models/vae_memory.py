@@ -7,7 +7,7 @@ import torch
 from wanduet.models.footprint import Footprint
 from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 from wanduet.models.vae_stream import decode_stream
-from wanduet.models.vae_strips import share_work
+from wanduet.models.vae_strips import share_decode
 from wanduet.models.vae_traced import TRACED_STEPS, TRACING, kept_by_strips, meta_vae
 from wanduet.models.vae_waiting import PIECE_BYTES
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
@@ -43,8 +43,8 @@ def decode_bytes(
         vae = meta_vae(spec, kind, kernels)
         if ranks > 1:
             equal = (1.0,) * ranks
-            shares = share_work(vae.decoder.local_layers, height, equal) or split_rows(rows, equal)
-            plan, rows = DecodePlan(), max(shares, key=lambda share: share.count)
+            shares, _ = share_decode(vae.decoder.trunk_layers, vae.decoder.local_layers, height, equal)
+            plan, rows = DecodePlan(), max(shares or split_rows(rows, equal), key=lambda share: share.count)
         elif plan.order == "strip":  # all but the first and the last are alike
             rows = Rows(0, plan.strips(height)[:3][-1].stop, height)
         with Footprint() as footprint:

@@ -24,6 +24,7 @@ from wanduet.models.vae_waiting import Copying, Host, HostSeam
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
+Trunk = Callable[[Tensor, Past], tuple[Tensor, Past]]  # as WanVAE.decode_trunk
 WHOLE_FRAMES = DecodePlan()
 
 
@@ -36,17 +37,20 @@ def decode_stream(
     rows: Rows | None = None,
     above: Seam | None = None,
     below: Seam | None = None,
+    trunk: Trunk | None = None,
 ) -> Iterator[Frames]:
     """Decode latents `[16, T, h, w]` (normalised, on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
 
     With `rows` (in pixels) only these of each frame: what one rank of several does, with seams to those that do the
-    rows above and below (frame-major only). Yielded arrays are
-    reused: take what is needed before asking for more. `on_frames(done, total)` counts frames decoded so
-    far. Decoding may run in any thread, one video at a time for each `vae`.
+    rows above and below, and perhaps a `trunk` that is another's (frame-major only). Yielded arrays are reused: take what is
+    needed before asking for more. `on_frames(done, total)` counts frames decoded so far. Decoding may run in any thread, one
+    video at a time for each `vae`.
     """
     job = _Decode(vae, latents, plan, on_frames, rows)
     try:
-        yield from job.frame_major(above, below) if plan.order == "frame" else job.strip_major()
+        yield from (
+            job.frame_major(above, below, trunk or vae.decode_trunk) if plan.order == "frame" else job.strip_major()
+        )
     finally:
         vae.own_pasts(False)
 
@@ -93,15 +97,15 @@ class _Decode:
             needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
             self._history = History(needed, self.device)
 
-    def frame_major(self, above: Seam | None, below: Seam | None) -> Iterator[Frames]:
-        trunk: Past = None
+    def frame_major(self, above: Seam | None, below: Seam | None, trunk: Trunk) -> Iterator[Frames]:
+        trunk_past: Past = None
         pasts: list[Past] = [None] * len(self.strips)
         seams = [above, *(Seam(strip, self._history) for strip in self.strips[:-1]), below]
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):
             self.vae.own_pasts(history=self._history)
-            mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
+            mid, trunk_past = trunk(self._latent(index), trunk_past)
             picture: Tensor | None = None
             for number, rows in enumerate(self.strips):
                 pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows, *seams[number : number + 2])

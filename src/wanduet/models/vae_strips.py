@@ -101,29 +101,46 @@ def run_rows(
     return rows.crop(fresh, wanted), tuple(pasts)
 
 
-def share_work(layers: Sequence[Layer], height: int, shares: Sequence[float]) -> tuple[Rows, ...] | None:
+def share_decode(
+    trunk: Sequence[nn.Module], layers: Sequence[Layer], height: int, shares: Sequence[float]
+) -> tuple[tuple[Rows, ...] | None, bool]:
+    """`share_work`, and whether the first strip's device runs the trunk for all. Where it is too slow for that, each runs
+    it for itself."""
+    strips = share_work(layers, height, shares, trunk)
+    return (strips, True) if strips is not None else (share_work(layers, height, shares), False)
+
+
+def share_work(
+    layers: Sequence[Layer], height: int, shares: Sequence[float], trunk: Sequence[nn.Module] = ()
+) -> tuple[Rows, ...] | None:
     """A frame's `height` rows in strips whose work is in proportion to shares, if strips hand on what both read.
 
-    None where that cannot be: where some strip would have nothing new to compute at some layer.
+    `trunk`: layers that the first strip's device runs besides, on whole frames, before these. None where that cannot be:
+    where some strip would have nothing new to compute at some layer.
     """
     costs, frames = [], 1
-    for layer, level in zip(layers, _levels(layers, Rows.whole(height))[1:], strict=True):
+    first, *levels = _levels(layers, Rows.whole(height))
+    for layer, level in zip(layers, levels, strict=True):
         frames *= 2 if isinstance(layer, Upsample) and layer.time_conv is not None else 1
         module = layer.conv if isinstance(layer, NormedConv) else cast(nn.Module, layer)
-        weights = sum(parameter.numel() for parameter in module.parameters())
-        costs.append(weights * frames * level.height / height)  # of a row, whose columns double as the rows do
+        costs.append(_weights(module) * frames * level.height / height)  # of a row, whose columns double as the rows do
+    before = sum(map(_weights, trunk)) * first.height**2 / height
 
     def work(stop: int) -> float:
         """Of the rows above this one, and of what they need."""
         stops = [level.stop for level in _levels(layers, Rows(0, stop, height))[1:]]
         return sum(cost * rows for cost, rows in zip(costs, stops, strict=True))
 
-    total, wanted = work(height), accumulate(shares)
-    cuts = [0, *(bisect_left(range(height + 1), share / sum(shares) * total, key=work) for share in wanted)]
+    total, wanted = before + work(height), accumulate(shares)
+    cuts = [0, *(bisect_left(range(height + 1), share / sum(shares) * total - before, key=work) for share in wanted)]
     strips = tuple(Rows(a, b, height) for a, b in pairwise(cuts))
     stops = [[level.stop for level in _levels(layers, strip)] for strip in strips if strip.count]
     apart = all(a < b for above, below in pairwise(stops) for a, b in zip(above[1:], below[1:], strict=True))
     return strips if apart and len(stops) == len(strips) else None
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _joined(above: Tensor, fresh: Tensor | None, rows: Rows, needed: Rows) -> Tensor:

@@ -30,22 +30,22 @@ def take_from_first(x: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """A tensor under way to another rank."""
+    """A tensor under way to other ranks."""
 
     sent: Tensor  # kept alive until it has arrived
-    work: dist.Work
+    works: tuple[dist.Work, ...]
 
     def wait(self) -> None:
         """Until it is sent; on a GPU the current stream waits, not the host."""
-        self.work.wait()
+        for work in self.works:
+            work.wait()
 
 
-def send(x: Tensor, rank: int) -> Sending:
+def send(x: Tensor, *ranks: int) -> Sending:
     """Begin to send a copy of `x`, which may be overwritten at once."""
     own = _carried(x.clone(memory_format=torch.contiguous_format))
-    work = dist.isend(own, rank)
-    assert work is not None
-    return Sending(own, work)
+    works = [dist.isend(own, rank) for rank in ranks]
+    return Sending(own, tuple(work for work in works if work is not None))
 
 
 def receive(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:
