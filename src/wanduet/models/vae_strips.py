@@ -19,6 +19,11 @@ from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import Room
 
 
+# The trunk takes so much longer than its weights say: attention, and a frame of few pixels. Measured on two H100 at 480p, by
+# what each of them had to do (benchmarks/results/two_gpus.json).
+TRUNK_FACTOR = 1.4
+
+
 @dataclass(slots=True)
 class Seam:
     """Between a strip, whose result are the rows `wanted`, and the strip below it.
@@ -124,7 +129,7 @@ def share_work(
         frames *= 2 if isinstance(layer, Upsample) and layer.time_conv is not None else 1
         module = layer.conv if isinstance(layer, NormedConv) else cast(nn.Module, layer)
         costs.append(_weights(module) * frames * level.height / height)  # of a row, whose columns double as the rows do
-    before = sum(map(_weights, trunk)) * first.height**2 / height
+    before = TRUNK_FACTOR * sum(map(_weights, trunk)) * first.height**2 / height
 
     def work(stop: int) -> float:
         """Of the rows above this one, and of what they need."""
