@@ -39,7 +39,7 @@ class TransformerMemory:
     text: int  # cross-attention keys and values of every prompt
     activations: int  # the largest moment of one forward
     latents: int  # latents, sampler history, velocities
-    parked: int  # weights that stay there when it makes room for the decode
+    parked: int  # what stays there when it makes room for the decode: small weights, workspaces
 
     @property
     def peak(self) -> int:
@@ -78,7 +78,7 @@ class ModelMemory:
         shares = (layout.sequence, prompts, layout.cfg if layout.sequence == 1 else 1)
         activations = forward_bytes(t, self.spec.latent_shape(*size), self.spec.text_len, dtype, fused, *shares)
         latents = 10 * prod(self.spec.latent_shape(*size)) * 4
-        parked = total - t.num_layers * self._block_bytes(dtype)
+        parked = total - t.num_layers * self._block_bytes(dtype) + WORKSPACE_BYTES
         return TransformerMemory(total, weights, text, activations, latents, parked)
 
     def transformer_weights(self, dtype: str) -> int:

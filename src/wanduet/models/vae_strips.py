@@ -18,7 +18,6 @@ from wanduet.models.vae_layers import Layer, NormedConv, Past, Upsample
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.vae_fused import Room
 
-
 # The trunk takes so much longer than its weights say: attention, and a frame of few pixels. Measured on two H100 at 480p, by
 # what each of them had to do (benchmarks/results/two_gpus.json).
 TRUNK_FACTOR = 1.4
@@ -136,8 +135,9 @@ def share_work(
         stops = [level.stop for level in _levels(layers, Rows(0, stop, height))[1:]]
         return sum(cost * rows for cost, rows in zip(costs, stops, strict=True))
 
-    total, wanted = before + work(height), accumulate(shares)
-    cuts = [0, *(bisect_left(range(height + 1), share / sum(shares) * total - before, key=work) for share in wanted)]
+    total, wanted = before + work(height), accumulate(shares[:-1])
+    within = (bisect_left(range(height), share / sum(shares) * total - before, key=work) for share in wanted)
+    cuts = [0, *within, height]
     strips = tuple(Rows(a, b, height) for a, b in pairwise(cuts))
     stops = [[level.stop for level in _levels(layers, strip)] for strip in strips if strip.count]
     apart = all(a < b for above, below in pairwise(stops) for a, b in zip(above[1:], below[1:], strict=True))
