@@ -82,8 +82,7 @@ def memory() -> None:
     def up(ratio: float) -> float:
         return top + height * (high - ratio) / (high - low)
 
-    decode = "decode, strips of one size in memory"
-    count = sum(len(rows("memory_grid.json", section)) for section in ("denoise", decode))
+    count = sum(len(rows("memory_grid.json", section)) for section in ("denoise", "decode"))
     canvas.text(16, 20, f"Peak memory of {count} runs on one H100: predicted / measured", size=15)
     canvas.box(left, up(ALLOWED), left + width, up(1.0), "#ddf4ff")
     canvas.text(left + width - 6, up(ALLOWED) + 9, "never below, at most 8 % above", GREY, 11, "rm")
@@ -95,7 +94,7 @@ def memory() -> None:
     canvas.text(left + width / 2, top + height + 34, "measured, GiB", INK, 12, "mm")
     kinds = {
         "denoise": (BLUE, "denoise with guidance: 480p to 1080p, 0 to 30 blocks kept"),
-        decode: ("#bf3989", "decode at 480p and 720p: whole, and 2 to 8 strips"),
+        "decode": ("#bf3989", "decode: 480p to 1080p, whole, and 2 to 16 strips"),
     }
     for at, (section, (colour, name)) in zip((16, 410), kinds.items(), strict=True):
         canvas.dot(at + 4, 50, 4, colour)

@@ -26,6 +26,8 @@ Size = tuple[int, int, int]  # generated height, generated width, frames
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the code does not see: cuBLAS's workspaces and the caching allocator's rounding.
 WORKSPACE_BYTES = 56 * 2**20
+# Of a frame's pixels: what x264 holds of frames that are under way in its threads (whole_job_*.json, "host_gib", by size).
+VIDEO_ENCODER_BYTES = 400
 # Blocks on their way to or on the device beside the resident ones (accelerate/offload.py).
 STREAM_BUFFERS = 2
 
@@ -98,8 +100,9 @@ class ModelMemory:
         return max(alone, decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device), ranks))
 
     def decode_host(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
-        """Bytes of the host that decoding on a device needs."""
-        return decode_host_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
+        """Bytes of the host that decoding on a device needs, and encoding what comes of it."""
+        encoder = VIDEO_ENCODER_BYTES * size[0] * size[1]
+        return encoder + decode_host_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
 
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters: the large products; tables and norms stay resident."""

@@ -44,8 +44,10 @@ def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement
         shared = first.name == second.name and not first.is_cpu
         strategy: StrategyName = "single" if shared else "placed"
         return (Placement(strategy, second, first, "the devices' roles were named"),)
-    if config.strategy == "placed" and len(devices) == 1 and not devices[0].is_cpu:
-        raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
+    if config.strategy == "placed" and len(devices) == 1:
+        if not devices[0].is_cpu:
+            raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
+        return (Placement("placed", devices[0], devices[0], "asked for; the CPU stands for both devices"),)
     alone = sorted(devices, key=lambda d: (d.multiprocessors, d.free_bytes), reverse=True)
     if config.strategy == "single" or len(devices) == 1:
         why = "asked for" if config.strategy == "single" else f"{alone[0].name} is the only device"

@@ -9,7 +9,7 @@ from wanduet.models.vae_rows import DecodePlan, Rows, split_rows
 from wanduet.models.vae_stream import decode_stream
 from wanduet.models.vae_strips import share_decode
 from wanduet.models.vae_traced import TRACED_STEPS, TRACING, kept_by_strips, meta_vae
-from wanduet.models.vae_waiting import PIECE_BYTES
+from wanduet.models.vae_waiting import PIECE_BYTES, page_locked_bytes
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
@@ -75,4 +75,5 @@ def decode_host_bytes(
     features = spec.base_dim * spec.dim_mult[-1] * rows * columns * kind.itemsize
     traced, strips = min(steps, TRACED_STEPS), plan.strips(height)[:3]
     kept = kept_by_strips(spec, rows, columns, strips, traced, kind, kernels)
-    return num_frames * height * width * 3 + steps * (features + max(kept.seams)) + 2 * PIECE_BYTES
+    middles = -(-steps // max(1, PIECE_BYTES // features)) * page_locked_bytes(features)
+    return num_frames * height * width * 3 + middles + steps * max(kept.seams) + 2 * PIECE_BYTES

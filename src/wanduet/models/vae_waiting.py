@@ -19,6 +19,11 @@ from wanduet.models.vae_strips import Seam
 PIECE_BYTES = 64 * 2**20
 
 
+def page_locked_bytes(size: int) -> int:
+    """Of a piece that holds a tensor of `size` bytes."""
+    return max(PIECE_BYTES, 1 << (size - 1).bit_length())
+
+
 @dataclass(frozen=True, slots=True)
 class Copying:
     """A copy that may still be under way to `target`."""
@@ -73,7 +78,7 @@ class Host:
             return torch.empty_like(x, device="cpu")
         size = prod(x.shape) * x.itemsize
         if self._used + size > self._piece.numel():
-            self._piece = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, pin_memory=True)
+            self._piece = torch.empty(page_locked_bytes(size), dtype=torch.uint8, pin_memory=True)
             self._used = 0
         part = self._piece[self._used : self._used + size].view(x.dtype)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT

@@ -175,7 +175,7 @@ def test_what_strips_hand_on_is_as_large_as_predicted(vae, monkeypatch) -> None:
     plan = DecodePlan("strip", 3)
     for _ in decode_stream(vae, latents(6), plan):
         pass
-    pixels, middles = 13 * 48 * 40 * 3, 4 * 32 * 6 * 5 * 4
+    pixels, middles = 13 * 48 * 40 * 3, PIECE_BYTES  # all in one
     predicted = decode_host_bytes(SPEC, 48, 40, 13, plan, "float32") - pixels - middles - 2 * PIECE_BYTES
     upper, again, lower, last = waiting  # each of two seams when the strip above it is done, and the one below
     assert again == last == 0  # what has come back waits no longer
