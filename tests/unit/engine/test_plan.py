@@ -143,11 +143,15 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
     found = plan(memory, "1x24GiB")
     job = Job(request, found, OutputOptions(None))  # type: ignore[arg-type]
     asked: list[int] = []
+    real = torch.empty
 
-    def empty(size, **_):
-        asked.append(size)
+    def empty(*size, device=None, **options):
+        if device is None or torch.device(device).type != "cuda":
+            return real(*size, device=device, **options)
+        asked.append(*size)
         if len(asked) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return None
 
     monkeypatch.setattr(torch, "empty", empty)
     reserve_decode(job, memory)
@@ -157,9 +161,10 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
 
 
 def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
-    small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=4 * GIB)
+    little = int(4.25 * GIB)
+    small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=little)
     assert (small.fits, small.block_hold) == (True, "mapped")
-    assert small.host_bytes <= 4 * GIB
+    assert small.host_bytes <= little
     assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).block_hold == "pinned"
 
 
