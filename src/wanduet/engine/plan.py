@@ -4,13 +4,12 @@
 prediction stays below the limits. It refuses with the nearest settings that would fit.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, Literal
 
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
-from wanduet.engine.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, turn_seconds
+from wanduet.engine.candidates import DECODE_MODES, bulk, candidates
+from wanduet.engine.cost import Seconds, decode_seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
 from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
@@ -27,10 +26,6 @@ BlockHold = Literal["pinned", "mapped"]
 HEADROOM_BYTES = 192 * 2**20
 # Python, PyTorch and its libraries, frames on their way to the encoder.
 HOST_BASE_BYTES = 1200 * 2**20
-DECODE_MODES = (
-    *(DecodePlan("frame", strips) for strips in (1, 2, 4)),
-    *(DecodePlan("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +112,9 @@ def make_plan(
     if plan.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
+    only_mode = _too_small_for_the_models(plan, memory)  # no smaller video would help
     for other in alternatives(request, config, memory.spec, hardware):
-        if other.kind in found or (other.kind == "both" and found):
+        if other.kind in found or (other.kind == "both" and found) or (only_mode and other.kind != "mode"):
             continue  # one of each kind, the least painful
         candidate = _fastest_that_fits(other.request, memory, other.config, hardware)
         if candidate.fits:
@@ -211,43 +207,25 @@ def _fastest_of(
     request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, place: Placement
 ) -> Plan:
     """The first candidate of one placement that fits, or the smallest one."""
-    candidates = list(_candidates(request, memory, config, place))
-    smallest = _plan(request, memory, config, hardware, place, *min(candidates, key=_bulk))
+    weights = memory.transformer_weights(_transformer_dtype(config, place.transformer)[0])
+    ways = list(candidates(request, memory.spec, place, weights))
+    smallest = _plan(request, memory, config, hardware, place, *min(ways, key=bulk))
     all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
     text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
     least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
     if any(d.peak > d.limit_bytes for d in smallest.devices) or least > smallest.host_limit_bytes:
         return smallest  # without a look at all the others
-    plans = (_plan(request, memory, config, hardware, place, *candidate) for candidate in candidates)
+    plans = (_plan(request, memory, config, hardware, place, *way) for way in ways)
     return next((plan for plan in plans if plan.fits), smallest)
 
 
-Candidate = tuple[int, bool, bool, DecodePlan]  # resident blocks, share the first self-attention, keep both, mode
-
-
-def _candidates(
-    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, place: Placement
-) -> Iterator[Candidate]:
-    """Settings from the fastest to the slowest."""
-    layers = memory.spec.transformer.num_layers
-    on_cpu = place.transformer.is_cpu
-    resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
-    keep_both = (True, False) if place.shared and not on_cpu else (True,)
-    decode = decode_seconds(request, memory.spec, place.vae)
-    turn = turn_seconds(memory.transformer_weights(_transformer_dtype(config, place.transformer)[0]))
-
-    def seconds(way: tuple[bool, DecodePlan]) -> float:
-        keep, mode = way
-        return cut_seconds(decode, mode.num_strips) + (0.0 if keep else turn)
-
-    ways = sorted(product(keep_both, DECODE_MODES), key=seconds)
-    return ((blocks, share, *way) for blocks, share, way in product(resident, (True, False), ways))
-
-
-def _bulk(candidate: Candidate) -> tuple[bool | int, ...]:
-    """Smaller for settings that need less memory."""
-    resident, share_first, keep_both, mode = candidate
-    return resident, share_first, keep_both, mode.order == "frame", -mode.num_strips
+def _too_small_for_the_models(plan: Plan, memory: ModelMemory) -> bool:
+    """Whether all is on the host, and the weights alone are more than it has."""
+    if (plan.transformer_device, plan.vae_device) != ("cpu", "cpu"):
+        return False
+    text = text_encoder_bytes(memory.spec, plan.text_encoder_dtype, plan.text_encoder_hold)
+    models = memory.transformer_weights(plan.transformer_dtype) + memory.vae_weights(plan.vae_dtype)
+    return HOST_BASE_BYTES + text + models > plan.host_limit_bytes
 
 
 def _plan(
