@@ -37,8 +37,10 @@ class HostMemory:
         """Whether a block that goes to the device leaves its copy here. Weights do not change, so when it has to make
         room there, again and again, nothing is copied back."""
         self.keeps_copies = keeps
-        while self.copies and not keeps:
-            self.release(self.copies.popitem()[1])
+        if not keeps:
+            for copy in self.copies.values():
+                self.release(copy)
+            self.copies.clear()
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised `[size]` tensor."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PARKED = -1  # resident blocks of a transformer that made room: restream before it runs
+PARKED = -1  # resident blocks of a transformer that made room
 
 
 @dataclass(slots=True)
@@ -55,6 +55,16 @@ class Denoiser:
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
+
+    def restream(self, resident_blocks: int) -> None:
+        """Keep so many blocks on the device."""
+        stream_blocks(self.transformer, self.device, resident_blocks, self.memory)
+        self.resident_blocks = resident_blocks
+
+    def park(self) -> None:
+        """Take all blocks off the device, and what they come through: `restream` before it runs again."""
+        stream_blocks(self.transformer, self.device, 0, self.memory, num_buffers=0)
+        self.resident_blocks = PARKED
 
 
 class Models:
@@ -149,11 +159,6 @@ class Models:
             self._fit_to(denoiser, job)
             yield denoiser
 
-    def restream(self, denoiser: Denoiser, resident_blocks: int) -> None:
-        """Keep fewer blocks on the device (a rung of the ladder)."""
-        stream_blocks(denoiser.transformer, denoiser.device, resident_blocks, denoiser.memory)
-        denoiser.resident_blocks = resident_blocks
-
     def _ready_denoiser(self, job: Job) -> Denoiser:
         loading, self._loading = self._loading, None
         if loading is not None:
@@ -168,7 +173,7 @@ class Models:
             self._denoiser = have = self._load_denoiser(job)
         have.memory.keep_copies(not plan.keep_both)
         if have.resident_blocks != plan.resident_blocks:
-            self.restream(have, plan.resident_blocks)
+            have.restream(plan.resident_blocks)
         return have
 
     def _load_and_fit(self, job: Job) -> Denoiser:
@@ -278,8 +283,7 @@ class Models:
         with self._turn(device):
             denoiser = self._denoiser
             if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
-                stream_blocks(denoiser.transformer, denoiser.device, 0, denoiser.memory, num_buffers=0)
-                denoiser.resident_blocks = PARKED
+                denoiser.park()
             release_memory()
 
     def load_vae(self, device: str, dtype: str, job: Job | None = None) -> WanVAE:

@@ -28,7 +28,7 @@ def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weig
 
     def seconds(way: tuple[bool, DecodePlan]) -> float:
         keep, mode = way
-        return cut_seconds(decode, mode.num_strips) + (0.0 if keep else turn)
+        return cut_seconds(request, decode, mode) + (0.0 if keep else turn)
 
     ways = sorted(product(keep_both, DECODE_MODES), key=seconds)
     return ((blocks, share, *way) for blocks, share, way in product(resident, (True, False), ways))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanduet.engine.hardware import DeviceInfo
+from wanduet.models.vae_rows import DecodePlan
 from wanduet.request import ResolvedRequest
 from wanduet.specs import ModelSpec, TransformerSpec
 
@@ -29,6 +30,9 @@ DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
 # Of a decode's time, what each further cut of its frames adds: 3 to 7 % at 480p, 1.5 to 3 at 720p, 1 to 2 at 1080p
 # (benchmarks/results/whole_job_*.json, H100).
 CUT_SHARE = 0.03
+# Strip by strip, frames come at the end, and then wait for the encoder, which else works beside the decode. Pixels a second
+# by which jobs took longer to write (the same files, "ours" and "smallest": 16 cores, x264).
+VIDEO_RATE = 50e6
 MOVING_RATE = 20e9  # bytes a second over PCIe 4 x16, page-locked
 # The text encoder on the CPU: TFLOP/s a core, and bytes a second that its weights come in, from the file (page cache
 # or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2 cores.
@@ -98,9 +102,11 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
     return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
-def cut_seconds(decode: float, num_strips: int) -> float:
-    """What a decode of so many seconds takes longer in strips."""
-    return CUT_SHARE * decode * (num_strips - 1)
+def cut_seconds(request: ResolvedRequest, decode: float, mode: DecodePlan) -> float:
+    """What a decode of so many seconds, and writing what comes of it, take longer in strips."""
+    pixels = request.num_videos_per_prompt * request.num_frames * request.generated_height * request.generated_width
+    late = 0.0 if mode.order == "frame" else pixels / VIDEO_RATE
+    return CUT_SHARE * decode * (mode.num_strips - 1) + late
 
 
 def turn_seconds(weights: int) -> float:

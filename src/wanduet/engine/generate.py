@@ -99,7 +99,7 @@ def _denoise_here(models: Models, job: Job, task: DenoiseTask) -> Tensor:
         with models.if_idle(job.plan.vae_device) as idle:
             if idle:  # else a decode runs there, and shows that its memory is there
                 reserve_decode(job, models.memory)
-        ladder = DenoiseLadder(models, job, denoiser)
+        ladder = DenoiseLadder(job, denoiser)
         around = Surroundings(job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder, job.rungs.append)
         latents = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)()
         job.attention = denoiser.attention

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from wanduet.engine.build import Denoiser, Models, release_memory
+from wanduet.engine.build import Denoiser, release_memory
 from wanduet.engine.job import Job
 from wanduet.engine.memory import ModelMemory
 from wanduet.errors import OutOfMemoryError
@@ -29,8 +29,8 @@ SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("s
 class DenoiseLadder:
     """Runs one forward; on running out of memory goes a rung down and runs it again. No step is lost."""
 
-    def __init__(self, models: Models, job: Job, denoiser: Denoiser) -> None:
-        self._models, self._job, self._denoiser = models, job, denoiser
+    def __init__(self, job: Job, denoiser: Denoiser) -> None:
+        self._job, self._denoiser = job, denoiser
         self._rungs = self._remaining()
 
     def __call__(self, forward: Callable[[], Result]) -> Result:
@@ -66,7 +66,7 @@ class DenoiseLadder:
         layers = len(transformer.blocks)
         for resident in (layers // 2, layers // 4, 0):
             if self._denoiser.device.type != "cpu" and resident < self._denoiser.resident_blocks:
-                self._models.restream(self._denoiser, resident)
+                self._denoiser.restream(resident)
                 yield f"{resident} of {layers} blocks on the device"
 
 

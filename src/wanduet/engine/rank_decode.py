@@ -44,9 +44,10 @@ def decode_share(
     mine = strips[rank.index]
     for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below, trunk=trunk):
         yield mine, pixels
-    for sending in (below, trunk):
-        if isinstance(sending, SentSeam | SentTrunk):
-            sending.finish()
+    if below is not None:
+        below.finish()
+    if isinstance(trunk, SentTrunk):
+        trunk.finish()
 
 
 class SentTrunk:

@@ -267,7 +267,7 @@ class _Loop:
         self.pipe, self.job, self.denoiser = pipe, job, denoiser
         self.embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         self.callback, self.tensors = callback, tensors
-        self.ladder = DenoiseLadder(pipe._models, job, denoiser)
+        self.ladder = DenoiseLadder(job, denoiser)
         self.contexts = {name: self._context(value) for name, value in self.embeds.items()}
         self.timesteps = torch.empty(0)
         self.scale = pipe.guidance_scale  # of the call; a callback can turn guidance off, not change it

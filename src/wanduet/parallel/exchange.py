@@ -44,8 +44,12 @@ class Sending:
 def send(x: Tensor, *ranks: int) -> Sending:
     """Begin to send a copy of `x`, which may be overwritten at once."""
     own = _carried(x.clone(memory_format=torch.contiguous_format))
-    works = [dist.isend(own, rank) for rank in ranks]
-    return Sending(own, tuple(work for work in works if work is not None))
+    works = []
+    for rank in ranks:
+        work = dist.isend(own, rank)
+        assert work is not None
+        works.append(work)
+    return Sending(own, tuple(works))
 
 
 def receive(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:

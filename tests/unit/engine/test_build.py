@@ -77,8 +77,8 @@ def test_a_transformer_that_made_room_runs_again(streaming) -> None:
     given = torch.randn(1, *shape), torch.full((1,), 500.0), embeds
     with models.transformer(job) as denoiser, torch.no_grad():
         expected = denoiser.transformer(*given)
-    build.stream_blocks(denoiser.transformer, denoiser.device, 0, denoiser.memory, num_buffers=0)
-    denoiser.resident_blocks = PARKED
+    denoiser.park()
+    assert denoiser.resident_blocks == PARKED
     with models.transformer(job) as again, torch.no_grad():
         assert again.resident_blocks == 2
         assert torch.equal(again.transformer(*given), expected)
