@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/two_gpus.py [--sizes 480p,720p] [--steps 8] [section ...]
 
-Sections: guided unguided batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
+Sections: guided unguided whole batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
 `placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both. `exchanges` looks at
 the parts without an engine around them: one forward, by how heads are exchanged, and one decode, with rows handed on or halos.
 TINY=1 runs every section on two CPU ranks with the miniature.
@@ -126,6 +126,18 @@ def unguided(bench: Bench, report: Report) -> None:
     both(bench, report, "unguided", 1.0, bench.options.sizes)
 
 
+def whole(bench: Bench, report: Report) -> None:
+    """A guided job of 50 steps on both devices, prompt to MP4; there is no text encoder with random weights."""
+    size, steps = bench.options.sizes[0], 2 if TINY else 50
+    with bench.engine("parallel") as engine:
+        bench.run(engine, bench.request(size, 6.0, steps=2), "warm", runs=1)
+        began = time.perf_counter()
+        job, timings = bench.run(engine, bench.request(size, 6.0, steps=steps), "whole", runs=1)
+        seconds = time.perf_counter() - began
+    report.add("whole", size=size, steps=steps, seconds=round(seconds, 2), attention=job.attention, rungs=job.rungs,
+               **{key: round(value, 3) for key, value in timings.items()})  # fmt: skip
+
+
 def batch(bench: Bench, report: Report) -> None:
     """Eight short jobs, `placed`: what the whole batch takes beyond its denoises, first encode and last decode."""
     size = bench.options.sizes[0]
@@ -230,9 +242,12 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
     t, model = spec.transformer, random_transformer(spec, rank.device)
     sequence, prompts = rank.mesh(Layout(ulysses=rank.world_size)), rank.mesh(Layout(cfg=rank.world_size))
     ways: dict[str, Sharding] = {"alone": NoSharding(), "first attention shared": PromptSharding.of_group(prompts.cfg)}
-    for groups in (1, 2, 3, 6):
+    kinds = {"collectives": dataclasses.replace(sequence, peers=None)}
+    if sequence.peers is not None:
+        kinds["copies"] = sequence
+    for (kind, mesh), groups in product(kinds.items(), (1, 2, 3)):
         if t.num_attention_heads // rank.world_size % groups == 0:
-            ways[f"heads in {groups} groups"] = SequenceSharding(sequence, head_groups=groups)
+            ways[f"heads by {kind}, in {groups} groups"] = SequenceSharding(mesh, head_groups=groups)
     text = torch.ones(1, 80, t.text_dim, device=rank.device)
     step = torch.full((1,), 500.0, device=rank.device)
     for name, size in sizes.items():
@@ -316,7 +331,7 @@ def random_transformer(spec: ModelSpec, device: torch.device) -> WanTransformer:
 
 
 SECTIONS = {
-    "guided": guided, "unguided": unguided, "batch": batch, "latents": latents, "exchanges": exchanges,
+    "guided": guided, "unguided": unguided, "whole": whole, "batch": batch, "latents": latents, "exchanges": exchanges,
     "diffusers": diffusers,
 }  # fmt: skip
 

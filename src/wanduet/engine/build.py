@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,11 @@ class Denoiser:
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
+
+    def attend_with(self, choice: Choice) -> None:
+        """Use that attention from the next forward on."""
+        self.attention, self.attention_lse = choice.name, choice.fn_with_lse
+        self.transformer.runtime = replace(self.transformer.runtime, attention=choice.fn)
 
     def restream(self, resident_blocks: int) -> None:
         """Keep so many blocks on the device."""
@@ -233,8 +238,8 @@ class Models:
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
         _, kernels, choice = denoiser.chosen
-        denoiser.attention, denoiser.attention_lse = choice.name, choice.fn_with_lse
-        denoiser.transformer.runtime = Runtime(kernels=kernels, attention=choice.fn, share_first=job.plan.share_first)
+        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=job.plan.share_first)
+        denoiser.attend_with(choice)
 
     @contextmanager
     def if_idle(self, device: str) -> Iterator[bool]:

@@ -21,6 +21,8 @@ from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.speeds import all_speeds, of_sequence
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
+from wanduet.ops.attention_choice import choose_together
+from wanduet.parallel.exchange import goes_directly, told
 from wanduet.parallel.mesh import Layout, Mesh
 from wanduet.parallel.prompts import PromptSharding
 from wanduet.parallel.rank import Rank
@@ -115,6 +117,7 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
         keeps_checkpoints=first,
     )
     with models.transformer(job) as denoiser:
+        _agree(denoiser)
         _share(denoiser, mesh, speeds)
         try:
             latents = Denoising(task, models.spec, denoiser, checkpoints, around)()
@@ -124,12 +127,21 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
         rank.report(Denoised(latents, denoiser.attention, tuple(job.rungs)))
 
 
+def _agree(denoiser: Denoiser) -> None:
+    """Let all ranks attend with the same kernel, which each of them has chosen for itself."""
+    group = dist.group.WORLD
+    assert denoiser.chosen is not None
+    assert group is not None
+    choice = denoiser.chosen[2]
+    denoiser.attend_with(choose_together(told((choice.name, choice.table), group), denoiser.device))
+
+
 def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     """Give the transformer its part of the sequence, the faster rank more of it; or of what all prompts have in common."""
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
-    elif dist.get_backend(mesh.cfg) == "nccl":  # over the host it would take longer than it saves
+    elif mesh.layout.cfg > 1 and goes_directly(denoiser.device):  # over the host it would take longer than it saves
         sharding = PromptSharding.of_group(mesh.cfg)
     else:
         return

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def choose_attention(
     return _choice(best, table)
 
 
+def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torch.device) -> Choice:
+    """What devices that work in step use: the same on all, and fastest where it is slowest. `said`: the name and table
+    of what each would choose. The first's, where nothing is usable on all."""
+    chosen = said[0][0]
+    if any(name != chosen for name, _ in said):
+        tables = [{row.name: _milliseconds(row) for row in table if row.usable} for _, table in said]
+        common = [name for name in tables[0] if all(name in table for table in tables)]
+        chosen = min(common, key=lambda name: max(table[name] for table in tables), default=chosen)
+    return _choice(available_backends(device)[chosen])
+
+
 def measure(backends: Sequence[Backend], device: torch.device, shape: Shape, dtype: torch.dtype) -> tuple[Timing, ...]:
     """Check and time each back end; a warning for each that fails. Fastest first."""
     rows = []
@@ -168,7 +180,7 @@ def _time(backend: Backend, row: Timing, device: torch.device, shape: Shape, dty
     try:
         q, k, v = _random_inputs(shape, device, dtype)
         finite = bool(torch.isfinite(backend.attend(q, k, v)).all())
-        times = [_timed_once(backend.attend, (q, k, v), device) for _ in range(TIMED_RUNS)]
+        times = _timed(backend.attend, (q, k, v), device)
     except Exception as problem:
         return Timing(backend.name, None, row.error, _first_line(problem))
     if not finite:
@@ -193,24 +205,32 @@ def _timed_in_turns(
     seen: dict[str, list[float]] = {row.name: [] for row in close}
     for _ in range(min(SUSTAINED_ROUNDS, max(1, round(SUSTAINED_MS / (TIMED_RUNS * limit))))):
         for name, times in seen.items():
-            times += [_timed_once(backends[name].attend, qkv, device) for _ in range(TIMED_RUNS)]
+            times += _timed(backends[name].attend, qkv, device)
     medians = {name: statistics.median(times) for name, times in seen.items()}
     return [replace(row, milliseconds=medians.get(row.name, row.milliseconds)) for row in rows]
 
 
-def _timed_once(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> float:
-    """Milliseconds of one call."""
+def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> list[float]:
+    """Milliseconds of `TIMED_RUNS` calls.
+
+    On a GPU behind one more, so that it is at work while they are launched: other threads load and compile meanwhile,
+    and a back end that is launched by much Python would be charged for waiting for its turn.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
-        attend(*qkv)
-        return (time.perf_counter() - start) * 1e3
+        return [_host_milliseconds(attend, qkv) for _ in range(TIMED_RUNS)]
     stream = torch.cuda.current_stream(device)
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record(stream)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
+    for event in events:
+        attend(*qkv)
+        event.record(stream)
+    events[-1].synchronize()
+    return [float(before.elapsed_time(after)) for before, after in pairwise(events)]
+
+
+def _host_milliseconds(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor]) -> float:
+    start = time.perf_counter()
     attend(*qkv)
-    after.record(stream)
-    after.synchronize()
-    return float(before.elapsed_time(after))
+    return (time.perf_counter() - start) * 1e3
 
 
 def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,10 +6,19 @@ MB a step of guidance, too slow for a sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+Said = TypeVar("Said")
+
+
+def goes_directly(device: torch.device) -> bool:
+    """Whether ranks exchange a GPU's tensors without the host. Not to be asked of a group: its back end has a name for
+    each kind of device."""
+    return device.type == "cuda" and dist.is_nccl_available()
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -18,6 +27,13 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
     return [part.to(x.device) for part in parts]
+
+
+def told(mine: Said, group: dist.ProcessGroup) -> list[Said]:
+    """What every rank says, something picklable, in their order."""
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, mine, group=group)
+    return said
 
 
 def take_from_first(x: Tensor) -> None:
@@ -61,4 +77,4 @@ def receive(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:
 
 def _carried(x: Tensor) -> Tensor:
     x = x.contiguous()
-    return x.cpu() if x.is_cuda and not dist.is_nccl_available() else x
+    return x.cpu() if x.is_cuda and not goes_directly(x.device) else x

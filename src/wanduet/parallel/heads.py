@@ -48,11 +48,10 @@ class HeadExchange:
         ranks do not divide the heads.
         """
         ranks = len(self.lengths)
-        if q.shape[2] % ranks:
-            raise ConfigError(f"{q.shape[2]} heads cannot be shared evenly by {ranks} ranks.", hint="Use a ring.")
+        heads_each = heads_of_rank(q, ranks)
         out_BLHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out_BLPHD = out_BLHD.unflatten(2, (ranks, -1))
-        head_slices = _slices(q.shape[2] // ranks, groups)
+        head_slices = slices(heads_each, groups)
         arriving = [self._send_heads((q, k, v), head_slices[0])]
         leaving: list[_Exchange] = []
         for index, heads in enumerate(head_slices):
@@ -108,7 +107,14 @@ def _per_token(x_BLHD: Tensor, heads: slice) -> int:
     return batch * channels * len(range(heads.start, heads.stop))
 
 
-def _slices(count: int, groups: int) -> list[slice]:
+def heads_of_rank(q_BLHD: Tensor, ranks: int) -> int:
+    """How many heads each of so many ranks attends with. Raises ConfigError if they do not divide them."""
+    if q_BLHD.shape[2] % ranks:
+        raise ConfigError(f"{q_BLHD.shape[2]} heads cannot be shared evenly by {ranks} ranks.", hint="Use a ring.")
+    return q_BLHD.shape[2] // ranks
+
+
+def slices(count: int, groups: int) -> list[slice]:
     """`0:count` in at most `groups` parts that differ by one at most."""
     groups = min(groups, count)
     cuts = [count * index // groups for index in range(groups + 1)]

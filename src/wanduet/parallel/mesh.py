@@ -15,6 +15,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.errors import ConfigError
+from wanduet.parallel.direct import PeerMemory
+from wanduet.parallel.peers import GpuPeers
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,11 @@ class Mesh:
     sequence: dist.ProcessGroup
     ring: dist.ProcessGroup
     ulysses: dist.ProcessGroup
+    peers: PeerMemory | None = None  # of `ulysses`, where its ranks can write to each other's memory
 
     @classmethod
-    def create(cls, layout: Layout, timeout_s: float) -> Self:
-        """Arrange all ranks of the initialised default process group; every rank must call this.
+    def create(cls, layout: Layout, timeout_s: float, device: torch.device = CPU) -> Self:
+        """Arrange all ranks of the initialised default process group; every rank must call this, with its device.
 
         `timeout_s` is how long a collective may take. Raises ConfigError if the number of ranks is not the
         layout's.
@@ -98,7 +103,8 @@ class Mesh:
                 timeout = timedelta(seconds=timeout_s)
                 made[ranks], _ = dist.new_subgroups_by_enumeration([list(row) for row in ranks], timeout=timeout)
             groups.append(made[ranks])
-        return cls(layout, *groups)
+        cfg, sequence, ring, ulysses = groups
+        return cls(layout, cfg, sequence, ring, ulysses, GpuPeers.of_group(ulysses, device))
 
     @property
     def cfg_rank(self) -> int:

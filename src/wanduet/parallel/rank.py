@@ -18,6 +18,7 @@ import torch
 from torch import distributed as dist
 
 from wanduet.errors import WanduetError
+from wanduet.parallel.exchange import goes_directly
 from wanduet.parallel.mesh import Layout, Mesh
 
 # Exit status of a worker whose starter is gone (nobody is left to read it) and of one that reported an error.
@@ -133,7 +134,7 @@ class Rank:
 
     def mesh(self, layout: Layout) -> Mesh:
         """The ranks in a layout; all must ask. Raises ConfigError if their number is not the layout's."""
-        return Mesh.create(layout, self.timeout_s)
+        return Mesh.create(layout, self.timeout_s, self.device)
 
     def report(self, message: object) -> None:
         """Send something picklable to the starter (tensors on the CPU); nobody hears it under torchrun."""
@@ -199,7 +200,7 @@ def serve(
 
 
 def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
-    nccl = device.type == "cuda" and dist.is_nccl_available()
+    nccl = goes_directly(device)
     # A decode's rows are meant to travel one after another.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if device.type == "cuda":

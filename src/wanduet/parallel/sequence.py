@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from wanduet.errors import ConfigError
 from wanduet.ops.attention import AttentionFn, AttentionLseFn, plain_with_lse
+from wanduet.parallel.direct import DirectExchange
 from wanduet.parallel.heads import HeadExchange
 from wanduet.parallel.mesh import Mesh
 from wanduet.parallel.ring import ring_attention
@@ -101,7 +102,10 @@ class SequenceSharding:
 
         if layout.ulysses == 1:
             return attend_whole(q, k, v)
-        exchange = HeadExchange(self.mesh.ulysses, rows[ring_row], self._rank % layout.ulysses)
+        lengths, rank, peers = rows[ring_row], self._rank % layout.ulysses, self.mesh.peers
+        exchange: HeadExchange | DirectExchange = HeadExchange(self.mesh.ulysses, lengths, rank)
+        if peers is not None and q.shape[0] == 1:
+            exchange = DirectExchange(peers, lengths, rank)
         return exchange.attend(q, k, v, attend_whole, self._head_groups)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from wanduet.errors import ConfigError
 from wanduet.ops import attention, attention_choice
 from wanduet.ops.attention import Backend, available_backends, plain_with_lse, sdpa
-from wanduet.ops.attention_choice import CACHE_FILE, Shape, choose_attention
+from wanduet.ops.attention_choice import CACHE_FILE, Shape, Timing, choose_attention, choose_together
 
 CPU = torch.device("cpu")
 SHAPE = Shape(queries=64, keys=64, heads=2, head_dim=16)
@@ -51,18 +51,37 @@ def test_close_ones_are_chosen_by_what_they_take_in_the_long_run(monkeypatch) ->
     cold, warm = {"sdpa": 50.0, "brisk": 9.9, "steady": 10.0, "slow": 11.0}, {"brisk": 12.0, "steady": 10.5}
     seen = dict.fromkeys(cold, 0)
 
-    def timed_once(attend, qkv, device) -> float:
+    def timed(attend, qkv, device) -> list[float]:
         name = next((spy.backend.name for spy in (brisk, steady, slow) if attend == spy.attend), "sdpa")
         seen[name] += 1
-        return cold[name] if seen[name] <= attention_choice.TIMED_RUNS else warm[name]
+        return [cold[name] if seen[name] == 1 else warm[name]] * attention_choice.TIMED_RUNS
 
-    monkeypatch.setattr(attention_choice, "_timed_once", timed_once)
+    monkeypatch.setattr(attention_choice, "_timed", timed)
     choice = choose(brisk, steady, slow)
     assert choice.name == "steady"
     assert [(row.name, row.milliseconds) for row in choice.table] == [
         ("steady", 10.5), ("slow", 11.0), ("brisk", 12.0), ("sdpa", 50.0)
     ]  # fmt: skip
-    assert seen["brisk"] == seen["steady"] > 10 * seen["slow"] == 10 * attention_choice.TIMED_RUNS
+    assert seen["brisk"] == seen["steady"] > 10 * seen["slow"] == 10
+
+
+def table(**milliseconds: float | None) -> tuple[Timing, ...]:
+    return tuple(Timing(name, ms, 0.001, None if ms else "wrong result") for name, ms in milliseconds.items())
+
+
+def test_devices_in_step_use_the_same(monkeypatch) -> None:
+    found = {name: Spy(name).backend for name in ("a", "b", "c")}
+    monkeypatch.setattr(attention_choice, "available_backends", lambda _: found)
+
+    def together(*tables: tuple[Timing, ...]) -> str:
+        return choose_together(
+            [(min(rows, key=lambda r: r.milliseconds or 1e9).name, rows) for rows in tables], CPU
+        ).name
+
+    assert together(table(a=1.0, b=2.0), table(a=1.5, b=1.9)) == "a"
+    assert together(table(a=1.0, b=2.0), table(a=3.0, b=2.5)) == "b"  # nobody waits for a slow one
+    assert together(table(a=1.0, b=2.0, c=3.0), table(a=None, b=None, c=2.0)) == "c"  # one is wrong on one of them
+    assert together(table(a=1.0), table(b=1.0)) == "a"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

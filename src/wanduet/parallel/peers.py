@@ -1,0 +1,160 @@
+"""Memory that the GPUs of one machine share, and copies into it by their copy engines.
+
+PyTorch's symmetric memory maps a buffer of every rank into all of them and gives signals between their streams;
+CUDA's driver copies rows of any length and pitch, for which PyTorch would start a kernel.
+"""
+
+import ctypes
+import logging
+import os
+import socket
+from contextlib import suppress
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from wanduet.parallel.exchange import goes_directly, told
+
+log = logging.getLogger(__name__)
+
+UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: an address says itself whose memory it is
+# What a new buffer is tried with: rows of some heads, among others.
+TRIED = (1, 67, 6, 128)
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of cuda.h."""
+
+    _fields_ = (
+        *((f"source_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("source_type", ctypes.c_uint),
+        *((f"source_{name}", ctypes.c_void_p) for name in ("host", "device", "array")),
+        ("source_pitch", ctypes.c_size_t),
+        *((f"target_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("target_type", ctypes.c_uint),
+        *((f"target_{name}", ctypes.c_void_p) for name in ("host", "device", "array")),
+        ("target_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    )
+
+
+class GpuPeers:
+    """A `PeerMemory` of the GPUs of a group, one a rank, that reach each other."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Made by `of_group`."""
+        self._group, self._device = group, device
+        self._copies = torch.cuda.Stream(device)
+        self._size = 0
+        self._shared: Any = None
+        self._buffer: Tensor | None = None  # which `_shared` does not keep
+
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> Self | None:
+        """For the ranks of a group, who must all ask; None for all of them where one cannot reach another, or where
+        what arrives is not what was sent."""
+        if dist.get_world_size(group) == 1 or not all(told(_reachable(group, device), group)):
+            return None
+        peers = cls(group, device)
+        works = False
+        try:
+            works = peers._try()
+        except Exception as error:  # whatever a driver or PyTorch's own code raises
+            log.warning("GPUs do not exchange by their copy engines: %s", error)
+        return peers if all(told(works, group)) else None
+
+    def reserve(self, size: int) -> None:
+        """See PeerMemory."""
+        if size <= self._size:
+            return
+        from torch.distributed import _symmetric_memory as symmetric
+
+        torch.cuda.synchronize(self._device)
+        self._shared = self._buffer = None
+        self._buffer = symmetric.empty(size, dtype=torch.uint8, device=self._device)
+        self._shared = symmetric.rendezvous(self._buffer, self._group)
+        self._size = size
+
+    def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See PeerMemory."""
+        view: Tensor = self._shared.get_buffer(rank, shape, dtype, offset)
+        return view
+
+    def follow(self) -> None:
+        """See PeerMemory."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """See PeerMemory."""
+        if not source.numel():
+            return
+        _, length, heads, channels = source.shape
+        item = source.itemsize
+        copy = _Copy2D(
+            source_type=UNIFIED, source_device=source.data_ptr(), source_pitch=source.stride(1) * item,
+            target_type=UNIFIED, target_device=target.data_ptr(), target_pitch=target.stride(1) * item,
+            width=heads * channels * item, height=length,
+        )  # fmt: skip
+        failed = _driver().cuMemcpy2DAsync_v2(ctypes.byref(copy), self._copies.cuda_stream)
+        if failed:
+            raise RuntimeError(f"CUDA's driver refused a copy between GPUs (error {failed}).")
+
+    def tell(self, rank: int, channel: int) -> None:
+        """See PeerMemory."""
+        with torch.cuda.stream(self._copies):
+            self._shared.put_signal(rank, channel)
+
+    def hear(self, rank: int, channel: int) -> None:
+        """See PeerMemory."""
+        self._shared.wait_signal(rank, channel)
+
+    def join(self) -> None:
+        """See PeerMemory."""
+        torch.cuda.current_stream(self._device).wait_stream(self._copies)
+
+    def _try(self) -> bool:
+        """Whether rows between others arrive where they should, from every rank."""
+        ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        _, length, heads, channels = TRIED
+        sent = torch.arange(length * heads * channels, dtype=torch.int32, device=self._device).view(TRIED)
+        self.reserve(ranks * sent.nbytes)
+        places = [self.on(r, 0, (ranks, *TRIED), sent.dtype) for r in range(ranks)]
+        places[rank].fill_(-1)
+        self._shared.barrier()
+        self.follow()
+        others = [other for other in range(ranks) if other != rank]
+        for other in others:
+            self.copy(sent[:, :, 1:3], places[other][rank][:, :, 2:4])
+            self.tell(other, 0)
+        for other in others:
+            self.hear(other, 0)
+        self.join()
+        expected = torch.full_like(sent, -1)
+        expected[:, :, 2:4] = sent[:, :, 1:3]
+        return all(torch.equal(places[rank][other], expected) for other in others)
+
+
+def _reachable(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether this rank's GPU can write to those of all others."""
+    mine = (socket.gethostname(), device.index if device.type == "cuda" else None)
+    machines = told(mine, group)
+    if any(host != mine[0] or index is None for host, index in machines) or not goes_directly(device):
+        return False
+    # Multicast has no use here, and is what fails where a machine is not set up for it.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    with suppress(OSError, ImportError):
+        from torch.distributed import _symmetric_memory  # noqa: F401
+
+        _driver()
+        return all(torch.cuda.can_device_access_peer(device, i) for _, i in machines if i != device.index)
+    return False
+
+
+@cache
+def _driver() -> Any:
+    """CUDA's driver. Raises OSError where there is none."""
+    return ctypes.CDLL("libcuda.so.1")

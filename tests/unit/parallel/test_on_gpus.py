@@ -1,0 +1,55 @@
+"""Two GPUs that write to each other's memory. `pytest -m gpu`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from wanduet.ops.attention import sdpa
+from wanduet.parallel.launch import run_on_ranks
+from wanduet.parallel.mesh import Layout
+from wanduet.parallel.peers import GpuPeers
+from wanduet.parallel.rank import Rank
+from wanduet.parallel.sequence import SequenceSharding
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+HEADS, CHANNELS, BLOCKS = 12, 128, 8
+# Tokens, and the ranks' speeds: even parts, odd ones, unequal ones, a buffer that grows and one that need not.
+CASES = [(2048, (1.0, 1.0)), (5001, (1.0, 1.0)), (5001, (1.0, 0.3)), (9000, (0.7, 1.0)), (600, (1.0, 1.0))]
+
+
+@torch.no_grad()
+def attend_both_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
+    """Whether memory is shared; for each case whether both ways are equal on all blocks, and the error of the last."""
+    mesh = rank.mesh(Layout(ulysses=rank.world_size))
+    torch.manual_seed(0)
+    found = []
+    for tokens, shares in CASES:
+        ways = [SequenceSharding(m, shares=shares) for m in (mesh, replace(mesh, peers=None))]
+        wholes = torch.randn(BLOCKS, 1, tokens, 3 * HEADS * CHANNELS, device=rank.device, dtype=torch.bfloat16)
+        equal, error = True, 0.0
+        for whole in wholes:
+            results: list[Tensor] = []
+            for way in ways:
+                q, k, v = (
+                    x.unflatten(-1, (HEADS, CHANNELS)) for x in way.shard_sequence(whole, 1).clone().chunk(3, dim=-1)
+                )
+                results.append(way.attend(q, k, v, sdpa).clone())
+                way.gather_sequence(results[-1], 1)
+            equal &= torch.equal(*results)
+            q, k, v = (x.unflatten(-1, (HEADS, CHANNELS)) for x in whole.float().chunk(3, dim=-1))
+            expected = ways[0].shard_sequence(sdpa(q, k, v), 1)
+            error = float((results[0] - expected).norm() / expected.norm())
+        found.append((equal, error))
+    return isinstance(mesh.peers, GpuPeers), found
+
+
+def test_copies_give_what_collectives_give() -> None:
+    for shared, found in run_on_ranks(attend_both_ways, ("cuda:0", "cuda:1")):
+        assert shared
+        assert all(equal for equal, _ in found), found
+        assert all(error < 1e-2 for _, error in found), found
