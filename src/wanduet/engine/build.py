@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -151,7 +151,7 @@ class Models:
                 kernels, device = self.config.data_folder / "kernels", torch.device(job.plan.transformer_device)
                 self._loader.submit(import_backends, device, self.config.attention, kernels)
                 self._loading = self._loader.submit(self._load_and_fit, job)
-                self._loader.submit(self._compile_vae, job)
+                self._loader.submit(self._compile_vae, job, self._loading)
 
     @contextmanager
     def transformer(self, job: Job) -> Iterator[Denoiser]:
@@ -213,8 +213,11 @@ class Models:
         job.add_time("load_s", time.perf_counter() - began)
         return Denoiser(transformer, device, dtype, resident, memory)
 
-    def _compile_vae(self, job: Job) -> None:
-        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
+    def _compile_vae(self, job: Job, loading: "Future[Denoiser]") -> None:
+        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute.
+
+        After the loading, which measures what attention takes."""
+        wait((loading,))
         plan, request = job.plan, job.request
         kernels = vae_kernels_to_compile(torch.device(plan.vae_device))
         if kernels is None:

@@ -36,6 +36,9 @@ TIMED_RUNS = 3
 # cold, kernels that need less power look alike.
 CLOSE = 1.05
 SUSTAINED_MS, SUSTAINED_ROUNDS = 500.0, 30  # of each, at most
+# A GPU waits so long for launches before it is timed, and longer where that was too short.
+LAUNCH_S, LAUNCH_TRIES = 0.002, 5
+CYCLES_PER_S = 2e9
 CACHE_FILE = "attention.json"
 
 
@@ -213,17 +216,25 @@ def _timed_in_turns(
 def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> list[float]:
     """Milliseconds of `TIMED_RUNS` calls.
 
-    On a GPU behind one more, so that it is at work while they are launched: other threads load and compile meanwhile,
-    and a back end that is launched by much Python would be charged for waiting for its turn.
+    On a GPU they are launched while it waits: other threads load and compile meanwhile, and a back end that is launched
+    by much Python would be charged for waiting for its turn.
     """
     if device.type != "cuda":
         return [_host_milliseconds(attend, qkv) for _ in range(TIMED_RUNS)]
-    stream = torch.cuda.current_stream(device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
-    for event in events:
-        attend(*qkv)
-        event.record(stream)
-    events[-1].synchronize()
+    stream, wait_s = torch.cuda.current_stream(device), LAUNCH_S
+    for _ in range(LAUNCH_TRIES):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
+        began = time.perf_counter()
+        torch.cuda._sleep(int(wait_s * CYCLES_PER_S))
+        events[0].record(stream)
+        for event in events[1:]:
+            attend(*qkv)
+            event.record(stream)
+        launched_s = time.perf_counter() - began
+        events[-1].synchronize()
+        if launched_s < wait_s:
+            break
+        wait_s = 2 * launched_s
     return [float(before.elapsed_time(after)) for before, after in pairwise(events)]
 
 
