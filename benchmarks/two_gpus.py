@@ -242,12 +242,12 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
     t, model = spec.transformer, random_transformer(spec, rank.device)
     sequence, prompts = rank.mesh(Layout(ulysses=rank.world_size)), rank.mesh(Layout(cfg=rank.world_size))
     ways: dict[str, Sharding] = {"alone": NoSharding(), "first attention shared": PromptSharding.of_group(prompts.cfg)}
-    kinds = {"collectives": dataclasses.replace(sequence, peers=None)}
-    if sequence.peers is not None:
-        kinds["copies"] = sequence
-    for (kind, mesh), groups in product(kinds.items(), (1, 2, 3)):
+    collectives = dataclasses.replace(sequence, peers=None)
+    for groups in (1, 2, 3):
         if t.num_attention_heads // rank.world_size % groups == 0:
-            ways[f"heads by {kind}, in {groups} groups"] = SequenceSharding(mesh, head_groups=groups)
+            ways[f"heads by collectives, in {groups} groups"] = SequenceSharding(collectives, head_groups=groups)
+    if sequence.peers is not None:
+        ways["heads by copies"] = SequenceSharding(sequence)
     text = torch.ones(1, 80, t.text_dim, device=rank.device)
     step = torch.full((1,), 500.0, device=rank.device)
     for name, size in sizes.items():

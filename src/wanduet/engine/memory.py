@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 from wanduet.models.transformer import WanTransformer
-from wanduet.models.transformer_memory import forward_bytes
+from wanduet.models.transformer_memory import buffer_bytes, forward_bytes
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan
@@ -41,6 +41,7 @@ class TransformerMemory:
     text: int  # cross-attention keys and values of every prompt
     activations: int  # the largest moment of one forward
     latents: int  # latents, sampler history, velocities
+    exchange: int  # of the activations, the buffer that stays between forwards, for ranks that share a sequence
     parked: int  # what stays there when it makes room for the decode: small weights, workspaces
 
     @property
@@ -75,13 +76,15 @@ class ModelMemory:
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
-        prompts, fused = len(texts) if share_first else 1, plans_fused_kernels(device)
-        # Ranks of other prompts share a block where the sequence is not shared.
-        shares = (layout.sequence, prompts, layout.cfg if layout.sequence == 1 else 1)
-        activations = forward_bytes(t, self.spec.latent_shape(*size), self.spec.text_len, dtype, fused, *shares)
-        latents = 10 * prod(self.spec.latent_shape(*size)) * 4
-        parked = total - t.num_layers * self._block_bytes(dtype) + WORKSPACE_BYTES
-        return TransformerMemory(total, weights, text, activations, latents, parked)
+        prompts, fused, shape = (
+            len(texts) if share_first else 1,
+            plans_fused_kernels(device),
+            self.spec.latent_shape(*size),
+        )
+        activations = forward_bytes(t, shape, self.spec.text_len, dtype, fused, layout, prompts)
+        latents, exchange = 10 * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
+        parked = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES
+        return TransformerMemory(total, weights, text, activations, latents, exchange, parked)
 
     def transformer_weights(self, dtype: str) -> int:
         """Bytes of the whole transformer that computes in `dtype`."""

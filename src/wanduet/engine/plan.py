@@ -251,7 +251,7 @@ def _plan(
     ranks = max(1, len(place.ranks))
     vae_weights, decode = memory.vae_weights(vae_dtype), memory.decode(size, mode, vae_dtype, place.vae.name, ranks)
     # The decode's memory is taken once before the denoise (ladder.reserve_decode), when the text is there already.
-    beside = transformer.weights + transformer.text + transformer.latents
+    beside = transformer.weights + transformer.text + transformer.latents + transformer.exchange
     on_transformer = {"denoise": transformer.peak, "decode": beside if keep_both else transformer.parked}
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)

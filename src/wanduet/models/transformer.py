@@ -136,13 +136,29 @@ class Attention(nn.Module):
     def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> Tensor:
         """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch. `first`: of the
         first block."""
-        q, k, v = self.project_qkv(stream.take(), scratch)
-        q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
-            q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
-        )
-        v_BLHD = v.unflatten(-1, (self.num_heads, -1))
+        if run.sharding.sends_ahead:
+            q_BLHD, k_BLHD, v_BLHD = self.send_qkv(stream.take(), rope, run, scratch)
+        else:
+            q, k, v = self.project_qkv(stream.take(), scratch)
+            q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
+                q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
+            )
+            v_BLHD = v.unflatten(-1, (self.num_heads, -1))
         attend = run.sharding.attend_first if first else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
+
+    def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, L, H, D]` after norms and rotation, each sent to other devices before the next is computed."""
+        q_out, k_out, v_out = (None,) * 3 if scratch.whole is None else scratch.whole.chunk(3, dim=-1)
+        v_BLHD = _project(n_BLC, self.to_v, v_out).unflatten(-1, (self.num_heads, -1))
+        run.sharding.send(2, v_BLHD)
+        k = _project(n_BLC, self.to_k, k_out)
+        k_BLHD = run.kernels.qk_norm_rope(k, self.norm_k.weight, self.eps, self.num_heads, rope)
+        run.sharding.send(1, k_BLHD)
+        q = _project(n_BLC, self.to_q, q_out)
+        q_BLHD = run.kernels.qk_norm_rope(q, self.norm_q.weight, self.eps, self.num_heads, rope)
+        run.sharding.send(0, q_BLHD)
+        return q_BLHD, k_BLHD, v_BLHD
 
     def attend_text(
         self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch

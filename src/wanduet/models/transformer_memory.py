@@ -9,10 +9,11 @@ from torch import Tensor
 
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.transformer import Runtime, TextContext, WanTransformer
-from wanduet.ops.attention import AttentionFn
 from wanduet.ops.fused import TORCH_KERNELS
 from wanduet.ops.rope import Rope
-from wanduet.parallel.prompts import PromptSharding
+from wanduet.parallel.alone import NobodysPeers, OneOfMany
+from wanduet.parallel.direct import direct_bytes
+from wanduet.parallel.mesh import ONE_DEVICE, Layout
 from wanduet.specs import TransformerSpec
 
 TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept from one to the next
@@ -29,26 +30,34 @@ def forward_bytes(
     text_len: int,
     dtype: str,
     fused: bool,
-    ranks: int = 1,
+    layout: Layout = ONE_DEVICE,
     prompts: int = 1,
-    prompt_ranks: int = 1,
 ) -> int:
-    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of `ranks` devices
-    that share the sequence, or of `prompt_ranks` with other prompts.
+    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of a layout's ranks.
 
-    `fused`: with kernels that need no memory of their own, as Triton's.
+    `fused`: with kernels that need no memory of their own, as Triton's. What ranks exchange is counted, in whichever
+    way takes more: by collectives, or in a buffer of `buffer_bytes`.
     """
     patch = spec.patch_size
     tokens = prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
     if tokens <= TRACED_TOKENS:
-        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, ranks, prompts, prompt_ranks)
+        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, layout, prompts)
     halves = []
     for part in (TRACED_TOKENS // 2, TRACED_TOKENS):
         grid = (part // SIDE**2, SIDE, SIDE)
         shape = (latent_shape[0], *(g * p for g, p in zip(grid, patch, strict=True)))
-        halves.append(_traced(spec, shape, text_len, dtype, fused, ranks, prompts, prompt_ranks))
+        halves.append(_traced(spec, shape, text_len, dtype, fused, layout, prompts))
     slope = (halves[1] - halves[0]) / (TRACED_TOKENS / 2)
     return int(halves[1] + slope * (tokens - TRACED_TOKENS))
+
+
+def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
+    """Bytes of the buffer that GPUs keep which write to each other's memory (parallel/direct.py), beside all else."""
+    if layout.ulysses == 1:
+        return 0
+    tokens = prod(size // p for size, p in zip(latent_shape[1:], spec.patch_size, strict=True))
+    lengths = (-(-tokens // layout.sequence),) * layout.ulysses
+    return direct_bytes(lengths, spec.dim, getattr(torch, dtype).itemsize)
 
 
 @lru_cache(maxsize=256)
@@ -58,9 +67,8 @@ def _traced(
     text_len: int,
     dtype: str,
     fused: bool,
-    ranks: int,
+    layout: Layout,
     prompts: int,
-    prompt_ranks: int,
 ) -> int:
     kind: torch.dtype = getattr(torch, dtype)
     small = replace(spec, num_layers=TRACED_BLOCKS)
@@ -69,7 +77,18 @@ def _traced(
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
     kernels = FUSED if fused else TORCH_KERNELS
-    model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=_Share(ranks, prompt_ranks))
+    buffer = buffer_bytes(spec, latent_shape, dtype, layout)
+    peaks = []
+    for peers in [None] if buffer == 0 else [None, NobodysPeers(on_meta((buffer // kind.itemsize,), kind))]:
+        model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=OneOfMany(layout, peers))
+        peaks.append(_forward(model, latent_shape, text_len, kind, prompts) + (buffer if peers else 0))
+    return max(peaks)
+
+
+def _forward(
+    model: WanTransformer, latent_shape: tuple[int, ...], text_len: int, kind: torch.dtype, prompts: int
+) -> int:
+    spec = model.spec
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
     text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
     shape = (1, *latent_shape)
@@ -118,24 +137,3 @@ FUSED = replace(
     qk_norm_rope_pair=_qk_norm_rope_pair,
     text_attention=_attend_text,
 )
-
-
-class _Share(PromptSharding):
-    """The first rank's part of a sequence, or of the first block's heads, without any other rank."""
-
-    def __init__(self, ranks: int, prompt_ranks: int) -> None:
-        super().__init__(prompt_ranks, 0, lambda own: [torch.empty_like(own) for _ in range(prompt_ranks)])
-        self._sequence_ranks = ranks
-
-    def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """The largest part."""
-        ranks = self._sequence_ranks
-        return x if ranks == 1 else x.narrow(dim, 0, -(-x.shape[dim] // ranks)).clone()
-
-    def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """A whole sequence, of which this part is one."""
-        return x if self._sequence_ranks == 1 else torch.cat([x] * self._sequence_ranks, dim=dim)
-
-    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Alone, or with the ranks of other prompts."""
-        return super().attend_first(q, k, v, attention) if self._ranks > 1 else attention(q, k, v)

@@ -3,8 +3,8 @@
 What heads.py does with collectives, which are kernels: they take multiprocessors from the attention that they run
 beside, and want what they send and receive in one piece, packed and unpacked by more kernels. Here a GPU's copy
 engines take each head from where the projection left it to its place in the other GPU's queries, keys or values, and
-each result to its place between the other heads'. Nothing else runs on the multiprocessors for it but the copies of
-what stays on this rank.
+each result to its place between the other heads'. Nothing runs on the multiprocessors for it but the copies of what
+stays on this rank. Values travel while keys are projected, and those while queries are.
 
 No barrier is needed between blocks. A rank sends the next block's heads only after it has had every result of this
 block, for which their receiver has read all that the rank had sent it; and sends results only for heads that it was
@@ -15,13 +15,13 @@ Letters in names: B batch (of one), L tokens, H heads, D channels a head, P rank
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wanduet.parallel.heads import heads_of_rank, slices
+from wanduet.parallel.heads import heads_of_rank
 
 
 class PeerMemory(Protocol):
@@ -50,62 +50,75 @@ class PeerMemory(Protocol):
         """What is computed from here on waits for this rank's copies."""
 
 
+RESULT = 3  # the channel of results; those of q, k and v are 0, 1 and 2
+
+
 @dataclass(frozen=True, slots=True)
 class DirectExchange:
     """Swaps tokens for heads among the ranks of `memory`, which hold `lengths` tokens; this is rank `rank`.
 
-    The result is in the buffer, and there until the next call. For a batch of one.
+    For a batch of one.
     """
 
     memory: PeerMemory
     lengths: Sequence[int]
     rank: int
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, attend_whole: Callable[[Tensor, Tensor, Tensor], Tensor], groups: int
-    ) -> Tensor:
-        """As HeadExchange.attend, for `[1, this rank's L, H, D]`."""
-        ranks = len(self.lengths)
-        heads = heads_of_rank(q, ranks)
-        self.memory.reserve(direct_bytes(self.lengths, q.shape[2] * q.shape[3], q.itemsize))
-        wholes, outs = [self._whole(r, q) for r in range(ranks)], [self._out(r, q) for r in range(ranks)]
-        others = [(self.rank + step) % ranks for step in range(1, ranks)]  # not all write to the same one at a time
-        rows = [slice(stop - length, stop) for stop, length in zip(accumulate(self.lengths), self.lengths, strict=True)]
-        own_rows, own_heads = rows[self.rank], slice(self.rank * heads, (self.rank + 1) * heads)
-        parts = slices(heads, groups)
+    def send(self, index: int, x_BLHD: Tensor) -> None:
+        """Begin to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`; each once before `attend`.
 
+        Raises ConfigError if the ranks do not divide the heads.
+        """
+        heads = heads_of_rank(x_BLHD, len(self.lengths))
+        self.memory.reserve(direct_bytes(self.lengths, x_BLHD.shape[2] * x_BLHD.shape[3], x_BLHD.itemsize))
         self.memory.follow()
-        for group, part in enumerate(parts):
-            for rank in others:
-                theirs = slice(rank * heads + part.start, rank * heads + part.stop)
-                for x_BLHD, whole_BLHD in zip((q, k, v), wholes[rank], strict=True):
-                    self.memory.copy(x_BLHD[:, :, theirs], whole_BLHD[:, own_rows, part])
-                self.memory.tell(rank, group)
-        for x_BLHD, whole_BLHD in zip((q, k, v), wholes[self.rank], strict=True):
-            whole_BLHD[:, own_rows] = x_BLHD[:, :, own_heads]  # while the first group is on its way
+        for rank in self._others():
+            theirs = x_BLHD[:, :, rank * heads : (rank + 1) * heads]
+            self.memory.copy(theirs, self._whole(rank, index, x_BLHD)[:, self._rows(self.rank)])
+            self.memory.tell(rank, index)
 
-        results: list[Tensor] = []  # kept until they are copied
-        for group, part in enumerate(parts):
-            for rank in others:
-                self.memory.hear(rank, group)
-            attended_BLHD = attend_whole(*(whole_BLHD[:, :, part] for whole_BLHD in wholes[self.rank])).contiguous()
-            results.append(attended_BLHD)
-            place = slice(own_heads.start + part.start, own_heads.start + part.stop)
-            self.memory.follow()
-            for rank in others:
-                self.memory.copy(attended_BLHD[:, rows[rank]], outs[rank][:, :, place])
-                self.memory.tell(rank, len(parts) + group)
-            outs[self.rank][:, :, place] = attended_BLHD[:, own_rows]
-        for rank, group in product(others, range(len(parts))):
-            self.memory.hear(rank, len(parts) + group)
-        self.memory.join()
-        return outs[self.rank]
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attend_whole: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Attention of this rank's queries, all heads, after all three have been sent; `[1, this rank's L, H, D]`, in
+        the buffer until the next call.
 
-    def _whole(self, rank: int, like: Tensor) -> list[Tensor]:
-        """q, k, v `[1, all ranks' L, a rank's heads, D]` in a rank's buffer."""
+        `attend_whole` is given all ranks' tokens and this rank's heads.
+        """
+        heads = heads_of_rank(q, len(self.lengths))
+        mine, own_rows = slice(self.rank * heads, (self.rank + 1) * heads), self._rows(self.rank)
+        whole = [self._whole(self.rank, index, x_BLHD) for index, x_BLHD in enumerate((q, k, v))]
+        for x_BLHD, whole_BLHD in zip((q, k, v), whole, strict=True):
+            whole_BLHD[:, own_rows] = x_BLHD[:, :, mine]  # while others are on their way
+        for rank, index in product(self._others(), range(len(whole))):
+            self.memory.hear(rank, index)
+        attended_BLHD = attend_whole(*whole).contiguous()
+        self.memory.follow()
+        for rank in self._others():
+            self.memory.copy(attended_BLHD[:, self._rows(rank)], self._out(rank, q)[:, :, mine])
+            self.memory.tell(rank, RESULT)
+        out_BLHD = self._out(self.rank, q)
+        out_BLHD[:, :, mine] = attended_BLHD[:, own_rows]
+        for rank in self._others():
+            self.memory.hear(rank, RESULT)
+        self.memory.join()  # what was attended to may be overwritten from here on
+        return out_BLHD
+
+    def _others(self) -> list[int]:
+        """The other ranks, from the next one on: not all write to the same one at a time."""
+        count = len(self.lengths)
+        return [(self.rank + step) % count for step in range(1, count)]
+
+    def _rows(self, rank: int) -> slice:
+        """A rank's tokens in the whole sequence."""
+        start = sum(self.lengths[:rank])
+        return slice(start, start + self.lengths[rank])
+
+    def _whole(self, rank: int, index: int, like: Tensor) -> Tensor:
+        """q, k or v `[1, all ranks' L, a rank's heads, D]` in a rank's buffer."""
         _, _, heads, channels = like.shape
-        shape = (3, 1, sum(self.lengths), heads // len(self.lengths), channels)
-        return list(self.memory.on(rank, 0, shape, like.dtype))
+        shape = (1, sum(self.lengths), heads // len(self.lengths), channels)
+        return self.memory.on(rank, index * torch.Size(shape).numel(), shape, like.dtype)
 
     def _out(self, rank: int, like: Tensor) -> Tensor:
         """The result `[1, a rank's L, H, D]` in its buffer, behind q, k and v."""

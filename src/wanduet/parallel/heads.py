@@ -18,7 +18,7 @@ from wanduet.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
+class Exchange:
     """An all-to-all under way."""
 
     sent: Tensor  # kept alive until the exchange is over
@@ -53,7 +53,7 @@ class HeadExchange:
         out_BLPHD = out_BLHD.unflatten(2, (ranks, -1))
         head_slices = slices(heads_each, groups)
         arriving = [self._send_heads((q, k, v), head_slices[0])]
-        leaving: list[_Exchange] = []
+        leaving: list[Exchange] = []
         for index, heads in enumerate(head_slices):
             if index + 1 < len(head_slices):
                 arriving.append(self._send_heads((q, k, v), head_slices[index + 1]))
@@ -64,7 +64,7 @@ class HeadExchange:
             out_BLPHD[:, :, :, heads] = received_PBLHD.permute(1, 2, 0, 3, 4)
         return out_BLHD
 
-    def _send_heads(self, qkv: tuple[Tensor, Tensor, Tensor], heads: slice) -> _Exchange:
+    def _send_heads(self, qkv: tuple[Tensor, Tensor, Tensor], heads: slice) -> Exchange:
         """Every rank's heads of this rank's tokens, for this rank's heads of every rank's tokens: q, k, v together."""
         ranks, (batch, length, _, channels) = len(self.lengths), qkv[0].shape
         sent_PBL3HD = qkv[0].new_empty(ranks, batch, length, 3, heads.stop - heads.start, channels)
@@ -84,7 +84,7 @@ class HeadExchange:
         views = [part.view(batch, n, 3, count, channels) for part, n in zip(parts, self.lengths, strict=True)]
         return torch.cat(views, dim=1).unbind(2)
 
-    def _send_tokens(self, x_BLHD: Tensor) -> _Exchange:
+    def _send_tokens(self, x_BLHD: Tensor) -> Exchange:
         """Every rank's tokens of this rank's heads, for every rank's heads of this rank's tokens."""
         batch, _, heads, channels = x_BLHD.shape
         per_token = batch * heads * channels
@@ -95,11 +95,11 @@ class HeadExchange:
         received = [self.lengths[self.rank] * per_token] * len(self.lengths)
         return self._exchange(sent, received, [length * per_token for length in self.lengths])
 
-    def _exchange(self, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> _Exchange:
+    def _exchange(self, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> Exchange:
         received = sent.new_empty(sum(received_sizes))
         work = dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self.group, async_op=True)
         assert work is not None
-        return _Exchange(sent, received, work)
+        return Exchange(sent, received, work)
 
 
 def _per_token(x_BLHD: Tensor, heads: slice) -> int:

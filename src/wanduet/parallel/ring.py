@@ -3,7 +3,8 @@
 Source: Ring Attention (arXiv 2310.01889); joining by log-sum-exp as in FlashAttention (arXiv 2205.14135).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,35 +12,51 @@ from torch import distributed as dist
 
 from wanduet.ops.attention import AttentionLseFn
 
+PassOn = Callable[[Tensor, Tensor], Sequence[dist.Work]]
+"""(what this rank holds, what it will hold) to what is under way."""
+
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention_lse: AttentionLseFn, group: dist.ProcessGroup
 ) -> Tensor:
     """Attention of this rank's queries to all ranks' keys and values, all `[B, L, H, D]` of one dtype.
 
-    `lengths` are the tokens that each rank of `group` holds. The next part of the keys is received while
-    the present one is attended to; at most two are held. Result in the dtype of `q`, joined in float32.
+    `lengths` are the tokens that each rank of `group` holds. Result in the dtype of `q`, joined in float32.
     """
-    size, rank = len(lengths), dist.get_rank(group)
+    return attend_in_turn(q, k, v, lengths, attention_lse, dist.get_rank(group), partial(_pass_on, group=group))
+
+
+def attend_in_turn(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention_lse: AttentionLseFn, rank: int, pass_on: PassOn
+) -> Tensor:
+    """`ring_attention` with another way to pass keys and values on. The next part is received while the present one is
+    attended to; at most two are held."""
+    size = len(lengths)
     held = torch.stack((k, v))
     joined = _Joined()
     for step in range(size):
-        coming = lengths[(rank - step - 1) % size]
-        last = step == size - 1
+        coming, last = lengths[(rank - step - 1) % size], step == size - 1
         incoming = held.new_empty((2, held.shape[1], 0 if last else coming, *held.shape[3:]))
-        # A rank without tokens sends nothing: empty messages are not in every back end's contract.
-        operations = [
-            dist.P2POp(operation, tensor, group=group, group_peer=(rank + direction) % size)
-            for operation, tensor, direction in ((dist.isend, held, 1), (dist.irecv, incoming, -1))
-            if tensor.numel() and not last
-        ]
-        works = dist.batch_isend_irecv(operations) if operations else []
+        works = [] if last else pass_on(held, incoming)
         if held.numel() and q.numel():
             joined.add(*attention_lse(q, held[0], held[1]))
         for work in works:
             work.wait()
         held = incoming
     return joined.result(q)
+
+
+def _pass_on(held: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to send to the next rank and to receive from the one before."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    # A rank without tokens sends nothing: empty messages are not in every back end's contract.
+    operations = [
+        dist.P2POp(operation, tensor, group=group, group_peer=(rank + direction) % size)
+        for operation, tensor, direction in ((dist.isend, held, 1), (dist.irecv, incoming, -1))
+        if tensor.numel()
+    ]
+    works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+    return works
 
 
 class _Joined:

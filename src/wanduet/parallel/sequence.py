@@ -35,7 +35,8 @@ class SequenceSharding:
 
     `attention_lse` computes attention to a part of the keys; only the ring uses it, and it should be the
     chosen back end's. `shares` are the ranks' relative speeds, equal if left out. `head_groups` is how far
-    Ulysses cuts its heads so that exchange and attention overlap; 1 exchanges all at once.
+    Ulysses cuts its heads so that collectives and attention overlap; 1 exchanges all at once. Without a use where
+    the mesh has `peers`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SequenceSharding:
         self._head_groups = head_groups if mesh.layout.ring == 1 else 1
         self._rank = mesh.sequence_rank
         self._lengths: tuple[int, ...] = ()
+        self._sent: set[int] = set()  # of the next attention's q, k, v
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole sequence along `dim`, a view; all ranks must hold the same `x`."""
@@ -81,6 +83,18 @@ class SequenceSharding:
         whole = torch.cat([part[:length] for part, length in zip(parts, self._lengths, strict=True)])
         return whole.movedim(0, dim)
 
+    @property
+    def sends_ahead(self) -> bool:
+        """Between GPUs that write to each other's memory."""
+        return self.mesh.peers is not None and self.mesh.layout.ulysses > 1
+
+    def send(self, index: int, x: Tensor) -> None:
+        """See Sharding. Raises what `attend` raises."""
+        self._check_part(x, 1)
+        if self.mesh.peers is not None and x.shape[0] == 1:
+            DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank).send(index, x)
+            self._sent.add(index)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """Attention of this rank's queries to the whole sequence's keys; all `[B, L, H, D]`, any dtype.
 
@@ -91,7 +105,6 @@ class SequenceSharding:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise RuntimeError("A sharded sequence is for inference: gradients do not pass through its exchanges.")
         layout = self.mesh.layout
-        ring_row = self._rank // layout.ulysses
         rows = [self._lengths[r * layout.ulysses : (r + 1) * layout.ulysses] for r in range(layout.ring)]
 
         def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -102,15 +115,28 @@ class SequenceSharding:
 
         if layout.ulysses == 1:
             return attend_whole(q, k, v)
-        lengths, rank, peers = rows[ring_row], self._rank % layout.ulysses, self.mesh.peers
-        exchange: HeadExchange | DirectExchange = HeadExchange(self.mesh.ulysses, lengths, rank)
-        if peers is not None and q.shape[0] == 1:
-            exchange = DirectExchange(peers, lengths, rank)
-        return exchange.attend(q, k, v, attend_whole, self._head_groups)
+        if self.mesh.peers is None or q.shape[0] > 1:
+            exchange = HeadExchange(self.mesh.ulysses, self._row_lengths, self._ulysses_rank)
+            return exchange.attend(q, k, v, attend_whole, self._head_groups)
+        for index, x in enumerate((q, k, v)):
+            if index not in self._sent:
+                self.send(index, x)
+        self._sent.clear()
+        return DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank).attend(q, k, v, attend_whole)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """As in every block."""
         return self.attend(q, k, v, attention)
+
+    @property
+    def _ulysses_rank(self) -> int:
+        return self._rank % self.mesh.layout.ulysses
+
+    @property
+    def _row_lengths(self) -> tuple[int, ...]:
+        """The tokens of the ranks that exchange heads with this one."""
+        start = self._rank - self._ulysses_rank
+        return self._lengths[start : start + self.mesh.layout.ulysses]
 
     def _check_part(self, x: Tensor, dim: int) -> None:
         expected = self._lengths[self._rank] if self._lengths else None

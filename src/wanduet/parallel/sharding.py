@@ -16,6 +16,13 @@ class Sharding(Protocol):
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """The whole sequence from every device's part."""
 
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether `send` has a use: then v, k and q should be computed one after the other, and sent in between."""
+
+    def send(self, index: int, x: Tensor) -> None:
+        """q (index 0), k (1) or v (2) `[B, L, H, D]`, of which the next `attend` will be."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """Attention of this device's queries to the whole sequence; all `[B, L, H, D]`."""
 
@@ -33,6 +40,14 @@ class NoSharding:
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """`x` itself."""
         return x
+
+    @property
+    def sends_ahead(self) -> bool:
+        """There is nobody to send to."""
+        return False
+
+    def send(self, index: int, x: Tensor) -> None:
+        """Nothing."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """Plain attention."""

@@ -4,9 +4,11 @@ import pytest
 
 from wanduet.engine.memory import text_positions
 from wanduet.models.tokenizer import Tokenizer
+from wanduet.models.transformer_memory import buffer_bytes, forward_bytes
 from wanduet.models.vae_memory import decode_host_bytes
 from wanduet.models.vae_rows import DecodePlan
-from wanduet.specs import VAESpec
+from wanduet.parallel.mesh import Layout
+from wanduet.specs import WAN_1_3B, VAESpec
 from wanduet.weights.download import open_model
 
 
@@ -29,3 +31,22 @@ def test_strips_wait_on_the_host_and_frames_do_not() -> None:
     grown = needed(161, "strip") - needed(81, "strip")
     # Of each step also what a strip hands on: of the rows it ends with, some from each of 13 layers.
     assert 2 < (grown - pixels) / (steps * middle) < 8
+
+
+def test_ranks_are_planned_with_what_they_exchange() -> None:
+    spec, shape = WAN_1_3B.transformer, WAN_1_3B.latent_shape(480, 832, 81)
+
+    def needed(layout: Layout) -> int:
+        return forward_bytes(spec, shape, 512, "bfloat16", True, layout)
+
+    tokens, width = 21 * 30 * 52, spec.dim * 2
+    kept = buffer_bytes(spec, shape, "bfloat16", Layout(ulysses=2))
+    assert kept == 3 * tokens * width // 2 + tokens // 2 * width
+    assert buffer_bytes(spec, shape, "bfloat16", Layout(cfg=2)) == 0
+    # A rank has half of the residual stream (float32), its branch and q, k, v; what it exchanges comes on top.
+    half = tokens // 2 * spec.dim * (4 + 2 + 6)
+    assert half + kept < needed(Layout(ulysses=2)) < half + 2.5 * kept
+    assert needed(Layout(ulysses=4)) < 0.6 * needed(Layout(ulysses=2))
+    # Keys and values of two ranks at a time, and a sum in float32.
+    assert half + 3 * tokens * width < needed(Layout(ring=2)) < half + 6 * tokens * width
+    assert needed(Layout(cfg=2, ulysses=2)) == needed(Layout(ulysses=2))

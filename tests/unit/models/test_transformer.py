@@ -5,6 +5,7 @@ import torch
 
 from wanduet.models.transformer import TextContext, WanTransformer
 from wanduet.ops.attention import sdpa
+from wanduet.parallel.sharding import NoSharding
 from wanduet.specs import TransformerSpec
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
@@ -122,3 +123,26 @@ def test_the_first_self_attention_serves_all_prompts(model, given) -> None:
     text = model.prepare_text(embeds), model.prepare_text(embeds * 2)
     model.branches(latents, timestep, text, model.prepare_rope(latents.shape, latents.device))
     assert len(calls) == 2 * SPEC.num_layers - 1
+
+
+@torch.no_grad()
+def test_what_is_sent_ahead_is_what_is_attended_to(model, given) -> None:
+    sent: list[tuple[int, torch.Tensor]] = []
+
+    class Ahead(NoSharding):
+        sends_ahead = True
+
+        def send(self, index: int, x: torch.Tensor) -> None:
+            sent.append((index, x.clone()))
+
+        def attend(self, q, k, v, attention):
+            assert [index for index, _ in sent] == [2, 1, 0]
+            assert all(torch.equal(x, (q, k, v)[index]) for index, x in sent)
+            sent.clear()
+            return super().attend(q, k, v, attention)
+
+        attend_first = attend
+
+    expected = model(*given)
+    model.runtime = dataclasses.replace(model.runtime, sharding=Ahead())
+    torch.testing.assert_close(model(*given), expected, rtol=1e-5, atol=1e-5)

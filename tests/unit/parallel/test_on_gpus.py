@@ -38,6 +38,8 @@ def attend_both_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
                 q, k, v = (
                     x.unflatten(-1, (HEADS, CHANNELS)) for x in way.shard_sequence(whole, 1).clone().chunk(3, dim=-1)
                 )
+                for index in (2, 1, 0) if way.sends_ahead else ():
+                    way.send(index, (q, k, v)[index])
                 results.append(way.attend(q, k, v, sdpa).clone())
                 way.gather_sequence(results[-1], 1)
             equal &= torch.equal(*results)
