@@ -29,13 +29,19 @@ class _Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D of cuda.h."""
 
     _fields_ = (
-        *((f"source_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("source_x", ctypes.c_size_t),
+        ("source_y", ctypes.c_size_t),
         ("source_type", ctypes.c_uint),
-        *((f"source_{name}", ctypes.c_void_p) for name in ("host", "device", "array")),
+        ("source_host", ctypes.c_void_p),
+        ("source_device", ctypes.c_void_p),
+        ("source_array", ctypes.c_void_p),
         ("source_pitch", ctypes.c_size_t),
-        *((f"target_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("target_x", ctypes.c_size_t),
+        ("target_y", ctypes.c_size_t),
         ("target_type", ctypes.c_uint),
-        *((f"target_{name}", ctypes.c_void_p) for name in ("host", "device", "array")),
+        ("target_host", ctypes.c_void_p),
+        ("target_device", ctypes.c_void_p),
+        ("target_array", ctypes.c_void_p),
         ("target_pitch", ctypes.c_size_t),
         ("width", ctypes.c_size_t),
         ("height", ctypes.c_size_t),
@@ -94,6 +100,8 @@ class GpuPeers:
             return
         _, length, heads, channels = source.shape
         item = source.itemsize
+        if source.stride()[2:] != (channels, 1) or target.stride()[2:] != (channels, 1):
+            raise ValueError("Copies between GPUs need heads that lie side by side in memory.")
         copy = _Copy2D(
             source_type=UNIFIED, source_device=source.data_ptr(), source_pitch=source.stride(1) * item,
             target_type=UNIFIED, target_device=target.data_ptr(), target_pitch=target.stride(1) * item,
