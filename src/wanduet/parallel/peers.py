@@ -100,7 +100,7 @@ class GpuPeers:
             return
         _, length, heads, channels = source.shape
         item = source.itemsize
-        if source.stride()[2:] != (channels, 1) or target.stride()[2:] != (channels, 1):
+        if any(x.stride(3) != 1 or (heads > 1 and x.stride(2) != channels) for x in (source, target)):
             raise ValueError("Copies between GPUs need heads that lie side by side in memory.")
         copy = _Copy2D(
             source_type=UNIFIED, source_device=source.data_ptr(), source_pitch=source.stride(1) * item,
