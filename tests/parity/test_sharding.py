@@ -69,14 +69,15 @@ def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
 class FilePeers:
     """A `PeerMemory` of ranks on the CPU: buffers are files that all of them map, words are messages."""
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup) -> None:
-        self.group, self.ranks = group, dist.get_process_group_ranks(group)
+    def __init__(self, folder: Path, group: dist.ProcessGroup, number: int) -> None:
+        self.group, self.ranks, self.tag = group, dist.get_process_group_ranks(group), 16 * number
         self.files = [folder / f"{len(self.ranks)}-{rank}" for rank in self.ranks]
         self.words: list[dist.Work | None] = []
         self.used = False
 
-    def reserve(self, size: int) -> None:
-        self.used = True
+    def reserve(self, size: int) -> bool:
+        new, self.used = not self.used, True
+        return new
 
     def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         whole = torch.from_file(str(self.files[rank]), shared=True, size=2**16, dtype=dtype)
@@ -89,10 +90,12 @@ class FilePeers:
         target.copy_(source)
 
     def tell(self, rank: int, channel: int) -> None:
-        self.words.append(dist.isend(torch.zeros(1), self.ranks[rank], tag=channel + 1))
+        self.words.append(dist.isend(torch.zeros(1), self.ranks[rank], tag=self.tag + channel))
 
     def hear(self, rank: int, channel: int) -> None:
-        dist.recv(torch.empty(1), self.ranks[rank], tag=channel + 1)
+        dist.recv(torch.empty(1), self.ranks[rank], tag=self.tag + channel)
+
+    heed = hear
 
     def join(self) -> None:
         pass
@@ -103,7 +106,10 @@ def forward_sharded(rank: Rank, cases: list[Case], folder: Path | None = None) -
     made, outputs = model().to(rank.device), []
     meshes = {layout: rank.mesh(layout) for layout, _, _ in cases}
     if folder is not None:
-        meshes = {layout: replace(mesh, peers=FilePeers(folder, mesh.ulysses)) for layout, mesh in meshes.items()}
+        meshes = {
+            layout: replace(mesh, peers=FilePeers(folder, mesh.ulysses, 1 + number))
+            for number, (layout, mesh) in enumerate(meshes.items())
+        }
     for layout, shape, shares in cases:
         made.runtime = Runtime(sharding=SequenceSharding(meshes[layout], shares=shares))
         with torch.no_grad():

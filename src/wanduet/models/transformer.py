@@ -102,6 +102,14 @@ class Scratch:
         assert self.whole is not None
         return max(1, self.whole[0].numel() // width)
 
+    def thirds(self) -> Sequence[Tensor | None]:
+        """Three tensors `[B, L, C]`, each in one piece: to write a product between the rows of others takes a third
+        longer, because the bias is then copied to every row first (H100, PyTorch 2.11)."""
+        if self.whole is None:
+            return (None,) * 3
+        batch, tokens, width = self.whole.shape
+        return self.whole.view(3, batch, tokens, width // 3).unbind()
+
     def part(self, like: Tensor, width: int) -> Tensor | None:
         """Its front as `[B, tokens of like, width]`; None where that does not fit."""
         batch, tokens = like.shape[:2]
@@ -127,8 +135,7 @@ class Attention(nn.Module):
         weight = side_by_side(*(part.weight for part in parts))
         bias = side_by_side(*(part.bias for part in parts))
         if weight is None or bias is None or torch.is_grad_enabled():
-            outs = (None,) * 3 if scratch.whole is None else scratch.whole.chunk(3, dim=-1)
-            q, k, v = (_project(n_BLC, part, out) for part, out in zip(parts, outs, strict=True))
+            q, k, v = (_project(n_BLC, part, out) for part, out in zip(parts, scratch.thirds(), strict=True))
         else:
             q, k, v = linear_into(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
         return q, k, v
@@ -149,7 +156,7 @@ class Attention(nn.Module):
 
     def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation, each sent to other devices before the next is computed."""
-        q_out, k_out, v_out = (None,) * 3 if scratch.whole is None else scratch.whole.chunk(3, dim=-1)
+        q_out, k_out, v_out = scratch.thirds()
         v_BLHD = _project(n_BLC, self.to_v, v_out).unflatten(-1, (self.num_heads, -1))
         run.sharding.send(2, v_BLHD)
         k = _project(n_BLC, self.to_k, k_out)

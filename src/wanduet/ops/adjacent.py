@@ -1,5 +1,6 @@
-"""Tensors that lie side by side in memory, seen as one."""
+"""Tensors that lie side by side in memory, seen as one; copies of rows that do not."""
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,20 @@ def side_by_side(first: Tensor, *others: Tensor) -> Tensor | None:
         return None
     length = first.shape[0] + sum(x.shape[0] for x in others)
     return first.detach().as_strided((length, *first.shape[1:]), first.stride())
+
+
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)` for equal dtypes, eight bytes at a time where that can be.
+
+    PyTorch copies element by element where a tensor's rows do not follow each other: in 16 bits it takes 1.7 times as
+    long (H100, rows of 1,536 bytes).
+    """
+    if all(_is_words(x) for x in (target, source)):
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.copy_(source)
+
+
+def _is_words(x: Tensor) -> bool:
+    """Whether its rows are whole, aligned words of eight bytes."""
+    elements = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(n * x.itemsize % 8 == 0 for n in elements)

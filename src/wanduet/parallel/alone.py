@@ -52,7 +52,7 @@ class OneOfMany(PromptSharding):
             return attend_whole(q, k, v)
         lengths = (q.shape[1],) * ulysses
         if self._peers is not None:
-            return DirectExchange(self._peers, lengths, 0).attend(q, k, v, attend_whole)
+            return DirectExchange(self._peers, lengths, 0).attend(q, k, v, attend_whole, at_once=ring > 1)
         unanswered = _Unanswered(cast(dist.ProcessGroup, None), lengths, 0)
         return unanswered.attend(q, k, v, attend_whole, HEAD_GROUPS if ring == 1 else 1)
 
@@ -68,8 +68,9 @@ class NobodysPeers:
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
 
-    def reserve(self, size: int) -> None:
+    def reserve(self, size: int) -> bool:
         """It is there."""
+        return False
 
     def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A part of it."""
@@ -85,6 +86,9 @@ class NobodysPeers:
         """Nothing."""
 
     def hear(self, rank: int, channel: int) -> None:
+        """Nothing."""
+
+    def heed(self, rank: int, channel: int) -> None:
         """Nothing."""
 
     def join(self) -> None:

@@ -73,17 +73,17 @@ class GpuPeers:
             log.warning("GPUs do not exchange by their copy engines: %s", error)
         return peers if all(told(works, group)) else None
 
-    def reserve(self, size: int) -> None:
+    def reserve(self, size: int) -> bool:
         """See PeerMemory."""
         if size <= self._size:
-            return
+            return False
         from torch.distributed import _symmetric_memory as symmetric
 
-        torch.cuda.synchronize(self._device)
-        self._shared = self._buffer = None
+        self._drop()
         self._buffer = symmetric.empty(size, dtype=torch.uint8, device=self._device)
         self._shared = symmetric.rendezvous(self._buffer, self._group)
         self._size = size
+        return True
 
     def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """See PeerMemory."""
@@ -120,6 +120,11 @@ class GpuPeers:
         """See PeerMemory."""
         self._shared.wait_signal(rank, channel)
 
+    def heed(self, rank: int, channel: int) -> None:
+        """See PeerMemory."""
+        with torch.cuda.stream(self._copies):
+            self._shared.wait_signal(rank, channel)
+
     def join(self) -> None:
         """See PeerMemory."""
         torch.cuda.current_stream(self._device).wait_stream(self._copies)
@@ -143,7 +148,15 @@ class GpuPeers:
         self.join()
         expected = torch.full_like(sent, -1)
         expected[:, :, 2:4] = sent[:, :, 1:3]
-        return all(torch.equal(places[rank][other], expected) for other in others)
+        right = all(torch.equal(places[rank][other], expected) for other in others)
+        del places
+        self._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
+        return right
+
+    def _drop(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._shared = self._buffer = None
+        self._size = 0
 
 
 def _reachable(group: dist.ProcessGroup, device: torch.device) -> bool:

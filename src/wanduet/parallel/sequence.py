@@ -116,13 +116,15 @@ class SequenceSharding:
         if layout.ulysses == 1:
             return attend_whole(q, k, v)
         if self.mesh.peers is None or q.shape[0] > 1:
-            exchange = HeadExchange(self.mesh.ulysses, self._row_lengths, self._ulysses_rank)
-            return exchange.attend(q, k, v, attend_whole, self._head_groups)
+            collective = HeadExchange(self.mesh.ulysses, self._row_lengths, self._ulysses_rank)
+            return collective.attend(q, k, v, attend_whole, self._head_groups)
         for index, x in enumerate((q, k, v)):
             if index not in self._sent:
                 self.send(index, x)
         self._sent.clear()
-        return DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank).attend(q, k, v, attend_whole)
+        direct = DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank)
+        # Around a ring, keys and values would travel again for every part of the queries.
+        return direct.attend(q, k, v, attend_whole, at_once=layout.ring > 1)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """As in every block."""

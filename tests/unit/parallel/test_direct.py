@@ -50,12 +50,17 @@ class LatePeers:
             order()
             self.orders.task_done()
 
-    def reserve(self, size: int) -> None:
-        if size > self.size:
-            self.size = size
-            self.machine.barrier.wait(TIMEOUT)
-            self.machine.buffers[self.rank] = torch.full((size,), 255, dtype=torch.uint8)  # NaN where nothing comes
-            self.machine.barrier.wait(TIMEOUT)
+    def reserve(self, size: int) -> bool:
+        if size <= self.size:
+            return False
+        self.orders.join()
+        self.size = size
+        self.machine.barrier.wait(TIMEOUT)
+        self.machine.buffers[self.rank] = torch.full((size,), 255, dtype=torch.uint8)  # NaN where nothing comes
+        for key in [key for key in self.machine.words if key[0] == self.rank]:
+            del self.machine.words[key]  # words are kept beside the buffer
+        self.machine.barrier.wait(TIMEOUT)
+        return True
 
     def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         whole = self.machine.buffers[rank].view(dtype)
@@ -74,6 +79,9 @@ class LatePeers:
 
     def hear(self, rank: int, channel: int) -> None:
         self.machine.word(self.rank, rank, channel).get(timeout=TIMEOUT)
+
+    def heed(self, rank: int, channel: int) -> None:
+        self.orders.put(partial(self.machine.word(self.rank, rank, channel).get, timeout=TIMEOUT))
 
     def join(self) -> None:
         self.orders.join()
