@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.models.embeddings import ConditionEmbedder, PatchGrid
+from wanduet.models.scratch import Scratch
 from wanduet.ops.adjacent import side_by_side
 from wanduet.ops.attention import AttentionFn, sdpa
 from wanduet.ops.fused import TORCH_KERNELS, Kernels, linear_into
@@ -79,44 +80,6 @@ class Stream:
         branch, self.branch = self.branch, None
         assert branch is not None
         return branch
-
-
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """Memory for what lives within a block: q, k and v, or the feed-forward's hidden tensor, of as many tokens as fit.
-
-    `whole` `[B, L, 3C]`, without gradients; with them it is None, and every tensor has its own.
-    """
-
-    whole: Tensor | None
-
-    @classmethod
-    def beside(cls, x: Tensor, dtype: torch.dtype) -> "Scratch":
-        """For tokens `[B, L, C]`, in a dtype."""
-        if torch.is_grad_enabled():
-            return cls(None)
-        return cls(torch.empty(*x.shape[:2], 3 * x.shape[2], dtype=dtype, device=x.device))
-
-    def rows(self, width: int) -> int:
-        """So many tokens of this width fit, at least one."""
-        assert self.whole is not None
-        return max(1, self.whole[0].numel() // width)
-
-    def thirds(self) -> Sequence[Tensor | None]:
-        """Three tensors `[B, L, C]`, each in one piece: to write a product between the rows of others takes a third
-        longer, because the bias is then copied to every row first (H100, PyTorch 2.11)."""
-        if self.whole is None:
-            return (None,) * 3
-        batch, tokens, width = self.whole.shape
-        return self.whole.view(3, batch, tokens, width // 3).unbind()
-
-    def part(self, like: Tensor, width: int) -> Tensor | None:
-        """Its front as `[B, tokens of like, width]`; None where that does not fit."""
-        batch, tokens = like.shape[:2]
-        size = batch * tokens * width
-        if self.whole is None or size > self.whole.numel():
-            return None
-        return self.whole.view(-1)[:size].view(batch, tokens, width)
 
 
 class Attention(nn.Module):

@@ -3,8 +3,8 @@
 What heads.py does with collectives, which are kernels: they take multiprocessors from the attention that they run
 beside, and want what they send and receive in one piece, packed and unpacked by more kernels. Here a GPU's copy
 engines take each head from where the projection left it to its place in the other GPU's queries, keys or values, and
-each result to its place between the other heads'. Nothing runs on the multiprocessors for it but the copies of what
-stays on this rank. Values travel while keys are projected, and those while queries are.
+each result to its place between the other heads'. Nothing runs on the multiprocessors for it but the copies of keys
+and values that stay on this rank. Values travel while keys are projected, and those while queries are.
 
 A rank attends to its own queries first, for which it waits for nobody's; then to each other rank's, whose results
 leave at once; then to the rest of its own, while results travel.
@@ -102,7 +102,7 @@ class DirectExchange:
         all of them `at_once`.
         """
         heads = heads_of_rank(q, len(self.lengths))
-        mine, out_BLHD = slice(self.rank * heads, (self.rank + 1) * heads), self._out(self.rank, q)
+        mine = slice(self.rank * heads, (self.rank + 1) * heads)
         whole_q, whole_k, whole_v = (self._whole(self.rank, index, q) for index in range(3))
         stays = [(whole_k, k), (whole_v, v), *([(whole_q, q)] if at_once else [])]
         for whole_BLHD, x_BLHD in stays:
@@ -115,18 +115,16 @@ class DirectExchange:
             attended = self._in_turns(q[:, :, mine], whole_q, whole_k, whole_v, attend_whole)
         leaving: list[Tensor] = []  # nobody else's memory until it has left
         for rank, rows, part_BLHD in attended:
-            if rank == self.rank:
-                copy_rows(out_BLHD[:, rows, mine], part_BLHD)
-                continue
             leaving.append(part_BLHD.contiguous())
             self.memory.follow()
-            self.memory.copy(leaving[-1], self._out(rank, q)[:, :, mine])
-            self.memory.tell(rank, RESULT)
+            self.memory.copy(leaving[-1], self._out(rank, q)[:, rows, mine])
+            if rank != self.rank:
+                self.memory.tell(rank, RESULT)
         for rank in self._others():
             self.memory.hear(rank, RESULT)
         self.memory.join()  # what was sent may be overwritten from here on
         self._tell_read()
-        return out_BLHD
+        return self._out(self.rank, q)
 
     def _in_turns(
         self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: Attend
