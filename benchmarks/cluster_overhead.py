@@ -1,12 +1,13 @@
 """What the cluster path costs beside the local one: the same jobs through `wanduet serve` with a worker beside it
 (SQLite), and through `wanduet serve --cluster` with one replica of one node (Ray, PostgreSQL).
 
-    PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10] [--kinds small,long,usual]
+    PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10] [--kinds small,long,usual] [--threads 1]
 
-Both servers run all the time and take turns, so that the machine's moods meet both. Each commit is on the disk, in SQLite
+Models compute with `--threads`, all cores but one if nothing is said: the rest is for the programs around them, as where
+GPUs compute. Both servers run all the time and take turns, so that the machine's moods meet both. Each commit is on the disk, in SQLite
 and in PostgreSQL. `latency`: one job at a time, from its row to its completion. `throughput`: a batch at once, and the
 processor time that all processes of a path took meanwhile, which other programs disturb less. Goals: 50 ms a job, 1 % of
-throughput. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
+throughput; `uncertain_ms` is two standard errors of what is added. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
 turns too, so the differences above are without it.
 """
 
@@ -72,17 +73,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1 if TINY else 10)
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS))
     parser.add_argument("--batch", type=int, default=2 if TINY else 6)
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) - 1))
     options = parser.parse_args()
     report = Report("cluster_overhead")
-    threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         for name in ("local", "cluster"):
             (Path(folder) / name).mkdir()
         flags = ("--min-replicas", "1", "--max-replicas", "1")
         with (
-            serving(Path(folder) / "local", "--no-page", "--devices", "cpu") as local,
+            serving(Path(folder) / "local", "--no-page", "--devices", "cpu", threads=options.threads) as local,
             closing(JobStore(JobFiles(Path(folder) / "local"))) as store,
-            fleet(Path(folder) / "cluster", {"node": "1x24GiB"}, *flags, cpus=threads, fsync="on") as cluster,
+            fleet(Path(folder) / "cluster", {"node": "1x24GiB"}, *flags, cpus=options.threads, fsync="on") as cluster,
         ):
             wait("the replica is ready", cluster.replicas)
             paths = {"local": (local, store), "cluster": (cluster.server, cluster.store)}
@@ -123,7 +124,7 @@ def main() -> None:
                         f"{name}_processor_ms_a_job": round(1e3 * total / count / options.rounds, 1)
                         for name, total in computed.items()
                     }
-                    report.add(section, **compare(kind, seconds), **each)
+                    report.add(section, threads=options.threads, **compare(kind, seconds), **each)
                     report.write()
     report.print()
 
@@ -134,7 +135,9 @@ def compare(kind: str, seconds: dict[str, list[float]]) -> dict[str, object]:
     """
     pairs = list(zip(seconds["local"], seconds["cluster"], strict=True))
     local = statistics.median(seconds["local"])
-    added = statistics.median(cluster - here for here, cluster in pairs)
+    differences = [cluster - here for here, cluster in pairs]
+    added = statistics.median(differences)
+    uncertain = 2 * statistics.stdev(differences) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
     return {
         "jobs": kind,
         "rounds": len(pairs),
@@ -143,6 +146,7 @@ def compare(kind: str, seconds: dict[str, list[float]]) -> dict[str, object]:
         "local_fastest_s": round(min(seconds["local"]), 4),
         "cluster_fastest_s": round(min(seconds["cluster"]), 4),
         "added_ms_a_job": round(1e3 * added, 1),
+        "uncertain_ms": round(1e3 * uncertain, 1),
         "added_percent": round(100 * added / local, 2),
     }
 

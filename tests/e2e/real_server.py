@@ -78,9 +78,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @contextmanager
-def serving(data: Path, *flags: str, settings: str = "") -> Iterator[Server]:
+def serving(data: Path, *flags: str, settings: str = "", threads: int = 2) -> Iterator[Server]:
     data.mkdir(exist_ok=True)
-    environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": str(threads)}
     command = [
         sys.executable,
         "-m",
