@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -44,7 +44,7 @@ class StagePlanner:
         demands = {one.demand.removeprefix(DECODE): one for one in backlog}
         if demands:
             self._demand = max(demands, key=lambda demand: self._work(demand, demands[demand].count))
-        plan = self._ask(self._demand or reference, frozenset(demands))
+        plan = self._ask(self._demand or reference, frozenset(demands), reference)
         if self._may_follow(plan, {node.id for node in here}):
             self._current, self._wanted = plan, None
         return self._current
@@ -59,9 +59,9 @@ class StagePlanner:
             self._wanted = (new, self._monotonic())
         return self._monotonic() - self._wanted[1] >= SETTLE_SECONDS
 
-    def _ask(self, demand: str, demands: frozenset[str]) -> StagePlan:
+    def _ask(self, demand: str, demands: frozenset[str], reference: str) -> StagePlan:
         before = self._current.stages
-        question = (self._nodes, demand, demands, tuple(sorted(before.items())))
+        question = (self._nodes, demand, demands, reference, tuple(sorted(before.items())))
         if self._asked is not None and self._asked[0] == question:
             return self._asked[1]
         costs: dict[str, NodeCosts] = {}
@@ -76,13 +76,32 @@ class StagePlanner:
         needed: frozenset[str] = frozenset()
         while True:
             plan = plan_stages(costs, mode=self._scale.stages, wishes=wishes, needed=needed, before=before)
+            # Else no node would be left for some job, or too few for the replicas that are to be kept up.
             more = frozenset().union(*(ids for ids in able if ids and ids <= plan.stages.keys()))
+            more = more or self._for_minimum(plan.stages, reference)
             if not more:
                 break
-            needed |= more  # else no node would be left for some job
+            needed |= more
         plan = replace(plan, needed=needed)
         self._asked = (question, plan)
         return plan
+
+    def _for_minimum(self, stages: Mapping[str, Stage], reference: str) -> frozenset[str]:
+        """The node with most room for whole replicas among those that would do a stage only, if the others have not
+        room enough for the minimum. An operator's order is not overruled by it."""
+        ordered = self._scale.stages == "apart"
+        whole = 0
+        room: dict[str, int] = {}
+        for kind, nodes in self._kinds.items():
+            replicas = self._costs(kind, reference).replicas
+            for node in nodes:
+                if node.id not in stages:
+                    whole += replicas
+                elif replicas and not (ordered and node.wish):
+                    room[node.id] = replicas
+        if whole >= self._scale.minimum or not room:
+            return frozenset()
+        return frozenset([max(room, key=lambda node_id: (room[node_id], node_id))])
 
     def _find_costs(self, kind: Node, demand: str) -> NodeCosts:
         return self._fitter.node_costs(kind, demand, self._scale.gpus)

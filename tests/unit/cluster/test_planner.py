@@ -106,3 +106,17 @@ def test_nodes_that_go_take_their_stage_with_them_and_draining_ones_have_none() 
     assert not bench.look("few").apart
     bench.nodes.clear()
     assert not bench.look("few").apart
+
+
+def test_the_replicas_that_are_to_be_kept_up_keep_their_nodes() -> None:
+    for minimum, apart in ((0, True), (2, True), (3, False), (6, False), (60, False)):
+        bench = Bench(minimum=minimum)
+        bench.look("few")
+        assert bench.look("few", after=SETTLE_SECONDS).apart == apart
+    bench = Bench(minimum=3)
+    bench.nodes.append(node("older", "1x11GiB"))  # one of the two is enough: the one with room for more
+    bench.look("few")
+    assert bench.look("few", after=SETTLE_SECONDS).stages == {"older": "decode"}
+    ordered = Bench(minimum=6, stages="apart")
+    ordered.nodes[1] = node("old", "4x11GiB", wish="decode")
+    assert ordered.look("few").stages == {"old": "decode"}
