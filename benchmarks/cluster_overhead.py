@@ -4,10 +4,11 @@
     PYTHONPATH=src python benchmarks/cluster_overhead.py [--rounds 10] [--kinds small,long,usual] [--threads 1]
 
 Models compute with `--threads`, all cores but one if nothing is said: the rest is for the programs around them, as where
-GPUs compute. Both servers run all the time and take turns, so that the machine's moods meet both. Each commit is on the disk, in SQLite
-and in PostgreSQL. `latency`: one job at a time, from its row to its completion. `throughput`: a batch at once, and the
-processor time that all processes of a path took meanwhile, which other programs disturb less. Goals: 50 ms a job, 1 % of
-throughput; `uncertain_ms` is two standard errors of what is added. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
+GPUs compute. Both servers run all the time and take turns, so that the machine's moods meet both. Each commit is on the
+disk, in SQLite and in PostgreSQL. `latency`: one job at a time, from its row to its completion. `throughput`: a batch at
+once, and the processor time that all processes of a path took meanwhile, which other programs disturb less. Goals: 50 ms
+a job, 1 % of throughput. What is added is the median of the rounds' differences; `uncertain_ms` is two standard errors of
+their mean. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
 turns too, so the differences above are without it.
 """
 

@@ -16,7 +16,7 @@ these; nor do results: they are of queries that their receiver has sent after it
 Letters in names: B batch (of one), L tokens, H heads, D channels a head, P ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from wanduet.ops.adjacent import copy_rows
+from wanduet.ops.attention import AttentionFn
 from wanduet.parallel.heads import heads_of_rank
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class PeerMemory(Protocol):
@@ -94,7 +93,7 @@ class DirectExchange:
             self.memory.copy(theirs, self._whole(rank, index, x_BLHD)[:, self._rows(self.rank)])
             self.memory.tell(rank, index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: Attend, at_once: bool = False) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: AttentionFn, at_once: bool = False) -> Tensor:
         """Attention of this rank's queries, all heads, after all three have been sent; `[1, this rank's L, H, D]`, in
         the buffer until the next call.
 
@@ -127,7 +126,7 @@ class DirectExchange:
         return self._out(self.rank, q)
 
     def _in_turns(
-        self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: Attend
+        self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: AttentionFn
     ) -> Iterator[tuple[int, slice, Tensor]]:
         """Whose queries were attended to, which of its rows, and the result; from this rank's queries for its own
         heads, and from q, k and v as they have come."""
@@ -143,7 +142,7 @@ class DirectExchange:
             yield rank, slice(None), some(q[:, self._rows(rank)])
         yield self.rank, slice(last, length), some(own_BLHD[:, last:])
 
-    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Iterator[tuple[int, slice, Tensor]]:
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, attend: AttentionFn) -> Iterator[tuple[int, slice, Tensor]]:
         """The same of all queries together."""
         for rank in self._others():
             self.memory.hear(rank, 0)

@@ -6,7 +6,7 @@ values, and the last group's results, travel while a group is attended to.
 Letters in names: B batch, L tokens, H heads, D channels a head, P ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.errors import ConfigError
+from wanduet.ops.attention import AttentionFn
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,7 @@ class HeadExchange:
     lengths: Sequence[int]
     rank: int
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, attend_whole: Callable[[Tensor, Tensor, Tensor], Tensor], groups: int
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: AttentionFn, groups: int) -> Tensor:
         """Attention of this rank's queries, all heads; q, k, v and result `[B, this rank's L, H, D]`.
 
         `attend_whole` is given all ranks' tokens and some heads, `groups` times. Raises ConfigError if the
