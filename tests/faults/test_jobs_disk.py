@@ -14,7 +14,9 @@ import pytest
 from job_workers import content, fake_engine, journal, open_store, published, submit, wait
 
 from wanduet.config import EngineConfig
+from wanduet.errors import OutputError
 from wanduet.jobs.attempt import AttemptSettings
+from wanduet.jobs.files import JobFiles
 from wanduet.jobs.runner import Runner, RunnerSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
@@ -113,3 +115,32 @@ def test_each_single_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fatal += 1
     record_property("writes that failed", fatal - 1)
     assert fatal > 15
+
+
+def test_an_attempt_ends_with_its_engines_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails beside a job that runs well must not leave it running beside the next attempt."""
+    store, engine = open_store(tmp_path), fake_engine.FakeEngine(EngineConfig(data_dir=tmp_path))
+    engine.pace = turnstile = fake_engine.Turnstile(0)
+    note, running = JobFiles.note_checkpoints, []
+
+    def full_at_first(files: JobFiles, job_id: str, keys: Any) -> None:
+        running.append([job for job in engine.jobs if job._thread.is_alive()])
+        if len(running) == 1:
+            raise OutputError("Cannot write: the disk is full.")
+        turnstile.open()
+        note(files, job_id, keys)
+
+    monkeypatch.setattr(JobFiles, "note_checkpoints", full_at_first)
+    job_id = submit(store, "job 0", steps=3, seed=0)
+    runner = Runner(store, engine, RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005)), hooks=engine.hooks)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait(lambda: store.get(job_id).finished)
+    finally:
+        turnstile.open()
+        runner.drain()
+        thread.join(120)
+    assert store.get(job_id).status == "completed"
+    assert running == [[engine.jobs[0]], [engine.jobs[1]]]
+    store.close()

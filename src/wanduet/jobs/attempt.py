@@ -26,7 +26,7 @@ from wanduet.media.files import write_atomically
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
-    from wanduet.engine.job import Event
+    from wanduet.engine.job import Event, JobResult
 
 log = structlog.get_logger(__name__)
 
@@ -105,20 +105,17 @@ class Attempt:
     def _generate(self) -> dict[str, Any] | None:
         """Let the engine make the videos; returns what `result.json` holds, None if another worker is to decode."""
         request = GenerationRequest.parse(**self._lease.job.request)
-        files, job_id = self._store.files, self._lease.job.id
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
-        watcher = self._hooks.watch_steps(self._engine, files.preview_path(job_id), request)
+        watcher = self._hooks.watch_steps(self._engine, self._store.files.preview_path(self._lease.job.id), request)
         running = self._engine.submit(request, output, watch=watcher, elsewhere=self._decodes_elsewhere)
-        self._keeper.watch(running)
-        self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
-        files.note_checkpoints(job_id, self._checkpoints)
-        steps, before = 0, (0, 0)
-        for event in running.events():
-            self._keeper.note(event, request.num_videos_per_prompt)
-            if event.phase == "denoise":  # each video begins with an event that says where
-                steps += before == (event.video, event.done - 1)
-                before = event.video, event.done
-        result = running.result()
+        try:
+            result, steps = self._follow(running, request.num_videos_per_prompt)
+        except BaseException:
+            # If it still runs, it must not write beside the next attempt.
+            running.cancel()
+            with suppress(Exception):
+                running.result()
+            raise
         if not result.videos:
             return None
         outcome = {
@@ -137,6 +134,19 @@ class Attempt:
         if watcher is not None:
             watcher.learn(result.videos[0].path)
         return outcome
+
+    def _follow(self, running: RunningJob, videos: int) -> tuple["JobResult", int]:
+        """What the engine's job made, and how many steps it took; raises what it failed with."""
+        self._keeper.watch(running)
+        self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
+        self._store.files.note_checkpoints(self._lease.job.id, self._checkpoints)
+        steps, before = 0, (0, 0)
+        for event in running.events():
+            self._keeper.note(event, videos)
+            if event.phase == "denoise":  # each video begins with an event that says where
+                steps += before == (event.video, event.done - 1)
+                before = event.video, event.done
+        return running.result(), steps
 
     def _decodes_elsewhere(self) -> bool:
         """Whether another worker is there to decode, and finds the latents where it looks."""
