@@ -16,8 +16,8 @@ from wanduet.models.vae_rows import Rows
 from wanduet.models.vae_stream import Frames, decode_stream
 from wanduet.models.vae_strips import Seam, share_decode
 from wanduet.parallel.exchange import Sending, receive, send
+from wanduet.parallel.parts import split_lengths
 from wanduet.parallel.rank import Rank
-from wanduet.parallel.sequence import split_lengths
 
 
 def decode_share(

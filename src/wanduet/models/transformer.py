@@ -119,16 +119,16 @@ class Attention(nn.Module):
 
     def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation, each sent to other devices before the next is computed."""
-        q_out, k_out, v_out = scratch.thirds()
-        v_BLHD = _project(n_BLC, self.to_v, v_out).unflatten(-1, (self.num_heads, -1))
-        run.sharding.send(2, v_BLHD)
-        k = _project(n_BLC, self.to_k, k_out)
-        k_BLHD = run.kernels.qk_norm_rope(k, self.norm_k.weight, self.eps, self.num_heads, rope)
-        run.sharding.send(1, k_BLHD)
-        q = _project(n_BLC, self.to_q, q_out)
-        q_BLHD = run.kernels.qk_norm_rope(q, self.norm_q.weight, self.eps, self.num_heads, rope)
-        run.sharding.send(0, q_BLHD)
-        return q_BLHD, k_BLHD, v_BLHD
+        found: dict[int, Tensor] = {}
+        for index, linear, norm in ((2, self.to_v, None), (1, self.to_k, self.norm_k), (0, self.to_q, self.norm_q)):
+            room = run.sharding.room(index, n_BLC)
+            x = _project(n_BLC, linear, scratch.thirds()[index] if room is None else room)
+            if norm is None:
+                found[index] = x.unflatten(-1, (self.num_heads, -1))
+            else:
+                found[index] = run.kernels.qk_norm_rope(x, norm.weight, self.eps, self.num_heads, rope)
+            run.sharding.send(index, found[index])
+        return found[0], found[1], found[2]
 
     def attend_text(
         self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch

@@ -57,7 +57,7 @@ def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: st
         return 0
     tokens = prod(size // p for size, p in zip(latent_shape[1:], spec.patch_size, strict=True))
     lengths = (-(-tokens // layout.sequence),) * layout.ulysses
-    return direct_bytes(lengths, spec.dim, getattr(torch, dtype).itemsize)
+    return direct_bytes(layout, lengths, spec.dim, getattr(torch, dtype).itemsize)
 
 
 @lru_cache(maxsize=256)

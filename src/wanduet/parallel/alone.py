@@ -12,9 +12,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.ops.attention import AttentionFn, AttentionLseFn
-from wanduet.parallel.direct import DirectExchange, PeerMemory
+from wanduet.parallel.direct import direct_exchange
 from wanduet.parallel.heads import Exchange, HeadExchange
 from wanduet.parallel.mesh import Layout
+from wanduet.parallel.peer_memory import PeerMemory
 from wanduet.parallel.prompts import PromptSharding
 from wanduet.parallel.ring import attend_in_turn
 from wanduet.parallel.sequence import HEAD_GROUPS
@@ -52,7 +53,7 @@ class OneOfMany(PromptSharding):
             return attend_whole(q, k, v)
         lengths = (q.shape[1],) * ulysses
         if self._peers is not None:
-            return DirectExchange(self._peers, lengths, 0).attend(q, k, v, attend_whole, at_once=ring > 1)
+            return direct_exchange(self._layout, self._peers, lengths, 0).attend(q, k, v, attend_whole)
         unanswered = _Unanswered(cast(dist.ProcessGroup, None), lengths, 0)
         return unanswered.attend(q, k, v, attend_whole, HEAD_GROUPS if ring == 1 else 1)
 

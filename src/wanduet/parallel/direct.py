@@ -1,185 +1,55 @@
-"""Ulysses between GPUs that can write to each other's memory: every row goes straight to where it is needed.
+"""What GPUs exchange that can write to each other's memory: keys and values, or heads.
 
-What heads.py does with collectives, which are kernels: they take multiprocessors from the attention that they run
-beside, and want what they send and receive in one piece, packed and unpacked by more kernels. Here a GPU's copy
-engines take each head from where the projection left it to its place in the other GPU's queries, keys or values, and
-each result to its place between the other heads'. Nothing runs on the multiprocessors for it but the copies of keys
-and values that stay on this rank. Values travel while keys are projected, and those while queries are.
-
-A rank attends to its own queries first, for which it waits for nobody's; then to each other rank's, whose results
-leave at once; then to the rest of its own, while results travel.
-
-No barrier is needed between blocks. Keys and values may come again as soon as their receiver says that it has read
-those of the block before. Queries need no such word: their sender sends the next ones after it has had the results of
-these; nor do results: they are of queries that their receiver has sent after it had read the results before.
-
-Letters in names: B batch (of one), L tokens, H heads, D channels a head, P ranks.
+Letters in names: B batch (of one), L tokens, H heads, D channels a head, C = H x D.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from wanduet.ops.adjacent import copy_rows
 from wanduet.ops.attention import AttentionFn
-from wanduet.parallel.heads import heads_of_rank
+from wanduet.parallel.direct_heads import DirectHeads, heads_bytes
+from wanduet.parallel.direct_keys import DirectKeys, keys_bytes
+from wanduet.parallel.mesh import Layout
+from wanduet.parallel.peer_memory import PeerMemory
 
 
-class PeerMemory(Protocol):
-    """A buffer on every rank of a group, to which all of them copy, beside what they compute."""
+class DirectExchange(Protocol):
+    """One attention of a sequence that several ranks hold."""
 
-    def reserve(self, size: int) -> bool:
-        """So many bytes on every rank. All must ask for the same, together; a larger buffer replaces the one before.
-        Whether this is a new one, about which nothing has been said yet."""
-
-    def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A rank's buffer from element `offset` on."""
-
-    def follow(self) -> None:
-        """Copies from here on wait for what has been computed so far."""
-
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Begin to copy `[B=1, L, H, D]`, of which the heads of a token lie side by side, into a rank's buffer."""
-
-    def tell(self, rank: int, channel: int) -> None:
-        """Tell a rank, after the copies so far. Waits until it has heard the last word on this channel."""
-
-    def hear(self, rank: int, channel: int) -> None:
-        """What is computed from here on waits for a rank's word."""
-
-    def heed(self, rank: int, channel: int) -> None:
-        """Copies from here on wait for a rank's word."""
-
-    def join(self) -> None:
-        """What is computed from here on waits for this rank's copies."""
-
-
-# Channels: q, k and v have come (0, 1, 2); so have results; keys and values have been read.
-RESULT = 3
-READ = {1: 4, 2: 5}
-# A rank keeps so many of its own queries for last, a quarter at most. With six heads this is one round of a Hopper's
-# 132 multiprocessors, at 192 queries each: at 480p it takes 0.6 ms, and the results of others 0.1 ms to arrive.
-LAST_QUERIES = 4224
-
-
-@dataclass(frozen=True, slots=True)
-class DirectExchange:
-    """Swaps tokens for heads among the ranks of `memory`, which hold `lengths` tokens; this is rank `rank`.
-
-    For a batch of one.
-    """
-
-    memory: PeerMemory
-    lengths: Sequence[int]
-    rank: int
+    def room(self, index: int, like_BLC: Tensor) -> Tensor | None:
+        """Where this rank's q (index 0), k (1) or v (2) should be computed, `[1, this rank's L, C]` in one piece; None
+        where it does not matter."""
 
     def send(self, index: int, x_BLHD: Tensor) -> None:
-        """Begin to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`; each once before `attend`.
+        """Begin to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`; each once before `attend`."""
 
-        Raises ConfigError if the ranks do not divide the heads.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: AttentionFn) -> Tensor:
+        """Attention of this rank's queries, all heads, after all three have been sent; `[1, this rank's L, H, D]`.
+
+        `attend_whole` is given queries, and all ranks' keys and values for the same heads; perhaps several times.
         """
-        heads = heads_of_rank(x_BLHD, len(self.lengths))
-        if self.memory.reserve(direct_bytes(self.lengths, x_BLHD.shape[2] * x_BLHD.shape[3], x_BLHD.itemsize)):
-            self._tell_read()
-        self.memory.follow()
-        for rank in self._others():
-            if index in READ:
-                self.memory.heed(rank, READ[index])
-            theirs = x_BLHD[:, :, rank * heads : (rank + 1) * heads]
-            self.memory.copy(theirs, self._whole(rank, index, x_BLHD)[:, self._rows(self.rank)])
-            self.memory.tell(rank, index)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: AttentionFn, at_once: bool = False) -> Tensor:
-        """Attention of this rank's queries, all heads, after all three have been sent; `[1, this rank's L, H, D]`, in
-        the buffer until the next call.
-
-        `attend_whole` is given all ranks' keys and values for this rank's heads; and some queries, several times, or
-        all of them `at_once`.
-        """
-        heads = heads_of_rank(q, len(self.lengths))
-        mine = slice(self.rank * heads, (self.rank + 1) * heads)
-        whole_q, whole_k, whole_v = (self._whole(self.rank, index, q) for index in range(3))
-        stays = [(whole_k, k), (whole_v, v), *([(whole_q, q)] if at_once else [])]
-        for whole_BLHD, x_BLHD in stays:
-            copy_rows(whole_BLHD[:, self._rows(self.rank)], x_BLHD[:, :, mine])
-        for rank, index in product(self._others(), READ):
-            self.memory.hear(rank, index)
-        if at_once:
-            attended = self._at_once(whole_q, whole_k, whole_v, attend_whole)
-        else:
-            attended = self._in_turns(q[:, :, mine], whole_q, whole_k, whole_v, attend_whole)
-        leaving: list[Tensor] = []  # nobody else's memory until it has left
-        for rank, rows, part_BLHD in attended:
-            leaving.append(part_BLHD.contiguous())
-            self.memory.follow()
-            self.memory.copy(leaving[-1], self._out(rank, q)[:, rows, mine])
-            if rank != self.rank:
-                self.memory.tell(rank, RESULT)
-        for rank in self._others():
-            self.memory.hear(rank, RESULT)
-        self.memory.join()  # what was sent may be overwritten from here on
-        self._tell_read()
-        return self._out(self.rank, q)
-
-    def _in_turns(
-        self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: AttentionFn
-    ) -> Iterator[tuple[int, slice, Tensor]]:
-        """Whose queries were attended to, which of its rows, and the result; from this rank's queries for its own
-        heads, and from q, k and v as they have come."""
-        length = own_BLHD.shape[1]
-        last = length - min(LAST_QUERIES, length // 4)
-
-        def some(q_BLHD: Tensor) -> Tensor:
-            return attend(q_BLHD, k, v) if q_BLHD.numel() else q_BLHD
-
-        yield self.rank, slice(0, last), some(own_BLHD[:, :last])
-        for rank in self._others():
-            self.memory.hear(rank, 0)
-            yield rank, slice(None), some(q[:, self._rows(rank)])
-        yield self.rank, slice(last, length), some(own_BLHD[:, last:])
-
-    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, attend: AttentionFn) -> Iterator[tuple[int, slice, Tensor]]:
-        """The same of all queries together."""
-        for rank in self._others():
-            self.memory.hear(rank, 0)
-        attended_BLHD = attend(q, k, v)
-        for rank in (*self._others(), self.rank):
-            yield rank, slice(None), attended_BLHD[:, self._rows(rank)]
-
-    def _tell_read(self) -> None:
-        """Others may send their next keys and values."""
-        self.memory.follow()
-        for rank, index in product(self._others(), READ):
-            self.memory.tell(rank, READ[index])
-
-    def _others(self) -> list[int]:
-        """The other ranks, from the next one on: not all write to the same one at a time."""
-        count = len(self.lengths)
-        return [(self.rank + step) % count for step in range(1, count)]
-
-    def _rows(self, rank: int) -> slice:
-        """A rank's tokens in the whole sequence."""
-        start = sum(self.lengths[:rank])
-        return slice(start, start + self.lengths[rank])
-
-    def _whole(self, rank: int, index: int, like: Tensor) -> Tensor:
-        """q, k or v `[1, all ranks' L, a rank's heads, D]` in a rank's buffer."""
-        _, _, heads, channels = like.shape
-        shape = (1, sum(self.lengths), heads // len(self.lengths), channels)
-        return self.memory.on(rank, index * torch.Size(shape).numel(), shape, like.dtype)
-
-    def _out(self, rank: int, like: Tensor) -> Tensor:
-        """The result `[1, a rank's L, H, D]` in its buffer, behind q, k and v."""
-        _, _, heads, channels = like.shape
-        start = 3 * sum(self.lengths) * (heads // len(self.lengths)) * channels
-        return self.memory.on(rank, start, (1, self.lengths[rank], heads, channels), like.dtype)
 
 
-def direct_bytes(lengths: Sequence[int], width: int, itemsize: int) -> int:
-    """The buffer's size for ranks that hold so many tokens of `width` channels: q, k, v of all for a rank's heads, and
-    one rank's result."""
-    return (3 * sum(lengths) * (width // len(lengths)) + max(lengths) * width) * itemsize
+def direct_exchange(
+    layout: Layout, memory: PeerMemory, lengths: Sequence[int], rank: int, heads: bool = False
+) -> DirectExchange:
+    """For `rank` of the ranks along a layout's Ulysses axis, which hold `lengths` tokens and write to `memory`.
+
+    Two ranks exchange as much either way, and have less to wait for with keys and values; more of them, and those
+    whose keys also go around a ring, or who are told to (`heads`), swap heads.
+    """
+    if heads or not _sends_keys(layout):
+        # Around a ring, keys and values would travel again for every part of the queries.
+        return DirectHeads(memory, lengths, rank, at_once=layout.ring > 1)
+    return DirectKeys(memory, lengths, rank)
+
+
+def direct_bytes(layout: Layout, lengths: Sequence[int], width: int, itemsize: int) -> int:
+    """The buffer's size for ranks that hold so many tokens of `width` channels."""
+    return (keys_bytes if _sends_keys(layout) else heads_bytes)(lengths, width, itemsize)
+
+
+def _sends_keys(layout: Layout) -> bool:
+    return layout.ulysses == 2 and layout.ring == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.errors import ConfigError
-from wanduet.parallel.direct import PeerMemory
+from wanduet.parallel.peer_memory import PeerMemory
 from wanduet.parallel.peers import GpuPeers
 
 CPU = torch.device("cpu")

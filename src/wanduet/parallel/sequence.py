@@ -1,5 +1,7 @@
 """One sequence of tokens over several ranks: Ulysses, ring attention, or both. Exact, for any length.
 
+Where ranks write to each other's memory, what they exchange is in direct.py; else collectives swap heads.
+
 Every rank holds a run of neighbouring tokens. Nothing is padded: parts differ by a token where the length
 does not divide, or are cut in proportion to the ranks' speeds, and each exchange says how much it sends.
 
@@ -10,7 +12,6 @@ Letters in names: B batch, L tokens, H heads, D channels a head.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from torch import distributed as dist
 
 from wanduet.errors import ConfigError
 from wanduet.ops.attention import AttentionFn, AttentionLseFn, plain_with_lse
-from wanduet.parallel.direct import DirectExchange
+from wanduet.parallel.direct import DirectExchange, direct_exchange
 from wanduet.parallel.heads import HeadExchange
 from wanduet.parallel.mesh import Mesh
+from wanduet.parallel.parts import part_of, split_lengths
 from wanduet.parallel.ring import ring_attention
 
 # Heads are exchanged in this many groups: while one is attended to, the next one is under way.
@@ -36,7 +38,7 @@ class SequenceSharding:
     `attention_lse` computes attention to a part of the keys; only the ring uses it, and it should be the
     chosen back end's. `shares` are the ranks' relative speeds, equal if left out. `head_groups` is how far
     Ulysses cuts its heads so that collectives and attention overlap; 1 exchanges all at once. Without a use where
-    the mesh has `peers`.
+    the mesh has `peers`, who swap heads with `direct_heads` and else exchange what is best.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SequenceSharding:
         attention_lse: AttentionLseFn | None = plain_with_lse,
         shares: Sequence[float] | None = None,
         head_groups: int = HEAD_GROUPS,
+        direct_heads: bool = False,
     ) -> None:
         """Raises ConfigError for a back end that a ring cannot use, or shares that do not fit the mesh."""
         degree = mesh.layout.sequence
@@ -61,6 +64,7 @@ class SequenceSharding:
         # With a ring, keys and values already travel during the attention; one more communicator at the
         # same time would compete with it.
         self._head_groups = head_groups if mesh.layout.ring == 1 else 1
+        self._direct_heads = direct_heads
         self._rank = mesh.sequence_rank
         self._lengths: tuple[int, ...] = ()
         self._sent: set[int] = set()  # of the next attention's q, k, v
@@ -68,7 +72,8 @@ class SequenceSharding:
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole sequence along `dim`, a view; all ranks must hold the same `x`."""
         self._lengths = split_lengths(x.shape[dim], self.shares)
-        return x.narrow(dim, sum(self._lengths[: self._rank]), self._lengths[self._rank])
+        rows = part_of(self._lengths, self._rank)
+        return x.narrow(dim, rows.start, rows.stop - rows.start)
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """The whole sequence along `dim`, on every rank, from every rank's part. Raises ValueError for a part
@@ -88,11 +93,17 @@ class SequenceSharding:
         """Between GPUs that write to each other's memory."""
         return self.mesh.peers is not None and self.mesh.layout.ulysses > 1
 
+    def room(self, index: int, like: Tensor) -> Tensor | None:
+        """See Sharding. Raises what `attend` raises."""
+        self._check_part(like, 1)
+        direct = self._direct(like)
+        return direct.room(index, like) if direct else None
+
     def send(self, index: int, x: Tensor) -> None:
         """See Sharding. Raises what `attend` raises."""
         self._check_part(x, 1)
-        if self.mesh.peers is not None and x.shape[0] == 1:
-            DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank).send(index, x)
+        if direct := self._direct(x):
+            direct.send(index, x)
             self._sent.add(index)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
@@ -115,20 +126,26 @@ class SequenceSharding:
 
         if layout.ulysses == 1:
             return attend_whole(q, k, v)
-        if self.mesh.peers is None or q.shape[0] > 1:
+        direct = self._direct(q)
+        if direct is None:
             collective = HeadExchange(self.mesh.ulysses, self._row_lengths, self._ulysses_rank)
             return collective.attend(q, k, v, attend_whole, self._head_groups)
-        for index, x in enumerate((q, k, v)):
+        for index, x in ((2, v), (1, k), (0, q)):
             if index not in self._sent:
                 self.send(index, x)
         self._sent.clear()
-        direct = DirectExchange(self.mesh.peers, self._row_lengths, self._ulysses_rank)
-        # Around a ring, keys and values would travel again for every part of the queries.
-        return direct.attend(q, k, v, attend_whole, at_once=layout.ring > 1)
+        return direct.attend(q, k, v, attend_whole)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
         """As in every block."""
         return self.attend(q, k, v, attention)
+
+    def _direct(self, x: Tensor) -> DirectExchange | None:
+        """For a batch of one, between GPUs that write to each other's memory."""
+        layout, peers = self.mesh.layout, self.mesh.peers
+        if not self.sends_ahead or peers is None or x.shape[0] > 1:
+            return None
+        return direct_exchange(layout, peers, self._row_lengths, self._ulysses_rank, self._direct_heads)
 
     @property
     def _ulysses_rank(self) -> int:
@@ -144,10 +161,3 @@ class SequenceSharding:
         expected = self._lengths[self._rank] if self._lengths else None
         if x.shape[dim] != expected:
             raise ValueError(f"A part of {x.shape[dim]} tokens, where shard_sequence last gave {expected}.")
-
-
-def split_lengths(length: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Cut `length` tokens into consecutive parts in proportion to `shares`, each rounded by less than one."""
-    total = sum(shares)
-    cuts = [round(length * share / total) for share in accumulate(shares, initial=0.0)]
-    return tuple(stop - start for start, stop in pairwise(cuts))

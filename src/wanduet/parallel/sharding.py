@@ -20,6 +20,9 @@ class Sharding(Protocol):
     def sends_ahead(self) -> bool:
         """Whether `send` has a use: then v, k and q should be computed one after the other, and sent in between."""
 
+    def room(self, index: int, like: Tensor) -> Tensor | None:
+        """Where q (index 0), k (1) or v (2) should be computed, as `like` `[B, L, C]`; None where it does not matter."""
+
     def send(self, index: int, x: Tensor) -> None:
         """q (index 0), k (1) or v (2) `[B, L, H, D]`, of which the next `attend` will be."""
 
@@ -45,6 +48,10 @@ class NoSharding:
     def sends_ahead(self) -> bool:
         """There is nobody to send to."""
         return False
+
+    def room(self, index: int, like: Tensor) -> Tensor | None:
+        """Nowhere in particular."""
+        return None
 
     def send(self, index: int, x: Tensor) -> None:
         """Nothing."""

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
+from math import prod
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from wanduet.errors import ConfigError
 from wanduet.ops.attention import sdpa
-from wanduet.parallel.direct import DirectExchange, direct_bytes
+from wanduet.parallel.direct import DirectExchange, direct_bytes, direct_exchange
+from wanduet.parallel.direct_keys import DirectKeys
+from wanduet.parallel.mesh import Layout
 
 TIMEOUT = 10.0
 
@@ -112,29 +115,46 @@ class SlowAttention:
         self.made.append(torch.cat((first, sdpa(q[:, half:], k, v)), dim=1))
         return self.made[-1]
 
-    def reuse(self) -> None:
+    def reuse(self, held: Tensor) -> None:
         for result in self.made:
-            result.fill_(torch.nan)
+            if result is not held:
+                result.fill_(torch.nan)
         self.made.clear()
 
 
-@pytest.mark.parametrize("lengths", [(7, 7), (1, 12), (5, 0), (4, 9, 6), (3, 3, 4, 4)])
+def exchange_of(peers: LatePeers, lengths: tuple[int, ...], rank: int, heads: bool) -> DirectExchange:
+    return direct_exchange(Layout(ulysses=len(lengths)), peers, lengths, rank, heads)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [
+        *product([(7, 7), (1, 12), (5, 0)], (False, True)),
+        *product([(4, 9, 6), (3, 3, 4, 4)], (True,)),
+    ],
+)
 @pytest.mark.parametrize("order", [(2, 1, 0), (0, 1, 2)])
-def test_every_block_is_attention_of_the_whole_sequence(lengths: tuple[int, ...], order: tuple[int, ...]) -> None:
+def test_every_block_is_attention_of_the_whole_sequence(
+    lengths: tuple[int, ...], heads: bool, order: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    blocks, heads, channels = 6, 12, 8
-    packed = torch.randn(blocks, 1, sum(lengths), 3 * heads * channels)
-    qkv = [tuple(x.unflatten(-1, (heads, channels)) for x in block.chunk(3, dim=-1)) for block in packed]
+    blocks, split = 6, (12, 8)
+    packed = torch.randn(blocks, 1, sum(lengths), 3 * prod(split))
+    qkv = [tuple(x.unflatten(-1, split) for x in block.chunk(3, dim=-1)) for block in packed]
 
     def work(rank: int, peers: LatePeers) -> list[Tensor]:
-        exchange = DirectExchange(peers, lengths, rank)
+        exchange = exchange_of(peers, lengths, rank, heads)
         results, attention = [], SlowAttention()
-        for block in qkv:
+        for number, block in enumerate(qkv):
             own = [part(x, lengths, rank).clone() for x in block]
             for index in order:
+                room = exchange.room(index, own[index].flatten(2))
+                if room is not None and number % 2:  # in other blocks they are computed elsewhere
+                    room.copy_(own[index].flatten(2))
+                    own[index] = room.unflatten(2, split)
                 exchange.send(index, own[index])
             result = exchange.attend(own[0], own[1], own[2], attention)
-            attention.reuse()
+            attention.reuse(result)
             for x in own:
                 x.fill_(torch.nan)
             results.append(result.clone())
@@ -148,7 +168,8 @@ def test_every_block_is_attention_of_the_whole_sequence(lengths: tuple[int, ...]
     assert not any(torch.isnan(x).any() for rank in found for x in rank)
 
 
-def test_jobs_of_other_lengths_share_the_buffer() -> None:
+@pytest.mark.parametrize("heads", [False, True])
+def test_jobs_of_other_lengths_share_the_buffer(heads: bool) -> None:
     torch.manual_seed(0)
     sizes = [(6, 6), (9, 8), (2, 3)]
     inputs = [[torch.randn(1, sum(lengths), 4, 8) for _ in range(3)] for lengths in sizes]
@@ -157,7 +178,7 @@ def test_jobs_of_other_lengths_share_the_buffer() -> None:
         results = []
         for lengths, x in zip(sizes, inputs, strict=True):
             own = [part(y, lengths, rank) for y in x]
-            exchange = DirectExchange(peers, lengths, rank)
+            exchange = exchange_of(peers, lengths, rank, heads)
             for index in range(3):
                 exchange.send(index, own[index])
             results.append(exchange.attend(own[0], own[1], own[2], sdpa).clone())
@@ -174,11 +195,22 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     peers = LatePeers(Machine(2), 0)
     x = torch.randn(1, 5, 3, 8)
     with pytest.raises(ConfigError, match="3 heads"):
-        DirectExchange(peers, (5, 5), 0).send(0, x)
+        exchange_of(peers, (5, 5), 0, heads=True).send(0, x)
     with pytest.raises(ConfigError, match="3 heads"):
-        DirectExchange(peers, (5, 5), 0).attend(x, x, x, sdpa)
+        exchange_of(peers, (5, 5), 0, heads=True).attend(x, x, x, sdpa)
 
 
 def test_the_buffer_is_as_large_as_what_comes() -> None:
-    # q, k and v of 20 tokens for 2 of 4 heads of 8 channels, and the result of 11 tokens.
-    assert direct_bytes((9, 11), 4 * 8, 2) == (3 * 20 * 2 * 8 + 11 * 4 * 8) * 2
+    # Keys and values of 20 tokens of 32 channels.
+    assert direct_bytes(Layout(ulysses=2), (9, 11), 32, 2) == 2 * 20 * 32 * 2
+    # q, k and v of 30 tokens for a third of the channels, and the result of 11 tokens.
+    assert direct_bytes(Layout(ulysses=3), (9, 11, 10), 36, 2) == (3 * 30 * 12 + 11 * 36) * 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    [(Layout(ulysses=2), True), (Layout(cfg=2, ulysses=2), True), (Layout(ulysses=4), False), (Layout(1, 2, 2), False)],
+)
+def test_two_ranks_send_keys_and_others_swap_heads(layout: Layout, keys: bool) -> None:
+    exchange = direct_exchange(layout, LatePeers(Machine(1), 0), (5,) * layout.ulysses, 0)
+    assert isinstance(exchange, DirectKeys) == keys

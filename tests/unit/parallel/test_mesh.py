@@ -2,7 +2,7 @@ import pytest
 
 from wanduet.errors import ConfigError
 from wanduet.parallel.mesh import Layout, choose_layout
-from wanduet.parallel.sequence import split_lengths
+from wanduet.parallel.parts import split_lengths
 
 
 @pytest.mark.parametrize(
