@@ -245,7 +245,8 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
         if t.num_attention_heads // rank.world_size % groups == 0:
             ways[f"heads by collectives, in {groups} groups"] = SequenceSharding(collectives, head_groups=groups)
     if sequence.peers is not None:
-        ways["heads by copies"] = SequenceSharding(sequence, direct_heads=True)
+        layout = Layout(ulysses=rank.world_size)
+        ways["heads by copies"] = SequenceSharding(rank.mesh(layout), direct_heads=True)
         ways["by copies, as the engine does"] = SequenceSharding(sequence)
     text = torch.ones(1, 80, t.text_dim, device=rank.device)
     step = torch.full((1,), 500.0, device=rank.device)

@@ -26,7 +26,7 @@ class PeerMemory(Protocol):
         """Begin to copy `[B=1, L, H, D]`, of which the heads of a token lie side by side, into a rank's buffer."""
 
     def tell(self, rank: int, channel: int) -> None:
-        """Tell a rank, after the copies so far. Waits until it has heard the last word on this channel."""
+        """Tell a rank, after the copies so far, on one of 16 channels. It hears as many words as it was told."""
 
     def hear(self, rank: int, channel: int) -> None:
         """What is computed from here on waits for a rank's word."""
