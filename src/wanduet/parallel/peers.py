@@ -3,7 +3,7 @@
 PyTorch's symmetric memory maps a buffer of every rank into all of them. CUDA's driver copies rows of any length and
 pitch, and writes and awaits words, for which PyTorch would start kernels: those wait for a multiprocessor, which an
 attention gives back when it is over. So a rank that attends could not say that its keys have arrived, and the other one
-attended after it, not beside it (H100: 290 ms a step of 480p, where 235 are needed).
+attended after it, not beside it (two H100, 480p: 281 ms a step, with words by the driver 234).
 """
 
 import ctypes
