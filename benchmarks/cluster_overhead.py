@@ -8,7 +8,9 @@ GPUs compute. Both servers run all the time and take turns, so that the machine'
 disk, in SQLite and in PostgreSQL. `latency`: one job at a time, from its row to its completion. `throughput`: a batch at
 once, and the processor time that all processes of a path took meanwhile, which other programs disturb less. Goals: 50 ms
 a job, 1 % of throughput. What is added is the median of the rounds' differences; `uncertain_ms` is two standard errors of
-their mean. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
+their mean. `beside`: the same of the seconds in which no denoise was under way, by what the engine reports of its jobs:
+all that a path does between models, without the models' own noise; not what it takes from them by working beside them,
+for which see the processor time. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
 turns too, so the differences above are without it.
 """
 
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -43,15 +46,25 @@ KINDS = {
 }
 
 
-def run_jobs(server: Server, store: JobStore, fields: dict[str, str], count: int) -> float:
-    """Seconds from the first job's submission to the last one's completion, by their rows: polling costs CPU time."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Seconds a job: of all, and without its denoise."""
+
+    seconds: float
+    beside: float
+
+
+def run_jobs(server: Server, store: JobStore, fields: dict[str, str], count: int) -> Batch:
+    """From the first job's submission to the last one's completion, by their rows: polling costs CPU time."""
     ids = [server.create(**{**fields, "seed": str(index)})["id"] for index in range(count)]
     found = []
     for job_id in ids:  # roughly in the order of their ends
         while not (job := store.get(job_id)).finished:
             time.sleep(0.1)
         found.append(job)
-    return max(job.completed_at or 0.0 for job in found) - min(job.created_at for job in found)
+    seconds = max(job.completed_at or 0.0 for job in found) - min(job.created_at for job in found)
+    denoise = sum(job.report["timings"]["denoise_s"] for job in found)
+    return Batch(seconds / count, (seconds - denoise) / count)
 
 
 def postmaster(cluster: Fleet) -> int:
@@ -114,34 +127,33 @@ def main() -> None:
             for kind in options.kinds:
                 fields = KINDS[kind]
                 for section, count in (("latency", 1), ("throughput", options.batch)):
-                    seconds: dict[str, list[float]] = {name: [] for name in paths}
+                    found: dict[str, list[Batch]] = {name: [] for name in paths}
                     computed = dict.fromkeys(paths, 0.0)
                     for turn in range(options.rounds):
                         for name in sorted(paths, reverse=bool(turn % 2)):
                             before = processor_seconds(roots[name])
-                            seconds[name].append(run_jobs(*paths[name], fields, count) / count)
+                            found[name].append(run_jobs(*paths[name], fields, count))
                             computed[name] += processor_seconds(roots[name]) - before
                     each = {
                         f"{name}_processor_ms_a_job": round(1e3 * total / count / options.rounds, 1)
                         for name, total in computed.items()
                     }
-                    report.add(section, threads=options.threads, **compare(kind, seconds), **each)
+                    report.add(section, threads=options.threads, jobs=kind, **compare(found), **each)
                     report.write()
     report.print()
 
 
-def compare(kind: str, seconds: dict[str, list[float]]) -> dict[str, object]:
+def compare(found: dict[str, list[Batch]]) -> dict[str, object]:
     """Medians of seconds a job, the fastest rounds, which other programs disturbed least, and what the cluster adds:
     the median of the differences in each round.
     """
-    pairs = list(zip(seconds["local"], seconds["cluster"], strict=True))
+    seconds = {name: [batch.seconds for batch in batches] for name, batches in found.items()}
+    beside = {name: [batch.beside for batch in batches] for name, batches in found.items()}
     local = statistics.median(seconds["local"])
-    differences = [cluster - here for here, cluster in pairs]
-    added = statistics.median(differences)
-    uncertain = 2 * statistics.stdev(differences) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+    added, uncertain = difference(seconds)
+    beside_added, beside_uncertain = difference(beside)
     return {
-        "jobs": kind,
-        "rounds": len(pairs),
+        "rounds": len(seconds["local"]),
         "local_s": round(local, 4),
         "cluster_s": round(statistics.median(seconds["cluster"]), 4),
         "local_fastest_s": round(min(seconds["local"]), 4),
@@ -149,7 +161,19 @@ def compare(kind: str, seconds: dict[str, list[float]]) -> dict[str, object]:
         "added_ms_a_job": round(1e3 * added, 1),
         "uncertain_ms": round(1e3 * uncertain, 1),
         "added_percent": round(100 * added / local, 2),
+        "local_beside_ms": round(1e3 * statistics.median(beside["local"]), 1),
+        "cluster_beside_ms": round(1e3 * statistics.median(beside["cluster"]), 1),
+        "beside_added_ms": round(1e3 * beside_added, 1),
+        "beside_uncertain_ms": round(1e3 * beside_uncertain, 1),
+        "beside_added_percent": round(100 * beside_added / local, 2),
     }
+
+
+def difference(seconds: dict[str, list[float]]) -> tuple[float, float]:
+    """The median of what each round took longer on the cluster, and two standard errors of the mean."""
+    differences = [cluster - here for here, cluster in zip(seconds["local"], seconds["cluster"], strict=True)]
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return statistics.median(differences), 2 * spread / len(differences) ** 0.5
 
 
 if __name__ == "__main__":
