@@ -10,8 +10,8 @@ once, and the processor time that all processes of a path took meanwhile, which 
 a job, 1 % of throughput. What is added is the median of the rounds' differences; `uncertain_ms` is two standard errors of
 their mean. `beside`: the same of the seconds in which no denoise was under way, by what the engine reports of its jobs:
 all that a path does between models, without the models' own noise; not what it takes from them by working beside them,
-for which see the processor time. `standing`: what each path's processes take of one core while there is nothing to do; Ray's do so in the local
-turns too, so the differences above are without it.
+for which see the processor time. `standing`: what each path's processes take of one core while there is nothing to do;
+Ray's do so in the local turns too, so the differences above are without it.
 """
 
 import argparse

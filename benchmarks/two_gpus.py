@@ -4,7 +4,8 @@
 
 Sections: guided unguided whole batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
 `placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both. `exchanges` looks at
-the parts without an engine around them: one forward, by how heads are exchanged, and one decode, with rows handed on or halos.
+the parts without an engine around them: one forward, by what is exchanged and how, and one decode, with rows handed on
+or halos.
 TINY=1 runs every section on two CPU ranks with the miniature.
 """
 

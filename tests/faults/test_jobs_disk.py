@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,17 @@ def test_a_full_disk_is_survived_at_many_moments(tmp_path: Path, way: str, recor
     survive(tmp_path, way, 20, record_property)
 
 
+@contextmanager
+def at_work(runner: Runner) -> Iterator[None]:
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        runner.drain()
+        thread.join(120)
+
+
 def run_one_job(data: Path) -> None:
     """One job through a worker in this process; whatever failed, it is made, with its files and no others."""
     store = open_store(data)
@@ -66,13 +79,8 @@ def run_one_job(data: Path) -> None:
     engine = fake_engine.FakeEngine(EngineConfig(data_dir=data))
     settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005, progress_seconds=0.005))
     runner = Runner(store, engine, settings, hooks=engine.hooks)
-    thread = threading.Thread(target=runner.run)
-    thread.start()
-    try:
+    with at_work(runner):
         wait(lambda: store.get(job_id).finished)
-    finally:
-        runner.drain()
-        thread.join(120)
     job = store.get(job_id)
     assert (job.status, job.error) == ("completed", None)
     path = store.files.path(job.files[0].name)
@@ -133,14 +141,11 @@ def test_an_attempt_ends_with_its_engines_job(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(JobFiles, "note_checkpoints", full_at_first)
     job_id = submit(store, "job 0", steps=3, seed=0)
     runner = Runner(store, engine, RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005)), hooks=engine.hooks)
-    thread = threading.Thread(target=runner.run)
-    thread.start()
-    try:
-        wait(lambda: store.get(job_id).finished)
-    finally:
-        turnstile.open()
-        runner.drain()
-        thread.join(120)
+    with at_work(runner):
+        try:
+            wait(lambda: store.get(job_id).finished)
+        finally:
+            turnstile.open()  # or nothing ends
     assert store.get(job_id).status == "completed"
     assert running == [[engine.jobs[0]], [engine.jobs[1]]]
     store.close()

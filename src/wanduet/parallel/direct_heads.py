@@ -27,7 +27,7 @@ from wanduet.ops.adjacent import copy_rows
 from wanduet.ops.attention import AttentionFn
 from wanduet.parallel.heads import heads_of_rank
 from wanduet.parallel.parts import others, part_of
-from wanduet.parallel.peer_memory import PeerMemory
+from wanduet.parallel.peer_memory import PeerMemory, tell_all
 
 # Channels: q, k and v have come (0, 1, 2); so have results; keys and values have been read.
 RESULT = 3
@@ -120,9 +120,7 @@ class DirectHeads:
 
     def _tell_read(self) -> None:
         """Others may send their next keys and values."""
-        self.memory.follow()
-        for rank, index in product(others(len(self.lengths), self.rank), READ):
-            self.memory.tell(rank, READ[index])
+        tell_all(self.memory, others(len(self.lengths), self.rank), READ.values())
 
     def _whole(self, rank: int, index: int, like: Tensor) -> Tensor:
         """q, k or v `[1, all ranks' L, a rank's heads, D]` in a rank's buffer."""

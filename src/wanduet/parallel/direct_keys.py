@@ -16,13 +16,14 @@ Letters in names: B batch (of one), L tokens, H heads, D channels a head, C = H 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import Size, Tensor
 
 from wanduet.ops.adjacent import copy_rows
 from wanduet.ops.attention import AttentionFn
 from wanduet.parallel.parts import others, part_of
-from wanduet.parallel.peer_memory import PeerMemory
+from wanduet.parallel.peer_memory import PeerMemory, tell_all
 
 KEYS, VALUES = 1, 2
 # Channels: keys or values have come (1, 2); they have been read.
@@ -62,9 +63,8 @@ class DirectKeys:
             own_BLHD = self._rows(self.rank, index, x_BLHD)
             if own_BLHD.data_ptr() != x_BLHD.data_ptr():  # it was not computed there
                 copy_rows(own_BLHD, x_BLHD)
-        for rank in others(len(self.lengths), self.rank):
-            for index in READ:
-                self.memory.hear(rank, index)
+        for rank, index in product(others(len(self.lengths), self.rank), READ):
+            self.memory.hear(rank, index)
         whole_k, whole_v = (self._whole(self.rank, index, q) for index in (KEYS, VALUES))
         out_BLHD = attend_whole(q, whole_k, whole_v) if q.numel() else q
         self.memory.join()  # what was sent may be overwritten from here on
@@ -77,10 +77,7 @@ class DirectKeys:
 
     def _tell_read(self) -> None:
         """Others may send their next keys and values."""
-        self.memory.follow()
-        for rank in others(len(self.lengths), self.rank):
-            for channel in READ.values():
-                self.memory.tell(rank, channel)
+        tell_all(self.memory, others(len(self.lengths), self.rank), READ.values())
 
     def _whole(self, rank: int, index: int, like: Tensor) -> Tensor:
         """Keys or values of all tokens `[1, all ranks' L, ...]` in a rank's buffer."""

@@ -3,6 +3,8 @@
 Letters in names: B batch (of one), L tokens, H heads, D channels a head.
 """
 
+from collections.abc import Iterable
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -36,3 +38,10 @@ class PeerMemory(Protocol):
 
     def join(self) -> None:
         """What is computed from here on waits for this rank's copies."""
+
+
+def tell_all(memory: PeerMemory, ranks: Iterable[int], channels: Iterable[int]) -> None:
+    """Tell ranks, after what has been computed so far."""
+    memory.follow()
+    for rank, channel in product(ranks, channels):
+        memory.tell(rank, channel)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.parallel.exchange import goes_directly, told
+from wanduet.parallel.parts import others
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class GpuPeers:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Made by `of_group`."""
         self._group, self._device = group, device
+        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self._copies = torch.cuda.Stream(device)
         self._size = 0
         self._shared: Any = None
@@ -89,17 +91,17 @@ class GpuPeers:
         from torch.distributed import _symmetric_memory as symmetric
 
         self._drop()
-        self._size = -(-size // WORD) * WORD
-        words = dist.get_world_size(self._group) * CHANNELS
-        self._buffer = symmetric.empty(self._size + words * WORD, dtype=torch.uint8, device=self._device)
+        before, words = -(-size // WORD), self._ranks * CHANNELS
+        self._buffer = symmetric.empty((before + words) * WORD, dtype=torch.uint8, device=self._device)
         self._shared = symmetric.rendezvous(self._buffer, self._group)
-        places = [self.on(rank, self._size // WORD, (words,), torch.int32) for rank in range(words // CHANNELS)]
+        places = [self.on(rank, before, (words,), torch.int32) for rank in range(self._ranks)]
         self._words = [place.data_ptr() for place in places]
-        places[dist.get_rank(self._group)].zero_()
+        places[self._rank].zero_()
         self._shared.barrier()  # nobody tells before all words are zero
         self.follow()
         self._told.clear()
         self._heard.clear()
+        self._size = before * WORD
         return True
 
     def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -129,7 +131,7 @@ class GpuPeers:
     def tell(self, rank: int, channel: int) -> None:
         """See PeerMemory."""
         self._told[rank, channel] += 1
-        place = self._word(rank, dist.get_rank(self._group), channel)
+        place = self._word(rank, self._rank, channel)
         _check(_driver().cuStreamWriteValue32_v2(_stream(self._copies), place, _number(self._told[rank, channel]), 0))
 
     def hear(self, rank: int, channel: int) -> None:
@@ -142,7 +144,7 @@ class GpuPeers:
 
     def _await(self, stream: torch.cuda.Stream, rank: int, channel: int) -> None:
         self._heard[rank, channel] += 1
-        place = self._word(dist.get_rank(self._group), rank, channel)
+        place = self._word(self._rank, rank, channel)
         _check(_driver().cuStreamWaitValue32_v2(_stream(stream), place, _number(self._heard[rank, channel]), AT_LEAST))
 
     def _word(self, rank: int, sender: int, channel: int) -> ctypes.c_uint64:
@@ -155,24 +157,22 @@ class GpuPeers:
 
     def _try(self) -> bool:
         """Whether rows between others arrive where they should, from every rank."""
-        ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         _, length, heads, channels = TRIED
         sent = torch.arange(length * heads * channels, dtype=torch.int32, device=self._device).view(TRIED)
-        self.reserve(ranks * sent.nbytes)
-        places = [self.on(r, 0, (ranks, *TRIED), sent.dtype) for r in range(ranks)]
-        places[rank].fill_(-1)
+        self.reserve(self._ranks * sent.nbytes)
+        places = [self.on(rank, 0, (self._ranks, *TRIED), sent.dtype) for rank in range(self._ranks)]
+        places[self._rank].fill_(-1)
         self._shared.barrier()
         self.follow()
-        others = [other for other in range(ranks) if other != rank]
-        for other in others:
-            self.copy(sent[:, :, 1:3], places[other][rank][:, :, 2:4])
+        for other in others(self._ranks, self._rank):
+            self.copy(sent[:, :, 1:3], places[other][self._rank][:, :, 2:4])
             self.tell(other, 0)
-        for other in others:
+        for other in others(self._ranks, self._rank):
             self.hear(other, 0)
         self.join()
         expected = torch.full_like(sent, -1)
         expected[:, :, 2:4] = sent[:, :, 1:3]
-        right = all(torch.equal(places[rank][other], expected) for other in others)
+        right = all(torch.equal(places[self._rank][other], expected) for other in others(self._ranks, self._rank))
         del places
         self._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
         return right

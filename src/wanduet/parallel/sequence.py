@@ -142,10 +142,10 @@ class SequenceSharding:
 
     def _direct(self, x: Tensor) -> DirectExchange | None:
         """For a batch of one, between GPUs that write to each other's memory."""
-        layout, peers = self.mesh.layout, self.mesh.peers
-        if not self.sends_ahead or peers is None or x.shape[0] > 1:
+        peers = self.mesh.peers if self.sends_ahead else None
+        if peers is None or x.shape[0] > 1:
             return None
-        return direct_exchange(layout, peers, self._row_lengths, self._ulysses_rank, self._direct_heads)
+        return direct_exchange(self.mesh.layout, peers, self._row_lengths, self._ulysses_rank, self._direct_heads)
 
     @property
     def _ulysses_rank(self) -> int:
