@@ -8,9 +8,11 @@ attended after it, not beside it (two H100, 480p: 281 ms a step, with words by t
 
 import ctypes
 import logging
+import math
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any, Self
@@ -59,8 +61,8 @@ class GpuPeers:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Made by `of_group`."""
-        self._group, self._device = group, device
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._group, self.device = group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._copies = torch.cuda.Stream(device)
         self._size = 0
         self._shared: Any = None
@@ -77,12 +79,13 @@ class GpuPeers:
         if dist.get_world_size(group) == 1 or not all(told(_reachable(group, device), group)):
             return None
         peers = cls(group, device)
-        works = False
-        try:
-            works = peers._try()
-        except Exception as error:  # whatever a driver or PyTorch's own code raises
-            log.warning("GPUs do not exchange by their copy engines: %s", error)
-        return peers if all(told(works, group)) else None
+        trial = _Trial(peers)
+        # All have done a step before any takes the next: nothing waits on a GPU for what may never arrive.
+        for step in (trial.prepare, trial.send, trial.see, trial.hear):
+            if not all(told(_works(step), group)):
+                return None
+        peers._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
+        return peers
 
     def reserve(self, size: int) -> bool:
         """See PeerMemory."""
@@ -91,14 +94,12 @@ class GpuPeers:
         from torch.distributed import _symmetric_memory as symmetric
 
         self._drop()
-        before, words = -(-size // WORD), self._ranks * CHANNELS
-        self._buffer = symmetric.empty((before + words) * WORD, dtype=torch.uint8, device=self._device)
+        before, words = -(-size // WORD), self.ranks * CHANNELS
+        self._buffer = symmetric.empty((before + words) * WORD, dtype=torch.uint8, device=self.device)
+        self._buffer[before * WORD :].zero_()
+        torch.cuda.synchronize(self.device)  # all come to the rendezvous with words that are zero
         self._shared = symmetric.rendezvous(self._buffer, self._group)
-        places = [self.on(rank, before, (words,), torch.int32) for rank in range(self._ranks)]
-        self._words = [place.data_ptr() for place in places]
-        places[self._rank].zero_()
-        self._shared.barrier()  # nobody tells before all words are zero
-        self.follow()
+        self._words = [self.on(rank, before, (words,), torch.int32).data_ptr() for rank in range(self.ranks)]
         self._told.clear()
         self._heard.clear()
         self._size = before * WORD
@@ -111,7 +112,7 @@ class GpuPeers:
 
     def follow(self) -> None:
         """See PeerMemory."""
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """See PeerMemory."""
@@ -131,12 +132,12 @@ class GpuPeers:
     def tell(self, rank: int, channel: int) -> None:
         """See PeerMemory."""
         self._told[rank, channel] += 1
-        place = self._word(rank, self._rank, channel)
+        place = self._word(rank, self.rank, channel)
         _check(_driver().cuStreamWriteValue32_v2(_stream(self._copies), place, _number(self._told[rank, channel]), 0))
 
     def hear(self, rank: int, channel: int) -> None:
         """See PeerMemory."""
-        self._await(torch.cuda.current_stream(self._device), rank, channel)
+        self._await(torch.cuda.current_stream(self.device), rank, channel)
 
     def heed(self, rank: int, channel: int) -> None:
         """See PeerMemory."""
@@ -144,8 +145,13 @@ class GpuPeers:
 
     def _await(self, stream: torch.cuda.Stream, rank: int, channel: int) -> None:
         self._heard[rank, channel] += 1
-        place = self._word(self._rank, rank, channel)
+        place = self._word(self.rank, rank, channel)
         _check(_driver().cuStreamWaitValue32_v2(_stream(stream), place, _number(self._heard[rank, channel]), AT_LEAST))
+
+    def said(self, rank: int, channel: int) -> int:
+        """How often a rank has told this one on a channel until now; the host waits for the answer."""
+        place = self.on(self.rank, self._size // WORD + rank * CHANNELS + channel, (1,), torch.int32)
+        return int(place)
 
     def _word(self, rank: int, sender: int, channel: int) -> ctypes.c_uint64:
         """The address of what `sender` tells a rank on a channel."""
@@ -153,34 +159,64 @@ class GpuPeers:
 
     def join(self) -> None:
         """See PeerMemory."""
-        torch.cuda.current_stream(self._device).wait_stream(self._copies)
-
-    def _try(self) -> bool:
-        """Whether rows between others arrive where they should, from every rank."""
-        _, length, heads, channels = TRIED
-        sent = torch.arange(length * heads * channels, dtype=torch.int32, device=self._device).view(TRIED)
-        self.reserve(self._ranks * sent.nbytes)
-        places = [self.on(rank, 0, (self._ranks, *TRIED), sent.dtype) for rank in range(self._ranks)]
-        places[self._rank].fill_(-1)
-        self._shared.barrier()
-        self.follow()
-        for other in others(self._ranks, self._rank):
-            self.copy(sent[:, :, 1:3], places[other][self._rank][:, :, 2:4])
-            self.tell(other, 0)
-        for other in others(self._ranks, self._rank):
-            self.hear(other, 0)
-        self.join()
-        expected = torch.full_like(sent, -1)
-        expected[:, :, 2:4] = sent[:, :, 1:3]
-        right = all(torch.equal(places[self._rank][other], expected) for other in others(self._ranks, self._rank))
-        del places
-        self._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
-        return right
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
 
     def _drop(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         self._shared = self._buffer = None
         self._size = 0
+
+
+class _Trial:
+    """Whether rows between others, and words, arrive where they should, from every rank; step by step.
+
+    A machine may promise that its GPUs reach each other and lose what they write (an IOMMU does).
+    """
+
+    def __init__(self, peers: GpuPeers) -> None:
+        self._peers, self._others = peers, others(peers.ranks, peers.rank)
+        self._sent = torch.arange(math.prod(TRIED), dtype=torch.int32, device=peers.device).view(TRIED)
+
+    def prepare(self) -> bool:
+        """Buffers with nothing in them."""
+        self._peers.reserve(self._peers.ranks * self._sent.nbytes)
+        self._place(self._peers.rank).fill_(-1)
+        torch.cuda.synchronize(self._peers.device)
+        return True
+
+    def send(self) -> bool:
+        """Rows and a word to all others."""
+        self._peers.follow()
+        for other in self._others:
+            self._peers.copy(self._sent[:, :, 1:3], self._place(other)[self._peers.rank][:, :, 2:4])
+            self._peers.tell(other, 0)
+        torch.cuda.synchronize(self._peers.device)
+        return True
+
+    def see(self) -> bool:
+        """Whether both have come from all others."""
+        expected = torch.full_like(self._sent, -1)
+        expected[:, :, 2:4] = self._sent[:, :, 1:3]
+        own = self._place(self._peers.rank)
+        return all(torch.equal(own[other], expected) and self._peers.said(other, 0) == 1 for other in self._others)
+
+    def hear(self) -> bool:
+        """Whether a stream that waits for the words goes on."""
+        for other in self._others:
+            self._peers.hear(other, 0)
+        torch.cuda.synchronize(self._peers.device)
+        return True
+
+    def _place(self, rank: int) -> Tensor:
+        return self._peers.on(rank, 0, (self._peers.ranks, *TRIED), self._sent.dtype)
+
+
+def _works(step: Callable[[], bool]) -> bool:
+    try:
+        return step()
+    except Exception as error:  # whatever a driver or PyTorch's own code raises
+        log.warning("GPUs do not exchange by their copy engines: %s", error)
+        return False
 
 
 def _stream(stream: torch.cuda.Stream) -> ctypes.c_void_p:

@@ -1,6 +1,7 @@
 """Two GPUs that write to each other's memory. `pytest -m gpu`."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +62,21 @@ def attend_all_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
             error = float((results[0] - expected).norm() / expected.norm())
         found.append((equal, error))
     return isinstance(mesh.peers, GpuPeers), found
+
+
+def lose(lost: str, rank: Rank) -> bool:
+    """Whether memory is shared where nothing arrives that GPUs send in a way."""
+
+    def nothing(*_: object) -> None:
+        pass
+
+    setattr(GpuPeers, lost, nothing)
+    return rank.mesh(Layout(ulysses=rank.world_size)).peers is not None
+
+
+@pytest.mark.parametrize("lost", ["copy", "tell"])
+def test_gpus_that_lose_what_they_send_exchange_by_collectives(lost: str) -> None:
+    assert run_on_ranks(partial(lose, lost), ("cuda:0", "cuda:1")) == [False, False]
 
 
 def test_copies_give_what_collectives_give() -> None:
