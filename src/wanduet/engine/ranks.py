@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch import distributed as dist
 
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Denoiser, Models
@@ -82,7 +81,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         layout = assignment.plan.layout
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
-        speeds = speeds or all_speeds(rank, meshes[layout], config.speeds)
+        speeds = speeds or all_speeds(rank, config.speeds)
         if assignment.task is None:
             models.preload(job)
         elif isinstance(assignment.task, DecodeTask):
@@ -129,11 +128,9 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
 
 def _agree(denoiser: Denoiser) -> None:
     """Let all ranks attend with the same kernel, which each of them has chosen for itself."""
-    group = dist.group.WORLD
     assert denoiser.chosen is not None
-    assert group is not None
     choice = denoiser.chosen[2]
-    denoiser.attend_with(choose_together(told((choice.name, choice.table), group), denoiser.device))
+    denoiser.attend_with(choose_together(told((choice.name, choice.table)), denoiser.device))
 
 
 def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:

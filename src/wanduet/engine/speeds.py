@@ -1,5 +1,7 @@
 """How fast each rank of a group is, so that the slower one gets less to do."""
 
+import logging
+import statistics
 import time
 
 import torch
@@ -9,22 +11,34 @@ from wanduet.parallel.exchange import gather
 from wanduet.parallel.mesh import Mesh
 from wanduet.parallel.rank import Rank
 
+log = logging.getLogger(__name__)
+
 # Speeds that differ by less than this are noise: equal parts are exact in every exchange.
 ALIKE = 0.1
-SIDE_GPU, SIDE_CPU, RUNS = 4096, 512, 8
+# Where they differ by more, they are measured again, so often in all, and what a rank did best counts: what else ran
+# on a device for a moment must not slow a group down for as long as it lives.
+TRIES = 3
+SIDE_GPU, SIDE_CPU = 4096, 512
+PRODUCTS, GPU_S = 32, 0.4  # between two looks at a GPU's clock; so long that it comes to its power limit
+CPU_RUNS = 8
 
 
-def all_speeds(rank: Rank, mesh: Mesh, given: tuple[float, ...] | None) -> tuple[float, ...]:
-    """Relative speed of every rank, the same answer on each: given, or measured by a matrix product.
+def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Relative speed of every rank, the same answer on each: given, or measured by matrix products, by all at once.
 
     All ranks must call this together. Fastest is 1; ranks that are alike all get 1.
     """
     if given is not None:
         return balanced(given)
-    own = torch.tensor([_measure(rank.device)], dtype=torch.float64, device=rank.device)
-    group = torch.distributed.group.WORLD
-    assert group is not None
-    return balanced(tuple(float(speed) for speed in gather(own, group)))
+    best = [0.0] * rank.world_size
+    for _ in range(TRIES):
+        own = torch.tensor([_measure(rank.device)], dtype=torch.float64, device=rank.device)
+        best = [max(pair) for pair in zip(best, map(float, gather(own)), strict=True)]
+        speeds = balanced(tuple(best))
+        if len(set(speeds)) == 1:
+            break
+    log.info("Speeds of the ranks: %s, taken for %s.", best, speeds)
+    return speeds
 
 
 def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
@@ -42,19 +56,30 @@ def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:
 
 
 def _measure(device: torch.device) -> float:
-    """Matrix products a second, the best of a few: what else runs on the device must not count."""
-    on_gpu = device.type == "cuda"
-    side, dtype = (SIDE_GPU, torch.bfloat16) if on_gpu else (SIDE_CPU, torch.float32)
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    best = min(_seconds(a, on_gpu) for _ in range(RUNS))
-    return 1.0 / best
+    """Matrix products a second: of a GPU under load, by its own clock; of a CPU the best of a few."""
+    if device.type == "cuda":
+        # Of random numbers: those of ones take less power, and cards differ most in what their power limit leaves.
+        a = torch.randn(SIDE_GPU, SIDE_GPU, device=device, dtype=torch.bfloat16)
+        seconds, until = [], time.perf_counter() + GPU_S
+        while time.perf_counter() < until:
+            seconds.append(_on_gpu(a))
+        return 1.0 / statistics.median(seconds[len(seconds) // 2 :])
+    a = torch.ones(SIDE_CPU, SIDE_CPU)
+    return 1.0 / min(_on_cpu(a) for _ in range(CPU_RUNS))
 
 
-def _seconds(a: Tensor, on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize(a.device)
+def _on_gpu(a: Tensor) -> float:
+    """Seconds of one product, the mean of several."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(PRODUCTS):
+        a @ a
+    ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1e3 / PRODUCTS
+
+
+def _on_cpu(a: Tensor) -> float:
     began = time.perf_counter()
     a @ a
-    if on_gpu:
-        torch.cuda.synchronize(a.device)
     return time.perf_counter() - began

@@ -21,16 +21,16 @@ def goes_directly(device: torch.device) -> bool:
     return device.type == "cuda" and dist.is_nccl_available()
 
 
-def gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's `x`, in their order; shapes must agree."""
+def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Every rank's `x`, in their order; shapes must agree. Of all ranks, unless a group of them is given."""
     own = _carried(x)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
     return [part.to(x.device) for part in parts]
 
 
-def told(mine: Said, group: dist.ProcessGroup) -> list[Said]:
-    """What every rank says, something picklable, in their order."""
+def told(mine: Said, group: dist.ProcessGroup | None = None) -> list[Said]:
+    """What every rank says, something picklable, in their order. All ranks, unless a group of them is given."""
     said: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(said, mine, group=group)
     return said

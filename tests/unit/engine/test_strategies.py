@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
@@ -13,6 +14,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes
+from wanduet.parallel.rank import Rank
 from wanduet.request import GenerationRequest
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
@@ -159,3 +161,22 @@ def test_speeds_that_are_alike_are_equal() -> None:
     assert balanced((2.0, 1.0)) == (1.0, 0.5)
     with pytest.raises(ConfigError, match="speeds"):
         EngineConfig(devices="cpu,cpu", speeds=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("seen", "speeds"),
+    [
+        ([(100.0, 98.0)], (1.0, 1.0)),
+        ([(100.0, 60.0), (99.0, 97.0)], (1.0, 1.0)),  # something else ran on the second for a moment
+        ([(80.0, 40.0), (100.0, 50.0), (90.0, 48.0)], (1.0, 0.5)),
+    ],
+)
+def test_speeds_that_differ_are_measured_again(monkeypatch, seen, speeds) -> None:
+    from wanduet.engine import speeds as module
+
+    measured = iter(seen)
+    monkeypatch.setattr(module, "gather", lambda own: [torch.tensor(speed) for speed in next(measured)])
+    rank = Rank(0, 2, torch.device("cpu"), 1.0)
+    assert module.all_speeds(rank, None) == speeds
+    assert next(measured, None) is None
+    assert module.all_speeds(rank, (1.0, 4.0)) == (0.25, 1.0)
