@@ -7,6 +7,7 @@ wrapped in, and the mesh of ranks, if there is one.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,9 +82,12 @@ class Denoising:
         self.task, self.denoiser, self.checkpoints, self.around = task, denoiser, checkpoints, around
         request = task.request
         shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
-        self.noise = initial_noise((1, *shape), request.seed + task.index)
-        self.rope = denoiser.transformer.prepare_rope(self.noise.shape, denoiser.device)
-        self.contexts = self._contexts(spec.text_len)
+        with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
+            # About as long as the launches of the text's keys, and outside of Python.
+            noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
+            self.rope = denoiser.transformer.prepare_rope((1, *shape), denoiser.device)
+            self.contexts = self._contexts(spec.text_len)
+            self.noise = noise.result()
         self._saved_at = 0.0
         self._last: tuple[int, Tensor] | None = None
 

@@ -4,7 +4,9 @@ Each process waits for tasks, does its part with the same code as one device (en
 rank 0 reports. See engine/group.py for the side that gives the tasks.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -103,27 +105,60 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
         if first:
             rank.report(event)
 
-    def show(info: StepInfo) -> None:
-        rank.report(replace(info, latents=info.latents.cpu()))
-
     checkpoints = Checkpoints(models.config.data_folder / "checkpoints", task.digest)
-    around = Surroundings(
-        emit,
-        rank.cancelled,
-        watch=show if first and task.watched else None,
-        rung=job.rungs.append,
-        mesh=mesh,
-        keeps_checkpoints=first,
-    )
-    with models.transformer(job) as denoiser:
+    with models.transformer(job) as denoiser, ShownSteps(rank) as shown:
         _agree(denoiser)
         _share(denoiser, mesh, speeds)
+        around = Surroundings(
+            emit,
+            rank.cancelled,
+            watch=shown if first and task.watched else None,
+            rung=job.rungs.append,
+            mesh=mesh,
+            keeps_checkpoints=first,
+        )
         try:
             latents = Denoising(task, models.spec, denoiser, checkpoints, around)()
         except CancelledError:
             latents = None
     if first:
         rank.report(Denoised(latents, denoiser.attention, tuple(job.rungs)))
+
+
+class ShownSteps:
+    """Reports steps while the next ones are computed: to wait for a step's latents would keep a GPU waiting for the next.
+
+    One at a time, so that a starter that is slow to read does not fill the memory. Leave it when the steps are over:
+    all have been reported then.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._pool = ThreadPoolExecutor(1, "wanduet-shown")
+        self._last: Future[None] | None = None
+
+    def __call__(self, info: StepInfo) -> None:
+        """Report it soon. Raises what the report before raised."""
+        if self._last is not None:
+            self._last.result()
+        latents, copied = info.latents, None
+        if latents.is_cuda:
+            latents = torch.empty_like(info.latents, device="cpu", pin_memory=True)
+            latents.copy_(info.latents, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(info.latents.device))
+        self._last = self._pool.submit(self._report, replace(info, latents=latents), copied)
+
+    def _report(self, info: StepInfo, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        self._rank.report(info)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def _agree(denoiser: Denoiser) -> None:

@@ -5,13 +5,15 @@ The starter is no rank: it only waits, so that it can always answer, cancel, and
 
 import pickle
 import signal
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ COLLECTIVE_TIMEOUT = 300.0
 # After the first sign of failure, how long others may say what they saw, and how long a process may take to
 # end after its work is done.
 GRACE, LEAVE = 0.5, 10.0
+PIPE_BYTES = 2**20  # what Linux allows everybody
 
 # What may be behind the exit code of a process that said nothing.
 _HINTS: dict[int | None, str] = {
@@ -83,8 +86,8 @@ class RankGroup:
         context = get_context("spawn")
         try:
             for index in range(len(self.devices)):
-                incoming, to_rank = context.Pipe(duplex=False)
-                from_rank, outgoing = context.Pipe(duplex=False)
+                incoming, to_rank = _wide_pipe(context)
+                from_rank, outgoing = _wide_pipe(context)
                 self._to_ranks.append(to_rank)
                 self._from_ranks.append(from_rank)
                 process = context.Process(
@@ -239,6 +242,18 @@ def run_on_ranks(
     `RankGroup.receive` raises."""
     with RankGroup(work, devices, *args, timeout_s=timeout_s) as group:
         return group.results()
+
+
+def _wide_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[Any, Any]]":
+    """A one-way pipe, its reader first, that takes a large message in few pieces where the system lets it: latents and
+    frames go through it, and for each piece writer and reader wait for each other."""
+    reader, writer = context.Pipe(duplex=False)
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError):  # the user's pipes hold as much as they may
+            fcntl.fcntl(writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reader, writer
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One worker process of a group: how it joins the others, and how it talks with the process that started it."""
 
+import io
 import os
 import pickle
 import queue
@@ -14,7 +15,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import distributed as dist
 
 from wanduet.errors import WanduetError
@@ -79,10 +82,26 @@ class Result:
 Command = Literal["cancel", "leave"]
 
 
-def pack(item: object) -> bytes:
+class _Pickler(pickle.Pickler):
+    """Writes a tensor of the host as its bytes: PyTorch makes a zip file of each, which takes ten times as long."""
+
+    def reducer_override(self, item: object) -> Any:
+        """A way to restore it, or NotImplemented for pickle's own."""
+        if type(item) is not torch.Tensor or item.device.type != "cpu" or item.requires_grad:
+            return NotImplemented
+        return _tensor, (item.reshape(-1).view(torch.uint8).numpy(), item.dtype, tuple(item.shape))
+
+
+def _tensor(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
+def pack(item: object) -> memoryview:
     """Bytes that outlive their sender: multiprocessing's own way to send a tensor passes shared memory, which
     is lost if the sender ends before it is read."""
-    return pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+    packed = io.BytesIO()
+    _Pickler(packed, protocol=pickle.HIGHEST_PROTOCOL).dump(item)
+    return packed.getbuffer()
 
 
 @dataclass(slots=True)
@@ -94,14 +113,17 @@ class Mailbox:
     messages: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     may_leave: threading.Event = field(default_factory=threading.Event)
+    sending: threading.Lock = field(default_factory=threading.Lock)
 
     def listen(self) -> None:
         """Start to read what the starter sends."""
         threading.Thread(target=self._read, name="wanduet-mailbox", daemon=True).start()
 
     def send(self, item: object) -> None:
-        """Send to the starter; from one thread at a time."""
-        self.outgoing.send_bytes(pack(item))
+        """Send to the starter; from any thread."""
+        data = pack(item)
+        with self.sending:
+            self.outgoing.send_bytes(data)
 
     def _read(self) -> None:
         while True:

@@ -1,6 +1,7 @@
 """Groups of worker processes: what comes back, who is to blame, and that nobody is left behind."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import distributed as dist
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 from wanduet.parallel.launch import RankFailedError, RankGroup, run_on_ranks
 from wanduet.parallel.mesh import Layout
-from wanduet.parallel.rank import Rank, join_torchrun
+from wanduet.parallel.rank import Rank, join_torchrun, pack
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -242,3 +243,25 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([sys.executable, *run, str(script), str(tmp_path)], capture_output=True, timeout=60, check=True)
     assert [path.read_text() for path in sorted(tmp_path.glob("rank-*"))] == ["2 3 False"] * 2
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        torch.randn(3, 4),
+        torch.randn(3, 4).t(),
+        torch.randn(5, 3)[1:3],
+        torch.randn(2, 3).to(torch.bfloat16),
+        torch.tensor(7),
+        torch.tensor([True, False]),
+        torch.empty(0, 4),
+        torch.nn.Parameter(torch.randn(2)),
+    ],
+    ids=["plain", "transposed", "part", "bfloat16", "scalar", "bool", "empty", "parameter"],
+)
+def test_tensors_arrive_as_they_were_sent(sent: torch.Tensor) -> None:
+    got = pickle.loads(pack({"x": sent}))["x"]
+    assert type(got) is type(sent)
+    assert (got.dtype, got.shape, got.requires_grad) == (sent.dtype, sent.shape, sent.requires_grad)
+    assert torch.equal(got, sent)
+    got.detach().zero_()  # it is the receiver's own
