@@ -30,6 +30,7 @@ class Group:
         """Start the processes; they load the model when the first task comes."""
         self.devices = plan.ranks
         self._ranks = RankGroup(work, plan.ranks, config)
+        self._denoised: Tensor | None = None  # last, which the ranks still have
 
     def preload(self, job: Job) -> None:
         """Let the ranks load the transformer now; does not wait."""
@@ -37,6 +38,7 @@ class Group:
 
     def denoise(self, job: Job, task: DenoiseTask) -> Tensor:
         """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank."""
+        self._denoised = None
         self._ranks.send(Assignment(job.plan, job.request, task))
         told = False
         while True:
@@ -53,11 +55,13 @@ class Group:
                 job.rungs.extend(message.rungs)
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
+                self._denoised = message.latents
                 return message.latents
 
     def decode(self, job: Job, latents: Tensor, index: int) -> Iterator[NDArray[np.uint8]]:
         """Frames `[1 or 4, H, W, 3]` of latents `[16, T, h, w]`, put together from the ranks' rows."""
-        self._ranks.send(Assignment(job.plan, job.request, DecodeTask(latents)))
+        there = latents is self._denoised
+        self._ranks.send(Assignment(job.plan, job.request, DecodeTask(None if there else latents)))
         waiting: dict[int, list[DecodedRows]] = {}
         done = 0
         for frame in range(latents.shape[1]):

@@ -36,9 +36,10 @@ from wanduet.sampling.denoise import StepInfo
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
-    """Decode latents `[16, T, h, w]`; each rank takes rows in proportion to its speed."""
+    """Decode latents `[16, T, h, w]`, or None for those denoised last, which every rank still has; each takes rows in
+    proportion to its speed."""
 
-    latents: Tensor
+    latents: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
     models = Models(config)
     meshes: dict[Layout, Mesh] = {}
     speeds: tuple[float, ...] = ()
+    denoised: Tensor | None = None
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
         if rank.mailbox is not None:
@@ -87,9 +89,11 @@ def work(rank: Rank, config: EngineConfig) -> None:
         if assignment.task is None:
             models.preload(job)
         elif isinstance(assignment.task, DecodeTask):
-            _decode(rank, models, job, assignment.task, speeds)
+            latents = denoised if assignment.task.latents is None else assignment.task.latents
+            assert latents is not None
+            _decode(rank, models, job, latents, speeds)
         else:
-            _denoise(rank, models, job, assignment.task, meshes[layout], speeds)
+            denoised = _denoise(rank, models, job, assignment.task, meshes[layout], speeds)
 
 
 def _own_plan(plan: Plan, rank: Rank) -> Plan:
@@ -98,7 +102,10 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
     return replace(plan, strategy="single", transformer_device=device, vae_device=device)
 
 
-def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh, speeds: tuple[float, ...]) -> None:
+def _denoise(
+    rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh, speeds: tuple[float, ...]
+) -> Tensor | None:
+    """The latents, the same on every rank; None if it was cancelled."""
     first = rank.index == 0
 
     def emit(event: Event) -> None:
@@ -123,6 +130,7 @@ def _denoise(rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh
             latents = None
     if first:
         rank.report(Denoised(latents, denoiser.attention, tuple(job.rungs)))
+    return latents
 
 
 class ShownSteps:
@@ -180,9 +188,9 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     denoiser.transformer.runtime = replace(denoiser.transformer.runtime, sharding=sharding)
 
 
-def _decode(rank: Rank, models: Models, job: Job, task: DecodeTask, speeds: tuple[float, ...]) -> None:
+def _decode(rank: Rank, models: Models, job: Job, latents: Tensor, speeds: tuple[float, ...]) -> None:
     with models.vae(job, job.plan.vae_device) as vae:
-        for index, (rows, pixels) in enumerate(decode_share(rank, vae, task.latents, speeds)):
+        for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
             rank.report(DecodedRows(index, rows, pixels))
             if rank.cancelled():
                 break

@@ -69,12 +69,11 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         guided.result(120)
         plain.result(120)
     assert (guided.plan.layout.cfg, plain.plan.layout.sequence) == (2, 2)
-    expected = latents(alone / "guided.mkv")
-    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
-    expected = latents(alone / "plain.mkv")
-    assert (latents(tmp_path / "b.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
-    pairs = zip(frame_hashes(tmp_path / "a.mkv").frames, frame_hashes(alone / "guided.mkv").frames, strict=True)
-    assert sum(a == b for a, b in pairs) >= 7
+    for here, there in (("a", "guided"), ("b", "plain")):  # one may be denoised before the other is decoded
+        made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
+        assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()
+        pairs = zip(frame_hashes(made).frames, frame_hashes(expected).frames, strict=True)
+        assert sum(a == b for a, b in pairs) >= 7
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
