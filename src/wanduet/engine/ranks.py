@@ -137,7 +137,7 @@ class ShownSteps:
     """Reports steps while the next ones are computed: to wait for a step's latents would keep a GPU waiting for the next.
 
     One at a time, so that a starter that is slow to read does not fill the memory. Leave it when the steps are over:
-    all have been reported then.
+    all have been reported then; after an error, which may mean that a GPU never finishes, nothing is waited for.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -165,8 +165,8 @@ class ShownSteps:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=kind is None)
 
 
 def _agree(denoiser: Denoiser) -> None:

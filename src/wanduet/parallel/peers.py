@@ -212,11 +212,14 @@ class _Trial:
 
 
 def _works(step: Callable[[], bool]) -> bool:
+    problem: object = "what they sent did not arrive"
     try:
-        return step()
+        if step():
+            return True
     except Exception as error:  # whatever a driver or PyTorch's own code raises
-        log.warning("GPUs do not exchange by their copy engines: %s", error)
-        return False
+        problem = error
+    log.warning("GPUs do not exchange by their copy engines: %s", problem)
+    return False
 
 
 def _stream(stream: torch.cuda.Stream) -> ctypes.c_void_p:
