@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python benchmarks/two_gpus.py [--sizes 480p,720p] [--steps 8] [section ...]
 
-Sections: guided unguided whole batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
+Sections: guided unguided unequal whole batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
 `placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both. `exchanges` looks at
 the parts without an engine around them: one forward, by what is exchanged and how, and one decode, with rows handed on
-or halos.
+or halos. `unequal` keeps the second device busy with something else, as if it were a slower one.
 TINY=1 runs every section on two CPU ranks with the miniature.
 """
 
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,42 @@ def guided(bench: Bench, report: Report) -> None:
 def unguided(bench: Bench, report: Report) -> None:
     """One sequence over both devices, heads exchanged."""
     both(bench, report, "unguided", 1.0, bench.options.sizes)
+
+
+def unequal(bench: Bench, report: Report) -> None:
+    """Jobs on two devices of which another process uses the second: with parts alike, and by the speeds as measured."""
+    size = bench.options.sizes[0]
+    for guidance, (way, speeds) in product((6.0, 1.0), (("parts alike", (1.0, 1.0)), ("by measured speed", None))):
+        with rival(DEVICES[1]), bench.engine("parallel", speeds=speeds) as engine:
+            job, timings = bench.run(engine, bench.request(size, guidance), "unequal")
+        report.add("unequal", size=size, guidance=guidance, way=way, rungs=job.rungs,
+                   step_s=round(timings["denoise_s"] / bench.options.steps, 4), decode_s=round(timings["decode_s"], 3))  # fmt: skip
+
+
+@contextmanager
+def rival(device: str) -> Iterator[None]:
+    """Another process that computes on a device without a pause."""
+    context = get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=keep_busy, args=(device, started), daemon=True)
+    process.start()
+    try:
+        started.wait()
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def keep_busy(device: str, started: Event) -> None:
+    """What the other process does, until it is ended."""
+    torch.set_num_threads(1)
+    side = 4096 if device.startswith("cuda") else 512
+    a = torch.randn(side, side, device=device)
+    while True:
+        a @ a
+        synchronize(torch.device(device))
+        started.set()
 
 
 def whole(bench: Bench, report: Report) -> None:
@@ -335,7 +373,7 @@ def random_transformer(spec: ModelSpec, device: torch.device) -> WanTransformer:
 
 
 SECTIONS = {
-    "guided": guided, "unguided": unguided, "whole": whole, "batch": batch, "latents": latents, "exchanges": exchanges,
+    "guided": guided, "unguided": unguided, "unequal": unequal, "whole": whole, "batch": batch, "latents": latents, "exchanges": exchanges,
     "diffusers": diffusers,
 }  # fmt: skip
 

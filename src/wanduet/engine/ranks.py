@@ -19,7 +19,7 @@ from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
-from wanduet.engine.speeds import all_speeds, of_sequence
+from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.attention_choice import choose_together
@@ -80,12 +80,11 @@ def work(rank: Rank, config: EngineConfig) -> None:
         assert isinstance(assignment, Assignment)
         if rank.mailbox is not None:
             rank.mailbox.cancelled.clear()  # what was sent before this task was about the one before
-        plan = _own_plan(assignment.plan, rank)
-        job = Job(assignment.request, plan, OutputOptions(config.data_folder))
-        layout = assignment.plan.layout
+        speeds = speeds or all_speeds(rank, config.speeds)
+        layout = suited_layout(assignment.plan.layout, speeds, models.spec.transformer.num_attention_heads)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
-        speeds = speeds or all_speeds(rank, config.speeds)
+        job = Job(assignment.request, _own_plan(assignment.plan, rank), OutputOptions(config.data_folder))
         if assignment.task is None:
             models.preload(job)
         elif isinstance(assignment.task, DecodeTask):
@@ -93,6 +92,8 @@ def work(rank: Rank, config: EngineConfig) -> None:
             assert latents is not None
             _decode(rank, models, job, latents, speeds)
         else:
+            if layout != assignment.plan.layout:
+                job.rungs.append(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
             denoised = _denoise(rank, models, job, assignment.task, meshes[layout], speeds)
 
 

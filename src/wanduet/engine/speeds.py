@@ -7,8 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from wanduet.engine.placement import pairs_up
 from wanduet.parallel.exchange import gather
-from wanduet.parallel.mesh import Mesh
+from wanduet.parallel.mesh import Layout, Mesh, choose_layout
 from wanduet.parallel.rank import Rank
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,14 @@ def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
     fastest = max(speeds)
     relative = tuple(speed / fastest for speed in speeds)
     return relative if min(relative) < 1 - ALIKE else (1.0,) * len(speeds)
+
+
+def suited_layout(planned: Layout, speeds: tuple[float, ...], num_heads: int) -> Layout:
+    """What was planned, from no more than the devices' kinds; but one sequence, cut by speed, where the faster half
+    would wait for the other's branch of the guidance."""
+    if planned.cfg == 1 or pairs_up(speeds):
+        return planned
+    return choose_layout(planned.world_size, num_heads, uses_guidance=False)
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

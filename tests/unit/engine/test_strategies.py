@@ -14,6 +14,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes
+from wanduet.parallel.mesh import Layout
 from wanduet.parallel.rank import Rank
 from wanduet.request import GenerationRequest
 
@@ -160,6 +161,17 @@ def test_speeds_that_are_alike_are_equal() -> None:
     assert balanced((2.0, 1.0)) == (1.0, 0.5)
     with pytest.raises(ConfigError, match="speeds"):
         EngineConfig(devices="cpu,cpu", speeds=(1.0,))
+
+
+def test_ranks_that_turn_out_unequal_share_one_sequence() -> None:
+    from wanduet.engine.speeds import suited_layout
+
+    pairs, sequence = Layout(cfg=2), Layout(ulysses=2)
+    assert suited_layout(pairs, (1.0, 1.0), 12) == pairs
+    assert suited_layout(pairs, (1.0, 0.5), 12) == sequence
+    assert suited_layout(sequence, (1.0, 0.5), 12) == sequence
+    assert suited_layout(Layout(cfg=2, ulysses=2), (1.0, 0.5, 1.0, 0.5), 12) == Layout(cfg=2, ulysses=2)
+    assert suited_layout(Layout(cfg=2, ulysses=2), (1.0, 1.0, 0.5, 0.5), 12) == Layout(ulysses=4)
 
 
 @pytest.mark.parametrize(
