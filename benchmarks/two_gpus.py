@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python benchmarks/two_gpus.py [--sizes 480p,720p] [--steps 8] [section ...]
 
-Sections: guided unguided unequal whole batch latents exchanges diffusers (default: all). Each measures strategy `parallel` or
-`placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both. `exchanges` looks at
-the parts without an engine around them: one forward, by what is exchanged and how, and one decode, with rows handed on
-or halos. `unequal` keeps the second device busy with something else, as if it were a slower one.
+Sections: guided unguided unequal whole batch latents exchanges diffusers (default: all). Each measures strategy
+`parallel` or `placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both.
+`exchanges` looks at the parts without an engine around them: one forward, by what is exchanged and how, and one decode,
+with rows handed on or halos. `unequal` keeps the second device busy with something else, as if it were a slower one.
 TINY=1 runs every section on two CPU ranks with the miniature.
 """
 
@@ -85,12 +85,12 @@ class Bench:
     def run(
         self, engine: Engine, request: GenerationRequest, name: str, runs: int = RUNS
     ) -> tuple[Job, dict[str, float]]:
-        """The last of `runs` jobs, and the median of each timing of all but the first, which is shorter, if there are
-        more than one."""
+        """The last of `runs` jobs, and the median of each timing; if there are several, without the first."""
+        requests = [request] * runs
+        if runs > 1:
+            requests[0] = request.model_copy(update={"num_inference_steps": LOADING_STEPS})
         timings = []
-        for index in range(runs):
-            steps = LOADING_STEPS if index == 0 < runs - 1 else request.num_inference_steps
-            one = request.model_copy(update={"num_inference_steps": steps})
+        for one in requests:
             job = engine.submit(one, OutputOptions(self.folder / f"{name}.mp4", save_latents=True))
             timings.append(job.result().timings)
         counted = timings[1:] or timings

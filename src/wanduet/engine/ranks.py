@@ -23,6 +23,7 @@ from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.attention_choice import choose_together
+from wanduet.ops.host_copy import HostCopy
 from wanduet.parallel.exchange import goes_directly, told
 from wanduet.parallel.mesh import Layout, Mesh
 from wanduet.parallel.prompts import PromptSharding
@@ -81,7 +82,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         if rank.mailbox is not None:
             rank.mailbox.cancelled.clear()  # what was sent before this task was about the one before
         speeds = speeds or all_speeds(rank, config.speeds)
-        layout = suited_layout(assignment.plan.layout, speeds, models.spec.transformer.num_attention_heads)
+        layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
         job = Job(assignment.request, _own_plan(assignment.plan, rank), OutputOptions(config.data_folder))
@@ -150,18 +151,8 @@ class ShownSteps:
         """Report it soon. Raises what the report before raised."""
         if self._last is not None:
             self._last.result()
-        latents, copied = info.latents, None
-        if latents.is_cuda:
-            latents = torch.empty_like(info.latents, device="cpu", pin_memory=True)
-            latents.copy_(info.latents, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(info.latents.device))
-        self._last = self._pool.submit(self._report, replace(info, latents=latents), copied)
-
-    def _report(self, info: StepInfo, copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            copied.synchronize()
-        self._rank.report(info)
+        latents = HostCopy(info.latents)
+        self._last = self._pool.submit(lambda: self._rank.report(replace(info, latents=latents.wait())))
 
     def __enter__(self) -> Self:
         return self

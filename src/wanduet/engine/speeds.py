@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from wanduet.engine.placement import pairs_up
+from wanduet.engine.plan import Plan
+from wanduet.models.transformer_memory import buffer_bytes
 from wanduet.parallel.exchange import gather
 from wanduet.parallel.mesh import Layout, Mesh, choose_layout
 from wanduet.parallel.rank import Rank
+from wanduet.request import ResolvedRequest
+from wanduet.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +53,17 @@ def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
     return relative if min(relative) < 1 - ALIKE else (1.0,) * len(speeds)
 
 
-def suited_layout(planned: Layout, speeds: tuple[float, ...], num_heads: int) -> Layout:
+def suited_layout(plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...]) -> Layout:
     """What was planned, from no more than the devices' kinds; but one sequence, cut by speed, where the faster half
-    would wait for the other's branch of the guidance."""
-    if planned.cfg == 1 or pairs_up(speeds):
-        return planned
-    return choose_layout(planned.world_size, num_heads, uses_guidance=False)
+    would wait for the other's branch of the guidance and there is room for what is exchanged."""
+    if plan.layout.cfg == 1 or pairs_up(speeds):
+        return plan.layout
+    layout = choose_layout(plan.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
+    shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+    # Which the plan has not counted; else a part of the sequence needs no more than a branch on the whole of it.
+    exchanged = buffer_bytes(spec.transformer, shape, plan.transformer_dtype, layout)
+    fits = all(device.peak + exchanged <= device.limit_bytes for device in plan.devices)
+    return layout if fits else plan.layout
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

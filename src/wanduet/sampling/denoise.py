@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.ops.host_copy import HostCopy
 from wanduet.sampling.guidance import Velocity
 from wanduet.sampling.samplers import Sampler
 
@@ -69,28 +70,18 @@ class _FiniteGuard:
     """Asks after each step whether the latents are finite, and reads the answer one step later."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[int, HostCopy] | None = None
 
     def watch(self, step: int, latents: Tensor) -> None:
         """Start the check of this step; raise if the one before failed."""
         self.finish()
-        verdict = torch.isfinite(latents).all()
-        if not latents.is_cuda:
-            self._pending = (step, verdict, None)
-            return
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(verdict, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(latents.device))
-        self._pending = (step, host, event)
+        self._pending = (step, HostCopy(torch.isfinite(latents).all()))
 
     def finish(self) -> None:
         """Read the pending verdict. Raises NonFiniteLatentsError."""
         if self._pending is None:
             return
-        step, verdict, event = self._pending
+        step, verdict = self._pending
         self._pending = None
-        if event is not None:
-            event.synchronize()
-        if not bool(verdict):
+        if not bool(verdict.wait()):
             raise NonFiniteLatentsError(step)

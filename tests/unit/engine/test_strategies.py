@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
+from wanduet.engine.build import Models
+from wanduet.engine.hardware import parse_hardware
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError
@@ -163,15 +165,28 @@ def test_speeds_that_are_alike_are_equal() -> None:
         EngineConfig(devices="cpu,cpu", speeds=(1.0,))
 
 
-def test_ranks_that_turn_out_unequal_share_one_sequence() -> None:
+@pytest.mark.parametrize(
+    ("planned", "speeds", "suited"),
+    [
+        (Layout(cfg=2), (1.0, 1.0), Layout(cfg=2)),
+        (Layout(cfg=2), (1.0, 0.5), Layout(ulysses=2)),
+        (Layout(ulysses=2), (1.0, 0.5), Layout(ulysses=2)),
+        (Layout(cfg=2, ulysses=2), (1.0, 0.5, 1.0, 0.5), Layout(cfg=2, ulysses=2)),
+        (Layout(cfg=2, ulysses=2), (1.0, 1.0, 0.5, 0.5), Layout(ulysses=4)),
+    ],
+)
+def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, speeds, suited) -> None:
+    from wanduet.engine.plan import make_plan
     from wanduet.engine.speeds import suited_layout
 
-    pairs, sequence = Layout(cfg=2), Layout(ulysses=2)
-    assert suited_layout(pairs, (1.0, 1.0), 12) == pairs
-    assert suited_layout(pairs, (1.0, 0.5), 12) == sequence
-    assert suited_layout(sequence, (1.0, 0.5), 12) == sequence
-    assert suited_layout(Layout(cfg=2, ulysses=2), (1.0, 0.5, 1.0, 0.5), 12) == Layout(cfg=2, ulysses=2)
-    assert suited_layout(Layout(cfg=2, ulysses=2), (1.0, 1.0, 0.5, 0.5), 12) == Layout(ulysses=4)
+    config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
+    models = Models(config)
+    request = GenerationRequest(prompt="a red circle").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, parse_hardware("2x24GiB"))
+    plan = replace(plan, layout=planned)
+    assert suited_layout(plan, request, models.spec, speeds) == suited
+    tight = tuple(replace(device, limit_bytes=device.peak + 2**20) for device in plan.devices)
+    assert suited_layout(replace(plan, devices=tight), request, models.spec, speeds) == planned
 
 
 @pytest.mark.parametrize(
