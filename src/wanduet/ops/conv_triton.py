@@ -12,13 +12,14 @@ Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759
 # (Triton reads the annotations of a kernel's parameters itself.)
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.ops.devices import shared_memory
+from wanduet.ops.devices import multiprocessors, shared_memory
 from wanduet.ops.vae_fused import uses_tf32
 from wanduet.ops.vae_triton import EPS, launch, silu_rounded
 
@@ -32,7 +33,9 @@ class Tile:
     Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
     are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
     instead of the other way round. `rows`: the pixels are of so many rows of the frame, so that the neighbours that they
-    have in common are read once; with 1 they are a run of pixels, which may go on in the next row.
+    have in common are read once; with 1 they are a run of pixels, which may go on in the next row. `square`: of a frame's taps
+    all are added up one after the other (always with several `rows`), not only those of a row. `cost`: how long a program takes,
+    beside one of another tile.
     """
 
     pixels: int
@@ -43,6 +46,8 @@ class Tile:
     stages: int
     swap: bool = False
     rows: int = 1
+    square: bool = False
+    cost: float = 1.0
 
     @property
     def channels(self) -> int:
@@ -54,6 +59,13 @@ class Tile:
         if self.rows == 1:
             return triton.cdiv(height * width, self.pixels)
         return triton.cdiv(height, self.rows) * triton.cdiv(width, self.pixels // self.rows)
+
+    def waves(self, size: tuple[int, int, int, int], processors: int, itemsize: int, limit: int) -> int:
+        """How often a GPU's `processors` are filled, `limit` bytes of shared memory each, to compute that many images, rows,
+        columns and output channels: the last time takes as long as the others, full or not."""
+        images, height, width, outputs = size
+        programs = images * self.programs(height, width) * triton.cdiv(outputs, self.channels)
+        return int(triton.cdiv(programs, processors * max(1, limit // self.shared_memory(itemsize))))
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes of the inputs and weights under way, in values of `itemsize` bytes."""
@@ -72,7 +84,7 @@ def _convolution_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
-    SWAP: tl.constexpr, ROWS: tl.constexpr,
+    SWAP: tl.constexpr, ROWS: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
     `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left` are the padding above and before; from the
@@ -109,7 +121,7 @@ def _convolution_kernel(
         is_two = two[:, None] < C_OUT
 
     # Innermost are the taps that read the same values for neighbours in the tile: they come from the L1 cache.
-    NEAR: tl.constexpr = KW if ROWS == 1 else KH * KW
+    NEAR: tl.constexpr = KH * KW if SQUARE else KW
     for index in range(taps * steps):
         tap = (index // (NEAR * steps)) * NEAR + index % NEAR
         channel = ((index // NEAR) % steps) * DEPTH
@@ -226,7 +238,8 @@ def convolve(
         raise ValueError("Channels must lie side by side.")
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
-    tile = tile or tile_for(inputs, outputs, x.itemsize, shared_memory(compile_for or x.device))
+    device = compile_for or x.device
+    tile = tile or _fastest(tiles_for(inputs, outputs, x.itemsize, shared_memory(device)), out, device)
     before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
@@ -242,36 +255,56 @@ def convolve(
         HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
         PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
         PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
+        SQUARE=tile.square or tile.rows > 1,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return normed
 
 
-def tile_for(inputs: int, outputs: int, itemsize: int, limit: int) -> Tile:
-    """The tile for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory."""
+@lru_cache
+def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
+    """Tiles for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory.
+
+    All of them add up in the same order: a result does not depend on which is taken, to the last bit.
+    """
     depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
     for width, size in TILES:
         if outputs % width == 0 and itemsize <= size:
-            tile = TILES[width, size]
+            tiles = TILES[width, size]
             break
     else:
-        tile = Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3)
-    tile = replace(tile, depth=min(tile.depth, depth))
+        tiles = (Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3),)
+    return tuple(_within(replace(tile, depth=min(tile.depth, depth)), itemsize, limit) for tile in tiles)
+
+
+def _within(tile: Tile, itemsize: int, limit: int) -> Tile:
     while tile.shared_memory(itemsize) > limit:
         fewer = tile.stages > 2
         tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
     return tile
 
 
+def _fastest(tiles: tuple[Tile, ...], out: Tensor, device: torch.device) -> Tile:
+    """Of tiles that give the same, by how often each fills the device to compute `out` `[B, O, T, h, w]`."""
+    if len(tiles) == 1:
+        return tiles[0]
+    batch, channels, frames, height, width = out.shape
+    size = batch * frames, height, width, channels
+    fill = multiprocessors(device), out.itemsize, shared_memory(device)
+    return min(tiles, key=lambda tile: tile.waves(size, *fill) * tile.cost)
+
+
 # By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
 # Measured on an H100: benchmarks/convolutions.py.
 TILES = {
-    (384, 2): Tile(128, 128, 64, 64, 8, 3),
-    (384, 4): Tile(128, 128, 64, 32, 8, 3, rows=8),
-    (192, 2): Tile(128, 128, 64, 64, 8, 3, swap=True, rows=8),
-    (192, 4): Tile(128, 128, 64, 32, 8, 3, rows=8),
-    (96, 2): Tile(128, 64, 32, 32, 4, 3, rows=4),
-    (96, 4): Tile(128, 64, 32, 32, 4, 3, rows=4),
+    (384, 2): (Tile(128, 128, 64, 64, 8, 3),),
+    # The deepest of the larger layers: half a 480p frame fills an H100 three times with runs of pixels, and with squares
+    # begins a fourth time, as their last row of tiles is half empty.
+    (384, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8), Tile(128, 128, 64, 32, 8, 3, square=True, cost=1.08)),
+    (192, 2): (Tile(128, 128, 64, 64, 8, 3, swap=True, rows=8),),
+    (192, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8),),
+    (96, 2): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
+    (96, 4): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
 }
 
 

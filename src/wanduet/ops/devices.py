@@ -32,6 +32,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; some number for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@lru_cache
 def prepare_allocator(device: torch.device) -> None:
     """Let PyTorch's CUDA allocator grow its blocks instead of keeping one for each size it was ever asked for.
 

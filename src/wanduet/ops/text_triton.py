@@ -9,7 +9,6 @@ of the padded text, of which most are the same key (see `fused.text_attention`).
 # (Triton reads the annotations of a kernel's parameters itself.)
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log2
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops import fused
-from wanduet.ops.devices import on_device_of
+from wanduet.ops.devices import multiprocessors, on_device_of
 
 LOG2_E = 1.4426950408889634
 
@@ -123,7 +122,7 @@ def text_attention(
     block = min(tile.keys, max(16, triton.next_power_of_2(num_keys)))
     rows = max(1, 4096 // triton.next_power_of_2(width))
     factor = q.new_empty((batch, length), dtype=torch.float32)
-    programs = min(triton.cdiv(length, tile.queries), max(1, tile.programs * _multiprocessors(q.device) // heads))
+    programs = min(triton.cdiv(length, tile.queries), max(1, tile.programs * multiprocessors(q.device) // heads))
     with on_device_of(q):
         _row_factor_kernel[(triton.cdiv(length, rows), batch)](
             q, factor, q.stride(0), q.stride(1), length, eps,
@@ -137,9 +136,3 @@ def text_attention(
             num_warps=tile.warps,
         )  # fmt: skip
     return q
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; some number for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -167,12 +167,13 @@ def test_tiles_of_several_rows_give_the_same(convolutions, rows, has_past) -> No
     x, (weight, bias) = clip(24, 2, 5, 7), convolution(24, 40, (3, 3, 3))
     past, residual, gamma = clip(24, 2, 5, 7) if has_past else None, clip(40, 2, 5, 7), torch.randn(40, 1, 1, 1)
     results = []
-    for number in (1, rows):
+    for number, square in ((1, False), (1, True), (rows, False)):
         out = clip(40, 2, 5, 7)
-        tile = convolutions.Tile(16, 64, 0, 16, 4, 2, rows=number)
+        tile = convolutions.Tile(16, 64, 0, 16, 4, 2, rows=number, square=square)
         assert convolutions.convolve(x, past, weight, bias, (1, 1), residual, out, gamma, tile)
         results.append(out)
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -241,12 +242,28 @@ def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024, 64 * 1024])
 def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_memory) -> None:
-    tile = convolutions.tile_for(inputs, outputs, itemsize, shared_memory)
-    assert tile.shared_memory(itemsize) <= shared_memory
-    assert min(tile.pixels, tile.depth) >= 16
-    assert tile.stages >= 2
-    assert tile.depth * itemsize <= 128
-    assert outputs < 96 or outputs % tile.channels == 0 or tile.channels >= outputs
+    for tile in convolutions.tiles_for(inputs, outputs, itemsize, shared_memory):
+        assert tile.shared_memory(itemsize) <= shared_memory
+        assert min(tile.pixels, tile.depth) >= 16
+        assert tile.stages >= 2
+        assert tile.depth * itemsize <= 128
+        assert outputs < 96 or outputs % tile.channels == 0 or tile.channels >= outputs
+
+
+def test_runs_of_pixels_are_taken_where_they_spare_a_gpu_a_wave(convolutions, monkeypatch) -> None:
+    monkeypatch.setattr(convolutions, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(convolutions, "shared_memory", lambda device: 227 * 1024)
+    tiles = convolutions.tiles_for(384, 384, 4, 227 * 1024)
+    rows_of_tile = {}
+    for rows in (56, 60, 64, 120):  # 3 waves; 4 in squares, 3 in runs; 4; 6
+        out = torch.empty(1, 384, 2, rows, 208, device="meta")
+        rows_of_tile[rows] = convolutions._fastest(tiles, out, out.device).rows
+    assert rows_of_tile == {56: 8, 60: 1, 64: 8, 120: 8}
+
+
+def test_all_tiles_of_a_width_add_up_in_the_same_order(convolutions) -> None:
+    for tiles in convolutions.TILES.values():
+        assert len({(t.depth, t.swap, t.square or t.rows > 1) for t in tiles}) == 1
 
 
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 3)])
