@@ -239,25 +239,28 @@ def convolve(
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
     device = compile_for or x.device
-    tile = tile or _fastest(tiles_for(inputs, outputs, x.itemsize, shared_memory(device)), out, device)
+    tiles = (tile,) if tile else tiles_for(inputs, outputs, x.itemsize, shared_memory(device))
+    if compile_for is None:  # else all of them: another part of a frame may take another
+        tiles = (_fastest(tiles, out, device),)
     before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
-    normed = gamma is not None and tile.channels >= outputs
-    tiles = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
-    launch(
-        _convolution_kernel, (tiles, length, batch), x.device, compile_for,
-        x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
-        *_strides(x), *_strides(before), *_strides(added), *_strides(out),
-        length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
-        C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_PAST=past is not None and kt > 1,
-        HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
-        PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-        PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
-        SQUARE=tile.square or tile.rows > 1,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    normed = gamma is not None and tiles[0].channels >= outputs
+    for tile in tiles:
+        programs = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
+        launch(
+            _convolution_kernel, (programs, length, batch), x.device, compile_for,
+            x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
+            *_strides(x), *_strides(before), *_strides(added), *_strides(out),
+            length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_PAST=past is not None and kt > 1,
+            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
+            SQUARE=tile.square or tile.rows > 1,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return normed
 
 
@@ -265,7 +268,7 @@ def convolve(
 def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
     """Tiles for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory.
 
-    All of them add up in the same order: a result does not depend on which is taken, to the last bit.
+    All of them have as many channels and add up in the same order: a result does not depend on which is taken, to the last bit.
     """
     depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
     for width, size in TILES:

@@ -263,7 +263,16 @@ def test_runs_of_pixels_are_taken_where_they_spare_a_gpu_a_wave(convolutions, mo
 
 def test_all_tiles_of_a_width_add_up_in_the_same_order(convolutions) -> None:
     for tiles in convolutions.TILES.values():
-        assert len({(t.depth, t.swap, t.square or t.rows > 1) for t in tiles}) == 1
+        assert len({(t.channels, t.depth, t.swap, t.square or t.rows > 1) for t in tiles}) == 1
+
+
+def test_every_tile_that_may_be_taken_is_compiled_beforehand(convolutions, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(convolutions, "launch", lambda *args, **options: compiled.append(options["ROWS"]))
+    x, out = (torch.empty(1, 384, 1, 60, 104, device="meta").to(memory_format=torch.channels_last_3d) for _ in range(2))
+    weight, bias = torch.empty(384, 384, 3, 3, 3, device="meta"), torch.empty(384, device="meta")
+    convolutions.convolve(x, None, weight, bias, (1, 1), None, out, compile_for=torch.device("cpu"))
+    assert compiled == [8, 1]
 
 
 @pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 3)])
