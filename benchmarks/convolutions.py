@@ -5,7 +5,8 @@
 Sections: float32 bfloat16 (float32 with TF32). Both sides do the same work: a step of up to four frames with a past of
 two and a residual. PyTorch's side includes what it needs before and after the convolution (`with input`), and is
 also shown alone (`convolution alone`). Tiles are pixels x channels x depth / warps / stages, then how many rows the
-pixels are of and whether channels are the product's rows.
+pixels are of, whether channels are the product's rows, and whether taps are added up square by square. One shape is
+what half a frame has.
 """
 
 import sys
@@ -38,14 +39,14 @@ class Shape:
 
 SHAPES = (
     Shape(6, 96, 96, 4, 480, 832), Shape(6, 192, 192, 4, 240, 416), Shape(1, 192, 384, 2, 120, 208),
-    Shape(5, 384, 384, 2, 120, 208), Shape(10, 384, 384, 1, 60, 104), Shape(1, 96, 3, 4, 480, 832),
+    Shape(5, 384, 384, 2, 120, 208), Shape(5, 384, 384, 2, 60, 208), Shape(10, 384, 384, 1, 60, 104), Shape(1, 96, 3, 4, 480, 832),
 )  # fmt: skip
 if TINY:
     SHAPES = (Shape(1, 8, 16, 1, 4, 3),)
 
 
 def tiles(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
-    """Pixels, first and second part of the channels, depth, warps, stages, swap, rows."""
+    """Pixels, first and second part of the channels, depth, warps, stages, swap, rows, and perhaps square."""
     narrow = dtype == torch.float32
     depth = 32 if narrow else 64
     if shape.outputs == 3:
@@ -60,6 +61,7 @@ def tiles(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
         yield from ((256, 128, 64, depth, 8, 2, 1, rows) for rows in (1, 8))
         if shape.outputs == 384:
             yield from ((128, 256, 0, depth, 8, 3, 0, rows) for rows in (1, 8))
+            yield (128, 128, 64, depth, 8, 3, 0, 1, 1)
 
 
 @torch.no_grad()
@@ -103,7 +105,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))
             run = partial(convolve, x, past, weight, bias, (1, 1), residual, out, tile=Tile(*sides))
-            label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]} rows {sides[7]} swap {sides[6]}"
+            label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]} rows {sides[7]} swap {sides[6]}{' square' * len(sides[8:])}"
             try:
                 run()
                 add(label, run, relative_error(out, expected))
