@@ -7,6 +7,7 @@ Compute does not depend on the values of the weights. Peaks include the weights 
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,8 @@ from _common import (
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.engine.cost import attention_flop, product_flop
+from wanduet.engine.roofline import measure_peaks
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import TextContext, WanTransformer
 from wanduet.ops.attention import sdpa
@@ -192,8 +195,33 @@ def section_variants(report: Report) -> None:
 
 
 def section_profile(report: Report) -> None:
-    """Where one 480p forward goes: kernels by kind, and the longest ones."""
-    job = Job(tuned_model(), "480p")
+    """Where one forward goes: kernels by kind, beside the least that their operations take at the rate of a large matrix
+    product on this device, and the longest ones."""
+    peak = measure_peaks(str(DEVICE), "bfloat16").flop
+    model = tuned_model()
+    for size in LATENT_SIZES:
+        kind_ms, rows = profiled(Job(model, size))
+        tokens = math.prod(n // p for n, p in zip(LATENT_SIZES[size], SPEC.patch_size, strict=True))
+        flop = {
+            "attention": attention_flop(SPEC, tokens, TRUE_TOKENS[0]), "matrix products": product_flop(SPEC, tokens),
+        }  # fmt: skip
+        for kind, ms in sorted(kind_ms.items(), key=lambda item: -item[1]):
+            row = {"size": size, "kind": kind, "ms": round(ms, 2)}
+            if kind in flop:
+                floor = flop[kind] / peak * 1e3
+                row |= {
+                    "tflop": round(flop[kind] / 1e12, 3),
+                    "floor_ms": round(floor, 2),
+                    "of_floor": round(floor / ms, 3),
+                }
+            report.add("profile", **row)
+        for row in sorted(rows, key=lambda row: -row["ms"])[:ROWS_OF_PROFILE]:
+            report.add("longest kernels", size=size, **row)
+    report.add("peak", product="8192^3 in bfloat16" if ON_GPU else "2048^3 in bfloat16", tflops=round(peak / 1e12, 1))
+
+
+def profiled(job: "Job") -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Milliseconds by kind of kernel, and each kernel's, of one forward after one to warm up."""
     job()
     synchronize()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
@@ -208,10 +236,7 @@ def section_profile(report: Report) -> None:
         kind = kind_of(event.key)
         kind_ms[kind] = kind_ms.get(kind, 0.0) + ms
         rows.append({"kind": kind, "ms": round(ms, 3), "calls": event.count, "kernel": event.key[:90]})
-    for kind, ms in sorted(kind_ms.items(), key=lambda item: -item[1]):
-        report.add("profile", kind=kind, ms=round(ms, 2))
-    for row in sorted(rows, key=lambda row: -row["ms"])[:ROWS_OF_PROFILE]:
-        report.add("longest kernels", **row)
+    return kind_ms, rows
 
 
 def kind_of(kernel: str) -> str:

@@ -56,15 +56,19 @@ class Seconds:
 
 
 def forward_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
-    """Floating-point operations of one forward: two for each multiplication and addition.
+    """Floating-point operations of one forward: two for each multiplication and addition."""
+    return product_flop(spec, tokens) + attention_flop(spec, tokens, text_len)
 
-    Each block: q, k, v, out of self-attention, its scores and values; q and out of cross-attention, its
-    scores and values; the feed-forward. (The text's keys and values are computed once a job.)
-    """
-    dim = spec.dim
-    products = 2 * tokens * dim * (6 * dim + 2 * spec.ffn_dim)
-    attention = 4 * tokens * dim * (tokens + text_len)
-    return float(spec.num_layers * (products + attention))
+
+def product_flop(spec: TransformerSpec, tokens: int) -> float:
+    """Those of the blocks' matrix products with weights: q, k, v and out of self-attention, q and out of cross-attention,
+    the feed-forward. (The text's keys and values are computed once a job.)"""
+    return float(spec.num_layers * 2 * tokens * spec.dim * (6 * spec.dim + 2 * spec.ffn_dim))
+
+
+def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
+    """Those of the blocks' scores and values, of self-attention and of cross-attention."""
+    return float(spec.num_layers * 4 * tokens * spec.dim * (tokens + text_len))
 
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
