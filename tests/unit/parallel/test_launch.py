@@ -178,12 +178,28 @@ def test_leaving_by_an_exception_ends_every_process() -> None:
     assert all(gone(pid) for pid in pids)
 
 
+INTERRUPTED = """
+import os, signal
+import torch
+from tests.unit.parallel.test_launch import add_up
+from wanduet.parallel.launch import RankGroup
+if __name__ == "__main__":
+    for _ in range(2):  # the first group that a process starts is not like the ones after it
+        with RankGroup(add_up, ["cpu", "cpu"], torch.tensor(0.0)) as group:
+            for process in group._processes:  # long before their imports are done
+                os.kill(process.pid, signal.SIGINT)
+            print([result[0] for result in group.results()], flush=True)
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there, no process is born deaf to Ctrl-C")
-def test_ctrl_c_while_ranks_start_is_left_to_the_starter() -> None:
-    with RankGroup(add_up, ["cpu", "cpu"], torch.tensor(0.0)) as group:
-        for process in group._processes:  # long before their imports are done
-            os.kill(process.pid, signal.SIGINT)
-        assert [result[0] for result in group.results()] == [0, 1]
+def test_ctrl_c_while_ranks_start_is_left_to_the_starter(tmp_path: Path) -> None:
+    script = tmp_path / "starter.py"
+    script.write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["[0, 1]"] * 2
+    assert "Traceback" not in done.stderr
 
 
 def test_no_devices_are_refused() -> None:
