@@ -198,9 +198,9 @@ def section_profile(report: Report) -> None:
     """Where one forward goes: kernels by kind, beside the least that their operations take at the rate of a large matrix
     product on this device, and the longest ones."""
     peak = measure_peaks(str(DEVICE), "bfloat16").flop
-    model = tuned_model()
+    report.add("peak", of="a large product in bfloat16", tflops=round(peak / 1e12, 1))
     for size in LATENT_SIZES:
-        kind_ms, rows = profiled(Job(model, size))
+        kind_ms, rows = profiled(Job(tuned_model(size), size))
         tokens = math.prod(n // p for n, p in zip(LATENT_SIZES[size], SPEC.patch_size, strict=True))
         flop = {
             "attention": attention_flop(SPEC, tokens, TRUE_TOKENS[0]), "matrix products": product_flop(SPEC, tokens),
@@ -217,7 +217,6 @@ def section_profile(report: Report) -> None:
             report.add("profile", **row)
         for row in sorted(rows, key=lambda row: -row["ms"])[:ROWS_OF_PROFILE]:
             report.add("longest kernels", size=size, **row)
-    report.add("peak", product="8192^3 in bfloat16" if ON_GPU else "2048^3 in bfloat16", tflops=round(peak / 1e12, 1))
 
 
 def profiled(job: "Job") -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -33,9 +33,8 @@ class Tile:
     Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
     are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
     instead of the other way round. `rows`: the pixels are of so many rows of the frame, so that the neighbours that they
-    have in common are read once; with 1 they are a run of pixels, which may go on in the next row. `square`: of a frame's taps
-    all are added up one after the other (always with several `rows`), not only those of a row. `cost`: how long a program takes,
-    beside one of another tile.
+    have in common are read once; with 1 they are a run of pixels, which may go on in the next row. `square`: a run adds up
+    its taps in the order that several rows have, too (see `near`). `cost`: how long a program takes, beside one of another tile.
     """
 
     pixels: int
@@ -53,6 +52,10 @@ class Tile:
     def channels(self) -> int:
         """Output channels of a program."""
         return self.first + self.second
+
+    def near(self, kh: int, kw: int) -> int:
+        """How many of a kernel's taps are added up before the next channels are: a frame's or a row's."""
+        return kh * kw if self.square or self.rows > 1 else kw
 
     def programs(self, height: int, width: int) -> int:
         """How many programs a frame's pixels take."""
@@ -84,7 +87,7 @@ def _convolution_kernel(
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
-    SWAP: tl.constexpr, ROWS: tl.constexpr, SQUARE: tl.constexpr,
+    SWAP: tl.constexpr, ROWS: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
     `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left` are the padding above and before; from the
@@ -120,8 +123,7 @@ def _convolution_kernel(
         two_at = two[:, None] * (taps * C_IN) + part[None, :]
         is_two = two[:, None] < C_OUT
 
-    # Innermost are the taps that read the same values for neighbours in the tile: they come from the L1 cache.
-    NEAR: tl.constexpr = KH * KW if SQUARE else KW
+    # Innermost are the NEAR taps that read the same values for neighbours in the tile: they come from the L1 cache.
     for index in range(taps * steps):
         tap = (index // (NEAR * steps)) * NEAR + index % NEAR
         channel = ((index // NEAR) % steps) * DEPTH
@@ -258,8 +260,7 @@ def convolve(
             HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
             PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
             PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
-            SQUARE=tile.square or tile.rows > 1,
-            num_warps=tile.warps, num_stages=tile.stages,
+            NEAR=tile.near(kh, kw), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return normed
 
