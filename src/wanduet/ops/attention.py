@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanduet.ops import flash4
+
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Flash4Fn: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 # Queries a chunk of the plain form: its float32 scores stay below 64 MB at 4096 keys and 4 heads.
 PLAIN_CHUNK = 1024
@@ -84,29 +87,6 @@ def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[
     return out.transpose(1, 2), sums[..., : q.shape[1]]  # padded to a multiple of 32
 
 
-def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
-    from flash_attn.cute import flash_attn_func
-
-    with torch.cuda.device(q.device):
-        out, sums = flash_attn_func(q, k, v, return_lse=lse)  # sums is None without lse
-    return out, sums
-
-
-def _flash_attention_4_wide(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
-    """The same kernel with 192 queries a program instead of 128, so that keys and values are read less often.
-
-    The library does not offer the choice but to its own functions. With 128 keys at a time as before, the result is the
-    same to the last bit; 128 channels a head fill a Hopper's shared memory so.
-    """
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    with torch.cuda.device(q.device):
-        out, sums, *_ = _flash_attn_fwd(
-            q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False, intra_wg_overlap=True, return_lse=lse
-        )
-    return out, sums
-
-
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from sageattention import sageattn
 
@@ -115,25 +95,26 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def _flash4(name: str, attend: Flash4Fn, capability: tuple[int, int] | None = None) -> Backend:
+    return Backend(
+        name,
+        lambda q, k, v: attend(q, k, v, False)[0],
+        lambda q, k, v: attend(q, k, v, True),
+        package="flash-attn-4",
+        capability=capability,
+    )
+
+
+HOPPER = (9, 0)
 SDPA = Backend("sdpa", sdpa, plain_with_lse)
 BACKENDS: tuple[Backend, ...] = (
     SDPA,
     Backend("sdpa_cudnn", lambda q, k, v: _sdpa_cudnn(q, k, v, False)[0], _sdpa_cudnn),
     Backend("sdpa_flash", lambda q, k, v: _sdpa_flash(q, k, v)[0], _sdpa_flash),
     Backend("sdpa_efficient", lambda q, k, v: _sdpa_efficient(q, k, v, False)[0], _sdpa_efficient),
-    Backend(
-        "flash-attn-4",
-        lambda q, k, v: _flash_attention_4(q, k, v, False)[0],
-        _flash_attention_4,
-        package="flash-attn-4",
-    ),
-    Backend(
-        "flash-attn-4-wide",
-        lambda q, k, v: _flash_attention_4_wide(q, k, v, False)[0],
-        _flash_attention_4_wide,
-        package="flash-attn-4",
-        capability=(9, 0),
-    ),
+    _flash4("flash-attn-4", flash4.attend),
+    _flash4("flash-attn-4-wide", flash4.attend_wide, HOPPER),
+    _flash4("flash-attn-4-steady", flash4.attend_steady, HOPPER),
     Backend("sageattention", _sage, None, exact=False, package="sageattention"),
 )
 

@@ -10,6 +10,7 @@ import pytest
 KERNELS = (
     "wanduet.ops.triton_kernels",
     "wanduet.ops.text_triton",
+    "wanduet.ops.flash4_redo",
     "wanduet.ops.vae_triton",
     "wanduet.ops.attention_triton",
     "wanduet.ops.conv_triton",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from wanduet.ops import kernels, vae_gpu
-from wanduet.ops.attention import available_backends
+from wanduet.ops.attention import available_backends, plain_with_lse
 from wanduet.ops.attention_choice import Shape, choose_attention, measure
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +44,29 @@ def test_every_exact_back_end_that_runs_is_right(keys: int) -> None:
         print(row)
     assert {"sdpa", "sdpa_flash", "sdpa_efficient"} <= {row.name for row in table if row.usable}
     assert choose_attention(DEVICE, shape, torch.bfloat16).name == table[0].name or table[0].milliseconds is not None
+
+
+@pytest.mark.parametrize("keys", [2048, 2049, 330])
+@torch.no_grad()
+def test_the_largest_score_may_be_in_any_tile_of_keys(keys: int) -> None:
+    """Of half of the queries every later key's score is larger than the first tile's by up to 1000: only those are
+    computed again. One query is no number, and stays alone with that."""
+    backend = available_backends(DEVICE).get("flash-attn-4-steady")
+    if backend is None:
+        pytest.skip("no flash-attn-4, or no Hopper")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 330, 9, 128, device=DEVICE, dtype=torch.bfloat16).split(3, dim=2)
+    k, v = (torch.randn(2, keys, 3, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k[:, -150:] -= 9
+    q[:, ::2] += torch.linspace(0, 9, 165, device=DEVICE, dtype=torch.bfloat16)[:, None, None]
+    expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
+    q[0, 7, 1] = float("nan")
+    for out, lse in (backend.attend_with_lse(q, k, v), (backend.attend(q, k, v), expected_lse)):
+        assert out[0, 7, 1].isnan().all()
+        out[0, 7, 1], lse[0, 1, 7] = expected[0, 7, 1].to(out.dtype), expected_lse[0, 1, 7]
+        assert out.isfinite().all()
+        assert (out.float() - expected).norm() / expected.norm() < 5e-3
+        assert (lse - expected_lse).abs().max() < 2e-3 * expected_lse.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
