@@ -26,7 +26,6 @@ from wanduet.ops import flash4
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Flash4Fn: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 # Queries a chunk of the plain form: its float32 scores stay below 64 MB at 4096 keys and 4 heads.
 PLAIN_CHUNK = 1024
@@ -95,17 +94,11 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _flash4(name: str, attend: Flash4Fn, capability: tuple[int, int] | None = None) -> Backend:
-    return Backend(
-        name,
-        lambda q, k, v: attend(q, k, v, False)[0],
-        lambda q, k, v: attend(q, k, v, True),
-        package="flash-attn-4",
-        capability=capability,
-    )
+def _flash4(name: str, attend: AttentionLseFn, capability: tuple[int, int] | None = None) -> Backend:
+    """One kernel serves with and without the log-sum-exps: they cost nothing, another kernel seconds to compile."""
+    return Backend(name, lambda q, k, v: attend(q, k, v)[0], attend, package="flash-attn-4", capability=capability)
 
 
-HOPPER = (9, 0)
 SDPA = Backend("sdpa", sdpa, plain_with_lse)
 BACKENDS: tuple[Backend, ...] = (
     SDPA,
@@ -113,8 +106,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("sdpa_flash", lambda q, k, v: _sdpa_flash(q, k, v)[0], _sdpa_flash),
     Backend("sdpa_efficient", lambda q, k, v: _sdpa_efficient(q, k, v, False)[0], _sdpa_efficient),
     _flash4("flash-attn-4", flash4.attend),
-    _flash4("flash-attn-4-wide", flash4.attend_wide, HOPPER),
-    _flash4("flash-attn-4-steady", flash4.attend_steady, HOPPER),
+    _flash4("flash-attn-4-steady", flash4.attend_steady, capability=(9, 0)),
     Backend("sageattention", _sage, None, exact=False, package="sageattention"),
 )
 

@@ -1,8 +1,7 @@
-"""flash-attn-4's forward kernels, as the library chooses them and in two forms of ours for Hopper.
+"""flash-attn-4's forward kernel, as it is and with a softmax of ours for Hopper.
 
-`q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]` in bfloat16 or float16, with a head's channels side by side; the result
-`[B, L, H, D]`, and the natural logarithm of each query's sum of exponentials `[B, H, L]` float32, which is not to be used
-if `lse` is False.
+`q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]` in bfloat16 or float16, with a head's channels side by side; out come the
+result `[B, L, H, D]` and the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
 """
 
 import importlib.util
@@ -19,41 +18,26 @@ from torch import Tensor
 _building = Lock()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """As the library does it."""
     from flash_attn.cute import flash_attn_func
 
     with torch.cuda.device(q.device):
-        out, sums = flash_attn_func(q, k, v, return_lse=lse)
-    return out, sums
+        out, lse = flash_attn_func(q, k, v, return_lse=True)
+    return out, lse
 
 
-def attend_wide(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
-    """The same kernel with 192 queries a program instead of 128, so that keys and values are read less often.
-
-    The library does not offer the choice but to its own functions. With 128 keys at a time as before, the result is the
-    same to the last bit; 128 channels a head fill a Hopper's shared memory so.
-    """
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    with torch.cuda.device(q.device):
-        out, sums, *_ = _flash_attn_fwd(
-            q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False, intra_wg_overlap=True, return_lse=lse
-        )
-    return out, sums
-
-
-def attend_steady(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+def attend_steady(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The same kernel with a softmax that looks for the largest score in one tile of keys only, and attention once more
     for those queries, hardly ever any, that need it in all: `wanduet.ops.flash4_softmax` says why that is exact."""
     from wanduet.ops.flash4_redo import redo
 
     with torch.cuda.device(q.device):
-        out, sums, *_ = _steady_interface()._flash_attn_fwd(
+        out, lse, *_ = _steady_interface()._flash_attn_fwd(
             q, k, v, tile_mn=(128, 128), mma_pv_is_rs=True, intra_wg_overlap=True, return_lse=True
         )
-        redo(q, k, v, out, sums)
-    return out, sums
+        redo(q, k, v, out, lse)
+    return out, lse
 
 
 def _steady_interface() -> ModuleType:
