@@ -126,13 +126,13 @@ def text_attention(
     with on_device_of(q):
         _row_factor_kernel[(triton.cdiv(length, rows), batch)](
             q, factor, q.stride(0), q.stride(1), length, eps,
-            C=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, num_warps=4,
+            C=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         _text_attention_kernel[(heads, programs, batch)](
             q, factor, weight, keys, values, q, q.stride(0), q.stride(1), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), q.stride(0), q.stride(1),
             length, num_keys, LOG2_E * head_dim**-0.5, log2(repeats),
             D=head_dim, QUERIES=tile.queries, KEYS=block, ONE_BLOCK=num_keys <= block, STAGES=tile.stages,
-            num_warps=tile.warps,
+            num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return q
