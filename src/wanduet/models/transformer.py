@@ -22,7 +22,7 @@ from wanduet.models.embeddings import ConditionEmbedder, PatchGrid
 from wanduet.models.scratch import Scratch
 from wanduet.ops.adjacent import side_by_side
 from wanduet.ops.attention import AttentionFn, sdpa
-from wanduet.ops.fused import TORCH_KERNELS, Kernels, linear_into
+from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.parallel.sharding import NoSharding, Sharding
 from wanduet.specs import TransformerSpec
@@ -92,15 +92,15 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
-    def project_qkv(self, n_BLC: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, n_BLC: Tensor, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before norms; one product where the weights are packed."""
         parts = (self.to_q, self.to_k, self.to_v)
         weight = side_by_side(*(part.weight for part in parts))
         bias = side_by_side(*(part.bias for part in parts))
         if weight is None or bias is None or torch.is_grad_enabled():
-            q, k, v = (_project(n_BLC, part, out) for part, out in zip(parts, scratch.thirds(), strict=True))
+            q, k, v = (_project(n_BLC, part, out, run) for part, out in zip(parts, scratch.thirds(), strict=True))
         else:
-            q, k, v = linear_into(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
+            q, k, v = run.kernels.linear(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
         return q, k, v
 
     def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> Tensor:
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if run.sharding.sends_ahead:
             q_BLHD, k_BLHD, v_BLHD = self.send_qkv(stream.take(), rope, run, scratch)
         else:
-            q, k, v = self.project_qkv(stream.take(), scratch)
+            q, k, v = self.project_qkv(stream.take(), run, scratch)
             q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(
                 q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
             )
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         found: dict[int, Tensor] = {}
         for index, linear, norm in ((2, self.to_v, None), (1, self.to_k, self.norm_k), (0, self.to_q, self.norm_q)):
             room = run.sharding.room(index, n_BLC)
-            x = _project(n_BLC, linear, scratch.thirds()[index] if room is None else room)
+            x = _project(n_BLC, linear, scratch.thirds()[index] if room is None else room, run)
             if norm is None:
                 found[index] = x.unflatten(-1, (self.num_heads, -1))
             else:
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch
     ) -> Tensor:
         """Cross-attention's heads `[B, L, C]`, before the output projection."""
-        q = _project(n_BLC, self.to_q, scratch.part(n_BLC, n_BLC.shape[2]))
+        q = _project(n_BLC, self.to_q, scratch.part(n_BLC, n_BLC.shape[2]), run)
         return run.kernels.text_attention(q, self.norm_q.weight, self.eps, k_BSHD, v_BSHD, repeats)
 
     def project_text(self, text_BSC: Tensor, run: Runtime) -> tuple[Tensor, Tensor]:
@@ -142,9 +142,9 @@ class Attention(nn.Module):
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, self.eps, self.num_heads, None)
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None) -> Tensor:
+    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None, run: Runtime) -> Tensor:
         """The output projection; without gradients in `out_BLC`, if it is given."""
-        return _project(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC)
+        return _project(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC, run)
 
 
 class _Up(nn.Module):
@@ -166,7 +166,7 @@ class FeedForward(nn.Module):
         """`[B, L, C]` to `[B, L, C]`; without gradients in place."""
         up, down = cast(_Up, self.net[0]).proj, cast(nn.Linear, self.net[2])
         hidden = run.kernels.linear_gelu(n_BLC, up.weight, up.bias, scratch.part(n_BLC, up.out_features))
-        return _project(hidden, down, n_BLC)
+        return _project(hidden, down, n_BLC, run)
 
 
 class Block(nn.Module):
@@ -189,7 +189,7 @@ class Block(nn.Module):
     def attend(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> None:
         """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
         heads_BLC = self.attn1.attend_self(stream, rope, run, scratch, first)
-        stream.branch = self.attn1.project_out(heads_BLC, scratch.part(heads_BLC, heads_BLC.shape[2]))
+        stream.branch = self.attn1.project_out(heads_BLC, scratch.part(heads_BLC, heads_BLC.shape[2]), run)
 
     def forward(
         self,
@@ -211,7 +211,7 @@ class Block(nn.Module):
         n_BLC = None if torch.is_grad_enabled() else torch.empty_like(attended)
         x_BLC, n_BLC = residual_norm(stream.x, attended, mod.attn_gate, *norm2, eps, n_BLC)
         heads_BLC = self.attn2.attend_text(n_BLC, *text, run, scratch)
-        y_BLC = self.attn2.project_out(heads_BLC, n_BLC)
+        y_BLC = self.attn2.project_out(heads_BLC, n_BLC, run)
         x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn_weight, mod.ffn_bias, eps, None)
         if torch.is_grad_enabled():
             y_BLC = self.ffn(n_BLC, run, scratch)
@@ -366,5 +366,5 @@ class WanTransformer(nn.Module):
         return grid.unpatchify(patches, self.spec.out_channels, out)
 
 
-def _project(x: Tensor, linear: nn.Linear, out: Tensor | None) -> Tensor:
-    return linear_into(x, linear.weight, linear.bias, out)
+def _project(x: Tensor, linear: nn.Linear, out: Tensor | None, run: Runtime) -> Tensor:
+    return run.kernels.linear(x, linear.weight, linear.bias, out)

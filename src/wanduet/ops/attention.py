@@ -123,6 +123,7 @@ def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> 
         return
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kernels_folder))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(kernels_folder / "quack"))  # flash-attn-4 is built on it
     for backend in available_backends(device).values():
         tried = backend.exact if prefer == "auto" else backend.name == prefer
         if tried and backend.package is not None:

@@ -1,4 +1,4 @@
-"""The element-wise work between a transformer's matrix products, in as few passes as possible.
+"""A transformer's matrix products and the element-wise work between them, in as few passes as possible.
 
 `Kernels` is the set of operations that the transformer is given; `TORCH_KERNELS` is the plain PyTorch
 form of each, the reference for every faster one. All arithmetic is float32 inside; results are rounded
@@ -11,12 +11,15 @@ weight, bias, gate `[B, C]` or `[1, C]` float32.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops.rope import Rope, rotate
+
+LinearFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # Tokens a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and some ten live at once.
 CHUNK_TOKENS = 2048
@@ -33,7 +36,8 @@ class Kernels:
     ]
     qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
     qk_norm_rope_pair: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Rope | None], tuple[Tensor, Tensor]]
-    linear_gelu: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    linear: LinearFn
+    linear_gelu: LinearFn
     text_attention: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
 
 
@@ -89,12 +93,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = No
     """`gelu_tanh(x @ weight.T + bias)`; without gradients in `out` `[B, L, F]`, if it is given."""
     if torch.is_grad_enabled():
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    hidden = linear_into(x, weight, bias, out)
+    hidden = linear(x, weight, bias, out)
     torch.ops.aten.gelu_(hidden, approximate="tanh")
     return hidden
 
 
-def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` `[B, L, O]`; without gradients in `out`, if it is given."""
     if out is None or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
@@ -132,4 +136,6 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
 
 
-TORCH_KERNELS = Kernels("torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu, text_attention)
+TORCH_KERNELS = Kernels(
+    "torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear, linear_gelu, text_attention
+)

@@ -2,8 +2,8 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -32,7 +32,22 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
 
         return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype)
 
-    return _trusted(faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype])
+    kernels = _trusted("Triton kernels", faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype])
+    if kernels is TORCH_KERNELS or not _has_quack(device, dtype):
+        return kernels
+
+    def faster_products() -> tuple[Kernels, float]:
+        from wanduet.ops import quack_products
+
+        found = replace(
+            kernels,
+            name=f"{kernels.name}+quack",
+            linear=quack_products.linear,
+            linear_gelu=quack_products.linear_gelu,
+        )
+        return found, largest_error(found, device, dtype, (_linear, _linear_gelu))
+
+    return _trusted("quack's products", faster_products, kernels, device, CHECK_TOLERANCE[dtype])
 
 
 def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
@@ -44,7 +59,7 @@ def vae_kernels_for(device: torch.device, dtype: torch.dtype) -> VAEKernels:
     tolerance = CHECK_TOLERANCE[dtype]
     if torch.backends.cudnn.allow_tf32:
         tolerance = max(tolerance, TF32_TOLERANCE)
-    return _trusted(faster, VAE_TORCH_KERNELS, device, tolerance)
+    return _trusted("Triton kernels", faster, VAE_TORCH_KERNELS, device, tolerance)
 
 
 def planned_vae_kernels(device: str) -> VAEKernels:
@@ -70,20 +85,29 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _has_quack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether quack-kernels is there, which flash-attn-4 brings, and has products for that GPU."""
+    if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 Set = TypeVar("Set", Kernels, VAEKernels)
 
 
-def _trusted(faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.device, tolerance: float) -> Set:
+def _trusted(
+    what: str, faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.device, tolerance: float
+) -> Set:
     """The faster kernels if they run on a GPU and are right; else the plain ones, with a warning."""
     if device.type != "cuda":
         return plain
     try:
         kernels, error = faster()
     except Exception as problem:  # a compiler's failure can be anything
-        warnings.warn(f"Triton kernels cannot be used here, plain PyTorch runs instead: {problem!r}", RuntimeWarning)
+        warnings.warn(f"{what} cannot be used here, plain PyTorch runs instead: {problem!r}", RuntimeWarning)
         return plain
     if not error <= tolerance:  # also true for NaN
-        warnings.warn(f"Triton kernels are wrong here (error {error:.1e}), plain PyTorch runs instead.", RuntimeWarning)
+        warnings.warn(f"{what} are wrong here (error {error:.1e}), plain PyTorch runs instead.", RuntimeWarning)
         return plain
     return kernels
 
@@ -124,12 +148,14 @@ def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dt
     return max(errors, key=lambda error: float("inf") if error != error else error)
 
 
-def largest_error(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative error of any operation against its plain form, on small random tensors."""
+def largest_error(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, cases: "Sequence[_Case] | None" = None
+) -> float:
+    """Largest relative error of any operation (or of those of `cases`) against its plain form, on small random tensors."""
     samples = _Samples(torch.Generator().manual_seed(0), device, dtype)
     errors = []
     with torch.no_grad():
-        for case in (_norm, _residual_norm, _gated_residual_norm, _qk, _qk_pair, _linear_gelu, _text):
+        for case in cases or (_norm, _residual_norm, _gated_residual_norm, _qk, _qk_pair, _linear, _linear_gelu, _text):
             got, expected = (case(k, samples.restarted()) for k in (kernels, TORCH_KERNELS))
             errors += [_relative(a, b) for a, b in zip(got, expected, strict=True)]
     return max(errors, key=lambda error: float("inf") if error != error else error)
@@ -193,6 +219,12 @@ def _qk(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
 def _qk_pair(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     q, k, _ = s.draw(s.batch, s.length, 3 * s.width, dtype=s.dtype).chunk(3, dim=-1)
     return kernels.qk_norm_rope_pair(q, k, s.draw(s.width), s.draw(s.width), 1e-6, s.heads, s.rope())
+
+
+def _linear(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    weight = s.draw(s.width, s.width, dtype=s.dtype) / s.width**0.5
+    x, bias, out = s.tokens(s.dtype), s.draw(s.width, dtype=s.dtype), s.tokens(s.dtype)
+    return kernels.linear(x, weight, bias, None), kernels.linear(x, weight, bias, out)
 
 
 def _linear_gelu(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:

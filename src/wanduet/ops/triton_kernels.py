@@ -209,4 +209,6 @@ def _require_dense_channels(*tensors: Tensor) -> None:
         raise ValueError("Fused kernels need channels that lie side by side in memory.")
 
 
-TRITON_KERNELS = Kernels("triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear_gelu, text_attention)
+TRITON_KERNELS = Kernels(
+    "triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, fused.linear, linear_gelu, text_attention
+)

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from wanduet.ops import kernels
+from wanduet.ops import kernels, quack_products
 from wanduet.ops.fused import TORCH_KERNELS
 
 CUDA = torch.device("cuda", 0)
@@ -16,7 +16,7 @@ def offered(monkeypatch: pytest.MonkeyPatch, kernel_set: object) -> None:
     module = types.SimpleNamespace(TRITON_KERNELS=kernel_set)
     monkeypatch.setitem(sys.modules, "wanduet.ops.triton_kernels", module)
     check = kernels.largest_error
-    monkeypatch.setattr(kernels, "largest_error", lambda k, device, dtype: check(k, torch.device("cpu"), dtype))
+    monkeypatch.setattr(kernels, "largest_error", lambda k, device, *rest: check(k, torch.device("cpu"), *rest))
 
 
 def test_a_cpu_gets_the_plain_forms() -> None:
@@ -30,7 +30,9 @@ def test_right_kernels_are_taken(monkeypatch, dtype) -> None:
     assert kernels.kernels_for(CUDA, dtype) is right
 
 
-@pytest.mark.parametrize("spoilt", ["norm", "residual_norm", "qk_norm_rope", "qk_norm_rope_pair", "linear_gelu"])
+@pytest.mark.parametrize(
+    "spoilt", ["norm", "residual_norm", "qk_norm_rope", "qk_norm_rope_pair", "linear", "linear_gelu"]
+)
 @pytest.mark.parametrize("how", [1.05, float("nan")])
 def test_wrong_kernels_are_dropped(monkeypatch, spoilt: str, how: float) -> None:
     def wrong(*args: object) -> object:
@@ -66,3 +68,19 @@ def test_memory_is_planned_for_the_kernels_that_will_run(monkeypatch, device, gp
     assert kernels.planned_vae_kernels(device).name == expected
     compiled = kernels.vae_kernels_to_compile(torch.device(device))
     assert (compiled is not None) == (device != "cpu" and triton_here)
+
+
+def test_quack_s_products_are_taken_if_they_are_right(monkeypatch) -> None:
+    offered(monkeypatch, right := dataclasses.replace(TORCH_KERNELS, name="triton"))
+    monkeypatch.setattr(kernels, "_has_quack", lambda device, dtype: True)
+    monkeypatch.setattr(
+        quack_products, "_product", lambda x, weight, bias, out, activation, plain: plain(x, weight, bias, out)
+    )
+    found = kernels.kernels_for(CUDA, torch.bfloat16)
+    assert found.linear is quack_products.linear
+    assert found.norm is right.norm
+    monkeypatch.setattr(
+        quack_products, "_product", lambda x, weight, bias, out, activation, plain: 1.05 * plain(x, weight, bias, out)
+    )
+    with pytest.warns(RuntimeWarning, match="quack's products are wrong here"):
+        assert kernels.kernels_for(CUDA, torch.bfloat16) is right

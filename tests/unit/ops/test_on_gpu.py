@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda", 0)
 def test_triton_is_taken(dtype) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.kernels_for(DEVICE, dtype).name == "triton"
+        assert kernels.kernels_for(DEVICE, dtype).name in ("triton", "triton+quack")
 
 
 @torch.no_grad()
