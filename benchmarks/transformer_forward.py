@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from _common import (
     DEVICE,
     LATENT_SIZES,
@@ -156,9 +155,10 @@ def section_kernels(report: Report) -> None:
         a = torch.randn(length, inner, device=DEVICE, dtype=BF16)
         w = torch.randn(outer, inner, device=DEVICE, dtype=BF16) / inner**0.5
         b = torch.randn(outer, device=DEVICE, dtype=BF16)
-        ms = timed(partial(F.linear, a, w, b), 10, 3) * 1e3
-        flop = 2 * length * inner * outer
-        report.add("kernels", op=f"product {name}", form="cublas", ms=round(ms, 4), tflops=flop / ms / 1e9)
+        for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
+            ms = timed(partial(kernels.linear, a[None], w, b, None), 10, 3) * 1e3
+            tflops = 2 * length * inner * outer / ms / 1e9
+            report.add("kernels", op=f"product {name}", form=kernels.name, ms=round(ms, 4), tflops=tflops)
 
 
 def section_attention(report: Report) -> None:
