@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from wanduet.errors import OutputError
@@ -433,6 +436,34 @@ def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert any(
         "WANDUET_DATA_DIR" in line for line in wanduet("doctor", "--json", "--model", "miniature").json["advice"]
     )
+
+
+def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a CPU that is taken for a GPU with three back ends, of which one is wrong."""
+    from wanduet.engine import tools
+    from wanduet.engine.hardware import DeviceInfo
+    from wanduet.ops import attention_choice
+    from wanduet.ops.attention import SDPA, Backend
+
+    wrong = Backend("wrong", lambda q, k, v: q * 0, None)
+    backends = {"sdpa": SDPA, "other": Backend("other", SDPA.attend, None), "wrong": wrong}
+    for module in (tools, attention_choice):
+        monkeypatch.setattr(module, "available_backends", lambda device: backends)
+    card = DeviceInfo("cpu", "a card", 2**30, 2**30, (9, 0))
+    hardware = SimpleNamespace(**asdict(tools.detect()) | {"gpus": (card,)})
+    monkeypatch.setattr(tools, "detect", lambda: hardware)
+    assert wanduet("doctor", "--json").json["attention"] == []
+    shape = attention_choice.Shape(64, 64, 2, 16)
+    with pytest.warns(RuntimeWarning, match="wrong"):
+        attention_choice.choose_attention(
+            torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements"
+        )
+    (seen,) = wanduet("doctor", "--json").json["attention"]
+    assert seen["device"] == "cpu"
+    assert seen["queries x keys x heads x channels"] == "64 x 64 x 2 x 16"
+    assert sorted(seen["milliseconds"]) == sorted(seen["error"]) == ["other", "sdpa"]
+    assert "wrong result" in seen["dropped"]["wrong"]
+    assert "milliseconds" in wanduet("doctor").out
 
 
 def test_a_data_folder_that_cannot_be_costs_nothing_but_the_cache(

@@ -113,6 +113,21 @@ def choose_attention(
     return _choice(best, table)
 
 
+def measured(
+    device: torch.device, cache_folder: Path, backends: dict[str, Backend] | None = None
+) -> dict[tuple[str, str], tuple[Timing, ...]]:
+    """What is kept of such a device and these versions: tables, fastest first, by dtype and by the shape that was timed,
+    as `queries x keys x heads x channels of a head`."""
+    found = available_backends(device) if backends is None else backends
+    start = _cache_start(device, [backend for backend in found.values() if backend.exact])
+    tables = {}
+    for key in _read_all(cache_folder / CACHE_FILE):
+        dtype, _, shape = key.removeprefix(start).partition("|")
+        if key.startswith(start) and (table := _read_cache(cache_folder, key)):
+            tables[dtype.removeprefix("torch."), shape.replace("x", " x ")] = table
+    return tables
+
+
 def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torch.device) -> Choice:
     """What devices that work in step use: the same on all, and fastest where it is slowest. `said`: the name and table
     of what each would choose. The first's, where nothing is usable on all."""
@@ -278,10 +293,14 @@ def _first_line(problem: Exception) -> str:
 
 
 def _cache_key(device: torch.device, shape: Shape, dtype: torch.dtype, backends: Iterable[Backend]) -> str:
+    timed = shape.timed
+    return f"{_cache_start(device, backends)}{dtype}|{timed.queries}x{timed.keys}x{timed.heads}x{timed.head_dim}"
+
+
+def _cache_start(device: torch.device, backends: Iterable[Backend]) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = ",".join(f"{b.name}={b.version}" for b in backends)
-    timed = shape.timed
-    return f"{name}|{versions}|{dtype}|{timed.queries}x{timed.keys}x{timed.heads}x{timed.head_dim}"
+    return f"{name}|{versions}|"
 
 
 def _read_all(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ import torch
 from wanduet.errors import ConfigError
 from wanduet.ops import attention, attention_choice
 from wanduet.ops.attention import Backend, available_backends, plain_with_lse, sdpa
-from wanduet.ops.attention_choice import CACHE_FILE, Shape, Timing, choose_attention, choose_together
+from wanduet.ops.attention_choice import CACHE_FILE, Shape, Timing, choose_attention, choose_together, measured
 
 CPU = torch.device("cpu")
 SHAPE = Shape(queries=64, keys=64, heads=2, head_dim=16)
@@ -197,6 +197,17 @@ def test_another_version_or_shape_is_measured_anew(tmp_path: Path, slow_sdpa, mo
     choose(spy, cache_folder=tmp_path)
     assert spy.calls > 0
     assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 3
+
+
+def test_what_is_kept_of_these_versions_can_be_shown(tmp_path: Path, slow_sdpa, monkeypatch) -> None:
+    spies = (Spy("fast"), Spy("wrong", spoil=lambda x: x * 1.1))
+    assert measured(CPU, tmp_path, offered(*spies)) == {}
+    with pytest.warns(RuntimeWarning, match="wrong"):
+        table = choose(*spies, cache_folder=tmp_path).table
+    assert measured(CPU, tmp_path, offered(*spies)) == {("float32", "64 x 64 x 2 x 16"): table}
+    assert measured(CPU, tmp_path, offered(spies[0])) == {}
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert measured(CPU, tmp_path, offered(*spies)) == {}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
