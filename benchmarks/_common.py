@@ -33,7 +33,7 @@ ON_GPU = DEVICE.type == "cuda"
 prepare_allocator(DEVICE)
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn-4", "nvidia-cutlass-dsl", "av")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "av")
 
 # Latent frames, rows and columns of 81-frame videos (480x832, 720x1280, 1088x1920).
 LATENT_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160), "1080p": (21, 136, 240)}

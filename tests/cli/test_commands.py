@@ -452,14 +452,13 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     card = DeviceInfo("cpu", "a card", 2**30, 2**30, (9, 0))
     hardware = SimpleNamespace(**asdict(tools.detect()) | {"gpus": (card,)})
     monkeypatch.setattr(tools, "detect", lambda: hardware)
-    assert wanduet("doctor", "--json").json["attention"] == []
+    assert wanduet("doctor", "--json").json["gpus"][0]["attention_measured"] == []
     shape = attention_choice.Shape(64, 64, 2, 16)
     with pytest.warns(RuntimeWarning, match="wrong"):
         attention_choice.choose_attention(
             torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements"
         )
-    (seen,) = wanduet("doctor", "--json").json["attention"]
-    assert seen["device"] == "cpu"
+    (seen,) = wanduet("doctor", "--json").json["gpus"][0]["attention_measured"]
     assert seen["queries x keys x heads x channels"] == "64 x 64 x 2 x 16"
     assert sorted(seen["milliseconds"]) == sorted(seen["error"]) == ["other", "sdpa"]
     assert "wrong result" in seen["dropped"]["wrong"]

@@ -4,7 +4,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.engine import generate
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import DeviceInfo, Hardware, detect
+from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
@@ -26,7 +25,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.ops.attention import available_backends
-from wanduet.ops.attention_choice import Timing, measured
+from wanduet.ops.attention_choice import measured
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
@@ -180,10 +179,10 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
                 "free_bytes": d.free_bytes,
                 "bfloat16": d.has_bfloat16,
                 "attention": list(available_backends(torch.device(d.name))),
+                "attention_measured": _attention(torch.device(d.name), folder / "measurements"),
             }
             for d in hardware.gpus
         ],
-        "attention": [_attention(d.name, *seen) for d in hardware.gpus for seen in _measured(d, folder)],
         "links": _links(hardware),
         "triton": importlib.util.find_spec("triton") is not None,
         "data_folder": data_folder,
@@ -192,20 +191,18 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def _measured(device: DeviceInfo, folder: Path) -> Iterable[tuple[tuple[str, str], tuple[Timing, ...]]]:
-    return measured(torch.device(device.name), folder / "measurements").items()
-
-
-def _attention(device: str, of: tuple[str, str], table: Sequence[Timing]) -> dict[str, Any]:
-    """What was seen of each back end, fastest first; `error` is relative, against float32."""
-    return {
-        "device": device,
-        "dtype": of[0],
-        "queries x keys x heads x channels": of[1],
-        "milliseconds": {row.name: row.milliseconds for row in table if row.usable},
-        "error": {row.name: row.error for row in table if row.usable},
-        "dropped": {row.name: row.problem for row in table if not row.usable},
-    }
+def _attention(device: torch.device, folder: Path) -> list[dict[str, Any]]:
+    """What was seen of each back end, fastest first, by dtype and shape; errors are relative, against float32."""
+    return [
+        {
+            "dtype": dtype,
+            "queries x keys x heads x channels": shape,
+            "milliseconds": {row.name: row.milliseconds for row in table if row.usable},
+            "error": {row.name: row.error for row in table if row.usable},
+            "dropped": {row.name: row.problem for row in table if not row.usable},
+        }
+        for (dtype, shape), table in measured(device, folder).items()
+    ]
 
 
 def _advice(hardware: Hardware) -> list[str]:

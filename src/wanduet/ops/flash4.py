@@ -7,7 +7,6 @@ result `[B, L, H, D]` and the natural logarithm of each query's sum of exponenti
 import importlib.util
 from functools import cache
 from hashlib import sha256
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
@@ -66,7 +65,7 @@ def _build_steady_interface() -> ModuleType:
 def _copy_of(name: str) -> ModuleType:
     """A module executed anew, beside the one that everybody imports."""
     spec = importlib.util.find_spec(name)
-    if not isinstance(spec, ModuleSpec) or spec.loader is None:
+    if spec is None or spec.loader is None:
         raise ImportError(f"{name} is not there.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

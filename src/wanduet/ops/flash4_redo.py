@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import on_device_of
-from wanduet.ops.text_triton import LOG2_E
+from wanduet.ops.text_triton import LOG2_E, weigh
 
 QUERIES, KEYS = 64, 64  # at a time
 LOOKED_AT = 1024  # queries by one program: most have nothing else to do, and fewer of them start and end sooner
@@ -80,12 +80,7 @@ def _redo_rows(
         v = tl.load(v_ptr + key_at * v_row + channel, there, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(is_key[None, :], scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        shrink = tl.exp2(highest - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        highest = higher
+        highest, total, out = weigh(scores, v, highest, total, out)
     tl.store(out_ptr + at * out_row + channel, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask)
     tl.store(lse_ptr + row, (highest + tl.log2(total)) / LOG2_E, left)
 

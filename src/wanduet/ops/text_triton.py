@@ -84,14 +84,20 @@ def _text_attention_kernel(
             for start in range(0, num_keys, KEYS):
                 k, v, bias = _keys_values(k_ptr, v_ptr, k_key, v_key, start, num_keys, last_bias, KEYS, D)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-                higher = tl.maximum(highest, tl.max(scores, 1))
-                shrink = tl.exp2(highest - higher)
-                weights = tl.exp2(scores - higher[:, None])
-                total = total * shrink + tl.sum(weights, 1)
-                out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-                highest = higher
+                highest, total, out = weigh(scores, v, highest, total, out)
         out_at = out_ptr + at * out_row + channel[None, :]
         tl.store(out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), is_row[:, None])
+
+
+@triton.jit
+def weigh(scores, values, highest, total, out):
+    """A block of keys more: each query's highest score so far (base 2), sum of exponentials and weighted sum of values
+    (Milakov, arXiv 1805.02867)."""
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    shrink = tl.exp2(highest - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    return higher, total, tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]

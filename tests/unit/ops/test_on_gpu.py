@@ -73,7 +73,7 @@ def test_the_largest_score_may_be_in_any_tile_of_keys(keys: int) -> None:
     if backend is None:
         pytest.skip("no flash-attn-4, or no Hopper")
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 330, 9, 128, device=DEVICE, dtype=torch.bfloat16).split(3, dim=2)
+    q, *_ = torch.randn(2, 330, 9, 128, device=DEVICE, dtype=torch.bfloat16).split(3, dim=2)
     k, v = (torch.randn(2, keys, 3, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     k[:, -150:] -= 9
     q[:, ::2] += torch.linspace(0, 9, 165, device=DEVICE, dtype=torch.bfloat16)[:, None, None]
