@@ -26,6 +26,7 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.models.vae_traced import compile_decode
+from wanduet.models.without_memory import without_memory
 from wanduet.ops.attention import AttentionLseFn, import_backends
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
@@ -106,7 +107,7 @@ class Models:
 
         Raises WeightsError, before a job has done any work, for files that do not fit their configs.
         """
-        with torch.device("meta"):
+        with without_memory():
             modules: tuple[nn.Module, ...] = (WanTransformer(self.spec.transformer), WanVAE(self.spec.vae))
         shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in modules]
         if self.folder is not None:
@@ -194,7 +195,7 @@ class Models:
         device, dtype = torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype)
         self._enforce_limit(device)
         resident, memory = plan.resident_blocks, self._host_memory(plan)
-        with torch.device("meta"):
+        with without_memory():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
         if resident == spec.transformer.num_layers:
             allocate_packed(transformer, device, dtype)
@@ -299,7 +300,7 @@ class Models:
         began = time.perf_counter()
         kind = getattr(torch, dtype)
         if self._vae is None:
-            with torch.device("meta"):
+            with without_memory():
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
             self._enforce_limit(torch.device(device))
             for part in vae.decoding_parts:  # the encoder stays without memory

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wanduet.media.codecs import Frame
 from wanduet.models.preview_decoder import LATENT_CHANNELS, PreviewDecoder
+from wanduet.models.without_memory import without_memory
 from wanduet.specs import WAN_1_3B, ModelSpec
 from wanduet.weights.files import TensorFiles
 
@@ -63,7 +64,7 @@ def _load(
 ) -> PreviewDecoder:
     mean, std = (None, None) if statistics is None else (torch.tensor(values) for values in statistics)
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    with torch.device("meta"):
+    with without_memory():
         decoder = PreviewDecoder(mean, std).eval().requires_grad_(False)
     decoder = decoder.to(dtype).to_empty(device=device)
     files = TensorFiles("preview decoder", [path])

@@ -22,6 +22,7 @@ from wanduet.media.files import write_atomically
 from wanduet.media.preview import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentToRGB
 from wanduet.media.read import probe, read_frames
 from wanduet.models.vae import WanVAE
+from wanduet.models.without_memory import without_memory
 from wanduet.weights.folder import ModelFolder
 
 log = structlog.get_logger(__name__)
@@ -132,7 +133,7 @@ class ColourMaps:
 
 def load_encoder(folder: ModelFolder) -> WanVAE:
     """A model's VAE on the CPU with the weights of its encoder; the decoder's hold no memory."""
-    with torch.device("meta"):
+    with without_memory():
         vae = WanVAE(folder.spec.vae).eval().requires_grad_(False)
     names = [name for name, _ in vae.named_parameters() if name.startswith(("encoder.", "quant_conv."))]
     vae.load_state_dict(folder.vae.read(names, torch.float32), strict=False, assign=True)

@@ -7,13 +7,15 @@ is the planner's to add.
 
 import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from wanduet.models.meta_results import result_of
 
 ROUNDING = 512  # bytes; the CUDA allocator's smallest unit
 SMALL = 2**20  # bytes; up to here the CUDA allocator uses memory of its own
@@ -92,16 +94,22 @@ class Footprint(TorchDispatchMode):
         _counting.stack.remove(self)
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler to keep it away from what is done here, which it never sees."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if _counting.stack[-1] is not self:
-            return func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                self._know(leaf)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_meta:
-                self._count(leaf)
+            return func(*args, **kwargs)
+        for tensor in _meta_tensors((*args, *kwargs.values())):
+            self._know(tensor)
+        result = result_of(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        for tensor in _meta_tensors((result,)):
+            self._count(tensor)
         return result
 
     def _know(self, tensor: Tensor) -> None:
@@ -126,6 +134,16 @@ class Footprint(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
         arena.give_back(offset, size)
+
+
+def _meta_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among an operation's arguments or results, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _meta_tensors(value)
 
 
 def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

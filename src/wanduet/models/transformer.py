@@ -169,6 +169,13 @@ class FeedForward(nn.Module):
         return _project(hidden, down, n_BLC, run)
 
 
+def _modulation(rows: int, dim: int) -> nn.Parameter:
+    """A table `[1, rows, dim]` of shifts, scales and gates, drawn as Wan2.1's are."""
+    table = nn.Parameter(torch.empty(1, rows, dim))
+    nn.init.normal_(table, std=dim**-0.5)
+    return table
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward."""
 
@@ -179,7 +186,7 @@ class Block(nn.Module):
         self.attn2 = Attention(dim, spec.num_attention_heads, spec.eps)
         self.norm2 = nn.LayerNorm(dim, spec.eps)
         self.ffn = FeedForward(dim, spec.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = _modulation(6, dim)
 
     def modulation(self, time_B6C: Tensor) -> Modulation:
         """Shifts, scales and gates of this block for the projected timestep `[B, 6, C]` float32."""
@@ -239,7 +246,7 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         patch_volume = spec.patch_size[0] * spec.patch_size[1] * spec.patch_size[2]
         self.proj_out = nn.Linear(dim, spec.out_channels * patch_volume)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = _modulation(2, dim)
         self.runtime = Runtime()
 
     @staticmethod

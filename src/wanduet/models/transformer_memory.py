@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wanduet.models.footprint import Footprint, on_meta
 from wanduet.models.transformer import Runtime, TextContext, WanTransformer
+from wanduet.models.without_memory import without_memory
 from wanduet.ops.fused import TORCH_KERNELS
 from wanduet.ops.rope import Rope
 from wanduet.parallel.alone import NobodysPeers, OneOfMany
@@ -72,7 +73,7 @@ def _traced(
 ) -> int:
     kind: torch.dtype = getattr(torch, dtype)
     small = replace(spec, num_layers=TRACED_BLOCKS)
-    with torch.device("meta"):
+    with without_memory():
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))

@@ -16,6 +16,7 @@ from wanduet.models.vae_history import ALIGNMENT
 from wanduet.models.vae_layers import Past
 from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_strips import Seam
+from wanduet.models.without_memory import without_memory
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.specs import VAESpec
 
@@ -113,9 +114,10 @@ def _bytes(tensors: Past) -> int:
 @lru_cache(maxsize=4)
 def meta_vae(spec: VAESpec, dtype: torch.dtype, kernels: VAEKernels) -> WanVAE:
     """A VAE without memory, as it would be on a device with these kernels."""
-    with torch.device("meta"):
+    with without_memory():
         vae = WanVAE(spec).requires_grad_(False).to(dtype)
-    vae.use_kernels(kernels)
-    if kernels is not VAE_TORCH_KERNELS:
-        vae.channels_last()
+    with Footprint():  # for its quick answers on the meta device; and it is no part of what is being traced around it
+        vae.use_kernels(kernels)
+        if kernels is not VAE_TORCH_KERNELS:
+            vae.channels_last()
     return vae
