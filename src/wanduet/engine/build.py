@@ -32,6 +32,7 @@ from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
 from wanduet.ops.fused import Kernels
 from wanduet.ops.kernels import kernels_for, vae_kernels_for, vae_kernels_to_compile
+from wanduet.sampling.samplers import make_sampler
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
 from wanduet.weights.folder import ModelFolder
@@ -149,10 +150,11 @@ class Models:
             return
         with self._guard:
             if self._denoiser is None and self._loading is None:
-                kernels, device = self.config.data_folder / "kernels", torch.device(job.plan.transformer_device)
-                self._loader.submit(import_backends, device, self.config.attention, kernels)
-                self._loading = self._loader.submit(self._load_and_fit, job)
-                self._loader.submit(self._compile_vae, job, self._loading)
+                # One after the other: an import keeps the interpreter to itself for most of its seconds, and the loading
+                # would wait for its turn at every tensor.
+                loaded = self._loader.submit(self._load_denoiser, job)
+                self._loading = self._loader.submit(self._fit_loaded, job, loaded)
+                self._loader.submit(self._prepare_rest, job, loaded, self._loading)
 
     @contextmanager
     def transformer(self, job: Job) -> Iterator[Denoiser]:
@@ -182,11 +184,20 @@ class Models:
             have.restream(plan.resident_blocks)
         return have
 
-    def _load_and_fit(self, job: Job) -> Denoiser:
-        denoiser = self._load_denoiser(job)
+    def _fit_loaded(self, job: Job, loaded: Future[Denoiser]) -> Denoiser:
+        denoiser = loaded.result()
+        import_backends(denoiser.device, self.config.attention, self.config.data_folder / "kernels")
         with on_device_of(denoiser.device), suppress(Exception):  # which comes again when the job's turn has come
             self._fit_to(denoiser, job)
         return denoiser
+
+    def _prepare_rest(self, job: Job, loaded: Future[Denoiser], fitted: Future[Denoiser]) -> None:
+        """What the first step and the decode need beside the transformer."""
+        wait((loaded,))
+        with suppress(Exception):  # see above
+            make_sampler(job.request.sampler, job.request.flow_shift, 1, torch.device("cpu"))
+        wait((fitted,))  # which measures what attention takes
+        self._compile_vae(job)
 
     @torch.no_grad()
     def _load_denoiser(self, job: Job) -> Denoiser:
@@ -214,11 +225,8 @@ class Models:
         job.add_time("load_s", time.perf_counter() - began)
         return Denoiser(transformer, device, dtype, resident, memory)
 
-    def _compile_vae(self, job: Job, loading: "Future[Denoiser]") -> None:
-        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute.
-
-        After the loading, which measures what attention takes."""
-        wait((loading,))
+    def _compile_vae(self, job: Job) -> None:
+        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
         plan, request = job.plan, job.request
         kernels = vae_kernels_to_compile(torch.device(plan.vae_device))
         if kernels is None:
