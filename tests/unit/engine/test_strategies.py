@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError
 from wanduet.media.latents import load_latents
-from wanduet.media.read import frame_hashes
+from wanduet.media.read import frame_hashes, read_frames
 from wanduet.parallel.mesh import Layout
 from wanduet.parallel.rank import Rank
 from wanduet.request import GenerationRequest
@@ -38,6 +39,14 @@ def run(config: EngineConfig, path: Path, **changes):
 
 def latents(path: Path):
     return load_latents(Path(f"{path}.latents.safetensors"))[0]
+
+
+def assert_looks_the_same(video: Path, other: Path) -> None:
+    """A rounding in the latents may move a pixel that lies between two levels to the other one, no more than that."""
+    frames, others = (np.stack(list(read_frames(path))).astype(int) for path in (video, other))
+    apart = np.abs(frames - others)
+    assert apart.max() <= 2  # of 255: a level of brightness and one of colour
+    assert (apart > 0).mean() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +84,7 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
     for here, there in (("a", "guided"), ("b", "plain")):  # one may be denoised before the other is decoded
         made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
         assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()
-        pairs = zip(frame_hashes(made).frames, frame_hashes(expected).frames, strict=True)
-        assert sum(a == b for a, b in pairs) >= 7
+        assert_looks_the_same(made, expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -152,8 +160,7 @@ def test_unequal_devices_get_unequal_parts_and_give_the_same(config, alone, tmp_
     assert (job.plan.layout.cfg, job.plan.layout.sequence) == (1, 2)  # pairs would wait for the slower one
     expected = latents(alone / "guided.mkv")
     assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
-    pairs = zip(frame_hashes(tmp_path / "a.mkv").frames, frame_hashes(alone / "guided.mkv").frames, strict=True)
-    assert sum(a == b for a, b in pairs) >= 7
+    assert_looks_the_same(tmp_path / "a.mkv", alone / "guided.mkv")
 
 
 def test_speeds_that_are_alike_are_equal() -> None:
