@@ -4,8 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -21,18 +21,17 @@ from wanduet.engine.hardware import process_peak_bytes
 from wanduet.engine.job import Job
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.plan import Plan
+from wanduet.engine.preload import preload
 from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
-from wanduet.models.vae_traced import compile_decode
 from wanduet.models.without_memory import without_memory
-from wanduet.ops.attention import AttentionLseFn, import_backends
+from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
 from wanduet.ops.devices import on_device_of, prepare_allocator
 from wanduet.ops.fused import Kernels
-from wanduet.ops.kernels import kernels_for, vae_kernels_for, vae_kernels_to_compile
-from wanduet.sampling.samplers import make_sampler
+from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
 from wanduet.weights.folder import ModelFolder
@@ -150,11 +149,7 @@ class Models:
             return
         with self._guard:
             if self._denoiser is None and self._loading is None:
-                # One after the other: an import keeps the interpreter to itself for most of its seconds, and the loading
-                # would wait for its turn at every tensor.
-                loaded = self._loader.submit(self._load_denoiser, job)
-                self._loading = self._loader.submit(self._fit_loaded, job, loaded)
-                self._loader.submit(self._prepare_rest, job, loaded, self._loading)
+                self._loading = preload(self, job, self._loader)
 
     @contextmanager
     def transformer(self, job: Job) -> Iterator[Denoiser]:
@@ -164,7 +159,7 @@ class Models:
             denoiser = self._ready_denoiser(job)
             if not plan.keep_both:
                 self._vae_to_host()
-            self._fit_to(denoiser, job)
+            self.fit_to(denoiser, job)
             yield denoiser
 
     def _ready_denoiser(self, job: Job) -> Denoiser:
@@ -178,29 +173,15 @@ class Models:
             self._denoiser = have = None
             release_memory()
         if have is None:
-            self._denoiser = have = self._load_denoiser(job)
+            self._denoiser = have = self.load_denoiser(job)
         have.memory.keep_copies(not plan.keep_both)
         if have.resident_blocks != plan.resident_blocks:
             have.restream(plan.resident_blocks)
         return have
 
-    def _fit_loaded(self, job: Job, loaded: Future[Denoiser]) -> Denoiser:
-        denoiser = loaded.result()
-        import_backends(denoiser.device, self.config.attention, self.config.data_folder / "kernels")
-        with on_device_of(denoiser.device), suppress(Exception):  # which comes again when the job's turn has come
-            self._fit_to(denoiser, job)
-        return denoiser
-
-    def _prepare_rest(self, job: Job, loaded: Future[Denoiser], fitted: Future[Denoiser]) -> None:
-        """What the first step and the decode need beside the transformer."""
-        wait((loaded,))
-        with suppress(Exception):  # see above
-            make_sampler(job.request.sampler, job.request.flow_shift, 1, torch.device("cpu"))
-        wait((fitted,))  # which measures what attention takes
-        self._compile_vae(job)
-
     @torch.no_grad()
-    def _load_denoiser(self, job: Job) -> Denoiser:
+    def load_denoiser(self, job: Job) -> Denoiser:
+        """The transformer as the job's plan wants it, not yet set up for the job's shapes. Raises WeightsError."""
         began = time.perf_counter()
         plan, spec = job.plan, self.spec
         device, dtype = torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype)
@@ -225,19 +206,7 @@ class Models:
         job.add_time("load_s", time.perf_counter() - began)
         return Denoiser(transformer, device, dtype, resident, memory)
 
-    def _compile_vae(self, job: Job) -> None:
-        """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
-        plan, request = job.plan, job.request
-        kernels = vae_kernels_to_compile(torch.device(plan.vae_device))
-        if kernels is None:
-            return
-        size = (request.generated_height, request.generated_width)
-        try:
-            compile_decode(self.spec.vae, *size, plan.decode, getattr(torch, plan.vae_dtype), kernels)
-        except Exception as error:  # the decode then compiles them itself, or finds out that they cannot be used
-            log.info("The decode's kernels could not be compiled beforehand: %s", error)
-
-    def _fit_to(self, denoiser: Denoiser, job: Job) -> None:
+    def fit_to(self, denoiser: Denoiser, job: Job) -> None:
         """Kernels and attention for the job's length of sequence."""
         request, t = job.request, self.spec.transformer
         tokens = self.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)

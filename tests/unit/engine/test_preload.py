@@ -1,0 +1,122 @@
+"""What is made ready beside the encoding of a text: in which order, and what a failure changes."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from wanduet.engine import preload as module
+from wanduet.engine.preload import preload
+from wanduet.engine.turns import SECONDS, SHORT_TURNS, ShortTurns
+from wanduet.errors import WeightsError
+
+DENOISER = SimpleNamespace(device=torch.device("cpu"))
+
+
+class Recorder:
+    """Models that only say what is asked of them."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.config = SimpleNamespace(attention="auto", data_folder=Path("nowhere"))
+        self.may_load = threading.Event()
+        self.problem: Exception | None = None
+
+    def load_denoiser(self, job: Any) -> Any:
+        self.may_load.wait(10)
+        self.seen.append("load")
+        if self.problem:
+            raise self.problem
+        return DENOISER
+
+    def fit_to(self, denoiser: Any, job: Any) -> None:
+        self.seen.append(f"fit, turns of {sys.getswitchinterval():.4f} s")
+        raise RuntimeError("comes again at the job's turn")
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    models = Recorder()
+
+    def note(name: str) -> Any:
+        return lambda *_: models.seen.append(name)
+
+    monkeypatch.setattr(module, "import_backends", note("import"))
+    monkeypatch.setattr(module, "make_sampler", note("sampler"))
+    monkeypatch.setattr(module, "_prepare_vae_kernels", note("vae"))
+    return models
+
+
+@pytest.fixture
+def job() -> Any:
+    return SimpleNamespace(request=SimpleNamespace(sampler="unipc", flow_shift=3.0))
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def test_imports_come_after_the_loading(models: Recorder, job: Any, pool: ThreadPoolExecutor) -> None:
+    before = sys.getswitchinterval()
+    fitted = preload(models, job, pool)
+    assert models.seen == []
+    models.may_load.set()
+    assert fitted.result(10) is DENOISER  # though setting it up failed
+    pool.shutdown()
+    assert models.seen[0] == "load"
+    assert set(models.seen[1:]) == {"import", "sampler", f"fit, turns of {SECONDS:.4f} s", "vae"}
+    assert models.seen.index("import") < models.seen.index(f"fit, turns of {SECONDS:.4f} s") < models.seen.index("vae")
+    assert sys.getswitchinterval() == before
+
+
+def test_a_failed_loading_is_told_and_the_turns_are_put_back(
+    models: Recorder, job: Any, pool: ThreadPoolExecutor
+) -> None:
+    before = sys.getswitchinterval()
+    models.problem = WeightsError("damaged")
+    models.may_load.set()
+    with pytest.raises(WeightsError, match="damaged"):
+        preload(models, job, pool).result(10)
+    pool.shutdown()
+    assert "import" not in models.seen
+    assert sys.getswitchinterval() == before
+
+
+def test_a_sampler_that_cannot_be_made_does_not_keep_the_decode_from_being_made_ready(
+    models: Recorder, job: Any, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "make_sampler", lambda *_: 1 / 0)
+    models.may_load.set()
+    preload(models, job, pool)
+    pool.shutdown()
+    assert models.seen[-1] == "vae"
+
+
+def test_turns_are_short_until_the_last_has_ended() -> None:
+    before, turns = sys.getswitchinterval(), ShortTurns()
+    turns.begin()
+    turns.begin()
+    turns.end()
+    assert sys.getswitchinterval() == pytest.approx(SECONDS, rel=0.05)
+    turns.end()
+    assert sys.getswitchinterval() == before
+
+
+def test_turns_that_are_shorter_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(SECONDS / 5)
+        SHORT_TURNS.begin()
+        assert sys.getswitchinterval() == pytest.approx(SECONDS / 5, rel=0.05)
+        SHORT_TURNS.end()
+        assert sys.getswitchinterval() == pytest.approx(SECONDS / 5, rel=0.05)
+    finally:
+        sys.setswitchinterval(before)
