@@ -215,7 +215,7 @@ class Models:
 
         shape = Shape(tokens, tokens, *heads)
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
-            kernels = kernels_for(denoiser.device, denoiser.dtype)
+            kernels = kernels_for(denoiser.device, denoiser.dtype, *heads)
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
         _, kernels, choice = denoiser.chosen

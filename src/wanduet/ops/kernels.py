@@ -20,17 +20,18 @@ CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-
 TF32_TOLERANCE = 2e-3  # factors of 11 bits, which each form rounds in its own way
 
 
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
+def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_dim: int = 128) -> Kernels:
     """The fastest kernels that work on `device` when computing in `dtype`.
 
-    Triton's kernels are compiled and compared with the plain forms on small tensors before they are
-    trusted; if Triton is missing or they are wrong, a warning is given and the plain forms are returned.
+    Triton's kernels are compiled and compared with the plain forms on short sequences before they are trusted; if Triton
+    is missing or they are wrong, a warning is given and the plain forms are returned. Kernels are compiled for a width:
+    with a model's `heads` and `head_dim`, those are tried, and compiled, that it will use.
     """
 
     def faster() -> tuple[Kernels, float]:
         from wanduet.ops.triton_kernels import TRITON_KERNELS
 
-        return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype)
+        return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype, heads=heads, head_dim=head_dim)
 
     kernels = _trusted("Triton kernels", faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype])
     if kernels is TORCH_KERNELS or not _has_quack(device, dtype):
@@ -45,7 +46,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
             linear=quack_products.linear,
             linear_gelu=quack_products.linear_gelu,
         )
-        return found, largest_error(found, device, dtype, (_linear, _linear_gelu))
+        return found, largest_error(found, device, dtype, (_linear, _linear_gelu), heads, head_dim)
 
     return _trusted("quack's products", faster_products, kernels, device, CHECK_TOLERANCE[dtype])
 
@@ -149,10 +150,15 @@ def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dt
 
 
 def largest_error(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, cases: "Sequence[_Case] | None" = None
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    cases: "Sequence[_Case] | None" = None,
+    heads: int = 3,
+    head_dim: int = 128,
 ) -> float:
-    """Largest relative error of any operation (or of those of `cases`) against its plain form, on small random tensors."""
-    samples = _Samples(torch.Generator().manual_seed(0), device, dtype)
+    """Largest relative error of any operation (or of those of `cases`) against its plain form, on short random sequences."""
+    samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=heads, head_dim=head_dim)
     errors = []
     with torch.no_grad():
         for case in cases or (_norm, _residual_norm, _gated_residual_norm, _qk, _qk_pair, _linear, _linear_gelu, _text):
