@@ -5,7 +5,6 @@ Results go to stdout, progress and messages to stderr. With `--json` stdout gets
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -223,7 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-    gc.freeze()  # at its end Python would look through all that the libraries have made, for a second and more
     sys.exit(code)
 
 
