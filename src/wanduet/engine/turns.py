@@ -9,9 +9,9 @@ SECONDS = 5e-4
 class ShortTurns:
     """Between `begin` and `end`, threads take turns at the interpreter ten times as often as Python has them do.
 
-    Each call into PyTorch gives the interpreter away, and comes back after another thread's turn. Beside an import or a
-    compiler, which give nothing away for seconds, five milliseconds for each of a thousand calls made a loading of one
-    second take ten. Several may have begun; the last to end puts the process's own setting back.
+    Each call into PyTorch gives the interpreter away, and gets it back after another thread's turn. Beside an import or a
+    compiler, which give nothing away of themselves, a loading waits five milliseconds at each of some thousand calls.
+    Several may have begun; the last to end puts the process's own setting back.
     """
 
     def __init__(self) -> None:
