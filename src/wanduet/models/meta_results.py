@@ -208,15 +208,16 @@ RULES: dict[Any, Rule] = {
     aten.mean.dim: _mean,
     aten.linalg_vector_norm.default: _norm,
     aten.native_layer_norm.default: _layer_norm,
-    aten._safe_softmax.default: _softmax,
     aten.arange.default: _count_up,
     aten.cat.default: _cat,
     aten.clone.default: _empty_like,
     aten.convolution.default: _convolution,
     aten.stack.default: _stack,
     aten.empty_like.default: _empty_like,
-    aten._upsample_nearest_exact2d.default: _enlarge,
     aten.addmm.default: _product,
     aten.bmm.default: _products,
     aten.addmm.out: _product_out,
 }
+# PyTorch may rename these, which are its own.
+PRIVATE = {"_safe_softmax": _softmax, "_upsample_nearest_exact2d": _enlarge}
+RULES |= {getattr(aten, name).default: rule for name, rule in PRIVATE.items() if hasattr(aten, name)}
