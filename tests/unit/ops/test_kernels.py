@@ -16,7 +16,8 @@ def offered(monkeypatch: pytest.MonkeyPatch, kernel_set: object) -> None:
     module = types.SimpleNamespace(TRITON_KERNELS=kernel_set)
     monkeypatch.setitem(sys.modules, "wanduet.ops.triton_kernels", module)
     check = kernels.largest_error
-    monkeypatch.setattr(kernels, "largest_error", lambda k, device, *rest: check(k, torch.device("cpu"), *rest))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(kernels, "largest_error", lambda k, device, *rest, **more: check(k, cpu, *rest, **more))
 
 
 def test_a_cpu_gets_the_plain_forms() -> None:
@@ -28,6 +29,22 @@ def test_right_kernels_are_taken(monkeypatch, dtype) -> None:
     right = dataclasses.replace(TORCH_KERNELS, name="triton")
     offered(monkeypatch, right)
     assert kernels.kernels_for(CUDA, dtype) is right
+
+
+def test_kernels_are_tried_at_the_model_s_width(monkeypatch) -> None:
+    widths = set()
+
+    def norm(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        widths.add(x.shape[-1])
+        return TORCH_KERNELS.norm(x, *rest)
+
+    def project(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+        widths.add(x.shape[-1])
+        return TORCH_KERNELS.linear(x, weight, *rest)
+
+    offered(monkeypatch, right := dataclasses.replace(TORCH_KERNELS, norm=norm, linear=project))
+    assert kernels.kernels_for(CUDA, torch.float32, heads=4, head_dim=24) is right
+    assert widths == {96}
 
 
 @pytest.mark.parametrize(
