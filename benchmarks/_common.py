@@ -134,7 +134,7 @@ def random_vae(spec: VAESpec, dtype: torch.dtype, device: torch.device = DEVICE)
     if device.type == "cuda":
         vae.channels_last()
         vae.round_to_tf32()
-    vae.use_kernels(vae_kernels_for(device, dtype))
+    vae.use_kernels(vae_kernels_for(device, dtype, spec.base_dim))
     return vae
 
 

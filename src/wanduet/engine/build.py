@@ -307,7 +307,7 @@ class Models:
             self._vae.channels_last()
             if self.config.tf32:
                 self._vae.round_to_tf32()
-        self._vae.use_kernels(vae_kernels_for(device, dtype))
+        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim))
 
     def _vae_to_host(self) -> None:
         if self._vae is not None:

@@ -69,4 +69,4 @@ def _prepare_vae_kernels(models: "Models", job: Job) -> None:
     compile_decode(models.spec.vae, *size, plan.decode, dtype, kernels)
     if plan.keep_both:  # else what they are tried on may have no room beside the transformer
         with on_device_of(device):
-            vae_kernels_for(device, dtype)
+            vae_kernels_for(device, dtype, models.spec.vae.base_dim)

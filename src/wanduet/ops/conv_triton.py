@@ -85,7 +85,7 @@ def _convolution_kernel(
     out_batch, out_frame, out_row, out_column,
     length, height, width, out_height, out_width, top, left, norm_scale,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    UNIT: tl.constexpr, HAS_PAST: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
+    UNIT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
     SWAP: tl.constexpr, ROWS: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
@@ -131,12 +131,10 @@ def _convolution_kernel(
         source = frame + tap // (KH * KW) - (KT - 1)
         in_row = row + (tap // KW) % KH - top
         in_column = column + tap % KW - left
-        if not HAS_PAST:  # zeros, as outside of the frame
-            in_row = tl.where(source >= 0, in_row, -1)
         inside = is_pixel & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
         at = source.to(tl.int64) * x_frame
         rows_at, columns_at = x_row, x_column
-        if HAS_PAST:
+        if KT > 1:
             # Sums, not tl.where, nor two pointers: Triton must see that all are multiples of 16 values.
             new = (source >= 0).to(tl.int32)
             at = new * at + (1 - new) * (to_past + (source + KT - 1).to(tl.int64) * past_frame)
@@ -244,7 +242,7 @@ def convolve(
     tiles = (tile,) if tile else tiles_for(inputs, outputs, x.itemsize, shared_memory(device))
     if compile_for is None:  # else all of them: another part of a frame may take another
         tiles = (_fastest(tiles, out, device),)
-    before = x if past is None else past
+    before = x if kt == 1 else _zeros_before(x) if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
@@ -256,9 +254,8 @@ def convolve(
             x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
             *_strides(x), *_strides(before), *_strides(added), *_strides(out),
             length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
-            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_PAST=past is not None and kt > 1,
-            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
-            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_RESIDUAL=residual is not None,
+            HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype), PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
             PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
             NEAR=tile.near(kh, kw), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -310,6 +307,12 @@ TILES = {
     (96, 2): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
     (96, 4): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
 }
+
+
+def _zeros_before(x: Tensor) -> Tensor:
+    """Past frames of zeros, as those before the first are: one pixel in memory. With it a kernel serves the first frame and
+    all others, where one that asks what there is would be compiled twice, or be slower at each frame (3 % of a decode)."""
+    return x.new_zeros(x.shape[1]).as_strided(x.shape, (0, 1, 0, 0, 0))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

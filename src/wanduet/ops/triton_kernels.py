@@ -33,7 +33,7 @@ from wanduet.ops.rope import Rope
 from wanduet.ops.text_triton import text_attention
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _residual_norm_kernel(
     x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr,
     x_batch, x_row, y_batch, y_row, out_batch, out_row, gate_batch, weight_batch, bias_batch,
@@ -79,7 +79,7 @@ def _rms_norm_rotate(
     tl.store(at, x.to(at.dtype.element_ty), mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _qk_norm_rope_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     q_batch, q_row, k_batch, k_row, length, eps,

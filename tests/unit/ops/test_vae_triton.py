@@ -266,6 +266,16 @@ def test_all_tiles_of_a_width_add_up_in_the_same_order(convolutions) -> None:
         assert len({(t.channels, t.depth, t.swap, t.near(3, 3)) for t in tiles}) == 1
 
 
+def test_the_first_frame_is_the_same_kernel_s_as_all_others(convolutions) -> None:
+    """Which is compiled for distances that are multiples of 16 values: 0 is, the 1 of an axis of one is not."""
+    for shape in ((1, 16, 1, 4, 5), (2, 16, 3, 1, 1)):
+        zeros = convolutions._zeros_before(torch.empty(shape).to(memory_format=torch.channels_last_3d))
+        assert convolutions._strides(zeros) == (0, 0, 0, 0)
+        assert zeros.shape == shape
+        assert zeros.untyped_storage().nbytes() == 16 * 4
+        assert not zeros.any()
+
+
 def test_every_tile_that_may_be_taken_is_compiled_beforehand(convolutions, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(convolutions, "launch", lambda *args, **options: compiled.append(options["ROWS"]))
@@ -335,28 +345,34 @@ def test_the_check_before_use_sees_a_wrong_kernel() -> None:
         return out * 1.01, past
 
     cpu = torch.device("cpu")
-    assert largest_vae_error(VAE_TRITON_KERNELS, cpu, torch.float32) < 1e-5
+    assert largest_vae_error(VAE_TRITON_KERNELS, cpu, torch.float32, 8) < 1e-5
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, causal_conv=wrong), cpu, torch.float32) > 5e-3
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, attend=lambda q, k, v: v), cpu, torch.float32) > 5e-3
 
 
-@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
-def test_all_that_a_decode_launches_can_be_compiled_beforehand(monkeypatch, convolutions, plan) -> None:
-    """By a run on the meta device, of other sizes: a compiled kernel depends on neither rows nor columns."""
+@pytest.fixture
+def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
+    """What is launched (False) and only compiled (True): kernels with dtypes and constants."""
     import wanduet.ops.attention_triton as attention
     import wanduet.ops.vae_triton as norms
 
-    launched: dict[bool, set[tuple[object, ...]]] = {False: set(), True: set()}
+    seen: dict[bool, set[tuple[object, ...]]] = {False: set(), True: set()}
     run = norms.launch
 
     def record(kernel, grid, device, compile_for, *args, **options) -> None:
         dtypes = tuple(str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor))
-        launched[compile_for is not None].add((kernel.__name__, dtypes, *sorted(options.items())))
+        seen[compile_for is not None].add((kernel.__name__, dtypes, *sorted(options.items())))
         if compile_for is None:
             run(kernel, grid, device, None, *args, **options)
 
     for module in (norms, convolutions, attention):
         monkeypatch.setattr(module, "launch", record)
+    return seen
+
+
+@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
+def test_all_that_a_decode_launches_can_be_compiled_beforehand(launched, plan) -> None:
+    """By a run on the meta device, of other sizes: a compiled kernel depends on neither rows nor columns."""
     spec = VAESpec(base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
     vae.channels_last()
@@ -366,4 +382,15 @@ def test_all_that_a_decode_launches_can_be_compiled_beforehand(monkeypatch, conv
     kernels = vae_gpu.compiling_for(torch.device("cpu"))
     compile_decode(spec, 64, 80, plan, torch.float32, kernels)
     assert launched[False]
+    assert launched[False] <= launched[True]
+
+
+def test_the_check_before_use_compiles_nothing_that_the_decode_does_not_need(launched) -> None:
+    from wanduet.ops.kernels import largest_vae_error
+
+    base_dim = 8
+    assert largest_vae_error(VAE_TRITON_KERNELS, torch.device("cpu"), torch.float32, base_dim) < 1e-5
+    kernels = vae_gpu.compiling_for(torch.device("cpu"))
+    compile_decode(VAESpec(base_dim=base_dim), 64, 80, DecodePlan(), torch.float32, kernels)
+    assert len(launched[False]) > 5
     assert launched[False] <= launched[True]
