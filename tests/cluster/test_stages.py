@@ -78,7 +78,7 @@ def test_an_encoder_and_a_decoder_that_die_at_work_cost_a_decode(cluster: Fleet,
 
 
 def test_the_verdict_is_told(cluster: Fleet) -> None:
-    told: dict[str, Any] = cluster.store.stages()
+    told: dict[str, Any] = wait("the controller has looked once", cluster.store.stages)
     assert told["apart"] is True
     assert set(told["nodes"].values()) <= {"decode", "encode"}  # all nodes here have this machine's name
     assert "as labelled" in told["reason"]

@@ -20,7 +20,9 @@ from wanduet.request import GenerationRequest
 def test_a_moved_vae_gets_the_kernels_of_where_it_is(config, monkeypatch) -> None:
     asked: list[str] = []
     kernels = build.vae_kernels_for
-    monkeypatch.setattr(build, "vae_kernels_for", lambda d, t: asked.append(d.type) or kernels(torch.device("cpu"), t))
+    monkeypatch.setattr(
+        build, "vae_kernels_for", lambda d, *rest: asked.append(d.type) or kernels(torch.device("cpu"), *rest)
+    )
     models = Models(config)
     for device in ("cpu", "cpu", "meta"):  # meta stands for a GPU
         models.load_vae(device, "float32")
