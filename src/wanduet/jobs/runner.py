@@ -113,6 +113,8 @@ class Runner:
             return False
         if not self._has_room():
             return False
+        if self._draining.is_set():  # asked after `running` was: what a drained attempt has put back is not taken again
+            return False
         lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running)
         if lease is None:
             return False

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -172,6 +173,24 @@ def test_drain_puts_the_job_back_and_the_next_worker_goes_on(store: JobStore) ->
     assert (job.status, job.attempts) == ("completed", 2)
     steps = [line for line in journal(store.files.folder) if "step" in line]
     assert len(steps) == 20, "no step was done twice"
+
+
+def test_a_worker_that_is_drained_in_the_middle_of_its_turn_takes_nothing_more(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, turn = submit(store, steps=20), Housekeeper.turn
+
+    def until_it_is_put_back(self: Housekeeper) -> None:
+        turn(self)
+        if len(journal(store.files.folder)) == 5:
+            in_a_turn.set()
+            wait(lambda: store.get(job_id).status == "queued")
+
+    in_a_turn = threading.Event()
+    monkeypatch.setattr(Housekeeper, "turn", until_it_is_put_back)
+    with running(store, pace=Turnstile(5)):
+        assert in_a_turn.wait(120)
+    assert store.get(job_id).attempts == 1
 
 
 def test_drain_with_grace_lets_the_job_finish(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
