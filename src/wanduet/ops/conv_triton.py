@@ -242,7 +242,9 @@ def convolve(
     tiles = (tile,) if tile else tiles_for(inputs, outputs, x.itemsize, shared_memory(device))
     if compile_for is None:  # else all of them: another part of a frame may take another
         tiles = (_fastest(tiles, out, device),)
-    before = x if kt == 1 else _zeros_before(x) if past is None else past
+    if past is None and kt > 1:
+        past = _zeros_before(x)
+    before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
@@ -254,8 +256,9 @@ def convolve(
             x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
             *_strides(x), *_strides(before), *_strides(added), *_strides(out),
             length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
-            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit, HAS_RESIDUAL=residual is not None,
-            HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype), PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit,
+            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
             PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
             NEAR=tile.near(kh, kw), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

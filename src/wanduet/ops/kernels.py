@@ -51,7 +51,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
     return _trusted("quack's products", faster_products, kernels, device, CHECK_TOLERANCE[dtype])
 
 
-def vae_kernels_for(device: torch.device, dtype: torch.dtype, base_dim: int = 96) -> VAEKernels:
+def vae_kernels_for(device: torch.device, dtype: torch.dtype, base_dim: int) -> VAEKernels:
     """The same for a VAE, with its least number of channels (see `VAESpec`)."""
 
     def faster() -> tuple[VAEKernels, float]:
@@ -114,7 +114,7 @@ def _trusted(
 
 
 @torch.no_grad()
-def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dtype, base_dim: int = 96) -> float:
+def largest_vae_error(kernels: VAEKernels, device: torch.device, dtype: torch.dtype, base_dim: int) -> float:
     """Largest relative error of any operation against its plain form, on small random tensors. Convolutions are those of
     the decoder's last block but one, in the combinations that it has, so that what is compiled here is used there."""
     generator = torch.Generator().manual_seed(0)

@@ -33,6 +33,7 @@ from wanduet.ops.rope import Rope
 from wanduet.ops.text_triton import text_attention
 
 
+# Here and below: no other length, of a video or a prompt, is a kernel to compile again.
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _residual_norm_kernel(
     x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr,

@@ -20,7 +20,7 @@ def test_any_cut_gives_the_same_frames(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     vae = WanVAE(VAESpec()).to(DEVICE, dtype).eval().requires_grad_(False)
     vae.channels_last()
-    vae.use_kernels(vae_kernels_for(DEVICE, dtype))
+    vae.use_kernels(vae_kernels_for(DEVICE, dtype, vae.spec.base_dim))
     latents = torch.randn(16, 6, 45, 60)
 
     def decode(plan: DecodePlan) -> np.ndarray:
