@@ -182,11 +182,22 @@ def inspect(
 
 
 @app.command
-def download(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
-    """Fetch a model beforehand, and check every file."""
+def download(
+    *,
+    trust: bool = False,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Fetch a model beforehand, and check every file.
+
+    Parameters
+    ----------
+    trust
+        For a folder of weights of your own: take its files as they are, and note their hashes in it.
+    """
     from wanduet.frontends.fetch import run_download
 
-    emit(run_download(engine.config()), json_)
+    emit(run_download(engine.config(), trust), json_)
 
 
 @app.command

@@ -5,7 +5,6 @@ huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_
 
 import errno
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,61 +14,83 @@ from typing import TYPE_CHECKING
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.weights.folder import COMPONENTS, ModelFolder
-from wanduet.weights.manifest import SHA256_LENGTH, file_sha256, find_damaged, verify, write_manifest
+from wanduet.weights.folder import COMPONENTS, ModelFolder, check_pipeline
+from wanduet.weights.manifest import (
+    SHA256_LENGTH,
+    Notes,
+    Progress,
+    file_sha256,
+    find_damaged,
+    verify,
+    write_manifest,
+)
+from wanduet.weights.names import HINT, HUB_ID, MINIATURE, diffusers_name, is_official, no_model, official_layout
+from wanduet.weights.published import published_hashes
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 log = logging.getLogger(__name__)
 
-MINIATURE = "miniature"
 # Nothing that is not needed (a repository may hold single-file weights too), no pickles.
 _NEEDED = (
     "*.json", "tokenizer/*.model", "tokenizer/*.txt", *(f"{component}/*.safetensors" for component in COMPONENTS),
 )  # fmt: skip
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HINT = "Give a folder, a hub id, or `miniature`."
 
 
-def open_model(model: str, revision: str | None = None, *, fetch: bool = True) -> ModelFolder:
+def open_model(
+    model: str, revision: str | None = None, *, fetch: bool = True, remember: Path | None = None
+) -> ModelFolder:
     """A model by folder, hub id or `miniature`; fetched from the hub if it is not in the cache.
 
-    Raises ModelNotFoundError, or WeightsError for a fetched file that is damaged.
+    `remember` is a file where verified files are noted, so that they are not hashed again when they are loaded.
+    Raises ModelNotFoundError, or WeightsError for a file that is damaged.
     """
     local = local_model(model)
     if local is not None:
         return local
     try:
         cached = _cached(model, revision)
-    except WeightsError as error:  # half a download is never used
-        if not fetch:
+    except (WeightsError, IncompleteModelError) as error:  # half a download is never used
+        if not fetch or is_offline():
             raise
         log.warning("%s It is fetched again.", error.message)
         cached = None
     if cached is not None:
         return cached
     if not fetch:
+        if is_official(model):
+            raise official_layout(model)
         raise ModelNotFoundError(f"{model} is not in the cache.", hint=f"Fetch it: wanduet download --model {model}")
-    return download(model, revision).folder
+    return download(model, revision, remember).folder
 
 
 def local_model(model: str) -> ModelFolder | None:
-    """The model that a folder's path or `miniature` names; None for a hub id. Raises ModelNotFoundError."""
+    """The model that a folder's path or `miniature` names; None for a hub id.
+
+    Raises ModelNotFoundError for a folder that lacks a part or holds another kind of model, WeightsError for a
+    file that is cut off.
+    """
     if model == MINIATURE:
         return ModelFolder(Path(__file__).parent.parent / "miniature" / "model", MINIATURE)
     try:
         path = Path(model).expanduser()
-        if path.is_dir():
-            return ModelFolder(path.resolve(), model)
-        is_file = path.exists()
+        is_folder, is_file = path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
-        raise ModelNotFoundError(f"There is no model {model[:200]!r} ({error}).", hint=_HINT) from error
+        raise no_model(model, f" ({str(error)[:200]})") from error
+    if is_folder:
+        folder = ModelFolder(path.resolve(), model)
+        folder.check_complete()
+        return folder
     if is_file:
-        raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=_HINT)
-    if not _HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
-        raise ModelNotFoundError(f"There is no model {model!r}.", hint=_HINT)
+        raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
+    if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
+        raise no_model(model)
     return None
+
+
+class IncompleteModelError(ModelNotFoundError):
+    """Some of a model's files are in the hub's cache, and some are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +102,34 @@ class Download:
     num_bytes: int
 
 
-def download(model: str, revision: str | None = None, remember: Path | None = None) -> Download:
+def download(
+    model: str, revision: str | None = None, remember: Path | None = None, progress: Progress | None = None
+) -> Download:
     """Fetch a model with huggingface_hub (resumed where it stopped) and check every file.
 
     A file that is not what was published is thrown away and fetched once more. With HF_HUB_OFFLINE the cached
-    model is checked instead. `remember` is a file where good ones are noted. Raises ModelNotFoundError if it
-    cannot be fetched, WeightsError if a file is still not what was published.
+    model is checked instead. `remember` is a file where good ones are noted; `progress` is called while files
+    are hashed. Raises ModelNotFoundError if it cannot be fetched, WeightsError if a file is still not what was
+    published.
     """
+    notes = Notes(remember)
     info, path = _fetch(model, revision)
     if info is None:
         folder = _cached(model, revision)
         if folder is None:
+            if is_official(model):
+                raise official_layout(model)
             raise ModelNotFoundError(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids fetching it.")
         hashes = published_hashes(folder.path)
-        verify(folder.path, hashes, remember)
+        verify(folder.path, hashes, notes, progress)
         return Download(folder, len(hashes), _size(folder.path, hashes))
     hashes = _published(info)
-    damaged, _ = find_damaged(path, hashes, remember)
+    damaged, _ = find_damaged(path, hashes, notes, progress)
     if damaged:
         log.warning("Not what was published, fetched again: %s", ", ".join(damaged))
         _throw_away(path, damaged)
         _, path = _fetch(model, revision)
-        damaged, _ = find_damaged(path, hashes, remember)
+        damaged, _ = find_damaged(path, hashes, notes, progress)
         _throw_away(path, damaged)
     if damaged:
         raise WeightsError(
@@ -116,33 +143,18 @@ def download(model: str, revision: str | None = None, remember: Path | None = No
     return Download(ModelFolder(path, model, info.sha), len(hashes), _size(path, hashes))
 
 
-def published_hashes(folder: Path) -> dict[str, str]:
-    """The hashes that a folder's files should have: its `manifest.json`, or the names that the hub's cache gives.
+def verify_manifest(
+    folder: ModelFolder, remember: Path | None, parts: tuple[str, ...] = (), progress: Progress | None = None
+) -> int:
+    """Check a folder against the hashes that it was published with; returns how many files were hashed.
 
-    In the hub's cache a file is a link to `blobs/<hash>`. Empty for a folder that has neither.
-    """
-    from wanduet.weights.folder import MANIFEST_FILE, read_json
-
-    if (folder / MANIFEST_FILE).exists():
-        hashes = read_json(folder / MANIFEST_FILE).get("sha256")
-        return {str(k): str(v) for k, v in hashes.items()} if isinstance(hashes, Mapping) else {}
-    links = {p.relative_to(folder).as_posix(): p.resolve() for p in sorted(folder.rglob("*")) if p.is_symlink()}
-    return {
-        name: blob.name
-        for name, blob in links.items()
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-    }
-
-
-def verify_manifest(folder: ModelFolder, remember: Path | None, parts: tuple[str, ...] = ()) -> int:
-    """Check a folder against the hashes that were published with it; returns how many files were hashed.
-
-    `parts` are the subfolders to look at, none for the whole model. Raises WeightsError.
+    `parts` are the subfolders to look at, none for the whole model; `progress` is called while files are hashed.
+    Raises WeightsError.
     """
     hashes = published_hashes(folder.path)
     wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}
     with folder.checking:
-        return verify(folder.path, wanted, remember, folder.checked)
+        return verify(folder.path, wanted, Notes(remember, folder.checked), progress)
 
 
 def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
@@ -158,6 +170,8 @@ def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
 
     try:
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
+        _check_listed(model, info)
+        _check_listed_kind(model, info)
         _announce(model, info)
         # By the name that was asked for, not by the commit: the cache then knows the name without a network.
         path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED)))
@@ -188,6 +202,51 @@ _AGAIN = (
     "Files that came whole are kept; run the same command again. `--model miniature` comes with wanduet and "
     "needs nothing fetched."
 )
+
+
+def _check_listed(model: str, info: "ModelInfo") -> None:
+    """Refuse, from the hub's list of files alone, what is no model in the Diffusers layout. Raises ModelNotFoundError."""
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    lacking = [
+        part
+        for part in COMPONENTS
+        if f"{part}/config.json" not in names or not any(fnmatch(name, f"{part}/*.safetensors") for name in names)
+    ]
+    if not lacking:
+        return
+    if any("/" not in name and name.endswith(".pth") for name in names):
+        raise official_layout(model, _listed_bytes(diffusers_name(model)))
+    raise ModelNotFoundError(
+        f"{model} is no model in the Diffusers layout: it lacks {', '.join(f'{part}/' for part in lacking)}.",
+        hint="Nothing was fetched. A repository that diffusers' WanPipeline can load is what is needed.",
+    )
+
+
+def _check_listed_kind(model: str, info: "ModelInfo") -> None:
+    """Read the few bytes that say which pipeline it is before the gigabytes. Raises ModelNotFoundError."""
+    from huggingface_hub import hf_hub_download
+
+    if any(sibling.rfilename == "model_index.json" for sibling in info.siblings or ()):
+        check_pipeline(Path(hf_hub_download(model, "model_index.json", revision=info.sha)), model)
+
+
+def _listed_bytes(model: str) -> int | None:
+    """What fetching a model would take, by the hub's list of its files; None where there is no such model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        siblings = HfApi().model_info(model, files_metadata=True).siblings or ()
+    except (HfHubHTTPError, OSError):
+        return None
+    return sum(s.size or 0 for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in _NEEDED))
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _announce(model: str, info: "ModelInfo") -> None:
@@ -241,20 +300,30 @@ def _size(folder: Path, names: Mapping[str, str]) -> int:
 
 
 def _cached(model: str, revision: str | None) -> ModelFolder | None:
-    """The hub's cached copy, if it is whole. Raises WeightsError for a file that is cut off."""
+    """The hub's cached copy, if it is whole; None if nothing of it is there.
+
+    Raises IncompleteModelError that names what is missing, WeightsError for a file that is cut off.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_NEEDED))
-        folder = ModelFolder(Path(found), model, Path(found).name)
-        folder.spec  # noqa: B018 - reads the configs
-        for files in (folder.transformer, folder.vae, folder.text_encoder):
-            files.shapes  # noqa: B018 - reads the headers, which are checked against the files' sizes
-    except (LocalEntryNotFoundError, ModelNotFoundError):
+        found = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_NEEDED)))
+    except LocalEntryNotFoundError:
         return None
     except (OSError, ValueError) as error:  # an id that the hub's client refuses, a cache that cannot be read
-        raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=_HINT) from error
+        raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=HINT) from error
+    try:
+        folder = ModelFolder(found, model, found.name)
+        folder.check_complete()
+        folder.spec  # noqa: B018 - reads the configs
+    except ModelNotFoundError as error:
+        if is_official(model):
+            raise official_layout(model) from error
+        raise IncompleteModelError(
+            f"Not all of {model} is in the cache. {error.message}",
+            hint=f"Fetch the rest: wanduet download --model {model}",
+        ) from error
     return folder
 
 

@@ -144,6 +144,23 @@ class TensorFiles:
 _HINT = "Fetch the model again with `wanduet download`."
 
 
+_POINTER = b"version https://git-lfs"
+
+
+def check_pointer(path: Path) -> None:
+    """Raises WeightsError for what git leaves in place of a large file where Git LFS is not installed."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return
+    if is_pointer:
+        raise WeightsError(
+            f"{path} is a Git LFS pointer of a few bytes, not the file itself.",
+            hint="Run `git lfs pull` in that folder, or fetch the model with `wanduet download`.",
+        )
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, without its tensors.
 
@@ -164,6 +181,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _tensors_of(path: Path) -> dict[str, TensorInfo]:
     """The entries of a file's header, checked against its size."""
+    check_pointer(path)
     try:
         header = read_header(path)
         size = path.stat().st_size

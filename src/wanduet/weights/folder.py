@@ -20,9 +20,17 @@ from wanduet.specs import (
     TransformerSpec,
     VAESpec,
 )
-from wanduet.weights.files import TensorFiles
+from wanduet.weights.files import TensorFiles, check_pointer
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+# Classes that hold what wanduet runs, as `_class_name` (diffusers) or `architectures` (transformers) says.
+PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")
+CLASSES = {
+    "transformer": {"WanTransformer3DModel"},
+    "vae": {"AutoencoderKLWan"},
+    "text_encoder": {"UMT5EncoderModel", "UMT5ForConditionalGeneration", "UMT5Model"},
+}
+_KINDS = "wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout."
 DEFAULTS_FILE = "generation_defaults.json"
 MANIFEST_FILE = "manifest.json"
 
@@ -49,8 +57,26 @@ class ModelFolder:
         if missing:
             raise ModelNotFoundError(
                 f"{self.path} is no model in the Diffusers layout: it lacks {', '.join(n + '/' for n in missing)}.",
-                hint="A folder that diffusers' WanPipeline can load is what is needed.",
+                hint=_layout_hint(self.path),
             )
+
+    def check_complete(self) -> None:
+        """Look at every config and at every weights file's header, so that nothing is missed after gigabytes were read.
+
+        Raises ModelNotFoundError for a part that is missing or another model's, WeightsError for a damaged file.
+        """
+        self._check_kind()
+        for path in sorted(self.tokenizer.iterdir()):
+            check_pointer(path)
+        missing: list[ModelNotFoundError] = []
+        for component in COMPONENTS:
+            self._check_class(component)
+            try:
+                self._files(component)
+            except ModelNotFoundError as error:
+                missing.append(error)
+        if missing:
+            raise ModelNotFoundError(" ".join(error.message for error in missing), hint=missing[0].hint)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -112,16 +138,18 @@ class ModelFolder:
         return _understood(self.path / name / "config.json", self.config(name), read)
 
     def _check_kind(self) -> None:
-        """Refuse a pipeline with parts that this engine has not: it would run, and give something else."""
-        path = self.path / "model_index.json"
-        index = read_json(path) if path.exists() else {}
-        for part in ("transformer_2", "image_encoder"):
-            value = index.get(part)
-            if isinstance(value, list) and any(name is not None for name in value):
-                raise ModelNotFoundError(
-                    f"{path}: {part} is not supported ({index.get('_class_name')}).",
-                    hint="wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.",
-                )
+        check_pipeline(self.path / "model_index.json", str(self.path))
+
+    def _check_class(self, component: str) -> None:
+        """Refuse a component of another class by its own name, not by a list of tensors that do not match."""
+        config = self.config(component)
+        given = config.get("_class_name", config.get("architectures"))
+        names = given if isinstance(given, list) else [given]
+        if given and not set(map(str, names)) & CLASSES[component]:
+            raise ModelNotFoundError(
+                f"{self.path / component / 'config.json'}: this is a {_short(names[0])}, which wanduet does not run.",
+                hint=_KINDS,
+            )
 
     def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
         path = self.path / DEFAULTS_FILE
@@ -140,11 +168,47 @@ class ModelFolder:
             paths = _first(folder / usual) or sorted(folder.glob("*.safetensors"))
         missing = [path.name for path in paths if not path.is_file()]
         if missing or not paths:
+            pickles = sorted(path.name for end in ("bin", "pth", "pt") for path in folder.glob(f"*.{end}"))
             raise ModelNotFoundError(
-                f"{folder} lacks {', '.join(missing) or 'its .safetensors file'}.",
-                hint="Fetch the model with `wanduet download`; .bin and .pth files are not read.",
+                f"{folder} lacks {', '.join(missing) or 'its .safetensors file'}"
+                + (f"; {pickles[0]} is a pickle, which wanduet does not open." if pickles else "."),
+                hint="Fetch the model again with `wanduet download`.",
             )
         return TensorFiles(name.replace("_", " "), paths)
+
+
+def check_pipeline(path: Path, shown: str) -> None:
+    """Refuse a pipeline that is another, or has parts that this engine has not: it would give something else.
+
+    `path` is its model_index.json, which may be missing; `shown` is the model's name in messages. Raises
+    ModelNotFoundError.
+    """
+    index = read_json(path) if path.exists() else {}
+    name = index.get("_class_name", PIPELINES[0])
+    if name not in PIPELINES:
+        raise ModelNotFoundError(
+            f"{shown} is a {_short(name)}; wanduet runs a WanPipeline (text to video) only.", hint=_KINDS
+        )
+    for part in ("transformer_2", "image_encoder"):
+        value = index.get(part)
+        if isinstance(value, list) and any(item is not None for item in value):
+            raise ModelNotFoundError(f"{path}: {part} is not supported ({_short(name)}).", hint=_KINDS)
+
+
+def _layout_hint(path: Path) -> str:
+    """What a folder without a model's subfolders is, and what to give in its place."""
+    from wanduet.weights.names import cache_folder_id, diffusers_name
+
+    if (path / "snapshots").is_dir() and (model := cache_folder_id(path)):
+        return f"It is a folder of the hub's cache; give the hub id: --model {model}"
+    if any(path.glob("*.pth")) or any(path.glob("diffusion_pytorch_model*.safetensors")):
+        model = cache_folder_id(path) or f"Wan-AI/{path.name}"
+        return f"It is in the official layout. The same weights in the layout wanduet reads: {diffusers_name(model)}"
+    return "A folder that diffusers' WanPipeline can load is what is needed."
+
+
+def _short(name: object) -> str:
+    return str(name)[:80]
 
 
 def _first(path: Path) -> list[Path]:
@@ -194,7 +258,7 @@ def _check_consistent(path: Path, spec: ModelSpec) -> None:
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise ModelNotFoundError(
             f"The configs of {path} do not fit together: {'; '.join(broken)}.",
-            hint="wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.",
+            hint=_KINDS,
         )
 
 
@@ -222,7 +286,8 @@ def _allowed(kind: type) -> set[type]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelNotFoundError."""
+    """A JSON object from a file. Raises ModelNotFoundError, WeightsError for a Git LFS pointer in its place."""
+    check_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,21 +1,31 @@
 """Hashes of every file of a model, so that damaged weights never run.
 
-safetensors notices a truncated file and nothing else. Hashing 20 GB takes half a minute, so a file that was
+safetensors notices a truncated file and nothing else. Hashing 29 GB takes from half a minute up, so a file that was
 found good is not hashed again until its size or time changes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from wanduet.errors import WeightsError
 
 CHUNK = 8 * 2**20
+THREADS = 4  # hashing lets go of the interpreter; more files at once than this only make a disk seek
 # Hexadecimal digits of the two hashes that files are published with on the hub: SHA-256 for large files, git's
 # own SHA-1 of `blob <size>\0<content>` for small ones.
 SHA256_LENGTH, GIT_LENGTH = 64, 40
+_LOCK_SECONDS = 5.0  # how long to wait for another process that writes its notes
+
+Progress = Callable[[int, int], None]  # bytes hashed so far, of how many; may raise to stop
 
 
 def file_sha256(path: Path) -> str:
@@ -36,70 +46,108 @@ def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: 
     (folder / name).write_text(json.dumps({"sha256": dict(sorted(hashes.items()))}, indent=2) + "\n")
 
 
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Where files that were found good are noted: `file` for all processes, `known` for this one."""
+
+    file: Path | None = None
+    known: MutableMapping[str, str] | None = None
+
+
 def verify(
-    folder: Path,
-    hashes: Mapping[str, str],
-    remember: Path | None = None,
-    known: MutableMapping[str, str] | None = None,
+    folder: Path, hashes: Mapping[str, str], notes: Notes | None = None, progress: Progress | None = None
 ) -> int:
     """Compare files with their hashes (SHA-256, or git's SHA-1); returns how many were hashed now.
 
-    `remember` is a file where good ones are noted, `known` the same for this process. Raises WeightsError that
-    names the files that are bad or missing.
+    Raises WeightsError that names the files that are bad or missing, and what `progress` raises.
     """
-    bad, hashed = find_damaged(folder, hashes, remember, known)
+    bad, hashed = find_damaged(folder, hashes, notes, progress)
     if bad:
         names = ", ".join(str(folder / name) for name in bad[:5]) + (f" and {len(bad) - 5} more" if bad[5:] else "")
         missing = all(not (folder / name).exists() for name in bad)
         problem = "is missing" if missing else "is damaged: its hash is not the one it was published with"
         problem = problem if len(bad) == 1 else problem.replace("is ", "are ", 1).replace("its hash is", "hashes are")
-        raise WeightsError(f"{names} {problem}.", hint=_HINT)
+        raise WeightsError(f"{names} {problem}.", hint=_HINT if missing else f"{_HINT} {_OR_TRUST}")
     return hashed
 
 
 def find_damaged(
-    folder: Path,
-    hashes: Mapping[str, str],
-    remember: Path | None = None,
-    known: MutableMapping[str, str] | None = None,
+    folder: Path, hashes: Mapping[str, str], notes: Notes | None = None, progress: Progress | None = None
 ) -> tuple[list[str], int]:
     """Names of files that do not have their hash or are missing, and how many were hashed now. See `verify`."""
-    good = _read(remember) | dict(known or {})
-    bad: list[str] = []
-    hashed = 0
+    notes = notes or Notes()
+    good = _read(notes.file) | dict(notes.known or {})
+    states: dict[str, str] = {}
+    bad: set[str] = set()
     for name, expected in hashes.items():
-        path = folder / name
         try:
-            stat = path.stat()
-            state = f"{expected}:{stat.st_size}:{stat.st_mtime_ns}"
-            if good.get(str(path)) == state:
-                continue
-            actual = git_sha1(path) if len(str(expected)) == GIT_LENGTH else file_sha256(path)
+            stat = (folder / name).stat()
         except FileNotFoundError:
-            bad.append(name)
+            bad.add(name)
             continue
         except OSError as error:
-            raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=_HINT) from error
-        hashed += 1
-        if actual == expected:
-            good[str(path)] = state
-        else:
-            bad.append(name)
-    if known is not None:
-        known.update(good)
-    if hashed and remember is not None:
-        _write(remember, good)
-    return bad, hashed
+            raise WeightsError(f"Cannot read {folder / name}: {error.strerror}.", hint=_HINT) from error
+        state = f"{expected}:{stat.st_size}:{stat.st_mtime_ns}"
+        if good.get(str(folder / name)) != state:
+            states[name] = state
+    actual = _hash_all({name: (folder / name, len(str(hashes[name])) == GIT_LENGTH) for name in states}, progress)
+    bad |= {name for name in states if actual[name] != hashes[name]}
+    found = {str(folder / name): state for name, state in states.items() if name not in bad}
+    if notes.known is not None:
+        notes.known.update(good | found)
+    if found and notes.file is not None:
+        _write(notes.file, found)
+    return [name for name in hashes if name in bad], len(states)
 
 
 _HINT = "Fetch the model again with `wanduet download`."
+_OR_TRUST = "Weights of your own: `wanduet download --model FOLDER --trust` takes them as they are."
 
 
-def _hash(path: Path, algorithm: str, start: bytes = b"") -> str:
+def _hash_all(files: Mapping[str, tuple[Path, bool]], progress: Progress | None) -> dict[str, str]:
+    """The hash of each file by name, git's where the flag says so; a few files at once. Raises WeightsError."""
+    sizes = {name: path.stat().st_size for name, (path, _) in files.items()}
+    total, done, guard = sum(sizes.values()), 0, threading.Lock()
+    stop = threading.Event()
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        if stop.is_set():
+            raise _StoppedError
+        with guard:
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+    def one(name: str) -> str:
+        path, is_git = files[name]
+        try:
+            start = f"blob {sizes[name]}\0".encode() if is_git else b""
+            return _hash(path, "sha1" if is_git else "sha256", start, count)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=_HINT) from error
+
+    with ThreadPoolExecutor(THREADS, "wanduet-hash") as pool:
+        try:
+            return dict(zip(files, pool.map(one, files), strict=True))
+        except BaseException:
+            stop.set()  # the others end at their next piece
+            raise
+
+
+class _StoppedError(Exception):
+    """Another file's error, or a cancel, has ended the hashing."""
+
+
+def _hash(path: Path, algorithm: str, start: bytes = b"", count: Callable[[int], None] | None = None) -> str:
     digest = hashlib.new(algorithm, start, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
+            if count is not None:
+                count(len(chunk))
     return digest.hexdigest()
 
 
@@ -111,12 +159,11 @@ def _read(path: Path | None) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def _write(path: Path, known: Mapping[str, str]) -> None:
-    """Best effort: without it, files are hashed again."""
-    try:
+def _write(path: Path, found: Mapping[str, str]) -> None:
+    """Add to the notes; best effort, for without them files are hashed again. Processes add one after the other."""
+    with suppress(OSError, Timeout):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known, indent=1))
-        os.replace(partial, path)
-    except OSError:
-        return
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS):
+            partial = path.with_name(f"{path.name}.{os.getpid()}")
+            partial.write_text(json.dumps(_read(path) | dict(found), indent=1))
+            os.replace(partial, path)

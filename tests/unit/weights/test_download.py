@@ -177,13 +177,13 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(hub, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(len(data) for name, data in hub.files.items() if not name.endswith((".md", ".bin")))
-    free = SimpleNamespace(total=0, used=0, free=total - 1)
+    free = SimpleNamespace(total=0, used=0, free=total - 1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free)
         with pytest.raises(ModelNotFoundError, match=r"needs 4[89] KiB more") as refused:
             download("some/model")
     assert "HF_HOME" in str(refused.value)
-    assert not hub.sent
+    assert set(hub.sent) <= {"model_index.json"}  # the few bytes that say which pipeline it is
     download("some/model")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
     assert download("some/model").num_verified == NEEDED  # nothing is missing

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.specs import WAN_1_3B
 from wanduet.weights.folder import ModelFolder
-from wanduet.weights.manifest import find_damaged, git_sha1, verify, write_manifest
+from wanduet.weights.manifest import Notes, find_damaged, git_sha1, verify, write_manifest
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -215,23 +215,25 @@ def test_good_files_are_remembered_until_they_change(folder: Path, tmp_path: Pat
     write_manifest(folder)
     hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
     remember = tmp_path / "data" / "verified.json"
-    assert verify(folder, hashes, remember) == 10
-    assert verify(folder, hashes, remember) == 0
+    assert verify(folder, hashes, Notes(remember)) == 10
+    assert verify(folder, hashes, Notes(remember)) == 0
     known: dict[str, str] = {}
-    assert verify(folder, hashes, None, known) == 10
-    assert verify(folder, hashes, None, known) == 0
+    assert verify(folder, hashes, Notes(None, known)) == 10
+    assert verify(folder, hashes, Notes(None, known)) == 0
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"x")
     for where in ((remember, None), (None, known)):
         with pytest.raises(WeightsError, match="transformer"):
-            verify(folder, hashes, *where)
+            verify(folder, hashes, Notes(*where))
     remember.write_text("{broken")
     with pytest.raises(WeightsError, match="transformer"):
-        verify(folder, hashes, remember)
+        verify(folder, hashes, Notes(remember))
 
 
 def test_a_note_that_cannot_be_written_costs_nothing_but_time(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert verify(folder, {"README.md": git_sha1(folder / "README.md")}, tmp_path / "file" / "verified.json") == 1
+    assert (
+        verify(folder, {"README.md": git_sha1(folder / "README.md")}, Notes(tmp_path / "file" / "verified.json")) == 1
+    )
 
 
 def test_gits_own_hash(tmp_path: Path) -> None:

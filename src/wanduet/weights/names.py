@@ -1,0 +1,70 @@
+"""What a user may have meant by a name that is no model: the right form of it, in one sentence."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from wanduet.config import format_bytes
+from wanduet.errors import ModelNotFoundError
+from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS
+from wanduet.weights.published import published_models
+
+MINIATURE = "miniature"
+HINT = "Give a folder, a hub id, or `miniature`."
+SUFFIX = "-Diffusers"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHOWN = 200  # characters of a name that a message quotes
+_URL = re.compile(
+    r"(?:https?://[^/]+|huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/.*|\.git|/|\?.*)?"
+)
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+# By hub id; the repositories in the official layout and those of the same weights in the Diffusers layout.
+_KNOWN = (DEFAULT_MODEL, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+_OFFICIAL = {name.removesuffix(SUFFIX): name for name in _KNOWN}
+
+
+def no_model(name: str, reason: str = "") -> ModelNotFoundError:
+    """The error for a name that is neither a folder nor a hub id; its hint is the nearest form that is one."""
+    shown = f"{name[:SHOWN]}{'…' if len(name) > SHOWN else ''}"
+    return ModelNotFoundError(f"There is no model {shown!r}{reason}.", hint=_hint(name))
+
+
+def official_layout(model: str, num_bytes: int | None = None) -> ModelNotFoundError:
+    """The error for a model in the layout of Wan's own repository; `num_bytes`: of the same in the Diffusers layout."""
+    other = diffusers_name(model)
+    known = published_models().get(other)
+    size = num_bytes or (known.num_bytes if known else None)
+    return ModelNotFoundError(
+        f"{model} is in the official layout (.pth files), which wanduet does not read.",
+        hint=f"The same weights in the layout it reads: --model {other}"
+        + (f" ({format_bytes(size)} to fetch)." if size else "."),
+    )
+
+
+def diffusers_name(model: str) -> str:
+    """The hub id that the publisher gives to the same weights in the Diffusers layout."""
+    return _OFFICIAL.get(model, f"{model}{SUFFIX}")
+
+
+def is_official(model: str) -> bool:
+    """Whether a hub id is known to hold the official layout."""
+    return model in _OFFICIAL
+
+
+def cache_folder_id(path: Path) -> str | None:
+    """The hub id of a `models--owner--name` folder of the hub's cache, or of a folder in one."""
+    for part in (path, *path.parents):
+        if match := _CACHE_FOLDER.fullmatch(part.name):
+            return "/".join(match.groups())
+    return None
+
+
+def _hint(name: str) -> str:
+    if (match := _URL.fullmatch(name)) and not HUB_ID.fullmatch(name):
+        return f"Give the hub id alone: --model {match.group(1)}"
+    by_last_part = {known.split("/")[1].lower(): known for known in (*_KNOWN, *_OFFICIAL)}
+    by_last_part |= {known: known for known in (MINIATURE, *RANDOM_SPECS)}
+    if near := get_close_matches(name.rpartition("/")[2].lower()[:SHOWN], by_last_part, 1, 0.75):
+        meant = by_last_part[near[0]]
+        return f"Did you mean --model {_OFFICIAL.get(meant, meant)}?"
+    return HINT
