@@ -8,6 +8,7 @@ from contextlib import suppress
 import structlog
 
 from wanduet.jobs.leases import LeaseWatch
+from wanduet.jobs.retention import ROUND
 from wanduet.jobs.store import JobStore
 
 log = structlog.get_logger(__name__)
@@ -56,13 +57,20 @@ class Housekeeper:
         return taken
 
     def _tidy(self) -> None:
-        """Retention, now and then. A full or broken disk is no reason to stop working."""
+        """A round of retention, now and then. A full or broken disk is no reason to stop working.
+
+        While rounds are full, the next one comes at the next call: between two, the queue goes on.
+        """
         now = time.monotonic()
         if self._tidied is not None and now - self._tidied < self._tidy_seconds:
             return
-        self._tidied = now
         with suppress(OSError):
-            self._store.expire()
-            if self._max_bytes is not None:
-                self._store.trim(self._max_bytes)
+            if not self._store.sweeping:
+                if self._store.expire() >= ROUND:
+                    return
+                if self._max_bytes is not None and self._store.trim(self._max_bytes) >= ROUND:
+                    return
             self._store.sweep()
+            if self._store.sweeping:
+                return
+        self._tidied = now
