@@ -19,9 +19,9 @@ from wanduet.cluster.fit import FitOf
 from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
+from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, JobError, Lease, StoredJob, demand_of
-from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 

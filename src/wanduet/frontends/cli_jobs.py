@@ -205,6 +205,24 @@ def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = No
         emit({"deleted": [store.delete(job).id for job in found]}, json_)
 
 
+@jobs_app.command
+def adopt(*, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Give the data folder to this database, whatever it belonged to. Videos of jobs that the database does not know
+    go to the folder's trash, for seven days.
+    """
+    with extra("server"):
+        from wanduet.jobs.files import JobFiles
+        from wanduet.jobs.identity import take_over
+    files = JobFiles(_folder(data_dir))
+    url = database_url or files.default_url
+    take_over(files, url)
+    moved = 0
+    with _store(data_dir, url) as store:
+        while (found := store.sweep(unknown_too=True)) or store.sweeping:
+            moved += found
+    emit({"data_folder": str(files.folder), "moved_to_trash": moved, "trash": str(files.folder / "trash")}, json_)
+
+
 @keys_app.command
 def add(name: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
     """Make a key. It is shown once; only its hash is kept."""

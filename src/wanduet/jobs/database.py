@@ -134,13 +134,16 @@ def fold_log(database: sa.Engine) -> None:
     """
     if database.dialect.name != "sqlite":
         return
-    with suppress(sqlite3.Error), closing(database.raw_connection()) as connection:
-        with closing(connection.cursor()) as cursor:
-            cursor.execute("PRAGMA busy_timeout = 100")
-            try:
-                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            finally:
-                cursor.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
+    with (
+        suppress(sqlite3.Error),
+        closing(database.raw_connection()) as connection,
+        closing(connection.cursor()) as cursor,
+    ):
+        cursor.execute("PRAGMA busy_timeout = 100")
+        try:
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
 
 
 def find_damage(connection: sa.Connection) -> str | None:
@@ -232,5 +235,3 @@ def _gone(name: str) -> StoreBrokenError:
     return StoreGoneError(
         f"The job database {name} is gone, or its tables are.", hint="Put it back, and start wanduet again."
     )
-
-

@@ -58,8 +58,9 @@ class PromptIndex:
                     with suppress(OSError):
                         written = entry.stat().st_mtime_ns
                         known = self._digests.get(entry.name)
-                        fresh = known is None or known[0] != written
-                        found[entry.name] = (written, _digest_of(Path(entry.path))) if fresh else known
+                        if known is None or known[0] != written:
+                            known = (written, _digest_of(Path(entry.path)))
+                        found[entry.name] = known
         self._digests = found
         return found
 

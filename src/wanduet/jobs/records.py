@@ -182,7 +182,7 @@ class StoreBrokenError(WanduetError, SQLAlchemyError):
     A database that is locked, out of room or not reached is another error of SQLAlchemy's, and worth another try.
     """
 
-    code: ClassVar[str] = "store_broken"
+    code: ClassVar[str] = "store_broken"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
     def __str__(self) -> str:
         return WanduetError.__str__(self)
@@ -191,19 +191,19 @@ class StoreBrokenError(WanduetError, SQLAlchemyError):
 class StoreDamagedError(StoreBrokenError):
     """The database file is damaged, or is no database."""
 
-    code: ClassVar[str] = "store_damaged"
+    code: ClassVar[str] = "store_damaged"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
 
 class StoreReadOnlyError(StoreBrokenError):
     """The database cannot be written: its file, folder or file system is read-only, or permission is missing."""
 
-    code: ClassVar[str] = "store_read_only"
+    code: ClassVar[str] = "store_read_only"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
 
 class StoreGoneError(StoreBrokenError):
     """The database or the data folder is not there any more, or another one is in its place."""
 
-    code: ClassVar[str] = "store_gone"
+    code: ClassVar[str] = "store_gone"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
 
 class StoreBusyError(SQLAlchemyError):

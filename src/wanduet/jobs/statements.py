@@ -28,7 +28,7 @@ from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
 Values = dict[str, Any]
 SIZE_STEP = 100
 
-_ASKED = sa.bindparam("asked", expanding=True)
+_ASKED: sa.BindParameter[Any] = sa.bindparam("asked", expanding=True)
 _LOOKED_UP = jobs.c.id.in_(_ASKED)
 _SCANNED = (jobs.c.id + "").in_(_ASKED)  # no index has this expression
 

@@ -41,7 +41,6 @@ from wanduet.jobs.records import (
     Status,
     StoredJob,
     Submitted,
-    UnknownJobError,
     demand_of,
     make_id,
 )
@@ -353,10 +352,13 @@ class JobStore:
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
         self._presence.check()
-        with self.writers.entered() as until:
-            with self.database.connect().execution_options(**{SERIAL: until}) as connection, connection.begin():
-                self.writers.begun()
-                yield connection
+        with (
+            self.writers.entered() as until,
+            self.database.connect().execution_options(**{SERIAL: until}) as connection,
+            connection.begin(),
+        ):
+            self.writers.begun()
+            yield connection
         self._presence.check()  # what was written into a folder that is gone must not be acknowledged
 
     @contextmanager
