@@ -173,7 +173,7 @@ class FolderPlace:
     def empty_trash(self, days: float) -> int:
         """As in `Place`."""
         removed = 0
-        with suppress(FileNotFoundError), os.scandir(self._folder / TRASH) as found:
+        with suppress(OSError), os.scandir(self._folder / TRASH) as found:
             for entry in found:
                 if is_old(entry.name, days):
                     shutil.rmtree(entry.path, ignore_errors=True)

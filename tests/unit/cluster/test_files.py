@@ -174,7 +174,7 @@ def test_another_clusters_database_is_refused_the_store(cluster: Cluster) -> Non
         job = submit(a, 2)
         run(a, lambda: a.get(job).finished)
     before = cluster.stored()
-    with pytest.raises(ForeignDatabaseError, match="storage holds the files of .*jobs.sqlite3"):
+    with pytest.raises(ForeignDatabaseError, match="storage holds the files of"):
         JobStore(cluster.files("new"), f"sqlite:///{cluster.folder / 'other.sqlite3'}")
     assert cluster.stored() == before
     with closing(cluster.node("c")) as c:
