@@ -315,9 +315,11 @@ class JobStore:
             log.error("nothing is swept", reason=error.message)
             return 0
         if not self.sweeping:
-            self._retention.forget_deleted()
             fold_log(self.database)  # what was deleted while somebody read
-        return sum(one.round(unknown_too=unknown_too) for one in self._sweepers if one.midway or not self.sweeping)
+        removed = sum(one.round(unknown_too=unknown_too) for one in self._sweepers if one.midway or not self.sweeping)
+        if not self.sweeping:
+            self._retention.forget_deleted()  # now that their files are gone
+        return removed
 
     @property
     def sweeping(self) -> bool:

@@ -1,0 +1,259 @@
+"""Waits are bounded, reading waits for no writer, and what only a person can mend is named."""
+
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from fake_engine import finish_job, open_store
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from wanduet.errors import WanduetError
+from wanduet.jobs import writers
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.records import (
+    NewJob,
+    StoreBrokenError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreGoneError,
+    StoreReadOnlyError,
+)
+from wanduet.jobs.store import JobStore
+
+pytestmark = pytest.mark.skipif("WANDUET_TEST_POSTGRES" in os.environ, reason="SQLite's files")
+NEW = NewJob("ann", "miniature", {"prompt": "a fox", "seed": 1})
+
+
+@contextmanager
+def locked(folder: Path, how: str = "IMMEDIATE") -> Iterator[None]:
+    """The write lock is held, as by another process's transaction."""
+    with closing(sqlite3.connect(folder / "jobs.sqlite3", isolation_level=None, check_same_thread=False)) as other:
+        other.execute(f"BEGIN {how}")
+        other.execute("UPDATE state SET newest_id = newest_id")
+        yield
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
+def test_reading_and_opening_wait_for_no_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    with closing(open_store(tmp_path)) as store:
+        done = finish_job(store)
+    monkeypatch.setattr("wanduet.jobs.database.LOCK_SECONDS", 3600.0)  # who waits never ends
+    monkeypatch.setattr("wanduet.jobs.database.OPEN_SECONDS", 3600.0)
+    with locked(tmp_path, how), closing(open_store(tmp_path)) as store:
+        assert store.get(done.id) == done
+        assert len(store.list().jobs) == 1
+        assert store.statistics().by_status == {"completed": 1}
+        assert store.pulses() == ()
+        assert store.claim("w", 30.0) is None
+        assert store.expire() == store.sweep() == 0
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[JobStore]:
+    """A store whose database another process has locked; its writers wait for half a second."""
+    with closing(open_store(tmp_path)) as store:
+        finish_job(store)
+        store.writers.patience = 0.5
+        with locked(tmp_path):
+            yield store
+
+
+def outcomes(work: Callable[[], object], count: int) -> list[Exception]:
+    found: list[Exception] = []
+
+    def call() -> None:
+        try:
+            work()
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+def test_many_writers_wait_as_long_as_one(stuck: JobStore) -> None:
+    began = time.monotonic()
+    errors = outcomes(lambda: stuck.submit(NEW), 12)
+    waited = time.monotonic() - began
+    assert len(errors) == 12
+    assert all(isinstance(error, OperationalError | StoreBusyError) for error in errors)
+    assert not any(isinstance(error, StoreBrokenError) for error in errors), "worth another try"
+    assert waited < 12 * 0.5, "in sum, not one after the other"
+
+
+def test_those_that_come_while_the_database_is_stuck_do_not_queue_up(
+    stuck: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "STUCK_SECONDS", 0.0)
+    monkeypatch.setattr(writers, "QUEUED_WHILE_STUCK", 0)
+    stuck.writers.patience = 3600.0
+    inside = threading.Event()
+    monkeypatch.setattr(stuck.writers, "begun", inside.set)
+    with stuck.writers.entered(), pytest.raises(StoreBusyError):
+        stuck.submit(NEW)
+    assert not inside.is_set()
+
+
+def test_writing_goes_on_when_the_lock_is_given_back(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        store.writers.patience = 0.2
+        with locked(tmp_path), pytest.raises(SQLAlchemyError):
+            store.submit(NEW)
+        assert store.submit(NEW).created
+        with store.database.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 5000
+
+
+def corrupt(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + b"\xff" * (len(data) - 100))
+
+
+@pytest.mark.parametrize("content", [b"x" * 8192, b"SQLite format 3\0" + b"\xff" * 8000])
+def test_what_is_no_database_is_named_at_the_start(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "jobs.sqlite3").write_bytes(content)
+    with pytest.raises(StoreDamagedError, match="is damaged, or is no job database") as caught:
+        open_store(tmp_path)
+    assert caught.value.code == "store_damaged"
+    assert str(tmp_path) in str(caught.value)
+    assert ".recover" in str(caught.value)
+
+
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        for _ in range(5):
+            finish_job(store)
+    corrupt(tmp_path / "jobs.sqlite3")
+    with pytest.raises(StoreDamagedError):
+        open_store(tmp_path)
+
+
+def test_a_database_damaged_while_it_is_served_is_named(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        job = finish_job(store)
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as other:
+            other.execute("PRAGMA writable_schema = ON")
+            other.execute("UPDATE sqlite_master SET rootpage = 100000 WHERE name = 'jobs'")
+            other.execute("PRAGMA schema_version = 1000")
+            other.commit()
+        for call in (lambda: store.get(job.id), lambda: store.submit(NEW), store.list):
+            with pytest.raises(StoreDamagedError):
+                call()
+
+
+def test_a_read_only_database_is_read_and_named_when_written(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        job = finish_job(store)
+    url = f"sqlite:///file:{tmp_path / 'jobs.sqlite3'}?mode=ro&uri=true"
+    with closing(JobStore(JobFiles(tmp_path), url)) as store:
+        assert store.get(job.id) == job
+        with pytest.raises(StoreReadOnlyError, match="read-only") as caught:
+            store.submit(NEW)
+        assert isinstance(caught.value, WanduetError)
+        assert caught.value.code == "store_read_only"
+        assert store.list().jobs == (job,), "and goes on being read"
+
+
+def test_a_folder_in_the_databases_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite3").mkdir()
+    with pytest.raises(StoreReadOnlyError, match="is no file"):
+        open_store(tmp_path)
+
+
+def test_a_database_without_its_tables_is_named(store: JobStore) -> None:
+    with closing(sqlite3.connect(store.files.folder / "jobs.sqlite3")) as other:
+        other.execute("DROP TABLE jobs")
+    with pytest.raises(StoreGoneError):
+        store.list()
+
+
+def test_a_full_disk_is_worth_another_try(store: JobStore) -> None:
+    finish_job(store)
+    with store.database.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    large = NewJob("ann", "miniature", {"prompt": "x" * 500_000})
+    with pytest.raises(OperationalError, match="full") as caught:
+        store.submit(large)
+    assert not isinstance(caught.value, StoreBrokenError)
+    assert store.list(limit=1).jobs, "readable"
+    with store.database.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    assert store.submit(large).created
+
+
+# The data folder, removed or replaced while it is served.
+
+
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def replaced(folder: Path) -> None:
+    removed(folder)
+    open_store(folder).close()
+
+
+def database_removed(folder: Path) -> None:
+    (folder / "jobs.sqlite3").unlink()
+
+
+def database_replaced(folder: Path) -> None:
+    shutil.copy(folder / "jobs.sqlite3", folder / "copy")
+    (folder / "copy").replace(folder / "jobs.sqlite3")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder in which files are open")
+@pytest.mark.parametrize("change", [removed, moved, replaced, database_removed, database_replaced])
+def test_nothing_is_acknowledged_into_a_folder_that_is_gone(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    data = tmp_path / "data"
+    with closing(open_store(data)) as store:
+        job = finish_job(store)
+        change(data)
+        for call in (lambda: store.submit(NEW), lambda: store.get(job.id), store.list, lambda: store.delete(job.id)):
+            with pytest.raises(StoreGoneError, match=r"jobs.sqlite3|data") as caught:
+                call()
+        assert caught.value.code == "store_gone"
+        if change is moved:
+            data.with_name("moved").rename(data)
+            assert store.get(job.id) == job
+            assert store.submit(NEW).created
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder in which files are open")
+def test_what_is_written_while_the_folder_goes_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    with closing(open_store(data)) as store:
+        begun = store.writers.begun
+        monkeypatch.setattr(store.writers, "begun", lambda: (begun(), removed(data)))
+        with pytest.raises(StoreGoneError):
+            store.submit(NEW)
+
+
+def test_a_store_that_is_closed_keeps_no_file_open(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process()
+    counted = process.num_fds if hasattr(process, "num_fds") else process.num_handles
+    open_store(tmp_path).close()
+    before = counted()
+    for _ in range(5):
+        open_store(tmp_path).close()
+    assert counted() <= before
