@@ -221,7 +221,9 @@ def adopt(
     with extra("server"):
         from wanduet.cluster.files import open_files
         from wanduet.jobs.identity import take_over
+        from wanduet.jobs.logs import configure_logs
         from wanduet.jobs.store import JobStore
+    configure_logs()  # not on stdout
     files = open_files(_folder(data_dir), storage)
     url = database_url or files.default_url
     take_over(files, url)

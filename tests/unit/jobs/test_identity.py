@@ -2,7 +2,6 @@
 
 import json
 import os
-import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +19,7 @@ from wanduet.jobs.records import ForeignDatabaseError
 from wanduet.jobs.schema import state
 from wanduet.jobs.store import JobStore
 
-pytestmark = pytest.mark.skipif("WANDUET_TEST_POSTGRES" in os.environ, reason="database files are moved and changed")
+sqlite = pytest.mark.skipif("WANDUET_TEST_POSTGRES" in os.environ, reason="database files are moved")
 
 
 def url(path: Path) -> str:
@@ -40,15 +39,18 @@ def filled(folder: Path, jobs: int = 3) -> set[str]:
 
 def forget_ids(folder: Path) -> None:
     """As the version before this one left them."""
+    with closing(open_store(folder)) as store, store.database.begin() as old:
+        for text in (
+            "ALTER TABLE state DROP COLUMN store_id",
+            "DROP TABLE deleted_jobs",
+            "DROP INDEX jobs_with_files",
+            "UPDATE state SET version = 2",
+        ):
+            old.execute(sa.text(text))
     (folder / ID_FILE).unlink()
-    with closing(sqlite3.connect(folder / "jobs.sqlite3")) as old:
-        old.execute("ALTER TABLE state DROP COLUMN store_id")
-        old.execute("DROP TABLE deleted_jobs")
-        old.execute("DROP INDEX jobs_with_files")
-        old.execute("UPDATE state SET version = 2")
-        old.commit()
 
 
+@sqlite
 def test_another_database_is_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
     before = filled(tmp_path / "data")
     with closing(JobStore(JobFiles(tmp_path / "other"), url(tmp_path / "other.sqlite3"))) as other:
@@ -60,6 +62,7 @@ def test_another_database_is_refused_by_name_with_what_to_do(tmp_path: Path) -> 
     assert left(tmp_path / "data") == before
 
 
+@sqlite
 @pytest.mark.parametrize("make", ["new", "empty file", "tables only"])
 def test_a_new_database_in_the_place_of_one_moved_away_is_refused(tmp_path: Path, make: str) -> None:
     before = filled(tmp_path)
@@ -93,6 +96,7 @@ def test_an_installation_of_the_version_before_is_paired_at_its_first_start(tmp_
     assert before < left(tmp_path)
 
 
+@sqlite
 def test_files_of_the_version_before_are_not_given_to_a_database_that_does_not_know_them(tmp_path: Path) -> None:
     before = filled(tmp_path)
     forget_ids(tmp_path)
@@ -151,6 +155,7 @@ def test_many_folders_may_have_one_database(tmp_path: Path) -> None:
     assert (tmp_path / "a" / ID_FILE).read_bytes() == (tmp_path / "b" / ID_FILE).read_bytes()
 
 
+@sqlite
 def test_a_folder_is_taken_over_on_purpose(tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / "jobs.sqlite3").rename(tmp_path / "away")
@@ -174,6 +179,7 @@ def test_a_folder_given_away_while_it_is_served_is_not_swept(tmp_path: Path) -> 
         assert orphan.exists()
 
 
+@sqlite
 def test_a_mark_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / ID_FILE).write_bytes(b"{")
@@ -189,3 +195,12 @@ def test_a_password_is_written_nowhere(tmp_path: Path) -> None:
     name = public_name("postgresql+psycopg://ann:secret@host/jobs?password=secret")
     assert "secret" not in name
     assert "host/jobs" in name
+
+
+def test_another_kind_of_database_is_refused_too(tmp_path: Path) -> None:
+    before = filled(tmp_path)
+    with closing(JobStore(JobFiles(tmp_path / "other"), url(tmp_path / "other.sqlite3"))) as other:
+        finish_job(other)
+    with pytest.raises(ForeignDatabaseError, match="belongs to another job database"):
+        JobStore(JobFiles(tmp_path), url(tmp_path / "other.sqlite3"))
+    assert left(tmp_path) == before
