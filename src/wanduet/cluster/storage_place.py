@@ -7,14 +7,14 @@ from typing import Any
 import structlog
 
 from wanduet.errors import OutputError
-from wanduet.jobs.places import ID_FILE, TRASH, Entry, Mark, is_old, new_heap
+from wanduet.jobs.places import ID_FILE, TRASH, Entry, Mark, UnreachablePlaceError, is_old, new_heap
 from wanduet.jobs.records import is_job_id
 
 log = structlog.get_logger(__name__)
 
 
 class StoragePlace:
-    """The object store, as whoever looks after all files sees it. What its client raises becomes OSError."""
+    """The object store, as whoever looks after all files sees it. What its client raises becomes UnreachablePlaceError."""
 
     def __init__(self, fs: Any, root: str) -> None:
         """`fs` is fsspec's file system, `root` the jobs' place in it."""
@@ -33,9 +33,7 @@ class StoragePlace:
         except OutputError:
             raise
         except Exception as error:
-            raise OutputError(
-                f"{path} cannot be read ({type(error).__name__}).", hint="Is the store reached?"
-            ) from error
+            raise _unreachable(path, error) from error
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
         """As in `jobs.places`; object stores have no exclusive creation, so of two at once the later may win."""
@@ -47,12 +45,12 @@ class StoragePlace:
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(path, mark.to_json())
         except Exception as error:
-            raise OutputError(f"{path} cannot be written ({type(error).__name__}).") from error
+            raise _unreachable(path, error) from error
         return self.mark() or mark
 
     def entries(self) -> Iterator[Entry]:
-        """As in `jobs.places`. Raises OSError."""
-        with _as_os_error():
+        """As in `jobs.places`. Raises UnreachablePlaceError."""
+        with self._reached():
             found = [*self.list_names("videos"), *self.list_names("work")]
         for remote in found:
             name = remote.rstrip("/").rpartition("/")[2]
@@ -80,10 +78,17 @@ class StoragePlace:
         return moved, heap
 
     def empty_trash(self, days: float) -> int:
-        """As in `jobs.places`. Raises OSError."""
-        with _as_os_error():
+        """As in `jobs.places`. Raises UnreachablePlaceError."""
+        with self._reached():
             heaps = [remote.rstrip("/").rpartition("/")[2] for remote in self.list_names(TRASH)]
         return sum(self.delete(f"{TRASH}/{heap}") for heap in heaps if is_old(heap, days))
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise _unreachable(self.name, error) from error
 
     def list_names(self, name: str, deep: bool = False) -> list[str]:
         """What lies under a name, or `deep` below it; nothing where nothing does. Raises what the client raises."""
@@ -106,14 +111,8 @@ class StoragePlace:
         return True
 
 
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"the store cannot be read: {type(error).__name__}") from error
+def _unreachable(path: str, error: Exception) -> UnreachablePlaceError:
+    return UnreachablePlaceError(f"{path} cannot be read or written ({type(error).__name__}).", hint="Is it reached?")
 
 
 def _within(entry: Entry) -> str:

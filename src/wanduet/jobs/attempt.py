@@ -97,6 +97,8 @@ class Attempt:
                     self._crashed(error)
             except OutputError as error:
                 self._disk_failed(error)
+            except SQLAlchemyError as error:  # those that have a name, too, are not the job's fault
+                self._crashed(error)
             except WanduetError as error:
                 self._failed(error)
             except Exception as error:

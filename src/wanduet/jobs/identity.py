@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from itertools import islice
 
 import sqlalchemy as sa
+import structlog
 
 from wanduet.jobs.database import OPEN_SECONDS, open_database, public_name, sqlite_path
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.places import Mark, Place
+from wanduet.jobs.places import Mark, Place, UnreachablePlaceError
 from wanduet.jobs.records import ForeignDatabaseError
 from wanduet.jobs.schema import SERIAL, jobs, state
+
+log = structlog.get_logger(__name__)
 
 _LOOKED_AT = 3000  # entries of a place, to see whether a database knows them
 _BATCH = 300
@@ -28,6 +31,8 @@ def open_paired(files: JobFiles, url: str, connections: int) -> sa.Engine:
     database = open_database(url, connections)
     try:
         check_pair(files, database)
+    except UnreachablePlaceError as error:
+        log.warning("whose files these are is seen later, before any is swept", reason=error.message)
     except BaseException:
         database.dispose()
         raise

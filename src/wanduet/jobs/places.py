@@ -6,6 +6,7 @@
 What is moved to the trash can be put back by moving it again. The files of single jobs are `jobs.files`' business.
 """
 
+import errno
 import json
 import os
 import re
@@ -34,6 +35,10 @@ CLOCK_FORMAT = "%Y%m%dT%H%M%SZ"
 Entry = tuple[str, str]  # a job's id, and a file's name in `videos`; or the id twice: the job's folder in `work`
 
 _ENTRY = re.compile(r"video_[0-9a-f]{32}(?=\.)")
+
+
+class UnreachablePlaceError(OutputError):
+    """A place on the network does not answer just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Place(Protocol):
         """Write whose it is, unless it is written already and not to be replaced; returns what stands there."""
 
     def entries(self) -> Iterator[Entry]:
-        """Everything that has a job's id for a name."""
+        """Everything that has a job's id for a name. Raises OSError, UnreachablePlaceError."""
 
     def remove(self, entries: Iterable[Entry]) -> int:
         """Delete what is known to be unwanted; returns how many went."""
@@ -210,7 +215,7 @@ def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(0o700, parents=True, exist_ok=True)
     try:
         os.rename(source, target)
-    except OSError:
-        if not os.path.lexists(source):
+    except OSError as error:
+        if error.errno != errno.EXDEV:
             raise
         shutil.move(source, target)  # `videos` may be a disk of its own

@@ -182,6 +182,28 @@ def test_another_clusters_database_is_refused_the_store(cluster: Cluster) -> Non
     assert cluster.stored() == before
 
 
+def test_a_store_that_does_not_answer_keeps_nobody_from_starting_and_nothing_is_swept(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobStore(JobFiles(cluster.folder / "one machine"), cluster.url).close()
+    files = cluster.files("a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the store")
+
+    with monkeypatch.context() as patch:
+        for call in ("cat_file", "ls"):
+            patch.setattr(files._fs, call, fail)
+        with closing(JobStore(files, cluster.url)) as store:
+            orphan = files.videos / f"{JOB}.1-0.mp4"
+            orphan.write_bytes(b"x")
+            with pytest.raises(OutputError):
+                store.sweep()
+            assert orphan.exists()
+    with closing(JobStore(files, cluster.url)) as store:
+        assert files.places[1].mark() == files.places[0].mark() is not None
+
+
 def test_published_files_of_killed_attempts_go(cluster: Cluster) -> None:
     a = cluster.files("a")
     a.work_path(JOB).parent.mkdir(parents=True)
