@@ -10,13 +10,17 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from fake_engine import finish_job, open_store
+import structlog
+from fake_engine import FakeEngine, finish_job, open_store
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.jobs import writers
+from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import (
+    Lease,
     NewJob,
     StoreBrokenError,
     StoreBusyError,
@@ -24,6 +28,7 @@ from wanduet.jobs.records import (
     StoreGoneError,
     StoreReadOnlyError,
 )
+from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
 
 pytestmark = pytest.mark.skipif("WANDUET_TEST_POSTGRES" in os.environ, reason="SQLite's files")
@@ -246,6 +251,61 @@ def test_what_is_written_while_the_folder_goes_is_not_acknowledged(
         monkeypatch.setattr(store.writers, "begun", lambda: (begun(), removed(data)))
         with pytest.raises(StoreGoneError):
             store.submit(NEW)
+
+
+@contextmanager
+def at_work(store: JobStore) -> Iterator[threading.Thread]:
+    engine = FakeEngine(EngineConfig(data_dir=store.files.folder))
+    settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005, progress_seconds=0.005))
+    runner = Runner(store, engine, settings, hooks=engine.hooks)
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        runner.drain()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder in which files are open")
+def test_a_worker_outlives_its_folder_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with closing(open_store(data)) as store, at_work(store) as worker:
+        with structlog.testing.capture_logs() as lines:
+            moved(data)
+            wait_for(lambda: [one for one in lines if "store cannot be reached" in one["event"]])
+        assert worker.is_alive()
+        shutil.rmtree(data, ignore_errors=True)  # what the worker may have written meanwhile
+        data.with_name("moved").rename(data)
+        job_id = store.submit(NEW).job.id
+        wait_for(lambda: store.get(job_id).status == "completed")
+
+
+def test_a_broken_store_is_not_the_jobs_fault(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the video is made and the database cannot be used just then, the job is not failed for it."""
+    broken = [True]
+    check = store.check
+
+    def check_once(lease: Lease) -> None:
+        if threading.current_thread().name.startswith("job-") and broken:
+            broken.pop()
+            raise StoreReadOnlyError("The job database cannot be written.")
+        check(lease)
+
+    monkeypatch.setattr(store, "check", check_once)
+    job_id = store.submit(NEW).job.id
+    with at_work(store):
+        wait_for(lambda: store.get(job_id).finished)
+    assert not broken
+    assert store.get(job_id).status == "completed"
 
 
 def test_a_store_that_is_closed_keeps_no_file_open(tmp_path: Path) -> None:
