@@ -176,6 +176,11 @@ class JobStore:
         fold_log(self.database)
         return job
 
+    def was_deleted(self, job_id: str) -> bool:
+        """Whether the job was there and was deleted, in the last days. A job that is only not found may be there."""
+        with self._read() as connection:
+            return bool(statements.deleted_among(connection, [job_id]))
+
     # What a worker does.
 
     def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:

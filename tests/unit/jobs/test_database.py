@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from fake_engine import FakeEngine, finish_job, open_store
+from fake_engine import FakeEngine, Turnstile, finish_job, open_store
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from wanduet.config import EngineConfig
@@ -22,11 +22,13 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import (
     Lease,
     NewJob,
+    StaleLeaseError,
     StoreBrokenError,
     StoreBusyError,
     StoreDamagedError,
     StoreGoneError,
     StoreReadOnlyError,
+    UnknownJobError,
 )
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -254,8 +256,8 @@ def test_what_is_written_while_the_folder_goes_is_not_acknowledged(
 
 
 @contextmanager
-def at_work(store: JobStore) -> Iterator[threading.Thread]:
-    engine = FakeEngine(EngineConfig(data_dir=store.files.folder))
+def at_work(store: JobStore, pace: Turnstile | None = None) -> Iterator[threading.Thread]:
+    engine = FakeEngine(EngineConfig(data_dir=store.files.folder), pace)
     settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005, progress_seconds=0.005))
     runner = Runner(store, engine, settings, hooks=engine.hooks)
     thread = threading.Thread(target=runner.run)
@@ -306,6 +308,36 @@ def test_a_broken_store_is_not_the_jobs_fault(store: JobStore, monkeypatch: pyte
         wait_for(lambda: store.get(job_id).finished)
     assert not broken
     assert store.get(job_id).status == "completed"
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_job_that_is_not_found_loses_its_work_only_where_it_was_deleted(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    job_id = store.submit(NEW).job.id
+    pace = Turnstile(1)
+    with at_work(store, pace):
+        work = store.files.work_path(job_id).parent
+        wait_for(lambda: (work / "checkpoints.json").exists())
+        if deleted:
+            store.delete(job_id)
+        else:  # as an index does that has lost a page
+            lost = StaleLeaseError("not found"), UnknownJobError(job_id)
+            for name, error in zip(("check", "get"), lost, strict=True):
+                monkeypatch.setattr(store, name, raising(error))
+            monkeypatch.setattr(store, "renew", raising(lost[0]))
+            monkeypatch.setattr(store, "progress", raising(lost[0]))
+            monkeypatch.setattr(store, "claim", lambda *_, **__: None)
+        pace.open()
+        wait_for(lambda: not [one for one in threading.enumerate() if one.name == f"job-{job_id}"])
+        assert work.exists() != deleted
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
 
 
 def test_a_store_that_is_closed_keeps_no_file_open(tmp_path: Path) -> None:
