@@ -91,8 +91,8 @@ class Retention:
 
 def delete_rows(connection: sa.Connection, which: sa.ColumnElement[bool], now: float) -> "Sequence[sa.Row[Any]]":
     """Delete jobs and write down that they were; returns what `remove_files` needs of them."""
-    told = (jobs.c.id, jobs.c.status, jobs.c.files, jobs.c.attempts, jobs.c.token)
-    gone: sa.Executable = sa.delete(jobs).where(which).returning(*told)
+    needed = (jobs.c.id, jobs.c.status, jobs.c.files, jobs.c.attempts, jobs.c.token)
+    gone: sa.Executable = sa.delete(jobs).where(which).returning(*needed)
     rows = connection.execute(gone).all()
     if rows:
         connection.execute(sa.insert(deleted), [{"id": row.id, "deleted_at": now} for row in rows])
