@@ -13,6 +13,9 @@ TESTS = Path(__file__).parents[1]
 SHORT = ("unit/cluster/test_store.py",)
 LONG = (
     "unit/jobs/test_store.py",  # leases, fences, exactly-once completion
+    "unit/jobs/test_identity.py",
+    "unit/jobs/test_sweep.py",
+    "unit/jobs/test_retention.py",
     "unit/jobs/test_runner.py",
     "unit/cluster/test_controller.py",
     "unit/cluster/test_handover.py",

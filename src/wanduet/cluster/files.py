@@ -4,6 +4,7 @@
     STORAGE/work/<job>/<name>              what an attempt made so far: latents, videos, its result
     STORAGE/work/<job>/checkpoints/<name>  the engine's checkpoints
     STORAGE/work/<job>/embeddings/<name>   what an encoder made of its prompts, ahead of the first attempt
+    STORAGE/store-id, STORAGE/trash        see `jobs.places`
 
 The engine writes to its node's own disk as ever. While an attempt runs, what is new is copied to the store; the
 next attempt, on whatever node, gets it back. An object appears whole or not at all, and one that an outlived worker
@@ -13,15 +14,15 @@ writes late is still a true state of the same job, so no lock is needed: at wors
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import structlog
 
+from wanduet.cluster.storage_place import StoragePlace
 from wanduet.errors import ConfigError, OutputError
-from wanduet.jobs.files import PUBLISHED_NAME, JobFiles, Wanted, unowned
+from wanduet.jobs.files import PUBLISHED_NAME, JobFiles, older
 from wanduet.jobs.records import OutputFile, is_job_id
 from wanduet.media.files import PARTIAL_SUFFIX, atomic_output
 
@@ -61,6 +62,8 @@ class StoredFiles(JobFiles):
         self._whole = bool(WHOLE_WRITES.intersection(protocols))
         self._guard = threading.Lock()
         self._sent: dict[str, dict[str, Stamp]] = {}  # by running job: what is in the store already
+        self._storage = StoragePlace(self._fs, self._root)
+        self.places = (*self.places, self._storage)
 
     # While an attempt runs.
 
@@ -80,7 +83,7 @@ class StoredFiles(JobFiles):
             stop.set()
             thread.join()
             self._sent.pop(job_id, None)
-            super().discard_work(job_id)  # from this disk only: the store has it, where it is still wanted
+            self._discard_here(job_id)  # from this disk only: the store has it, where it is still wanted
 
     def keep(self, job_id: str) -> bool:
         """Copy the last of an attempt; an error costs the steps since the last copy. Whether all was copied."""
@@ -136,7 +139,7 @@ class StoredFiles(JobFiles):
     def _bring(self, job_id: str, part: str = "") -> dict[str, Stamp]:
         brought: dict[str, Stamp] = {}
         try:
-            for remote in self._list(f"work/{job_id}/{part}".rstrip("/"), deep=True):
+            for remote in self._storage.list_names(f"work/{job_id}/{part}".rstrip("/"), deep=True):
                 name = remote.rpartition(f"work/{job_id}/")[2]
                 if name == _PREVIEW or name.endswith(".part"):
                     continue
@@ -152,11 +155,15 @@ class StoredFiles(JobFiles):
         return brought
 
     def _remove_abandoned(self) -> None:
+        """Clear this disk of what killed attempts left, which the store has. Another process may run an attempt here:
+        then some file of it is younger.
+        """
         for path in self.work.iterdir():
             with suppress(OSError):
-                old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+                newest = max(one.stat().st_mtime for one in (path, *path.iterdir()))
+                old = time.time() - newest > ABANDONED_SECONDS
                 if old and is_job_id(path.name) and path.name not in self._sent:
-                    super().discard_work(path.name)
+                    self._discard_here(path.name)
 
     # Published files.
 
@@ -213,40 +220,22 @@ class StoredFiles(JobFiles):
         super().remove(found)
         for name in found:
             if PUBLISHED_NAME.fullmatch(name):
-                self._delete(f"videos/{name}")
+                self._storage.delete(f"videos/{name}")
 
-    def remove_older(self, job_id: str, token: int) -> None:
+    def remove_older_of(self, tokens: Mapping[str, int]) -> None:
         """Delete what earlier, killed attempts published, here and in the store."""
-        super().remove_older(job_id, token)
+        super().remove_older_of(tokens)
         with suppress(Exception):
-            for remote in self._list("videos"):
-                name = remote.rpartition("/")[2]
-                match = PUBLISHED_NAME.fullmatch(name)
-                if match is not None and name.startswith(f"{job_id}.") and int(match["token"]) < token:
-                    self._delete(f"videos/{name}")
+            names = (remote.rpartition("/")[2] for remote in self._storage.list_names("videos")) if tokens else ()
+            for name in older(names, tokens):
+                self._storage.delete(f"videos/{name}")
 
     def discard_work(self, job_id: str) -> None:
         """Delete what attempts left behind, here and in the store."""
         with self._guard:
             self._sent.pop(job_id, None)
-        super().discard_work(job_id)
-        self._delete(f"work/{job_id}")
-
-    def sweep(self, wanted: Wanted) -> int:
-        """Delete what no job owns, here and in the store."""
-        removed = super().sweep(wanted)
-        with suppress(Exception):
-            for job_id, name in unowned(self._remote_entries(), wanted):
-                self._delete(f"work/{job_id}" if name == job_id else f"videos/{name}")
-                removed += 1
-        return removed
-
-    def _remote_entries(self) -> Iterator[tuple[str, str]]:
-        for remote in [*self._list("videos"), *self._list("work")]:
-            name = remote.rstrip("/").rpartition("/")[2]
-            job_id = name.partition(".")[0]
-            if is_job_id(job_id):
-                yield job_id, name
+        self._discard_here(job_id)
+        self._storage.delete(f"work/{job_id}")
 
     # The store.
 
@@ -264,19 +253,3 @@ class StoredFiles(JobFiles):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(path) as partial:
             self._fs.get_file(remote, str(partial))
-
-    def _list(self, name: str, deep: bool = False) -> list[str]:
-        self._fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            where = f"{self._root}/{name}"
-            found: Any = self._fs.find(where) if deep else self._fs.ls(where, detail=False)
-            return [str(one) for one in found]
-        return []
-
-    def _delete(self, name: str) -> None:
-        try:
-            self._fs.rm(f"{self._root}/{name}", recursive=True)
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # a sweep finds it later
-            log.warning("not deleted from the store", name=name, error=type(error).__name__)

@@ -4,6 +4,7 @@ Tables are added to the jobs': each owner's place in virtual time, and what the 
 command line about replicas, nodes and stages. Nothing that a job needs to survive is in them.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -18,9 +19,10 @@ from wanduet.cluster.fit import FitOf
 from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
+from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, JobError, Lease, StoredJob, demand_of
-from wanduet.jobs.schema import WRITE, jobs
+from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 
 TRIES = 8  # jobs that a claim tries for before it looks at the queue again
@@ -261,6 +263,7 @@ class ClusterStore(JobStore):
             with super()._read() as connection:
                 yield connection
         else:
+            self._presence.check()
             with self.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 yield connection
 
@@ -296,8 +299,13 @@ class ClusterStore(JobStore):
         return statements.take(connection, oldest, worker, lease_seconds, self._clock(), **group)
 
     def _create_tables(self) -> None:
+        with self._read() as connection:  # where they are there, no writer is waited for
+            if all(sa.inspect(connection).has_table(name) for name in metadata.tables):
+                return
         # One at a time: two that create a table together fail on PostgreSQL.
-        with self.database.connect().execution_options(**WRITE) as connection, connection.begin():
+        options = {SERIAL: time.monotonic() + OPEN_SECONDS}
+        with self.database.connect().execution_options(**options) as connection, connection.begin():
             if self.database.dialect.name == "postgresql":
+                connection.execute(sa.text(f"SET LOCAL lock_timeout = {int(OPEN_SECONDS * 1000)}"))
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7761)"))
             metadata.create_all(connection)

@@ -1,8 +1,8 @@
-"""The command line's service side: `wanduet serve`, `ui`, `jobs list|show|cancel|rm`, `keys add|list|rm`."""
+"""The command line's service side: `wanduet serve`, `ui`, `jobs list|show|cancel|rm|adopt`, `keys add|list|rm`."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -203,6 +203,35 @@ def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = No
     with _store(data_dir, database_url) as store:
         found = dict.fromkeys(store.get(job).id for job in jobs)
         emit({"deleted": [store.delete(job).id for job in found]}, json_)
+
+
+@jobs_app.command
+def adopt(
+    *,
+    data_dir: DataDir = None,
+    database_url: Database = None,
+    storage: Annotated[
+        str | None, Parameter(help="A cluster's --storage, which is given to the database, too.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Give the data folder to this database, whatever it belonged to. Videos of jobs that the database does not know
+    go to the folder's trash, for seven days.
+    """
+    with extra("server"):
+        from wanduet.cluster.files import open_files
+        from wanduet.jobs.identity import take_over
+        from wanduet.jobs.logs import configure_logs
+        from wanduet.jobs.store import JobStore
+    configure_logs()  # not on stdout
+    files = open_files(_folder(data_dir), storage)
+    url = database_url or files.default_url
+    take_over(files, url)
+    moved = 0
+    with closing(JobStore(files, url)) as store:
+        while (found := store.sweep(unknown_too=True)) or store.sweeping:
+            moved += found
+    emit({"data_folder": str(files.folder), "moved_to_trash": moved, "trash": str(files.folder / "trash")}, json_)
 
 
 @keys_app.command

@@ -49,6 +49,13 @@ def run(command: App, arguments: Sequence[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
+        if (reason := _database_error(error)) is not None:
+            return _fail(
+                f"The job database cannot be used just now: {reason}.\n  Try again in a while.",
+                "store_unavailable",
+                1,
+                as_json,
+            )
         traceback.print_exc(file=sys.stderr)
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         message = f"Something that wanduet did not expect: {type(error).__name__}: {reason}"
@@ -72,6 +79,15 @@ def emit(value: Mapping[str, Any], as_json: bool) -> None:
         with suppress(OSError, ValueError):  # what is still in the buffer must not fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"The result cannot be printed: {error.strerror}.") from error
+
+
+def _database_error(error: Exception) -> str | None:
+    """What a database's client says of a database that is locked, full or not reached; None of any other error."""
+    known = sys.modules.get("sqlalchemy.exc")  # not imported: no error of its kind
+    if known is None or not isinstance(error, known.SQLAlchemyError):
+        return None
+    said = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
+    return said[0].rstrip(".")
 
 
 def _json(value: Mapping[str, Any]) -> str:

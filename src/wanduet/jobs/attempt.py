@@ -97,6 +97,8 @@ class Attempt:
                     self._crashed(error)
             except OutputError as error:
                 self._disk_failed(error)
+            except SQLAlchemyError as error:  # those that have a name, too, are not the job's fault
+                self._crashed(error)
             except WanduetError as error:
                 self._failed(error)
             except Exception as error:
@@ -219,7 +221,7 @@ class Attempt:
             try:
                 unwanted = self._store.get(self._lease.job.id).finished
             except UnknownJobError:
-                unwanted = True
+                unwanted = self._store.was_deleted(self._lease.job.id)  # or a damaged index does not find it
                 forget_prompts(self._store.files.folder, [self._lease.job])  # encoded since the job was deleted
             if unwanted:
                 self._store.files.discard_checkpoints(self._checkpoints)

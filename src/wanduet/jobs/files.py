@@ -5,6 +5,7 @@
     DATA/work/<job>/preview.webp, checkpoints.json    what is foreseen; which of DATA/checkpoints are the job's
     DATA/videos/<job>.<token>-0.mp4, .webp, .jpg    published files of a completed job
     DATA/workers/<worker>.lock    held by a living worker
+    DATA/store-id, DATA/trash     see `jobs.places`
 
 A published name holds the lease's token, so a worker that lost its job can never replace the file of the
 one that has it. Knows nothing of the database: whether a file is wanted is the store's to say.
@@ -15,12 +16,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 
 from wanduet.errors import OutputError
+from wanduet.jobs.places import FolderPlace, Place
 from wanduet.jobs.records import OutputFile, is_job_id
 from wanduet.media.files import atomic_output, output_error, write_atomically
 
@@ -29,11 +30,6 @@ EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 PRIVATE_FOLDER = (
     0o700  # prompts and videos are no business of the machine's other users; a folder that is there keeps its mode
 )
-SWEEP_BATCH = 300
-# For some job ids: the published names that a job's row holds, None for an open job, whose files may be on their way.
-# A job that is not there has none.
-Wanted = Callable[[Collection[str]], Mapping[str, Collection[str] | None]]
-
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
 PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
 
@@ -52,6 +48,8 @@ class JobFiles:
                 path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             except OSError as error:
                 raise output_error(path, error) from error
+        # Whatever looks after all files looks at each of these.
+        self.places: tuple[Place, ...] = (FolderPlace(self.folder, self._discard_here, self._checkpoints_of),)
 
     @property
     def default_url(self) -> str:
@@ -149,10 +147,11 @@ class JobFiles:
 
         A writer that still lives loses a file that nobody will ever ask for, and ends at its own commit.
         """
-        for name in _names_of(self.videos, (job_id,)):
-            if (match := PUBLISHED_NAME.fullmatch(name)) and int(match["token"]) < token:
-                with suppress(OSError):
-                    (self.videos / name).unlink(missing_ok=True)
+        self.remove_older_of({job_id: token})
+
+    def remove_older_of(self, tokens: Mapping[str, int]) -> None:
+        """The same for many jobs, in one look at the folder: their tokens by their ids."""
+        self.remove(list(older(_names_of(self.videos, tuple(tokens)), tokens)))
 
     def note_checkpoints(self, job_id: str, keys: Iterable[str]) -> None:
         """Write down which of the engine's checkpoints are a job's, so that they go when its work goes."""
@@ -160,39 +159,31 @@ class JobFiles:
 
     def discard_work(self, job_id: str) -> None:
         """Delete what the attempts of a job left behind, the engine's checkpoints too."""
-        try:
-            keys = json.loads(self._checkpoints_note(job_id).read_bytes())
-        except (OSError, ValueError):
-            keys = ()
-        self.discard_checkpoints(keys)  # first: a kill in between leaves the note for the next sweep
+        self._discard_here(job_id)
+
+    def _discard_here(self, job_id: str) -> None:
+        self.discard_checkpoints(self._noted_checkpoints(job_id))  # first: a kill in between leaves the note
         shutil.rmtree(self.work_path(job_id).parent, ignore_errors=True)
 
     def discard_checkpoints(self, keys: Iterable[str]) -> None:
         """Delete checkpoints of the engine by their keys."""
+        for path in self._checkpoint_paths(keys):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _checkpoints_of(self, job_id: str) -> Iterator[Path]:
+        return self._checkpoint_paths(self._noted_checkpoints(job_id))
+
+    def _checkpoint_paths(self, keys: Iterable[str]) -> Iterator[Path]:
         folder = self.folder / "checkpoints"
         for name in _names_of(folder, tuple(key for key in keys if _CHECKPOINT.fullmatch(key))):
-            with suppress(OSError):
-                (folder / name).unlink(missing_ok=True)
+            yield folder / name
 
-    def sweep(self, wanted: Wanted) -> int:
-        """Delete what no job owns, and return how many files and folders that were."""
-        removed = 0
-        for job_id, name in unowned(self._everything(), wanted):
-            removed += 1
-            if name == job_id:
-                self.discard_work(job_id)
-            else:
-                with suppress(OSError):
-                    (self.videos / name).unlink(missing_ok=True)
-        return removed
-
-    def _everything(self) -> Iterator[tuple[str, str]]:
-        with os.scandir(self.videos) as entries:
-            for entry in entries:
-                if match := re.match(r"video_[0-9a-f]{32}(?=\.)", entry.name):  # partial files too
-                    yield match[0], entry.name
-        with os.scandir(self.work) as entries:
-            yield from ((entry.name, entry.name) for entry in entries if is_job_id(entry.name))
+    def _noted_checkpoints(self, job_id: str) -> list[str]:
+        try:
+            return [str(key) for key in json.loads(self._checkpoints_note(job_id).read_bytes())]
+        except (OSError, ValueError, TypeError):
+            return []
 
     def _checkpoints_note(self, job_id: str) -> Path:
         return self.work_path(job_id).with_name("checkpoints.json")
@@ -203,23 +194,22 @@ class JobFiles:
         return self.videos / f"{job_id}.{token:d}-{index:d}{EXTENSIONS[variant]}"
 
 
-def unowned(everything: Iterable[tuple[str, str]], wanted: Wanted) -> Iterator[tuple[str, str]]:
-    """Of `(job id, name)`, those that no job owns; some hundred at a time, however many there are."""
-    entries = iter(everything)
-    while batch := tuple(islice(entries, SWEEP_BATCH)):
-        owned = wanted({job_id for job_id, _ in batch})
-        for job_id, name in batch:
-            names = owned.get(job_id, ())
-            if names is not None and name not in names:
-                yield job_id, name
+def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
+    """Of published names, those of a job's attempts before the one with its token."""
+    for name in names:
+        token = tokens.get(name.partition(".")[0])
+        match = PUBLISHED_NAME.fullmatch(name)
+        if token is not None and match is not None and int(match["token"]) < token:
+            yield name
 
 
 def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:
     """The files `STEM.*` of a folder that may hold very many; `Path.glob` keeps its pattern, and every name at once."""
     if stems:
+        wanted = frozenset(stems)
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(tuple(f"{stem}." for stem in stems)):
+                if entry.name.partition(".")[0] in wanted:
                     yield entry.name
 
 

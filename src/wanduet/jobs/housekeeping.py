@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 
 import structlog
 
+from wanduet.errors import OutputError
 from wanduet.jobs.leases import LeaseWatch
+from wanduet.jobs.records import StoreBrokenError
+from wanduet.jobs.retention import ROUND
 from wanduet.jobs.store import JobStore
 
 log = structlog.get_logger(__name__)
@@ -56,13 +58,28 @@ class Housekeeper:
         return taken
 
     def _tidy(self) -> None:
-        """Retention, now and then. A full or broken disk is no reason to stop working."""
+        """A round of retention, now and then. A full or broken disk is no reason to stop working.
+
+        While rounds are full, the next one comes at the next call: between two, the queue goes on.
+        """
         now = time.monotonic()
         if self._tidied is not None and now - self._tidied < self._tidy_seconds:
             return
+        try:
+            if self._retain():
+                return
+        except (OSError, OutputError) as error:
+            log.warning("retention is put off", error=type(error).__name__)
+        except StoreBrokenError as error:  # a damaged page may lie where the queue never looks
+            log.error("retention is put off", reason=error.message)
         self._tidied = now
-        with suppress(OSError):
-            self._store.expire()
-            if self._max_bytes is not None:
-                self._store.trim(self._max_bytes)
-            self._store.sweep()
+
+    def _retain(self) -> bool:
+        """One round; whether another should follow soon."""
+        if not self._store.sweeping:
+            if self._store.expire() >= ROUND:
+                return True
+            if self._max_bytes is not None and self._store.trim(self._max_bytes) >= ROUND:
+                return True
+        self._store.sweep()
+        return self._store.sweeping

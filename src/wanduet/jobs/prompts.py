@@ -3,8 +3,10 @@
 Entries are found by the text in their header, so no model, and no torch, is needed to forget a prompt.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,56 @@ def forget_prompts(folder: Path, jobs: Iterable[StoredJob]) -> int:
 
     Where another job has the same prompt, it is encoded once more when that job needs it.
     """
-    asked = [job.request.get(name) for job in jobs for name in ("prompt", "negative_prompt")]
-    paths = list((folder / "embeddings").glob("*.safetensors")) if any(asked) else []
-    if not paths:
-        return 0
-    from wanduet.models.tokenizer import clean_text
+    return PromptIndex(folder).forget(job.request for job in jobs)
 
-    texts = {clean_text(text) for text in asked if isinstance(text, str) and text}
-    removed = 0
-    for path in paths:
-        with suppress(OSError):
-            text = _text_of(path)
-            if text is None or text in texts:  # what cannot be read is of no use and may hold anything
-                path.unlink(missing_ok=True)
-                removed += 1
-    return removed
+
+class PromptIndex:
+    """What the cache's entries hold, read once: for whoever forgets the prompts of many jobs, some at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the data folder."""
+        self._folder = folder / "embeddings"
+        self._digests: dict[str, tuple[int, bytes | None]] = {}  # by name: when written, of which text
+
+    def forget(self, requests: Iterable[Mapping[str, Any]]) -> int:
+        """Delete the entries of the requests' prompts; returns how many."""
+        asked = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
+        entries = self._read() if any(asked) else {}
+        if not entries:
+            return 0
+        from wanduet.models.tokenizer import clean_text
+
+        texts = {_digest(clean_text(text)) for text in asked if isinstance(text, str) and text}
+        removed = 0
+        for name, (_, digest) in entries.items():
+            if digest is None or digest in texts:  # what cannot be read is of no use and may hold anything
+                with suppress(OSError):
+                    (self._folder / name).unlink(missing_ok=True)
+                    removed += 1
+        return removed
+
+    def _read(self) -> dict[str, tuple[int, bytes | None]]:
+        found: dict[str, tuple[int, bytes | None]] = {}
+        with suppress(OSError), os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".safetensors"):
+                    with suppress(OSError):
+                        written = entry.stat().st_mtime_ns
+                        known = self._digests.get(entry.name)
+                        if known is None or known[0] != written:
+                            known = (written, _digest_of(Path(entry.path)))
+                        found[entry.name] = known
+        self._digests = found
+        return found
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _digest_of(path: Path) -> bytes | None:
+    text = _text_of(path)
+    return None if text is None else _digest(text)
 
 
 def _text_of(path: Path) -> str | None:

@@ -5,7 +5,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from wanduet.errors import WanduetError
+from sqlalchemy.exc import SQLAlchemyError
+
+from wanduet.errors import ConfigError, WanduetError
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]
@@ -172,6 +174,46 @@ class UnknownJobError(WanduetError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"There is no job {job_id[:64]!r}.")
+
+
+class StoreBrokenError(WanduetError, SQLAlchemyError):
+    """The job database, or the data folder, cannot be used until a person does something; trying again is of no use.
+
+    A database that is locked, out of room or not reached is another error of SQLAlchemy's, and worth another try.
+    """
+
+    code: ClassVar[str] = "store_broken"  # type: ignore[misc]  # SQLAlchemy has a code of its own
+
+    def __str__(self) -> str:
+        return WanduetError.__str__(self)
+
+
+class StoreDamagedError(StoreBrokenError):
+    """The database file is damaged, or is no database."""
+
+    code: ClassVar[str] = "store_damaged"  # type: ignore[misc]  # SQLAlchemy has a code of its own
+
+
+class StoreReadOnlyError(StoreBrokenError):
+    """The database cannot be written: its file, folder or file system is read-only, or permission is missing."""
+
+    code: ClassVar[str] = "store_read_only"  # type: ignore[misc]  # SQLAlchemy has a code of its own
+
+
+class StoreGoneError(StoreBrokenError):
+    """The database or the data folder is not there any more, or another one is in its place."""
+
+    code: ClassVar[str] = "store_gone"  # type: ignore[misc]  # SQLAlchemy has a code of its own
+
+
+class StoreBusyError(SQLAlchemyError):
+    """Another process kept the database locked for longer than a writer waits; trying again later is right."""
+
+
+class ForeignDatabaseError(ConfigError):
+    """The data folder belongs to another job database than the one that was given."""
+
+    code: ClassVar[str] = "foreign_database"
 
 
 def make_id(now: float, newest: str | None) -> str:

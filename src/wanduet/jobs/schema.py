@@ -1,25 +1,15 @@
-"""The job store's tables, and how a database is opened so that a commit means "on disk".
+"""The job store's tables, and how those of an earlier version become today's."""
 
-The same statements run on SQLite and PostgreSQL; only the connection's settings differ.
-"""
-
-import sqlite3
 import time
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from wanduet.errors import ConfigError
 from wanduet.jobs.records import demand_of
 
-SCHEMA_VERSION = 2
-BUSY_SECONDS = 30.0  # how long a statement waits for another process's transaction
+SCHEMA_VERSION = 3
 CREATE_ATTEMPTS = 5
-WRITE = {"sqlite_begin": "BEGIN IMMEDIATE"}  # take the write lock at once: no upgrade can fail half-way
+SERIAL = "serial_until"  # a connection's option: its transactions write; until when SQLite's write lock is waited for
 
 metadata = sa.MetaData()
 
@@ -65,6 +55,21 @@ jobs = sa.Table(
     sa.Index("jobs_by_expiry", "expires_at"),
 )
 
+# How much published files take, and which are the oldest: of jobs that have files only.
+_HAS_FILES = jobs.c.files_bytes > sa.literal_column("0")
+jobs_with_files = sa.Index(
+    "jobs_with_files", jobs.c.id, jobs.c.files_bytes, sqlite_where=_HAS_FILES, postgresql_where=_HAS_FILES
+)
+
+# Jobs that were deleted lately, whose files may be left by a kill or by a worker that still wrote.
+deleted = sa.Table(
+    "deleted_jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("deleted_at", sa.Double, nullable=False),
+    sa.Index("deleted_jobs_by_time", "deleted_at"),
+)
+
 # Seconds by stage of all completed jobs, which a metric needs to survive the deletion of the jobs.
 stages = sa.Table(
     "stages",
@@ -82,108 +87,33 @@ state = sa.Table(
     sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("newest_id", sa.String(64)),
+    sa.Column("store_id", sa.String(64)),  # the id that is kept in the data folders of this database, too
 )
 
 STEPS = "steps"  # beside the stages: seconds of denoising, and how many steps they were
 STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s", STEPS)
 
 
-def open_database(url: str, connections: int = 10) -> sa.Engine:
-    """Connect, create the tables where they are missing, check their version. Raises ConfigError.
-
-    `url` is SQLAlchemy's: `sqlite:////folder/jobs.sqlite3`, `postgresql+psycopg://...`; of `connections` to a
-    server at most so many are kept open.
-    """
-    try:
-        parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+def is_current(connection: sa.Connection) -> bool:
+    """Whether the tables are there, as this version makes them. Raises ConfigError where a newer one made them."""
+    if not sa.inspect(connection).has_table("state"):
+        return False
+    version = connection.scalar(sa.select(state.c.version))
+    if version is not None and version > SCHEMA_VERSION:
         raise ConfigError(
-            "The database's address is not valid.", hint="Example: sqlite:////data/jobs.sqlite3"
-        ) from None
-    sqlite = parsed.get_backend_name() == "sqlite"
-    database = _open_sqlite(parsed) if sqlite else sa.create_engine(parsed, pool_size=connections)
-    try:
-        _create_tables(database)
-    except BaseException:
-        database.dispose()
-        raise
-    return database
+            "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
+        )
+    return version == SCHEMA_VERSION and not _missing_stages(connection)
 
 
-def _open_sqlite(url: sa.URL) -> sa.Engine:
-    if not url.database or url.database == ":memory:":
-        raise ConfigError("Jobs must be kept in a file.", hint="Example: sqlite:////data/jobs.sqlite3")
-    path = Path(url.database).absolute()
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)
-    if not path.exists() and not url.database.startswith("file:"):
-        with suppress(OSError):  # SQLite will tell
-            path.touch(0o600)  # it holds prompts; the log gets the same mode
-    database = sa.create_engine(
-        url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=56
-    )
-    event.listen(database, "connect", _prepare_sqlite)
-    event.listen(database, "begin", _begin_sqlite)
-    return database
-
-
-def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, not where the driver guesses
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-    _switch_to_wal(cursor)
-    cursor.execute("PRAGMA synchronous = FULL")  # WAL's default would lose the last commits at a power cut
-    cursor.execute("PRAGMA foreign_keys = ON")
-    # Jobs are read by key, and the system keeps the file's pages: SQLite's own 2 MB for each connection would only be
-    # filled again and again by the sweeps, until all of it looks like a leak.
-    cursor.execute("PRAGMA cache_size = -256")
-    cursor.execute("PRAGMA secure_delete = ON")  # a deleted prompt is overwritten, not only let go
-    cursor.close()
-
-
-def fold_log(database: sa.Engine) -> None:
-    """Empty SQLite's log into the database file, so that the log holds nothing that was deleted.
-
-    If somebody reads or writes just now, that is left to a later deletion, or to the log's own turn.
-    """
-    if database.dialect.name != "sqlite":
-        return
-    connection = database.raw_connection()
-    cursor = connection.cursor()
-    try:
-        cursor.execute("PRAGMA busy_timeout = 100")
-        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    except sqlite3.OperationalError:
-        pass
-    finally:
-        cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-        cursor.close()
-        connection.close()
-
-
-def _switch_to_wal(cursor: Any) -> None:
-    """Turn the log on; SQLite's busy timeout does not cover this one when several processes make the file."""
-    give_up = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
-
-
-def _create_tables(database: sa.Engine) -> None:
-    # Several processes may start at once. On SQLite the write lock puts them in a row; elsewhere the loser
-    # of a race fails on what the winner made, and finds it there when it looks again.
+def create_tables(database: sa.Engine, deadline: float) -> None:
+    """Create what is missing, or bring it up to this version; gives up at `deadline` of the monotonic clock."""
+    # Several processes may start at once. SQLite's write lock makes them queue up; on a server the loser of a race
+    # fails on what the winner made, and finds it there when it looks again.
     attempts = 1 if database.dialect.name == "sqlite" else CREATE_ATTEMPTS
     for attempt in range(attempts):
         try:
-            with database.connect().execution_options(**WRITE) as connection, connection.begin():
+            with database.connect().execution_options(**{SERIAL: deadline}) as connection, connection.begin():
                 _create_missing(connection)
             return
         except sa.exc.DatabaseError:
@@ -194,19 +124,22 @@ def _create_tables(database: sa.Engine) -> None:
 
 def _create_missing(connection: sa.Connection) -> None:
     known = sa.inspect(connection)
-    if known.has_table("jobs") and "demand" not in {column["name"] for column in known.get_columns("jobs")}:
-        _add_demand(connection)
+    for table, column, upgrade in ((jobs, "demand", _add_demand), (state, "store_id", _add_store_id)):
+        if known.has_table(table.name) and column not in {one["name"] for one in known.get_columns(table.name)}:
+            upgrade(connection)
     metadata.create_all(connection)
-    version = connection.scalar(sa.select(state.c.version))
-    if version is None:
+    jobs_with_files.create(connection, checkfirst=True)  # `create_all` adds no index to a table that is there
+    if connection.scalar(sa.select(state.c.version)) is None:
         connection.execute(sa.insert(state).values(id=1, version=SCHEMA_VERSION))
-    elif version > SCHEMA_VERSION:
-        raise ConfigError(
-            "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
-        )
-    counted = set(connection.scalars(sa.select(stages.c.name)))
-    if missing := [{"name": name, "seconds": 0.0, "count": 0} for name in STAGE_NAMES if name not in counted]:
+    if not is_current(connection):
+        connection.execute(sa.update(state).values(version=SCHEMA_VERSION))
+    if missing := [{"name": name, "seconds": 0.0, "count": 0} for name in _missing_stages(connection)]:
         connection.execute(sa.insert(stages), missing)
+
+
+def _missing_stages(connection: sa.Connection) -> list[str]:
+    counted = set(connection.scalars(sa.select(stages.c.name)))
+    return [name for name in STAGE_NAMES if name not in counted]
 
 
 def _add_demand(connection: sa.Connection) -> None:
@@ -215,4 +148,8 @@ def _add_demand(connection: sa.Connection) -> None:
     next(index for index in jobs.indexes if index.name == "jobs_by_demand").create(connection)
     for job_id, request in connection.execute(sa.select(jobs.c.id, jobs.c.request)).all():
         connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(demand=demand_of(request)))
-    connection.execute(sa.update(state).values(version=2))
+
+
+def _add_store_id(connection: sa.Connection) -> None:
+    """From version 2 to 3."""
+    connection.execute(sa.text("ALTER TABLE state ADD COLUMN store_id VARCHAR(64)"))

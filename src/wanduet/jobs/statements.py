@@ -23,10 +23,14 @@ from wanduet.jobs.records import (
     StoredJob,
     UnknownJobError,
 )
-from wanduet.jobs.schema import STAGE_NAMES, STEPS, jobs, stages, state
+from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
 
 Values = dict[str, Any]
 SIZE_STEP = 100
+
+_ASKED: sa.BindParameter[Any] = sa.bindparam("asked", expanding=True)
+_LOOKED_UP = jobs.c.id.in_(_ASKED)
+_SCANNED = (jobs.c.id + "").in_(_ASKED)  # no index has this expression
 
 NEWEST = sa.select(state.c.newest_id).with_for_update()
 INSERT = sa.insert(jobs).returning(jobs)
@@ -100,12 +104,30 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
     )
 
 
-def wanted_names(connection: sa.Connection, job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
-    """The published names that jobs hold; None for an open job. A job that is not there is left out."""
-    # Filled up, so that there are few statements: drivers keep every text they have seen lately, prepared.
-    asked = [*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]
-    rows = connection.execute(sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(jobs.c.id.in_(asked)))
-    return {row.id: None if row.status in OPEN_STATUSES else {file["name"] for file in row.files} for row in rows}
+def wanted_names(
+    connection: sa.Connection, job_ids: Collection[str], *, by_scan: bool = False
+) -> dict[str, Collection[str] | None]:
+    """The published names that jobs hold; None for an open job. A job that is not there is left out.
+
+    `by_scan`: read the whole table, whatever an index, which may be damaged, says of it.
+    """
+    query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(_SCANNED if by_scan else _LOOKED_UP)
+    found: dict[str, Collection[str] | None] = {}
+    for asked in _filled(job_ids):
+        for row in connection.execute(query, {"asked": asked}):
+            found[row.id] = None if row.status in OPEN_STATUSES else {file["name"] for file in row.files}
+    return found
+
+
+def deleted_among(connection: sa.Connection, job_ids: Collection[str]) -> set[str]:
+    """Those of the ids whose jobs were deleted lately."""
+    query = sa.select(deleted.c.id).where(deleted.c.id.in_(_ASKED))
+    return {job_id for asked in _filled(job_ids) for job_id in connection.scalars(query, {"asked": asked})}
+
+
+def _filled(job_ids: Collection[str]) -> list[list[str]]:
+    """The ids in one list, filled up, so that there are few texts of statements, which drivers keep; none of no ids."""
+    return [[*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]] if job_ids else []
 
 
 def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":

@@ -6,25 +6,28 @@ still (`jobs.leases`) and takes the job away with `recover`, which is refused if
 The wall clock is only written down, for people and for retention.
 """
 
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 
 from wanduet.jobs import statements
+from wanduet.jobs.database import LOCK_SECONDS, fold_log, sqlite_path
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.identity import check_pair, open_paired
 from wanduet.jobs.leases import outlived_by_supervisor
+from wanduet.jobs.presence import Presence
 from wanduet.jobs.prompts import forget_prompts
 from wanduet.jobs.records import (
     CANCELLED,
     MAX_PAGE,
     OPEN_STATUSES,
     WORKER_CRASHED,
+    ForeignDatabaseError,
     IdempotencyError,
     JobError,
     Lease,
@@ -38,11 +41,15 @@ from wanduet.jobs.records import (
     Status,
     StoredJob,
     Submitted,
-    UnknownJobError,
     demand_of,
     make_id,
 )
-from wanduet.jobs.schema import WRITE, fold_log, jobs, open_database, stages, state
+from wanduet.jobs.retention import Retention, delete_rows, remove_files
+from wanduet.jobs.schema import SERIAL, jobs, stages, state
+from wanduet.jobs.sweep import Sweeper
+from wanduet.jobs.writers import WriterQueue
+
+log = structlog.get_logger(__name__)
 
 Values = dict[str, Any]
 PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
@@ -52,7 +59,9 @@ _FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
 class JobStore:
     """Jobs in a database and their files in a data folder. Safe to use from any thread and any process.
 
-    `clock` gives Unix seconds; a finished job is kept for `retention_seconds` (None: for ever).
+    `clock` gives Unix seconds; a finished job is kept for `retention_seconds` (None: for ever). Every call raises
+    SQLAlchemyError where the database cannot be used just now: reading waits for no writer, writing for
+    `writers.patience` seconds in sum. It raises StoreBrokenError where only a person can help.
     """
 
     def __init__(
@@ -64,17 +73,23 @@ class JobStore:
         retention_seconds: float | None = None,
         connections: int = 10,
     ) -> None:
+        """Raises ConfigError for an address that is not valid, ForeignDatabaseError for another folder's database."""
+        url = url or files.default_url
         self.files = files
-        self.database = open_database(url or files.default_url, connections)
+        self.database = open_paired(files, url, connections)
         self.retention_seconds = retention_seconds
         self._clock = clock
+        file = sqlite_path(url)
+        self._presence = Presence([files.folder] if file is None else [files.folder, file])
         # SQLite lets one writer in at a time and makes the others poll; queueing threads here is fair and quick.
-        sqlite = self.database.dialect.name == "sqlite"
-        self._turn: threading.Lock | nullcontext[None] = threading.Lock() if sqlite else nullcontext()
+        self.writers = WriterQueue(LOCK_SECONDS, alone=file is not None)
+        self._retention = Retention(files, self.database, (self._read, self._write), clock)
+        self._sweepers = [Sweeper(place, self._read) for place in files.places]
 
     def close(self) -> None:
         """Close the connections."""
         self.database.dispose()
+        self._presence.close()
 
     # What a client does.
 
@@ -154,9 +169,17 @@ class JobStore:
         still writes, it discards itself when it notices, or a sweep does.
         """
         forget_prompts(self.files.folder, [self.get(job_id, owner)])
-        job = self._delete(job_id, owner)
+        with self._write() as connection:
+            job = statements.to_job(statements.find_row(connection, job_id, owner, lock=True))
+            rows = delete_rows(connection, jobs.c.id == job_id, self._clock())
+        remove_files(self.files, rows)
         fold_log(self.database)
         return job
+
+    def was_deleted(self, job_id: str) -> bool:
+        """Whether the job was there and was deleted, in the last days. A job that is only not found may be there."""
+        with self._read() as connection:
+            return bool(statements.deleted_among(connection, [job_id]))
 
     # What a worker does.
 
@@ -276,30 +299,37 @@ class JobStore:
     # Retention.
 
     def expire(self) -> int:
-        """Delete finished jobs whose time is over, with their files; returns how many."""
-        with self._read() as connection:
-            over = sa.and_(jobs.c.expires_at <= self._clock(), jobs.c.status.not_in(OPEN_STATUSES))
-            rows = connection.execute(sa.select(jobs).where(over)).all()
-        return self._delete_all(rows)
+        """Delete finished jobs whose time is over, with their files: `retention.ROUND` at most; returns how many."""
+        return self._retention.expire()
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest finished jobs until published files take at most `max_bytes`; returns how many."""
-        with self._read() as connection:
-            excess = (connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes))) or 0) - max_bytes
-            query = sa.select(jobs).where(jobs.c.files_bytes > 0).order_by(jobs.c.id)
-            rows = connection.execute(query).all() if excess > 0 else []
-        sizes = accumulate((row.files_bytes for row in rows), initial=0)
-        return self._delete_all([row for row, before in zip(rows, sizes, strict=False) if before < excess])
+        """Delete the oldest finished jobs until published files take at most `max_bytes`: `retention.ROUND` at most;
+        returns how many.
+        """
+        return self._retention.trim(max_bytes)
 
-    def sweep(self) -> int:
-        """Delete files that no job owns (left by a kill between two steps); returns how many."""
+    def sweep(self, *, unknown_too: bool = False) -> int:
+        """Remove files that no job owns, left by a kill between two steps; returns how many went.
 
-        def wanted(job_ids: Collection[str]) -> dict[str, Collection[str] | None]:
-            with self._read() as connection:
-                return statements.wanted_names(connection, job_ids)
+        A call looks at some thousand files; while `sweeping`, there are more. What the database does not know goes to
+        the trash, and nothing does where it knows most of the files as little, unless `unknown_too`.
+        """
+        try:
+            check_pair(self.files, self.database)
+        except ForeignDatabaseError as error:
+            log.error("nothing is swept", reason=error.message)
+            return 0
+        if not self.sweeping:
+            fold_log(self.database)  # what was deleted while somebody read
+        removed = sum(one.round(unknown_too=unknown_too) for one in self._sweepers if one.midway or not self.sweeping)
+        if not self.sweeping:
+            self._retention.forget_deleted()  # now that their files are gone
+        return removed
 
-        fold_log(self.database)  # what was deleted while somebody read
-        return self.files.sweep(wanted)
+    @property
+    def sweeping(self) -> bool:
+        """Whether the last call of `sweep` left files to look at."""
+        return any(one.midway for one in self._sweepers)
 
     # For metrics.
 
@@ -328,15 +358,19 @@ class JobStore:
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
+        self._presence.check()
         with (
-            self._turn,
-            self.database.connect().execution_options(**WRITE) as connection,
+            self.writers.entered() as until,
+            self.database.connect().execution_options(**{SERIAL: until}) as connection,
             connection.begin(),
         ):
+            self.writers.begun()
             yield connection
+        self._presence.check()  # what was written into a folder that is gone must not be acknowledged
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
+        self._presence.check()
         with self.database.connect() as connection, connection.begin():
             yield connection
 
@@ -373,28 +407,3 @@ class JobStore:
         poison = crashes >= max_crashes if alone else not farther and row.attempts >= PATIENCE * max_crashes
         ending = self._failed(error) if poison else {"status": "queued", **_FREE}
         return {**ending, "crashes": max(crashes, 1), "crash_progress": row.progress}
-
-    def _delete(self, job_id: str, owner: str | None = None) -> StoredJob:
-        with self._write() as connection:
-            job = statements.to_job(statements.find_row(connection, job_id, owner, lock=True))
-            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
-        self._remove_files(job)
-        return job
-
-    def _delete_all(self, rows: "Sequence[sa.Row[Any]]") -> int:
-        removed = 0
-        forget_prompts(self.files.folder, map(statements.to_job, rows))
-        for row in rows:
-            with suppress(UnknownJobError):  # somebody was quicker
-                self._delete(row.id)
-                removed += 1
-        if removed:
-            fold_log(self.database)
-        return removed
-
-    def _remove_files(self, job: StoredJob) -> None:
-        self.files.remove(file.name for file in job.files)
-        if job.attempts > 1:
-            self.files.remove_older(job.id, job.token)
-        if job.status != "in_progress":
-            self.files.discard_work(job.id)

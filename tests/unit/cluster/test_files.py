@@ -22,7 +22,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, OutputError
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import NewJob
+from wanduet.jobs.records import ForeignDatabaseError, NewJob
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
 
@@ -49,9 +49,10 @@ class Cluster:
     def node(self, name: str) -> JobStore:
         return JobStore(self.files(name), self.url)
 
-    def stored(self) -> list[str]:
+    def stored(self, *folders: str) -> list[str]:
         root = self.folder / "storage"
-        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        found = (path for name in folders or ("videos", "work") for path in (root / name).rglob("*"))
+        return sorted(str(path.relative_to(root)) for path in found if path.is_file())
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_a_store_that_fails_costs_work_but_no_job(cluster: Cluster, monkeypatch:
     assert a.path(f"{JOB}.1-0.mp4") is None
 
 
-def test_what_nobody_owns_is_swept_from_the_store_too(cluster: Cluster) -> None:
+def test_what_nobody_owns_goes_to_the_trash_of_the_store(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(cluster.node("a")) as a:
         job = submit(a, 2)
         run(a, lambda: a.get(job).finished)
@@ -160,6 +161,47 @@ def test_what_nobody_owns_is_swept_from_the_store_too(cluster: Cluster) -> None:
         assert a.sweep() == 2
         assert all(job in name for name in cluster.stored())
         assert len(cluster.stored()) == 3
+        thrown = [name.split("/", 2)[2] for name in cluster.stored("trash")]
+        assert thrown == [f"videos/{other}.1-0.mp4", f"work/{other}/video.latents.safetensors"]
+        later = time.time() + 8 * 86400
+        monkeypatch.setattr("wanduet.jobs.places.time.time", lambda: later)
+        assert a.sweep() == 0
+        assert cluster.stored("trash") == []
+
+
+def test_another_clusters_database_is_refused_the_store(cluster: Cluster) -> None:
+    with closing(cluster.node("a")) as a, closing(cluster.node("b")):
+        job = submit(a, 2)
+        run(a, lambda: a.get(job).finished)
+    before = cluster.stored()
+    with pytest.raises(ForeignDatabaseError, match="storage holds the files of"):
+        JobStore(cluster.files("new"), f"sqlite:///{cluster.folder / 'other.sqlite3'}")
+    assert cluster.stored() == before
+    with closing(cluster.node("c")) as c:
+        assert c.sweep() == 0
+    assert cluster.stored() == before
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_from_starting_and_nothing_is_swept(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobStore(JobFiles(cluster.folder / "one machine"), cluster.url).close()
+    files = cluster.files("a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the store")
+
+    with monkeypatch.context() as patch:
+        for call in ("cat_file", "ls"):
+            patch.setattr(files._fs, call, fail)
+        with closing(JobStore(files, cluster.url)) as store:
+            orphan = files.videos / f"{JOB}.1-0.mp4"
+            orphan.write_bytes(b"x")
+            with pytest.raises(OutputError):
+                store.sweep()
+            assert orphan.exists()
+    with closing(JobStore(files, cluster.url)) as store:
+        assert files.places[1].mark() == files.places[0].mark() is not None
 
 
 def test_published_files_of_killed_attempts_go(cluster: Cluster) -> None:

@@ -25,6 +25,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import EngineHooks
+from wanduet.jobs.records import NewJob, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.media.files import write_atomically
 from wanduet.request import GenerationRequest
@@ -239,6 +240,20 @@ def content(prompt: str, seed: int) -> bytes:
 def open_store(data: Path, **options: Any) -> JobStore:
     """A store over a folder; on PostgreSQL, in a schema of that folder's own, where WANDUET_TEST_POSTGRES names one."""
     return JobStore(JobFiles(data), postgres_url(data), **options)
+
+
+def finish_job(store: JobStore, prompt: str = "a red circle", owner: str = "ann") -> StoredJob:
+    """A job that was submitted, claimed and completed, with one published file of 10 bytes."""
+    job_id = store.submit(NewJob(owner, "miniature", {"prompt": prompt, "seed": 1})).job.id
+    lease = store.claim("w1", 30.0)
+    assert lease is not None
+    assert lease.job.id == job_id
+    path = store.files.work_path(job_id)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"0123456789")
+    done = store.complete(lease, [store.files.publish(job_id, lease.token, 0, path)])
+    store.files.discard_work(job_id)
+    return done
 
 
 def postgres_url(data: Path) -> str | None:

@@ -1,6 +1,8 @@
 """`wanduet serve`, `jobs` and `keys` as they are typed."""
 
 import json
+import sqlite3
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,49 @@ def test_keys(wanduet: Any, tmp_path: Path) -> None:
 )
 def test_serve_refuses_before_anything_is_started(wanduet: Any, flags: tuple[str, ...]) -> None:
     wanduet("serve", "--model", "miniature", *flags, code=2)
+
+
+def test_a_data_folder_is_refused_to_a_strange_database_and_given_to_it_on_purpose(
+    wanduet: Any, store: JobStore, job_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.claim("w", 30.0)
+    work = store.files.work_path(job_id)
+    work.parent.mkdir()
+    work.write_bytes(b"half a video")
+    other = f"sqlite:///{tmp_path / 'other.sqlite3'}"
+    refused = json.loads(wanduet("jobs", "list", "--database-url", other, "--json", code=2))["error"]
+    assert refused["code"] == "foreign_database"
+    assert "wanduet jobs adopt" in refused["message"]
+    assert work.exists()
+    moved = json.loads(wanduet("jobs", "adopt", "--database-url", other, "--json"))
+    assert moved == {"data_folder": str(tmp_path), "moved_to_trash": 1, "trash": str(tmp_path / "trash")}
+    assert next((tmp_path / "trash").rglob("video.mp4")).read_bytes() == b"half a video"
+    assert "No jobs" in wanduet("jobs", "list", "--database-url", other)
+    wanduet("jobs", "list", code=2)
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\xff" * 9000])
+def test_a_damaged_database_is_one_clear_line(
+    wanduet: Any, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs.sqlite3").write_bytes(content)
+    assert run(app, ("jobs", "list")) == 1
+    said = capsys.readouterr().err
+    assert "is damaged, or is no job database" in said
+    assert "Traceback" not in said
+    assert "report" not in said
+
+
+def test_a_locked_database_is_read_and_named_when_it_must_be_written(
+    wanduet: Any, store: JobStore, job_id: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if store.database.dialect.name != "sqlite":
+        pytest.skip("SQLite's lock")
+    monkeypatch.setattr("wanduet.jobs.store.LOCK_SECONDS", 0.1)
+    with closing(sqlite3.connect(store.files.folder / "jobs.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert job_id in wanduet("jobs", "list")
+        assert run(app, ("jobs", "cancel", job_id)) == 1
+        said = capsys.readouterr().err
+        assert "cannot be used just now: database is locked" in said
+        assert "Traceback" not in said
