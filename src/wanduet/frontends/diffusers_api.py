@@ -125,8 +125,18 @@ class WanPipeline(CallState, EngineManaged):
         `keywords` replace parts; `torch_dtype` (or `dtype`) converts, as `to` does.
         """
         dtype = keywords.pop("torch_dtype", None) or keywords.pop("dtype", None)
-        found = {name: m for name, m in pipeline.components.items() if name in (*MODULES, "scheduler", "transformer_2")}
-        pipe = cls(**(found | keywords))
+        if unknown := sorted(set(keywords) - {*MODULES, "scheduler"}):
+            raise TypeError(
+                f"from_pipe has no keyword {unknown[0]!r}; it takes {', '.join(MODULES)}, scheduler and dtype."
+            )
+        if isinstance(pipeline, WanPipeline):
+            given = {name: keywords.get(name) for name in MODULES}
+            pipe = cls.__new__(cls)
+            parts = pipeline._parts.with_modules(_others(given, pipeline._parts))
+            pipe._setup(parts, keywords.get("scheduler", pipeline.scheduler))
+        else:
+            names = (*MODULES, "scheduler", "transformer_2")
+            pipe = cls(**({n: m for n, m in pipeline.components.items() if n in names} | keywords))
         return pipe if dtype is None else pipe.to(dtype=dtype)
 
     def to(self, *args: Any, device: Any = None, dtype: Any = None, silence_dtype_warnings: bool = False) -> Self:

@@ -7,30 +7,29 @@ import torch
 from torch import Tensor
 
 from wanduet.frontends.diffusers_loading import device_name
-from wanduet.frontends.diffusers_modules import FUSED_LORA
+from wanduet.frontends.diffusers_modules import MERGE_LORA
 from wanduet.frontends.diffusers_parts import PipelineParts
 
-_LORA = f"LoRAs are not loaded here: {FUSED_LORA} to WanPipeline.from_pipe or pipe.transformer"
 _NEW_WEIGHTS = (
     "wanduet writes no weights: copy the model's folder, or give diffusers' own pipeline to WanPipeline.from_pipe"
 )
-_WAN22 = "this is Wan2.1, which has one transformer and one guidance scale"
+_WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
 # What takes the place of diffusers' names that are not here.
 INSTEAD = {
     **dict.fromkeys(
         ("load_lora_weights", "save_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters",
          "disable_lora", "enable_lora", "delete_adapters", "get_active_adapters", "get_list_adapters", "set_lora_device",
          "enable_lora_hotswap", "load_lora_into_transformer", "lora_state_dict", "lora_scale", "num_fused_loras"),
-        _LORA,
+        MERGE_LORA,
     ),
     "save_pretrained": _NEW_WEIGHTS,
     "push_to_hub": _NEW_WEIGHTS,
     "download": "use `wanduet download --model ID`, or from_pretrained, which fetches what is missing",
     "from_single_file": "use from_pretrained with a folder or hub id in the Diffusers layout",
-    "load_ip_adapter": "this is text to video, without images",
-    "image_encoder": "this is text to video, without images",
-    "image_processor": "this is text to video, without images: frames come from video_processor",
-    "encode_image": "this is text to video, without images",
+    "load_ip_adapter": "it makes videos of texts, not of images",
+    "image_encoder": "it makes videos of texts, not of images",
+    "image_processor": "it makes videos of texts, and gives frames by video_processor",
+    "encode_image": "it makes videos of texts, not of images",
     "boundary_ratio": _WAN22,
     "enable_freeu": "FreeU is for UNets",
     "check_inputs": "the call itself checks its arguments",
@@ -115,7 +114,7 @@ class EngineManaged:
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """A tqdm bar with what `set_progress_bar_config` was given."""
-        from tqdm.auto import tqdm
+        from diffusers.utils.logging import tqdm  # as diffusers: silent where its progress bars are turned off
 
         if iterable is None and total is None:
             raise ValueError("Give iterable or total.")

@@ -24,8 +24,8 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 # What takes the place of a keyword that is not taken.
 REFUSED = {
-    "variant": "other variants of the files are not read: torch_dtype= converts the usual ones",
-    "quantization_config": "weights are not quantised: vram_limit= (bytes) makes them wait in host memory",
+    "variant": "the usual files are read, and torch_dtype= converts them",
+    "quantization_config": "vram_limit= (bytes) makes weights wait in host memory instead",
     "max_memory": "use vram_limit= (bytes a device)",
     "proxies": "set HTTPS_PROXY in the environment",
     "custom_pipeline": "use diffusers for pipelines of other code",
@@ -35,11 +35,11 @@ REFUSED = {
     "sess_options": "only safetensors are read",
     "provider_options": "only safetensors are read",
     "output_loading_info": "a tensor that is missing or unknown is an error",
-    "transformer_2": "that is Wan2.2's; this runs Wan2.1",
-    "boundary_ratio": "that is Wan2.2's; this runs Wan2.1",
-    "expand_timesteps": "that is Wan2.2's; this runs Wan2.1",
-    "image_encoder": "that is for image to video; this runs text to video",
-    "image_processor": "that is for image to video; this runs text to video",
+    "transformer_2": "it is Wan2.2's, and this runs Wan2.1",
+    "boundary_ratio": "it is Wan2.2's, and this runs Wan2.1",
+    "expand_timesteps": "it is Wan2.2's, and this runs Wan2.1",
+    "image_encoder": "it is for image to video, and this runs text to video",
+    "image_processor": "it is for image to video, and this runs text to video",
     "subfolder": "give the folder of the whole model",
     "from_flax": "only safetensors are read",
     "dduf_file": "give a folder or a hub id",
@@ -102,17 +102,21 @@ def device_name(device: Any) -> str:
 
 
 def _dtypes(dtype: Any, vae_dtype: Any) -> dict[str, str]:
-    """`dtype` is the transformer's, or a dict by part, whose `default` is for all that it does not name but the VAE."""
-    if isinstance(dtype, Mapping):
-        default = dtype.get("default")
-        named = {"transformer": dtype.get("transformer", default), "text_encoder": dtype.get("text_encoder")}
-        vae_dtype = dtype.get("vae") if vae_dtype is None else vae_dtype
-    else:
-        named = {"transformer": dtype}
-    if dtype is torch.float32:
-        named["text_encoder"] = dtype
-    named = {"transformer": named.get("transformer") or torch.float32} | {k: v for k, v in named.items() if v}
-    return {f"{kind}_dtype": dtype_name(value) for kind, value in (named | {"vae": vae_dtype or torch.float32}).items()}
+    """`dtype` is the transformer's, or a dict by part, whose `default` is for all that it does not name but the VAE.
+
+    Raises ValueError.
+    """
+    named = dict(dtype) if isinstance(dtype, Mapping) else {"transformer": dtype}
+    if unknown := set(named) - {"default", "tokenizer", "scheduler", *COMPONENTS}:
+        raise ValueError(f"dtype= names {min(unknown)!r}; the parts are {', '.join(COMPONENTS)} and default.")
+    transformer = named.get("transformer") or named.get("default") or torch.float32
+    parts = {"transformer": transformer, "vae": vae_dtype or named.get("vae") or torch.float32}
+    text = named.get("text_encoder")
+    if text is None and dtype is not None and not isinstance(dtype, Mapping) and dtype_name(dtype) == "float32":
+        text = dtype  # asked for: else a large encoder computes in bfloat16
+    if text is not None:
+        parts["text_encoder"] = text
+    return {f"{kind}_dtype": dtype_name(value) for kind, value in parts.items()}
 
 
 def opener(config: EngineConfig, options: Options) -> Any:

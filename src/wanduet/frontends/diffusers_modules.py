@@ -23,9 +23,9 @@ from wanduet.weights.files import TensorFiles, TensorInfo
 from wanduet.weights.folder import ModelFolder, check_consistent
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
-FUSED_LORA = (
-    "merge a LoRA first: `load_lora_weights`, `fuse_lora` and `unload_lora_weights` of diffusers' own pipeline, "
-    "then give its transformer"
+MERGE_LORA = (
+    "merge a LoRA with diffusers' own pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), then give its "
+    "transformer to pipe.transformer or the pipeline to WanPipeline.from_pipe"
 )
 SAMPLES = 32  # of each tensor's numbers, to notice that weights were changed in place
 
@@ -63,7 +63,7 @@ def check_module(kind: str, module: Any) -> None:
     try:
         ModuleTensors(kind, module).check({name: tuple(p.shape) for name, p in ours.named_parameters()})
     except WanduetError as error:
-        raise ValueError(f"pipe.{kind} cannot be used: {error.message.rstrip('.')} ({FUSED_LORA}).") from None
+        raise ValueError(f"pipe.{kind} cannot be used: {error.message.rstrip('.')}; {MERGE_LORA}.") from None
 
 
 def _spec_of(kind: str, module: Any) -> TransformerSpec | VAESpec:
@@ -125,7 +125,8 @@ def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFo
     spec = ModelSpec("given modules") if base is None else base.spec
     for kind in CLASSES:
         if (module := modules.get(kind)) is not None:
-            spec = replace(spec, **{kind: _spec_of(kind, module)})
+            changed: dict[str, Any] = {kind: _spec_of(kind, module)}
+            spec = replace(spec, **changed)
             made.__dict__[kind] = ModuleTensors(kind, module)
         elif base is not None:
             made.__dict__[kind] = getattr(base, kind)

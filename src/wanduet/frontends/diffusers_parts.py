@@ -133,7 +133,8 @@ class PipelineParts:
     def _set_dtype(self, kind: str, module: Any) -> None:
         """A module keeps the dtype that it has, as in diffusers."""
         if kind != "tokenizer" and (name := DTYPE_NAMES.get(module_dtype(module))):
-            self.config = replace(self.config, **{f"{kind}_dtype": name})
+            changed: dict[str, Any] = {f"{kind}_dtype": name}
+            self.config = replace(self.config, **changed)
 
     def with_modules(self, modules: dict[str, Any]) -> "PipelineParts":
         """The same model with other modules in some places, loaded apart; itself where there are none."""
@@ -236,9 +237,9 @@ class PipelineParts:
         if kind in self.given and kind != "tokenizer":
             return module_dtype(self.given[kind])
         if kind == "text_encoder":
-            return getattr(torch, text_encoder_choice(self.spec, self.config)[0])  # type: ignore[no-any-return]
+            return getattr(torch, text_encoder_choice(self.spec, self.config)[0])
         name = self.config.transformer_dtype if kind == "transformer" else self.config.vae_dtype
-        return torch.float32 if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
+        return torch.float32 if name == "auto" else getattr(torch, name)
 
     def text(self, plan: Plan) -> PromptEncoder:
         """Encodes prompts: with the given encoder or tokenizer, where there is one."""
