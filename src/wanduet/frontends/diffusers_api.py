@@ -145,11 +145,14 @@ class WanPipeline(CallState, EngineManaged):
         Given modules stay where they are, but for a VAE; the VAE stays float32 unless it was given. Raises ConfigError for
         a device that this machine has not, ValueError for a dtype.
         """
-        for value in args[:1] if isinstance(next(iter(args), None), torch.dtype) else ():
-            dtype, args = value, args[1:]
-        if len(args) > 2 or (args and device is not None) or (len(args) == 2 and dtype is not None):
+        if len(args) == 1 and isinstance(args[0], torch.dtype):
+            dtypes, devices = [*args, dtype], [device]
+        else:
+            dtypes, devices = [*args[1:], dtype], [*args[:1], device]
+        dtypes, devices = ([value for value in found if value is not None] for found in (dtypes, devices))
+        if len(dtypes) > 1 or len(devices) > 1 or any(isinstance(value, torch.dtype) for value in devices):
             raise ValueError("to(...) takes a device and a dtype, in this order, each once.")
-        device, dtype = args[0] if args else device, args[1] if len(args) == 2 else dtype
+        device, dtype = next(iter(devices), None), next(iter(dtypes), None)
         if device is not None:
             self._parts.move(device_name(device))
         if dtype is not None:

@@ -51,7 +51,7 @@ def initial_latents(
     given: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """The given latents, or noise as diffusers draws it, float32 `[B, 16, T, h, w]`. Raises ValueError."""
+    """The given latents, or noise as diffusers draws it, float32 `[B, 16, T, h, w]`, on whichever device. Raises ValueError."""
     from diffusers.utils.torch_utils import randn_tensor
 
     if given is not None:
@@ -60,5 +60,8 @@ def initial_latents(
         return given.float()
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators were given for {shape[0]} videos.")
+    first = generator[0] if isinstance(generator, list) else generator
+    if first is not None and first.device.type == device.type:
+        device = first.device  # `cuda` is the first GPU, but another may be the one that denoises
     noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     return noise
