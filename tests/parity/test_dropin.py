@@ -66,6 +66,46 @@ def compare(oracle, pipe, *args: Any, **call: Any) -> torch.Tensor:
     return got
 
 
+# A whole program, as the model's card and diffusers' page on Wan have it, but for sizes and devices.
+
+PROGRAM = """
+import torch
+from diffusers import AutoModel
+from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from transformers import UMT5EncoderModel
+
+text_encoder = UMT5EncoderModel.from_pretrained(model_id, subfolder="text_encoder", torch_dtype=torch.float32)
+vae = AutoModel.from_pretrained(model_id, subfolder="vae", torch_dtype=torch.float32)
+transformer = AutoModel.from_pretrained(model_id, subfolder="transformer", torch_dtype=torch.float32)
+device = torch.device("cpu")
+apply_group_offloading(text_encoder, onload_device=device, offload_type="block_level", num_blocks_per_group=1)
+transformer.enable_group_offload(onload_device=device, offload_type="leaf_level")
+pipe = WanPipeline.from_pretrained(
+    model_id, vae=vae, transformer=transformer, text_encoder=text_encoder, torch_dtype=torch.float32
+)
+pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
+pipe.to("cpu")
+pipe.set_progress_bar_config(disable=True)
+pipe.vae.enable_tiling()
+output = pipe(
+    prompt="a red circle", negative_prompt="blue, static", height=32, width=48, num_frames=9, guidance_scale=5.0,
+    num_inference_steps=4, generator=torch.Generator("cpu").manual_seed(0),
+).frames[0]
+"""
+
+
+def test_a_whole_program_unchanged_but_for_its_import(random_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path))
+    made = []
+    for pipeline in (Oracle, wanduet.WanPipeline):
+        names: dict[str, Any] = {"WanPipeline": pipeline, "model_id": str(random_model)}
+        exec(PROGRAM, names)
+        made.append(names["output"])
+    assert made[0].shape == made[1].shape == (9, 32, 48, 3)
+    assert abs(made[0] - made[1]).max() <= 1.01 / 255
+
+
 # Schedulers.
 
 

@@ -115,7 +115,9 @@ class WanPipeline(CallState, EngineManaged):
             vram_limit=vram_limit, data_dir=data_dir, **settings,
         )  # fmt: skip
         pipe = cls.__new__(cls)
-        pipe._setup(PipelineParts(config, opener(config, options), options.modules), options.scheduler)
+        parts = PipelineParts(config, opener(config, options), options.modules)
+        parts.base  # noqa: B018 - a model that is not there is refused here
+        pipe._setup(parts, options.scheduler)
         return pipe
 
     @classmethod
@@ -346,7 +348,7 @@ class WanPipeline(CallState, EngineManaged):
     ) -> WanPipelineOutput | tuple[Any]:
         """As diffusers 0.42's; `progress(done, total)` is ours. Raises ValueError for what it cannot do."""
         # diffusers' own callback objects say themselves what they want to see.
-        seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         check_call(guidance_scale_2, attention_kwargs, output_type, seen)
         check_counts(
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
@@ -381,10 +383,8 @@ class WanPipeline(CallState, EngineManaged):
                 after = CallbackSettings(callback_on_step_end, seen, progress)
                 loop = PipelineLoop(self, job, denoiser, (positive, negative), after)
                 result = loop(noise.to(denoiser.device), num_inference_steps)
-            if output_type == "latent":
-                frames: Any = result
-            else:
-                frames = as_output(decode_videos(self._parts, result, job), output_type or "np")
+            decode = output_type != "latent"
+            frames: Any = as_output(decode_videos(self._parts, result, job), output_type or "np") if decode else result
         return WanPipelineOutput(frames) if return_dict else (frames,)
 
     def __getattr__(self, name: str) -> Any:

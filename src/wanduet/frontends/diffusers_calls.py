@@ -46,7 +46,15 @@ def refuse(owner: type, name: str) -> NoReturn:
     raise AttributeError(f"WanPipeline has no attribute {name!r}" + (f"; is {near[0]!r} meant?" if near else "."))
 
 
-class EngineManaged:
+class Named(type):
+    """So that a class method of diffusers', too, is refused with what takes its place."""
+
+    def __getattr__(cls, name: str) -> Any:
+        """Only for what is not here."""
+        refuse(cls, name)
+
+
+class EngineManaged(metaclass=Named):
     """Calls that a program makes to save memory or time. The engine's plan does both for every call: parts take turns on a
     device, weights wait in host memory and frames are decoded in strips where, and only where, memory asks for it. So these
     change no result; what they say about devices is taken.

@@ -215,6 +215,22 @@ def test_names_that_are_not_here_say_what_takes_their_place(pipe, name, says) ->
     assert str(caught.value).count(". ") == 0
 
 
+def test_class_methods_that_are_not_here_are_refused_so_too() -> None:
+    with pytest.raises(AttributeError, match="from_pretrained with a folder"):
+        wanduet.WanPipeline.from_single_file("model.safetensors")
+    assert not hasattr(wanduet.WanPipeline, "lora_state_dict")
+
+
+@pytest.mark.parametrize("keywords", [{"local_files_only": True}, {"local_files_only": True, "scheduler": "given"}])
+def test_a_model_that_is_not_there_is_refused_before_the_first_call(keywords) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    if "scheduler" in keywords:
+        keywords = keywords | {"scheduler": UniPCMultistepScheduler()}
+    with pytest.raises(ModelNotFoundError, match="somebody/nothing"):
+        wanduet.WanPipeline.from_pretrained("somebody/nothing", **keywords)
+
+
 def test_parts_say_what_they_cannot_do(pipe) -> None:
     for part, name in (("transformer", "add_adapter"), ("vae", "encode"), ("text_encoder", "resize_token_embeddings")):
         with pytest.raises(AttributeError, match=rf"pipe\.{part} .* {name}.* set pipe\.{part}"):
