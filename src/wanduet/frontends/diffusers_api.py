@@ -25,9 +25,9 @@ from wanduet.frontends.diffusers_calls import CallState, EngineManaged, refuse
 from wanduet.frontends.diffusers_decode import as_output, decode_videos
 from wanduet.frontends.diffusers_loading import MODULES, device_name, load_scheduler, opener, read_options
 from wanduet.frontends.diffusers_loop import Callback, CallbackSettings, PipelineLoop, Progress
-from wanduet.frontends.diffusers_modules import check_scheduler, unwrapped
-from wanduet.frontends.diffusers_parts import PipelineParts
-from wanduet.frontends.diffusers_shown import SHOWN
+from wanduet.frontends.diffusers_modules import check_scheduler
+from wanduet.frontends.diffusers_parts import PipelineParts, owner_of
+from wanduet.frontends.diffusers_shown import SHOWN, ReplaceablePart
 from wanduet.frontends.diffusers_text import encode, negatives_of, prompts_of, repeated
 
 __all__ = ["WanPipeline", "WanPipelineOutput"]
@@ -64,9 +64,7 @@ class WanPipeline(CallState, EngineManaged):
         if transformer_2 is not None or boundary_ratio is not None or expand_timesteps:
             refuse(type(self), "boundary_ratio")
         given = dict(zip(MODULES, (tokenizer, text_encoder, vae, transformer), strict=True))
-        shown = {
-            id(owner): owner for m in given.values() if (owner := getattr(unwrapped(m), "parts", None)) is not None
-        }
+        shown = {id(owner): owner for m in given.values() if (owner := owner_of(m)) is not None}
         if len(shown) == 1:
             (source,) = shown.values()
             self._setup(source.with_modules(_others(given, source)), scheduler)
@@ -171,32 +169,9 @@ class WanPipeline(CallState, EngineManaged):
 
     # Parts.
 
-    @property
-    def transformer(self) -> Any:
-        """The module that was given, or what stands for the engine's own; see `diffusers_shown`. May be replaced."""
-        return self._part("transformer")
-
-    @transformer.setter
-    def transformer(self, module: Any) -> None:
-        self._parts.give("transformer", module)
-
-    @property
-    def vae(self) -> Any:
-        """See `transformer`."""
-        return self._part("vae")
-
-    @vae.setter
-    def vae(self, module: Any) -> None:
-        self._parts.give("vae", module)
-
-    @property
-    def text_encoder(self) -> Any:
-        """See `transformer`. A given one is run as it is, where it is."""
-        return self._part("text_encoder")
-
-    @text_encoder.setter
-    def text_encoder(self, module: Any) -> None:
-        self._parts.give("text_encoder", module)
+    transformer = ReplaceablePart("transformer")
+    vae = ReplaceablePart("vae")
+    text_encoder = ReplaceablePart("text_encoder")  # a given one is run as it is, where it is
 
     @property
     def tokenizer(self) -> Any:
@@ -227,9 +202,6 @@ class WanPipeline(CallState, EngineManaged):
     def transformer_2(self, module: Any) -> None:
         if module is not None:
             raise ValueError("pipe.transformer_2 is Wan2.2's; this runs Wan2.1: set pipe.transformer.")
-
-    def _part(self, kind: str) -> Any:
-        return self._parts.given.get(kind, self._shown[kind])
 
     @property
     def components(self) -> dict[str, Any]:
@@ -395,5 +367,5 @@ class WanPipeline(CallState, EngineManaged):
 def _others(given: Mapping[str, Any], source: PipelineParts) -> dict[str, Any]:
     """Those of some modules that are not the source's own already."""
     own = source.given | {"tokenizer": source.tokenizer()}
-    foreign = {name: m for name, m in given.items() if m is not None and getattr(unwrapped(m), "parts", None) is None}
+    foreign = {name: m for name, m in given.items() if m is not None and owner_of(m) is not source}
     return {name: module for name, module in foreign.items() if module is not own.get(name)}

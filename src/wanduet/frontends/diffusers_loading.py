@@ -70,7 +70,8 @@ def read_options(keywords: Mapping[str, Any], dtype: Any, vae_dtype: torch.dtype
         elif name == "local_files_only":
             found.local_files_only = bool(value)
         elif name in HUB:
-            found.hub |= {name: value} if value not in (None, False) else {}
+            usual = value is None or (name == "token" and value is True) or (name == "force_download" and not value)
+            found.hub |= {} if usual else {name: value}
         elif name == "use_safetensors":
             if value is False:
                 raise ValueError("use_safetensors=False is not taken: only safetensors are read.")

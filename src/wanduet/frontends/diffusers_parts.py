@@ -90,20 +90,23 @@ class PipelineParts:
     # What it is made of.
 
     def give(self, kind: str, module: Any) -> None:
-        """Use a module from the next call on; what `pipe` has shown of itself, perhaps compiled, brings its own back.
+        """Use a module from the next call on. What `pipe` has shown of itself, perhaps compiled, and None bring back the
+        model's own, which is loaded when it is needed.
 
         Raises TypeError or ValueError.
         """
         module = unwrapped(module)
-        owner = getattr(module, "parts", None)
+        if module is not None and module is self.given.get(kind):
+            return  # what was done to it is seen at the next call
+        owner = owner_of(module)
         if owner is not None and owner is not self:
             raise TypeError(
                 f"pipe.{kind} of another wanduet pipeline holds no weights: use WanPipeline.from_pipe, or give a module of "
                 "diffusers' or transformers'."
             )
-        if owner is self:
+        if module is None or owner is self:
             with self.at_work():
-                self._take_back(kind)
+                self._take_back(kind, free=module is None and kind in CLASSES)
             return
         if kind in CLASSES:
             check_module(kind, module)
@@ -122,9 +125,12 @@ class PipelineParts:
             self._set_dtype(kind, module)
             self.drop()
 
-    def _take_back(self, kind: str) -> None:
-        """Use the checkpoint's own part again, as it was."""
-        if kind in self.given:
+    def _take_back(self, kind: str, free: bool) -> None:
+        """Use the checkpoint's own part again, as it was; `free`: load it anew."""
+        if kind not in self.given:
+            if free:
+                self.drop()
+        else:
             self.given = {name: module for name, module in self.given.items() if name != kind}
             field = f"{kind}_dtype"
             self.config = replace(self.config, **{field: getattr(self._own.pop(kind), field)})
@@ -244,8 +250,10 @@ class PipelineParts:
     def text(self, plan: Plan) -> PromptEncoder:
         """Encodes prompts: with the given encoder or tokenizer, where there is one."""
         tokenizer, encoder = self.given.get("tokenizer"), self.given.get("text_encoder")
-        if tokenizer is None and encoder is None:
+        if tokenizer is None and encoder is None and (self.base is not None or self.config.model in RANDOM_SPECS):
             return self.models.text(plan)
+        if encoder is None and self.base is None:
+            raise ValueError("This pipeline has no text encoder: set pipe.text_encoder, or give prompt_embeds=.")
         if self._text is None:
             if encoder is None:
                 assert self.base is not None
@@ -302,3 +310,9 @@ def dtype_name(dtype: Any) -> str:
     if found not in DTYPE_NAMES:
         raise ValueError(f"dtype={dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
     return DTYPE_NAMES[found]
+
+
+def owner_of(module: Any) -> PipelineParts | None:
+    """The pipeline's parts that a shown part, perhaps compiled, belongs to; None for any other module."""
+    owner = getattr(unwrapped(module), "parts", None)
+    return owner if isinstance(owner, PipelineParts) else None

@@ -179,3 +179,25 @@ class ShownTextEncoder(ShownPart):
 
 
 SHOWN = {"transformer": ShownTransformer, "vae": ShownVAE, "text_encoder": ShownTextEncoder}
+
+
+class ReplaceablePart:
+    """A pipeline's attribute: the module that was given, or what stands for the engine's own.
+
+    Set to None, or deleted, it is the engine's own again, which is loaded when it is needed.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        """The part; of the class, this descriptor."""
+        return self if pipe is None else pipe._parts.given.get(self._kind, pipe._shown[self._kind])
+
+    def __set__(self, pipe: Any, module: Any) -> None:
+        """Use a module from the next call on. Raises TypeError or ValueError."""
+        pipe._parts.give(self._kind, module)
+
+    def __delete__(self, pipe: Any) -> None:
+        """See above."""
+        pipe._parts.give(self._kind, None)

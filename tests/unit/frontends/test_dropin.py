@@ -414,6 +414,31 @@ def test_the_scheduler_replaced_between_calls(pipe) -> None:
     assert torch.equal(latents(pipe), usual)
 
 
+def test_parts_set_to_nothing_are_loaded_when_they_are_needed(tmp_path) -> None:
+    """As programs do that free memory between encoding a prompt and denoising."""
+    pipe = load(tmp_path, devices="cpu", text_encoder=None)
+    expected = latents(pipe)
+    embeds, negative = pipe.encode_prompt("a red circle", max_sequence_length=512)
+    pipe.text_encoder = pipe.tokenizer = pipe.vae = None
+    again = pipe(
+        prompt_embeds=embeds, negative_prompt_embeds=negative, generator=torch.Generator().manual_seed(1), **CALL
+    ).frames
+    assert torch.allclose(again, expected, atol=1e-6)
+    del pipe.transformer
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_blocks_that_a_callback_has_parked_come_back(pipe) -> None:
+    """As a decode does on a GPU that is too small for both models."""
+    expected = latents(pipe)
+
+    def callback(pipe, _step, _timestep, _tensors) -> dict[str, Any]:
+        pipe._parts.models._denoiser.park()
+        return {}
+
+    assert torch.equal(latents(pipe, callback_on_step_end=callback), expected)
+
+
 def test_given_latents_leave_the_generator_alone(pipe) -> None:
     generator, given = torch.Generator().manual_seed(1), torch.zeros(1, 16, 2, 4, 4)
     state = generator.get_state()
