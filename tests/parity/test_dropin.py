@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -104,6 +105,16 @@ def test_a_whole_program_unchanged_but_for_its_import(random_model, tmp_path, mo
         made.append(names["output"])
     assert made[0].shape == made[1].shape == (9, 32, 48, 3)
     assert abs(made[0] - made[1]).max() <= 1.01 / 255
+
+
+def test_the_bundled_miniature(tmp_path) -> None:
+    folder = Path(wanduet.__file__).parent / "miniature" / "model"
+    # In so many words: else transformers takes the text encoder's dtype from its files, which are bfloat16.
+    theirs = Oracle.from_pretrained(folder, torch_dtype=torch.float32)
+    ours = wanduet.WanPipeline.from_pretrained("miniature", torch_dtype=torch.float32, data_dir=tmp_path, devices="cpu")
+    for each in (theirs, ours):
+        each.set_progress_bar_config(disable=True)
+    compare(theirs, ours, "a small red circle moves left", negative_prompt="blue", height=48, width=64)
 
 
 # Schedulers.

@@ -96,8 +96,8 @@ class WanPipeline(CallState, EngineManaged):
     ) -> Self:
         """A pipeline of a folder, hub id or `miniature`; nothing is loaded before it is needed.
 
-        `dtype` (or `torch_dtype`) is the transformer's (None: float32), or a dict by part; the VAE stays float32 unless the
-        dict or `vae_dtype` names it. `vae`, `transformer`, `text_encoder`, `tokenizer` and `scheduler` replace the model's
+        `dtype` (or `torch_dtype`) is the transformer's (None: float32), or a dict by part; the VAE is float32 where neither
+        the dict nor `vae_dtype` names it. `vae`, `transformer`, `text_encoder`, `tokenizer` and `scheduler` replace the model's
         own and keep their dtypes. Further `keywords` as diffusers': see `diffusers_loading`.
 
         Ours: `vae_dtype`, and `devices`, `vram_limit` (bytes), `text_encoder_hold` as on the command line.
@@ -142,7 +142,7 @@ class WanPipeline(CallState, EngineManaged):
     def to(self, *args: Any, device: Any = None, dtype: Any = None, silence_dtype_warnings: bool = False) -> Self:
         """Run on a device from the next call on (`"cuda"`, `0`, or ours: `"cuda:0,cuda:1"`), or in another dtype.
 
-        Given modules stay where they are, but for a VAE; the VAE stays float32 unless it was given. Raises ConfigError for
+        Given modules stay where they are, but for a VAE; the model's own VAE keeps its dtype. Raises ConfigError for
         a device that this machine has not, ValueError for a dtype.
         """
         if len(args) == 1 and isinstance(args[0], torch.dtype):

@@ -55,16 +55,18 @@ class Named(type):
 
 
 class EngineManaged(metaclass=Named):
-    """Calls that a program makes to save memory or time. The engine's plan does both for every call: parts take turns on a
-    device, weights wait in host memory and frames are decoded in strips where, and only where, memory asks for it. So these
-    change no result; what they say about devices is taken.
+    """Calls that a program makes to save memory or time.
+
+    The engine's plan does both for every call: parts are on a device one after the other, weights wait in host memory and
+    frames are decoded in strips where, and only where, memory asks for it. So these change no result; what they say about
+    devices is taken.
     """
 
     _parts: PipelineParts
     _progress_bar_config: dict[str, Any]
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
-        """Run on that GPU, where one is named; parts take turns on it if they do not fit together."""
+        """Run on that GPU, where one is named; parts are on it one after the other if they do not fit together."""
         self._use_device(gpu_id, device)
 
     def enable_sequential_cpu_offload(

@@ -76,7 +76,7 @@ class PipelineLoop:
             zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
         )
         self.ladder = DenoiseLadder(job, denoiser)
-        self.scale = pipe.guidance_scale  # of the call; a callback can turn guidance off, not change it
+        self.scale = pipe.guidance_scale  # of the call; a callback can switch guidance off, not change it
         self._known: dict[str, _Known] = {}
         self._step = 0
 

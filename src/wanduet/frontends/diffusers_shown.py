@@ -53,7 +53,7 @@ class ShownPart(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; its weights may wait elsewhere."""
+        """Where it computes; its weights may wait in host memory."""
         return self.parts.devices[0]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
