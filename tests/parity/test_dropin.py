@@ -389,6 +389,8 @@ def test_a_text_encoder_and_a_tokenizer_that_are_set(oracle, own, random_model) 
     assert not same(before, only_tokenizer)
     assert not same(only_tokenizer, both)
     compare(oracle, own, ["a", "b"], num_videos_per_prompt=2, max_sequence_length=64)
+    own.tokenizer = own.text_encoder = None
+    assert torch.equal(latents(own), before)
 
 
 def test_from_pretrained_with_every_part_given(oracle, random_model, tmp_path) -> None:

@@ -123,17 +123,24 @@ class PipelineParts:
                 self._own[kind] = self.config
             self.given = self.given | {kind: module}
             self._set_dtype(kind, module)
-            self.drop()
+            self._drop_for(kind)
 
     def _take_back(self, kind: str, free: bool) -> None:
         """Use the checkpoint's own part again, as it was; `free`: load it anew."""
-        if kind not in self.given:
-            if free:
-                self.drop()
-        else:
+        if kind in self.given:
             self.given = {name: module for name, module in self.given.items() if name != kind}
-            field = f"{kind}_dtype"
-            self.config = replace(self.config, **{field: getattr(self._own.pop(kind), field)})
+            own, field = self._own.pop(kind), f"{kind}_dtype"
+            if hasattr(own, field):  # a tokenizer has none
+                self.config = replace(self.config, **{field: getattr(own, field)})
+            self._drop_for(kind)
+        elif free:
+            self.drop()
+
+    def _drop_for(self, kind: str) -> None:
+        """Forget what was made with the part of that kind."""
+        if kind == "tokenizer":
+            self._text = None
+        else:
             self.drop()
 
     def _set_dtype(self, kind: str, module: Any) -> None:
@@ -150,11 +157,10 @@ class PipelineParts:
 
     def configure(self, **changes: Any) -> None:
         """Other settings from the next call on. Raises ConfigError."""
-        config = replace(self.config, **changes)
-        if config != self.config:
-            hardware = detect()
-            find_placements(config, hardware)  # refused now, not in the next call
-            with self.at_work():
+        with self.at_work():
+            config = replace(self.config, **changes)
+            if config != self.config:
+                find_placements(config, detect())  # refused now, not in the next call
                 self.config = config
                 self.drop()
 
