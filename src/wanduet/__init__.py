@@ -8,10 +8,13 @@ if TYPE_CHECKING:
     from wanduet.engine.pipeline import Engine
     from wanduet.errors import WanduetError
     from wanduet.frontends.diffusers_api import WanPipeline
+    from wanduet.frontends.export import export_to_video
     from wanduet.request import GenerationRequest
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "EngineConfig", "GenerationRequest", "Job", "OutputOptions", "WanPipeline", "WanduetError"]
+__all__ = [
+    "Engine", "EngineConfig", "GenerationRequest", "Job", "OutputOptions", "WanPipeline", "WanduetError", "export_to_video",
+]  # fmt: skip
 
 _HOME = {
     "Engine": "wanduet.engine.pipeline",
@@ -21,6 +24,7 @@ _HOME = {
     "OutputOptions": "wanduet.engine.job",
     "WanPipeline": "wanduet.frontends.diffusers_api",
     "WanduetError": "wanduet.errors",
+    "export_to_video": "wanduet.frontends.export",
 }
 
 

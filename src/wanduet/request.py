@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wanduet.errors import InvalidRequestError
 from wanduet.specs import ModelSpec
 
-SamplerName = Literal["unipc", "dpm++2m", "euler"]
+SamplerName = Literal["unipc", "unipc-official", "dpm++2m", "euler"]
+SAMPLERS: dict[SamplerName, str] = {
+    "unipc": "UniPC of order 2 with diffusers' noise levels (1 to 0.001 before the shift)",
+    "unipc-official": "the same with the official code's noise levels (0.999 to 0 before the shift)",
+    "dpm++2m": "DPM-Solver++ of order 2, multistep",
+    "euler": "Euler steps",
+}
 
 # (height, width); 1080p is generated as 1088 rows and cropped.
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}

@@ -19,6 +19,13 @@ def reference(name: str, shift: float):
     return DPMSolverMultistepScheduler(**flow) if name == "dpm++2m" else FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
+def official(shift: float, steps: int) -> tuple[list[float], list[int]]:
+    """Sigmas before each step and timesteps, by the official code's formula: 0.999 to 0, shifted, cut to whole numbers."""
+    sigmas = [0.999 * (1 - step / steps) for step in range(steps)]
+    shifted = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
+    return shifted, [int(1000 * sigma) for sigma in shifted]
+
+
 def velocity(x: torch.Tensor, timestep: float) -> torch.Tensor:
     return torch.sin(3 * x) * 0.7 + x * (timestep / 1000) - 0.2
 
@@ -41,6 +48,33 @@ def test_equals_diffusers(name: str, steps: int, shift: float) -> None:
     assert sampler.sigmas[-1] == 0.0
     got = denoise(velocity, noise(), sampler)
     assert (got - expected).abs().max() <= 5e-6 * expected.abs().max()  # the same sums, added up in another order
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
+def test_unipc_official_has_the_grid_of_the_official_code(steps: int, shift: float) -> None:
+    sampler = make_sampler("unipc-official", shift, steps, CPU)
+    sigmas, timesteps = official(shift, steps)
+    assert sampler.sigmas == pytest.approx([*sigmas, 0.0], abs=1e-6)
+    # A product like 857.9999 and one like 858.0001 are cut to two numbers; float64 and float32 may differ there.
+    assert all(abs(got - expected) <= 1 for got, expected in zip(sampler.timesteps, timesteps, strict=True))
+    assert sum(got != expected for got, expected in zip(sampler.timesteps, timesteps, strict=True)) <= steps // 10
+
+
+def test_the_two_grids_of_unipc_differ() -> None:
+    ours, official_grid = (make_sampler(name, 8.0, 50, CPU) for name in ("unipc", "unipc-official"))
+    differences = [a - b for a, b in zip(ours.timesteps, official_grid.timesteps, strict=True)]
+    assert 1 <= max(map(abs, differences)) <= 10
+
+
+def test_unipc_official_solves_as_unipc_does_on_its_own_grid() -> None:
+    scheduler = reference("unipc", 5.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0.0, 9, dtype=torch.float64)[:-1].numpy())
+    expected = noise()
+    for t in scheduler.timesteps:
+        expected = scheduler.step(velocity(expected, float(t)), t, expected, return_dict=False)[0]
+    got = denoise(velocity, noise(), make_sampler("unipc-official", 5.0, 8, CPU))
+    assert (got - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)

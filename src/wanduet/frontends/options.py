@@ -15,12 +15,13 @@ from cyclopts.config import Toml
 
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.request import GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
+from wanduet.request import SAMPLERS, GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
 from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
 
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
+SAMPLER_HELP = "The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + "."
 
 
 class Settings(Toml):
@@ -89,7 +90,7 @@ class VideoFlags:
         None
     )
     flow_shift: Annotated[float | None, Parameter(help="Moves steps towards the noisy end.")] = None
-    sampler: Annotated[SamplerName | None, Parameter(help="The solver.")] = None
+    sampler: Annotated[SamplerName | None, Parameter(help=SAMPLER_HELP)] = None
     seed: Annotated[int | None, Parameter(help="Same seed, same video. Random unless said.", converter=whole)] = None
     fps: Annotated[int | None, Parameter(help="Frames a second of the file.", converter=whole)] = None
     num_videos_per_prompt: Annotated[int | None, Parameter(help="Videos of consecutive seeds.", converter=whole)] = None

@@ -16,6 +16,7 @@ from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_rest
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
+from wanduet.request import SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
@@ -114,7 +115,7 @@ class Page:
             fps = slider(1, 60, "fps", "Frame rate")
         with gr.Row():
             steps = slider(1, min(100, limits.steps), "num_inference_steps", "Steps")
-            sampler = gr.Dropdown(["unipc", "dpm++2m", "euler"], value=start["sampler"], label="Sampler", min_width=120)
+            sampler = gr.Dropdown(list(SAMPLERS), value=start["sampler"], label="Sampler", min_width=120)
         with gr.Row():
             guidance = slider(1, 15, "guidance_scale", "Guidance", 0.5)
             shift = slider(0.5, 20, "flow_shift", "Flow shift", 0.5)

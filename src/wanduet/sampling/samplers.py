@@ -7,7 +7,9 @@ solver arithmetic are float32.
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.request import SamplerName
@@ -92,13 +94,25 @@ class LinearSampler(SchedulerSampler):
 def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int, device: torch.device) -> Sampler:
     """A sampler with its schedule for a number of steps. `flow_shift` moves steps towards high noise."""
     scheduler = _scheduler(name, flow_shift)
-    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    if name == "unipc-official":
+        scheduler.set_timesteps(sigmas=official_sigmas(num_inference_steps), device="cpu")
+    else:
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
     return LinearSampler(scheduler, device)
+
+
+def official_sigmas(num_inference_steps: int) -> NDArray[np.float64]:
+    """The official code's shares of noise before each step, before the shift: 0.999 towards 0, which is left out.
+
+    diffusers' go from 1 towards 0.001. Source: Wan2.1 wan/utils/fm_solvers_unipc.py (`set_timesteps`; the largest of its
+    1000 training sigmas is 0.999, the smallest 0).
+    """
+    return np.linspace(0.999, 0.0, num_inference_steps + 1)[:-1]
 
 
 def _scheduler(name: SamplerName, flow_shift: float) -> Any:
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift}
-    if name == "unipc":
+    if name in ("unipc", "unipc-official"):
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
         return UniPCMultistepScheduler(num_train_timesteps=1000, solver_order=2, solver_type="bh2", **flow)

@@ -90,7 +90,7 @@ class ModelFolder:
             text_encoder=self._component("text_encoder", TextEncoderSpec.from_config),
             defaults=self._defaults(transformer),
         )
-        _check_consistent(self.path, spec)
+        check_consistent(self.path, spec)
         return spec
 
     @cached_property
@@ -236,7 +236,7 @@ def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, An
     return spec
 
 
-def _check_consistent(path: Path, spec: ModelSpec) -> None:
+def check_consistent(path: Path, spec: ModelSpec) -> None:
     """The parts of a model must fit each other. Raises ModelNotFoundError."""
     transformer, vae, text = spec.transformer, spec.vae, spec.text_encoder
     rules = {
