@@ -94,7 +94,7 @@ class Models:
         """Where the weights are; None for random ones."""
         if self.config.model in RANDOM_SPECS:
             return None
-        return open_model(self.config.model, self.config.revision, remember=self._verified)
+        return open_model(self.config.model, self.config.revision, remember=self.config.data_folder / "verified.json")
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -18,7 +18,6 @@ from wanduet.weights.manifest import GIT_LENGTH, SHA256_LENGTH, file_sha256
 _HASH = re.compile(rf"[0-9a-f]{{{GIT_LENGTH}}}|[0-9a-f]{{{SHA256_LENGTH}}}")
 _NOTES = Path(".cache/huggingface/download")  # huggingface_hub's folder beside the files of a `--local-dir`
 _CLOCK_STEP = 1.0  # seconds by which a file system's time may be coarser than the clock of the note
-_SMALL = 2**20  # a config of a known model is hashed to recognise it; weights are recognised by their sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +113,6 @@ def _claims(path: Path, file: PublishedFile) -> bool:
     try:
         if path.stat().st_size != file.num_bytes:
             return False
-        return file.num_bytes > _SMALL or path.suffix != ".json" or file_sha256(path) == file.sha256
+        return path.name != "config.json" or file_sha256(path) == file.sha256
     except OSError:
         return False
