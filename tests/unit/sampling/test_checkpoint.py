@@ -1,5 +1,6 @@
 import torch
 
+from wanduet.media.files import atomic_output
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint, find_checkpoints
 
 
@@ -9,7 +10,7 @@ def checkpoint(step: int) -> DenoiseCheckpoint:
 
 
 def test_the_newest_is_read_back_whole(tmp_path) -> None:
-    store = Checkpoints(tmp_path, "a")
+    store = Checkpoints(tmp_path, "a", atomic_output)
     assert store.load() is None
     first, second = checkpoint(1), checkpoint(2)
     store.save(first)
@@ -25,7 +26,7 @@ def test_the_newest_is_read_back_whole(tmp_path) -> None:
 
 
 def test_damage_falls_back_to_the_previous(tmp_path) -> None:
-    store = Checkpoints(tmp_path, "a")
+    store = Checkpoints(tmp_path, "a", atomic_output)
     store.save(checkpoint(1))
     store.save(checkpoint(2))
     whole = store.path.read_bytes()
