@@ -247,21 +247,22 @@ class Models:
 
     @contextmanager
     def group(self, work: Planned) -> "Iterator[Group]":
-        """The processes that share a `parallel` job's work, for one user at a time; started when needed. A group that
-        fails in the block is cleared away."""
+        """The processes that share a `parallel` job's work, for one user at a time; started when needed. If the block
+        fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
         from wanduet.engine.group import Group  # which imports this module, in its processes
 
         with self.locks.hold(GROUP):
-            if self._group is not None and (self._group.ended or self._group.devices != work.plan.ranks):
+            if self._group is not None and self._group.devices != work.plan.ranks:
                 self.close_group()
             if self._group is None:
                 self._group = Group(self.config, work.plan)
-            group = self._group
             try:
-                yield group
-            finally:
-                if group.ended:
-                    self.close_group()
+                yield self._group
+            except CancelledError:  # told by its number, the ranks pass that task over
+                raise
+            except BaseException:
+                self.close_group()
+                raise
 
     def close_group(self) -> None:
         """End the group's processes; the next job starts new ones."""

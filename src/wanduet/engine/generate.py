@@ -22,7 +22,7 @@ from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surro
 from wanduet.engine.job import Event, Job, Video, VideoResult
 from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
 from wanduet.engine.record import made_alike, provenance_of, video_digest
-from wanduet.errors import ConfigError, OutOfMemoryError
+from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError
 from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
@@ -192,8 +192,8 @@ def _decode_on_ranks(models: Models, video: Video, latents: Tensor) -> Written |
         with models.group(video) as group:
             try:
                 return _write(models, video, group.decode(video, latents))
-            except BaseException:
-                models.close_group()  # its ranks still decode
+            except CancelledError:
+                models.close_group()  # its ranks decode on
                 raise
     except RankFailedError as error:
         problem = error

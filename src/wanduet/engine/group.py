@@ -32,11 +32,6 @@ class Group:
         self._ranks = RankGroup(work, plan.ranks, config)
         self._denoised: Tensor | None = None  # last, which the ranks still have
 
-    @property
-    def ended(self) -> bool:
-        """Whether its processes have been ended because one failed: another group must be started."""
-        return self._ranks.ended
-
     def preload(self, work: Planned) -> None:
         """Let the ranks load the transformer now; does not wait."""
         self._ranks.send(Assignment(work.plan, work.request, None, work.id))

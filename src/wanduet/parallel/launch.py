@@ -115,11 +115,6 @@ class RankGroup:
     ) -> None:
         self.close()
 
-    @property
-    def ended(self) -> bool:
-        """Whether its processes have been ended because one failed."""
-        return self._error is not None
-
     def send(self, message: object, rank: int | None = None) -> int:
         """Give a picklable message to one rank's `receive`, or to every rank's. Returns its number, for `cancel`."""
         self._sent += 1
