@@ -87,7 +87,7 @@ class Models:
         self.config = config
         torch.backends.cudnn.allow_tf32 = config.tf32
         self.locks = Locks()
-        self._loading = Loading(self)
+        self._loading = Loading()
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._group: Group | None = None
@@ -150,7 +150,7 @@ class Models:
                     with self.group(work) as group:
                         group.preload(work)
         else:
-            self._loading.begin(work)
+            self._loading.begin(self, work)
 
     @property
     def _denoiser(self) -> Denoiser | None:
@@ -170,7 +170,7 @@ class Models:
     def _ready_denoiser(self, work: Planned) -> Denoiser:
         plan = work.plan
         wanted = (torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype))
-        while ((have := self._loading.wait(work)).device, have.dtype) != wanted:
+        while ((have := self._loading.wait(self, work)).device, have.dtype) != wanted:
             del have  # it was loaded for another job, which wanted it otherwise
             self._loading.drop()
         have.memory.keep_copies(not plan.keep_both)

@@ -25,7 +25,7 @@ from wanduet.engine.denoising import Conditioning
 from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.plan import Plan, make_plan, require_fit
-from wanduet.engine.release import forget_frames, release_memory
+from wanduet.engine.release import forget_traceback, release_memory
 from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, WanduetError
 from wanduet.media.codecs import container_for
@@ -267,13 +267,11 @@ class Engine:
                 job.fail(error)
 
     def _clear_away(self, job: Job, error: BaseException) -> None:
-        """Nothing of a failure stays on the devices. What nobody expected is logged first, as text: whatever keeps log
-        records would else keep the frames, and the tensors in them."""
+        """Nothing of a failure stays on the devices. What nobody expected is logged first, with where it happened, as
+        text: whatever keeps log records would else keep the frames, and the tensors in them."""
         if not isinstance(error, WanduetError) and not job.finished:
             log.error("Job %s failed.\n%s", job.id, "".join(traceback.format_exception(error)).rstrip())
-        if error.__traceback__ is not None:
-            error.__traceback__ = error.__traceback__.tb_next  # the frame that still runs, and refers to the engine
-        forget_frames(error)
+        forget_traceback(error)
         with suppress(Exception):  # a device that has failed cannot even do that
             release_memory()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wanduet.engine.job import Planned
-from wanduet.engine.release import forget_frames, release_models
+from wanduet.engine.release import forget_traceback, release_models
 from wanduet.engine.turns import SHORT_TURNS
 from wanduet.errors import CancelledError
 from wanduet.models.vae_traced import compile_decode
@@ -34,8 +34,7 @@ POLL = 0.1
 class Loading:
     """The transformer, and at most one load of it at a time, shared by all who wait. Methods are for any thread."""
 
-    def __init__(self, models: "Models") -> None:
-        self._models = models
+    def __init__(self) -> None:
         self._lock = Lock()
         self._load: Future[Denoiser] | None = None
         self._begun_for = ""  # the job
@@ -43,24 +42,24 @@ class Loading:
         self.loaded: Denoiser | None = None
         self.stopped = Event()  # whoever loads looks at it now and then
 
-    def begin(self, work: Planned) -> None:
+    def begin(self, models: "Models", work: Planned) -> None:
         """Load the transformer as a job's plan wants it, unless it is there or on its way."""
         with self._lock:
             if self.loaded is None:
-                self._begin(work)
+                self._begin(models, work)
 
-    def _begin(self, work: Planned) -> "Future[Denoiser]":
+    def _begin(self, models: "Models", work: Planned) -> "Future[Denoiser]":
         if self.stopped.is_set():
             raise CancelledError("The engine is closed.")
         load = self._load
         if load is None or (_failed(load) and self._begun_for != work.id):  # a failure is told once, and tried again
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(2, "wanduet-load")
-            self._load = load = preload(self._models, work, self._pool)
+            self._load = load = preload(models, work, self._pool)
             self._begun_for = work.id
         return load
 
-    def wait(self, work: Planned) -> "Denoiser":
+    def wait(self, models: "Models", work: Planned) -> "Denoiser":
         """The transformer: the one that is there, or what the load under way, or a new one, comes to.
 
         A job that is cancelled meanwhile stops to wait, and leaves the load to the next. Raises CancelledError, or what
@@ -69,7 +68,7 @@ class Loading:
         with self._lock:
             if self.loaded is not None:
                 return self.loaded
-            load = self._begin(work)
+            load = self._begin(models, work)
         while not load.done():
             work.check_cancelled()
             wait((load,), POLL)
@@ -110,7 +109,7 @@ class Loading:
         if load is not None and not _failed(load):
             load.result().free()
         elif load is not None and not load.cancelled() and (error := load.exception()) is not None:
-            forget_frames(error)
+            forget_traceback(error)
         del load
         self.drop()
 
@@ -126,7 +125,11 @@ def preload(models: "Models", work: Planned, pool: ThreadPoolExecutor) -> "Futur
     """
     loaded = pool.submit(models.load_denoiser, work)
     fitted = pool.submit(_fit, models, work, loaded)
-    rest = pool.submit(_prepare_rest, models, work, loaded, fitted)
+    # Not the futures: they hold the transformer, and the rest may take half a minute.
+    is_loaded, is_fitted = Event(), Event()
+    loaded.add_done_callback(lambda _: is_loaded.set())
+    fitted.add_done_callback(lambda _: is_fitted.set())
+    rest = pool.submit(_prepare_rest, models, work, is_loaded, is_fitted)
     SHORT_TURNS.begin()
     rest.add_done_callback(lambda _: SHORT_TURNS.end())  # also if the engine is closed before it begins
     return fitted
@@ -140,13 +143,13 @@ def _fit(models: "Models", work: Planned, loaded: "Future[Denoiser]") -> "Denois
     return denoiser
 
 
-def _prepare_rest(models: "Models", work: Planned, loaded: "Future[Denoiser]", fitted: "Future[Denoiser]") -> None:
+def _prepare_rest(models: "Models", work: Planned, is_loaded: Event, is_fitted: Event) -> None:
     """What the first step and the decode need beside the transformer."""
     try:
-        wait((loaded,))
+        is_loaded.wait()
         with suppress(Exception):
             make_sampler(work.request.sampler, work.request.flow_shift, 1, torch.device("cpu"))
-        wait((fitted,))  # which measures what attention takes
+        is_fitted.wait()  # which measures what attention takes
         if not work.cancelled:
             _prepare_vae_kernels(models, work)
     except Exception as error:

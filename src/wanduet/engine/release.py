@@ -29,13 +29,11 @@ def drop_memory(module: nn.Module) -> None:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
-def forget_frames(error: BaseException) -> None:
-    """Drop the local variables, tensors among them, that an error's traceback keeps alive, and those of its causes.
-
-    The traceback itself stays, with its files and lines.
-    """
+def forget_traceback(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of its causes: their frames keep local variables alive, tensors among them."""
     for one in _chain(error):
-        traceback.clear_frames(one.__traceback__)
+        traceback.clear_frames(one.__traceback__)  # somebody else may refer to them too
+        one.__traceback__ = None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
