@@ -91,6 +91,7 @@ class Models:
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._group: Group | None = None
+        self._limited: set[torch.device] = set()  # GPUs of which this process may use a part only
 
     @cached_property
     def folder(self) -> ModelFolder | None:
@@ -359,6 +360,8 @@ class Models:
         """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
         self.close_group()
         self._loading.close()
+        while self._limited:  # the next engine of this process may have more
+            torch.cuda.set_per_process_memory_fraction(1.0, self._limited.pop())
         vae, self._vae, self._text = self._vae, None, None
         if vae is not None:
             drop_memory(vae)
@@ -371,6 +374,7 @@ class Models:
         prepare_allocator(device)
         if self.config.vram_limit is not None and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
+            self._limited.add(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.vram_limit / total), device)
 
     def _host_memory(self, plan: Plan) -> HostMemory:

@@ -25,7 +25,6 @@ from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import make_plan
 from wanduet.engine.release import forget_traceback
 from wanduet.errors import CancelledError, NonFiniteLatentsError, WeightsError
-from wanduet.models.text_encoder import TextEncoder
 from wanduet.models.vae import WanVAE
 from wanduet.request import GenerationRequest
 
