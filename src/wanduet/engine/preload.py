@@ -84,20 +84,22 @@ class Loading:
 
     def drop(self) -> None:
         """Give back the transformer's memory; nobody may use it."""
-        loaded = self.loaded
-        if loaded is not None:
-            loaded.free()
+        if self.loaded is not None:
+            self._free()
+            release_models()
+
+    def _free(self) -> None:
+        if self.loaded is not None:
+            self.loaded.free()
             with self._lock:  # only now: a load that begins at once finds room
                 self.loaded = None
-            del loaded
-            release_models()
 
     def stop(self) -> None:
         """Let a load under way end as soon as it can, and begin none."""
         self.stopped.set()
 
     def close(self) -> None:
-        """Stop, wait until nothing loads any more, and drop what was loaded. Loads can begin again then."""
+        """Stop, wait until nothing loads any more, and free what was loaded. Loads can begin again then."""
         with self._lock:
             self.stopped.set()
             pool, self._pool = self._pool, None
@@ -110,8 +112,7 @@ class Loading:
             load.result().free()
         elif load is not None and not load.cancelled() and (error := load.exception()) is not None:
             forget_traceback(error)
-        del load
-        self.drop()
+        self._free()
 
 
 def _failed(load: "Future[Denoiser]") -> bool:
