@@ -14,12 +14,9 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig
 from wanduet.engine import generate
-from wanduet.engine.build import Models
-from wanduet.engine.hardware import detect
+from wanduet.engine.denoising import Denoising
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.engine.plan import make_plan
-from wanduet.engine.record import video_digest
 from wanduet.errors import CancelledError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
@@ -101,48 +98,7 @@ def steps_of(run: Run, **keywords: Any) -> tuple[Job, list[int]]:
     return run(watch=lambda info: seen.append(info.step), **keywords), seen
 
 
-# What a checkpoint belongs to.
-
-CHANGES = {
-    "prompt": {"prompt": "a blue square"},
-    "seed": {"seed": 4},
-    "steps": {"num_inference_steps": 7},
-    "guidance": {"guidance_scale": 2.0},
-    "shift": {"flow_shift": 4.0},
-    "sampler": {"sampler": "euler"},
-    "size": {"height": 48},
-    "frames": {"num_frames": 9},
-    "transformer's precision": {"transformer_dtype": "bfloat16"},
-    "text encoder's precision": {"text_encoder_dtype": "bfloat16"},
-    "approximate attention": {"attention": "sageattention"},
-    "model": {"model": "random:1.3b"},
-    "callback": {},
-}
-
-
-def digest_of(config: EngineConfig, on_step: Any = None, **changes: Any) -> str:
-    settings = {k: v for k, v in changes.items() if k in EngineConfig.__dataclass_fields__}
-    request_changes = {k: v for k, v in changes.items() if k not in settings}
-    config = replace(config, **settings)
-    models = Models(config)
-    request = GenerationRequest(**(SMALL | request_changes)).resolve(models.spec)
-    job = Job(request, make_plan(request, models.memory, config, detect()), OutputOptions(Path("x.mkv")), None, on_step)
-    return video_digest(models, job.videos[0])
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_the_latents_is_another_denoise(config, change) -> None:
-    config = replace(config, text_encoder_dtype="float32")
-    on_step = (lambda _: None) if change == "callback" else None
-    assert digest_of(config, on_step, **CHANGES[change]) != digest_of(config)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"fps": 8}, {"num_videos_per_prompt": 3}, {"vae_dtype": "bfloat16"}, {"tf32": False}, {"devices": "vae=cpu,transformer=cpu"}],
-    ids=["fps", "more videos", "vae", "tf32", "placed"],
-)  # fmt: skip
-def test_what_does_not_change_the_latents_goes_on(config, changes) -> None:
-    assert digest_of(config, **changes) == digest_of(config)
+# Settings.
 
 
 def test_a_resume_at_another_precision_begins_again(run) -> None:
@@ -267,6 +223,30 @@ def test_nan_ends_the_job_and_a_resume_goes_on_before_it(run, poisoned) -> None:
     poisoned(3)
     with pytest.raises(NonFiniteLatentsError):
         run()
+    poisoned(-1)
+    resumed, steps = steps_of(run, resume=True)
+    assert steps == [3, 4, 5]
+    assert frames(resumed) == whole
+
+
+def test_nan_is_tried_again_on_plain_kernels_from_the_last_good_step(run, poisoned, monkeypatch) -> None:
+    whole = frames(run("whole"))
+    interrupt(run, 5)  # another run's steps are not taken for it
+    monkeypatch.setattr(Denoising, "_use_plain_kernels", lambda self: poisoned(-1) or True)
+    poisoned(3)
+    job, steps = steps_of(run)
+    assert steps == [0, 1, 2, 3, 3, 4, 5]
+    assert job.rungs == ["denoise: plain kernels after NaN at step 4"]
+    assert frames(job) == whole
+
+
+def test_a_cancel_before_the_plain_kernels_run_keeps_the_last_good_step(run, poisoned, monkeypatch) -> None:
+    whole = frames(run("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Denoising, "_use_plain_kernels", lambda self: run.cancel() or True)
+        poisoned(3)
+        with pytest.raises(CancelledError):
+            run()
     poisoned(-1)
     resumed, steps = steps_of(run, resume=True)
     assert steps == [3, 4, 5]
