@@ -1,7 +1,7 @@
 """Models on their devices, as a plan wants them: loaded once, kept between jobs, moved when they must take turns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -161,7 +161,7 @@ class Models:
     def transformer(self, work: Planned) -> Iterator[Denoiser]:
         """The transformer, on its device for the length of the block, set up for the job's shapes."""
         device = torch.device(work.plan.transformer_device)
-        with self.locks.hold(work.plan.transformer_device), on_device_of(device):
+        with self.locks.take(work.plan.transformer_device), on_device_of(device):
             denoiser = self._ready_denoiser(work)
             if not work.plan.keep_both:
                 self._vae_to_host(device)
@@ -215,8 +215,7 @@ class Models:
             randomise(parameters)
         else:
             self._verify()
-            self._check_open()
-            self.folder.transformer.load_into({n: p.data for n, p in parameters.items()})
+            self.folder.transformer.load_into(_Targets(parameters, self._check_open))
         if resident < spec.transformer.num_layers:
             stream_blocks(transformer, device, resident, memory)
         if self.folder is not None:
@@ -252,14 +251,14 @@ class Models:
         fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
         from wanduet.engine.group import Group  # which imports this module, in its processes
 
-        with self.locks.hold(GROUP):
+        with self.locks.take(GROUP):
             if self._group is not None and self._group.devices != work.plan.ranks:
                 self.close_group()
             if self._group is None:
                 self._group = Group(self.config, work.plan)
             try:
                 yield self._group
-            except CancelledError:  # told by its number, the ranks pass that task over
+            except CancelledError:  # of a task that has a number, by which the ranks skip it
                 raise
             except BaseException:
                 self.close_group()
@@ -267,7 +266,7 @@ class Models:
 
     def close_group(self) -> None:
         """End the group's processes; the next job starts new ones."""
-        with self.locks.hold(GROUP):
+        with self.locks.take(GROUP):
             group, self._group = self._group, None
             if group is not None:
                 group.close()
@@ -277,14 +276,14 @@ class Models:
     @contextmanager
     def vae(self, work: Planned, device: str) -> Iterator[WanVAE]:
         """The VAE, on a device for the length of the block."""
-        with self.locks.hold(VAE), self.locks.hold(device), on_device_of(torch.device(device)):
+        with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
             if not work.plan.keep_both:
                 self.make_room(device)
             yield self.load_vae(device, work.plan.vae_dtype, work)
 
     def make_room(self, device: str) -> None:
         """Take the transformer's blocks off a device; the next denoise brings them back."""
-        with self.locks.hold(device):
+        with self.locks.take(device):
             denoiser = self._denoiser
             if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
                 denoiser.park()
@@ -292,7 +291,7 @@ class Models:
 
     def load_vae(self, device: str, dtype: str, work: Planned | None = None) -> WanVAE:
         """The VAE's decoder on a device, loaded or moved there."""
-        with self.locks.hold(PLACE):
+        with self.locks.take(PLACE):
             return self._load_vae(device, dtype, work)
 
     def _load_vae(self, device: str, dtype: str, work: Planned | None) -> WanVAE:
@@ -334,7 +333,7 @@ class Models:
     def _vae_to_host(self, device: torch.device) -> None:
         """Take the VAE off a device, which this thread has locked: so nobody decodes there. On another one it may be
         decoding, and stays."""
-        with self.locks.hold(PLACE):
+        with self.locks.take(PLACE):
             if self._vae is not None and self._vae.post_quant_conv.weight.device == device:
                 for part in self._vae.decoding_parts:
                     part.to("cpu")
@@ -386,3 +385,15 @@ class Models:
     def _verify(self) -> None:
         if self.folder is not None:
             verify_manifest(self.folder, self.config.data_folder / "verified.json")
+
+
+class _Targets(dict[str, torch.Tensor]):
+    """The tensors that a load fills, one after another; it stops when `check` raises."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], check: Callable[[], None]) -> None:
+        super().__init__((name, parameter.data) for name, parameter in parameters.items())
+        self._check = check
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._check()
+        return super().__getitem__(name)

@@ -62,7 +62,7 @@ class Group:
             elif isinstance(message, Denoised):
                 video.attention = message.attention
                 for event in message.rungs:
-                    if event not in video.rungs:  # a group that was started again tells what the one before told
+                    if event not in video.rungs:  # a group that was started again repeats them
                         video.note(event)
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")

@@ -312,7 +312,7 @@ class Video:
         self.denoised = about
         self.attention = about.get("attention")
         self.changed = bool(about.get("engine", {}).get("callback"))
-        self.rungs += [rung for rung in about.get("rungs", ()) if rung not in self.rungs]
+        self.rungs += [event for event in about.get("rungs", ()) if event not in self.rungs]
         self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
         before = about.get("timings", {})
         self.own_timings.add("denoise_s", before.get("denoise_s", 0.0))

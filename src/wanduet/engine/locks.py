@@ -7,7 +7,7 @@ from contextlib import contextmanager
 # In this order; whatever has another name is a device, and comes between VAE and PLACE.
 GROUP = "group"  # the processes of strategy `parallel`
 VAE = "vae"  # to decode with it
-PLACE = "place of the VAE"  # to load or move it; held for as long as that takes
+PLACE = "place of the VAE"  # to load or move it, for as long as that takes
 _DEVICE_RANK = 2
 _RANKS = {GROUP: 0, VAE: 1, PLACE: 3}
 
@@ -21,7 +21,7 @@ class Locks:
         self._thread = threading.local()
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
+    def take(self, name: str) -> Iterator[None]:
         """Wait for it, and have it for the length of the block. Raises RuntimeError where that could wait for ever."""
         mine = self._mine()
         if name not in mine and any(_rank(other) >= _rank(name) for other in mine):
@@ -48,11 +48,11 @@ class Locks:
             lock.release()
 
     def _mine(self) -> list[str]:
-        """What this thread holds."""
-        if not hasattr(self._thread, "held"):
-            self._thread.held = []
-        held: list[str] = self._thread.held
-        return held
+        """What this thread has."""
+        if not hasattr(self._thread, "names"):
+            self._thread.names = []
+        names: list[str] = self._thread.names
+        return names
 
     def _lock(self, name: str) -> threading.RLock:
         with self._guard:

@@ -124,6 +124,12 @@ class Engine:
             self._to_encode.put(job)
         return job
 
+    def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
+        """Whether an earlier run has finished all of a request's videos with the settings that this engine would use."""
+        resolved = request.resolve(self.models.spec)
+        job = Job(resolved, self._plan(resolved), replace(output, resume=True))
+        return all(generate.finished_video(self.models, video) is not None for video in job.videos)
+
     def _check_open(self) -> None:
         if self._closed:
             raise CancelledError("The engine is closed.", hint="Make a new one.")

@@ -52,7 +52,7 @@ class Loading:
         if self.stopped.is_set():
             raise CancelledError("The engine is closed.")
         load = self._load
-        if load is None or (_failed(load) and self._begun_for != work.id):  # a failure is told once, and tried again
+        if load is None or (_failed(load) and self._begun_for != work.id):  # a failure is raised once, then tried again
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(2, "wanduet-load")
             self._load = load = preload(models, work, self._pool)

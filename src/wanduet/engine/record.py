@@ -1,4 +1,4 @@
-"""What is told of a video, and which of an earlier run's files belong to it: those that the same settings made."""
+"""A video's metadata, and which of an earlier run's files belong to a video: those that the same settings made."""
 
 import hashlib
 import json

@@ -38,7 +38,7 @@ def test_a_device_in_use_is_not_idle(config) -> None:
             seen.append(idle)
 
     for held in (True, False):
-        with models.locks.hold("cpu" if held else "another"):
+        with models.locks.take("cpu" if held else "another"):
             thread = threading.Thread(target=look)
             thread.start()
             thread.join()

@@ -17,6 +17,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.engine.plan import make_plan
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WeightsError
 from wanduet.request import GenerationRequest
+from wanduet.weights.files import TensorFiles
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
@@ -161,6 +162,36 @@ def test_close_while_it_loads_ends_the_load_and_all_jobs(begin, own, loads) -> N
     assert loads.count == 1
 
 
+def test_close_ends_a_load_between_two_tensors(config, tmp_path, monkeypatch) -> None:
+    """A large model takes minutes."""
+    whole, seen = TensorFiles.iterate, []
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slowed(self: TensorFiles, names: Any) -> Iterator[Any]:
+        for item in whole(self, names):
+            seen.append(item[0])
+            if len(seen) == 3:
+                reached.set()
+                assert go_on.wait(60)
+            yield item
+
+    monkeypatch.setattr(TensorFiles, "iterate", slowed)
+    monkeypatch.setattr("wanduet.engine.generate.encode_prompt", lambda *_: go_on.wait(60))
+    engine = Engine(config)
+    job = engine.submit(GenerationRequest(**SMALL), OutputOptions(tmp_path / "a.mkv", "ffv1"))
+    assert reached.wait(60)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine.models._loading.stopped.is_set():
+        closing.join(0.01)
+    go_on.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert len(seen) == 3
+    with pytest.raises(CancelledError):
+        job.result(60)
+
+
 def test_a_load_for_another_precision_is_replaced(config, tmp_path) -> None:
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
@@ -177,12 +208,12 @@ def test_a_load_for_another_precision_is_replaced(config, tmp_path) -> None:
 
 def test_locks_are_taken_in_one_order() -> None:
     locks = Locks()
-    with locks.hold(GROUP), locks.hold(VAE), locks.hold("cuda:0"), locks.hold(PLACE), locks.hold("cuda:0"):
+    with locks.take(GROUP), locks.take(VAE), locks.take("cuda:0"), locks.take(PLACE), locks.take("cuda:0"):
         pass
     for first, second in (("cuda:0", VAE), ("cuda:0", "cuda:1"), (VAE, GROUP), (PLACE, "cpu")):
-        with locks.hold(first), pytest.raises(RuntimeError, match="before"), locks.hold(second):
+        with locks.take(first), pytest.raises(RuntimeError, match="before"), locks.take(second):
             pass
-    with locks.hold("cuda:0"), locks.if_idle("cuda:1") as idle:  # which waits for nothing
+    with locks.take("cuda:0"), locks.if_idle("cuda:1") as idle:  # which waits for nothing
         assert idle
 
 

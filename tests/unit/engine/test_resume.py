@@ -109,8 +109,11 @@ def test_a_resume_at_another_precision_begins_again(run) -> None:
     assert frames(resumed) == fresh
 
 
-def test_a_finished_video_of_another_precision_is_made_again(run, tmp_path) -> None:
+def test_a_finished_video_of_another_precision_is_made_again(run, engines, tmp_path) -> None:
     run(settings={"transformer_dtype": "bfloat16"})
+    request, output = GenerationRequest(**SMALL), OutputOptions(tmp_path / "a.mkv", "ffv1")
+    assert engines({"transformer_dtype": "bfloat16"}).is_finished(request, output)
+    assert not engines({"transformer_dtype": "float32"}).is_finished(request, output)
     _, steps = steps_of(run, resume=True, settings={"transformer_dtype": "float32"})
     assert len(steps) == 6
     assert read_metadata(tmp_path / "a.mkv")["engine"]["transformer_dtype"] == "float32"
