@@ -24,6 +24,7 @@ from _common import TINY
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.errors import WanduetError
 from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo
 
@@ -139,8 +140,11 @@ def main() -> int:
         print(f"== {name}", flush=True)
         for number in range(options.ranks_engines if name == "parallel" else options.engines):
             began = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                use(settings | named, options.jobs if number == 0 else 1, Path(folder), tell=number == 0)
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    use(settings | named, options.jobs if number == 0 else 1, Path(folder), tell=number == 0)
+            except WanduetError as error:
+                print(f"  engine {number + 1} failed: {error}", flush=True)
             now = figures()  # nothing is collected here: closing has to do it
             seconds = round(time.perf_counter() - began, 1)
             print(f"  engine {number + 1} closed after {seconds} s:", json.dumps(now), flush=True)

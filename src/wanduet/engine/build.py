@@ -1,7 +1,7 @@
 """Models on their devices, as a plan wants them: loaded once, kept between jobs, moved when they must take turns."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from wanduet.engine.job import Planned
 from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.plan import Plan
-from wanduet.engine.preload import Loading
+from wanduet.engine.preload import Loading, Targets
 from wanduet.engine.random_weights import randomise
 from wanduet.engine.release import drop_memory, release_memory, release_models
 from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
@@ -215,7 +215,7 @@ class Models:
             randomise(parameters)
         else:
             self._verify()
-            self.folder.transformer.load_into(_Targets(parameters, self._check_open))
+            self.folder.transformer.load_into(Targets(parameters, self._check_open))
         if resident < spec.transformer.num_layers:
             stream_blocks(transformer, device, resident, memory)
         if self.folder is not None:
@@ -358,14 +358,16 @@ class Models:
     def unload(self) -> None:
         """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
         self.close_group()
-        self._loading.close()
-        while self._limited:  # the next engine of this process may have more
-            torch.cuda.set_per_process_memory_fraction(1.0, self._limited.pop())
         vae, self._vae, self._text = self._vae, None, None
-        if vae is not None:
-            drop_memory(vae)
-        del vae
         with suppress(RuntimeError):  # a device that has failed says so at every call
+            self._loading.close()
+        with suppress(RuntimeError):
+            if vae is not None:
+                drop_memory(vae)
+            while self._limited:  # the next engine of this process may have more
+                torch.cuda.set_per_process_memory_fraction(1.0, self._limited.pop())
+        del vae
+        with suppress(RuntimeError):
             release_models()
 
     def _enforce_limit(self, device: torch.device) -> None:
@@ -385,15 +387,3 @@ class Models:
     def _verify(self) -> None:
         if self.folder is not None:
             verify_manifest(self.folder, self.config.data_folder / "verified.json")
-
-
-class _Targets(dict[str, torch.Tensor]):
-    """The tensors that a load fills, one after another; it stops when `check` raises."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], check: Callable[[], None]) -> None:
-        super().__init__((name, parameter.data) for name, parameter in parameters.items())
-        self._check = check
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._check()
-        return super().__getitem__(name)

@@ -4,6 +4,7 @@ Whatever fails here but the loading is done once more, and fails, where it is ne
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import CancelledError as NotBegun
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -11,6 +12,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from wanduet.engine.job import Planned
 from wanduet.engine.release import forget_traceback, release_models
@@ -90,9 +92,11 @@ class Loading:
 
     def _free(self) -> None:
         if self.loaded is not None:
-            self.loaded.free()
-            with self._lock:  # only now: a load that begins at once finds room
-                self.loaded = None
+            try:
+                self.loaded.free()
+            finally:
+                with self._lock:  # only now: a load that begins at once finds room
+                    self.loaded = None
 
     def stop(self) -> None:
         """Let a load under way end as soon as it can, and begin none."""
@@ -117,6 +121,18 @@ class Loading:
 
 def _failed(load: "Future[Denoiser]") -> bool:
     return load.done() and (load.cancelled() or load.exception() is not None)
+
+
+class Targets(dict[str, Tensor]):
+    """The tensors that a load fills, one after another; it stops when `check` raises."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], check: Callable[[], None]) -> None:
+        super().__init__((name, parameter.data) for name, parameter in parameters.items())
+        self._check = check
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._check()
+        return super().__getitem__(name)
 
 
 def preload(models: "Models", work: Planned, pool: ThreadPoolExecutor) -> "Future[Denoiser]":

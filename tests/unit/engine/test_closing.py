@@ -358,6 +358,19 @@ def test_a_callback_cannot_close_its_own_engine(single, tmp_path) -> None:
         begin(engine, tmp_path / "b.mkv").result(60)
 
 
+def test_a_device_that_fails_at_every_call_does_not_stop_a_close(single, tmp_path, monkeypatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine = Engine(single)
+    begin(engine, tmp_path / "a.mkv").result(60)
+    monkeypatch.setattr("wanduet.engine.build.Denoiser.free", fails)
+    monkeypatch.setattr("wanduet.engine.build.release_models", fails)
+    engine.close()
+    assert engine.models._denoiser is None
+    assert engine.models._vae is None
+
+
 def test_a_device_that_fails_at_every_call_does_not_stop_a_stage(single, tmp_path, monkeypatch) -> None:
     def fails() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
