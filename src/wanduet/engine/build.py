@@ -91,7 +91,6 @@ class Models:
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._group: Group | None = None
-        self._limited: set[torch.device] = set()  # GPUs of which this process may use a part only
 
     @cached_property
     def folder(self) -> ModelFolder | None:
@@ -361,11 +360,9 @@ class Models:
         vae, self._vae, self._text = self._vae, None, None
         with suppress(RuntimeError):  # a device that has failed says so at every call
             self._loading.close()
-        with suppress(RuntimeError):
-            if vae is not None:
+        if vae is not None:
+            with suppress(RuntimeError):
                 drop_memory(vae)
-            while self._limited:  # the next engine of this process may have more
-                torch.cuda.set_per_process_memory_fraction(1.0, self._limited.pop())
         del vae
         with suppress(RuntimeError):
             release_models()
@@ -375,7 +372,6 @@ class Models:
         prepare_allocator(device)
         if self.config.vram_limit is not None and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            self._limited.add(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.vram_limit / total), device)
 
     def _host_memory(self, plan: Plan) -> HostMemory:
