@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from wanduet.media.files import atomic_output
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.samplers import SchedulerSampler, make_sampler
@@ -93,7 +94,7 @@ def test_restored_at_every_step_continues_bit_for_bit(name: str, tmp_path) -> No
     steps = 7
     expected = denoise(velocity, noise(), make_sampler(name, 5.0, steps, CPU))
     sampler = make_sampler(name, 5.0, steps, CPU)
-    store = Checkpoints(tmp_path, "job")
+    store = Checkpoints(tmp_path, "job", atomic_output)
 
     def save(info) -> None:
         store.save(DenoiseCheckpoint(info.step + 1, info.latents, sampler.state(), {"prompt": "x"}))

@@ -58,6 +58,11 @@ class HostMemory:
                 _unlock([self._locked.pop(index)])
                 return
 
+    def close(self) -> None:
+        """Unlock what is locked, and drop the copies; nothing may be on its way from or to here any more."""
+        self.copies.clear()
+        _unlock(self._locked)
+
     def _lock(self, flat: Tensor) -> None:
         """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
         cudart = torch.cuda.cudart()

@@ -1,28 +1,29 @@
 """Models on their devices, as a plan wants them: loaded once, kept between jobs, moved when they must take turns."""
 
-import logging
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanduet.accelerate.host_memory import HostMemory
-from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks
 from wanduet.config import EngineConfig
 from wanduet.engine import selftest
 from wanduet.engine.hardware import process_peak_bytes
-from wanduet.engine.job import Job
+from wanduet.engine.job import Planned
+from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.plan import Plan
-from wanduet.engine.preload import preload
+from wanduet.engine.preload import Loading, Targets
+from wanduet.engine.random_weights import randomise
+from wanduet.engine.release import drop_memory, release_memory, release_models
 from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
+from wanduet.errors import CancelledError, OutOfMemoryError
 from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
@@ -38,8 +39,6 @@ from wanduet.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from wanduet.engine.group import Group
-
-log = logging.getLogger(__name__)
 
 PARKED = -1  # resident blocks of a transformer that made room
 
@@ -72,6 +71,13 @@ class Denoiser:
         stream_blocks(self.transformer, self.device, 0, self.memory, num_buffers=0)
         self.resident_blocks = PARKED
 
+    def free(self) -> None:
+        """Give all memory back, whoever may still refer to the transformer: it cannot run any more."""
+        if isinstance(self.transformer.fetch_blocks, BlockStream):
+            self.transformer.fetch_blocks.close()
+        drop_memory(self.transformer)
+        self.memory.close()
+
 
 class Models:
     """All models of one engine. Methods may be called from any thread."""
@@ -80,14 +86,11 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         torch.backends.cudnn.allow_tf32 = config.tf32
-        self._denoiser: Denoiser | None = None
+        self.locks = Locks()
+        self._loading = Loading()
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
-        self._loading: Future[Denoiser] | None = None
         self._group: Group | None = None
-        self._loader = ThreadPoolExecutor(2, "wanduet-load")
-        self._turns: dict[str, threading.RLock] = {}  # one user of a device at a time
-        self._guard = threading.Lock()
 
     @cached_property
     def folder(self) -> ModelFolder | None:
@@ -139,51 +142,64 @@ class Models:
 
     # Transformer.
 
-    def preload(self, job: Job) -> None:
+    def preload(self, work: Planned) -> None:
         """Start to load the transformer, and all that its first step needs, while the text is encoded."""
-        if job.plan.strategy == "parallel":
-            with self.if_idle("group") as idle:  # a group at work has loaded; the text must not wait for it
+        if work.plan.strategy == "parallel":
+            with self.locks.if_idle(GROUP) as idle:  # a group at work has loaded; the text must not wait for it
                 if idle:
-                    with self.group(job) as group:
-                        group.preload(job)
-            return
-        with self._guard:
-            if self._denoiser is None and self._loading is None:
-                self._loading = preload(self, job, self._loader)
+                    with self.group(work) as group:
+                        group.preload(work)
+        else:
+            self._loading.begin(self, work)
+
+    @property
+    def _denoiser(self) -> Denoiser | None:
+        return self._loading.loaded
 
     @contextmanager
-    def transformer(self, job: Job) -> Iterator[Denoiser]:
+    def transformer(self, work: Planned) -> Iterator[Denoiser]:
         """The transformer, on its device for the length of the block, set up for the job's shapes."""
-        plan = job.plan
-        with self._turn(plan.transformer_device), on_device_of(torch.device(plan.transformer_device)):
-            denoiser = self._ready_denoiser(job)
-            if not plan.keep_both:
-                self._vae_to_host()
-            self.fit_to(denoiser, job)
+        device = torch.device(work.plan.transformer_device)
+        with self.locks.take(work.plan.transformer_device), on_device_of(device):
+            denoiser = self._ready_denoiser(work)
+            if not work.plan.keep_both:
+                self._vae_to_host(device)
+            self.fit_to(denoiser, work)
             yield denoiser
 
-    def _ready_denoiser(self, job: Job) -> Denoiser:
-        loading, self._loading = self._loading, None
-        if loading is not None:
-            self._denoiser = loading.result()
-        plan = job.plan
+    def _ready_denoiser(self, work: Planned) -> Denoiser:
+        plan = work.plan
         wanted = (torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype))
-        have = self._denoiser
-        if have is not None and (have.device, have.dtype) != wanted:
-            self._denoiser = have = None
-            release_memory()
-        if have is None:
-            self._denoiser = have = self.load_denoiser(job)
+        while ((have := self._loading.wait(self, work)).device, have.dtype) != wanted:
+            del have  # it was loaded for another job, which wanted it otherwise
+            self._loading.drop()
         have.memory.keep_copies(not plan.keep_both)
         if have.resident_blocks != plan.resident_blocks:
             have.restream(plan.resident_blocks)
         return have
 
     @torch.no_grad()
-    def load_denoiser(self, job: Job) -> Denoiser:
-        """The transformer as the job's plan wants it, not yet set up for the job's shapes. Raises WeightsError."""
+    def load_denoiser(self, work: Planned) -> Denoiser:
+        """The transformer as the job's plan wants it, not yet set up for the job's shapes.
+
+        Raises WeightsError, OutOfMemoryError, or CancelledError if the engine is closed meanwhile.
+        """
         began = time.perf_counter()
-        plan, spec = job.plan, self.spec
+        try:
+            denoiser = self._load_denoiser(work.plan)
+        except torch.OutOfMemoryError as error:
+            problem = str(error).split(". ")[0]
+        else:
+            work.add_time("load_s", time.perf_counter() - began)
+            return denoiser
+        release_models()  # outside the handler, whose traceback holds what was loaded
+        raise OutOfMemoryError(
+            f"The transformer's weights found too little memory on {work.plan.transformer_device} ({problem}).",
+            hint="Other programs may use it: see nvidia-smi, free it or set --vram-limit, and try again.",
+        )
+
+    def _load_denoiser(self, plan: Plan) -> Denoiser:
+        spec = self.spec
         device, dtype = torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype)
         self._enforce_limit(device)
         resident, memory = plan.resident_blocks, self._host_memory(plan)
@@ -195,20 +211,24 @@ class Models:
             allocate_streamed(transformer, device, dtype, resident, memory)
         parameters = dict(transformer.named_parameters())
         if self.folder is None:
-            _randomise(parameters)
+            randomise(parameters)
         else:
             self._verify()
-            self.folder.transformer.load_into({n: p.data for n, p in parameters.items()})
+            self.folder.transformer.load_into(Targets(parameters, self._check_open))
         if resident < spec.transformer.num_layers:
             stream_blocks(transformer, device, resident, memory)
         if self.folder is not None:
+            self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
-        job.add_time("load_s", time.perf_counter() - began)
         return Denoiser(transformer, device, dtype, resident, memory)
 
-    def fit_to(self, denoiser: Denoiser, job: Job) -> None:
+    def _check_open(self) -> None:
+        if self._loading.stopped.is_set():
+            raise CancelledError("The engine was closed while it loaded.")
+
+    def fit_to(self, denoiser: Denoiser, work: Planned) -> None:
         """Kernels and attention for the job's length of sequence."""
-        request, t = job.request, self.spec.transformer
+        request, t = work.request, self.spec.transformer
         tokens = self.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
         folder = self.config.data_folder / "measurements"
         heads = (t.num_attention_heads, t.attention_head_dim)
@@ -219,37 +239,33 @@ class Models:
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
         _, kernels, choice = denoiser.chosen
-        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=job.plan.share_first)
+        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=work.plan.share_first)
         denoiser.attend_with(choice)
-
-    @contextmanager
-    def if_idle(self, device: str) -> Iterator[bool]:
-        """Whether nobody else uses a device; if so, nobody does for the length of the block."""
-        turn = self._turn(device)
-        idle = turn.acquire(blocking=False)
-        try:
-            yield idle
-        finally:
-            if idle:
-                turn.release()
 
     # A group of ranks.
 
     @contextmanager
-    def group(self, job: Job) -> "Iterator[Group]":
-        """The processes that share a `parallel` job's work, for one user at a time; started when needed."""
+    def group(self, work: Planned) -> "Iterator[Group]":
+        """The processes that share a `parallel` job's work, for one user at a time; started when needed. If the block
+        fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
         from wanduet.engine.group import Group  # which imports this module, in its processes
 
-        with self._turn("group"):
-            if self._group is not None and self._group.devices != job.plan.ranks:
+        with self.locks.take(GROUP):
+            if self._group is not None and self._group.devices != work.plan.ranks:
                 self.close_group()
             if self._group is None:
-                self._group = Group(self.config, job.plan)
-            yield self._group
+                self._group = Group(self.config, work.plan)
+            try:
+                yield self._group
+            except CancelledError:  # of a task that has a number, by which the ranks skip it
+                raise
+            except BaseException:
+                self.close_group()
+                raise
 
     def close_group(self) -> None:
         """End the group's processes; the next job starts new ones."""
-        with self._turn("group"):
+        with self.locks.take(GROUP):
             group, self._group = self._group, None
             if group is not None:
                 group.close()
@@ -257,23 +273,27 @@ class Models:
     # VAE.
 
     @contextmanager
-    def vae(self, job: Job, device: str) -> Iterator[WanVAE]:
+    def vae(self, work: Planned, device: str) -> Iterator[WanVAE]:
         """The VAE, on a device for the length of the block."""
-        with self._turn(device), on_device_of(torch.device(device)):
-            if not job.plan.keep_both:
+        with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
+            if not work.plan.keep_both:
                 self.make_room(device)
-            yield self.load_vae(device, job.plan.vae_dtype, job)
+            yield self.load_vae(device, work.plan.vae_dtype, work)
 
     def make_room(self, device: str) -> None:
         """Take the transformer's blocks off a device; the next denoise brings them back."""
-        with self._turn(device):
+        with self.locks.take(device):
             denoiser = self._denoiser
             if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
                 denoiser.park()
             release_memory()
 
-    def load_vae(self, device: str, dtype: str, job: Job | None = None) -> WanVAE:
+    def load_vae(self, device: str, dtype: str, work: Planned | None = None) -> WanVAE:
         """The VAE's decoder on a device, loaded or moved there."""
+        with self.locks.take(PLACE):
+            return self._load_vae(device, dtype, work)
+
+    def _load_vae(self, device: str, dtype: str, work: Planned | None) -> WanVAE:
         began = time.perf_counter()
         kind = getattr(torch, dtype)
         if self._vae is None:
@@ -284,7 +304,7 @@ class Models:
                 part.to(kind).to_empty(device=device)
             parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
             if self.folder is None:
-                _randomise(parameters)
+                randomise(parameters)
             else:
                 self._verify()
                 rest = [name for name, _ in vae.named_parameters() if not vae.decodes(name)]
@@ -292,8 +312,8 @@ class Models:
                 selftest.check_vae(vae)
             self._vae = vae
             self._fit_vae_to(torch.device(device), kind)
-            if job is not None:
-                job.add_time("load_s", time.perf_counter() - began)
+            if work is not None:
+                work.add_time("load_s", time.perf_counter() - began)
         moved = self._vae.post_quant_conv.weight.device != torch.device(device)
         for part in self._vae.decoding_parts:
             part.to(device, kind)
@@ -309,21 +329,16 @@ class Models:
                 self._vae.round_to_tf32()
         self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim))
 
-    def _vae_to_host(self) -> None:
-        if self._vae is not None:
-            for part in self._vae.decoding_parts:
-                part.to("cpu")
-            release_memory()
+    def _vae_to_host(self, device: torch.device) -> None:
+        """Take the VAE off a device, which this thread has locked: so nobody decodes there. On another one it may be
+        decoding, and stays."""
+        with self.locks.take(PLACE):
+            if self._vae is not None and self._vae.post_quant_conv.weight.device == device:
+                for part in self._vae.decoding_parts:
+                    part.to("cpu")
+                release_memory()
 
     # Housekeeping.
-
-    def recover(self, error: BaseException) -> None:
-        """After a failure: nothing of it stays on the devices."""
-        loading, self._loading = self._loading, None
-        if loading is not None and loading.done() and loading.exception() is None:
-            self._denoiser = loading.result()
-        error.__traceback__ = None  # its frames hold tensors
-        release_memory()
 
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes by device: what the allocator reserved on GPUs, the process's resident memory on the host."""
@@ -335,12 +350,22 @@ class Models:
                     peaks[f"cuda:{index}"] = reserved
         return peaks
 
+    def stop_loading(self) -> None:
+        """Let a load under way end as soon as it can; what waits for it fails with CancelledError. `unload` follows."""
+        self._loading.stop()
+
     def unload(self) -> None:
-        """Drop everything."""
+        """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
         self.close_group()
-        self._loader.shutdown(wait=True)
-        self._denoiser = self._vae = self._text = self._loading = None
-        release_memory()
+        vae, self._vae, self._text = self._vae, None, None
+        with suppress(RuntimeError):  # a device that has failed says so at every call
+            self._loading.close()
+        if vae is not None:
+            with suppress(RuntimeError):
+                drop_memory(vae)
+        del vae
+        with suppress(RuntimeError):
+            release_models()
 
     def _enforce_limit(self, device: torch.device) -> None:
         """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the ladder is walked."""
@@ -358,27 +383,3 @@ class Models:
     def _verify(self) -> None:
         if self.folder is not None:
             verify_manifest(self.folder, self.config.data_folder / "verified.json")
-
-    def _turn(self, device: str) -> threading.RLock:
-        with self._guard:
-            return self._turns.setdefault(device, threading.RLock())
-
-
-def release_memory() -> None:
-    """Give cached blocks back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _randomise(parameters: Mapping[str, Tensor]) -> None:
-    """Random weights of the true shapes: norms of one, small matrices, so that activations stay finite.
-
-    The same ones each time, on devices of one kind.
-    """
-    generators: dict[torch.device, torch.Generator] = {}
-    for seed, (name, parameter) in enumerate(sorted(parameters.items())):
-        if parameter.ndim == 1 or "gamma" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator.manual_seed(seed))

@@ -15,7 +15,7 @@ class Decoder(Engine):
         return make_decode_plan(request, self.models.memory, self.config, self.hardware)
 
     def _encode_job(self, job: Job) -> None:
-        latents = generate.kept_latents(self.models, job)
+        latents = generate.kept_latents(self.models, job, any_precision=True)
         if latents is None:
             raise LatentsGoneError("The latents of this job are not where its denoise has left them.")
         self._decode_here(job, latents)

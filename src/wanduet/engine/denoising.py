@@ -1,6 +1,6 @@
 """The denoise of one video on a loaded transformer: in the engine's own process, or in each rank of a group.
 
-All that differs between the two is given: how progress is told, how a cancel is noticed, what a forward is
+All that differs between the two is given: where progress goes, how a cancel is noticed, what a forward is
 wrapped in, and the mesh of ranks, if there is one.
 """
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from wanduet.engine.build import Denoiser
-from wanduet.engine.job import Event
-from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.engine.job import Event, Video
+from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.media.embeddings import PromptEmbeds
 from wanduet.models.text_encoder import pad_embeddings
 from wanduet.models.transformer import TextContext
 from wanduet.ops.attention import sdpa
 from wanduet.ops.fused import TORCH_KERNELS
-from wanduet.parallel.exchange import take_from_first
+from wanduet.parallel.exchange import take_from_first, told
 from wanduet.parallel.mesh import Mesh
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
@@ -47,13 +47,17 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class DenoiseTask:
-    """What is to be denoised: video `index` of a request. `digest` names its checkpoints, `about` is kept in them."""
+    """What is to be denoised: video `index` of a request. `digest` names its checkpoints, `about` is kept in them.
+
+    `writer` is the job's id: with its own checkpoints it always goes on, with another job's only if `resume`.
+    """
 
     request: ResolvedRequest
     index: int
     conditioning: Conditioning
     digest: str
     about: dict[str, Any]
+    writer: str
     resume: bool
     checkpoint_seconds: float
     watched: bool = False  # by a process that is not the one that makes the steps
@@ -61,14 +65,14 @@ class DenoiseTask:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a denoise runs."""
+    """Where a denoise runs; `video` is the record of how it was made."""
 
+    video: Video
     emit: Callable[[Event], None]
     should_cancel: Callable[[], bool]
     on_step: OnStep | None = None
     watch: Watch | None = None
-    forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may go down the out-of-memory ladder
-    rung: Callable[[str], None] = field(default=lambda _: None)
+    forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may make the work smaller, and run it again
     mesh: Mesh | None = None
     keeps_checkpoints: bool = True
 
@@ -90,6 +94,9 @@ class Denoising:
             self.noise = noise.result()
         self._saved_at = 0.0
         self._last: tuple[int, Tensor] | None = None
+        self._began = time.perf_counter()
+        self._before = 0.0  # seconds that went into the steps of a checkpoint which this denoise goes on from
+        self.seconds_of_others = 0.0  # those of them that another job has spent
 
     def __call__(self) -> Tensor:
         """Latents `[16, T, h, w]` float32 on the host.
@@ -97,20 +104,22 @@ class Denoising:
         Raises CancelledError (after a checkpoint), or NonFiniteLatentsError if plain kernels give NaN too.
         """
         try:
-            return self._run(self.task.resume)[0].float().cpu()
+            return self._run()[0].float().cpu()
         except NonFiniteLatentsError as error:
             if not self._use_plain_kernels():
                 raise
-            log.warning("%s Retrying with plain kernels.", error.message)
-            self.around.rung(f"denoise: plain kernels after NaN at step {error.step + 1}")
-            return self._run(resume=True)[0].float().cpu()
+            problem = error
+        # Outside the handler: its traceback holds the failed run's tensors.
+        log.warning("%s Retrying with plain kernels.", problem.message)
+        self.around.video.note(f"denoise: plain kernels after NaN at step {problem.step + 1}")
+        return self._run()[0].float().cpu()
 
-    def _run(self, resume: bool) -> Tensor:
-        """Latents `[1, 16, T, h, w]` on the device, from the last checkpoint if there is one and `resume`."""
+    def _run(self) -> Tensor:
+        """Latents `[1, 16, T, h, w]` on the device, from the last checkpoint if there is one to go on from."""
         request, device = self.task.request, self.denoiser.device
         sampler = make_sampler(request.sampler, request.flow_shift, request.num_inference_steps, device)
         start, latents = 0, self.noise.to(device)
-        if resume and (saved := self.checkpoints.load()) is not None:
+        if (saved := self._find_checkpoint()) is not None:
             start, latents = saved.step, saved.latents.to(device)
             sampler.restore(saved.sampler_state)
             log.info("Going on after step %d of %d.", start, request.num_inference_steps)
@@ -129,6 +138,36 @@ class Denoising:
         except CancelledError:
             self._keep_last(sampler)
             raise
+
+    def _find_checkpoint(self) -> DenoiseCheckpoint | None:
+        """What to go on from, and in this video's record how that was made."""
+        saved = None
+        if self.around.keeps_checkpoints:
+            saved = self.checkpoints.load(own_only=not self.task.resume)
+        if self.around.mesh is not None:  # all from the same one, though another process may write one meanwhile
+            saved = told(saved)[0]
+        if saved is None:
+            return None
+        video, record = self.around.video, saved.record
+        if record.get("changed") and saved.writer != self.task.writer:
+            log.warning("A callback had changed the latents of the interrupted run: this one begins again.")
+            return None
+        video.changed = bool(record.get("changed"))
+        self._began, self._before = time.perf_counter(), float(record.get("denoise_s", 0.0))
+        if saved.writer != self.task.writer:
+            self.seconds_of_others = self._before
+            for event in record.get("rungs", ()):
+                if event not in video.rungs:
+                    video.note(event)
+            devices, attention = (record.get(name) for name in ("devices", "attention"))
+            if (devices, attention) != (self._devices, self.denoiser.attention):
+                video.note(f"denoise: up to step {saved.step} on {devices} device(s) with attention {attention}")
+        return saved
+
+    @property
+    def _devices(self) -> int:
+        mesh = self.around.mesh
+        return 1 if mesh is None else mesh.layout.world_size
 
     def _use_plain_kernels(self) -> bool:
         """Replace every faster kernel by its plain form; False if there was none."""
@@ -175,14 +214,28 @@ class Denoising:
         done, now = info.step + 1, time.perf_counter()
         left = info.seconds / (done - start) * (info.num_steps - done)
         self.around.emit(Event("denoise", done, info.num_steps, self.task.index, seconds_left=left))
-        self._last = (done, info.latents)
-        due = now - self._saved_at >= self.task.checkpoint_seconds and done < info.num_steps
-        if due and bool(torch.isfinite(info.latents).all()):
-            self._save(done, info.latents, sampler)
-            self._saved_at = time.perf_counter()
         if self.around.watch is not None:
             self.around.watch(info)
-        return self.around.on_step(info) if self.around.on_step is not None else None
+        replaced = self._call_back(info)
+        latents = info.latents if replaced is None else replaced
+        # After the callback: who goes on from here does not call it again for this step.
+        self._last = (done, latents)
+        if now - self._saved_at >= self.task.checkpoint_seconds and done < info.num_steps:
+            self._save(done, latents, sampler)
+            self._saved_at = time.perf_counter()
+        return replaced
+
+    def _call_back(self, info: StepInfo) -> Tensor | None:
+        """The latents that a callback wants to go on with, also where it has changed them in place; None for the same."""
+        if self.around.on_step is None:
+            return None
+        before = info.latents._version
+        replaced = self.around.on_step(info)
+        if replaced is None and info.latents._version != before:
+            replaced = info.latents
+        if replaced is not None:
+            self.around.video.changed = True
+        return replaced
 
     def _keep_last(self, sampler: Sampler) -> None:
         """After a cancel: a checkpoint of the last step, so that --resume loses nothing."""
@@ -193,7 +246,18 @@ class Denoising:
         """A checkpoint; a disk that cannot take it costs the checkpoint, not the job."""
         if not self.around.keeps_checkpoints:
             return
+        video = self.around.video
+        record = {
+            "rungs": video.rungs,
+            "changed": video.changed,
+            "devices": self._devices,
+            "attention": self.denoiser.attention,
+            "denoise_s": round(self._before + time.perf_counter() - self._began, 3),
+        }
         try:
-            self.checkpoints.save(DenoiseCheckpoint(step, latents, sampler.state(), self.task.about))
-        except OSError as error:
+            if not self.checkpoints.save(
+                DenoiseCheckpoint(step, latents, sampler.state(), self.task.about, record, self.task.writer)
+            ):
+                log.warning("After step %d there is NaN or infinity: the checkpoint before it is kept.", step)
+        except (OSError, OutputError) as error:
             log.warning("The checkpoint after step %d could not be written: %s", step, error)

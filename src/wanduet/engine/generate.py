@@ -1,17 +1,14 @@
 """One video, stage by stage: encode the prompt, denoise, decode and write.
 
-Each function takes the models, a job, and what the stage before made; the pipeline calls them. Whatever
-was computed is kept until it is on disk: checkpoints during the denoise, latents before the decode.
+Each function takes the models, a job or one of its videos, and what the stage before made; the pipeline calls them.
+Whatever was computed is kept until it is on disk: checkpoints during the denoise, latents before the decode.
 """
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from math import prod
 from typing import Any
 
@@ -22,12 +19,12 @@ from torch import Tensor
 
 from wanduet.engine.build import Models
 from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surroundings
-from wanduet.engine.job import Event, Job, VideoResult
+from wanduet.engine.job import Event, Job, Video, VideoResult
 from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
-from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError, OutputError
-from wanduet.media.files import UnreadableFileError
+from wanduet.engine.record import made_alike, provenance_of, video_digest
+from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError
+from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
-from wanduet.media.provenance import make_provenance, versions
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
 from wanduet.models.vae_stream import decode_stream
@@ -61,144 +58,160 @@ def encode_prompt(models: Models, job: Job) -> Conditioning:
     return Conditioning(encoded[0], encoded[1] if request.uses_guidance else None)
 
 
-def finished_video(models: Models, job: Job, index: int) -> VideoResult | None:
-    """Video `index` of the job as an earlier run has finished it, where the job goes on from that run."""
-    path, kept = job.video_path(index), job.latents_path(index)
-    if not job.output.resume or not path.exists() or (job.output.save_latents and not kept.exists()):
+def finished_video(models: Models, video: Video) -> VideoResult | None:
+    """The video as an earlier run has finished it with the same settings, where the job goes on from that run."""
+    output, kept = video.job.output, video.latents_path
+    if not output.resume or not video.path.exists() or (output.save_latents and not kept.exists()):
         return None
-    seed, wanted = job.request.seed + index, _provenance(models, job, index)
     try:
-        about = read_metadata(path)
+        about = read_metadata(video.path)
     except UnreadableFileError:
         return None
-    if any(about.get(name) != wanted[name] for name in ("request", "seed", "model", "output")):
+    if not made_alike(about, provenance_of(models, video)):
         return None
-    return VideoResult(path, seed, job.request.num_frames, kept if job.output.save_latents else None, about)
+    return VideoResult(video.path, video.seed, video.request.num_frames, kept if output.save_latents else None, about)
 
 
 @torch.no_grad()
-def denoise_video(models: Models, job: Job, index: int, conditioning: Conditioning) -> Tensor:
-    """Noise to latents `[16, T, h, w]` float32 on the host, for video `index` of the job; kept on disk already."""
-    digest = job_digest(models, job.request, index)
-    if job.output.resume and (latents := _kept_latents(job, index, digest)) is not None:
+def denoise_video(models: Models, video: Video, conditioning: Conditioning) -> Tensor:
+    """Noise to latents `[16, T, h, w]` float32 on the host; kept on disk already."""
+    if video.job.output.resume and (latents := _kept_latents(models, video)) is not None:
         return latents
-    about = {"request": job.request.model_dump(), "seed": job.request.seed + index, "model": models.about}
-    seconds = models.config.checkpoint_seconds
-    watched = job.watch is not None
-    task = DenoiseTask(job.request, index, conditioning, digest, about, job.output.resume, seconds, watched)
-    latents = (
-        _denoise_on_ranks(models, job, task) if job.plan.strategy == "parallel" else _denoise_here(models, job, task)
+    task = _task(models, video, conditioning)
+    checkpoints = _checkpoints(models, task)
+    if task.resume:
+        checkpoints.adopt()
+    on_ranks = video.plan.strategy == "parallel"
+    latents = _denoise_on_ranks(models, video, task) if on_ranks else _denoise_here(models, video, task)
+    save_latents(video.latents_path, latents, provenance_of(models, video) | {"digest": video_digest(models, video)})
+    checkpoints.remove()
+    return latents
+
+
+def _task(models: Models, video: Video, conditioning: Conditioning) -> DenoiseTask:
+    job = video.job
+    return DenoiseTask(
+        job.request,
+        video.index,
+        conditioning,
+        video_digest(models, video),
+        about={"request": job.request.model_dump(), "seed": video.seed, "model": models.about},
+        writer=job.id,
+        resume=job.output.resume,
+        checkpoint_seconds=models.config.checkpoint_seconds,
+        watched=job.watch is not None,
     )
-    save_latents(job.latents_path(index), latents, _provenance(models, job, index) | {"digest": digest})
-    _checkpoints(models, task).remove()
-    return latents
 
 
-def _denoise_here(models: Models, job: Job, task: DenoiseTask) -> Tensor:
-    with models.transformer(job) as denoiser, job.timed("denoise_s"):
-        with models.if_idle(job.plan.vae_device) as idle:
+def _denoise_here(models: Models, video: Video, task: DenoiseTask) -> Tensor:
+    job = video.job
+    with models.transformer(video) as denoiser, video.timed("denoise_s"):
+        with models.locks.if_idle(video.plan.vae_device) as idle:
             if idle:  # else a decode runs there, and shows that its memory is there
-                reserve_decode(job, models.memory)
-        ladder = DenoiseLadder(job, denoiser)
-        around = Surroundings(job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder, job.rungs.append)
-        latents = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)()
-        job.attention = denoiser.attention
+                reserve_decode(video, models.memory)
+        ladder = DenoiseLadder(video, denoiser)
+        around = Surroundings(video, job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder)
+        denoising = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)
+        latents = denoising()
+        video.attention = denoiser.attention
+    video.add_time("denoise_s", denoising.seconds_of_others)
     return latents
 
 
-def _denoise_on_ranks(models: Models, job: Job, task: DenoiseTask) -> Tensor:
+def _denoise_on_ranks(models: Models, video: Video, task: DenoiseTask) -> Tensor:
     """By the group; one that falls is started again and goes on from the last checkpoint."""
+    job = video.job
     if job.on_step is not None:
         raise ConfigError("A step callback cannot be used with --strategy parallel.", hint="Use single or placed.")
     for attempt in range(GROUP_ATTEMPTS):
         try:
-            with models.group(job) as group, job.timed("denoise_s"):
-                return group.denoise(job, task)
+            with models.group(video) as group, video.timed("denoise_s"):
+                return group.denoise(video, task)
         except RankFailedError as error:
-            models.close_group()
             problem = error
-        if job.fallback is not None and not _checkpoints(models, task).load():
+        job.check_cancelled()  # whoever cancelled does not wait for another group
+        if job.fallback is not None and not _checkpoints(models, task).load(own_only=not task.resume):
             break  # it never got going; no use to wait for its timeout again
-        task = replace(task, resume=True)
         if attempt < GROUP_ATTEMPTS - 1:
             log.warning("%s Starting the group again.", problem.message)
-            job.rungs.append(f"denoise: group started again ({problem.message})")
+            video.note(f"denoise: group started again ({problem.message})")
     if job.fallback is None:
         raise problem
-    task = replace(task, resume=True)
     log.warning("%s Going on without a group.", problem.message)
-    job.rungs.append(f"denoise: without a group ({problem.message})")
-    job.plan = job.fallback
-    return _denoise_here(models, job, task)
+    video.note(f"denoise: without a group ({problem.message})")
+    video.plan = job.fallback
+    return _denoise_here(models, video, replace(task, digest=video_digest(models, video)))
 
 
 def _checkpoints(models: Models, task: DenoiseTask) -> Checkpoints:
-    return Checkpoints(models.config.data_folder / "checkpoints", task.digest)
+    return Checkpoints(models.config.data_folder / "checkpoints", task.digest, atomic_output, task.writer)
 
 
-def decode_video(models: Models, job: Job, index: int, latents: Tensor) -> VideoResult:
+def decode_video(models: Models, video: Video, latents: Tensor) -> VideoResult:
     """Latents to a finished video file. Running out of memory makes it smaller and slower, not lost."""
-    shared = _decode_on_ranks(models, job, index, latents) if job.plan.strategy == "parallel" else None
-    written, provenance = shared or _decode_here(models, job, index, latents)
-    kept = job.latents_path(index)
-    if not job.output.save_latents:
+    shared = _decode_on_ranks(models, video, latents) if video.plan.strategy == "parallel" else None
+    written, provenance = shared or _decode_here(models, video, latents)
+    kept = video.latents_path if video.job.output.save_latents else None
+    if kept is None:
         with suppress(OSError):
-            kept.unlink(missing_ok=True)
-    seed = job.request.seed + index
-    return VideoResult(written.path, seed, written.num_frames, kept if job.output.save_latents else None, provenance)
+            video.latents_path.unlink(missing_ok=True)
+    return VideoResult(written.path, video.seed, written.num_frames, kept, provenance)
 
 
 Written = tuple[WrittenVideo, dict[str, Any]]
 
 
-def _decode_here(models: Models, job: Job, index: int, latents: Tensor) -> Written:
+def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
     """On the VAE's device, in smaller parts each time that memory runs out, at last on the CPU."""
-    problem = ""
+    job, problem = video.job, ""
 
     def show(done: int, total: int) -> None:
         job.check_cancelled()  # strip by strip, frames come only at the end
-        job.emit(Event("decode", done, total, index))
+        job.emit(Event("decode", done, total, video.index))
 
-    for device, mode in decode_modes(job):
+    for device, mode in decode_modes(video):
+        job.check_cancelled()  # it may have waited for memory
         if problem:
             log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
-            job.rungs.append(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
+            video.note(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
         try:
-            with models.vae(job, device) as vae:
-                return _write(models, job, index, decode_stream(vae, latents, mode, show))
+            with models.vae(video, device) as vae:
+                return _write(models, video, decode_stream(vae, latents, mode, show))
         except torch.OutOfMemoryError as error:
             problem = str(error).split(". ")[0]
         models.make_room(device)
     raise OutOfMemoryError(
         f"Decoding ran out of memory in its smallest form ({problem}).",
-        hint=f"The latents are kept: wanduet decode {job.latents_path(index)}",
+        hint=f"The latents are kept: wanduet decode {video.latents_path}",
     )
 
 
-def _decode_on_ranks(models: Models, job: Job, index: int, latents: Tensor) -> Written | None:
+def _decode_on_ranks(models: Models, video: Video, latents: Tensor) -> Written | None:
     """Each rank a strip of rows; None if the group failed, for then one device must do it."""
     try:
-        with models.group(job) as group:
-            return _write(models, job, index, group.decode(job, latents, index))
-    except (CancelledError, OutputError):
-        models.close_group()  # its ranks still decode
-        raise
+        with models.group(video) as group:
+            try:
+                return _write(models, video, group.decode(video, latents))
+            except CancelledError:
+                models.close_group()  # its ranks decode on
+                raise
     except RankFailedError as error:
-        models.close_group()
-        log.warning("%s Decoding on one device.", error.message)
-        job.rungs.append(f"decode: on one device ({error.message})")
-        return None
+        problem = error
+    video.check_cancelled()
+    log.warning("%s Decoding on one device.", problem.message)
+    video.note(f"decode: on one device ({problem.message})")
+    return None
 
 
-def _write(models: Models, job: Job, index: int, frames: Iterator[NDArray[np.uint8]]) -> Written:
-    request, provenance = job.request, _provenance(models, job, index)
-    with job.timed("write_s"):
+def _write(models: Models, video: Video, frames: Iterator[NDArray[np.uint8]]) -> Written:
+    request, output, provenance = video.request, video.job.output, provenance_of(models, video)
+    with video.timed("write_s"):
         written = write_video(
-            _timed_decode(job, frames),
-            job.video_path(index),
+            _timed_decode(video, frames),
+            video.path,
             fps=request.fps,
-            codec=job.output.codec,
-            quality=job.output.quality,
+            codec=output.codec,
+            quality=output.quality,
             size=(request.height, request.width),
             metadata=provenance,
         )
@@ -212,29 +225,25 @@ def bytes_on_disk(request: ResolvedRequest, spec: ModelSpec) -> int:
     return request.num_videos_per_prompt * int(pixels * BYTES_PER_PIXEL_FRAME + latents)
 
 
-def job_digest(models: Models, request: ResolvedRequest, index: int) -> str:
-    """What a checkpoint belongs to: everything that has a say in the latents."""
-    settings = {k: v for k, v in request.model_dump().items() if k not in ("fps", "num_videos_per_prompt")}
-    about = {"request": settings, "index": index, "model": models.about, "text_len": models.spec.text_len}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+def kept_latents(models: Models, job: Job, any_precision: bool = False) -> tuple[Tensor, ...] | None:
+    """The latents of all of a job's videos where an earlier run left them, so that only the decode is left to do.
 
-
-def kept_latents(models: Models, job: Job) -> tuple[Tensor, ...] | None:
-    """The latents of all of a job's videos where an earlier run left them, so that only the decode is left to do."""
-    if not job.output.resume:
+    With `any_precision` also those that another machine has made with other dtypes than this one would.
+    """
+    if not job.output.resume or not all(video.latents_path.exists() for video in job.videos):
         return None
     found = []
-    for index in range(job.request.num_videos_per_prompt):
-        latents = _kept_latents(job, index, job_digest(models, job.request, index))
+    for video in job.videos:
+        latents = _kept_latents(models, video, any_precision)
         if latents is None:
             return None
         found.append(latents)
     return tuple(found)
 
 
-def _kept_latents(job: Job, index: int, digest: str) -> Tensor | None:
+def _kept_latents(models: Models, video: Video, any_precision: bool = False) -> Tensor | None:
     """What an earlier run left beside the output, if it belongs to this video."""
-    path = job.latents_path(index)
+    path = video.latents_path
     if not path.exists():
         return None
     try:
@@ -242,50 +251,21 @@ def _kept_latents(job: Job, index: int, digest: str) -> Tensor | None:
     except UnreadableFileError as error:
         log.warning("%s Denoising again.", error)
         return None
-    if about.get("digest") != digest:
+    if about.get("digest") != video_digest(models, video, about if any_precision else None):
         return None
-    job.found_latents(about)
+    video.found_latents(about)
     return latents
 
 
-def _timed_decode(job: Job, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+def _timed_decode(video: Video, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
     """Frames as they come, until the job is cancelled. Moves the time spent decoding from write_s to decode_s."""
     while True:
-        job.check_cancelled()
+        video.check_cancelled()
         began = time.perf_counter()
         chunk = next(frames, None)
         seconds = time.perf_counter() - began
-        job.add_time("decode_s", seconds)
-        job.add_time("write_s", -seconds)
+        video.add_time("decode_s", seconds)
+        video.add_time("write_s", -seconds)
         if chunk is None:
             return
         yield chunk
-
-
-def _provenance(models: Models, job: Job, index: int) -> dict[str, Any]:
-    plan = job.plan
-    engine = {
-        "strategy": plan.strategy,
-        "transformer_dtype": plan.transformer_dtype,
-        "vae_dtype": plan.vae_dtype,
-        "tf32": plan.tf32,
-        "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
-    }
-    if job.denoised is not None:  # perhaps by another machine
-        made = job.denoised.get("engine", {})
-        engine |= {name: made[name] for name in ("strategy", "transformer_dtype") if name in made}
-        engine["denoised_on"] = job.denoised.get("hardware", [])
-    output = {"output": {"codec": job.output.codec, "quality": job.output.quality}}
-    return output | make_provenance(
-        job.request,
-        seed=job.request.seed + index,
-        model=models.about,
-        engine=engine,
-        versions=versions(),
-        created_at=datetime.now(UTC),
-        hardware=[d.name for d in plan.devices],
-        attention=job.attention,
-        timings={k: round(v, 3) for k, v in job.timings.items() if v},
-        rungs=job.rungs,
-        warnings=job.warnings,
-    )

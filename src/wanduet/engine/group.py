@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig
 from wanduet.engine.denoising import DenoiseTask
-from wanduet.engine.job import Event, Job
+from wanduet.engine.job import Event, Planned, Video
 from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
@@ -32,58 +32,72 @@ class Group:
         self._ranks = RankGroup(work, plan.ranks, config)
         self._denoised: Tensor | None = None  # last, which the ranks still have
 
-    def preload(self, job: Job) -> None:
+    def preload(self, work: Planned) -> None:
         """Let the ranks load the transformer now; does not wait."""
-        self._ranks.send(Assignment(job.plan, job.request, None))
+        self._ranks.send(Assignment(work.plan, work.request, None, work.id))
 
-    def denoise(self, job: Job, task: DenoiseTask) -> Tensor:
-        """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank."""
+    def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
+        """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.
+
+        If the job is cancelled before the ranks have begun, nothing is waited for: they pass the task over when they
+        have started and loaded, for the next one.
+        """
+        job = video.job
+        job.check_cancelled()
         self._denoised = None
-        self._ranks.send(Assignment(job.plan, job.request, task))
-        told = False
+        number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
+        begun = cancelled = False
         while True:
-            if job.cancelled and not told:
-                self._ranks.cancel()
-                told = True
-            message = self._next()
+            if job.cancelled and not cancelled:
+                self._ranks.cancel(number)
+                cancelled = True
+            if cancelled and not begun:
+                raise CancelledError("The job was cancelled.")
+            message = self._next(number)
+            begun = begun or message is not None
             if isinstance(message, Event):
                 job.emit(message)
             elif isinstance(message, StepInfo) and job.watch is not None:
                 job.watch(message)
             elif isinstance(message, Denoised):
-                job.attention = message.attention
-                job.rungs.extend(message.rungs)
+                video.attention = message.attention
+                for event in message.rungs:
+                    if event not in video.rungs:  # a group that was started again repeats them
+                        video.note(event)
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
+                video.add_time("denoise_s", message.seconds_of_others)
                 self._denoised = message.latents
                 return message.latents
 
-    def decode(self, job: Job, latents: Tensor, index: int) -> Iterator[NDArray[np.uint8]]:
+    def decode(self, video: Video, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
         """Frames `[1 or 4, H, W, 3]` of latents `[16, T, h, w]`, put together from the ranks' rows."""
         there = latents is self._denoised
-        self._ranks.send(Assignment(job.plan, job.request, DecodeTask(None if there else latents)))
+        task = DecodeTask(None if there else latents)
+        number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
         done = 0
         for frame in range(latents.shape[1]):
             parts = waiting.setdefault(frame, [])
             while len(parts) < len(self.devices):
-                message = self._next()
+                video.check_cancelled()
+                message = self._next(number)
                 if isinstance(message, DecodedRows):
                     waiting.setdefault(message.frame, []).append(message)
             parts.sort(key=lambda part: part.rows.start)
             picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
             done += len(picture)
-            job.emit(Event("decode", done, job.request.num_frames, index))
+            video.job.emit(Event("decode", done, video.request.num_frames, video.index))
             yield picture
 
     def close(self) -> None:
         """End every process."""
         self._ranks.close()
 
-    def _next(self) -> object:
-        """What a rank reports next, or None after a while without a word."""
+    def _next(self, number: int) -> object:
+        """What a rank reports next about that task, or None if nothing comes for a while."""
         try:
-            item = self._ranks.receive(POLL)
+            item = self._ranks.receive(POLL, number)
         except TimeoutError:
             return None
         return None if item is None else item[1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from wanduet.engine.plan import Plan
 from wanduet.errors import CancelledError, WanduetError
@@ -74,9 +74,44 @@ class JobResult:
     warnings: tuple[str, ...]
 
 
+class Planned(Protocol):
+    """Work that a plan was made for: a job, or one of its videos."""
+
+    @property
+    def id(self) -> str:
+        """The job's."""
+
+    @property
+    def plan(self) -> Plan:
+        """Where the work runs, and how."""
+
+    @property
+    def request(self) -> ResolvedRequest:
+        """What is asked for."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its owner wants it to stop."""
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if its owner wants it to stop."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until its owner wants it to stop."""
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Add to one of its timings."""
+
+    def note(self, event: str) -> None:
+        """Record what did not go as it was planned."""
+
+
 @dataclass(eq=False)
 class Job:
-    """A submitted request. Created by `Engine.submit`; safe to use from any thread."""
+    """A submitted request. Created by `Engine.submit`; safe to use from any thread.
+
+    `plan` is the one that it was submitted with. What was done instead, where that was necessary, is in `rungs`.
+    """
 
     request: ResolvedRequest
     plan: Plan
@@ -86,17 +121,18 @@ class Job:
     watch: Watch | None = None  # sees each step, wherever it is made
     elsewhere: Callable[[], bool] | None = None  # asked when latents are kept: whether another worker decodes them
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMING_NAMES, 0.0))
     warnings: list[str] = field(default_factory=list)
-    rungs: list[str] = field(default_factory=list)
-    attention: str | None = None  # the back end that was used
-    denoised: dict[str, Any] | None = None  # the provenance of latents that were found, and not made by this job
     created: float = field(default_factory=time.perf_counter)
+    videos: "tuple[Video, ...]" = field(init=False)
+    _timings: "Timings" = field(default_factory=lambda: Timings())  # of what is done once for all videos
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _finished: threading.Event = field(default_factory=threading.Event)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _result: JobResult | None = None
     _error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.videos = tuple(Video(self, index, self.plan) for index in range(self.request.num_videos_per_prompt))
 
     def cancel(self) -> None:
         """Ask the job to stop; it ends with CancelledError within a step or a chunk of frames."""
@@ -112,11 +148,26 @@ class Job:
         """Whether the job has a result or an error."""
         return self._finished.is_set()
 
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by phase: what is done once, and the sum over all videos."""
+        return Timings.sum(self._timings, *(video.own_timings for video in self.videos))
+
+    @property
+    def rungs(self) -> list[str]:
+        """What did not go as planned, video by video."""
+        return [event for video in self.videos for event in video.rungs]
+
+    @property
+    def attention(self) -> str | None:
+        """The attention back end of the video that was denoised last."""
+        return next((video.attention for video in reversed(self.videos) if video.attention is not None), None)
+
     def events(self) -> Iterator[Event]:
         """Progress as it happens; ends with the phase `done` or `failed`. For one consumer."""
         while True:
             try:
-                event = self._events.get(timeout=0.5)  # wakes up so that Ctrl-C is heard on every system
+                event = self._events.get(timeout=0.5)  # wakes up so that every system delivers a Ctrl-C
             except queue.Empty:
                 continue
             yield event
@@ -145,11 +196,8 @@ class Job:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the block's seconds to a timing, also when it fails."""
-        began = time.perf_counter()
-        try:
+        with self._timings.timed(name):
             yield
-        finally:
-            self.add_time(name, time.perf_counter() - began)
 
     def emit(self, event: Event) -> None:
         """Publish progress."""
@@ -160,18 +208,17 @@ class Job:
         if self.cancelled:
             raise CancelledError("The job was cancelled.")
 
-    def add_time(self, name: str, seconds: float) -> None:
-        """Add to one of the timings."""
-        self.timings[name] += seconds
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until `cancel` is called."""
+        self._cancelled.wait(seconds)
 
-    def found_latents(self, about: dict[str, Any]) -> None:
-        """Take over what an earlier run says of the latents that it left, for this video's own provenance."""
-        self.denoised = about
-        self.attention = about.get("attention")
-        self.rungs += [rung for rung in about.get("rungs", ()) if rung not in self.rungs]
-        self.warnings += [warning for warning in about.get("warnings", ()) if warning not in self.warnings]
-        for name in ("encode_s", "denoise_s"):  # each of a job's videos tells the sum so far
-            self.timings[name] = max(self.timings[name], about.get("timings", {}).get(name, 0.0))
+    def add_time(self, name: str, seconds: float) -> None:
+        """Add to the timings of what is done once for all videos; from any thread."""
+        self._timings.add(name, seconds)
+
+    def note(self, event: str) -> None:
+        """Record what did not go as planned, where that concerns no single video: with the first one."""
+        self.videos[0].note(event)
 
     def succeed(self, result: JobResult) -> None:
         """End the job with a result."""
@@ -187,3 +234,122 @@ class Job:
         self._finished.set()
         text = error.message if isinstance(error, WanduetError) else f"{type(error).__name__}: {error}"
         self.emit(Event("failed", message=text))
+
+
+class Video:
+    """One of a job's videos, and the record of how it was made. One stage at a time works on it, and changes it."""
+
+    def __init__(self, job: Job, index: int, plan: Plan) -> None:
+        self.job, self.index = job, index
+        self.plan = plan  # the job's, until something forces a smaller one
+        self.rungs: list[str] = []  # what did not go as planned
+        self.attention: str | None = None  # the back end that was used
+        self.denoised: dict[str, Any] | None = None  # the provenance of latents that were found, not made by this job
+        self.changed = False  # whether a callback has changed the latents
+        self.own_timings = Timings()
+
+    @property
+    def id(self) -> str:
+        """The job's."""
+        return self.job.id
+
+    @property
+    def request(self) -> ResolvedRequest:
+        """The job's."""
+        return self.job.request
+
+    @property
+    def seed(self) -> int:
+        """Its own: consecutive videos have consecutive seeds."""
+        return self.job.request.seed + self.index
+
+    @property
+    def path(self) -> Path:
+        """Where it goes."""
+        return self.job.video_path(self.index)
+
+    @property
+    def latents_path(self) -> Path:
+        """Where its latents are kept until it is written."""
+        return self.job.latents_path(self.index)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by phase: its own, and what was done once for all of the job's videos."""
+        return Timings.sum(self.job._timings, self.own_timings)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job was cancelled."""
+        return self.job.cancelled
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError if the job was cancelled."""
+        self.job.check_cancelled()
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until the job is cancelled."""
+        self.job.wait(seconds)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to one of its timings, also when it fails."""
+        with self.own_timings.timed(name):
+            yield
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Add to a timing: a model's loading to the job's, for all videos use it."""
+        (self.job._timings if name == "load_s" else self.own_timings).add(name, seconds)
+
+    def note(self, event: str) -> None:
+        """Record what did not go as planned."""
+        self.rungs.append(event)
+
+    def found_latents(self, about: dict[str, Any]) -> None:
+        """Take over what an earlier run says of the latents that it left, for this video's own provenance."""
+        if self.denoised is not None:  # they were found before
+            return
+        self.denoised = about
+        self.attention = about.get("attention")
+        self.changed = bool(about.get("engine", {}).get("callback"))
+        self.rungs += [event for event in about.get("rungs", ()) if event not in self.rungs]
+        self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
+        before = about.get("timings", {})
+        self.own_timings.add("denoise_s", before.get("denoise_s", 0.0))
+        self.job._timings.at_least("encode_s", before.get("encode_s", 0.0))  # each video tells the same
+
+
+class Timings:
+    """Seconds by phase; from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = dict.fromkeys(TIMING_NAMES, 0.0)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to one of them."""
+        with self._lock:
+            self._seconds[name] += seconds
+
+    def at_least(self, name: str, seconds: float) -> None:
+        """Raise one of them to a number."""
+        with self._lock:
+            self._seconds[name] = max(self._seconds[name], seconds)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to one of them, also when it fails."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    @staticmethod
+    def sum(*parts: "Timings") -> dict[str, float]:
+        """Each of them, over all parts."""
+        copies = []
+        for part in parts:
+            with part._lock:
+                copies.append(dict(part._seconds))
+        return {name: sum(copy[name] for copy in copies) for name in TIMING_NAMES}

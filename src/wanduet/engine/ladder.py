@@ -1,19 +1,19 @@
 """What is tried when memory runs out although the plan said it would not: smaller and slower, never lost.
 
-Each rung is written into the job, so the video's metadata says that it was used.
+What was done is recorded with the video, so that its metadata says so.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from wanduet.engine.build import Denoiser, release_memory
-from wanduet.engine.job import Job
+from wanduet.engine.build import Denoiser
+from wanduet.engine.job import Planned, Video
 from wanduet.engine.memory import ModelMemory
+from wanduet.engine.release import release_memory
 from wanduet.errors import OutOfMemoryError
 from wanduet.models.vae_rows import DecodePlan
 
@@ -27,14 +27,16 @@ SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("s
 
 
 class DenoiseLadder:
-    """Runs one forward; on running out of memory goes a rung down and runs it again. No step is lost."""
+    """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. No step is lost."""
 
-    def __init__(self, job: Job, denoiser: Denoiser) -> None:
-        self._job, self._denoiser = job, denoiser
-        self._rungs = self._remaining()
+    def __init__(self, work: Planned, denoiser: Denoiser) -> None:
+        self._work, self._denoiser = work, denoiser
+        # Not a method's generator: that would refer to this object, and the model's memory would wait for Python's
+        # collection of such circles.
+        self._remaining = _smaller_denoises(work, denoiser)
 
     def __call__(self, forward: Callable[[], Result]) -> Result:
-        """The forward's result. Raises OutOfMemoryError when every rung was used."""
+        """The forward's result. Raises OutOfMemoryError when nothing smaller is left, CancelledError before it is tried."""
         while True:
             try:
                 return forward()
@@ -42,70 +44,72 @@ class DenoiseLadder:
                 problem = str(error).split(". ")[0]
             # Outside the handler: its traceback holds the failed forward's tensors.
             release_memory()
-            rung = next(self._rungs, None)
-            if rung is None:
+            self._work.check_cancelled()
+            smaller = next(self._remaining, None)
+            self._work.check_cancelled()  # it may have waited
+            if smaller is None:
                 raise OutOfMemoryError(
                     f"The denoise ran out of memory on {self._denoiser.device} in its smallest form ({problem}).",
                     hint="Use fewer frames or a smaller size; `wanduet plan` says what fits.",
                 )
-            log.warning("Out of memory while denoising (%s); going on with %s.", problem, rung)
-            self._job.rungs.append(f"denoise: {rung}")
-
-    def _remaining(self) -> Iterator[str]:
-        """Each rung is made when it is asked for."""
-        yield "emptied cache"
-        yield from self._smaller()
-        time.sleep(WAIT_SECONDS)
-        yield f"waited {WAIT_SECONDS:g} s"
-
-    def _smaller(self) -> Iterator[str]:
-        transformer = self._denoiser.transformer
-        if transformer.runtime.share_first:
-            transformer.runtime = replace(transformer.runtime, share_first=False)
-            yield "nothing kept from one prompt to the next"
-        layers = len(transformer.blocks)
-        for resident in (layers // 2, layers // 4, 0):
-            if self._denoiser.device.type != "cpu" and resident < self._denoiser.resident_blocks:
-                self._denoiser.restream(resident)
-                yield f"{resident} of {layers} blocks on the device"
+            log.warning("Out of memory while denoising (%s); going on with %s.", problem, smaller)
+            self._work.note(f"denoise: {smaller}")
 
 
-def decode_modes(job: Job) -> Iterator[tuple[str, DecodePlan]]:
+def _smaller_denoises(work: Planned, denoiser: Denoiser) -> Iterator[str]:
+    """Each is put in place when it is asked for."""
+    yield "emptied cache"
+    transformer = denoiser.transformer
+    if transformer.runtime.share_first:
+        transformer.runtime = replace(transformer.runtime, share_first=False)
+        yield "nothing kept from one prompt to the next"
+    layers = len(transformer.blocks)
+    for resident in (layers // 2, layers // 4, 0):
+        if denoiser.device.type != "cpu" and resident < denoiser.resident_blocks:
+            denoiser.restream(resident)
+            yield f"{resident} of {layers} blocks on the device"
+    work.wait(WAIT_SECONDS)
+    yield f"waited {WAIT_SECONDS:g} s"
+
+
+def decode_modes(work: Planned) -> Iterator[tuple[str, DecodePlan]]:
     """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
-    plan = job.plan
+    plan = work.plan
     yield plan.vae_device, plan.decode
     smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.decode)]
     for mode in smaller:
         yield plan.vae_device, mode
     if plan.vae_device != "cpu":
-        time.sleep(WAIT_SECONDS)
+        work.wait(WAIT_SECONDS)
         yield plan.vae_device, SMALLER_DECODES[-1]
         yield "cpu", DecodePlan("strip", 8)
 
 
-def reserve_decode(job: Job, memory: ModelMemory) -> None:
+def reserve_decode(video: Video, memory: ModelMemory) -> None:
     """Make sure, before the denoise, that the decode will have its memory: take it once, and keep it in the
-    allocator's cache, out of other programs' reach. Where it cannot be had, the job's plan gets a smaller decode.
+    allocator's cache, out of other programs' reach. Where it cannot be had, the video's plan gets a smaller decode.
     """
-    device = torch.device(job.plan.vae_device)
-    taking_turns = job.plan.transformer_device == job.plan.vae_device and not job.plan.keep_both
+    plan = video.plan
+    device = torch.device(plan.vae_device)
+    taking_turns = plan.transformer_device == plan.vae_device and not plan.keep_both
     if device.type != "cuda" or taking_turns:  # the decode's room is the transformer's until then
         return
-    r = job.request
+    r = video.request
     size = (r.generated_height, r.generated_width, r.num_frames)
-    for name, mode in decode_modes(job):
+    for name, mode in decode_modes(video):
+        video.check_cancelled()
         if name == "cpu":
             return  # the decode's own ladder will end there if nothing changes
-        needed = memory.decode(size, mode, job.plan.vae_dtype, name)
+        needed = memory.decode(size, mode, plan.vae_dtype, name)
         try:
             if needed > _cached_bytes(device):  # of a decode before, perhaps
                 torch.empty(needed, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             release_memory()
             continue
-        if mode != job.plan.decode:
-            job.rungs.append(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
-            job.plan = replace(job.plan, decode=mode)
+        if mode != plan.decode:
+            video.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
+            video.plan = replace(plan, decode=mode)
         return
 
 

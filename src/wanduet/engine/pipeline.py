@@ -4,11 +4,14 @@ While job N is decoded and written, N+1 is denoised and N+2's text is encoded. S
 by queues of one; each models' lock keeps two stages off one device when the plan says they must not share.
 """
 
+import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -20,16 +23,19 @@ from wanduet.engine import generate
 from wanduet.engine.build import Models
 from wanduet.engine.denoising import Conditioning
 from wanduet.engine.hardware import Hardware, detect
-from wanduet.engine.job import Job, JobResult, OutputOptions, VideoResult
+from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.plan import Plan, make_plan, require_fit
+from wanduet.engine.release import forget_traceback, release_memory
 from wanduet.engine.trace import Trace
-from wanduet.errors import CancelledError
+from wanduet.errors import CancelledError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_writable
 from wanduet.media.video import VideoSpec
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
+
+log = logging.getLogger(__name__)
 
 ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long is forgotten
 
@@ -38,9 +44,18 @@ ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long
 class Denoised:
     """What the denoise hands to the decode: one of a job's videos, or the whole of it where it was made before."""
 
-    job: Job
-    index: int
+    video: Video
     latents: Tensor | VideoResult
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """What the decode has of a job so far; only its thread touches it."""
+
+    results: list[VideoResult] = field(default_factory=list)
+    waiting: list[Denoised] = field(
+        default_factory=list
+    )  # latents that another worker is to decode, until all are there
 
 
 class Engine:
@@ -57,9 +72,9 @@ class Engine:
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
         self._to_decode: queue.Queue[Denoised | None] = queue.Queue(maxsize=1)
-        self._videos: dict[str, list[VideoResult]] = {}
-        self._held: dict[str, list[Denoised]] = {}  # latents that another worker is to decode, until all are there
-        self._open: set[Job] = set()
+        self._guard = threading.Lock()  # a job is queued before the engine closes, or not at all
+        self._closing = threading.Lock()
+        self._open: dict[Job, _Decoding] = {}
         self._threads = [
             threading.Thread(target=stage, name=f"wanduet-{name}", daemon=True)
             for name, stage in (("encode", self._encode), ("denoise", self._denoise), ("decode", self._decode))
@@ -83,10 +98,10 @@ class Engine:
         only sees them, and so may look at what other processes do. `elsewhere` is asked when latents are on the
         disk; if another worker decodes them, the job ends there, with no videos in its result.
 
-        Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded.
+        Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, CancelledError if the
+        engine is closed, also where that happens meanwhile.
         """
-        if self._closed:
-            raise CancelledError("The engine is closed.")
+        self._check_open()
         resolved = request.resolve(self.models.spec)
         plan = self._plan(resolved)
         if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
@@ -98,16 +113,26 @@ class Engine:
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)
-        self._open.add(job)
-        self._videos[job.id] = []
-        self._held[job.id] = []
-        if not self._started:
-            self._started = True
-            remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
-            for thread in self._threads:
-                thread.start()
-        self._to_encode.put(job)
+        with self._guard:
+            self._check_open()
+            self._open[job] = _Decoding()
+            if not self._started:
+                self._started = True
+                remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
+                for thread in self._threads:
+                    thread.start()
+            self._to_encode.put(job)
         return job
+
+    def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
+        """Whether an earlier run has finished all of a request's videos with the settings that this engine would use."""
+        resolved = request.resolve(self.models.spec)
+        job = Job(resolved, self._plan(resolved), replace(output, resume=True))
+        return all(generate.finished_video(self.models, video) is not None for video in job.videos)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("The engine is closed.", hint="Make a new one.")
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         return make_plan(request, self.models.memory, self.config, self.hardware)
@@ -120,17 +145,26 @@ class Engine:
         return found if found.fits else None
 
     def close(self) -> None:
-        """Cancel what runs, end the threads, free the models."""
-        if self._closed:
-            return
-        self._closed = True
-        for job in tuple(self._open):
-            job.cancel()
-        if self._started:
-            self._to_encode.put(None)
-            for thread in self._threads:
-                thread.join()
-        self.models.unload()
+        """Cancel what runs, end the threads, give all memory back. Another call, from any thread, waits for the first.
+
+        Raises RuntimeError in a callback of a job: that is a thread which must end first.
+        """
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("An engine cannot be closed by a callback of its own job; cancel the job there.")
+        with self._closing:
+            if self._closed:
+                return
+            with self._guard:  # no job is queued behind the None
+                self._closed = True
+                for job in self._open:
+                    job.cancel()
+                if self._started:
+                    self._to_encode.put(None)
+            self.models.stop_loading()
+            if self._started:
+                for thread in self._threads:
+                    thread.join()
+            self.models.unload()
 
     def __enter__(self) -> Self:
         return self
@@ -140,11 +174,12 @@ class Engine:
     ) -> None:
         self.close()
 
-    # The stages. Each ends its thread on None and hands None on.
+    # The stages. Each ends its thread on None and hands None on. None refers to a job while it waits for the next.
 
     def _encode(self) -> None:
         while (job := self._to_encode.get()) is not None:
             self._attempt(job, partial(self._encode_job, job))
+            del job
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
@@ -159,56 +194,69 @@ class Engine:
 
     def _denoise(self) -> None:
         while (item := self._to_denoise.get()) is not None:
-            job, conditioning = item
-            for index in range(job.request.num_videos_per_prompt):
-                self._attempt(job, partial(self._denoise_video, job, index, conditioning))
+            self._denoise_job(*item)
+            del item
         self._to_decode.put(None)
 
-    def _denoise_video(self, job: Job, index: int, conditioning: Conditioning) -> None:
-        finished = generate.finished_video(self.models, job, index)
+    def _denoise_job(self, job: Job, conditioning: Conditioning) -> None:
+        plan = job.plan
+        for video in job.videos:
+            if plan.strategy != video.plan.strategy:  # the group could not be kept together for the video before
+                video.plan = plan
+            self._attempt(job, partial(self._denoise_video, video, conditioning))
+            plan = video.plan
+
+    def _denoise_video(self, video: Video, conditioning: Conditioning) -> None:
+        finished = generate.finished_video(self.models, video)
         if finished is not None:
-            self._to_decode.put(Denoised(job, index, finished))
+            self._to_decode.put(Denoised(video, finished))
             return
-        with self.trace.span("denoise", job):
-            latents = generate.denoise_video(self.models, job, index, conditioning)
-        self._to_decode.put(Denoised(job, index, latents))
+        with self.trace.span("denoise", video.job):
+            latents = generate.denoise_video(self.models, video, conditioning)
+        self._to_decode.put(Denoised(video, latents))
 
     def _decode(self) -> None:
         while (item := self._to_decode.get()) is not None:
-            self._attempt(item.job, partial(self._decode_video, item))
+            self._attempt(item.video.job, partial(self._decode_video, item))
+            del item
 
     def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
         """What was found is not left to another worker again."""
         job.elsewhere = None
-        for index, one in enumerate(latents):
-            self._to_decode.put(Denoised(job, index, one))
+        for video, one in zip(job.videos, latents, strict=True):
+            self._to_decode.put(Denoised(video, one))
 
     def _decode_video(self, item: Denoised) -> None:
-        job, held = item.job, self._held[item.job.id]
-        held.append(item)
+        job = item.video.job
+        decoding = self._open.get(job)
+        if decoding is None:  # another of its videos has failed meanwhile
+            return
+        waiting, results = decoding.waiting, decoding.results
+        waiting.append(item)
         # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video. Asked
         # here, where the answer, which may first copy the latents to others, keeps no transformer waiting.
-        asked = job.elsewhere is not None and (item.index == 0 or len(held) > 1)
-        asked = asked and not any(isinstance(one.latents, VideoResult) for one in held)  # these have no latents to give
+        asked = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
+        # A finished video has no latents to give.
+        asked = asked and not any(isinstance(one.latents, VideoResult) for one in waiting)
         if asked and job.elsewhere is not None and job.elsewhere():
-            if len(held) == job.request.num_videos_per_prompt:
+            if len(waiting) == len(job.videos):
                 self._succeed(job, ())
             return
-        videos = self._videos[job.id]
-        for one in held:
+        for one in waiting:
             if isinstance(one.latents, VideoResult):
-                videos.append(one.latents)
+                results.append(one.latents)
                 continue
             with self.trace.span("decode", job):
-                videos.append(generate.decode_video(self.models, job, one.index, one.latents))
-        held.clear()
-        if len(videos) == job.request.num_videos_per_prompt:
-            self._succeed(job, tuple(videos))
+                results.append(generate.decode_video(self.models, one.video, one.latents))
+        waiting.clear()
+        if len(results) == len(job.videos):
+            self._succeed(job, tuple(results))
 
     def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
-        job.timings["total_s"] = time.perf_counter() - job.created
+        job.add_time("total_s", time.perf_counter() - job.created)
+        result = JobResult(videos, job.timings, self.models.peak_memory(), tuple(job.warnings))
         self._forget(job)
-        job.succeed(JobResult(videos, dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
+        job.succeed(result)
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
         """Do a stage's work for a job; an error ends that job and leaves the stage ready for the next."""
@@ -219,10 +267,20 @@ class Engine:
             work()
         except BaseException as error:
             self._forget(job)
-            self.models.recover(error)
-            job.fail(error)
+            try:
+                self._clear_away(job, error)
+            finally:
+                job.fail(error)
+
+    def _clear_away(self, job: Job, error: BaseException) -> None:
+        """Nothing of a failure stays on the devices. What nobody expected is logged first, with where it happened, as
+        text: whatever keeps log records would else keep the frames, and the tensors in them."""
+        if not isinstance(error, WanduetError) and not job.finished:
+            log.error("Job %s failed.\n%s", job.id, "".join(traceback.format_exception(error)).rstrip())
+        forget_traceback(error)
+        with suppress(Exception):  # a device that has failed cannot even do that
+            release_memory()
 
     def _forget(self, job: Job) -> None:
-        self._open.discard(job)
-        self._videos.pop(job.id, None)
-        self._held.pop(job.id, None)
+        with self._guard:
+            self._open.pop(job, None)

@@ -16,11 +16,12 @@ from torch import Tensor
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Denoiser, Models
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
-from wanduet.engine.job import Event, Job, OutputOptions
+from wanduet.engine.job import Event, Job, OutputOptions, Video
 from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError
+from wanduet.media.files import atomic_output
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.attention_choice import choose_together
 from wanduet.ops.host_copy import HostCopy
@@ -50,6 +51,7 @@ class Assignment:
     plan: Plan
     request: ResolvedRequest
     task: DenoiseTask | DecodeTask | None  # None: only load the transformer
+    job: str = ""  # its id
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Denoised:
     latents: Tensor | None  # None: it was cancelled
     attention: str | None
     rungs: tuple[str, ...]
+    seconds_of_others: float = 0.0  # that another job has spent on steps which this one went on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,12 @@ def work(rank: Rank, config: EngineConfig) -> None:
     denoised: Tensor | None = None
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
-        if rank.mailbox is not None:
-            rank.mailbox.cancelled.clear()  # what was sent before this task was about the one before
         speeds = speeds or all_speeds(rank, config.speeds)
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
-        job = Job(assignment.request, _own_plan(assignment.plan, rank), OutputOptions(config.data_folder))
+        output = OutputOptions(config.data_folder)
+        job = Job(assignment.request, _own_plan(assignment.plan, rank), output, id=assignment.job)
         if assignment.task is None:
             models.preload(job)
         elif isinstance(assignment.task, DecodeTask):
@@ -93,9 +95,10 @@ def work(rank: Rank, config: EngineConfig) -> None:
             assert latents is not None
             _decode(rank, models, job, latents, speeds)
         else:
+            video = job.videos[assignment.task.index]
             if layout != assignment.plan.layout:
-                job.rungs.append(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
-            denoised = _denoise(rank, models, job, assignment.task, meshes[layout], speeds)
+                video.note(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
+            denoised = _denoise(rank, models, video, assignment.task, (meshes[layout], speeds))
 
 
 def _own_plan(plan: Plan, rank: Rank) -> Plan:
@@ -105,33 +108,41 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
 
 
 def _denoise(
-    rank: Rank, models: Models, job: Job, task: DenoiseTask, mesh: Mesh, speeds: tuple[float, ...]
+    rank: Rank, models: Models, video: Video, task: DenoiseTask, share: tuple[Mesh, tuple[float, ...]]
 ) -> Tensor | None:
-    """The latents, the same on every rank; None if it was cancelled."""
-    first = rank.index == 0
+    """The latents, the same on every rank; None if it was cancelled. `share`: the mesh and each rank's speed."""
+    first, (mesh, speeds) = rank.index == 0, share
 
     def emit(event: Event) -> None:
         if first:
             rank.report(event)
 
-    checkpoints = Checkpoints(models.config.data_folder / "checkpoints", task.digest)
-    with models.transformer(job) as denoiser, ShownSteps(rank) as shown:
+    folder = models.config.data_folder / "checkpoints"
+    checkpoints = Checkpoints(folder, task.digest, atomic_output, task.writer)
+    if rank.cancelled():  # while the ranks started, or worked on another task
+        if first:
+            rank.report(Denoised(None, None, ()))
+        return None
+    seconds_of_others = 0.0
+    with models.transformer(video) as denoiser, ShownSteps(rank) as shown:
         _agree(denoiser)
         _share(denoiser, mesh, speeds)
         around = Surroundings(
+            video,
             emit,
             rank.cancelled,
             watch=shown if first and task.watched else None,
-            rung=job.rungs.append,
             mesh=mesh,
             keeps_checkpoints=first,
         )
         try:
-            latents = Denoising(task, models.spec, denoiser, checkpoints, around)()
+            denoising = Denoising(task, models.spec, denoiser, checkpoints, around)
+            latents = denoising()
+            seconds_of_others = denoising.seconds_of_others
         except CancelledError:
             latents = None
     if first:
-        rank.report(Denoised(latents, denoiser.attention, tuple(job.rungs)))
+        rank.report(Denoised(latents, denoiser.attention, tuple(video.rungs), seconds_of_others))
     return latents
 
 

@@ -44,11 +44,12 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     check_writable(output.path, generate.bytes_on_disk(request, models.spec))
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
-    job.attention = about.get("attention")
+    job.videos[0].attention = about.get("attention")
     try:
-        video = generate.decode_video(models, job, 0, latents)
-        job.timings["total_s"] = sum(job.timings.values())
-        return JobResult((video,), dict(job.timings), models.peak_memory(), tuple(job.warnings))
+        video = generate.decode_video(models, job.videos[0], latents)
+        timings = job.timings
+        timings["total_s"] = sum(timings.values())
+        return JobResult((video,), timings, models.peak_memory(), tuple(job.warnings))
     finally:
         models.unload()  # a group of ranks, where there is one
 

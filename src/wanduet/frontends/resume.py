@@ -57,7 +57,8 @@ def find_begun(
             return None
         seeds = set() if set(paths) & set(taken) else {_seed_in(path, request, engine) for path in there}
         if len(seeds) == 1 and (seed := seeds.pop()) is not None:
-            return Begun(named, seed, len(there) == count)
+            complete = len(there) == count and engine.is_finished(with_seed(request, seed), named)
+            return Begun(named, seed, complete)
     return None
 
 

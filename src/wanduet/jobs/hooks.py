@@ -80,10 +80,9 @@ def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watche
 
 def checkpoint_keys(engine: Any, running: Any) -> list[str]:
     """The names under which the engine keeps a job's checkpoints."""
-    from wanduet.engine.generate import job_digest
+    from wanduet.engine.record import video_digest
 
-    count = running.request.num_videos_per_prompt
-    return [job_digest(engine.models, running.request, index) for index in range(count)]
+    return [video_digest(engine.models, video) for video in running.videos]
 
 
 def device_memory(engine: Any) -> dict[str, dict[str, int]]:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from wanduet.errors import ConfigError, WanduetError
-from wanduet.parallel.rank import Command, Failure, Message, Result, pack, serve
+from wanduet.parallel.rank import Cancel, Command, Failure, Message, Result, pack, serve
 
 # How long a collective may take, in seconds: well above the longest step of a slow GPU.
 COLLECTIVE_TIMEOUT = 300.0
@@ -81,7 +81,8 @@ class RankGroup:
         self._from_ranks: list[Connection[Any, Any]] = []
         self._results: dict[int, object] = {}
         self._failures: dict[int, Failure] = {}
-        self._inbox: deque[tuple[int, object]] = deque()
+        self._inbox: deque[tuple[int, Message]] = deque()
+        self._sent = 0
         self._error: WanduetError | None = None
         context = get_context("spawn")
         try:
@@ -114,22 +115,31 @@ class RankGroup:
     ) -> None:
         self.close()
 
-    def send(self, message: object, rank: int | None = None) -> None:
-        """Give a picklable message to one rank's `receive`, or to every rank's."""
-        self._tell(Message(message), range(len(self.devices)) if rank is None else [rank])
+    def send(self, message: object, rank: int | None = None) -> int:
+        """Give a picklable message to one rank's `receive`, or to every rank's. Returns its number, for `cancel`."""
+        self._sent += 1
+        self._tell(Message(message, self._sent), range(len(self.devices)) if rank is None else [rank])
+        return self._sent
 
-    def cancel(self) -> None:
-        """Let `Rank.cancelled` say so, on all ranks at the same step. To end them at once, leave the group."""
-        self._tell("cancel", range(len(self.devices)))
+    def cancel(self, task: int = 0) -> None:
+        """Let `Rank.cancelled` say so, on all ranks at the same step, while they work on that message; 0 stands for
+        what they do before they receive any. It may come before a rank has started, or after the work is done, and
+        never concerns another message. To end the ranks at once, leave the group."""
+        self._tell(Cancel(task), range(len(self.devices)))
 
-    def receive(self, timeout_s: float | None = None) -> tuple[int, object] | None:
-        """The next message that a rank reported, with its index; None when all ranks' work is done.
+    def receive(self, timeout_s: float | None = None, task: int | None = None) -> tuple[int, object] | None:
+        """The next message that a rank reported, with its index; None when all ranks' work is done. With `task`, the next
+        that was reported about that message; those about others are dropped.
 
         Raises RankFailedError, or the WanduetError that a rank raised, after all processes have been ended and
         every message that still arrived has been given out; TimeoutError if nothing came for `timeout_s`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._inbox:
+        while True:
+            while self._inbox:
+                index, message = self._inbox.popleft()
+                if task in (None, message.task):
+                    return index, message.content
             if self._error is not None:
                 raise self._error
             pending = [index for index in range(len(self.devices)) if index not in self._results]
@@ -142,7 +152,6 @@ class RankGroup:
             items = [self._read(index) for index in pending if self._from_ranks[index] in ready]
             if any(item is None or isinstance(item, Failure) for item in items):
                 self._error = self._end_failed()
-        return self._inbox.popleft()
 
     def messages(self) -> Iterator[tuple[int, object]]:
         """All that the ranks report, until their work is done. Raises what `receive` raises."""
@@ -172,7 +181,7 @@ class RankGroup:
             pipe.close()
         self._folder.cleanup()
 
-    def _tell(self, item: Message | Command, ranks: Sequence[int]) -> None:
+    def _tell(self, item: Message | Cancel | Command, ranks: Sequence[int]) -> None:
         data = pack(item)
         for index in ranks:
             try:
@@ -191,7 +200,7 @@ class RankGroup:
         elif isinstance(item, Failure):
             self._failures[index] = item
         elif isinstance(item, Message):
-            self._inbox.append((index, item.content))
+            self._inbox.append((index, item))
         return item
 
     def _end_failed(self) -> WanduetError:

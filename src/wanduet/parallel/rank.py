@@ -67,9 +67,18 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Something for the other side."""
+    """Something for the other side. `task` is its number, where the starter sends it; the number of the task that it is
+    about, where a worker does (0: of none)."""
 
     content: object
+    task: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The task of that number is not wanted any more; 0: what a worker does without having been sent anything."""
+
+    task: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Result:
     value: object
 
 
-Command = Literal["cancel", "leave"]
+Command = Literal["leave"]
 
 
 class _Pickler(pickle.Pickler):
@@ -110,14 +119,22 @@ class Mailbox:
 
     incoming: "Connection[Any, Any]"
     outgoing: "Connection[Any, Any]"
-    messages: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    messages: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    task: int = 0  # the number of the message that was received last
+    cancelled: set[int] = field(default_factory=set)  # by number: it may come before its task is begun
     may_leave: threading.Event = field(default_factory=threading.Event)
     sending: threading.Lock = field(default_factory=threading.Lock)
 
     def listen(self) -> None:
         """Start to read what the starter sends."""
         threading.Thread(target=self._read, name="wanduet-mailbox", daemon=True).start()
+
+    def receive(self) -> object:
+        """Wait for the next message: its task is the current one from now on."""
+        message = self.messages.get()
+        self.task = message.task
+        self.cancelled -= {task for task in self.cancelled if task < message.task}  # they are over
+        return message.content
 
     def send(self, item: object) -> None:
         """Send to the starter; from any thread."""
@@ -134,9 +151,9 @@ class Mailbox:
                     return
                 os._exit(ABANDONED)  # a collective may never return: nothing gentler ends this process surely
             if isinstance(item, Message):
-                self.messages.put(item.content)
-            elif item == "cancel":
-                self.cancelled.set()
+                self.messages.put(item)
+            elif isinstance(item, Cancel):
+                self.cancelled.add(item.task)
             else:
                 self.may_leave.set()
 
@@ -161,17 +178,19 @@ class Rank:
     def report(self, message: object) -> None:
         """Send something picklable to the starter (tensors on the CPU); nobody hears it under torchrun."""
         if self.mailbox is not None:
-            self.mailbox.send(Message(message))
+            self.mailbox.send(Message(message, self.mailbox.task))
 
     def receive(self) -> object:
         """Wait for the next message of the starter. Raises RuntimeError under torchrun, where there is none."""
         if self.mailbox is None:
             raise RuntimeError("This process was not started by wanduet: nobody sends it messages.")
-        return self.mailbox.messages.get()
+        return self.mailbox.receive()
 
     def cancelled(self) -> bool:
-        """Whether the work was cancelled, the same answer on every rank: all must ask together, once a step."""
-        asked = torch.tensor([self.mailbox is not None and self.mailbox.cancelled.is_set()], dtype=torch.int32)
+        """Whether the message received last was cancelled, the same answer on every rank: all must ask together, once
+        a step."""
+        mailbox = self.mailbox
+        asked = torch.tensor([mailbox is not None and mailbox.task in mailbox.cancelled], dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked.item())
 

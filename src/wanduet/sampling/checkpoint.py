@@ -1,15 +1,16 @@
 """A denoise on disk: latents and solver history after a step, so that a killed job goes on from there.
 
 One safetensors file a denoise, replaced atomically; the one before is kept beside it until the new one is
-complete. A checksum over the tensors is stored with them; a damaged file is ignored.
+complete. A checksum over the tensors is stored with them; a file that is damaged or holds NaN is ignored.
 """
 
 import hashlib
 import json
 import os
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from torch import Tensor
 
 from wanduet.sampling.samplers import State
 
+KEY = "wanduet_checkpoint"
+
+# Yields an empty file beside a path, under a name of its own; when the block ends well, that file is durably at the path.
+Output = Callable[[Path], AbstractContextManager[Path]]
+
 
 @dataclass(frozen=True, slots=True)
 class DenoiseCheckpoint:
@@ -29,45 +35,69 @@ class DenoiseCheckpoint:
     latents: Tensor
     sampler_state: State
     about: dict[str, Any]  # what the checkpoint belongs to: the resolved request, its seed
+    record: dict[str, Any] = field(default_factory=dict)  # how the steps were made
+    writer: str = ""  # who made them; `save` writes its own
 
 
 class Checkpoints:
-    """The checkpoints of one denoise, known by `key` (a digest of request, seed and model)."""
+    """The checkpoints of one denoise, known by `key`: a digest of all that has a say in the latents.
 
-    def __init__(self, folder: Path, key: str) -> None:
+    Several processes may make the same denoise at once. Each replaces the files atomically, and removes only those
+    that it has written itself, or gone on from.
+    """
+
+    def __init__(self, folder: Path, key: str, output: Output, writer: str = "") -> None:
+        """`output` writes a file atomically (see Output), and may raise OSError or WanduetError. `writer` names whoever
+        makes this denoise; objects with one name own the same files."""
         self.path = folder / f"{key}.safetensors"
         self.previous = folder / f"{key}.previous.safetensors"
+        self._output = output
+        self._writers = {writer}
+        self._writer = writer
 
-    def save(self, checkpoint: DenoiseCheckpoint) -> None:
-        """Write durably. The last good checkpoint stays readable at every moment."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def save(self, checkpoint: DenoiseCheckpoint) -> bool:
+        """Write durably; the last good checkpoint stays readable at every moment. False, and nothing is written, if it
+        holds NaN or infinity. Raises OSError, or what `output` raises."""
         tensors: dict[str, Tensor] = {"latents": checkpoint.latents.detach().cpu().contiguous()}
         scalars = _flatten(checkpoint.sampler_state, tensors)
-        about = {"step": checkpoint.step, "sampler": scalars, "about": checkpoint.about, "sha256": _digest(tensors)}
-        partial = self.path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, {"wanduet_checkpoint": json.dumps(about)})
-        except SafetensorError as error:  # what a full disk becomes on its way through safetensors
-            raise OSError(str(error)) from error
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        if self.path.exists():
-            os.replace(self.path, self.previous)
-        os.replace(partial, self.path)
+        if not _finite(tensors):
+            return False
+        about = {
+            "step": checkpoint.step,
+            "sampler": scalars,
+            "about": checkpoint.about,
+            "record": checkpoint.record,
+            "writer": self._writer,
+            "sha256": _digest(tensors),
+        }
+        with self._output(self.path) as partial:
+            try:
+                save_file(tensors, partial, {KEY: json.dumps(about)})
+            except SafetensorError as error:  # what a full disk becomes on its way through safetensors
+                raise OSError(str(error)) from error
+            with suppress(FileNotFoundError):  # there is none yet, or another process has just moved it
+                os.replace(self.path, self.previous)
+        return True
 
-    def load(self) -> DenoiseCheckpoint | None:
-        """The newest checkpoint that is whole, or None."""
+    def load(self, own_only: bool = False) -> DenoiseCheckpoint | None:
+        """The newest checkpoint that is whole and finite, or None; with `own_only` of this writer's."""
         for path in (self.path, self.previous):
             checkpoint = _read(path)
-            if checkpoint is not None:
+            if checkpoint is not None and not (own_only and checkpoint.writer not in self._writers):
                 return checkpoint
         return None
 
+    def adopt(self) -> None:
+        """Let `remove` delete what is here now, too: it is what this denoise goes on from."""
+        self._writers.update(writer for path in (self.path, self.previous) if (writer := _writer_of(path)) is not None)
+
     def remove(self) -> None:
-        """Forget this denoise; a folder that cannot be written keeps its files."""
-        for path in (self.path, self.previous, self.path.with_suffix(".partial")):
+        """Forget this denoise; a folder that cannot be written keeps its files, and another writer's stay."""
+        for path in (self.path, self.previous):
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                writer = _writer_of(path)
+                if writer is None or writer in self._writers:  # nobody can go on from what cannot be read
+                    path.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path, days: float) -> int:
@@ -113,15 +143,29 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _read(path: Path) -> DenoiseCheckpoint | None:
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["wanduet_checkpoint"])
+            about = json.loads((file.metadata() or {})[KEY])
             # Copies: Windows neither removes nor replaces a file that is still mapped.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-        if _digest(tensors) != about["sha256"]:
+        if _digest(tensors) != about["sha256"] or not _finite(tensors):
             return None
         state = {name: _unflatten(value, tensors) for name, value in about["sampler"].items()}
-        return DenoiseCheckpoint(int(about["step"]), tensors["latents"], state, about["about"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        made = about.get("record", {}), about.get("writer", "")
+        return DenoiseCheckpoint(int(about["step"]), tensors["latents"], state, about["about"], *made)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _writer_of(path: Path) -> str | None:
+    """Who wrote a checkpoint; None for a file that is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})[KEY]).get("writer", ""))
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

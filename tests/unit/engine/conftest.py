@@ -33,9 +33,9 @@ def _no_waiting(monkeypatch) -> None:
 def submit(engine, tmp_path):
     """Submit a small job; flags of OutputOptions by name."""
 
-    def run(name: str = "out", on_step=None, changes: dict | None = None, **options) -> Job:
+    def run(name: str = "out", on_step=None, changes: dict | None = None, watch=None, **options) -> Job:
         request = GenerationRequest(**({"prompt": "a red circle on a black background"} | SMALL | (changes or {})))
-        return engine.submit(request, OutputOptions(tmp_path / f"{name}.mkv", codec="ffv1", **options), on_step)
+        return engine.submit(request, OutputOptions(tmp_path / f"{name}.mkv", codec="ffv1", **options), on_step, watch)
 
     return run
 

@@ -34,11 +34,11 @@ def test_a_device_in_use_is_not_idle(config) -> None:
     seen: list[bool] = []
 
     def look() -> None:
-        with models.if_idle("cpu") as idle:
+        with models.locks.if_idle("cpu") as idle:
             seen.append(idle)
 
     for held in (True, False):
-        with models._turn("cpu" if held else "another"):
+        with models.locks.take("cpu" if held else "another"):
             thread = threading.Thread(target=look)
             thread.start()
             thread.join()

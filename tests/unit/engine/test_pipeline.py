@@ -142,7 +142,7 @@ def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_p
             submit("part").result(60)
     assert files(tmp_path) == {"whole.mkv", "part.mkv.latents.safetensors"}
     steps: list[int] = []
-    assert digest(submit("part", lambda info: steps.append(info.step), resume=True)) == whole
+    assert digest(submit("part", watch=lambda info: steps.append(info.step), resume=True)) == whole
     assert steps == []
     assert files(tmp_path) == {"whole.mkv", "part.mkv"}
 

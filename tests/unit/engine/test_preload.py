@@ -55,7 +55,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def job() -> Any:
-    return SimpleNamespace(request=SimpleNamespace(sampler="unipc", flow_shift=3.0))
+    return SimpleNamespace(request=SimpleNamespace(sampler="unipc", flow_shift=3.0), cancelled=False)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import parse_hardware
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.errors import CancelledError, ConfigError
+from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
-from wanduet.media.read import frame_hashes, read_frames
+from wanduet.media.read import frame_hashes, read_frames, read_metadata
+from wanduet.parallel.launch import RankFailedError
 from wanduet.parallel.mesh import Layout
 from wanduet.parallel.rank import Rank
 from wanduet.request import GenerationRequest
@@ -113,6 +115,72 @@ def test_cancel_ends_the_step_and_the_group_goes_on(config, tmp_path) -> None:
     assert not (tmp_path / "a.mkv").exists()
 
 
+def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path) -> None:
+    """Not one step is made, nobody waits for the ranks, and the next job has them."""
+    with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
+        many = GenerationRequest(**(REQUEST | {"num_inference_steps": 500}))
+        job = engine.submit(many, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        while engine.models._group is None or engine.models._group._ranks._sent < 2:  # the denoise has been sent
+            assert not job.finished
+            time.sleep(0.001)
+        job.cancel()
+        with pytest.raises(CancelledError):
+            job.result(60)
+        assert "denoise" not in [event.phase for event in job.events()]
+        group = engine.models._group
+        following = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "b.mkv", "ffv1"))
+        steps = [event.done for event in following.events() if event.phase == "denoise"]
+        following.result(60)
+        assert engine.models._group is group
+    assert steps == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def no_ranks(monkeypatch):
+    """Groups without processes; what their denoise does is given."""
+    from wanduet.engine.group import Group
+
+    made: list[Group] = []
+
+    def begin(self, config, plan) -> None:
+        self.devices = plan.ranks
+        made.append(self)
+
+    def use(denoise):
+        monkeypatch.setattr(Group, "denoise", denoise)
+        return made
+
+    monkeypatch.setattr(Group, "__init__", begin)
+    monkeypatch.setattr(Group, "preload", lambda self, work: None)
+    monkeypatch.setattr(Group, "close", lambda self: None)
+    return use
+
+
+def test_a_rank_that_dies_as_its_job_is_cancelled_starts_no_other_group(config, tmp_path, no_ranks) -> None:
+    def die(self, video, task):
+        video.job.cancel()
+        raise RankFailedError("Rank 1 (cpu) died.", 1)
+
+    groups = no_ranks(die)
+    with pytest.raises(CancelledError):
+        run(replace(config, **STRATEGIES["parallel"]), tmp_path / "a.mkv")
+    assert len(groups) == 1
+
+
+def test_an_error_of_a_rank_does_not_reach_the_next_job(config, tmp_path, no_ranks) -> None:
+    def fail(self, video, task):
+        raise NonFiniteLatentsError(2)
+
+    groups = no_ranks(fail)
+    with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
+        for number in range(2):
+            job = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / f"{number}.mkv", "ffv1"))
+            with pytest.raises(NonFiniteLatentsError):
+                job.result(60)
+            assert engine.models._group is None
+    assert len(groups) == 2  # not the one whose processes have ended
+
+
 def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(config, alone, tmp_path) -> None:
     settings = replace(config, checkpoint_seconds=0.0, **STRATEGIES["parallel"])
     with Engine(settings) as engine:
@@ -140,7 +208,6 @@ def test_what_cannot_be_is_refused(config, tmp_path) -> None:
 def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_path, monkeypatch) -> None:
     """Two equal devices share a job by the engine's own choice; then it is also the engine that must cope."""
     from wanduet.engine.group import Group
-    from wanduet.parallel.launch import RankFailedError
 
     def fall(self, job, task):
         raise RankFailedError("Rank 1 (cpu) died.", 1)
@@ -151,6 +218,8 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
     assert job.rungs[-1].startswith("denoise: without a group")
+    assert job.plan.strategy == "parallel"  # what was planned; the video tells what was done
+    assert read_metadata(tmp_path / "a.mkv")["engine"]["strategy"] == "placed"
     assert frame_hashes(tmp_path / "a.mkv").digest == frame_hashes(alone / "guided.mkv").digest
 
 

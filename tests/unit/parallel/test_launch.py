@@ -107,6 +107,37 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_ctrl_c_is_left_to_the_start
     assert first == second >= 3
 
 
+def tasks(rank: Rank) -> None:
+    while (name := rank.receive()) is not None:
+        rank.report((name, rank.cancelled()))
+
+
+def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> None:
+    with RankGroup(tasks, ["cpu", "cpu"]) as group:
+        group.send("before")
+        unwanted = group.send("unwanted")
+        group.cancel(unwanted)  # long before a rank has started
+        group.send("after")
+        reports = [group.receive(60.0) for _ in range(6)]
+        group.cancel(unwanted)  # it is over
+        group.send("last")
+        reports += [group.receive(60.0) for _ in range(2)]
+        group.send(None)
+        group.results()
+    expected = [("before", False), ("unwanted", True), ("after", False), ("last", False)]
+    for rank in range(2):
+        assert [report for index, report in reports if index == rank] == expected
+
+
+def test_what_is_said_of_another_task_is_passed_over() -> None:
+    with RankGroup(tasks, ["cpu"]) as group:
+        group.send("first")
+        second = group.send("second")
+        assert group.receive(60.0, second) == (0, ("second", False))
+        with pytest.raises(TimeoutError):
+            group.receive(0.05, second)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -1,5 +1,15 @@
-import torch
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from wanduet.media.files import atomic_output
+from wanduet.sampling import checkpoint as module
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint, find_checkpoints
 
 
@@ -9,7 +19,7 @@ def checkpoint(step: int) -> DenoiseCheckpoint:
 
 
 def test_the_newest_is_read_back_whole(tmp_path) -> None:
-    store = Checkpoints(tmp_path, "a")
+    store = Checkpoints(tmp_path, "a", atomic_output)
     assert store.load() is None
     first, second = checkpoint(1), checkpoint(2)
     store.save(first)
@@ -25,7 +35,7 @@ def test_the_newest_is_read_back_whole(tmp_path) -> None:
 
 
 def test_damage_falls_back_to_the_previous(tmp_path) -> None:
-    store = Checkpoints(tmp_path, "a")
+    store = Checkpoints(tmp_path, "a", atomic_output)
     store.save(checkpoint(1))
     store.save(checkpoint(2))
     whole = store.path.read_bytes()
@@ -40,8 +50,95 @@ def test_damage_falls_back_to_the_previous(tmp_path) -> None:
     assert store.load().step == 2
 
 
+@pytest.mark.parametrize("where", ["latents", "history"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, monkeypatch, where, value) -> None:
+    store = Checkpoints(tmp_path, "a", atomic_output)
+    assert store.save(checkpoint(1))
+    bad = checkpoint(2)
+    (bad.latents if where == "latents" else bad.sampler_state["model_outputs"][1]).view(-1)[0] = value
+    assert not store.save(bad)
+    assert store.load().step == 1
+    with monkeypatch.context() as patch:  # as versions before this one did
+        patch.setattr(module, "_finite", lambda tensors: True)
+        assert store.save(bad)
+    assert store.load().step == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finite", lambda tensors: True)
+        assert store.save(bad)
+    assert store.load() is None  # both are bad: from the beginning
+    store.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_checkpoint_before_and_no_scraps(tmp_path, monkeypatch) -> None:
+    store = Checkpoints(tmp_path, "a", atomic_output)
+    store.save(checkpoint(1))
+
+    def full(tensors, path, metadata) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save(checkpoint(2))
+    assert store.load().step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_checkpoint_is_on_the_disk_with_its_name(tmp_path, monkeypatch) -> None:
+    """File and folder, before anybody counts on it."""
+    synced: list[bool] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)) or fsync(handle)
+    )
+    Checkpoints(tmp_path / "new", "a", atomic_output).save(checkpoint(1))
+    assert False in synced
+    assert sys.platform == "win32" or synced[-1]  # the folder, once the file has its name
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+import torch
+from wanduet.media.files import atomic_output
+from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
+store = Checkpoints(Path(sys.argv[1]), "a", atomic_output, sys.argv[2])
+for step in range(1, 60):
+    value = torch.full((1, 64), float(step))
+    store.save(DenoiseCheckpoint(step, value, {"last_sample": value}, {"by": sys.argv[2]}))
+    found = store.load()
+    assert found is not None and bool((found.latents == found.step).all()), found
+print("done")
+"""
+
+
+def test_two_processes_with_one_name_never_break_each_others_files(tmp_path) -> None:
+    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
+    running = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["done", "done"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.previous.safetensors"}
+
+
+def test_who_is_done_leaves_what_another_still_needs(tmp_path) -> None:
+    one, two = (Checkpoints(tmp_path, "a", atomic_output, name) for name in ("one", "two"))
+    one.save(checkpoint(3))
+    two.save(checkpoint(1))
+    one.remove()
+    assert two.load().step == 1
+    assert two.load(own_only=True).writer == "two"
+    assert one.load(own_only=True) is None
+    later = Checkpoints(tmp_path, "a", atomic_output, "later")
+    assert later.load().step == 1
+    later.remove()
+    assert two.load().step == 1
+    later.adopt()  # it goes on from there
+    later.remove()
+    assert two.load() is None
+
+
 def test_what_nobody_came_back_for_goes(tmp_path) -> None:
-    import os
     import time
 
     from wanduet.sampling.checkpoint import remove_abandoned

@@ -1,0 +1,95 @@
+"""A video's metadata, and which of an earlier run's files belong to a video: those that the same settings made."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from wanduet.engine.build import Models
+from wanduet.engine.job import Video
+from wanduet.media.provenance import make_provenance, versions
+from wanduet.ops.attention import BACKENDS
+
+# What in a video's metadata decides over its pixels. Devices and strategies do not: they differ in the last bits, as
+# kernels do, and a run that was interrupted may go on with others.
+_DECISIVE = ("request", "seed", "model", "output")
+_DECISIVE_SETTINGS = (
+    "transformer_dtype",
+    "text_encoder_dtype",
+    "approximate_attention",
+    "callback",
+    "vae_dtype",
+    "tf32",
+)
+# Of a request, what does not change its latents.
+_NOT_IN_LATENTS = ("fps", "num_videos_per_prompt")
+
+
+def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = None) -> str:
+    """What a checkpoint or latents belong to: everything that has a say in the latents, at their precision.
+
+    With `made`, the metadata of a file, at the precision that it was made with: for who only decodes what others made.
+    """
+    settings = _settings_of_latents(models, video)
+    if made is not None:
+        before = made.get("engine", {})
+        settings = {name: before.get(name) for name in settings}
+    about = {
+        "request": {k: v for k, v in video.request.model_dump().items() if k not in _NOT_IN_LATENTS},
+        "index": video.index,
+        "model": models.about,
+        "text_encoder": None if models.folder is None else models.folder.text_fingerprint,
+        "text_len": models.spec.text_len,
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
+    """Settings of the engine that have a say in the latents, by more than the last bits."""
+    named = models.config.attention  # one that is approximate is only used by name
+    return {
+        "transformer_dtype": video.plan.transformer_dtype,
+        "text_encoder_dtype": video.plan.text_encoder_dtype,
+        "approximate_attention": named if any(one.name == named and not one.exact for one in BACKENDS) else None,
+        "callback": video.job.on_step is not None,
+    }
+
+
+def provenance_of(models: Models, video: Video) -> dict[str, Any]:
+    """All that is known of how a video is made, as its metadata holds it; see `make_provenance`."""
+    plan, output = video.plan, video.job.output
+    of_latents = {"strategy": plan.strategy} | _settings_of_latents(models, video)
+    engine = of_latents | {
+        "vae_dtype": plan.vae_dtype,
+        "tf32": plan.tf32,
+        "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
+    }
+    if video.denoised is not None:  # perhaps by another machine
+        made = video.denoised.get("engine", {})
+        engine |= {name: made[name] for name in of_latents if name in made}
+        engine["denoised_on"] = video.denoised.get("hardware", [])
+    return {"output": {"codec": output.codec, "quality": output.quality}} | make_provenance(
+        video.request,
+        seed=video.seed,
+        model=models.about,
+        engine=engine,
+        versions=versions(),
+        created_at=datetime.now(UTC),
+        hardware=[d.name for d in plan.devices],
+        attention=video.attention,
+        timings={k: round(v, 3) for k, v in video.timings.items() if v},
+        rungs=video.rungs,
+        warnings=video.job.warnings,
+    )
+
+
+def made_alike(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two videos' metadata tell of the same pixels, but for roundings."""
+    if any(about.get(name) != wanted[name] for name in _DECISIVE):
+        return False
+    settings = about.get("engine")
+    if not isinstance(settings, Mapping):
+        return False
+    return all(settings.get(name) == wanted["engine"][name] for name in _DECISIVE_SETTINGS)

@@ -1,0 +1,90 @@
+"""What a checkpoint, latents or a video belong to: all that has a say in them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanduet.config import EngineConfig
+from wanduet.engine.build import Models
+from wanduet.engine.hardware import detect
+from wanduet.engine.job import Job, OutputOptions
+from wanduet.engine.plan import make_plan
+from wanduet.engine.record import made_alike, provenance_of, video_digest
+from wanduet.request import GenerationRequest
+
+SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
+
+CHANGES = {
+    "prompt": {"prompt": "a blue square"},
+    "seed": {"seed": 4},
+    "steps": {"num_inference_steps": 7},
+    "guidance": {"guidance_scale": 2.0},
+    "shift": {"flow_shift": 4.0},
+    "sampler": {"sampler": "euler"},
+    "size": {"height": 48},
+    "frames": {"num_frames": 9},
+    "transformer's precision": {"transformer_dtype": "bfloat16"},
+    "text encoder's precision": {"text_encoder_dtype": "bfloat16"},
+    "approximate attention": {"attention": "sageattention"},
+    "model": {"model": "random:1.3b"},
+    "callback": {},
+}
+
+
+def digest_of(config: EngineConfig, on_step: Any = None, **changes: Any) -> str:
+    models, job = job_of(config, on_step, **changes)
+    return video_digest(models, job.videos[0])
+
+
+def job_of(config: EngineConfig, on_step: Any = None, **changes: Any) -> tuple[Models, Job]:
+    settings = {k: v for k, v in changes.items() if k in EngineConfig.__dataclass_fields__}
+    request_changes = {k: v for k, v in changes.items() if k not in settings}
+    config = replace(config, **settings)
+    models = Models(config)
+    request = GenerationRequest(**(SMALL | request_changes)).resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    return models, Job(request, plan, OutputOptions(Path("x.mkv")), None, on_step)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_latents_is_another_denoise(config, change) -> None:
+    config = replace(config, text_encoder_dtype="float32")
+    on_step = (lambda _: None) if change == "callback" else None
+    assert digest_of(config, on_step, **CHANGES[change]) != digest_of(config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fps": 8}, {"num_videos_per_prompt": 3}, {"vae_dtype": "bfloat16"}, {"tf32": False}, {"devices": "vae=cpu,transformer=cpu"}],
+    ids=["fps", "more videos", "vae", "tf32", "placed"],
+)  # fmt: skip
+def test_what_does_not_change_the_latents_goes_on(config, changes) -> None:
+    assert digest_of(config, **changes) == digest_of(config)
+
+
+def test_each_of_a_jobs_videos_is_another_denoise(config) -> None:
+    models, job = job_of(config, num_videos_per_prompt=3)
+    assert len({video_digest(models, video) for video in job.videos}) == 3
+
+
+def test_who_only_decodes_takes_latents_of_another_precision(config) -> None:
+    """A decoder's own plan says nothing of how another machine has denoised."""
+    models, job = job_of(config, transformer_dtype="bfloat16")
+    made = provenance_of(models, job.videos[0])
+    others, here = job_of(config, transformer_dtype="float32")
+    assert video_digest(others, here.videos[0]) != video_digest(models, job.videos[0])
+    assert video_digest(others, here.videos[0], made) == video_digest(models, job.videos[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vae_dtype": "bfloat16"}, {"tf32": False}, {"transformer_dtype": "bfloat16"}, {"fps": 8}, {"seed": 4}],
+    ids=["vae", "tf32", "transformer", "fps", "seed"],
+)
+def test_a_video_of_other_settings_is_another_video(config, changes) -> None:
+    (models, job), (others, other) = job_of(config), job_of(config, **changes)
+    wanted = provenance_of(models, job.videos[0])
+    assert made_alike(provenance_of(models, job.videos[0]), wanted)
+    assert not made_alike(provenance_of(others, other.videos[0]), wanted)
+    assert not made_alike({}, wanted)
