@@ -210,22 +210,24 @@ def add(name: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     keys = _keys(_folder(data_dir))
     key = keys.add(name)
-    record = keys.records()[-1]
+    key_id = keys.owner(key)  # by the key: another process may have added one since
     if json_:
-        emit({"id": record.id, "name": name, "key": key}, as_json=True)
+        emit({"id": key_id, "name": name, "key": key}, as_json=True)
     else:
         print(key)
-        print(f"The key of {name!r} (id {record.id}). It cannot be shown again.", file=sys.stderr)
+        print(f"The key of {name!r} (id {key_id}). It cannot be shown again.", file=sys.stderr)
 
 
 @keys_app.command(name="list")
 def list_keys(*, data_dir: DataDir = None, json_: Json = False) -> None:
     """The keys' ids and names."""
+    from wanduet.frontends.show import printable
+
     records = _keys(_folder(data_dir)).records()
     if json_:
         emit({"keys": [{"id": record.id, "name": record.name} for record in records]}, as_json=True)
     for record in () if json_ else records:
-        print(f"{record.id}  {record.name}")
+        print(f"{record.id}  {printable(record.name)}")
 
 
 @keys_app.command(name="rm")

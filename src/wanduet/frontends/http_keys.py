@@ -6,15 +6,20 @@ import json
 import os
 import secrets
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from wanduet.errors import ConfigError
-from wanduet.media.files import write_atomically
+from wanduet.media.files import atomic_output, output_error
 
 PREFIX = "wanduet-"
 KEYS_FILE = "keys.json"  # in the data folder
+LOCK_SECONDS = 30.0  # how long a change of the keys waits for another one
 LOCAL_OWNER = "local"  # whose jobs they are where no key is asked for
 
 
@@ -28,63 +33,93 @@ class KeyRecord:
 
 
 class KeyRing:
-    """The keys of a server, in a JSON file that only its user may read. Changes of the file count at once."""
+    """The keys of a server, in a JSON file that only its user may read. Changes of the file count at once, and
+    several processes may make them at the same time: each reads, changes and writes under a lock.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: tuple[int, int, int] | None = None
+        self._content: bytes | None = None
         self._records: tuple[KeyRecord, ...] = ()
         self._guard = threading.Lock()
 
     def add(self, name: str) -> str:
-        """Make a key and return it; it cannot be shown again."""
+        """Make a key and return it; it cannot be shown again. Raises ConfigError or OutputError."""
         key = PREFIX + secrets.token_urlsafe(32)
         record = KeyRecord(secrets.token_hex(8), name, _hash(key))
-        self._save((*self.records(), record))
+        with self._changing():
+            self._save((*self.records(), record))
         return key
 
     def remove(self, key_id: str) -> bool:
-        """Revoke a key by its id; False if there is none."""
-        records = self.records()
-        left = tuple(record for record in records if record.id != key_id)
-        self._save(left)
-        return len(left) < len(records)
+        """Revoke a key by its id; False if there is none. Raises ConfigError or OutputError."""
+        with self._changing():
+            records = self.records()
+            left = tuple(record for record in records if record.id != key_id)
+            if len(left) < len(records):
+                self._save(left)
+            return len(left) < len(records)
 
     def records(self) -> tuple[KeyRecord, ...]:
         """What is stored now. Raises ConfigError for a damaged file: a server must not open up because of it."""
         with self._guard:
             try:
-                status = self._path.stat()
+                # Its bytes are compared, not its time: a quick change after another one may have the same time.
+                content = self._path.read_bytes()
             except FileNotFoundError:
-                self._stamp, self._records = None, ()
+                self._content, self._records = None, ()
                 return ()
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if stamp != self._stamp:
-                self._records = self._read()
-                self._stamp = stamp
+            except OSError as error:
+                raise self._unreadable() from error
+            if content != self._content:
+                self._records = self._parse(content)
+                self._content = content
             return self._records
 
     def owner(self, key: str) -> str | None:
         """Whose key this is. Takes the same time whichever key it is, or none."""
-        given = _hash(key)
+        given = _hash(key).encode()
         found = None
         for record in self.records():
-            if hmac.compare_digest(record.sha256, given):
+            if hmac.compare_digest(record.sha256.encode(), given):
                 found = record.id
         return found
 
-    def _read(self) -> tuple[KeyRecord, ...]:
+    def _parse(self, content: bytes) -> tuple[KeyRecord, ...]:
         try:
-            return tuple(KeyRecord(**record) for record in json.loads(self._path.read_text("utf-8"))["keys"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError("The file of API keys cannot be read.", hint=f"Repair or remove {self._path}.") from error
+            return tuple(map(_record, json.loads(content)["keys"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._unreadable() from error
+
+    def _unreadable(self) -> ConfigError:
+        return ConfigError("The file of API keys cannot be read.", hint=f"Repair or remove {self._path}.")
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep other processes from changing the file meanwhile."""
+        try:
+            self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
+            with FileLock(f"{self._path}.lock", timeout=LOCK_SECONDS, mode=0o600):
+                yield
+        except Timeout:
+            text = f"Another process has been changing the API keys for {LOCK_SECONDS:g} s."
+            raise ConfigError(text, hint="Try again, or end that process.") from None
+        except OSError as error:
+            raise output_error(self._path, error) from error
 
     def _save(self, records: tuple[KeyRecord, ...]) -> None:
-        self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
         text = json.dumps({"keys": [asdict(record) for record in records]}, indent=1)
-        write_atomically(self._path, text.encode())
-        with suppress(OSError):  # Windows has no such modes
-            os.chmod(self._path, 0o600)
+        with atomic_output(self._path) as partial:
+            with suppress(OSError):  # Windows has no such modes
+                os.chmod(partial, 0o600)  # before anything is in it
+            partial.write_text(text, "utf-8")
+
+
+def _record(stored: dict[str, Any]) -> KeyRecord:
+    record = KeyRecord(**stored)
+    if not all(isinstance(value, str) for value in asdict(record).values()):
+        raise TypeError("a key's id, name and hash are texts")
+    return record
 
 
 def _hash(key: str) -> str:
