@@ -1,6 +1,7 @@
 """What every route needs: the store, the model, the settings, who is asking."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from starlette.requests import cookie_parser
 
 from wanduet.frontends.http_errors import ApiError, unavailable
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
-from wanduet.frontends.http_metrics import ServerMetrics
+from wanduet.frontends.http_metrics import OWNER, ServerMetrics
 from wanduet.frontends.http_schemas import RequestLimits
 from wanduet.frontends.http_security import is_loopback
 from wanduet.jobs.records import Limits
@@ -34,6 +35,7 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     max_submissions: int = 256
     max_streams: int = 64
+    max_streams_per_key: int = 16
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -62,6 +64,32 @@ class Gate:
                 self._inside -= 1
 
 
+class SharedGate(Gate):
+    """A gate of which one key has a share only, so that it cannot keep the others out."""
+
+    def __init__(self, limit: int, share: int, what: str) -> None:
+        super().__init__(limit, what)
+        self._share = share
+        self._by_owner: Counter[str] = Counter()
+
+    @contextmanager
+    def enter(self, owner: str = LOCAL_OWNER) -> Iterator[None]:
+        """Be inside during the block; where no key is asked for, there are no shares. Raises ApiError (429, 503)."""
+        with self._guard:
+            if owner != LOCAL_OWNER and self._by_owner[owner] >= self._share:
+                text = f"Your key has {self._share} {self._what} open, which is the limit."
+                raise unavailable("too_many", text, BUSY_RETRY_SECONDS, 429)
+            self._by_owner[owner] += 1
+        try:
+            with super().enter():
+                yield
+        finally:
+            with self._guard:
+                self._by_owner[owner] -= 1
+                if not self._by_owner[owner]:
+                    del self._by_owner[owner]
+
+
 class ServerContext:
     """One server's belongings, in `app.state.context`."""
 
@@ -83,7 +111,7 @@ class ServerContext:
         self.metrics = ServerMetrics(store)
         self.draining = threading.Event()
         self.submissions = Gate(settings.max_submissions, "submissions")
-        self.streams = Gate(settings.max_streams, "event streams")
+        self.streams = SharedGate(settings.max_streams, settings.max_streams_per_key, "event streams")
 
     def check_accepting(self) -> None:
         """Raises ApiError (503) while the server drains."""
@@ -113,11 +141,17 @@ def get_owner(request: Request) -> str:
     """Who is asking, by their key; everybody is one owner where there are no keys. Raises ApiError (401)."""
     owner = find_owner(get_context(request), request.headers)
     if owner is None:
-        raise ApiError(
-            401,
-            "invalid_api_key",
-            "A valid API key is needed: `Authorization: Bearer KEY`.",
-            kind="authentication_error",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        raise invalid_key()
+    setattr(request.state, OWNER, owner)
     return owner
+
+
+def invalid_key() -> ApiError:
+    """The answer to whoever has no valid key."""
+    return ApiError(
+        401,
+        "invalid_api_key",
+        "A valid API key is needed: `Authorization: Bearer KEY`.",
+        kind="authentication_error",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

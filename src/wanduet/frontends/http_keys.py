@@ -4,9 +4,10 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,3 +125,14 @@ def _record(stored: dict[str, Any]) -> KeyRecord:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def came_encrypted(headers: Mapping[str, str], scheme: str) -> bool:
+    """Whether a browser sent a request over TLS, to this server or to a proxy in front of it.
+
+    Nobody is trusted by this: it can only make a cookie stricter, and who sends such a header sends it for themselves.
+    """
+    forwarded = re.search(r"(?:^|[;,\s])proto=\"?(\w+)", headers.get("forwarded", ""), re.IGNORECASE)
+    first = headers.get("x-forwarded-proto", "").partition(",")[0].strip()
+    page = headers.get("origin", "").partition("://")[0]
+    return "https" in (scheme, first.lower(), page.lower(), forwarded[1].lower() if forwarded else "")

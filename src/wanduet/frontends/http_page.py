@@ -16,9 +16,11 @@ from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanduet.errors import WanduetError
+from wanduet.frontends.http_bodies import read_fields
 from wanduet.frontends.http_context import KEY_COOKIE, ServerContext, find_owner
 from wanduet.frontends.http_errors import ApiError
-from wanduet.frontends.http_schemas import read_fields
+from wanduet.frontends.http_keys import came_encrypted
+from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_security import UPLOAD_PATH
 
 EVENTS_PATH = "/gradio_api/queue/join"
@@ -65,7 +67,7 @@ def add_login(app: FastAPI) -> None:
         if context.keys.owner(key) is None:
             return HTMLResponse(_LOGIN.format(message=escape("This key is not valid.")), 401)
         answer = RedirectResponse("/", 303)
-        secure = request.url.scheme == "https"
+        secure = came_encrypted(request.headers, request.url.scheme)
         answer.set_cookie(KEY_COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=secure)
         return answer
 
@@ -98,7 +100,8 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
             try:
                 return JSONResponse(await run_in_threadpool(read, path))
             except WanduetError as error:
-                return JSONResponse({"error": error.message.replace(str(path), "This file")})
+                text = public_text(error.message.replace(str(path), "This file"))
+                return JSONResponse({"error": text}, 400)
 
 
 class PageMount(Mount):

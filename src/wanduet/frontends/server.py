@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from wanduet import __version__
@@ -128,10 +128,10 @@ def _add_service_routes(app: FastAPI) -> None:
             context.store.list(limit=1)  # an unreachable store answers 503 by itself
         return JSONResponse(Health(status=status).model_dump(), 200 if status == "ready" else 503)
 
-    @app.get("/metrics", response_class=Response, responses=refused, dependencies=[Depends(get_owner)])
-    def metrics(request: Request) -> Response:
-        """Prometheus metrics."""
-        return Response(generate_latest(get_context(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    @app.get("/metrics", response_class=Response, responses=refused)
+    def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
+        """Prometheus metrics: of everything where no key is asked for, of the key's own requests and jobs otherwise."""
+        return Response(get_context(request).metrics.show(owner), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Server(uvicorn.Server):

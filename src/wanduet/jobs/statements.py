@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from wanduet.jobs.records import (
     OPEN_STATUSES,
+    IdempotencyError,
     JobError,
     Lease,
     Limits,
@@ -117,6 +118,17 @@ def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock:
     if row is None:
         raise UnknownJobError(job_id)
     return row
+
+
+def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerprint: str) -> StoredJob | None:
+    """The job stored under an idempotency key, if any. Raises IdempotencyError where it was asked for otherwise."""
+    if key is None:
+        return None
+    same = sa.and_(jobs.c.owner == owner, jobs.c.idempotency_key == key)
+    row = connection.execute(sa.select(jobs).where(same)).one_or_none()
+    if row is not None and row.fingerprint != fingerprint:
+        raise IdempotencyError("This idempotency key was used for another request.")
+    return None if row is None else to_job(row)
 
 
 def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from wanduet.jobs import statements
+from wanduet.jobs.counts import count_jobs
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.leases import outlived_by_supervisor
 from wanduet.jobs.prompts import forget_prompts
@@ -25,7 +26,6 @@ from wanduet.jobs.records import (
     MAX_PAGE,
     OPEN_STATUSES,
     WORKER_CRASHED,
-    IdempotencyError,
     JobError,
     Lease,
     Limits,
@@ -42,7 +42,7 @@ from wanduet.jobs.records import (
     demand_of,
     make_id,
 )
-from wanduet.jobs.schema import WRITE, fold_log, jobs, open_database, stages, state
+from wanduet.jobs.schema import WRITE, fold_log, jobs, open_database, state
 
 Values = dict[str, Any]
 PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
@@ -87,11 +87,9 @@ class JobStore:
         with self._write() as connection:
             # The row lock makes submissions queue up where the database itself lets them run side by side.
             newest = connection.scalar(statements.NEWEST)
-            known = self._by_key(connection, new)
+            known = statements.find_by_key(connection, new.owner, new.idempotency_key, fingerprint)
             if known is not None:
-                if known.fingerprint != fingerprint:
-                    raise IdempotencyError("This idempotency key was used for another request.")
-                return Submitted(statements.to_job(known), created=False)
+                return Submitted(known, created=False)
             statements.check_limits(connection, new.owner, limits or Limits())
             job_id = make_id(self._clock(), newest)
             connection.execute(sa.update(state).values(newest_id=job_id))
@@ -107,6 +105,14 @@ class JobStore:
             }
             row = connection.execute(statements.INSERT, values).one()
         return Submitted(statements.to_job(row), created=True)
+
+    def find_by_key(self, owner: str, key: str, fingerprint: str) -> StoredJob | None:
+        """The job that `submit` stored under an idempotency key, if it is still there; nothing is stored.
+
+        Raises IdempotencyError if the key belongs to another request.
+        """
+        with self._read() as connection:
+            return statements.find_by_key(connection, owner, key, fingerprint)
 
     def get(self, job_id: str, owner: str | None = None) -> StoredJob:
         """One job; with `owner`, only if it is theirs. Raises UnknownJobError."""
@@ -303,26 +309,12 @@ class JobStore:
 
     # For metrics.
 
-    def statistics(self) -> Statistics:
-        """How the queue stands now, and what all completed jobs took."""
-        counted = sa.func.count()
-        by_status = sa.select(jobs.c.status, counted).group_by(jobs.c.status)
-        by_code = (
-            sa.select(jobs.c.error_code, counted).where(jobs.c.error_code.is_not(None)).group_by(jobs.c.error_code)
-        )
-        oldest = sa.select(sa.func.min(jobs.c.created_at)).where(jobs.c.status == "queued")
-        last = (
-            sa.select(jobs.c.report).where(jobs.c.status == "completed").order_by(jobs.c.completed_at.desc()).limit(1)
-        )
+    def statistics(self, owner: str | None = None) -> Statistics:
+        """How the queue stands now, and what all completed jobs took; with `owner`, their jobs alone, without the sums
+        of stages, which are kept for everybody together.
+        """
         with self._read() as connection:
-            waiting = connection.scalar(oldest)
-            return Statistics(
-                {row[0]: row[1] for row in connection.execute(by_status)},
-                {row[0]: row[1] for row in connection.execute(by_code)},
-                0.0 if waiting is None else max(0.0, self._clock() - waiting),
-                {row[0]: (row[1], row[2]) for row in connection.execute(sa.select(stages))},
-                (connection.scalar(last) or {}).get("peak_memory_bytes", {}),
-            )
+            return count_jobs(connection, owner, self._clock())
 
     # Inside.
 
@@ -343,12 +335,6 @@ class JobStore:
     def _has_queued(self) -> bool:
         with self._read() as connection:
             return connection.scalar(sa.select(jobs.c.id).where(jobs.c.status == "queued").limit(1)) is not None
-
-    def _by_key(self, connection: sa.Connection, new: NewJob) -> "sa.Row[Any] | None":
-        if new.idempotency_key is None:
-            return None
-        same = sa.and_(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key)
-        return connection.execute(sa.select(jobs).where(same)).one_or_none()
 
     def _expiry(self, now: float) -> float | None:
         return None if self.retention_seconds is None else now + self.retention_seconds

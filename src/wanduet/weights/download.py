@@ -61,7 +61,8 @@ def local_model(model: str) -> ModelFolder | None:
     try:
         path = Path(model).expanduser()
         if path.is_dir():
-            return ModelFolder(path.resolve(), model)
+            folder = path.resolve()
+            return ModelFolder(folder, folder.name or "model")  # a name that may be told to anybody, never a path
         is_file = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
         raise ModelNotFoundError(f"There is no model {model[:200]!r} ({error}).", hint=_HINT) from error
