@@ -48,7 +48,9 @@ def test_keys_made_at_the_same_time_by_several_processes_are_all_kept(path: Path
     for maker in makers:
         maker.communicate(timeout=60)
         assert maker.returncode == 0
-    assert sorted(record.name for record in KeyRing(path).records()) == [f"{a}-{i}" for a in "abcdefgh" for i in range(5)]
+    assert sorted(record.name for record in KeyRing(path).records()) == [
+        f"{a}-{i}" for a in "abcdefgh" for i in range(5)
+    ]
 
 
 def test_a_key_revoked_while_another_is_made_stays_revoked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
