@@ -206,10 +206,16 @@ def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = No
 
 
 @keys_app.command
-def add(name: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
+def add(
+    name: str,
+    *,
+    operator: Annotated[bool, Parameter(help="Its /metrics are those of the whole server.", negative="")] = False,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     keys = _keys(_folder(data_dir))
-    key = keys.add(name)
+    key = keys.add(name, operator=operator)
     key_id = keys.owner(key)  # by the key: another process may have added one since
     if json_:
         emit({"id": key_id, "name": name, "key": key}, as_json=True)

@@ -26,11 +26,15 @@ LOCAL_OWNER = "local"  # whose jobs they are where no key is asked for
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as it is stored. The key has 256 random bits, so one plain SHA-256 cannot be searched back."""
+    """A key as it is stored. The key has 256 random bits, so one plain SHA-256 cannot be searched back.
+
+    An `operator`'s key sees the metrics of the whole server; its videos are its own, as with any key.
+    """
 
     id: str
     name: str
     sha256: str
+    operator: bool = False
 
 
 class KeyRing:
@@ -44,10 +48,10 @@ class KeyRing:
         self._records: tuple[KeyRecord, ...] = ()
         self._guard = threading.Lock()
 
-    def add(self, name: str) -> str:
+    def add(self, name: str, *, operator: bool = False) -> str:
         """Make a key and return it; it cannot be shown again. Raises ConfigError or OutputError."""
         key = PREFIX + secrets.token_urlsafe(32)
-        record = KeyRecord(secrets.token_hex(8), name, _hash(key))
+        record = KeyRecord(secrets.token_hex(8), name, _hash(key), operator)
         with self._changing():
             self._save((*self.records(), record))
         return key
@@ -86,6 +90,10 @@ class KeyRing:
                 found = record.id
         return found
 
+    def is_operator(self, owner: str) -> bool:
+        """Whether an owner may see what concerns everybody: the key of an operator, or whoever needs none."""
+        return owner == LOCAL_OWNER or any(record.operator for record in self.records() if record.id == owner)
+
     def _parse(self, content: bytes) -> tuple[KeyRecord, ...]:
         try:
             return tuple(map(_record, json.loads(content)["keys"]))
@@ -118,7 +126,7 @@ class KeyRing:
 
 def _record(stored: dict[str, Any]) -> KeyRecord:
     record = KeyRecord(**stored)
-    if not all(isinstance(value, str) for value in asdict(record).values()):
+    if [type(value) for value in asdict(record).values()] != [str, str, str, bool]:
         raise TypeError("a key's id, name and hash are texts")
     return record
 

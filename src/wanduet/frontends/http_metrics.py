@@ -42,8 +42,7 @@ class Counts:
 class ServerMetrics:
     """The counts of one server; nothing is global, so several servers fit into one process.
 
-    Whoever uses a server without keys is its operator and sees everything. A key sees its own requests and jobs, and
-    nothing of the machine.
+    A key sees its own requests and jobs, and nothing of the machine; an operator sees everything.
     """
 
     def __init__(self, store: JobStore) -> None:
@@ -63,11 +62,11 @@ class ServerMetrics:
             counts.requests.labels(method, route, status).inc()
             counts.seconds.labels(route).observe(seconds)
 
-    def show(self, owner: str) -> bytes:
-        """What an owner may see, in Prometheus's text format."""
+    def show(self, owner: str | None) -> bytes:
+        """What an owner may see, or everything (None), in Prometheus's text format."""
         counts = self._of(owner)[-1]
         asked = CollectorRegistry()
-        asked.register(_StoreCollector(self._store, None if owner == LOCAL_OWNER else owner))
+        asked.register(_StoreCollector(self._store, owner))
         return generate_latest(counts.registry) + generate_latest(asked)
 
     def _of(self, owner: str | None) -> tuple[Counts, ...]:

@@ -7,9 +7,10 @@ from wanduet.jobs.records import JobError
 MESSAGE_LIMIT = 600  # characters: a message quotes what was given, which may be long
 NAME_LIMIT = 100
 
-# An absolute path of POSIX or Windows, or one that begins with `~`, `.` or `..`; not the path of an address (`https://a/b`).
-_BEFORE = r"(?<![\w:/\\.~-])"
-_START = r"(?:(?:~[\w.-]*|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\)"
+# An absolute path of POSIX or Windows, one that begins with `~`, `.` or `..`, or an address of a file
+# (`sqlite:////data/x`); not the path of an address on the net (`https://a/b`).
+_BEFORE = r"(?<![\w/\\.~-])"
+_START = r"(?:[A-Za-z][\w+]{0,20}:/{3,}|(?:~[\w.-]{0,40}|\.{1,2})?/(?!/)|(?<!:)//|[A-Za-z]:[\\/](?!/)|\\\\)"
 _QUOTED = re.compile(rf"(?P<quote>['\"`])(?P<path>{_START}(?:(?!(?P=quote)).)+)(?P=quote)")
 _BARE = re.compile(rf"{_BEFORE}{_START}[^\s'\"`,;:()<>|]+")
 

@@ -130,8 +130,10 @@ def _add_service_routes(app: FastAPI) -> None:
 
     @app.get("/metrics", response_class=Response, responses=refused)
     def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
-        """Prometheus metrics: of everything where no key is asked for, of the key's own requests and jobs otherwise."""
-        return Response(get_context(request).metrics.show(owner), media_type=CONTENT_TYPE_LATEST)
+        """Prometheus metrics: of a key's own requests and jobs; of everything for an operator."""
+        context = get_context(request)
+        shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
+        return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
 class _Server(uvicorn.Server):
