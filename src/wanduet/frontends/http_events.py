@@ -27,7 +27,7 @@ class VideoStream(EventSourceResponse):
 
     def __init__(self, context: ServerContext, headers: Headers, owner: str, job: StoredJob) -> None:
         self._context = context
-        self._headers = headers
+        self._asked = headers
         self._owner = owner
         self._place = context.streams.enter(owner)
         self._place.__enter__()
@@ -76,7 +76,7 @@ class VideoStream(EventSourceResponse):
 
     def _may_see(self) -> bool:
         try:
-            return find_owner(self._context, self._headers) == self._owner
+            return find_owner(self._context, self._asked) == self._owner
         except WanduetError:  # a file of keys that cannot be read opens nothing
             return False
 

@@ -53,7 +53,7 @@ class CreateVideo(BaseModel):
 
 
 NUMBERS = {
-    name: {int | None: "a whole number", float | None: "a number"}[field.annotation]
+    name: "a whole number" if field.annotation == int | None else "a number"
     for name, field in CreateVideo.model_fields.items()
     if field.annotation in (int | None, float | None)
 } | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
