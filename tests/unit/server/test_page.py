@@ -1,5 +1,6 @@
 """The page's HTML, its gate, its actions; in a browser it is tested in tests/e2e."""
 
+import asyncio
 import gc
 import math
 from dataclasses import replace
@@ -257,7 +258,11 @@ def mount() -> Any:
     from wanduet.frontends.ui import mount_page
 
     yield mount_page
-    gc.collect()  # Gradio leaves loops and sockets to the collector: here and not in another test
+    # Gradio leaves loops and their sockets to the collector, which would warn of them in some other test.
+    for loop in [found for found in gc.get_objects() if isinstance(found, asyncio.BaseEventLoop)]:
+        if not loop.is_running():
+            loop.close()
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
