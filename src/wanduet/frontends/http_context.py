@@ -1,9 +1,7 @@
 """What every route needs: the store, the model, the settings, who is asking."""
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -11,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
 from wanduet.frontends.http_errors import ApiError, unavailable
+from wanduet.frontends.http_gates import Gate
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
 from wanduet.frontends.http_metrics import OWNER, ServerMetrics
 from wanduet.frontends.http_schemas import RequestLimits
@@ -20,7 +19,6 @@ from wanduet.jobs.store import JobStore
 from wanduet.specs import ModelSpec
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; only this host's own pages send it
-BUSY_RETRY_SECONDS = 1
 DRAIN_RETRY_SECONDS = 15
 
 
@@ -39,55 +37,6 @@ class ServerSettings:
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
-
-
-class Gate:
-    """Lets so many in at once and turns the others away, with a time to come back."""
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit = limit
-        self._what = what
-        self._inside = 0
-        self._guard = threading.Lock()
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Be inside during the block. Raises ApiError (503)."""
-        with self._guard:
-            if self._inside >= self._limit:
-                raise unavailable("overloaded", f"There are too many {self._what} just now.", BUSY_RETRY_SECONDS)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._inside -= 1
-
-
-class SharedGate(Gate):
-    """A gate of which one key has a share only, so that it cannot keep the others out."""
-
-    def __init__(self, limit: int, share: int, what: str) -> None:
-        super().__init__(limit, what)
-        self._share = share
-        self._by_owner: Counter[str] = Counter()
-
-    @contextmanager
-    def enter(self, owner: str = LOCAL_OWNER) -> Iterator[None]:
-        """Be inside during the block; where no key is asked for, there are no shares. Raises ApiError (429, 503)."""
-        with self._guard:
-            if owner != LOCAL_OWNER and self._by_owner[owner] >= self._share:
-                text = f"Your key has {self._share} {self._what} open, which is the limit."
-                raise unavailable("too_many", text, BUSY_RETRY_SECONDS, 429)
-            self._by_owner[owner] += 1
-        try:
-            with super().enter():
-                yield
-        finally:
-            with self._guard:
-                self._by_owner[owner] -= 1
-                if not self._by_owner[owner]:
-                    del self._by_owner[owner]
 
 
 class ServerContext:
@@ -111,7 +60,7 @@ class ServerContext:
         self.metrics = ServerMetrics(store)
         self.draining = threading.Event()
         self.submissions = Gate(settings.max_submissions, "submissions")
-        self.streams = SharedGate(settings.max_streams, settings.max_streams_per_key, "event streams")
+        self.streams = Gate(settings.max_streams, "event streams", settings.max_streams_per_key)
 
     def check_accepting(self) -> None:
         """Raises ApiError (503) while the server drains."""

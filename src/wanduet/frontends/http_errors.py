@@ -27,15 +27,13 @@ QUEUE_RETRY_SECONDS = 30
 STORE_RETRY_SECONDS = 5
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 STREAM_END = "/events"  # the end of a path that does not take HEAD: its GET does not end by itself
-# The store's own errors by their code: with which status, and after how many seconds it is worth asking again. A fault
-# that waiting does not mend has no such time, and its message says what to do.
-STORE_FAULTS: Mapping[str, tuple[int, int | None]] = {
-    "store_unavailable": (503, STORE_RETRY_SECONDS),
-    "store_busy": (503, STORE_RETRY_SECONDS),
-    "store_full": (503, QUEUE_RETRY_SECONDS),
-    "store_gone": (503, None),
-    "store_read_only": (503, None),
-    "store_damaged": (500, None),
+# Faults of the store that only a person can mend, by their code: the message says what to do, and no answer says when to
+# try again.
+STORE_FAULTS: Mapping[str, int] = {
+    "store_broken": 503,
+    "store_gone": 503,
+    "store_read_only": 503,
+    "store_damaged": 500,
 }
 
 
@@ -76,7 +74,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """What is told."""
+        """The JSON of the answer."""
         param = None if self.param is None else sendable(self.param, NAME_LIMIT)
         detail = ErrorDetail(message=sendable(self.message), type=self.kind, param=param, code=self.code)
         return ErrorBody(error=detail).model_dump()
@@ -117,18 +115,13 @@ def to_api_error(error: Exception) -> ApiError:
         case HTTPException():
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
             return ApiError(error.status_code, code, str(error.detail), headers=error.headers)
+        case WanduetError() if error.code in STORE_FAULTS:
+            text = public_text(f"{error.message} {error.hint or ''}".strip())
+            return ApiError(STORE_FAULTS[error.code], error.code, text, kind="server_error")
         case SQLAlchemyError():
             return unavailable("store_unavailable", "The job store cannot be reached just now.", STORE_RETRY_SECONDS)
-        case WanduetError() if error.code in STORE_FAULTS:
-            return _store_fault(error, *STORE_FAULTS[error.code])
         case _:
             return ApiError(500, "internal_error", "Something went wrong in the server.", kind="server_error")
-
-
-def _store_fault(error: WanduetError, status: int, retry_after: int | None) -> ApiError:
-    text = public_text(f"{error.message} {error.hint or ''}".strip())
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return ApiError(status, error.code, text, kind="server_error", headers=headers)
 
 
 def allowed_methods(request: Request) -> list[str]:

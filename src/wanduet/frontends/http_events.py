@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from wanduet.errors import WanduetError
 from wanduet.frontends.http_context import ServerContext, find_owner, invalid_key
+from wanduet.frontends.http_keys import LOCAL_OWNER
 from wanduet.frontends.http_schemas import DeletedVideo, to_video
 from wanduet.jobs.records import StoredJob, UnknownJobError
 
@@ -29,7 +30,9 @@ class VideoStream(EventSourceResponse):
         self._context = context
         self._asked = headers
         self._owner = owner
-        self._place = context.streams.enter(owner)
+        self._place = context.streams.enter(
+            None if owner == LOCAL_OWNER else owner
+        )  # without keys, there are no shares
         self._place.__enter__()
         super().__init__(self._allowed_events(job), ping=PING_SECONDS)
 

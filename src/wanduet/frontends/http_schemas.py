@@ -110,8 +110,8 @@ def to_video(job: StoredJob) -> Video:
     request = job.request
     error = None
     if job.error is not None:
-        told = public_error(job.error)
-        error = ErrorDetail(message=told.message, type=told.type, param=told.param, code=told.code)
+        shown = public_error(job.error)
+        error = ErrorDetail(message=shown.message, type=shown.type, param=shown.param, code=shown.code)
     return Video(
         id=job.id,
         model=public_text(job.model),

@@ -62,7 +62,7 @@ def local_model(model: str) -> ModelFolder | None:
         path = Path(model).expanduser()
         if path.is_dir():
             folder = path.resolve()
-            return ModelFolder(folder, folder.name or "model")  # a name that may be told to anybody, never a path
+            return ModelFolder(folder, folder.name or "model")  # everybody sees this name, so it is no path
         is_file = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
         raise ModelNotFoundError(f"There is no model {model[:200]!r} ({error}).", hint=_HINT) from error
