@@ -119,7 +119,7 @@ def install(app: FastAPI) -> None:
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         api_error = to_api_error(error)
-        if api_error.status >= 500:
+        if api_error.status >= 500 and api_error is not error:  # a refusal is no failure, and clients cause it at will
             log.error("request failed", error=type(error).__name__, status=api_error.status)
         return api_error.response()
 

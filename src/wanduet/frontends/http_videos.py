@@ -67,9 +67,9 @@ def _body(model: type[CreateVideo] | type[RemixVideo], *kinds: str) -> dict[str,
 @router.post("", response_model=Video, openapi_extra=_body(CreateVideo, "multipart/form-data", "application/json"))
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
+    fields = await read_fields(request)  # first: a body that does not come must not keep others out
     with context.submissions.enter():
         context.check_accepting()
-        fields = await read_fields(request)
         given = fingerprint(fields)
         model = _check_model(fields.pop("model", None), context)
         wanted = to_request(fields, context.spec, context.settings.limits)
@@ -80,9 +80,9 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
 @router.post("/{video_id}/remix", response_model=Video, openapi_extra=_body(RemixVideo, "application/json"))
 async def remix_video(video_id: VideoId, request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue that differs from another one only in its prompt."""
+    fields = await read_fields(request)
     with context.submissions.enter():
         context.check_accepting()
-        fields = await read_fields(request)
         check_names(fields, RemixVideo)
         try:
             prompt = RemixVideo.model_validate(fields).prompt
