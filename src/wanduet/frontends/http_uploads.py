@@ -62,8 +62,8 @@ class MetadataReader:
                 [*self._command, str(video)], stdin=nothing, stdout=pipe, stderr=nothing, env=environment
             )
         except OSError:  # no memory for a process, or no files for its pipe
-            text = "No process can be started to read the file just now."
-            raise unavailable("overloaded", text, START_RETRY_SECONDS) from None
+            why = "No process can be started to read the file just now."
+            raise unavailable("overloaded", why, START_RETRY_SECONDS) from None
         too_late = threading.Event()
 
         def end() -> None:
@@ -87,6 +87,7 @@ def _limit_this_process() -> None:
         return
     import resource
 
+    os.nice(10)  # the server and its worker come first
     limits = {
         resource.RLIMIT_AS: MAX_MEMORY_BYTES,
         resource.RLIMIT_CPU: int(TIMEOUT_SECONDS),

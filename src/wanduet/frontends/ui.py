@@ -20,6 +20,7 @@ from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MAX_EVENTS = 1000  # that wait in Gradio's queue, of all visitors
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 
 
@@ -74,7 +75,7 @@ class Page:
             gr.HTML("<h2>Videos</h2>")
             self._gallery = gr.HTML(js_on_load=scripts.CARD_CLICKS)
             self._connect(page)
-        return page
+        return page.queue(max_size=MAX_EVENTS)
 
     def _build_form(self) -> None:
         presets, start, limits = self._actions.presets, self._actions.defaults(), self._actions.context.settings.limits
