@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -19,6 +20,7 @@ import h11
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wanduet.errors import ConfigError
@@ -63,7 +65,9 @@ class Connection(H11Protocol):
 
     def give_up(self) -> None:
         """End the connection now, with an answer if a part of a request has come."""
-        if not self.answering and not self.transport.get_write_buffer_size() and self.conn.trailing_data[0]:
+        if self.transport.get_write_buffer_size():  # nor shall the system keep what the client does not take
+            _forget_unsent(self.transport.get_extra_info("socket"))
+        elif not self.answering and self.conn.trailing_data[0]:
             self._refuse(408, "request_timeout", "The request did not arrive in time. Send it again.")
         self.transport.abort()
 
@@ -84,10 +88,12 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP; where another answer is under way, only the end of the connection can say so."""
-        self._refuse(400, "invalid_request", msg)
-        self.transport.close()
+        if self._refuse(400, "invalid_request", msg):
+            self.transport.close()
+        else:
+            self.transport.abort()
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
+    def _refuse(self, status: int, code: str, message: str) -> bool:
         body = json.dumps(ErrorBody(error=ErrorDetail(message=message, type=INVALID, code=code)).model_dump()).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         reason = HTTPStatus(status).phrase.encode()
@@ -95,6 +101,8 @@ class Connection(H11Protocol):
             answer = h11.Response(status_code=status, headers=headers, reason=reason)
             parts = [self.conn.send(event) for event in (answer, h11.Data(data=body), h11.EndOfMessage())]
             self.transport.write(b"".join(part for part in parts if part))
+            return True
+        return False
 
 
 class Server(uvicorn.Server):
@@ -106,6 +114,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, announce: Announce = lambda url: None) -> None:
         self._context: ServerContext = app.state.context
         super().__init__(_configure(app, self._context.settings))
+        AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; ours end by themselves when we drain
         self._announce = announce
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
@@ -206,6 +215,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
     return listener
+
+
+def _forget_unsent(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
 
 
 def _configure(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:

@@ -1,5 +1,6 @@
 """What stands around the page: who may see it, which of its routes are open, and that it loads nothing from elsewhere."""
 
+import asyncio
 import json
 import secrets
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from wanduet.frontends.http_schemas import read_fields
 
 EVENTS_PATH = "/gradio_api/queue/join"
 STREAM_PATHS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")  # answers that last as long as a page is open
+LOOK_SECONDS = 0.5
 PULSE_PATH = "/page/pulse"
 COOKIE_SECONDS = 30 * 24 * 3600
 # Everything comes from this server. Gradio's own scripts are inline and compile their templates.
@@ -150,7 +152,29 @@ class PageGate:
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
-            await self._app(scope, receive, _without_cors(send))
+            await self._run_until_drained(scope, receive, _without_cors(send))
+
+    async def _run_until_drained(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gradio's streams last until the browser goes; a server that ends would wait for it."""
+        started = complete = False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal started, complete
+            started = True
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        running = asyncio.ensure_future(self._app(scope, receive, watching_send))
+        try:
+            while not running.done() and not self._context.draining.is_set():
+                await asyncio.wait([running], timeout=LOOK_SECONDS)
+            if running.done():
+                return running.result()
+        finally:
+            running.cancel()
+        await asyncio.wait([running])
+        if started and not complete:
+            await send({"type": "http.response.body", "body": b""})
 
 
 def _names_a_file(body: bytes) -> bool:
