@@ -169,7 +169,8 @@ class PageGate:
             while not running.done() and not self._context.draining.is_set():
                 await asyncio.wait([running], timeout=LOOK_SECONDS)
             if running.done():
-                return running.result()
+                running.result()
+                return
         finally:
             running.cancel()
         await asyncio.wait([running])
