@@ -1,9 +1,7 @@
 """What is refused before anything of it is read, on every route: strange hosts and pages, long bodies, one too many."""
 
 import asyncio
-import gc
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ from api import Api
 
 from wanduet.frontends import http_limits
 from wanduet.frontends.http_capacity import find_capacity
-from wanduet.frontends.http_context import ServerSettings
 from wanduet.frontends.http_errors import ApiError
 from wanduet.frontends.http_gates import Gate
 from wanduet.frontends.http_keys import KeyRing
@@ -20,23 +17,6 @@ from wanduet.frontends.http_limits import MAX_PAGE_BYTES, MAX_UPLOAD_BYTES, UPLO
 WRITES = ["/v1/videos", "/v1/videos/x/remix", "/login", "/logout", UPLOAD_PATH, "/gradio_api/queue/join",
           "/gradio_api/upload", "/gradio_api/cancel", "/gradio_api/run/x", "/", "/nothing"]  # fmt: skip
 GOOD = {"host": "127.0.0.1"}
-
-
-@pytest.fixture(params=[False, True], ids=["api", "page"])
-def app_with(request: pytest.FixtureRequest, make_api: Any) -> Iterator[Callable[..., Api]]:
-    """An API, and the same with the page mounted."""
-
-    def make(settings: ServerSettings | None = None, **options: Any) -> Api:
-        api: Api = make_api(settings, **options)
-        if request.param:
-            ui = pytest.importorskip("wanduet.frontends.ui")
-            from wanduet.config import EngineConfig
-
-            ui.mount_page(api.app, EngineConfig(model="miniature", data_dir=api.store.files.folder))
-        return api
-
-    yield make
-    gc.collect()  # Gradio leaves loops and sockets to the collector: here and not in another test
 
 
 async def refuse_to_send() -> Any:
@@ -65,9 +45,8 @@ async def post_in_loop(app: Any, path: str, headers: dict[str, str], receive: An
     return int(statuses[0])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_every_route_refuses_before_it_reads(app_with: Any) -> None:
-    app = app_with().app
+def check_refusals(app: Any) -> None:
+    """No route of an application reads a body that is too long, or comes from a strange host or page."""
     for path in WRITES:
         longest = MAX_UPLOAD_BYTES if path == UPLOAD_PATH else 2**20
         assert post(app, path, {"host": "evil.example.com"}) == 400, path
@@ -76,14 +55,21 @@ def test_every_route_refuses_before_it_reads(app_with: Any) -> None:
         assert post(app, path, {**GOOD, "content-length": "-1"}) == 400, path
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_every_route_asks_for_the_key_before_it_reads(app_with: Any, store: Any) -> None:
-    keys = KeyRing(store.files.folder / "keys.json")
-    keys.add("ann")
-    app = app_with(keys=keys).app
+def check_keys(app: Any) -> None:
+    """No route of an application that has keys reads a body without one."""
     for path in WRITES:
         if path not in ("/login", "/logout"):
             assert post(app, path, GOOD) in (401, 404, 405), path
+
+
+def test_every_route_refuses_before_it_reads(api: Api) -> None:
+    check_refusals(api.app)
+
+
+def test_every_route_asks_for_the_key_before_it_reads(make_api: Any, store: Any) -> None:
+    keys = KeyRing(store.files.folder / "keys.json")
+    keys.add("ann")
+    check_keys(make_api(keys=keys).app)
 
 
 def test_pages_send_less_than_programs() -> None:
