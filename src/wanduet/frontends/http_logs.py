@@ -26,8 +26,8 @@ def configure_library_logs() -> None:
     Called by the server's entry point only, after `configure_logs`.
     """
     root = logging.getLogger()
-    if not any(isinstance(handler, _ToLines) for handler in root.handlers):
-        root.addHandler(_ToLines())
+    plain = (logging.StreamHandler, _ToLines)  # the command line's, which writes for people
+    root.handlers[:] = [*(handler for handler in root.handlers if type(handler) not in plain), _ToLines()]
     logging.captureWarnings(True)
     threading.excepthook = _log_thread
 

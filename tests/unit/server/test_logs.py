@@ -15,7 +15,7 @@ from wanduet.frontends.http_logs import RateLimit, configure_library_logs
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler()])  # as the command line does
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     with capture_logs() as found:
         configure_library_logs()
@@ -46,6 +46,11 @@ def test_records_are_lines_without_the_clients_words(lines: list[Any]) -> None:
 def test_requests_that_the_server_ended_are_no_errors(lines: list[Any]) -> None:
     logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=asyncio.CancelledError())
     assert lines == []
+
+
+def test_nothing_is_written_beside_the_lines(lines: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert (len(lines), capsys.readouterr().err) == (1, "")
 
 
 def test_a_thousand_equal_records_are_one_line(lines: list[Any]) -> None:
