@@ -136,7 +136,8 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
 
     def announce(url: str) -> None:
         print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
-        print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():  # elsewhere, standard error is a log of JSON lines
+            print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
         if browser:
             import webbrowser
 

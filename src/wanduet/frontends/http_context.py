@@ -8,6 +8,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
+from wanduet.frontends.http_capacity import find_capacity
 from wanduet.frontends.http_errors import ApiError, unavailable
 from wanduet.frontends.http_gates import Gate
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
@@ -20,11 +21,18 @@ from wanduet.specs import ModelSpec
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; only this host's own pages send it
 DRAIN_RETRY_SECONDS = 15
+MAX_UPLOADS = 4  # at the same moment: each costs temporary files and a process
+UPLOAD_SHARE = 2  # of one key
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How a server listens and what it takes. `max_submissions` and `max_streams`: at the same moment."""
+    """How a server listens and what it takes. `max_submissions` and `max_streams`: at the same moment.
+
+    `max_connections`: as many as the process may have files open for, by default. A client has `header_seconds` to
+    send what comes before a body, `body_seconds` for the body, longer if it is on its way, and must take some of
+    its answer every `stall_seconds`.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -34,6 +42,10 @@ class ServerSettings:
     max_submissions: int = 256
     max_streams: int = 64
     max_streams_per_key: int = 16
+    max_connections: int | None = None
+    header_seconds: float = 10.0
+    body_seconds: float = 20.0
+    stall_seconds: float = 60.0
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -59,8 +71,13 @@ class ServerContext:
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
         self.metrics = ServerMetrics(store)
         self.draining = threading.Event()
+        self.capacity = find_capacity(settings.max_connections)
+        max_streams = max(1, min(settings.max_streams, self.capacity.requests // 2))  # the rest is for short answers
+        self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
-        self.streams = Gate(settings.max_streams, "event streams", settings.max_streams_per_key)
+        self.streams = Gate(max_streams, "event streams", settings.max_streams_per_key)
+        self.page_streams = Gate(max_streams, "open pages")
+        self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def check_accepting(self) -> None:
         """Raises ApiError (503) while the server drains."""

@@ -150,7 +150,7 @@ def install(app: FastAPI) -> None:
         api_error = to_api_error(error)
         if api_error.status == 405:
             api_error.headers["Allow"] = ", ".join(allowed_methods(request))
-        if api_error.status >= 500:
+        if api_error.status >= 500 and api_error is not error:  # a refusal is no failure, and clients cause it at will
             # A message of ours says what to do, in whole only here; others might quote what was sent.
             about = {"message": str(error)} if isinstance(error, WanduetError) else {}
             log.error("request failed", error=type(error).__name__, status=api_error.status, **about)

@@ -62,7 +62,7 @@ def _body(model: type[CreateVideo] | type[RemixVideo], *kinds: str) -> dict[str,
 @router.post("", response_model=Video, openapi_extra=_body(CreateVideo, "multipart/form-data", "application/json"))
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
-    fields = await read_fields(request)
+    fields = await read_fields(request)  # first: a body that does not come must not keep others out
     with context.submissions.enter():
         context.check_accepting()
         key, given = _key(request), fingerprint(fields)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 from api import CONTENT, Api
 from fastapi.testclient import TestClient
+from test_limits import check_keys, check_refusals
 
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_keys import KeyRing
-from wanduet.frontends.http_page import add_restore
+from wanduet.frontends.http_restore import add_restore
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_forms import Presets, default_form
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
@@ -275,6 +277,7 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
     with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as http:
         assert (http.get("/").status_code, http.get("/").headers["location"]) == (303, "/login")
         assert http.get("/config").status_code == 401
+        check_keys(app)
         assert http.post("/login", data={"key": "wrong"}).status_code == 401
         assert http.post("/login", data={"key": key}, headers={"Origin": "http://evil.example"}).status_code == 403
         proxied = [
@@ -329,6 +332,12 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
             answer = http.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
             assert answer.headers["allow"]
+        check_refusals(app)
+        with ExitStack() as others:
+            for _ in range(api.context.settings.max_streams):
+                others.enter_context(api.context.page_streams.enter())
+            for path in ("/gradio_api/heartbeat/x", "/gradio_api/queue/data?session_hash=x"):
+                assert http.get(path).status_code == 503, "one open page too many"
         assert http.head("/health").status_code == http.head("/").status_code == 200
         near = {"Origin": "http://localhost:3000"}  # another server's page on this machine
         for path in ("/", "/config", "/v1/videos"):
