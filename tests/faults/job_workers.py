@@ -16,7 +16,8 @@ from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import NewJob
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.worker import WorkerSettings
 
 FAKE_FOLDER = Path(__file__).parents[1] / "unit" / "jobs"
 sys.path.insert(0, str(FAKE_FOLDER))

@@ -14,9 +14,9 @@ from wanduet.cluster.fit import Fitter
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.supervisor import WorkerProcess
 from wanduet.jobs.worker import (
     URL_VARIABLE,
-    WorkerProcess,
     WorkerSettings,
     drain_at_end_of_input,
     drain_on_signals,

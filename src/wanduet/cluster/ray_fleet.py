@@ -7,7 +7,6 @@ state is kept here that cannot be found again, so losing this process, or Ray's 
 import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +34,7 @@ from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
 from wanduet.config import parse_devices
 from wanduet.errors import ConfigError, WanduetError
+from wanduet.jobs.child import child_environment, module_command
 
 log = structlog.get_logger(__name__)
 
@@ -270,10 +270,10 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
         open_model(model, revision)
     if not look:
         return ""
-    environment = dict(os.environ)
+    environment = child_environment(os.environ)
     if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from what has not reserved any
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, "-m", "wanduet.cluster.probe"]
+    command = module_command("wanduet.cluster.probe")
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if found.returncode:
         raise WanduetError(f"The node's devices cannot be seen: {found.stderr.strip()[-200:]}")

@@ -21,7 +21,8 @@ from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
-from wanduet.jobs.worker import ENGINE, MEMORY_POOLS, make_engine
+from wanduet.jobs.supervisor import MEMORY_POOLS
+from wanduet.jobs.worker import ENGINE, make_engine
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
 ROOMY_HOST = 2**40  # bytes: a decoder's host decides nothing

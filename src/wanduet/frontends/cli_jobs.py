@@ -77,7 +77,7 @@ class ServerFlags:
 
     def runner(self) -> "RunnerSettings":
         """What the worker is told. Raises ConfigError."""
-        from wanduet.jobs.attempt import AttemptSettings
+        from wanduet.jobs.keeper import AttemptSettings
         from wanduet.jobs.runner import RunnerSettings
 
         if self.parallel < 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanduet.errors import WanduetError
+from wanduet.jobs.child import child_environment, module_command
 from wanduet.media.files import UnreadableFileError
 
 TIMEOUT_SECONDS = 30.0
@@ -29,7 +30,7 @@ class MetadataReader:
 
     def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, module: str = _MODULE) -> None:
         self._timeout = timeout_seconds
-        self._command = [sys.executable, "-m", module]
+        self._command = module_command(module)
         self._turn = threading.BoundedSemaphore(AT_ONCE)
 
     def read(self, video: Path) -> dict[str, Any]:
@@ -37,6 +38,7 @@ class MetadataReader:
         # One thread: each would reserve addresses of its own. No proxy variables, tokens or passwords go along.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         environment |= {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "SYSTEMROOT") if name in os.environ}
+        environment = child_environment(environment)
         with self._turn, tempfile.TemporaryFile() as answer:
             try:
                 done = subprocess.run(

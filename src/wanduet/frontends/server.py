@@ -30,7 +30,8 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.worker import WorkerSettings
 from wanduet.specs import ModelSpec
 
 if TYPE_CHECKING:

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from wanduet.jobs.attempt import Attempt, AttemptSettings
+from wanduet.jobs.attempt import Attempt
 from wanduet.jobs.hooks import EngineHooks, VideoEngine
 from wanduet.jobs.housekeeping import Housekeeper
+from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import WorkerLock
 from wanduet.jobs.records import StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
+from wanduet.jobs.watchdog import HangSettings, Watchdog
 
 log = structlog.get_logger(__name__)
+
+_MOST_POLLS = 16  # between two tries to reach the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class RunnerSettings:
     housekeeping: bool = True
     supervisor: str = ""  # the id of the lock of whoever starts this worker again
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
+    hangs: HangSettings = field(default_factory=HangSettings)
 
 
 class Runner:
@@ -48,11 +53,14 @@ class Runner:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         hooks: EngineHooks | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        """`watchdog` is told that the loop goes round and that jobs get ahead."""
         self._store = store
         self._engine = engine
         self._settings = settings or RunnerSettings()
         self._hooks = hooks or EngineHooks()
+        self._watchdog = watchdog or Watchdog(self._settings.hangs)
         self._housekeeper = Housekeeper(
             store,
             max_crashes=self._settings.attempt.max_crashes,
@@ -63,6 +71,7 @@ class Runner:
         self._draining = threading.Event()
         self._wake = threading.Condition()
         self._had_room = True
+        self._polls = 1  # to wait for, before a database that cannot be reached is tried again
         self._attempts: dict[threading.Thread, StoredJob] = {}
         self.worker: str | None = None  # the name on its leases, once `run` was called
 
@@ -88,20 +97,33 @@ class Runner:
         telemetry = Telemetry(self._store.files.workers, lock.worker, lambda: self._hooks.measure_memory(self._engine))
         try:
             while not self._draining.is_set():
-                try:
-                    busy = self._turn(lock.worker)
-                except SQLAlchemyError as error:
-                    log.warning("the job store cannot be reached", error=type(error).__name__)
-                    busy = False
+                self._watchdog.turned()
+                busy = self._try_turn(lock.worker)
                 telemetry.tell()
                 if not busy:
                     self._pause()
-            for thread in tuple(self._attempts):
-                thread.join()
+            while self._attempts:
+                self._watchdog.turned()
+                self._pause()
+        except BaseException:
+            self._draining.set()  # what runs is put back, and not blamed for it
+            raise
         finally:
             telemetry.close()
             lock.release()
             log.info("worker ended", worker=lock.worker)
+
+    def _try_turn(self, worker: str) -> bool:
+        """The same, but a database that cannot be reached is waited for, ever longer."""
+        try:
+            busy = self._turn(worker)
+        except SQLAlchemyError as error:
+            log.warning("the job store cannot be reached", error=type(error).__name__)
+            self._pause(self._polls)
+            self._polls = min(2 * self._polls, _MOST_POLLS)
+            return False
+        self._polls = 1
+        return busy
 
     def _turn(self, worker: str) -> bool:
         """Do what there is to do; True if a job was started and there may be more."""
@@ -119,9 +141,17 @@ class Runner:
         if lease is None:
             return False
         attempt = Attempt(self._store, self._engine, lease, self._draining, self._settings.attempt, self._hooks)
-        thread = threading.Thread(target=self._run, args=(attempt,), name=f"job-{lease.job.id}", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(attempt, lease.job.id), name=f"job-{lease.job.id}", daemon=True
+        )
         self._attempts[thread] = lease.job
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads just now, which is not the job's fault
+            del self._attempts[thread]
+            log.error("no job is begun: no thread can be started", error=str(error))
+            self._store.release(lease)
+            return False
         return True
 
     def _has_room(self) -> bool:
@@ -132,16 +162,20 @@ class Runner:
         self._had_room = room
         return room
 
-    def _run(self, attempt: Attempt) -> None:
+    def _run(self, attempt: Attempt, job_id: str) -> None:
         try:
-            attempt.run()
+            attempt.run(self._watchdog.add(job_id))
         finally:
+            self._watchdog.remove(job_id)
             with self._wake:
                 self._attempts.pop(threading.current_thread(), None)
                 self._wake.notify()
 
-    def _pause(self) -> None:
-        """Wait for the next look; a finished job ends the wait."""
-        with self._wake:
-            # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
-            self._wake.wait(self._settings.attempt.poll_seconds)
+    def _pause(self, polls: int = 1) -> None:
+        """Wait for the next look, or for so many; a finished job ends one wait, `drain` all of them."""
+        for _ in range(polls):
+            with self._wake:
+                # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
+                self._wake.wait(self._settings.attempt.poll_seconds)
+            if self._draining.is_set():
+                return

@@ -196,6 +196,7 @@ class FakeEngine:
         make_previews=make_previews,
         watch_steps=lambda engine, path, request: FakeWatcher(path),
         checkpoint_keys=lambda engine, running: [checkpoint_key(running.request)],
+        predict_seconds=lambda running: {},
     )
 
     def __init__(self, config: EngineConfig, pace: "Pace | None" = None) -> None:
