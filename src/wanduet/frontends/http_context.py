@@ -11,7 +11,7 @@ from starlette.requests import cookie_parser
 
 from wanduet.frontends.http_errors import ApiError, unavailable
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
-from wanduet.frontends.http_metrics import ServerMetrics
+from wanduet.frontends.http_metrics import ServerMetrics, WorkerView
 from wanduet.frontends.http_schemas import RequestLimits
 from wanduet.frontends.http_security import is_loopback
 from wanduet.jobs.records import Limits
@@ -72,15 +72,17 @@ class ServerContext:
         settings: ServerSettings,
         keys: KeyRing,
         worker_ready: Callable[[], bool] = lambda: True,
+        worker: WorkerView | None = None,
     ) -> None:
         self.store = store
         self.spec = spec
         self.settings = settings
         self.keys = keys
         self.worker_ready = worker_ready
+        self.worker = worker
         # Decided once: removing the last key, or its file, must close the server and not open it to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
-        self.metrics = ServerMetrics(store)
+        self.metrics = ServerMetrics(store, worker)
         self.draining = threading.Event()
         self.submissions = Gate(settings.max_submissions, "submissions")
         self.streams = Gate(settings.max_streams, "event streams")

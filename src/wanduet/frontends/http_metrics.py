@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,10 +17,21 @@ from wanduet.jobs.telemetry import read_memory
 STATUSES = ("queued", "in_progress", "completed", "failed")
 
 
+class WorkerView(Protocol):
+    """What a server shows of the worker beside it: see `jobs.supervisor.WorkerProcess`."""
+
+    restarts: int
+    hangs: int
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker takes jobs just now; None if one does."""
+
+
 class ServerMetrics:
     """The registry of one server; nothing is global, so several servers fit into one process."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, worker: WorkerView | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "wanduet_http_requests",
@@ -34,6 +46,8 @@ class ServerMetrics:
             "wanduet_submissions", "Submissions by what became of them.", ["outcome"], registry=self.registry
         )
         self.registry.register(_StoreCollector(store))
+        if worker is not None:
+            self.registry.register(_WorkerCollector(worker))
 
 
 class _StoreCollector(Collector):
@@ -48,6 +62,19 @@ class _StoreCollector(Collector):
         """Ask the store."""
         yield from _families(self._store.statistics())
         yield _device_memory(read_memory(self._store.files.workers))
+
+
+class _WorkerCollector(Collector):
+    def __init__(self, worker: WorkerView) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask whoever looks after the worker."""
+        worker = self._worker
+        yield CounterMetricFamily("wanduet_worker_hangs", "Workers that hung and were ended.", worker.hangs)
+        yield CounterMetricFamily("wanduet_worker_restarts", "Workers that ended and were replaced.", worker.restarts)
+        ready = float(worker.trouble is None)
+        yield GaugeMetricFamily("wanduet_worker_ready", "1 while some worker takes jobs, else 0.", ready)
 
 
 def _families(found: Statistics) -> Iterator[Metric]:

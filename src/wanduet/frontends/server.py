@@ -24,7 +24,7 @@ from wanduet.frontends import http_errors, http_videos
 from wanduet.frontends.http_context import ServerContext, ServerSettings, get_context, get_owner
 from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
-from wanduet.frontends.http_metrics import CountRequests
+from wanduet.frontends.http_metrics import CountRequests, WorkerView
 from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
@@ -63,6 +63,7 @@ class Health(BaseModel):
 
     status: str
     version: str = __version__
+    reason: str | None = None
 
 
 def create_app(
@@ -72,10 +73,14 @@ def create_app(
     *,
     keys: KeyRing | None = None,
     worker_ready: Callable[[], bool] = lambda: True,
+    worker: WorkerView | None = None,
 ) -> FastAPI:
-    """The application over a job store. `worker_ready` says whether some worker takes jobs, for `/ready`."""
+    """The application over a job store. `worker` says whether some worker takes jobs, and why none does, for `/ready`
+    and for the metrics; `worker_ready` says only whether.
+    """
     settings = settings or ServerSettings()
-    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), worker_ready)
+    ready = worker_ready if worker is None else lambda: worker.trouble is None
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
     # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
@@ -111,7 +116,7 @@ def _add_service_routes(app: FastAPI) -> None:
             )
         return Model(id=name)
 
-    @app.get("/health", response_model=Health)
+    @app.get("/health", response_model=Health, response_model_exclude_none=True)
     async def health() -> Health:
         """Whether the process lives."""
         return Health(status="ok")
@@ -120,14 +125,15 @@ def _add_service_routes(app: FastAPI) -> None:
     def ready(request: Request) -> Response:
         """Whether submissions are taken and some worker makes videos."""
         context = get_context(request)
-        status = "ready"
+        status, reason = "ready", None
         if context.draining.is_set():
             status = "draining"
         elif not context.worker_ready():
-            status = "no worker"
+            status, reason = "no worker", context.worker.trouble if context.worker is not None else None
         else:
             context.store.list(limit=1)  # an unreachable store answers 503 by itself
-        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ready" else 503)
+        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(told, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses=refused, dependencies=[Depends(get_owner)])
     def metrics(request: Request) -> Response:
@@ -238,7 +244,7 @@ def serve(
         signal.signal(number, lambda *_: None)
     process.start()
     try:
-        app = create_app(store, spec, settings, keys=keys, worker_ready=lambda: process.ready)
+        app = create_app(store, spec, settings, keys=keys, worker=process)
         run_app(app if page is None else page(app, config), announce)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

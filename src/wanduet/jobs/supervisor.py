@@ -18,6 +18,7 @@ import structlog
 from wanduet.jobs.child import child_environment, module_command
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.leases import BeatWatch, SupervisorLock, beat_path, live_workers
+from wanduet.jobs.logs import describe_error
 from wanduet.jobs.watchdog import HUNG_STATUS
 from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
 
@@ -137,8 +138,8 @@ class WorkerProcess:
             try:
                 what = self._run_once()
             except Exception as error:  # no memory for a fork, no threads, no descriptors: others may give some back
-                what = f"the worker cannot be started: {error}"
-                log.error("the worker cannot be started", error=type(error).__name__, reason=str(error), pause=pause)
+                what = f"the worker cannot be kept running: {getattr(error, 'strerror', None) or type(error).__name__}"
+                log.error("the worker cannot be kept running", pause=pause, **describe_error(error))
             if self._ending:
                 return
             healthy = time.monotonic() - started > _HEALTHY_SECONDS
