@@ -132,7 +132,11 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
         else:
             page = mount_page
-    spec = RANDOM_SPECS.get(config.model) or open_model(config.model, config.revision).spec
+    if config.model in RANDOM_SPECS:
+        spec = RANDOM_SPECS[config.model]
+    else:
+        folder = open_model(config.model, config.revision)
+        spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
 
     def announce(url: str) -> None:
         print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)

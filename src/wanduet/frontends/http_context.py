@@ -37,6 +37,7 @@ class ServerSettings:
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
+    model_hash: str | None = None  # of the served weights: jobs are accepted for these and no others
 
 
 class Gate:

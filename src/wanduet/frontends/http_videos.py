@@ -30,7 +30,7 @@ from wanduet.frontends.http_schemas import (
     to_request,
     to_video,
 )
-from wanduet.jobs.records import MAX_PAGE, NewJob, StoredJob, UnknownJobError, is_job_id
+from wanduet.jobs.records import MAX_PAGE, MODEL_CHANGED, NewJob, StoredJob, UnknownJobError, is_job_id
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -73,7 +73,14 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
         given = fingerprint(fields)
         model = _check_model(fields.pop("model", None), context)
         wanted = to_request(fields, context.spec, context.settings.limits)
-        new = NewJob(owner, model, wanted.model_dump(), idempotency_key=_key(request), fingerprint=given)
+        new = NewJob(
+            owner,
+            model,
+            wanted.model_dump(),
+            idempotency_key=_key(request),
+            fingerprint=given,
+            model_hash=context.settings.model_hash,
+        )
         return await _submit(context, new)
 
 
@@ -92,11 +99,12 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
         wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
         new = NewJob(
             owner,
-            source.model,
+            _check_source(source, context),
             wanted.model_dump(),
             idempotency_key=_key(request),
             remixed_from=source.id,
             fingerprint=fingerprint(fields, source.id),
+            model_hash=context.settings.model_hash,
         )
         return await _submit(context, new)
 
@@ -273,6 +281,19 @@ def _check_model(given: Any, context: ServerContext) -> str:
     served = context.spec.name
     if given is not None and given != served:
         raise ApiError(404, "model_not_found", f"This server has the model {served!r} only.", param="model")
+    return served
+
+
+def _check_source(source: StoredJob, context: ServerContext) -> str:
+    """A remix is made by the model that its source was accepted for, or not at all."""
+    served = context.spec.name
+    if source.model != served:
+        raise ApiError(
+            400,
+            MODEL_CHANGED,
+            f"That video is one of the model {source.model!r}; this server has {served!r} only. Create a new video.",
+            param="video_id",
+        )
     return served
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from wanduet.jobs.records import ModelId
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ def checkpoint_keys(engine: Any, running: Any) -> list[str]:
     return [job_digest(engine.models, running.request, index) for index in range(count)]
 
 
+def engine_model(engine: Any) -> ModelId | None:
+    """The model that the engine has, by its public name and its weights; reads a few MiB of them."""
+    return ModelId(engine.models.spec.name, engine.models.about["hash"])
+
+
 def predicted_seconds(running: Any) -> dict[str, float]:
     """What the engine's plan says of a job: seconds of one denoising step (`denoise`) and of all decoding (`decode`)."""
     seconds, request = running.plan.seconds, running.request
@@ -117,5 +123,6 @@ class EngineHooks:
     make_previews: Callable[[Path], Mapping[str, bytes]] = video_previews
     watch_steps: Callable[[Any, Path, GenerationRequest], Watcher | None] = step_previews
     checkpoint_keys: Callable[[Any, Any], list[str]] = checkpoint_keys
+    model_of: Callable[[Any], ModelId | None] = engine_model  # None: it takes any job
     predict_seconds: Callable[[Any], Mapping[str, float]] = predicted_seconds
     measure_memory: Callable[[Any], Mapping[str, Mapping[str, int]]] = device_memory

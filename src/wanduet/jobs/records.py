@@ -13,6 +13,7 @@ OPEN_STATUSES: tuple[Status, ...] = ("queued", "in_progress")
 MAX_PAGE = 100  # jobs in one answer of `JobStore.list`
 CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
+MODEL_CHANGED = "model_changed"
 DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
@@ -71,8 +72,18 @@ class StoredJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelId:
+    """A model as jobs are accepted for it: its public name, and a hash of its weights (None: there is none to compare)."""
+
+    name: str
+    hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
-    """What `JobStore.submit` stores. `request` holds JSON values only."""
+    """What `JobStore.submit` stores. `request` holds JSON values only. With `model_hash`, only workers that have these very
+    weights of the model run the job.
+    """
 
     owner: str
     model: str
@@ -81,6 +92,7 @@ class NewJob:
     idempotency_key: str | None = None
     remixed_from: str | None = None
     fingerprint: str | None = None  # of what the client sent, where defaults (a drawn seed) were added since
+    model_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from wanduet.errors import WanduetError
 from wanduet.jobs.attempt import Attempt
 from wanduet.jobs.hooks import EngineHooks, VideoEngine
 from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import WorkerLock
-from wanduet.jobs.records import StoredJob
+from wanduet.jobs.logs import describe_error
+from wanduet.jobs.model_watch import ModelWatch
+from wanduet.jobs.records import ModelId, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
 from wanduet.jobs.watchdog import HangSettings, Watchdog
@@ -29,7 +32,8 @@ class RunnerSettings:
 
     `parallel`: jobs at once; an engine with overlapping stages is busy with two or three. `max_bytes`: what
     published files may take of the disk (None: all of it). `housekeeping`: whether this worker also takes jobs
-    from dead ones and tidies up; where somebody does it for many workers, they need not.
+    from dead ones and tidies up; where somebody does it for many workers, they need not. `model_seconds`: how long a job waits for the
+    model that it was accepted for, when no worker has that, before it fails.
     """
 
     lease_seconds: float = 30.0
@@ -37,6 +41,7 @@ class RunnerSettings:
     tidy_seconds: float = 60.0
     max_bytes: int | None = None
     housekeeping: bool = True
+    model_seconds: float = 60.0
     supervisor: str = ""  # the id of the lock of whoever starts this worker again
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
     hangs: HangSettings = field(default_factory=HangSettings)
@@ -68,6 +73,9 @@ class Runner:
             max_bytes=self._settings.max_bytes,
             monotonic=monotonic,
         )
+        self._model_watch = ModelWatch(store, self._settings.model_seconds, monotonic)
+        self._served: ModelId | None = None
+        self._identified = self._unreadable = False
         self._draining = threading.Event()
         self._wake = threading.Condition()
         self._had_room = True
@@ -127,8 +135,11 @@ class Runner:
 
     def _turn(self, worker: str) -> bool:
         """Do what there is to do; True if a job was started and there may be more."""
+        model = self._model()
         if self._settings.housekeeping:
             self._housekeeper.turn()
+            if model is not None:
+                self._model_watch.look(model)
         running = tuple(self._attempts.values())
         # A job that crashed before runs alone, so that a neighbour does not take the blame for its next crash.
         if len(running) >= self._settings.parallel or any(job.crashes for job in running):
@@ -137,7 +148,7 @@ class Runner:
             return False
         if self._draining.is_set():  # asked after `running` was: what a drained attempt has put back is not taken again
             return False
-        lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running)
+        lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running, model=model)
         if lease is None:
             return False
         attempt = Attempt(self._store, self._engine, lease, self._draining, self._settings.attempt, self._hooks)
@@ -153,6 +164,20 @@ class Runner:
             self._store.release(lease)
             return False
         return True
+
+    def _model(self) -> ModelId | None:
+        """What only jobs are taken for; None: for anything, as where the weights cannot be read, which each job then
+        says by failing with that.
+        """
+        try:
+            if not self._identified:
+                self._served = self._hooks.model_of(self._engine)
+                self._identified = True
+        except (WanduetError, OSError) as error:
+            if not self._unreadable:
+                log.error("the model cannot be read", **describe_error(error))
+            self._unreadable = True
+        return self._served
 
     def _has_room(self) -> bool:
         reserve = self._settings.attempt.reserve_bytes

@@ -213,6 +213,7 @@ class FakeEngine:
         watch_steps=lambda engine, path, request: FakeWatcher(path),
         checkpoint_keys=lambda engine, running: [checkpoint_key(running.request)],
         predict_seconds=lambda running: {},
+        model_of=lambda engine: None,
         measure_memory=measure_memory,
     )
 
