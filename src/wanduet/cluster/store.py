@@ -19,7 +19,7 @@ from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import DECODE, JobError, Lease, ModelId, StoredJob, demand_of
+from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of
 from wanduet.jobs.schema import WRITE, jobs
 from wanduet.jobs.store import JobStore
 
@@ -213,6 +213,21 @@ class ClusterStore(JobStore):
                 return refused
             self.fail(lease, error)
             refused += 1
+
+    def explain(self, demand: str, reason: str) -> None:
+        """Say in the queued jobs of a demand why nobody takes them; those that say something are left as they are."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.demand == demand, jobs.c.phase == "")
+        with self._read() as connection:
+            if connection.scalar(sa.select(jobs.c.id).where(which).limit(1)) is None:
+                return
+        with self._write() as connection:
+            connection.execute(sa.update(jobs).where(which).values(phase=WAITING, report={WAITING: reason}))
+
+    def explain_none(self) -> None:
+        """Take back what `explain` said in jobs that still wait."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.phase == WAITING)
+        with self._write() as connection:
+            connection.execute(sa.update(jobs).where(which).values(phase="", report={}))
 
     # What the controller tells others, and what it is told.
 

@@ -266,6 +266,7 @@ def describe(job: "StoredJob") -> dict[str, Any]:
         "owner": job.owner,
         "attempts": job.attempts,
         "error": error,
+        "waits_for": job.waits_for,
         "remixed_from": job.remixed_from,
         "request": job.request,
     }

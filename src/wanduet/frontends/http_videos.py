@@ -286,8 +286,8 @@ def _check_model(given: Any, context: ServerContext) -> str:
 
 def _check_source(source: StoredJob, context: ServerContext) -> str:
     """A remix is made by the model that its source was accepted for, or not at all."""
-    served = context.spec.name
-    if source.model != served:
+    served, weights = context.spec.name, context.settings.model_hash
+    if source.model != served and (weights is None or source.model_hash != weights):
         raise ApiError(
             400,
             MODEL_CHANGED,

@@ -89,7 +89,12 @@ def checkpoint_keys(engine: Any, running: Any) -> list[str]:
 
 def engine_model(engine: Any) -> ModelId | None:
     """The model that the engine has, by its public name and its weights; reads a few MiB of them."""
-    return ModelId(engine.models.spec.name, engine.models.about["hash"])
+    return identify(engine.models)
+
+
+def identify(models: Any) -> ModelId:
+    """The same for the engine's models alone (`engine.build.Models`)."""
+    return ModelId(models.spec.name, models.about["hash"])
 
 
 def predicted_seconds(running: Any) -> dict[str, float]:

@@ -14,6 +14,7 @@ MAX_PAGE = 100  # jobs in one answer of `JobStore.list`
 CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
 MODEL_CHANGED = "model_changed"
+WAITING = "waiting"  # the phase of a queued job that nobody takes; its report says why under the same name
 DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
@@ -64,6 +65,12 @@ class StoredJob:
     crashes: int = 0
     worker: str | None = None
     token: int = 0
+    model_hash: str | None = None
+
+    @property
+    def waits_for(self) -> str | None:
+        """Why nobody takes a queued job, for people; None if nothing is known to keep it."""
+        return self.report.get(WAITING) if self.status == "queued" and self.phase == WAITING else None
 
     @property
     def finished(self) -> bool:

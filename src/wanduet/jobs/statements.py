@@ -98,6 +98,7 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
         crashes=row.crashes,
         worker=row.worker,
         token=row.token,
+        model_hash=row.model_hash,
     )
 
 
