@@ -34,7 +34,7 @@ FOREVER = 10**6  # attempts: where every death is the test's own doing, no job m
 
 # Far below what a real worker is given; still far above what a busy machine keeps a process waiting.
 HANGS = HangSettings(
-    stopped_seconds=1.0, beat_seconds=4.0, loop_seconds=4.0, step_seconds=2.0, phase_seconds=4.0, look_seconds=0.1
+    stopped_seconds=1.0, beat_seconds=3.0, loop_seconds=3.0, step_seconds=1.5, phase_seconds=3.0, look_seconds=0.1
 )
 
 

@@ -99,3 +99,18 @@ def test_no_secret_of_the_environment_goes_along(tmp_path: Path, monkeypatch: py
     text = "import json, os\nprint(json.dumps({'about': dict(os.environ)}))"
     name = program(tmp_path, "telling_parser", text, monkeypatch)
     assert "HF_TOKEN" not in MetadataReader(module=name).read(tmp_path / "video.mp4")
+
+
+def test_what_lies_in_the_folder_of_the_server_is_not_executed(
+    tmp_path: Path, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    folder.mkdir()
+    for name in ("json", "av", "numpy", "structlog", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
+    path = tmp_path / "video.mp4"
+    path.write_bytes(video)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + os.pathsep)  # an empty entry: this folder
+    assert MetadataReader().read(path) == ABOUT
+    assert not mark.exists()
