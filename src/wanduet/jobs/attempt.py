@@ -238,7 +238,7 @@ class Attempt:
         if self._settings.gives_back:
             whole = demand_of(self._lease.job.request)
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
-        if error.__cause__ is not None or getattr(error, "details", ""):  # a rank's traceback, or another's error
+        if error.__cause__ is not None or bool(getattr(error, "details", "")):  # a rank's traceback, or another's error
             self._log.warning("job failed", code=error.code, **describe_error(error))
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):

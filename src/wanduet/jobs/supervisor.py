@@ -90,8 +90,7 @@ class WorkerProcess:
             return self._hanging
         return None if live else self._reason or "the worker is starting"
 
-    @property
-    def _ending(self) -> bool:
+    def _is_ending(self) -> bool:
         return self._killed or self._stopping.is_set()
 
     @property
@@ -133,14 +132,14 @@ class WorkerProcess:
     def _watch(self) -> None:
         first, longest = self._pauses
         pause = first
-        while not self._ending:
+        while not self._is_ending():
             started = time.monotonic()
             try:
                 what = self._run_once()
             except Exception as error:  # no memory for a fork, no threads, no descriptors: others may give some back
                 what = f"the worker cannot be kept running: {getattr(error, 'strerror', None) or type(error).__name__}"
                 log.error("the worker cannot be kept running", pause=pause, **describe_error(error))
-            if self._ending:
+            if self._is_ending():
                 return
             healthy = time.monotonic() - started > _HEALTHY_SECONDS
             pause = first if healthy else min(pause * 2, longest)
@@ -151,7 +150,7 @@ class WorkerProcess:
     def _run_once(self) -> str:
         """Start the process and look after it until it ends; says how it did."""
         with self._guard:
-            if self._ending:
+            if self._is_ending():
                 return "the server stops"
             # The pipe is never written: that its other end closes tells the worker that this process is gone.
             # Its own session: Ctrl-C in a terminal is for this process, which then drains the worker.
@@ -171,7 +170,7 @@ class WorkerProcess:
                 process.stdin.close()
             status = process.wait()
             self._hanging = None
-        if self._ending:
+        if self._is_ending():
             return "the server stops"
         self.restarts += 1
         if status == HUNG_STATUS:  # it noticed by itself

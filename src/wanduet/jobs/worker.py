@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,15 +18,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+import structlog
+
 from wanduet.config import EngineConfig
+from wanduet.errors import WanduetError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
 from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import beat_path
-from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.logs import configure_logs, describe_error
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.watchdog import HangSettings, Watchdog
+
+log = structlog.get_logger(__name__)
 
 ENGINE = "wanduet.engine.pipeline:Engine"
 URL_VARIABLE = "WANDUET_DATABASE_URL"  # not an argument: it may hold a password, and arguments are public
@@ -131,7 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", type=WorkerSettings.from_json)
     settings: WorkerSettings = parser.parse_args(arguments).settings
     configure_logs()
-    run_worker(settings, os.environ.get(URL_VARIABLE))
+    try:
+        run_worker(settings, os.environ.get(URL_VARIABLE))
+    except Exception as error:
+        # A plain traceback would stand between the log's lines. What is written for people to read is no secret.
+        reason = str(error) if isinstance(error, WanduetError) else None
+        log.error("the worker cannot go on", reason=reason, **describe_error(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":
