@@ -48,6 +48,9 @@ class ServerFlags:
     parallel: Annotated[int, Parameter(help="Jobs in the engine's stages at the same time.")] = 2
     checkpoint_seconds: Annotated[float, Parameter(help="A killed denoise loses at most so much.")] = 15.0
     max_crashes: Annotated[int, Parameter(help="A job whose engine dies so often at one place is given up.")] = 3
+    hang_seconds: Annotated[
+        float, Parameter(help="A worker that makes no step for so long is replaced; one of long steps later.")
+    ] = 600.0
     max_queue: Annotated[int, Parameter(help="Open jobs of everybody.")] = 1000
     max_queue_per_key: Annotated[int, Parameter(help="Open jobs of one key.")] = 100
     max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
@@ -79,13 +82,17 @@ class ServerFlags:
         """What the worker is told. Raises ConfigError."""
         from wanduet.jobs.keeper import AttemptSettings
         from wanduet.jobs.runner import RunnerSettings
+        from wanduet.jobs.watchdog import HangSettings
 
         if self.parallel < 1:
             raise ConfigError(f"parallel={self.parallel}: at least one job must run.")
         if self.max_crashes < 1:
             raise ConfigError(f"max_crashes={self.max_crashes}: one crash is the least.")
+        if self.hang_seconds <= 0:
+            raise ConfigError(f"hang_seconds={self.hang_seconds}: more than nothing.")
         return RunnerSettings(
             parallel=self.parallel,
+            hangs=HangSettings(step_seconds=self.hang_seconds, phase_seconds=3 * self.hang_seconds),
             max_bytes=None if self.disk_limit is None else parse_bytes(self.disk_limit),
             attempt=AttemptSettings(max_crashes=self.max_crashes, log_prompts=self.log_prompts),
         )

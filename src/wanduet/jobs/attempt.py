@@ -60,6 +60,7 @@ class Attempt:
         self._checkpoints: list[str] = []
         self._keeper = LeaseKeeper(store, lease, draining, settings)
         self._activity = Watchdog().add(lease.job.id)
+        self.engine_lost = False  # whether no later job can succeed in this process
         self._work = store.files.work_path(lease.job.id)
         self._log = log.bind(job=lease.job.id, attempt=lease.job.attempts)
 
@@ -270,6 +271,7 @@ class Attempt:
 
     def _crashed(self, error: BaseException) -> None:
         self._log.error("job crashed", **describe_error(error))
+        self.engine_lost = self.engine_lost or _is_device_lost(error)
         self._store.files.keep(self._lease.job.id)
         reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
         self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
@@ -308,6 +310,14 @@ class Attempt:
         with suppress(SQLAlchemyError):
             self._store.fail(self._lease, reason)
         raise StaleLeaseError(reason.message) from error
+
+
+def _is_device_lost(error: BaseException) -> bool:
+    """Whether a driver has given a device up: whatever this process asks of it from now on fails the same way."""
+    lost = type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+    return lost or (error.__cause__ is not None and _is_device_lost(error.__cause__))
 
 
 # What SQLite says while it cannot be written just now: busy, locked, memory, interrupted, input or output, full, cannot

@@ -76,6 +76,7 @@ class Runner:
         self._model_watch = ModelWatch(store, self._settings.model_seconds, monotonic)
         self._served: ModelId | None = None
         self._identified = self._unreadable = False
+        self._engine_lost = False
         self._draining = threading.Event()
         self._wake = threading.Condition()
         self._had_room = True
@@ -98,7 +99,10 @@ class Runner:
         return tuple(job.id for job in tuple(self._attempts.values()))
 
     def run(self) -> None:
-        """Work until `drain`. A database that cannot be reached is waited for."""
+        """Work until `drain`. A database that cannot be reached is waited for.
+
+        Raises WanduetError, once its jobs are put back, when a device failed so that only another process can use it.
+        """
         lock = WorkerLock(self._store.files.workers, self._settings.supervisor)
         self.worker = lock.worker
         log.info("worker ready", worker=lock.worker)
@@ -113,6 +117,8 @@ class Runner:
             while self._attempts:
                 self._watchdog.turned()
                 self._pause()
+            if self._engine_lost:
+                raise WanduetError("A device failed for good in this process.", hint="Its jobs go on in another one.")
         except BaseException:
             self._draining.set()  # what runs is put back, and not blamed for it
             raise
@@ -191,6 +197,9 @@ class Runner:
         try:
             attempt.run(self._watchdog.add(job_id))
         finally:
+            if attempt.engine_lost:
+                self._engine_lost = True
+                self._draining.set()
             self._watchdog.remove(job_id)
             with self._wake:
                 self._attempts.pop(threading.current_thread(), None)

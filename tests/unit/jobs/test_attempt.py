@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fake_engine import FakeEngine, Turnstile, journal
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from test_runner import QUICK, finished, running, submit, wait
 
+from wanduet.errors import WanduetError
 from wanduet.jobs.attempt import Attempt
 from wanduet.jobs.leases import WorkerLock
 from wanduet.jobs.records import StaleLeaseError, UnknownJobError
@@ -233,3 +235,25 @@ def test_causes_are_logged_by_place_and_never_by_message(store: JobStore) -> Non
     assert "/x/rank.py:7 step" in found["where"]
     assert any(place.endswith("inner") for place in found["where"])
     assert "secret" not in str(found)
+
+
+def test_a_device_that_is_lost_ends_the_worker_and_blames_no_neighbour(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal memory access: CUDA answers nothing but that error any more, until the process ends."""
+    unlucky, neighbour = submit(store, steps=20), submit(store, "y", steps=20)
+
+    def lose(job: Any, step: int) -> None:
+        if job.request.prompt == "x" and step == 3:
+            wait(lambda: sum(neighbour in line for line in journal(store.files.folder)) == 3)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if job.request.prompt == "y" and step == 3:
+            wait(job.cancelled.is_set)
+
+    engine = FakeEngine(type("Config", (), {"data_folder": store.files.folder})(), lose)
+    with pytest.raises(WanduetError, match="device"):
+        Runner(store, engine, replace(QUICK, parallel=2), hooks=engine.hooks).run()
+    jobs = [store.get(job_id) for job_id in (unlucky, neighbour)]
+    assert [(job.status, job.crashes) for job in jobs] == [("queued", 1), ("queued", 0)]
+    with running(store):
+        assert finished(store, unlucky).status == finished(store, neighbour).status == "completed"
