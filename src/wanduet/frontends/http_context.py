@@ -12,7 +12,7 @@ from wanduet.frontends.http_capacity import find_capacity
 from wanduet.frontends.http_errors import ApiError, unavailable
 from wanduet.frontends.http_gates import Gate
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
-from wanduet.frontends.http_metrics import OWNER, ServerMetrics
+from wanduet.frontends.http_metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.frontends.http_schemas import RequestLimits
 from wanduet.frontends.http_security import is_loopback
 from wanduet.jobs.records import Limits
@@ -49,6 +49,7 @@ class ServerSettings:
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
+    model_hash: str | None = None  # of the served weights: jobs are accepted for these and no others
 
 
 class ServerContext:
@@ -61,15 +62,17 @@ class ServerContext:
         settings: ServerSettings,
         keys: KeyRing,
         worker_ready: Callable[[], bool] = lambda: True,
+        worker: WorkerView | None = None,
     ) -> None:
         self.store = store
         self.spec = spec
         self.settings = settings
         self.keys = keys
         self.worker_ready = worker_ready
+        self.worker = worker
         # Decided once: removing the last key, or its file, must close the server and not open it to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
-        self.metrics = ServerMetrics(store)
+        self.metrics = ServerMetrics(store, worker)
         self.draining = threading.Event()
         self.capacity = find_capacity(settings.max_connections)
         max_streams = max(1, min(settings.max_streams, self.capacity.requests // 2))  # the rest is for short answers

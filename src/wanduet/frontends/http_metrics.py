@@ -4,6 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +19,17 @@ from wanduet.jobs.telemetry import read_memory
 
 OWNER = "owner"  # in a request's state: whose it is
 STATUSES = ("queued", "in_progress", "completed", "failed")
+
+
+class WorkerView(Protocol):
+    """What a server shows of the worker beside it: see `jobs.supervisor.WorkerProcess`."""
+
+    restarts: int
+    hangs: int
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker takes jobs just now; None if one does."""
 
 
 class Counts:
@@ -45,8 +57,9 @@ class ServerMetrics:
     A key sees its own requests and jobs, and nothing of the machine; an operator sees everything.
     """
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, worker: WorkerView | None = None) -> None:
         self._store = store
+        self._worker = worker
         self._everybody = Counts()
         self._by_owner: defaultdict[str, Counts] = defaultdict(Counts)
         self._guard = threading.Lock()
@@ -67,6 +80,8 @@ class ServerMetrics:
         counts = self._of(owner)[-1]
         asked = CollectorRegistry()
         asked.register(_StoreCollector(self._store, owner))
+        if owner is None and self._worker is not None:
+            asked.register(_WorkerCollector(self._worker))
         return generate_latest(counts.registry) + generate_latest(asked)
 
     def _of(self, owner: str | None) -> tuple[Counts, ...]:
@@ -92,6 +107,19 @@ class _StoreCollector(Collector):
         if self._owner is None:
             yield from _stages(found)
             yield _device_memory(read_memory(self._store.files.workers))
+
+
+class _WorkerCollector(Collector):
+    def __init__(self, worker: WorkerView) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask whoever looks after the worker."""
+        worker = self._worker
+        yield CounterMetricFamily("wanduet_worker_hangs", "Workers that hung and were ended.", worker.hangs)
+        yield CounterMetricFamily("wanduet_worker_restarts", "Workers that ended and were replaced.", worker.restarts)
+        ready = float(worker.trouble is None)
+        yield GaugeMetricFamily("wanduet_worker_ready", "1 while some worker takes jobs, else 0.", ready)
 
 
 def _jobs(found: Statistics) -> Iterator[Metric]:

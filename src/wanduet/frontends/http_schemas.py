@@ -84,6 +84,8 @@ class Video(BaseModel):
     prompt: str
     remixed_from_video_id: str | None
     error: ErrorDetail | None
+    # Ours, and there only where it says something: why nobody takes a queued video.
+    waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
     settings: dict[str, Any]
 
 
@@ -125,6 +127,7 @@ def to_video(job: StoredJob) -> Video:
         prompt=request.get("prompt", ""),
         remixed_from_video_id=job.remixed_from,
         error=error,
+        waits_for=None if job.waits_for is None else public_text(job.waits_for),
         settings={name: value for name, value in request.items() if name != "prompt"},
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from wanduet.errors import WanduetError
 from wanduet.frontends.http_errors import unavailable
+from wanduet.jobs.child import child_environment, module_command
 from wanduet.media.files import UnreadableFileError
 
 TIMEOUT_SECONDS = 15.0
@@ -29,8 +30,7 @@ class MetadataReader:
 
     def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, module: str = _MODULE) -> None:
         self._timeout = timeout_seconds
-        # -P: never a file of the folder in which the server was started.
-        self._command = [sys.executable, "-P", "-m", module]
+        self._command = module_command(module)
 
     def read(self, video: Path) -> dict[str, Any]:
         """What made the video. Raises WanduetError if it does not say or cannot be read, ApiError if no process starts.
@@ -56,6 +56,7 @@ class MetadataReader:
         # One thread: each would reserve addresses of its own. No proxy variables, tokens or passwords go along.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         environment |= {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "SYSTEMROOT") if name in os.environ}
+        environment = child_environment(environment)
         nothing, pipe = subprocess.DEVNULL, subprocess.PIPE  # a pipe: it works where the temporary folder is full
         try:
             process = subprocess.Popen(

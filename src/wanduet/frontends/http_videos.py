@@ -15,6 +15,7 @@ from wanduet.frontends.http_context import ServerContext, get_context, get_owner
 from wanduet.frontends.http_errors import ApiError, ErrorBody
 from wanduet.frontends.http_events import VideoStream
 from wanduet.frontends.http_files import answer_file
+from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_schemas import (
     CreateVideo,
     DeletedVideo,
@@ -26,7 +27,7 @@ from wanduet.frontends.http_schemas import (
     to_request,
     to_video,
 )
-from wanduet.jobs.records import MAX_PAGE, NewJob, StoredJob, UnknownJobError, is_job_id
+from wanduet.jobs.records import MAX_PAGE, MODEL_CHANGED, NewJob, StoredJob, UnknownJobError, is_job_id
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -70,7 +71,14 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
             return known
         model = _check_model(fields.pop("model", None), context)
         wanted = to_request(fields, context.spec, context.settings.limits)
-        new = NewJob(owner, model, wanted.model_dump(), idempotency_key=key, fingerprint=given)
+        new = NewJob(
+            owner,
+            model,
+            wanted.model_dump(),
+            idempotency_key=key,
+            fingerprint=given,
+            model_hash=context.settings.model_hash,
+        )
         return await _submit(context, new)
 
 
@@ -93,11 +101,12 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
         wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
         new = NewJob(
             owner,
-            source.model,
+            _check_source(source, context),
             wanted.model_dump(),
             idempotency_key=key,
             remixed_from=source.id,
             fingerprint=given,
+            model_hash=context.settings.model_hash,
         )
         return await _submit(context, new)
 
@@ -244,6 +253,19 @@ def _check_model(given: Any, context: ServerContext) -> str:
     served = context.spec.name
     if given is not None and given != served:
         raise ApiError(404, "model_not_found", f"This server has the model {served!r} only.", param="model")
+    return served
+
+
+def _check_source(source: StoredJob, context: ServerContext) -> str:
+    """A remix is made by the model that its source was accepted for, or not at all."""
+    served, weights = context.spec.name, context.settings.model_hash
+    if source.model != served and (weights is None or source.model_hash != weights):
+        raise ApiError(
+            400,
+            MODEL_CHANGED,
+            f"That video is one of the model {public_text(source.model)!r}; this server has {served!r} only. Create a new video.",
+            param="video_id",
+        )
     return served
 
 

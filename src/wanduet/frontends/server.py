@@ -22,13 +22,15 @@ from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
 from wanduet.frontends.http_limits import BodyLimits, LimitBodies, LimitRequests
 from wanduet.frontends.http_listen import DRAIN_SECONDS, Announce, Server, listen
 from wanduet.frontends.http_logs import configure_library_logs
-from wanduet.frontends.http_metrics import CountRequests
+from wanduet.frontends.http_metrics import CountRequests, WorkerView
+from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.worker import WorkerSettings
 from wanduet.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Health(BaseModel):
 
     status: str
     version: str = __version__
+    reason: str | None = None
 
 
 def create_app(
@@ -67,10 +70,14 @@ def create_app(
     *,
     keys: KeyRing | None = None,
     worker_ready: Callable[[], bool] = lambda: True,
+    worker: WorkerView | None = None,
 ) -> FastAPI:
-    """The application over a job store. `worker_ready` says whether some worker takes jobs, for `/ready`."""
+    """The application over a job store. `worker` says whether some worker takes jobs, and why none does, for `/ready`
+    and for the metrics; `worker_ready` says only whether.
+    """
     settings = settings or ServerSettings()
-    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), worker_ready)
+    ready = worker_ready if worker is None else lambda: worker.trouble is None
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
     # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
@@ -106,7 +113,7 @@ def _add_service_routes(app: FastAPI) -> None:
             )
         return Model(id=name)
 
-    @app.get("/health", response_model=Health)
+    @app.get("/health", response_model=Health, response_model_exclude_none=True)
     async def health() -> Health:
         """Whether the process lives."""
         return Health(status="ok")
@@ -115,14 +122,16 @@ def _add_service_routes(app: FastAPI) -> None:
     def ready(request: Request) -> Response:
         """Whether submissions are taken and some worker makes videos."""
         context = get_context(request)
-        status = "ready"
+        status, reason = "ready", None
         if context.draining.is_set():
             status = "draining"
         elif not context.worker_ready():
-            status = "no worker"
+            status, reason = "no worker", context.worker.trouble if context.worker is not None else None
+            reason = None if reason is None else public_text(reason)
         else:
             context.store.list(limit=1)  # an unreachable store answers 503 by itself
-        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ready" else 503)
+        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(told, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses=refused)
     def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
@@ -183,7 +192,7 @@ def serve(
         signal.signal(number, lambda *_: None)
     process.start()
     try:
-        app = create_app(store, spec, settings, keys=keys, worker_ready=lambda: process.ready)
+        app = create_app(store, spec, settings, keys=keys, worker=process)
         run_app(app if page is None else page(app, config), announce)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -116,7 +116,7 @@ class PageActions:
     def _submit(self, owner: str, fields: dict[str, Any]) -> StoredJob:
         self.context.check_accepting()
         wanted = to_request(fields, self.context.spec, self.context.settings.limits)
-        new = NewJob(owner, self.context.spec.name, wanted.model_dump())
+        new = NewJob(owner, self.context.spec.name, wanted.model_dump(), model_hash=self.context.settings.model_hash)
         return self.context.store.submit(new, self.context.settings.queue).job
 
     @cached_property

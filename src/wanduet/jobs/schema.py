@@ -31,6 +31,7 @@ jobs = sa.Table(
     sa.Column("idempotency_key", sa.String(255)),
     sa.Column("fingerprint", sa.String(64), nullable=False),  # of what was asked for under that key
     sa.Column("model", sa.String(255), nullable=False),
+    sa.Column("model_hash", sa.String(64)),  # of its weights; none where nobody said
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("demand", sa.String(96), nullable=False, server_default=""),  # of the request: see `demand_of`
     sa.Column("priority", sa.Integer, nullable=False),
@@ -196,6 +197,8 @@ def _create_missing(connection: sa.Connection) -> None:
     known = sa.inspect(connection)
     if known.has_table("jobs") and "demand" not in {column["name"] for column in known.get_columns("jobs")}:
         _add_demand(connection)
+    if known.has_table("jobs") and "model_hash" not in {column["name"] for column in known.get_columns("jobs")}:
+        connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN model_hash VARCHAR(64)"))  # older programs leave it out
     metadata.create_all(connection)
     version = connection.scalar(sa.select(state.c.version))
     if version is None:

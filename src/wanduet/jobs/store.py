@@ -29,6 +29,7 @@ from wanduet.jobs.records import (
     JobError,
     Lease,
     Limits,
+    ModelId,
     NewJob,
     Order,
     OutputFile,
@@ -166,8 +167,12 @@ class JobStore:
 
     # What a worker does.
 
-    def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
+    def claim(
+        self, worker: str, lease_seconds: float, *, alone: bool = True, model: ModelId | None = None
+    ) -> Lease | None:
         """Take the oldest queued job of the highest priority, or None. No other worker gets the same one.
+
+        Only a job that was accepted for `model`, where that is given.
 
         A job that crashed before is given only to a worker that has no other (`alone`): its next crash must
         not be blamed on a neighbour.
@@ -176,7 +181,20 @@ class JobStore:
             return None
         with self._write() as connection:
             first = statements.TAKE_FIRST if alone else statements.TAKE_FIRST_UNBLAMED
-            return statements.take(connection, first, worker, lease_seconds, self._clock())
+            which = statements.of_model(model)
+            return statements.take(connection, first, worker, lease_seconds, self._clock(), **which)
+
+    def other_models(self, model: ModelId) -> dict[ModelId, str]:
+        """Models that queued jobs wait for, other than `model` and those of which a job runs; with the oldest job's id."""
+        with self._read() as connection:
+            found = connection.execute(statements.OTHER_MODELS, statements.of_model(model)).all()
+        return {ModelId(name, weights): oldest for name, weights, oldest in found}
+
+    def refuse_model(self, model: ModelId, error: JobError) -> int:
+        """Fail the queued jobs that were accepted for a model which nobody has; returns how many."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.model == model.name, jobs.c.model_hash == model.hash)
+        with self._write() as connection:
+            return connection.execute(sa.update(jobs).where(which).values(self._failed(error))).rowcount
 
     def renew(self, lease: Lease) -> None:
         """Show that the worker lives. Raises StaleLeaseError."""

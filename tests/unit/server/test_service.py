@@ -5,12 +5,14 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from wanduet.cluster.store import ClusterStore
 from wanduet.errors import ConfigError, WanduetError
 from wanduet.frontends.http_context import ServerSettings
 from wanduet.frontends.http_keys import KeyRing
@@ -438,3 +440,55 @@ def test_the_schema_names_every_field(api: Any) -> None:
     assert set(body) == {"multipart/form-data", "application/json"}
     assert {"prompt", "seconds", "size", "seed", "flow_shift"} <= set(body["application/json"]["schema"]["properties"])
     json.dumps(schema)
+
+
+class Worker:
+    """What a server sees of the process beside it."""
+
+    restarts, hangs = 3, 1
+    trouble: str | None = "the worker hung and was ended; another is starting"
+
+
+def test_readiness_and_metrics_say_how_the_worker_is(make_api: Any) -> None:
+    worker = Worker()
+    api = make_api(worker=worker)
+    answer = api.http.get("/ready")
+    assert (answer.status_code, answer.json()["status"], answer.json()["reason"]) == (503, "no worker", worker.trouble)
+    metrics = api.http.get("/metrics").text
+    assert "wanduet_worker_hangs_total 1.0" in metrics
+    assert "wanduet_worker_restarts_total 3.0" in metrics
+    assert "wanduet_worker_ready 0.0" in metrics
+    worker.trouble = None
+    assert (api.http.get("/ready").status_code, "reason" in api.http.get("/ready").json()) == (200, False)
+    assert "wanduet_worker_ready 1.0" in api.http.get("/metrics").text
+
+
+def test_jobs_are_accepted_for_the_served_weights(make_api: Any) -> None:
+    api = make_api(ServerSettings(model_hash="1" * 64))
+    made = api.create()
+    assert api.store.get(made["id"]).model_hash == "1" * 64
+    source = api.finish().id
+    remix = api.http.post(f"/v1/videos/{source}/remix", json={"prompt": "a blue square"}).json()
+    assert api.store.get(remix["id"]).model_hash == "1" * 64
+
+
+def test_a_remix_of_another_models_video_is_refused(make_api: Any) -> None:
+    api = make_api(ServerSettings(model_hash="1" * 64))
+    request = api.store.get(api.create()["id"]).request
+    theirs = api.store.submit(NewJob("local", "theirs", request, model_hash="2" * 64)).job.id
+    renamed = api.store.submit(NewJob("local", "./ours", request, model_hash="1" * 64)).job.id
+    answer = api.http.post(f"/v1/videos/{theirs}/remix", json={"prompt": "a blue square"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_changed")
+    assert api.http.post(f"/v1/videos/{renamed}/remix", json={"prompt": "a blue square"}).status_code == 200
+
+
+def test_a_queued_video_says_what_it_waits_for(make_api: Any) -> None:
+    api = make_api()
+    video = api.create()
+    assert "waits_for" not in video
+    with closing(ClusterStore(api.store.files)) as cluster:
+        (group,) = cluster.waiting()
+        cluster.explain(group.demand, "Replicas want GPUs.")
+        assert api.http.get(f"/v1/videos/{video['id']}").json()["waits_for"] == "Replicas want GPUs."
+        cluster.explain_none()
+    assert "waits_for" not in api.http.get(f"/v1/videos/{video['id']}").json()

@@ -137,3 +137,18 @@ def test_a_full_folder_for_temporary_files_does_not_spoil_reading(
     path.write_bytes(video)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert MetadataReader().read(path) == ABOUT
+
+
+def test_what_lies_in_the_folder_of_the_server_is_not_executed(
+    tmp_path: Path, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    folder.mkdir()
+    for name in ("json", "av", "numpy", "structlog", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
+    path = tmp_path / "video.mp4"
+    path.write_bytes(video)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + os.pathsep)  # an empty entry: this folder
+    assert MetadataReader().read(path) == ABOUT
+    assert not mark.exists()
