@@ -261,7 +261,7 @@ def mount() -> Any:
 
     yield mount_page
     # Gradio leaves loops and their sockets to the collector, which would warn of them in some other test.
-    for loop in [found for found in gc.get_objects() if isinstance(found, asyncio.BaseEventLoop)]:
+    for loop in [found for found in gc.get_objects() if issubclass(type(found), asyncio.BaseEventLoop)]:
         if not loop.is_running():
             loop.close()
     gc.collect()
