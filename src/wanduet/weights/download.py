@@ -5,6 +5,7 @@ huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_
 
 import errno
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -61,8 +62,8 @@ def local_model(model: str) -> ModelFolder | None:
     try:
         path = Path(model).expanduser()
         if path.is_dir():
-            folder = path.resolve()
-            return ModelFolder(folder, folder.name or "model")  # everybody sees this name, so it is no path
+            name = os.path.basename(os.path.abspath(path))  # a link keeps its own
+            return ModelFolder(path.resolve(), name or "model")  # everybody sees this name, so it is no path
         is_file = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
         raise ModelNotFoundError(f"There is no model {model[:200]!r} ({error}).", hint=_HINT) from error

@@ -70,9 +70,10 @@ def test_a_failed_job_tells_a_name_on_the_wire_and_on_the_page(api: Any) -> None
 def test_a_model_in_a_folder_has_a_name_and_no_path(tmp_path: Path, make_api: Any) -> None:
     folder = tmp_path / "my-wan"
     folder.symlink_to(MODEL, target_is_directory=True)
-    found = local_model(str(MODEL))
+    linked, found = local_model(str(folder)), local_model(f"{MODEL}/")
+    assert linked is not None
     assert found is not None
-    assert (found.name, found.spec.name) == ("model", "model")
+    assert (linked.name, found.name, found.spec.name) == ("my-wan", "model", "model")
     api = make_api()
     api.context.spec = found.spec
     old = api.store.submit(NewJob("local", str(MODEL), {"prompt": "x"})).job.id
