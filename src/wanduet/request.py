@@ -5,9 +5,10 @@ refused here, before any model is loaded, with the nearest allowed value.
 """
 
 import random
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
 from wanduet.specs import ModelSpec
@@ -26,6 +27,21 @@ CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
 
 
+def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Python counts True as 1; nobody who sends `true` means a seed of 1."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(kind)
+        return value
+
+    return BeforeValidator(check)
+
+
+Whole = Annotated[int, _refuse_bool("int_type")]
+Real = Annotated[float, _refuse_bool("float_type")]
+
+
 class GenerationRequest(BaseModel):
     """One prompt and how to make a video of it. Sizes in pixels of the video that comes out."""
 
@@ -33,16 +49,16 @@ class GenerationRequest(BaseModel):
 
     prompt: str = Field(min_length=1)
     negative_prompt: str | None = None  # None: the model's default; "": empty
-    height: int | None = Field(default=None, ge=16)
-    width: int | None = Field(default=None, ge=16)
-    num_frames: int | None = Field(default=None, ge=1)
-    fps: int | None = Field(default=None, ge=1, le=120)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: float | None = Field(default=None, ge=0.0, le=100.0, allow_inf_nan=False)
-    flow_shift: float | None = Field(default=None, gt=0.0, le=100.0, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    height: Whole | None = Field(default=None, ge=16)
+    width: Whole | None = Field(default=None, ge=16)
+    num_frames: Whole | None = Field(default=None, ge=1)
+    fps: Whole | None = Field(default=None, ge=1, le=120)
+    num_inference_steps: Whole | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: Real | None = Field(default=None, ge=0.0, le=100.0, allow_inf_nan=False)
+    flow_shift: Real | None = Field(default=None, gt=0.0, le=100.0, allow_inf_nan=False)
+    seed: Whole | None = Field(default=None, ge=0, le=MAX_SEED)
     sampler: SamplerName = "unipc"
-    num_videos_per_prompt: int = Field(default=1, ge=1, le=64)
+    num_videos_per_prompt: Whole = Field(default=1, ge=1, le=64)
 
     @classmethod
     def parse(cls, **values: Any) -> Self:

@@ -78,7 +78,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @contextmanager
-def serving(data: Path, *flags: str, settings: str = "", threads: int = 2) -> Iterator[Server]:
+def serving(
+    data: Path, *flags: str, settings: str = "", threads: int = 2, open_files: int | None = None
+) -> Iterator[Server]:
     data.mkdir(exist_ok=True)
     environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": str(threads)}
     command = [
@@ -90,6 +92,8 @@ def serving(data: Path, *flags: str, settings: str = "", threads: int = 2) -> It
         "miniature",
         *(flags if "--port" in flags else ("--port", "0", *flags)),
     ]
+    if open_files is not None:
+        command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
     with (
         open(data / "server.log", "a") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,

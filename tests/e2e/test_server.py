@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,29 @@ def test_overload_is_refused_politely(tmp_path: Path) -> None:
         assert [answer.status_code for answer in codes] == [200, 200, 429, 429]
         assert int(codes[-1].headers["Retry-After"]) > 0
         assert codes[-1].json()["error"]["type"] == "rate_limit_error"
+
+
+HALF_A_REQUEST = b"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
+HALF_A_BODY = b"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
+
+
+def test_with_few_open_files_clients_that_send_nonsense_stop_nobody(tmp_path: Path) -> None:
+    """A hundred half-sent requests, bytes that are no HTTP, two signals: answers go on, and the log is short JSON."""
+    with serving(tmp_path / "data", "--no-page", open_files=64) as server, ExitStack() as clients:
+        address = (server.http.base_url.host, server.http.base_url.port)
+        for sent in (*[HALF_A_REQUEST] * 100, *[b"a secret, no HTTP\r\n\r\n"] * 20, HALF_A_BODY):
+            client = clients.enter_context(socket.create_connection(address, timeout=60))
+            client.sendall(sent)
+        for _ in range(20):
+            assert server.http.get("/v1/videos", headers={"Connection": "close"}).status_code == 200
+        job = server.create()
+        assert server.wait(job["id"])["status"] == "completed"
+        assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 200
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        for line in server.log().splitlines():
+            assert json.loads(line)["event"], line
+        assert len(server.log()) < 10_000
+        assert "secret" not in server.log()
+        assert "Cancelled" not in server.log()

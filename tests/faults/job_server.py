@@ -1,15 +1,18 @@
 """The service with an engine that only counts, as a process with sockets: `with server(folder) as running`."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 from job_workers import ENVIRONMENT, wait
+
+from wanduet.jobs.watchdog import HangSettings
 
 PYTHON_PATH = ENVIRONMENT["PYTHONPATH"]
 
@@ -24,10 +27,11 @@ from wanduet.jobs.records import Limits
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.specs import WAN_1_3B
-data, queue = Path(sys.argv[1]), int(sys.argv[2])
+from wanduet.jobs.watchdog import HangSettings
+data, queue, hangs = Path(sys.argv[1]), int(sys.argv[2]), HangSettings(**json.loads(sys.argv[3]))
 config = EngineConfig(data_dir=data)
 attempt = AttemptSettings(poll_seconds=0.02, progress_seconds=0.02, max_crashes=10**6)
-worker = WorkerSettings(config, RunnerSettings(attempt=attempt), engine="fake_engine:FakeEngine")
+worker = WorkerSettings(config, RunnerSettings(attempt=attempt, hangs=hangs), engine="fake_engine:FakeEngine")
 settings = ServerSettings(port=0, stream_poll_seconds=0.05, queue=Limits(queue, None))
 serve(config, WAN_1_3B, settings, worker=worker, announce=lambda url: print(url, flush=True))
 """
@@ -40,13 +44,23 @@ class Server:
 
 
 @contextmanager
-def server(data: Path, queue: int = 10_000, step_seconds: float = 0.01) -> Iterator[Server]:
+def server(
+    data: Path,
+    queue: int = 10_000,
+    step_seconds: float = 0.01,
+    hangs: HangSettings | None = None,
+    folder: Path | None = None,
+) -> Iterator[Server]:
+    """`folder`: where it is started."""
     data.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "FAKE_STEP_SECONDS": str(step_seconds)}
-    command = [sys.executable, "-c", SERVE, str(data), str(queue)]
+    told = json.dumps(asdict(hangs or HangSettings()))
+    command = [sys.executable, "-P", "-c", SERVE, str(data), str(queue), told]
     with (
         open(data / "server.log", "ab") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, cwd=folder
+        ) as process,
     ):
         try:
             assert process.stdout is not None

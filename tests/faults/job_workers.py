@@ -16,7 +16,9 @@ from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import NewJob
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.watchdog import HangSettings
+from wanduet.jobs.worker import WorkerSettings
 
 FAKE_FOLDER = Path(__file__).parents[1] / "unit" / "jobs"
 sys.path.insert(0, str(FAKE_FOLDER))
@@ -30,15 +32,23 @@ ENVIRONMENT = {
 FOREVER = 10**6  # attempts: where every death is the test's own doing, no job may be blamed
 
 
-def worker_settings(data: Path, lease_seconds: float = 30.0, max_crashes: int = FOREVER) -> WorkerSettings:
+# Far below what a real worker is given; still far above what a busy machine keeps a process waiting.
+HANGS = HangSettings(
+    stopped_seconds=1.0, beat_seconds=3.0, loop_seconds=3.0, step_seconds=1.5, phase_seconds=3.0, look_seconds=0.1
+)
+
+
+def worker_settings(
+    data: Path, lease_seconds: float = 30.0, max_crashes: int = FOREVER, hangs: HangSettings | None = None
+) -> WorkerSettings:
     attempt = AttemptSettings(poll_seconds=0.02, progress_seconds=0.02, max_crashes=max_crashes)
-    runner = RunnerSettings(lease_seconds=lease_seconds, attempt=attempt)
+    runner = RunnerSettings(lease_seconds=lease_seconds, attempt=attempt, hangs=hangs or HangSettings())
     return WorkerSettings(EngineConfig(data_dir=data), runner, engine="fake_engine:FakeEngine")
 
 
-def supervised(data: Path, max_crashes: int = FOREVER) -> WorkerProcess:
-    """A worker as the server has it: started again whenever it dies."""
-    settings = worker_settings(data, max_crashes=max_crashes)
+def supervised(data: Path, max_crashes: int = FOREVER, hangs: HangSettings | None = None) -> WorkerProcess:
+    """A worker as the server has it: started again whenever it dies or hangs."""
+    settings = worker_settings(data, max_crashes=max_crashes, hangs=hangs)
     return WorkerProcess(settings, fake_engine.postgres_url(data), ENVIRONMENT, pauses=(0.01, 0.1))
 
 

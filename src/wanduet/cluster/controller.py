@@ -22,8 +22,12 @@ from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView
 from wanduet.cluster.stages import StagePlan
 from wanduet.cluster.store import ClusterStore
+from wanduet.cluster.trouble import find_trouble
 from wanduet.jobs.housekeeping import Housekeeper
-from wanduet.jobs.records import DECODE, JobError, demand_of
+from wanduet.jobs.logs import describe_error
+from wanduet.jobs.model_watch import ModelWatch
+from wanduet.jobs.records import DECODE, JobError, ModelId, demand_of
+from wanduet.jobs.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -98,8 +102,12 @@ class Controller:
         settings: ClusterSettings,
         *,
         monotonic: Callable[[], float] = time.monotonic,
+        model: ModelId | None = None,
     ) -> None:
+        """`model`: what the replicas have, and jobs must have been accepted for; None: anything."""
+        self.watchdog = Watchdog()  # is told that the loop goes round
         self._store = store
+        self._model = model
         self._fleet = fleet
         self._fitter = fitter
         self._settings = settings
@@ -108,6 +116,7 @@ class Controller:
         self._published: list[dict[str, object]] = [{}]  # unlike any list, so that the first one is written
         self._stages = StagePlanner(fitter, settings.scale, monotonic=monotonic)
         self._told: dict[str, object] = {}  # about the stages
+        self._explained: dict[str, str] = {}  # by demand: why its jobs wait
         self._resting: dict[str, tuple[float, float]] = {}  # by node: until when, and for how long
         self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with when they last were there
         self._unfit_since: dict[str, float] = {}  # demands that fit none of them
@@ -120,6 +129,7 @@ class Controller:
             max_bytes=runner.max_bytes,
             monotonic=monotonic,
         )
+        self._model_watch = ModelWatch(store, runner.model_seconds, monotonic)
 
     @property
     def draining(self) -> bool:
@@ -135,6 +145,7 @@ class Controller:
         leader = Leadership(self._store.database)
         try:
             while not self._draining.is_set():
+                self.watchdog.turned()
                 if leader.held():
                     self._try(self.turn)
                 # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
@@ -150,7 +161,10 @@ class Controller:
     def keep_house(self) -> None:
         """Take jobs from the dead, for ever; in a thread of its own, so that a Ray that hangs does not stop it."""
         while not self._draining.is_set():
-            self._try(self.tidy)
+            try:
+                self._try(self.tidy)
+            except Exception as error:  # nobody would take jobs from the dead any more
+                log.error("housekeeping failed and is tried again", **describe_error(error))
             time.sleep(self._settings.tick_seconds)
 
     def tidy(self) -> None:
@@ -162,6 +176,8 @@ class Controller:
         )
         for worker in dead:
             self._dead.pop(worker, None)
+        if self._model is not None:
+            self._model_watch.look(self._model)
 
     def turn(self) -> Changes:
         """Look once and change what must be changed."""
@@ -169,7 +185,7 @@ class Controller:
         for one in gone:
             self._note(one)
         nodes = self._fleet.nodes(self._store.drained_nodes())
-        waiting = self._store.waiting()
+        waiting = self._store.waiting(model=self._model)
         backlog = self._store.backlog(waiting)
         stages = self._stages(nodes, backlog, demand_of({}))
         changes = decide(
@@ -184,13 +200,18 @@ class Controller:
             self._fleet.drain(replica)
         for start in changes.start:
             self._fleet.start(start)
+        trouble = None if changes.start else find_trouble(nodes, replicas, self._settings.scale)
+        reasons = {one.demand: trouble for one in waiting} if trouble is not None else {}
+        reasons |= {demand: trouble or _does_not_fit(demand, nodes) for demand in changes.unfit}
         hopeless = self._hopeless(changes.unfit, nodes)
         for group in waiting:
             if group.demand in hopeless:
-                refused = self._store.refuse(group, "controller", _does_not_fit(group.demand, nodes))
+                error = JobError("does_not_fit", reasons[group.demand], "invalid_request_error")
+                refused = self._store.refuse(group, "controller", error, self._model)
                 log.warning("jobs fit no node", demand=group.demand, jobs=refused)
+        self._explain(reasons)
         self._publish(replicas, nodes)
-        self._publish_stages(stages, nodes)
+        self._publish_stages(stages, nodes, trouble)
         return changes
 
     def _hopeless(self, unfit: tuple[str, ...], nodes: tuple[Node, ...]) -> frozenset[str]:
@@ -239,8 +260,17 @@ class Controller:
             self._store.publish(rows)
             self._published = rows
 
-    def _publish_stages(self, plan: StagePlan, nodes: tuple[Node, ...]) -> None:
+    def _explain(self, reasons: dict[str, str]) -> None:
+        """Say in the jobs why they wait, and no longer in those that nothing keeps."""
+        if reasons != self._explained:
+            self._store.explain_none()
+            self._explained = reasons
+        for demand, reason in reasons.items():
+            self._store.explain(demand, reason)
+
+    def _publish_stages(self, plan: StagePlan, nodes: tuple[Node, ...], trouble: str | None) -> None:
         told: dict[str, object] = {
+            "trouble": trouble,
             "apart": plan.apart,
             "reason": plan.reason,
             "jobs_an_hour": round(3600 * plan.rate, 1),
@@ -274,11 +304,7 @@ class Controller:
             log.warning("the job store cannot be reached", error=type(error).__name__)
 
 
-def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> JobError:
+def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> str:
     offers = sorted({node.shape(len(node.devices)).name for node in nodes if node.devices or node.computes})
     size = demand.removeprefix(DECODE).split("/")[0]
-    return JobError(
-        "does_not_fit",
-        f"A video of {size} (height x width x frames) fits no node of this cluster ({', '.join(offers) or 'none'}).",
-        "invalid_request_error",
-    )
+    return f"A video of {size} (height x width x frames) fits no node of this cluster ({', '.join(offers) or 'none'})."

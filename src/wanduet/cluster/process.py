@@ -7,19 +7,22 @@ import argparse
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from wanduet.cluster.controller import Controller
 from wanduet.cluster.files import open_files
 from wanduet.cluster.fit import Fitter
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.store import ClusterStore
+from wanduet.jobs.hooks import identify
 from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.supervisor import WorkerProcess
 from wanduet.jobs.worker import (
     URL_VARIABLE,
-    WorkerProcess,
     WorkerSettings,
     drain_at_end_of_input,
     drain_on_signals,
+    watch_process,
 )
 
 
@@ -32,15 +35,20 @@ class ControllerProcess(WorkerProcess):
         super().__init__(settings.worker, url)
 
     def _command(self, settings: WorkerSettings) -> list[str]:
-        return ["wanduet.cluster.process", self._settings.to_json()]
+        mine = replace(self._settings, worker=settings)  # which say under whose name the process's beat is looked for
+        return ["wanduet.cluster.process", mine.to_json()]
 
     @property
-    def ready(self) -> bool:
-        """Whether a replica takes whole jobs, or one would be started for them."""
+    def trouble(self) -> str | None:
+        """Why no replica takes whole jobs, nor would be started for them; None if one does or would."""
         ready = (one["shape"] for one in self._store.replicas() if one["state"] == "ready")
         if any(" " not in shape for shape in ready):  # those of a stage have its name in theirs
-            return True
-        return self._settings.scale.minimum == 0 and self.pid is not None
+            return None
+        if (own := self._own_trouble(live=self.pid is not None)) is not None:
+            return own
+        found: str | None = self._store.stages().get("trouble")
+        waits = None if self._settings.scale.minimum == 0 else "no replica is ready yet"
+        return found or waits
 
 
 def run_controller(settings: ClusterSettings, url: str) -> None:
@@ -49,16 +57,22 @@ def run_controller(settings: ClusterSettings, url: str) -> None:
     from wanduet.engine.build import Models
 
     config = settings.worker.config
-    store = ClusterStore(
-        open_files(config.data_folder, settings.storage), url, retention_seconds=settings.worker.retention_seconds
-    )
+    files = open_files(config.data_folder, settings.storage)
+    watchdog = watch_process(settings.worker.runner, files.workers)
+    # Replicas are the same whoever looks after this process, and so are their settings' fingerprints.
+    runner = replace(settings.worker.runner, supervisor="")
+    settings = replace(settings, worker=replace(settings.worker, runner=runner))
+    store = ClusterStore(files, url, retention_seconds=settings.worker.retention_seconds)
     fleet = RayFleet(settings, url)
-    controller = Controller(store, fleet, Fitter(Models(config).memory, config), settings)
+    models = Models(config)
+    controller = Controller(store, fleet, Fitter(models.memory, config), settings, model=identify(models))
+    controller.watchdog = watchdog
     drain_on_signals(controller)  # after Ray has set its own
     threading.Thread(target=drain_at_end_of_input, args=(controller,), name="parent-watch", daemon=True).start()
     threading.Thread(target=controller.keep_house, name="housekeeping", daemon=True).start()
     controller.run()
     store.close()
+    watchdog.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

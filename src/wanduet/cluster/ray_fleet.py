@@ -6,8 +6,8 @@ state is kept here that cannot be found again, so losing this process, or Ray's 
 
 import os
 import secrets
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +35,7 @@ from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
 from wanduet.config import parse_devices
 from wanduet.errors import ConfigError, WanduetError
+from wanduet.jobs.child import child_environment, module_command
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +47,7 @@ EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can bring: their GPUs, i
 NODE_LABEL = "ray.io/node-id"
 ANSWER_SECONDS = 2.0  # that one look waits for replicas to answer
 PROBE_SECONDS = 3600.0  # a node may have weights to download
+_KILL = int(getattr(signal, "SIGKILL", signal.SIGTERM))
 THREADS = 4  # calls to a replica at the same time
 
 
@@ -57,6 +59,7 @@ class _Member:
     asked: Any = None  # the answer that is on its way
     status: ReplicaStatus | None = None
     draining: bool = False
+    heard: float = field(default_factory=time.monotonic)  # when it last answered
 
 
 class RayFleet:
@@ -201,8 +204,15 @@ class RayFleet:
     def _hear(self, name: str) -> Gone | None:
         member = self._members[name]
         if not ray.wait([member.asked], timeout=0)[0]:
-            late = time.monotonic() - member.since > self._settings.start_seconds
-            return self._remove(name, failed=True) if member.status is None and late else None
+            now = time.monotonic()
+            if member.status is None:
+                return self._remove(name, failed=True) if now - member.since > self._settings.start_seconds else None
+            if now - member.heard < self._settings.silent_seconds:
+                return None
+            # Its process was stopped, or nothing in it runs any more: what it had others take, and fences keep it out.
+            log.error("a replica hangs and is ended", replica=name, seconds=round(now - member.heard))
+            _end_process(member.status)
+            return self._remove(name)
         asked, member.asked = member.asked, None
         try:
             status: ReplicaStatus = ray.get(asked)
@@ -211,7 +221,7 @@ class RayFleet:
         except RayActorError as error:
             log.warning("a replica died", replica=name, error=str(error).strip().splitlines()[-1])
             return self._remove(name, failed=member.status is None and member.view is not None)
-        member.status = status
+        member.status, member.heard = status, time.monotonic()
         if status.ended:
             return self._remove(name)
         member.draining = member.draining or status.draining
@@ -244,6 +254,20 @@ class RayFleet:
                 _remove_group(name)
 
 
+def _end_process(status: ReplicaStatus) -> None:
+    """On the replica's node, from another process: one that is stopped does not end when Ray asks it to."""
+    if status.node is None:
+        return
+    where = NodeAffinitySchedulingStrategy(status.node, soft=False)
+    with suppress(RayError):
+        ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=where).remote(status.pid)
+
+
+def _kill(pid: int) -> None:
+    with suppress(OSError):  # it is gone
+        os.kill(pid, _KILL)
+
+
 def _names() -> Iterator[str]:
     return (name for name in list_named_actors() if name.startswith(PREFIX))
 
@@ -270,10 +294,10 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
         open_model(model, revision)
     if not look:
         return ""
-    environment = dict(os.environ)
+    environment = child_environment(os.environ)
     if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from what has not reserved any
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, "-m", "wanduet.cluster.probe"]
+    command = module_command("wanduet.cluster.probe")
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if found.returncode:
         raise WanduetError(f"The node's devices cannot be seen: {found.stderr.strip()[-200:]}")

@@ -21,7 +21,9 @@ from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
-from wanduet.jobs.worker import ENGINE, MEMORY_POOLS, make_engine
+from wanduet.jobs.supervisor import MEMORY_POOLS
+from wanduet.jobs.watchdog import Watchdog
+from wanduet.jobs.worker import ENGINE, make_engine
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
 ROOMY_HOST = 2**40  # bytes: a decoder's host decides nothing
@@ -73,9 +75,11 @@ class Replica:
             connections=REPLICA_CONNECTIONS,
         )
         hooks = getattr(self._engine, "hooks", None)
-        self._runner = Runner(self._store, self._engine, worker.runner, hooks=hooks)
+        self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray tells the controller
+        self._runner = Runner(self._store, self._engine, worker.runner, hooks=hooks, watchdog=self._watchdog)
         self._idle_since: float | None = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
+        self._watchdog.start()
         self._thread.start()
 
     def status(self) -> ReplicaStatus:
@@ -102,6 +106,7 @@ class Replica:
             with suppress(AttributeError):
                 self._engine.close()  # type: ignore[attr-defined]
             self._store.close()
+            self._watchdog.stop()
 
     def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
         """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""

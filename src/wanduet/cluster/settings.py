@@ -32,6 +32,7 @@ class ClusterSettings:
     patience_seconds: float = PATIENCE_SECONDS
     unfit_seconds: float = 600.0
     start_seconds: float = 900.0  # for a replica to come up, weights and all
+    silent_seconds: float = 300.0  # that a replica which is up may leave its node's and its own questions unanswered
 
     def to_json(self) -> str:
         """For the command line of the controller's process."""
@@ -45,7 +46,7 @@ class ClusterSettings:
     @property
     def fingerprint(self) -> str:
         """Of what replicas depend on: those with another are drained and replaced."""
-        same = replace(self, scale=ScaleSettings(), address="", tick_seconds=0.0, start_seconds=0.0)
+        same = replace(self, scale=ScaleSettings(), address="", tick_seconds=0.0, start_seconds=0.0, silent_seconds=0.0)
         return hashlib.sha256(same.to_json().encode()).hexdigest()[:8]
 
     def runner(self) -> RunnerSettings:

@@ -21,7 +21,7 @@ from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import DECODE, JobError, Lease, StoredJob, demand_of
+from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 
@@ -69,12 +69,18 @@ _REPLICAS = sa.select(replicas).order_by(replicas.c.node, replicas.c.id)
 _DECODES = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
 _GROUP = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
 _WAITING = (
-    sa.select(*_GROUP, sa.func.min(jobs.c.id), sa.func.count()).where(jobs.c.status == "queued").group_by(*_GROUP)
+    sa.select(*_GROUP, sa.func.min(jobs.c.id), sa.func.count())
+    .where(jobs.c.status == "queued", statements.OF_MODEL)
+    .group_by(*_GROUP)
 )
 _WAITING_UNBLAMED = _WAITING.where(jobs.c.crashes == 0)
 _OLDEST = (
     sa.select(jobs.c.id)
-    .where(jobs.c.status == "queued", *(column == sa.bindparam(f"of_{column.name}") for column in _GROUP))
+    .where(
+        jobs.c.status == "queued",
+        statements.OF_MODEL,
+        *(column == sa.bindparam(f"of_{column.name}") for column in _GROUP),
+    )
     .order_by(jobs.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -130,13 +136,15 @@ class ClusterStore(JobStore):
         self._take_back = take_back
         self._create_tables()
 
-    def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
+    def claim(
+        self, worker: str, lease_seconds: float, *, alone: bool = True, model: ModelId | None = None
+    ) -> Lease | None:
         """Take the job that is next for this replica, or None. No other worker gets the same one."""
         if self._fit_of is None:
             return None
-        for pick in self._picks(self._fit_of, alone)[:TRIES]:
+        for pick in self._picks(self._fit_of, alone, model)[:TRIES]:
             with self._write() as connection:
-                lease = self._take(connection, pick.waiting, worker, lease_seconds, alone)
+                lease = self._take(connection, pick.waiting, worker, lease_seconds, alone, model)
                 if lease is not None:
                     charged = {"of_owner": pick.waiting.owner, "device_seconds": pick.device_seconds}
                     connection.execute(_CHARGE[self.database.dialect.name], charged)
@@ -182,10 +190,10 @@ class ClusterStore(JobStore):
             finally:
                 connection.invalidate()  # what ends the connection ends its locks, whatever state it is in
 
-    def waiting(self, alone: bool = True) -> tuple[Waiting, ...]:
-        """What is queued, grouped; without jobs that crashed before unless `alone`."""
+    def waiting(self, alone: bool = True, model: ModelId | None = None) -> tuple[Waiting, ...]:
+        """What is queued, grouped; without jobs that crashed before unless `alone`, for one model where it is given."""
         with self._read() as connection:
-            return self._waiting(connection, alone)
+            return self._waiting(connection, alone, model)
 
     def backlog(self, waiting: Iterable[Waiting]) -> tuple[Backlog, ...]:
         """The same by demand alone, as the autoscaler sees it."""
@@ -197,16 +205,31 @@ class ClusterStore(JobStore):
             found[one.demand] = Backlog(one.demand, known.count + one.count, waited)
         return tuple(found.values())
 
-    def refuse(self, waiting: Waiting, worker: str, error: JobError) -> int:
+    def refuse(self, waiting: Waiting, worker: str, error: JobError, model: ModelId | None = None) -> int:
         """Fail the jobs of a group that fits nowhere, behind a lease as any other end; returns how many."""
         refused = 0
         while True:
             with self._write() as connection:
-                lease = self._take(connection, waiting, worker, UNFIT_LEASE_SECONDS, alone=True)
+                lease = self._take(connection, waiting, worker, UNFIT_LEASE_SECONDS, True, model)
             if lease is None:
                 return refused
             self.fail(lease, error)
             refused += 1
+
+    def explain(self, demand: str, reason: str) -> None:
+        """Say in the queued jobs of a demand why nobody takes them; those that say something are left as they are."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.demand == demand, jobs.c.phase == "")
+        with self._read() as connection:
+            if connection.scalar(sa.select(jobs.c.id).where(which).limit(1)) is None:
+                return
+        with self._write() as connection:
+            connection.execute(sa.update(jobs).where(which).values(phase=WAITING, report={WAITING: reason}))
+
+    def explain_none(self) -> None:
+        """Take back what `explain` said in jobs that still wait."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.phase == WAITING)
+        with self._write() as connection:
+            connection.execute(sa.update(jobs).where(which).values(phase="", report={}))
 
     # What the controller tells others, and what it is told.
 
@@ -267,9 +290,9 @@ class ClusterStore(JobStore):
             with self.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 yield connection
 
-    def _picks(self, fit_of: FitOf, alone: bool) -> list[Pick]:
+    def _picks(self, fit_of: FitOf, alone: bool, model: ModelId | None) -> list[Pick]:
         with self._read() as connection:
-            waiting = self._waiting(connection, alone)
+            waiting = self._waiting(connection, alone, model)
             if not waiting:
                 return []
             # An owner alone comes first wherever it stands.
@@ -282,19 +305,26 @@ class ClusterStore(JobStore):
             waiting, known, fit_of, self._clock(), devices=self._devices, patience_seconds=self._patience
         )
 
-    def _waiting(self, connection: sa.Connection, alone: bool) -> tuple[Waiting, ...]:
+    def _waiting(self, connection: sa.Connection, alone: bool, model: ModelId | None) -> tuple[Waiting, ...]:
         query = _WAITING if alone else _WAITING_UNBLAMED
         # The id begins with the milliseconds of its submission, so the index alone answers.
         return tuple(
             Waiting(owner, demand, priority, first, int(first[6:18], 16) / 1000, count)
-            for owner, demand, priority, first, count in connection.execute(query)
+            for owner, demand, priority, first, count in connection.execute(query, statements.of_model(model))
         )
 
     def _take(
-        self, connection: sa.Connection, waiting: Waiting, worker: str, lease_seconds: float, alone: bool
+        self,
+        connection: sa.Connection,
+        waiting: Waiting,
+        worker: str,
+        lease_seconds: float,
+        alone: bool,
+        model: ModelId | None = None,
     ) -> Lease | None:
         """The oldest of a group that nobody else is just taking."""
         group = {f"of_{column.name}": getattr(waiting, column.name) for column in _GROUP}
+        group |= statements.of_model(model)
         oldest = _TAKE if alone else _TAKE_UNBLAMED
         return statements.take(connection, oldest, worker, lease_seconds, self._clock(), **group)
 

@@ -116,7 +116,9 @@ def status(*, data_dir: DataDir = None, database_url: Database = None, json_: Js
     for name in drained:
         print(f"{name} is being emptied")
     print(f"{sum(waiting.values())} jobs wait")
-    if stages:
+    if stages.get("trouble"):
+        print(f"no videos are made: {stages['trouble']}")
+    elif stages:
         print(f"stages {stages['reason']}")
 
 

@@ -48,6 +48,9 @@ class ServerFlags:
     parallel: Annotated[int, Parameter(help="Jobs in the engine's stages at the same time.")] = 2
     checkpoint_seconds: Annotated[float, Parameter(help="A killed denoise loses at most so much.")] = 15.0
     max_crashes: Annotated[int, Parameter(help="A job whose engine dies so often at one place is given up.")] = 3
+    hang_seconds: Annotated[
+        float, Parameter(help="A worker that makes no step for so long is replaced; one of long steps later.")
+    ] = 600.0
     max_queue: Annotated[int, Parameter(help="Open jobs of everybody.")] = 1000
     max_queue_per_key: Annotated[int, Parameter(help="Open jobs of one key.")] = 100
     max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
@@ -77,15 +80,19 @@ class ServerFlags:
 
     def runner(self) -> "RunnerSettings":
         """What the worker is told. Raises ConfigError."""
-        from wanduet.jobs.attempt import AttemptSettings
+        from wanduet.jobs.keeper import AttemptSettings
         from wanduet.jobs.runner import RunnerSettings
+        from wanduet.jobs.watchdog import HangSettings
 
         if self.parallel < 1:
             raise ConfigError(f"parallel={self.parallel}: at least one job must run.")
         if self.max_crashes < 1:
             raise ConfigError(f"max_crashes={self.max_crashes}: one crash is the least.")
+        if self.hang_seconds <= 0:
+            raise ConfigError(f"hang_seconds={self.hang_seconds}: more than nothing.")
         return RunnerSettings(
             parallel=self.parallel,
+            hangs=HangSettings(step_seconds=self.hang_seconds, phase_seconds=3 * self.hang_seconds),
             max_bytes=None if self.disk_limit is None else parse_bytes(self.disk_limit),
             attempt=AttemptSettings(max_crashes=self.max_crashes, log_prompts=self.log_prompts),
         )
@@ -132,11 +139,16 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
         else:
             page = mount_page
-    spec = RANDOM_SPECS.get(config.model) or open_model(config.model, config.revision).spec
+    if config.model in RANDOM_SPECS:
+        spec = RANDOM_SPECS[config.model]
+    else:
+        folder = open_model(config.model, config.revision)
+        spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
 
     def announce(url: str) -> None:
         print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
-        print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():  # elsewhere, standard error is a log of JSON lines
+            print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
         if browser:
             import webbrowser
 
@@ -235,26 +247,34 @@ def adopt(
 
 
 @keys_app.command
-def add(name: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
+def add(
+    name: str,
+    *,
+    operator: Annotated[bool, Parameter(help="Its /metrics are those of the whole server.", negative="")] = False,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     keys = _keys(_folder(data_dir))
-    key = keys.add(name)
-    record = keys.records()[-1]
+    key = keys.add(name, operator=operator)
+    key_id = keys.owner(key)  # by the key: another process may have added one since
     if json_:
-        emit({"id": record.id, "name": name, "key": key}, as_json=True)
+        emit({"id": key_id, "name": name, "key": key}, as_json=True)
     else:
         print(key)
-        print(f"The key of {name!r} (id {record.id}). It cannot be shown again.", file=sys.stderr)
+        print(f"The key of {name!r} (id {key_id}). It cannot be shown again.", file=sys.stderr)
 
 
 @keys_app.command(name="list")
 def list_keys(*, data_dir: DataDir = None, json_: Json = False) -> None:
     """The keys' ids and names."""
+    from wanduet.frontends.show import printable
+
     records = _keys(_folder(data_dir)).records()
     if json_:
         emit({"keys": [{"id": record.id, "name": record.name} for record in records]}, as_json=True)
     for record in () if json_ else records:
-        print(f"{record.id}  {record.name}")
+        print(f"{record.id}  {printable(record.name)}")
 
 
 @keys_app.command(name="rm")
@@ -291,6 +311,7 @@ def describe(job: "StoredJob") -> dict[str, Any]:
         "owner": job.owner,
         "attempts": job.attempts,
         "error": error,
+        "waits_for": job.waits_for,
         "remixed_from": job.remixed_from,
         "request": job.request,
     }

@@ -38,7 +38,8 @@ from wanduet.miniature.prompts import is_in_world
 from wanduet.ops.attention import BACKENDS, SDPA
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS
-from wanduet.weights.download import MINIATURE, open_model
+from wanduet.weights.download import open_model
+from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
 

@@ -1,17 +1,18 @@
 """What every route needs: the store, the model, the settings, who is asking."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
+from wanduet.frontends.http_capacity import find_capacity
 from wanduet.frontends.http_errors import ApiError, unavailable
+from wanduet.frontends.http_gates import Gate
 from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
-from wanduet.frontends.http_metrics import ServerMetrics
+from wanduet.frontends.http_metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.frontends.http_schemas import RequestLimits
 from wanduet.frontends.http_security import is_loopback
 from wanduet.jobs.records import Limits
@@ -19,13 +20,19 @@ from wanduet.jobs.store import JobStore
 from wanduet.specs import ModelSpec
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; only this host's own pages send it
-BUSY_RETRY_SECONDS = 1
 DRAIN_RETRY_SECONDS = 15
+MAX_UPLOADS = 4  # at the same moment: each costs temporary files and a process
+UPLOAD_SHARE = 2  # of one key
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How a server listens and what it takes. `max_submissions` and `max_streams`: at the same moment."""
+    """How a server listens and what it takes. `max_submissions` and `max_streams`: at the same moment.
+
+    `max_connections`: as many as the process may have files open for, by default. A client has `header_seconds` to
+    send what comes before a body, `body_seconds` for the body, longer if it is on its way, and must take some of
+    its answer every `stall_seconds`.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -34,32 +41,15 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     max_submissions: int = 256
     max_streams: int = 64
+    max_streams_per_key: int = 16
+    max_connections: int | None = None
+    header_seconds: float = 10.0
+    body_seconds: float = 20.0
+    stall_seconds: float = 60.0
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
-
-
-class Gate:
-    """Lets so many in at once and turns the others away, with a time to come back."""
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit = limit
-        self._what = what
-        self._inside = 0
-        self._guard = threading.Lock()
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Be inside during the block. Raises ApiError (503)."""
-        with self._guard:
-            if self._inside >= self._limit:
-                raise unavailable("overloaded", f"There are too many {self._what} just now.", BUSY_RETRY_SECONDS)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._inside -= 1
+    model_hash: str | None = None  # of the served weights: jobs are accepted for these and no others
 
 
 class ServerContext:
@@ -72,18 +62,25 @@ class ServerContext:
         settings: ServerSettings,
         keys: KeyRing,
         worker_ready: Callable[[], bool] = lambda: True,
+        worker: WorkerView | None = None,
     ) -> None:
         self.store = store
         self.spec = spec
         self.settings = settings
         self.keys = keys
         self.worker_ready = worker_ready
+        self.worker = worker
         # Decided once: removing the last key, or its file, must close the server and not open it to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
-        self.metrics = ServerMetrics(store)
+        self.metrics = ServerMetrics(store, worker)
         self.draining = threading.Event()
+        self.capacity = find_capacity(settings.max_connections)
+        max_streams = max(1, min(settings.max_streams, self.capacity.requests // 2))  # the rest is for short answers
+        self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
-        self.streams = Gate(settings.max_streams, "event streams")
+        self.streams = Gate(max_streams, "event streams", settings.max_streams_per_key)
+        self.page_streams = Gate(max_streams, "open pages")
+        self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def check_accepting(self) -> None:
         """Raises ApiError (503) while the server drains."""
@@ -113,11 +110,17 @@ def get_owner(request: Request) -> str:
     """Who is asking, by their key; everybody is one owner where there are no keys. Raises ApiError (401)."""
     owner = find_owner(get_context(request), request.headers)
     if owner is None:
-        raise ApiError(
-            401,
-            "invalid_api_key",
-            "A valid API key is needed: `Authorization: Bearer KEY`.",
-            kind="authentication_error",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        raise invalid_key()
+    setattr(request.state, OWNER, owner)
     return owner
+
+
+def invalid_key() -> ApiError:
+    """The answer to whoever has no valid key."""
+    return ApiError(
+        401,
+        "invalid_api_key",
+        "A valid API key is needed: `Authorization: Bearer KEY`.",
+        kind="authentication_error",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

@@ -14,8 +14,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from wanduet.errors import InvalidRequestError
+from wanduet.errors import InvalidRequestError, WanduetError
+from wanduet.frontends.http_public import NAME_LIMIT, public_text, sendable
 from wanduet.jobs.records import IdempotencyError, QueueFullError, UnknownJobError
 
 log = structlog.get_logger(__name__)
@@ -23,7 +25,16 @@ log = structlog.get_logger(__name__)
 INVALID = "invalid_request_error"
 QUEUE_RETRY_SECONDS = 30
 STORE_RETRY_SECONDS = 5
-MESSAGE_LIMIT = 600  # characters: a message quotes what was given, which may be long
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+STREAM_END = "/events"  # the end of a path that does not take HEAD: its GET does not end by itself
+# Faults of the store that only a person can mend, by their code: the message says what to do, and no answer says when to
+# try again.
+STORE_FAULTS: Mapping[str, int] = {
+    "store_broken": 503,
+    "store_gone": 503,
+    "store_read_only": 503,
+    "store_damaged": 500,
+}
 
 
 class ErrorDetail(BaseModel):
@@ -62,12 +73,15 @@ class ApiError(Exception):
         self.kind = kind
         self.headers = dict(headers or {})
 
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        param = None if self.param is None else sendable(self.param, NAME_LIMIT)
+        detail = ErrorDetail(message=sendable(self.message), type=self.kind, param=param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
+
     def response(self) -> JSONResponse:
         """The answer itself."""
-        message = self.message if len(self.message) <= MESSAGE_LIMIT else f"{self.message[:MESSAGE_LIMIT]}…"
-        message = message.encode("utf-8", "backslashreplace").decode()
-        detail = ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
-        return JSONResponse(ErrorBody(error=detail).model_dump(), self.status, self.headers)
+        return JSONResponse(self.body(), self.status, self.headers)
 
 
 def invalid(error: InvalidRequestError) -> ApiError:
@@ -101,10 +115,25 @@ def to_api_error(error: Exception) -> ApiError:
         case HTTPException():
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
             return ApiError(error.status_code, code, str(error.detail), headers=error.headers)
+        case WanduetError() if error.code in STORE_FAULTS:
+            text = public_text(f"{error.message} {error.hint or ''}".strip())
+            return ApiError(STORE_FAULTS[error.code], error.code, text, kind="server_error")
         case SQLAlchemyError():
             return unavailable("store_unavailable", "The job store cannot be reached just now.", STORE_RETRY_SECONDS)
         case _:
             return ApiError(500, "internal_error", "Something went wrong in the server.", kind="server_error")
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """The methods that the path of a request takes."""
+    routes = request.app.router.routes
+    found = [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+    head = "GET" in found and not request.scope["path"].endswith(STREAM_END)  # answered as GET
+    return [method for method in METHODS if method in found or (method == "HEAD" and head)]
 
 
 def _bad_parameter(error: RequestValidationError) -> ApiError:
@@ -117,10 +146,14 @@ def _bad_parameter(error: RequestValidationError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Make every error of an app speak the wire's words."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
         api_error = to_api_error(error)
-        if api_error.status >= 500:
-            log.error("request failed", error=type(error).__name__, status=api_error.status)
+        if api_error.status == 405:
+            api_error.headers["Allow"] = ", ".join(allowed_methods(request))
+        if api_error.status >= 500 and api_error is not error:  # a refusal is no failure, and clients cause it at will
+            # A message of ours says what to do, in whole only here; others might quote what was sent.
+            about = {"message": str(error)} if isinstance(error, WanduetError) else {}
+            log.error("request failed", error=type(error).__name__, status=api_error.status, **about)
         return api_error.response()
 
     known: tuple[type[Exception], ...] = (
@@ -132,6 +165,7 @@ def install(app: FastAPI) -> None:
         RequestValidationError,
         HTTPException,
         SQLAlchemyError,
+        WanduetError,
         Exception,
     )
     for kind in known:

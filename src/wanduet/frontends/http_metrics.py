@@ -1,25 +1,41 @@
 """Prometheus metrics: what the server counts itself, and what the store knows at the moment of asking."""
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wanduet.frontends.http_keys import LOCAL_OWNER
 from wanduet.jobs.records import Statistics
 from wanduet.jobs.schema import STEPS
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import read_memory
 
+OWNER = "owner"  # in a request's state: whose it is
 STATUSES = ("queued", "in_progress", "completed", "failed")
 
 
-class ServerMetrics:
-    """The registry of one server; nothing is global, so several servers fit into one process."""
+class WorkerView(Protocol):
+    """What a server shows of the worker beside it: see `jobs.supervisor.WorkerProcess`."""
 
-    def __init__(self, store: JobStore) -> None:
+    restarts: int
+    hangs: int
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker takes jobs just now; None if one does."""
+
+
+class Counts:
+    """What a server counts itself: of everybody, or of one key."""
+
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "wanduet_http_requests",
@@ -33,12 +49,52 @@ class ServerMetrics:
         self.submissions = Counter(
             "wanduet_submissions", "Submissions by what became of them.", ["outcome"], registry=self.registry
         )
-        self.registry.register(_StoreCollector(store))
+
+
+class ServerMetrics:
+    """The counts of one server; nothing is global, so several servers fit into one process.
+
+    A key sees its own requests and jobs, and nothing of the machine; an operator sees everything.
+    """
+
+    def __init__(self, store: JobStore, worker: WorkerView | None = None) -> None:
+        self._store = store
+        self._worker = worker
+        self._everybody = Counts()
+        self._by_owner: defaultdict[str, Counts] = defaultdict(Counts)
+        self._guard = threading.Lock()
+
+    def count_submission(self, owner: str, outcome: str) -> None:
+        """One more submission that was `stored`, `repeated` or `refused`."""
+        for counts in self._of(owner):
+            counts.submissions.labels(outcome).inc()
+
+    def count_answer(self, owner: str | None, method: str, route: str, status: int, seconds: float) -> None:
+        """One more answer that began after so many seconds; `owner`: whose key came along, if it was asked for."""
+        for counts in self._of(owner):
+            counts.requests.labels(method, route, status).inc()
+            counts.seconds.labels(route).observe(seconds)
+
+    def show(self, owner: str | None) -> bytes:
+        """What an owner may see, or everything (None), in Prometheus's text format."""
+        counts = self._of(owner)[-1]
+        asked = CollectorRegistry()
+        asked.register(_StoreCollector(self._store, owner))
+        if owner is None and self._worker is not None:
+            asked.register(_WorkerCollector(self._worker))
+        return generate_latest(counts.registry) + generate_latest(asked)
+
+    def _of(self, owner: str | None) -> tuple[Counts, ...]:
+        if owner is None or owner == LOCAL_OWNER:
+            return (self._everybody,)
+        with self._guard:
+            return self._everybody, self._by_owner[owner]
 
 
 class _StoreCollector(Collector):
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, owner: str | None) -> None:
         self._store = store
+        self._owner = owner
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not need the database."""
@@ -46,11 +102,27 @@ class _StoreCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Ask the store."""
-        yield from _families(self._store.statistics())
-        yield _device_memory(read_memory(self._store.files.workers))
+        found = self._store.statistics(self._owner)
+        yield from _jobs(found)
+        if self._owner is None:
+            yield from _stages(found)
+            yield _device_memory(read_memory(self._store.files.workers))
 
 
-def _families(found: Statistics) -> Iterator[Metric]:
+class _WorkerCollector(Collector):
+    def __init__(self, worker: WorkerView) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask whoever looks after the worker."""
+        worker = self._worker
+        yield CounterMetricFamily("wanduet_worker_hangs", "Workers that hung and were ended.", worker.hangs)
+        yield CounterMetricFamily("wanduet_worker_restarts", "Workers that ended and were replaced.", worker.restarts)
+        ready = float(worker.trouble is None)
+        yield GaugeMetricFamily("wanduet_worker_ready", "1 while some worker takes jobs, else 0.", ready)
+
+
+def _jobs(found: Statistics) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("wanduet_jobs", "Jobs in the store by status.", labels=["status"])
     for status in STATUSES:
         jobs.add_metric([status], found.by_status.get(status, 0))
@@ -60,6 +132,15 @@ def _families(found: Statistics) -> Iterator[Metric]:
         failures.add_metric([code], count)
     yield failures
     yield GaugeMetricFamily("wanduet_queue_oldest_seconds", "How long the oldest queued job waits.", found.oldest_wait)
+    memory = GaugeMetricFamily(
+        "wanduet_peak_memory_bytes", "Peak memory of the newest completed job by device.", labels=["device"]
+    )
+    for device, peak in sorted(found.peak_memory_bytes.items()):
+        memory.add_metric([device], peak)
+    yield memory
+
+
+def _stages(found: Statistics) -> Iterator[Metric]:
     seconds = CounterMetricFamily("wanduet_stage_seconds", "Seconds by stage of all completed jobs.", labels=["stage"])
     counts = CounterMetricFamily("wanduet_stage_jobs", "Completed jobs that went through a stage.", labels=["stage"])
     step_seconds, steps = found.stages.get(STEPS, (0.0, 0))
@@ -72,12 +153,6 @@ def _families(found: Statistics) -> Iterator[Metric]:
         seconds.add_metric([name], total)
         counts.add_metric([name], count)
     yield from (seconds, counts)
-    memory = GaugeMetricFamily(
-        "wanduet_peak_memory_bytes", "Peak memory of the newest completed job by device.", labels=["device"]
-    )
-    for device, peak in sorted(found.peak_memory_bytes.items()):
-        memory.add_metric([device], peak)
-    yield memory
 
 
 def _device_memory(found: Mapping[tuple[str, str, str], int]) -> Metric:
@@ -104,13 +179,14 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        known = scope.setdefault("state", {})  # where the routes note who asks, also of a copy of the scope
 
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "none")
                 method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "DELETE") else "other"
-                self._metrics.requests.labels(method, route, message["status"]).inc()
-                self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                self._metrics.count_answer(known.get(OWNER), method, route, message["status"], seconds)
             await send(message)
 
         await self._app(scope, receive, counting_send)

@@ -1,27 +1,27 @@
 """What stands around the page: who may see it, which of its routes are open, and that it loads nothing from elsewhere."""
 
+import asyncio
 import json
 import secrets
-import tempfile
-from collections.abc import Callable
+from contextlib import ExitStack
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wanduet.errors import WanduetError
+from wanduet.frontends.http_bodies import read_fields
 from wanduet.frontends.http_context import KEY_COOKIE, ServerContext, find_owner
 from wanduet.frontends.http_errors import ApiError
-from wanduet.frontends.http_schemas import read_fields
-from wanduet.frontends.http_security import UPLOAD_PATH
+from wanduet.frontends.http_keys import came_encrypted
+from wanduet.frontends.http_limits import UPLOAD_PATH
 
 EVENTS_PATH = "/gradio_api/queue/join"
+STREAM_PATHS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")  # answers that last as long as a page is open
+LOOK_SECONDS = 0.5
 PULSE_PATH = "/page/pulse"
 COOKIE_SECONDS = 30 * 24 * 3600
 # Everything comes from this server. Gradio's own scripts are inline and compile their templates.
@@ -65,7 +65,7 @@ def add_login(app: FastAPI) -> None:
         if context.keys.owner(key) is None:
             return HTMLResponse(_LOGIN.format(message=escape("This key is not valid.")), 401)
         answer = RedirectResponse("/", 303)
-        secure = request.url.scheme == "https"
+        secure = came_encrypted(request.headers, request.url.scheme)
         answer.set_cookie(KEY_COOKIE, key, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=secure)
         return answer
 
@@ -83,22 +83,6 @@ def add_pulse(app: FastAPI) -> None:
     @app.get(PULSE_PATH, include_in_schema=False)
     def pulse() -> dict[str, str]:
         return {"started": started}
-
-
-def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
-    """The route to which the page sends a video; `read` gives what to answer, or raises WanduetError."""
-
-    @app.post(UPLOAD_PATH, include_in_schema=False)
-    async def restore(request: Request) -> JSONResponse:
-        with tempfile.TemporaryDirectory(prefix="wanduet-") as folder:
-            path = Path(folder) / "video.mp4"
-            with path.open("wb") as file:
-                async for chunk in request.stream():
-                    await run_in_threadpool(file.write, chunk)
-            try:
-                return JSONResponse(await run_in_threadpool(read, path))
-            except WanduetError as error:
-                return JSONResponse({"error": error.message.replace(str(path), "This file")})
 
 
 class PageMount(Mount):
@@ -144,6 +128,9 @@ class PageGate:
             await error.response()(scope, receive, send)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(STREAM_PATHS):
+            await self._stream(scope, receive, send)
+            return
         if scope["path"] != EVENTS_PATH:
             await self._app(scope, receive, _with_policy(_without_cors(send)))
             return
@@ -158,6 +145,38 @@ class PageGate:
             return next(given, None) or await receive()
 
         await self._app(scope, again, _without_cors(send))
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as inside:
+            try:
+                inside.enter_context(self._context.page_streams.enter())
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+            await self._run_until_drained(scope, receive, _without_cors(send))
+
+    async def _run_until_drained(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gradio's streams last until the browser goes; a server that ends would wait for it."""
+        started = complete = False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal started, complete
+            started = True
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        running = asyncio.ensure_future(self._app(scope, receive, watching_send))
+        try:
+            while not running.done() and not self._context.draining.is_set():
+                await asyncio.wait([running], timeout=LOOK_SECONDS)
+            if running.done():
+                running.result()
+                return
+        finally:
+            running.cancel()
+        await asyncio.wait([running])
+        if started and not complete:
+            await send({"type": "http.response.body", "body": b""})
 
 
 def _names_a_file(body: bytes) -> bool:

@@ -3,24 +3,20 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from wanduet.errors import InvalidRequestError
-from wanduet.frontends.http_errors import ApiError, ErrorDetail
+from wanduet.frontends.http_errors import ErrorDetail
+from wanduet.frontends.http_public import public_error, public_text
 from wanduet.jobs.records import StoredJob
 from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
 from wanduet.specs import ModelSpec
 
-MAX_FIELDS = 64
 MAX_SECONDS = 3600.0
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +52,14 @@ class CreateVideo(BaseModel):
     width: int | None = None
 
 
+NUMBERS = {
+    name: "a whole number" if field.annotation == int | None else "a number"
+    for name, field in CreateVideo.model_fields.items()
+    if field.annotation in (int | None, float | None)
+} | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
+_NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
+
+
 class RemixVideo(BaseModel):
     """The body of a remix: the same settings and seed with another prompt."""
 
@@ -80,6 +84,8 @@ class Video(BaseModel):
     prompt: str
     remixed_from_video_id: str | None
     error: ErrorDetail | None
+    # Ours, and there only where it says something: why nobody takes a queued video.
+    waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
     settings: dict[str, Any]
 
 
@@ -106,10 +112,11 @@ def to_video(job: StoredJob) -> Video:
     request = job.request
     error = None
     if job.error is not None:
-        error = ErrorDetail(message=job.error.message, type=job.error.type, param=job.error.param, code=job.error.code)
+        shown = public_error(job.error)
+        error = ErrorDetail(message=shown.message, type=shown.type, param=shown.param, code=shown.code)
     return Video(
         id=job.id,
-        model=job.model,
+        model=public_text(job.model),
         status=job.status,
         progress=math.floor(job.progress),
         created_at=int(job.created_at),
@@ -120,6 +127,7 @@ def to_video(job: StoredJob) -> Video:
         prompt=request.get("prompt", ""),
         remixed_from_video_id=job.remixed_from,
         error=error,
+        waits_for=None if job.waits_for is None else public_text(job.waits_for),
         settings={name: value for name, value in request.items() if name != "prompt"},
     )
 
@@ -133,43 +141,6 @@ def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
 
 
-async def read_fields(request: Request) -> dict[str, Any]:
-    """The fields of a body, JSON or form. Raises ApiError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if kind in _FORMS:
-            return await _read_form(request)
-        if kind in ("application/json", ""):
-            fields = json.loads(await request.body())
-            if isinstance(fields, dict):
-                return fields
-            raise ApiError(400, "invalid_request", "The body must be a JSON object.")
-    except (ValueError, RecursionError):
-        raise ApiError(400, "invalid_request", "The body is not valid JSON in UTF-8.") from None
-    except ClientDisconnect:
-        raise ApiError(400, "invalid_request", "The body ended too early.") from None
-    except HTTPException as error:  # what the form's parser says
-        raise ApiError(400, "invalid_request", f"The form cannot be read: {error.detail}") from None
-    raise ApiError(415, "unsupported_media_type", "Send multipart/form-data or application/json.", param="Content-Type")
-
-
-async def _read_form(request: Request) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    multipart = "multipart" in request.headers["content-type"].lower()
-    # The parser takes what there is of a form that was cut off: a job would be made of half of its settings.
-    if multipart and not (await request.body()).rstrip().endswith(b"--"):
-        raise ApiError(400, "invalid_request", "The form ended too early.")
-    async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=2**20) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                text = "Files are not taken: the model makes videos from text alone."
-                raise ApiError(400, "unsupported", text, param=name)
-            if name in fields:
-                raise ApiError(400, "invalid_request", f"{name} is given twice.", param=name)
-            fields[name] = value
-    return fields
-
-
 def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -> GenerationRequest:
     """What a client sent (without `model`) as a request with every field decided, seed included.
 
@@ -180,6 +151,7 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     if "prompt" not in values:
         raise InvalidRequestError("prompt", None, "a text that is not empty")
     _check_texts(values, limits)
+    values = {name: _number(name, value) if name in NUMBERS else value for name, value in values.items()}
     fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
     _take_seconds(values, fps, spec)
     _take_size(values)
@@ -222,17 +194,24 @@ def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
             raise InvalidRequestError(name, text, "a text of valid Unicode characters")
 
 
+def _number(name: str, given: Any) -> Any:
+    """A form's text as the number that it would be in JSON, so that both mean the same; true and false are none."""
+    text = given.strip(" ") if isinstance(given, str) else None
+    if isinstance(given, bool) or (text is not None and not _NUMBER.fullmatch(text)):
+        raise InvalidRequestError(name, given, NUMBERS[name])
+    if text is None:
+        return given
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
 def _take_seconds(values: dict[str, Any], fps: int, spec: ModelSpec) -> None:
     """Replace `seconds` by `num_frames`."""
     given = values.pop("seconds", None)
     if given is None:
         return
-    try:
-        seconds = float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else math.nan
-    except (ValueError, OverflowError):
-        seconds = math.nan
+    seconds = float(given) if isinstance(given, int | float) and abs(given) <= MAX_SECONDS else math.nan
     if not 0.0 <= seconds <= MAX_SECONDS:  # not a number either
-        raise InvalidRequestError("seconds", given, f"a number of seconds from 0 to {MAX_SECONDS:g}")
+        raise InvalidRequestError("seconds", given, NUMBERS["seconds"])
     if "num_frames" in values:
         raise InvalidRequestError("seconds", given, "give seconds or num_frames, not both")
     values["num_frames"] = frames_for_seconds(seconds, fps, spec.vae.temporal_stride)

@@ -1,6 +1,6 @@
-"""What stands before the application: which hosts, which origins, how much of a body, HEAD.
+"""What stands before the application: which hosts, which origins, HEAD.
 
-Plain ASGI, so that a body is counted while it streams in and an answer is never buffered.
+Plain ASGI, so that an answer is never buffered.
 """
 
 import ipaddress
@@ -13,8 +13,6 @@ from wanduet.errors import ConfigError
 from wanduet.frontends.http_errors import ApiError
 
 LOOPBACK_NAMES = ("localhost",)
-UPLOAD_PATH = "/page/settings"  # the page's: a video whose settings are wanted
-MAX_UPLOAD_BYTES = 2**28
 OWN_HEAD = ("/content", "/events")  # ends of paths: one answers HEAD without reading the file, the other never ends
 _WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
@@ -37,38 +35,35 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Refuses requests for strange hosts (DNS rebinding), writes from strange pages, and bodies that are too long.
+    """Refuses requests for strange hosts (DNS rebinding) and writes from strange pages.
 
     A host is known if it is an address (no name that an attacker could point here), `localhost`, or in
     `allowed_hosts`. A write that a browser sends names its page's origin, which must be this host or in
     `allowed_origins`.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, allowed_hosts: tuple[str, ...], allowed_origins: tuple[str, ...], max_body_bytes: int
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, allowed_hosts: tuple[str, ...], allowed_origins: tuple[str, ...]) -> None:
         self._app = app
         self._hosts = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *allowed_hosts))
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+        if scope["type"] == "websocket":  # no route has one
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         try:
             self._check_host(headers)
             if scope["method"] in _WRITES:
                 self._check_origin(headers)
-            limit = self._limit(scope["path"])
-            self._check_length(headers, limit)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._run_counting(scope, receive, send, limit)
+        await self._app(scope, receive, _without_sniffing(send))
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -82,48 +77,6 @@ class Guard:
             own = given.partition("://")[2] == headers["host"].lower() and given.startswith(("http://", "https://"))
             if not own and given not in self._origins:
                 raise ApiError(403, "forbidden_origin", "Pages of other sites may not write here.", param="Origin")
-
-    def _limit(self, path: str) -> int:
-        return MAX_UPLOAD_BYTES if path == UPLOAD_PATH else self._max_body_bytes
-
-    def _check_length(self, headers: Headers, limit: int) -> None:
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise ApiError(400, "invalid_request", "The length is no number.", param="Content-Length")
-        if len(length) > 18 or int(length) > limit:
-            raise _too_long(limit)
-
-    async def _run_counting(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        """Run the application; a body that turns out too long ends it and is answered with 413."""
-        seen = 0
-        too_long = started = False
-
-        async def counting_receive() -> Message:
-            nonlocal seen, too_long
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > limit:
-                    too_long = True
-                    return {"type": "http.disconnect"}
-            return message
-
-        async def watching_send(message: Message) -> None:
-            nonlocal started
-            if too_long and not started:
-                return  # whatever the application makes of half a body, 413 is the answer
-            started = True
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]}
-            await send(message)
-
-        try:
-            await self._app(scope, counting_receive, watching_send)
-        except Exception:
-            if not too_long or started:
-                raise
-        if too_long and not started:
-            await _too_long(limit).response()(scope, receive, send)
 
 
 class AnswerHead:
@@ -149,8 +102,13 @@ class AnswerHead:
         await self._app(as_get, receive, bare_send)
 
 
-def _too_long(limit: int) -> ApiError:
-    return ApiError(413, "body_too_large", f"A request's body may have {limit} bytes at most.")
+def _without_sniffing(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]}
+        await send(message)
+
+    return sending
 
 
 def _host_name(host: str) -> str | None:

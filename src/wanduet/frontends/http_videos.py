@@ -1,23 +1,21 @@
 """The routes of `/v1/videos`: the OpenAI videos protocol, with cancel and events of our own."""
 
-import asyncio
-import base64
-import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager
+import unicodedata
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import ValidationError
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from wanduet.errors import InvalidRequestError
+from wanduet.frontends.http_bodies import read_fields
 from wanduet.frontends.http_context import ServerContext, get_context, get_owner
 from wanduet.frontends.http_errors import ApiError, ErrorBody
+from wanduet.frontends.http_events import VideoStream
 from wanduet.frontends.http_files import answer_file
+from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_schemas import (
     CreateVideo,
     DeletedVideo,
@@ -26,16 +24,14 @@ from wanduet.frontends.http_schemas import (
     VideoList,
     check_names,
     fingerprint,
-    read_fields,
     to_request,
     to_video,
 )
-from wanduet.jobs.records import MAX_PAGE, NewJob, StoredJob, UnknownJobError, is_job_id
+from wanduet.jobs.records import MAX_PAGE, MODEL_CHANGED, NewJob, StoredJob, UnknownJobError, is_job_id
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 MAX_KEY = 255  # characters of an idempotency key
-PING_SECONDS = 15
 
 Context = Annotated[ServerContext, Depends(get_context)]
 Owner = Annotated[str, Depends(get_owner)]
@@ -67,36 +63,50 @@ def _body(model: type[CreateVideo] | type[RemixVideo], *kinds: str) -> dict[str,
 @router.post("", response_model=Video, openapi_extra=_body(CreateVideo, "multipart/form-data", "application/json"))
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
+    fields = await read_fields(request)  # first: a body that does not come must not keep others out
     with context.submissions.enter():
         context.check_accepting()
-        fields = await read_fields(request)
-        given = fingerprint(fields)
+        key, given = _key(request), fingerprint(fields)
+        if (known := await _repeated(context, owner, key, given)) is not None:
+            return known
         model = _check_model(fields.pop("model", None), context)
         wanted = to_request(fields, context.spec, context.settings.limits)
-        new = NewJob(owner, model, wanted.model_dump(), idempotency_key=_key(request), fingerprint=given)
+        new = NewJob(
+            owner,
+            model,
+            wanted.model_dump(),
+            idempotency_key=key,
+            fingerprint=given,
+            model_hash=context.settings.model_hash,
+        )
         return await _submit(context, new)
 
 
 @router.post("/{video_id}/remix", response_model=Video, openapi_extra=_body(RemixVideo, "application/json"))
 async def remix_video(video_id: VideoId, request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue that differs from another one only in its prompt."""
+    fields = await read_fields(request)
     with context.submissions.enter():
         context.check_accepting()
-        fields = await read_fields(request)
+        source_id = _checked(video_id)
+        key, given = _key(request), fingerprint(fields, source_id)
+        if (known := await _repeated(context, owner, key, given)) is not None:
+            return known
         check_names(fields, RemixVideo)
         try:
             prompt = RemixVideo.model_validate(fields).prompt
         except ValidationError:
             raise InvalidRequestError("prompt", fields.get("prompt"), "a text that is not empty") from None
-        source = await run_in_threadpool(_find, context, video_id, owner)
+        source = await run_in_threadpool(context.store.get, source_id, owner)
         wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
         new = NewJob(
             owner,
-            source.model,
+            _check_source(source, context),
             wanted.model_dump(),
-            idempotency_key=_key(request),
+            idempotency_key=key,
             remixed_from=source.id,
-            fingerprint=fingerprint(fields, source.id),
+            fingerprint=given,
+            model_hash=context.settings.model_hash,
         )
         return await _submit(context, new)
 
@@ -170,7 +180,7 @@ def download_video(
             raise FileNotFoundError
         # It never changes, but it may be deleted: a browser keeps it and asks each time whether it is still there.
         kept = {"Cache-Control": "private, no-cache, no-transform"}
-        return answer_file(path, request.headers, MEDIA_TYPES[variant], f"{job.id}{path.suffix}", kept)
+        return answer_file(path, request, MEDIA_TYPES[variant], f"{job.id}{path.suffix}", kept)
     except FileNotFoundError:
         raise ApiError(404, "not_found", f"This video has no such {variant}.", param="variant") from None
 
@@ -194,59 +204,29 @@ def preview_video(video_id: VideoId, context: Context, owner: Owner) -> Response
     responses={
         200: {
             "content": {"text/event-stream": {}},
-            "description": "Events `video` and `preview`, then `done` or `deleted`.",
+            "description": "Events `video` and `preview`, then `done` or `deleted`; `error` where the key was revoked.",
         }
     },
 )
-async def stream_events(video_id: VideoId, context: Context, owner: Owner) -> EventSourceResponse:
+async def stream_events(video_id: VideoId, request: Request, context: Context, owner: Owner) -> EventSourceResponse:
     """Each change of a video as it happens: the video object with `phase` and `seconds_left`; with `preview`, a
     small moving picture of what it will look like, as a data URI in `image`.
     """
     job = await run_in_threadpool(_find, context, video_id, owner)
-    gate = context.streams.enter()
-    gate.__enter__()  # here, so that one too many is refused with 503 and not in the middle of a stream
-    return _Stream(_follow(context, owner, job), gate)
+    return VideoStream(context, request.headers, owner, job)
 
 
-class _Stream(EventSourceResponse):
-    """A stream that leaves the gate when it ends, even if its client was gone before the first event."""
-
-    def __init__(self, events: AsyncIterator[ServerSentEvent], gate: AbstractContextManager[None]) -> None:
-        super().__init__(events, ping=PING_SECONDS)
-        self._gate = gate
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._gate.__exit__(None, None, None)
-
-
-async def _follow(context: ServerContext, owner: str, job: StoredJob) -> AsyncIterator[ServerSentEvent]:
-    last = picture = None
-    while True:
-        data = {**to_video(job).model_dump(), "phase": job.phase, "seconds_left": job.seconds_left}
-        if data != last:
-            yield _event("done" if job.finished else "video", data)
-            last = data
-        if job.status == "in_progress":
-            newest = await run_in_threadpool(context.store.files.preview, job.id)
-            if newest is not None and newest != picture:
-                image = f"data:image/webp;base64,{base64.b64encode(newest).decode()}"
-                yield _event("preview", {"id": job.id, "object": "video.preview", "image": image})
-                picture = newest
-        if job.finished or context.draining.is_set():
-            return
-        await asyncio.sleep(context.settings.stream_poll_seconds)
-        try:
-            job = await run_in_threadpool(context.store.get, job.id, owner)
-        except UnknownJobError:
-            yield _event("deleted", DeletedVideo(id=job.id).model_dump())
-            return
-
-
-def _event(name: str, data: Mapping[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(data), event=name)
+async def _repeated(context: ServerContext, owner: str, key: str | None, given: str) -> Video | None:
+    """What is stored under an idempotency key, whatever became since of what it was made from, of the server's model or
+    its limits. Raises IdempotencyError.
+    """
+    if key is None:
+        return None
+    job = await run_in_threadpool(context.store.find_by_key, owner, key, given)
+    if job is None:
+        return None
+    context.metrics.count_submission(owner, "repeated")
+    return to_video(job)
 
 
 async def _submit(context: ServerContext, new: NewJob) -> Video:
@@ -256,7 +236,7 @@ async def _submit(context: ServerContext, new: NewJob) -> Video:
         outcome = "stored" if done.created else "repeated"
         return to_video(done.job)
     finally:
-        context.metrics.submissions.labels(outcome).inc()
+        context.metrics.count_submission(new.owner, outcome)
 
 
 def _find(context: ServerContext, video_id: str, owner: str) -> StoredJob:
@@ -276,8 +256,30 @@ def _check_model(given: Any, context: ServerContext) -> str:
     return served
 
 
+def _check_source(source: StoredJob, context: ServerContext) -> str:
+    """A remix is made by the model that its source was accepted for, or not at all."""
+    served, weights = context.spec.name, context.settings.model_hash
+    if source.model != served and (weights is None or source.model_hash != weights):
+        raise ApiError(
+            400,
+            MODEL_CHANGED,
+            f"That video is one of the model {public_text(source.model)!r}; this server has {served!r} only. Create a new video.",
+            param="video_id",
+        )
+    return served
+
+
 def _key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (0 < len(key) <= MAX_KEY and key.isprintable()):
-        raise ApiError(400, "invalid_request", f"1 to {MAX_KEY} printable characters.", param="Idempotency-Key")
+    """The idempotency key: UTF-8, else Latin-1, without control characters. Raises ApiError (400)."""
+    given = request.headers.getlist("idempotency-key")
+    if not given:
+        return None
+    raw = given[0].encode("latin-1")  # as Starlette decoded it
+    try:
+        key = raw.decode()
+    except UnicodeDecodeError:
+        key = raw.decode("latin-1")
+    if len(given) > 1 or not 0 < len(key) <= MAX_KEY or any(unicodedata.category(c) == "Cc" for c in key):
+        text = f"One key of 1 to {MAX_KEY} characters, none of which is a control character."
+        raise ApiError(400, "invalid_request", text, param="Idempotency-Key")
     return key

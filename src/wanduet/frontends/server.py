@@ -4,41 +4,39 @@ The server holds no model and no queue of its own: it validates, stores and show
 worker process beside it, which it starts again when it dies.
 """
 
-import os
 import signal
-import socket
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from wanduet import __version__
 from wanduet.config import EngineConfig
-from wanduet.errors import ConfigError
 from wanduet.frontends import http_errors, http_videos
 from wanduet.frontends.http_context import ServerContext, ServerSettings, get_context, get_owner
 from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
-from wanduet.frontends.http_metrics import CountRequests
+from wanduet.frontends.http_limits import BodyLimits, LimitBodies, LimitRequests
+from wanduet.frontends.http_listen import DRAIN_SECONDS, Announce, Server, listen
+from wanduet.frontends.http_logs import configure_library_logs
+from wanduet.frontends.http_metrics import CountRequests, WorkerView
+from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.worker import WorkerProcess, WorkerSettings
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.worker import WorkerSettings
 from wanduet.specs import ModelSpec
 
 if TYPE_CHECKING:
     from wanduet.cluster.settings import ClusterSettings
 
-Announce = Callable[[str], None]
 MountPage = Callable[[FastAPI, EngineConfig], FastAPI]
-DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
 
 
 class Model(BaseModel):
@@ -62,6 +60,7 @@ class Health(BaseModel):
 
     status: str
     version: str = __version__
+    reason: str | None = None
 
 
 def create_app(
@@ -71,22 +70,26 @@ def create_app(
     *,
     keys: KeyRing | None = None,
     worker_ready: Callable[[], bool] = lambda: True,
+    worker: WorkerView | None = None,
 ) -> FastAPI:
-    """The application over a job store. `worker_ready` says whether some worker takes jobs, for `/ready`."""
+    """The application over a job store. `worker` says whether some worker takes jobs, and why none does, for `/ready`
+    and for the metrics; `worker_ready` says only whether.
+    """
     settings = settings or ServerSettings()
-    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), worker_ready)
+    ready = worker_ready if worker is None else lambda: worker.trouble is None
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
     # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     http_errors.install(app)
     app.include_router(http_videos.router)
     _add_service_routes(app)
+    # The last one added is the outermost. What a page adds stands behind these.
     app.add_middleware(
-        Guard,
-        allowed_hosts=settings.allowed_hosts,
-        allowed_origins=settings.allowed_origins,
-        max_body_bytes=settings.max_body_bytes,
+        LimitBodies, limits=BodyLimits(settings.max_body_bytes, settings.body_seconds), draining=context.draining
     )
+    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
+    app.add_middleware(LimitRequests, gate=context.requests)
     app.add_middleware(AnswerHead)
     app.add_middleware(CountRequests, metrics=context.metrics)
     return app
@@ -110,7 +113,7 @@ def _add_service_routes(app: FastAPI) -> None:
             )
         return Model(id=name)
 
-    @app.get("/health", response_model=Health)
+    @app.get("/health", response_model=Health, response_model_exclude_none=True)
     async def health() -> Health:
         """Whether the process lives."""
         return Health(status="ok")
@@ -119,41 +122,23 @@ def _add_service_routes(app: FastAPI) -> None:
     def ready(request: Request) -> Response:
         """Whether submissions are taken and some worker makes videos."""
         context = get_context(request)
-        status = "ready"
+        status, reason = "ready", None
         if context.draining.is_set():
             status = "draining"
         elif not context.worker_ready():
-            status = "no worker"
+            status, reason = "no worker", context.worker.trouble if context.worker is not None else None
+            reason = None if reason is None else public_text(reason)
         else:
             context.store.list(limit=1)  # an unreachable store answers 503 by itself
-        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ready" else 503)
+        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(told, 200 if status == "ready" else 503)
 
-    @app.get("/metrics", response_class=Response, responses=refused, dependencies=[Depends(get_owner)])
-    def metrics(request: Request) -> Response:
-        """Prometheus metrics."""
-        return Response(generate_latest(get_context(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn that tells the application at once when it is asked to stop: not ready, nothing new taken."""
-
-    def __init__(self, config: uvicorn.Config, context: ServerContext, announce: Announce) -> None:
-        super().__init__(config)
-        self._context = context
-        self._announce = announce
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where the server is once it listens."""
-        await super().startup(sockets)
-        if self.started and sockets:
-            self._announce(_url(self._context.settings.host, sockets[0].getsockname()[1]))
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; a second one stops at once."""
-        if self._context.draining.is_set():
-            self.force_exit = True
-        self._context.draining.set()
-        super().handle_exit(sig, frame)
+    @app.get("/metrics", response_class=Response, responses=refused)
+    def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
+        """Prometheus metrics: of a key's own requests and jobs; of everything for an operator."""
+        context = get_context(request)
+        shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
+        return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
 def run_app(app: FastAPI, announce: Announce = lambda url: None) -> None:
@@ -164,39 +149,8 @@ def run_app(app: FastAPI, announce: Announce = lambda url: None) -> None:
     context: ServerContext = app.state.context
     settings = context.settings
     check_bind(settings.host, bool(context.keys.records()))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        backlog=2048,
-    )
-    with _listen(settings.host, settings.port) as listener:
-        _Server(config, context, announce).run([listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound. Raises ConfigError."""
-    bare = host.strip("[]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    listener = socket.socket(family)
-    try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((bare, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
-    return listener
-
-
-def _url(host: str, port: int) -> str:
-    bare = host.strip("[]")
-    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
+    with listen(settings.host, settings.port) as listener:
+        Server(app, announce).run([listener])
 
 
 def serve(
@@ -220,6 +174,7 @@ def serve(
     """
     settings = settings or ServerSettings()
     configure_logs()
+    configure_library_logs()
     files = JobFiles(config.data_folder)
     keys = KeyRing(files.folder / KEYS_FILE)
     check_bind(settings.host, bool(keys.records()))  # before anything is started
@@ -237,7 +192,7 @@ def serve(
         signal.signal(number, lambda *_: None)
     process.start()
     try:
-        app = create_app(store, spec, settings, keys=keys, worker_ready=lambda: process.ready)
+        app = create_app(store, spec, settings, keys=keys, worker=process)
         run_app(app if page is None else page(app, config), announce)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

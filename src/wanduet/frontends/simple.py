@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError, MissingArgumentError
 
 from wanduet.frontends.cli import app, main
-from wanduet.weights.download import MINIATURE
+from wanduet.weights.names import MINIATURE
 
 _LENGTH = ("--num-frames", "--seconds")
 _SIZE = ("--resolution", "--height", "--width")

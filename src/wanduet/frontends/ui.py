@@ -7,18 +7,21 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 from wanduet.config import EngineConfig
 from wanduet.frontends import ui_scripts as scripts
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_context import ServerContext
-from wanduet.frontends.http_page import PageGate, add_login, add_pulse, add_restore, keep_page_off_api
+from wanduet.frontends.http_page import PageGate, add_login, add_pulse, keep_page_off_api
+from wanduet.frontends.http_restore import add_restore
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
 from wanduet.request import SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MAX_EVENTS = 1000  # that wait in Gradio's queue, of all visitors
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 
 
@@ -44,7 +47,8 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
         css=CSS,
     )
     keep_page_off_api(app)
-    app.add_middleware(PageGate, context=context)
+    # Innermost: the server's own checks of host, origin and body come before the page's.
+    app.user_middleware.append(Middleware(PageGate, context=context))
     return app
 
 
@@ -72,7 +76,7 @@ class Page:
             gr.HTML("<h2>Videos</h2>")
             self._gallery = gr.HTML(js_on_load=scripts.CARD_CLICKS)
             self._connect(page)
-        return page
+        return page.queue(max_size=MAX_EVENTS)
 
     def _build_form(self) -> None:
         presets, start, limits = self._actions.presets, self._actions.defaults(), self._actions.context.settings.limits

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanduet.config import EngineConfig
-from wanduet.errors import WanduetError
+from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.frontends.http_context import ServerContext
+from wanduet.frontends.http_public import NAME_LIMIT, public_text
 from wanduet.frontends.http_schemas import to_request
 from wanduet.frontends.http_uploads import MetadataReader
 from wanduet.frontends.ui_forms import Form, Presets, default_form, fields_of, form_of
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
+from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
     from wanduet.engine.build import Models
@@ -87,15 +89,19 @@ class PageActions:
         Raises WanduetError if the video does not say.
         """
         about = self._uploads.read(video)
-        request = about.get("request")
-        if not isinstance(request, dict):
-            raise WanduetError("This video does not say how it was made.")
+        request = _request_of(about)
         model = about.get("model")
         made_by = model.get("name") if isinstance(model, dict) else model
         served = self.context.spec.name
-        note = f"It was made with {made_by}, this server has {served}." if made_by not in (None, served) else ""
         its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of several, this one
-        return {"form": self.form_of({**request, **its_own}), "note": note}
+        try:
+            made = GenerationRequest.parse(**{**request, **its_own}).model_dump()
+        except InvalidRequestError as error:
+            raise WanduetError(f"No video was made with these settings: {error.message}") from None
+        note = ""
+        if made_by not in (None, served):  # the model is only named: what anybody wrote into a file is never looked up
+            note = f"It was made with {public_text(str(made_by), NAME_LIMIT)}, this server has {served}."
+        return {"form": self.form_of(made), "note": note}
 
     def plan(self, form: Form) -> dict[str, Any]:
         """What would run where, without loading anything. Raises WanduetError."""
@@ -110,7 +116,7 @@ class PageActions:
     def _submit(self, owner: str, fields: dict[str, Any]) -> StoredJob:
         self.context.check_accepting()
         wanted = to_request(fields, self.context.spec, self.context.settings.limits)
-        new = NewJob(owner, self.context.spec.name, wanted.model_dump())
+        new = NewJob(owner, self.context.spec.name, wanted.model_dump(), model_hash=self.context.settings.model_hash)
         return self.context.store.submit(new, self.context.settings.queue).job
 
     @cached_property
@@ -123,3 +129,11 @@ class PageActions:
         from wanduet.engine.hardware import detect
 
         return Models(self._config), detect()
+
+
+def _request_of(about: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a video's metadata that this version knows. Raises WanduetError where there are none."""
+    found = about.get("request")
+    if not isinstance(found, dict):
+        raise WanduetError("This video does not say how it was made.")
+    return {name: value for name, value in found.items() if name in GenerationRequest.model_fields}

@@ -35,8 +35,9 @@ const restore = async file => {
   let told = {error: 'This file cannot be read.'};
   try {
     const answer = await fetch('/page/settings', {method: 'POST', body: file});
-    if (answer.ok) told = await answer.json();
+    if (answer.ok || answer.status === 400) told = await answer.json();
     else if (answer.status === 413) told = {error: 'This file is too large for a video of ours.'};
+    else if (answer.status >= 429) told = {error: (await answer.json()).error.message + ' Try again later.'};
   } catch (error) {
     told = {error: 'The server does not answer.'};
   }

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from wanduet.errors import InvalidRequestError
+from wanduet.frontends.http_public import public_error
 from wanduet.frontends.ui_forms import LABELS
 from wanduet.jobs.records import CANCELLED, StoredJob
 
@@ -61,7 +62,7 @@ def stage(job: StoredJob, preview: bytes | None = None) -> str:
         kind = " many" if len(numbers) > 1 else ""
         inner = "".join(_video(job, number) for number in numbers)
     elif job.error is not None:
-        text = "Stopped before it was done." if job.error.code == CANCELLED else escape(job.error.message)
+        text = "Stopped before it was done." if job.error.code == CANCELLED else escape(public_error(job.error).message)
         inner = f'<p class="note">{text}</p>'
     elif preview is not None:
         image = base64.b64encode(preview).decode()

@@ -5,50 +5,39 @@ notices that the job was cancelled, deleted or given to another worker.
 """
 
 import json
+import sqlite3
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    SQLAlchemyError,
+    StatementError,
+)
 
 from wanduet.errors import CancelledError, InvalidRequestError, OutputError, WanduetError
 from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
+from wanduet.jobs.keeper import AttemptSettings, LeaseKeeper
+from wanduet.jobs.logs import describe_error
 from wanduet.jobs.prompts import forget_prompts
 from wanduet.jobs.records import DECODE, JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError, demand_of
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.watchdog import FOREVER, Activity, Patience, Watchdog
 from wanduet.media.files import write_atomically
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
-    from wanduet.engine.job import Event, JobResult
+    from wanduet.engine.job import JobResult
 
 log = structlog.get_logger(__name__)
-
-# Percent of a job at the start and end of each phase, by what they take of a 50-step video.
-SPANS = {"load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
-_BEATS = 5  # renewals in the length of a lease: four may be late before anyone takes the job
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptSettings:
-    """Times in seconds. `max_crashes`: attempts in a row that may die at the same place. `reserve_bytes`: while the
-    disk has less free, no job is begun, and one that could not write its video waits. `gives_back`: a worker that
-    does a part of a job only; what fails there goes back into the queue for one that does all of it.
-    """
-
-    poll_seconds: float = 0.25
-    progress_seconds: float = 0.5
-    drain_seconds: float = 0.0  # how long a draining worker lets a job go on before it stops at the next step
-    max_crashes: int = 3
-    reserve_bytes: int = 64 * 2**20
-    log_prompts: bool = False
-    gives_back: bool = False
 
 
 class Attempt:
@@ -70,39 +59,53 @@ class Attempt:
         self._hooks = hooks or EngineHooks()
         self._checkpoints: list[str] = []
         self._keeper = LeaseKeeper(store, lease, draining, settings)
+        self._activity = Watchdog().add(lease.job.id)
+        self.engine_lost = False  # whether no later job can succeed in this process
         self._work = store.files.work_path(lease.job.id)
         self._log = log.bind(job=lease.job.id, attempt=lease.job.attempts)
 
-    def run(self) -> None:
-        """Bring the job to an end, or back into the queue, or leave it to whoever has it now."""
+    def run(self, activity: Activity | None = None) -> None:
+        """Bring the job to an end, or back into the queue, or leave it to whoever has it now.
+
+        `activity` is told how long each next step may take, by whoever watches for hangs.
+        """
+        self._activity = activity or self._activity
         prompt = {"prompt": self._lease.job.request.get("prompt")} if self._settings.log_prompts else {}
         self._log.info("job started", **prompt)
         resume = self._lease.job.attempts > 1
-        with self._keeper, self._store.files.attempt(self._lease.job.id, resume):
-            try:
-                outcome = self._saved_outcome() or self._generate()
-                if outcome is None:
-                    self._leave_to_decoder()
-                else:
-                    self._publish(outcome)
-            except StaleLeaseError:
+        try:
+            with self._keeper, self._store.files.attempt(self._lease.job.id, resume):
+                self._work_and_end()
+        except Exception as error:  # nothing was there to work with, or the end itself failed
+            with suppress(SQLAlchemyError, WanduetError):
+                self._crashed(error)
+
+    def _work_and_end(self) -> None:
+        try:
+            outcome = self._saved_outcome() or self._generate()
+            if outcome is None:
+                self._leave_to_decoder()
+            else:
+                self._publish(outcome)
+        except StaleLeaseError:
+            self._lost()
+        except CancelledError as error:
+            if self._keeper.lost.is_set():
                 self._lost()
-            except CancelledError as error:
-                if self._keeper.lost.is_set():
-                    self._lost()
-                elif self._keeper.draining.is_set():
-                    self._store.files.keep(self._lease.job.id)
-                    self._settle(lambda: self._store.release(self._lease), "released")
-                else:
-                    self._crashed(error)
-            except OutputError as error:
-                self._disk_failed(error)
-            except SQLAlchemyError as error:  # those that have a name, too, are not the job's fault
+            elif self._keeper.failure is not None:
+                self._crashed(self._keeper.failure)
+            elif self._keeper.draining.is_set():
+                self._put_back()
+            else:
                 self._crashed(error)
-            except WanduetError as error:
-                self._failed(error)
-            except Exception as error:
-                self._crashed(error)
+        except OutputError as error:
+            self._disk_failed(error)
+        except SQLAlchemyError as error:  # those that have a name, too, are not the job's fault
+            self._crashed(error)
+        except WanduetError as error:
+            self._failed(error)
+        except Exception as error:
+            self._crashed(error)
 
     def _generate(self) -> dict[str, Any] | None:
         """Let the engine make the videos; returns what `result.json` holds, None if another worker is to decode."""
@@ -142,8 +145,10 @@ class Attempt:
         self._keeper.watch(running)
         self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
         self._store.files.note_checkpoints(self._lease.job.id, self._checkpoints)
+        patience = Patience(self._activity.settings, self._hooks.predict_seconds(running))
         steps, before = 0, (0, 0)
         for event in running.events():
+            self._activity.expect(patience.after(event))
             self._keeper.note(event, videos)
             if event.phase == "denoise":  # each video begins with an event that says where
                 steps += before == (event.video, event.done - 1)
@@ -162,6 +167,10 @@ class Attempt:
     def _leave_to_decoder(self) -> None:
         left = DECODE + demand_of(self._lease.job.request)
         self._settle(lambda: self._store.release(self._lease, left), "left to a decoder")
+
+    def _put_back(self) -> None:
+        self._store.files.keep(self._lease.job.id)
+        self._end(lambda: self._store.release(self._lease), "released")
 
     @property
     def _outcome_path(self) -> Path:
@@ -186,6 +195,7 @@ class Attempt:
         files: list[OutputFile] = []
         try:
             for index, name in enumerate(outcome["videos"]):
+                self._activity.expect(self._activity.settings.phase_seconds)
                 files += self._publish_video(index, self._work.with_name(name))
             self._settle(lambda: self._store.complete(self._lease, files, outcome["report"]), "completed")
         except BaseException:
@@ -231,6 +241,8 @@ class Attempt:
         if self._settings.gives_back:
             whole = demand_of(self._lease.job.request)
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
+        if error.__cause__ is not None or bool(getattr(error, "details", "")):  # a rank's traceback, or another's error
+            self._log.warning("job failed", code=error.code, **describe_error(error))
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):
             kind, param = "invalid_request_error", error.field
@@ -240,6 +252,7 @@ class Attempt:
     def _disk_failed(self, error: OutputError) -> None:
         """A disk that is full or broken is not the job's fault: wait until it can be written, and try again."""
         waited = 0
+        self._activity.expect(FOREVER)
         while not self._store.files.has_room(self._settings.reserve_bytes):
             if waited % 240 == 0:
                 self._log.error(
@@ -259,9 +272,8 @@ class Attempt:
         return str(error).replace(str(self._store.files.folder), "the data folder")
 
     def _crashed(self, error: BaseException) -> None:
-        # Frames only: an unexpected error's message or variables might hold the prompt.
-        where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-        self._log.error("job crashed", error=type(error).__name__, where=where)
+        self._log.error("job crashed", **describe_error(error))
+        self.engine_lost = self.engine_lost or _is_device_lost(error)
         self._store.files.keep(self._lease.job.id)
         reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
         self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
@@ -273,13 +285,18 @@ class Attempt:
             self._lost()
 
     def _settle(self, commit: Callable[[], object], what: str) -> None:
-        """Commit, however long the database cannot be written (disk full). Raises StaleLeaseError."""
+        """Commit, however long the database cannot be written (disk full). Raises StaleLeaseError, also where it never
+        can be.
+        """
         pause = self._settings.poll_seconds
+        self._activity.expect(FOREVER)
         while True:
             try:
                 commit()
             except SQLAlchemyError as error:
                 self._log.warning("the job store cannot be written", error=type(error).__name__)
+                if _is_permanent(error):
+                    self._give_up(error)
                 if self._keeper.draining.is_set():  # nobody waits for ever: the next worker finds result.json
                     raise StaleLeaseError("The job store could not be written before the worker had to end.") from error
                 time.sleep(pause)
@@ -288,77 +305,35 @@ class Attempt:
                 self._log.info("job ended", outcome=what)
                 return
 
+    def _give_up(self, error: SQLAlchemyError) -> NoReturn:
+        """The database takes no such commit, now or later: end the job with that, as far as even this is taken."""
+        self._log.error("what came of the job cannot be stored", **describe_error(error))
+        reason = JobError("not_stored", f"The job database refused what came of the job ({type(error).__name__}).")
+        with suppress(SQLAlchemyError):
+            self._store.fail(self._lease, reason)
+        raise StaleLeaseError(reason.message) from error
 
-class LeaseKeeper:
-    """Renews a lease and stores progress while an attempt runs; stops the engine's job when it must end."""
 
-    def __init__(self, store: JobStore, lease: Lease, draining: threading.Event, settings: AttemptSettings) -> None:
-        self.lost = threading.Event()
-        self.draining = draining
-        self._store = store
-        self._lease = lease
-        self._settings = settings
-        self._running: RunningJob | None = None
-        self._stop = threading.Event()
-        self._guard = threading.Lock()
-        self._must_end = False
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job.id}", daemon=True)
-        self._position: tuple[float, str, float | None] = (0.0, "", None)  # percent, phase, seconds left
+def _is_device_lost(error: BaseException) -> bool:
+    """Whether a driver has given a device up: whatever this process asks of it from now on fails the same way."""
+    lost = type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+    return lost or (error.__cause__ is not None and _is_device_lost(error.__cause__))
 
-    def __enter__(self) -> None:
-        self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+# What SQLite says while it cannot be written just now: busy, locked, memory, interrupted, input or output, full, cannot
+# open, protocol, changed schema. All else (corrupt, no database, read-only, an error in the statement) stays so.
+_PASSING = {5, 6, 7, 9, 10, 13, 14, 15, 17}
 
-    def watch(self, running: RunningJob) -> None:
-        """Take the engine's job, to cancel it when the time comes; at once if it came already."""
-        with self._guard:
-            self._running = running
-            must_end = self._must_end
-        if must_end:
-            running.cancel()
 
-    def note(self, event: "Event", num_videos: int) -> None:
-        """Remember how far the job is; stored at the next look."""
-        start, end = SPANS.get(event.phase, (None, None))
-        if start is None or end is None:
-            return
-        part = min(1.0, event.done / event.total) if event.total else 0.0
-        percent = start + (end - start) * (event.video + part) / max(num_videos, 1)
-        self._position = (min(percent, end), event.phase, event.seconds_left)
-
-    def _keep(self) -> None:
-        beaten = stored_at = time.monotonic()
-        stored = self._position
-        drained_since: float | None = None
-        while not self._stop.wait(self._settings.poll_seconds):
-            now = time.monotonic()
-            try:
-                position = self._position
-                if position != stored and now - stored_at >= self._settings.progress_seconds:
-                    self._store.progress(self._lease, *position)
-                    stored, stored_at, beaten = position, now, now
-                elif now - beaten >= self._lease.seconds / _BEATS:
-                    self._store.renew(self._lease)
-                    beaten = now
-                else:
-                    self._store.check(self._lease)
-            except StaleLeaseError:
-                self.lost.set()
-                self._end_job()
-                return
-            except SQLAlchemyError as error:  # the job itself needs no database
-                log.warning("the job store cannot be reached", job=self._lease.job.id, error=type(error).__name__)
-            if self.draining.is_set():
-                drained_since = now if drained_since is None else drained_since
-                if now - drained_since >= self._settings.drain_seconds:
-                    self._end_job()
-
-    def _end_job(self) -> None:
-        with self._guard:
-            first, self._must_end = not self._must_end, True
-            running = self._running
-        if first and running is not None:
-            running.cancel()
+def _is_permanent(error: SQLAlchemyError) -> bool:
+    """Whether a commit that failed so will fail again however often it is tried."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, StatementError)  # a value that no database takes; else no connection is free
+    if error.connection_invalidated:
+        return False
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if isinstance(error.orig, sqlite3.Error) and code is not None:
+        return code & 0xFF not in _PASSING
+    return not isinstance(error, OperationalError | InterfaceError | InternalError)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from wanduet.jobs.records import ModelId
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -85,6 +86,23 @@ def checkpoint_keys(engine: Any, running: Any) -> list[str]:
     return [video_digest(engine.models, video) for video in running.videos]
 
 
+def engine_model(engine: Any) -> ModelId | None:
+    """The model that the engine has, by its public name and its weights; reads a few MiB of them."""
+    return identify(engine.models)
+
+
+def identify(models: Any) -> ModelId:
+    """The same for the engine's models alone (`engine.build.Models`)."""
+    return ModelId(models.spec.name, models.about["hash"])
+
+
+def predicted_seconds(running: Any) -> dict[str, float]:
+    """What the engine's plan says of a job: seconds of one denoising step (`denoise`) and of all decoding (`decode`)."""
+    seconds, request = running.plan.seconds, running.request
+    steps = max(1, request.num_inference_steps * request.num_videos_per_prompt)
+    return {"denoise": seconds.denoise / steps, "decode": seconds.decode}
+
+
 def device_memory(engine: Any) -> dict[str, dict[str, int]]:
     """Bytes by kind and device: what this process has allocated and reserved, what all together use. None on CPUs."""
     torch = sys.modules.get("torch")
@@ -109,4 +127,6 @@ class EngineHooks:
     make_previews: Callable[[Path], Mapping[str, bytes]] = video_previews
     watch_steps: Callable[[Any, Path, GenerationRequest], Watcher | None] = step_previews
     checkpoint_keys: Callable[[Any, Any], list[str]] = checkpoint_keys
+    model_of: Callable[[Any], ModelId | None] = engine_model  # None: it takes any job
+    predict_seconds: Callable[[Any], Mapping[str, float]] = predicted_seconds
     measure_memory: Callable[[Any], Mapping[str, Mapping[str, int]]] = device_memory

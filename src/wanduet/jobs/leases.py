@@ -91,6 +91,7 @@ class SupervisorLock:
     def __init__(self, folder: Path) -> None:
         """Take a new id; nothing is locked yet."""
         self.id = secrets.token_hex(4)
+        self._folder = folder
         self._lock = FileLock(_supervisor_path(folder, self.id), thread_local=False)
 
     def acquire(self) -> None:
@@ -102,6 +103,8 @@ class SupervisorLock:
         if self._lock.is_locked:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                beat_path(self._folder, self.id).unlink(missing_ok=True)
             self._lock.release()
 
 
@@ -121,9 +124,43 @@ def is_dead(folder: Path, worker: str) -> bool:
     return _is_free(folder / f"{worker}.lock")
 
 
-def live_workers(folder: Path) -> int:
-    """How many workers of this data folder run on this machine."""
-    return sum(not _is_free(path) for path in folder.glob(f"{_host()}.*.lock"))
+def live_workers(folder: Path) -> list[str]:
+    """The names of the workers of this data folder that run on this machine."""
+    return [path.name.removesuffix(".lock") for path in folder.glob(f"{_host()}.*.lock") if not _is_free(path)]
+
+
+def beat_path(folder: Path, supervisor: str) -> Path:
+    """The file that a supervisor's worker touches while it is well."""
+    return folder / f"{_host()}.{supervisor}.beat"
+
+
+class BeatWatch:
+    """How long a beat file has not been touched. One for each watcher and each process watched.
+
+    Each look adds at most `longest` seconds, so that a pause of the watcher, or of the whole machine, counts for little.
+    """
+
+    def __init__(self, path: Path, longest: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._longest = longest
+        self._monotonic = monotonic
+        self._looked = monotonic()
+        self._seen: int | None = None
+        self._quiet = 0.0
+
+    def quiet(self) -> float:
+        """Look; the seconds that it has stood still, of those that the watcher was awake."""
+        now = self._monotonic()
+        try:
+            seen = self._path.stat().st_mtime_ns
+        except OSError:
+            seen = None
+        if seen != self._seen:
+            self._seen, self._quiet = seen, 0.0
+        else:
+            self._quiet += min(max(0.0, now - self._looked), self._longest)
+        self._looked = now
+        return self._quiet
 
 
 def remove_stale_locks(folder: Path) -> None:
@@ -132,7 +169,7 @@ def remove_stale_locks(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
                 path.unlink()
-    for path in folder.glob(f"{_host()}.*.memory"):
+    for path in (*folder.glob(f"{_host()}.*.memory"), *folder.glob(f"{_host()}.*.beat")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > SWEEP_SECONDS:  # a living worker writes it all the time
                 path.unlink()

@@ -4,9 +4,12 @@ No prompt is ever logged, and no local variable of a traceback, which might hold
 """
 
 import logging
+import re
 import sys
+import threading
+import traceback
 from contextlib import suppress
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -27,6 +30,7 @@ def configure_logs() -> None:
     engine.handlers[:] = [_ToStructlog()]
     engine.setLevel(logging.INFO)
     engine.propagate = False
+    threading.excepthook = _log_dead_thread
 
 
 class _Patient:
@@ -46,5 +50,36 @@ class _Patient:
 
 class _ToStructlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass one record on."""
-        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name)
+        """Pass one record on, with the places of its exception."""
+        error = record.exc_info[1] if record.exc_info else None
+        about = {} if error is None else describe_error(error)
+        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, **about)
+
+
+def _log_dead_thread(about: threading.ExceptHookArgs) -> None:
+    """A thread ended by an error that nothing caught: else a plain traceback would stand between the JSON lines."""
+    if about.exc_value is not None and about.exc_type is not SystemExit:
+        name = about.thread.name if about.thread is not None else None
+        structlog.get_logger().error("a thread died", thread=name, **describe_error(about.exc_value))
+
+
+_PLACE = re.compile(r'^\s*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """What may be logged of an unexpected error: its type, and the places of its traceback and of its causes'.
+
+    Neither messages nor variables, which might hold a prompt. What a rank's process said of itself counts as a cause.
+    """
+    where: list[str] = []
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        if one is not error:
+            where.append(f"caused by {type(one).__name__}")
+        where += [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(one.__traceback__)]
+        places = _PLACE.findall(str(getattr(one, "details", "")))
+        where += [f"{file}:{line} {name}" for file, line, name in places]
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return {"error": type(error).__name__, "where": where}

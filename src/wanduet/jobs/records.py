@@ -15,6 +15,8 @@ OPEN_STATUSES: tuple[Status, ...] = ("queued", "in_progress")
 MAX_PAGE = 100  # jobs in one answer of `JobStore.list`
 CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
+MODEL_CHANGED = "model_changed"
+WAITING = "waiting"  # the phase of a queued job that nobody takes; its report says why under the same name
 DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
@@ -65,6 +67,12 @@ class StoredJob:
     crashes: int = 0
     worker: str | None = None
     token: int = 0
+    model_hash: str | None = None
+
+    @property
+    def waits_for(self) -> str | None:
+        """Why nobody takes a queued job, for people; None if nothing is known to keep it."""
+        return self.report.get(WAITING) if self.status == "queued" and self.phase == WAITING else None
 
     @property
     def finished(self) -> bool:
@@ -73,8 +81,18 @@ class StoredJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelId:
+    """A model as jobs are accepted for it: its public name, and a hash of its weights (None: there is none to compare)."""
+
+    name: str
+    hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
-    """What `JobStore.submit` stores. `request` holds JSON values only."""
+    """What `JobStore.submit` stores. `request` holds JSON values only. With `model_hash`, only workers that have these very
+    weights of the model run the job.
+    """
 
     owner: str
     model: str
@@ -83,6 +101,7 @@ class NewJob:
     idempotency_key: str | None = None
     remixed_from: str | None = None
     fingerprint: str | None = None  # of what the client sent, where defaults (a drawn seed) were added since
+    model_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

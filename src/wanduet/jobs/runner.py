@@ -8,15 +8,22 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from wanduet.jobs.attempt import Attempt, AttemptSettings
+from wanduet.errors import WanduetError
+from wanduet.jobs.attempt import Attempt
 from wanduet.jobs.hooks import EngineHooks, VideoEngine
 from wanduet.jobs.housekeeping import Housekeeper
+from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import WorkerLock
-from wanduet.jobs.records import StoredJob
+from wanduet.jobs.logs import describe_error
+from wanduet.jobs.model_watch import ModelWatch
+from wanduet.jobs.records import ModelId, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
+from wanduet.jobs.watchdog import HangSettings, Watchdog
 
 log = structlog.get_logger(__name__)
+
+_MOST_POLLS = 16  # between two tries to reach the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,8 @@ class RunnerSettings:
 
     `parallel`: jobs at once; an engine with overlapping stages is busy with two or three. `max_bytes`: what
     published files may take of the disk (None: all of it). `housekeeping`: whether this worker also takes jobs
-    from dead ones and tidies up; where somebody does it for many workers, they need not.
+    from dead ones and tidies up; where somebody does it for many workers, they need not. `model_seconds`: how long a job waits for the
+    model that it was accepted for, when no worker has that, before it fails.
     """
 
     lease_seconds: float = 30.0
@@ -33,8 +41,10 @@ class RunnerSettings:
     tidy_seconds: float = 60.0
     max_bytes: int | None = None
     housekeeping: bool = True
+    model_seconds: float = 60.0
     supervisor: str = ""  # the id of the lock of whoever starts this worker again
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
+    hangs: HangSettings = field(default_factory=HangSettings)
 
 
 class Runner:
@@ -48,11 +58,14 @@ class Runner:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         hooks: EngineHooks | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        """`watchdog` is told that the loop goes round and that jobs get ahead."""
         self._store = store
         self._engine = engine
         self._settings = settings or RunnerSettings()
         self._hooks = hooks or EngineHooks()
+        self._watchdog = watchdog or Watchdog(self._settings.hangs)
         self._housekeeper = Housekeeper(
             store,
             max_crashes=self._settings.attempt.max_crashes,
@@ -60,9 +73,14 @@ class Runner:
             max_bytes=self._settings.max_bytes,
             monotonic=monotonic,
         )
+        self._model_watch = ModelWatch(store, self._settings.model_seconds, monotonic)
+        self._served: ModelId | None = None
+        self._identified = self._unreadable = False
+        self._engine_lost = False
         self._draining = threading.Event()
         self._wake = threading.Condition()
         self._had_room = True
+        self._polls = 1  # to wait for, before a database that cannot be reached is tried again
         self._attempts: dict[threading.Thread, StoredJob] = {}
         self.worker: str | None = None  # the name on its leases, once `run` was called
 
@@ -81,32 +99,53 @@ class Runner:
         return tuple(job.id for job in tuple(self._attempts.values()))
 
     def run(self) -> None:
-        """Work until `drain`. A database that cannot be reached is waited for."""
+        """Work until `drain`. A database that cannot be reached is waited for.
+
+        Raises WanduetError, once its jobs are put back, when a device failed so that only another process can use it.
+        """
         lock = WorkerLock(self._store.files.workers, self._settings.supervisor)
         self.worker = lock.worker
         log.info("worker ready", worker=lock.worker)
         telemetry = Telemetry(self._store.files.workers, lock.worker, lambda: self._hooks.measure_memory(self._engine))
         try:
             while not self._draining.is_set():
-                try:
-                    busy = self._turn(lock.worker)
-                except SQLAlchemyError as error:
-                    log.warning("the job store cannot be reached", error=type(error).__name__)
-                    busy = False
+                self._watchdog.turned()
+                busy = self._try_turn(lock.worker)
                 telemetry.tell()
                 if not busy:
                     self._pause()
-            for thread in tuple(self._attempts):
-                thread.join()
+            while self._attempts:
+                self._watchdog.turned()
+                self._pause()
+            if self._engine_lost:
+                raise WanduetError("A device failed for good in this process.", hint="Its jobs go on in another one.")
+        except BaseException:
+            self._draining.set()  # what runs is put back, and not blamed for it
+            raise
         finally:
             telemetry.close()
             lock.release()
             log.info("worker ended", worker=lock.worker)
 
+    def _try_turn(self, worker: str) -> bool:
+        """The same, but a database that cannot be reached is waited for, ever longer."""
+        try:
+            busy = self._turn(worker)
+        except SQLAlchemyError as error:
+            log.warning("the job store cannot be reached", error=type(error).__name__)
+            self._pause(self._polls)
+            self._polls = min(2 * self._polls, _MOST_POLLS)
+            return False
+        self._polls = 1
+        return busy
+
     def _turn(self, worker: str) -> bool:
         """Do what there is to do; True if a job was started and there may be more."""
+        model = self._model()
         if self._settings.housekeeping:
             self._housekeeper.turn()
+            if model is not None:
+                self._model_watch.look(model)
         running = tuple(self._attempts.values())
         # A job that crashed before runs alone, so that a neighbour does not take the blame for its next crash.
         if len(running) >= self._settings.parallel or any(job.crashes for job in running):
@@ -115,14 +154,36 @@ class Runner:
             return False
         if self._draining.is_set():  # asked after `running` was: what a drained attempt has put back is not taken again
             return False
-        lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running)
+        lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running, model=model)
         if lease is None:
             return False
         attempt = Attempt(self._store, self._engine, lease, self._draining, self._settings.attempt, self._hooks)
-        thread = threading.Thread(target=self._run, args=(attempt,), name=f"job-{lease.job.id}", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(attempt, lease.job.id), name=f"job-{lease.job.id}", daemon=True
+        )
         self._attempts[thread] = lease.job
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads just now, which is not the job's fault
+            del self._attempts[thread]
+            log.error("no job is begun: no thread can be started", error=str(error))
+            self._store.release(lease)
+            return False
         return True
+
+    def _model(self) -> ModelId | None:
+        """What only jobs are taken for; None: for anything, as where the weights cannot be read, which each job then
+        says by failing with that.
+        """
+        try:
+            if not self._identified:
+                self._served = self._hooks.model_of(self._engine)
+                self._identified = True
+        except (WanduetError, OSError) as error:
+            if not self._unreadable:
+                log.error("the model cannot be read", **describe_error(error))
+            self._unreadable = True
+        return self._served
 
     def _has_room(self) -> bool:
         reserve = self._settings.attempt.reserve_bytes
@@ -132,16 +193,23 @@ class Runner:
         self._had_room = room
         return room
 
-    def _run(self, attempt: Attempt) -> None:
+    def _run(self, attempt: Attempt, job_id: str) -> None:
         try:
-            attempt.run()
+            attempt.run(self._watchdog.add(job_id))
         finally:
+            if attempt.engine_lost:
+                self._engine_lost = True
+                self._draining.set()
+            self._watchdog.remove(job_id)
             with self._wake:
                 self._attempts.pop(threading.current_thread(), None)
                 self._wake.notify()
 
-    def _pause(self) -> None:
-        """Wait for the next look; a finished job ends the wait."""
-        with self._wake:
-            # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
-            self._wake.wait(self._settings.attempt.poll_seconds)
+    def _pause(self, polls: int = 1) -> None:
+        """Wait for the next look, or for so many; a finished job ends one wait, `drain` all of them."""
+        for _ in range(polls):
+            with self._wake:
+                # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
+                self._wake.wait(self._settings.attempt.poll_seconds)
+            if self._draining.is_set():
+                return

@@ -21,6 +21,7 @@ jobs = sa.Table(
     sa.Column("idempotency_key", sa.String(255)),
     sa.Column("fingerprint", sa.String(64), nullable=False),  # of what was asked for under that key
     sa.Column("model", sa.String(255), nullable=False),
+    sa.Column("model_hash", sa.String(64)),  # of its weights; none where nobody said
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("demand", sa.String(96), nullable=False, server_default=""),  # of the request: see `demand_of`
     sa.Column("priority", sa.Integer, nullable=False),
@@ -124,7 +125,8 @@ def create_tables(database: sa.Engine, deadline: float) -> None:
 
 def _create_missing(connection: sa.Connection) -> None:
     known = sa.inspect(connection)
-    for table, column, upgrade in ((jobs, "demand", _add_demand), (state, "store_id", _add_store_id)):
+    added = ((jobs, "demand", _add_demand), (jobs, "model_hash", _add_model_hash), (state, "store_id", _add_store_id))
+    for table, column, upgrade in added:
         if known.has_table(table.name) and column not in {one["name"] for one in known.get_columns(table.name)}:
             upgrade(connection)
     metadata.create_all(connection)
@@ -148,6 +150,11 @@ def _add_demand(connection: sa.Connection) -> None:
     next(index for index in jobs.indexes if index.name == "jobs_by_demand").create(connection)
     for job_id, request in connection.execute(sa.select(jobs.c.id, jobs.c.request)).all():
         connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(demand=demand_of(request)))
+
+
+def _add_model_hash(connection: sa.Connection) -> None:
+    """From version 2 to 3. Jobs from before have none: for them the model's name decides."""
+    connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN model_hash VARCHAR(64)"))
 
 
 def _add_store_id(connection: sa.Connection) -> None:

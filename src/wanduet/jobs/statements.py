@@ -13,9 +13,11 @@ import sqlalchemy as sa
 
 from wanduet.jobs.records import (
     OPEN_STATUSES,
+    IdempotencyError,
     JobError,
     Lease,
     Limits,
+    ModelId,
     NewJob,
     OutputFile,
     QueueFullError,
@@ -101,6 +103,7 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
         crashes=row.crashes,
         worker=row.worker,
         token=row.token,
+        model_hash=row.model_hash,
     )
 
 
@@ -141,6 +144,17 @@ def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock:
     return row
 
 
+def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerprint: str) -> StoredJob | None:
+    """The job stored under an idempotency key, if any. Raises IdempotencyError where it was asked for otherwise."""
+    if key is None:
+        return None
+    same = sa.and_(jobs.c.owner == owner, jobs.c.idempotency_key == key)
+    row = connection.execute(sa.select(jobs).where(same)).one_or_none()
+    if row is not None and row.fingerprint != fingerprint:
+        raise IdempotencyError("This idempotency key was used for another request.")
+    return None if row is None else to_job(row)
+
+
 def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":
     """Change at most one row and return it as it is now."""
     return connection.execute(sa.update(jobs).where(where).values(values).returning(jobs)).one_or_none()
@@ -162,9 +176,28 @@ def taking(which: sa.ColumnElement[bool]) -> sa.Update:
     )
 
 
+# Jobs that were accepted for the model that `of_model` names; for any, where it names none. Weights with the same hash are
+# the same model whatever it was called; where there is no hash on one side, the name decides.
+_SERVED_NAME, _SERVED_HASH = (sa.bindparam(name, type_=sa.String) for name in ("served_name", "served_hash"))
+OF_MODEL = sa.or_(
+    _SERVED_NAME.is_(None),
+    sa.func.coalesce(jobs.c.model_hash, "-") == _SERVED_HASH,
+    sa.and_(jobs.c.model == _SERVED_NAME, sa.or_(jobs.c.model_hash.is_(None), _SERVED_HASH == "")),
+)
+
+_running = jobs.alias()
+_SAME_HASH = sa.func.coalesce(_running.c.model_hash, "") == sa.func.coalesce(jobs.c.model_hash, "")
+_RUNS_SOMEWHERE = sa.exists().where(_running.c.status == "in_progress", _running.c.model == jobs.c.model, _SAME_HASH)
+# Models that queued jobs wait for and that `of_model` does not name, where no job of the same runs; with the oldest job.
+OTHER_MODELS = (
+    sa.select(jobs.c.model, jobs.c.model_hash, sa.func.min(jobs.c.id))
+    .where(jobs.c.status == "queued", sa.not_(OF_MODEL), sa.not_(_RUNS_SOMEWHERE))
+    .group_by(jobs.c.model, jobs.c.model_hash)
+)
+
 _FIRST = (
     sa.select(jobs.c.id)
-    .where(jobs.c.status == "queued")
+    .where(jobs.c.status == "queued", OF_MODEL)
     .order_by(jobs.c.priority.desc(), jobs.c.id)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -172,6 +205,11 @@ _FIRST = (
 )
 TAKE_FIRST = taking(jobs.c.id == _FIRST)
 TAKE_FIRST_UNBLAMED = taking(sa.and_(jobs.c.id == _FIRST, jobs.c.crashes == 0))
+
+
+def of_model(model: ModelId | None) -> Values:
+    """Names the model to a statement with OF_MODEL; None: any."""
+    return {"served_name": None if model is None else model.name, "served_hash": (model and model.hash) or ""}
 
 
 def take(

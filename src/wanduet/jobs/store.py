@@ -16,6 +16,7 @@ import sqlalchemy as sa
 import structlog
 
 from wanduet.jobs import statements
+from wanduet.jobs.counts import count_jobs
 from wanduet.jobs.database import LOCK_SECONDS, fold_log, sqlite_path
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.identity import check_pair, open_paired
@@ -28,10 +29,10 @@ from wanduet.jobs.records import (
     OPEN_STATUSES,
     WORKER_CRASHED,
     ForeignDatabaseError,
-    IdempotencyError,
     JobError,
     Lease,
     Limits,
+    ModelId,
     NewJob,
     Order,
     OutputFile,
@@ -45,7 +46,7 @@ from wanduet.jobs.records import (
     make_id,
 )
 from wanduet.jobs.retention import Retention, delete_rows, remove_files
-from wanduet.jobs.schema import SERIAL, jobs, stages, state
+from wanduet.jobs.schema import SERIAL, jobs, state
 from wanduet.jobs.sweep import Sweeper
 from wanduet.jobs.writers import WriterQueue
 
@@ -102,11 +103,9 @@ class JobStore:
         with self._write() as connection:
             # The row lock makes submissions queue up where the database itself lets them run side by side.
             newest = connection.scalar(statements.NEWEST)
-            known = self._by_key(connection, new)
+            known = statements.find_by_key(connection, new.owner, new.idempotency_key, fingerprint)
             if known is not None:
-                if known.fingerprint != fingerprint:
-                    raise IdempotencyError("This idempotency key was used for another request.")
-                return Submitted(statements.to_job(known), created=False)
+                return Submitted(known, created=False)
             statements.check_limits(connection, new.owner, limits or Limits())
             job_id = make_id(self._clock(), newest)
             connection.execute(sa.update(state).values(newest_id=job_id))
@@ -122,6 +121,14 @@ class JobStore:
             }
             row = connection.execute(statements.INSERT, values).one()
         return Submitted(statements.to_job(row), created=True)
+
+    def find_by_key(self, owner: str, key: str, fingerprint: str) -> StoredJob | None:
+        """The job that `submit` stored under an idempotency key, if it is still there; nothing is stored.
+
+        Raises IdempotencyError if the key belongs to another request.
+        """
+        with self._read() as connection:
+            return statements.find_by_key(connection, owner, key, fingerprint)
 
     def get(self, job_id: str, owner: str | None = None) -> StoredJob:
         """One job; with `owner`, only if it is theirs. Raises UnknownJobError."""
@@ -183,8 +190,12 @@ class JobStore:
 
     # What a worker does.
 
-    def claim(self, worker: str, lease_seconds: float, *, alone: bool = True) -> Lease | None:
+    def claim(
+        self, worker: str, lease_seconds: float, *, alone: bool = True, model: ModelId | None = None
+    ) -> Lease | None:
         """Take the oldest queued job of the highest priority, or None. No other worker gets the same one.
+
+        Only a job that was accepted for `model`, where that is given.
 
         A job that crashed before is given only to a worker that has no other (`alone`): its next crash must
         not be blamed on a neighbour.
@@ -193,7 +204,20 @@ class JobStore:
             return None
         with self._write() as connection:
             first = statements.TAKE_FIRST if alone else statements.TAKE_FIRST_UNBLAMED
-            return statements.take(connection, first, worker, lease_seconds, self._clock())
+            which = statements.of_model(model)
+            return statements.take(connection, first, worker, lease_seconds, self._clock(), **which)
+
+    def other_models(self, model: ModelId) -> dict[ModelId, str]:
+        """Models that queued jobs wait for, other than `model` and those of which a job runs; with the oldest job's id."""
+        with self._read() as connection:
+            found = connection.execute(statements.OTHER_MODELS, statements.of_model(model)).all()
+        return {ModelId(name, weights): oldest for name, weights, oldest in found}
+
+    def refuse_model(self, model: ModelId, error: JobError) -> int:
+        """Fail the queued jobs that were accepted for a model which nobody has; returns how many."""
+        which = sa.and_(jobs.c.status == "queued", jobs.c.model == model.name, jobs.c.model_hash == model.hash)
+        with self._write() as connection:
+            return connection.execute(sa.update(jobs).where(which).values(self._failed(error))).rowcount
 
     def renew(self, lease: Lease) -> None:
         """Show that the worker lives. Raises StaleLeaseError."""
@@ -333,26 +357,12 @@ class JobStore:
 
     # For metrics.
 
-    def statistics(self) -> Statistics:
-        """How the queue stands now, and what all completed jobs took."""
-        counted = sa.func.count()
-        by_status = sa.select(jobs.c.status, counted).group_by(jobs.c.status)
-        by_code = (
-            sa.select(jobs.c.error_code, counted).where(jobs.c.error_code.is_not(None)).group_by(jobs.c.error_code)
-        )
-        oldest = sa.select(sa.func.min(jobs.c.created_at)).where(jobs.c.status == "queued")
-        last = (
-            sa.select(jobs.c.report).where(jobs.c.status == "completed").order_by(jobs.c.completed_at.desc()).limit(1)
-        )
+    def statistics(self, owner: str | None = None) -> Statistics:
+        """How the queue stands now, and what all completed jobs took; with `owner`, their jobs alone, without the sums
+        of stages, which are kept for everybody together.
+        """
         with self._read() as connection:
-            waiting = connection.scalar(oldest)
-            return Statistics(
-                {row[0]: row[1] for row in connection.execute(by_status)},
-                {row[0]: row[1] for row in connection.execute(by_code)},
-                0.0 if waiting is None else max(0.0, self._clock() - waiting),
-                {row[0]: (row[1], row[2]) for row in connection.execute(sa.select(stages))},
-                (connection.scalar(last) or {}).get("peak_memory_bytes", {}),
-            )
+            return count_jobs(connection, owner, self._clock())
 
     # Inside.
 
@@ -377,12 +387,6 @@ class JobStore:
     def _has_queued(self) -> bool:
         with self._read() as connection:
             return connection.scalar(sa.select(jobs.c.id).where(jobs.c.status == "queued").limit(1)) is not None
-
-    def _by_key(self, connection: sa.Connection, new: NewJob) -> "sa.Row[Any] | None":
-        if new.idempotency_key is None:
-            return None
-        same = sa.and_(jobs.c.owner == new.owner, jobs.c.idempotency_key == new.idempotency_key)
-        return connection.execute(sa.select(jobs).where(same)).one_or_none()
 
     def _expiry(self, now: float) -> float | None:
         return None if self.retention_seconds is None else now + self.retention_seconds

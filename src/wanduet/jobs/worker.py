@@ -1,4 +1,4 @@
-"""The worker's process: `python -m wanduet.jobs.worker`, started and watched by `WorkerProcess`.
+"""The worker's process: `python -m wanduet.jobs.worker`, started and watched by `jobs.supervisor.WorkerProcess`.
 
 The engine lives here and not in the server, so a crash of it is a retried job. SIGTERM, or the end of
 standard input (whoever started it is gone), drains; a second SIGTERM ends at once.
@@ -8,13 +8,11 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -23,20 +21,20 @@ from typing import Protocol
 import structlog
 
 from wanduet.config import EngineConfig
-from wanduet.jobs.attempt import AttemptSettings
+from wanduet.errors import WanduetError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
-from wanduet.jobs.leases import SupervisorLock, live_workers
-from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.keeper import AttemptSettings
+from wanduet.jobs.leases import beat_path
+from wanduet.jobs.logs import configure_logs, describe_error
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.watchdog import HangSettings, Watchdog
 
 log = structlog.get_logger(__name__)
 
 ENGINE = "wanduet.engine.pipeline:Engine"
 URL_VARIABLE = "WANDUET_DATABASE_URL"  # not an argument: it may hold a password, and arguments are public
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a crashed worker is started again
-_HEALTHY_SECONDS = 60.0  # after living so long, a crash counts as the first
 
 
 class Drains(Protocol):
@@ -70,10 +68,11 @@ class WorkerSettings:
         config = values["config"]
         if config["data_dir"] is not None:
             config["data_dir"] = Path(config["data_dir"])
-        attempt = AttemptSettings(**values["runner"].pop("attempt"))
+        runner = values["runner"]
+        attempt, hangs = AttemptSettings(**runner.pop("attempt")), HangSettings(**runner.pop("hangs"))
         return cls(
             EngineConfig(**config),
-            RunnerSettings(**values["runner"], attempt=attempt),
+            RunnerSettings(**runner, attempt=attempt, hangs=hangs),
             values["retention_seconds"],
             values["engine"],
         )
@@ -81,9 +80,11 @@ class WorkerSettings:
 
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
     """Work in this process until drained by a signal or by the end of standard input."""
-    store = JobStore(JobFiles(settings.config.data_folder), url, retention_seconds=settings.retention_seconds)
+    files = JobFiles(settings.config.data_folder)
+    watchdog = watch_process(settings.runner, files.workers)  # first: what follows may hang
+    store = JobStore(files, url, retention_seconds=settings.retention_seconds)
     engine = make_engine(settings)
-    runner = Runner(store, engine, settings.runner, hooks=getattr(engine, "hooks", None))
+    runner = Runner(store, engine, settings.runner, hooks=getattr(engine, "hooks", None), watchdog=watchdog)
     drain_on_signals(runner)
     threading.Thread(target=drain_at_end_of_input, args=(runner,), name="parent-watch", daemon=True).start()
     try:
@@ -92,6 +93,15 @@ def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
         with suppress(AttributeError):
             engine.close()  # type: ignore[attr-defined]
         store.close()
+        watchdog.stop()
+
+
+def watch_process(settings: RunnerSettings, workers: Path) -> Watchdog:
+    """A watchdog over this process that its supervisor, if it has one, sees at work."""
+    beat = beat_path(workers, settings.supervisor) if settings.supervisor else None
+    watchdog = Watchdog(settings.hangs, beat)
+    watchdog.start()
+    return watchdog
 
 
 def make_engine(settings: WorkerSettings) -> VideoEngine:
@@ -121,108 +131,19 @@ def drain_at_end_of_input(runner: Drains) -> None:
     runner.drain()
 
 
-# glibc would give each thread a pool of its own, up to eight a core, and each job has threads of its own: what is freed
-# in one pool does not serve another, and a worker that lives for weeks would hold more and more.
-MEMORY_POOLS = {"MALLOC_ARENA_MAX": "1"}
-
-
-class WorkerProcess:
-    """Keeps one worker process running: starts it again when it dies, drains it in the end.
-
-    `pauses`: seconds before the first restart, doubled by each crash that follows, and the longest.
-    """
-
-    def __init__(
-        self,
-        settings: WorkerSettings,
-        url: str | None = None,
-        environment: Mapping[str, str] | None = None,
-        pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE),
-    ) -> None:
-        self._workers = JobFiles(settings.config.data_folder).workers
-        self._lock = SupervisorLock(self._workers)
-        settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
-        self._arguments = [sys.executable, "-m", *self._command(settings)]
-        self._environment = {**MEMORY_POOLS, **os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
-        self._pauses = pauses
-        self._stopping = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
-        self.restarts = 0
-
-    def _command(self, settings: WorkerSettings) -> list[str]:
-        """The module that the process runs, and its arguments."""
-        return ["wanduet.jobs.worker", settings.to_json()]
-
-    @property
-    def pid(self) -> int | None:
-        """The process now running, if any."""
-        process = self._process
-        return process.pid if process is not None and process.poll() is None else None
-
-    @property
-    def ready(self) -> bool:
-        """Whether some worker of this machine is up and takes jobs."""
-        return live_workers(self._workers) > 0
-
-    def start(self) -> None:
-        """Start the process and watch it."""
-        self._lock.acquire()
-        self._thread.start()
-
-    def stop(self, timeout: float = 30.0) -> int | None:
-        """Drain the worker, kill it after `timeout` seconds; returns its exit status."""
-        self._stopping.set()
-        process = self._process
-        if process is None or not self._thread.is_alive():
-            self._lock.release()
-            return None
-        with suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        self._thread.join()
-        self._lock.release()
-        return process.returncode
-
-    def kill(self) -> None:
-        """End the worker at once; its jobs wait in the queue for the next one."""
-        self._stopping.set()
-        if self._process is not None:
-            self._process.kill()
-
-    def _watch(self) -> None:
-        first, longest = self._pauses
-        pause = first
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            # The pipe is never written: that its other end closes tells the worker that this process is gone.
-            # Its own session: Ctrl-C in a terminal is for this process, which then drains the worker.
-            with subprocess.Popen(
-                self._arguments, stdin=subprocess.PIPE, env=self._environment, start_new_session=True
-            ) as process:
-                self._process = process
-                if self._stopping.is_set():
-                    process.terminate()
-                process.wait()
-            if self._stopping.is_set():
-                return
-            self.restarts += 1
-            healthy = time.monotonic() - started > _HEALTHY_SECONDS
-            pause = first if healthy else min(pause * 2, longest)
-            log.error("the worker died and is started again", status=process.returncode, pause=pause)
-            self._stopping.wait(pause)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of the worker's process; its one argument is `WorkerSettings` as JSON."""
     parser = argparse.ArgumentParser(prog="python -m wanduet.jobs.worker", description=__doc__)
     parser.add_argument("settings", type=WorkerSettings.from_json)
     settings: WorkerSettings = parser.parse_args(arguments).settings
     configure_logs()
-    run_worker(settings, os.environ.get(URL_VARIABLE))
+    try:
+        run_worker(settings, os.environ.get(URL_VARIABLE))
+    except Exception as error:
+        # A plain traceback would stand between the log's lines. What is written for people to read is no secret.
+        reason = str(error) if isinstance(error, WanduetError) else None
+        log.error("the worker cannot go on", reason=reason, **describe_error(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

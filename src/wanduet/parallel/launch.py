@@ -3,6 +3,7 @@
 The starter is no rank: it only waits, so that it can always answer, cancel, and clear away.
 """
 
+import os
 import pickle
 import signal
 import sys
@@ -97,7 +98,7 @@ class RankGroup:
                     name=f"wanduet-rank-{index}",
                     daemon=True,
                 )
-                with _interrupts_held():
+                with _unsearched_folder(), _interrupts_held():
                     process.start()
                 self._processes.append(process)
                 # Only the worker may hold its ends, or its death would not close the pipes.
@@ -263,6 +264,21 @@ def _wide_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[
         with suppress(OSError):  # the user's pipes hold as much as they may
             fcntl.fcntl(writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return reader, writer
+
+
+@contextmanager
+def _unsearched_folder() -> Iterator[None]:
+    """What is started meanwhile does not look for modules in the current folder, where a `json.py` may lie that is no
+    business of this program. Afterwards it gets this process's own module path."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONSAFEPATH", None)
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextmanager

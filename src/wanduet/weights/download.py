@@ -5,6 +5,7 @@ huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def local_model(model: str) -> ModelFolder | None:
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
         raise no_model(model, f" ({str(error)[:200]})") from error
     if is_folder:
-        folder = ModelFolder(path.resolve(), model)
+        name = os.path.basename(os.path.abspath(path))  # a link keeps its own
+        folder = ModelFolder(path.resolve(), name or "model")  # everybody sees this name, so it is no path
         folder.check_complete()
         return folder
     if is_file:

@@ -39,7 +39,7 @@ Spec = TypeVar("Spec")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """One model on disk. `name` is what the user called it; `revision` the hub's commit, where known."""
+    """One model on disk. `name` is its hub id, or its folder's own name: it stands in videos and answers; `revision` the hub's commit, where known."""
 
     path: Path
     name: str

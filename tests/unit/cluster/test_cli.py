@@ -3,10 +3,15 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from wanduet.cluster.autoscaler import ScaleSettings
+from wanduet.cluster.process import ControllerProcess
+from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError
@@ -15,6 +20,7 @@ from wanduet.frontends.cli_cluster import ClusterFlags
 from wanduet.frontends.run import run
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.runner import RunnerSettings
+from wanduet.jobs.worker import WorkerSettings
 
 REASON = "apart: old decode 35% of the videos (do better at it than at denoising); +18% throughput"
 ROW = {"id": "r", "node": "old", "shape": "1x24GiB decode", "state": "ready", "worker": "w", "jobs": 1}
@@ -41,6 +47,40 @@ def test_status_tells_the_replicas_and_whether_stages_live_apart_and_why(tmp_pat
     told = json.loads(wanduet("status", "--json"))
     assert told["stages"]["nodes"] == {"old": "decode"}
     assert told["replicas"] == [ROW]
+
+
+def test_status_says_why_no_videos_are_made(tmp_path: Path, wanduet) -> None:
+    trouble = "Replicas want GPUs."
+    with closing(ClusterStore(JobFiles(tmp_path))) as store:
+        store.publish_stages({"apart": False, "reason": "together: no node could do a stage only", "trouble": trouble})
+    assert trouble in wanduet("status")
+    assert "stage only" not in wanduet("status")
+    assert json.loads(wanduet("status", "--json"))["stages"]["trouble"] == trouble
+
+
+def test_readiness_says_why_no_replica_takes_jobs(tmp_path: Path) -> None:
+    scale = ScaleSettings(minimum=0)
+    settings = ClusterSettings(WorkerSettings(EngineConfig(data_dir=tmp_path)), scale=scale)
+    with closing(ClusterStore(JobFiles(tmp_path))) as store:
+        process = ControllerProcess(settings, store, URL)
+        assert "restart the server" in (process.trouble or ""), "nobody looks after the controller"
+        process._thread = SimpleNamespace(is_alive=lambda: True)
+        assert "starting" in (process.trouble or "")
+        process._process = SimpleNamespace(pid=1, poll=lambda: None)
+        assert process.trouble is None, "a replica would be started for a job"
+        store.publish_stages({"apart": False, "reason": "", "trouble": "Replicas want GPUs."})
+        assert process.trouble == "Replicas want GPUs."
+        store.publish([{**ROW, "shape": "1x24GiB"}])
+        assert process.trouble is None, "a replica takes jobs, whatever else is wrong"
+
+
+def test_a_controllers_beat_is_its_supervisors_and_not_its_replicas_business(tmp_path: Path) -> None:
+    settings = ClusterSettings(WorkerSettings(EngineConfig(data_dir=tmp_path)))
+    with closing(ClusterStore(JobFiles(tmp_path))) as store:
+        process = ControllerProcess(settings, store, URL)
+    told = ClusterSettings.from_json(process._arguments[-1])
+    assert told.worker.runner.supervisor == process._lock.id
+    assert replace(told, worker=settings.worker).fingerprint == settings.fingerprint
 
 
 def test_the_flag_reaches_the_controller_and_needs_a_cluster() -> None:

@@ -1,7 +1,9 @@
 """The controller against a fleet without Ray: it brings what is missing, ends what is not wanted, blames nobody."""
 
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +21,11 @@ from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Expected, Gone, Node, ReplicaView, declared_devices
 from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.cluster.store import ClusterStore
+from wanduet.cluster.trouble import find_trouble
 from wanduet.config import EngineConfig
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import NewJob
+from wanduet.jobs.housekeeping import Housekeeper
+from wanduet.jobs.records import ModelId, NewJob
 from wanduet.jobs.worker import WorkerSettings
 
 REQUEST = {"prompt": "x", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -59,7 +63,7 @@ class FakeFleet:
 class Bench:
     """A controller, its store and fleet, and the clocks in hand."""
 
-    def __init__(self, folder: Path, **scale: object) -> None:
+    def __init__(self, folder: Path, model: ModelId | None = None, **scale: object) -> None:
         self.now = 1000.0
         self.fleet = FakeFleet()
         self.store = ClusterStore(
@@ -73,7 +77,7 @@ class Bench:
         fitter = SimpleNamespace(
             on=lambda shape: lambda demand: Fit(self.fits(shape, demand)), node_costs=lambda *about: self.costs(*about)
         )
-        self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now)
+        self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now, model=model)
 
     def submit(self, **changes: object) -> str:
         return self.store.submit(NewJob("ann", "m", {**REQUEST, **changes})).job.id
@@ -217,3 +221,96 @@ def test_replicas_poll_less_often_in_a_large_fleet() -> None:
 
     assert poll(1) == poll(64) == 0.25
     assert 2.0 < poll(1000) < 30.0 / 4
+
+
+def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> None:
+    bench.fleet.all_nodes = [Node("n1", "one", (), 2**36, 8, computes=False)]
+    bench.fits = lambda shape, demand: False
+    job = bench.submit()
+    bench.controller.turn()
+    for reason in (bench.store.stages()["trouble"], bench.store.get(job).waits_for):
+        assert "want GPUs" in reason
+        assert "--devices cpu" in reason
+        assert "wanduet.io/gpus" in reason
+    late = bench.submit()
+    bench.controller.turn()
+    assert bench.store.get(late).waits_for is not None
+    bench.fleet.all_nodes.append(Node("n2", "two", declared_devices("1x24GiB"), 2**36, 8))
+    bench.fits = lambda shape, demand: bool(shape.gpus)
+    bench.controller.turn()
+    assert bench.store.stages()["trouble"] is None
+    assert [bench.store.get(one).waits_for for one in (job, late)] == [None, None]
+    assert [bench.store.get(one).status for one in (job, late)] == ["queued", "queued"]
+
+
+def test_without_gpus_for_long_jobs_fail_with_what_to_do(bench: Bench) -> None:
+    bench.fleet.all_nodes = [Node("n1", "one", (), 2**36, 8, computes=False)]
+    job = bench.submit()
+    bench.controller.turn()
+    bench.now += 1000
+    bench.controller.turn()
+    found = bench.store.get(job)
+    assert found.error is not None
+    assert (found.status, found.error.code, found.waits_for) == ("failed", "does_not_fit", None)
+    assert "--devices cpu" in found.error.message
+
+
+def test_a_job_that_fits_no_node_says_so_while_it_waits_for_one(bench: Bench) -> None:
+    huge, small = bench.submit(height=9984), bench.submit()
+    bench.controller.turn()
+    assert "fits no node" in bench.store.get(huge).waits_for
+    assert bench.store.get(small).waits_for is None
+    assert bench.store.stages()["trouble"] is None
+    bench.store.claim("w", 30.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"nodes": []}, "ray status"),
+        ({"draining": True}, "undrain"),
+        ({"gpus": 4}, "--replica-gpus 2"),
+        ({"resting": True}, "come up"),
+        ({"expected": True}, None),
+        ({}, None),
+    ],
+)
+def test_each_trouble_has_its_sentence(change: dict[str, object], says: str | None) -> None:
+    node = Node("n1", "one", declared_devices("2x24GiB"), 2**36, 8)
+    expected = (Expected("1x24GiB", node.shape(1)),) if change.get("expected") else ()
+    flags = {name: True for name in ("draining", "resting") if name in change}
+    nodes = [] if "nodes" in change or expected else [replace(node, **flags)]
+    found = find_trouble(nodes, (), ScaleSettings(gpus=change.get("gpus"), expected=expected))
+    assert (found is None) if says is None else says in (found or "")
+    assert find_trouble(nodes, (ReplicaView("r", "n1", node.shape(1)),), ScaleSettings()) is None
+
+
+def test_jobs_of_another_model_bring_no_replica_and_fail_with_a_reason(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, model=ModelId("m", "1" * 64))
+    other = bench.store.submit(NewJob("ann", "other", dict(REQUEST), model_hash="2" * 64)).job.id
+    bench.controller.turn()
+    assert bench.fleet.live == {}
+    for _ in range(100):
+        bench.now += 1.0
+        bench.controller.tidy()
+    assert bench.store.get(other).error.code == "model_changed"
+    bench.submit()
+    bench.controller.turn()
+    assert list(bench.fleet.live) == ["r0"]
+    bench.store.close()
+
+
+def test_housekeeping_outlives_what_nobody_thought_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def fail_once(self: object, **workers: object) -> int:
+        turns.append(1)
+        if len(turns) == 1:
+            raise RuntimeError("what nobody thought of")
+        bench.controller.drain()
+        return 0
+
+    monkeypatch.setattr(Housekeeper, "turn", fail_once)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    bench.controller.keep_house()
+    assert len(turns) == 2

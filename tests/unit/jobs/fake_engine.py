@@ -2,15 +2,18 @@
 
 Every step and every finished video is one line of `DATA/journal`, so a test can count what ran how often.
 The prompt says what goes wrong: `die N` kills the process at step N, `once N` the first time only, `stop N` stops
-it there once (SIGSTOP), `raise N` raises there, `full N` cannot write there, `hold N` stays there until it is cancelled,
+it there once (SIGSTOP), `stick N` never goes on there once, deaf to a cancel, while the rest of the process lives,
+`freeze N` the same, but no other thread runs either, `raise N` raises there, `full N` cannot write there, `hold N` stays there until it is cancelled,
 `orphan N` kills it N times between publishing the video and committing it.
 """
 
+import ctypes
 import hashlib
 import os
 import queue
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections import deque
@@ -130,6 +133,13 @@ class FakeJob:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if word in ("once", "stop") and first_time(self.data / f"{name}.{word}"):
                     os.kill(os.getpid(), signal.SIGKILL if word == "once" else signal.SIGSTOP)
+                if word in ("stick", "freeze") and first_time(self.data / f"{name}.{word}"):
+                    helper = subprocess.Popen(["sleep", "3600"])  # as a rank would be left behind
+                    (self.data / "helper").write_text(str(helper.pid))
+                    self._note(f"{name} {word}")
+                    if word == "freeze":
+                        ctypes.PyDLL(None).sleep(3600)  # keeps Python's lock
+                    threading.Event().wait()
                 if word == "hold":
                     self.cancelled.wait()
                     continue
@@ -191,12 +201,21 @@ def checkpoint_key(request: GenerationRequest) -> str:
     return hashlib.sha256(f"{request.prompt}/{request.seed}".encode()).hexdigest()[:32]
 
 
+def measure_memory(engine: "FakeEngine") -> dict[str, dict[str, int]]:
+    if (engine.data / "stick-loop").exists() and first_time(engine.data / "loop.stick"):
+        threading.Event().wait()
+    return {}
+
+
 class FakeEngine:
     hooks = EngineHooks(
         make_output=Output,
         make_previews=make_previews,
         watch_steps=lambda engine, path, request: FakeWatcher(path),
         checkpoint_keys=lambda engine, running: [checkpoint_key(running.request)],
+        predict_seconds=lambda running: {},
+        model_of=lambda engine: None,
+        measure_memory=measure_memory,
     )
 
     def __init__(self, config: EngineConfig, pace: "Pace | None" = None) -> None:

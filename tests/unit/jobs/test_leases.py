@@ -106,11 +106,11 @@ def test_a_dead_process_is_noticed_at_once(tmp_path: Path) -> None:
         assert process.stdout is not None
         worker = process.stdout.readline().strip()
         assert not is_dead(tmp_path, worker)
-        assert live_workers(tmp_path) == 1
+        assert live_workers(tmp_path) == [worker]
         process.kill()
         process.wait()
     assert is_dead(tmp_path, worker)
-    assert live_workers(tmp_path) == 0
+    assert live_workers(tmp_path) == []
     assert len(Watch(tmp_path).after(0.0, pulse(1, worker=worker))) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_worker_is_outlived_by_its_supervisor_or_not(tmp_path: Path) -> None:
     assert not outlived_by_supervisor(tmp_path, lock.worker), "it never was there"
     supervisor.acquire()
     assert outlived_by_supervisor(tmp_path, lock.worker)
-    assert live_workers(tmp_path) == 0
+    assert live_workers(tmp_path) == []
     assert is_dead(tmp_path, lock.worker)
     supervisor.release()
     assert not outlived_by_supervisor(tmp_path, lock.worker)

@@ -56,6 +56,10 @@ def steps_until_cancelled(rank: Rank) -> int:
     return step
 
 
+def world(rank: Rank) -> int:
+    return dist.get_world_size()
+
+
 def die(rank: Rank, how: str) -> None:
     rank.report(os.getpid())
     dist.barrier()
@@ -312,3 +316,15 @@ def test_tensors_arrive_as_they_were_sent(sent: torch.Tensor) -> None:
     assert (got.dtype, got.shape, got.requires_grad) == (sent.dtype, sent.shape, sent.requires_grad)
     assert torch.equal(got, sent)
     got.detach().zero_()  # it is the receiver's own
+
+
+def test_ranks_do_not_execute_what_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    folder.mkdir()
+    for name in ("pickle", "json", "torch", "structlog", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert run_on_ranks(world, ["cpu"]) == [1]
+    assert not mark.exists()
+    assert "PYTHONSAFEPATH" not in os.environ, "what the program itself starts is its own business"

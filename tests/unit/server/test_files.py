@@ -25,6 +25,11 @@ def address(api: Api) -> str:
         ("bytes=2000-99999", CONTENT[2000:]),
         ("bytes=-5", CONTENT[-5:]),
         ("bytes=-99999", CONTENT),
+        ("bytes=0-0,9999-", CONTENT[:1]),
+        ("bytes=-0, 9999-10000 ,5-6", CONTENT[5:7]),
+        ("bytes=,3-4,", CONTENT[3:5]),
+        ("Bytes=3-4", CONTENT[3:5]),
+        ("bytes=0-9,5-19", CONTENT[:20]),
     ],
 )
 def test_parts(api: Api, address: str, wanted: str, content: bytes) -> None:
@@ -40,7 +45,7 @@ def test_several_parts(api: Api, address: str) -> None:
     assert CONTENT[100:102] in answer.content
 
 
-@pytest.mark.parametrize("wanted", ["bytes=2048-", "bytes=9999-10000", "bytes=-0"])
+@pytest.mark.parametrize("wanted", ["bytes=2048-", "bytes=9999-10000", "bytes=-0", "bytes=-0,2048-"])
 def test_parts_outside_of_the_file(api: Api, address: str, wanted: str) -> None:
     answer = api.http.get(address, headers={"Range": wanted})
     assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{len(CONTENT)}")
@@ -64,6 +69,15 @@ def test_what_the_client_has_is_not_sent_again(api: Api, address: str) -> None:
     part = {"Range": "bytes=0-1"}
     assert api.http.get(address, headers={**part, "If-Range": first.headers["etag"]}).content == CONTENT[:2]
     assert api.http.get(address, headers={**part, "If-Range": '"other"'}).content == CONTENT
+    beyond = {"Range": "bytes=9999-", "If-Range": '"other"'}
+    assert api.http.get(address, headers=beyond).content == CONTENT, "of a file that changed, no range is outside"
+
+
+@pytest.mark.parametrize("wanted", ["bytes=0-9", "bytes=9999-", "bytes=0-0,9-9", "x"])
+def test_head_knows_no_parts(api: Api, address: str, wanted: str) -> None:
+    answer = api.http.head(address, headers={"Range": wanted})
+    assert (answer.status_code, answer.headers["content-length"]) == (200, str(len(CONTENT)))
+    assert "content-range" not in answer.headers
 
 
 def test_a_file_that_goes_while_it_is_asked_for_is_404(api: Api, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

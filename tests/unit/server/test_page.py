@@ -1,6 +1,9 @@
 """The page's HTML, its gate, its actions; in a browser it is tested in tests/e2e."""
 
+import asyncio
 import gc
+import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,13 @@ from typing import Any
 import pytest
 from api import CONTENT, Api
 from fastapi.testclient import TestClient
+from test_limits import check_keys, check_refusals
 
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_keys import KeyRing
+from wanduet.frontends.http_restore import add_restore
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_forms import Presets, default_form
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
@@ -118,6 +123,56 @@ def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.
     assert (restored["seed"], restored["num_videos_per_prompt"]) == ("6", 1), "this one, and not its sisters"
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"request": {"prompt": "x", "guidance_scale": math.nan}, "seed": 1},
+        {"request": {"prompt": "x", "flow_shift": math.inf}, "seed": 1},
+        {"request": {"prompt": "x"}, "seed": math.nan},
+        {"request": {"prompt": "x"}, "seed": True},
+        {"request": {"prompt": "a \ud800"}, "seed": 1},
+        {"request": {"prompt": "x", "sampler": "\ud800"}, "seed": 1},
+        {"request": {"prompt": "x", "negative_prompt": ["\ud800"]}, "seed": 1},
+        {"request": {"prompt": {"path": "/etc/passwd"}}, "seed": 1},
+        {"request": {"prompt": "x", "width": -1}, "seed": 1},
+        {"request": {"\ud800": 1}, "seed": 1},
+        {"request": {}},
+        {"request": [1]},
+        {},
+    ],
+)
+def test_settings_that_no_video_has_are_refused(
+    restoring: TestClient, monkeypatch: pytest.MonkeyPatch, about: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("wanduet.frontends.http_uploads.MetadataReader.read", lambda *_: about)
+    answer = restoring.post("/page/settings", content=b"x")
+    assert (answer.status_code, list(answer.json())) == (400, ["error"])
+
+
+def test_of_a_strangers_video_only_the_settings_are_taken(
+    restoring: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model that a file names is not looked up")
+
+    for module in ("weights.download.open_model", "weights.download.download", "weights.download.local_model"):
+        monkeypatch.setattr(f"wanduet.{module}", never)
+    for model in ({"name": "evil/model"}, {"name": str(tmp_path)}, "evil\ud800", {"name": ["x"]}, 5, None):
+        about = {"request": {"prompt": "x", "from_the_future": [1], "seed": 4}, "model": model, "seed": 5}
+        monkeypatch.setattr("wanduet.frontends.http_uploads.MetadataReader.read", lambda *_, about=about: about)
+        answer = restoring.post("/page/settings", content=b"x")
+        assert (answer.status_code, answer.json()["form"]["seed"]) == (200, "5")
+        assert str(tmp_path) not in answer.text
+
+
+@pytest.fixture
+def restoring(api: Api, tmp_path: Path) -> TestClient:
+    """A client of a page that only restores settings."""
+    actions = PageActions(api.context, EngineConfig(model="miniature", data_dir=tmp_path))
+    add_restore(api.app, actions.restore)
+    return api.http
+
+
 def test_presets_follow_from_the_model() -> None:
     wan = Presets(GenerationDefaults())
     assert wan.shapes == {"Wide": "832x480", "Tall": "480x832", "Square": "624x624"}
@@ -205,7 +260,11 @@ def mount() -> Any:
     from wanduet.frontends.ui import mount_page
 
     yield mount_page
-    gc.collect()  # Gradio leaves loops and sockets to the collector: here and not in another test
+    # Gradio leaves loops and their sockets to the collector, which would warn of them in some other test.
+    for loop in [found for found in gc.get_objects() if issubclass(type(found), asyncio.BaseEventLoop)]:
+        if not loop.is_running():
+            loop.close()
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -218,11 +277,22 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
     with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as http:
         assert (http.get("/").status_code, http.get("/").headers["location"]) == (303, "/login")
         assert http.get("/config").status_code == 401
+        check_keys(app)
         assert http.post("/login", data={"key": "wrong"}).status_code == 401
         assert http.post("/login", data={"key": key}, headers={"Origin": "http://evil.example"}).status_code == 403
+        proxied = [
+            {"X-Forwarded-Proto": "https"},
+            {"Forwarded": "for=1.2.3.4;proto=https"},
+            {"X-Forwarded-Proto": "HTTPS, http"},
+        ]
+        for headers in [*proxied, {"Origin": "https://127.0.0.1:8000"}]:
+            cookie = http.post("/login", data={"key": key}, headers=headers).headers["set-cookie"].lower()
+            assert "secure" in cookie, "a proxy speaks TLS for this server"
+        http.cookies.clear()
         signed_in = http.post("/login", data={"key": key})
         cookie = signed_in.headers["set-cookie"].lower()
         assert all(word in cookie for word in ("httponly", "samesite=strict"))
+        assert "secure" not in cookie, "plain HTTP would not send it back"
         page = http.get("/")
         assert page.status_code == 200
         assert "default-src 'self'" in page.headers["content-security-policy"]
@@ -241,7 +311,7 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
             asked = {"data": data, "fn_index": 0, "session_hash": "a"}
             assert http.post("/gradio_api/queue/join", json=asked).status_code == 400, "no file, no address"
         no_video = http.post("/page/settings", content=b"x" * 2**21)
-        assert (no_video.status_code, list(no_video.json())) == (200, ["error"])
+        assert (no_video.status_code, list(no_video.json())) == (400, ["error"])
         assert str(store.files.folder) not in no_video.text
         assert http.get("/page/pulse").json() == http.get("/page/pulse").json() != {}
         keys.remove(keys.records()[0].id)
@@ -262,6 +332,12 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
             answer = http.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
             assert answer.headers["allow"]
+        check_refusals(app)
+        with ExitStack() as others:
+            for _ in range(api.context.settings.max_streams):
+                others.enter_context(api.context.page_streams.enter())
+            for path in ("/gradio_api/heartbeat/x", "/gradio_api/queue/data?session_hash=x"):
+                assert http.get(path).status_code == 503, "one open page too many"
         assert http.head("/health").status_code == http.head("/").status_code == 200
         near = {"Origin": "http://localhost:3000"}  # another server's page on this machine
         for path in ("/", "/config", "/v1/videos"):

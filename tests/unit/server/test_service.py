@@ -5,13 +5,15 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from wanduet.errors import ConfigError
+from wanduet.cluster.store import ClusterStore
+from wanduet.errors import ConfigError, WanduetError
 from wanduet.frontends.http_context import ServerSettings
 from wanduet.frontends.http_keys import KeyRing
 from wanduet.frontends.http_security import check_bind
@@ -83,6 +85,31 @@ def test_too_many_streams_are_refused_and_ended_ones_make_room(make_api: Any) ->
     with api.context.streams.enter():
         answer = api.http.get(f"/v1/videos/{video_id}/events")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_one_key_has_a_share_of_the_streams(keys: KeyRing, make_api: Any) -> None:
+    ann, bob = keys.add("ann"), keys.add("bob")
+    api = make_api(ServerSettings(max_streams=3, max_streams_per_key=2, stream_poll_seconds=0.01), keys=keys)
+    videos = {}
+    for key in (ann, bob):
+        videos[key] = api.http.post("/v1/videos", json={"prompt": "x"}, headers=bearer(key)).json()["id"]
+        api.store.cancel(videos[key])
+
+    def look(key: str) -> Any:
+        return api.http.get(f"/v1/videos/{videos[key]}/events", headers=bearer(key))
+
+    owner = str(keys.owner(ann))
+    with api.context.streams.enter(owner), api.context.streams.enter(owner):
+        for _ in range(3):
+            refused = look(ann)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "too_many_at_once"
+        assert look(bob).status_code == 200
+        with api.context.streams.enter("carl"):
+            assert look(bob).status_code == 503
+    assert look(ann).status_code == 200
+    with api.context.streams.enter(), api.context.streams.enter(), api.context.streams.enter():
+        assert look(ann).status_code == 503, "where no key is asked for there are no shares"
 
 
 def test_jobs_of_other_doors_are_shown(api: Any) -> None:
@@ -320,6 +347,36 @@ def test_metrics(api: Any) -> None:
     assert 'stage="steps"' not in text
 
 
+def test_a_keys_metrics_are_its_own(keys: KeyRing, make_api: Any, store: JobStore) -> None:
+    ann, bob = bearer(keys.add("ann")), bearer(keys.add("bob"))
+    api = make_api(keys=keys)
+    Telemetry(store.files.workers, "elsewhere.1.a", lambda: {"cuda:0": {"allocated": 1}}).tell()
+    for prompt in ("x", "y"):
+        api.http.post("/v1/videos", json={"prompt": prompt}, headers=ann)
+    api.store.fail(api.claim(), JobError("out_of_memory", "x"))
+    api.http.head("/v1/videos", headers=ann)
+    assert api.http.get("/v1/videos").status_code == 401
+    mine, others = (api.http.get("/metrics", headers=headers).text for headers in (ann, bob))
+    for line in (
+        'wanduet_jobs{status="queued"} 1.0',
+        'wanduet_failed_jobs{code="out_of_memory"} 1.0',
+        'wanduet_submissions_total{outcome="stored"} 2.0',
+        'wanduet_http_requests_total{method="POST",route="/v1/videos",status="200"} 2.0',
+        'wanduet_http_requests_total{method="HEAD",route="/v1/videos",status="200"} 1.0',
+    ):
+        assert line in mine
+        assert line not in others
+    assert 'wanduet_jobs{status="queued"} 0.0' in others
+    for text in (mine, others):
+        for secret in ("elsewhere", "wanduet_stage", 'status="401"'):
+            assert secret not in text
+    operator = bearer(keys.add("prometheus", operator=True))
+    everybodys = api.http.get("/metrics", headers=operator).text
+    assert api.http.get("/v1/videos", headers=operator).json()["data"] == []
+    assert 'wanduet_jobs{status="queued"} 1.0' in everybodys
+    assert "elsewhere" in everybodys
+
+
 def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
     assert "wanduet_device_memory_bytes{" not in api.http.get("/metrics").text
     told = {"cuda:0": {"allocated": 3 * 2**30, "reserved": 4 * 2**30}}
@@ -334,9 +391,104 @@ def test_unknown_paths_and_methods(api: Any) -> None:
         assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
 
 
+def test_a_refused_method_is_answered_with_all_that_the_path_takes(api: Any) -> None:
+    video = "/v1/videos/video_" + "0" * 32
+    for path, methods in (
+        ("/v1/videos", "GET, HEAD, POST"),
+        (video, "GET, HEAD, DELETE"),
+        (f"{video}/content", "GET, HEAD"),
+        (f"{video}/events", "GET"),
+        (f"{video}/cancel", "POST"),
+        (f"{video}/remix", "POST"),
+        ("/v1/models/a/b", "GET, HEAD"),
+        ("/health", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
+    ):
+        for method in ("PUT", "OPTIONS", "TRACE"):
+            answer = api.http.request(method, path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+            assert answer.json()["error"]["code"] == "method_not_allowed"
+    assert api.http.head(f"{video}/events").headers["allow"] == "GET"
+    assert api.http.head(f"{video}/cancel").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("store_damaged", 500), ("store_read_only", 503), ("store_gone", 503), ("store_broken", 503)],
+)
+def test_faults_of_the_store_are_named(api: Any, monkeypatch: pytest.MonkeyPatch, code: str, status: int) -> None:
+    class BrokenStoreError(WanduetError, SQLAlchemyError):
+        pass
+
+    BrokenStoreError.code = code
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise BrokenStoreError("The database /srv/data/jobs.sqlite3 is damaged.", hint="Restore a copy of it.")
+
+    monkeypatch.setattr(JobStore, "get", broken)
+    monkeypatch.setattr(JobStore, "list", broken)
+    for path in ("/v1/videos", "/v1/videos/video_" + "0" * 32, "/ready"):
+        answer = api.http.get(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.json()["error"]["message"] == "The database jobs.sqlite3 is damaged. Restore a copy of it."
+        assert "retry-after" not in answer.headers, "waiting does not mend it"
+
+
 def test_the_schema_names_every_field(api: Any) -> None:
     schema = api.http.get("/openapi.json").json()
     body = schema["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(body) == {"multipart/form-data", "application/json"}
     assert {"prompt", "seconds", "size", "seed", "flow_shift"} <= set(body["application/json"]["schema"]["properties"])
     json.dumps(schema)
+
+
+class Worker:
+    """What a server sees of the process beside it."""
+
+    restarts, hangs = 3, 1
+    trouble: str | None = "the worker hung and was ended; another is starting"
+
+
+def test_readiness_and_metrics_say_how_the_worker_is(make_api: Any) -> None:
+    worker = Worker()
+    api = make_api(worker=worker)
+    answer = api.http.get("/ready")
+    assert (answer.status_code, answer.json()["status"], answer.json()["reason"]) == (503, "no worker", worker.trouble)
+    metrics = api.http.get("/metrics").text
+    assert "wanduet_worker_hangs_total 1.0" in metrics
+    assert "wanduet_worker_restarts_total 3.0" in metrics
+    assert "wanduet_worker_ready 0.0" in metrics
+    worker.trouble = None
+    assert (api.http.get("/ready").status_code, "reason" in api.http.get("/ready").json()) == (200, False)
+    assert "wanduet_worker_ready 1.0" in api.http.get("/metrics").text
+
+
+def test_jobs_are_accepted_for_the_served_weights(make_api: Any) -> None:
+    api = make_api(ServerSettings(model_hash="1" * 64))
+    made = api.create()
+    assert api.store.get(made["id"]).model_hash == "1" * 64
+    source = api.finish().id
+    remix = api.http.post(f"/v1/videos/{source}/remix", json={"prompt": "a blue square"}).json()
+    assert api.store.get(remix["id"]).model_hash == "1" * 64
+
+
+def test_a_remix_of_another_models_video_is_refused(make_api: Any) -> None:
+    api = make_api(ServerSettings(model_hash="1" * 64))
+    request = api.store.get(api.create()["id"]).request
+    theirs = api.store.submit(NewJob("local", "theirs", request, model_hash="2" * 64)).job.id
+    renamed = api.store.submit(NewJob("local", "./ours", request, model_hash="1" * 64)).job.id
+    answer = api.http.post(f"/v1/videos/{theirs}/remix", json={"prompt": "a blue square"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_changed")
+    assert api.http.post(f"/v1/videos/{renamed}/remix", json={"prompt": "a blue square"}).status_code == 200
+
+
+def test_a_queued_video_says_what_it_waits_for(make_api: Any) -> None:
+    api = make_api()
+    video = api.create()
+    assert "waits_for" not in video
+    with closing(ClusterStore(api.store.files)) as cluster:
+        (group,) = cluster.waiting()
+        cluster.explain(group.demand, "Replicas want GPUs.")
+        assert api.http.get(f"/v1/videos/{video['id']}").json()["waits_for"] == "Replicas want GPUs."
+        cluster.explain_none()
+    assert "waits_for" not in api.http.get(f"/v1/videos/{video['id']}").json()

@@ -1,15 +1,19 @@
 """Videos that people send: whatever is in them, the server lives and says what is wrong."""
 
+import errno
 import os
 import random
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from wanduet.errors import WanduetError
+from wanduet.frontends.http_errors import ApiError
 from wanduet.frontends.http_uploads import MAX_ANSWER_BYTES, MetadataReader
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.video import write_video
@@ -99,3 +103,52 @@ def test_no_secret_of_the_environment_goes_along(tmp_path: Path, monkeypatch: py
     text = "import json, os\nprint(json.dumps({'about': dict(os.environ)}))"
     name = program(tmp_path, "telling_parser", text, monkeypatch)
     assert "HF_TOKEN" not in MetadataReader(module=name).read(tmp_path / "video.mp4")
+
+
+def test_programs_of_the_folder_where_the_server_runs_are_not_run(
+    tmp_path: Path, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(video)
+    for name in ("json", "av", "wanduet"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert MetadataReader().read(path) == ABOUT
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(ApiError) as refused:
+        MetadataReader().read(tmp_path / "video.mp4")
+    assert (refused.value.status, refused.value.code) == (503, "overloaded")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX paths")
+def test_a_full_folder_for_temporary_files_does_not_spoil_reading(
+    tmp_path: Path, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(video)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert MetadataReader().read(path) == ABOUT
+
+
+def test_what_lies_in_the_folder_of_the_server_is_not_executed(
+    tmp_path: Path, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    folder.mkdir()
+    for name in ("json", "av", "numpy", "structlog", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
+    path = tmp_path / "video.mp4"
+    path.write_bytes(video)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") + os.pathsep)  # an empty entry: this folder
+    assert MetadataReader().read(path) == ABOUT
+    assert not mark.exists()

@@ -251,8 +251,27 @@ def test_idempotency_key(api: Any) -> None:
     other = send(prompt="y")
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
     assert len(api.store.list().jobs) == 1
-    bad = api.http.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": "k" * 256})
-    assert bad.status_code == 400
+
+
+def test_idempotency_keys_of_every_script(api: Any) -> None:
+    def send(key: bytes, prompt: str = "x") -> Any:
+        return api.http.post("/v1/videos", json={"prompt": prompt}, headers=[(b"Idempotency-Key", key)])
+
+    good = ("ключ", "鍵" * 60, "é", "👪‍x", "a b", "a b", "k" * 255, '"k"')
+    for text in good:
+        first, again = send(text.encode()), send(text.encode())
+        assert first.status_code == 200, first.text
+        assert first.json()["id"] == again.json()["id"]
+        assert send(text.encode(), "another").status_code == 422
+    assert send(b"latin-1 \xe9").json()["id"] == send(b"latin-1 \xe9").json()["id"]
+    stored = len(api.store.list().jobs)
+    assert stored == len(good) + 1
+    for bad in (b"k" * 256, "é".encode() * 256, b"", b"a\x01b", b"a\x7fb", b"\x85", "a\u0085b".encode(), b"a\tb"):
+        answer = send(bad)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
+    twice = [(b"Idempotency-Key", b"a"), (b"Idempotency-Key", b"b")]
+    assert api.http.post("/v1/videos", json={"prompt": "x"}, headers=twice).status_code == 400
+    assert len(api.store.list().jobs) == stored
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:

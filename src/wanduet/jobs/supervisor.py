@@ -1,0 +1,242 @@
+"""Keeps a worker's process running from beside it: starts it again when it dies, and ends it when it hangs.
+
+Whatever happens in the thread that does so, it goes on; `trouble` says why no worker takes jobs meanwhile.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+
+from wanduet.jobs.child import child_environment, module_command
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.leases import BeatWatch, SupervisorLock, beat_path, live_workers
+from wanduet.jobs.logs import describe_error
+from wanduet.jobs.watchdog import HUNG_STATUS
+from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
+
+log = structlog.get_logger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a crashed worker is started again
+_HEALTHY_SECONDS = 60.0  # after living so long, a crash counts as the first
+_END_SECONDS = 10.0  # that the system may take to end a killed process before that is said
+
+# glibc would give each thread a pool of its own, up to eight a core, and each job has threads of its own: what is freed
+# in one pool does not serve another, and a worker that lives for weeks would hold more and more.
+MEMORY_POOLS = {"MALLOC_ARENA_MAX": "1"}
+
+
+class WorkerProcess:
+    """Keeps one worker process running: starts it again when it dies or hangs, drains it in the end.
+
+    `pauses`: seconds before the first restart, doubled by each crash that follows, and the longest.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        url: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE),
+    ) -> None:
+        self._workers = JobFiles(settings.config.data_folder).workers
+        self._lock = SupervisorLock(self._workers)
+        settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
+        self._hangs = settings.runner.hangs
+        self._arguments = module_command(*self._command(settings))
+        given = {**MEMORY_POOLS, **os.environ, **(environment or {})} | ({URL_VARIABLE: url} if url else {})
+        self._environment = child_environment(given)
+        self._pauses = pauses
+        self._stopping = threading.Event()
+        self._killed = False  # an event's lock would be one that a signal handler may not take
+        self._guard = threading.RLock()  # a signal handler's `kill` may come while this very thread holds it
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
+        self._reason: str | None = None  # why there is no worker, as far as known
+        self._hanging: str | None = None  # that the present one hangs
+        self.restarts = 0
+        self.hangs = 0
+
+    def _command(self, settings: WorkerSettings) -> list[str]:
+        """The module that the process runs, and its arguments."""
+        return ["wanduet.jobs.worker", settings.to_json()]
+
+    @property
+    def pid(self) -> int | None:
+        """The process now running, if any."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker of this machine takes jobs just now, for people; None if one does."""
+        mine = f".{self._lock.id}"
+        live = live_workers(self._workers)
+        if any(not name.endswith(mine) for name in live):  # another server's on the same data folder
+            return None
+        return self._own_trouble(any(name.endswith(mine) for name in live))
+
+    def _own_trouble(self, live: bool) -> str | None:
+        if not self._thread.is_alive():
+            return "nothing looks after the worker: restart the server"
+        if self._hanging is not None:
+            return self._hanging
+        return None if live else self._reason or "the worker is starting"
+
+    def _is_ending(self) -> bool:
+        return self._killed or self._stopping.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether some worker of this machine is up and takes jobs."""
+        return self.trouble is None
+
+    def start(self) -> None:
+        """Start the process and watch it."""
+        self._lock.acquire()
+        self._thread.start()
+
+    def stop(self, timeout: float = 30.0) -> int | None:
+        """Drain the worker, kill it after `timeout` seconds; returns its exit status, None if there was none."""
+        self._stopping.set()
+        with self._guard:  # from here on none is started
+            process = self._process
+        if process is not None:
+            with suppress(OSError):
+                _ask_to_drain(process)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                log.error("the worker did not end and is killed", seconds=timeout)
+                _kill(process)
+        if self._thread.ident is not None:
+            self._thread.join(timeout + _END_SECONDS)
+        self._lock.release()
+        return None if process is None else process.returncode
+
+    def kill(self) -> None:
+        """End the worker at once; its jobs wait in the queue for the next one."""
+        self._killed = True
+        with self._guard:
+            process = self._process
+        if process is not None:
+            _kill(process)
+
+    def _watch(self) -> None:
+        first, longest = self._pauses
+        pause = first
+        while not self._is_ending():
+            started = time.monotonic()
+            try:
+                what = self._run_once()
+            except Exception as error:  # no memory for a fork, no threads, no descriptors: others may give some back
+                what = f"the worker cannot be kept running: {getattr(error, 'strerror', None) or type(error).__name__}"
+                log.error("the worker cannot be kept running", pause=pause, **describe_error(error))
+            if self._is_ending():
+                return
+            healthy = time.monotonic() - started > _HEALTHY_SECONDS
+            pause = first if healthy else min(pause * 2, longest)
+            self._reason = f"{what}; the next try comes within {pause:.0f} s"
+            self._stopping.wait(pause)
+            self._reason = f"{what}; another is starting"
+
+    def _run_once(self) -> str:
+        """Start the process and look after it until it ends; says how it did."""
+        with self._guard:
+            if self._is_ending():
+                return "the server stops"
+            # The pipe is never written: that its other end closes tells the worker that this process is gone.
+            # Its own session: Ctrl-C in a terminal is for this process, which then drains the worker.
+            process = subprocess.Popen(
+                self._arguments,
+                stdin=subprocess.PIPE,
+                env=self._environment,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
+            )
+            self._process = process
+        try:
+            hung = self._hangs_before_it_ends(process)
+        finally:
+            _kill(process)  # what it started, ranks on their GPUs, goes with it; itself too if looking failed
+            if process.stdin is not None:
+                process.stdin.close()
+            status = process.wait()
+            self._hanging = None
+        if self._is_ending():
+            return "the server stops"
+        self.restarts += 1
+        if status == HUNG_STATUS:  # it noticed by itself
+            hung = True
+            self.hangs += 1
+        what = "hung and was ended" if hung else f"died ({_how(status)})"
+        log.error(f"the worker {what}; it is started again", status=status)
+        return f"the worker {what}"
+
+    def _hangs_before_it_ends(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Wait for the end of the process; if it hangs, bring that about and return True."""
+        look = self._hangs.look_seconds
+        beats = BeatWatch(beat_path(self._workers, self._lock.id), 2 * look)
+        stopped, looked = 0.0, time.monotonic()
+        while True:
+            try:
+                process.wait(look)
+                return False
+            except subprocess.TimeoutExpired:
+                pass
+            now = time.monotonic()
+            stopped = stopped + min(now - looked, 2 * look) if _is_stopped(process) else 0.0
+            looked = now
+            quiet = beats.quiet()
+            if stopped < self._hangs.stopped_seconds and quiet < self._hangs.beat_seconds:
+                continue
+            seconds = stopped if stopped >= self._hangs.stopped_seconds else quiet
+            self._hanging = f"the worker stands still for {seconds:.0f} s and is being ended"
+            self.hangs += 1
+            log.error("the worker hangs and is ended", stopped=stopped > 0, seconds=round(seconds, 1))
+            _kill(process)
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._hanging = "the worker hangs in the system's kernel and cannot be ended: restart the machine"
+                log.error("the worker cannot be ended")
+                process.wait()
+            return True
+
+
+def _is_stopped(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a signal has stopped a child, which then waits for another one to go on. False where nobody can say."""
+    if sys.platform != "linux":
+        return False
+    try:
+        found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except OSError:  # it ended, and somebody else knows already
+        return False
+    return found is not None
+
+
+def _how(status: int) -> str:
+    return f"exit status {status}" if status >= 0 else f"signal {-status}"
+
+
+def _ask_to_drain(process: "subprocess.Popen[bytes]") -> None:
+    if os.name == "posix":
+        process.terminate()
+    elif process.stdin is not None:  # Windows would end it without a word; at the end of its input it drains
+        process.stdin.close()
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it started and that is still in its group."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with suppress(OSError):
+        process.kill()

@@ -1,0 +1,197 @@
+"""Ends a process that hangs, from inside: a driver that never answers, a loop that stands still.
+
+Whoever started the process then starts another, and the jobs go on from their checkpoints. A process that cannot even
+run this thread (it was stopped, or something keeps Python's lock) no longer touches its beat file, which its
+supervisor watches from outside (`jobs.leases.BeatWatch`).
+
+Time is counted in looks, each of which adds a bounded part: a pause of the whole machine is not a hang.
+"""
+
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from wanduet.engine.job import Event
+
+log = structlog.get_logger(__name__)
+
+FOREVER = math.inf  # seconds
+HUNG_STATUS = 75  # exit status of a process that found itself hanging: BSD's EX_TEMPFAIL
+_FRAMES = 12  # of each thread that are logged
+
+
+@dataclass(frozen=True, slots=True)
+class HangSettings:
+    """How long a worker may stand still, in seconds, before it counts as hung and is ended.
+
+    `stopped_seconds`: by a signal, seen from outside. `beat_seconds`: without one look of its watchdog, seen from outside.
+    `loop_seconds`: between two rounds of its loop. `start_seconds`: until the first. `step_seconds`: between two denoising
+    steps. `phase_seconds`: between any other two events of a job (weights to load and to hash, text to encode on a CPU,
+    kernels to compile). A job whose plan predicts long steps, or that has made some, gets `factor` times as long as
+    those where that is more. `look_seconds`: between two looks.
+    """
+
+    stopped_seconds: float = 10.0
+    beat_seconds: float = 300.0
+    loop_seconds: float = 900.0
+    start_seconds: float = 3600.0
+    step_seconds: float = 600.0
+    phase_seconds: float = 1800.0
+    factor: float = 5.0
+    look_seconds: float = 1.0
+
+
+class Activity:
+    """Something that must go on: it says when it did, and how long the next time may take. Safe from any thread."""
+
+    def __init__(self, clock: Callable[[], float], settings: HangSettings, allowed: float) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._state = (clock(), allowed)  # one assignment: always read together
+
+    def expect(self, seconds: float) -> None:
+        """It went on; the next sign comes within so many seconds (infinity: nobody can say)."""
+        self._state = (self._clock(), seconds)
+
+    @property
+    def overdue(self) -> float:
+        """Seconds that it stands still beyond what is allowed; negative while all is well."""
+        since, allowed = self._state
+        return self._clock() - since - allowed
+
+
+class Watchdog:
+    """Looks after a process's loop and its jobs, and touches `beat`. Nothing happens before `start`.
+
+    The process hangs if its loop stands still, or if all its jobs do: one of several may wait for another's stage.
+    `end` ends the process and does not return.
+    """
+
+    def __init__(
+        self,
+        settings: HangSettings | None = None,
+        beat: Path | None = None,
+        *,
+        end: "Callable[[], object] | None" = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings or HangSettings()
+        self._beat = beat
+        self._end = end or end_process
+        self._monotonic = monotonic
+        self._looked = monotonic()
+        self._now = 0.0
+        self._loop = Activity(lambda: self._now, self.settings, self.settings.start_seconds)
+        self._jobs: dict[str, Activity] = {}
+        self._guard = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Look now and then, until `stop`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopping.set()
+
+    def turned(self) -> None:
+        """The process's loop has gone round."""
+        self._loop.expect(self.settings.loop_seconds)
+
+    def add(self, job_id: str) -> Activity:
+        """A job begins."""
+        activity = Activity(lambda: self._now, self.settings, self.settings.phase_seconds)
+        with self._guard:
+            self._jobs[job_id] = activity
+        return activity
+
+    def remove(self, job_id: str) -> None:
+        """It ended."""
+        with self._guard:
+            self._jobs.pop(job_id, None)
+
+    def look(self) -> str | None:
+        """Look once; what hangs, if anything does."""
+        now = self._monotonic()
+        self._now += min(max(0.0, now - self._looked), 2 * self.settings.look_seconds)
+        self._looked = now
+        if self._beat is not None:
+            with suppress(OSError):
+                self._beat.touch()
+        if self._loop.overdue > 0:
+            return "the worker's loop stands still"
+        with self._guard:
+            jobs = dict(self._jobs)
+        if jobs and all(activity.overdue > 0 for activity in jobs.values()):
+            return f"no sign of progress from {', '.join(jobs)}"
+        return None
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self.settings.look_seconds):
+            if (what := self.look()) is not None:
+                log.error("the worker hangs and is ended", what=what, threads=_where_threads_are())
+                self._end()
+                return
+
+
+class Patience:
+    """How long a job's next event may take, by what its plan predicts and by how long its steps took so far.
+
+    `predicted`: seconds of one denoising step (`denoise`) and of a whole decode (`decode`), as far as known.
+    """
+
+    def __init__(
+        self, settings: HangSettings, predicted: Mapping[str, float], monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
+        self._step = predicted.get("denoise", 0.0)
+        self._decode = predicted.get("decode", 0.0)
+        self._monotonic = monotonic
+        self._last: tuple[int, int, float] | None = None  # video, steps done, when
+
+    def after(self, event: "Event") -> float:
+        """Seconds that the event after this one may take."""
+        settings, now = self._settings, self._monotonic()
+        if event.phase != "denoise":
+            self._last = None
+            return max(settings.phase_seconds, settings.factor * self._decode)
+        made_step = self._last is not None and self._last[:2] == (event.video, event.done - 1)
+        if made_step and self._last is not None:
+            self._step = max(self._step, now - self._last[2])
+        self._last = (event.video, event.done, now)
+        step = settings.factor * self._step
+        if made_step and event.done < event.total:
+            return max(settings.step_seconds, step)
+        # Before a first step kernels are compiled and weights moved; after the last comes the decode, or a wait for it.
+        return max(settings.phase_seconds, step, settings.factor * self._decode)
+
+
+def end_process() -> None:
+    """End this process and those it started, without asking any of them."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(HUNG_STATUS)
+
+
+def _where_threads_are() -> dict[str, list[str]]:
+    """Where each thread stands, its innermost frame last; places only, as variables may hold prompts."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return {
+        names.get(ident, str(ident)): [
+            f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack(top)[-_FRAMES:]
+        ]
+        for ident, top in sys._current_frames().items()
+    }
