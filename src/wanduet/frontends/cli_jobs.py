@@ -281,7 +281,7 @@ def _when(moment: float) -> str:
 
 def _show_jobs(page: "Page") -> None:
     """One line a job, however narrow the terminal: an id that is cut short is no use to the other commands."""
-    from wanduet.frontends.show import printable
+    from wanduet.untrusted import printable
 
     lines = []
     for job in page.jobs:

@@ -17,6 +17,7 @@ from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.request import GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
 from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
+from wanduet.untrusted import read_file
 
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
@@ -27,7 +28,15 @@ class Settings(Toml):
     """`wanduet.toml`, also as Windows' editors and shell write it."""
 
     def _load_config(self, path: Path) -> dict[str, Any]:
-        return tomllib.loads(decoded(path.read_bytes()))
+        return parse_settings(path)
+
+
+def parse_settings(path: Path) -> dict[str, Any]:
+    """A settings file's content. Raises OSError, ValueError."""
+    try:
+        return tomllib.loads(decoded(read_file(path)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 # Two ways to say one thing.
