@@ -29,7 +29,7 @@ def free_output(
     for path in names_for(options.path, prompt, _extension(options)):
         named = replace(options, path=path)
         videos = [named.video_path(index, count) for index in range(count)]
-        watched = list(videos)
+        watched = [path, *videos]
         if not over_latents:
             watched += [named.latents_path(index, count) for index in range(count)]
         if _any_exists(watched) or set(videos) & set(taken):
@@ -47,7 +47,7 @@ def likely_output(options: OutputOptions, prompt: str, count: int) -> OutputOpti
     """What `free_output` would give now; nothing is taken or made."""
     for path in names_for(options.path, prompt, _extension(options)):
         named = replace(options, path=path)
-        if not _any_exists(named.video_path(index, count) for index in range(count)):
+        if not _any_exists([path, *(named.video_path(index, count) for index in range(count))]):
             return named
     raise AssertionError("names_for never ends")
 

@@ -20,10 +20,10 @@ SCHEMA_VERSION = 1
 KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, that holds the JSON
 TITLE_LENGTH = 120
 MAX_LENGTH = 4 * 2**20  # characters of JSON; prompts and warnings of ours have some thousand
-_KINDS: dict[str, type] = {
+_KINDS: dict[str, Any] = {
     **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
     **dict.fromkeys(("rungs", "warnings", "hardware"), list),
-    **dict.fromkeys(("attention", "created_at", "digest"), str),
+    **dict.fromkeys(("attention", "created_at", "digest"), str | None),
 }
 _PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -105,16 +105,16 @@ def from_json(text: str) -> dict[str, Any]:
     value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(value.get(name), kind | None)]
+    wrong = [name for name, kind in _KINDS.items() if name in value and not isinstance(value[name], kind)]
     if wrong:
         raise ValueError(f"its {wrong[0]} is of a wrong kind")
-    numbers = (value.get("timings") or {}).values()
+    numbers = value.get("timings", {}).values()
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
         raise ValueError("its timings are no numbers")
-    words = [word for name in ("rungs", "warnings") for word in value.get(name) or ()]
+    words = [word for name in ("rungs", "warnings") for word in value.get(name, ())]
     if not all(isinstance(word, str) for word in words):
         raise ValueError("its rungs and warnings are no texts")
-    return {name: item for name, item in value.items() if item is not None or name not in _KINDS}
+    return value
 
 
 def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
