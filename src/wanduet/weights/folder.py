@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -20,11 +20,18 @@ from wanduet.specs import (
     TransformerSpec,
     VAESpec,
 )
+from wanduet.untrusted import cut, parse_json, read_file
 from wanduet.weights.files import TensorFiles
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 DEFAULTS_FILE = "generation_defaults.json"
 MANIFEST_FILE = "manifest.json"
+
+# What a config may ask for. A published model has 40 layers at most and a vocabulary of 256,384; a config that asks for
+# 10**9 would be planned, and built without memory, for days.
+LARGEST = 2**20
+MOST = {"num_layers": 256, "num_res_blocks": 64, "dim_mult": 64, "patch_size": 16, "z_dim": 1024}
+MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
 
 Spec = TypeVar("Spec")
 
@@ -99,9 +106,12 @@ class ModelFolder:
         """What identifies the text encoder and its tokenizer."""
         config = json.dumps(self.config("text_encoder"), sort_keys=True)
         digest = hashlib.sha256((self.text_encoder.fingerprint() + config).encode())
-        for path in sorted(self.tokenizer.iterdir()):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+        try:
+            for path in sorted(self.tokenizer.iterdir()):
+                if path.is_file():
+                    digest.update(os.fsencode(path.name) + read_file(path))
+        except OSError as error:
+            raise ModelNotFoundError(f"{self.tokenizer} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
     def config(self, component: str) -> dict[str, Any]:
@@ -119,7 +129,7 @@ class ModelFolder:
             value = index.get(part)
             if isinstance(value, list) and any(name is not None for name in value):
                 raise ModelNotFoundError(
-                    f"{path}: {part} is not supported ({index.get('_class_name')}).",
+                    f"{path}: {part} is not supported ({cut(index.get('_class_name'))}).",
                     hint="wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.",
                 )
 
@@ -166,7 +176,7 @@ def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, An
         spec = read(config)
         problems = [_problem(f.name, getattr(spec, f.name), f.default) for f in fields(spec)]  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelNotFoundError(f"{path} is not understood: {error}.") from error
+        raise ModelNotFoundError(f"{path} is not understood: {cut(error)}.") from error
     if found := [problem for problem in problems if problem]:
         raise ModelNotFoundError(f"{path} is not understood: {'; '.join(found)}.")
     return spec
@@ -204,16 +214,21 @@ def _problem(name: str, value: object, default: object) -> str | None:
         kind = type(default[0])
         if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
             return f"{name} must be a list of {kind.__name__}"
+        if len(value) > (MOST_FLOATS if kind is float else MOST_ENTRIES):
+            return f"{name} has too many entries: {len(value)}"
         numbers = [] if kind is bool else list(value)
         lowest = None if kind is float else 1
     elif isinstance(default, bool) or not isinstance(default, int | float):
-        return None if type(value) is type(default) else f"{name} must be of type {type(default).__name__}"
+        if type(value) is not type(default):
+            return f"{name} must be of type {type(default).__name__}"
+        return f"{name} is too long" if isinstance(value, str) and len(value) > MOST_CHARACTERS else None
     else:
         if type(value) not in _allowed(type(default)):
-            return f"{name} must be a number, not {value!r}"
+            return f"{name} must be a number, not {cut(repr(value))}"
         numbers, lowest = [value], 0 if isinstance(default, float) else 1
-    if any(not math.isfinite(n) or (lowest is not None and n < lowest) for n in numbers):
-        return f"{name}={value!r} is out of range"
+    most = MOST.get(name, LARGEST)
+    if any(not -most <= n <= most or (lowest is not None and n < lowest) for n in numbers):
+        return f"{name}={cut(repr(value))} is out of range"
     return None
 
 
@@ -224,11 +239,11 @@ def _allowed(kind: type) -> set[type]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelNotFoundError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_file(path).decode("utf-8"))
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path} is missing.", hint="The folder must be in the Diffusers layout.") from None
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}.") from error
+        raise ModelNotFoundError(f"{path} cannot be read: {cut(getattr(error, 'strerror', None) or error)}.") from error
     if not isinstance(value, dict):
         raise ModelNotFoundError(f"{path} is no JSON object.")
     return value

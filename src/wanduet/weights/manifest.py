@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from wanduet.errors import WeightsError
+from wanduet.untrusted import check_regular, cut, open_regular
 
 CHUNK = 8 * 2**20
 # Hexadecimal digits of the two hashes that files are published with on the hub: SHA-256 for large files, git's
@@ -69,7 +70,10 @@ def find_damaged(
     hashed = 0
     for name, expected in hashes.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise WeightsError(f"The hashes of {folder} name {cut(name)!r}, which is not in it.", hint=_HINT)
         try:
+            check_regular(path)
             stat = path.stat()
             state = f"{expected}:{stat.st_size}:{stat.st_mtime_ns}"
             if good.get(str(path)) == state:
@@ -97,7 +101,7 @@ _HINT = "Fetch the model again with `wanduet download`."
 
 def _hash(path: Path, algorithm: str, start: bytes = b"") -> str:
     digest = hashlib.new(algorithm, start, usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
