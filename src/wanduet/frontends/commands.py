@@ -1,13 +1,14 @@
 """What the commands do: each returns what is printed. Imported by the command line when it is needed."""
 
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from wanduet.config import EngineConfig
+from wanduet.config import DType, EngineConfig
 from wanduet.engine import tools
 from wanduet.engine.build import Models
 from wanduet.engine.hardware import detect, parse_hardware
@@ -37,7 +38,7 @@ from wanduet.miniature.prompts import is_in_world
 from wanduet.ops.attention import BACKENDS, SDPA
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS
-from wanduet.untrusted import printable
+from wanduet.untrusted import cut, printable
 from wanduet.weights.download import MINIATURE, open_model
 
 SHOWN = 500  # characters of a prompt
@@ -173,7 +174,7 @@ def run_decode(
 ) -> dict[str, Any]:
     """Kept latents to a video."""
     about = load_latents(latents)[1]
-    config = _config_of(flags, about)
+    config = _config_of(latents, flags, about)
     options = OutputOptions(output or Path(), codec, quality, save_latents=True)
     if output is None or is_folder(output):
         prompt = str(_part(about, "request").get("prompt") or latents.stem)
@@ -197,7 +198,7 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     about = read_metadata(video)
     (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
-    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(flags, about)) as engine:
+    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
             job = engine.submit(request, OutputOptions(path, codec, quality))
@@ -288,16 +289,55 @@ def shown(prompt: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
-def _config_of(flags: EngineFlags, about: dict[str, Any]) -> EngineConfig:
-    """The flags' settings; model and precision are those that made a file unless others were named."""
+def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> EngineConfig:
+    """The flags' settings; model and precision are those that made a file unless others were named.
+
+    Anybody may have written the file, so of the models that it can name only those are taken that wanduet knows by
+    themselves, and only if they are here: nothing is fetched, and no folder is read, because a file says so. Raises
+    UnreadableFileError, ModelNotFoundError.
+    """
     config, unset = flags.config(), EngineFlags()
-    model, engine = _part(about, "model"), _part(about, "engine")
-    if config.model == unset.model and isinstance(model.get("name"), str):
-        config = replace(config, model=model["name"], revision=config.revision or model.get("revision"))
-    for name, kind in (("transformer_dtype", str), ("vae_dtype", str), ("tf32", bool)):
-        if getattr(flags, name) == getattr(unset, name) and type(engine.get(name)) is kind:
-            config = replace(config, **{name: engine[name]})
+    engine, made_by = _part(about, "engine"), _part(about, "model")
+    if not flags.names_model and made_by.get("name") is not None:
+        config = replace(config, **_model_here(file, made_by, config.revision))
+    for name, allowed in (
+        ("transformer_dtype", get_args(DType)),
+        ("vae_dtype", get_args(DType)),
+        ("tf32", (True, False)),
+    ):
+        value = engine.get(name)
+        if value is None or getattr(flags, name) != getattr(unset, name):
+            continue
+        if type(value) is not type(getattr(unset, name)) or value not in allowed:
+            raise UnreadableFileError(
+                f"{file} says that it was made with {name}={cut(repr(value))}, which does not exist.",
+                hint=f"Say another with --{name.replace('_', '-')}.",
+            )
+        config = replace(config, **{name: value})
     return config
+
+
+def _model_here(file: Path, made_by: Mapping[str, Any], revision: str | None) -> dict[str, Any]:
+    """Name and revision of the model that a file says it was made by, if it is known and here. Raises ModelNotFoundError."""
+    name = made_by["name"]
+    if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
+        return {"model": name}
+    if not isinstance(name, str) or name not in PUBLISHED:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
+            hint="If you trust that model, name it with --model.",
+        )
+    said = made_by.get("revision")
+    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
+        revision = said
+    try:
+        open_model(name, revision, fetch=False)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by {name}, which is not here.",
+            hint=f"Let it be fetched: --model {name}{'' if revision is None else f' --revision {revision}'}",
+        ) from error
+    return {"model": name, "revision": revision}
 
 
 def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
