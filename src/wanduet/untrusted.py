@@ -65,11 +65,12 @@ def read_stream(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
         return _read(file, most)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, finite: bool = True) -> Any:
     """JSON without what the standard allows and no program expects: a name twice in one object, NaN, infinity, numbers
-    beyond a float, deeper than `MAX_DEPTH`. Raises ValueError."""
+    beyond a float, deeper than `MAX_DEPTH`. With `finite` False such numbers are taken, as Python writes them. Raises ValueError."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        numbers = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+        value = json.loads(text, object_pairs_hook=_object, **numbers)  # type: ignore[arg-type]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(value)

@@ -137,9 +137,10 @@ def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
             if not keep_finished:
                 raise output_error(path, error) from error
             kept, is_kept = _keep_beside(partial, path), True
+            why = "it is a folder now" if path.is_dir() else "another program may have it open"
             raise OutputError(
-                f"Cannot replace {path}, which another program may have open. The finished file is {kept}.",
-                hint="Close the other program, then rename the file.",
+                f"Cannot replace {path}: {why}. The finished file is kept as {kept}.",
+                hint="Rename it once the name is free.",
             ) from error
         except OSError as error:
             raise output_error(path, error) from error

@@ -239,7 +239,7 @@ def _allowed(kind: type) -> set[type]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelNotFoundError."""
     try:
-        value = parse_json(read_file(path).decode("utf-8"))
+        value = parse_json(read_file(path).decode("utf-8"), finite=False)
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path} is missing.", hint="The folder must be in the Diffusers layout.") from None
     except (OSError, ValueError) as error:
