@@ -284,7 +284,7 @@ def test_an_encoder_that_fails_or_writes_nothing_leaves_no_file(tmp_path, monkey
     path = tmp_path / "a.mp4"
 
     def broken(*_args) -> None:
-        raise av.error.ProtocolNotFoundError(1, "no such protocol")  # FFmpeg's, and no OSError
+        raise av.error.ProtocolNotFoundError(1330794744, "no such protocol")  # FFmpeg's, and no OSError
 
     with monkeypatch.context() as patch:
         patch.setattr(video_module._Encoder, "add", broken)
