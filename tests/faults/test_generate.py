@@ -282,18 +282,16 @@ def test_a_hangup_that_is_to_be_ignored_is(start: Start, tmp_path: Path) -> None
 
 
 def test_two_runs_of_one_prompt_make_two_videos(start: Start, tmp_path: Path) -> None:
-    """Together in one folder, without a name: each has its own video, and its own latents when it is stopped."""
-    processes = [start("--seed", str(seed), phase="decode", pause=1.0) for seed in (1, 2)]
+    """Together in one folder, without a name: each has its own video."""
+    processes = [start("--seed", str(seed), phase="denoise", pause=2.0) for seed in (1, 2)]
     for process in processes:
         wait_for_pause(process)
-    latents = {n for n in os.listdir(tmp_path / "work") if n.endswith(".latents.safetensors")}
     outputs = set()
     for process in processes:
         code, said, err = finish(process)
         assert code == 0, err
         outputs.add(said["output"])
     assert len(outputs) == 2
-    assert len(latents) == 2
     assert set(os.listdir(tmp_path / "work")) == outputs
 
 
