@@ -6,14 +6,17 @@ import sys
 
 def main() -> None:
     """Run and exit."""
-    try:
-        from wanduet.frontends.cli import main as run
-    except KeyboardInterrupt:
-        if "--json" in sys.argv:
-            print('{"error": {"message": "Interrupted.", "code": "cancelled", "param": null}}', flush=True)
-        print("Interrupted.", file=sys.stderr, flush=True)
-        os._exit(130)  # half-imported modules have nothing to put in order
-    run()
+    from wanduet.frontends.stopping import print_failure, stop_signals
+
+    as_json = "--json" in sys.argv
+    with stop_signals(as_json) as stops:
+        try:
+            from wanduet.frontends.cli import main as run
+        except KeyboardInterrupt:
+            stops.answered = True
+            print_failure("Interrupted.", "cancelled", as_json)
+            os._exit(stops.exit_code)  # half-imported modules have nothing to put in order
+        run()
 
 
 if __name__ == "__main__":

@@ -121,16 +121,21 @@ def transformer_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def left(folder: Path) -> set[str]:
-    return {name.partition(".")[2] for name in os.listdir(folder)}
+    """The endings of what stands in a folder, but for names that a process which is no more had taken."""
+    return {name.partition(".")[2] for name in os.listdir(folder) if not name.endswith(".taken")}
+
+
+STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=[pytest.mark.slow] * (p != "denoise")) for p in PHASES])
-def test_ctrl_c_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+def test_a_stop_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str, name: str) -> None:
     process = start("--seed", "3", phase=phase, pause=1.0)
     wait_for_pause(process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     code, said, err = finish(process)
-    assert code == 130
+    assert code == STOPS[name]
     assert said["error"]["code"] == "cancelled"
     assert "Traceback" not in err
     work = tmp_path / "work"
@@ -184,14 +189,15 @@ def test_resume_with_nothing_to_go_on_from_says_so(start: Start, resume) -> None
     assert "No interrupted run of this request was found" in err
 
 
-def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+def test_a_second_stop_ends_at_once(start: Start, tmp_path: Path, second: str) -> None:
     process = start("--seed", "3", phase="denoise", pause=60.0)
     wait_for_pause(process)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     assert "again" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, second))
     code, said, err = finish(process)
     assert code == 130
     assert said["error"]["code"] == "cancelled"
@@ -221,6 +227,21 @@ sys.argv = ["wanduet", "plan", "--json"]
 from wanduet.__main__ import main
 main()
 """
+# The signal comes while the result, or the failure, is being printed: it stays the one object.
+WHILE_ANSWERING = """
+import signal, sys
+from wanduet.frontends import stopping
+whole = stopping.to_json
+def late(value):
+    signal.raise_signal(signal.SIGTERM)
+    return whole(value)
+stopping.to_json = late
+from wanduet.frontends import run
+run.to_json = late
+sys.argv = ["wanduet", "plan", "--json", "--model", "MODEL"]
+from wanduet.__main__ import main
+main()
+"""
 
 
 @pytest.mark.parametrize("code", [EARLY, IN_EXEC], ids=["while importing", "inside an exec"])
@@ -229,6 +250,60 @@ def test_ctrl_c_at_any_moment_is_code_130(tmp_path: Path, code: str) -> None:
     assert done.returncode == 130
     assert json.loads(done.stdout)["error"]["code"] == "cancelled"
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_while_importing_is_code_143(tmp_path: Path) -> None:
+    code = EARLY.replace("SIGINT", "SIGTERM")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 143
+    assert json.loads(done.stdout)["error"]["code"] == "cancelled"
+
+
+@pytest.mark.parametrize(("model", "code"), [("random:1.3b", 0), ("random:none", 1)])
+def test_a_stop_while_the_answer_is_printed_changes_nothing(tmp_path: Path, model: str, code: int) -> None:
+    script = WHILE_ANSWERING.replace("MODEL", model)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code or (model, done.returncode) == ("random:1.3b", 1)  # it may not fit here
+    assert ("error" in json.loads(done.stdout)) == (model == "random:none")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hangup_that_is_to_be_ignored_is(start: Start, tmp_path: Path) -> None:
+    """As `nohup` starts a command."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("--seed", "3", phase="denoise", pause=0.5)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_pause(process)
+    process.send_signal(signal.SIGHUP)
+    code, said, _ = finish(process)
+    assert (code, said["seed"]) == (0, 3)
+
+
+def test_two_runs_of_one_prompt_make_two_videos(start: Start, tmp_path: Path) -> None:
+    """Together in one folder, without a name: each has its own video."""
+    processes = [start("--seed", str(seed), phase="denoise", pause=2.0) for seed in (1, 2)]
+    for process in processes:
+        wait_for_pause(process)
+    outputs = set()
+    for process in processes:
+        code, said, err = finish(process)
+        assert code == 0, err
+        outputs.add(said["output"])
+    assert len(outputs) == 2
+    assert set(os.listdir(tmp_path / "work")) == outputs
+
+
+def test_a_second_run_with_the_same_output_is_refused(start: Start, tmp_path: Path) -> None:
+    first = start("-o", "clip.mkv", "--seed", "1", phase="denoise", pause=3.0)
+    wait_for_pause(first)
+    code, said, err = finish(start("-o", "clip.mkv", "--seed", "2"))
+    assert (code, said["error"]["code"]) == (1, "output_error")
+    assert "another run of wanduet is writing it" in err
+    code, said, _ = finish(first)
+    assert (code, said["output"], said["seed"]) == (0, "clip.mkv", 1)
+    assert os.listdir(tmp_path / "work") == ["clip.mkv"]
 
 
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from wanduet.errors import OutputError
+from wanduet.media import video as video_module
 from wanduet.media.files import STALE_SECONDS
 from wanduet.media.latents import save_latents
 from wanduet.media.read import frame_hashes, probe, read_metadata
@@ -262,3 +264,64 @@ def test_many_writers_of_one_path(tmp_path) -> None:
         assert read_metadata(path)["seed"] == i
     assert probe(path)["num_frames"] == NUM_FRAMES
     assert names(tmp_path) == ["a.mkv"]
+
+
+@posix
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "file:z.mp4", "pipe:1.mp4", "concat:a.mp4", "C:\\x.mp4", "a:b/c.mp4", "-x.mp4", "\udcff.mp4"]
+)
+def test_a_name_that_ffmpeg_takes_for_an_address(tmp_path, monkeypatch, capfd, name) -> None:
+    """Relative, as users give it: the file has that very name, and is read back by it."""
+    monkeypatch.chdir(tmp_path)
+    write_video(frames(), name, metadata={"seed": 1})
+    assert is_whole(Path(name))
+    assert probe(name)["num_frames"] == NUM_FRAMES
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.mp4")] == [name]
+    assert capfd.readouterr().out == ""
+
+
+def test_an_encoder_that_fails_or_writes_nothing_leaves_no_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.mp4"
+
+    def broken(*_args) -> None:
+        raise av.error.ProtocolNotFoundError(1330794744, "no such protocol")  # FFmpeg's, and no OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_module._Encoder, "add", broken)
+        with pytest.raises(OutputError, match="no such protocol"):
+            write_video(frames(), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_module._Encoder, "finish", lambda self: os.truncate(self._output.name, 0))
+        with pytest.raises(OutputError, match="wrote nothing"):
+            write_video(frames(), path)
+    assert names(tmp_path) == []
+
+
+def test_a_video_that_a_player_has_open_is_not_lost(tmp_path, monkeypatch) -> None:
+    """Windows then refuses to replace it."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    (tmp_path / "a-2.mp4").write_bytes(b"mine")
+
+    def refuse(*_args) -> None:
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OutputError, match=r"a-3\.mp4"):
+        write_video(frames(), path, metadata={"seed": 1})
+    assert path.read_bytes() == b"old"
+    assert (tmp_path / "a-2.mp4").read_bytes() == b"mine"
+    assert is_whole(tmp_path / "a-3.mp4")
+    assert names(tmp_path) == ["a-2.mp4", "a-3.mp4", "a.mp4"]
+
+
+def test_a_folder_that_takes_the_name_meanwhile(tmp_path) -> None:
+    path = tmp_path / "a.mp4"
+    writer = VideoWriter(path, VideoSpec(64, 96), {"seed": 1})
+    writer.write(frames())
+    while not names(tmp_path):
+        time.sleep(0.01)
+    path.mkdir()
+    with pytest.raises(OutputError, match=r"is a folder now.*a-2\.mp4"):
+        writer.close()
+    assert is_whole(tmp_path / "a-2.mp4")

@@ -29,7 +29,7 @@ from wanduet.engine.release import forget_traceback, release_memory
 from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, WanduetError
 from wanduet.media.codecs import container_for
-from wanduet.media.files import check_writable
+from wanduet.media.files import check_place, check_writable
 from wanduet.media.video import VideoSpec
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.sampling.checkpoint import remove_abandoned
@@ -107,9 +107,11 @@ class Engine:
         if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
             plan = alone  # a callback cannot follow the work into other processes
         require_fit(plan, resolved)
-        check_writable(
-            output.video_path(0, resolved.num_videos_per_prompt), generate.bytes_on_disk(resolved, self.models.spec)
-        )
+        count = resolved.num_videos_per_prompt
+        for index in range(count):
+            check_place(output.video_path(index, count))
+            check_place(output.latents_path(index, count))  # whose name is longer
+        check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)

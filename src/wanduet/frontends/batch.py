@@ -1,18 +1,28 @@
 """`wanduet batch`: many requests to videos in a folder, and only what is still missing after an interruption."""
 
 import sys
+from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.errors import CancelledError
-from wanduet.frontends.commands import check_attention, named_output, report, shown
+from wanduet.engine.plan import require_fit
+from wanduet.errors import CancelledError, OutputError, WanduetError
+from wanduet.frontends.commands import check_attention, report, say_how_to_go_on, shown
+from wanduet.frontends.outputs import free_output
 from wanduet.frontends.progress import follow
-from wanduet.frontends.resume import Begun, find_begun, seed_of_interrupted, with_seed
+from wanduet.frontends.resume import Begun, seed_of_interrupted, take_begun, with_seed
+from wanduet.media.files import check_writable
+from wanduet.media.names import Taken
 from wanduet.request import GenerationRequest
+
+# Jobs that the engine has at a time: enough for its stages, few enough that their names' locks are no burden.
+AHEAD = 8
 
 
 def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions) -> dict[str, Any]:
@@ -20,40 +30,92 @@ def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, optio
     Ctrl-C does. With `options.resume` what an earlier run of the same batch has made is kept as it is."""
     check_attention(config)
     done: list[dict[str, Any]] = []
-    with Engine(config) as engine:
-        work: list[Job | dict[str, Any]] = []
-        taken: list[Path] = []
+    check_writable(options.path / "video.mp4")
+    with ExitStack() as names, Engine(config) as engine:
         for request in requests:
-            count = request.num_videos_per_prompt
-            found = find_begun(request, options, engine, taken) if options.resume else None
-            named = found.options if found is not None else named_output(options, request.prompt, count, taken)
-            taken += [named.video_path(index, count) for index in range(count)]
-            if found is not None and found.complete:
-                work.append(_made_before(request, found, engine))
-                continue
-            if found is not None:
-                request = with_seed(request, found.seed)
-            elif options.resume and request.seed is None:
-                request = with_seed(request, seed_of_interrupted(request, named, engine))
-            work.append(engine.submit(request, named))
-        for number, job in enumerate(work, start=1):
-            if not isinstance(job, Job):
-                print(f"[{number}/{len(work)}] made before: {job['output']}", file=sys.stderr)
-                done.append(job)
-                continue
-            print(f"[{number}/{len(work)}] {shown(job.request.prompt)}", file=sys.stderr)
-            follow(job)
-            try:
-                done.append(report(job, job.result()))
-            except CancelledError as error:
+            require_fit(engine.plan(request), request.resolve(engine.models.spec))
+        batch = _Batch(engine, options, names)
+        waiting, work = deque(requests), deque[_Work]()
+        while waiting or work:
+            while waiting and len(work) < AHEAD:
+                work.append(batch.begin(waiting.popleft()))
+            one = work.popleft()
+            print(f"[{len(done) + 1}/{len(requests)}] {one.title}", file=sys.stderr)
+            interrupted = False
+            if one.job is not None:
+                interrupted = follow(one.job)
+                one.outcome = _outcome(one.job)
+                one.names.release()
+            if "error" in one.outcome:
+                print(one.outcome["error"], file=sys.stderr)
+            cancelled = one.outcome.pop("cancelled", False)
+            if not cancelled:
+                done.append(one.outcome)
+            if interrupted or cancelled:
                 raise CancelledError(
-                    f"Interrupted: {len(done)} of {len(work)} videos were made.",
+                    f"Interrupted: {sum('error' not in o for o in done)} of {len(requests)} videos were made.",
                     hint="Make the others: the same command with --resume.",
-                ) from error
-            except Exception as error:  # told below; the next job goes on
-                print(error, file=sys.stderr)
-                done.append({"prompt": job.request.prompt, "error": str(error)})
+                )
     return {"videos": done, "failed": sum("error" in one for one in done)}
+
+
+@dataclass
+class _Work:
+    """One request of a batch: a job, or what is known of it without one."""
+
+    title: str
+    job: Job | None = None
+    names: Taken = field(default_factory=Taken)
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Batch:
+    """What the requests of a batch share. `names` outlive the engine, so that none is free while a job may write."""
+
+    engine: Engine
+    options: OutputOptions
+    names: ExitStack
+    passed: list[Path] = field(default_factory=list)  # the paths of the requests so far
+
+    def begin(self, request: GenerationRequest) -> _Work:
+        """Choose and take the names of a request, and give it to the engine; what cannot be written fails alone."""
+        work = _Work(shown(request.prompt))
+        count = request.num_videos_per_prompt
+        try:
+            begun = take_begun(request, self.options, self.engine, self.passed) if self.options.resume else None
+            if begun is not None:
+                named, work.names = begun.options, begun.names
+            else:
+                named, work.names = free_output(self.options, request.prompt, count, self.passed)
+            self.names.callback(work.names.release)
+            self.passed += [named.video_path(index, count) for index in range(count)]
+            if begun is not None and begun.complete:
+                work.outcome = _made_before(request, begun, self.engine)
+                work.title = f"made before: {work.outcome['output']}"
+                work.names.release()
+                return work
+            if begun is not None:
+                request = with_seed(request, begun.seed)
+            elif self.options.resume and request.seed is None:
+                request = with_seed(request, seed_of_interrupted(request, named, self.engine))
+            work.job = self.engine.submit(request, named)
+        except OutputError as error:
+            work.names.release()
+            work.outcome = {"prompt": request.prompt, "error": str(error)}
+        return work
+
+
+def _outcome(job: Job) -> dict[str, Any]:
+    """A finished job's result, or why there is none."""
+    try:
+        return report(job, job.result())
+    except CancelledError:
+        return {"cancelled": True}
+    except Exception as error:  # told; the next job goes on
+        if isinstance(error, WanduetError):
+            say_how_to_go_on(job, error)
+        return {"prompt": job.request.prompt, "error": str(error)}
 
 
 def _made_before(request: GenerationRequest, found: Begun, engine: Engine) -> dict[str, Any]:

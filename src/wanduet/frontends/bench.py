@@ -11,7 +11,7 @@ from wanduet.config import EngineConfig
 from wanduet.engine.job import TIMING_NAMES, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.roofline import where_it_went
-from wanduet.errors import InvalidRequestError
+from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.frontends.commands import check_attention, predicted, settings
 from wanduet.frontends.progress import follow
 from wanduet.media.provenance import versions
@@ -33,8 +33,10 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
         for number in range(runs + 1):
             print(f"run {number} of {runs}" if number else "warming up", file=sys.stderr)
             job = engine.submit(request, OutputOptions(Path(folder) / "bench.mp4"))
-            follow(job)
+            interrupted = follow(job)
             result = job.result()
+            if interrupted:  # too late to stop this run, but not the next
+                raise CancelledError("Interrupted.")
             timings.append({name: round(seconds, 4) for name, seconds in result.timings.items()})
         measured = timings[1:]
         medians = {name: round(statistics.median(one[name] for one in measured), 4) for name in TIMING_NAMES}

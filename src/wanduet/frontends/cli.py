@@ -2,7 +2,7 @@
 `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
-Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted.
+Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal.
 """
 
 import os
@@ -26,7 +26,7 @@ Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", conv
 Output = Annotated[
     Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.", converter=place)
 ]
-INTERRUPTED = 130
+FIRST_SIGNAL = 128  # exit codes above it name the signal
 LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
@@ -227,7 +227,7 @@ cli_jobs.register(app)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and exit."""
     code = run(app, sys.argv[1:] if arguments is None else arguments)
-    if code == INTERRUPTED:
+    if code >= FIRST_SIGNAL:
         # An interrupt inside an exec(), of which libraries are full, would make Python end by the signal instead.
         with suppress(OSError, ValueError):
             sys.stdout.flush()

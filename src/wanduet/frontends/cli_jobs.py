@@ -268,7 +268,7 @@ def add(
 @keys_app.command(name="list")
 def list_keys(*, data_dir: DataDir = None, json_: Json = False) -> None:
     """The keys' ids and names."""
-    from wanduet.frontends.show import printable
+    from wanduet.untrusted import printable
 
     records = _keys(_folder(data_dir)).records()
     if json_:
@@ -331,7 +331,7 @@ def _when(moment: float) -> str:
 
 def _show_jobs(page: "Page") -> None:
     """One line a job, however narrow the terminal: an id that is cut short is no use to the other commands."""
-    from wanduet.frontends.show import printable
+    from wanduet.untrusted import printable
 
     lines = []
     for job in page.jobs:

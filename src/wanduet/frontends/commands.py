@@ -1,14 +1,14 @@
 """What the commands do: each returns what is printed. Imported by the command line when it is needed."""
 
-import os
+import re
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from wanduet.config import EngineConfig
+from wanduet.config import DType, EngineConfig
 from wanduet.engine import tools
 from wanduet.engine.build import Models
 from wanduet.engine.hardware import detect, parse_hardware
@@ -26,18 +26,19 @@ from wanduet.errors import (
 )
 from wanduet.frontends.early import PUBLISHED, is_folder
 from wanduet.frontends.options import EngineFlags
+from wanduet.frontends.outputs import free_file, free_output, likely_output, take_output
 from wanduet.frontends.progress import follow
-from wanduet.frontends.resume import find_begun, seed_of_interrupted, with_seed
-from wanduet.frontends.show import printable
-from wanduet.media.codecs import find_codec
-from wanduet.media.files import UnreadableFileError, next_free_path
+from wanduet.frontends.resume import seed_of_interrupted, take_begun, with_seed
+from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import load_latents
+from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
 from wanduet.ops.attention import BACKENDS, SDPA
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS
+from wanduet.untrusted import cut, printable
 from wanduet.weights.download import open_model
 from wanduet.weights.names import MINIATURE
 
@@ -55,42 +56,72 @@ def run_generate(
 ) -> dict[str, Any]:
     """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
     check_attention(config)
-    folder = options
     is_named = named and not is_folder(options.path)
-    if not is_named:
-        options = named_output(options, request.prompt, request.num_videos_per_prompt)
+    count = request.num_videos_per_prompt
     if dry_run:
+        if not is_named:
+            options = likely_output(options, request.prompt, count)
         with Engine(without_fetching(config)) as engine:
             plan = engine.plan(request)
             resolved = request.resolve(engine.models.spec)
             return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
-    with Engine(config) as engine:
-        if options.resume:
-            found = None if is_named else find_begun(request, folder, engine)
-            if found is not None and not found.complete:
-                options, request = found.options, with_seed(request, found.seed)
-            elif request.seed is None:
-                seed = seed_of_interrupted(request, options, engine)
-                if seed is None:
-                    print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
-                request = with_seed(request, seed)
+    with Taken() as names, Engine(config) as engine:  # no name is free before the engine has stopped
+        begun = take_begun(request, options, engine) if options.resume and not is_named else None
+        if begun is not None and begun.complete:
+            begun.names.release()
+            begun = None
+        if begun is not None:
+            names.add(begun.names)
+            options, request = begun.options, with_seed(request, begun.seed)
+        elif is_named:
+            names.add(take_output(options, count))
+        else:
+            options, found = free_output(options, request.prompt, count)
+            names.add(found)
+        if options.resume and begun is None and request.seed is None:
+            request = with_seed(request, _interrupted_seed(request, options, engine))
         job = engine.submit(request, options)
         _announce(job, config)
         follow(job)
         try:
             result = job.result()
         except WanduetError as error:
-            if isinstance(error, CancelledError) and job.timings["denoise_s"]:
-                error.hint = "Go on where it stopped: the same command with --resume."
-            elif isinstance(error, OutputError) and _kept(job):
-                error.hint = f"{error.hint or ''} The latents are kept: the same command with --resume only decodes."
+            say_how_to_go_on(job, error)
             raise
         done = report(job, result)
         if profile:
-            path = Path(f"{done['output']}.trace.json")
-            engine.trace.save(path)
-            done |= {"trace": str(path), "profile": where_it_went(job, engine.models.memory)}
+            done |= _profile(job, engine, Path(f"{done['output']}.trace.json"))
     return done
+
+
+def _interrupted_seed(request: GenerationRequest, options: OutputOptions, engine: Engine) -> int | None:
+    seed = seed_of_interrupted(request, options, engine)
+    if seed is None:
+        print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+    return seed
+
+
+def say_how_to_go_on(job: Job, error: WanduetError) -> None:
+    """Add to a job's error what is kept of its work, and what makes use of that."""
+    if isinstance(error, CancelledError) and job.timings["denoise_s"]:
+        error.hint = "Go on where it stopped: the same command with --resume."
+    elif isinstance(error, OutputError):
+        kept = [
+            path for index in range(job.request.num_videos_per_prompt) if (path := job.latents_path(index)).exists()
+        ]
+        if kept:
+            again = "the same command with --resume only decodes"
+            error.hint = f"{error.hint or ''} The latents are kept in {kept[0]}: {again}.".strip()
+
+
+def _profile(job: Job, engine: Engine, path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"profile": where_it_went(job, engine.models.memory)}
+    try:
+        engine.trace.save(path)
+    except OutputError as error:  # the video is made all the same
+        print(error, file=sys.stderr)
+        return found
+    return found | {"trace": str(path)}
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
@@ -129,10 +160,13 @@ def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[s
     """A prompt to an embeddings file."""
     path = output or Path()
     if is_folder(path):
-        path = next_free_path(path, prompt, ".safetensors")
+        path, names = free_file(path, prompt, ".safetensors")
     elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
         raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
-    embeds = tools.encode_to_file(config, prompt, path)
+    else:
+        names = take_given([path])
+    with names:
+        embeds = tools.encode_to_file(config, prompt, path)
     return {"output": str(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
 
 
@@ -141,11 +175,15 @@ def run_decode(
 ) -> dict[str, Any]:
     """Kept latents to a video."""
     about = load_latents(latents)[1]
-    config = _config_of(flags, about)
+    config = _config_of(latents, flags, about)
     options = OutputOptions(output or Path(), codec, quality, save_latents=True)
     if output is None or is_folder(output):
-        options = named_output(options, str(_part(about, "request").get("prompt") or latents.stem))
-    result = tools.decode_latents(config, latents, options)
+        prompt = str(_part(about, "request").get("prompt") or latents.stem)
+        options, names = free_output(options, prompt, over_latents=True)
+    else:
+        names = take_output(options, 1)
+    with names:
+        result = tools.decode_latents(config, latents, options)
     video = result.videos[0]
     return {
         "output": str(video.path),
@@ -161,7 +199,7 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     about = read_metadata(video)
     (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
-    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(flags, about)) as engine:
+    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
             job = engine.submit(request, OutputOptions(path, codec, quality))
@@ -221,11 +259,6 @@ def report(job: Job, result: JobResult) -> dict[str, Any]:
     }
 
 
-def _kept(job: Job) -> bool:
-    """Whether latents of a job that failed are on the disk."""
-    return any(job.latents_path(index).exists() for index in range(job.request.num_videos_per_prompt))
-
-
 def predicted(plan: Plan) -> dict[str, int]:
     """Predicted peak bytes by device; on a CPU the whole process."""
     peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
@@ -257,34 +290,61 @@ def shown(prompt: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
-def _config_of(flags: EngineFlags, about: dict[str, Any]) -> EngineConfig:
-    """The flags' settings; model and precision are those that made a file unless others were named."""
+def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> EngineConfig:
+    """The flags' settings; model and precision are those that made a file unless others were named.
+
+    Anybody may have written the file, so of the models that it can name only those are taken that wanduet knows by
+    themselves, and only if they are here: nothing is fetched, and no folder is read, because a file says so. Raises
+    UnreadableFileError, ModelNotFoundError.
+    """
     config, unset = flags.config(), EngineFlags()
-    model, engine = _part(about, "model"), _part(about, "engine")
-    if config.model == unset.model and isinstance(model.get("name"), str):
-        config = replace(config, model=model["name"], revision=config.revision or model.get("revision"))
-    for name, kind in (("transformer_dtype", str), ("vae_dtype", str), ("tf32", bool)):
-        if getattr(flags, name) == getattr(unset, name) and type(engine.get(name)) is kind:
-            config = replace(config, **{name: engine[name]})
+    engine, made_by = _part(about, "engine"), _part(about, "model")
+    if not flags.names_model and made_by.get("name") is not None:
+        config = replace(config, **_model_here(file, made_by, config.revision))
+    for name, allowed in (
+        ("transformer_dtype", get_args(DType)),
+        ("vae_dtype", get_args(DType)),
+        ("tf32", (True, False)),
+    ):
+        value = engine.get(name)
+        if value is None or getattr(flags, name) != getattr(unset, name):
+            continue
+        if type(value) is not type(getattr(unset, name)) or value not in allowed:
+            raise UnreadableFileError(
+                f"{file} says that it was made with {name}={cut(repr(value))}, which does not exist.",
+                hint=f"Say another with --{name.replace('_', '-')}.",
+            )
+        config = replace(config, **{name: value})
     return config
+
+
+def _model_here(file: Path, made_by: Mapping[str, Any], revision: str | None) -> dict[str, Any]:
+    """Name and revision of the model that a file says it was made by, if it is known and here. Raises ModelNotFoundError."""
+    name = made_by["name"]
+    if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
+        return {"model": name}
+    if not isinstance(name, str) or name not in PUBLISHED:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
+            hint="If you trust that model, name it with --model.",
+        )
+    said = made_by.get("revision")
+    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
+        revision = said
+    try:
+        open_model(name, revision, fetch=False)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by {name}, which is not here.",
+            hint=f"Let it be fetched: --model {name}{'' if revision is None else f' --revision {revision}'}",
+        ) from error
+    return {"model": name, "revision": revision}
 
 
 def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """One object of a file's metadata; empty where it has none. Anybody may have written the file."""
     value = about.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def named_output(options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = ()) -> OutputOptions:
-    """A name in the folder `options.path` for a prompt's `count` videos, none of which exists or is in `taken`."""
-    extension = find_codec(options.codec).extensions[0]
-    refused = list(taken)
-    while True:
-        named = replace(options, path=next_free_path(options.path, prompt, extension, refused))
-        paths = [named.video_path(index, count) for index in range(count)]
-        if not any(path in taken or os.path.lexists(path) for path in paths):
-            return named
-        refused.append(named.path)
 
 
 def _rounded(timings: dict[str, float]) -> dict[str, float]:

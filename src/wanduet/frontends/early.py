@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.frontends.options import VideoFlags, decoded
 from wanduet.request import GenerationRequest
 from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
+from wanduet.untrusted import cut, parse_json, read_stream
 
 # Published models whose shapes are known without their files, and the stand-in with the same shapes.
 PUBLISHED = {DEFAULT_MODEL: "random:1.3b", "Wan-AI/Wan2.1-T2V-14B-Diffusers": "random:14b"}
@@ -72,10 +72,12 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
     ModelNotFoundError.
     """
     try:
-        text = decoded(file.read_bytes())
+        text = decoded(read_stream(file))
         rows = _csv_rows(text) if file.suffix.lower() in (".csv", ".tsv") else _text_rows(text)
     except (OSError, ValueError, csv.Error) as error:
-        raise InvalidRequestError("file", str(file), f"a text file that can be read ({error})") from error
+        raise InvalidRequestError(
+            "file", str(file), f"a text file that can be read ({cut(getattr(error, 'strerror', None) or error)})"
+        ) from error
     json_only = file.suffix.lower() in (".jsonl", ".ndjson")
     spec = known_spec(config.model)
     found: list[GenerationRequest] = []
@@ -120,9 +122,9 @@ def _request(row: Row, video: VideoFlags, json_only: bool, spec: ModelSpec | Non
     if isinstance(row, str) and not row.startswith("{") and not json_only:
         return video.request(row, spec)
     try:
-        fields = json.loads(row) if isinstance(row, str) else row
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError("file", str(row)[:80], f"one JSON object a line ({error})") from error
+        fields = parse_json(row) if isinstance(row, str) else row
+    except ValueError as error:
+        raise InvalidRequestError("file", str(row)[:80], f"one JSON object a line ({cut(error)})") from error
     if isinstance(fields, str):
         return video.request(fields, spec)
     if not isinstance(fields, dict):

@@ -17,18 +17,29 @@ from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.request import SAMPLERS, GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
 from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
+from wanduet.untrusted import read_file
 
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
 SAMPLER_HELP = "The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + "."
+# The default as an object of its own: so it is seen whether somebody has named the default model.
+_NOBODYS_MODEL = "".join(list(DEFAULT_MODEL))
 
 
 class Settings(Toml):
     """`wanduet.toml`, also as Windows' editors and shell write it."""
 
     def _load_config(self, path: Path) -> dict[str, Any]:
-        return tomllib.loads(decoded(path.read_bytes()))
+        return parse_settings(path)
+
+
+def parse_settings(path: Path) -> dict[str, Any]:
+    """A settings file's content. Raises OSError, ValueError."""
+    try:
+        return tomllib.loads(decoded(read_file(path)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 # Two ways to say one thing.
@@ -130,7 +141,7 @@ class EngineFlags:
         Parameter(
             name=["--model", "--model-path"], help="A Diffusers-layout folder, a hub id, `miniature`, `random:1.3b`."
         ),
-    ] = DEFAULT_MODEL
+    ] = _NOBODYS_MODEL
     revision: Annotated[str | None, Parameter(help="The hub's commit, branch or tag.")] = None
     strategy: Annotated[Strategy, Parameter(help="How devices share the work.")] = "auto"
     devices: Annotated[str | None, Parameter(help="cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu")] = None
@@ -150,6 +161,11 @@ class EngineFlags:
         float, Parameter(help="At most so many seconds of denoising are lost when the process is killed.")
     ] = 15.0
     data_dir: Annotated[Path | None, Parameter(help="Where jobs, videos and caches live.")] = None
+
+    @property
+    def names_model(self) -> bool:
+        """Whether somebody named the model, be it the default's own name."""
+        return self.model is not _NOBODYS_MODEL
 
     def config(self) -> EngineConfig:
         """The engine's settings. Raises ConfigError."""

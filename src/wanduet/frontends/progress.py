@@ -1,24 +1,33 @@
 """A job's progress on stderr, on a terminal only."""
 
 import sys
+import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from wanduet.engine.job import Job
 
+POLL_SECONDS = 0.05
 LABELS = {"load": "Loading", "encode": "Text encoder", "denoise": "Denoising", "decode": "Decoding"}
 
 
-def follow(job: Job) -> None:
-    """Show a job's progress until it ends. Ctrl-C cancels it and waits until it has stopped."""
+def follow(job: Job) -> bool:
+    """Show a job's progress until it ends. Ctrl-C, or another signal to stop, cancels it and waits until it has stopped.
+
+    Returns whether a signal came; the job may have finished or failed all the same.
+    """
     try:
         _show(job)
     except KeyboardInterrupt:
         job.cancel()
-        print("Stopping (Ctrl-C again to stop at once) ...", file=sys.stderr)
-        for _ in job.events():
-            pass
+        with suppress(OSError, ValueError):
+            print("Stopping (Ctrl-C again to stop at once) ...", file=sys.stderr)
+        while not job.finished:  # its last event may have been read already
+            time.sleep(POLL_SECONDS)
+        return True
+    return False
 
 
 def _show(job: Job) -> None:

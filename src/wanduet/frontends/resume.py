@@ -1,16 +1,16 @@
-"""What an interrupted run has left: its seed, where nobody named one, and the videos that it had finished."""
+"""What an interrupted run has left: its seed, where nobody named one, the videos that it had finished, and latents."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.media.codecs import find_codec
-from wanduet.media.files import UnreadableFileError, slugify
+from wanduet.media.files import UnreadableFileError
+from wanduet.media.names import Taken, is_taken, names_for, take
 from wanduet.media.read import read_metadata
 from wanduet.request import GenerationRequest
 from wanduet.sampling.checkpoint import find_checkpoints
@@ -18,11 +18,15 @@ from wanduet.sampling.checkpoint import find_checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request's videos of an earlier run: where they are, the seed of the first, whether all are there."""
+    """A request's videos of an earlier run: where they are, the seed of the first, whether all are there.
+
+    `names` are taken; whoever asked gives them back.
+    """
 
     options: OutputOptions
     seed: int
     complete: bool
+    names: Taken
 
 
 def with_seed(request: GenerationRequest, seed: int | None) -> GenerationRequest:
@@ -43,22 +47,28 @@ def seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engi
     return next((seed for about in candidates if (seed := _seed(about, request, engine)) is not None), None)
 
 
-def find_begun(
-    request: GenerationRequest, folder: OutputOptions, engine: Engine, taken: Sequence[Path] = ()
+def take_begun(
+    request: GenerationRequest, folder: OutputOptions, engine: Engine, passed: Sequence[Path] = ()
 ) -> Begun | None:
-    """The videos in a folder that an earlier run has made of this request, under the names that are made up for it."""
-    count, slug = request.num_videos_per_prompt, slugify(request.prompt)
-    extension = find_codec(folder.codec).extensions[0]
-    for number in count_from(1):
-        named = replace(folder, path=folder.path / f"{slug}{'' if number == 1 else f'-{number}'}{extension}")
-        paths = [named.video_path(index, count) for index in range(count)]
-        there = [path for path in paths if path.exists()]
-        if not there:
+    """What an earlier run has made of this request in a folder, under the names that are made up for it: videos, or
+    latents that are not yet a video. What another run works on now is left to it, and so is what is in `passed`."""
+    count = request.num_videos_per_prompt
+    for path in names_for(folder.path, request.prompt, find_codec(folder.codec).extensions[0]):
+        named = replace(folder, path=path)
+        videos = [named.video_path(index, count) for index in range(count)]
+        there = [video for video in videos if video.exists()]
+        latents = [kept for index in range(count) if (kept := named.latents_path(index, count)).exists()]
+        if not there and not latents:
+            if any(is_taken(video) for video in videos):
+                continue
             return None
-        seeds = set() if set(paths) & set(taken) else {_seed_in(path, request, engine) for path in there}
-        if len(seeds) == 1 and (seed := seeds.pop()) is not None:
+        if set(videos) & set(passed):
+            continue
+        seeds = {_seed_in(file, request, engine) for file in there or latents}
+        seed = seeds.pop() if len(seeds) == 1 else None
+        if seed is not None and (names := take(videos)) is not None:
             complete = len(there) == count and engine.is_finished(with_seed(request, seed), named)
-            return Begun(named, seed, complete)
+            return Begun(named, seed, complete, names)
     return None
 
 

@@ -3,45 +3,52 @@
 Results go to stdout; with `--json` exactly one JSON object, also when the command fails. Messages go to stderr.
 """
 
-import json
 import logging
 import os
-import signal
 import sys
-import threading
-import tomllib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from wanduet.errors import ConfigError, OutputError, WanduetError
-from wanduet.frontends.options import SETTINGS_FILE, decoded
+from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
+from wanduet.frontends.options import SETTINGS_FILE, parse_settings
+from wanduet.frontends.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
+from wanduet.untrusted import cut, printable
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
 def run(command: App, arguments: Sequence[str]) -> int:
-    """The exit code of a command: 0 done, 1 it failed, 2 bad usage, 130 interrupted."""
+    """The exit code of a command: 0 done, 1 it failed, 2 bad usage, 130 interrupted, 143 and 129 for SIGTERM and SIGHUP."""
     _prepare_output()
-    as_json = _wants_json(arguments, {})
+    with stop_signals(_wants_json(arguments, {})) as stops:
+        try:
+            return _run(command, arguments, stops)
+        except KeyboardInterrupt:
+            _fail("Interrupted.", "cancelled", stops)
+            return stops.exit_code
+
+
+def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
     try:
         settings = _read_settings(command)
-        as_json = _wants_json(arguments, settings)
-        with _second_interrupt_ends(as_json):
-            command(list(arguments), exit_on_error=False, print_error=False, result_action="return_none")
-            sys.stdout.flush()
+        stops.as_json = _wants_json(arguments, settings)
+        command(list(arguments), exit_on_error=False, print_error=False, result_action="return_none")
+        sys.stdout.flush()
+    except CancelledError as error:
+        _fail(str(error), error.code, stops)
+        return stops.exit_code
     except WanduetError as error:
-        return _fail(str(error), error.code, error.exit_code, as_json, field=getattr(error, "field", None))
+        _fail(str(error), error.code, stops, field=getattr(error, "field", None))
+        return error.exit_code
     except CycloptsError as error:
-        return _fail(str(error).strip(), "bad_usage", 2, as_json)
-    except KeyboardInterrupt:
-        return _fail("Interrupted.", "cancelled", 130, as_json)
+        _fail(str(error).strip(), "bad_usage", stops)
+        return 2
     except BrokenPipeError:  # the reader of our output has gone
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,24 +57,23 @@ def run(command: App, arguments: Sequence[str]) -> int:
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
         if (reason := _database_error(error)) is not None:
-            return _fail(
-                f"The job database cannot be used just now: {reason}.\n  Try again in a while.",
-                "store_unavailable",
-                1,
-                as_json,
-            )
+            message = f"The job database cannot be used just now: {reason}.\n  Try again in a while."
+            _fail(message, "store_unavailable", stops)
+            return 1
         traceback.print_exc(file=sys.stderr)
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         message = f"Something that wanduet did not expect: {type(error).__name__}: {reason}"
-        return _fail(f"{message}\n  Please report it with what stands above.", "internal_error", 1, as_json)
+        _fail(f"{message}\n  Please report it with what stands above.", "internal_error", stops)
+        return 1
     return 0
 
 
 def emit(value: Mapping[str, Any], as_json: bool) -> None:
     """Print a result: one JSON object, or the same for people. Raises OutputError where stdout takes nothing."""
+    begin_answer()
     try:
         if as_json:
-            print(_json(value))
+            print(to_json(value))
         else:
             from wanduet.frontends.show import show
 
@@ -90,19 +96,9 @@ def _database_error(error: Exception) -> str | None:
     return said[0].rstrip(".")
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    # A console of another encoding would turn what it cannot show into question marks.
-    is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
-    return json.dumps(value, ensure_ascii=not is_utf8)
-
-
-def _fail(message: str, code: str, exit_code: int, as_json: bool, field: str | None = None) -> int:
-    with suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
-    if as_json:
-        with suppress(OSError, ValueError):
-            print(_json({"error": {"message": message, "code": code, "param": field}}), flush=True)
-    return exit_code
+def _fail(message: str, code: str, stops: StopSignals, field: str | None = None) -> None:
+    stops.answered = True
+    print_failure(printable(message), code, stops.as_json, field)
 
 
 def _wants_json(arguments: Sequence[str], settings: Mapping[str, Any]) -> bool:
@@ -123,18 +119,18 @@ def _read_settings(command: App) -> dict[str, Any]:
     try:
         if not path.exists():
             return {}
-        settings = tomllib.loads(decoded(path.read_bytes()))
+        settings = parse_settings(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no TOML: {error}.") from error
+        raise ConfigError(f"{path} is no TOML: {cut(error)}.") from error
     known = _setting_names(command)
     for name, value in settings.items():
         if name.replace("_", "-") not in known or isinstance(value, dict):
             near = get_close_matches(name.replace("_", "-"), known, 1)
             hint = "Settings stand at the top of the file, without sections, named like the flags."
             raise ConfigError(
-                f"{path}: {name!r} is no setting.",
+                f"{path}: {cut(name)!r} is no setting.",
                 hint=f"Did you mean {near[0].replace('-', '_')}?" if near and not isinstance(value, dict) else hint,
             )
     return settings
@@ -154,32 +150,9 @@ def _setting_names(command: App) -> set[str]:
     return found
 
 
-@contextmanager
-def _second_interrupt_ends(as_json: bool) -> Iterator[None]:
-    """The first Ctrl-C raises KeyboardInterrupt, which lets the job stop in order; the second ends the process."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # somebody else decides what Ctrl-C means
-        return
-    interrupted = False
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if not interrupted:
-            interrupted = True
-            raise KeyboardInterrupt
-        _fail("Stopped at once.", "cancelled", 130, as_json)
-        os._exit(130)  # threads may be in the middle of a step that takes minutes
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _prepare_output() -> None:
     """Warnings of ours as plain lines; libraries' chatter away from the user."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a prompt in any script, on any console
@@ -192,6 +165,18 @@ def _prepare_output() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _open_standard_streams() -> None:
+    """Give streams that the caller has closed (`>&-`) a place: else the next file that is opened takes theirs, and
+    what a library prints would stand in a video."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the end
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextmanager

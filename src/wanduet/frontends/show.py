@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wanduet.config import format_bytes, format_seconds
+from wanduet.untrusted import printable
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
 
@@ -105,8 +106,3 @@ def _text(name: str, field: Any) -> str:
     if isinstance(field, int) and name.endswith("bytes"):
         return format_bytes(field)
     return f"{field:.4g}" if isinstance(field, float) else printable(str(field))
-
-
-def printable(text: str) -> str:
-    """Text from a file that anybody may have made, without what steers a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -12,10 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanduet.media.files import UnreadableFileError, write_atomically
+from wanduet.untrusted import check_regular, cut, parse_json, read_safetensors_header
 
 NAME = "prompt_embeds"
 _KEY = "wanduet_embeddings"
 _HASH_KEY = "sha256"
+_TEXTS = ("text", "cut", "encoder", "dtype")
+_UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+MAX_BYTES = 64 * 2**20  # 512 tokens of 4,096 numbers have 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,17 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
     """Read what `save_embeddings` wrote. Raises UnreadableFileError, also for one flipped bit: a hash is checked."""
     path = Path(path)
     try:
+        if check_regular(path) > MAX_BYTES:
+            raise ValueError("it has more bytes than any embeddings")
+        about = parse_json(_metadata(path)[_KEY])
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
             embeds = file.get_tensor(NAME).clone()
         expected = about.pop(_HASH_KEY)
-        found = PromptEmbeds(embeds, about["text"], about["cut"], about["encoder"], about["dtype"])
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UnreadableFileError(f"{path} holds no prompt embeddings, or is damaged ({error}).") from error
+        if not all(isinstance(about[name], str) for name in _TEXTS):
+            raise ValueError("its metadata is of a wrong kind")
+        found = PromptEmbeds(embeds, *(about[name] for name in _TEXTS))
+    except _UNREADABLE as error:
+        raise UnreadableFileError(f"{path} holds no prompt embeddings, or is damaged ({cut(error)}).") from error
     if embeds.ndim != 2 or 0 in embeds.shape or embeds.dtype != torch.float32:
         raise UnreadableFileError(f"{path} holds embeddings of a wrong shape or kind.")
     if expected != _digest(embeds, about):
@@ -65,10 +73,17 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
 def holds_embeddings(path: Path | str) -> bool:
     """Whether a file says that it holds embeddings; they may be damaged all the same."""
     try:
-        with safe_open(Path(path), framework="pt") as file:
-            return _KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        return _KEY in _metadata(Path(path))
+    except (OSError, ValueError):
         return False
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The texts in a file's header. Raises OSError, ValueError."""
+    entries = read_safetensors_header(path, MAX_BYTES).get("__metadata__", {})
+    if not isinstance(entries, dict) or not all(isinstance(text, str) for text in entries.values()):
+        raise ValueError("its metadata is of a wrong kind")
+    return entries
 
 
 def _digest(embeds: Tensor, about: Mapping[str, str]) -> str:

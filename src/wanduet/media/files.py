@@ -11,11 +11,11 @@ import shutil
 import stat
 import sys
 import time
-import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from wanduet.config import format_bytes
 from wanduet.errors import OutputError, WanduetError
@@ -26,10 +26,12 @@ if sys.platform != "win32":
 PARTIAL_SUFFIX = ".partial"
 NAME_LIMIT = 255  # bytes of a file name on the usual file systems
 STALE_SECONDS = 60.0  # a partial file younger than this may not have been locked yet
-SLUG_BYTES = 64
 # Names that Windows keeps for devices, with any extension.
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+_WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]')
 _HINT = "Choose another place with --output."
+# Windows' virus scanners and indexers hold a new file open for a moment.
+REPLACE_ATTEMPTS, REPLACE_WAIT_SECONDS = 10, 0.1
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -40,6 +42,8 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the disk reported an error",
+    errno.EILSEQ: "the name is not valid",
+    errno.ELOOP: "its symbolic links lead in a circle",
 }
 
 
@@ -49,7 +53,14 @@ class UnreadableFileError(WanduetError):
     code: ClassVar[str] = "unreadable_file"
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
+class SystemRefusal(Protocol):
+    """An error with the system's number and words: OSError, and FFmpeg's own, of which some are no OSError."""
+
+    errno: int | None
+    strerror: str | None
+
+
+def output_error(path: Path, error: SystemRefusal) -> OutputError:
     """What a failed write means, in one sentence."""
     if isinstance(error, FileExistsError | NotADirectoryError):  # some part of the path is a file
         reason = f"{_first_file(path.parent)} is a file, not a folder"
@@ -65,8 +76,8 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
 
     An existing file is fine: it is replaced when the new one is complete. Raises OutputError.
     """
+    check_place(path)
     try:
-        _refuse_special(path)
         folder = path.absolute().parent
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free
@@ -75,7 +86,7 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
                 f"Cannot write {path}: this needs {format_bytes(needed_bytes)}, the disk has {format_bytes(free)} free.",
                 hint="Free some space, or choose another place with --output.",
             )
-        _make_folder(folder)
+        make_folder(folder)
         partial, handle = _create_partial(path)
         os.close(handle)
         partial.unlink()
@@ -83,21 +94,36 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
         raise output_error(path, error) from error
 
 
+def check_place(path: Path, windows: bool = sys.platform == "win32") -> None:
+    """Refuse a path that no file can be written to: names that the system cannot hold, folders, devices,
+    write-protected files. Makes nothing. Raises OutputError.
+    """
+    if windows and (problem := _windows_problem(path)):
+        raise OutputError(f"Cannot write {path}: {problem}.", hint=_HINT)
+    try:
+        _refuse_special(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
 @contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
+def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
     """Yield an empty partial file beside `path`; on success it becomes `path`, on failure it goes away.
 
     The bytes and the folder's entry are on the disk when the block ends. Whoever looks at `path` sees
     the old file or the whole new one, even if the process is killed; a partial file that a killed
-    process left is removed by the next one that writes the same path. Raises OutputError.
+    process left is removed by the next one that writes the same path. `keep_finished` keeps a finished file
+    under another name where `path` cannot be replaced: Windows refuses while a player has it open. The error
+    says which name. Raises OutputError.
     """
+    check_place(path)
     try:
-        _refuse_special(path)
-        _make_folder(path.absolute().parent)
+        make_folder(path.absolute().parent)
         _remove_stale(path)
         partial, lock = _create_partial(path)
     except OSError as error:
         raise output_error(path, error) from error
+    is_kept = False
     try:
         try:
             yield partial
@@ -105,46 +131,32 @@ def atomic_output(path: Path) -> Iterator[Path]:
             os.close(lock)  # before moving or removing: Windows does neither with an open file
         try:
             _sync_file(partial)
-            os.replace(partial, path)
+            _replace(partial, path)
             _sync_folder(path.absolute().parent)
+        except (PermissionError, IsADirectoryError) as error:
+            if not keep_finished:
+                raise output_error(path, error) from error
+            kept, is_kept = _keep_beside(partial, path), True
+            why = "it is a folder now" if path.is_dir() else "another program may have it open"
+            raise OutputError(
+                f"Cannot replace {path}: {why}. The finished file is kept as {kept}.",
+                hint="Rename it once the name is free.",
+            ) from error
         except OSError as error:
             raise output_error(path, error) from error
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if not is_kept:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, keep_finished: bool = False) -> None:
     """Write a whole file through `atomic_output`. Raises OutputError."""
-    with atomic_output(path) as partial:
+    with atomic_output(path, keep_finished=keep_finished) as partial:
         try:
             partial.write_bytes(data)
         except OSError as error:
             raise output_error(path, error) from error
-
-
-def next_free_path(folder: Path, prompt: str, extension: str = ".mp4", taken: Collection[Path] = ()) -> Path:
-    """`folder/a-red-circle.mp4`, or `-2`, `-3`, ... where that exists or is in `taken`.
-
-    `taken` holds the paths of jobs that have not written yet.
-    """
-    slug = slugify(prompt)
-    number = 1
-    while True:
-        path = folder / (f"{slug}{extension}" if number == 1 else f"{slug}-{number}{extension}")
-        if path not in taken and not os.path.lexists(path):
-            return path
-        number += 1
-
-
-def slugify(text: str) -> str:
-    """A file name from a prompt: letters and digits of any script, joined by `-`; `video` if none is left."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
-    cut = "-".join(words).encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
-    if len(words) > 1 and len(cut.encode()) > SLUG_BYTES - 4 and "-" in cut:
-        cut = cut.rpartition("-")[0]  # no half word at the end
-    slug = cut.strip("-")
-    return f"{slug}-video" if _RESERVED.fullmatch(slug) else slug or "video"
 
 
 def _refuse_special(path: Path) -> None:
@@ -167,11 +179,50 @@ def _refuse_special(path: Path) -> None:
         raise OutputError(f"Cannot write {path}: a write-protected file has that name.", hint=_HINT)
 
 
+def _windows_problem(path: Path) -> str | None:
+    """What keeps Windows from holding a name: it would write to a device, or to a stream of another file."""
+    for part in path.parts:
+        if part == path.anchor or part in (".", ".."):
+            continue
+        if character := _WINDOWS_REFUSES.search(part):
+            return f"Windows does not allow {character[0]!r} in a name"
+        if part != part.rstrip(". "):
+            return "Windows does not allow a name that ends with a dot or a space"
+        if RESERVED.fullmatch(part.partition(".")[0].rstrip()):
+            return f"Windows keeps the name {part!r} for a device"
+    return None
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Give a finished file its name; Windows refuses while others look at the file that has it, so try for a while."""
+    attempts = REPLACE_ATTEMPTS if sys.platform == "win32" else 1
+    for left in reversed(range(attempts)):
+        try:
+            os.replace(partial, path)
+            return
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(REPLACE_WAIT_SECONDS)
+
+
+def _keep_beside(partial: Path, path: Path) -> Path:
+    """Name a finished file that cannot have its own name: `clip-2.mp4` for `clip.mp4`, or leave it as it is."""
+    free = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    kept = next(candidate for candidate in free if not os.path.lexists(candidate))
+    try:
+        os.rename(partial, kept)
+    except OSError:
+        return partial
+    return kept
+
+
 def _first_file(folder: Path) -> Path:
     return next((p for p in reversed((folder, *folder.parents)) if p.exists() and not p.is_dir()), folder)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, on the disk when this returns. Raises OSError."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for created in missing:

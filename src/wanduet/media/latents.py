@@ -13,9 +13,11 @@ from torch import Tensor
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError, write_atomically
 from wanduet.media.read import has_metadata, read_metadata
+from wanduet.untrusted import check_regular, cut
 
 NAME = "latents"
 HASH_KEY = "latents_sha256"
+MAX_BYTES = 8 * 2**30  # four hours of 1080p have 8 GiB
 _HINT = "Latents are kept by --save-latents; another program's must be one tensor named latents."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +33,7 @@ def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any])
     tensor = latents.detach().cpu().contiguous()
     signed = {**metadata, HASH_KEY: _digest(tensor, metadata)}
     header = {provenance.KEY: provenance.to_json(signed)}  # one entry: safetensors shuffles several
-    write_atomically(Path(path), safetensors.torch.save({NAME: tensor}, header))
+    write_atomically(Path(path), safetensors.torch.save({NAME: tensor}, header), keep_finished=True)
 
 
 def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
@@ -42,15 +44,17 @@ def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
     that hold NaN or infinity.
     """
     path = Path(path)
-    foreign = not has_metadata(path)
+    foreign = not has_metadata(path)  # reads the header; what is no plain file goes no further
     metadata = {} if foreign else read_metadata(path)
     try:
+        if check_regular(path) > MAX_BYTES:
+            raise UnreadableFileError(f"{path} has more bytes than any latents.", hint=_HINT)
         # Copies: Windows neither removes nor replaces a file that is still mapped.
         tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise UnreadableFileError(f"{path} is damaged ({error}).") from error
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory for so much
+        raise UnreadableFileError(f"{path} is damaged ({cut(error)}).") from error
     if set(tensors) != {NAME}:
-        names = ", ".join(sorted(tensors)[:5]) or "nothing"
+        names = cut(", ".join(sorted(tensors)[:5])) or "nothing"
         raise UnreadableFileError(f"{path} holds {names}, not latents.", hint=_HINT)
     latents = tensors[NAME]
     if foreign and latents.ndim == 5 and latents.shape[0] == 1:  # as diffusers' pipelines give them

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from wanduet.request import ResolvedRequest
+from wanduet.untrusted import parse_json
 
 SCHEMA_VERSION = 1
 KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, that holds the JSON
 TITLE_LENGTH = 120
+MAX_LENGTH = 4 * 2**20  # characters of JSON; prompts and warnings of ours have some thousand
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
+    **dict.fromkeys(("rungs", "warnings", "hardware"), list),
+    **dict.fromkeys(("attention", "created_at", "digest"), str | None),
+}
 _PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -91,10 +98,22 @@ def to_json(provenance: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """What `to_json` wrote. Raises ValueError for anything else."""
-    value = json.loads(text)
+    """What `to_json` wrote; its known entries are of the kinds that `make_provenance` gives them. Raises ValueError for
+    anything else: anybody may have written it."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"it has {len(text)} characters")
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
+    wrong = [name for name, kind in _KINDS.items() if name in value and not isinstance(value[name], kind)]
+    if wrong:
+        raise ValueError(f"its {wrong[0]} is of a wrong kind")
+    numbers = value.get("timings", {}).values()
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ValueError("its timings are no numbers")
+    words = [word for name in ("rungs", "warnings") for word in value.get(name, ())]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("its rungs and warnings are no texts")
     return value
 
 

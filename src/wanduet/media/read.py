@@ -1,11 +1,12 @@
 """Videos that wanduet wrote, read back: frames, facts, hashes, metadata."""
 
 import hashlib
-import json
-import struct
+import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import av
 from wanduet.media import provenance
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.files import UnreadableFileError
+from wanduet.untrusted import cut, open_regular, read_safetensors_header
 
 # Only files of these kinds, and nothing that they point to: a playlist could name any file or address.
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,matroska,webm"}
-_HEADER_LIMIT = 100 * 2**20  # what safetensors itself allows
+# A file of latents or embeddings has one tensor, and a prompt in its metadata.
+_HEADER_LIMIT = 16 * 2**20
+# A file of which so much is read without one picture holds none; raw pictures of the largest size have 0.8 GiB.
+_MOST_WITHOUT_A_PACKET = 2**30
 
 # libavutil's numbers by the names that ffprobe shows.
 _PRIMARIES = {1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020"}
@@ -40,9 +45,10 @@ def read_frames(path: Path | str) -> Iterator[Frame]:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         convert: ToRGB | None = None
-        for frame in container.decode(stream):
-            convert = convert or ToRGB(frame)
-            yield convert(frame)
+        for packet in _packets(container):
+            for frame in packet.decode():
+                convert = convert or ToRGB(frame)
+                yield convert(frame)
 
 
 def probe(path: Path | str) -> dict[str, Any]:
@@ -51,7 +57,7 @@ def probe(path: Path | str) -> dict[str, Any]:
     with _open_video(path) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        count = sum(1 for packet in container.demux(stream) if packet.size)
+        count = sum(1 for packet in _packets(container) if packet.size)
         fps = stream.average_rate or stream.guessed_rate  # neither is known of a damaged file
         return {
             "container": container.format.name,
@@ -94,7 +100,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     try:
         return provenance.from_json(text)
     except ValueError as error:
-        raise UnreadableFileError(f"{path}: its {provenance.KEY} metadata is damaged ({error}).") from error
+        raise UnreadableFileError(f"{path}: its {provenance.KEY} metadata is damaged ({cut(error)}).") from error
 
 
 def has_metadata(path: Path) -> bool:
@@ -109,18 +115,11 @@ def has_metadata(path: Path) -> bool:
 def _safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, without its tensors. Raises UnreadableFileError."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_LIMIT:
-                raise ValueError("the header is too long")
-            header = json.loads(file.read(length))
+        return read_safetensors_header(path, _HEADER_LIMIT)
     except OSError as error:
         raise UnreadableFileError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, struct.error) as error:
-        raise UnreadableFileError(f"{path} is no safetensors file, or damaged ({error}).") from error
-    if not isinstance(header, dict):
-        raise UnreadableFileError(f"{path} is no safetensors file: its header is no JSON object.")
-    return header
+    except ValueError as error:
+        raise UnreadableFileError(f"{path} is no safetensors file, or damaged ({cut(error)}).") from error
 
 
 def _header_tag(path: Path) -> str | None:
@@ -135,14 +134,48 @@ def _video_tag(path: Path) -> str | None:
         return next((v for k, v in container.metadata.items() if k.lower() == provenance.KEY), None)
 
 
+class _Bounded(io.BufferedIOBase):
+    """A file that fails once much of it was read in vain: a gap of terabytes takes no room on the disk."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+        self.left = _MOST_WITHOUT_A_PACKET
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = self._file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(0, f"{_MOST_WITHOUT_A_PACKET} bytes of it hold no picture")
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _packets(container: Any) -> Iterator[Any]:
+    """The packets of the video's stream, and the last, empty one that makes a decoder give what it still holds."""
+    for packet in container.demux(container.streams.video[0]):
+        container.file.file.left = _MOST_WITHOUT_A_PACKET
+        yield packet
+
+
 @contextmanager
 def _open_video(path: Path) -> Iterator[Any]:
     """The opened container; whatever goes wrong while it is read becomes UnreadableFileError."""
     try:
-        with path.open("rb") as file, av.open(file, "r", options=_OPEN_OPTIONS) as container:
+        with open_regular(path) as file, av.open(_Bounded(file), "r", options=_OPEN_OPTIONS) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise UnreadableFileError(f"{path} holds no video that can be read.")
             yield container
     except (OSError, ValueError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UnreadableFileError(f"Cannot read {path}: {reason}.") from error
+        raise UnreadableFileError(f"Cannot read {path}: {cut(reason)}.") from error

@@ -20,7 +20,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from wanduet.errors import InvalidRequestError
+from wanduet.errors import InvalidRequestError, OutputError
 from wanduet.media import provenance
 from wanduet.media.codecs import (
     CHROMA_SITE,
@@ -201,7 +201,7 @@ class VideoWriter:
             self._encode_all()
         except _AbortedError:
             return
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:
             self._error = output_error(self.path, error)
             self._error.__cause__ = error
         except BaseException as error:
@@ -218,7 +218,7 @@ class VideoWriter:
         return item
 
     def _encode_all(self) -> None:
-        with atomic_output(self.path) as partial:
+        with atomic_output(self.path, keep_finished=True) as partial:
             encoder = _Encoder(partial, self._container, self.spec, self._tags)
             try:
                 while (frame := self._take()) is not None:
@@ -235,6 +235,8 @@ class VideoWriter:
                 encoder.discard()
                 raise
             num_bytes = partial.stat().st_size
+            if not num_bytes:
+                raise OutputError(f"Cannot write {self.path}: the encoder wrote nothing.", hint="Try another --codec.")
         self._result = WrittenVideo(self.path, self._count, num_bytes, self._encode_s, self._waited_s)
 
 
@@ -256,7 +258,8 @@ class _Encoder:
             options["movflags"] = "+faststart+use_metadata_tags"
         self._time_base = Fraction(1, spec.fps)
         self._convert = ToVideoFrame(spec.height, spec.width, codec)
-        self._output = av.open(str(path), "w", format=container, container_options=options)
+        # FFmpeg takes what stands before a colon for a protocol (`file:`, `12:`), but not in an absolute path.
+        self._output = av.open(str(path.absolute()), "w", format=container, container_options=options)
         self._output.metadata.update(tags)
         self._stream = self._output.add_stream(codec.encoder, rate=spec.fps, options=spec.options)
         context = self._stream.codec_context

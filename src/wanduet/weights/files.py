@@ -5,7 +5,7 @@ more host memory than what is asked for.
 """
 
 import hashlib
-import json
+import math
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wanduet.errors import WeightsError
+from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular, read_safetensors_header
 
 if TYPE_CHECKING:  # configs and headers are read, and refused, before torch is imported
     import torch
     from torch import Tensor
 
-HEADER_LIMIT = 100 * 2**20  # what safetensors itself allows
+HEADER_LIMIT = MAX_HEADER_BYTES
+# Bits of one number, by the names that safetensors has.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 # Bytes hashed at each of a file's sampled places for the fingerprint.
 SAMPLE_BYTES = 65536
 SAMPLES = 16
@@ -43,7 +53,11 @@ class TensorFiles:
         self.name, self.paths = name, tuple(paths)
         self.tensors: dict[str, TensorInfo] = {}
         for path in self.paths:
-            self.tensors.update(_tensors_of(path))
+            found = _tensors_of(path)
+            if twice := sorted(set(found) & set(self.tensors)):
+                files = f"{self.tensors[twice[0]].file} and {path}"
+                raise WeightsError(f"The {name}'s {_some(twice)} stand in two files: {files}.", hint=_HINT)
+            self.tensors.update(found)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -61,7 +75,7 @@ class TensorFiles:
                     for name in wanted:
                         yield name, file.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{path} is damaged: {error}.", hint=_HINT) from error
+                raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=_HINT) from error
 
     def read(self, names: Collection[str], dtype: "torch.dtype") -> "dict[str, Tensor]":
         """Copies of the named tensors in `dtype`; nothing stays mapped. Raises WeightsError for a missing one."""
@@ -84,7 +98,7 @@ class TensorFiles:
                 # Not `get_slice`: each slice of its costs some bytes for good (safetensors 0.8). This is mapped too.
                 return file.get_tensor(name)[torch.tensor(rows, dtype=torch.long)].to(dtype)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{self.tensors[name].file} is damaged: {error}.", hint=_HINT) from error
+            raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=_HINT) from error
 
     def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:
         """Fill tensors that have their memory already, one by one; dtype and device are the targets'.
@@ -150,7 +164,7 @@ _POINTER = b"version https://git-lfs"
 def check_pointer(path: Path) -> None:
     """Raises WeightsError for what git leaves in place of a large file where Git LFS is not installed."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
     except OSError:
         return
@@ -166,42 +180,59 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises OSError, or ValueError for a file that is damaged or of another kind.
     """
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError("the file is too short")
-        (length,) = struct.unpack("<Q", start)
-        if length > HEADER_LIMIT:
-            raise ValueError("the header is too long")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
-    return header
+    return read_safetensors_header(path, HEADER_LIMIT)
 
 
 def _tensors_of(path: Path) -> dict[str, TensorInfo]:
-    """The entries of a file's header, checked against its size."""
+    """The entries of a file's header, checked against each other and against the file's size."""
     check_pointer(path)
     try:
         header = read_header(path)
-        size = path.stat().st_size
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        with path.open("rb") as file:
+        size = check_regular(path)
+        with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        tensors = {
-            name: TensorInfo(path, tuple(int(side) for side in entry["shape"]), str(entry["dtype"]))
-            for name, entry in entries.items()
-        }
+        tensors: dict[str, TensorInfo] = {}
+        places: list[tuple[int, int, str]] = []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            info, begin, end = _entry(path, name, entry)
+            tensors[name] = info
+            places.append((begin, end, name))
+        last = _require_side_by_side(places)
     except OSError as error:
         raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=_HINT) from error
-    except (ValueError, LookupError, TypeError, RecursionError, struct.error) as error:
-        raise WeightsError(f"{path} is no safetensors file, or damaged ({error}).", hint=_HINT) from error
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise WeightsError(f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=_HINT) from error
+    end = 8 + length + last
     if size != end:
         raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=_HINT)
     return tensors
 
 
+def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+    """What a header says of one tensor, and the first byte and the one after its last. Raises ValueError and others."""
+    shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if len(shape) > 16 or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
+        raise ValueError(f"{cut(name)} has a shape or a place that is none")
+    bits = _BITS.get(dtype)
+    if bits is None:
+        raise ValueError(f"{cut(name)} is of the kind {cut(repr(dtype))}, which is not known")
+    if 8 * (end - begin) != bits * math.prod(shape):
+        raise ValueError(f"{cut(name)} does not have as many bytes as its shape needs")
+    return TensorInfo(path, tuple(shape), dtype), begin, end
+
+
+def _require_side_by_side(places: list[tuple[int, int, str]]) -> int:
+    """Tensors that neither share bytes nor leave some out; where the last ends. Raises ValueError."""
+    last = 0
+    for begin, end, name in sorted(places):
+        if begin != last:
+            raise ValueError(f"{cut(name)} overlaps another tensor, or there is a gap before it")
+        last = end
+    return last
+
+
 def _some(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(cut(name) for name in names[:most]) + more

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -20,6 +20,7 @@ from wanduet.specs import (
     TransformerSpec,
     VAESpec,
 )
+from wanduet.untrusted import cut, parse_json, read_file
 from wanduet.weights.files import TensorFiles, check_pointer
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -33,6 +34,12 @@ CLASSES = {
 _KINDS = "wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout."
 DEFAULTS_FILE = "generation_defaults.json"
 MANIFEST_FILE = "manifest.json"
+
+# What a config may ask for. A published model has 40 layers at most and a vocabulary of 256,384; a config that asks for
+# 10**9 would be planned, and built without memory, for days.
+LARGEST = 2**20
+MOST = {"num_layers": 256, "num_res_blocks": 64, "dim_mult": 64, "patch_size": 16, "z_dim": 1024}
+MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
 
 Spec = TypeVar("Spec")
 
@@ -125,9 +132,12 @@ class ModelFolder:
         """What identifies the text encoder and its tokenizer."""
         config = json.dumps(self.config("text_encoder"), sort_keys=True)
         digest = hashlib.sha256((self.text_encoder.fingerprint() + config).encode())
-        for path in sorted(self.tokenizer.iterdir()):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+        try:
+            for path in sorted(self.tokenizer.iterdir()):
+                if path.is_file():
+                    digest.update(os.fsencode(path.name) + read_file(path))
+        except OSError as error:
+            raise ModelNotFoundError(f"{self.tokenizer} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
     def config(self, component: str) -> dict[str, Any]:
@@ -147,7 +157,7 @@ class ModelFolder:
         names = given if isinstance(given, list) else [given]
         if given and not set(map(str, names)) & CLASSES[component]:
             raise ModelNotFoundError(
-                f"{self.path / component / 'config.json'}: this is a {_short(names[0])}, which wanduet does not run.",
+                f"{self.path / component / 'config.json'}: this is a {cut(names[0])}, which wanduet does not run.",
                 hint=_KINDS,
             )
 
@@ -187,12 +197,12 @@ def check_pipeline(path: Path, shown: str) -> None:
     name = index.get("_class_name", PIPELINES[0])
     if name not in PIPELINES:
         raise ModelNotFoundError(
-            f"{shown} is a {_short(name)}; wanduet runs a WanPipeline (text to video) only.", hint=_KINDS
+            f"{shown} is a {cut(name)}; wanduet runs a WanPipeline (text to video) only.", hint=_KINDS
         )
     for part in ("transformer_2", "image_encoder"):
         value = index.get(part)
         if isinstance(value, list) and any(item is not None for item in value):
-            raise ModelNotFoundError(f"{path}: {part} is not supported ({_short(name)}).", hint=_KINDS)
+            raise ModelNotFoundError(f"{path}: {part} is not supported ({cut(name)}).", hint=_KINDS)
 
 
 def _layout_hint(path: Path) -> str:
@@ -205,10 +215,6 @@ def _layout_hint(path: Path) -> str:
         model = cache_folder_id(path) or f"Wan-AI/{path.name}"
         return f"It is in the official layout. The same weights in the layout wanduet reads: {diffusers_name(model)}"
     return "A folder that diffusers' WanPipeline can load is what is needed."
-
-
-def _short(name: object) -> str:
-    return str(name)[:80]
 
 
 def _first(path: Path) -> list[Path]:
@@ -230,7 +236,7 @@ def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, An
         spec = read(config)
         problems = [_problem(f.name, getattr(spec, f.name), f.default) for f in fields(spec)]  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelNotFoundError(f"{path} is not understood: {error}.") from error
+        raise ModelNotFoundError(f"{path} is not understood: {cut(error)}.") from error
     if found := [problem for problem in problems if problem]:
         raise ModelNotFoundError(f"{path} is not understood: {'; '.join(found)}.")
     return spec
@@ -268,16 +274,21 @@ def _problem(name: str, value: object, default: object) -> str | None:
         kind = type(default[0])
         if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
             return f"{name} must be a list of {kind.__name__}"
+        if len(value) > (MOST_FLOATS if kind is float else MOST_ENTRIES):
+            return f"{name} has too many entries: {len(value)}"
         numbers = [] if kind is bool else list(value)
         lowest = None if kind is float else 1
     elif isinstance(default, bool) or not isinstance(default, int | float):
-        return None if type(value) is type(default) else f"{name} must be of type {type(default).__name__}"
+        if type(value) is not type(default):
+            return f"{name} must be of type {type(default).__name__}"
+        return f"{name} is too long" if isinstance(value, str) and len(value) > MOST_CHARACTERS else None
     else:
         if type(value) not in _allowed(type(default)):
-            return f"{name} must be a number, not {value!r}"
+            return f"{name} must be a number, not {cut(repr(value))}"
         numbers, lowest = [value], 0 if isinstance(default, float) else 1
-    if any(not math.isfinite(n) or (lowest is not None and n < lowest) for n in numbers):
-        return f"{name}={value!r} is out of range"
+    most = MOST.get(name, LARGEST)
+    if any(not -most <= n <= most or (lowest is not None and n < lowest) for n in numbers):
+        return f"{name}={cut(repr(value))} is out of range"
     return None
 
 
@@ -289,11 +300,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelNotFoundError, WeightsError for a Git LFS pointer in its place."""
     check_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_file(path).decode("utf-8"), finite=False)
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path} is missing.", hint="The folder must be in the Diffusers layout.") from None
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error}.") from error
+        raise ModelNotFoundError(f"{path} cannot be read: {cut(getattr(error, 'strerror', None) or error)}.") from error
     if not isinstance(value, dict):
         raise ModelNotFoundError(f"{path} is no JSON object.")
     return value

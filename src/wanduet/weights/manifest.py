@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wanduet.errors import WeightsError
+from wanduet.untrusted import check_regular, cut, open_regular
 
 CHUNK = 8 * 2**20
 THREADS = 4  # hashing lets go of the interpreter; more files at once than this only make a disk seek
@@ -80,7 +81,10 @@ def find_damaged(
     states: dict[str, str] = {}
     bad: set[str] = set()
     for name, expected in hashes.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise WeightsError(f"The hashes of {folder} name {cut(name)!r}, which is not in it.", hint=_HINT)
         try:
+            check_regular(folder / name)
             stat = (folder / name).stat()
         except FileNotFoundError:
             bad.add(name)
@@ -143,7 +147,7 @@ class _StoppedError(Exception):
 
 def _hash(path: Path, algorithm: str, start: bytes = b"", count: Callable[[int], None] | None = None) -> str:
     digest = hashlib.new(algorithm, start, usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             if count is not None:

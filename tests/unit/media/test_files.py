@@ -6,7 +6,7 @@ import pytest
 
 from wanduet.errors import OutputError
 from wanduet.media import files
-from wanduet.media.files import atomic_output, check_writable, next_free_path, slugify, write_atomically
+from wanduet.media.files import atomic_output, check_writable, write_atomically
 
 
 def names(folder) -> list[str]:
@@ -196,38 +196,3 @@ def test_longest_legal_name_can_be_written(tmp_path) -> None:
     check_writable(path)
     write_atomically(path, b"x")
     assert names(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "slug"),
-    [
-        ("A red circle, moving left!", "a-red-circle-moving-left"),
-        ("  ../../etc/passwd", "etc-passwd"),
-        ("一只猫 在草地上", "一只猫-在草地上"),
-        ("Füße", "füße"),
-        ("!!!", "video"),
-        ("", "video"),
-        ("CON", "con-video"),
-        ("com1", "com1-video"),
-        ("x" * 500, "x" * 64),
-        ("\ud800 broken", "broken"),
-    ],
-)
-def test_slug(prompt, slug) -> None:
-    assert slugify(prompt) == slug
-
-
-def test_slug_is_short_and_ends_with_a_whole_word() -> None:
-    slug = slugify("the quick brown fox jumps over the lazy dog and then it runs away from everything")
-    assert slug == "the-quick-brown-fox-jumps-over-the-lazy-dog-and-then-it-runs"
-    assert len(slugify("猫" * 100).encode()) <= 64
-
-
-def test_next_free_path_counts_up(tmp_path) -> None:
-    assert next_free_path(tmp_path, "A cat").name == "a-cat.mp4"
-    (tmp_path / "a-cat.mp4").write_bytes(b"")
-    assert next_free_path(tmp_path, "A cat").name == "a-cat-2.mp4"
-    (tmp_path / "a-cat-2.mp4").symlink_to(tmp_path / "nowhere")
-    assert next_free_path(tmp_path, "A cat").name == "a-cat-3.mp4"
-    assert next_free_path(tmp_path, "A cat", taken={tmp_path / "a-cat-3.mp4"}).name == "a-cat-4.mp4"
-    assert next_free_path(tmp_path / "new", "A cat", ".mkv") == tmp_path / "new" / "a-cat.mkv"
