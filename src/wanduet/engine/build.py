@@ -29,7 +29,7 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.without_memory import without_memory
 from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.devices import on_device_of, prepare_allocator
+from wanduet.ops.devices import MEMORY_LIMITS, on_device_of, prepare_allocator
 from wanduet.ops.fused import Kernels
 from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
@@ -79,7 +79,6 @@ class Models:
     def __init__(self, config: EngineConfig) -> None:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
-        torch.backends.cudnn.allow_tf32 = config.tf32
         self._denoiser: Denoiser | None = None
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
@@ -279,6 +278,7 @@ class Models:
         if self._vae is None:
             with without_memory():
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
+            vae.tf32 = self.config.tf32
             self._enforce_limit(torch.device(device))
             for part in vae.decoding_parts:  # the encoder stays without memory
                 part.to(kind).to_empty(device=device)
@@ -307,7 +307,7 @@ class Models:
             self._vae.channels_last()
             if self.config.tf32:
                 self._vae.round_to_tf32()
-        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim))
+        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32))
 
     def _vae_to_host(self) -> None:
         if self._vae is not None:
@@ -341,13 +341,13 @@ class Models:
         self._loader.shutdown(wait=True)
         self._denoiser = self._vae = self._text = self._loading = None
         release_memory()
+        MEMORY_LIMITS.let_go(self)
 
     def _enforce_limit(self, device: torch.device) -> None:
         """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the ladder is walked."""
         prepare_allocator(device)
-        if self.config.vram_limit is not None and device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.vram_limit / total), device)
+        if device.type == "cuda":
+            MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
 
     def _host_memory(self, plan: Plan) -> HostMemory:
         """Where blocks wait that are not on the device."""

@@ -30,9 +30,14 @@ def preload(models: "Models", job: Job, pool: Executor) -> "Future[Denoiser]":
     Imports come after the loading: most of what they do keeps the interpreter to itself.
     """
     SHORT_TURNS.begin()
-    loaded = pool.submit(models.load_denoiser, job)
-    fitted = pool.submit(_fit, models, job, loaded)
-    pool.submit(_prepare_rest, models, job, loaded, fitted)
+    try:
+        loaded = pool.submit(models.load_denoiser, job)
+        fitted = pool.submit(_fit, models, job, loaded)
+        rest = pool.submit(_prepare_rest, models, job, loaded, fitted)
+    except RuntimeError:  # the pool is closed
+        SHORT_TURNS.end()
+        raise
+    rest.add_done_callback(lambda _: SHORT_TURNS.end())  # also where it was cancelled before it began
     return fitted
 
 
@@ -54,19 +59,17 @@ def _prepare_rest(models: "Models", job: Job, loaded: "Future[Denoiser]", fitted
         _prepare_vae_kernels(models, job)
     except Exception as error:
         log.info("The decode's kernels could not be made ready beforehand: %s", error)
-    finally:
-        SHORT_TURNS.end()
 
 
 def _prepare_vae_kernels(models: "Models", job: Job) -> None:
     """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
     plan, request = job.plan, job.request
     device, dtype = torch.device(plan.vae_device), getattr(torch, plan.vae_dtype)
-    kernels = vae_kernels_to_compile(device)
+    kernels = vae_kernels_to_compile(device, plan.tf32)
     if kernels is None:
         return
     size = (request.generated_height, request.generated_width)
     compile_decode(models.spec.vae, *size, plan.decode, dtype, kernels)
     if plan.keep_both:  # else what they are tried on may have no room beside the transformer
         with on_device_of(device):
-            vae_kernels_for(device, dtype, models.spec.vae.base_dim)
+            vae_kernels_for(device, dtype, models.spec.vae.base_dim, plan.tf32)
