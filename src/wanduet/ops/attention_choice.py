@@ -93,12 +93,28 @@ def choose_attention(
         table = stamped(measure(exact, device, shape, dtype), device)
         write_table(cache_folder, key, table)
     timed = {row.name: row.milliseconds for row in table if row.usable and row.milliseconds is not None}
-    best = found[min(timed, key=lambda name: timed[name])] if timed else SDPA
+    best = found.get(_fastest(table), SDPA)
     log.info("attention for %s: %s of %s", shape, best.name, timed)
     for row in table:
         if not row.usable:
             _say_unused(row, found[row.name], best.name, known)
     return _choice(best, table)
+
+
+def remembered(
+    device: torch.device, shape: Shape, dtype: torch.dtype, cache_folder: Path
+) -> tuple[str, tuple[Timing, ...]] | None:  # fmt: skip
+    """What `choose_attention` would take from memory: the name and the table. None where it would measure."""
+    exact = [backend for backend in available_backends(device).values() if backend.exact]
+    table = read_table(cache_folder, _cache_key(device, shape, dtype, exact))
+    if table is None or not holds(table, device):
+        return None
+    return _fastest(table), table
+
+
+def _fastest(table: tuple[Timing, ...]) -> str:
+    timed = {row.name: row.milliseconds for row in table if row.usable and row.milliseconds is not None}
+    return min(timed, key=lambda name: timed[name]) if timed else SDPA.name
 
 
 def measured(

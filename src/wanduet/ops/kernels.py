@@ -44,7 +44,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
         return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype, heads=heads, head_dim=head_dim)
 
     kernels = _trusted("Triton's kernels", faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype], PLAIN_COSTS)
-    if kernels is TORCH_KERNELS or not _has_quack(device, dtype):
+    if kernels is TORCH_KERNELS or not has_quack(device, dtype):
         return kernels
 
     def faster_products() -> tuple[Kernels, float]:
@@ -99,7 +99,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _has_quack(device: torch.device, dtype: torch.dtype) -> bool:
+def has_quack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether quack-kernels is there, which flash-attn-4 brings, and has products for that GPU."""
     if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
         return False

@@ -106,7 +106,7 @@ def test_memory_is_planned_for_the_kernels_that_will_run(monkeypatch, device, gp
 
 def test_quack_s_products_are_taken_if_they_are_right(monkeypatch, caplog) -> None:
     offered(monkeypatch, right := dataclasses.replace(TORCH_KERNELS, name="triton"))
-    monkeypatch.setattr(kernels, "_has_quack", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "has_quack", lambda device, dtype: True)
     monkeypatch.setattr(
         quack_products, "_product", lambda x, weight, bias, out, activation, plain: plain(x, weight, bias, out)
     )
