@@ -19,7 +19,8 @@ from wanduet.errors import DoesNotFitError
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.parallel.mesh import ONE_DEVICE, Layout, choose_layout
 from wanduet.request import ResolvedRequest
-from wanduet.specs import ModelSpec
+from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.weights.files import MAPPED_BYTES
 
 BlockHold = Literal["pinned", "mapped"]
 
@@ -255,7 +256,10 @@ def _plan(
     devices = _device_plans(place, on_transformer, on_vae, config)
 
     text_dtype, hold = text_encoder_choice(memory.spec, config)
-    host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
+    text = text_encoder_bytes(memory.spec, text_dtype, hold)
+    host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if hold == "resident" else 0)
+    if config.model not in RANDOM_SPECS:
+        host += memory.loading_host(dtype)
     host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype, place.vae.name)
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
     if not place.transformer.is_cpu:

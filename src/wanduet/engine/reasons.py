@@ -48,7 +48,7 @@ class Explained:
     def choices(self) -> tuple[Choice, ...]:
         """Of a whole job."""
         plan = self.plan
-        found = (
+        found: tuple[Choice, ...] = (
             Choice("strategy", plan.strategy, self._strategy()),
             Choice("transformer_dtype", plan.transformer_dtype, self._transformer_dtype()),
             self._vae_dtype(),

@@ -83,7 +83,8 @@ def convolutions_use_tf32() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:  # the program has used the newer setting, for convolutions alone
-        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+        conv = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - PyTorch's annotations lack it
+        return bool(conv.fp32_precision == "tf32")
 
 
 def _change_convolutions(tf32: bool) -> Undo:
@@ -92,7 +93,7 @@ def _change_convolutions(tf32: bool) -> Undo:
     try:
         before: bool = torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        return _set_newer(torch.backends.cudnn.conv, "tf32" if tf32 else "ieee")
+        return _set_newer(getattr(torch.backends.cudnn, "conv"), "tf32" if tf32 else "ieee")  # noqa: B009
     torch.backends.cudnn.allow_tf32 = tf32
     return lambda: setattr(torch.backends.cudnn, "allow_tf32", before)
 
