@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.config import EngineConfig
 from wanduet.engine import selftest
-from wanduet.engine.hardware import process_peak_bytes
 from wanduet.engine.job import Job
 from wanduet.engine.memory import ModelMemory
+from wanduet.engine.peaks import PeakMemory, look
 from wanduet.engine.plan import Plan
 from wanduet.engine.preload import preload
 from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
@@ -56,6 +56,8 @@ class Denoiser:
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
+    loaded_at: float = field(default_factory=time.perf_counter)
+    fitted_at: float = 0.0  # when that was chosen
 
     def attend_with(self, choice: Choice) -> None:
         """Use that attention from the next forward on."""
@@ -84,6 +86,7 @@ class Models:
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._loading: Future[Denoiser] | None = None
         self._group: Group | None = None
+        self.peaks = PeakMemory()
         self._loader = ThreadPoolExecutor(2, "wanduet-load")
         self._turns: dict[str, threading.RLock] = {}  # one user of a device at a time
         self._guard = threading.Lock()
@@ -155,10 +158,13 @@ class Models:
         """The transformer, on its device for the length of the block, set up for the job's shapes."""
         plan = job.plan
         with self._turn(plan.transformer_device), on_device_of(torch.device(plan.transformer_device)):
+            began = time.perf_counter()
             denoiser = self._ready_denoiser(job)
             if not plan.keep_both:
                 self._vae_to_host()
             self.fit_to(denoiser, job)
+            if denoiser.fitted_at > began:  # in this job's time
+                job.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
             yield denoiser
 
     def _ready_denoiser(self, job: Job) -> Denoiser:
@@ -217,6 +223,7 @@ class Models:
             kernels = kernels_for(denoiser.device, denoiser.dtype, *heads)
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
+            denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
         denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=job.plan.share_first)
         denoiser.attend_with(choice)
@@ -291,9 +298,11 @@ class Models:
                 self.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
                 selftest.check_vae(vae)
             self._vae = vae
+            loaded = time.perf_counter()
             self._fit_vae_to(torch.device(device), kind)
             if job is not None:
-                job.add_time("load_s", time.perf_counter() - began)
+                job.add_time("load_s", loaded - began)
+                job.add_time("prepare_s", time.perf_counter() - loaded)
         moved = self._vae.post_quant_conv.weight.device != torch.device(device)
         for part in self._vae.decoding_parts:
             part.to(device, kind)
@@ -326,14 +335,8 @@ class Models:
         release_memory()
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak bytes by device: what the allocator reserved on GPUs, the process's resident memory on the host."""
-        peaks = {"cpu": process_peak_bytes()}
-        if torch.cuda.is_available():
-            for index in range(torch.cuda.device_count()):
-                reserved = torch.cuda.max_memory_reserved(index)
-                if reserved:
-                    peaks[f"cuda:{index}"] = reserved
-        return peaks
+        """Peak bytes by device since a job last began: what the allocator reserved on GPUs, the process's resident memory on the host."""
+        return look()
 
     def unload(self) -> None:
         """Drop everything."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from wanduet.config import EngineConfig
 from wanduet.engine.denoising import DenoiseTask
 from wanduet.engine.job import Event, Job
+from wanduet.engine.peaks import add_up, join
 from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
@@ -53,6 +54,9 @@ class Group:
             elif isinstance(message, Denoised):
                 job.attention = message.attention
                 job.rungs.extend(message.rungs)
+                join(job.rank_peaks, message.peaks)
+                job.add_time("prepare_s", message.prepare_s)
+                job.add_time("denoise_s", -message.prepare_s)
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
                 self._denoised = message.latents
@@ -63,6 +67,7 @@ class Group:
         there = latents is self._denoised
         self._ranks.send(Assignment(job.plan, job.request, DecodeTask(None if there else latents)))
         waiting: dict[int, list[DecodedRows]] = {}
+        last: dict[int, dict[str, int]] = {}  # peaks of each rank, by where its rows begin
         done = 0
         for frame in range(latents.shape[1]):
             parts = waiting.setdefault(frame, [])
@@ -71,6 +76,8 @@ class Group:
                 if isinstance(message, DecodedRows):
                     waiting.setdefault(message.frame, []).append(message)
             parts.sort(key=lambda part: part.rows.start)
+            last.update((part.rows.start, part.peaks) for part in parts)
+            join(job.rank_peaks, add_up(list(last.values())))
             picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
             done += len(picture)
             job.emit(Event("decode", done, job.request.num_frames, index))

@@ -16,7 +16,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import OnStep, Watch
 
 Phase = Literal["load", "encode", "denoise", "decode", "done", "failed"]
-TIMING_NAMES = ("load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+TIMING_NAMES = ("load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,9 @@ class VideoResult:
 class JobResult:
     """A finished job: its videos, how long each phase took, what it used.
 
+    Seconds: `load_s` may pass beside `encode_s`. `prepare_s` is what the job waited for kernels to be compiled and attention
+    to be measured; both are kept, so it is long once on a machine.
+
     No videos: the latents are on the disk, and another worker decodes them.
     """
 
@@ -90,6 +93,7 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
     attention: str | None = None  # the back end that was used
+    rank_peaks: dict[str, int] = field(default_factory=dict)  # bytes by device that processes of a group had at most
     denoised: dict[str, Any] | None = None  # the provenance of latents that were found, and not made by this job
     created: float = field(default_factory=time.perf_counter)
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)

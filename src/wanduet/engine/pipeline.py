@@ -148,6 +148,7 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
+        self.models.peaks.begin(job.id)
         latents = generate.kept_latents(self.models, job)
         if latents is not None:  # neither text encoder nor transformer is needed
             self._decode_here(job, latents)
@@ -207,8 +208,9 @@ class Engine:
 
     def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
         job.timings["total_s"] = time.perf_counter() - job.created
+        peaks = self.models.peaks.end(job.id, job.rank_peaks)
         self._forget(job)
-        job.succeed(JobResult(videos, dict(job.timings), self.models.peak_memory(), tuple(job.warnings)))
+        job.succeed(JobResult(videos, dict(job.timings), peaks, tuple(job.warnings)))
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
         """Do a stage's work for a job; an error ends that job and leaves the stage ready for the next."""
@@ -224,5 +226,6 @@ class Engine:
 
     def _forget(self, job: Job) -> None:
         self._open.discard(job)
+        self.models.peaks.forget(job.id)
         self._videos.pop(job.id, None)
         self._held.pop(job.id, None)

@@ -258,6 +258,7 @@ def _plan(
     text_dtype, hold = text_encoder_choice(memory.spec, config)
     text = text_encoder_bytes(memory.spec, text_dtype, hold)
     host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if hold == "resident" else 0)
+    host += len(place.ranks) * HOST_BASE_BYTES  # processes of their own
     if config.model not in RANDOM_SPECS:
         host += memory.loading_host(dtype)
     host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype, place.vae.name)

@@ -45,10 +45,12 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
     job.attention = about.get("attention")
+    models.peaks.begin(job.id)
     try:
         video = generate.decode_video(models, job, 0, latents)
         job.timings["total_s"] = sum(job.timings.values())
-        return JobResult((video,), dict(job.timings), models.peak_memory(), tuple(job.warnings))
+        peaks = models.peaks.end(job.id, job.rank_peaks)
+        return JobResult((video,), dict(job.timings), peaks, tuple(job.warnings))
     finally:
         models.unload()  # a group of ranks, where there is one
 
