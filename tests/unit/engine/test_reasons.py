@@ -331,7 +331,7 @@ def test_every_sentence_of_a_decode_s_plan_is_true(memories) -> None:
         size = (480, 832, 81)
         for mode in faster:
             needed = weights + case.memory.decode(size, mode, "float32", plan.vae_device)
-            assert needed > plan.devices[0].limit_bytes
+            assert needed * (1 + planning.LATER_JOBS_SHARE) > plan.devices[0].limit_bytes
 
 
 @pytest.fixture
