@@ -47,6 +47,11 @@ class Engine:
     """Runs requests on this machine. Models are loaded at the first job and kept until `close`.
 
     Use as a context manager, or call `close`; jobs still running then are cancelled.
+
+    Of the process's settings, those of float32 precision and the allocator's share are set around the work and put back.
+    What stays: PyTorch's CUDA allocator may grow its blocks, and, unless they are set, variables of the environment that
+    say where flash-attn-4 and quack keep kernels (FLASH_ATTENTION_CUTE_DSL_CACHE_*, QUACK_CACHE_DIR). A job that begins
+    resets PyTorch's and the system's counters of peak memory.
     """
 
     def __init__(self, config: EngineConfig, hardware: Hardware | None = None) -> None:
