@@ -454,11 +454,12 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(tools, "detect", lambda: hardware)
     assert wanduet("doctor", "--json").json["gpus"][0]["attention_measured"] == []
     shape = attention_choice.Shape(64, 64, 2, 16)
-    with pytest.warns(RuntimeWarning, match="wrong"):
-        attention_choice.choose_attention(
-            torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements"
-        )
-    (seen,) = wanduet("doctor", "--json").json["gpus"][0]["attention_measured"]
+    attention_choice.choose_attention(
+        torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements"
+    )
+    doctor = wanduet("doctor", "--json").json
+    assert any("wrong is not used on cpu: wrong result" in line for line in doctor["advice"])
+    (seen,) = doctor["gpus"][0]["attention_measured"]
     assert seen["queries x keys x heads x channels"] == "64 x 64 x 2 x 16"
     assert sorted(seen["milliseconds"]) == sorted(seen["error"]) == ["other", "sdpa"]
     assert "wrong result" in seen["dropped"]["wrong"]

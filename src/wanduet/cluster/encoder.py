@@ -53,7 +53,7 @@ class Encoder:
         if models.folder is None:
             raise WanduetError(f"{config.model} has no text encoder.")
         self._spec = models.spec
-        dtype, _, _ = text_encoder_choice(models.spec, config)
+        dtype, _ = text_encoder_choice(models.spec, config)
         hold = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
         self._encoder = CachedPromptEncoder(models.folder, dtype, hold, config.data_folder / "embeddings")
         self._store = ClusterStore(

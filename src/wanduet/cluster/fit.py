@@ -118,7 +118,7 @@ class Fitter:
         if self._config.model in RANDOM_SPECS:
             return 0.0, inf
         spec, cores = self._memory.spec, min(node.cpu_count, MOST_CORES)
-        dtype, hold, _ = text_encoder_choice(spec, self._config)
+        dtype, hold = text_encoder_choice(spec, self._config)
         read, work = encode_seconds(spec, dtype, hold)
         beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
         if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
@@ -128,7 +128,7 @@ class Fitter:
 
     def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
         """How an encoder of its own holds the weights: in memory where there is enough of it."""
-        dtype, hold, _ = text_encoder_choice(self._memory.spec, self._config)
+        dtype, hold = text_encoder_choice(self._memory.spec, self._config)
         needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, dtype, "resident")
         roomy = self._config.text_encoder_hold == "auto" and needed < RESIDENT_SHARE * host_bytes
         return "resident" if roomy else hold

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,10 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks
 from wanduet.config import EngineConfig
 from wanduet.engine import selftest
-from wanduet.engine.hardware import process_peak_bytes
 from wanduet.engine.job import Planned
 from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
+from wanduet.engine.peaks import PeakMemory, look
 from wanduet.engine.plan import Plan
 from wanduet.engine.preload import Loading, Targets
 from wanduet.engine.random_weights import randomise
@@ -30,7 +30,7 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.without_memory import without_memory
 from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.devices import on_device_of, prepare_allocator
+from wanduet.ops.devices import MEMORY_LIMITS, on_device_of, prepare_allocator
 from wanduet.ops.fused import Kernels
 from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
@@ -55,6 +55,8 @@ class Denoiser:
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
+    loaded_at: float = field(default_factory=time.perf_counter)
+    fitted_at: float = 0.0  # when that was chosen
 
     def attend_with(self, choice: Choice) -> None:
         """Use that attention from the next forward on."""
@@ -85,8 +87,8 @@ class Models:
     def __init__(self, config: EngineConfig) -> None:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
-        torch.backends.cudnn.allow_tf32 = config.tf32
         self.locks = Locks()
+        self.peaks = PeakMemory()
         self._loading = Loading()
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
@@ -159,12 +161,16 @@ class Models:
     @contextmanager
     def transformer(self, work: Planned) -> Iterator[Denoiser]:
         """The transformer, on its device for the length of the block, set up for the job's shapes."""
-        device = torch.device(work.plan.transformer_device)
-        with self.locks.take(work.plan.transformer_device), on_device_of(device):
+        plan = work.plan
+        device = torch.device(plan.transformer_device)
+        with self.locks.take(plan.transformer_device), on_device_of(device):
+            began = time.perf_counter()
             denoiser = self._ready_denoiser(work)
-            if not work.plan.keep_both:
+            if not plan.keep_both:
                 self._vae_to_host(device)
             self.fit_to(denoiser, work)
+            if denoiser.fitted_at > began:  # in this job's time
+                work.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
             yield denoiser
 
     def _ready_denoiser(self, work: Planned) -> Denoiser:
@@ -238,6 +244,7 @@ class Models:
             kernels = kernels_for(denoiser.device, denoiser.dtype, *heads)
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
+            denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
         denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=work.plan.share_first)
         denoiser.attend_with(choice)
@@ -299,6 +306,7 @@ class Models:
         if self._vae is None:
             with without_memory():
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
+            vae.tf32 = self.config.tf32
             self._enforce_limit(torch.device(device))
             for part in vae.decoding_parts:  # the encoder stays without memory
                 part.to(kind).to_empty(device=device)
@@ -311,9 +319,11 @@ class Models:
                 self.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
                 selftest.check_vae(vae)
             self._vae = vae
+            loaded = time.perf_counter()
             self._fit_vae_to(torch.device(device), kind)
             if work is not None:
-                work.add_time("load_s", time.perf_counter() - began)
+                work.add_time("load_s", loaded - began)
+                work.add_time("prepare_s", time.perf_counter() - loaded)
         moved = self._vae.post_quant_conv.weight.device != torch.device(device)
         for part in self._vae.decoding_parts:
             part.to(device, kind)
@@ -327,7 +337,7 @@ class Models:
             self._vae.channels_last()
             if self.config.tf32:
                 self._vae.round_to_tf32()
-        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim))
+        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32))
 
     def _vae_to_host(self, device: torch.device) -> None:
         """Take the VAE off a device, which this thread has locked: so nobody decodes there. On another one it may be
@@ -341,14 +351,8 @@ class Models:
     # Housekeeping.
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak bytes by device: what the allocator reserved on GPUs, the process's resident memory on the host."""
-        peaks = {"cpu": process_peak_bytes()}
-        if torch.cuda.is_available():
-            for index in range(torch.cuda.device_count()):
-                reserved = torch.cuda.max_memory_reserved(index)
-                if reserved:
-                    peaks[f"cuda:{index}"] = reserved
-        return peaks
+        """Peak bytes by device since a job last began: what the allocator reserved on GPUs, the process's resident memory on the host."""
+        return look()
 
     def stop_loading(self) -> None:
         """Let a load under way end as soon as it can; what waits for it fails with CancelledError. `unload` follows."""
@@ -366,13 +370,13 @@ class Models:
         del vae
         with suppress(RuntimeError):
             release_models()
+        MEMORY_LIMITS.let_go(self)
 
     def _enforce_limit(self, device: torch.device) -> None:
         """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the ladder is walked."""
         prepare_allocator(device)
-        if self.config.vram_limit is not None and device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.vram_limit / total), device)
+        if device.type == "cuda":
+            MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
 
     def _host_memory(self, plan: Plan) -> HostMemory:
         """Where blocks wait that are not on the device."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from wanduet.config import EngineConfig
 from wanduet.engine.denoising import DenoiseTask
 from wanduet.engine.job import Event, Planned, Video
+from wanduet.engine.peaks import add_up, join
 from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
@@ -64,6 +65,9 @@ class Group:
                 for event in message.rungs:
                     if event not in video.rungs:  # a group that was started again repeats them
                         video.note(event)
+                join(job.rank_peaks, message.peaks)
+                video.add_time("prepare_s", message.prepare_s)
+                video.add_time("denoise_s", -message.prepare_s)
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
                 video.add_time("denoise_s", message.seconds_of_others)
@@ -76,6 +80,7 @@ class Group:
         task = DecodeTask(None if there else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
+        last: dict[int, dict[str, int]] = {}  # peaks of each rank, by where its rows begin
         done = 0
         for frame in range(latents.shape[1]):
             parts = waiting.setdefault(frame, [])
@@ -85,6 +90,8 @@ class Group:
                 if isinstance(message, DecodedRows):
                     waiting.setdefault(message.frame, []).append(message)
             parts.sort(key=lambda part: part.rows.start)
+            last.update((part.rows.start, part.peaks) for part in parts)
+            join(video.job.rank_peaks, add_up(list(last.values())))
             picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
             done += len(picture)
             video.job.emit(Event("decode", done, video.request.num_frames, video.index))

@@ -15,6 +15,7 @@ from wanduet.errors import ConfigError
 CUDA_CONTEXT_BYTES = 600 * 2**20
 MOST_DEVICES = 64  # of one host
 SMALLEST_DEVICE = 64 * 2**20
+ASSUMED = "assumed"  # the name of a host and its devices that are not here
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,11 @@ class Hardware:
                 return device
         has = ", ".join((*(d.name for d in self.devices), "cpu")) if self.devices else "only cpu"
         raise ConfigError(f"There is no device {name!r}; this machine has {has}.")
+
+    @property
+    def assumed(self) -> bool:
+        """Whether it is not this machine's, but what somebody described (`parse_hardware`)."""
+        return self.host == ASSUMED
 
     @property
     def cpu(self) -> DeviceInfo:
@@ -106,9 +112,9 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
             sizes += [_device_bytes(match[2])] * count
     # 8.6 is the RTX 3090's generation, the least the project promises to run on.
     devices = (
-        DeviceInfo(f"cuda:{i}", "assumed", size, size - CUDA_CONTEXT_BYTES, (8, 6), 82) for i, size in enumerate(sizes)
+        DeviceInfo(f"cuda:{i}", ASSUMED, size, size - CUDA_CONTEXT_BYTES, (8, 6), 82) for i, size in enumerate(sizes)
     )
-    return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, "assumed")
+    return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED)
 
 
 def _device_bytes(text: str) -> int:

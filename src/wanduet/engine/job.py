@@ -16,7 +16,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import OnStep, Watch
 
 Phase = Literal["load", "encode", "denoise", "decode", "done", "failed"]
-TIMING_NAMES = ("load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+TIMING_NAMES = ("load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,9 @@ class VideoResult:
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """A finished job: its videos, how long each phase took, what it used.
+
+    Seconds: `load_s` may pass beside `encode_s`. `prepare_s` is what the job waited for kernels to be compiled and attention
+    to be measured; both are kept, so it is long once on a machine.
 
     No videos: the latents are on the disk, and another worker decodes them.
     """
@@ -122,6 +125,7 @@ class Job:
     elsewhere: Callable[[], bool] | None = None  # asked when latents are kept: whether another worker decodes them
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     warnings: list[str] = field(default_factory=list)
+    rank_peaks: dict[str, int] = field(default_factory=dict)  # bytes by device that processes of a group had at most
     created: float = field(default_factory=time.perf_counter)
     videos: "tuple[Video, ...]" = field(init=False)
     _timings: "Timings" = field(default_factory=lambda: Timings())  # of what is done once for all videos

@@ -19,6 +19,7 @@ from wanduet.models.vae_rows import DecodePlan
 from wanduet.ops.kernels import planned_vae_kernels, plans_fused_kernels
 from wanduet.parallel.mesh import ONE_DEVICE, Layout
 from wanduet.specs import ModelSpec
+from wanduet.weights.files import MAPPED_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
 Size = tuple[int, int, int]  # generated height, generated width, frames
@@ -28,6 +29,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WORKSPACE_BYTES = 56 * 2**20
 # Of a frame's pixels: what x264 holds of frames that are under way in its threads (whole_job_*.json, "host_gib", by size).
 VIDEO_ENCODER_BYTES = 400
+# Of the host, while weights are read: what is mapped of their files at a time, float32 as they may be.
+MAPPED_ITEM = 4
 # Blocks on their way to or on the device beside the resident ones (accelerate/offload.py).
 STREAM_BUFFERS = 2
 
@@ -90,6 +93,14 @@ class ModelMemory:
         """Bytes of the whole transformer that computes in `dtype`."""
         return sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
 
+    def loading_host(self, dtype: str) -> int:
+        """Bytes of the host while the transformer's weights are read, beside where they go: what is mapped of their
+        files, and one tensor on its way to another dtype."""
+        shapes = self.transformer_shapes.values()
+        largest = max(map(prod, shapes))
+        mapped = max(largest * MAPPED_ITEM, min(MAPPED_BYTES, sum(map(prod, shapes)) * MAPPED_ITEM))
+        return mapped + largest * DTYPE_BYTES[dtype]
+
     def vae_weights(self, dtype: str) -> int:
         """Bytes of the VAE's decoder: its encoder is not loaded to make a video of a text."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
@@ -125,14 +136,15 @@ def text_positions(text: str, text_len: int) -> int:
 
 
 def text_encoder_bytes(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> int:
-    """Host bytes of the text encoder: all of it, or one layer at a time with its float32 source."""
+    """Host bytes of the text encoder: all of it, or one layer at a time with what is mapped of its files meanwhile."""
     t, item = spec.text_encoder, DTYPE_BYTES[dtype]
     inner = t.num_heads * t.d_kv
     layer = 4 * t.d_model * inner + 3 * t.d_model * t.d_ff  # parameters
     if hold == "resident":
         return (t.num_layers * layer + t.vocab_size * t.d_model) * item
+    mapped = max(t.d_model * max(inner, t.d_ff) * MAPPED_ITEM, min(MAPPED_BYTES, layer * MAPPED_ITEM))
     activations = 12 * spec.text_len * max(t.d_ff, t.d_model) * 4
-    return layer * (item + 4) + activations
+    return layer * item + mapped + activations
 
 
 def _parameter_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:

@@ -62,6 +62,11 @@ class Engine:
     """Runs requests on this machine. Models are loaded at the first job and kept until `close`.
 
     Use as a context manager, or call `close`; jobs still running then are cancelled.
+
+    Of the process's settings, those of float32 precision and the allocator's share are set around the work and put back.
+    What stays: PyTorch's CUDA allocator may grow its blocks, and, unless they are set, variables of the environment that
+    say where flash-attn-4 and quack keep kernels (FLASH_ATTENTION_CUTE_DSL_CACHE_*, QUACK_CACHE_DIR). A job that begins
+    resets PyTorch's and the system's counters of peak memory.
     """
 
     def __init__(self, config: EngineConfig, hardware: Hardware | None = None) -> None:
@@ -185,6 +190,7 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
+        self.models.peaks.begin(job.id)
         latents = generate.kept_latents(self.models, job)
         if latents is not None:  # neither text encoder nor transformer is needed
             self._decode_here(job, latents)
@@ -256,7 +262,8 @@ class Engine:
 
     def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
         job.add_time("total_s", time.perf_counter() - job.created)
-        result = JobResult(videos, job.timings, self.models.peak_memory(), tuple(job.warnings))
+        peaks = self.models.peaks.end(job.id, job.rank_peaks)
+        result = JobResult(videos, job.timings, peaks, tuple(job.warnings))
         self._forget(job)
         job.succeed(result)
 
@@ -284,5 +291,6 @@ class Engine:
             release_memory()
 
     def _forget(self, job: Job) -> None:
+        self.models.peaks.forget(job.id)
         with self._guard:
             self._open.pop(job, None)

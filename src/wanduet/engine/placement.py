@@ -16,12 +16,11 @@ SEQUENCE_COST = 1.06  # what the exchanges of a shared sequence add
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where transformer and VAE run, and why; `ranks` are the devices of strategy `parallel`."""
+    """Where transformer and VAE run; `ranks` are the devices of strategy `parallel`."""
 
     strategy: StrategyName
     transformer: DeviceInfo
     vae: DeviceInfo
-    why: str
     ranks: tuple[DeviceInfo, ...] = ()
 
     @property
@@ -43,21 +42,18 @@ def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement
         first, second = hardware.device(vae or transformer or ""), hardware.device(transformer or vae or "")
         shared = first.name == second.name and not first.is_cpu
         strategy: StrategyName = "single" if shared else "placed"
-        return (Placement(strategy, second, first, "the devices' roles were named"),)
+        return (Placement(strategy, second, first),)
     if config.strategy == "placed" and len(devices) == 1:
         if not devices[0].is_cpu:
             raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
-        return (Placement("placed", devices[0], devices[0], "asked for; the CPU stands for both devices"),)
+        return (Placement("placed", devices[0], devices[0]),)
     alone = sorted(devices, key=lambda d: (d.multiprocessors, d.free_bytes), reverse=True)
     if config.strategy == "single" or len(devices) == 1:
-        why = "asked for" if config.strategy == "single" else f"{alone[0].name} is the only device"
-        return tuple(Placement("single", device, device, why) for device in alone)
-    why = "VAE and transformer each have a device of their own"
-    placed = tuple(Placement("placed", transformer, vae, why) for transformer, vae in _pairs(devices))
+        return tuple(Placement("single", device, device) for device in alone)
+    placed = tuple(Placement("placed", transformer, vae) for transformer, vae in _pairs(devices))
     if config.strategy == "placed":
         return placed
-    why = "the other devices are too small for a part of the work"
-    return placed + tuple(Placement("single", device, device, why) for device in alone)
+    return placed + tuple(Placement("single", device, device) for device in alone)
 
 
 def _pairs(devices: tuple[DeviceInfo, ...]) -> tuple[tuple[DeviceInfo, DeviceInfo], ...]:
@@ -90,13 +86,12 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
             )
         return None
     if asked_for:
-        return Placement("parallel", devices[0], devices[0], "asked for", devices)
+        return Placement("parallel", devices[0], devices[0], devices)
     if len({(d.model, d.capability, d.total_bytes) for d in devices}) > 1 or not (
         request.uses_guidance or devices[0].is_cpu
     ):
         return None  # unlike cards: each gets the part that suits it
-    why = f"{len(devices)} equal devices denoise one video together: each branch of the guidance on its own"
-    return Placement("parallel", devices[0], devices[0], why, devices)
+    return Placement("parallel", devices[0], devices[0], devices)
 
 
 def pairs_up(rates: tuple[float, ...]) -> bool:

@@ -9,32 +9,28 @@ from typing import Any, Literal
 
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
 from wanduet.engine.candidates import DECODE_MODES, bulk, candidates
-from wanduet.engine.cost import Seconds, decode_seconds, predict_seconds, rate
+from wanduet.engine.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
 from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
+from wanduet.engine.reasons import Choice, Explained
 from wanduet.engine.smaller import alternatives
 from wanduet.errors import DoesNotFitError
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.parallel.mesh import ONE_DEVICE, Layout, choose_layout
 from wanduet.request import ResolvedRequest
-from wanduet.specs import ModelSpec
+from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.weights.files import MAPPED_BYTES
 
 BlockHold = Literal["pinned", "mapped"]
 
 # Kept free on every device beside what is predicted: other programs and allocator fragmentation.
 HEADROOM_BYTES = 192 * 2**20
+# By so much an engine's later jobs may exceed its first: the allocator's memory is no longer empty, and what stays between
+# jobs (the VAE, workspaces) lies among what comes and goes. Seen on an H200: 0.5 to 0.9 %.
+LATER_JOBS_SHARE = 0.01
 # Python, PyTorch and its libraries, frames on their way to the encoder.
 HOST_BASE_BYTES = 1200 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One thing the plan decided, and why."""
-
-    setting: str
-    value: Any
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +104,8 @@ def make_plan(
     request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, *, nearest: bool = True
 ) -> Plan:
     """Choose. Returns a plan with `fits=False` if nothing does, and the nearest settings that do unless told not to."""
-    plan = _fastest_that_fits(request, memory, config, hardware)
+    plan, refused = _fastest_that_fits(request, memory, config, hardware)
+    plan = replace(plan, choices=Explained(plan, request, memory.spec, config, hardware, refused).choices())
     if plan.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
@@ -116,7 +113,7 @@ def make_plan(
     for other in alternatives(request, config, memory.spec, hardware):
         if other.kind in found or (other.kind == "both" and found) or (only_mode and other.kind != "mode"):
             continue  # one of each kind, the least painful
-        candidate = _fastest_that_fits(other.request, memory, other.config, hardware)
+        candidate, _ = _fastest_that_fits(other.request, memory, other.config, hardware)
         if candidate.fits:
             told = {"predicted_peak_bytes": candidate.predicted_peak_bytes}
             found[other.kind] = other.change | told | {"predicted_seconds": round(candidate.seconds.total, 1)}
@@ -134,19 +131,21 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
         needed = weights + memory.decode(size, mode, dtype, device.name)
         return _device_plan(device, "vae", {"denoise": 0, "decode": needed}, config)
 
-    tried = ((mode, on_device(mode)) for mode in DECODE_MODES)
+    seconds = decode_seconds(request, memory.spec, device)
+    fastest_first = sorted(DECODE_MODES, key=lambda mode: cut_seconds(request, seconds, mode))
+    tried = ((mode, on_device(mode)) for mode in fastest_first)
     mode, held = next(
         ((mode, one) for mode, one in tried if one.peak <= one.limit_bytes),
         (DECODE_MODES[-1], on_device(DECODE_MODES[-1])),
     )
     host = HOST_BASE_BYTES + (held.peak if device.is_cpu else 0) + memory.decode_host(size, mode, dtype, device.name)
     host_limit = min(config.ram_limit or hardware.host_total_bytes, hardware.host_free_bytes)
-    text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
-    return Plan(
+    text_dtype, hold = text_encoder_choice(memory.spec, config)
+    plan = Plan(
         strategy="single",
         transformer_device=device.name,
         vae_device=device.name,
-        transformer_dtype=_transformer_dtype(config, device)[0],
+        transformer_dtype=_transformer_dtype(config, device),
         vae_dtype=dtype,
         text_encoder_dtype=text_dtype,
         text_encoder_hold=hold,
@@ -159,13 +158,11 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
         devices=(held,),
         host_bytes=host,
         host_limit_bytes=host_limit,
-        choices=(
-            Choice("vae_dtype", dtype, "the reference; bfloat16 decodes faster at a small loss"),
-            Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
-        ),
-        seconds=Seconds(0.0, decode_seconds(request, memory.spec, device)),
+        choices=(),
+        seconds=Seconds(0.0, seconds),
         fits=held.peak <= held.limit_bytes and host <= host_limit,
     )
+    return replace(plan, choices=Explained(plan, request, memory.spec, config, hardware).choices_of_decode())
 
 
 def require_fit(plan: Plan, request: ResolvedRequest) -> None:
@@ -186,32 +183,37 @@ def require_fit(plan: Plan, request: ResolvedRequest) -> None:
     raise DoesNotFitError(f"{size} does not fit: {where}.", hint=hint)
 
 
-def _fastest_that_fits(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """The first candidate that fits, or the one that lacks least."""
+def _fastest_that_fits(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware
+) -> tuple[Plan, tuple[Plan, ...]]:
+    """The first candidate that fits, or the one that lacks least; and those of placements that come before it in vain."""
+    refused: list[Plan] = []
     if config.strategy in ("auto", "parallel"):
         shared = parallel_placement(request, config, hardware)
         if shared is not None:
             plan = _parallel_plan(request, memory, config, hardware, shared)
             if plan.fits or config.strategy == "parallel":
-                return plan
-    refused: list[Plan] = []
+                return plan, ()
+            refused.append(plan)
+    alone: list[Plan] = []
     for place in find_placements(config, hardware):
         plan = _fastest_of(request, memory, config, hardware, place)
         if plan.fits:
-            return plan
-        refused.append(plan)
-    return min(refused, key=lambda plan: sum(max(0, d.peak - d.limit_bytes) for d in plan.devices))
+            return plan, (*refused, *alone)
+        alone.append(plan)
+    least = min(alone, key=lambda plan: sum(max(0, d.peak - d.limit_bytes) for d in plan.devices))
+    return least, (*refused, *(plan for plan in alone if plan is not least))
 
 
 def _fastest_of(
     request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, place: Placement
 ) -> Plan:
     """The first candidate of one placement that fits, or the smallest one."""
-    weights = memory.transformer_weights(_transformer_dtype(config, place.transformer)[0])
+    weights = memory.transformer_weights(_transformer_dtype(config, place.transformer))
     ways = list(candidates(request, memory.spec, place, weights))
     smallest = _plan(request, memory, config, hardware, place, *min(ways, key=bulk))
     all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
-    text_dtype, hold, _ = text_encoder_choice(memory.spec, config)
+    text_dtype, hold = text_encoder_choice(memory.spec, config)
     least = smallest.host_bytes if all_on_host else HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
     if any(d.peak > d.limit_bytes for d in smallest.devices) or least > smallest.host_limit_bytes:
         return smallest  # without a look at all the others
@@ -241,7 +243,7 @@ def _plan(
     layout: Layout = ONE_DEVICE,
 ) -> Plan:
     size = (request.generated_height, request.generated_width, request.num_frames)
-    dtype, dtype_why = _transformer_dtype(config, place.transformer)
+    dtype = _transformer_dtype(config, place.transformer)
     vae_dtype = "float32" if config.vae_dtype == "auto" else config.vae_dtype
     texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
     positions = sorted(text_positions(text, memory.spec.text_len) for text in texts)
@@ -256,8 +258,12 @@ def _plan(
     on_vae = {"denoise": vae_weights if keep_both else 0, "decode": vae_weights + decode}
     devices = _device_plans(place, on_transformer, on_vae, config)
 
-    text_dtype, hold, hold_why = text_encoder_choice(memory.spec, config)
-    host = HOST_BASE_BYTES + text_encoder_bytes(memory.spec, text_dtype, hold)
+    text_dtype, hold = text_encoder_choice(memory.spec, config)
+    text = text_encoder_bytes(memory.spec, text_dtype, hold)
+    host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if hold == "resident" else 0)
+    host += len(place.ranks) * HOST_BASE_BYTES  # processes of their own
+    if config.model not in RANDOM_SPECS:
+        host += memory.loading_host(dtype)
     host += sum(d.peak for d in devices if d.name == "cpu") + memory.decode_host(size, mode, vae_dtype, place.vae.name)
     waiting, layers, on_host = 0, memory.spec.transformer.num_layers, 0
     if not place.transformer.is_cpu:
@@ -268,20 +274,6 @@ def _plan(
     block_hold: BlockHold = "pinned" if host + waiting <= host_limit else "mapped"
     host += waiting if block_hold == "pinned" else transformer.total_weights * min(on_host, 2) // layers
     fits = host <= host_limit and all(d.peak <= d.limit_bytes for d in devices)
-    choices: tuple[Choice, ...] = (
-        Choice("strategy", place.strategy, place.why),
-        Choice("transformer_dtype", dtype, dtype_why),
-        Choice("vae_dtype", vae_dtype, "the reference; bfloat16 decodes faster at a small loss"),
-        Choice("tf32", config.tf32, "TF32 in the VAE's float32 convolutions (GPU only)"),
-        Choice("text_encoder_hold", hold, hold_why),
-        Choice("resident_blocks", resident, _why_resident(resident, memory.spec.transformer.num_layers)),
-        Choice("block_hold", block_hold, _why_hold(block_hold, on_host)),
-        Choice("decode", f"{mode.order}-major, {mode.num_strips} strips", "the fastest that fits"),
-        Choice("keep_both", keep_both, "both models fit together" if keep_both else "they take turns on the device"),
-    )
-    if len(positions) > 1:
-        first = ("shared", "the same for both prompts") if share_first else ("apart", "nothing is kept in between")
-        choices += (Choice("first_self_attention", *first),)
     return Plan(
         strategy=place.strategy,
         transformer_device=place.transformer.name,
@@ -299,7 +291,7 @@ def _plan(
         devices=devices,
         host_bytes=host,
         host_limit_bytes=host_limit,
-        choices=choices,
+        choices=(),
         seconds=predict_seconds(request, memory.spec, place.transformer, place.vae, ranks),
         fits=fits,
     )
@@ -316,8 +308,7 @@ def _parallel_plan(
         request, memory, config, hardware, place, spec.transformer.num_layers, True, True,
         DecodePlan("strip", count), layout,
     )  # fmt: skip
-    shares = Choice("layout", f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}", "exchanges least")
-    return replace(plan, choices=(*plan.choices, shares), ranks=tuple(d.name for d in place.ranks), layout=layout)
+    return replace(plan, ranks=tuple(d.name for d in place.ranks), layout=layout)
 
 
 def _device_plans(
@@ -339,42 +330,26 @@ def _device_plans(
 def _device_plan(device: DeviceInfo, role: str, phases: dict[str, int], config: EngineConfig) -> DevicePlan:
     free = max(0, device.free_bytes - HEADROOM_BYTES)
     limit = free if config.vram_limit is None or device.is_cpu else min(config.vram_limit, free)
+    if not device.is_cpu:
+        phases = {phase: int(size * (1 + LATER_JOBS_SHARE)) for phase, size in phases.items()}
     return DevicePlan(device.name, role, {"encode": 0} | phases, limit)
 
 
-def _transformer_dtype(config: EngineConfig, device: DeviceInfo) -> tuple[str, str]:
+def _transformer_dtype(config: EngineConfig, device: DeviceInfo) -> str:
     if config.transformer_dtype != "auto":
-        return config.transformer_dtype, "asked for"
+        return config.transformer_dtype
     if device.is_cpu:
-        return "float32", "a CPU without bfloat16 matrix units is faster in float32"
-    if device.capability and not device.has_bfloat16:
-        return "float16", "this GPU has no bfloat16 matrix units"
-    return "bfloat16", "the model's own precision; norms, modulation and residuals stay float32"
+        return "float32"
+    return "bfloat16" if device.has_bfloat16 else "float16"
 
 
-def text_encoder_choice(spec: ModelSpec, config: EngineConfig) -> tuple[str, Literal["resident", "streamed"], str]:
-    """What the text encoder computes in, how its weights are held, and why so."""
+def text_encoder_choice(spec: ModelSpec, config: EngineConfig) -> tuple[str, Literal["resident", "streamed"]]:
+    """What the text encoder computes in, and how its weights are held."""
     # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
     small = text_encoder_bytes(spec, "float32", "resident") < GIB
     dtype = config.text_encoder_dtype
     if dtype == "auto":
         dtype = "float32" if small else "bfloat16"
     if config.text_encoder_hold != "auto":
-        return dtype, config.text_encoder_hold, "asked for"
-    if small:
-        return dtype, "resident", "it is small"
-    return dtype, "streamed", "read layer by layer from the file: never more than 3 GiB of host memory"
-
-
-def _why_hold(hold: BlockHold, on_host: int) -> str:
-    if not on_host:
-        return "no block waits on the host"
-    return (
-        "page-locked: copies run beside the computation"
-        if hold == "pinned"
-        else "host memory is short: from a scratch file"
-    )
-
-
-def _why_resident(resident: int, layers: int) -> str:
-    return "all blocks fit" if resident == layers else "the others are streamed from host memory"
+        return dtype, config.text_encoder_hold
+    return dtype, "resident" if small else "streamed"

@@ -17,6 +17,7 @@ from wanduet.config import EngineConfig
 from wanduet.engine.build import Denoiser, Models
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions, Video
+from wanduet.engine.peaks import add_up, look, reset
 from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
@@ -61,6 +62,8 @@ class Denoised:
     latents: Tensor | None  # None: it was cancelled
     attention: str | None
     rungs: tuple[str, ...]
+    peaks: dict[str, int]  # bytes by device, of all ranks
+    prepare_s: float  # of the task's seconds, what the first rank waited for kernels and attention
     seconds_of_others: float = 0.0  # that another job has spent on steps which this one went on from
 
 
@@ -71,6 +74,7 @@ class DecodedRows:
     frame: int
     rows: Rows
     pixels: NDArray[np.uint8]
+    peaks: dict[str, int]  # what this rank had at most so far, in bytes by device
 
 
 def work(rank: Rank, config: EngineConfig) -> None:
@@ -86,6 +90,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
+        reset()
         output = OutputOptions(config.data_folder)
         job = Job(assignment.request, _own_plan(assignment.plan, rank), output, id=assignment.job)
         if assignment.task is None:
@@ -121,7 +126,7 @@ def _denoise(
     checkpoints = Checkpoints(folder, task.digest, atomic_output, task.writer)
     if rank.cancelled():  # while the ranks started, or worked on another task
         if first:
-            rank.report(Denoised(None, None, ()))
+            rank.report(Denoised(None, None, (), look(), 0.0))
         return None
     seconds_of_others = 0.0
     with models.transformer(video) as denoiser, ShownSteps(rank) as shown:
@@ -141,9 +146,23 @@ def _denoise(
             seconds_of_others = denoising.seconds_of_others
         except CancelledError:
             latents = None
+    peaks = add_up(told(_own_peaks(rank)))
     if first:
-        rank.report(Denoised(latents, denoiser.attention, tuple(video.rungs), seconds_of_others))
+        report = Denoised(
+            latents,
+            denoiser.attention,
+            tuple(video.rungs),
+            peaks,
+            video.job.timings["prepare_s"],
+            seconds_of_others,
+        )
+        rank.report(report)
     return latents
+
+
+def _own_peaks(rank: Rank) -> dict[str, int]:
+    """What this process has taken of its device and of the host since its task came."""
+    return {name: size for name, size in look().items() if name in ("cpu", str(rank.device))}
 
 
 class ShownSteps:
@@ -194,6 +213,6 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
 def _decode(rank: Rank, models: Models, job: Job, latents: Tensor, speeds: tuple[float, ...]) -> None:
     with models.vae(job, job.plan.vae_device) as vae:
         for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
-            rank.report(DecodedRows(index, rows, pixels))
+            rank.report(DecodedRows(index, rows, pixels, _own_peaks(rank)))
             if rank.cancelled():
                 break

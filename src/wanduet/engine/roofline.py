@@ -18,6 +18,7 @@ from wanduet.engine.cost import decode_flop, denoise_flop
 from wanduet.engine.job import Job
 from wanduet.engine.memory import DTYPE_BYTES, ModelMemory, text_encoder_bytes
 from wanduet.ops.devices import on_device_of
+from wanduet.ops.precision import EXACT, PRODUCTS
 
 RUNS = 3
 SIDE_GPU, SIDE_CPU = 8192, 2048  # of the square matrices that are multiplied
@@ -99,18 +100,14 @@ def measure_peaks(device: str, dtype: str) -> Peaks:
     on = torch.device(device)
     gpu = on.type != "cpu"
     side, size = (SIDE_GPU, COPY_GPU) if gpu else (SIDE_CPU, COPY_CPU)
-    before = torch.backends.cuda.matmul.allow_tf32
     try:
-        with on_device_of(on):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        with on_device_of(on), PRODUCTS.at("high" if gpu else EXACT):
             matrix = torch.randn(side, side, device=on).to(getattr(torch, dtype))
             flop = 2 * side**3 / _seconds(partial(torch.matmul, matrix, matrix), on)
             source, target = (torch.zeros(size, dtype=torch.uint8, device=on) for _ in range(2))
             return Peaks(flop, 2 * size / _seconds(partial(target.copy_, source), on))
     except torch.OutOfMemoryError:
         return Peaks(float("inf"), float("inf"))  # no room to measure: no floor is known
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -24,7 +24,7 @@ from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
-from wanduet.ops.attention import available_backends
+from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
@@ -45,11 +45,13 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
     job.videos[0].attention = about.get("attention")
+    models.peaks.begin(job.id)
     try:
         video = generate.decode_video(models, job.videos[0], latents)
         timings = job.timings
         timings["total_s"] = sum(timings.values())
-        return JobResult((video,), timings, models.peak_memory(), tuple(job.warnings))
+        peaks = models.peaks.end(job.id, job.rank_peaks)
+        return JobResult((video,), timings, peaks, tuple(job.warnings))
     finally:
         models.unload()  # a group of ranks, where there is one
 
@@ -168,6 +170,7 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
         check_writable(folder / "doctor")
     except OutputError as error:
         problems.append(f"{error.message} Set WANDUET_DATA_DIR to a folder that can be written.")
+    measured_by = {d.name: _attention(torch.device(d.name), folder / "measurements") for d in hardware.gpus}
     return {
         "versions": versions(),
         "cpu": {"model": hardware.host, "count": hardware.cpu_count},
@@ -180,7 +183,7 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
                 "free_bytes": d.free_bytes,
                 "bfloat16": d.has_bfloat16,
                 "attention": list(available_backends(torch.device(d.name))),
-                "attention_measured": _attention(torch.device(d.name), folder / "measurements"),
+                "attention_measured": measured_by[d.name],
             }
             for d in hardware.gpus
         ],
@@ -188,7 +191,7 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
         "triton": importlib.util.find_spec("triton") is not None,
         "data_folder": data_folder,
         "model": _model(config),
-        "advice": problems + _advice(hardware),
+        "advice": problems + _advice(hardware) + _not_used(measured_by),
     }
 
 
@@ -203,6 +206,23 @@ def _attention(device: torch.device, folder: Path) -> list[dict[str, Any]]:
             "dropped": {row.name: row.problem for row in table if not row.usable},
         }
         for (dtype, shape), table in measured(device, folder).items()
+    ]
+
+
+def _not_used(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A sentence for each back end of attention that is installed and failed, on each device."""
+    ours = {backend.name for backend in BACKENDS if backend.package is None}  # PyTorch's own are not for all devices
+    failed = {
+        (device, name): problem
+        for device, rows in tables.items()
+        for row in rows
+        for name, problem in row["dropped"].items()
+        if name not in ours
+    }
+    return [
+        f"Attention back end {name} is not used on {device}: {problem}. It is tried again a day after it failed, or when "
+        "the driver or what is installed has changed."
+        for (device, name), problem in failed.items()
     ]
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from wanduet.config import EngineConfig
 from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
+from wanduet.frontends.libraries_log import handlers
 from wanduet.frontends.options import SETTINGS_FILE, parse_settings
 from wanduet.frontends.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
 from wanduet.untrusted import cut, printable
@@ -156,7 +158,8 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a prompt in any script, on any console
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
+    logging.captureWarnings(True)  # they are libraries'
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads of PyTorch's CPU wheels wait for each other spinning; where another program has their core, one
         # pool of as many threads as cores spins for most of the time. Read when torch is imported.

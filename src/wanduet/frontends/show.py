@@ -11,6 +11,9 @@ from wanduet.untrusted import printable
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
 
+# Libraries are imported at each start; what takes longer is compiled or measured, and kept.
+LONG_PREPARING_S = 10.0
+
 
 def show(value: Mapping[str, Any]) -> None:
     """Print to stdout."""
@@ -52,6 +55,9 @@ def _show_video(console: Console, done: Mapping[str, Any]) -> None:
         console.print(f"Note: {warning}")
     seconds = " · ".join(f"{k.removesuffix('_s')} {v:.1f} s" for k, v in done["timings"].items() if v >= 0.05)
     console.print(f"Times: {seconds}")
+    prepared = done["timings"].get("prepare_s", 0.0)
+    if prepared >= LONG_PREPARING_S:
+        console.print(f"Prepared in {prepared:.0f} s, once on this machine: kernels and what attention takes are kept.")
     for row in done.get("profile", ()):
         line = f"  {row['phase']:<8} {row['seconds']:8.2f} s {row['share']:6.1%}"
         if row.get("floor_s") and row["of_floor"]:

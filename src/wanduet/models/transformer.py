@@ -23,6 +23,7 @@ from wanduet.models.scratch import Scratch
 from wanduet.ops.adjacent import side_by_side
 from wanduet.ops.attention import AttentionFn, sdpa
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
+from wanduet.ops.precision import EXACT, PRODUCTS
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.parallel.sharding import NoSharding, Sharding
 from wanduet.specs import TransformerSpec
@@ -268,6 +269,7 @@ class WanTransformer(nn.Module):
         """The blocks in order, each ready on the device when it is yielded (see accelerate/offload.py)."""
         return self._blocks()
 
+    @PRODUCTS.at(EXACT)
     def prepare_text(self, prompt_embeds: Tensor) -> TextContext:
         """Keys and values of all blocks for `[B, text_len, text_dim]` zero-padded embeddings."""
         true_tokens = prompt_embeds.ne(0).any(dim=-1).any(dim=0).nonzero()
@@ -298,6 +300,7 @@ class WanTransformer(nn.Module):
             rope = self.prepare_rope(latents.shape, latents.device)
         return self.branches(latents, timestep, (text,), rope)[0]
 
+    @PRODUCTS.at(EXACT)
     def branches(self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope) -> list[Tensor]:
         """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
         block's self-attention, which comes before any text is seen, is computed once."""

@@ -33,6 +33,7 @@ from wanduet.models.vae_layers import (
 )
 from wanduet.models.vae_rows import Rows, split_rows
 from wanduet.models.vae_strips import Seam, run_rows
+from wanduet.ops.precision import vae_precision
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
 from wanduet.specs import VAESpec
 
@@ -150,6 +151,8 @@ class WanVAE(nn.Module):
     """Encoder and decoder with the latents' normalisation."""
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
+    tf32: bool | None = None
+    """Whether float32 convolutions on a GPU may use TF32; None: as the process has it (see `ops.precision`)."""
 
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
@@ -173,11 +176,12 @@ class WanVAE(nn.Module):
     def use_kernels(self, kernels: VAEKernels) -> None:
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
         self.kernels = kernels
-        for module in self.modules():
-            if isinstance(module, Upsample):
-                module.use_kernels(kernels)
-            elif isinstance(module, AttentionBlock | CausalConv3d):
-                module.kernels = kernels
+        with vae_precision(self.tf32):  # weights are prepared for it
+            for module in self.modules():
+                if isinstance(module, Upsample):
+                    module.use_kernels(kernels)
+                elif isinstance(module, AttentionBlock | CausalConv3d):
+                    module.kernels = kernels
 
     def channels_last(self) -> None:
         """Lay weights out with channels last; activations follow. What most GPUs' convolutions are fastest in."""
@@ -209,13 +213,15 @@ class WanVAE(nn.Module):
     def decode_trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         """One latent frame `[B, 16, 1, h, w]` (normalised) to the trunk's features `[B, C, 1, h, w]`."""
         mean, std = self._statistics(z)
-        return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
+        with vae_precision(self.tf32):
+            return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
 
     def decode_rows(
         self, mid: Tensor, past: Past, wanted: Rows, above: Seam | None = None, below: Seam | None = None
     ) -> tuple[Tensor, Past]:
         """The trunk's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows. Seams: see `run_rows`."""
-        x, past = run_rows(self.decoder.local_layers, mid, past, Rows.whole(mid.shape[-2]), wanted, above, below)
+        with vae_precision(self.tf32):
+            x, past = run_rows(self.decoder.local_layers, mid, past, Rows.whole(mid.shape[-2]), wanted, above, below)
         return x.clamp(-1.0, 1.0), past
 
     def decode_step(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
@@ -243,6 +249,10 @@ class WanVAE(nn.Module):
 
         The moments are mean and log-variance, not normalised. `strips` cuts the local part by rows.
         """
+        with vae_precision(self.tf32):
+            return self._encode_step(frames, past, strips)
+
+    def _encode_step(self, frames: Tensor, past: Past, strips: int) -> tuple[Tensor, Past]:
         trunk_past, local_pasts = past or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
         layers, features, pasts = cast(list[Layer], self.encoder.local_layers), [], []

@@ -3,25 +3,23 @@
 The measurement is kept in a file, so that only the first start on a machine pays for it (about a second).
 """
 
-import json
 import logging
-import os
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanduet.errors import ConfigError
 from wanduet.ops.attention import SDPA, AttentionFn, AttentionLseFn, Backend, available_backends, plain_with_lse
+from wanduet.ops.attention_cache import Timing, free_bytes, holds, read_all, read_table, stamped, write_table
+from wanduet.ops.kernels import reason_of
+from wanduet.ops.precision import EXACT, PRODUCTS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,8 @@ SUSTAINED_MS, SUSTAINED_ROUNDS = 500.0, 30  # of each, at most
 # A GPU waits so long for launches before it is timed, and longer where that was too short.
 LAUNCH_S, LAUNCH_TRIES = 0.002, 5
 CYCLES_PER_S = 2e9
-CACHE_FILE = "attention.json"
+# What a user loses where a package that is installed cannot be used: on an H100, benchmarks/results/transformer_forward.json.
+COSTS = {"flash-attn-4": "on a Hopper GPU attention takes up to a fifth longer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +54,6 @@ class Shape:
     def timed(self) -> "Shape":
         """The shape that is timed in its place: lengths rounded up to half powers of two, at most `TIMED_TOKENS`."""
         return Shape(_bucket(self.queries), _bucket(self.keys), self.heads, self.head_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What was seen of one back end: median milliseconds, relative error against float32, or why it was dropped."""
-
-    name: str
-    milliseconds: float | None
-    error: float | None
-    problem: str | None = None
-
-    @property
-    def usable(self) -> bool:
-        """Whether it computed the right thing."""
-        return self.problem is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +76,8 @@ def choose_attention(
 ) -> Choice:
     """The fastest exact back end for `shape` on `device`, or the one named by `prefer`.
 
-    Every back end is compared with float32 before it may be chosen; what fails is dropped with a
-    warning. Approximate back ends are chosen only by name. `backends` replaces those that are installed.
+    Every back end is compared with float32 before it may be chosen; what fails is dropped, and the log says so.
+    What was seen is remembered in `cache_folder` (see `attention_cache`). Approximate back ends are chosen only by name. `backends` replaces those that are installed.
     Raises ConfigError if the named one is not there or is wrong here.
     """
     found = available_backends(device) if backends is None else backends
@@ -103,14 +87,34 @@ def choose_attention(
     if len(exact) == 1:
         return _choice(exact[0])
     key = _cache_key(device, shape, dtype, exact)
-    table = _read_cache(cache_folder, key)
-    if table is None:
-        table = measure(exact, device, shape, dtype)
-        _write_cache(cache_folder, key, table)
+    table = read_table(cache_folder, key)
+    known = table is not None and holds(table, device)
+    if table is None or not known:
+        table = stamped(measure(exact, device, shape, dtype), device)
+        write_table(cache_folder, key, table)
     timed = {row.name: row.milliseconds for row in table if row.usable and row.milliseconds is not None}
-    best = found[min(timed, key=lambda name: timed[name])] if timed else SDPA
+    best = found.get(_fastest(table), SDPA)
     log.info("attention for %s: %s of %s", shape, best.name, timed)
+    for row in table:
+        if not row.usable:
+            _say_unused(row, found[row.name], best.name, known)
     return _choice(best, table)
+
+
+def remembered(
+    device: torch.device, shape: Shape, dtype: torch.dtype, cache_folder: Path
+) -> tuple[str, tuple[Timing, ...]] | None:  # fmt: skip
+    """What `choose_attention` would take from memory: the name and the table. None where it would measure."""
+    exact = [backend for backend in available_backends(device).values() if backend.exact]
+    table = read_table(cache_folder, _cache_key(device, shape, dtype, exact))
+    if table is None or not holds(table, device):
+        return None
+    return _fastest(table), table
+
+
+def _fastest(table: tuple[Timing, ...]) -> str:
+    timed = {row.name: row.milliseconds for row in table if row.usable and row.milliseconds is not None}
+    return min(timed, key=lambda name: timed[name]) if timed else SDPA.name
 
 
 def measured(
@@ -121,9 +125,9 @@ def measured(
     found = available_backends(device) if backends is None else backends
     start = _cache_start(device, [backend for backend in found.values() if backend.exact])
     tables = {}
-    for key in _read_all(cache_folder / CACHE_FILE):
+    for key in read_all(cache_folder):
         dtype, _, shape = key.removeprefix(start).partition("|")
-        if key.startswith(start) and (table := _read_cache(cache_folder, key)):
+        if key.startswith(start) and (table := read_table(cache_folder, key)):
             tables[dtype.removeprefix("torch."), shape.replace("x", " x ")] = table
     return tables
 
@@ -140,14 +144,12 @@ def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torc
 
 
 def measure(backends: Sequence[Backend], device: torch.device, shape: Shape, dtype: torch.dtype) -> tuple[Timing, ...]:
-    """Check and time each back end; a warning for each that fails. Fastest first."""
+    """Check and time each back end. Fastest first."""
     rows = []
     for backend in backends:
         row = _check(backend, device, shape, dtype)
         if row.usable:
             row = _time(backend, row, device, shape.timed, dtype)
-        if not row.usable:
-            warnings.warn(f"Attention back end {row.name} is not used: {row.problem}", RuntimeWarning)
         rows.append(row)
     rows = _timed_in_turns(rows, {backend.name: backend for backend in backends}, device, shape.timed, dtype)
     return tuple(sorted(rows, key=_milliseconds))
@@ -161,7 +163,8 @@ def _named(name: str, found: dict[str, Backend], device: torch.device, shape: Sh
         return _choice(backend)
     row = _check(backend, device, shape, dtype)
     if not row.usable:
-        raise ConfigError(f"attention={name!r} does not work here: {row.problem}.", hint="Use auto.")
+        hint = "Free some memory, or use auto." if row.free_bytes is not None else "Use auto."
+        raise ConfigError(f"attention={name!r} does not work here: {row.problem}.", hint=hint)
     return _choice(backend, (row,))
 
 
@@ -173,9 +176,10 @@ def _choice(backend: Backend, table: tuple[Timing, ...] = ()) -> Choice:
 def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
     """Compare with float32 on a short sequence, q, k and v being slices of one buffer as in the model."""
     small = Shape(CHECK_TOKENS, min(shape.keys, CHECK_TOKENS), shape.heads, shape.head_dim)
-    q, k, v = _random_inputs(small, device, dtype)
-    expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
     try:
+        q, k, v = _random_inputs(small, device, dtype)
+        with PRODUCTS.at(EXACT):
+            expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
         error = _relative(backend.attend(q, k, v), expected)
         lse_error = 0.0
         if backend.attend_with_lse is not None:
@@ -183,7 +187,7 @@ def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dt
             error = _worse(error, _relative(out, expected))
             lse_error = (lse.float() - expected_lse).abs().max().item()
     except Exception as problem:  # whatever a kernel's library raises
-        return Timing(backend.name, None, None, _first_line(problem))
+        return _failure(backend, None, problem, device)
     tolerance = EXACT_TOLERANCE[dtype] if backend.exact else APPROXIMATE_TOLERANCE
     if not error <= tolerance:  # also true for NaN
         return Timing(backend.name, None, None, f"wrong result (relative error {error:.1e})")
@@ -200,7 +204,7 @@ def _time(backend: Backend, row: Timing, device: torch.device, shape: Shape, dty
         finite = bool(torch.isfinite(backend.attend(q, k, v)).all())
         times = _timed(backend.attend, (q, k, v), device)
     except Exception as problem:
-        return Timing(backend.name, None, row.error, _first_line(problem))
+        return _failure(backend, row.error, problem, device)
     if not finite:
         return Timing(backend.name, None, row.error, f"not finite at {shape.queries} tokens")
     return Timing(backend.name, statistics.median(times), row.error)
@@ -219,11 +223,14 @@ def _timed_in_turns(
     close = [row for row in rows if row.milliseconds is not None and row.milliseconds <= limit]
     if len(close) < 2:
         return rows
-    qkv = _random_inputs(shape, device, dtype)
     seen: dict[str, list[float]] = {row.name: [] for row in close}
-    for _ in range(min(SUSTAINED_ROUNDS, max(1, round(SUSTAINED_MS / (TIMED_RUNS * limit))))):
-        for name, times in seen.items():
-            times += _timed(backends[name].attend, qkv, device)
+    try:
+        qkv = _random_inputs(shape, device, dtype)
+        for _ in range(min(SUSTAINED_ROUNDS, max(1, round(SUSTAINED_MS / (TIMED_RUNS * limit))))):
+            for name, times in seen.items():
+                times += _timed(backends[name].attend, qkv, device)
+    except torch.OutOfMemoryError:  # another program has taken what was there a moment ago
+        return rows
     medians = {name: statistics.median(times) for name, times in seen.items()}
     return [replace(row, milliseconds=medians.get(row.name, row.milliseconds)) for row in rows]
 
@@ -288,8 +295,30 @@ def _worse(a: float, b: float) -> float:
     return a if a != a or a > b else b  # NaN is worst
 
 
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+def _failure(backend: Backend, error: float | None, problem: Exception, device: torch.device) -> Timing:
+    log.info("Attention back end %s failed.", backend.name, exc_info=problem)
+    short = isinstance(problem, torch.OutOfMemoryError)
+    return Timing(
+        backend.name, None, error, reason_of(problem), free_bytes=free_bytes(device) if short else None
+    )  # fmt: skip
+
+
+def _say_unused(row: Timing, backend: Backend, instead: str, known: bool) -> None:
+    """One sentence; for the user's eyes only where it is news, and no matter of course.
+
+    (PyTorch's own back ends are not for all GPUs and dtypes, and say so by failing.)
+    """
+    news = not known and (backend.package is not None or row.error is not None or "wrong" in (row.problem or ""))
+    costs = COSTS.get(backend.package or "")
+    log.log(
+        logging.WARNING if news else logging.INFO,
+        "Attention back end %s is not used%s: %s. %s runs instead%s.",
+        row.name,
+        " (it is tried again after a day, or when something here has changed)" if known else "",
+        row.problem,
+        instead,
+        f"; {costs}" if costs else "",
+    )
 
 
 def _cache_key(device: torch.device, shape: Shape, dtype: torch.dtype, backends: Iterable[Backend]) -> str:
@@ -301,35 +330,3 @@ def _cache_start(device: torch.device, backends: Iterable[Backend]) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = ",".join(f"{b.name}={b.version}" for b in backends)
     return f"{name}|{versions}|"
-
-
-def _read_all(path: Path) -> dict[str, list[dict[str, Any]]]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_cache(folder: Path | None, key: str) -> tuple[Timing, ...] | None:
-    """None if nothing usable is kept under `key`: a damaged file only costs a new measurement."""
-    if folder is None:
-        return None
-    try:
-        table = tuple(Timing(**row) for row in _read_all(folder / CACHE_FILE)[key])
-    except (KeyError, TypeError):
-        return None
-    return table or None
-
-
-def _write_cache(folder: Path | None, key: str, table: tuple[Timing, ...]) -> None:
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = _read_all(folder / CACHE_FILE) | {key: [asdict(row) for row in table]}
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=CACHE_FILE, delete=False) as partial:
-            json.dump(content, partial, indent=1)
-        os.replace(partial.name, folder / CACHE_FILE)
-    except OSError as problem:
-        log.warning("The attention measurement cannot be kept in %s: %s", folder, problem)

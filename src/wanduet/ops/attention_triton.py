@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import shared_memory
+from wanduet.ops.precision import convolutions_use_tf32
 from wanduet.ops.vae_fused import uses_tf32
 from wanduet.ops.vae_triton import launch, rounded
 
@@ -83,7 +84,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor, compile_for: torch.device | 
     launch(
         _product_kernel, (squares, parts), x.device, compile_for,
         x, weight, sums, rows, inputs, outputs, depth, SIDE=SIDE, DEPTH=STRIP_BYTES // x.itemsize,
-        PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee", num_warps=8, num_stages=max(2, min(4, stages)),
+        PRECISION="tf32" if convolutions_use_tf32() else "ieee", num_warps=8, num_stages=max(2, min(4, stages)),
     )  # fmt: skip
     if parts > 1:
         out.copy_(sums.sum(dim=0))

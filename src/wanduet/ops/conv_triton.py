@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops.devices import multiprocessors, shared_memory
+from wanduet.ops.precision import convolutions_use_tf32
 from wanduet.ops.vae_fused import uses_tf32
 from wanduet.ops.vae_triton import EPS, launch, silu_rounded
 
@@ -229,7 +230,7 @@ def convolve(
     Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory;
     `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and zero columns before x (below
     and after it there are as many as the shape of `out` asks for). `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
-    PyTorch's own convolutions do that (`torch.backends.cudnn.allow_tf32`).
+    PyTorch's own convolutions do that (see `ops.precision`).
 
     With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
     that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.
@@ -258,7 +259,7 @@ def convolve(
             length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
             C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit,
             HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
-            PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+            PRECISION="tf32" if convolutions_use_tf32() else "ieee",
             PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
             NEAR=tile.near(kh, kw), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -3,8 +3,11 @@
 import logging
 import os
 import sys
+import threading
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ def prepare_allocator(device: torch.device) -> None:
 
     A decode's tensors differ from layer to layer; with fixed blocks the allocator held up to 1.8 times what they
     took. To be called before the first large allocation on a device. Where somebody has set the allocator up, on
-    Windows, and with a driver that cannot map memory so, nothing is changed.
+    Windows, and with a driver that cannot map memory so, nothing is changed. It holds for the whole process and stays.
     """
     chosen = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
     if sys.platform != "linux" or device.type != "cuda" or chosen:
@@ -62,3 +65,43 @@ def _set_allocator(settings: str) -> None:
     """The accelerator's own name for it came with PyTorch 2.9."""
     setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     (setter or torch.cuda.memory._set_allocator_settings)(settings)
+
+
+class MemoryLimits:
+    """How much of a device PyTorch's allocator may take: one number for the whole process, which several may want to set.
+
+    While all who hold a device have a limit, it is the sum of them; who has none may use all there is. What the program
+    had set before is put back when the last lets go.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[torch.device, MutableMapping[object, int | None]] = {}  # forgets who is gone without a word
+        self._before: dict[torch.device, float] = {}
+
+    def hold(self, device: torch.device, owner: object, limit: int | None) -> None:
+        """From now on `owner` computes on a CUDA device, and takes at most so many bytes of it."""
+        with self._lock:
+            if not self._held.get(device):
+                self._before[device] = torch.cuda.get_per_process_memory_fraction(device)
+            self._held.setdefault(device, WeakKeyDictionary())[owner] = limit
+            self._apply(device)
+
+    def let_go(self, owner: object) -> None:
+        """`owner` computes no more on any device."""
+        with self._lock:
+            for device, held in self._held.items():
+                if owner in held:
+                    del held[owner]
+                    self._apply(device)
+
+    def _apply(self, device: torch.device) -> None:
+        limits, fraction = tuple(self._held[device].values()), self._before[device]
+        known = [limit for limit in limits if limit is not None]
+        if limits and len(known) == len(limits):
+            fraction = min(fraction, sum(known) / torch.cuda.get_device_properties(device).total_memory)
+        if torch.cuda.get_per_process_memory_fraction(device) != fraction:
+            torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
+MEMORY_LIMITS = MemoryLimits()

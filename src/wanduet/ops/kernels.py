@@ -1,7 +1,7 @@
 """Which fused kernels a device gets: Triton's where they work, else the plain PyTorch forms."""
 
 import importlib.util
-import warnings
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -11,20 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
+from wanduet.ops.precision import EXACT, PRODUCTS, convolutions_use_tf32, vae_precision
 from wanduet.ops.rope import Rope, rope_for_grid
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS, compiling_for
+
+log = logging.getLogger(__name__)
 
 # Largest relative error against the plain forms on the same inputs: both round once, at other places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TF32_TOLERANCE = 2e-3  # factors of 11 bits, which each form rounds in its own way
 
 
+# What a user loses by plain forms; measured without Triton's kernels: 9 to 21 %, by size and card.
+PLAIN_COSTS = "plain PyTorch runs instead, and the denoise takes up to a fifth longer"
+PLAIN_PRODUCTS_COST = "cuBLAS's products run instead, and the denoise takes a few percent longer"
+PLAIN_VAE_COSTS = "plain PyTorch runs instead: the decode takes longer, and may need more memory than was planned"
+
+
+@PRODUCTS.at(EXACT)
 def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_dim: int = 128) -> Kernels:
     """The fastest kernels that work on `device` when computing in `dtype`.
 
     Triton's kernels are compiled and compared with the plain forms on short sequences before they are trusted; if Triton
-    is missing or they are wrong, a warning is given and the plain forms are returned. Kernels are compiled for a width:
+    is missing or they are wrong, the log says so and the plain forms are returned. Kernels are compiled for a width:
     with a model's `heads` and `head_dim`, those are tried, and compiled, that it will use.
     """
 
@@ -33,8 +43,8 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
 
         return TRITON_KERNELS, largest_error(TRITON_KERNELS, device, dtype, heads=heads, head_dim=head_dim)
 
-    kernels = _trusted("Triton kernels", faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype])
-    if kernels is TORCH_KERNELS or not _has_quack(device, dtype):
+    kernels = _trusted("Triton's kernels", faster, TORCH_KERNELS, device, CHECK_TOLERANCE[dtype], PLAIN_COSTS)
+    if kernels is TORCH_KERNELS or not has_quack(device, dtype):
         return kernels
 
     def faster_products() -> tuple[Kernels, float]:
@@ -48,19 +58,22 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
         )
         return found, largest_error(found, device, dtype, (_linear, _linear_gelu), heads, head_dim)
 
-    return _trusted("quack's products", faster_products, kernels, device, CHECK_TOLERANCE[dtype])
+    return _trusted("quack's products", faster_products, kernels, device, CHECK_TOLERANCE[dtype], PLAIN_PRODUCTS_COST)
 
 
-def vae_kernels_for(device: torch.device, dtype: torch.dtype, base_dim: int) -> VAEKernels:
-    """The same for a VAE, with its least number of channels (see `VAESpec`)."""
+def vae_kernels_for(
+    device: torch.device, dtype: torch.dtype, base_dim: int, tf32: bool | None = None
+) -> VAEKernels:  # fmt: skip
+    """The same for a VAE, with its least number of channels (see `VAESpec`) and its precision (see `WanVAE.tf32`)."""
 
     def faster() -> tuple[VAEKernels, float]:
         return VAE_TRITON_KERNELS, largest_vae_error(VAE_TRITON_KERNELS, device, dtype, base_dim)
 
-    tolerance = CHECK_TOLERANCE[dtype]
-    if torch.backends.cudnn.allow_tf32:
-        tolerance = max(tolerance, TF32_TOLERANCE)
-    return _trusted("Triton kernels", faster, VAE_TORCH_KERNELS, device, tolerance)
+    with vae_precision(tf32):
+        tolerance = max(CHECK_TOLERANCE[dtype], TF32_TOLERANCE if convolutions_use_tf32() else 0.0)
+        return _trusted(
+            "Triton's kernels for the VAE", faster, VAE_TORCH_KERNELS, device, tolerance, PLAIN_VAE_COSTS
+        )  # fmt: skip
 
 
 def planned_vae_kernels(device: str) -> VAEKernels:
@@ -77,38 +90,48 @@ def plans_fused_kernels(device: str) -> bool:
     return torch.device(device).type == "cuda" and not without
 
 
-def vae_kernels_to_compile(device: torch.device) -> VAEKernels | None:
+def vae_kernels_to_compile(device: torch.device, tf32: bool | None = None) -> VAEKernels | None:
     """For a run on the meta device that leaves the kernels of `device` compiled; None where nothing is compiled."""
-    return compiling_for(device) if device.type == "cuda" and _has_triton() else None
+    return compiling_for(device, tf32) if device.type == "cuda" and _has_triton() else None
 
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _has_quack(device: torch.device, dtype: torch.dtype) -> bool:
+def has_quack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether quack-kernels is there, which flash-attn-4 brings, and has products for that GPU."""
     if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def reason_of(problem: Exception, most: int = 160) -> str:
+    """Why a library failed, in one line that a person can read: its kind and the first line of what it says."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "too little memory was free at that moment"
+    first = (str(problem).strip().splitlines() or [""])[0].strip()
+    text = f"{type(problem).__name__}: {first}" if first else type(problem).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 Set = TypeVar("Set", Kernels, VAEKernels)
 
 
 def _trusted(
-    what: str, faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.device, tolerance: float
+    what: str, faster: Callable[[], tuple[Set, float]], plain: Set, device: torch.device, tolerance: float, costs: str
 ) -> Set:
-    """The faster kernels if they run on a GPU and are right; else the plain ones, with a warning."""
+    """The faster kernels if they run on a GPU and are right; else the plain ones, and one sentence in the log."""
     if device.type != "cuda":
         return plain
     try:
         kernels, error = faster()
     except Exception as problem:  # a compiler's failure can be anything
-        warnings.warn(f"{what} cannot be used here, plain PyTorch runs instead: {problem!r}", RuntimeWarning)
+        log.warning("%s cannot be used here (%s): %s.", what, reason_of(problem), costs)
+        log.info("%s failed.", what, exc_info=problem)
         return plain
     if not error <= tolerance:  # also true for NaN
-        warnings.warn(f"{what} are wrong here (error {error:.1e}), plain PyTorch runs instead.", RuntimeWarning)
+        log.warning("%s are wrong here (error %.1e): %s.", what, error, costs)
         return plain
     return kernels
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanduet.ops.precision import convolutions_use_tf32
+
 SCORES_BYTES = 64 * 2**20  # of the middle's attention at a time
 
 
@@ -192,7 +194,7 @@ def query_parts(q: Tensor) -> tuple[Tensor, ...]:
 
 def uses_tf32(dtype: torch.dtype) -> bool:
     """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
-    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return dtype == torch.float32 and convolutions_use_tf32()
 
 
 def round_to_tf32(weight: Tensor) -> None:

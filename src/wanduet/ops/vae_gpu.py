@@ -5,13 +5,14 @@ can be predicted on a machine that has no Triton.
 They want weights in channels-last memory, and give results in it.
 """
 
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from wanduet.ops import vae_fused
+from wanduet.ops.precision import vae_precision
 from wanduet.ops.vae_fused import NO_ROOM, Room, VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
 
 
@@ -120,6 +121,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = N
 
 
 Some = TypeVar("Some", Tensor, Tensor | None)
+Result = TypeVar("Result")
 
 
 def _channels_last(x: Some) -> Some:
@@ -157,16 +159,21 @@ def _convolve(
     return convolve(x, past, weight, bias, corner, residual, out, gamma, compile_for=compile_for)
 
 
-def compiling_for(device: torch.device) -> VAEKernels:
+def compiling_for(device: torch.device, tf32: bool | None = None) -> VAEKernels:
     """Kernels for a run on the meta device, which computes nothing but leaves every kernel compiled for `device`: what a
-    real run with the same shapes would wait for."""
-    return VAEKernels(
-        "compiling",
-        partial(causal_conv, compile_for=device),
-        double_weight,
-        partial(double_conv, compile_for=device),
-        partial(attend, compile_for=device),
-    )
+    real run with the same shapes and precision would wait for. `tf32`: see `WanVAE.tf32`.
+
+    The process's precision is set for one operation at a time, not for all the time that compiling takes.
+    """
+
+    def compiled(operation: Callable[..., Result]) -> Callable[..., Result]:
+        def run(*args: Any, **options: Any) -> Result:
+            with vae_precision(tf32):
+                return operation(*args, compile_for=device, **options)
+
+        return run
+
+    return VAEKernels("compiling", compiled(causal_conv), double_weight, compiled(double_conv), compiled(attend))
 
 
 VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_weight, double_conv, attend)

@@ -1,7 +1,8 @@
 """Safetensors files of one component: what they hold, read from their headers alone, and their tensors.
 
-Files are memory-mapped, one at a time and only while something is read from them, so reading never needs
-more host memory than what is asked for.
+Files are memory-mapped, one at a time and only while something is read from them, and mapped anew after each
+`MAPPED_BYTES`: what was read stays resident as long as the mapping is there. So reading needs little more host memory than
+what is asked for, whatever the files hold.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ _BITS = {
 # Bytes hashed at each of a file's sampled places for the fingerprint.
 SAMPLE_BYTES = 65536
 SAMPLES = 16
+MAPPED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    num_bytes: int = 0
 
 
 class TensorFiles:
@@ -71,11 +74,25 @@ class TensorFiles:
             if not wanted:
                 continue
             try:
-                with safe_open(path, framework="pt") as file:
-                    for name in wanted:
-                        yield name, file.get_tensor(name)
+                for portion in self._portions(wanted):
+                    with safe_open(path, framework="pt") as file:
+                        for name in portion:
+                            yield name, file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=_HINT) from error
+
+    def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """The names in runs that are mapped at a time: together no more than `MAPPED_BYTES`, or one alone."""
+        portion: list[str] = []
+        mapped = 0
+        for name in names:
+            size = self.tensors[name].num_bytes
+            if portion and mapped + size > MAPPED_BYTES:
+                yield portion
+                portion, mapped = [], 0
+            portion.append(name)
+            mapped += size
+        yield portion
 
     def read(self, names: Collection[str], dtype: "torch.dtype") -> "dict[str, Tensor]":
         """Copies of the named tensors in `dtype`; nothing stays mapped. Raises WeightsError for a missing one."""
@@ -220,7 +237,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, in
         raise ValueError(f"{cut(name)} is of the kind {cut(repr(dtype))}, which is not known")
     if 8 * (end - begin) != bits * math.prod(shape):
         raise ValueError(f"{cut(name)} does not have as many bytes as its shape needs")
-    return TensorInfo(path, tuple(shape), dtype), begin, end
+    return TensorInfo(path, tuple(shape), dtype, end - begin), begin, end
 
 
 def _require_side_by_side(places: list[tuple[int, int, str]]) -> int:

@@ -88,7 +88,7 @@ def test_prompts_of_waiting_jobs_are_encoded_as_a_replica_would(open_bench) -> N
     bench.submit()
     wait(lambda: len(bench.embeddings()) == 2)  # the negative prompt, too
     models = Models(EngineConfig(model="miniature", data_dir=bench.folder / "other"))
-    dtype, hold, _ = text_encoder_choice(models.spec, models.config)
+    dtype, hold = text_encoder_choice(models.spec, models.config)
     mine = CachedPromptEncoder(models.folder, dtype, hold, bench.data / "embeddings")
     theirs = load_embeddings(mine.path_of(PROMPT))
     alone = CachedPromptEncoder(models.folder, dtype, hold, None).encode([PROMPT])[0]

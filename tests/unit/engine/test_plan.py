@@ -238,3 +238,28 @@ def test_hardware_that_is_none(text) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_hardware(text)
     assert refused.value.hint
+
+
+@pytest.mark.parametrize("hardware", ["24GiB", "2x24GiB", "24GiB+12GiB"])
+def test_later_jobs_which_find_memory_in_pieces_are_planned_for(memory, hardware, monkeypatch) -> None:
+    later = plan(memory, hardware).predicted_peak_bytes
+    monkeypatch.setattr("wanduet.engine.plan.LATER_JOBS_SHARE", 0.0)
+    first = plan(memory, hardware).predicted_peak_bytes
+    assert later.keys() == first.keys()
+    assert all(1.009 < later[name] / first[name] < 1.011 for name in first)
+
+
+def test_the_host_is_planned_for_weights_of_float32_that_are_read_into_bfloat16(memory) -> None:
+    """5.7 GB of float32 in files, 2.7 GiB where they go: a process that reads them takes 3.5 GiB at most."""
+    request = GenerationRequest(prompt="x", height=16, width=16, num_frames=1).resolve(memory.spec)
+    machine = parse_hardware("cpu,ram=32GiB")
+    settings_ = {"transformer_dtype": "bfloat16", "devices": "cpu"}
+    read, drawn = (
+        make_plan(request, memory, EngineConfig(model=model, **settings_), machine)
+        for model in ("a/model", "random:1.3b")
+    )
+    weights = memory.transformer_weights("bfloat16")
+    assert 2.6 * GIB < weights < 2.8 * GIB
+    reading = read.host_bytes - drawn.host_bytes
+    assert 256 * 2**20 <= reading <= 512 * 2**20
+    assert weights + reading < 3.5 * GIB

@@ -120,3 +120,22 @@ def test_turns_that_are_shorter_already_stay(monkeypatch: pytest.MonkeyPatch) ->
         assert sys.getswitchinterval() == pytest.approx(SECONDS / 5, rel=0.05)
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_program_s_own_setting_of_meanwhile_is_kept() -> None:
+    before, turns = sys.getswitchinterval(), ShortTurns()
+    try:
+        turns.begin()
+        sys.setswitchinterval(0.02)
+        turns.end()
+        assert sys.getswitchinterval() == pytest.approx(0.02)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_turns_end_also_where_nothing_could_begin(models: Recorder, job: Any) -> None:
+    before, closed = sys.getswitchinterval(), ThreadPoolExecutor(2)
+    closed.shutdown()
+    with pytest.raises(RuntimeError):
+        preload(models, job, closed)
+    assert sys.getswitchinterval() == before

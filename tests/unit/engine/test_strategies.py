@@ -12,7 +12,7 @@ import torch
 
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import parse_hardware
+from wanduet.engine.hardware import parse_hardware, process_peak_bytes
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
@@ -83,6 +83,11 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         guided.result(120)
         plain.result(120)
     assert (guided.plan.layout.cfg, plain.plan.layout.sequence) == (2, 2)
+    own = process_peak_bytes()  # the ranks' memory is told, not only that of the process that starts them
+    for job in (guided, plain):
+        assert job.rank_peaks["cpu"] > 2 * 64 * 2**20
+        assert job.rank_peaks["cpu"] < job.result().peak_memory_bytes["cpu"] <= own + job.rank_peaks["cpu"]
+        assert job.result().timings["prepare_s"] >= 0.0
     for here, there in (("a", "guided"), ("b", "plain")):  # one may be denoised before the other is decoded
         made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
         assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()

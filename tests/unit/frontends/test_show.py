@@ -49,3 +49,11 @@ def test_a_batch_is_a_line_a_video(capsys: pytest.CaptureFixture[str]) -> None:
         "Failed: c\N{REPLACEMENT CHARACTER}[2J: The disk is full.",
         "2 of 3 done.",
     ]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(32.4, True), (2.0, False)])
+def test_what_a_machine_prepares_once_is_told(capsys, seconds: float, told: bool) -> None:
+    show({
+        "timings": {"load_s": 1.0, "prepare_s": seconds}, "output": "a.mp4", "seed": 1, "peak_memory_bytes": {},
+    })  # fmt: skip
+    assert ("Prepared in 32 s, once on this machine" in capsys.readouterr().out) == told

@@ -1,14 +1,16 @@
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from wanduet.errors import ConfigError
-from wanduet.ops import attention, attention_choice
+from wanduet.ops import attention, attention_cache, attention_choice
 from wanduet.ops.attention import Backend, available_backends, plain_with_lse, sdpa
-from wanduet.ops.attention_choice import CACHE_FILE, Shape, Timing, choose_attention, choose_together, measured
+from wanduet.ops.attention_cache import CACHE_FILE, Timing
+from wanduet.ops.attention_choice import Shape, choose_attention, choose_together, measured
 
 CPU = torch.device("cpu")
 SHAPE = Shape(queries=64, keys=64, heads=2, head_dim=16)
@@ -132,32 +134,45 @@ def test_the_fastest_is_chosen(slow_sdpa) -> None:
     [lambda x: x * 1.1, lambda x: x * float("nan"), lambda x: x.flip(1), torch.zeros_like],
     ids=["scaled", "nan", "reversed", "zeros"],
 )
-def test_wrong_ones_are_dropped_with_a_warning(slow_sdpa, spoil, dtype) -> None:
-    with pytest.warns(RuntimeWarning, match="broken is not used: wrong result"):
-        choice = choose(Spy("broken", spoil), dtype=dtype)
+def test_wrong_ones_are_dropped_and_the_log_says_so(slow_sdpa, caplog, spoil, dtype) -> None:
+    choice = choose(Spy("broken", spoil), dtype=dtype)
     assert choice.name == "sdpa"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("Attention back end broken is not used: wrong result")
+    assert line.endswith("sdpa runs instead.")
 
 
-def test_one_that_fails_only_on_long_sequences_is_dropped(slow_sdpa, monkeypatch) -> None:
+def test_one_that_fails_only_on_long_sequences_is_dropped(slow_sdpa, monkeypatch, caplog) -> None:
     monkeypatch.setattr(attention_choice, "CHECK_TOKENS", 20)
     spoil = lambda x: x / 0 if x.shape[1] > 50 else x  # noqa: E731
-    with pytest.warns(RuntimeWarning, match="not finite at 64 tokens"):
-        assert choose(Spy("overflows", spoil)).name == "sdpa"
+    assert choose(Spy("overflows", spoil)).name == "sdpa"
+    assert "not finite at 64 tokens" in caplog.text
 
 
-def test_one_that_raises_is_dropped(slow_sdpa) -> None:
+@pytest.mark.parametrize("package", [None, "flash-attn-4"])
+def test_one_that_raises_is_dropped_in_one_line(slow_sdpa, caplog, monkeypatch, package) -> None:
+    """A warning for what somebody has installed; PyTorch's own are not for all devices."""
+
     def raises(x):
         raise RuntimeError("no kernel image is available\nlong trace")
 
-    with pytest.warns(RuntimeWarning, match=r"absent is not used: no kernel image is available$"):
-        assert choose(Spy("absent", raises)).name == "sdpa"
+    monkeypatch.setattr(Backend, "version", "1.0")
+    spy = Spy("absent", raises)
+    spy.backend = replace(spy.backend, package=package)
+    with caplog.at_level("INFO", "wanduet"):
+        assert choose(spy).name == "sdpa"
+    (said,) = [record for record in caplog.records if "is not used" in record.getMessage()]
+    assert said.levelname == ("INFO" if package is None else "WARNING")
+    assert "is not used: RuntimeError: no kernel image is available. sdpa runs instead" in said.getMessage()
+    assert ("a fifth longer" in said.getMessage()) == (package is not None)
+    assert "\n" not in said.getMessage()
 
 
-def test_a_wrong_log_sum_exp_is_found(slow_sdpa) -> None:
+def test_a_wrong_log_sum_exp_is_found(slow_sdpa, caplog) -> None:
     spy = Spy("halved")
     spy.backend = Backend("halved", spy.attend, lambda q, k, v: (sdpa(q, k, v), plain_with_lse(q, k, v)[1] / 2))
-    with pytest.warns(RuntimeWarning, match="log-sum-exp"):
-        assert choose(spy).name == "sdpa"
+    assert choose(spy).name == "sdpa"
+    assert "wrong log-sum-exp" in caplog.text
 
 
 def test_approximate_ones_are_chosen_by_name_only(slow_sdpa) -> None:
@@ -186,6 +201,131 @@ def test_measured_once_and_remembered(tmp_path: Path, slow_sdpa) -> None:
     assert (first.calls > 0, second.calls) == (True, 0)
 
 
+class Failing(Spy):
+    """A back end that fails as it is told."""
+
+    problem: Exception | None = None
+
+    def attend(self, q, k, v):
+        self.calls += 1
+        if self.problem is not None:
+            raise self.problem
+        return sdpa(q, k, v)
+
+
+@pytest.fixture
+def moment(monkeypatch):
+    """What the machine is like: time, driver and packages, free memory."""
+    now = {"time": 1e9, "state": "one", "free": 1000}
+    monkeypatch.setattr(attention_cache.time, "time", lambda: now["time"])
+    monkeypatch.setattr(attention_cache, "machine_state", lambda: now["state"])
+    for module in (attention_cache, attention_choice):
+        monkeypatch.setattr(module, "free_bytes", lambda device: now["free"])
+    return now
+
+
+SHORT, MISSING = torch.OutOfMemoryError("CUDA out of memory"), ImportError("No module named 'cutlass'")
+
+
+@pytest.mark.parametrize(
+    ("problem", "change", "tried_again"),
+    [
+        (MISSING, {}, False),
+        (MISSING, {"time": 1e9 + 23 * 3600}, False),
+        (MISSING, {"time": 1e9 + 25 * 3600}, True),
+        (MISSING, {"time": 1e9 - 60}, True),  # the clock was set back
+        (MISSING, {"state": "two"}, True),
+        (MISSING, {"free": 9000}, False),
+        (SHORT, {}, False),
+        (SHORT, {"free": 1050}, False),
+        (SHORT, {"free": 9000}, True),
+        (SHORT, {"state": "two"}, True),
+        (SHORT, {"time": 1e9 + 25 * 3600}, True),
+    ],
+)
+def test_a_failure_is_remembered_for_a_day_or_until_something_changed(
+    tmp_path: Path, slow_sdpa, moment, caplog, problem: Exception, change: dict, tried_again: bool
+) -> None:
+    failing, mended = Failing("fast"), Failing("fast")
+    failing.problem = problem
+    assert choose(failing, cache_folder=tmp_path).name == "sdpa"
+    moment.update(change)
+    with caplog.at_level("INFO", "wanduet"):
+        caplog.clear()
+        assert choose(mended, cache_folder=tmp_path).name == ("fast" if tried_again else "sdpa")
+    assert (mended.calls > 0) == tried_again
+    assert ("fast is not used" in caplog.text) != tried_again  # never silently
+
+
+def test_one_that_fails_again_is_asked_for_another_day(tmp_path: Path, slow_sdpa, moment) -> None:
+    for hours, calls in ((0, 1), (25, 1), (48, 0), (50, 1)):
+        moment["time"] = 1e9 + hours * 3600
+        failing = Failing("fast")
+        failing.problem = MISSING
+        assert choose(failing, cache_folder=tmp_path).name == "sdpa"
+        assert failing.calls == calls
+
+
+def test_memory_that_runs_out_while_close_ones_are_timed_costs_only_the_second_look(slow_sdpa, monkeypatch) -> None:
+    real, calls = attention_choice._random_inputs, []
+
+    def inputs(*args):
+        calls.append(args)
+        if len(calls) > 2 * 3:  # three back ends are checked and timed
+            raise SHORT
+        return real(*args)
+
+    monkeypatch.setattr(attention_choice, "_random_inputs", inputs)
+    monkeypatch.setattr(attention_choice, "_timed", lambda *_: [1.0])
+    choice = choose(Spy("one"), Spy("two"))
+    assert len(calls) == 7
+    assert all(row.usable for row in choice.table)
+
+
+@pytest.mark.parametrize("at", ["checking", "timing"])
+def test_memory_that_is_short_for_all_leaves_pytorch_s_own(tmp_path, slow_sdpa, moment, monkeypatch, at: str) -> None:
+    """And is no reason to do without the others for ever."""
+    real, tokens = attention_choice._random_inputs, attention_choice.CHECK_TOKENS
+
+    def inputs(shape, *rest):
+        if (shape.queries == tokens) == (at == "checking"):
+            raise SHORT
+        return real(shape, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_choice, "_random_inputs", inputs)
+        assert choose(Spy("fast"), cache_folder=tmp_path).name == "sdpa"
+    moment["free"] = 9000
+    assert choose(Spy("fast"), cache_folder=tmp_path).name == "fast"
+
+
+def test_measurements_hold_until_driver_or_packages_change(tmp_path: Path, slow_sdpa, moment) -> None:
+    for change, measured_anew in (({}, True), ({"time": 2e9, "free": 1}, False), ({"state": "two"}, True)):
+        moment.update(change)
+        spy = Spy("fast")
+        choose(spy, cache_folder=tmp_path)
+        assert (spy.calls > 0) == measured_anew
+
+
+def test_failures_that_earlier_versions_remembered_for_ever_are_tried_again(tmp_path: Path, slow_sdpa) -> None:
+    choose(Spy("fast"), cache_folder=tmp_path)
+    path = tmp_path / CACHE_FILE
+    (key,) = json.loads(path.read_text())
+    rows = [{"name": "sdpa", "milliseconds": 1.0, "error": 0.0, "problem": None}]
+    rows.append({"name": "fast", "milliseconds": None, "error": None, "problem": "No module named 'cutlass'"})
+    path.write_text(json.dumps({key: rows}))
+    assert choose(Spy("fast"), cache_folder=tmp_path).name == "fast"
+
+
+def test_what_is_installed_changes_the_state(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path), str(tmp_path / "nothing")])
+    attention_cache._state_of.cache_clear()
+    before = attention_cache.machine_state()
+    (tmp_path / "cutlass-4.0.dist-info").mkdir()
+    attention_cache._state_of.cache_clear()  # another process
+    assert attention_cache.machine_state() != before
+
+
 def test_another_version_or_shape_is_measured_anew(tmp_path: Path, slow_sdpa, monkeypatch) -> None:
     choose(Spy("fast"), cache_folder=tmp_path)
     longer = Shape(queries=64, keys=16, heads=2, head_dim=16)
@@ -202,8 +342,7 @@ def test_another_version_or_shape_is_measured_anew(tmp_path: Path, slow_sdpa, mo
 def test_what_is_kept_of_these_versions_can_be_shown(tmp_path: Path, slow_sdpa, monkeypatch) -> None:
     spies = (Spy("fast"), Spy("wrong", spoil=lambda x: x * 1.1))
     assert measured(CPU, tmp_path, offered(*spies)) == {}
-    with pytest.warns(RuntimeWarning, match="wrong"):
-        table = choose(*spies, cache_folder=tmp_path).table
+    table = choose(*spies, cache_folder=tmp_path).table
     assert measured(CPU, tmp_path, offered(*spies)) == {("float32", "64 x 64 x 2 x 16"): table}
     assert measured(CPU, tmp_path, offered(spies[0])) == {}
     monkeypatch.setattr(torch, "__version__", "9.9")

@@ -1,0 +1,39 @@
+"""What libraries have to say goes to a file of the data folder, not to the user's terminal."""
+
+import logging
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TextIO
+
+LOG_FILE = "libraries.log"
+MOST_BYTES = 2**20
+
+
+def handlers(folder: Path, stream: TextIO) -> list[logging.Handler]:
+    """For the root logger of a command: the terminal gets our messages, and others' from errors on; the file all others'."""
+    terminal = logging.StreamHandler(stream)
+    terminal.addFilter(lambda record: _is_ours(record) or record.levelno >= logging.ERROR)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    kept = _LibrariesLog(folder / LOG_FILE, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8", delay=True)
+    kept.addFilter(lambda record: not _is_ours(record))
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return [terminal, kept]
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] == "wanduet"
+
+
+class _LibrariesLog(RotatingFileHandler):
+    """Made at the first message; a folder that cannot be written loses the messages, no more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
+        """Say nothing."""
