@@ -297,3 +297,21 @@ def test_a_disk_that_is_too_small_is_refused_by_the_hubs_list_alone(
     with pytest.raises(ModelNotFoundError, match=r"needs 26\.94 GiB more in .*, which has 20\.00 GiB free"):
         hub_models.download(MODEL)
     assert listed == ["model_index.json"]
+
+
+def test_a_first_job_shows_the_hashing_and_a_cancel_ends_it(cached: Path, hashed: list[str], tmp_path: Path) -> None:
+    from wanduet.engine.job import Job, OutputOptions
+    from wanduet.errors import CancelledError
+
+    models = Models(EngineConfig(model=MODEL, data_dir=tmp_path))
+    plan = SimpleNamespace(strategy="single")
+    job = Job(GenerationRequest.parse(prompt="a cat").resolve(models.spec), plan, OutputOptions(tmp_path / "a.mp4"))
+    models.verify_weights(job)
+    job.fail(CancelledError("over"))
+    events = [event for event in job.events() if event.phase == "verify"]
+    assert (events[-1].done, events[-1].total) == (sum(SIZES.values()) // 2**20,) * 2
+    again = Models(EngineConfig(model=MODEL, data_dir=tmp_path / "other"))
+    job = Job(GenerationRequest.parse(prompt="a cat").resolve(models.spec), plan, OutputOptions(tmp_path / "a.mp4"))
+    job.cancel()
+    with pytest.raises(CancelledError):
+        again.verify_weights(job)

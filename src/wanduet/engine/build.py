@@ -14,7 +14,7 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks
 from wanduet.config import EngineConfig
 from wanduet.engine import selftest
-from wanduet.engine.job import Planned
+from wanduet.engine.job import Event, Job, Planned
 from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.peaks import PeakMemory, look
@@ -40,6 +40,7 @@ from wanduet.weights.folder import ModelFolder
 if TYPE_CHECKING:
     from wanduet.engine.group import Group
 
+MIB = 2**20
 PARKED = -1  # resident blocks of a transformer that made room
 
 
@@ -127,6 +128,21 @@ class Models:
         if folder is None:
             return {"name": self.config.model, "hash": None, "revision": None}
         return {"name": folder.name, "hash": folder.fingerprint, "revision": folder.revision}
+
+    def verify_weights(self, job: Job) -> None:
+        """Hash the weights that were not hashed on this machine before; the job shows how far that is.
+
+        Raises WeightsError, or CancelledError if the job is cancelled meanwhile.
+        """
+        if self.folder is None:
+            return
+
+        def show(done: int, total: int) -> None:
+            job.check_cancelled()
+            job.emit(Event("verify", done // MIB, total // MIB))
+
+        with job.timed("verify_s"):
+            verify_manifest(self.folder, self.config.data_folder / "verified.json", (), show)
 
     # Text.
 

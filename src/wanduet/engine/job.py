@@ -15,13 +15,13 @@ from wanduet.errors import CancelledError, WanduetError
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import OnStep, Watch
 
-Phase = Literal["load", "encode", "denoise", "decode", "done", "failed"]
-TIMING_NAMES = ("load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+Phase = Literal["verify", "load", "encode", "denoise", "decode", "done", "failed"]
+TIMING_NAMES = ("verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of a job: `done` of `total` units of a phase (tokens, steps, frames), for one of its videos."""
+    """Progress of a job: `done` of `total` units of a phase (MiB that are hashed, layers, steps, frames), for one of its videos."""
 
     phase: Phase
     done: int = 0
@@ -65,7 +65,7 @@ class VideoResult:
 class JobResult:
     """A finished job: its videos, how long each phase took, what it used.
 
-    Seconds: `load_s` may pass beside `encode_s`. `prepare_s` is what the job waited for kernels to be compiled and attention
+    Seconds: `verify_s` is the hashing of weights, once on a machine. `load_s` may pass beside `encode_s`. `prepare_s` is what the job waited for kernels to be compiled and attention
     to be measured; both are kept, so it is long once on a machine.
 
     No videos: the latents are on the disk, and another worker decodes them.

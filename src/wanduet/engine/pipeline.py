@@ -195,6 +195,7 @@ class Engine:
         if latents is not None:  # neither text encoder nor transformer is needed
             self._decode_here(job, latents)
             return
+        self.models.verify_weights(job)
         with self.trace.span("encode", job):
             self.models.preload(job)
             conditioning = generate.encode_prompt(self.models, job)

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from wanduet.engine.job import Job
 
 POLL_SECONDS = 0.05
-LABELS = {"load": "Loading", "encode": "Text encoder", "denoise": "Denoising", "decode": "Decoding"}
+LABELS = {
+    "verify": "Checking MiB",
+    "load": "Loading",
+    "encode": "Text encoder",
+    "denoise": "Denoising",
+    "decode": "Decoding",
+}
 
 
 def follow(job: Job) -> bool:

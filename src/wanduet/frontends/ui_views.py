@@ -12,7 +12,13 @@ from wanduet.frontends.http_public import public_error
 from wanduet.frontends.ui_forms import LABELS
 from wanduet.jobs.records import CANCELLED, StoredJob
 
-PHASES = {"load": "Loading the model", "encode": "Reading the prompt", "denoise": "Denoising", "decode": "Decoding"}
+PHASES = {
+    "verify": "Checking the weights",
+    "load": "Loading the model",
+    "encode": "Reading the prompt",
+    "denoise": "Denoising",
+    "decode": "Decoding",
+}
 SETTINGS = (
     ("Size", lambda r: f"{r.get('width')} × {r.get('height')}"),
     ("Length", lambda r: _length(r.get("num_frames"), r.get("fps"))),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the engine brings torch, which a process that only looks af
 log = structlog.get_logger(__name__)
 
 # Percent of a job at the start and end of each phase, by what they take of a 50-step video.
-SPANS = {"load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
+SPANS = {"verify": (0.0, 0.0), "load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
 _BEATS = 5  # renewals in the length of a lease: four may be late before anyone takes the job
 
 
