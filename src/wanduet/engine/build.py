@@ -181,9 +181,9 @@ class Models:
         device = torch.device(plan.transformer_device)
         with self.locks.take(plan.transformer_device), on_device_of(device):
             began = time.perf_counter()
-            denoiser = self._ready_denoiser(work)
-            if not plan.keep_both:
+            if not plan.keep_both:  # first: there may be no room for its blocks beside the VAE
                 self._vae_to_host(device)
+            denoiser = self._ready_denoiser(work)
             self.fit_to(denoiser, work)
             if denoiser.fitted_at > began:  # in this job's time
                 work.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))

@@ -100,9 +100,12 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
         video.check_cancelled()
         if name == "cpu":
             return  # the decode's own ladder will end there if nothing changes
-        needed = memory.decode(size, mode, plan.vae_dtype, name)
+        # At a later job the VAE and the libraries' workspaces are there: with them it must not become more than planned.
+        planned = next(one.peak for one in plan.devices if one.name == name)
+        needed = min(memory.decode(size, mode, plan.vae_dtype, name), planned - _allocated_bytes(device))
         try:
             if needed > _cached_bytes(device):  # of a decode before, perhaps
+                release_memory()  # its pieces would lie unused beside the whole
                 torch.empty(needed, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             release_memory()
@@ -111,6 +114,11 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
             video.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
             video.plan = replace(plan, decode=mode)
         return
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    """What tensors take."""
+    return torch.cuda.memory_allocated(device) if torch.cuda.is_available() else 0
 
 
 def _cached_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from wanduet.config import EngineConfig
@@ -27,7 +28,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.plan import Plan, make_plan, require_fit
 from wanduet.engine.release import forget_traceback, release_memory
 from wanduet.engine.trace import Trace
-from wanduet.errors import CancelledError, WanduetError
+from wanduet.errors import CancelledError, OutOfMemoryError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
 from wanduet.media.video import VideoSpec
@@ -277,10 +278,11 @@ class Engine:
             work()
         except BaseException as error:
             self._forget(job)
+            shown = _memory_ran_out(error) if isinstance(error, torch.OutOfMemoryError) else error
             try:
                 self._clear_away(job, error)
             finally:
-                job.fail(error)
+                job.fail(shown)
 
     def _clear_away(self, job: Job, error: BaseException) -> None:
         """Nothing of a failure stays on the devices. What nobody expected is logged first, with where it happened, as
@@ -295,3 +297,13 @@ class Engine:
         self.models.peaks.forget(job.id)
         with self._guard:
             self._open.pop(job, None)
+
+
+def _memory_ran_out(error: torch.OutOfMemoryError) -> OutOfMemoryError:
+    """What a user reads where memory ran out and there was nothing smaller to try."""
+    problem = str(error).split(". ")[0]
+    return OutOfMemoryError(
+        f"A device ran out of memory ({problem}).",
+        hint="Another program may use it: `wanduet doctor` says what is free. --vram-limit makes a smaller plan; "
+        "--resume goes on from the last checkpoint.",
+    )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from wanduet.config import EngineConfig
 from wanduet.engine import generate
+from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.trace import overlap
@@ -240,3 +242,17 @@ def test_stages_work_on_different_jobs_at_once(config, tmp_path) -> None:
     assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["encode", "denoise", "decode"]
     assert sum(e["ph"] == "X" for e in events) == 9
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(tmp_path, monkeypatch) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB. And much more")
+
+    monkeypatch.setattr(Models, "transformer", run_out)
+    with Engine(EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")) as engine:
+        job = engine.submit(
+            GenerationRequest.parse(prompt="x", height=32, width=32, num_frames=5), OutputOptions(tmp_path / "a.mp4")
+        )
+        with pytest.raises(OutOfMemoryError, match="Tried to allocate|out of memory") as caught:
+            job.result(60)
+    assert "--vram-limit" in (caught.value.hint or "")

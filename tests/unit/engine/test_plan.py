@@ -160,6 +160,23 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
     assert "less memory is free" in job.rungs[0]
 
 
+def test_what_is_reserved_for_a_later_job_is_not_above_its_plan(memory, monkeypatch) -> None:
+    import torch
+
+    from wanduet.engine import ladder
+    from wanduet.engine.job import Job, OutputOptions
+
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    found = plan(memory, "1x24GiB")
+    there = memory.transformer_weights("bfloat16") + memory.vae_weights("float32") + 100 * 2**20  # and workspaces
+    asked: list[int] = []
+    monkeypatch.setattr(ladder, "_allocated_bytes", lambda _: there)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: asked.append(size))
+    ladder.reserve_decode(Job(request, found, OutputOptions(None)).videos[0], memory)  # type: ignore[arg-type]
+    assert asked
+    assert there + asked[0] <= found.devices[0].peak
+
+
 def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
     little = int(4.25 * GIB)
     small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=little)
