@@ -39,7 +39,7 @@ def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
 
 
 Whole = Annotated[int, _refuse_bool("int_type")]
-Real = Annotated[float, _refuse_bool("float_type")]
+Real = Annotated[float, Field(allow_inf_nan=False), _refuse_bool("float_type")]
 
 
 class GenerationRequest(BaseModel):
@@ -54,8 +54,8 @@ class GenerationRequest(BaseModel):
     num_frames: Whole | None = Field(default=None, ge=1)
     fps: Whole | None = Field(default=None, ge=1, le=120)
     num_inference_steps: Whole | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: Real | None = Field(default=None, ge=0.0, le=100.0, allow_inf_nan=False)
-    flow_shift: Real | None = Field(default=None, gt=0.0, le=100.0, allow_inf_nan=False)
+    guidance_scale: Real | None = Field(default=None, ge=0.0, le=100.0)
+    flow_shift: Real | None = Field(default=None, gt=0.0, le=100.0)
     seed: Whole | None = Field(default=None, ge=0, le=MAX_SEED)
     sampler: SamplerName = "unipc"
     num_videos_per_prompt: Whole = Field(default=1, ge=1, le=64)

@@ -31,7 +31,9 @@ def test_generate_tells_everything(wanduet, work: Path) -> None:
     assert done["output"] == "a-red-circle-moving-left-on-a-black-background.mp4"
     expected = {"seed": 1, "width": 32, "height": 32, "num_frames": 5, "fps": 16}
     assert {name: done[name] for name in expected} == expected
-    assert {"load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} <= set(done["timings"])
+    assert {"verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} <= set(
+        done["timings"]
+    )
     assert done["peak_memory_bytes"]["cpu"] > 0
     assert done["predicted_peak_bytes"]["cpu"] > 0
     assert done["settings"]["num_inference_steps"] == 2
@@ -349,7 +351,9 @@ def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -
     found = ran.json
     assert len(found["runs"]) == 2
     assert found["timings"]["encode_s"] > 0  # not from the cache
-    assert {"load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} == set(found["timings"])
+    assert {"verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s"} == set(
+        found["timings"]
+    )
     assert found["seconds_per_step"] > 0
     assert found["peak_memory_bytes"]["cpu"] > 0
     assert os.listdir(work) == []

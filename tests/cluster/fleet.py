@@ -32,8 +32,8 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import CUDA_CONTEXT_BYTES
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.plan import HEADROOM_BYTES
-from wanduet.jobs.attempt import SPANS
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.keeper import SPANS
 from wanduet.jobs.records import StoredJob, demand_of
 from wanduet.jobs.schema import jobs
 from wanduet.request import GenerationRequest

@@ -175,7 +175,7 @@ def test_what_git_leaves_without_lfs_is_named(folder: Path, tmp_path: Path) -> N
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{HASHES[name]}\nsize {SIZES[name]}\n"
         (clone / name).write_text(pointer)
         with pytest.raises(WeightsError, match=f"{Path(name).name} is a Git LFS pointer") as caught:
-            local_model(str(clone))
+            open_model(str(clone))
         assert "git lfs pull" in (caught.value.hint or "")
 
 
@@ -186,7 +186,7 @@ def test_a_text_encoder_that_is_a_pickle_is_refused_before_anything_is_loaded(fo
         path.unlink()
     (clone / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ModelNotFoundError, match=r"text_encoder lacks .*pytorch_model\.bin is a pickle"):
-        local_model(str(clone))
+        open_model(str(clone))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_another_member_of_the_family_is_called_by_its_name(
     (other / file).unlink()
     (other / file).write_text(json.dumps(config))
     with pytest.raises(ModelNotFoundError, match=words):
-        local_model(str(other))
+        open_model(str(other))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from wanduet.engine.build import Denoiser
 from wanduet.engine.job import Planned, Video
 from wanduet.engine.memory import ModelMemory
+from wanduet.engine.plan import LATER_JOBS_SHARE
 from wanduet.engine.release import release_memory
 from wanduet.errors import OutOfMemoryError
 from wanduet.models.vae_rows import DecodePlan
@@ -100,9 +101,11 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
         video.check_cancelled()
         if name == "cpu":
             return  # the decode's own ladder will end there if nothing changes
-        # At a later job the VAE and the libraries' workspaces are there: with them it must not become more than planned.
-        planned = next(one.peak for one in plan.devices if one.name == name)
-        needed = min(memory.decode(size, mode, plan.vae_dtype, name), planned - _allocated_bytes(device))
+        # With the VAE, which is loaded into it at the first job, and never more than planned: at later jobs the VAE and the
+        # libraries' workspaces are there already.
+        planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.devices if one.name == name)
+        needed = memory.decode(size, mode, plan.vae_dtype, name) + memory.vae_weights(plan.vae_dtype)
+        needed = min(needed, planned - _allocated_bytes(device))
         try:
             if needed > _cached_bytes(device):  # of a decode before, perhaps
                 release_memory()  # its pieces would lie unused beside the whole

@@ -28,7 +28,7 @@ from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
-from wanduet.weights.download import open_model, verify_manifest
+from wanduet.weights.download import local_model, open_model, verify_manifest
 
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
@@ -264,11 +264,10 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         return {"name": config.model, "found": True}
     found: dict[str, Any] = {"name": config.model, "found": False}
     try:
-        folder = open_model(config.model, config.revision, fetch=False)
+        folder = local_model(config.model) or open_model(config.model, config.revision, fetch=False)
         found |= {"found": True, "path": str(folder.path), "revision": folder.revision, "whole": False}
+        folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
-        for files in (folder.transformer, folder.vae, folder.text_encoder):
-            files.shapes  # noqa: B018 - reads the headers, which are checked against the files' sizes
         check_shapes(folder)
         verify_manifest(folder, config.data_folder / "verified.json")
     except WanduetError as error:

@@ -13,6 +13,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from wanduet.config import EngineConfig, TextEncoderHold
+from wanduet.engine.locks import VAE
 from wanduet.engine.plan import Plan
 from wanduet.frontends.diffusers_arguments import (
     CALLBACK_TENSORS,
@@ -351,7 +352,8 @@ class WanPipeline(CallState, EngineManaged):
             shape = (count * copies, *spec.latent_shape(height, width, num_frames))
             # As diffusers: where no generator says otherwise, noise is drawn on the device that denoises.
             noise = initial_latents(shape, generator, latents, torch.device(job.plan.transformer_device))
-            with self._parts.models.transformer(job) as denoiser:
+            # The VAE's lock first, as its order asks: a callback may decode.
+            with self._parts.models.locks.take(VAE), self._parts.models.transformer(job) as denoiser:
                 after = CallbackSettings(callback_on_step_end, seen, progress)
                 loop = PipelineLoop(self, job, denoiser, (positive, negative), after)
                 result = loop(noise.to(denoiser.device), num_inference_steps)

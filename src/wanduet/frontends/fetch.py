@@ -52,8 +52,9 @@ def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) 
     if trust:
         write_manifest(folder.path)
         note = "The files are taken as they are: their hashes are in the folder's manifest.json from now on."
-    with checking_bar() as progress:
+    with checking_bar() as progress:  # first: what is damaged may say anything of itself
         checked = verify_manifest(folder, None if model == MINIATURE else remember, (), progress)
+    folder.check_complete()
     return {"model": model, "path": str(folder.path), "note": note, "files_verified": checked}
 
 

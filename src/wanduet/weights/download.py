@@ -49,6 +49,7 @@ def open_model(
     """
     local = local_model(model)
     if local is not None:
+        local.check_complete()
         return local
     try:
         cached = _cached(model, revision)
@@ -69,8 +70,7 @@ def open_model(
 def local_model(model: str) -> ModelFolder | None:
     """The model that a folder's path or `miniature` names; None for a hub id.
 
-    Raises ModelNotFoundError for a folder that lacks a part or holds another kind of model, WeightsError for a
-    file that is cut off.
+    Raises ModelNotFoundError for a folder that is no model. Its files are looked at by `ModelFolder.check_complete`.
     """
     if model == MINIATURE:
         return ModelFolder(Path(__file__).parent.parent / "miniature" / "model", MINIATURE)
@@ -81,9 +81,7 @@ def local_model(model: str) -> ModelFolder | None:
         raise no_model(model, f" ({str(error)[:200]})") from error
     if is_folder:
         name = os.path.basename(os.path.abspath(path))  # a link keeps its own
-        folder = ModelFolder(path.resolve(), name or "model")  # everybody sees this name, so it is no path
-        folder.check_complete()
-        return folder
+        return ModelFolder(path.resolve(), name or "model")  # everybody sees this name, so it is no path
     if is_file:
         raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):

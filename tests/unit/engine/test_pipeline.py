@@ -253,6 +253,6 @@ def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(tmp_path
         job = engine.submit(
             GenerationRequest.parse(prompt="x", height=32, width=32, num_frames=5), OutputOptions(tmp_path / "a.mp4")
         )
-        with pytest.raises(OutOfMemoryError, match="Tried to allocate|out of memory") as caught:
+        with pytest.raises(OutOfMemoryError, match="out of memory") as caught:
             job.result(60)
     assert "--vram-limit" in (caught.value.hint or "")

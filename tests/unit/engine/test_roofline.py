@@ -29,7 +29,7 @@ def gpus(count: int) -> Hardware:
 
 def test_the_work_of_480p_is_as_counted_by_hand() -> None:
     job, models = job_480p(EngineConfig(model="random:1.3b"), gpus(1), num_inference_steps=50, guidance_scale=5.0)
-    job.timings["encode_s"] = 1.0
+    job.add_time("encode_s", 1.0)
     work = work_of(job, models.memory)
     assert work["denoise_s"].flop == pytest.approx(27.9e15, rel=0.002)  # 283 TFLOP a forward, 7 of a step shared
     assert work["denoise_s"].bytes == pytest.approx(100 * 2.65 * GIB, rel=0.01)
@@ -54,7 +54,8 @@ def test_the_floor_is_the_slower_of_both_roofs() -> None:
 def test_rows_of_a_job_on_this_machine() -> None:
     machine = Hardware((), 8 * GIB, 8 * GIB, 2)
     job, models = job_480p(EngineConfig(model="miniature", devices="cpu"), machine)
-    job.timings.update(denoise_s=8.0, decode_s=1.0, total_s=10.0)
+    for name, seconds in (("denoise_s", 8.0), ("decode_s", 1.0), ("total_s", 10.0)):
+        job.add_time(name, seconds)
     rows = {row["phase"]: row for row in where_it_went(job, models.memory)}
     assert rows["denoise"]["share"] == 0.8
     assert rows["denoise"]["floor_s"] > 0

@@ -107,6 +107,7 @@ def test_a_queue_from_before_goes_on_by_name(tmp_path: Path) -> None:
     if store.database.dialect.name == "sqlite":
         with store.database.begin() as connection:
             connection.execute(sa.text("ALTER TABLE jobs DROP COLUMN model_hash"))
+            connection.execute(sa.text("UPDATE state SET version = 2"))
     store.close()
     store = JobStore(JobFiles(tmp_path), None) if store.database.dialect.name == "sqlite" else open_store(tmp_path)
     with running(store, replace(QUICK, model_seconds=0.0), **hooks(OURS)):
