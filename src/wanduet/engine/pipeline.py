@@ -26,7 +26,7 @@ from wanduet.engine.denoising import Conditioning
 from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.plan import Plan, make_plan, require_fit
-from wanduet.engine.release import forget_traceback, release_memory
+from wanduet.engine.release import forget_traceback, release_memory, trim_cache
 from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, WanduetError
 from wanduet.media.codecs import container_for
@@ -191,6 +191,8 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
+        if len(self._open) == 1:  # else the memory is another job's, too
+            trim_cache({device.name: device.peak for device in job.plan.devices})
         self.models.peaks.begin(job.id)
         latents = generate.kept_latents(self.models, job)
         if latents is not None:  # neither text encoder nor transformer is needed

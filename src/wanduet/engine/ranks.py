@@ -20,6 +20,7 @@ from wanduet.engine.job import Event, Job, OutputOptions, Video
 from wanduet.engine.peaks import add_up, look, reset
 from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
+from wanduet.engine.release import trim_cache
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError
 from wanduet.media.files import atomic_output
@@ -90,6 +91,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
+        trim_cache({one.name: one.peak for one in assignment.plan.devices if one.name == str(rank.device)})
         reset()
         output = OutputOptions(config.data_folder)
         job = Job(assignment.request, _own_plan(assignment.plan, rank), output, id=assignment.job)

@@ -2,7 +2,7 @@
 
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,6 +14,15 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
         # Where copies to the host have been; PyTorch has no public name for it, and some versions none at all.
         getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+
+def trim_cache(planned: Mapping[str, int]) -> None:
+    """Give cached blocks back where a device's allocator holds more than is planned for the next job, in bytes by device:
+    a larger job before has left them, and they would count as what the next one takes."""
+    if torch.cuda.is_available():
+        cuda = {name: most for name, most in planned.items() if torch.device(name).type == "cuda"}
+        if any(torch.cuda.memory_reserved(name) > most for name, most in cuda.items()):
+            release_memory()
 
 
 def release_models() -> None:

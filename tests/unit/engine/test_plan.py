@@ -280,3 +280,18 @@ def test_the_host_is_planned_for_weights_of_float32_that_are_read_into_bfloat16(
     reading = read.host_bytes - drawn.host_bytes
     assert 256 * 2**20 <= reading <= 512 * 2**20
     assert weights + reading < 3.5 * GIB
+
+
+def test_what_a_larger_job_has_left_is_given_back_before_a_smaller_one(monkeypatch) -> None:
+    import torch
+
+    from wanduet.engine import release
+
+    released: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda name: {"cuda:0": 15, "cuda:1": 3}[name])
+    monkeypatch.setattr(release, "release_memory", lambda: released.append(True))
+    release.trim_cache({"cuda:0": 15, "cuda:1": 9, "cpu": 0})
+    assert released == []
+    release.trim_cache({"cuda:0": 9, "cuda:1": 9})
+    assert released == [True]
