@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -525,3 +526,50 @@ def test_messages_hold_no_machine_secrets(wanduet, tmp_path: Path) -> None:
     text = json.dumps(read_metadata(tmp_path / "work" / done["output"]))
     assert str(tmp_path) not in text
     assert str(Path(shutil.__file__).parent) not in text
+
+
+def test_a_name_whose_latents_would_have_none_is_refused_before_any_work(wanduet, work: Path) -> None:
+    ran = wanduet("generate", "x", *TINY, "-o", "x" * 245 + ".mp4", "--json")
+    assert ran.code == 1
+    assert "too long" in ran.error
+    assert os.listdir(work) == []
+
+
+def test_latents_of_an_interrupted_run_are_not_written_over(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanduet.engine import generate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
+        assert "x.mp4.latents.safetensors" in wanduet("generate", "x", *TINY, "--json").error
+    kept = (work / "x.mp4.latents.safetensors").read_bytes()
+    assert wanduet("generate", "x", *TINY, "--json").json["output"] == "x-2.mp4"
+    assert (work / "x.mp4.latents.safetensors").read_bytes() == kept
+    assert wanduet("decode", "x.mp4.latents.safetensors", "--json").json["output"] == "x.mp4"
+
+
+@pytest.mark.parametrize("ends", ["done", "failed"])
+def test_a_batch_stops_though_the_job_ended_while_it_was_to_be_stopped(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    from wanduet.engine import generate
+    from wanduet.frontends import batch
+
+    (work / "prompts.txt").write_text("x\ny\n")
+    whole = batch.follow
+    monkeypatch.setattr(batch, "follow", lambda job: whole(job) or True)
+    if ends == "failed":
+        monkeypatch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
+    ran = wanduet("batch", "prompts.txt", *TINY, "--json")
+    assert ran.code == 130
+    assert f"{int(ends == 'done')} of 2 videos" in ran.error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_closed_stdout_stands_in_no_file(tmp_path: Path) -> None:
+    script = f'exec "{sys.executable}" -m wanduet encode x --model miniature --json -o e.safetensors >&-'
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "e.safetensors").stat().st_size > 100

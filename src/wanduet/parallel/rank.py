@@ -218,6 +218,8 @@ def serve(
 ) -> None:
     """What a worker process runs: join the group, do `work(rank, *args)`, report how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches everyone; the starter decides
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # so does its end
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     mailbox = Mailbox(incoming, outgoing)

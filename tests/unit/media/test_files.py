@@ -6,7 +6,7 @@ import pytest
 
 from wanduet.errors import OutputError
 from wanduet.media import files
-from wanduet.media.files import atomic_output, check_writable, write_atomically
+from wanduet.media.files import atomic_output, check_place, check_writable, write_atomically
 
 
 def names(folder) -> list[str]:
@@ -196,3 +196,19 @@ def test_longest_legal_name_can_be_written(tmp_path) -> None:
     check_writable(path)
     write_atomically(path, b"x")
     assert names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "a?.mp4", "clip.mp4.", "clip ", "nul.mp4", "out/COM1.txt/x.mp4", "a\tb.mp4"]
+)
+def test_names_that_windows_cannot_hold_are_refused_there(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="Windows"):
+        check_place(Path(name), windows=True)
+    check_place(Path(name), windows=False)
+
+
+def test_names_that_windows_holds(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.mp4", "../out/clip.mp4", ".hidden.mp4", "connect.mp4", "-x.mp4"):
+        check_place(Path(name), windows=True)
