@@ -7,7 +7,7 @@ from wanduet.cluster.shapes import Node, ReplicaView
 
 NO_GPUS = (
     "Start Ray on a machine with GPUs; or serve with --devices cpu; or, to try a cluster out, declare GPUs: "
-    "`ray start --labels wanduet.io/gpus=1x24GiB`."
+    "`ray start --num-gpus 1 --labels wanduet.io/gpus=1x24GiB`."
 )
 
 

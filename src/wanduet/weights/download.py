@@ -6,10 +6,6 @@ huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_
 import errno
 import logging
 import os
-<<<<<<< ours
-=======
-import re
->>>>>>> theirs
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,33 +148,8 @@ def verify_manifest(
 ) -> int:
     """Check a folder against the hashes that it was published with; returns how many files were hashed.
 
-<<<<<<< ours
     `parts` are the subfolders to look at, none for the whole model; `progress` is called while files are hashed.
     Raises WeightsError.
-=======
-    In the hub's cache a file is a link to `blobs/<hash>`. Empty for a folder that has neither.
-    """
-    from wanduet.weights.folder import MANIFEST_FILE, read_json
-
-    if (folder / MANIFEST_FILE).exists():
-        hashes = read_json(folder / MANIFEST_FILE).get("sha256")
-        return {str(k): str(v) for k, v in hashes.items()} if isinstance(hashes, Mapping) else {}
-    # Not `resolve`, which fails where links lead in a circle.
-    links = {
-        p.relative_to(folder).as_posix(): Path(os.path.realpath(p)) for p in sorted(folder.rglob("*")) if p.is_symlink()
-    }
-    return {
-        name: blob.name
-        for name, blob in links.items()
-        if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
-    }
-
-
-def verify_manifest(folder: ModelFolder, remember: Path | None, parts: tuple[str, ...] = ()) -> int:
-    """Check a folder against the hashes that were published with it; returns how many files were hashed.
-
-    `parts` are the subfolders to look at, none for the whole model. Raises WeightsError.
->>>>>>> theirs
     """
     hashes = published_hashes(folder.path)
     wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}

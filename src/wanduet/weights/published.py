@@ -6,6 +6,7 @@ blobs, the notes that `hf download --local-dir` leaves, and the published models
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def published_hashes(folder: Path) -> dict[str, str]:
 
 def _cache_links(folder: Path) -> dict[str, str]:
     """In the hub's cache a file is a link to `blobs/<hash>`."""
-    links = {p.relative_to(folder).as_posix(): p.resolve() for p in sorted(folder.rglob("*")) if p.is_symlink()}
+    # Not `resolve`, which fails where links lead in a circle.
+    links = {
+        p.relative_to(folder).as_posix(): Path(os.path.realpath(p)) for p in sorted(folder.rglob("*")) if p.is_symlink()
+    }
     return {
         name: blob.name for name, blob in links.items() if blob.parent.name == "blobs" and _HASH.fullmatch(blob.name)
     }
