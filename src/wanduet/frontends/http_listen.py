@@ -114,7 +114,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, announce: Announce = lambda url: None) -> None:
         self._context: ServerContext = app.state.context
         super().__init__(_configure(app, self._context.settings))
-        AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; ours end by themselves when we drain
+        # It cuts event streams off in the middle; ours end by themselves when the server drains.
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
         self._announce = announce
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
@@ -195,11 +196,10 @@ class Server(uvicorn.Server):
         return [one for one in self.server_state.connections if isinstance(one, Connection)]
 
     def _log_rarely(self, text: str, error: Exception | None = None) -> None:
-        name = "" if error is None else type(error).__name__
-        kept_back = self._rate.admit((text, name))
+        about = {} if error is None else {"error": type(error).__name__, "number": getattr(error, "errno", None)}
+        kept_back = self._rate.admit((text, *about.values()))
         if kept_back is not None:
-            number = getattr(error, "errno", None)
-            log.warning(text, error=name or None, number=number, kept_back=kept_back)
+            log.warning(text, **about, kept_back=kept_back)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -126,6 +126,17 @@ def send_without_end(client: socket.socket) -> bytes:
     raise AssertionError("the body was read without end")
 
 
+@pytest.mark.parametrize(
+    ("path", "size", "status"), [("/v1/videos", 2**23, 413), ("/v1/models", 2**20, 405), ("/nothing", 2**20, 404)]
+)
+def test_a_client_that_sends_all_before_it_reads_gets_the_refusal(
+    serve: Any, path: str, size: int, status: int
+) -> None:
+    with serve() as server, server.connect() as client:
+        client.sendall(request("POST", path, b"x" * size, "Connection: close"))
+        assert Answer.read(client).status == status
+
+
 def test_a_client_that_asks_first_is_refused_before_it_sends(serve: Any) -> None:
     with serve(max_body_bytes=1000) as server:
         ask = ("Expect: 100-continue", "Content-Type: application/json", "Connection: close")

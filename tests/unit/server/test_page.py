@@ -1,5 +1,6 @@
 """The page's HTML, its gate, its actions; in a browser it is tested in tests/e2e."""
 
+import asyncio
 import gc
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.frontends import ui_views as views
 from wanduet.frontends.http_keys import KeyRing
+from wanduet.frontends.http_page import PageGate
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_forms import Presets, default_form
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
@@ -280,6 +282,28 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
         for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
             answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
             assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_an_open_page_does_not_keep_a_server_that_ends(make_api: Any) -> None:
+    context = make_api().context
+    sent = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        context.draining.set()
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append((message["type"], message.get("more_body", False)))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/x", "headers": []}
+    asyncio.run(PageGate(endless, context)(scope, receive, send))
+    body = "http.response.body"
+    assert sent == [("http.response.start", False), (body, True), (body, False)], "the answer is whole"
 
 
 def test_only_the_pages_upload_may_be_long(api: Api) -> None:
