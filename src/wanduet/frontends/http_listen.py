@@ -32,7 +32,8 @@ Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
 BACKLOG = 2048  # clients whom the system lets wait until there is room
 _LOOK_SECONDS = 0.5
-_PAUSE_SECONDS = 0.05
+_GRACE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.02
 _LAST_SECONDS = 2.0  # for the application's end, where the server is told to stop at once
 
 log = structlog.get_logger(__name__)
@@ -165,8 +166,10 @@ class Server(uvicorn.Server):
             try:
                 await self._make_room()
                 await loop.connect_accepted_socket(self._make_connection, connection)
-            except Exception as error:
+            except BaseException as error:
                 connection.close()
+                if not isinstance(error, Exception):  # the server ends
+                    raise
                 self._log_rarely("a client could not be accepted", error)
 
     def _make_connection(self) -> Connection:
@@ -176,10 +179,14 @@ class Server(uvicorn.Server):
         """Wait until one more connection fits; of those that wait for their client, the oldest is closed for it."""
         while len(self.server_state.connections) >= self._context.capacity.connections:
             waiting = [one for one in self._connections() if not one.answering and not one.transport.is_closing()]
-            if waiting:
-                min(waiting, key=lambda one: one.waits_since).give_up()
+            oldest = min(waiting, key=lambda one: one.waits_since, default=None)
+            # One that has only just come may have its request on the way.
+            if oldest is not None and oldest.loop.time() - oldest.waits_since >= _GRACE_SECONDS:
+                oldest.give_up()
                 self._log_rarely("a connection that waited was closed: there are too many")
-            await asyncio.sleep(0 if waiting else _PAUSE_SECONDS)
+                await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _watch(self) -> None:
         """Close the connections that let the server wait for too long."""
