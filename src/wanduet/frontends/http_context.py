@@ -75,11 +75,11 @@ class ServerContext:
         self.metrics = ServerMetrics(store, worker)
         self.draining = threading.Event()
         self.capacity = find_capacity(settings.max_connections)
-        max_streams = max(1, min(settings.max_streams, self.capacity.requests // 2))  # the rest is for short answers
+        third = max(1, self.capacity.requests // 3)  # for streams, for pages, and the rest for short answers
         self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
-        self.streams = Gate(max_streams, "event streams", settings.max_streams_per_key)
-        self.page_streams = Gate(max_streams, "open pages")
+        self.streams = Gate(min(settings.max_streams, third), "event streams", settings.max_streams_per_key)
+        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each has two
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def check_accepting(self) -> None:

@@ -5,7 +5,7 @@ Plain ASGI and before every route, so that nothing is read for a request that is
 
 import asyncio
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -24,6 +24,7 @@ MAX_UPLOADS_AT_ONCE = 2**29  # bytes of all uploads in the temporary folder
 MIN_RATE = 2**14  # bytes a second: a body of this rate has all the time it needs
 LONGEST_BODY_SECONDS = 600.0
 DRAIN_BODY_SECONDS = 5.0  # what is not there then is refused: the server is about to end
+LINGER_SECONDS = 2.0
 BUSY_RETRY_SECONDS = 5
 DRAIN_RETRY_SECONDS = 15
 ALWAYS_ANSWERED = "/health"  # costs nothing, and says that an overloaded server lives
@@ -113,6 +114,48 @@ class LimitBodies:
                 raise
         if body.error is not None and not started:
             await body.error.response()(scope, body.receive, send)
+
+
+class LetBodiesEnd:
+    """Takes, for a moment, the rest of a body whose answer is there already and which nobody reads.
+
+    Where the connection ends with the answer, the system would else tell the client of a broken connection, and
+    most clients would not look at the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or not _sends_and_closes(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        complete = False
+
+        async def watching_receive() -> Message:
+            nonlocal complete
+            message = await receive()
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if last and not complete:
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while not complete:
+                            await watching_receive()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, watching_receive, sending)
+
+
+def _sends_and_closes(headers: Headers) -> bool:
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return has_body and "close" in headers.get("connection", "").lower() and "expect" not in headers
 
 
 class _Budget:

@@ -32,7 +32,8 @@ Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
 BACKLOG = 2048  # clients whom the system lets wait until there is room
 _LOOK_SECONDS = 0.5
-_PAUSE_SECONDS = 0.05
+_GRACE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.02
 _LAST_SECONDS = 2.0  # for the application's end, where the server is told to stop at once
 
 log = structlog.get_logger(__name__)
@@ -114,7 +115,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, announce: Announce = lambda url: None) -> None:
         self._context: ServerContext = app.state.context
         super().__init__(_configure(app, self._context.settings))
-        AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; ours end by themselves when we drain
+        # It cuts event streams off in the middle; ours end by themselves when the server drains.
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
         self._announce = announce
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
@@ -164,8 +166,10 @@ class Server(uvicorn.Server):
             try:
                 await self._make_room()
                 await loop.connect_accepted_socket(self._make_connection, connection)
-            except Exception as error:
+            except BaseException as error:
                 connection.close()
+                if not isinstance(error, Exception):  # the server ends
+                    raise
                 self._log_rarely("a client could not be accepted", error)
 
     def _make_connection(self) -> Connection:
@@ -175,10 +179,14 @@ class Server(uvicorn.Server):
         """Wait until one more connection fits; of those that wait for their client, the oldest is closed for it."""
         while len(self.server_state.connections) >= self._context.capacity.connections:
             waiting = [one for one in self._connections() if not one.answering and not one.transport.is_closing()]
-            if waiting:
-                min(waiting, key=lambda one: one.waits_since).give_up()
+            oldest = min(waiting, key=lambda one: one.waits_since, default=None)
+            # One that has only just come may have its request on the way.
+            if oldest is not None and oldest.loop.time() - oldest.waits_since >= _GRACE_SECONDS:
+                oldest.give_up()
                 self._log_rarely("a connection that waited was closed: there are too many")
-            await asyncio.sleep(0 if waiting else _PAUSE_SECONDS)
+                await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _watch(self) -> None:
         """Close the connections that let the server wait for too long."""
@@ -195,11 +203,10 @@ class Server(uvicorn.Server):
         return [one for one in self.server_state.connections if isinstance(one, Connection)]
 
     def _log_rarely(self, text: str, error: Exception | None = None) -> None:
-        name = "" if error is None else type(error).__name__
-        kept_back = self._rate.admit((text, name))
+        about = {} if error is None else {"error": type(error).__name__, "number": getattr(error, "errno", None)}
+        kept_back = self._rate.admit((text, *about.values()))
         if kept_back is not None:
-            number = getattr(error, "errno", None)
-            log.warning(text, error=name or None, number=number, kept_back=kept_back)
+            log.warning(text, **about, kept_back=kept_back)
 
 
 def listen(host: str, port: int) -> socket.socket:

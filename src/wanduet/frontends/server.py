@@ -19,7 +19,7 @@ from wanduet.frontends import http_errors, http_videos
 from wanduet.frontends.http_context import ServerContext, ServerSettings, get_context, get_owner
 from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
-from wanduet.frontends.http_limits import BodyLimits, LimitBodies, LimitRequests
+from wanduet.frontends.http_limits import BodyLimits, LetBodiesEnd, LimitBodies, LimitRequests
 from wanduet.frontends.http_listen import DRAIN_SECONDS, Announce, Server, listen
 from wanduet.frontends.http_logs import configure_library_logs
 from wanduet.frontends.http_metrics import CountRequests, WorkerView
@@ -92,6 +92,7 @@ def create_app(
     app.add_middleware(LimitRequests, gate=context.requests)
     app.add_middleware(AnswerHead)
     app.add_middleware(CountRequests, metrics=context.metrics)
+    app.add_middleware(LetBodiesEnd)
     return app
 
 

@@ -1,8 +1,10 @@
 """Clients that are slow, silent or no clients at all, at a real socket: each costs one connection for a limited time."""
 
+import errno
 import json
 import logging
 import socket
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from listening import WAIT, Answer, Listening, listening, request
+from structlog.testing import capture_logs
 
 from wanduet.frontends import http_limits
 from wanduet.frontends.http_context import ServerSettings
@@ -37,6 +40,23 @@ def test_half_sent_requests_give_way_to_new_clients(serve: Any) -> None:
             assert server.ask("GET", "/v1/videos").status == 200
         answer = Answer.read(slow[0])
         assert (answer.status, answer.code) == (408, "request_timeout")
+
+
+def test_a_system_that_gives_no_connection_is_asked_again_and_logged_once(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([OSError(errno.EMFILE, "Too many open files")] * 5)
+    real = BaseSelectorEventLoop.sock_accept
+
+    async def accept(loop: Any, listener: socket.socket) -> Any:
+        for failure in failures:
+            raise failure
+        return await real(loop, listener)
+
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_accept", accept)
+    with capture_logs() as lines, serve() as server:
+        assert server.ask("GET", "/v1/videos").status == 200
+    assert [(line["event"], line["number"]) for line in lines] == [("a client could not be accepted", errno.EMFILE)]
 
 
 def test_connections_that_are_kept_open_give_way_too(serve: Any) -> None:
@@ -104,6 +124,15 @@ def test_a_body_that_ends_before_its_stated_length_stores_nothing(serve: Any) ->
         assert server.api.store.list().jobs == ()
 
 
+def test_a_body_that_goes_on_after_its_stated_length_is_not_part_of_it(serve: Any) -> None:
+    with serve() as server:
+        with server.connect(request("POST", "/v1/videos", PROMPT) + b"}" * 1000 + b"\r\n\r\n") as client:
+            answers = Answer.read(client)
+        assert answers.status == 200
+        assert b"HTTP/1.1 400 " in answers.body, "the rest is no request"
+        assert len(server.api.store.list().jobs) == 1
+
+
 @pytest.mark.parametrize(("path", "status"), [("/v1/videos", 413), ("/v1/models", 405), ("/nothing", 404)])
 def test_a_body_without_end_is_not_read_without_end(serve: Any, path: str, status: int) -> None:
     with serve(**{**SHORT, "body_seconds": WAIT}, max_body_bytes=1000) as server:
@@ -124,6 +153,17 @@ def send_without_end(client: socket.socket) -> bytes:
         except ConnectionError:
             return answer
     raise AssertionError("the body was read without end")
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"), [("/v1/videos", 2**23, 413), ("/v1/models", 2**20, 405), ("/nothing", 2**20, 404)]
+)
+def test_a_client_that_sends_all_before_it_reads_gets_the_refusal(
+    serve: Any, path: str, size: int, status: int
+) -> None:
+    with serve() as server, server.connect() as client:
+        client.sendall(request("POST", path, b"x" * size, "Connection: close"))
+        assert Answer.read(client).status == status
 
 
 def test_a_client_that_asks_first_is_refused_before_it_sends(serve: Any) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from test_limits import check_keys, check_refusals
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.frontends import ui_views as views
+from wanduet.frontends.http_errors import ApiError
 from wanduet.frontends.http_keys import KeyRing
+from wanduet.frontends.http_page import PageGate
 from wanduet.frontends.http_restore import add_restore
 from wanduet.frontends.ui_actions import PageActions
 from wanduet.frontends.ui_forms import Presets, default_form
@@ -334,8 +336,9 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
             assert answer.headers["allow"]
         check_refusals(app)
         with ExitStack() as others:
-            for _ in range(api.context.settings.max_streams):
-                others.enter_context(api.context.page_streams.enter())
+            with suppress(ApiError):
+                while True:
+                    others.enter_context(api.context.page_streams.enter())
             for path in ("/gradio_api/heartbeat/x", "/gradio_api/queue/data?session_hash=x"):
                 assert http.get(path).status_code == 503, "one open page too many"
         assert http.head("/health").status_code == http.head("/").status_code == 200
@@ -347,6 +350,28 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
         for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
             answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
             assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_an_open_page_does_not_keep_a_server_that_ends(make_api: Any) -> None:
+    context = make_api().context
+    sent = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        context.draining.set()
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append((message["type"], message.get("more_body", False)))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/x", "headers": []}
+    asyncio.run(PageGate(endless, context)(scope, receive, send))
+    body = "http.response.body"
+    assert sent == [("http.response.start", False), (body, True), (body, False)], "the answer is whole"
 
 
 def test_only_the_pages_upload_may_be_long(api: Api) -> None:
