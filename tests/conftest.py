@@ -1,10 +1,27 @@
-"""For all tests, which run in two processes where `make test` starts them: a file's in one, and all that need a cluster."""
+"""For all tests, which run in two processes where `make test` starts them: a file's in one, and all that need a cluster.
+
+With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster that would be skipped fails instead.
+"""
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+TESTS = Path(__file__).parent
+NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster", "unit/server/test_page.py"))
+# The longest, first: one that began last would leave the other process without work.
+FIRST = (
+    "cluster",
+    "e2e/test_page.py",
+    "quality/test_miniature.py",
+    "faults/test_jobs_disk.py",
+    "unit/ops/test_vae_triton.py",
+    "parity/test_sharding.py",
+)
 
 # A runner in the background ignores Ctrl-C, and what it starts would inherit that; here it must be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -15,7 +32,40 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     for item in items:
-        folder = Path(__file__).parent / "cluster"
+        folder = TESTS / "cluster"
         group = folder if item.path.is_relative_to(folder) else item.path
         item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+def _place(item: pytest.Item) -> int:
+    return next((place for place, name in enumerate(FIRST) if item.path.is_relative_to(TESTS / name)), len(FIRST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return _not_left_out(item.path, report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return _not_left_out(getattr(collector, "path", TESTS), report)
+
+
+def _not_left_out(path: Path, report: Any) -> Any:
+    """A failure in place of a skip, where no test may be left out."""
+    if (
+        os.environ.get("WANDUET_TEST_ALL")
+        and report.outcome == "skipped"
+        and not hasattr(report, "wasxfail")
+        and any(path.is_relative_to(folder) for folder in NEVER_SKIPPED)
+    ):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.longrepr = f"WANDUET_TEST_ALL is set, so that no test here may be skipped. {reason}"
+    return report

@@ -28,7 +28,6 @@ pytest.importorskip("gradio", reason="needs the ui extra")
 pytest.importorskip("playwright", reason="needs playwright")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
-    pytest.mark.slow,
     pytest.mark.timeout(1200),
 ]
 STEPS = 60  # enough for a preview to be seen before the video is there
@@ -150,6 +149,7 @@ def test_a_preset_counts_at_once(page: Any, served: Server) -> None:
     assert (settings["num_inference_steps"], settings["num_frames"]) == (30, 17)
 
 
+@pytest.mark.slow  # starts servers of its own
 def test_an_example_fills_the_prompt(browser: Any, tmp_path: Path) -> None:
     with serving(tmp_path / "data") as fresh, open_page(browser, fresh.url) as page:
         page.locator(".examples button").nth(1).click()
@@ -236,6 +236,7 @@ def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None
         shot(page, "page-phone")
 
 
+@pytest.mark.slow  # starts servers of its own
 def test_an_open_page_outlives_a_restart_of_its_server(browser: Any, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with serving(data) as first:
@@ -258,6 +259,7 @@ def test_an_open_page_outlives_a_restart_of_its_server(browser: Any, tmp_path: P
         opened.__exit__(None, None, None)
 
 
+@pytest.mark.slow  # starts servers of its own
 def test_no_request_leaves_the_machine(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the browser's, all of which are noted, nor the server's, which would go to a proxy that notes them."""
     with recording_proxy() as (proxy, seen):
@@ -280,6 +282,7 @@ def test_no_request_leaves_the_machine(browser: Any, tmp_path: Path, monkeypatch
     assert seen == []
 
 
+@pytest.mark.slow  # starts servers of its own
 def test_keys_close_the_page(browser: Any, tmp_path: Path) -> None:
     from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
 
