@@ -126,11 +126,12 @@ def _add_service_routes(app: FastAPI) -> None:
         status, reason = "ready", None
         if context.draining.is_set():
             status = "draining"
-        elif not context.worker_ready():
-            status, reason = "no worker", context.worker.trouble if context.worker is not None else None
-            reason = None if reason is None else public_text(reason)
         else:
-            context.store.list(limit=1)  # an unreachable store answers 503 by itself
+            # First: an unreachable store answers 503 by itself, and is why there is no worker then.
+            context.store.list(limit=1)
+            if not context.worker_ready():
+                status, reason = "no worker", context.worker.trouble if context.worker is not None else None
+                reason = None if reason is None else public_text(reason)
         told = Health(status=status, reason=reason).model_dump(exclude_none=True)
         return JSONResponse(told, 200 if status == "ready" else 503)
 

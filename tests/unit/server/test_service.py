@@ -18,7 +18,7 @@ from wanduet.frontends.http_context import ServerSettings
 from wanduet.frontends.http_keys import KeyRing
 from wanduet.frontends.http_security import check_bind
 from wanduet.frontends.server import run_app
-from wanduet.jobs.records import JobError, Limits, NewJob
+from wanduet.jobs.records import JobError, Limits, NewJob, StoreGoneError
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
 
@@ -440,6 +440,19 @@ def test_the_schema_names_every_field(api: Any) -> None:
     assert set(body) == {"multipart/form-data", "application/json"}
     assert {"prompt", "seconds", "size", "seed", "flow_shift"} <= set(body["application/json"]["schema"]["properties"])
     json.dumps(schema)
+
+
+def test_readiness_names_a_lost_store_and_not_the_worker_that_ended_with_it(
+    make_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = make_api(worker_ready=lambda: False)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise StoreGoneError("data is gone.", hint="Put it back.")
+
+    monkeypatch.setattr(JobStore, "list", gone)
+    answer = api.http.get("/ready")
+    assert (answer.status_code, answer.json().get("error", {}).get("code")) == (503, "store_gone")
 
 
 class Worker:
