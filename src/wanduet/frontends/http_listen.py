@@ -116,7 +116,7 @@ class Server(uvicorn.Server):
         self._context: ServerContext = app.state.context
         super().__init__(_configure(app, self._context.settings))
         # It cuts event streams off in the middle; ours end by themselves when the server drains.
-        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+        AppStatus.disable_automatic_graceful_drain()
         self._announce = announce
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
