@@ -61,8 +61,6 @@ def open_model(
     if cached is not None:
         return cached
     if not fetch:
-        if is_official(model):
-            raise official_layout(model)
         raise ModelNotFoundError(f"{model} is not in the cache.", hint=f"Fetch it: wanduet download --model {model}")
     return download(model, revision, remember).folder
 
@@ -86,6 +84,8 @@ def local_model(model: str) -> ModelFolder | None:
         raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
         raise no_model(model)
+    if is_official(model):
+        raise official_layout(model)
     return None
 
 
@@ -318,8 +318,6 @@ def _cached(model: str, revision: str | None) -> ModelFolder | None:
         folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
     except ModelNotFoundError as error:
-        if is_official(model):
-            raise official_layout(model) from error
         raise IncompleteModelError(
             f"Not all of {model} is in the cache. {error.message}",
             hint=f"Fetch the rest: wanduet download --model {model}",
