@@ -89,7 +89,7 @@ class Checkpoints:
 
     def adopt(self) -> None:
         """Let `remove` delete what is here now, too: it is what this denoise goes on from."""
-        self._writers.update(writer for path in (self.path, self.previous) if (writer := _writer_of(path)) is not None)
+        self._writers.update(writer for path in (self.path, self.previous) if (writer := _writer_of(path)))
 
     def remove(self) -> None:
         """Forget this denoise; a folder that cannot be written keeps its files, and another writer's stay."""
@@ -151,15 +151,17 @@ def _read(path: Path) -> DenoiseCheckpoint | None:
         state = {name: _unflatten(value, tensors) for name, value in about["sampler"].items()}
         made = about.get("record", {}), about.get("writer", "")
         return DenoiseCheckpoint(int(about["step"]), tensors["latents"], state, about["about"], *made)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
-        return None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+        return None  # RuntimeError: another process has moved the file while it was opened
 
 
 def _writer_of(path: Path) -> str | None:
-    """Who wrote a checkpoint; None for a file that is missing or damaged."""
+    """Who wrote a checkpoint; None for a damaged file, "" for one that another process has just moved."""
     try:
         with safe_open(path, framework="pt") as file:
             return str(json.loads((file.metadata() or {})[KEY]).get("writer", ""))
+    except (FileNotFoundError, RuntimeError):
+        return ""
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError):
         return None
 

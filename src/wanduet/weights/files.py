@@ -78,7 +78,7 @@ class TensorFiles:
                     with safe_open(path, framework="pt") as file:
                         for name in portion:
                             yield name, file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=_HINT) from error
 
     def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
@@ -114,7 +114,7 @@ class TensorFiles:
             with safe_open(self.tensors[name].file, framework="pt") as file:
                 # Not `get_slice`: each slice of its costs some bytes for good (safetensors 0.8). This is mapped too.
                 return file.get_tensor(name)[torch.tensor(rows, dtype=torch.long)].to(dtype)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
             raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=_HINT) from error
 
     def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:

@@ -150,3 +150,18 @@ def test_what_nobody_came_back_for_goes(tmp_path) -> None:
     assert remove_abandoned(tmp_path, 30) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]
     assert remove_abandoned(tmp_path / "not there", 30) == 0
+
+
+def test_a_file_that_another_process_moves_while_it_is_opened_is_not_there(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(b"another process's")
+
+    def vanish(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(module, "safe_open", vanish)
+    checkpoints = Checkpoints(tmp_path, "k", atomic_output, "me")
+    assert checkpoints.load() is None
+    checkpoints.adopt()
+    checkpoints.remove()
+    assert path.exists()

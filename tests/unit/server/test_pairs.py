@@ -198,7 +198,9 @@ def test_one_idempotency_key_in_two_servers_is_one_job(api: Api, make_api: Any) 
     second = open_store(api.store.files.folder)
     try:
         servers = [api, Api(second)]
-        for server in servers:  # what a first request builds hides warnings for all threads, which is not safe in several
+        for (
+            server
+        ) in servers:  # what a first request builds hides warnings for all threads, which is not safe in several
             server.http.post("/v1/videos", json={"prompt": "x", "seed": -1})
         go = threading.Barrier(8)
 
