@@ -30,13 +30,23 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
-    for item in items:
-        folder = TESTS / "cluster"
-        group = folder if item.path.is_relative_to(folder) else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What module fixtures hold is built once: servers, models, a cluster.
+
+    Not `--dist loadgroup`: xdist 3.8 names groups in `Item._nodeid`, which pytest 9.2 no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneProcessAFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/cluster" if file.startswith("tests/cluster/") else file
+
+    return OneProcessAFile(config, log)
 
 
 def _place(item: pytest.Item) -> int:
