@@ -1,5 +1,8 @@
 """Peaks of memory belong to the job that took it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -72,8 +75,22 @@ def test_processes_of_a_group_share_the_host_and_have_a_device_each(taken) -> No
     assert ranks["cpu"] == 3000
 
 
-@pytest.mark.skipif(not module.CLEAR.exists(), reason="Linux's")
+FORGETS = """
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+block = bytearray(b"x") * (96 * 2**20)
+high = peak()
+del block
+open("/proc/self/clear_refs", "w").write("5")
+print(peak() < high - 48 * 2**10)
+"""
+
+
 def test_the_host_s_peak_begins_anew() -> None:
+    # Some containers refuse it, or take it and do nothing: asked of a process that has nothing of ours.
+    asked = subprocess.run([sys.executable, "-c", FORGETS], capture_output=True, text=True)
+    if asked.stdout.strip() != "True":
+        pytest.skip(f"this system's count of a process's peak does not begin anew {asked.stderr[-200:]}")
     block = bytearray(b"x") * (96 * 2**20)
     size = len(block)
     high = module.process_peak_bytes()
