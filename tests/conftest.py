@@ -25,6 +25,8 @@ FIRST = (
 
 # A runner in the background ignores Ctrl-C, and what it starts would inherit that; here it must be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where nothing compiled is to be written, each of the hundreds of processes that tests start would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Each computes with its share of the cores, and so do the processes that it starts: others' threads would be in its way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

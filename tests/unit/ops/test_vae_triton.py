@@ -149,10 +149,10 @@ def test_softmax_equals_pytorchs(convolutions, width) -> None:
 @pytest.mark.parametrize("outputs", [40, 96])
 def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) -> None:
     torch.manual_seed(0)
-    x, (weight, bias), gamma = clip(24, 2, 4, 5), convolution(24, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
+    x, (weight, bias), gamma = clip(16, 1, 4, 5), convolution(16, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
     results = []
     for swap in (False, True):
-        out = clip(outputs, 2, 4, 5)
+        out = clip(outputs, 1, 4, 5)
         first, second = (64, 32) if outputs == 96 else (64, 0)
         tile = convolutions.Tile(16, first, second, 16, 4, 2, swap)
         assert convolutions.convolve(x, None, weight, bias, (1, 1), None, out, gamma, tile)
@@ -160,14 +160,13 @@ def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) ->
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("has_past", [True, False])
-def test_tiles_of_several_rows_give_the_same(convolutions, rows, has_past) -> None:
+def test_tiles_of_several_rows_give_the_same(convolutions, has_past) -> None:
     torch.manual_seed(0)
-    x, (weight, bias) = clip(24, 2, 5, 7), convolution(24, 40, (3, 3, 3))
-    past, residual, gamma = clip(24, 2, 5, 7) if has_past else None, clip(40, 2, 5, 7), torch.randn(40, 1, 1, 1)
+    x, (weight, bias) = clip(16, 2, 5, 7), convolution(16, 40, (3, 3, 3))
+    past, residual, gamma = clip(16, 2, 5, 7) if has_past else None, clip(40, 2, 5, 7), torch.randn(40, 1, 1, 1)
     results = []
-    for number, square in ((1, False), (1, True), (rows, False)):
+    for number, square in ((1, False), (1, True), (2, False), (4, False)):
         out = clip(40, 2, 5, 7)
         tile = convolutions.Tile(16, 64, 0, 16, 4, 2, rows=number, square=square)
         assert convolutions.convolve(x, past, weight, bias, (1, 1), residual, out, gamma, tile)
@@ -275,19 +274,6 @@ def test_every_tile_that_may_be_taken_is_compiled_beforehand(convolutions, monke
     assert compiled == [8, 1]
 
 
-@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 3)])
-def test_a_whole_decode_in_channels_last_gives_the_same_frames(plan) -> None:
-    torch.manual_seed(2)
-    spec = VAESpec(base_dim=8, num_res_blocks=0, dim_mult=(1, 2), temperal_downsample=(True,))
-    vae = WanVAE(spec).eval().requires_grad_(False)
-    latents = torch.randn(16, 3, 4, 3)
-    expected = [chunk.copy() for chunk in decode_stream(vae, latents, plan)]
-    vae.channels_last()
-    vae.use_kernels(VAE_TRITON_KERNELS)
-    for got, want in zip(decode_stream(vae, latents, plan), expected, strict=True):
-        assert abs(got.astype(int) - want.astype(int)).max() <= 1
-
-
 def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> None:
     x, weight = clip(16, 1, 4, 4), clip(16, 1, 1, 1).expand(16, -1, -1, -1, -1)
     other = torch.empty(1, 16, 1, 4, 4)
@@ -360,15 +346,18 @@ def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 2)])
-def test_all_that_a_decode_launches_can_be_compiled_beforehand(launched, plan) -> None:
-    """By a run on the meta device, of other sizes: a compiled kernel depends on neither rows nor columns."""
+@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 3)])
+def test_a_whole_decode_gives_the_same_frames_by_kernels_that_can_be_compiled_beforehand(launched, plan) -> None:
+    """Beforehand: by a run on the meta device, of other sizes, as a kernel depends on neither rows nor columns."""
+    torch.manual_seed(2)
     spec = VAESpec(base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
+    latents = torch.randn(16, 3, 4, 3)
+    expected = [chunk.copy() for chunk in decode_stream(vae, latents, plan)]
     vae.channels_last()
     vae.use_kernels(VAE_TRITON_KERNELS)
-    for _ in decode_stream(vae, torch.randn(16, 3, 4, 3), plan):
-        pass
+    for got, want in zip(decode_stream(vae, latents, plan), expected, strict=True):
+        assert abs(got.astype(int) - want.astype(int)).max() <= 1
     kernels = vae_gpu.compiling_for(torch.device("cpu"))
     compile_decode(spec, 64, 80, plan, torch.float32, kernels)
     assert launched[False]
