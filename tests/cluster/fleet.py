@@ -64,6 +64,7 @@ class Ray:
         Path(folder, "ray").mkdir()
         # Replicas are what the nodes are for: Ray gives its workers a lower priority than other programs have.
         self.environment = token | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_worker_niceness": "0"}
+        self.environment |= {"RAY_prestart_worker_first_driver": "0"}  # of workers that nobody will use
         self._log = open(log, "ab")  # noqa: SIM115 - closed by `shutdown`
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ray_nodes.py")), folder],
@@ -120,15 +121,15 @@ class Ray:
         self._log.close()
 
 
-def mixed_nodes() -> dict[str, str]:
-    """Two nodes with a GPU between what the model's default and BIG need, and one with plenty."""
+def mixed_nodes(small_nodes: int = 1) -> dict[str, str]:
+    """Nodes with a GPU between what the model's default and BIG need, and one with plenty."""
     models = Models(EngineConfig(model="miniature"))
     tiny = declared_devices("1x700MiB")
     fit = Fitter(models.memory, models.config).on(Node("", "", tiny, 2**34, 1).shape(1))
     needs = [fit(demand_of(request)).peak_bytes for request in ({}, _request(BIG))]
     assert needs[0] < needs[1]
     small = (sum(needs) // 2 + HEADROOM_BYTES + CUDA_CONTEXT_BYTES) / 2**20
-    return {"a": f"1x{small:.2f}MiB", "b": f"1x{small:.2f}MiB", "large": "1x24GiB"}
+    return {**{f"small{n}": f"1x{small:.2f}MiB" for n in range(small_nodes)}, "large": "1x24GiB"}
 
 
 def _request(fields: dict[str, str]) -> dict[str, Any]:

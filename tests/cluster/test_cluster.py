@@ -1,6 +1,6 @@
 """`wanduet serve --cluster`: workers and nodes are killed, emptied and unlike each other, and no job is any worse for it.
 
-One cluster for the whole file: two nodes with a small GPU each and one with a large one, all of them only declared.
+One cluster for the whole file: a node with a small GPU and one with a large one, both of them only declared.
 """
 
 import os
@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.skipif(os.name != "posix", reason="POSIX signals"), py
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    flags = ("--min-replicas", "3", "--parallel", "1", "--checkpoint-seconds", "0.2", "--max-steps", "1000")
+    flags = ("--min-replicas", "2", "--parallel", "1", "--checkpoint-seconds", "0.2", "--max-steps", "1000")
     with fleet(tmp_path_factory.mktemp("data"), mixed_nodes(), *flags) as found:
-        wait("three replicas are ready", lambda: len(found.replicas()) == 3)
+        wait("two replicas are ready", lambda: len(found.replicas()) == 2)
         yield found
 
 
@@ -30,8 +30,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 
 
 def test_jobs_survive_their_worker_and_their_node_and_land_only_where_they_fit(cluster: Fleet, local: Local) -> None:
-    wanted = [LONG, LONG, LONG, SMALL, BIG, SMALL, BIG]
-    ids = [cluster.server.create(seed=str(seed), **fields)["id"] for seed, fields in enumerate(wanted)]
+    wanted = [LONG, LONG, LONG, SMALL, BIG, SMALL]
+    ids = [cluster.server.create(seed=str(number % 2), **fields)["id"] for number, fields in enumerate(wanted)]
     first = wait("a job is under way", lambda: cluster.running(ids[0], 20.0))
     kill_worker(first)
     rest = ids[1:3]

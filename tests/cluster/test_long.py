@@ -91,7 +91,7 @@ def test_fifty_jobs_survive_everything(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     local = Local(tmp_path / "local")
     draw = random.Random(SEED)
-    with fleet(tmp_path / "data", mixed_nodes(), *flags) as cluster:
+    with fleet(tmp_path / "data", mixed_nodes(2), *flags) as cluster:
         wait("three replicas are ready", lambda: len(cluster.replicas()) == 3)
         kinds = [draw.choices([SMALL, LONG, BIG], [4, 5, 1])[0] for _ in range(JOBS)]
         ids = [cluster.server.create(seed=str(seed % 5), **fields)["id"] for seed, fields in enumerate(kinds)]
