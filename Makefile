@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 # On a machine with a GPU: the true shapes. Elsewhere: the same code in small, to see that it works.
@@ -43,10 +43,11 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# `--no-compile`: a module is compiled when it is first imported, most never are.
 $(VENV)/.runtime: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-server.txt requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@ $(VENV)/.runtime
