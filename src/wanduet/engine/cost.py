@@ -1,27 +1,28 @@
 """How long a job will take, roughly, from its floating-point work and what a device's class achieves.
 
-The work is counted exactly; the rate is a table of what attention and matrix products reach in practice for each
-generation of GPU, so a prediction is good to a factor of about 1.5, which is what a choice needs.
+The work is counted exactly; the rate is what attention and matrix products reach in practice, of the card (`cards`) or its
+generation, so a prediction is good to a factor of about 1.5, which is what a choice needs.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Literal
 
+from wanduet.engine.cards import card_named
 from wanduet.engine.hardware import DeviceInfo
 from wanduet.models.vae_rows import DecodePlan
 from wanduet.request import ResolvedRequest
 from wanduet.specs import ModelSpec, TransformerSpec
 
-# TFLOP/s for each multiprocessor in bfloat16 (float16 before Ampere), reached by the whole denoise, not peak.
-# Hopper and Ampere A100: measured or published for this model; others in proportion to their data sheets.
+# TFLOP/s for each multiprocessor in bfloat16 (float16 before Ampere), reached by the whole denoise, of cards that `cards`
+# does not know by name.
 RATES = {
     (10, 0): 7.0, (9, 0): 4.6, (8, 9): 0.95, (8, 6): 0.62, (8, 0): 1.9, (12, 0): 1.1, (7, 5): 0.45, (7, 0): 0.9,
 }  # fmt: skip
 OLDER = 0.1
 CPU_RATE = 0.025  # TFLOP/s a core in float32
-# The VAE's convolutions in float32 with TF32 reach about a fifth of the transformer's rate.
-DECODE_SHARE = 0.2
+# Of the transformer's rate, what the VAE's convolutions in float32 with TF32 reach: measured on Hopper, assumed elsewhere.
+HOPPER_DECODE_SHARE, DECODE_SHARE = 0.34, 0.2
 # Before Ampere there is no TF32: half of what the float32 lanes of a multiprocessor can do, at 1.5 GHz. So a card without
 # matrix units is far worse at denoising than at decoding. From the number of lanes (64 in Volta and Turing), not measured.
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
@@ -128,7 +129,8 @@ def decode_flop(spec: ModelSpec, size: tuple[int, int, int]) -> float:
 def decode_rate(device: DeviceInfo) -> float:
     """TFLOP/s that the decode reaches on a device, in float32."""
     if device.is_cpu or not device.multiprocessors or device.capability >= (8, 0):
-        return rate(device) * (1.0 if device.is_cpu else DECODE_SHARE)
+        share = HOPPER_DECODE_SHARE if device.capability == (9, 0) else DECODE_SHARE
+        return rate(device) * (1.0 if device.is_cpu else share)
     lanes = PLAIN_FLOAT32[(7, 0) if device.capability >= (7, 0) else (0, 0)]
     return lanes * device.multiprocessors
 
@@ -137,6 +139,8 @@ def rate(device: DeviceInfo) -> float:
     """TFLOP/s that the denoise reaches on a device."""
     if device.is_cpu or not device.multiprocessors:
         return CPU_RATE * max(1, (os.cpu_count() or 2) // 2)
+    if card := card_named(device.model):
+        return card.rate
     exact = RATES.get(device.capability)
     if exact is None:
         newer = [value for generation, value in sorted(RATES.items()) if generation <= device.capability]

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wanduet.config import parse_bytes
+from wanduet.engine.cards import Card, card_named, typical_card
 from wanduet.errors import ConfigError
 
 # What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
@@ -97,32 +98,42 @@ def detect() -> Hardware:
 
 
 def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
-    """Hardware that is not here: `2x24GiB`, `1x8GiB`, `24GiB+12GiB`, `2x24GiB,ram=32GiB`, `cpu,ram=16GiB`."""
-    sizes: list[int] = []
+    """Hardware that is not here: `2x24GiB`, `RTX 4090`, `2x3090`, `24` (GiB), `24GiB+12GiB`, `h100,ram=32GiB`, `cpu`.
+
+    A card of which only the memory is known is taken for a common one with so much (`cards.typical_card`). Raises ConfigError.
+    """
+    found: list[tuple[Card, int]] = []
     ram = host.host_total_bytes if host else 32 * 2**30
-    for part in re.split(r"[,+]", text.replace(" ", "")):
-        if part.lower().startswith("ram="):
-            ram = parse_bytes(part[4:])
+    for part in (part.strip() for part in re.split(r"[,+]", text)):
+        if re.fullmatch(r"ram\s*=.*", part, re.IGNORECASE):
+            ram = parse_bytes(part.partition("=")[2])
         elif part.lower() != "cpu":
-            match = re.fullmatch(r"(?:(\d{1,4})[x×*])?(.+)", part, re.IGNORECASE | re.ASCII)
+            match = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?(.+)", part, re.IGNORECASE | re.ASCII)
             count = int(match[1] or 1) if match else 0
             if match is None or not 1 <= count <= MOST_DEVICES:
-                hint = f"Examples: 2x24GiB, 24GiB+12GiB; 1 to {MOST_DEVICES} devices."
+                hint = f"Examples: 2x24GiB, 24GiB+12GiB, 2xRTX 3090; 1 to {MOST_DEVICES} devices."
                 raise ConfigError(f"hardware={text!r} is not understood.", hint=hint)
-            sizes += [_device_bytes(match[2])] * count
-    # 8.6 is the RTX 3090's generation, the least the project promises to run on.
+            found += [_assumed_card(match[2])] * count
     devices = (
-        DeviceInfo(f"cuda:{i}", ASSUMED, size, size - CUDA_CONTEXT_BYTES, (8, 6), 82) for i, size in enumerate(sizes)
+        DeviceInfo(f"cuda:{i}", card.name, size, size - CUDA_CONTEXT_BYTES, card.capability, card.multiprocessors)
+        for i, (card, size) in enumerate(found)
     )
     return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED)
 
 
-def _device_bytes(text: str) -> int:
-    """A GPU's memory. Raises ConfigError."""
-    size = parse_bytes(text)
+def _assumed_card(text: str) -> tuple[Card, int]:
+    """A card, and its memory in bytes, from its name or its memory. Raises ConfigError."""
+    if card := card_named(text):
+        return card, card.total_bytes
+    amount = f"{text}GiB" if re.fullmatch(r"\d{1,3}(\.\d+)?", text, re.ASCII) else text
+    try:
+        size = parse_bytes(amount)
+    except ConfigError:
+        size = 0
     if size < SMALLEST_DEVICE:
-        raise ConfigError(f"hardware: no GPU has {text}.", hint="Examples: 2x24GiB, 24GiB+12GiB.")
-    return size
+        hint = "Examples: 2x24GiB, 24GiB+12GiB, RTX 3090, 2x4090, H100."
+        raise ConfigError(f"hardware: {text!r} is neither a card that is known nor the memory of one.", hint=hint)
+    return typical_card(size), size
 
 
 def host_memory() -> tuple[int, int]:

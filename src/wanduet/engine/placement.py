@@ -5,6 +5,7 @@ from itertools import permutations
 from typing import Literal
 
 from wanduet.config import EngineConfig, parse_devices
+from wanduet.engine.cost import rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.errors import ConfigError
 from wanduet.request import ResolvedRequest
@@ -47,7 +48,7 @@ def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement
         if not devices[0].is_cpu:
             raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
         return (Placement("placed", devices[0], devices[0]),)
-    alone = sorted(devices, key=lambda d: (d.multiprocessors, d.free_bytes), reverse=True)
+    alone = sorted(devices, key=lambda d: (rate(d), d.free_bytes), reverse=True)
     if config.strategy == "single" or len(devices) == 1:
         return tuple(Placement("single", device, device) for device in alone)
     placed = tuple(Placement("placed", transformer, vae) for transformer, vae in _pairs(devices))
@@ -60,7 +61,7 @@ def _pairs(devices: tuple[DeviceInfo, ...]) -> tuple[tuple[DeviceInfo, DeviceInf
     """`(transformer, vae)` devices. The denoise is more than nine tenths of the work: it gets the fastest card."""
 
     def speed(device: DeviceInfo) -> tuple[object, ...]:
-        return device.multiprocessors, device.capability, device.total_bytes
+        return rate(device), device.capability, device.total_bytes
 
     ranked = sorted(devices, key=speed, reverse=True)[:PAIRED]
     first, second = ranked[:2]

@@ -106,7 +106,9 @@ def plan(
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
-    hardware: Annotated[str | None, Parameter(help="Hardware that is not here: 2x24GiB, 24GiB+12GiB.")] = None,
+    hardware: Annotated[
+        str | None, Parameter(help="Plan for other GPUs: RTX 4090, 2x3090, h100, 24 (GiB), 24GiB+12GiB.")
+    ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Predict memory and choose settings, without loading anything."""

@@ -131,7 +131,8 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    return make_plan(request.resolve(models.spec), models.memory, config, machine).as_dict()
+    plan = make_plan(request.resolve(models.spec), models.memory, config, machine)
+    return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
 
 
 def check_attention(config: EngineConfig) -> None:

@@ -36,7 +36,8 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for device in plan["devices"]:
         phases = device["phases"]
         cells = [format_bytes(phases.get(phase, 0)) for phase in ("denoise", "decode")]
-        table.add_row(device["name"], device["role"], *cells, format_bytes(device["limit_bytes"]))
+        name = " ".join((device["name"], plan["hardware"].get(device["name"], ""))).strip()
+        table.add_row(name, device["role"], *cells, format_bytes(device["limit_bytes"]))
     table.add_row(
         "host", "text encoder, frames", "", format_bytes(plan["host_bytes"]), format_bytes(plan["host_limit_bytes"])
     )
