@@ -23,7 +23,7 @@ BASE = ["generate", PROMPT, "--model", "miniature", "--steps", str(STEPS), "--nu
 LOSSLESS = ["--codec", "ffv1", "--checkpoint-seconds", "0", "--json"]
 
 # Runs the command line with one function slowed down: "paused" is printed when it is reached, which may be
-# the n-th time, and it goes on only after the pause.
+# the n-th time, and it goes on only after the pause; without one, when its stdin ends.
 RUNNER = """
 import importlib, sys, time
 module, name, nth, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
@@ -38,7 +38,7 @@ if module:
         calls += 1
         if calls == nth:
             print("paused", file=sys.stderr, flush=True)
-            time.sleep(seconds)
+            time.sleep(seconds) if seconds else sys.stdin.read()
         return whole(*arguments, **keywords)
     setattr(owner, name, slowed)
 from wanduet.frontends.cli import main
@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Start:
         module, name, nth = PHASES.get(phase, ("", "", 0))
         return subprocess.Popen(
             [sys.executable, "-c", RUNNER, module, name, str(nth), str(pause), *BASE, *LOSSLESS, *arguments],
-            cwd=tmp_path / "work", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=tmp_path / "work", env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
 
@@ -82,6 +82,7 @@ def wait_for_pause(process: "subprocess.Popen[str]") -> None:
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, Any, str]:
+    """Its exit code, what it printed, and stderr; a run that was paused goes on."""
     out, err = process.communicate(timeout=120)
     return process.returncode, json.loads(out), err
 
@@ -283,7 +284,7 @@ def test_a_hangup_that_is_to_be_ignored_is(start: Start, tmp_path: Path) -> None
 
 def test_two_runs_of_one_prompt_make_two_videos(start: Start, tmp_path: Path) -> None:
     """Together in one folder, without a name: each has its own video."""
-    processes = [start("--seed", str(seed), phase="denoise", pause=2.0) for seed in (1, 2)]
+    processes = [start("--seed", str(seed), phase="denoise") for seed in (1, 2)]
     for process in processes:
         wait_for_pause(process)
     outputs = set()
@@ -296,7 +297,7 @@ def test_two_runs_of_one_prompt_make_two_videos(start: Start, tmp_path: Path) ->
 
 
 def test_a_second_run_with_the_same_output_is_refused(start: Start, tmp_path: Path) -> None:
-    first = start("-o", "clip.mkv", "--seed", "1", phase="denoise", pause=3.0)
+    first = start("-o", "clip.mkv", "--seed", "1", phase="denoise")
     wait_for_pause(first)
     code, said, err = finish(start("-o", "clip.mkv", "--seed", "2"))
     assert (code, said["error"]["code"]) == (1, "output_error")

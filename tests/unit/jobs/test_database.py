@@ -262,6 +262,7 @@ def at_work(store: JobStore, pace: Turnstile | None = None) -> Iterator[threadin
     runner = Runner(store, engine, settings, hooks=engine.hooks)
     thread = threading.Thread(target=runner.run)
     thread.start()
+    wait_for(lambda: runner.worker or not thread.is_alive())
     try:
         yield thread
     finally:
