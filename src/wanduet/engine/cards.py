@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 GIB = 2**30
-HOPPER, GEFORCE, OTHER = 0.61, 0.72, 0.66
+HOPPER, GEFORCE, OTHER = 0.69, 0.72, 0.66
 
 
 @dataclass(frozen=True, slots=True)
