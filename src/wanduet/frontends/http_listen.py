@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from wanduet.errors import ConfigError
 from wanduet.frontends.http_context import ServerContext, ServerSettings
 from wanduet.frontends.http_errors import INVALID, ErrorBody, ErrorDetail
-from wanduet.frontends.http_logs import RateLimit
+from wanduet.jobs.library_logs import RateLimit
 
 Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker

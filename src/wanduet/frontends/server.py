@@ -21,11 +21,11 @@ from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
 from wanduet.frontends.http_limits import BodyLimits, LetBodiesEnd, LimitBodies, LimitRequests
 from wanduet.frontends.http_listen import DRAIN_SECONDS, Announce, Server, listen
-from wanduet.frontends.http_logs import configure_library_logs
 from wanduet.frontends.http_metrics import CountRequests, WorkerView
 from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
