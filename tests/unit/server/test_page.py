@@ -352,6 +352,23 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
             assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+@pytest.mark.filterwarnings("ignore")  # Gradio's, of pandas' options
+def test_what_the_page_does_not_send_is_refused_and_leaves_no_word_of_it(
+    make_api: Any, mount: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    api = make_api()
+    join = "/gradio_api/queue/join"
+    event = {"fn_index": 0, "data": ["a secret prompt"], "session_hash": "s"}
+    with TestClient(mount(api.app, EngineConfig(data_dir=api.store.files.folder)), base_url="http://127.0.0.1") as http:
+        assert http.post(join, json={**event, "fn_index": 10**30}).status_code == 400
+        assert http.get("/static/img/" + "a" * 300).status_code == 404
+        http.get("/gradio_api/startup-events")
+        assert http.post(join, json=event).status_code == 200
+        assert '"success":false' in http.get("/gradio_api/queue/data?session_hash=s").text
+    assert [record.message for record in caplog.records if record.name == "gradio"] == ["an event of the page failed"]
+    assert "secret" not in "".join(capfd.readouterr())
+
+
 def test_an_open_page_does_not_keep_a_server_that_ends(make_api: Any) -> None:
     context = make_api().context
     sent = []
