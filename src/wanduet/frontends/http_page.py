@@ -13,9 +13,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wanduet.errors import WanduetError
 from wanduet.frontends.http_bodies import read_fields
 from wanduet.frontends.http_context import KEY_COOKIE, ServerContext, find_owner
-from wanduet.frontends.http_errors import ApiError
+from wanduet.frontends.http_errors import ApiError, log_failure, to_api_error
 from wanduet.frontends.http_keys import came_encrypted
 from wanduet.frontends.http_limits import UPLOAD_PATH
 
@@ -122,13 +123,15 @@ class PageGate:
             await self._app(scope, receive, send if scope["type"] != "http" else _with_policy(send))
         elif _is_closed(path):
             await ApiError(404, "not_found", "Not Found").response()(scope, receive, send)
-        elif find_owner(self._context, Headers(scope=scope)) is not None:
-            await self._open(scope, receive, send)
-        elif path == "/" and scope["method"] in ("GET", "HEAD"):
-            await RedirectResponse("/login", 303)(scope, receive, send)
         else:
-            error = ApiError(401, "invalid_api_key", "Sign in first.", kind="authentication_error")
-            await error.response()(scope, receive, send)
+            try:
+                owner = find_owner(self._context, Headers(scope=scope))
+            except WanduetError as error:  # the application's own answers to errors lie behind this
+                answer = to_api_error(error)
+                log_failure(error, answer.status, self._context.failures)
+                await answer.response()(scope, receive, send)
+                return
+            await (self._open if owner is not None else _refuse)(scope, receive, send)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(STREAM_PATHS):
@@ -182,6 +185,14 @@ class PageGate:
         await asyncio.wait([running])
         if started and not complete:
             await send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+        await RedirectResponse("/login", 303)(scope, receive, send)
+        return
+    error = ApiError(401, "invalid_api_key", "Sign in first.", kind="authentication_error")
+    await error.response()(scope, receive, send)
 
 
 def _is_closed(path: str) -> bool:

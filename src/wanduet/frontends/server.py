@@ -83,7 +83,7 @@ def create_app(
     # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    http_errors.install(app)
+    http_errors.install(app, context.failures)
     app.include_router(http_videos.router)
     _add_service_routes(app)
     # The last one added is the outermost. What a page adds stands behind these.
