@@ -15,6 +15,7 @@ from wanduet.cluster.fit import Fitter
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.store import ClusterStore
 from wanduet.jobs.hooks import identify
+from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.supervisor import WorkerProcess
 from wanduet.jobs.worker import (
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", type=ClusterSettings.from_json)
     settings: ClusterSettings = parser.parse_args(arguments).settings
     configure_logs()
+    configure_library_logs()
     run_controller(settings, os.environ[URL_VARIABLE])
 
 

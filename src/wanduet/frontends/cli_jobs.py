@@ -129,6 +129,9 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
     database_url = flags.database_url
     check_bind(settings.host, bool(_keys(config.data_folder).records()))
+    if cluster == ALONE:  # another folder's database is refused before anything is fetched or imported for long
+        with _store(config.data_folder, database_url):
+            pass
     page = None
     if flags.page:
         try:

@@ -15,6 +15,7 @@ from wanduet.frontends.http_keys import LOCAL_OWNER, KeyRing
 from wanduet.frontends.http_metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.frontends.http_schemas import RequestLimits
 from wanduet.frontends.http_security import is_loopback
+from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
 from wanduet.specs import ModelSpec
@@ -73,6 +74,7 @@ class ServerContext:
         # Decided once: removing the last key, or its file, must close the server and not open it to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
         self.metrics = ServerMetrics(store, worker)
+        self.failures = RateLimit()  # how often they are logged
         self.draining = threading.Event()
         self.capacity = find_capacity(settings.max_connections)
         third = max(1, self.capacity.requests // 3)  # for streams, for pages, and the rest for short answers

@@ -18,6 +18,7 @@ from starlette.routing import Match
 
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.frontends.http_public import NAME_LIMIT, public_text, sendable
+from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import IdempotencyError, QueueFullError, UnknownJobError
 
 log = structlog.get_logger(__name__)
@@ -143,17 +144,24 @@ def _bad_parameter(error: RequestValidationError) -> ApiError:
     return ApiError(400, "invalid_request", f"{param}: {message[0].lower()}{message[1:]}.", param=param)
 
 
-def install(app: FastAPI) -> None:
-    """Make every error of an app speak the wire's words."""
+def log_failure(error: Exception, status: int, rate: RateLimit) -> None:
+    """Say in the log what made an answer fail, if the server is to blame; clients ask again as often as they like."""
+    kept_back = rate.admit((type(error), status)) if status >= 500 else None
+    if kept_back is not None:
+        # A message of ours says what to do, in whole only here; others might quote what was sent.
+        about = {"message": str(error)} if isinstance(error, WanduetError) else {}
+        log.error("request failed", error=type(error).__name__, status=status, kept_back=kept_back, **about)
+
+
+def install(app: FastAPI, failures: RateLimit) -> None:
+    """Make every error of an app speak the wire's words; `failures` limits how often they are logged."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         api_error = to_api_error(error)
         if api_error.status == 405:
             api_error.headers["Allow"] = ", ".join(allowed_methods(request))
-        if api_error.status >= 500 and api_error is not error:  # a refusal is no failure, and clients cause it at will
-            # A message of ours says what to do, in whole only here; others might quote what was sent.
-            about = {"message": str(error)} if isinstance(error, WanduetError) else {}
-            log.error("request failed", error=type(error).__name__, status=api_error.status, **about)
+        if api_error is not error:  # a refusal is no failure
+            log_failure(error, api_error.status, failures)
         return api_error.response()
 
     known: tuple[type[Exception], ...] = (

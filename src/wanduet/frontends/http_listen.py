@@ -8,8 +8,10 @@ new one.
 import asyncio
 import json
 import os
+import select
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -26,15 +28,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from wanduet.errors import ConfigError
 from wanduet.frontends.http_context import ServerContext, ServerSettings
 from wanduet.frontends.http_errors import INVALID, ErrorBody, ErrorDetail
-from wanduet.frontends.http_logs import RateLimit
+from wanduet.jobs.library_logs import RateLimit
 
 Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
 BACKLOG = 2048  # clients whom the system lets wait until there is room
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 0.05
+_CROWD_GRACE_SECONDS = 0.001  # where others wait to be accepted: what was sent with the connection is there already
 _PAUSE_SECONDS = 0.02
+_LEAST_TAKEN = 2**14  # bytes of its answer: a client that takes less in the time given takes nothing
 _LAST_SECONDS = 2.0  # for the application's end, where the server is told to stop at once
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +51,8 @@ class Connection(H11Protocol):
     """Uvicorn's connection, which knows since when it waits for its client."""
 
     waits_since = 0.0  # for a request, or for the rest of a body that nobody reads
-    stalled_since: float | None = None  # the client takes nothing of its answer
+    _paused = False  # the answer waits until the client has taken what was sent
+    _stall: tuple[float, int] | None = None  # since when the client takes nothing, and how much it has not taken then
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come."""
@@ -58,11 +67,15 @@ class Connection(H11Protocol):
     def is_overdue(self, settings: ServerSettings) -> bool:
         """Whether the client has let the server wait for too long."""
         now = self.loop.time()
-        if self.stalled_since is not None and now - self.stalled_since > settings.stall_seconds:
-            return True
-        unread = self.transport.get_write_buffer_size() > 0
-        limit = settings.stall_seconds if unread else settings.header_seconds
-        return not self.answering and now - self.waits_since > limit
+        unread = self.transport.get_write_buffer_size()
+        if self._paused or (unread and not self.answering):
+            unread += _unsent(self.transport.get_extra_info("socket"))
+            if self._stall is None or unread <= self._stall[1] - _LEAST_TAKEN:
+                self._stall = now, unread
+            return now - self._stall[0] > settings.stall_seconds
+        if self._stall is not None:
+            self._stall, self.waits_since = None, now
+        return not self.answering and now - self.waits_since > settings.header_seconds
 
     def give_up(self) -> None:
         """End the connection now, with an answer if a part of a request has come."""
@@ -79,12 +92,12 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         """The client is slower than its answer."""
-        self.stalled_since = self.loop.time()
+        self._paused = True
         super().pause_writing()
 
     def resume_writing(self) -> None:
         """It has taken nearly everything."""
-        self.stalled_since = None
+        self._paused, self._stall = False, None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -164,7 +177,7 @@ class Server(uvicorn.Server):
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
             try:
-                await self._make_room()
+                await self._make_room(listener)
                 await loop.connect_accepted_socket(self._make_connection, connection)
             except BaseException as error:
                 connection.close()
@@ -175,18 +188,23 @@ class Server(uvicorn.Server):
     def _make_connection(self) -> Connection:
         return Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, listener: socket.socket) -> None:
         """Wait until one more connection fits; of those that wait for their client, the oldest is closed for it."""
         while len(self.server_state.connections) >= self._context.capacity.connections:
+            await asyncio.sleep(0)  # what has come of the newest one is read before it is looked at
             waiting = [one for one in self._connections() if not one.answering and not one.transport.is_closing()]
             oldest = min(waiting, key=lambda one: one.waits_since, default=None)
-            # One that has only just come may have its request on the way.
-            if oldest is not None and oldest.loop.time() - oldest.waits_since >= _GRACE_SECONDS:
-                oldest.give_up()
-                self._log_rarely("a connection that waited was closed: there are too many")
-                await asyncio.sleep(0)
-            else:
+            if oldest is None:
                 await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            # One that has only just come may have its request on the way.
+            grace = _CROWD_GRACE_SECONDS if _is_crowded(listener) else _GRACE_SECONDS
+            left = oldest.waits_since + grace - oldest.loop.time()
+            if left > 0:
+                await asyncio.sleep(min(left, _PAUSE_SECONDS))
+                continue
+            oldest.give_up()
+            self._log_rarely("a connection that waited was closed: there are too many")
 
     async def _watch(self) -> None:
         """Close the connections that let the server wait for too long."""
@@ -222,6 +240,23 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
     return listener
+
+
+def _is_crowded(listener: socket.socket) -> bool:
+    """Whether more clients wait to be accepted."""
+    try:
+        return bool(select.select([listener], [], [], 0)[0])
+    except (OSError, ValueError):  # ValueError: it has a number that the system's call does not take
+        return False
+
+
+def _unsent(connection: socket.socket) -> int:
+    """Bytes that the system keeps for a client that has not taken them; 0 where it does not say."""
+    if sys.platform != "linux":
+        return 0
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
 
 
 def _forget_unsent(connection: socket.socket) -> None:

@@ -13,9 +13,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wanduet.errors import WanduetError
 from wanduet.frontends.http_bodies import read_fields
 from wanduet.frontends.http_context import KEY_COOKIE, ServerContext, find_owner
-from wanduet.frontends.http_errors import ApiError
+from wanduet.frontends.http_errors import ApiError, log_failure, to_api_error
 from wanduet.frontends.http_keys import came_encrypted
 from wanduet.frontends.http_limits import UPLOAD_PATH
 
@@ -38,6 +39,9 @@ _ASSETS = (
     "/gradio_api/startup-events", "/gradio_api/theme.css", "/gradio_api/app_id", "/gradio_api/cancel",
     "/gradio_api/reset",
 )  # fmt: skip
+
+_LONGEST_NAME = 255  # bytes of a file's name
+_LARGEST_NUMBER = 2**53
 
 _LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>wanduet</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -117,15 +121,17 @@ class PageGate:
         path = scope.get("path", "")
         if scope["type"] != "http" or path == "/logout" or is_api(path):
             await self._app(scope, receive, send if scope["type"] != "http" else _with_policy(send))
-        elif path not in _PAGES and not path.startswith(_ASSETS):
+        elif _is_closed(path):
             await ApiError(404, "not_found", "Not Found").response()(scope, receive, send)
-        elif find_owner(self._context, Headers(scope=scope)) is not None:
-            await self._open(scope, receive, send)
-        elif path == "/" and scope["method"] in ("GET", "HEAD"):
-            await RedirectResponse("/login", 303)(scope, receive, send)
         else:
-            error = ApiError(401, "invalid_api_key", "Sign in first.", kind="authentication_error")
-            await error.response()(scope, receive, send)
+            try:
+                owner = find_owner(self._context, Headers(scope=scope))
+            except WanduetError as error:  # the application's own answers to errors lie behind this
+                answer = to_api_error(error)
+                log_failure(error, answer.status, self._context.failures)
+                await answer.response()(scope, receive, send)
+                return
+            await (self._open if owner is not None else _refuse)(scope, receive, send)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(STREAM_PATHS):
@@ -136,8 +142,10 @@ class PageGate:
             return
         # Gradio reads a file, or fetches an address, for any field that looks like one. The page has none.
         body = await Request(scope, receive).body()
-        if _names_a_file(body):
-            await ApiError(400, "invalid_request", "The page takes no files.").response()(scope, receive, send)
+        if _is_strange(body):
+            await ApiError(400, "invalid_request", "That is nothing that the page sends.").response()(
+                scope, receive, send
+            )
             return
         given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -179,16 +187,34 @@ class PageGate:
             await send({"type": "http.response.body", "body": b""})
 
 
-def _names_a_file(body: bytes) -> bool:
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+        await RedirectResponse("/login", 303)(scope, receive, send)
+        return
+    error = ApiError(401, "invalid_api_key", "Sign in first.", kind="authentication_error")
+    await error.response()(scope, receive, send)
+
+
+def _is_closed(path: str) -> bool:
+    """Whether nothing of the page is at a path: no file has a name so long, and looking for one is an error."""
+    too_long = any(len(name.encode()) > _LONGEST_NAME for name in path.split("/"))
+    return too_long or (path not in _PAGES and not path.startswith(_ASSETS))
+
+
+def _is_strange(body: bytes) -> bool:
+    """Whether an event is none of the page's: no JSON, a file, a number that a browser does not have."""
+
     def walk(value: Any) -> bool:
         if isinstance(value, dict):
             return "path" in value or any(map(walk, value.values()))
-        return isinstance(value, list) and any(map(walk, value))
+        if isinstance(value, list):
+            return any(map(walk, value))
+        return isinstance(value, int) and abs(value) > _LARGEST_NUMBER
 
     try:
         return walk(json.loads(body))
     except (ValueError, RecursionError):
-        return True  # not what the page sends
+        return True
 
 
 def _without_cors(send: Send) -> Send:

@@ -36,6 +36,7 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
                 with tempfile.TemporaryDirectory(prefix="wanduet-", ignore_cleanup_errors=True) as folder:
                     path = Path(folder) / "video.mp4"
                     size = await _store(request, path, writers)
+                    get_owner(request)  # again: keys are revoked at once, and an upload may take minutes
                     return await _read(path, size, read, readers)
             except OSError as error:
                 log.error("an upload could not be stored", error=type(error).__name__, number=error.errno)

@@ -64,6 +64,7 @@ def _body(model: type[CreateVideo] | type[RemixVideo], *kinds: str) -> dict[str,
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
     fields = await read_fields(request)  # first: a body that does not come must not keep others out
+    await run_in_threadpool(get_owner, request)  # again: a body takes its time, and keys are revoked at once
     with context.submissions.enter():
         context.check_accepting()
         key, given = _key(request), fingerprint(fields)
@@ -86,6 +87,7 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
 async def remix_video(video_id: VideoId, request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue that differs from another one only in its prompt."""
     fields = await read_fields(request)
+    await run_in_threadpool(get_owner, request)
     with context.submissions.enter():
         context.check_accepting()
         source_id = _checked(video_id)

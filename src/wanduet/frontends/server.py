@@ -5,7 +5,9 @@ worker process beside it, which it starts again when it dies.
 """
 
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
@@ -21,11 +23,11 @@ from wanduet.frontends.http_errors import ErrorBody
 from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
 from wanduet.frontends.http_limits import BodyLimits, LetBodiesEnd, LimitBodies, LimitRequests
 from wanduet.frontends.http_listen import DRAIN_SECONDS, Announce, Server, listen
-from wanduet.frontends.http_logs import configure_library_logs
 from wanduet.frontends.http_metrics import CountRequests, WorkerView
 from wanduet.frontends.http_public import public_text
 from wanduet.frontends.http_security import AnswerHead, Guard, check_bind
 from wanduet.jobs.files import JobFiles
+from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -81,7 +83,7 @@ def create_app(
     # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    http_errors.install(app)
+    http_errors.install(app, context.failures)
     app.include_router(http_videos.router)
     _add_service_routes(app)
     # The last one added is the outermost. What a page adds stands behind these.
@@ -143,18 +145,6 @@ def _add_service_routes(app: FastAPI) -> None:
         return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
-def run_app(app: FastAPI, announce: Announce = lambda url: None) -> None:
-    """Serve an application until SIGTERM or SIGINT; ends its streams and lets answers finish. Raises ConfigError.
-
-    `announce` is called with the address when the server listens.
-    """
-    context: ServerContext = app.state.context
-    settings = context.settings
-    check_bind(settings.host, bool(context.keys.records()))
-    with listen(settings.host, settings.port) as listener:
-        Server(app, announce).run([listener])
-
-
 def serve(
     config: EngineConfig,
     spec: ModelSpec,
@@ -172,35 +162,42 @@ def serve(
 
     `spec` is the model's, so that requests are checked without loading it; `worker` replaces what is told
     to the worker process; with `cluster`, a controller takes its place; `page` adds a web page to the application; `announce` is called with the address.
-    Raises ConfigError for an address that others reach where no key is set.
+    Raises ConfigError for an address that is taken, or that others reach where no key is set.
     """
     settings = settings or ServerSettings()
     configure_logs()
     configure_library_logs()
     files = JobFiles(config.data_folder)
     keys = KeyRing(files.folder / KEYS_FILE)
-    check_bind(settings.host, bool(keys.records()))  # before anything is started
-    store: JobStore
-    process: WorkerProcess
-    if cluster is not None and database_url is not None:
-        store, process = _on_cluster(cluster, database_url)
-    else:
-        store = JobStore(files, database_url, retention_seconds=retention_seconds)
-        process = WorkerProcess(
-            worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
-        )
+    check_bind(settings.host, bool(keys.records()))
+    with listen(settings.host, settings.port) as listener:  # before anything is started that would take jobs
+        store: JobStore
+        process: WorkerProcess
+        if cluster is not None and database_url is not None:
+            store, process = _on_cluster(cluster, database_url)
+        else:
+            store = JobStore(files, database_url, retention_seconds=retention_seconds)
+            process = WorkerProcess(
+                worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
+            )
+        with closing(store):
+            app = create_app(store, spec, settings, keys=keys, worker=process)
+            server = Server(app if page is None else page(app, config), announce)
+            _run_both(server, listener, process)
+
+
+def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -> None:
+    """Run the server with the worker's process beside it, which is drained after it."""
     # Uvicorn raises the signals it took again when it is done; the worker must still be drained then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     process.start()
     try:
-        app = create_app(store, spec, settings, keys=keys, worker=process)
-        run_app(app if page is None else page(app, config), announce)
+        server.run([listener])
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: process.kill())
         process.stop(DRAIN_SECONDS)
-        store.close()
 
 
 def _on_cluster(cluster: "ClusterSettings", database_url: str) -> tuple[JobStore, WorkerProcess]:

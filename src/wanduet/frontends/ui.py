@@ -2,11 +2,14 @@
 comes from the server's own API.
 """
 
+import logging
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import queueing, route_utils, routes
 from starlette.middleware import Middleware
 
 from wanduet.config import EngineConfig
@@ -20,6 +23,8 @@ from wanduet.frontends.ui_events import PageEvents
 from wanduet.frontends.ui_style import CSS
 from wanduet.request import SAMPLERS
 
+_gradio_log = logging.getLogger("gradio")
+
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 MAX_EVENTS = 1000  # that wait in Gradio's queue, of all visitors
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
@@ -27,6 +32,7 @@ QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 
 def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
     """Put the page at `/` of a server's application."""
+    _log_failed_events()
     context: ServerContext = app.state.context
     actions = PageActions(context, config)
     add_login(app)
@@ -50,6 +56,13 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
     # Innermost: the server's own checks of host, origin and body come before the page's.
     app.user_middleware.append(Middleware(PageGate, context=context))
     return app
+
+
+def _log_failed_events() -> None:
+    """Gradio prints what went wrong in an event on standard error, with all that the visitor sent."""
+    logged = SimpleNamespace(print_exc=lambda: _gradio_log.error("an event of the page failed", exc_info=True))
+    for module in (queueing, routes, route_utils):
+        module.__dict__["traceback"] = logged
 
 
 class Page:

@@ -46,7 +46,9 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE),
     ) -> None:
-        self._workers = JobFiles(settings.config.data_folder).workers
+        self._files = JobFiles(settings.config.data_folder)
+        self._workers = self._files.workers
+        self._reserve = settings.runner.attempt.reserve_bytes
         self._lock = SupervisorLock(self._workers)
         settings = replace(settings, runner=replace(settings.runner, supervisor=self._lock.id))
         self._hangs = settings.runner.hangs
@@ -77,6 +79,10 @@ class WorkerProcess:
     @property
     def trouble(self) -> str | None:
         """Why no worker of this machine takes jobs just now, for people; None if one does."""
+        if self._files.free_bytes() < self._reserve:
+            return (
+                f"the data folder's disk is full: no job is begun before {self._reserve / 2**20:.0f} MiB of it are free"
+            )
         mine = f".{self._lock.id}"
         live = live_workers(self._workers)
         if any(not name.endswith(mine) for name in live):  # another server's on the same data folder

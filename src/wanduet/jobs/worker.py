@@ -26,6 +26,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
 from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import beat_path
+from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs, describe_error
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", type=WorkerSettings.from_json)
     settings: WorkerSettings = parser.parse_args(arguments).settings
     configure_logs()
+    configure_library_logs()
     try:
         run_worker(settings, os.environ.get(URL_VARIABLE))
     except Exception as error:

@@ -1,6 +1,7 @@
 """`wanduet serve`, `jobs` and `keys` as they are typed."""
 
 import json
+import socket
 import sqlite3
 from contextlib import closing
 from datetime import datetime
@@ -87,6 +88,26 @@ def test_keys(wanduet: Any, tmp_path: Path) -> None:
 )
 def test_serve_refuses_before_anything_is_started(wanduet: Any, flags: tuple[str, ...]) -> None:
     wanduet("serve", "--model", "miniature", *flags, code=2)
+
+
+def test_serve_refuses_a_strange_database_before_a_model_is_fetched(
+    wanduet: Any, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("wanduet.weights.download.open_model", lambda *_: pytest.fail("this takes long"))
+    assert run(app, ["serve", "--database-url", f"sqlite:///{tmp_path / 'other.sqlite3'}"]) == 2
+    assert "does not exist, but" in capsys.readouterr().err
+
+
+def test_serve_refuses_a_port_that_is_taken_before_a_worker_takes_jobs(
+    wanduet: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("configure_logs", "configure_library_logs"):  # those of this process stay as they are
+        monkeypatch.setattr(f"wanduet.frontends.server.{name}", lambda: None)
+    monkeypatch.setattr("wanduet.jobs.supervisor.WorkerProcess.start", lambda _: pytest.fail("it takes jobs"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert run(app, ["serve", "--model", "miniature", "--no-page", "--port", port]) == 2
+    assert "Cannot listen" in capsys.readouterr().err
 
 
 def test_a_data_folder_is_refused_to_a_strange_database_and_given_to_it_on_purpose(

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import socket
+import threading
 from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +15,7 @@ import pytest
 from listening import WAIT, Answer, Listening, listening, request
 from structlog.testing import capture_logs
 
-from wanduet.frontends import http_limits
+from wanduet.frontends import http_limits, http_listen
 from wanduet.frontends.http_context import ServerSettings
 from wanduet.jobs.records import OutputFile
 
@@ -40,6 +41,16 @@ def test_half_sent_requests_give_way_to_new_clients(serve: Any) -> None:
             assert server.ask("GET", "/v1/videos").status == 200
         answer = Answer.read(slow[0])
         assert (answer.status, answer.code) == (408, "request_timeout")
+
+
+def test_a_crowd_of_half_sent_requests_costs_no_pause_for_each(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_listen, "_GRACE_SECONDS", 3600.0)  # of which one that nobody waits behind is given all
+    with serve(max_connections=4) as server, ExitStack() as clients:
+        for _ in range(20):
+            clients.enter_context(server.connect(HALF))
+        polite = clients.enter_context(server.connect(request("GET", "/health", b"", "Connection: close")))
+        clients.enter_context(server.connect(HALF))
+        assert Answer.read(polite).status == 200
 
 
 def test_a_system_that_gives_no_connection_is_asked_again_and_logged_once(
@@ -192,6 +203,16 @@ def test_a_slow_download_that_goes_on_is_finished(serve: Any) -> None:
         path = f"/v1/videos/{video_id}/content"
         with server.connect(request("GET", path, b"", "Connection: close"), receive_buffer=4096) as client:
             assert len(Answer.read(client).body) == 2**23
+
+
+def test_a_download_over_a_slow_line_goes_on_while_some_of_it_is_taken(serve: Any) -> None:
+    """The system's own buffer of megabytes hides for minutes that such a client reads."""
+    with serve(**SHORT) as server:
+        video_id = finish_large(server)
+        with server.connect(request("GET", f"/v1/videos/{video_id}/content"), receive_buffer=4096) as client:
+            for _ in range(15):  # five times as long as a client may take nothing
+                assert client.recv(2**16, socket.MSG_WAITALL)
+                threading.Event().wait(0.1)  # the slow line
 
 
 def test_a_client_that_does_not_read_its_events_is_left(serve: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from api import CONTENT, Api
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 from test_limits import check_keys, check_refusals
 
 from wanduet.config import EngineConfig
@@ -350,6 +351,32 @@ def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) ->
         for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
             answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
             assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_damaged_file_of_keys_opens_nothing_and_is_logged_at_a_limited_rate(make_api: Any, store: Any) -> None:
+    api = make_api()
+    (store.files.folder / "keys.json").write_text("damaged")
+    with TestClient(PageGate(api.app, api.context), base_url="http://127.0.0.1:8000") as http, capture_logs() as lines:
+        for path in ("/", "/config", "/page/pulse") * 10:
+            assert http.get(path, follow_redirects=False).json()["error"]["code"] == "internal_error"
+    assert [(line["event"], line["error"]) for line in lines] == [("request failed", "ConfigError")]
+
+
+@pytest.mark.filterwarnings("ignore")  # Gradio's, of pandas' options
+def test_what_the_page_does_not_send_is_refused_and_leaves_no_word_of_it(
+    make_api: Any, mount: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    api = make_api()
+    join = "/gradio_api/queue/join"
+    event = {"fn_index": 0, "data": ["a secret prompt"], "session_hash": "s"}
+    with TestClient(mount(api.app, EngineConfig(data_dir=api.store.files.folder)), base_url="http://127.0.0.1") as http:
+        assert http.post(join, json={**event, "fn_index": 10**30}).status_code == 400
+        assert http.get("/static/img/" + "a" * 300).status_code == 404
+        http.get("/gradio_api/startup-events")
+        assert http.post(join, json=event).status_code == 200
+        assert '"success":false' in http.get("/gradio_api/queue/data?session_hash=s").text
+    assert [record.message for record in caplog.records if record.name == "gradio"] == ["an event of the page failed"]
+    assert "secret" not in "".join(capfd.readouterr())
 
 
 def test_an_open_page_does_not_keep_a_server_that_ends(make_api: Any) -> None:

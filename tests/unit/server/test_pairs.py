@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,6 +110,21 @@ def test_a_stream_of_a_revoked_key_ends_though_nothing_happens(make_api: Any, ke
     deed = once(lambda: (api.store.files.folder / "keys.json").write_text("damaged"))
     _, parts = get(api, f"/v1/videos/{video_id}/events", bearer(key), deed)
     assert [part.split(b"\r\n")[0] for part in parts] == [b"event: video", b"event: error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/videos/{}/remix"])
+def test_a_body_of_a_key_that_is_revoked_meanwhile_stores_nothing(make_api: Any, keys: KeyRing, path: str) -> None:
+    key, _ = keys.add("ann"), keys.add("bob")
+    api = make_api(keys=keys)
+    video_id = api.http.post("/v1/videos", json={"prompt": "x"}, headers=bearer(key)).json()["id"]
+
+    def body() -> Iterator[bytes]:
+        keys.remove(str(keys.owner(key)))
+        yield b'{"prompt": "y"}'
+
+    answer = api.http.post(path.format(video_id), content=body(), headers=bearer(key))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert [job.id for job in api.store.list().jobs] == [video_id]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be deleted")

@@ -1,22 +1,27 @@
-"""What libraries log in the server's process: JSON lines at a limited rate, without a client's words."""
+"""What libraries log in the service's processes: JSON lines at a limited rate, without a client's words."""
 
 import asyncio
+import json
 import logging
-import threading
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from wanduet.frontends.http_logs import RateLimit, configure_library_logs
+from wanduet.config import EngineConfig
+from wanduet.jobs.library_logs import RateLimit, configure_library_logs
+from wanduet.jobs.worker import WorkerSettings
 
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.StreamHandler()])  # as the command line does
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     with capture_logs() as found:
         configure_library_logs()
         yield found
@@ -39,7 +44,7 @@ def test_records_are_lines_without_the_clients_words(lines: list[Any]) -> None:
         "Exception in callback send",
     ]
     assert lines[0]["error"] == "ValueError"
-    assert "test_logs.py" in lines[0]["where"][-1]
+    assert "test_library_logs.py" in lines[0]["where"][-1]
     assert "secret" not in str(lines)
 
 
@@ -59,15 +64,10 @@ def test_a_thousand_equal_records_are_one_line(lines: list[Any]) -> None:
     assert len(lines) == 1
 
 
-def test_a_thread_that_dies_leaves_a_line(lines: list[Any]) -> None:
-    def die() -> None:
-        raise RuntimeError("a secret prompt")
-
-    thread = threading.Thread(target=die)
-    thread.start()
-    thread.join()
-    assert [line["error"] for line in lines] == ["RuntimeError"]
-    assert "secret" not in str(lines)
+def test_numbers_that_a_client_chooses_make_no_new_line(lines: list[Any]) -> None:
+    for number in range(1000):
+        logging.getLogger("python_multipart").warning("Expected character %d at index %d", number, 2)
+    assert [line["event"] for line in lines] == ["Expected character 0 at index 2"]
 
 
 def test_what_was_kept_back_is_counted() -> None:
@@ -79,3 +79,31 @@ def test_what_was_kept_back_is_counted() -> None:
     for number in range(10_000):
         rate.admit(number)
     assert len(rate._last) <= 256
+
+
+ENGINE = """
+import logging, warnings
+from wanduet.errors import WanduetError
+class Engine:
+    def __init__(self, config):
+        warnings.warn("divide by zero", RuntimeWarning)
+        logging.getLogger("some.library").warning("something of %s", "a secret prompt")
+        raise WanduetError("There is no engine.")
+"""
+
+
+def test_a_workers_libraries_write_lines_too(tmp_path: Path) -> None:
+    (tmp_path / "warns.py").write_text(ENGINE)
+    settings = WorkerSettings(EngineConfig(data_dir=tmp_path / "data"), engine="warns:Engine")
+    done = subprocess.run(
+        [sys.executable, "-m", "wanduet.jobs.worker", settings.to_json()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines][1:] == ["something of %s", "the worker cannot go on"]
+    assert "divide by zero" in lines[0]["event"]
+    assert "secret" not in done.stderr

@@ -1,4 +1,4 @@
-"""What libraries say in the server's process, as JSON lines too: never a plain traceback, never a client's words.
+"""What libraries say in the service's processes, as JSON lines too: never a plain traceback, never a client's words.
 
 A client can make a server log as often as it likes, so that the same line comes at a limited rate.
 """
@@ -10,26 +10,25 @@ import time
 import traceback
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from types import TracebackType
 
 import structlog
 
 RATE_SECONDS = 10.0
 _MAX_KEYS = 256
+_WARNINGS = "py.warnings"  # whose own words are in the one argument
 _MAX_TEXT = 200  # characters
 _FRAMES = 5
 
 
 def configure_library_logs() -> None:
-    """Send the records of all loggers, warnings and exceptions of threads of this process to structlog.
+    """Send the records of all loggers and all warnings of this process to structlog.
 
-    Called by the server's entry point only, after `configure_logs`.
+    Called by the entry points of processes only, after `configure_logs`.
     """
     root = logging.getLogger()
     plain = (logging.StreamHandler, _ToLines)  # the command line's, which writes for people
     root.handlers[:] = [*(handler for handler in root.handlers if type(handler) not in plain), _ToLines()]
     logging.captureWarnings(True)
-    threading.excepthook = _log_thread
 
 
 class RateLimit:
@@ -67,27 +66,26 @@ class _ToLines(logging.Handler):
         if isinstance(error, asyncio.CancelledError):  # a request that the server itself ended
             return
         text = _words(record)
-        kept_back = self._rate.admit((record.name, text))
+        # By its own words, where numbers were put into them: clients choose those, and hardly two would be the same.
+        kept_back = self._rate.admit((record.name, str(record.msg) if _only_numbers(record) else text))
         if kept_back is not None:
             _log(record.levelno, text, error, logger=record.name, kept_back=kept_back)
 
 
+def _only_numbers(record: logging.LogRecord) -> bool:
+    values = record.args
+    return isinstance(values, tuple) and bool(values) and all(isinstance(value, int | float) for value in values)
+
+
 def _words(record: logging.LogRecord) -> str:
-    only_numbers = isinstance(record.args, tuple) and all(isinstance(value, int | float) for value in record.args)
-    text = record.getMessage() if record.name == "py.warnings" or only_numbers else str(record.msg)
+    text = record.getMessage() if record.name == _WARNINGS or _only_numbers(record) else str(record.msg)
     text = (text.strip().splitlines() or [""])[0][:_MAX_TEXT]
     return text.partition("(")[0] if record.name == "asyncio" else text  # then come a call's arguments
 
 
-def _log_thread(told: threading.ExceptHookArgs) -> None:
-    _log(logging.ERROR, "a thread ended by an exception", told.exc_value, told.exc_traceback)
-
-
-def _log(
-    level: int, text: str, error: BaseException | None, trace: TracebackType | None = None, **values: object
-) -> None:
+def _log(level: int, text: str, error: BaseException | None, **values: object) -> None:
     if error is not None:
-        frames = traceback.extract_tb(trace or error.__traceback__)[-_FRAMES:]
+        frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
         values["error"] = type(error).__name__
         values["where"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
     structlog.get_logger().log(level, text, **{name: value for name, value in values.items() if value != 0})
