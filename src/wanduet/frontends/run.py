@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError
 from wanduet.config import EngineConfig
 from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
 from wanduet.frontends.libraries_log import handlers
+from wanduet.frontends.messages import never_fail_on_stderr
 from wanduet.frontends.options import SETTINGS_FILE, parse_settings
 from wanduet.frontends.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
 from wanduet.untrusted import cut, printable
@@ -158,6 +159,7 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a prompt in any script, on any console
+    never_fail_on_stderr()
     logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
     logging.captureWarnings(True)  # they are libraries'
     if "OMP_WAIT_POLICY" not in os.environ:
