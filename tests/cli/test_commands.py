@@ -371,6 +371,13 @@ def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
     assert os.listdir(work) == ["prompts.txt"]
 
 
+def test_a_table_with_one_column_twice_is_refused(wanduet, work: Path) -> None:
+    (work / "prompts.csv").write_text("prompt,seed, prompt\na circle,1,a square\n")
+    ran = wanduet("batch", "prompts.csv", *TINY, "--json")
+    assert ran.code == 2
+    assert "two columns are named 'prompt'" in ran.error
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
