@@ -102,6 +102,8 @@ def test_a_value_out_of_range_names_field_and_what_is_allowed(wanduet, flags: st
         ("--devices vae=cpu,transformer", "role for every"),
         ("--devices tokenizer=cpu", "no role"),
         ("--vram-limit lots", "24GiB"),
+        ("--vram-limit 0", "no memory"),
+        ("--ram-limit 0", "no memory"),
         ("--attention nonsense", "sdpa"),
         ("--transformer-dtype int8", "bfloat16"),
         ("--checkpoint-seconds -1", "0 or more"),
