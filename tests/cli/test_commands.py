@@ -371,6 +371,13 @@ def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
     assert os.listdir(work) == ["prompts.txt"]
 
 
+def test_a_dry_run_shows_people_the_plan(wanduet) -> None:
+    ran = wanduet("generate", "a red circle", "--dry-run", *TINY)
+    assert "single: fits" in ran.out
+    assert "may use" in ran.out
+    assert ran.out.splitlines()[-1] == "Would be written: a-red-circle.mp4"
+
+
 def test_a_table_with_one_column_twice_is_refused(wanduet, work: Path) -> None:
     (work / "prompts.csv").write_text("prompt,seed, prompt\na circle,1,a square\n")
     ran = wanduet("batch", "prompts.csv", *TINY, "--json")
