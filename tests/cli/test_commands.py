@@ -371,6 +371,24 @@ def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
     assert os.listdir(work) == ["prompts.txt"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which no file can be made")
+@pytest.mark.parametrize("named", [[], ["-o", "x.safetensors"]])
+def test_a_folder_in_which_no_file_can_be_made_ends_at_once(wanduet, monkeypatch, named: list[str]) -> None:
+    monkeypatch.chdir("/proc")
+    ran = wanduet("encode", "x", "--model", "miniature", "--json", *named)
+    assert ran.code == 1
+    assert "Cannot write x.safetensors" in ran.error
+    assert "another run" not in ran.error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
+def test_a_current_folder_that_was_removed(wanduet, work: Path) -> None:
+    work.rmdir()
+    ran = wanduet("plan", "--model", "miniature", "--json")
+    assert ran.code == 2
+    assert "current folder" in ran.error
+
+
 def test_a_dry_run_shows_people_the_plan(wanduet) -> None:
     ran = wanduet("generate", "a red circle", "--dry-run", *TINY)
     assert "single: fits" in ran.out

@@ -117,8 +117,13 @@ def _wants_json(arguments: Sequence[str], settings: Mapping[str, Any]) -> bool:
 
 
 def _read_settings(command: App) -> dict[str, Any]:
-    """`wanduet.toml` of this folder, {} if there is none. Raises ConfigError, also for names that are no settings."""
+    """`wanduet.toml` of this folder, {} if there is none. Raises ConfigError, also for names that are no settings, and
+    for a folder that has been removed."""
     path = Path(SETTINGS_FILE)
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"The current folder cannot be used: {error.strerror}.", hint="Change to another.") from error
     try:
         if not path.exists():
             return {}
