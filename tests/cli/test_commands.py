@@ -243,6 +243,16 @@ def test_a_disk_that_is_full_at_the_end_says_what_is_kept(wanduet, work: Path, m
     assert os.listdir(work) == ["x.mp4"]
 
 
+def test_latents_that_cannot_be_kept_leave_the_last_step(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import generate
+
+    call = ("generate", "x", *TINY, "--checkpoint-seconds", "0", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "save_latents", Mock(side_effect=OutputError("the folder has gone")))
+        assert "Step 1 is kept: the same command with --resume" in wanduet(*call).error
+    assert wanduet(*call, "--resume").code == 0
+
+
 @pytest.mark.parametrize("prompt", ["&nbsp;", "&amp;#32; \u3000"])
 def test_a_prompt_that_is_empty_once_cleaned_is_told(wanduet, prompt: str) -> None:
     assert any("Nothing is left" in note for note in wanduet("generate", prompt, *TINY, "--json").json["warnings"])
