@@ -45,6 +45,10 @@ class EngineConfig:
         """Refuse nonsense early. Raises ConfigError."""
         if not self.model:
             raise ConfigError("The model must not be empty.", hint="Try --model miniature.")
+        for name in ("vram_limit", "ram_limit"):
+            limit = getattr(self, name)
+            if limit is not None and limit <= 0:
+                raise ConfigError(f"{name}={limit} leaves no memory.", hint="Examples: 24GiB, 11.5GiB, 800MiB.")
         devices = parse_devices(self.devices)
         if self.speeds is not None and (min(self.speeds, default=0) <= 0 or len(self.speeds) != len(devices.names)):
             raise ConfigError(f"speeds={self.speeds} must be a positive number for each of --devices.")

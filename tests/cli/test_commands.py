@@ -243,6 +243,16 @@ def test_a_disk_that_is_full_at_the_end_says_what_is_kept(wanduet, work: Path, m
     assert os.listdir(work) == ["x.mp4"]
 
 
+def test_latents_that_cannot_be_kept_leave_the_last_step(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import generate
+
+    call = ("generate", "x", *TINY, "--checkpoint-seconds", "0", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "save_latents", Mock(side_effect=OutputError("the folder has gone")))
+        assert "Step 1 is kept: the same command with --resume" in wanduet(*call).error
+    assert wanduet(*call, "--resume").code == 0
+
+
 @pytest.mark.parametrize("prompt", ["&nbsp;", "&amp;#32; \u3000"])
 def test_a_prompt_that_is_empty_once_cleaned_is_told(wanduet, prompt: str) -> None:
     assert any("Nothing is left" in note for note in wanduet("generate", prompt, *TINY, "--json").json["warnings"])
@@ -369,6 +379,38 @@ def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:
     assert ran.code == 2
     assert "a folder" in ran.error
     assert os.listdir(work) == ["prompts.txt"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which no file can be made")
+@pytest.mark.parametrize("named", [[], ["-o", "x.safetensors"]])
+def test_a_folder_in_which_no_file_can_be_made_ends_at_once(wanduet, monkeypatch, named: list[str]) -> None:
+    monkeypatch.chdir("/proc")
+    ran = wanduet("encode", "x", "--model", "miniature", "--json", *named)
+    assert ran.code == 1
+    assert "Cannot write x.safetensors" in ran.error
+    assert "another run" not in ran.error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
+def test_a_current_folder_that_was_removed(wanduet, work: Path) -> None:
+    work.rmdir()
+    ran = wanduet("plan", "--model", "miniature", "--json")
+    assert ran.code == 2
+    assert "current folder" in ran.error
+
+
+def test_a_dry_run_shows_people_the_plan(wanduet) -> None:
+    ran = wanduet("generate", "a red circle", "--dry-run", *TINY)
+    assert "single: fits" in ran.out
+    assert "may use" in ran.out
+    assert ran.out.splitlines()[-1] == "Would be written: a-red-circle.mp4"
+
+
+def test_a_table_with_one_column_twice_is_refused(wanduet, work: Path) -> None:
+    (work / "prompts.csv").write_text("prompt,seed, prompt\na circle,1,a square\n")
+    ran = wanduet("batch", "prompts.csv", *TINY, "--json")
+    assert ran.code == 2
+    assert "two columns are named 'prompt'" in ran.error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Flags, environment, settings file; everything that is refused before anything is loaded."""
 
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def test_a_value_out_of_range_names_field_and_what_is_allowed(wanduet, flags: st
         ("--devices vae=cpu,transformer", "role for every"),
         ("--devices tokenizer=cpu", "no role"),
         ("--vram-limit lots", "24GiB"),
+        ("--vram-limit 0", "no memory"),
+        ("--ram-limit 0", "no memory"),
         ("--attention nonsense", "sdpa"),
         ("--transformer-dtype int8", "bfloat16"),
         ("--checkpoint-seconds -1", "0 or more"),
@@ -376,6 +379,19 @@ def test_a_result_that_cannot_be_printed(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "cannot be printed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_messages_that_nobody_takes_end_no_work(tmp_path: Path) -> None:
+    code = "from wanduet.frontends.cli import main; main()"
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "plan", "--num-frames", "5", "--resolution", "96x96", "--json"],
+            stdout=subprocess.PIPE, stderr=full, text=True, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["fits"] in (True, False)
 
 
 def test_a_console_of_another_encoding_gets_whole_json(tmp_path: Path) -> None:

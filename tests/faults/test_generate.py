@@ -228,6 +228,24 @@ sys.argv = ["wanduet", "plan", "--json"]
 from wanduet.__main__ import main
 main()
 """
+# What is raised here can reach nobody.
+IN_A_FINALIZER = """
+import signal, sys, time, weakref
+from wanduet.frontends import commands
+class Thing:
+    pass
+def interrupted(*_, **__):
+    thing = Thing()
+    weakref.finalize(thing, signal.raise_signal, signal.SIGINT)
+    del thing
+    for _ in range(30):
+        time.sleep(0.1)
+    return {"fits": True}
+commands.run_plan = interrupted
+sys.argv = ["wanduet", "plan", "--json"]
+from wanduet.__main__ import main
+main()
+"""
 # The signal comes while the result, or the failure, is being printed: it stays the one object.
 WHILE_ANSWERING = """
 import signal, sys
@@ -245,7 +263,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("code", [EARLY, IN_EXEC], ids=["while importing", "inside an exec"])
+@pytest.mark.parametrize(
+    "code", [EARLY, IN_EXEC, IN_A_FINALIZER], ids=["while importing", "inside an exec", "in a finalizer"]
+)
 def test_ctrl_c_at_any_moment_is_code_130(tmp_path: Path, code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 130

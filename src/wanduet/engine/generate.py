@@ -22,7 +22,7 @@ from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surro
 from wanduet.engine.job import Event, Job, Video, VideoResult
 from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
 from wanduet.engine.record import made_alike, provenance_of, video_digest
-from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError
+from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError, OutputError
 from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
@@ -83,7 +83,14 @@ def denoise_video(models: Models, video: Video, conditioning: Conditioning) -> T
         checkpoints.adopt()
     on_ranks = video.plan.strategy == "parallel"
     latents = _denoise_on_ranks(models, video, task) if on_ranks else _denoise_here(models, video, task)
-    save_latents(video.latents_path, latents, provenance_of(models, video) | {"digest": video_digest(models, video)})
+    about = provenance_of(models, video) | {"digest": video_digest(models, video)}
+    try:
+        save_latents(video.latents_path, latents, about)
+    except OutputError as error:
+        if (last := checkpoints.load(own_only=True)) is not None:
+            kept = f"Step {last.step} is kept: the same command with --resume goes on from there."
+            error.hint = f"{error.hint or ''} {kept}".strip()
+        raise
     checkpoints.remove()
     return latents
 

@@ -41,6 +41,10 @@ class OutputOptions:
     save_latents: bool = False
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        """Take a path that is given as text."""
+        object.__setattr__(self, "path", Path(self.path))
+
     def video_path(self, index: int, count: int) -> Path:
         """The path of video `index` of `count`: `name.mp4`, or `name-2.mp4` where there are several."""
         return self.path if count == 1 else self.path.with_stem(f"{self.path.stem}-{index + 1}")
@@ -168,14 +172,18 @@ class Job:
         return next((video.attention for video in reversed(self.videos) if video.attention is not None), None)
 
     def events(self) -> Iterator[Event]:
-        """Progress as it happens; ends with the phase `done` or `failed`. For one consumer."""
+        """Progress as it happens; ends with the phase `done` or `failed`. Of several consumers each gets some of it, and
+        the end."""
         while True:
             try:
                 event = self._events.get(timeout=0.5)  # wakes up so that every system delivers a Ctrl-C
             except queue.Empty:
                 continue
+            is_last = event.phase in ("done", "failed")
+            if is_last:
+                self._events.put(event)
             yield event
-            if event.phase in ("done", "failed"):
+            if is_last:
                 return
 
     def result(self, timeout: float | None = None) -> JobResult:

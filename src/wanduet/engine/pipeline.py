@@ -107,6 +107,10 @@ class Engine:
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, CancelledError if the
         engine is closed, also where that happens meanwhile.
         """
+        if not isinstance(request, GenerationRequest) or not isinstance(output, OutputOptions):
+            raise TypeError(
+                "submit takes a GenerationRequest and OutputOptions, for example OutputOptions('clip.mp4')."
+            )
         self._check_open()
         resolved = request.resolve(self.models.spec)
         plan = self._plan(resolved)
@@ -280,16 +284,16 @@ class Engine:
             work()
         except BaseException as error:
             self._forget(job)
-            shown = _memory_ran_out(error) if isinstance(error, torch.OutOfMemoryError) else error
+            shown = _memory_ran_out(error) or error
             try:
-                self._clear_away(job, error)
+                self._clear_away(job, error, unexpected=not isinstance(shown, WanduetError))
             finally:
                 job.fail(shown)
 
-    def _clear_away(self, job: Job, error: BaseException) -> None:
+    def _clear_away(self, job: Job, error: BaseException, unexpected: bool) -> None:
         """Nothing of a failure stays on the devices. What nobody expected is logged first, with where it happened, as
         text: whatever keeps log records would else keep the frames, and the tensors in them."""
-        if not isinstance(error, WanduetError) and not job.finished:
+        if unexpected and not job.finished:
             log.error("Job %s failed.\n%s", job.id, "".join(traceback.format_exception(error)).rstrip())
         forget_traceback(error)
         with suppress(Exception):  # a device that has failed cannot even do that
@@ -301,11 +305,17 @@ class Engine:
             self._open.pop(job, None)
 
 
-def _memory_ran_out(error: torch.OutOfMemoryError) -> OutOfMemoryError:
-    """What a user reads where memory ran out and there was nothing smaller to try."""
-    problem = str(error).split(". ")[0]
+def _memory_ran_out(error: BaseException) -> OutOfMemoryError | None:
+    """What a user reads where memory ran out and there was nothing smaller to try; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        where, limit = "A device", "--vram-limit"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        where, limit = "The host", "--ram-limit"
+    else:
+        return None
+    problem = f" ({said})" if (said := str(error).split(". ")[0]) else ""
     return OutOfMemoryError(
-        f"A device ran out of memory ({problem}).",
-        hint="Another program may use it: `wanduet doctor` says what is free. --vram-limit makes a smaller plan; "
+        f"{where} ran out of memory{problem}.",
+        hint=f"Another program may use it: `wanduet doctor` says what is free. {limit} makes a smaller plan; "
         "--resume goes on from the last checkpoint.",
     )

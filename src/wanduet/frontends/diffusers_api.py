@@ -18,9 +18,10 @@ from wanduet.engine.plan import Plan
 from wanduet.frontends.diffusers_arguments import (
     CALLBACK_TENSORS,
     check_call,
-    check_counts,
+    check_kinds,
     initial_latents,
     rounded_frames,
+    whole_number,
 )
 from wanduet.frontends.diffusers_calls import CallState, EngineManaged, refuse
 from wanduet.frontends.diffusers_decode import as_output, decode_videos
@@ -323,10 +324,13 @@ class WanPipeline(CallState, EngineManaged):
         # diffusers' own callback objects say themselves what they want to see.
         seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         check_call(guidance_scale_2, attention_kwargs, output_type, seen)
-        check_counts(
-            num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
-            num_inference_steps=num_inference_steps,
+        check_kinds(
+            guidance_scale, generator, latents=latents, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
+        max_sequence_length = whole_number("max_sequence_length", max_sequence_length, 1)
+        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
+        copies = 1 if num_videos_per_prompt is None else whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         prompts = prompts_of(prompt, prompt_embeds)
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
         negatives = negatives_of(negative_prompt, negative_prompt_embeds, count)
@@ -337,11 +341,12 @@ class WanPipeline(CallState, EngineManaged):
             if latents is not None:  # they say the size, as in diffusers
                 height, width = (side * spec.vae.spatial_stride for side in latents.shape[-2:])
                 num_frames = (latents.shape[-3] - 1) * spec.vae.temporal_stride + 1
-            num_frames = rounded_frames(num_frames, spec.vae.temporal_stride)
+            height, width = whole_number("height", height), whole_number("width", width)
+            num_frames = rounded_frames(whole_number("num_frames", num_frames), spec.vae.temporal_stride)
             job = self._parts.job(height, width, num_frames, guidance_scale > 1.0)
             self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
 
-            copies, dim = num_videos_per_prompt or 1, spec.transformer.text_dim
+            dim = spec.transformer.text_dim
             positive, negative = (
                 encode(self._parts.text(job.plan), which, max_sequence_length, copies) if which is not None
                 else None if given is None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -29,11 +29,29 @@ def check_call(
         raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise ValueError for a count below one."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} must be at least 1.")
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A count or a size as a whole number, also where a program computed it as a float. Raises ValueError."""
+    try:
+        if value != int(value):
+            raise TypeError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={value!r} must be a whole number.") from None
+    if least is not None and value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+    return int(value)
+
+
+def check_kinds(guidance_scale: Any, generator: Any, **tensors: Any) -> None:
+    """Raise ValueError for arguments that are not what they are called."""
+    if not isinstance(guidance_scale, SupportsFloat) or isinstance(guidance_scale, str):
+        raise ValueError(f"guidance_scale={guidance_scale!r} must be a number.")
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, not {type(one).__name__}.")
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, not {type(value).__name__}.")
 
 
 def rounded_frames(num_frames: int, stride: int) -> int:

@@ -13,6 +13,7 @@ from wanduet.frontends.diffusers_parts import PipelineParts
 _NEW_WEIGHTS = (
     "wanduet writes no weights: copy the model's folder, or give diffusers' own pipeline to WanPipeline.from_pipe"
 )
+_PARTS = "set the part itself, say pipe.scheduler or pipe.transformer"
 _WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
 # What takes the place of diffusers' names that are not here.
 INSTEAD = {
@@ -33,6 +34,13 @@ INSTEAD = {
     "boundary_ratio": _WAN22,
     "enable_freeu": "FreeU is for UNets",
     "check_inputs": "the call itself checks its arguments",
+    "prepare_latents": "the call draws them with generator=, or takes yours with latents=",
+    "_get_t5_prompt_embeds": "use encode_prompt",
+    "register_modules": _PARTS,
+    "register_to_config": _PARTS,
+    "save_config": _NEW_WEIGHTS,
+    "load_config": "use from_pretrained with a folder or hub id",
+    "numpy_to_pil": 'call it with output_type="pil"',
     "unet": "the denoiser is pipe.transformer",
     "load_textual_inversion": "change pipe.tokenizer and pipe.text_encoder, which may be transformers' own",
 }  # fmt: skip

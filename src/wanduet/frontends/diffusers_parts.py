@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -62,6 +62,13 @@ class PipelineParts:
         for kind, module in given.items():
             if module is not None:
                 self.give(kind, module)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Asked by `copy.deepcopy`, `pickle` and what sends objects to other processes. Raises TypeError."""
+        raise TypeError(
+            "A wanduet pipeline and its parts hold loaded models, which are neither copied nor pickled: use "
+            "WanPipeline.from_pipe(pipe) for a second pipeline of the same parts, or from_pretrained in another process."
+        )
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

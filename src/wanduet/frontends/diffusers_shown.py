@@ -7,7 +7,7 @@ both), and refuse by name what they cannot do. Weights are not among what they s
 import dataclasses
 import inspect
 import logging
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,17 @@ class ShownPart(nn.Module):
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raises NotImplementedError."""
         raise NotImplementedError(self._refusal("call"))
+
+    def parameters(self, recurse: bool = True) -> NoReturn:
+        """Raises NotImplementedError: that there are none would be a wrong answer. (`named_parameters` gives none, for
+        diffusers' hooks, which have nothing to do here.)"""
+        raise NotImplementedError(self._refusal("parameters"))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezing has nothing to do; the engine trains nothing. Raises NotImplementedError for True."""
+        if requires_grad:
+            raise NotImplementedError(self._refusal("gradients"))
+        return self
 
     def state_dict(self, *_: Any, **__: Any) -> Any:
         """Raises NotImplementedError."""

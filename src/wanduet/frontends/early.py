@@ -105,12 +105,15 @@ def _text_rows(text: str) -> list[tuple[int, Row]]:
 
 
 def _csv_rows(text: str) -> list[tuple[int, Row]]:
-    """Rows as fields by the header's names; empty cells are left out."""
+    """Rows as fields by the header's names; empty cells are left out. Raises ValueError for a name that is there twice."""
     header = text.lstrip().partition("\n")[0]
     delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets write what their country uses
     reader = csv.DictReader(
         io.StringIO(text, newline=""), restkey="surplus", restval="", strict=True, delimiter=delimiter
     )
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"two columns are named {cut(twice[0])!r}")
     return [
         (reader.line_num, {(name or "").strip(): cell for name, cell in row.items() if cell})
         for row in reader

@@ -1,9 +1,9 @@
 """`from wanduet import export_to_video`: diffusers' call, with the engine's own writer."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from wanduet.media.codecs import DEFAULT_QUALITY
 from wanduet.media.video import write_video
 
 USUAL = 5.0  # diffusers' default quality, of 0 to 10: the engine's own default
+ASIDE = 0.5  # of 0..1, at most, which is cut off; more is another scale: -1..1, 0..255
 
 
 def export_to_video(
@@ -33,10 +34,12 @@ def export_to_video(
     """
     if bitrate is not None:
         raise ValueError("bitrate= is not taken: quality= (0 to 10) decides on the size.")
-    if quality is not None and not 0 <= quality <= 10:
-        raise ValueError(f"quality={quality} must be 0 to 10.")
-    if float(fps) != int(fps):
-        raise ValueError(f"fps={fps} must be a whole number.")
+    if quality is not None and not (isinstance(quality, SupportsFloat) and 0 <= float(quality) <= 10):
+        raise ValueError(f"quality={quality!r} must be 0 to 10.")
+    if not isinstance(fps, SupportsFloat) or not float(fps).is_integer():
+        raise ValueError(f"fps={fps!r} must be a whole number.")
+    if output_video_path is not None and not Path(output_video_path).name:
+        raise ValueError(f"output_video_path={str(output_video_path)!r} must name a file.")
     frames = _frames(video_frames)
     height, width = frames[0].shape[:2]
     if height < 2 or width < 2:
@@ -57,6 +60,8 @@ def _quality(quality: float | None) -> int:
 
 def _frames(given: Any) -> Sequence[NDArray[np.uint8]]:
     """The frames of one video, each `[H, W, 3]` uint8. Raises ValueError."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ValueError(f"video_frames must be an array, a tensor or a list of frames, not {type(given).__name__}.")
     if hasattr(given, "detach"):  # a tensor; torch itself may never have been needed
         given = _numpy(given)
     if isinstance(given, np.ndarray) and given.ndim == 5:
@@ -92,6 +97,8 @@ def _frame(frame: Any) -> NDArray[np.uint8]:
         raise ValueError(f"Frames must be uint8, or float in 0..1, not {array.dtype}.")
     if not np.isfinite(array).all():
         raise ValueError("Frames have NaN or infinite values.")
+    if array.min(initial=0.0) < -ASIDE or array.max(initial=0.0) > 1.0 + ASIDE:
+        raise ValueError(f"Frames of floats must be in 0..1, not {array.min():.3g} to {array.max():.3g}.")
     return (array.clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 

@@ -196,4 +196,4 @@ def _home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"data_dir={str(path)!r}: {error}.") from error
+        raise ConfigError(f"data_dir={str(path)!r}: {str(error).rstrip('.')}.") from error

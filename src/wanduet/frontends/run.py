@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError
 from wanduet.config import EngineConfig
 from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
 from wanduet.frontends.libraries_log import handlers
+from wanduet.frontends.messages import never_fail_on_stderr
 from wanduet.frontends.options import SETTINGS_FILE, parse_settings
 from wanduet.frontends.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
 from wanduet.untrusted import cut, printable
@@ -116,8 +117,13 @@ def _wants_json(arguments: Sequence[str], settings: Mapping[str, Any]) -> bool:
 
 
 def _read_settings(command: App) -> dict[str, Any]:
-    """`wanduet.toml` of this folder, {} if there is none. Raises ConfigError, also for names that are no settings."""
+    """`wanduet.toml` of this folder, {} if there is none. Raises ConfigError, also for names that are no settings, and
+    for a folder that has been removed."""
     path = Path(SETTINGS_FILE)
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"The current folder cannot be used: {error.strerror}.", hint="Change to another.") from error
     try:
         if not path.exists():
             return {}
@@ -158,6 +164,7 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a prompt in any script, on any console
+    never_fail_on_stderr()
     logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
     logging.captureWarnings(True)  # they are libraries'
     if "OMP_WAIT_POLICY" not in os.environ:

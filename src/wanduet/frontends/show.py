@@ -21,6 +21,9 @@ def show(value: Mapping[str, Any]) -> None:
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     if "devices" in value:
         _show_plan(console, value)
+    elif "plan" in value and "timings" not in value:
+        _show_plan(console, value["plan"])
+        console.print(f"Would be written: {value['output']}")
     elif "timings" in value and "output" in value:
         _show_video(console, value)
     elif "videos" in value and "failed" in value:
@@ -107,7 +110,8 @@ def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
 
 def _text(name: str, field: Any) -> str:
     if isinstance(field, Mapping):
-        return "\n".join(f"{k}: {_text(k, v)}" for k, v in field.items() if v not in (None, [], {}))
+        unit = name if name.endswith("bytes") else ""  # of all that is in it
+        return "\n".join(f"{k}: {_text(unit or k, v)}" for k, v in field.items() if v not in (None, [], {}))
     if isinstance(field, list):
         return "\n".join(_text(name, item) for item in field)
     if isinstance(field, int) and name.endswith("bytes"):

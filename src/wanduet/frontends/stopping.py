@@ -3,6 +3,7 @@
 Imports nothing of the package: it works while the rest is still being imported.
 """
 
+import _thread
 import json
 import os
 import signal
@@ -12,8 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+AGAIN_SECONDS = 0.02  # after which a signal that was lost comes again
 # A terminal that closes sends SIGHUP, Windows' Ctrl-Break SIGBREAK; neither exists on the other system.
 _SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n))
 
@@ -51,6 +57,22 @@ class StopSignals:
         print_failure("Stopped at once.", "cancelled", self.as_json)
         os._exit(self.exit_code)  # threads may be in the middle of a step that takes minutes
 
+    def unraisable(self, found: "UnraisableHookArgs") -> None:
+        """The interpreter's hook for errors that nobody can catch. Where a signal's KeyboardInterrupt is one of them, for
+        it came in a finalizer or a callback of a weak reference, the signal comes again a moment later."""
+        number = self._first
+        if number is None or self.answered or not issubclass(found.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(found)
+            return
+        self._first = None
+        again = threading.Timer(AGAIN_SECONDS, self._come_again, (number,))
+        again.daemon = True
+        again.start()
+
+    def _come_again(self, number: int) -> None:
+        if self._first is None:  # else another one has come meanwhile
+            _thread.interrupt_main(signal.Signals(number))
+
     def _leave_terminal(self) -> None:
         """Send what is printed from now on nowhere if the terminal is gone: writing there would fail."""
         for fd in self._terminals:
@@ -83,9 +105,14 @@ def stop_signals(as_json: bool = False) -> Iterator[StopSignals]:
     token = _CURRENT.set(stops)
     for number in taken:
         signal.signal(number, stops.handle)
+    hook = sys.unraisablehook
+    if hook is sys.__unraisablehook__:
+        sys.unraisablehook = stops.unraisable
     try:
         yield stops
     finally:
+        if sys.unraisablehook == stops.unraisable:
+            sys.unraisablehook = hook
         for number in taken:
             if signal.getsignal(number) == stops.handle:  # a server may have set its own
                 signal.signal(number, before[number])

@@ -7,6 +7,7 @@ it ends; where a file system has no locks, the file itself says whose it is.
 import hashlib
 import os
 import re
+import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -117,13 +118,18 @@ def _mark(path: Path) -> Path:
 
 
 def _lock(mark: Path, wait_seconds: float) -> BaseFileLock | None:
-    """The lock of a mark; None if another program has it, or has left one that this user may not touch."""
+    """The lock of a mark; None if another program has it, or has left one that this user may not touch.
+
+    Raises OSError where no file can be made. To a lock, a folder that says so by "no such file" looks like another's.
+    """
     for kind in (FileLock, SoftFileLock):  # the second where the file system has no locks
         lock = kind(mark, timeout=wait_seconds, thread_local=False)
         try:
             with warnings.catch_warnings(action="ignore"):
                 lock.acquire(poll_interval=0.05)
         except Timeout:
+            if not os.path.lexists(mark):  # nobody has it, or had it until now
+                tempfile.TemporaryFile(dir=mark.absolute().parent).close()
             return None
         except PermissionError:
             if os.path.lexists(mark):

@@ -244,9 +244,19 @@ def test_stages_work_on_different_jobs_at_once(config, tmp_path) -> None:
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
-def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("problem", "flag"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB. And much more"), "--vram-limit"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "--ram-limit"),
+        (MemoryError(), "--ram-limit"),
+    ],
+)
+def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(
+    tmp_path, monkeypatch, caplog, problem, flag
+) -> None:
     def run_out(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB. And much more")
+        raise problem
 
     monkeypatch.setattr(Models, "transformer", run_out)
     with Engine(EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")) as engine:
@@ -255,4 +265,19 @@ def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(tmp_path
         )
         with pytest.raises(OutOfMemoryError, match="out of memory") as caught:
             job.result(60)
-    assert "--vram-limit" in (caught.value.hint or "")
+    assert flag in (caught.value.hint or "")
+    assert "Traceback" not in caplog.text  # it is no surprise
+
+
+def test_events_end_for_whoever_reads_them_again(submit) -> None:
+    job = submit()
+    assert [event.phase for event in job.events()][-1] == "done"
+    assert [event.phase for event in job.events()] == ["done"]
+
+
+def test_what_is_no_request_is_refused_in_a_sentence(engine, tmp_path) -> None:
+    request = GenerationRequest.parse(prompt="x", height=32, width=32, num_frames=5)
+    for arguments in (("x", OutputOptions(tmp_path / "a.mp4")), (request, tmp_path / "a.mp4")):
+        with pytest.raises(TypeError, match="submit takes a GenerationRequest and OutputOptions"):
+            engine.submit(*arguments)
+    assert OutputOptions("a.mp4").video_path(1, 2) == Path("a-2.mp4")

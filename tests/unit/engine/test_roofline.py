@@ -63,6 +63,14 @@ def test_rows_of_a_job_on_this_machine() -> None:
     assert "floor_s" not in rows["write"]
 
 
+def test_a_text_from_the_cache_has_no_floor() -> None:
+    machine = Hardware((), 64 * GIB, 60 * GIB, 2)
+    job, models = job_480p(EngineConfig(model="random:1.3b", devices="cpu"), machine)
+    job.add_time("encode_s", 0.0008)
+    rows = {row["phase"]: row for row in where_it_went(job, models.memory)}
+    assert "floor_s" not in rows["encode"]
+
+
 def test_peaks_of_the_cpu_are_plausible() -> None:
     peaks = measure_peaks("cpu", "float32")
     assert 1e9 < peaks.flop < 1e14

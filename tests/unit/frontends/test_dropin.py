@@ -1,10 +1,13 @@
 """`WanPipeline` as a program for diffusers meets it: keywords, calls that are no computation, refusals, two things at once."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -205,6 +208,7 @@ def test_progress_as_diffusers_shows_it(pipe, capsys) -> None:
         ("load_lora_weights", "fuse_lora"), ("set_adapters", "fuse_lora"), ("save_pretrained", "folder"),
         ("load_ip_adapter", "images"), ("unet", "pipe.transformer"), ("enable_vae_tilling", "enable_vae_tiling"),
         ("sheduler", "scheduler"), ("check_inputs", "itself"), ("boundary_ratio", "Wan2.1"),
+        ("prepare_latents", "latents="), ("register_modules", "pipe.scheduler"),
     ],
 )  # fmt: skip
 def test_names_that_are_not_here_say_what_takes_their_place(pipe, name, says) -> None:
@@ -464,3 +468,35 @@ def test_a_pipeline_that_is_deleted_while_it_works_ends_its_call_and_frees_its_m
         assert models() is None
     finally:
         gc.enable()
+
+
+def test_a_pipeline_is_not_copied_or_pickled(pipe) -> None:
+    for thing in (pipe, pipe.transformer):
+        for way in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"from_pipe\(pipe\)"):
+                way(thing)
+    assert copy.copy(pipe).transformer is pipe.transformer
+
+
+def test_weights_that_are_not_shown_are_not_counted_as_none(pipe) -> None:
+    with pytest.raises(NotImplementedError, match=r"set pipe\.vae"):
+        sum(parameter.numel() for parameter in pipe.vae.parameters())
+    assert pipe.vae.requires_grad_(False).eval() is pipe.vae
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"height": None}, {"width": "48"}, {"num_frames": 5.5}, {"num_inference_steps": None}, {"guidance_scale": None},
+        {"guidance_scale": "5"}, {"generator": 5}, {"generator": [5]}, {"latents": np.zeros((1, 16, 2, 4, 6))},
+        {"num_videos_per_prompt": 0}, {"max_sequence_length": float("inf")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_a_wrong_kind_are_named(pipe, wrong) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
+        pipe("x", **({"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 1} | wrong))
+
+
+def test_a_size_that_a_program_computed_as_a_float(pipe) -> None:
+    assert torch.equal(latents(pipe, height=32.0), latents(pipe, height=32))

@@ -78,6 +78,8 @@ def test_the_signature_is_that_of_diffusers() -> None:
 @pytest.mark.parametrize(
     ("given", "keywords", "says"),
     [
+        (frames() * 255, {}, r"in 0\.\.1"), (frames() * 2 - 1, {}, r"in 0\.\.1"), (None, {}, "video_frames"),
+        (frames(), {"fps": "x"}, "fps"), (frames(), {"fps": float("nan")}, "fps"), (frames(), {"quality": "x"}, "quality"),
         (np.stack([frames()] * 2), {}, r"frames\[0\]"), ([list(frames())] * 2, {}, r"frames\[0\]"),
         (frames()[0], {}, r"\[F, H, W, 3\]"), ([], {}, "no frames"), (frames() * np.nan, {}, "NaN"),
         ([frames()[0], frames(16, 16)[0]], {}, "same size"), (frames().astype(np.int64), {}, "uint8"),

@@ -28,8 +28,12 @@ def test_metadata_of_strange_kinds_does_not_matter(capsys: pytest.CaptureFixture
 
 
 def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, {"num_bytes": 3 * 2**30, "nothing": None, "empty": [], "std": 0.123456})
+    out = shown(
+        capsys,
+        {"num_bytes": 3 * 2**30, "peak_memory_bytes": {"cpu": 2**30}, "nothing": None, "empty": [], "std": 0.123456},
+    )
     assert "3.00 GiB" in out
+    assert "cpu: 1.00 GiB" in out
     assert "0.1235" in out
     assert "nothing" not in out
     assert "empty" not in out
