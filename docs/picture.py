@@ -1,4 +1,4 @@
-"""Writes docs/frames.png: frames of videos that the miniature made, one row a prompt."""
+"""Writes docs/images/film.webp: six videos that the miniature made, side by side, as a film that repeats."""
 
 import tempfile
 from pathlib import Path
@@ -17,23 +17,26 @@ PROMPTS = (
     "fireworks over a city",
     "a rocket flying to the stars",
 )
-FRAMES = (0, 6, 13, 19, 26, 32)
+BORDER, SCALE = 3, 2
+MILLISECONDS = 62  # a frame, at 16 a second
 
 
 def main() -> None:
-    """Make the videos, take frames of each, put them in rows."""
-    rows = []
+    """Make the videos, and put the frames of one moment into one picture."""
     with tempfile.TemporaryDirectory() as folder, Engine(EngineConfig(model="miniature")) as engine:
         jobs = [
-            engine.submit(GenerationRequest(prompt=p, seed=4), OutputOptions(Path(folder) / f"{i}.mp4"))
-            for i, p in enumerate(PROMPTS)
+            engine.submit(GenerationRequest(prompt=prompt, seed=4), OutputOptions(Path(folder) / f"{number}.mp4"))
+            for number, prompt in enumerate(PROMPTS)
         ]
-        for job in jobs:
-            frames = list(read_frames(job.result().videos[0].path))
-            rows.append(
-                np.concatenate([np.pad(frames[i], ((3, 3), (3, 3), (0, 0)), constant_values=255) for i in FRAMES], 1)
-            )
-    Image.fromarray(np.concatenate(rows)).save(Path(__file__).with_name("frames.png"))
+        videos = [np.stack(list(read_frames(job.result().videos[0].path))) for job in jobs]  # [T, H, W, 3]
+    film = np.concatenate([np.pad(video, _edges(), constant_values=255) for video in videos], axis=2)
+    pictures = [Image.fromarray(frame) for frame in film.repeat(SCALE, axis=1).repeat(SCALE, axis=2)]
+    path = Path(__file__).with_name("images") / "film.webp"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=MILLISECONDS, loop=0, quality=80)
+
+
+def _edges() -> tuple[tuple[int, int], ...]:
+    return ((0, 0), (BORDER, BORDER), (BORDER, BORDER), (0, 0))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
-Quality = Annotated[int | None, Parameter(help="1 to 100; 75 unless said.", converter=whole)]
+Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
 Output = Annotated[
-    Path | None, Parameter(name=["--output", "-o"], help="The video's path, or a folder.", converter=place)
+    Path | None,
+    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", converter=place),
 ]
 FIRST_SIGNAL = 128  # exit codes above it name the signal
 LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
@@ -52,10 +53,12 @@ def generate(
     output: Output = None,
     codec: Codec = "h264",
     quality: Quality = None,
-    save_latents: Annotated[bool, Parameter(help="Keep the latents beside the video.")] = False,
-    resume: Annotated[bool, Parameter(help="Go on from what an interrupted run left.")] = False,
-    profile: Annotated[bool, Parameter(help="Say where the time went; a trace for Perfetto beside the video.")] = False,
-    dry_run: Annotated[bool, Parameter(help="Say what would be done, and stop.")] = False,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents in a file beside the video.")] = False,
+    resume: Annotated[bool, Parameter(help="Continue an interrupted run.")] = False,
+    profile: Annotated[
+        bool, Parameter(help="Print where the time went, and write a trace for Perfetto beside the video.")
+    ] = False,
+    dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video of a prompt."""

@@ -40,7 +40,9 @@ class ClusterFlags:
     ] = None
     min_replicas: Annotated[int, Parameter(help="Replicas kept up while nothing waits; 0 frees every GPU.")] = 1
     max_replicas: Annotated[int, Parameter(help="Most replicas at a time.")] = 64
-    replica_gpus: Annotated[int | None, Parameter(help="GPUs of each replica; chosen by the plan unless said.")] = None
+    replica_gpus: Annotated[
+        int | None, Parameter(help="GPUs of each replica. Default: as many as the plan chooses.")
+    ] = None
     upscale_seconds: Annotated[float, Parameter(help="A job that waits longer brings more replicas.")] = 10.0
     idle_seconds: Annotated[float, Parameter(help="A replica idle for longer may end.")] = 300.0
     stages: Annotated[

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from wanduet.jobs.store import JobStore
 
 Json = Annotated[bool, Parameter(name="--json", help="Print one JSON object on stdout.", negative="")]
-DataDir = Annotated[Path | None, Parameter(help="Where jobs, videos and caches live.")]
-Database = Annotated[str | None, Parameter(help="The job store's address; SQLite in the data folder unless said.")]
+DataDir = Annotated[Path | None, Parameter(help="Folder of jobs, videos and caches.")]
+Database = Annotated[str | None, Parameter(help="Address of the job store. Default: SQLite in the data folder.")]
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 SERVER = Group("Server", sort_key=0)
 DAY = 86400.0
@@ -38,26 +38,32 @@ keys_app = App(name="keys", help="API keys: who may use the server.")
 class ServerFlags:
     """How the server listens and what it takes."""
 
-    host: Annotated[str, Parameter(help="Another than this machine's own needs a key: wanduet keys add.")] = "127.0.0.1"
-    port: Annotated[int, Parameter(help="0 for a free one.")] = 8000
+    host: Annotated[
+        str, Parameter(help="Address to listen on. Any but this machine's own needs a key: wanduet keys add.")
+    ] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port to listen on; 0 picks a free one.")] = 8000
     allowed_host: Annotated[
         tuple[str, ...], Parameter(help="A name by which others reach the server.", negative="")
     ] = ()
     allowed_origin: Annotated[tuple[str, ...], Parameter(help="A page that may write here.", negative="")] = ()
     page: Annotated[bool, Parameter(help="Serve the web page at /.")] = True
-    parallel: Annotated[int, Parameter(help="Jobs in the engine's stages at the same time.")] = 2
-    checkpoint_seconds: Annotated[float, Parameter(help="A killed denoise loses at most so much.")] = 15.0
-    max_crashes: Annotated[int, Parameter(help="A job whose engine dies so often at one place is given up.")] = 3
+    parallel: Annotated[
+        int, Parameter(help="Number of jobs that are worked on at the same time, each in another stage.")
+    ] = 2
+    checkpoint_seconds: Annotated[float, Parameter(help="How often denoising is saved, in seconds.")] = 15.0
+    max_crashes: Annotated[int, Parameter(help="Give a job up after so many crashes at the same place.")] = 3
     hang_seconds: Annotated[
-        float, Parameter(help="A worker that makes no step for so long is replaced; one of long steps later.")
+        float, Parameter(help="Replace a worker that makes no step for so many seconds; later where steps are long.")
     ] = 600.0
-    max_queue: Annotated[int, Parameter(help="Open jobs of everybody.")] = 1000
-    max_queue_per_key: Annotated[int, Parameter(help="Open jobs of one key.")] = 100
+    max_queue: Annotated[int, Parameter(help="Most jobs that wait or run.")] = 1000
+    max_queue_per_key: Annotated[int, Parameter(help="Most jobs of one key that wait or run.")] = 100
     max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
     max_frames: Annotated[int, Parameter(help="Longest video.")] = 401
     max_steps: Annotated[int, Parameter(help="Most denoising steps.")] = 200
-    retention_days: Annotated[float | None, Parameter(help="Finished videos are deleted after so long.")] = None
-    disk_limit: Annotated[str | None, Parameter(help="Oldest videos go beyond this, for example 50GiB.")] = None
+    retention_days: Annotated[float | None, Parameter(help="Delete finished videos after so many days.")] = None
+    disk_limit: Annotated[
+        str | None, Parameter(help="Delete the oldest videos when all take more than this, for example 50GiB.")
+    ] = None
     log_prompts: Annotated[bool, Parameter(help="Write prompts to the log.")] = False
     database_url: Database = None
 

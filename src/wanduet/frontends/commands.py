@@ -192,6 +192,7 @@ def run_decode(
         "num_frames": video.num_frames,
         "timings": _rounded(result.timings),
         "peak_memory_bytes": result.peak_memory_bytes,
+        "warnings": list(result.warnings),
     }
 
 

@@ -88,23 +88,42 @@ def place(kind: Any, tokens: Sequence[Token]) -> Path:
 class VideoFlags:
     """What the video shows."""
 
-    negative_prompt: Annotated[str | None, Parameter(help="What to keep out; '' for nothing.")] = None
-    num_frames: Annotated[int | None, Parameter(help="4n+1 frames; 81 unless said.", converter=whole)] = None
-    seconds: Annotated[float | None, Parameter(help="Length instead of --num-frames.")] = None
-    resolution: Annotated[str | None, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")] = None
-    height: Annotated[int | None, Parameter(help="In pixels, a multiple of 16.", converter=whole)] = None
-    width: Annotated[int | None, Parameter(help="In pixels, a multiple of 16.", converter=whole)] = None
-    num_inference_steps: Annotated[
-        int | None, Parameter(name=["--num-inference-steps", "--steps"], help="Denoising steps.", converter=whole)
+    negative_prompt: Annotated[
+        str | None, Parameter(help="What the video should not show; '' for nothing. Default: the model's.")
     ] = None
-    guidance_scale: Annotated[float | None, Parameter(help="How strictly the prompt is followed; 1 turns it off.")] = (
-        None
-    )
-    flow_shift: Annotated[float | None, Parameter(help="Moves steps towards the noisy end.")] = None
+    num_frames: Annotated[
+        int | None, Parameter(help="Number of frames, 4n+1. Default: the model's, 81 for Wan2.1.", converter=whole)
+    ] = None
+    seconds: Annotated[float | None, Parameter(help="Length of the video, instead of --num-frames.")] = None
+    resolution: Annotated[str | None, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")] = None
+    height: Annotated[
+        int | None, Parameter(help="In pixels, a multiple of 16. Default: the model's.", converter=whole)
+    ] = None
+    width: Annotated[
+        int | None, Parameter(help="In pixels, a multiple of 16. Default: the model's.", converter=whole)
+    ] = None
+    num_inference_steps: Annotated[
+        int | None,
+        Parameter(
+            name=["--num-inference-steps", "--steps"],
+            help="Number of denoising steps. Default: the model's, 50 for Wan2.1.",
+            converter=whole,
+        ),
+    ] = None
+    guidance_scale: Annotated[
+        float | None, Parameter(help="How closely the prompt is followed; 1 turns guidance off, and halves the time.")
+    ] = None
+    flow_shift: Annotated[
+        float | None, Parameter(help="Higher values spend more steps on the layout, lower ones on details.")
+    ] = None
     sampler: Annotated[SamplerName | None, Parameter(help=SAMPLER_HELP)] = None
-    seed: Annotated[int | None, Parameter(help="Same seed, same video. Random unless said.", converter=whole)] = None
-    fps: Annotated[int | None, Parameter(help="Frames a second of the file.", converter=whole)] = None
-    num_videos_per_prompt: Annotated[int | None, Parameter(help="Videos of consecutive seeds.", converter=whole)] = None
+    seed: Annotated[
+        int | None, Parameter(help="The same seed and settings give the same video. Default: random.", converter=whole)
+    ] = None
+    fps: Annotated[int | None, Parameter(help="Frames per second of the file.", converter=whole)] = None
+    num_videos_per_prompt: Annotated[
+        int | None, Parameter(help="Number of videos, with consecutive seeds.", converter=whole)
+    ] = None
 
     def request(self, prompt: str, spec: ModelSpec | None = None) -> GenerationRequest:
         """The request that was typed; `spec` is the model's, where it is known. Raises InvalidRequestError."""
@@ -139,28 +158,43 @@ class EngineFlags:
     model: Annotated[
         str,
         Parameter(
-            name=["--model", "--model-path"], help="A Diffusers-layout folder, a hub id, `miniature`, `random:1.3b`."
+            name=["--model", "--model-path"],
+            help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, or `random:1.3b`.",
         ),
     ] = _NOBODYS_MODEL
-    revision: Annotated[str | None, Parameter(help="The hub's commit, branch or tag.")] = None
-    strategy: Annotated[Strategy, Parameter(help="How devices share the work.")] = "auto"
-    devices: Annotated[str | None, Parameter(help="cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu")] = None
-    speeds: Annotated[
-        str | None, Parameter(help="Relative speeds of --devices, for example 2,1; measured unless said.")
+    revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None
+    strategy: Annotated[
+        Strategy,
+        Parameter(
+            help="How GPUs share the work: one does all, one denoises and one decodes, or all denoise one video."
+        ),
+    ] = "auto"
+    devices: Annotated[
+        str | None,
+        Parameter(help="Which devices to use: cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu. Default: all GPUs."),
     ] = None
-    vram_limit: Annotated[str | None, Parameter(help="Most memory of a GPU, for example 12GiB.")] = None
-    ram_limit: Annotated[str | None, Parameter(help="Most host memory.")] = None
-    transformer_dtype: Annotated[DType, Parameter(help="bfloat16 on a GPU unless said.")] = "auto"
-    vae_dtype: Annotated[DType, Parameter(help="float32 unless said.")] = "auto"
+    speeds: Annotated[
+        str | None, Parameter(help="Relative speeds of --devices, for example 2,1. Default: measured.")
+    ] = None
+    vram_limit: Annotated[str | None, Parameter(help="Most memory to use of each GPU, for example 12GiB.")] = None
+    ram_limit: Annotated[str | None, Parameter(help="Most host memory to use.")] = None
+    transformer_dtype: Annotated[
+        DType, Parameter(help="What the transformer computes in. Default: bfloat16 on a GPU.")
+    ] = "auto"
+    vae_dtype: Annotated[DType, Parameter(help="What the VAE computes in. Default: float32.")] = "auto"
     text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
-    text_encoder_hold: Annotated[TextEncoderHold, Parameter(help="Kept in memory, or read layer by layer.")] = "auto"
-    tf32: Annotated[bool, Parameter(help="TF32 in the VAE's float32 convolutions.")] = True
-    attention: Annotated[str, Parameter(help="An attention back end by name.")] = "auto"
-    cache_embeddings: Annotated[bool, Parameter(help="Keep prompts' embeddings on disk.")] = True
-    checkpoint_seconds: Annotated[
-        float, Parameter(help="At most so many seconds of denoising are lost when the process is killed.")
-    ] = 15.0
-    data_dir: Annotated[Path | None, Parameter(help="Where jobs, videos and caches live.")] = None
+    text_encoder_hold: Annotated[
+        TextEncoderHold, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
+    ] = "auto"
+    tf32: Annotated[
+        bool, Parameter(help="Allow TF32 in the VAE's float32 convolutions: faster, slightly less precise.")
+    ] = True
+    attention: Annotated[str, Parameter(help="Attention back end. Default: the fastest exact one, measured once.")] = (
+        "auto"
+    )
+    cache_embeddings: Annotated[bool, Parameter(help="Keep encoded prompts on disk.")] = True
+    checkpoint_seconds: Annotated[float, Parameter(help="How often denoising is saved, in seconds.")] = 15.0
+    data_dir: Annotated[Path | None, Parameter(help="Folder of jobs, videos and caches.")] = None
 
     @property
     def names_model(self) -> bool:

@@ -39,7 +39,7 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for device in plan["devices"]:
         phases = device["phases"]
         cells = [format_bytes(phases.get(phase, 0)) for phase in ("denoise", "decode")]
-        name = " ".join((device["name"], plan["hardware"].get(device["name"], ""))).strip()
+        name = " ".join((device["name"], plan.get("hardware", {}).get(device["name"], ""))).strip()
         table.add_row(name, device["role"], *cells, format_bytes(device["limit_bytes"]))
     table.add_row(
         "host", "text encoder, frames", "", format_bytes(plan["host_bytes"]), format_bytes(plan["host_limit_bytes"])

@@ -45,7 +45,7 @@ MAX_FPS = 120
 class VideoSpec:
     """How a video is encoded. Frames larger than `height` x `width` are cropped at the bottom and right.
 
-    `quality` is 1 (smallest) to 100 (best), 75 unless said; 75 and above looks like the original. FFV1 is
+    `quality` is 1 (smallest) to 100 (best), by default 75; 75 and above looks like the original. FFV1 is
     lossless and takes none. Raises InvalidRequestError.
     """
 

@@ -1,6 +1,7 @@
 """Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -141,7 +142,7 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
 
     request = GenerationRequest(prompt="x").resolve(memory.spec)
     found = plan(memory, "1x24GiB")
-    job = Job(request, found, OutputOptions(None))  # type: ignore[arg-type]
+    job = Job(request, found, OutputOptions(Path()))
     asked: list[int] = []
     real = torch.empty
 
@@ -172,7 +173,7 @@ def test_what_is_reserved_for_a_later_job_is_not_above_its_plan(memory, monkeypa
     asked: list[int] = []
     monkeypatch.setattr(ladder, "_allocated_bytes", lambda _: there)
     monkeypatch.setattr(torch, "empty", lambda size, **_: asked.append(size))
-    ladder.reserve_decode(Job(request, found, OutputOptions(None)).videos[0], memory)  # type: ignore[arg-type]
+    ladder.reserve_decode(Job(request, found, OutputOptions(Path())).videos[0], memory)
     assert asked
     assert there + asked[0] <= found.devices[0].peak
 
