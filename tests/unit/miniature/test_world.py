@@ -69,5 +69,7 @@ def test_canonical_prompts_say_everything() -> None:
 def test_what_the_miniature_knows() -> None:
     assert all(is_in_world(prompt) for prompt in corpus(200, seed=6))
     assert is_in_world("A RED circle, moving left, on a black background!")
+    assert is_in_world("a white star on a dark blue background")
+    assert not is_in_world("a red circle moving left on a white background")
     assert not is_in_world("a cat walks on the grass")
     assert not is_in_world("")
