@@ -61,7 +61,7 @@ def generate(
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video of a prompt."""
+    """Make a video from a prompt."""
     config = engine.config()
     request = early_request(prompt, video, config)
     check_output(output, codec, quality)
@@ -87,7 +87,7 @@ def batch(
     ] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video of each line of a file (a prompt, or a JSON object of fields), or each row of a .csv.
+    """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
 
     Lines that begin with # are comments.
     """
@@ -169,7 +169,7 @@ def decode(
     quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Turn kept latents into their video. The model is the one that made them, unless --model says another."""
+    """Decode saved latents to a video, with the model that made them unless --model is given."""
     check_output(output, codec, quality)
     from wanduet.frontends.commands import run_decode
 
@@ -180,7 +180,7 @@ def decode(
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Look into a video, latents or embeddings, or into the cache for a prompt."""
+    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache."""
     from wanduet.engine import tools
 
     emit(tools.inspect(engine.config(), target), json_)
@@ -220,7 +220,7 @@ def verify(
 
 @app.command
 def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
-    """Say what this machine has, what is missing, and what to do."""
+    """Show what this machine has, what is missing, and what to do."""
     from wanduet.engine import tools
 
     emit(tools.doctor(engine.config()), json_)

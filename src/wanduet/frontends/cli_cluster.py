@@ -23,7 +23,7 @@ DataDir = Annotated[Path | None, Parameter(help="The data folder of the server."
 Database = Annotated[str | None, Parameter(help="The cluster's PostgreSQL, as the server was given it.")]
 CLUSTER = Group("Cluster", sort_key=1)
 
-cluster_app = App(name="cluster", help="Look after the machines of a cluster.")
+cluster_app = App(name="cluster", help="List and manage the machines of a cluster.")
 
 
 @Parameter(name="*", group=CLUSTER)

@@ -29,8 +29,8 @@ JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 SERVER = Group("Server", sort_key=0)
 DAY = 86400.0
 
-jobs_app = App(name="jobs", help="Look after the jobs of this data folder.")
-keys_app = App(name="keys", help="API keys: who may use the server.")
+jobs_app = App(name="jobs", help="List and manage the jobs of this data folder.")
+keys_app = App(name="keys", help="Manage the API keys of the server.")
 
 
 @Parameter(name="*", group=SERVER)
