@@ -113,6 +113,11 @@ def wait_for_another(page: Any, before: str) -> str:
     return shown(page)
 
 
+def wait_for_job(page: Any, job: str) -> None:
+    """Until the page shows this job."""
+    page.wait_for_function("job => document.querySelector('.details code')?.textContent === job", arg=job)
+
+
 def shown(page: Any) -> str:
     """The id of the job that the page shows; empty if none."""
     code = page.locator(".details code")

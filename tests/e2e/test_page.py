@@ -21,6 +21,7 @@ from browser import (
     shown,
     strangers,
     wait_for_another,
+    wait_for_job,
 )
 from real_server import PROMPT, Server, serving
 
@@ -188,8 +189,7 @@ def test_cancel_retry_new_seed_and_delete(page: Any, served: Server) -> None:
     assert served.http.get(f"/v1/videos/{third}").status_code == 404
 
     page.locator(f"[data-id={first}]").click()
-    wait_for_another(page, shown(page) if shown(page) != first else "")
-    assert shown(page) == first
+    wait_for_job(page, first)
     page.get_by_label("Prompt", exact=True).fill("something else")
     page.get_by_role("button", name="Use these settings").click()
     prompt_becomes(page, prompt)
