@@ -83,7 +83,9 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         guided.result(120)
         plain.result(120)
     assert (guided.plan.layout.cfg, plain.plan.layout.sequence) == (2, 2)
-    own = process_peak_bytes()  # the ranks' memory is told, not only that of the process that starts them
+    # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
+    # a little lower than the first's.
+    own = process_peak_bytes() + 64 * 2**20
     for job in (guided, plain):
         assert job.rank_peaks["cpu"] > 2 * 64 * 2**20
         assert job.rank_peaks["cpu"] < job.result().peak_memory_bytes["cpu"] <= own + job.rank_peaks["cpu"]
