@@ -36,17 +36,23 @@ KL_WEIGHT = 1e-5
 CROPS_SHARE = 0.6  # of the VAE's time; crops are an eighth of a clip and give as many more steps
 
 
-def train_vae(out: Path, device: str, minutes: float, batch: int, lr: float) -> float:
-    """Stage 1: learn to reconstruct, first short crops, then whole clips; write vae/. Returns PSNR in dB."""
+def train_vae(out: Path, device: str, minutes: float, batch: int, lr: float, go_on: bool = False) -> float:
+    """Stage 1: learn to reconstruct, first short crops, then whole clips; write vae/. Returns PSNR in dB.
+
+    `go_on`: from the VAE that is there; its latents' statistics are measured anew.
+    """
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     if device == "cuda":
         whole_clip.compile_norm()
     vae = WanVAE(files.VAE_SPEC).to(device).train()
-    with torch.no_grad():
-        bias = vae.quant_conv.bias
-        assert bias is not None
-        bias.zero_()[files.VAE_SPEC.z_dim :] = START_LOG_VARIANCE
+    if go_on:
+        vae.load_state_dict(files.read_tensors(out / "vae" / "diffusion_pytorch_model.safetensors"))
+    else:
+        with torch.no_grad():
+            bias = vae.quant_conv.bias
+            assert bias is not None
+            bias.zero_()[files.VAE_SPEC.z_dim :] = START_LOG_VARIANCE
     steps = [
         _fit_vae(vae, device, CROPS_SHARE * minutes, batch, 17, files.SIZE // 2, lr),
         _fit_vae(vae, device, (1 - CROPS_SHARE) * minutes, max(1, batch // 4), files.NUM_FRAMES, files.SIZE, lr / 2),
@@ -243,18 +249,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--clips", type=int, default=24000)
-    parser.add_argument("--go-on", action="store_true", help="train the transformer that is there further")
+    parser.add_argument("--go-on", action="store_true", help="train the models that are there further")
     parser.add_argument("--evaluate", type=int, default=210, help="unseen prompts to evaluate at the end")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     if options.stage in ("all", "vae"):
-        psnr = train_vae(options.out, options.device, options.minutes_vae, options.vae_batch, options.vae_lr)
+        budget = (options.minutes_vae, options.vae_batch, options.vae_lr)
+        psnr = train_vae(options.out, options.device, *budget, go_on=options.go_on)
         if psnr < options.require_psnr:
             raise SystemExit(f"The VAE reconstructs at {psnr:.1f} dB only; not worth a transformer.")
     if options.stage in ("all", "transformer"):
-        train_transformer(
-            options.out, options.device, options.minutes_transformer, options.batch, options.lr, options.clips
-        )
+        schedule = (options.minutes_transformer, options.batch, options.lr, options.clips)
+        train_transformer(options.out, options.device, *schedule, go_on=options.go_on)
     if options.evaluate and options.stage != "vae":
         report = evaluate_model(read_model(options.out, options.device), options.evaluate, options.out / "sheet.png")
         print(json.dumps(report | {"mistakes": report["mistakes"][:30]}, indent=1), flush=True)

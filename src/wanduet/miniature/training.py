@@ -96,6 +96,8 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the wall-clock budget that is spent. The clock starts when the step is compiled."""
+        if self.cuda and self._graph is None:
+            return 0.0
         return (time.perf_counter() - self.began) / self.seconds
 
     def step(self) -> None:
