@@ -3,14 +3,15 @@
 `peak` is dense bfloat16 with float32 sums (float16 before Ampere) in TFLOP/s, from the makers' data sheets; GeForce cards
 sum in float32 at half the rate that they advertise, which is counted. `reached` is the share of it that the whole denoise
 reaches. Measured with this engine on an H100 (benchmarks/results/whole_job_480p.json); for GeForce, from the "about 4
-minutes" of an RTX 4090 in the official README of Wan2.1; elsewhere assumed alike.
+minutes" of an RTX 4090 in the official README of Wan2.1; for other cards assumed alike.
 """
 
 import re
 from dataclasses import dataclass
 from functools import cache
 
-GIB = 2**30
+from wanduet.config import GIB
+
 HOPPER, GEFORCE, OTHER = 0.69, 0.72, 0.66
 
 

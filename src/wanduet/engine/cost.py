@@ -21,7 +21,7 @@ RATES = {
 }  # fmt: skip
 OLDER = 0.1
 CPU_RATE = 0.025  # TFLOP/s a core in float32
-# Of the transformer's rate, what the VAE's convolutions in float32 with TF32 reach: measured on Hopper, assumed elsewhere.
+# Of the transformer's rate, what the VAE's convolutions in float32 with TF32 reach: measured on Hopper, assumed for other cards.
 HOPPER_DECODE_SHARE, DECODE_SHARE = 0.31, 0.2
 # Before Ampere there is no TF32: half of what the float32 lanes of a multiprocessor can do, at 1.5 GHz. So a card without
 # matrix units is far worse at denoising than at decoding. From the number of lanes (64 in Volta and Turing), not measured.
