@@ -101,14 +101,15 @@ def prompts_of(clips: Clips, rng: random.Random, canonical: bool = False) -> lis
 
 
 def is_in_world(prompt: str) -> bool:
-    """Whether every word of a prompt is one that the miniature was taught, at least two carry meaning, and the background
-    has a colour that backgrounds had."""
+    """Whether every word of a prompt is one that the miniature was taught, at least two carry meaning, and nothing has
+    the colour of the background behind it."""
     text = prompt.lower()
-    for name in BACKGROUND_NAMES:
+    for name in (*COLOR_NAMES, *BACKGROUND_NAMES):
         for other in SYNONYMS.get(name, ()):  # navy is also dark blue
             text = text.replace(other, name)
     words = re.findall(r"[\w'-]+", text)
-    if any(after == "background" and word in _object_colors() for word, after in itertools.pairwise(words)):
+    behind = {word for word, after in itertools.pairwise(words) if after == "background"}
+    if any(word in COLOR_NAMES and words.count(word) > 1 for word in behind):
         return False
     known = _vocabulary()
     meaningful = [w for w in words if w not in FILLERS]
@@ -158,11 +159,6 @@ def _dressed(text: str, rng: random.Random, loose: float) -> str:
 def _word(name: str, rng: random.Random, loose: float) -> str:
     options = SYNONYMS.get(name)
     return rng.choice(options) if options and rng.random() < loose else name
-
-
-def _object_colors() -> set[str]:
-    """Colours that objects have and backgrounds do not."""
-    return {word for name in COLOR_NAMES for word in (name, *SYNONYMS.get(name, ()))}
 
 
 def _vocabulary() -> set[str]:

@@ -34,14 +34,22 @@ BACKGROUNDS = {
     "navy": (10, 20, 100),
     "brown": (115, 68, 38),
     "beige": (226, 206, 164),
+    # From here on the colours that objects have, too; a little darker, so that a pale object still shows.
+    "white": (240, 240, 240),
+    "red": (180, 22, 26),
+    "green": (22, 118, 42),
+    "blue": (32, 56, 186),
+    "yellow": (238, 208, 50),
+    "orange": (232, 122, 22),
+    "purple": (112, 30, 140),
 }
 SIZES = ("", "small", "big")
 SPEEDS = ("", "slowly", "quickly")
 SCENES = ("", *scenes.SCENES)
 
-# The grammar that the model card promises; the other shapes and motions are extras.
-BASE_SHAPES, BASE_MOTIONS = 3, 7
-BASE_GRID = (len(COLORS), BASE_SHAPES, BASE_MOTIONS, len(BACKGROUNDS))
+# The grammar that the model card promises; the other shapes, motions and backgrounds are extras.
+BASE_SHAPES, BASE_MOTIONS, BASE_BACKGROUNDS = 3, 7, 5
+BASE_GRID = (len(COLORS), BASE_SHAPES, BASE_MOTIONS, BASE_BACKGROUNDS)
 HELD_OUT = 210  # of 735 combinations, never rendered for training
 
 
@@ -88,11 +96,11 @@ def sample_clips(count: int, generator: torch.Generator) -> Clips:
     def floats(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator)
 
-    background = integers(len(BACKGROUNDS))
+    background = torch.where(floats() < 0.4, integers(len(BACKGROUNDS)), integers(BASE_BACKGROUNDS))
     color, shape, motion = integers(len(COLORS), 2), integers(BASE_SHAPES, 2), integers(BASE_MOTIONS, 2)
-    shape = torch.where(floats(2) < 0.2, integers(len(SHAPES), 2), shape)
-    motion = torch.where(floats(2) < 0.15, integers(len(MOTIONS), 2), motion)
-    color = _avoid_held_out(color, shape, motion, background)
+    shape = torch.where(floats(2) < 0.45, integers(len(SHAPES), 2), shape)
+    motion = torch.where(floats(2) < 0.3, BASE_MOTIONS + integers(len(MOTIONS) - BASE_MOTIONS, 2), motion)
+    color = _visible(_avoid_held_out(color, shape, motion, background), background)
     size = torch.where(floats(2) < 0.2, integers(len(SIZES), 2), 0)
     speed = torch.where(floats(2) < 0.2, integers(len(SPEEDS), 2), 0)
     second = floats() < 0.22
@@ -152,7 +160,7 @@ def place_clips(
     start, end = (torch.where(backwards[..., None], b, a) for a, b in ((start, end), (end, start)))
 
     quick = torch.where(speed == 1, 0.5, torch.where(speed == 2, 2.0, 1.0))
-    turn = torch.where(motion == 7, quick * uniform(2.6, 3.4, 2), 0.0)
+    turn = torch.where(motion == 7, quick * uniform(2.0, 2.2, 2), 0.0)  # less would not show, more could tear
     hop = torch.where(motion == 8, uniform(0.22, 0.3, 2), 0.0)
     start[..., 1] = torch.where(motion == 8, torch.where(two, y + 0.08, 0.9 - most), start[..., 1])
     end[..., 1] = torch.where(motion == 8, start[..., 1], end[..., 1])
@@ -202,6 +210,14 @@ def _avoid_held_out(color: Tensor, shape: Tensor, motion: Tensor, background: Te
     return color
 
 
+def _visible(color: Tensor, background: Tensor) -> Tensor:
+    """Change the colours of objects that would have their background's."""
+    names = list(COLORS)
+    same = torch.tensor([names.index(name) if name in COLORS else -1 for name in BACKGROUNDS])[background]
+    # Only backgrounds that no held-out combination has are called as a colour is: any other colour will do.
+    return torch.where(color == same[:, None], (color + 1) % len(COLORS), color)
+
+
 def _distance(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
     """Signed distance (about) to the border of a shape of unit radius; v points down."""
     circle = (u * u + v * v).sqrt() - 1
@@ -209,9 +225,7 @@ def _distance(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
     triangle = torch.maximum(v - 0.62, u.abs() * 0.866 - (v + 0.62) * 0.5) - 0.05
     angle = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5) - torch.pi / 5
     reach = (u * u + v * v).sqrt()
-    w = -v * 1.1 + 0.25
-    heart = ((u * u * 1.2 + w * w - 0.75).clamp(min=-2, max=4) ** 3 - 1.4 * u * u * w**3).sign() * 0.02
-    kinds = torch.stack((circle, square, triangle, _star(reach, angle), heart))
+    kinds = torch.stack((circle, square, triangle, _star(reach, angle), _heart(u, v)))
     index = shape.view(1, -1, 1, 1, 1).expand(1, *circle.shape)
     return kinds.gather(0, index)[0]
 
@@ -223,6 +237,16 @@ def _star(reach: Tensor, angle: Tensor) -> Tensor:
     edge_x, edge_y = notch * math.cos(half) - tip, notch * math.sin(half)
     px, py = reach * from_tip.cos() - tip, reach * from_tip.sin()
     return (edge_y * px - edge_x * py) / math.hypot(edge_x, edge_y)
+
+
+def _heart(u: Tensor, v: Tensor) -> Tensor:
+    """Distance to a heart: a square on its tip with half a circle on each of its upper sides."""
+    scale = 0.6  # from a square whose sides are 1 / sqrt(2), its tip at the origin, to unit radius
+    x, y = u.abs() * scale, 0.55 - v * scale  # y points up
+    lobe = torch.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
+    along = (x + y).clamp(min=0) / 2  # the nearest point of the lower side
+    side = torch.minimum(torch.hypot(x, y - 1), torch.hypot(x - along, y - along)) * (x - y).sign()
+    return torch.where(x + y > 1, lobe, side) / scale
 
 
 def _of(values: Tensor) -> Tensor:

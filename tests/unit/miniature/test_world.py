@@ -8,8 +8,11 @@ import torch
 from wanduet.miniature.detector import ATTRIBUTES, detect
 from wanduet.miniature.prompts import corpus, describe, is_in_world, prompts_of
 from wanduet.miniature.world import (
+    BACKGROUNDS,
     BASE_GRID,
+    COLORS,
     SCENES,
+    SHAPES,
     clips_of,
     held_out_combinations,
     render,
@@ -70,6 +73,29 @@ def test_what_the_miniature_knows() -> None:
     assert all(is_in_world(prompt) for prompt in corpus(200, seed=6))
     assert is_in_world("A RED circle, moving left, on a black background!")
     assert is_in_world("a white star on a dark blue background")
-    assert not is_in_world("a red circle moving left on a white background")
+    assert is_in_world("a red circle moving left on a white background")
+    assert not is_in_world("a violet circle on a purple background")
     assert not is_in_world("a cat walks on the grass")
     assert not is_in_world("")
+
+
+def test_nothing_is_painted_far_from_an_object() -> None:
+    clips = sample_clips(1200, generator(8))
+    clips = clips.select((~clips.present[:, 1] & (clips.scene == 0)).nonzero()[:120, 0])
+    video = render(clips, num_frames=3, size=32)
+    rows = (torch.arange(32) + 0.5) / 32
+    away = torch.hypot(rows[None, :] - clips.start[:, 0, :1, None], rows[:, None] - clips.start[:, 0, 1:, None])
+    outside = away > 1.3 * clips.radius[:, 0, :1, None] + clips.hop[:, 0, None, None] + 1 / 32
+    first = video[:, :, 0]
+    background = torch.tensor(list(BACKGROUNDS.values()))[clips.background] / 127.5 - 1
+    wrong = (first - background[:, :, None, None]).abs().amax(1)[outside]
+    assert wrong.max() < 1e-3
+    assert len(clips.shape[:, 0].unique()) == len(SHAPES)
+
+
+def test_no_object_has_its_backgrounds_colour() -> None:
+    clips = sample_clips(4000, generator(9))
+    names = list(BACKGROUNDS)
+    for color, background in zip(clips.color[:, 0].tolist(), clips.background.tolist(), strict=True):
+        assert list(COLORS)[color] != names[background]
+    assert len(clips.background.unique()) == len(BACKGROUNDS)
