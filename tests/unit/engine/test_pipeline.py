@@ -51,6 +51,26 @@ def test_a_job_leaves_a_video_and_nothing_else(submit, tmp_path) -> None:
     assert result.timings["write_s"] >= 0
 
 
+@pytest.mark.parametrize("name", ["one", "sub/../one", "link/one"])
+def test_of_two_jobs_at_once_only_the_first_gets_a_path(submit, tmp_path, name) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    first = submit("one")
+    with pytest.raises(OutputError, match="another job of this engine"):
+        submit(name, changes={"seed": 4})
+    first.cancel()
+    with pytest.raises(CancelledError):
+        first.result(60)
+    assert digest(submit("one", changes={"seed": 4}))  # a finished one's name is free again, and so is its file
+    assert digest(submit("one"))
+
+
+def test_a_job_of_several_videos_claims_each_of_their_names(submit) -> None:
+    both = submit("two", changes={"num_videos_per_prompt": 2})
+    with pytest.raises(OutputError, match=r"two-2\.mkv: another job"):
+        submit("two-2")
+    both.cancel()
+
+
 def test_same_seed_same_video_whatever_else_runs(submit) -> None:
     jobs = [submit("a"), submit("b", changes={"seed": 4}), submit("c")]
     one, other, again = (digest(job) for job in jobs)
