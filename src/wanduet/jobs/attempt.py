@@ -256,7 +256,9 @@ class Attempt:
         while not self._store.files.has_room(self._settings.reserve_bytes):
             if waited % 240 == 0:
                 self._log.error(
-                    "the data folder's disk cannot be written or is full", reserve=self._settings.reserve_bytes
+                    "the data folder's disk cannot be written or is full",
+                    reserve=self._settings.reserve_bytes,
+                    reason=error.message,
                 )
             waited += 1
             if self._keeper.lost.wait(self._settings.poll_seconds):
