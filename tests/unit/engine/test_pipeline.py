@@ -18,6 +18,7 @@ from wanduet.engine.trace import overlap
 from wanduet.errors import (
     CancelledError,
     InvalidRequestError,
+    NonFiniteFramesError,
     NonFiniteLatentsError,
     OutOfMemoryError,
     OutputError,
@@ -129,6 +130,19 @@ def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -
     resumed = submit("part", lambda info: again.append(info.step), changes={"num_inference_steps": 8}, resume=True)
     assert digest(resumed) == whole
     assert again[0] == seen[-1] + 1
+
+
+def test_a_decode_that_gives_nan_is_no_video_and_costs_no_step(submit, tmp_path, monkeypatch) -> None:
+    whole = digest(submit("whole"))  # the VAE is loaded, and has passed its own test
+    with monkeypatch.context() as poisoned:
+        decode_rows = WanVAE.decode_rows
+        poisoned.setattr(WanVAE, "decode_rows", lambda *a: ((made := decode_rows(*a))[0] * float("nan"), made[1]))
+        with pytest.raises(NonFiniteFramesError, match="latents are kept"):
+            submit("nan").result()
+    assert files(tmp_path) == {"whole.mkv", "nan.mkv.latents.safetensors"}
+    again = submit("nan", resume=True)
+    assert "denoise" not in {event.phase for event in again.events()}
+    assert digest(again) == whole
 
 
 @pytest.mark.parametrize("order", ["frame", "strip"])
