@@ -131,12 +131,8 @@ class Engine:
         with self._guard:
             self._check_open()
             self._check_free(job)
+            self._start()
             self._open[job] = _Decoding()
-            if not self._started:
-                self._started = True
-                remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
-                for thread in self._threads:
-                    thread.start()
             self._to_encode.put(job)
         return job
 
@@ -149,6 +145,16 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise CancelledError("The engine is closed.", hint="Make a new one.")
+
+    def _start(self) -> None:
+        """Start the stages. Raises RuntimeError where the system has no more threads; the next job tries again."""
+        if self._started:
+            return
+        remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+        self._started = True
 
     def _check_free(self, job: Job) -> None:
         """Refuse a job that would write a file which another one writes: one of the two videos would be lost."""
@@ -184,11 +190,10 @@ class Engine:
                 self._closed = True
                 for job in self._open:
                     job.cancel()
-                if self._started:
-                    self._to_encode.put(None)
+                self._to_encode.put(None)
             self.models.stop_loading()
-            if self._started:
-                for thread in self._threads:
+            for thread in self._threads:
+                if thread.ident is not None:
                     thread.join()
             self.models.unload()
 
