@@ -17,7 +17,7 @@ from wanduet.engine import selftest
 from wanduet.engine.job import Event, Job, Planned
 from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
-from wanduet.engine.peaks import PeakMemory, look
+from wanduet.engine.peaks import PEAKS, look
 from wanduet.engine.plan import Plan
 from wanduet.engine.preload import Loading, Targets
 from wanduet.engine.random_weights import randomise
@@ -89,7 +89,7 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         self.locks = Locks()
-        self.peaks = PeakMemory()
+        self.peaks = PEAKS
         self._loading = Loading()
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
