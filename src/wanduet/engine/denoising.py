@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.build import Denoiser
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Event, Video
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.media.embeddings import PromptEmbeds

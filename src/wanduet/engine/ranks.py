@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Denoiser, Models
+from wanduet.engine.build import Models
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions, Video
 from wanduet.engine.peaks import add_up, look, reset

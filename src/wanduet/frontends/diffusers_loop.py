@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.build import PARKED, Denoiser
+from wanduet.engine.denoiser import PARKED, Denoiser
 from wanduet.engine.job import Job
 from wanduet.engine.ladder import DenoiseLadder
 from wanduet.errors import CancelledError
