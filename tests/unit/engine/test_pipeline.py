@@ -132,6 +132,23 @@ def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -
     assert again[0] == seen[-1] + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_a_program_makes_new_tensors_of_changes_nothing(submit, config, tmp_path, dtype) -> None:
+    jobs = [submit(sampler, changes={"sampler": sampler}) for sampler in ("unipc", "euler")]
+    wanted = [digest(job) for job in jobs]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Engine(replace(config, data_dir=tmp_path / "data")) as engine:  # which loads, and encodes the text, too
+            for job, same in zip(jobs, wanted, strict=True):
+                fields = {k: v for k, v in job.request.model_dump().items() if k in GenerationRequest.model_fields}
+                again = engine.submit(GenerationRequest(**fields), OutputOptions(tmp_path / "again.mkv", "ffv1"))
+                assert digest(again) == same
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_decode_that_gives_nan_is_no_video_and_costs_no_step(submit, tmp_path, monkeypatch) -> None:
     whole = digest(submit("whole"))  # the VAE is loaded, and has passed its own test
     with monkeypatch.context() as poisoned:
