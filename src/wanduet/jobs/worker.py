@@ -82,7 +82,8 @@ class WorkerSettings:
 
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
     """Work in this process until drained by a signal or by the end of standard input."""
-    never_make(settings.config.data_folder)  # whoever starts a worker has made it
+    if settings.runner.supervisor:  # which has made it
+        never_make(settings.config.data_folder)
     files = JobFiles(settings.config.data_folder)
     watchdog = watch_process(settings.runner, files.workers)  # first: what follows may hang
     store = JobStore(files, url, retention_seconds=settings.retention_seconds)
