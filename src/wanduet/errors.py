@@ -80,6 +80,12 @@ class NonFiniteLatentsError(WanduetError):
         self.step = step
 
 
+class NonFiniteFramesError(WanduetError):
+    """NaN or infinity appeared in the decode; the frames would be black in places."""
+
+    code = "non_finite_frames"
+
+
 class LatentsGoneError(WanduetError):
     """A worker that only decodes does not find, or cannot read, what another has denoised."""
 

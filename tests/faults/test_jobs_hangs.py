@@ -164,6 +164,22 @@ def test_stopped_while_no_worker_can_be_forked_it_ends(tmp_path: Path, monkeypat
     assert not process._thread.is_alive()
 
 
+def test_a_worker_that_is_started_while_its_folder_is_away_makes_none(tmp_path: Path) -> None:
+    data, away = tmp_path / "data", tmp_path / "away"
+    store = open_store(data)
+    job_id = submit(store, "stop 3", steps=6)
+    with watched(data, HangSettings()) as process:
+        wait(lambda: (data / f"{job_id}.stop").exists())
+        data.rename(away)
+        os.kill(wait(lambda: process.pid), signal.SIGKILL)
+        wait(lambda: "exit status 1" in (process.trouble or ""))
+        assert not data.exists()
+        away.rename(data)
+        wait(lambda: store.get(job_id).finished)
+    assert (store.get(job_id).status, len(steps_of(data, job_id))) == ("completed", 6)
+    store.close()
+
+
 def test_an_error_of_the_watching_thread_costs_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet, errors = BeatWatch.quiet, [RuntimeError("what nobody thought of")]
     monkeypatch.setattr(

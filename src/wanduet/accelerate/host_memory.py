@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wanduet.folders import make_folder
+
 log = logging.getLogger(__name__)
 
 Hold = Literal["pinned", "mapped", "plain"]
@@ -75,7 +77,7 @@ class HostMemory:
     def _map(self, size: int, dtype: torch.dtype) -> Tensor:
         """A scratch file without a name: gone with the last mapping, whatever happens to the process."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         with tempfile.NamedTemporaryFile(prefix="wanduet-block-", dir=self.folder) as file:
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
 

@@ -250,6 +250,5 @@ class StoredFiles(JobFiles):
         self._fs.mv(partial, target)
 
     def _get(self, remote: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(path) as partial:
             self._fs.get_file(remote, str(partial))

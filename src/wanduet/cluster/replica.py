@@ -19,6 +19,7 @@ from wanduet.cluster.handover import DECODER, TakeBack
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
 from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
+from wanduet.folders import never_make
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
 from wanduet.jobs.supervisor import MEMORY_POOLS
@@ -74,6 +75,7 @@ class Replica:
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )
+        never_make(config.data_folder)
         hooks = getattr(self._engine, "hooks", None)
         self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray tells the controller
         self._runner = Runner(self._store, self._engine, worker.runner, hooks=hooks, watchdog=self._watchdog)

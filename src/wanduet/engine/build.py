@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,14 @@ import torch
 from torch import nn
 
 from wanduet.accelerate.host_memory import HostMemory
-from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks
+from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.config import EngineConfig
 from wanduet.engine import selftest
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Event, Job, Planned
 from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.memory import ModelMemory
-from wanduet.engine.peaks import PeakMemory, look
+from wanduet.engine.peaks import PEAKS, look
 from wanduet.engine.plan import Plan
 from wanduet.engine.preload import Loading, Targets
 from wanduet.engine.random_weights import randomise
@@ -28,10 +28,8 @@ from wanduet.models.packing import allocate_packed
 from wanduet.models.transformer import Runtime, WanTransformer
 from wanduet.models.vae import WanVAE
 from wanduet.models.without_memory import without_memory
-from wanduet.ops.attention import AttentionLseFn
-from wanduet.ops.attention_choice import Choice, Shape, choose_attention
+from wanduet.ops.attention_choice import Shape, choose_attention
 from wanduet.ops.devices import MEMORY_LIMITS, on_device_of, prepare_allocator
-from wanduet.ops.fused import Kernels
 from wanduet.ops.kernels import kernels_for, vae_kernels_for
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
@@ -41,45 +39,6 @@ if TYPE_CHECKING:
     from wanduet.engine.group import Group
 
 MIB = 2**20
-PARKED = -1  # resident blocks of a transformer that made room
-
-
-@dataclass(slots=True)
-class Denoiser:
-    """The loaded transformer, and the plan's part that decided how it was loaded."""
-
-    transformer: WanTransformer
-    device: torch.device
-    dtype: torch.dtype
-    resident_blocks: int
-    memory: HostMemory  # where blocks wait that are not on the device
-    attention: str = ""
-    attention_lse: AttentionLseFn | None = None
-    chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
-    loaded_at: float = field(default_factory=time.perf_counter)
-    fitted_at: float = 0.0  # when that was chosen
-
-    def attend_with(self, choice: Choice) -> None:
-        """Use that attention from the next forward on."""
-        self.attention, self.attention_lse = choice.name, choice.fn_with_lse
-        self.transformer.runtime = replace(self.transformer.runtime, attention=choice.fn)
-
-    def restream(self, resident_blocks: int) -> None:
-        """Keep so many blocks on the device."""
-        stream_blocks(self.transformer, self.device, resident_blocks, self.memory)
-        self.resident_blocks = resident_blocks
-
-    def park(self) -> None:
-        """Take all blocks off the device, and what they come through: `restream` before it runs again."""
-        stream_blocks(self.transformer, self.device, 0, self.memory, num_buffers=0)
-        self.resident_blocks = PARKED
-
-    def free(self) -> None:
-        """Give all memory back, whoever may still refer to the transformer: it cannot run any more."""
-        if isinstance(self.transformer.fetch_blocks, BlockStream):
-            self.transformer.fetch_blocks.close()
-        drop_memory(self.transformer)
-        self.memory.close()
 
 
 class Models:
@@ -89,7 +48,7 @@ class Models:
         """Raises ModelNotFoundError; reads configs and headers only."""
         self.config = config
         self.locks = Locks()
-        self.peaks = PeakMemory()
+        self.peaks = PEAKS
         self._loading = Loading()
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None

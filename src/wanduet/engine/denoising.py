@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.build import Denoiser
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Event, Video
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.media.embeddings import PromptEmbeds
@@ -188,7 +188,7 @@ class Denoising:
         return SequentialGuidance(self._predict, positive, negative, scale)
 
     def _predict(self, latents: Tensor, timestep: float, texts: Sequence[TextContext]) -> Sequence[Tensor]:
-        steps = torch.full((1,), timestep, device=latents.device)
+        steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self.denoiser.transformer, self.rope
         velocities: list[Tensor] = self.around.forward(lambda: transformer.branches(latents, steps, texts, rope))
         return velocities

@@ -22,7 +22,7 @@ from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surro
 from wanduet.engine.job import Event, Job, Video, VideoResult
 from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
 from wanduet.engine.record import made_alike, provenance_of, video_digest
-from wanduet.errors import CancelledError, ConfigError, OutOfMemoryError, OutputError
+from wanduet.errors import CancelledError, ConfigError, NonFiniteFramesError, OutOfMemoryError, OutputError
 from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
@@ -184,6 +184,9 @@ def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
         try:
             with models.vae(video, device) as vae:
                 return _write(models, video, decode_stream(vae, latents, mode, show))
+        except NonFiniteFramesError as error:
+            error.hint = f"The latents are kept: wanduet decode {video.latents_path} --vae-dtype float32"
+            raise
         except torch.OutOfMemoryError as error:
             problem = str(error).split(". ")[0]
         models.make_room(device)

@@ -4,6 +4,7 @@ A group lives as long as its plan's devices are asked for. A rank that dies take
 task starts a new one, and a denoise goes on from its last checkpoint.
 """
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,6 +48,7 @@ class Group:
         job.check_cancelled()
         self._denoised = None
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
+        sent, waited = time.perf_counter(), 0.0
         begun = cancelled = False
         while True:
             if job.cancelled and not cancelled:
@@ -55,7 +57,8 @@ class Group:
             if cancelled and not begun:
                 raise CancelledError("The job was cancelled.")
             message = self._next(number)
-            begun = begun or message is not None
+            if message is not None and not begun:  # they have started, loaded and chosen
+                begun, waited = True, time.perf_counter() - sent
             if isinstance(message, Event):
                 job.emit(message)
             elif isinstance(message, StepInfo) and job.watch is not None:
@@ -66,8 +69,10 @@ class Group:
                     if event not in video.rungs:  # a group that was started again repeats them
                         video.note(event)
                 join(job.rank_peaks, message.peaks)
+                loaded = max(0.0, waited - message.prepare_s)
+                video.add_time("load_s", loaded)
                 video.add_time("prepare_s", message.prepare_s)
-                video.add_time("denoise_s", -message.prepare_s)
+                video.add_time("denoise_s", -(loaded + message.prepare_s))
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
                 video.add_time("denoise_s", message.seconds_of_others)

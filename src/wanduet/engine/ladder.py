@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from wanduet.engine.build import Denoiser
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Planned, Video
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.plan import LATER_JOBS_SHARE

@@ -20,7 +20,7 @@ CLEAR = Path("/proc/self/clear_refs")  # "5" lets the system's count of this pro
 
 
 class PeakMemory:
-    """Peaks of the jobs of one engine. Methods may be called from any thread."""
+    """Peaks of jobs; those of all engines are in PEAKS. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,6 +51,10 @@ class PeakMemory:
         """The job has ended in another way, or `end` was called."""
         with self._lock:
             self._open.pop(job, None)
+
+
+PEAKS = PeakMemory()
+"""The jobs of this process, whose counters every engine sets back."""
 
 
 def look() -> Peaks:

@@ -5,6 +5,7 @@ by queues of one; each models' lock keeps two stages off one device when the pla
 """
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +30,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.plan import Plan, make_plan, require_fit
 from wanduet.engine.release import forget_traceback, release_memory, trim_cache
 from wanduet.engine.trace import Trace
-from wanduet.errors import CancelledError, OutOfMemoryError, WanduetError
+from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
 from wanduet.media.video import VideoSpec
@@ -105,7 +107,8 @@ class Engine:
         disk; if another worker decodes them, the job ends there, with no videos in its result.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, CancelledError if the
-        engine is closed, also where that happens meanwhile.
+        engine is closed, also where that happens meanwhile. OutputError also where another job of this engine, which
+        has not ended, writes one of the files.
         """
         if not isinstance(request, GenerationRequest) or not isinstance(output, OutputOptions):
             raise TypeError(
@@ -127,12 +130,9 @@ class Engine:
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)
         with self._guard:
             self._check_open()
+            self._check_free(job)
+            self._start()
             self._open[job] = _Decoding()
-            if not self._started:
-                self._started = True
-                remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
-                for thread in self._threads:
-                    thread.start()
             self._to_encode.put(job)
         return job
 
@@ -145,6 +145,26 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise CancelledError("The engine is closed.", hint="Make a new one.")
+
+    def _start(self) -> None:
+        """Start the stages. Raises RuntimeError where the system has no more threads; the next job tries again."""
+        if self._started:
+            return
+        remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+        self._started = True
+
+    def _check_free(self, job: Job) -> None:
+        """Refuse a job that would write a file which another one writes: one of the two videos would be lost."""
+        wanted = _files_of(job)
+        for other in self._open:
+            if both := wanted.keys() & _files_of(other).keys():
+                raise OutputError(
+                    f"Cannot write {wanted[min(both)]}: another job of this engine, which has not ended, writes it.",
+                    hint="Give each job a path of its own, or wait for that job's result first.",
+                )
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         return make_plan(request, self.models.memory, self.config, self.hardware)
@@ -170,11 +190,10 @@ class Engine:
                 self._closed = True
                 for job in self._open:
                     job.cancel()
-                if self._started:
-                    self._to_encode.put(None)
+                self._to_encode.put(None)
             self.models.stop_loading()
-            if self._started:
-                for thread in self._threads:
+            for thread in self._threads:
+                if thread.ident is not None:
                     thread.join()
             self.models.unload()
 
@@ -303,6 +322,12 @@ class Engine:
         self.models.peaks.forget(job.id)
         with self._guard:
             self._open.pop(job, None)
+
+
+def _files_of(job: Job) -> dict[str, Path]:
+    """What a job writes, by a name that is the same however a path leads there."""
+    paths = [path for video in job.videos for path in (video.path, video.latents_path)]
+    return {os.path.normcase(path.parent.resolve() / path.name): path for path in paths}
 
 
 def _memory_ran_out(error: BaseException) -> OutOfMemoryError | None:

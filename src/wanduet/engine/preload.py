@@ -25,7 +25,8 @@ from wanduet.ops.kernels import vae_kernels_for, vae_kernels_to_compile
 from wanduet.sampling.samplers import make_sampler
 
 if TYPE_CHECKING:
-    from wanduet.engine.build import Denoiser, Models
+    from wanduet.engine.build import Models
+    from wanduet.engine.denoiser import Denoiser
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Denoiser, Models
+from wanduet.engine.build import Models
+from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions, Video
 from wanduet.engine.peaks import add_up, look, reset
@@ -23,6 +24,7 @@ from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.release import trim_cache
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError
+from wanduet.folders import never_make
 from wanduet.media.files import atomic_output
 from wanduet.models.vae_rows import Rows
 from wanduet.ops.attention_choice import choose_together
@@ -81,6 +83,8 @@ class DecodedRows:
 def work(rank: Rank, config: EngineConfig) -> None:
     """What each process of the group runs, until it is told None."""
     torch.set_grad_enabled(False)
+    if config.data_folder.is_dir():
+        never_make(config.data_folder)
     models = Models(config)
     meshes: dict[Layout, Mesh] = {}
     speeds: tuple[float, ...] = ()

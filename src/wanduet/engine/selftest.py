@@ -19,9 +19,10 @@ def check_transformer(transformer: WanTransformer, text_len: int) -> float:
     device = transformer.patch_embedding.weight.device
     rows, columns = (4 * p for p in spec.patch_size[1:])
     shape = (1, spec.in_channels, spec.patch_size[0], rows, columns)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    text = torch.zeros(1, text_len, spec.text_dim, device=device)
-    velocity = transformer(noise, torch.full((1,), 999.0, device=device), text)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    text = torch.zeros(1, text_len, spec.text_dim, dtype=torch.float32, device=device)
+    timestep = torch.full((1,), 999.0, dtype=torch.float32, device=device)
+    velocity = transformer(noise, timestep, text)
     return _check("transformer", float(velocity.std()), SANE_STD)
 
 
@@ -29,7 +30,7 @@ def check_transformer(transformer: WanTransformer, text_len: int) -> float:
 def check_vae(vae: WanVAE) -> float:
     """Standard deviation of the pixels decoded from one latent frame of noise. Raises WeightsError."""
     weight = vae.post_quant_conv.weight
-    z = torch.randn(1, vae.spec.z_dim, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, vae.spec.z_dim, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     pixels, _ = vae.decode_step(z.to(weight.device, weight.dtype), None)
     return _check("VAE", float(pixels.float().std()), (1e-4, 1.0))
 

@@ -152,7 +152,7 @@ class RandomPromptEncoder:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         count = min(len(text.split()) + 1, limit)
         generator = torch.Generator().manual_seed(seed)
-        embeds = torch.randn(count, self._spec.text_encoder.d_model, generator=generator) * 0.1
+        embeds = torch.randn(count, self._spec.text_encoder.d_model, generator=generator, dtype=torch.float32) * 0.1
         return PromptEmbeds(embeds, text, "", "random", "float32")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.build import PARKED, Denoiser
+from wanduet.engine.denoiser import PARKED, Denoiser
 from wanduet.engine.job import Job
 from wanduet.engine.ladder import DenoiseLadder
 from wanduet.errors import CancelledError
@@ -123,7 +123,7 @@ class PipelineLoop:
 
     def _predict(self, x: Tensor, timestep: float, text: Text) -> Tensor:
         # One video at a time: that is what the plan has counted, and long sequences gain nothing together.
-        times = torch.full((1,), timestep, device=x.device)
+        times = torch.full((1,), timestep, dtype=torch.float32, device=x.device)
         parts = []
         for index, one in enumerate(x.split(1)):
             own = text if isinstance(text, TextContext) else text[index : index + 1]

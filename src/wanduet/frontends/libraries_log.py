@@ -5,6 +5,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
 
+from wanduet.folders import make_folder
+
 LOG_FILE = "libraries.log"
 MOST_BYTES = 2**20
 
@@ -30,7 +32,7 @@ class _LibrariesLog(RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         try:
-            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(Path(self.baseFilename).parent)
         except OSError:
             return
         super().emit(record)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from wanduet import __version__
 from wanduet.config import EngineConfig
+from wanduet.folders import never_make
 from wanduet.frontends import http_errors, http_videos
 from wanduet.frontends.http_context import ServerContext, ServerSettings, get_context, get_owner
 from wanduet.frontends.http_errors import ErrorBody
@@ -168,6 +169,7 @@ def serve(
     configure_logs()
     configure_library_logs()
     files = JobFiles(config.data_folder)
+    never_make(files.folder)
     keys = KeyRing(files.folder / KEYS_FILE)
     check_bind(settings.host, bool(keys.records()))
     with listen(settings.host, settings.port) as listener:  # before anything is started that would take jobs

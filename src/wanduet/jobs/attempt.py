@@ -256,7 +256,9 @@ class Attempt:
         while not self._store.files.has_room(self._settings.reserve_bytes):
             if waited % 240 == 0:
                 self._log.error(
-                    "the data folder's disk cannot be written or is full", reserve=self._settings.reserve_bytes
+                    "the data folder's disk cannot be written or is full",
+                    reserve=self._settings.reserve_bytes,
+                    reason=error.message,
                 )
             waited += 1
             if self._keeper.lost.wait(self._settings.poll_seconds):
@@ -275,8 +277,12 @@ class Attempt:
         self._log.error("job crashed", **describe_error(error))
         self.engine_lost = self.engine_lost or _is_device_lost(error)
         self._store.files.keep(self._lease.job.id)
+        if _is_short_of_threads(error):  # which may pass, and is not the job's fault
+            self._activity.expect(FOREVER)
+            self._keeper.draining.wait(20 * self._settings.poll_seconds)
+            return self._end(lambda: self._store.release(self._lease), "released: no more threads")
         reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
-        self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
+        return self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "crashed")
 
     def _end(self, commit: Callable[[], object], what: str) -> None:
         try:
@@ -320,6 +326,11 @@ def _is_device_lost(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )
     return lost or (error.__cause__ is not None and _is_device_lost(error.__cause__))
+
+
+def _is_short_of_threads(error: BaseException) -> bool:
+    """Whether the system had no more threads, or no memory for one."""
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
 # What SQLite says while it cannot be written just now: busy, locked, memory, interrupted, input or output, full, cannot

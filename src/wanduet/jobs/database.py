@@ -17,6 +17,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from wanduet.errors import ConfigError
+from wanduet.folders import make_folder
 from wanduet.jobs.records import StoreBrokenError, StoreDamagedError, StoreGoneError, StoreReadOnlyError
 from wanduet.jobs.schema import SERIAL, create_tables, is_current
 
@@ -92,7 +93,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     assert path is not None
     is_uri = str(url.database).startswith("file:")
     try:
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, 0o700)
         if not is_uri and not path.exists():
             path.touch(0o600)  # it holds prompts; the log gets the same mode
     except OSError as error:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wanduet.errors import OutputError
+from wanduet.folders import make_folder, sync_folder
 from wanduet.jobs.places import FolderPlace, Place
 from wanduet.jobs.records import OutputFile, is_job_id
 from wanduet.media.files import atomic_output, output_error, write_atomically
@@ -45,7 +46,7 @@ class JobFiles:
         self.workers = self.folder / "workers"
         for path in (self.folder, self.videos, self.work, self.workers):
             try:
-                path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+                make_folder(path, PRIVATE_FOLDER)
             except OSError as error:
                 raise output_error(path, error) from error
         # Whatever looks after all files looks at each of these.
@@ -95,7 +96,7 @@ class JobFiles:
             target.unlink(missing_ok=True)  # the same lease tries again after an error
             try:
                 os.link(source, target)
-                _sync_folder(self.videos)
+                sync_folder(self.videos)
             except OSError:  # a file system without hard links
                 with atomic_output(target) as partial:
                     shutil.copyfile(source, partial)
@@ -211,12 +212,3 @@ def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:
             for entry in entries:
                 if entry.name.partition(".")[0] in wanted:
                     yield entry.name
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

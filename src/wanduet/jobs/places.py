@@ -23,6 +23,7 @@ from typing import Protocol
 import structlog
 
 from wanduet.errors import OutputError
+from wanduet.folders import make_folder
 from wanduet.jobs.records import is_job_id
 from wanduet.media.files import output_error
 
@@ -212,7 +213,7 @@ def is_old(heap: str, days: float) -> bool:
 
 
 def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(0o700, parents=True, exist_ok=True)
+    make_folder(target.parent, 0o700)
     try:
         os.rename(source, target)
     except OSError as error:

@@ -117,7 +117,6 @@ class ColourMaps:
             "gram": (np.array(sums["gram"]) + gram).tolist(),
             "target": (np.array(sums["target"]) + target).tolist(),
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(sums).encode())
 
     def _read(self) -> dict[str, Any]:

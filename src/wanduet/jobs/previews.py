@@ -16,6 +16,7 @@ import structlog
 from PIL import Image
 from torch import Tensor
 
+from wanduet.folders import make_folder
 from wanduet.jobs.preview_decoders import DecodedPictures, find_decoder
 from wanduet.jobs.preview_maps import ColourMaps
 from wanduet.media.codecs import Frame
@@ -85,11 +86,13 @@ class Previews:
         if foreseen is None:
             return
         began = time.perf_counter()
-        picture = self._paint(foreseen[0])
-        if picture is not None:
-            self._write(picture)
-        now = time.perf_counter()
-        self._next = now + max(SHORTEST_PAUSE, (now - began) / SHARE)
+        try:
+            picture = self._paint(foreseen[0])
+            if picture is not None:
+                self._write(picture)
+        finally:  # one that fails is not tried again at each step
+            now = time.perf_counter()
+            self._next = now + max(SHORTEST_PAUSE, (now - began) / SHARE)
 
     def _paint(self, latents: Tensor) -> bytes | None:
         """Latents `[C, T, h, w]` as a moving picture; None while no colours are known."""
@@ -104,7 +107,7 @@ class Previews:
 
     def _write(self, picture: bytes) -> None:
         """Replace the picture whole; it need not survive a power cut."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         partial = self._path.with_suffix(".partial")
         partial.write_bytes(picture)
         os.replace(partial, self._path)

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 
-from wanduet.jobs import statements
+from wanduet.jobs import endings, statements
 from wanduet.jobs.counts import count_jobs
 from wanduet.jobs.database import LOCK_SECONDS, fold_log, sqlite_path
 from wanduet.jobs.files import JobFiles
@@ -53,8 +53,6 @@ from wanduet.jobs.writers import WriterQueue
 log = structlog.get_logger(__name__)
 
 Values = dict[str, Any]
-PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
-_FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
 
 
 class JobStore:
@@ -242,16 +240,7 @@ class JobStore:
         Repeating it after an error whose outcome is not known is harmless.
         """
         now = self._clock()
-        values: Values = {
-            "status": "completed",
-            "progress": 100.0,
-            **_FREE,
-            "completed_at": now,
-            "expires_at": self._expiry(now),
-            "files": [asdict(file) for file in files],
-            "files_bytes": sum(file.num_bytes for file in files),
-            "report": report or {},
-        }
+        values = endings.completed(files, report or {}, now, self._expiry(now))
         with self._write() as connection:
             row = statements.update_held(connection, lease, values)
             if row is None:
@@ -273,7 +262,7 @@ class JobStore:
         """
         changed = {} if demand is None else {"demand": demand}
         with self._write() as connection:
-            statements.commit(connection, lease, {"status": "queued", **_FREE, **changed})
+            statements.commit(connection, lease, endings.BACK_IN_THE_QUEUE | changed)
 
     def decodes_elsewhere(self, job: StoredJob) -> bool:
         """Whether another worker is there to decode the job's latents. On one machine, none is."""
@@ -393,21 +382,7 @@ class JobStore:
 
     def _failed(self, error: JobError) -> Values:
         now = self._clock()
-        return {
-            "status": "failed",
-            **_FREE,
-            "completed_at": now,
-            "expires_at": self._expiry(now),
-            "error_code": error.code,
-            "error_message": error.message,
-            "error_type": error.type,
-            "error_param": error.param,
-        }
+        return endings.failed(error, now, self._expiry(now))
 
     def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int, alone: bool = True) -> Values:
-        # A long job on a shaky machine goes on as long as it gets ahead; one that dies at one place is poison.
-        farther = row.progress > row.crash_progress
-        crashes = 1 if farther else row.crashes + alone
-        poison = crashes >= max_crashes if alone else not farther and row.attempts >= PATIENCE * max_crashes
-        ending = self._failed(error) if poison else {"status": "queued", **_FREE}
-        return {**ending, "crashes": max(crashes, 1), "crash_progress": row.progress}
+        return endings.after_crash(row, self._failed(error), max_crashes, alone)

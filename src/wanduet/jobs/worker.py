@@ -22,6 +22,7 @@ import structlog
 
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
+from wanduet.folders import never_make
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
 from wanduet.jobs.keeper import AttemptSettings
@@ -81,6 +82,8 @@ class WorkerSettings:
 
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
     """Work in this process until drained by a signal or by the end of standard input."""
+    if settings.runner.supervisor:  # which has made it
+        never_make(settings.config.data_folder)
     files = JobFiles(settings.config.data_folder)
     watchdog = watch_process(settings.runner, files.workers)  # first: what follows may hang
     store = JobStore(files, url, retention_seconds=settings.retention_seconds)

@@ -19,6 +19,7 @@ from typing import ClassVar, Protocol
 
 from wanduet.config import format_bytes
 from wanduet.errors import OutputError, WanduetError
+from wanduet.folders import make_folder, sync_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -132,7 +133,7 @@ def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
         try:
             _sync_file(partial)
             _replace(partial, path)
-            _sync_folder(path.absolute().parent)
+            sync_folder(path.absolute().parent)
         except (PermissionError, IsADirectoryError) as error:
             if not keep_finished:
                 raise output_error(path, error) from error
@@ -221,14 +222,6 @@ def _first_file(folder: Path) -> Path:
     return next((p for p in reversed((folder, *folder.parents)) if p.exists() and not p.is_dir()), folder)
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it, on the disk when this returns. Raises OSError."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for created in missing:
-        _sync_folder(created.parent)
-
-
 def _partial_prefix(path: Path) -> str:
     """The start of the names of `path`'s partial files, cut so that the whole name is legal."""
     room = NAME_LIMIT - len(f".{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -275,13 +268,3 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk; where the system cannot (Windows), there is nothing to do."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

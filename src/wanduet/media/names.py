@@ -20,7 +20,8 @@ from typing import Self
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from wanduet.errors import OutputError
-from wanduet.media.files import NAME_LIMIT, RESERVED, check_place, make_folder, output_error
+from wanduet.folders import make_folder
+from wanduet.media.files import NAME_LIMIT, RESERVED, check_place, output_error
 
 TAKEN_SUFFIX = ".taken"
 SLUG_BYTES = 64

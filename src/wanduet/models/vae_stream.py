@@ -7,13 +7,14 @@ shows how much memory it takes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wanduet.errors import NonFiniteFramesError
 from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_history import History
 from wanduet.models.vae_layers import Past
@@ -21,11 +22,13 @@ from wanduet.models.vae_rows import DecodePlan, Rows
 from wanduet.models.vae_strips import Seam
 from wanduet.models.vae_traced import history_bytes
 from wanduet.models.vae_waiting import Copying, Host, HostSeam
+from wanduet.ops.host_copy import HostCopy
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
 Trunk = Callable[[Tensor, Past], tuple[Tensor, Past]]  # as WanVAE.decode_trunk
 WHOLE_FRAMES = DecodePlan()
+_HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
 
 
 @torch.no_grad()
@@ -44,7 +47,7 @@ def decode_stream(
     With `rows` (in pixels) only these of each frame: what one rank of several does, with seams to those that do the
     rows above and below, and perhaps a `trunk` that is another's (frame-major only). Yielded arrays are reused: take what is
     needed before asking for more. `on_frames(done, total)` counts frames decoded so far. Decoding may run in any thread, one
-    video at a time for each `vae`.
+    video at a time for each `vae`. Raises NonFiniteFramesError instead of yielding frames that hold NaN or infinity.
     """
     job = _Decode(vae, latents, plan, on_frames, rows)
     try:
@@ -61,10 +64,13 @@ class _OnTheWay:
 
     host: Tensor
     copied: "torch.cuda.Event | None"
+    finite: tuple[HostCopy, ...] = field(default=())  # whether each part of them is
 
     def arrive(self) -> Frames:
         if self.copied is not None:
             self.copied.synchronize()
+        if not all(bool(one.wait()) for one in self.finite):
+            raise NonFiniteFramesError("The VAE gave NaN or infinity instead of a picture.", hint=_HINT)
         array: Frames = self.host.numpy()
         return array
 
@@ -107,9 +113,10 @@ class _Decode:
             self.vae.own_pasts(history=self._history)
             mid, trunk_past = trunk(self._latent(index), trunk_past)
             picture: Tensor | None = None
+            finite: tuple[HostCopy, ...] = ()
             for number, rows in enumerate(self.strips):
                 pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows, *seams[number : number + 2])
-                part = to_uint8(pixels)
+                part, finite = to_uint8(pixels), finite + _finite(pixels)
                 if picture is None:
                     shape = (part.shape[0], self.rows.count, self.width, 3)
                     picture = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -117,7 +124,7 @@ class _Decode:
                 del pixels, part
             assert picture is not None
             # These frames travel, and the next are being decoded, while the ones before are encoded.
-            leaving = self._send(picture)
+            leaving = self._send(picture, finite)
             if before is not None:
                 yield before.arrive()
             before = leaving
@@ -162,7 +169,7 @@ class _Decode:
                 pixels, past = self.vae.decode_rows(mid, past, rows, above, below)
                 if below is not None:
                     below.leave()
-                leaving = self._send(to_uint8(pixels))
+                leaving = self._send(to_uint8(pixels), _finite(pixels))
                 del mid, pixels
                 if before is not None:
                     self._put(video, *before)
@@ -202,12 +209,12 @@ class _Decode:
         """One latent frame `[1, 16, 1, h, w]` on the VAE's device."""
         return self.latents[index].to(self.device, non_blocking=True)[None, :, None]
 
-    def _send(self, picture: Tensor) -> _OnTheWay:
+    def _send(self, picture: Tensor, finite: tuple[HostCopy, ...]) -> _OnTheWay:
         """Start the copy of frames `[t, rows, W, 3]` to the host, into one of two buffers."""
         if picture.is_meta:
             return _OnTheWay(torch.empty_like(picture, device="cpu"), None)
         if not picture.is_cuda:
-            return _OnTheWay(picture.cpu(), None)
+            return _OnTheWay(picture.cpu(), None, finite)
         while len(self._buffers) < 2:
             shape = (self.vae.spec.temporal_stride, self.rows.count, self.width, 3)
             self._buffers.append(torch.empty(shape, dtype=torch.uint8, pin_memory=True))
@@ -217,8 +224,15 @@ class _Decode:
         host.copy_(picture, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device))
-        return _OnTheWay(host, copied)
+        return _OnTheWay(host, copied, finite)
 
     def _tell(self, done: int) -> None:
         if self.on_frames is not None:
             self.on_frames(done, self.num_frames)
+
+
+def _finite(pixels: Tensor) -> tuple[HostCopy, ...]:
+    """Ask whether pixels are finite, by their sum: that takes no memory, and the host waits for nothing. As bytes, NaN
+    would be black without a word.
+    """
+    return () if pixels.is_meta else (HostCopy(torch.isfinite(pixels.sum(dtype=torch.float32))),)

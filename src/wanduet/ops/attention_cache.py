@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from wanduet.folders import make_folder
+
 log = logging.getLogger(__name__)
 
 CACHE_FILE = "attention.json"
@@ -129,7 +131,7 @@ def write_table(folder: Path | None, key: str, table: Table) -> None:
     if folder is None:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         content = read_all(folder) | {key: [asdict(row) for row in table]}
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=CACHE_FILE, delete=False) as partial:
             json.dump(content, partial, indent=1)

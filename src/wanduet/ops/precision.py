@@ -1,4 +1,4 @@
-"""How precise float32 arithmetic is: two settings of PyTorch's that hold for the whole process, set around our work only.
+"""How precise float32 arithmetic is: settings of PyTorch's that hold for the whole process, set around our work only.
 
 PyTorch asks them when an operation is launched, and has no form of them for one thread or one operation. So whoever
 computes holds them at the value that it needs, and work that needs another value waits for it: two engines of different
@@ -117,10 +117,21 @@ def _set_newer(part: object, precision: str) -> Undo:
     return lambda: setattr(part, "fp32_precision", before)
 
 
+def _change_new_tensors(dtype: torch.dtype) -> Undo:
+    before = torch.get_default_dtype()
+    if before == dtype:
+        return _nothing
+    torch.set_default_dtype(dtype)
+    return lambda: torch.set_default_dtype(before)
+
+
 CONVOLUTIONS: SharedSetting[bool] = SharedSetting(_change_convolutions)
 """Whether float32 convolutions on GPUs round their factors to TF32."""
 PRODUCTS: SharedSetting[str] = SharedSetting(_change_products)
 """Of float32 matrix products, as `torch.set_float32_matmul_precision` names it: "highest", or "high" for TF32."""
+
+NEW_TENSORS: SharedSetting[torch.dtype] = SharedSetting(_change_new_tensors)
+"""Of tensors that are made without a word on it, as `torch.set_default_dtype` sets it."""
 
 EXACT = "highest"
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wanduet.ops.precision import NEW_TENSORS
 from wanduet.request import SamplerName
 
 State = dict[str, Any]  # tensors, numbers, lists of either, None
@@ -85,7 +86,8 @@ class LinearSampler(SchedulerSampler):
         waiting = iter(units[2:])
         for name in names:
             setattr(scheduler, name, _each(getattr(scheduler, name), lambda _: next(waiting)))
-        result = scheduler.step(units[0], self._steps[index], units[1], return_dict=False)[0]
+        with NEW_TENSORS.at(torch.float32):  # whatever a program has set: a schedule in bfloat16 makes another video
+            result = scheduler.step(units[0], self._steps[index], units[1], return_dict=False)[0]
         for name in names:
             setattr(scheduler, name, _each(getattr(scheduler, name), lambda shares: _sum(shares, given)))
         return _sum(result, given)
@@ -93,11 +95,12 @@ class LinearSampler(SchedulerSampler):
 
 def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int, device: torch.device) -> Sampler:
     """A sampler with its schedule for a number of steps. `flow_shift` moves steps towards high noise."""
-    scheduler = _scheduler(name, flow_shift)
-    if name == "unipc-official":
-        scheduler.set_timesteps(sigmas=official_sigmas(num_inference_steps), device="cpu")
-    else:
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
+    with NEW_TENSORS.at(torch.float32):
+        scheduler = _scheduler(name, flow_shift)
+        if name == "unipc-official":
+            scheduler.set_timesteps(sigmas=official_sigmas(num_inference_steps), device="cpu")
+        else:
+            scheduler.set_timesteps(num_inference_steps, device="cpu")
     return LinearSampler(scheduler, device)
 
 

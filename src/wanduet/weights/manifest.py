@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wanduet.errors import WeightsError
+from wanduet.folders import make_folder
 from wanduet.untrusted import check_regular, cut, open_regular
 
 CHUNK = 8 * 2**20
@@ -166,7 +167,7 @@ def _read(path: Path | None) -> dict[str, str]:
 def _write(path: Path, found: Mapping[str, str]) -> None:
     """Add to the notes; best effort, for without them files are hashed again. Processes add one after the other."""
     with suppress(OSError, Timeout):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS):
             partial = path.with_name(f"{path.name}.{os.getpid()}")
             partial.write_text(json.dumps(_read(path) | dict(found), indent=1))

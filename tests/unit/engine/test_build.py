@@ -10,7 +10,8 @@ import torch
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.engine import build
-from wanduet.engine.build import PARKED, Models
+from wanduet.engine.build import Models
+from wanduet.engine.denoiser import PARKED
 from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.plan import make_plan

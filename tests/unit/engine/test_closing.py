@@ -96,6 +96,23 @@ def test_nothing_is_left_of_any_strategy(config, tmp_path, strategy) -> None:
     assert job.result().videos[0].path.exists()  # its owner keeps it
 
 
+def test_a_stage_that_could_not_be_started_is_started_by_the_next_job(single, tmp_path, monkeypatch) -> None:
+    start, errors = threading.Thread.start, [RuntimeError("can't start new thread")] * 2
+
+    def fail_first(self: threading.Thread) -> None:
+        if self.name == "wanduet-denoise" and errors:
+            raise errors.pop()
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_first)
+    with Engine(single) as engine, pytest.raises(RuntimeError, match="new thread"):
+        begin(engine, tmp_path / "a.mkv")  # and it can be closed
+    with Engine(single) as engine:
+        with pytest.raises(RuntimeError, match="new thread"):
+            begin(engine, tmp_path / "a.mkv")
+        assert begin(engine, tmp_path / "a.mkv").result(60).videos
+
+
 def fail_in_decode(monkeypatch) -> None:
     def broken(self, z, past):
         kept = [self, z]  # as a frame with tensors

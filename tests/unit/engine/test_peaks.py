@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+from wanduet.config import EngineConfig
 from wanduet.engine import peaks as module
+from wanduet.engine.build import Models
 from wanduet.engine.peaks import PeakMemory, add_up
 
 
@@ -52,6 +54,17 @@ def test_jobs_that_overlap_each_have_what_was_taken_in_their_time(taken) -> None
     assert peaks.end("first")["cuda:0"] == 500
     taken(20)
     assert peaks.end("second")["cuda:0"] == 200
+
+
+def test_jobs_of_two_engines_that_overlap_each_have_their_own(taken) -> None:
+    one, other = Models(EngineConfig(model="miniature")), Models(EngineConfig(model="miniature"))
+    one.peaks.begin("first")
+    taken(500)
+    taken(10)
+    other.peaks.begin("second")
+    taken(200)
+    assert one.peaks.end("first")["cuda:0"] == 500
+    assert other.peaks.end("second")["cuda:0"] == 200
 
 
 def test_one_that_failed_is_forgotten(taken) -> None:

@@ -18,6 +18,7 @@ from wanduet.engine.trace import overlap
 from wanduet.errors import (
     CancelledError,
     InvalidRequestError,
+    NonFiniteFramesError,
     NonFiniteLatentsError,
     OutOfMemoryError,
     OutputError,
@@ -49,6 +50,26 @@ def test_a_job_leaves_a_video_and_nothing_else(submit, tmp_path) -> None:
     assert frame_hashes(result.videos[0].path).frames.__len__() == 9
     assert result.timings["total_s"] >= result.timings["denoise_s"] > 0
     assert result.timings["write_s"] >= 0
+
+
+@pytest.mark.parametrize("name", ["one", "sub/../one", "link/one"])
+def test_of_two_jobs_at_once_only_the_first_gets_a_path(submit, tmp_path, name) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    first = submit("one")
+    with pytest.raises(OutputError, match="another job of this engine"):
+        submit(name, changes={"seed": 4})
+    first.cancel()
+    with pytest.raises(CancelledError):
+        first.result(60)
+    assert digest(submit("one", changes={"seed": 4}))  # a finished one's name is free again, and so is its file
+    assert digest(submit("one"))
+
+
+def test_a_job_of_several_videos_claims_each_of_their_names(submit) -> None:
+    both = submit("two", changes={"num_videos_per_prompt": 2})
+    with pytest.raises(OutputError, match=r"two-2\.mkv: another job"):
+        submit("two-2")
+    both.cancel()
 
 
 def test_same_seed_same_video_whatever_else_runs(submit) -> None:
@@ -109,6 +130,36 @@ def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -
     resumed = submit("part", lambda info: again.append(info.step), changes={"num_inference_steps": 8}, resume=True)
     assert digest(resumed) == whole
     assert again[0] == seen[-1] + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_a_program_makes_new_tensors_of_changes_nothing(submit, config, tmp_path, dtype) -> None:
+    jobs = [submit(sampler, changes={"sampler": sampler}) for sampler in ("unipc", "euler")]
+    wanted = [digest(job) for job in jobs]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Engine(replace(config, data_dir=tmp_path / "data")) as engine:  # which loads, and encodes the text, too
+            for job, same in zip(jobs, wanted, strict=True):
+                fields = {k: v for k, v in job.request.model_dump().items() if k in GenerationRequest.model_fields}
+                again = engine.submit(GenerationRequest(**fields), OutputOptions(tmp_path / "again.mkv", "ffv1"))
+                assert digest(again) == same
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_decode_that_gives_nan_is_no_video_and_costs_no_step(submit, tmp_path, monkeypatch) -> None:
+    whole = digest(submit("whole"))  # the VAE is loaded, and has passed its own test
+    with monkeypatch.context() as poisoned:
+        decode_rows = WanVAE.decode_rows
+        poisoned.setattr(WanVAE, "decode_rows", lambda *a: ((made := decode_rows(*a))[0] * float("nan"), made[1]))
+        with pytest.raises(NonFiniteFramesError, match="latents are kept"):
+            submit("nan").result()
+    assert files(tmp_path) == {"whole.mkv", "nan.mkv.latents.safetensors"}
+    again = submit("nan", resume=True)
+    assert "denoise" not in {event.phase for event in again.events()}
+    assert digest(again) == whole
 
 
 @pytest.mark.parametrize("order", ["frame", "strip"])

@@ -43,6 +43,24 @@ def test_a_keeper_that_dies_stops_its_job(store: JobStore, monkeypatch: pytest.M
     assert len(steps) == len(set(steps)), "it went on where it was stopped"
 
 
+def test_a_job_is_not_blamed_where_the_system_has_no_more_threads(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, left = threading.Thread.start, [5]
+
+    def fail_first(self: threading.Thread) -> None:
+        if self.name.startswith("lease-") and left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_first)
+    job_id = submit(store)
+    with running(store):
+        job = finished(store, job_id)
+    assert (job.status, job.attempts, job.crashes) == ("completed", 6, 0)
+
+
 def refused(kind: type[sqlite3.Error], code: int) -> Exception:
     error = kind("refused")
     error.sqlite_errorcode = code

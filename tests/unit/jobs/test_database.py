@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import structlog
-from fake_engine import FakeEngine, Turnstile, finish_job, open_store
+from fake_engine import FakeEngine, Turnstile, finish_job, journal, open_store
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
+from wanduet.folders import never_make
 from wanduet.jobs import writers
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
@@ -290,6 +291,24 @@ def test_a_worker_outlives_its_folder_and_goes_on_when_it_is_back(tmp_path: Path
         data.with_name("moved").rename(data)
         job_id = store.submit(NEW).job.id
         wait_for(lambda: store.get(job_id).status == "completed")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder in which files are open")
+def test_a_job_builds_nothing_in_the_place_of_its_folder_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+    data, gate = tmp_path / "data", Turnstile(2)
+    with closing(open_store(data)) as store, at_work(store, gate):
+        never_make(data)  # as a worker's process does
+        job_id = store.submit(NEW).job.id
+        wait_for(lambda: store.get(job_id).attempts and f"{job_id} step 1" in journal(data))
+        with structlog.testing.capture_logs() as lines:
+            moved(data)
+            gate.open()
+            wait_for(lambda: [one for one in lines if "moved or removed" in one.get("reason", "")])
+        assert not data.exists()
+        data.with_name("moved").rename(data)
+        wait_for(lambda: store.get(job_id).status == "completed")
+    steps = [line for line in journal(data) if "step" in line]
+    assert len(steps) == len(set(steps)), "it went on where it was"
 
 
 def test_a_broken_store_is_not_the_jobs_fault(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from wanduet.errors import NonFiniteFramesError
 from wanduet.models.footprint import Footprint
 from wanduet.models.vae import WanVAE, to_uint8
 from wanduet.models.vae_history import History
@@ -67,6 +68,24 @@ def test_two_interleaved_videos_keep_to_themselves(vae) -> None:
         got[turn].append(next(streams[turn]).copy())
     assert np.array_equal(np.concatenate(got[0]), whole(vae, one))
     assert np.array_equal(np.concatenate(got[1]), whole(vae, two))
+
+
+@pytest.mark.parametrize("plan", [DecodePlan("frame", 1), DecodePlan("frame", 2), DecodePlan("strip", 2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_becomes_no_frame(vae, plan, value, monkeypatch) -> None:
+    decode_rows, calls = WanVAE.decode_rows, []
+
+    def poisoned(self, *values):
+        pixels, past = decode_rows(self, *values)
+        calls.append(values)
+        if len(calls) == 4:
+            pixels[0, 1, 0, 2, 3] = value
+        return pixels, past
+
+    monkeypatch.setattr(WanVAE, "decode_rows", poisoned)
+    with pytest.raises(NonFiniteFramesError, match="NaN or infinity"):
+        for _ in decode_stream(vae, latents(2, frames=4), plan):
+            pass
 
 
 def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
