@@ -387,7 +387,7 @@ def test_a_folder_in_which_no_file_can_be_made_ends_at_once(wanduet, monkeypatch
     monkeypatch.chdir("/proc")
     ran = wanduet("encode", "x", "--model", "miniature", "--json", *named)
     assert ran.code == 1
-    assert "Cannot write x.safetensors" in ran.error
+    assert "Cannot write /proc/x.safetensors" in ran.error
     assert "another run" not in ran.error
 
 

@@ -10,22 +10,24 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
 from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
-from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, place, whole
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
+from wanduet.frontends.places import Place, parse_place, place
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
 Output = Annotated[
-    Path | None,
-    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", converter=place),
+    Place | None,
+    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
 ]
 FIRST_SIGNAL = 128  # exit codes above it name the signal
 LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
@@ -68,8 +70,9 @@ def generate(
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.commands import run_generate
 
-    options = OutputOptions(output or Path(), codec, quality, save_latents, resume)
-    emit(run_generate(request, config, options, named=output is not None, dry_run=dry_run, profile=profile), json_)
+    where = output or parse_place("")
+    options = OutputOptions(where.path, codec, quality, save_latents, resume)
+    emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
 
 
 @app.command
@@ -78,7 +81,7 @@ def batch(
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.", converter=place)] = None,
+    output: Annotated[Place | None, Parameter(name=["--output", "-o"], help="A folder.", **PLACE)] = None,
     codec: Codec = "h264",
     quality: Quality = None,
     save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
@@ -98,7 +101,8 @@ def batch(
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.batch import run_batch
 
-    done = run_batch(requests, config, OutputOptions(output or Path(), codec, quality, save_latents, resume))
+    where = output or parse_place("")
+    done = run_batch(requests, config, OutputOptions(where.path, codec, quality, save_latents, resume), where)
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
@@ -148,7 +152,7 @@ def encode(
     *,
     engine: EngineFlags = OTHER,
     output: Annotated[
-        Path | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", converter=place)
+        Place | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", **PLACE)
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -156,7 +160,7 @@ def encode(
     request, config = VideoFlags().request(prompt), engine.config()
     from wanduet.frontends.commands import run_encode
 
-    emit(run_encode(request.prompt, config, output), json_)
+    emit(run_encode(request.prompt, config, output or parse_place("")), json_)
 
 
 @app.command
@@ -173,7 +177,7 @@ def decode(
     check_output(output, codec, quality)
     from wanduet.frontends.commands import run_decode
 
-    emit(run_decode(latents, engine, output, codec, quality), json_)
+    emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
 
 
 @app.command
