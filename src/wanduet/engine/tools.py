@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
+from wanduet.engine.record import is_same_model
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
 from wanduet.errors import OutputError, WanduetError
 from wanduet.media.codecs import CONTAINERS
@@ -28,6 +30,7 @@ from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
 
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
@@ -44,14 +47,18 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     check_writable(output.path, generate.bytes_on_disk(request, models.spec))
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
-    job.videos[0].attention = about.get("attention")
+    job.videos[0].found_latents(about)
+    if (made_by := about.get("model")) is not None and not is_same_model(made_by, models.about):
+        job.warnings.append(
+            f"The latents were made by the model {printable(cut(made_by.get('name')))}, and are decoded by "
+            f"{models.about['name']}: where their VAEs differ, the picture is wrong."
+        )
     models.peaks.begin(job.id)
     try:
         video = generate.decode_video(models, job.videos[0], latents)
-        timings = job.timings
-        timings["total_s"] = sum(timings.values())
+        job.add_time("total_s", time.perf_counter() - job.created)
         peaks = models.peaks.end(job.id, job.rank_peaks)
-        return JobResult((video,), timings, peaks, tuple(job.warnings))
+        return JobResult((video,), job.timings, peaks, tuple(job.warnings))
     finally:
         models.unload()  # a group of ranks, where there is one
 

@@ -198,6 +198,10 @@ def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, qua
 def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     """Make a video again and compare frame hashes. Raises UnreadableFileError."""
     about = read_metadata(video)
+    if "denoised_by" in _part(about, "engine"):
+        raise UnreadableFileError(
+            f"{video} was decoded from latents that another model or program made, so it cannot be made again."
+        )
     (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
