@@ -204,6 +204,10 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
         )
     (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
     expected = frame_hashes(video)
+    if len(expected.frames) < (request.num_frames or 0):
+        raise UnreadableFileError(
+            f"{video} is cut off, or was edited: it has {len(expected.frames)} of {request.num_frames} frames."
+        )
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
