@@ -17,6 +17,7 @@ from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
 from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
+from wanduet.frontends.help import EVERYWHERE, concise
 from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.frontends.places import Place, parse_place, place
 from wanduet.frontends.run import emit, run
@@ -43,6 +44,8 @@ app = App(
     ],
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
+    help_formatter=concise,
+    help_epilogue=EVERYWHERE,
 )
 
 
@@ -63,7 +66,13 @@ def generate(
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video from a prompt."""
+    """Make a video from a prompt.
+
+    ```sh
+    wanduet generate "a cat walks over a frozen lake" --resolution 720p --seed 7 -o cat.mp4
+    wanduet generate "a red circle moving left on a black background" --model miniature
+    ```
+    """
     config = engine.config()
     request = early_request(prompt, video, config)
     check_output(output, codec, quality)
@@ -93,6 +102,11 @@ def batch(
     """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
 
     Lines that begin with # are comments.
+
+    ```sh
+    wanduet batch prompts.txt -o videos/
+    wanduet batch prompts.txt -o videos/ --resume
+    ```
     """
     config = engine.config()
     requests = read_batch(file, video, config)
@@ -118,7 +132,13 @@ def plan(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Predict memory and choose settings, without loading anything."""
+    """Predict memory and choose settings, without loading anything.
+
+    ```sh
+    wanduet plan --resolution 720p
+    wanduet plan --resolution 1080p --hardware 2x3090
+    ```
+    """
     config = engine.config()
     request = early_request(LONGEST_PROMPT, video, config)
     from wanduet.frontends.commands import run_plan
@@ -138,7 +158,12 @@ def bench(
     runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights."""
+    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights.
+
+    ```sh
+    wanduet bench --model random:1.3b --steps 4 --runs 2
+    ```
+    """
     config = engine.config()
     request = early_request(prompt, video, config)
     from wanduet.frontends.bench import run_bench
@@ -156,7 +181,12 @@ def encode(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Write a prompt's embeddings to a file."""
+    """Write a prompt's embeddings to a file.
+
+    ```sh
+    wanduet encode "a cat walks over a frozen lake" -o cat.safetensors
+    ```
+    """
     request, config = VideoFlags().request(prompt), engine.config()
     from wanduet.frontends.commands import run_encode
 
@@ -173,7 +203,12 @@ def decode(
     quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Decode saved latents to a video, with the model that made them unless --model is given."""
+    """Decode saved latents to a video, with the model that made them unless --model is given.
+
+    ```sh
+    wanduet decode cat.mp4.latents.safetensors --codec ffv1
+    ```
+    """
     check_output(output, codec, quality)
     from wanduet.frontends.commands import run_decode
 
@@ -184,7 +219,13 @@ def decode(
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache."""
+    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache.
+
+    ```sh
+    wanduet inspect cat.mp4
+    wanduet inspect "a cat walks over a frozen lake"
+    ```
+    """
     from wanduet.engine import tools
 
     emit(tools.inspect(engine.config(), target), json_)
@@ -198,6 +239,11 @@ def download(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Fetch a model beforehand, and check every file.
+
+    ```sh
+    wanduet download
+    wanduet download --model FOLDER --trust
+    ```
 
     Parameters
     ----------
@@ -213,7 +259,12 @@ def download(
 def verify(
     video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Make a video again from its own metadata and compare every frame."""
+    """Make a video again from its own metadata and compare every frame.
+
+    ```sh
+    wanduet verify cat.mp4
+    ```
+    """
     from wanduet.frontends.commands import run_verify
 
     found = run_verify(video, engine)
@@ -224,7 +275,12 @@ def verify(
 
 @app.command
 def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
-    """Show what this machine has, what is missing, and what to do."""
+    """Show what this machine has, what is missing, and what to do.
+
+    ```sh
+    wanduet doctor --model miniature
+    ```
+    """
     from wanduet.engine import tools
 
     emit(tools.doctor(engine.config()), json_)
