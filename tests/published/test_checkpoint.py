@@ -114,6 +114,20 @@ def test_doctor_finds_it_whole_in_the_cache(cached: Path, hashed: list[str], tmp
     assert len(hashed) == len(HASHES)
 
 
+def test_doctor_shows_how_far_the_hashing_is(folder: Path, hashed: list[str], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    tools.doctor(EngineConfig(model=str(folder), data_dir=tmp_path), lambda *at: seen.append(at))
+    assert seen[-1] == (sum(SIZES[name] for name in VERIFIED),) * 2
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_a_part_of_a_model_and_a_folder_of_models_are_answered_with_the_model(folder: Path, part: str) -> None:
+    for name, words in ((folder / part, "It is a part of a model"), (folder.parent, "There is one in it")):
+        with pytest.raises(ModelNotFoundError, match="is no model") as caught:
+            local_model(str(name))
+        assert caught.value.hint == f"{words}{'; give the whole' if name != folder.parent else ''}: --model {folder}"
+
+
 def test_what_was_verified_once_is_not_hashed_again(cached: Path, hashed: list[str], tmp_path: Path) -> None:
     config = EngineConfig(model=MODEL, data_dir=tmp_path)
     done = run_download(config)  # offline: the cache is checked

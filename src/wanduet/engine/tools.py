@@ -32,6 +32,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
+from wanduet.weights.manifest import Progress
 
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
@@ -167,8 +168,8 @@ def _inspect_embeddings(prompt: PromptEmbeds, path: Path) -> dict[str, Any]:
     }
 
 
-def doctor(config: EngineConfig) -> dict[str, Any]:
-    """What this machine has, what is missing, and what to do about it."""
+def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """What this machine has, what is missing, and what to do about it. `progress` is called while weights are hashed."""
     hardware = detect()
     folder = config.data_folder
     problems: list[str] = []
@@ -197,7 +198,7 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
         "links": _links(hardware),
         "triton": importlib.util.find_spec("triton") is not None,
         "data_folder": data_folder,
-        "model": _model(config),
+        "model": _model(config, progress),
         "advice": problems + _advice(hardware) + _not_used(measured_by),
     }
 
@@ -265,7 +266,7 @@ def _links(hardware: Hardware) -> list[str]:
     return [line.replace("\t", " ") for line in text.splitlines() if line.startswith("GPU")]
 
 
-def _model(config: EngineConfig) -> dict[str, Any]:
+def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
     """Whether the model is here and whole: configs, headers, hashes."""
     if config.model in RANDOM_SPECS:
         return {"name": config.model, "found": True}
@@ -276,7 +277,7 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
         check_shapes(folder)
-        verify_manifest(folder, config.data_folder / "verified.json")
+        verify_manifest(folder, config.data_folder / "verified.json", (), progress)
     except WanduetError as error:
         return found | {"problem": error.message, "hint": error.hint}
     return found | {"whole": True}

@@ -282,8 +282,12 @@ def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name
     ```
     """
     from wanduet.engine import tools
+    from wanduet.frontends.fetch import checking_bar
 
-    emit(tools.doctor(engine.config()), json_)
+    config = engine.config()
+    with checking_bar() as progress:
+        found = tools.doctor(config, progress)
+    emit(found, json_)
 
 
 cli_jobs.register(app)
