@@ -23,6 +23,15 @@ def test_a_video_that_was_cut_off_is_not_compared(wanduet, work: Path) -> None:
     assert wanduet("verify", "x.mp4", "--json").json["equal"] is True
 
 
+def test_a_small_video_that_says_it_is_large_is_not_made_again(wanduet, work: Path) -> None:
+    request = {"prompt": "x", "num_frames": 1, "height": 4096, "width": 16}
+    about = {"request": request, "seed": 1, "model": {"name": "miniature"}}
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), work / "x.mp4", metadata=about)
+    ran = wanduet("verify", "x.mp4", "--json")
+    assert ran.code == 1
+    assert "its height is 16, not 4096" in ran.error
+
+
 def test_a_video_with_frames_cut_out_is_not_compared(wanduet, work: Path) -> None:
     made = wanduet("generate", "x", "--model", "miniature", *SMALL, "-o", "x.mp4", "--json").json
     about = read_metadata(work / made["output"])

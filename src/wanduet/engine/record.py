@@ -88,9 +88,9 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-    """Whether two files' metadata name the same weights, wherever they were; random ones have no hash."""
-    names = ("hash",) if about["hash"] is not None else ("hash", "name")
-    return all(made_by.get(name) == about[name] for name in names)
+    """Whether metadata name the weights `about`, wherever they were. Random ones have no hash, but a name."""
+    name = "name" if None in (made_by.get("hash"), about["hash"]) else "hash"
+    return bool(made_by.get(name) == about[name])
 
 
 def made_alike(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

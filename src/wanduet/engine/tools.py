@@ -51,8 +51,8 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     job.videos[0].found_latents(about)
     if (made_by := about.get("model")) is not None and not is_same_model(made_by, models.about):
         job.warnings.append(
-            f"The latents were made by the model {printable(cut(made_by.get('name')))}, and are decoded by "
-            f"{models.about['name']}: where their VAEs differ, the picture is wrong."
+            f"The latents were made by the model {printable(cut(made_by.get('name')))}. {models.about['name']}, which decodes "
+            "them, has other weights: where the VAEs differ, the picture is wrong."
         )
     models.peaks.begin(job.id)
     try:

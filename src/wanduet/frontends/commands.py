@@ -202,7 +202,12 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
         raise UnreadableFileError(
             f"{video} was decoded from latents that another model or program made, so it cannot be made again."
         )
-    (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
+    (request, quality), facts = _request_of(video, about), probe(video)
+    for side in ("width", "height"):  # before hours are spent on what a stranger's file says
+        if getattr(request, side) not in (None, facts[side]):
+            raise UnreadableFileError(
+                f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
+            )
     expected = frame_hashes(video)
     if len(expected.frames) < (request.num_frames or 0):
         raise UnreadableFileError(
@@ -211,7 +216,7 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
-            job = engine.submit(request, OutputOptions(path, codec, quality))
+            job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
         except InvalidRequestError as error:
             raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
         follow(job)
