@@ -19,7 +19,7 @@ from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
 from wanduet.engine.record import is_same_model
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
-from wanduet.errors import OutputError, WanduetError
+from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.media.codecs import CONTAINERS
 from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
@@ -41,7 +41,10 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
     latents, about = load_latents(path)
     models = Models(config)
-    request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
+    try:
+        request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
+    except InvalidRequestError as error:
+        raise UnreadableFileError(f"{path} cannot have been made as it says: {error.message}") from error
     expected = models.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     if tuple(latents.shape) != expected:
         raise UnreadableFileError(f"{path}: latents {list(latents.shape)} do not fit their request {list(expected)}.")

@@ -313,8 +313,8 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
     """
     config, unset = flags.config(), EngineFlags()
     engine, made_by = _part(about, "engine"), _part(about, "model")
-    if not flags.names_model and made_by.get("name") is not None:
-        config = replace(config, **_model_here(file, made_by, config.revision))
+    if not flags.names_model:
+        config = replace(config, **_model_here(file, made_by, config))
     for name, allowed in (
         ("transformer_dtype", get_args(DType)),
         ("vae_dtype", get_args(DType)),
@@ -332,9 +332,21 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
     return config
 
 
-def _model_here(file: Path, made_by: Mapping[str, Any], revision: str | None) -> dict[str, Any]:
-    """Name and revision of the model that a file says it was made by, if it is known and here. Raises ModelNotFoundError."""
-    name = made_by["name"]
+def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """Name and revision of the model that a file says it was made by, else of the default one, if it is known and here.
+
+    Raises ModelNotFoundError.
+    """
+    name, revision = made_by.get("name"), config.revision
+    if name is None:
+        try:
+            open_model(config.model, revision, fetch=False)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"{file} does not say which model made it, and {config.model} is not here.",
+                hint="Name the model with --model.",
+            ) from error
+        return {}
     if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
         return {"model": name}
     if not isinstance(name, str) or name not in PUBLISHED:
