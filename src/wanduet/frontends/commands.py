@@ -62,10 +62,10 @@ def run_generate(
     if dry_run:
         if not is_named:
             options = likely_output(options, request.prompt, count)
-        with Engine(without_fetching(config)) as engine:
-            plan = engine.plan(request)
-            resolved = request.resolve(engine.models.spec)
-            return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
+        models = Models(without_fetching(config))
+        resolved = request.resolve(models.spec)
+        plan = make_plan(resolved, models.memory, config, detect())
+        return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # no name is free before the engine has stopped
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:
