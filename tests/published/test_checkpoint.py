@@ -203,6 +203,14 @@ def test_a_text_encoder_that_is_a_pickle_is_refused_before_anything_is_loaded(fo
         open_model(str(clone))
 
 
+def test_a_missing_tokenizer_is_told_before_gigabytes_are_hashed(folder: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(folder, clone, copy_function=lambda source, target: Path(target).hardlink_to(source))
+    (clone / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"tokenizer lacks tokenizer\.json"):
+        open_model(str(clone))
+
+
 @pytest.mark.parametrize(
     ("file", "values", "words"),
     [

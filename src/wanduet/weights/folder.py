@@ -75,6 +75,10 @@ class ModelFolder:
         self._check_kind()
         for path in sorted(self.tokenizer.iterdir()):
             check_pointer(path)
+        if not os.path.lexists(self.tokenizer / "tokenizer.json"):
+            raise ModelNotFoundError(
+                f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
+            )
         missing: list[ModelNotFoundError] = []
         for component in COMPONENTS:
             self._check_class(component)
