@@ -183,6 +183,22 @@ def test_latents_kept_decode_to_the_same_video(wanduet, work: Path) -> None:
     assert wanduet("decode", latents, "-o", "clip.avi", "--json").code == 2
 
 
+def test_latents_of_another_model_are_decoded_with_a_note(wanduet, work: Path, model: Path) -> None:
+    (latents,) = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--json").json["latents"]
+    assert wanduet("decode", latents, "--json").json["warnings"] == []
+    assert (
+        wanduet("decode", latents, "--model", str(model), "--json").json["warnings"] == []
+    )  # the same in another place
+    (model / "manifest.json").unlink()
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 0.9 for name, tensor in load_file(vae).items()}, vae)
+    done = wanduet("decode", latents, "--model", str(model), "--transformer-dtype", "bfloat16", "--json").json
+    assert "made by the model miniature. model, which decodes them, has other weights" in done["warnings"][0]
+    engine = read_metadata(work / done["output"])["engine"]
+    assert (engine["denoised_by"]["name"], engine["transformer_dtype"]) == ("miniature", "float32")
+    assert "cannot be made again" in wanduet("verify", done["output"], "--json").error
+
+
 def test_latents_of_another_program_are_decoded(wanduet, work: Path) -> None:
     """As diffusers' `output_type="latent"` gives them: normalised, with a batch of one, without a word of how."""
     made = wanduet("generate", CIRCLE, *TINY, "--save-latents", "--codec", "ffv1", "--json").json
@@ -192,6 +208,7 @@ def test_latents_of_another_program_are_decoded(wanduet, work: Path) -> None:
     done = wanduet("decode", "other.safetensors", "--model", "miniature", "--codec", "ffv1", "--json").json
     assert done["output"] == "other.mkv"
     assert frame_hashes(work / done["output"]) == frame_hashes(work / made["output"])
+    assert "cannot be made again" in wanduet("verify", done["output"], "--json").error
     save_file({"latents": latents[:, :, :, :3].contiguous()}, work / "odd.safetensors")
     assert "width" in wanduet("decode", "odd.safetensors", "--model", "miniature", "--json").error
     save_file({"latents": latents[:4].contiguous()}, work / "few.safetensors")
@@ -387,7 +404,7 @@ def test_a_folder_in_which_no_file_can_be_made_ends_at_once(wanduet, monkeypatch
     monkeypatch.chdir("/proc")
     ran = wanduet("encode", "x", "--model", "miniature", "--json", *named)
     assert ran.code == 1
-    assert "Cannot write x.safetensors" in ran.error
+    assert "Cannot write /proc/x.safetensors" in ran.error
     assert "another run" not in ran.error
 
 

@@ -172,7 +172,7 @@ def test_a_tokenizer_that_cannot_be_read(refuse, model: Path, name: str, content
 def test_no_tokenizer(refuse, model: Path) -> None:
     for path in (unsigned(model) / "tokenizer").iterdir():
         path.unlink()
-    assert len(refuse("tokenizer holds no tokenizer", "tokenizer.json").splitlines()) == 2
+    assert len(refuse("tokenizer lacks tokenizer.json", "tokenizer.json").splitlines()) == 2
     shutil.rmtree(model / "tokenizer")
     refuse("lacks tokenizer/")
 

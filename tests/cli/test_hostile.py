@@ -115,6 +115,30 @@ def test_a_published_model_is_not_fetched_because_a_file_names_it(
     assert "cannot be fetched" in confirmed
 
 
+def test_a_file_that_names_no_model_fetches_none(
+    refused, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    about = {"request": {"prompt": "x", "num_frames": 1}, "seed": 1, "model": {}}
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), work / "x.mp4", metadata=about)
+    save_latents(work / "x.safetensors", torch.zeros(16, 1, 2, 2), about)
+    save_file({"latents": torch.zeros(16, 1, 2, 2)}, work / "other.safetensors")
+    for command, name in (("verify", "x.mp4"), ("decode", "x.safetensors"), ("decode", "other.safetensors")):
+        assert f"{name} does not say which model made it" in refused(command, name)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": "x"}, {"request": {"prompt": "x", "fps": 0}}, {"request": {"prompt": ["x"]}}]
+)
+def test_latents_whose_request_is_none_are_named(refused, work: Path, change: dict) -> None:
+    about = {"request": {"prompt": "x", "num_frames": 1, "height": 16, "width": 16}, "seed": 1}
+    save_latents(work / "x.safetensors", torch.zeros(16, 1, 2, 2), about | {"model": {"name": "miniature"}} | change)
+    assert "x.safetensors cannot have been made as it says" in refused("decode", "x.safetensors")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder", "loop", "sparse"])
 @pytest.mark.parametrize("suffix", [".mp4", ".safetensors"])

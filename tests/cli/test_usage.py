@@ -313,6 +313,9 @@ def test_a_plan_needs_no_network_and_no_weights(wanduet, tmp_path: Path, monkeyp
     assert ran.code == 0
     assert {d["name"] for d in ran.json["devices"]} >= {"cuda:0"}
     assert "published shapes" in ran.err
+    plans = [ran.json, wanduet("generate", "x", "--dry-run", "--json").json["plan"]]
+    reasons = [next(c["why"] for c in plan["choices"] if c["setting"] == "text_encoder_hold") for plan in plans]
+    assert all("random" not in why for why in reasons)  # it is the published model that is planned
     unknown = wanduet("plan", "--json", "--model", "foo/bar")
     assert unknown.code == 1
     assert "wanduet download --model foo/bar" in unknown.error

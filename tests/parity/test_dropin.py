@@ -363,6 +363,27 @@ def test_compiled_offloaded_and_reformatted_modules(oracle, own) -> None:
     assert same(expected, latents(own))
 
 
+class Wrapper(torch.nn.Module):
+    """A module around another, which answers what the other one would."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own imports
+def test_a_wrapper_is_not_taken_for_what_it_wraps(own) -> None:
+    for inner in (own.transformer, torch.compile(own.transformer), torch.compile(transformer())):
+        with pytest.raises(TypeError, match="not Wrapper"):
+            own.transformer = Wrapper(inner)
+
+
 def test_a_vae_that_is_set_decodes(oracle, own, random_model) -> None:
     vae = diffusers.AutoencoderKLWan.from_pretrained(random_model, subfolder="vae", torch_dtype=torch.float32)
     usual = latents(own, output_type="pt")

@@ -114,6 +114,20 @@ def test_doctor_finds_it_whole_in_the_cache(cached: Path, hashed: list[str], tmp
     assert len(hashed) == len(HASHES)
 
 
+def test_doctor_shows_how_far_the_hashing_is(folder: Path, hashed: list[str], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    tools.doctor(EngineConfig(model=str(folder), data_dir=tmp_path), lambda *at: seen.append(at))
+    assert seen[-1] == (sum(SIZES[name] for name in VERIFIED),) * 2
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_a_part_of_a_model_and_a_folder_of_models_are_answered_with_the_model(folder: Path, part: str) -> None:
+    for name, words in ((folder / part, "It is a part of a model"), (folder.parent, "There is one in it")):
+        with pytest.raises(ModelNotFoundError, match="is no model") as caught:
+            local_model(str(name))
+        assert caught.value.hint == f"{words}{'; give the whole' if name != folder.parent else ''}: --model {folder}"
+
+
 def test_what_was_verified_once_is_not_hashed_again(cached: Path, hashed: list[str], tmp_path: Path) -> None:
     config = EngineConfig(model=MODEL, data_dir=tmp_path)
     done = run_download(config)  # offline: the cache is checked
@@ -186,6 +200,14 @@ def test_a_text_encoder_that_is_a_pickle_is_refused_before_anything_is_loaded(fo
         path.unlink()
     (clone / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ModelNotFoundError, match=r"text_encoder lacks .*pytorch_model\.bin is a pickle"):
+        open_model(str(clone))
+
+
+def test_a_missing_tokenizer_is_told_before_gigabytes_are_hashed(folder: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(folder, clone, copy_function=lambda source, target: Path(target).hardlink_to(source))
+    (clone / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"tokenizer lacks tokenizer\.json"):
         open_model(str(clone))
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -42,8 +42,11 @@ class OutputOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        """Take a path that is given as text."""
-        object.__setattr__(self, "path", Path(self.path))
+        """Take a path that is given as text. It becomes absolute: what the current folder is later does not matter."""
+        path = Path(self.path)
+        with suppress(OSError):  # without a current folder; whoever writes there says so
+            path = path.absolute()
+        object.__setattr__(self, "path", path)
 
     def video_path(self, index: int, count: int) -> Path:
         """The path of video `index` of `count`: `name.mp4`, or `name-2.mp4` where there are several."""

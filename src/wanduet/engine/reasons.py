@@ -144,10 +144,10 @@ class Explained:
         return Choice("tf32", plan.tf32, why)
 
     def _text_encoder(self) -> str:
-        if self.config.model in RANDOM_SPECS:
-            return "without effect: random weights have no text encoder"
         if self.config.text_encoder_hold != "auto":
             return ASKED
+        if self.config.model in RANDOM_SPECS:
+            return "its memory is counted as with published weights; random ones have no text encoder"
         dtype = self.plan.text_encoder_dtype
         whole, part = (format_bytes(text_encoder_bytes(self.spec, dtype, hold)) for hold in ("resident", "streamed"))
         if self.plan.text_encoder_hold == "resident":

@@ -70,6 +70,8 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         made = video.denoised.get("engine", {})
         engine |= {name: made[name] for name in of_latents if name in made}
         engine["denoised_on"] = video.denoised.get("hardware", [])
+        if not is_same_model(made_by := video.denoised.get("model", {}), models.about):
+            engine["denoised_by"] = made_by
     return {"output": {"codec": output.codec, "quality": output.quality}} | make_provenance(
         video.request,
         seed=video.seed,
@@ -83,6 +85,12 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         rungs=video.rungs,
         warnings=video.job.warnings,
     )
+
+
+def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    """Whether metadata name the weights `about`, wherever they were. Random ones have no hash, but a name."""
+    name = "name" if None in (made_by.get("hash"), about["hash"]) else "hash"
+    return bool(made_by.get(name) == about[name])
 
 
 def made_alike(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from wanduet.engine.build import Models
 from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.plan import make_plan
+from wanduet.engine.record import is_same_model
 from wanduet.engine.text import CachedPromptEncoder, check_shapes
-from wanduet.errors import OutputError, WanduetError
+from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.media.codecs import CONTAINERS
 from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
@@ -28,7 +30,9 @@ from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
+from wanduet.weights.manifest import Progress
 
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
@@ -37,21 +41,28 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
     latents, about = load_latents(path)
     models = Models(config)
-    request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
+    try:
+        request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
+    except InvalidRequestError as error:
+        raise UnreadableFileError(f"{path} cannot have been made as it says: {error.message}") from error
     expected = models.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     if tuple(latents.shape) != expected:
         raise UnreadableFileError(f"{path}: latents {list(latents.shape)} do not fit their request {list(expected)}.")
     check_writable(output.path, generate.bytes_on_disk(request, models.spec))
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
-    job.videos[0].attention = about.get("attention")
+    job.videos[0].found_latents(about)
+    if (made_by := about.get("model")) is not None and not is_same_model(made_by, models.about):
+        job.warnings.append(
+            f"The latents were made by the model {printable(cut(made_by.get('name')))}. {models.about['name']}, which decodes "
+            "them, has other weights: where the VAEs differ, the picture is wrong."
+        )
     models.peaks.begin(job.id)
     try:
         video = generate.decode_video(models, job.videos[0], latents)
-        timings = job.timings
-        timings["total_s"] = sum(timings.values())
+        job.add_time("total_s", time.perf_counter() - job.created)
         peaks = models.peaks.end(job.id, job.rank_peaks)
-        return JobResult((video,), timings, peaks, tuple(job.warnings))
+        return JobResult((video,), job.timings, peaks, tuple(job.warnings))
     finally:
         models.unload()  # a group of ranks, where there is one
 
@@ -160,8 +171,8 @@ def _inspect_embeddings(prompt: PromptEmbeds, path: Path) -> dict[str, Any]:
     }
 
 
-def doctor(config: EngineConfig) -> dict[str, Any]:
-    """What this machine has, what is missing, and what to do about it."""
+def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """What this machine has, what is missing, and what to do about it. `progress` is called while weights are hashed."""
     hardware = detect()
     folder = config.data_folder
     problems: list[str] = []
@@ -190,7 +201,7 @@ def doctor(config: EngineConfig) -> dict[str, Any]:
         "links": _links(hardware),
         "triton": importlib.util.find_spec("triton") is not None,
         "data_folder": data_folder,
-        "model": _model(config),
+        "model": _model(config, progress),
         "advice": problems + _advice(hardware) + _not_used(measured_by),
     }
 
@@ -258,7 +269,7 @@ def _links(hardware: Hardware) -> list[str]:
     return [line.replace("\t", " ") for line in text.splitlines() if line.startswith("GPU")]
 
 
-def _model(config: EngineConfig) -> dict[str, Any]:
+def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
     """Whether the model is here and whole: configs, headers, hashes."""
     if config.model in RANDOM_SPECS:
         return {"name": config.model, "found": True}
@@ -269,7 +280,7 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
         check_shapes(folder)
-        verify_manifest(folder, config.data_folder / "verified.json")
+        verify_manifest(folder, config.data_folder / "verified.json", (), progress)
     except WanduetError as error:
         return found | {"problem": error.message, "hint": error.hint}
     return found | {"whole": True}

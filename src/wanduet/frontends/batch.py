@@ -15,6 +15,7 @@ from wanduet.engine.plan import require_fit
 from wanduet.errors import CancelledError, OutputError, WanduetError
 from wanduet.frontends.commands import check_attention, report, say_how_to_go_on, shown
 from wanduet.frontends.outputs import free_output
+from wanduet.frontends.places import Place
 from wanduet.frontends.progress import follow
 from wanduet.frontends.resume import Begun, seed_of_interrupted, take_begun, with_seed
 from wanduet.media.files import check_writable
@@ -25,7 +26,9 @@ from wanduet.request import GenerationRequest
 AHEAD = 8
 
 
-def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions) -> dict[str, Any]:
+def run_batch(
+    requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions, output: Place
+) -> dict[str, Any]:
     """Requests, checked already, to videos in the folder `options.path`. One that fails does not stop the others;
     Ctrl-C does. With `options.resume` what an earlier run of the same batch has made is kept as it is."""
     check_attention(config)
@@ -34,7 +37,7 @@ def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, optio
     with ExitStack() as names, Engine(config) as engine:
         for request in requests:
             require_fit(engine.plan(request), request.resolve(engine.models.spec))
-        batch = _Batch(engine, options, names)
+        batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()
         while waiting or work:
             while waiting and len(work) < AHEAD:
@@ -44,7 +47,7 @@ def run_batch(requests: Sequence[GenerationRequest], config: EngineConfig, optio
             interrupted = False
             if one.job is not None:
                 interrupted = follow(one.job)
-                one.outcome = _outcome(one.job)
+                one.outcome = _outcome(one.job, output)
                 one.names.release()
             if "error" in one.outcome:
                 print(one.outcome["error"], file=sys.stderr)
@@ -76,6 +79,7 @@ class _Batch:
     engine: Engine
     options: OutputOptions
     names: ExitStack
+    output: Place
     passed: list[Path] = field(default_factory=list)  # the paths of the requests so far
 
     def begin(self, request: GenerationRequest) -> _Work:
@@ -91,7 +95,7 @@ class _Batch:
             self.names.callback(work.names.release)
             self.passed += [named.video_path(index, count) for index in range(count)]
             if begun is not None and begun.complete:
-                work.outcome = _made_before(request, begun, self.engine)
+                work.outcome = _made_before(request, begun, self.engine, self.output)
                 work.title = f"made before: {work.outcome['output']}"
                 work.names.release()
                 return work
@@ -106,10 +110,10 @@ class _Batch:
         return work
 
 
-def _outcome(job: Job) -> dict[str, Any]:
+def _outcome(job: Job, output: Place) -> dict[str, Any]:
     """A finished job's result, or why there is none."""
     try:
-        return report(job, job.result())
+        return report(job, job.result(), output)
     except CancelledError:
         return {"cancelled": True}
     except Exception as error:  # told; the next job goes on
@@ -118,13 +122,13 @@ def _outcome(job: Job) -> dict[str, Any]:
         return {"prompt": job.request.prompt, "error": str(error)}
 
 
-def _made_before(request: GenerationRequest, found: Begun, engine: Engine) -> dict[str, Any]:
+def _made_before(request: GenerationRequest, found: Begun, engine: Engine, output: Place) -> dict[str, Any]:
     """What is told of videos that an earlier run has made."""
     resolved = request.resolve(engine.models.spec)
     paths = [
         found.options.video_path(index, resolved.num_videos_per_prompt)
         for index in range(resolved.num_videos_per_prompt)
     ]
-    videos = [{"output": str(path), "seed": found.seed + index} for index, path in enumerate(paths)]
+    videos = [{"output": output.shown(path), "seed": found.seed + index} for index, path in enumerate(paths)]
     fields = {name: getattr(resolved, name) for name in ("width", "height", "num_frames", "fps")}
     return {"output": videos[0]["output"], "seed": found.seed, **fields, "videos": videos, "made_before": True}

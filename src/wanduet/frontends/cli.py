@@ -10,22 +10,25 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from wanduet.frontends import cli_jobs
 from wanduet.frontends.early import check_folder, check_output, early_request, read_batch
-from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, place, whole
+from wanduet.frontends.help import EVERYWHERE, concise
+from wanduet.frontends.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
+from wanduet.frontends.places import Place, parse_place, place
 from wanduet.frontends.run import emit, run
 
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
 Output = Annotated[
-    Path | None,
-    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", converter=place),
+    Place | None,
+    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
 ]
 FIRST_SIGNAL = 128  # exit codes above it name the signal
 LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
@@ -41,6 +44,8 @@ app = App(
     ],
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
+    help_formatter=concise,
+    help_epilogue=EVERYWHERE,
 )
 
 
@@ -61,15 +66,22 @@ def generate(
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Make a video from a prompt."""
+    """Make a video from a prompt.
+
+    ```sh
+    wanduet generate "a cat walks over a frozen lake" --resolution 720p --seed 7 -o cat.mp4
+    wanduet generate "a red circle moving left on a black background" --model miniature
+    ```
+    """
     config = engine.config()
     request = early_request(prompt, video, config)
     check_output(output, codec, quality)
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.commands import run_generate
 
-    options = OutputOptions(output or Path(), codec, quality, save_latents, resume)
-    emit(run_generate(request, config, options, named=output is not None, dry_run=dry_run, profile=profile), json_)
+    where = output or parse_place("")
+    options = OutputOptions(where.path, codec, quality, save_latents, resume)
+    emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
 
 
 @app.command
@@ -78,7 +90,7 @@ def batch(
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="A folder.", converter=place)] = None,
+    output: Annotated[Place | None, Parameter(name=["--output", "-o"], help="A folder.", **PLACE)] = None,
     codec: Codec = "h264",
     quality: Quality = None,
     save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
@@ -90,6 +102,11 @@ def batch(
     """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
 
     Lines that begin with # are comments.
+
+    ```sh
+    wanduet batch prompts.txt -o videos/
+    wanduet batch prompts.txt -o videos/ --resume
+    ```
     """
     config = engine.config()
     requests = read_batch(file, video, config)
@@ -98,7 +115,8 @@ def batch(
     from wanduet.engine.job import OutputOptions
     from wanduet.frontends.batch import run_batch
 
-    done = run_batch(requests, config, OutputOptions(output or Path(), codec, quality, save_latents, resume))
+    where = output or parse_place("")
+    done = run_batch(requests, config, OutputOptions(where.path, codec, quality, save_latents, resume), where)
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
@@ -114,7 +132,13 @@ def plan(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Predict memory and choose settings, without loading anything."""
+    """Predict memory and choose settings, without loading anything.
+
+    ```sh
+    wanduet plan --resolution 720p
+    wanduet plan --resolution 1080p --hardware 2x3090
+    ```
+    """
     config = engine.config()
     request = early_request(LONGEST_PROMPT, video, config)
     from wanduet.frontends.commands import run_plan
@@ -134,7 +158,12 @@ def bench(
     runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights."""
+    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights.
+
+    ```sh
+    wanduet bench --model random:1.3b --steps 4 --runs 2
+    ```
+    """
     config = engine.config()
     request = early_request(prompt, video, config)
     from wanduet.frontends.bench import run_bench
@@ -148,15 +177,20 @@ def encode(
     *,
     engine: EngineFlags = OTHER,
     output: Annotated[
-        Path | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", converter=place)
+        Place | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", **PLACE)
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Write a prompt's embeddings to a file."""
+    """Write a prompt's embeddings to a file.
+
+    ```sh
+    wanduet encode "a cat walks over a frozen lake" -o cat.safetensors
+    ```
+    """
     request, config = VideoFlags().request(prompt), engine.config()
     from wanduet.frontends.commands import run_encode
 
-    emit(run_encode(request.prompt, config, output), json_)
+    emit(run_encode(request.prompt, config, output or parse_place("")), json_)
 
 
 @app.command
@@ -169,18 +203,29 @@ def decode(
     quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Decode saved latents to a video, with the model that made them unless --model is given."""
+    """Decode saved latents to a video, with the model that made them unless --model is given.
+
+    ```sh
+    wanduet decode cat.mp4.latents.safetensors --codec ffv1
+    ```
+    """
     check_output(output, codec, quality)
     from wanduet.frontends.commands import run_decode
 
-    emit(run_decode(latents, engine, output, codec, quality), json_)
+    emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
 
 
 @app.command
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache."""
+    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache.
+
+    ```sh
+    wanduet inspect cat.mp4
+    wanduet inspect "a cat walks over a frozen lake"
+    ```
+    """
     from wanduet.engine import tools
 
     emit(tools.inspect(engine.config(), target), json_)
@@ -194,6 +239,11 @@ def download(
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Fetch a model beforehand, and check every file.
+
+    ```sh
+    wanduet download
+    wanduet download --model FOLDER --trust
+    ```
 
     Parameters
     ----------
@@ -209,7 +259,12 @@ def download(
 def verify(
     video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Make a video again from its own metadata and compare every frame."""
+    """Make a video again from its own metadata and compare every frame.
+
+    ```sh
+    wanduet verify cat.mp4
+    ```
+    """
     from wanduet.frontends.commands import run_verify
 
     found = run_verify(video, engine)
@@ -220,10 +275,19 @@ def verify(
 
 @app.command
 def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
-    """Show what this machine has, what is missing, and what to do."""
-    from wanduet.engine import tools
+    """Show what this machine has, what is missing, and what to do.
 
-    emit(tools.doctor(engine.config()), json_)
+    ```sh
+    wanduet doctor --model miniature
+    ```
+    """
+    from wanduet.engine import tools
+    from wanduet.frontends.fetch import checking_bar
+
+    config = engine.config()
+    with checking_bar() as progress:
+        found = tools.doctor(config, progress)
+    emit(found, json_)
 
 
 cli_jobs.register(app)

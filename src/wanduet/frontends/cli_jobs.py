@@ -108,7 +108,13 @@ OURS, ENGINE, ALONE = ServerFlags(), EngineFlags(), ClusterFlags()
 
 
 def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: ClusterFlags = ALONE) -> None:
-    """Serve the OpenAI videos protocol, and the web page at /, until told to stop."""
+    """Serve the OpenAI videos protocol, and the web page at /, until told to stop.
+
+    ```sh
+    wanduet serve --model miniature
+    wanduet serve --host 0.0.0.0 --allowed-host videos.example.org
+    ```
+    """
     _run(server, engine.config(), cluster, browser=False)
 
 
@@ -118,7 +124,12 @@ def ui(
     engine: EngineFlags = ENGINE,
     browser: Annotated[bool, Parameter(help="Open the page.")] = True,
 ) -> None:
-    """Open the web page: the same server, with a browser."""
+    """Open the web page: the same server, with a browser.
+
+    ```sh
+    wanduet ui --model miniature
+    ```
+    """
     if not server.page:
         raise ConfigError("`wanduet ui --no-page` leaves nothing to open.", hint="Use `wanduet serve --no-page`.")
     _run(server, engine.config(), ALONE, browser=browser)

@@ -24,9 +24,10 @@ from wanduet.errors import (
     OutputError,
     WanduetError,
 )
-from wanduet.frontends.early import PUBLISHED, is_folder
+from wanduet.frontends.early import PUBLISHED
 from wanduet.frontends.options import EngineFlags
 from wanduet.frontends.outputs import free_file, free_output, likely_output, take_output
+from wanduet.frontends.places import Place
 from wanduet.frontends.progress import follow
 from wanduet.frontends.resume import seed_of_interrupted, take_begun, with_seed
 from wanduet.media.files import UnreadableFileError
@@ -49,22 +50,22 @@ def run_generate(
     request: GenerationRequest,
     config: EngineConfig,
     options: OutputOptions,
+    output: Place,
     *,
-    named: bool,
     dry_run: bool = False,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """One request to its videos. `named`: options.path is the user's; else a free name is made from the prompt."""
+    """One request to its videos. `options.path` is the output's: a file, or a folder for a name made from the prompt."""
     check_attention(config)
-    is_named = named and not is_folder(options.path)
+    is_named = not output.is_folder
     count = request.num_videos_per_prompt
     if dry_run:
         if not is_named:
             options = likely_output(options, request.prompt, count)
-        with Engine(without_fetching(config)) as engine:
-            plan = engine.plan(request)
-            resolved = request.resolve(engine.models.spec)
-            return {"output": str(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
+        models = Models(without_fetching(config))
+        resolved = request.resolve(models.spec)
+        plan = make_plan(resolved, models.memory, config, detect())
+        return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # no name is free before the engine has stopped
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:
@@ -88,9 +89,9 @@ def run_generate(
         except WanduetError as error:
             say_how_to_go_on(job, error)
             raise
-        done = report(job, result)
+        done = report(job, result, output)
         if profile:
-            done |= _profile(job, engine, Path(f"{done['output']}.trace.json"))
+            done |= _profile(job, engine, Path(f"{job.video_path(0)}.trace.json"))
     return done
 
 
@@ -157,10 +158,10 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
     return config
 
 
-def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[str, Any]:
+def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, Any]:
     """A prompt to an embeddings file."""
-    path = output or Path()
-    if is_folder(path):
+    path = output.path
+    if output.is_folder:
         path, names = free_file(path, prompt, ".safetensors")
     elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
         raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
@@ -168,17 +169,15 @@ def run_encode(prompt: str, config: EngineConfig, output: Path | None) -> dict[s
         names = take_given([path])
     with names:
         embeds = tools.encode_to_file(config, prompt, path)
-    return {"output": str(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
+    return {"output": output.shown(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
 
 
-def run_decode(
-    latents: Path, flags: EngineFlags, output: Path | None, codec: str, quality: int | None
-) -> dict[str, Any]:
+def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
     """Kept latents to a video."""
     about = load_latents(latents)[1]
     config = _config_of(latents, flags, about)
-    options = OutputOptions(output or Path(), codec, quality, save_latents=True)
-    if output is None or is_folder(output):
+    options = OutputOptions(output.path, codec, quality, save_latents=True)
+    if output.is_folder:
         prompt = str(_part(about, "request").get("prompt") or latents.stem)
         options, names = free_output(options, prompt, over_latents=True)
     else:
@@ -187,7 +186,7 @@ def run_decode(
         result = tools.decode_latents(config, latents, options)
     video = result.videos[0]
     return {
-        "output": str(video.path),
+        "output": output.shown(video.path),
         "seed": video.seed,
         "num_frames": video.num_frames,
         "timings": _rounded(result.timings),
@@ -199,12 +198,25 @@ def run_decode(
 def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
     """Make a video again and compare frame hashes. Raises UnreadableFileError."""
     about = read_metadata(video)
-    (request, quality), codec = _request_of(video, about), str(probe(video)["codec"])
+    if "denoised_by" in _part(about, "engine"):
+        raise UnreadableFileError(
+            f"{video} was decoded from latents that another model or program made, so it cannot be made again."
+        )
+    (request, quality), facts = _request_of(video, about), probe(video)
+    for side in ("width", "height"):  # before hours are spent on what a stranger's file says
+        if getattr(request, side) not in (None, facts[side]):
+            raise UnreadableFileError(
+                f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
+            )
     expected = frame_hashes(video)
+    if len(expected.frames) < (request.num_frames or 0):
+        raise UnreadableFileError(
+            f"{video} is cut off, or was edited: it has {len(expected.frames)} of {request.num_frames} frames."
+        )
     with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
-            job = engine.submit(request, OutputOptions(path, codec, quality))
+            job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
         except InvalidRequestError as error:
             raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
         follow(job)
@@ -236,10 +248,10 @@ def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, 
         raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
 
 
-def report(job: Job, result: JobResult) -> dict[str, Any]:
+def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
     """A finished job as `generate --json` prints it."""
     request = job.request
-    videos = [{"output": str(v.path), "seed": v.seed} for v in result.videos]
+    videos = [{"output": output.shown(v.path), "seed": v.seed} for v in result.videos]
     return {
         "output": videos[0]["output"],
         "seed": request.seed,
@@ -248,7 +260,7 @@ def report(job: Job, result: JobResult) -> dict[str, Any]:
         "num_frames": request.num_frames,
         "fps": request.fps,
         "videos": videos,
-        "latents": [str(v.latents_path) for v in result.videos if v.latents_path is not None],
+        "latents": [output.shown(v.latents_path) for v in result.videos if v.latents_path is not None],
         "settings": settings(request),
         "plan": job.plan.as_dict(),
         "timings": _rounded(result.timings),
@@ -301,8 +313,8 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
     """
     config, unset = flags.config(), EngineFlags()
     engine, made_by = _part(about, "engine"), _part(about, "model")
-    if not flags.names_model and made_by.get("name") is not None:
-        config = replace(config, **_model_here(file, made_by, config.revision))
+    if not flags.names_model:
+        config = replace(config, **_model_here(file, made_by, config))
     for name, allowed in (
         ("transformer_dtype", get_args(DType)),
         ("vae_dtype", get_args(DType)),
@@ -320,9 +332,21 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
     return config
 
 
-def _model_here(file: Path, made_by: Mapping[str, Any], revision: str | None) -> dict[str, Any]:
-    """Name and revision of the model that a file says it was made by, if it is known and here. Raises ModelNotFoundError."""
-    name = made_by["name"]
+def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """Name and revision of the model that a file says it was made by, else of the default one, if it is known and here.
+
+    Raises ModelNotFoundError.
+    """
+    name, revision = made_by.get("name"), config.revision
+    if name is None:
+        try:
+            open_model(config.model, revision, fetch=False)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"{file} does not say which model made it, and {config.model} is not here.",
+                hint="Name the model with --model.",
+            ) from error
+        return {}
     if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
         return {"model": name}
     if not isinstance(name, str) or name not in PUBLISHED:

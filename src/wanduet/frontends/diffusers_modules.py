@@ -32,7 +32,8 @@ SAMPLES = 32  # of each tensor's numbers, to notice that weights were changed in
 
 def unwrapped(module: Any) -> Any:
     """What `torch.compile` has made a module of, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    # Not getattr: another wrapper may hand on what it is asked for, and would be taken for what it wraps.
+    return module._modules.get("_orig_mod", module) if isinstance(module, nn.Module) else module
 
 
 def check_module(kind: str, module: Any) -> None:

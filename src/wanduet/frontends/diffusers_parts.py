@@ -327,5 +327,5 @@ def dtype_name(dtype: Any) -> str:
 
 def owner_of(module: Any) -> PipelineParts | None:
     """The pipeline's parts that a shown part, perhaps compiled, belongs to; None for any other module."""
-    owner = getattr(unwrapped(module), "parts", None)
+    owner = getattr(unwrapped(module), "__dict__", {}).get("parts")  # not what a wrapper hands on
     return owner if isinstance(owner, PipelineParts) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.frontends.options import VideoFlags, decoded
+from wanduet.frontends.places import Place
 from wanduet.request import GenerationRequest
 from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 from wanduet.untrusted import cut, parse_json, read_stream
@@ -39,30 +40,23 @@ def known_spec(model: str) -> ModelSpec | None:
     return None if folder is None else folder.spec
 
 
-def check_output(path: Path | None, codec: str, quality: int | None) -> None:
+def check_output(output: Place | None, codec: str, quality: int | None) -> None:
     """Raises InvalidRequestError for a codec, a quality or a file name that no video can have."""
     from wanduet.media.codecs import container_for
     from wanduet.media.video import VideoSpec
 
     VideoSpec(16, 16, codec=codec, quality=quality)
-    if path is not None and path.name and not is_folder(path):
-        container_for(path, codec)
+    if output is not None and not output.is_folder:
+        container_for(output.given, codec)
 
 
-def check_folder(path: Path | None) -> None:
+def check_folder(output: Place | None) -> None:
     """Raises InvalidRequestError for what is meant as a video's name where a folder is needed."""
     from wanduet.media.codecs import CONTAINERS
 
-    if path is not None and path.suffix.lower() in CONTAINERS and not is_folder(path):
-        raise InvalidRequestError("output", str(path), "a folder for all videos", path.with_suffix("").name or None)
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a video's name is still to be made up. A path that cannot be looked at is none."""
-    try:
-        return path.is_dir() or not path.name
-    except (OSError, ValueError):
-        return False
+    if output is not None and not output.is_folder and output.given.suffix.lower() in CONTAINERS:
+        nearest = output.given.with_suffix("").name or None
+        raise InvalidRequestError("output", str(output.given), "a folder for all videos", nearest)
 
 
 def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[GenerationRequest]:

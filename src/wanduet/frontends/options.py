@@ -75,14 +75,6 @@ def whole(kind: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"a whole number is needed, not {text[:40]!r}") from None
 
 
-def place(kind: Any, tokens: Sequence[Token]) -> Path:
-    """A path; `~` is somebody's home also where no shell has replaced it. Raises ValueError."""
-    try:
-        return Path(tokens[0].value).expanduser()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
-
-
 @Parameter(name="*", group=VIDEO)
 @dataclass(frozen=True, slots=True)
 class VideoFlags:
@@ -226,8 +218,9 @@ class EngineFlags:
 
 
 def _home(path: Path) -> Path:
-    """`~/x` from a settings file or the environment, where no shell has replaced it. Raises ConfigError."""
+    """`~/x` from a settings file or the environment, where no shell has replaced it; absolute, for the current folder
+    may be gone later. Raises ConfigError."""
     try:
-        return path.expanduser()
+        return path.expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"data_dir={str(path)!r}: {str(error).rstrip('.')}.") from error

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from wanduet.config import format_bytes, format_seconds
 from wanduet.untrusted import printable
@@ -35,7 +35,7 @@ def show(value: Mapping[str, Any]) -> None:
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
     console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
-    table = Table("device", "role", "denoise", "decode", "may use")
+    table = _table("device", "role", "denoise", "decode", "may use")
     for device in plan["devices"]:
         phases = device["phases"]
         cells = [format_bytes(phases.get(phase, 0)) for phase in ("denoise", "decode")]
@@ -45,7 +45,7 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         "host", "text encoder, frames", "", format_bytes(plan["host_bytes"]), format_bytes(plan["host_limit_bytes"])
     )
     console.print(table)
-    choices = Table("setting", "value", "why")
+    choices = _table("setting", "value", "why")
     for choice in plan["choices"]:
         choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
     console.print(choices)
@@ -90,7 +90,7 @@ def _show_batch(console: Console, batch: Mapping[str, Any]) -> None:
 
 
 def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
-    table = Table(show_header=False)
+    table = _table("", "", show_header=False)
     for name, field in value.items():
         if name not in _HIDDEN and field not in (None, [], {}):
             table.add_row(name, _text(name, field))
@@ -106,6 +106,11 @@ def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
         if isinstance(parts["request"], Mapping):
             table.add_row("prompt", _text("prompt", parts["request"].get("prompt")))
     console.print(table)
+
+
+def _table(*columns: str, show_header: bool = True) -> Table:
+    """A table that breaks a long path instead of leaving out its end."""
+    return Table(*(Column(name, overflow="fold") for name in columns), show_header=show_header)
 
 
 def _text(name: str, field: Any) -> str:

@@ -15,7 +15,8 @@ import av
 from wanduet.media import provenance
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.files import UnreadableFileError
-from wanduet.untrusted import cut, open_regular, read_safetensors_header
+from wanduet.media.truncation import promised_bytes
+from wanduet.untrusted import check_regular, cut, open_regular, read_safetensors_header
 
 # Only files of these kinds, and nothing that they point to: a playlist could name any file or address.
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,matroska,webm"}
@@ -168,10 +169,25 @@ def _packets(container: Any) -> Iterator[Any]:
         yield packet
 
 
+def _require_whole(path: Path) -> None:
+    """Raises UnreadableFileError for a file that ends too early, OSError."""
+    size = check_regular(path)
+    if not size:
+        raise UnreadableFileError(f"{path} is empty.")
+    with open_regular(path) as file:
+        promised = promised_bytes(file)
+    if size < promised:
+        raise UnreadableFileError(
+            f"{path} is cut off: it has {size} bytes, and says that it has {promised} or more.",
+            hint="Copy or download it again.",
+        )
+
+
 @contextmanager
 def _open_video(path: Path) -> Iterator[Any]:
     """The opened container; whatever goes wrong while it is read becomes UnreadableFileError."""
     try:
+        _require_whole(path)
         with open_regular(path) as file, av.open(_Bounded(file), "r", options=_OPEN_OPTIONS) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise UnreadableFileError(f"{path} holds no video that can be read.")

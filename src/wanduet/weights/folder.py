@@ -75,6 +75,10 @@ class ModelFolder:
         self._check_kind()
         for path in sorted(self.tokenizer.iterdir()):
             check_pointer(path)
+        if not os.path.lexists(self.tokenizer / "tokenizer.json"):
+            raise ModelNotFoundError(
+                f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
+            )
         missing: list[ModelNotFoundError] = []
         for component in COMPONENTS:
             self._check_class(component)
@@ -211,6 +215,10 @@ def _layout_hint(path: Path) -> str:
 
     if (path / "snapshots").is_dir() and (model := cache_folder_id(path)):
         return f"It is a folder of the hub's cache; give the hub id: --model {model}"
+    if path.name in (*COMPONENTS, "tokenizer", "scheduler") and (path.parent / "model_index.json").is_file():
+        return f"It is a part of a model; give the whole: --model {path.parent}"
+    if inside := next((p.parent for p in sorted(path.glob("*/model_index.json"))), None):
+        return f"There is one in it: --model {inside}"
     if any(path.glob("*.pth")) or any(path.glob("diffusion_pytorch_model*.safetensors")):
         model = cache_folder_id(path) or f"Wan-AI/{path.name}"
         return f"It is in the official layout. The same weights in the layout wanduet reads: {diffusers_name(model)}"

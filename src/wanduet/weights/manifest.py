@@ -68,7 +68,8 @@ def verify(
         names = ", ".join(str(folder / name) for name in bad[:5]) + (f" and {len(bad) - 5} more" if bad[5:] else "")
         missing = all(not (folder / name).exists() for name in bad)
         problem = "is missing" if missing else "is damaged: its hash is not the one it was published with"
-        problem = problem if len(bad) == 1 else problem.replace("is ", "are ", 1).replace("its hash is", "hashes are")
+        if len(bad) > 1:
+            problem = "are missing" if missing else "are damaged: their hashes are not those they were published with"
         raise WeightsError(f"{names} {problem}.", hint=_HINT if missing else f"{_HINT} {_OR_TRUST}")
     return hashed
 

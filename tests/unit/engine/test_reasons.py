@@ -133,7 +133,7 @@ CLAIMS: dict[str, Claim] = {
     r"without effect: this GPU has no TF32": lambda c, x, m: on_cuda(c.vae) and c.vae.capability < (8, 0),
     r"the VAE's float32 convolutions round their factors to TF32": lambda c, x, m: tf32(c) and x.value is True,
     r"asked for: the VAE's float32 convolutions are exact": lambda c, x, m: tf32(c) and not c.config.tf32,
-    r"without effect: random weights have no text encoder": lambda c, x, m: c.config.model.startswith("random"),
+    r"its memory is counted as with published weights; random ones have no text encoder": lambda c, x, m: c.config.model.startswith("random"),
     r"small: (.+) of host memory hold all of it": lambda c, x, m: (
         x.value == "resident" and m[1] == format_bytes(text_bytes(c, "resident")) and text_bytes(c, "resident") < GIB
     ),

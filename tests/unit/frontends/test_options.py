@@ -6,7 +6,7 @@ from cyclopts import Token
 
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.frontends.early import early_request, is_folder, known_spec, read_batch
+from wanduet.frontends.early import early_request, known_spec, read_batch
 from wanduet.frontends.options import EngineFlags, VideoFlags, whole
 from wanduet.request import GenerationRequest
 from wanduet.specs import DEFAULT_MODEL, WAN_1_3B, GenerationDefaults, VAESpec
@@ -72,13 +72,6 @@ def test_seconds_are_those_of_the_model() -> None:
     )
     assert VideoFlags(seconds=2).request("x", slow).num_frames == 17
     assert VideoFlags(seconds=2, fps=4).request("x", slow).num_frames == 9
-
-
-def test_what_is_a_folder(tmp_path: Path) -> None:
-    assert is_folder(tmp_path)
-    assert is_folder(Path())
-    for path in (tmp_path / "clip.mp4", Path("x" * 5000), Path("nul\0")):
-        assert not is_folder(path)
 
 
 def test_a_batch_takes_flags_as_defaults(tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty" not in out
 
 
+def test_a_long_path_is_shown_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/models/" + "Wan2.1-T2V-1.3B-Diffusers" * 5 + "/diffusion_pytorch_model-00001-of-00002.safetensors"
+    for value in ({"path": path}, {"model": {"problem": f"{path} is damaged."}}):
+        out = shown(capsys, value)
+        assert path in "".join("".join(cell.strip() for cell in line.split("│")[2:]) for line in out.splitlines())
+
+
 def test_a_batch_is_a_line_a_video(capsys: pytest.CaptureFixture[str]) -> None:
     videos = [{"output": "a-1.mp4", "seed": 1}, {"output": "a-2.mp4", "seed": 2}]
     made = {"output": "a-1.mp4", "seed": 1, "videos": videos, "warnings": ["cut"], "settings": {"prompt": "a"}}
