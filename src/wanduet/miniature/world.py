@@ -96,7 +96,7 @@ def sample_clips(count: int, generator: torch.Generator) -> Clips:
     def floats(*shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator)
 
-    background = torch.where(floats() < 0.4, integers(len(BACKGROUNDS)), integers(BASE_BACKGROUNDS))
+    background = torch.where(floats() < 0.65, integers(len(BACKGROUNDS)), integers(BASE_BACKGROUNDS))
     color, shape, motion = integers(len(COLORS), 2), integers(BASE_SHAPES, 2), integers(BASE_MOTIONS, 2)
     shape = torch.where(floats(2) < 0.45, integers(len(SHAPES), 2), shape)
     motion = torch.where(floats(2) < 0.3, BASE_MOTIONS + integers(len(MOTIONS) - BASE_MOTIONS, 2), motion)
