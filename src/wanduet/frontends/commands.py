@@ -288,8 +288,8 @@ def _announce(job: Job, config: EngineConfig) -> None:
     r = job.request
     if config.model == MINIATURE and not is_in_world(r.prompt):
         job.warnings.append(
-            "The miniature knows coloured shapes that move on a black, gray, navy, brown or beige background, and a few "
-            "scenes; this prompt goes beyond its world. Try: a red circle moving left on a black background."
+            "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
+            "goes beyond its world. Try: a red circle moving left on a black background."
         )
     print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
