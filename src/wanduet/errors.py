@@ -86,6 +86,16 @@ class NonFiniteFramesError(WanduetError):
     code = "non_finite_frames"
 
 
+class KernelFailedError(WanduetError):
+    """A fused kernel failed in the middle of a job, though its check had passed; its plain form takes over."""
+
+    code = "kernel_failed"
+
+    def __init__(self, operation: str, reason: str) -> None:
+        super().__init__(f"The kernel for {operation} failed ({reason}).")
+        self.operation, self.reason = operation, reason
+
+
 class LatentsGoneError(WanduetError):
     """A worker that only decodes does not find, or cannot read, what another has denoised."""
 

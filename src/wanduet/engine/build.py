@@ -30,7 +30,8 @@ from wanduet.models.vae import WanVAE
 from wanduet.models.without_memory import without_memory
 from wanduet.ops.attention_choice import Shape, choose_attention
 from wanduet.ops.devices import MEMORY_LIMITS, on_device_of, prepare_allocator
-from wanduet.ops.kernels import kernels_for, vae_kernels_for
+from wanduet.ops.kernel_verdicts import read_verdicts, write_verdicts
+from wanduet.ops.kernels import guarded, kernels_for, vae_kernels_for, without
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.weights.download import open_model, verify_manifest
 from wanduet.weights.folder import ModelFolder
@@ -50,6 +51,7 @@ class Models:
         self.locks = Locks()
         self.peaks = PEAKS
         self._loading = Loading()
+        read_verdicts(config.data_folder / "measurements")
         self._vae: WanVAE | None = None
         self._text: tuple[tuple[str, str], PromptEncoder] | None = None
         self._group: Group | None = None
@@ -216,7 +218,9 @@ class Models:
 
         shape = Shape(tokens, tokens, *heads)
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
-            kernels = kernels_for(denoiser.device, denoiser.dtype, *heads)
+            kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
+            if denoiser.device.type == "cuda":
+                write_verdicts(folder)
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
@@ -312,7 +316,16 @@ class Models:
             self._vae.channels_last()
             if self.config.tf32:
                 self._vae.round_to_tf32()
-        self._vae.use_kernels(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32))
+        self._vae.use_kernels(guarded(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32)))
+        if device.type == "cuda":
+            write_verdicts(self.config.data_folder / "measurements")
+
+    def without_vae_kernel(self, operation: str) -> None:
+        """Decode with an operation's plain form from now on."""
+        with self.locks.take(VAE):
+            if self._vae is not None:
+                device = self._vae.post_quant_conv.weight.device
+                self._vae.use_kernels(without(self._vae.kernels, operation, device))
 
     def _vae_to_host(self, device: torch.device) -> None:
         """Take the VAE off a device, which this thread has locked: so nobody decodes there. On another one it may be

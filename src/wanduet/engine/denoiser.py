@@ -12,6 +12,7 @@ from wanduet.models.transformer import WanTransformer
 from wanduet.ops.attention import AttentionLseFn
 from wanduet.ops.attention_choice import Choice, Shape
 from wanduet.ops.fused import Kernels
+from wanduet.ops.kernels import without
 
 PARKED = -1  # resident blocks of a transformer that made room
 
@@ -35,6 +36,14 @@ class Denoiser:
         """Use that attention from the next forward on."""
         self.attention, self.attention_lse = choice.name, choice.fn_with_lse
         self.transformer.runtime = replace(self.transformer.runtime, attention=choice.fn)
+
+    def without_kernel(self, operation: str) -> None:
+        """Compute with an operation's plain form from the next forward on, in later jobs too."""
+        kernels = without(self.transformer.runtime.kernels, operation, self.device)
+        self.transformer.runtime = replace(self.transformer.runtime, kernels=kernels)
+        if self.chosen is not None:
+            shape, _, choice = self.chosen
+            self.chosen = (shape, kernels, choice)
 
     def restream(self, resident_blocks: int) -> None:
         """Keep so many blocks on the device."""

@@ -6,7 +6,7 @@ Whatever was computed is kept until it is on disk: checkpoints during the denois
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -22,11 +22,19 @@ from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surro
 from wanduet.engine.job import Event, Job, Video, VideoResult
 from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
 from wanduet.engine.record import made_alike, provenance_of, video_digest
-from wanduet.errors import CancelledError, ConfigError, NonFiniteFramesError, OutOfMemoryError, OutputError
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    KernelFailedError,
+    NonFiniteFramesError,
+    OutOfMemoryError,
+    OutputError,
+)
 from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
+from wanduet.models.vae_rows import DecodePlan
 from wanduet.models.vae_stream import decode_stream
 from wanduet.parallel.launch import RankFailedError
 from wanduet.request import ResolvedRequest
@@ -120,7 +128,7 @@ def _denoise_here(models: Models, video: Video, task: DenoiseTask) -> Tensor:
         around = Surroundings(video, job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder)
         denoising = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)
         latents = denoising()
-        video.attention = denoiser.attention
+        video.attention, video.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
     video.add_time("denoise_s", denoising.seconds_of_others)
     return latents
 
@@ -182,8 +190,7 @@ def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
             log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
             video.note(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
         try:
-            with models.vae(video, device) as vae:
-                return _write(models, video, decode_stream(vae, latents, mode, show))
+            return _decode_as(models, video, latents, (device, mode), show)
         except NonFiniteFramesError as error:
             error.hint = f"The latents are kept: wanduet decode {video.latents_path} --vae-dtype float32"
             raise
@@ -194,6 +201,24 @@ def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
         f"Decoding ran out of memory in its smallest form ({problem}).",
         hint=f"The latents are kept: wanduet decode {video.latents_path}",
     )
+
+
+def _decode_as(
+    models: Models, video: Video, latents: Tensor, how: tuple[str, DecodePlan], show: Callable[[int, int], None]
+) -> Written:
+    """On a device, in a mode; a kernel that fails is replaced by its plain form, and the decode begins again."""
+    device, mode = how
+    while True:
+        try:
+            with models.vae(video, device) as vae:
+                video.vae_kernels = vae.kernels.name
+                return _write(models, video, decode_stream(vae, latents, mode, show))
+        except KernelFailedError as error:
+            failed = error
+        video.check_cancelled()
+        log.warning("%s Decoding with its plain form.", failed.message)
+        video.note(f"decode: plain {failed.operation} ({failed.reason})")
+        models.without_vae_kernel(failed.operation)
 
 
 def _decode_on_ranks(models: Models, video: Video, latents: Tensor) -> Written | None:

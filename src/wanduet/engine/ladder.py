@@ -15,7 +15,7 @@ from wanduet.engine.job import Planned, Video
 from wanduet.engine.memory import ModelMemory
 from wanduet.engine.plan import LATER_JOBS_SHARE
 from wanduet.engine.release import release_memory
-from wanduet.errors import OutOfMemoryError
+from wanduet.errors import KernelFailedError, OutOfMemoryError
 from wanduet.models.vae_rows import DecodePlan
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("s
 
 
 class DenoiseLadder:
-    """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. No step is lost."""
+    """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. Where a kernel fails, its
+    plain form takes over. No step is lost."""
 
     def __init__(self, work: Planned, denoiser: Denoiser) -> None:
         self._work, self._denoiser = work, denoiser
@@ -41,8 +42,16 @@ class DenoiseLadder:
         while True:
             try:
                 return forward()
+            except KernelFailedError as error:
+                failed = error
             except torch.OutOfMemoryError as error:
-                problem = str(error).split(". ")[0]
+                failed, problem = None, str(error).split(". ")[0]
+            if failed is not None:
+                self._work.check_cancelled()
+                log.warning("%s Going on with its plain form.", failed.message)
+                self._work.note(f"denoise: plain {failed.operation} ({failed.reason})")
+                self._denoiser.without_kernel(failed.operation)
+                continue
             # Outside the handler: its traceback holds the failed forward's tensors.
             release_memory()
             self._work.check_cancelled()

@@ -15,6 +15,7 @@ from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.engine.memory import text_encoder_bytes
 from wanduet.ops.attention import SDPA, available_backends
 from wanduet.ops.attention_choice import Shape, remembered
+from wanduet.ops.kernel_verdicts import triton_problem
 from wanduet.ops.kernels import has_quack, plans_fused_kernels
 from wanduet.request import ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
@@ -265,7 +266,8 @@ class Explained:
         if not device.name.startswith("cuda"):
             return Choice(setting, "torch", f"PyTorch's own operations: Triton's kernels are not for {device.name}")
         if not plans_fused_kernels(device.name):
-            return Choice(setting, "torch", "PyTorch's own operations: Triton is not installed")
+            why = triton_problem() or "some of Triton's kernels did not work here"
+            return Choice(setting, "torch", f"PyTorch's own operations: {why}")
         if not self._is_here(device):
             return Choice(setting, "triton", "taken to work there; PyTorch's own operations run where they do not")
         dtype = getattr(torch, self.plan.transformer_dtype)

@@ -66,6 +66,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         "tf32": plan.tf32,
         "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
     }
+    engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video, name)) is not None}
     if video.denoised is not None:  # perhaps by another machine
         made = video.denoised.get("engine", {})
         engine |= {name: made[name] for name in of_latents if name in made}

@@ -1,10 +1,12 @@
 """What can be done besides a whole job: decode kept latents, encode a prompt, look into files, look at the machine."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,17 @@ from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
+from wanduet.ops.kernel_verdicts import plain_operations, read_verdicts, triton_problem
+from wanduet.ops.kernels import TRITON, VAE_TRITON
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress
 
+# For PyTorch's wheels for Windows, which do not ask for it.
+TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
+FLASH4_MAJORS = (9, 10)  # of compute capabilities: Hopper and Blackwell's data centre cards
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
 
@@ -175,6 +182,7 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
     """What this machine has, what is missing, and what to do about it. `progress` is called while weights are hashed."""
     hardware = detect()
     folder = config.data_folder
+    read_verdicts(folder / "measurements")
     problems: list[str] = []
     data_folder = {"path": str(folder), "free_bytes": _free_bytes(folder)}
     try:
@@ -200,6 +208,8 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
         ],
         "links": _links(hardware),
         "triton": importlib.util.find_spec("triton") is not None,
+        "triton_problem": triton_problem() if hardware.gpus else None,
+        "plain_kernels": _plain_kernels(hardware),
         "data_folder": data_folder,
         "model": _model(config, progress),
         "advice": problems + _advice(hardware) + _not_used(measured_by),
@@ -237,6 +247,17 @@ def _not_used(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
 
 
+def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
+    """By device, the fused kernels that were seen not to work there."""
+    found = {}
+    for gpu in hardware.gpus:
+        device = torch.device(gpu.name)
+        names = [name for what in (TRITON, VAE_TRITON) for name in plain_operations(what, device) or ()]
+        if names:
+            found[gpu.name] = names
+    return found
+
+
 def _advice(hardware: Hardware) -> list[str]:
     found = []
     gpus = hardware.gpus
@@ -246,16 +267,25 @@ def _advice(hardware: Hardware) -> list[str]:
         )
     elif not gpus:
         found.append("No GPU is seen: check the driver with nvidia-smi.")
-    if gpus and importlib.util.find_spec("triton") is None:
-        hint = "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
-        found.append(f"Triton is missing: plain kernels run instead, about a fifth slower. {hint}")
-    if any(d.capability >= (9, 0) for d in gpus) and importlib.util.find_spec("flash_attn") is None:
+    if gpus and (problem := triton_problem()) is not None:
+        found.append(f"{problem}: plain kernels run instead, about a fifth slower. {_triton_hint()}")
+    if any(d.capability[0] in FLASH4_MAJORS for d in gpus) and importlib.util.find_spec("flash_attn") is None:
         found.append("This GPU is served best by flash-attn-4: pip install wanduet[hopper]")
     if hardware.host_free_bytes < 6 * 2**30:
         found.append(
             f"Only {format_bytes(hardware.host_free_bytes)} of host memory are free; the text encoder needs 3 GiB."
         )
     return found
+
+
+def _triton_hint() -> str:
+    """What to install, in the release that this PyTorch asks for in its metadata."""
+    if importlib.util.find_spec("triton") is not None:
+        return "Install both (Debian: apt install gcc python3-dev)."
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    asked = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
+    release = asked[1] if asked else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    return f'pip install "{package}=={release}.*"' if release else f"pip install {package}"
 
 
 def _links(hardware: Hardware) -> list[str]:

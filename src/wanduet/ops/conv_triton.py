@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.ops.devices import multiprocessors, shared_memory
+from wanduet.ops.devices import WGMMA_SHARED_MEMORY, multiprocessors, shared_memory
 from wanduet.ops.precision import convolutions_use_tf32
 from wanduet.ops.vae_fused import uses_tf32
 from wanduet.ops.vae_triton import EPS, launch, silu_rounded
@@ -69,11 +69,15 @@ class Tile:
         columns and output channels: the last time takes as long as the others, full or not."""
         images, height, width, outputs = size
         programs = images * self.programs(height, width) * triton.cdiv(outputs, self.channels)
-        return int(triton.cdiv(programs, processors * max(1, limit // self.shared_memory(itemsize))))
+        return int(triton.cdiv(programs, processors * max(1, limit // self.shared_memory(itemsize, limit))))
 
-    def shared_memory(self, itemsize: int) -> int:
-        """Bytes of the inputs and weights under way, in values of `itemsize` bytes."""
-        return self.stages * (self.pixels + self.channels) * self.depth * itemsize
+    def shared_memory(self, itemsize: int, limit: int) -> int:
+        """Bytes of the inputs and weights under way, in values of `itemsize` bytes, where a program may have `limit`.
+
+        Where matrix units read from registers, what is multiplied has left shared memory: one stage less lies there.
+        """
+        stages = self.stages if limit >= WGMMA_SHARED_MEMORY else self.stages - 1
+        return stages * (self.pixels + self.channels) * self.depth * itemsize
 
 
 # Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
@@ -283,7 +287,7 @@ def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Til
 
 
 def _within(tile: Tile, itemsize: int, limit: int) -> Tile:
-    while tile.shared_memory(itemsize) > limit:
+    while tile.shared_memory(itemsize, limit) > limit:
         fewer = tile.stages > 2
         tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
     return tile

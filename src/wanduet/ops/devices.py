@@ -15,6 +15,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 ATTEMPT_BYTES = 32 * 2**20
+# Only GPUs give a program so much shared memory whose matrix units read their factors from it (wgmma: 9.0, 10.x).
+WGMMA_SHARED_MEMORY = 200 * 1024
 
 
 def on_device_of(x: Tensor | torch.device) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.ops import fused
-from wanduet.ops.devices import multiprocessors, on_device_of
+from wanduet.ops.devices import WGMMA_SHARED_MEMORY, multiprocessors, on_device_of, shared_memory
 
 LOG2_E = 1.4426950408889634
 
@@ -31,6 +31,20 @@ class TextTile:
     warps: int = 4
     stages: int = 3
     programs: int = 3
+
+
+def tile_for(num_keys: int, itemsize: int, limit: int) -> TextTile:
+    """The tile for a text of so many keys of `itemsize` bytes a value, heads of 128 channels, within `limit` bytes of
+    shared memory.
+
+    Those for wgmma were measured on an H100. The others are those that take at most 99 KiB and keep every value in a
+    register, as compiled for 8.0 to 12.0 (benchmarks/compile_ahead.py).
+    """
+    if itemsize == 4:
+        return TextTile(32, 32, 4, 2)
+    if limit >= WGMMA_SHARED_MEMORY:
+        return TextTile()
+    return TextTile(64, 128, 8, 2) if num_keys <= 128 else TextTile(64, 64, 8, 2)
 
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
@@ -124,7 +138,7 @@ def text_attention(
     num_keys, heads, head_dim = keys.shape[1:]
     if any(x.stride(-1) != 1 or x.stride(-2) != head_dim for x in (keys, values)) or q.stride(-1) != 1:
         raise ValueError("Attention to the text needs heads and channels that lie side by side in memory.")
-    tile = tile or TextTile()
+    tile = tile or tile_for(num_keys, q.itemsize, shared_memory(q.device))
     block = min(tile.keys, max(16, triton.next_power_of_2(num_keys)))
     rows = max(1, 4096 // triton.next_power_of_2(width))
     factor = q.new_empty((batch, length), dtype=torch.float32)

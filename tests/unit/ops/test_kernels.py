@@ -1,14 +1,25 @@
 import dataclasses
+import functools
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from wanduet.ops import kernels, quack_products
+from wanduet.errors import KernelFailedError
+from wanduet.ops import kernel_checks, kernel_verdicts, kernels, quack_products
 from wanduet.ops.fused import TORCH_KERNELS
 
 CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(kernels, "_BROKEN", {})
+    kernel_verdicts.forget()
+    yield
+    kernel_verdicts.forget()
 
 
 def offered(monkeypatch: pytest.MonkeyPatch, kernel_set: object) -> None:
@@ -48,17 +59,121 @@ def test_kernels_are_tried_at_the_model_s_width(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoilt", ["norm", "residual_norm", "qk_norm_rope", "qk_norm_rope_pair", "linear", "linear_gelu"]
+    "spoilt", ["norm", "residual_norm", "qk_norm_rope", "qk_norm_rope_pair", "linear", "linear_gelu", "text_attention"]
 )
 @pytest.mark.parametrize("how", [1.05, float("nan")])
-def test_wrong_kernels_are_dropped(monkeypatch, caplog, spoilt: str, how: float) -> None:
+def test_a_wrong_kernel_is_dropped_alone(monkeypatch, caplog, spoilt: str, how: float) -> None:
     def wrong(*args: object) -> object:
         out = getattr(TORCH_KERNELS, spoilt)(*args)
         return tuple(x * how for x in out) if isinstance(out, tuple) else out * how
 
-    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, **{spoilt: wrong}))
-    assert kernels.kernels_for(CUDA, torch.bfloat16) is TORCH_KERNELS
-    assert "are wrong here" in caplog.text
+    mine = {name: functools.partial(getattr(TORCH_KERNELS, name)) for name in kernel_checks.CASES}
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", **(mine | {spoilt: wrong})))
+    found = kernels.kernels_for(CUDA, torch.bfloat16)
+    assert found.name == f"triton without {spoilt}"
+    for name, run in mine.items():
+        assert getattr(found, name) is (getattr(TORCH_KERNELS, name) if name == spoilt else run)
+    assert f"Triton's kernels ({spoilt}) cannot be used here (wrong, error " in caplog.text
+
+
+def test_a_kernel_of_long_texts_that_does_not_fit_is_found_by_the_check(monkeypatch, caplog) -> None:
+    def text_attention(q, weight, eps, keys, *rest):
+        if keys.shape[1] > 128:
+            raise RuntimeError("out of resource: shared memory, Required: 163840, Hardware limit: 101376")
+        return TORCH_KERNELS.text_attention(q, weight, eps, keys, *rest)
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", text_attention=text_attention))
+    assert kernels.kernels_for(CUDA, torch.bfloat16).text_attention is TORCH_KERNELS.text_attention
+    assert "out of resource" in caplog.text
+
+
+def test_what_did_not_work_is_planned_for_by_this_process_and_by_the_next(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
+    monkeypatch.setattr(kernels, "triton_problem", lambda: None)
+    assert kernels.plans_fused_kernels("cuda:0")
+
+    def wrong(*args: object) -> torch.Tensor:
+        return 2 * TORCH_KERNELS.norm(*args)
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", norm=wrong))
+    kernels.kernels_for(CUDA, torch.bfloat16)
+    assert not kernels.plans_fused_kernels("cuda:0")
+    assert kernels.planned_vae_kernels("cuda:0").name == "triton"
+    kernel_verdicts.write_verdicts(tmp_path)
+
+    kernel_verdicts.forget()
+    kernel_verdicts.read_verdicts(tmp_path)
+    assert not kernels.plans_fused_kernels("cuda:0")
+    kernel_verdicts.forget()
+    monkeypatch.setattr(kernel_verdicts, "machine_state", lambda: "another driver")
+    kernel_verdicts.read_verdicts(tmp_path)
+    assert kernels.plans_fused_kernels("cuda:0")
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton"))
+    kernels.kernels_for(CUDA, torch.bfloat16)
+    assert kernels.plans_fused_kernels("cuda:0")
+
+
+def test_short_memory_says_nothing_about_a_kernel(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
+    monkeypatch.setattr(kernels, "triton_problem", lambda: None)
+
+    def short(*args: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", norm=short))
+    assert kernels.kernels_for(CUDA, torch.bfloat16).norm is TORCH_KERNELS.norm
+    assert kernels.plans_fused_kernels("cuda:0")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', '{"x": {"state": "y"}}', '{"x": {"plain": 3}}'])
+def test_a_damaged_file_of_verdicts_says_nothing(tmp_path, content: str) -> None:
+    (tmp_path / kernel_verdicts.VERDICTS_FILE).write_text(content)
+    kernel_verdicts.read_verdicts(tmp_path)
+    assert kernel_verdicts.plain_operations(kernels.TRITON, CUDA) is None
+
+
+def test_what_triton_lacks_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setattr(kernel_verdicts.shutil, "which", lambda name: None)
+    assert "C compiler" in kernel_verdicts.triton_problem()
+    monkeypatch.setattr(kernel_verdicts.shutil, "which", lambda name: "/usr/bin/gcc")
+    monkeypatch.setattr(kernel_verdicts.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "header" in kernel_verdicts.triton_problem()
+    (tmp_path / "Python.h").touch()
+    assert kernel_verdicts.triton_problem() is None
+
+
+def test_a_guarded_kernel_names_itself_when_it_fails() -> None:
+    def broken(*args: object) -> object:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    def short(*args: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    guarded = kernels.guarded(dataclasses.replace(TORCH_KERNELS, text_attention=broken, norm=short))
+    assert guarded.linear is TORCH_KERNELS.linear
+    with pytest.raises(KernelFailedError) as failed:
+        guarded.text_attention()
+    assert (failed.value.operation, failed.value.reason) == (
+        "text_attention",
+        "RuntimeError: out of resource: shared memory",
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        guarded.norm()
+
+
+def test_a_kernel_that_failed_in_a_job_is_not_tried_again(monkeypatch) -> None:
+    def mine(*args: object) -> torch.Tensor:
+        return TORCH_KERNELS.norm(*args)
+
+    offered(monkeypatch, right := dataclasses.replace(TORCH_KERNELS, name="triton", norm=mine))
+    assert kernels.kernels_for(CUDA, torch.bfloat16) is right
+    left = kernels.without(right, "norm", CUDA)
+    assert left.norm is TORCH_KERNELS.norm
+    assert kernels.kernels_for(CUDA, torch.bfloat16).norm is TORCH_KERNELS.norm
 
 
 @pytest.mark.parametrize(
@@ -98,7 +213,9 @@ def test_kernels_that_fail_are_dropped_with_one_sentence_of_what_that_costs(
 )
 def test_memory_is_planned_for_the_kernels_that_will_run(monkeypatch, device, gpus_here, triton_here, expected) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus_here)
-    monkeypatch.setattr(kernels, "_has_triton", lambda: triton_here)
+    monkeypatch.setattr(kernels, "has_triton", lambda: triton_here)
+    monkeypatch.setattr(kernels, "triton_problem", lambda: None if triton_here else "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
     assert kernels.planned_vae_kernels(device).name == expected
     compiled = kernels.vae_kernels_to_compile(torch.device(device))
     assert (compiled is not None) == (device != "cpu" and triton_here)
@@ -117,4 +234,4 @@ def test_quack_s_products_are_taken_if_they_are_right(monkeypatch, caplog) -> No
         quack_products, "_product", lambda x, weight, bias, out, activation, plain: 1.05 * plain(x, weight, bias, out)
     )
     assert kernels.kernels_for(CUDA, torch.bfloat16) is right
-    assert "quack's products are wrong here" in caplog.text
+    assert "quack's products cannot be used here (wrong, error" in caplog.text

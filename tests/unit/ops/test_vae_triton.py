@@ -242,7 +242,7 @@ def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
 @pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024, 64 * 1024])
 def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_memory) -> None:
     for tile in convolutions.tiles_for(inputs, outputs, itemsize, shared_memory):
-        assert tile.shared_memory(itemsize) <= shared_memory
+        assert tile.shared_memory(itemsize, shared_memory) <= shared_memory
         assert min(tile.pixels, tile.depth) >= 16
         assert tile.stages >= 2
         assert tile.depth * itemsize <= 128

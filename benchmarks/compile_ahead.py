@@ -1,0 +1,260 @@
+"""Compile, without a GPU, every Triton kernel that a decode and a forward ask for, as for one kind of card.
+
+    PYTHONPATH=src python benchmarks/compile_ahead.py --capability 86 [--dtype bfloat16] [--json]
+
+The product's own code asks for them: a decode and a forward run on the meta device, which computes nothing, while Triton
+takes the card from here (`CARDS`). A row for each kernel and form: bytes of shared memory beside the card's limit,
+registers, and bytes of the stack, where values lie that found no register. Ends with 1 if a kernel does not compile or
+does not fit.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from wanduet.ops import devices
+
+# Of a capability: bytes of shared memory that a program may have (CUDA C Programming Guide, table of technical
+# specifications, less 1 KiB that the system keeps), and the multiprocessors of one of its cards.
+CARDS = {80: (166_912, 108), 86: (101_376, 82), 89: (101_376, 128), 90: (232_448, 132), 120: (101_376, 170)}
+# 480p, 720p, 1080p, and one whose latent pixels are no multiple of 16.
+SIZES = ((480, 832), (720, 1280), (1088, 1920), (464, 848))
+KEYS = (3, 40, 100, 127, 128, 129, 200, 512)  # of a text
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GPU = torch.device("cuda", 0)
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel in one form."""
+
+    kernel: str
+    case: str
+    dtype: str
+    form: str
+    warps: int
+    stages: int
+    shared: int | None = None
+    limit: int = 0
+    registers: int | None = None
+    stack: int | None = None
+    problem: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card can run it."""
+        return self.problem is None and self.shared is not None and self.shared <= self.limit
+
+
+class Utils:
+    """What Triton's driver says of the card."""
+
+    def __init__(self, shared: int) -> None:
+        self._shared = shared
+
+    def get_device_properties(self, index: int) -> dict[str, int]:
+        """As Triton's own."""
+        return {"max_shared_mem": self._shared, "max_num_regs": 65536, "warpSize": 32}
+
+
+class Driver:
+    """A card that is not there: kernels are compiled for it, and none is launched."""
+
+    def __init__(self, capability: int) -> None:
+        self.utils = Utils(CARDS[capability][0])
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        """Its index."""
+        return GPU.index
+
+    def get_current_stream(self, device: int) -> int:
+        """Any."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What is compiled for."""
+        return self._target
+
+
+class Recorder:
+    """Compiles what is launched instead of running it, and keeps a row of each new kernel."""
+
+    def __init__(self, capability: int, dtype: str) -> None:
+        self.rows: list[Row] = []
+        self.case = ""
+        self._limit, self._dtype = CARDS[capability][0], dtype
+        self._seen: set[int] = set()
+        self._run = JITFunction.run
+
+    def __enter__(self) -> "Recorder":
+        run, recorder = self._run, self
+
+        def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            try:
+                kernel = run(function, *args, grid=grid, warmup=True, **options)
+            except Exception as problem:  # a compiler's failure can be anything
+                recorder.fail(function, options, problem)
+                return None
+            recorder.note(function, options, kernel)
+            return kernel
+
+        JITFunction.run = compile_only
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        JITFunction.run = self._run
+
+    def note(self, function: Any, options: dict[str, Any], kernel: Any) -> None:
+        """One that was compiled; the same one again is the same object."""
+        if id(kernel) in self._seen:
+            return
+        self._seen.add(id(kernel))
+        registers, stack = resources(kernel.asm["cubin"])
+        self._add(function, options, shared=kernel.metadata.shared, registers=registers, stack=stack,
+                  warps=kernel.metadata.num_warps, stages=kernel.metadata.num_stages)  # fmt: skip
+
+    def fail(self, function: Any, options: dict[str, Any], problem: Exception) -> None:
+        """One that was not."""
+        self._add(function, options, problem=f"{type(problem).__name__}: {problem}"[:300],
+                  warps=options.get("num_warps", 4), stages=options.get("num_stages", 3))  # fmt: skip
+
+    def _add(self, function: Any, options: dict[str, Any], **found: Any) -> None:
+        form = " ".join(f"{k}={v}" for k, v in options.items() if k.isupper() and isinstance(v, int | str))
+        self.rows.append(Row(function.__name__, self.case, self._dtype, form, limit=self._limit, **found))
+
+
+def resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers a thread and bytes of its stack, by the tool that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
+    registers, stack = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK"))
+    return (int(registers[1]) if registers else None), (int(stack[1]) if stack else None)
+
+
+def decodes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Decodes in each order, whole and in strips."""
+    from wanduet.models.vae_rows import DecodePlan
+    from wanduet.models.vae_traced import compile_decode
+    from wanduet.ops.vae_gpu import compiling_for
+    from wanduet.specs import VAESpec
+
+    for height, width in SIZES:
+        for plan in (DecodePlan(), DecodePlan("frame", 2), DecodePlan("strip", 3)):
+            name = f"decode {width}x{height}, {plan.order}-major, {plan.num_strips} strips"
+
+            def decode(height: int = height, width: int = width, plan: DecodePlan = plan) -> None:
+                compile_decode(VAESpec(), height, width, plan, dtype, compiling_for(GPU))
+
+            yield name, decode
+
+
+def forwards(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A forward with texts of many lengths, what prepares a text, the check before use, and the repair of attention."""
+    from wanduet.ops import flash4_redo, fused, kernel_checks
+    from wanduet.ops.triton_kernels import TRITON_KERNELS
+    from wanduet.specs import WAN_1_3B, WAN_14B
+
+    ours = replace(TRITON_KERNELS, linear=fused.linear, linear_gelu=fused.linear_gelu)  # those are cuBLAS's
+    for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B)):
+        t = spec.transformer
+        heads, head_dim = t.num_attention_heads, t.attention_head_dim
+        width = heads * head_dim
+        for keys in KEYS:
+
+            def text(keys: int = keys, width: int = width, heads: int = heads, head_dim: int = head_dim) -> None:
+                q = torch.empty(1, 1024, width, dtype=dtype, device=META)
+                k, v = torch.empty(2, 1, keys, heads, head_dim, dtype=dtype, device=META)
+                ours.text_attention(q, torch.empty(width, dtype=dtype, device=META), 1e-6, k, v, 3)
+
+            yield f"{name}, text of {keys} keys", text
+
+        def check(heads: int = heads, head_dim: int = head_dim) -> None:
+            kernel_checks.largest_error(ours, META, dtype, heads=heads, head_dim=head_dim)
+
+        yield f"{name}, check before use", check
+
+    def redo() -> None:
+        q, k, v = torch.empty(3, 1, 4096, 12, 128, dtype=dtype, device=META)
+        lse = torch.empty(1, 12, 4096, dtype=torch.float32, device=META)
+        flash4_redo.redo(q, k, v, torch.empty_like(q), lse)
+
+    yield "attention repaired", redo
+
+
+def compile_all(capability: int, dtype_name: str) -> list[Row]:
+    """Every kernel for that capability in that dtype. To be called once in a process, before any kernel is imported."""
+    shared, multiprocessors = CARDS[capability]
+
+    def nowhere(x: object) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    driver.set_active(Driver(capability))
+    devices.multiprocessors = lambda device: multiprocessors
+    devices.shared_memory = lambda device: shared
+    devices.on_device_of = nowhere
+    from wanduet.ops import kernel_checks
+
+    kernel_checks.relative = lambda got, expected: 0.0  # nothing was computed
+    dtype = DTYPES[dtype_name]
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
+    with torch.no_grad(), Recorder(capability, dtype_name) as recorder:
+        cases = [*decodes(dtype), *(forwards(dtype) if dtype.itemsize == 2 else ())]
+        for recorder.case, run in cases:
+            run()
+    return recorder.rows
+
+
+def table(rows: list[Row]) -> str:
+    """For people."""
+    lines = [f"{'kernel':<26} {'dtype':<9} {'shared':>7} {'limit':>7} {'registers':>9} {'stack':>6}  form"]
+    for r in rows:
+        note = "" if r.fits else f"  DOES NOT FIT {r.problem or ''}"
+        lines.append(
+            f"{r.kernel:<26} {r.dtype:<9} {r.shared or 0:>7} {r.limit:>7} {r.registers or 0:>9} {r.stack or 0:>6}  "
+            f"{r.form} warps={r.warps} stages={r.stages}{note}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, choices=sorted(CARDS), default=86)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: both")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    options = parser.parse_args()
+    rows = [row for name in options.dtype or sorted(DTYPES) for row in compile_all(options.capability, name)]
+    found = {
+        "capability": options.capability,
+        "triton": triton.__version__,
+        "limit": CARDS[options.capability][0],
+        "rows": [asdict(row) | {"fits": row.fits} for row in rows],
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found) if options.json else table(rows))
+    return int(not all(row.fits for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
