@@ -7,10 +7,10 @@ clips that it was not fitted to.
 import torch
 from torch import Tensor
 
-from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
+from wanduet.jobs.preview_maps import load_encoder
 from wanduet.media.preview import LatentToRGB, fit_latent_to_rgb
 from wanduet.miniature.world import render, sample_clips
+from wanduet.weights.download import open_model
 
 SIZE = 64
 
@@ -18,7 +18,7 @@ SIZE = 64
 def pairs(count: int, seed: int, num_frames: int = 9) -> list[tuple[Tensor, Tensor]]:
     """Latents and frames in 0 to 1 of clips of the miniature's world."""
     generator = torch.Generator().manual_seed(seed)
-    vae = Models(EngineConfig("miniature")).load_vae("cpu", "float32")
+    vae = load_encoder(open_model("miniature"))
     clips = render(sample_clips(count, generator), num_frames, SIZE)
     with torch.no_grad():
         return [(vae.encode(clip[None])[0], (clip + 1) / 2) for clip in clips]

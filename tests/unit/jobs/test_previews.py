@@ -139,7 +139,7 @@ def test_a_map_is_fitted_to_the_models_own_encoder(tmp_path: Path) -> None:
         np.square(np.stack([known(z) for z in latents]) / 255 - colours).mean() for known in (fitted, built_in)
     )
     assert ours < 2 * best
-    assert ours < 0.35 * colours.var((0, 1, 2, 3)).mean()
+    assert ours < 0.4 * colours.var((0, 1, 2, 3)).mean()
     assert maps.fit_beside(folder) is None, "once"
 
 
