@@ -33,6 +33,7 @@ from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress
+from wanduet.weights.published import unverified_weights
 
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
@@ -283,7 +284,7 @@ def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
         verify_manifest(folder, config.data_folder / "verified.json", (), progress)
     except WanduetError as error:
         return found | {"problem": error.message, "hint": error.hint}
-    return found | {"whole": True}
+    return found | {"whole": True, "verified": not unverified_weights(folder.path)}
 
 
 def _free_bytes(folder: Path) -> int | None:
