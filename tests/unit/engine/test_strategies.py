@@ -149,8 +149,8 @@ def no_ranks(monkeypatch):
 
     made: list[Group] = []
 
-    def begin(self, config, plan) -> None:
-        self.devices = plan.ranks
+    def begin(self, config, plan, timeout_s) -> None:
+        self.devices, self.timeout_s = plan.ranks, timeout_s
         made.append(self)
 
     def use(denoise):
@@ -220,7 +220,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
         raise RankFailedError("Rank 1 (cpu) died.", 1)
 
     monkeypatch.setattr(Group, "denoise", fall)
-    monkeypatch.setattr(Group, "__init__", lambda self, config, plan: setattr(self, "devices", plan.ranks))
+    monkeypatch.setattr(Group, "__init__", lambda self, _, plan, s: vars(self).update(devices=plan.ranks, timeout_s=s))
     monkeypatch.setattr(Group, "preload", lambda self, job: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
