@@ -101,14 +101,15 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
     return Placement("parallel", devices[0], devices[0], devices)
 
 
-def pairs_up(rates: tuple[float, ...], sequence_cost: float = SEQUENCE_COST) -> bool:
+def pairs_up(rates: tuple[float, ...], cost: float = SEQUENCE_COST) -> bool:
     """Whether a branch of the guidance on each half is faster than one sequence cut by speed.
 
-    A pair of branches takes as long as the slower half needs for one; a shared sequence costs its exchanges.
+    A pair of branches takes as long as the slower half needs for one; a shared sequence takes `cost` times as long as
+    without its exchanges.
     """
     half = len(rates) // 2
     halves = (sum(rates[:half]), sum(rates[half:]))
-    return half > 0 and 1 / min(halves) <= sequence_cost * 2 / sum(rates)
+    return half > 0 and 1 / min(halves) <= cost * 2 / sum(rates)
 
 
 def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: int, step_s: float, link: Link) -> float:

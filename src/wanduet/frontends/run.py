@@ -163,9 +163,8 @@ def _prepare_output() -> None:
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                encoding=_encoding_of(stream), errors="replace"
-            )  # a prompt in any script, on any console
+            # A prompt in any script, on any console.
+            stream.reconfigure(encoding=_encoding_of(stream), errors="replace")
     never_fail_on_stderr()
     logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
     logging.captureWarnings(True)  # they are libraries'
