@@ -1,11 +1,15 @@
-"""Folders, made so that they are on the disk, and never in the place of one that was moved away."""
+"""Folders, made so that they are on the disk, and never in the place of one that was moved away; names of files in them."""
 
 import errno
 import os
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 _NEVER_MADE: set[Path] = set()
+# Windows' virus scanners and indexers hold a new file open for a moment.
+REPLACE_ATTEMPTS, REPLACE_WAIT_SECONDS = 10, 0.1
 
 
 def never_make(folder: Path) -> None:
@@ -30,6 +34,22 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
         sync_folder(path.parent)
     if not missing and not folder.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Give a file the name of another one, which goes. Raises OSError.
+
+    Windows refuses while either of them is open elsewhere, so there it is tried for a while.
+    """
+    attempts = REPLACE_ATTEMPTS if sys.platform == "win32" else 1
+    for left in reversed(range(attempts)):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(REPLACE_WAIT_SECONDS)
 
 
 def sync_folder(folder: Path) -> None:

@@ -486,10 +486,13 @@ def test_download_of_what_is_here_checks_it(wanduet, model: Path) -> None:
 
 def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = wanduet("doctor", "--model", "miniature", "--json").json
-    assert found["model"]["whole"] is True
+    assert (found["model"]["whole"], found["model"]["verified"]) == (True, True)
     assert found["cpu"]["count"] > 0
     assert found["data_folder"]["free_bytes"] > 0
     assert wanduet("doctor", "--model", "miniature").code == 0
+    (model / "manifest.json").unlink(missing_ok=True)
+    found = wanduet("doctor", "--model", str(model), "--json").json
+    assert (found["model"]["whole"], found["model"]["verified"]) == (True, False)  # nobody knows what they should be
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     found = wanduet("doctor", "--model", str(model), "--json").json
     assert found["model"]["whole"] is False

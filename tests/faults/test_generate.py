@@ -15,7 +15,7 @@ import pytest
 import wanduet
 from wanduet.media.read import frame_hashes
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
 PROMPT = "a red circle moving left on a black background"
 STEPS = 8
@@ -129,6 +129,7 @@ def left(folder: Path) -> set[str]:
 STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
+@posix
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=[pytest.mark.slow] * (p != "denoise")) for p in PHASES])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_a_stop_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str, name: str) -> None:
@@ -149,6 +150,7 @@ def test_a_stop_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, 
     assert not list((tmp_path / "data" / "checkpoints").glob("*"))
 
 
+@posix
 def test_killed_while_denoising_then_resume_without_naming_the_seed(
     start: Start, resume, tmp_path: Path, transformer_runs: list[int]
 ) -> None:
@@ -167,6 +169,7 @@ def test_killed_while_denoising_then_resume_without_naming_the_seed(
     assert again < len(transformer_runs)  # the steps that were checkpointed were not made again
 
 
+@posix
 @pytest.mark.slow
 def test_killed_while_writing_leaves_no_video_and_the_latents(
     start: Start, resume, tmp_path: Path, transformer_runs: list[int]
@@ -190,6 +193,7 @@ def test_resume_with_nothing_to_go_on_from_says_so(start: Start, resume) -> None
     assert "No interrupted run of this request was found" in err
 
 
+@posix
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
 def test_a_second_stop_ends_at_once(start: Start, tmp_path: Path, second: str) -> None:
     process = start("--seed", "3", phase="denoise", pause=60.0)
@@ -263,6 +267,7 @@ main()
 """
 
 
+@posix
 @pytest.mark.parametrize(
     "code", [EARLY, IN_EXEC, IN_A_FINALIZER], ids=["while importing", "inside an exec", "in a finalizer"]
 )
@@ -273,6 +278,7 @@ def test_ctrl_c_at_any_moment_is_code_130(tmp_path: Path, code: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@posix
 def test_sigterm_while_importing_is_code_143(tmp_path: Path) -> None:
     code = EARLY.replace("SIGINT", "SIGTERM")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -280,6 +286,7 @@ def test_sigterm_while_importing_is_code_143(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["code"] == "cancelled"
 
 
+@posix
 @pytest.mark.parametrize(("model", "code"), [("random:1.3b", 0), ("random:none", 1)])
 def test_a_stop_while_the_answer_is_printed_changes_nothing(tmp_path: Path, model: str, code: int) -> None:
     script = WHILE_ANSWERING.replace("MODEL", model)
@@ -289,6 +296,7 @@ def test_a_stop_while_the_answer_is_printed_changes_nothing(tmp_path: Path, mode
     assert "Traceback" not in done.stderr
 
 
+@posix
 def test_a_hangup_that_is_to_be_ignored_is(start: Start, tmp_path: Path) -> None:
     """As `nohup` starts a command."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -332,6 +340,7 @@ def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, wanduet.__version__)
 
 
+@posix
 @pytest.mark.slow
 def test_ctrl_c_stops_a_batch(start: Start, tmp_path: Path) -> None:
     (tmp_path / "work" / "prompts.txt").write_text("x\ny\nz\n")
@@ -368,6 +377,7 @@ def limited(tmp_path: Path, size: int, *arguments: str) -> "subprocess.Completed
     )  # fmt: skip
 
 
+@posix
 def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     done = limited(tmp_path, 2000)
     assert done.returncode == 1
@@ -376,6 +386,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "full") == []
 
 
+@posix
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(tmp_path: Path) -> None:
     done = limited(tmp_path, 9000, "--checkpoint-seconds", "0")

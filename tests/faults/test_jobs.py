@@ -40,7 +40,7 @@ from wanduet.jobs.records import Lease, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
 sqlite = pytest.mark.skipif("WANDUET_TEST_POSTGRES" in os.environ, reason="SQLite's own promises")
 
@@ -62,6 +62,7 @@ def worker(data: Path, *, step_seconds: float = 0.01, **options: Any) -> Iterato
             process.kill()
 
 
+@posix
 def test_killed_in_the_middle_goes_on_and_finishes_once(tmp_path: Path, record_property) -> None:
     store = open_store(tmp_path)
     job_id = submit(store, "once 15", steps=40, seed=0)
@@ -82,6 +83,7 @@ def test_killed_in_the_middle_goes_on_and_finishes_once(tmp_path: Path, record_p
     store.close()
 
 
+@posix
 def test_a_poison_job_stops_and_the_next_one_runs(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     poison, good = submit(store, "die 3"), submit(store, "job 0", seed=0)
@@ -135,10 +137,12 @@ def is_locked(data: Path) -> bool:
         return False
 
 
+@posix
 def test_stopped_past_its_lease_the_stale_commit_is_refused(tmp_path: Path) -> None:
     stop_past_its_lease(tmp_path, 3.0)
 
 
+@posix
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_often_stopped_past_its_lease(tmp_path: Path, record_property) -> None:
@@ -236,10 +240,12 @@ def jump_clocks(data: Path, num_jobs: int, record_property) -> None:
     store.close()
 
 
+@posix
 def test_clocks_that_jump_steal_no_lease(tmp_path: Path, record_property) -> None:
     jump_clocks(tmp_path, 20, record_property)
 
 
+@posix
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_clocks_that_jump_steal_none_of_many_leases(tmp_path: Path, record_property) -> None:
@@ -301,17 +307,20 @@ def all_jobs(store: JobStore) -> Iterator[StoredJob]:
         after = page.jobs[-1].id
 
 
+@posix
 @sqlite
 def test_a_log_cut_after_the_last_sync_loses_nothing_acknowledged(tmp_path: Path, record_property) -> None:
     cut_the_log(tmp_path, 25, 60, record_property)
 
 
+@posix
 @sqlite
 @pytest.mark.slow
 def test_a_log_cut_at_many_places_loses_nothing_acknowledged(tmp_path: Path, record_property) -> None:
     cut_the_log(tmp_path, 100, 2000, record_property)
 
 
+@posix
 def test_sigterm_drains_and_exits_with_0(tmp_path: Path, record_property) -> None:
     store = open_store(tmp_path)
     job_id = submit(store, "job 0", steps=1000, seed=0)

@@ -5,6 +5,7 @@ What stands under the final name is always the old file or the whole new one.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from wanduet.errors import OutputError
 from wanduet.media import video as video_module
-from wanduet.media.files import STALE_SECONDS
+from wanduet.media.files import STALE_SECONDS, write_atomically
 from wanduet.media.latents import save_latents
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.media.video import VideoSpec, VideoWriter, write_video
@@ -313,6 +314,42 @@ def test_a_video_that_a_player_has_open_is_not_lost(tmp_path, monkeypatch) -> No
     assert (tmp_path / "a-2.mp4").read_bytes() == b"mine"
     assert is_whole(tmp_path / "a-3.mp4")
     assert names(tmp_path) == ["a-2.mp4", "a-3.mp4", "a.mp4"]
+
+
+def test_a_finished_file_that_is_itself_open_is_kept_under_a_name_that_no_sweep_takes(tmp_path, monkeypatch) -> None:
+    """A scanner that holds it lets it be read, but not renamed or removed."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def refuse(*_args, **_keywords) -> None:
+        raise PermissionError(13, "Access is denied")
+
+    with monkeypatch.context() as scanner:
+        for name in ("replace", "rename", "unlink"):
+            scanner.setattr(os, name, refuse)
+        with pytest.raises(OutputError, match=r"kept as .*a-2\.mp4") as caught:
+            write_atomically(path, b"finished", keep_finished=True)
+        assert caught.value.hint == "Rename it once the name is free."
+    for left in tmp_path.iterdir():
+        os.utime(left, (0, 0))
+    write_atomically(path, b"new")
+    assert (tmp_path / "a-2.mp4").read_bytes() == b"finished"
+    assert names(tmp_path) == ["a-2.mp4", "a.mp4"]
+
+
+def test_where_no_other_name_can_be_had_the_message_says_so(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def refuse(*_args, **_keywords) -> None:
+        raise PermissionError(13, "Access is denied")
+
+    for owner, name in ((os, "replace"), (shutil, "copyfile")):
+        monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(OutputError, match=r"kept as .*\.partial") as caught:
+        write_atomically(path, b"finished", keep_finished=True)
+    assert caught.value.hint == "Rename it now: the next file that is written as a.mp4 removes it."
+    assert [p.read_bytes() for p in tmp_path.glob("*.partial")] == [b"finished"]
 
 
 def test_a_folder_that_takes_the_name_meanwhile(tmp_path) -> None:

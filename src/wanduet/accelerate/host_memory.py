@@ -1,8 +1,10 @@
 """Host memory that blocks of weights wait in: page-locked, memory-mapped, or plain."""
 
 import logging
+import os
 import tempfile
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ Hold = Literal["pinned", "mapped", "plain"]
 write out when memory is short. plain: ordinary memory, for a CPU as the device."""
 
 
+SCRATCH_PREFIX = "wanduet-block-"
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the current one alone
 
 
@@ -28,12 +31,15 @@ class HostMemory:
     """
 
     def __init__(self, hold: Hold, folder: Path | None = None) -> None:
-        """`folder` holds the scratch files of "mapped" (default: the system's temporary folder)."""
+        """`folder` holds the scratch files of "mapped" (default: the system's temporary folder). Those that nobody
+        uses any more are removed from it."""
         self.hold, self.folder = hold, folder
         self.keeps_copies = False
         self.copies: dict[int, Tensor] = {}
         self._locked: list[Tensor] = []
         weakref.finalize(self, _unlock, self._locked)
+        if folder is not None:
+            _remove_unused(folder)
 
     def keep_copies(self, keeps: bool) -> None:
         """Whether a block that goes to the device leaves its copy here. Weights do not change, so when it has to make
@@ -61,9 +67,12 @@ class HostMemory:
                 return
 
     def close(self) -> None:
-        """Unlock what is locked, and drop the copies; nothing may be on its way from or to here any more."""
+        """Unlock what is locked, drop the copies, and remove scratch files; nothing may be on its way from or to here
+        any more."""
         self.copies.clear()
         _unlock(self._locked)
+        if self.hold == "mapped":
+            _remove_unused(self._scratch_folder())
 
     def _lock(self, flat: Tensor) -> None:
         """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
@@ -75,11 +84,29 @@ class HostMemory:
             log.warning("Host memory cannot be page-locked (CUDA error %s): block copies will be slower.", int(error))
 
     def _map(self, size: int, dtype: torch.dtype) -> Tensor:
-        """A scratch file without a name: gone with the last mapping, whatever happens to the process."""
-        if self.folder is not None:
-            make_folder(self.folder)
-        with tempfile.NamedTemporaryFile(prefix="wanduet-block-", dir=self.folder) as file:
-            return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        """In a scratch file. It loses its name at once, so that it is gone with the last mapping, whatever happens to
+        the process; Windows refuses that while it is mapped, and there it is removed later."""
+        folder = self._scratch_folder()
+        make_folder(folder)
+        _remove_unused(folder)
+        handle, name = tempfile.mkstemp(prefix=SCRATCH_PREFIX, dir=folder)
+        os.close(handle)  # Windows does not let a file be opened that is to be removed when it is closed
+        try:
+            return torch.from_file(name, shared=True, size=size, dtype=dtype)
+        finally:
+            with suppress(OSError):
+                os.unlink(name)
+
+    def _scratch_folder(self) -> Path:
+        return self.folder or Path(tempfile.gettempdir())
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove scratch files that nobody maps: while one is mapped it has no name, or Windows refuses. One that another
+    process has only just made is made anew when it is mapped."""
+    for path in folder.glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _unlock(locked: list[Tensor]) -> None:

@@ -234,13 +234,13 @@ class Models:
     def group(self, work: Planned) -> "Iterator[Group]":
         """The processes that share a `parallel` job's work, for one user at a time; started when needed. If the block
         fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
-        from wanduet.engine.group import Group  # which imports this module, in its processes
+        from wanduet.engine.group import Group, collective_timeout  # which imports this module, in its processes
 
         with self.locks.take(GROUP):
-            if self._group is not None and self._group.devices != work.plan.ranks:
+            if self._group is not None and not self._group.suits(work):
                 self.close_group()
             if self._group is None:
-                self._group = Group(self.config, work.plan)
+                self._group = Group(self.config, work.plan, collective_timeout(work))
             try:
                 yield self._group
             except CancelledError:  # of a task that has a number, by which the ranks skip it

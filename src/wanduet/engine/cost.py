@@ -93,6 +93,11 @@ def predict_seconds(
     return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks)
 
 
+def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:
+    """Of one step of one video, guidance and all, of a denoise that is predicted to take so long."""
+    return seconds.denoise / (request.num_videos_per_prompt * request.num_inference_steps)
+
+
 def encode_seconds(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> tuple[float, float]:
     """Of one prompt that is in no cache: seconds until the weights have passed, and core-seconds of arithmetic."""
     t = spec.text_encoder

@@ -12,27 +12,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
+from wanduet.engine.cost import step_seconds
 from wanduet.engine.denoising import DenoiseTask
 from wanduet.engine.job import Event, Planned, Video
 from wanduet.engine.peaks import add_up, join
 from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
-from wanduet.parallel.launch import RankGroup
+from wanduet.parallel.launch import COLLECTIVE_TIMEOUT, RankGroup
 from wanduet.sampling.denoise import StepInfo
 
+# A collective is given the time of so many predicted steps, if that is more than others get. A GPU's is asked for at the
+# beginning of a forward, and waits until all others have computed theirs, however slow they are.
+STEPS_WAITED = 3
 # How often a waiting engine looks whether its job was cancelled, in seconds.
 POLL = 0.2
+
+
+def collective_timeout(work: Planned) -> float:
+    """Seconds that a collective may take in a job."""
+    return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(work.request, work.plan.seconds))
 
 
 class Group:
     """Worker processes for one list of devices."""
 
-    def __init__(self, config: EngineConfig, plan: Plan) -> None:
-        """Start the processes; they load the model when the first task comes."""
-        self.devices = plan.ranks
-        self._ranks = RankGroup(work, plan.ranks, config)
+    def __init__(self, config: EngineConfig, plan: Plan, timeout_s: float = COLLECTIVE_TIMEOUT) -> None:
+        """Start the processes; they load the model when the first task comes. `timeout_s`: how long a collective may
+        take."""
+        self.devices, self.timeout_s = plan.ranks, timeout_s
+        self._ranks = RankGroup(work, plan.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # last, which the ranks still have
+
+    def suits(self, work: Planned) -> bool:
+        """Whether it has the job's devices, and the patience for its steps."""
+        return self.devices == work.plan.ranks and self.timeout_s >= collective_timeout(work)
 
     def preload(self, work: Planned) -> None:
         """Let the ranks load the transformer now; does not wait."""

@@ -6,10 +6,14 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanduet.config import parse_bytes
 from wanduet.engine.cards import Card, card_named, typical_card
 from wanduet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wanduet.parallel.links import Link
 
 # What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
 # on Hopper with CUDA 13 (see benchmarks/results); counted apart from every prediction.
@@ -50,6 +54,7 @@ class Hardware:
     host_free_bytes: int
     cpu_count: int
     host: str = ""
+    link: "Link" = "direct"  # what joins its devices; assumed of those that are not here
 
     def device(self, name: str) -> DeviceInfo:
         """A device by name (`cuda` means `cuda:0`). Raises ConfigError if the machine does not have it."""
@@ -82,6 +87,8 @@ def detect() -> Hardware:
     """Look at this machine."""
     import torch
 
+    from wanduet.parallel.links import link_between
+
     devices: list[DeviceInfo] = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -94,7 +101,8 @@ def detect() -> Hardware:
         total, free = host_memory()
         devices.append(DeviceInfo("mps", "Apple GPU", total, free))
     total, free = host_memory()
-    return Hardware(tuple(devices), total, free, os.cpu_count() or 1, _cpu_model())
+    link = link_between([torch.device(device.name) for device in devices])
+    return Hardware(tuple(devices), total, free, os.cpu_count() or 1, _cpu_model(), link)
 
 
 def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:

@@ -8,11 +8,17 @@ from wanduet.config import EngineConfig, parse_devices
 from wanduet.engine.cost import rate
 from wanduet.engine.hardware import DeviceInfo, Hardware
 from wanduet.errors import ConfigError
+from wanduet.parallel.links import Link, attention_bytes
+from wanduet.parallel.mesh import choose_layout
 from wanduet.request import ResolvedRequest
+from wanduet.specs import ModelSpec
 
 StrategyName = Literal["single", "placed", "parallel"]
 PAIRED = 4  # of many devices, those that are looked at for the two parts
-SEQUENCE_COST = 1.06  # what the exchanges of a shared sequence add
+SEQUENCE_COST = 1.06  # what the exchanges of a shared sequence add between GPUs that write to each other's memory
+# Bytes a second that each of two ranks sends, and receives, where they do not. Assumed: there was no such machine to measure.
+# PCIe 4 x16 carries 25e9 one way, and each byte passes it twice; gloo waits for each copy, and then for the sockets.
+LINK_RATES = {"host": 5e9, "gloo": 0.7e9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +101,26 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
     return Placement("parallel", devices[0], devices[0], devices)
 
 
-def pairs_up(rates: tuple[float, ...]) -> bool:
+def pairs_up(rates: tuple[float, ...], cost: float = SEQUENCE_COST) -> bool:
     """Whether a branch of the guidance on each half is faster than one sequence cut by speed.
 
-    A pair of branches takes as long as the slower half needs for one; a shared sequence costs its exchanges.
+    A pair of branches takes as long as the slower half needs for one; a shared sequence takes `cost` times as long as
+    without its exchanges.
     """
     half = len(rates) // 2
     halves = (sum(rates[:half]), sum(rates[half:]))
-    return half > 0 and 1 / min(halves) <= SEQUENCE_COST * 2 / sum(rates)
+    return half > 0 and 1 / min(halves) <= cost * 2 / sum(rates)
+
+
+def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: int, step_s: float, link: Link) -> float:
+    """How many times as long a guided step takes in one sequence over all ranks, for its exchanges, as in two branches
+    of predicted `step_s` seconds; with activations of `item` bytes a value."""
+    if link == "direct":
+        return SEQUENCE_COST
+    t = spec.transformer
+    tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
+    whole, pairs = (choose_layout(ranks, t.num_attention_heads, guided) for guided in (False, True))
+    # Each rank has both prompts, or one.
+    sent = [prompts * attention_bytes(layout, tokens, t.dim, item) for prompts, layout in ((2, whole), (1, pairs))]
+    more = t.num_layers * (sent[0] - sent[1])
+    return max(SEQUENCE_COST, 1 + more / LINK_RATES[link] / step_s)

@@ -9,10 +9,17 @@ from typing import Any, Literal
 
 from wanduet.config import GIB, EngineConfig, format_bytes, format_seconds
 from wanduet.engine.candidates import DECODE_MODES, bulk, candidates
-from wanduet.engine.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate
+from wanduet.engine.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
 from wanduet.engine.hardware import DeviceInfo, Hardware
-from wanduet.engine.memory import ModelMemory, text_encoder_bytes, text_positions
-from wanduet.engine.placement import Placement, StrategyName, find_placements, pairs_up, parallel_placement
+from wanduet.engine.memory import DTYPE_BYTES, ModelMemory, text_encoder_bytes, text_positions
+from wanduet.engine.placement import (
+    Placement,
+    StrategyName,
+    find_placements,
+    pairs_up,
+    parallel_placement,
+    sequence_cost,
+)
 from wanduet.engine.reasons import Choice, Explained
 from wanduet.engine.smaller import alternatives
 from wanduet.errors import DoesNotFitError
@@ -308,7 +315,10 @@ def _parallel_plan(
     """Every rank holds the whole transformer, its part of the sequence, and its rows of the decode."""
     spec, count = memory.spec, len(place.ranks)
     rates = config.speeds or tuple(rate(device) for device in place.ranks)
-    layout = choose_layout(count, spec.transformer.num_attention_heads, request.uses_guidance and pairs_up(rates))
+    step_s = step_seconds(request, predict_seconds(request, spec, place.transformer, place.vae, count))
+    item = DTYPE_BYTES[_transformer_dtype(config, place.transformer)]
+    pairs = request.uses_guidance and pairs_up(rates, sequence_cost(request, spec, count, item, step_s, hardware.link))
+    layout = choose_layout(count, spec.transformer.num_attention_heads, pairs)
     plan = _plan(
         request, memory, config, hardware, place, spec.transformer.num_layers, True, True,
         DecodePlan("strip", count), layout,

@@ -92,7 +92,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
         speeds = speeds or all_speeds(rank, config.speeds)
-        layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds)
+        layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, rank.link)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
         trim_cache({one.name: one.peak for one in assignment.plan.devices if one.name == str(rank.device)})

@@ -7,10 +7,13 @@ import time
 import torch
 from torch import Tensor
 
-from wanduet.engine.placement import pairs_up
+from wanduet.engine.cost import step_seconds
+from wanduet.engine.memory import DTYPE_BYTES
+from wanduet.engine.placement import pairs_up, sequence_cost
 from wanduet.engine.plan import Plan
 from wanduet.models.transformer_memory import buffer_bytes
 from wanduet.parallel.exchange import gather
+from wanduet.parallel.links import Link
 from wanduet.parallel.mesh import Layout, Mesh, choose_layout
 from wanduet.parallel.rank import Rank
 from wanduet.request import ResolvedRequest
@@ -53,10 +56,16 @@ def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
     return relative if min(relative) < 1 - ALIKE else (1.0,) * len(speeds)
 
 
-def suited_layout(plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...]) -> Layout:
+def suited_layout(
+    plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...], link: Link
+) -> Layout:
     """What was planned, from no more than the devices' kinds; but one sequence, cut by speed, where the faster half
-    would wait for the other's branch of the guidance and there is room for what is exchanged."""
-    if plan.layout.cfg == 1 or pairs_up(speeds):
+    would wait longer for the other's branch of the guidance than for what is exchanged over the ranks' `link`, and there
+    is room for that."""
+    if plan.layout.cfg == 1:
+        return plan.layout
+    step_s, item = step_seconds(request, plan.seconds), DTYPE_BYTES[plan.transformer_dtype]
+    if pairs_up(speeds, sequence_cost(request, spec, plan.layout.world_size, item, step_s, link)):
         return plan.layout
     layout = choose_layout(plan.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)

@@ -37,6 +37,7 @@ from wanduet.specs import RANDOM_SPECS, ModelSpec
 from wanduet.untrusted import cut, printable
 from wanduet.weights.download import local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress
+from wanduet.weights.published import unverified_weights
 
 # For PyTorch's wheels for Windows, which do not ask for it.
 TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
@@ -313,7 +314,7 @@ def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
         verify_manifest(folder, config.data_folder / "verified.json", (), progress)
     except WanduetError as error:
         return found | {"problem": error.message, "hint": error.hint}
-    return found | {"whole": True}
+    return found | {"whole": True, "verified": not unverified_weights(folder.path)}
 
 
 def _free_bytes(folder: Path) -> int | None:

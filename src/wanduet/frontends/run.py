@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError
 
@@ -163,7 +163,8 @@ def _prepare_output() -> None:
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a prompt in any script, on any console
+            # A prompt in any script, on any console.
+            stream.reconfigure(encoding=_encoding_of(stream), errors="replace")
     never_fail_on_stderr()
     logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
     logging.captureWarnings(True)  # they are libraries'
@@ -175,6 +176,13 @@ def _prepare_output() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _encoding_of(stream: TextIO) -> str | None:
+    """UTF-8 for files and pipes on Windows, where Python's default lacks most scripts, unless somebody has chosen;
+    None: as it is."""
+    chosen = "PYTHONIOENCODING" in os.environ
+    return "utf-8" if sys.platform == "win32" and not chosen and not stream.isatty() else None
 
 
 def _open_standard_streams() -> None:

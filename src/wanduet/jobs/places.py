@@ -23,7 +23,7 @@ from typing import Protocol
 import structlog
 
 from wanduet.errors import OutputError
-from wanduet.folders import make_folder
+from wanduet.folders import make_folder, replace_file
 from wanduet.jobs.records import is_job_id
 from wanduet.media.files import output_error
 
@@ -120,7 +120,7 @@ class FolderPlace:
         try:
             _write(new, mark.to_json())
             if replace:
-                os.replace(new, path)
+                replace_file(new, path)
                 return mark
             try:
                 os.link(new, path)

@@ -6,7 +6,6 @@ from latents to colours, which costs next to nothing.
 """
 
 import io
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import structlog
 from PIL import Image
 from torch import Tensor
 
-from wanduet.folders import make_folder
+from wanduet.folders import make_folder, replace_file
 from wanduet.jobs.preview_decoders import DecodedPictures, find_decoder
 from wanduet.jobs.preview_maps import ColourMaps
 from wanduet.media.codecs import Frame
@@ -110,7 +109,7 @@ class Previews:
         make_folder(self._path.parent)
         partial = self._path.with_suffix(".partial")
         partial.write_bytes(picture)
-        os.replace(partial, self._path)
+        replace_file(partial, self._path)
 
 
 def watch_job(models: "Models", data_folder: Path, path: Path, request: GenerationRequest) -> Previews:

@@ -233,15 +233,15 @@ def _how(status: int) -> str:
 
 
 def _ask_to_drain(process: "subprocess.Popen[bytes]") -> None:
-    if os.name == "posix":
+    if sys.platform != "win32":
         process.terminate()
-    elif process.stdin is not None:  # Windows would end it without a word; at the end of its input it drains
+    elif process.stdin is not None:  # `terminate` would end it without a word there; at the end of its input it drains
         process.stdin.close()
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     """End a process and all that it started and that is still in its group."""
-    if os.name == "posix":
+    if sys.platform != "win32":
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     with suppress(OSError):

@@ -5,7 +5,6 @@ good enough for a graph, so it costs no transaction and no sync; nothing breaks 
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from wanduet.folders import replace_file
 from wanduet.jobs.leases import is_dead
 
 PERIOD_SECONDS = 2.0
@@ -41,7 +41,7 @@ class Telemetry:
             partial = self._path.with_suffix(".memory-new")
             with suppress(OSError):
                 partial.write_text(json.dumps(found))
-                os.replace(partial, self._path)
+                replace_file(partial, self._path)
 
     def close(self) -> None:
         """The worker ends: its memory is free."""

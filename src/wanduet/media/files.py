@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 
 from wanduet.config import format_bytes
 from wanduet.errors import OutputError, WanduetError
-from wanduet.folders import make_folder, sync_folder
+from wanduet.folders import make_folder, replace_file, sync_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -31,8 +31,6 @@ STALE_SECONDS = 60.0  # a partial file younger than this may not have been locke
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]')
 _HINT = "Choose another place with --output."
-# Windows' virus scanners and indexers hold a new file open for a moment.
-REPLACE_ATTEMPTS, REPLACE_WAIT_SECONDS = 10, 0.1
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -132,16 +130,19 @@ def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
             os.close(lock)  # before moving or removing: Windows does neither with an open file
         try:
             _sync_file(partial)
-            _replace(partial, path)
+            replace_file(partial, path)
             sync_folder(path.absolute().parent)
         except (PermissionError, IsADirectoryError) as error:
             if not keep_finished:
                 raise output_error(path, error) from error
-            kept, is_kept = _keep_beside(partial, path), True
+            kept = _keep_beside(partial, path)
+            is_kept = kept == partial
             why = "it is a folder now" if path.is_dir() else "another program may have it open"
             raise OutputError(
                 f"Cannot replace {path}: {why}. The finished file is kept as {kept}.",
-                hint="Rename it once the name is free.",
+                hint=f"Rename it now: the next file that is written as {path.name} removes it."
+                if is_kept
+                else "Rename it once the name is free.",
             ) from error
         except OSError as error:
             raise output_error(path, error) from error
@@ -194,26 +195,20 @@ def _windows_problem(path: Path) -> str | None:
     return None
 
 
-def _replace(partial: Path, path: Path) -> None:
-    """Give a finished file its name; Windows refuses while others look at the file that has it, so try for a while."""
-    attempts = REPLACE_ATTEMPTS if sys.platform == "win32" else 1
-    for left in reversed(range(attempts)):
-        try:
-            os.replace(partial, path)
-            return
-        except PermissionError:
-            if not left:
-                raise
-            time.sleep(REPLACE_WAIT_SECONDS)
-
-
 def _keep_beside(partial: Path, path: Path) -> Path:
-    """Name a finished file that cannot have its own name: `clip-2.mp4` for `clip.mp4`, or leave it as it is."""
+    """Keep a finished file that cannot have its own name: `clip-2.mp4` for `clip.mp4`, which nobody removes as a
+    partial file. A copy where a program has the partial file itself open; where neither can be made, it stays."""
     free = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
     kept = next(candidate for candidate in free if not os.path.lexists(candidate))
+    with suppress(OSError):
+        replace_file(partial, kept)
+        return kept
     try:
-        os.rename(partial, kept)
+        shutil.copyfile(partial, kept)
+        _sync_file(kept)
     except OSError:
+        with suppress(OSError):
+            kept.unlink(missing_ok=True)
         return partial
     return kept
 

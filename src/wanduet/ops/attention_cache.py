@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wanduet.folders import make_folder
+from wanduet.folders import make_folder, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,6 @@ def write_table(folder: Path | None, key: str, table: Table) -> None:
         content = read_all(folder) | {key: [asdict(row) for row in table]}
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=CACHE_FILE, delete=False) as partial:
             json.dump(content, partial, indent=1)
-        os.replace(partial.name, folder / CACHE_FILE)
+        replace_file(Path(partial.name), folder / CACHE_FILE)
     except OSError as problem:
         log.warning("The attention measurement cannot be kept in %s: %s", folder, problem)

@@ -23,7 +23,7 @@ from typing import Any, Self
 from wanduet.errors import ConfigError, WanduetError
 from wanduet.parallel.rank import Cancel, Command, Failure, Message, Result, pack, serve
 
-# How long a collective may take, in seconds: well above the longest step of a slow GPU.
+# How long a collective may take, in seconds, where the caller does not know how long a step takes.
 COLLECTIVE_TIMEOUT = 300.0
 # After the first sign of failure, how long others may say what they saw, and how long a process may take to
 # end after its work is done.

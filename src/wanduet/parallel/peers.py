@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -76,16 +76,30 @@ class GpuPeers:
     def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> Self | None:
         """For the ranks of a group, who must all ask; None for all of them where one cannot reach another, or where
         what arrives is not what was sent."""
+        peers, _ = cls._tried(group, device)
+        return peers
+
+    @classmethod
+    def lose_data(cls, group: dist.ProcessGroup, device: torch.device) -> bool:
+        """Whether the driver says that GPUs of a group reach each other, and what one of them sends does not arrive. All
+        ranks must ask. False where it cannot be tried."""
+        _, lost = cls._tried(group, device)
+        return lost
+
+    @classmethod
+    def _tried(cls, group: dist.ProcessGroup, device: torch.device) -> tuple[Self | None, bool]:
+        """See `of_group` and `lose_data`."""
         if dist.get_world_size(group) == 1 or not all(told(_reachable(group, device), group)):
-            return None
+            return None, False
         peers = cls(group, device)
         trial = _Trial(peers)
         # All have done a step before any takes the next: nothing waits on a GPU for what may never arrive.
         for step in (trial.prepare, trial.send, trial.see, trial.hear):
-            if not all(told(_works(step), group)):
-                return None
+            outcomes = told(_outcome(step), group)
+            if set(outcomes) != {"works"}:
+                return None, "lost" in outcomes
         peers._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
-        return peers
+        return peers, False
 
     def reserve(self, size: int) -> bool:
         """See PeerMemory."""
@@ -211,15 +225,15 @@ class _Trial:
         return self._peers.on(rank, 0, (self._peers.ranks, *TRIED), self._sent.dtype)
 
 
-def _works(step: Callable[[], bool]) -> bool:
-    problem: object = "what they sent did not arrive"
+def _outcome(step: Callable[[], bool]) -> Literal["works", "lost", "refused"]:
     try:
         if step():
-            return True
+            return "works"
     except Exception as error:  # whatever a driver or PyTorch's own code raises
-        problem = error
-    log.warning("GPUs do not exchange by their copy engines: %s", problem)
-    return False
+        log.warning("GPUs do not exchange by their copy engines: %s", error)
+        return "refused"
+    log.warning("GPUs do not exchange by their copy engines: what they sent did not arrive")
+    return "lost"
 
 
 def _stream(stream: torch.cuda.Stream) -> ctypes.c_void_p:

@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from wanduet.errors import WanduetError
 from wanduet.parallel.exchange import goes_directly
+from wanduet.parallel.links import Link, keep_nccl_to, link_between, settle_link
 from wanduet.parallel.mesh import Layout, Mesh
 
 # Exit status of a worker whose starter is gone (nobody is left to read it) and of one that reported an error.
@@ -162,7 +163,7 @@ class Mailbox:
 class Rank:
     """One of `world_size` processes with a device each; the default process group is initialised.
 
-    `timeout_s` is how long a collective may take.
+    `timeout_s` is how long a collective may take; `link` is what joins the ranks' devices.
     """
 
     index: int
@@ -170,6 +171,7 @@ class Rank:
     device: torch.device
     timeout_s: float
     mailbox: Mailbox | None = None
+    link: Link = "direct"
 
     def mesh(self, layout: Layout) -> Mesh:
         """The ranks in a layout; all must ask. Raises ConfigError if their number is not the layout's."""
@@ -202,8 +204,12 @@ def join_torchrun(timeout_s: float) -> Rank | None:
         return None
     index, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    link = link_between([torch.device(device.type, other) for other in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
+    keep_nccl_to(link)
     _join(index, size, device, "env://", timeout_s)
-    return Rank(index, size, device, timeout_s)
+    return Rank(index, size, device, timeout_s, link=link)
 
 
 def serve(
@@ -226,12 +232,16 @@ def serve(
     mailbox.listen()
     try:
         _stay_on_this_machine()
-        device = torch.device(devices[index])
+        all_devices = [torch.device(name) for name in devices]
+        device = all_devices[index]
         if device.type == "cpu":
-            ranks_on_cpu = sum(torch.device(name).type == "cpu" for name in devices)
+            ranks_on_cpu = sum(other.type == "cpu" for other in all_devices)
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks_on_cpu))
+        elif device.type == "cuda":
+            torch.cuda.set_device(device)
+        link = settle_link(index, all_devices, rendezvous, timeout_s)
         _join(index, len(devices), device, rendezvous, timeout_s)
-        mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox), *args)))
+        mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox, link), *args)))
     except BaseException as error:
         mailbox.send(Failure.of(error))
         sys.stderr.flush()
@@ -246,8 +256,6 @@ def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_
     nccl = goes_directly(device)
     # A decode's rows are meant to travel one after another.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
         init_method=rendezvous,

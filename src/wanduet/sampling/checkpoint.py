@@ -6,7 +6,6 @@ complete. A checksum over the tensors is stored with them; a file that is damage
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wanduet.folders import replace_file
 from wanduet.sampling.samplers import State
 
 KEY = "wanduet_checkpoint"
@@ -76,7 +76,7 @@ class Checkpoints:
             except SafetensorError as error:  # what a full disk becomes on its way through safetensors
                 raise OSError(str(error)) from error
             with suppress(FileNotFoundError):  # there is none yet, or another process has just moved it
-                os.replace(self.path, self.previous)
+                replace_file(self.path, self.previous)
         return True
 
     def load(self, own_only: bool = False) -> DenoiseCheckpoint | None:

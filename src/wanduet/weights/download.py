@@ -26,7 +26,7 @@ from wanduet.weights.manifest import (
     write_manifest,
 )
 from wanduet.weights.names import HINT, HUB_ID, MINIATURE, diffusers_name, is_official, no_model, official_layout
-from wanduet.weights.published import published_hashes
+from wanduet.weights.published import published_hashes, unverified_weights
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -59,6 +59,12 @@ def open_model(
         log.warning("%s It is fetched again.", error.message)
         cached = None
     if cached is not None:
+        if names := unverified_weights(cached.path):  # fetched by another program into a cache without links
+            shown = f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
+            log.warning(
+                "The cache of %s has no hashes of %s: damage would not be noticed. "
+                "`wanduet download --model %s` checks it, and notes them.", model, shown, model,
+            )  # fmt: skip
         return cached
     if not fetch:
         raise ModelNotFoundError(f"{model} is not in the cache.", hint=f"Fetch it: wanduet download --model {model}")
@@ -136,7 +142,9 @@ def download(
             f"{', '.join(damaged)} of {model} came damaged twice: the hash is not the one that was published.",
             hint="Is a proxy or a mirror (HF_ENDPOINT) in between? What was good is kept.",
         )
-    if not published_hashes(path):  # a cache of copies instead of links, as on Windows: keep the hashes beside them
+    if set(hashes) - set(
+        published_hashes(path)
+    ):  # a cache of copies, as on Windows without links: note the hashes there
         write_manifest(
             path, {name: h if len(h) == SHA256_LENGTH else file_sha256(path / name) for name, h in hashes.items()}
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wanduet.errors import WeightsError
-from wanduet.folders import make_folder
+from wanduet.folders import make_folder, replace_file
 from wanduet.untrusted import check_regular, cut, open_regular
 
 CHUNK = 8 * 2**20
@@ -172,4 +172,4 @@ def _write(path: Path, found: Mapping[str, str]) -> None:
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS):
             partial = path.with_name(f"{path.name}.{os.getpid()}")
             partial.write_text(json.dumps(_read(path) | dict(found), indent=1))
-            os.replace(partial, path)
+            replace_file(partial, path)

@@ -68,6 +68,13 @@ def published_hashes(folder: Path) -> dict[str, str]:
     return _cache_links(folder) or _download_notes(folder) or _known_files(folder)
 
 
+def unverified_weights(folder: Path) -> list[str]:
+    """Names of the files of weights in a folder whose published hash is not known: nobody notices when one is damaged."""
+    hashes = published_hashes(folder)
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*.safetensors")))
+    return [name for name in names if name not in hashes]
+
+
 def _cache_links(folder: Path) -> dict[str, str]:
     """In the hub's cache a file is a link to `blobs/<hash>`."""
     # Not `resolve`, which fails where links lead in a circle.

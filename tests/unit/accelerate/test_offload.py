@@ -1,5 +1,6 @@
 import copy
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,47 @@ def test_memory_mapped_blocks(model, tmp_path: Path) -> None:
     stream_blocks(fresh, CPU, 0, memory)
     assert torch.equal(output(fresh), expected)
     assert not list((tmp_path / "scratch").iterdir()), "the scratch files have no name"
+
+
+def test_mapped_memory_where_an_open_file_can_neither_be_opened_again_nor_removed(tmp_path, monkeypatch) -> None:
+    """Windows' rules: torch may map what nobody else has open, and it cannot be removed until it is unmapped."""
+    mapped: set[str] = set()
+    from_file, unlink = torch.from_file, os.unlink
+
+    def map_alone(name: str, **keywords) -> torch.Tensor:
+        handles = Path("/proc/self/fd")
+        if handles.exists() and any(os.path.realpath(handle) == name for handle in handles.iterdir()):
+            raise RuntimeError(f"could not open file <{name}> in read-write mode; error code: <32>")
+        mapped.add(name)
+        return from_file(name, **keywords)
+
+    def remove_unmapped(path, **keywords) -> None:
+        if os.fspath(path) in mapped:
+            raise PermissionError(13, "The process cannot access the file", os.fspath(path))
+        unlink(path, **keywords)
+
+    monkeypatch.setattr(torch, "from_file", map_alone)
+    monkeypatch.setattr(os, "unlink", remove_unmapped)
+    memory = HostMemory("mapped", tmp_path)
+    first, second = (memory.allocate(10, torch.float32) for _ in range(2))
+    assert (first.fill_(1).sum(), second.fill_(2).sum()) == (10, 20)
+    assert len(list(tmp_path.iterdir())) == 2
+    mapped.remove(min(mapped))  # one is not used any more
+    memory.close()
+    assert [str(path) for path in tmp_path.iterdir()] == [*mapped]
+    mapped.clear()  # the process has ended
+    HostMemory("pinned", tmp_path)  # another one, which may keep its blocks elsewhere
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_file_that_cannot_be_mapped_is_removed(tmp_path, monkeypatch) -> None:
+    def refuse(name: str, **_) -> torch.Tensor:
+        raise RuntimeError("no address space")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    with pytest.raises(RuntimeError, match="address space"):
+        HostMemory("mapped", tmp_path).allocate(10, torch.float32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_streamed_blocks_are_spread_evenly() -> None:

@@ -1,5 +1,6 @@
 """What the engine's side of a group makes of what its ranks report."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from wanduet.config import EngineConfig
 from wanduet.engine import group as module
 from wanduet.engine.build import Models
+from wanduet.engine.cost import Seconds
 from wanduet.engine.group import Group
 from wanduet.engine.hardware import detect
 from wanduet.engine.job import Event, Job, OutputOptions
@@ -22,7 +24,7 @@ class FakeRanks:
         self._clock = clock
         self._reports = [(10.0, Event("denoise", 0, 4)), (3.0, Denoised(torch.zeros(1), "sdpa", (), {}, 2.0))]
 
-    def __call__(self, *_: object) -> "FakeRanks":
+    def __call__(self, *_: object, timeout_s: float) -> "FakeRanks":
         return self
 
     def send(self, assignment: object) -> int:
@@ -32,6 +34,34 @@ class FakeRanks:
         seconds, report = self._reports.pop(0)
         self._clock[0] += seconds
         return 0, report
+
+
+class StartedRanks:
+    """How long collectives of each group that was started may take."""
+
+    def __init__(self) -> None:
+        self.timeouts: list[float] = []
+
+    def __call__(self, *_: object, timeout_s: float) -> "StartedRanks":
+        self.timeouts.append(timeout_s)
+        return self
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def test_collectives_have_the_time_of_the_longest_step(tmp_path, monkeypatch) -> None:
+    """A forward at 1080p takes more than five minutes on an RTX 3060; the gather after it waits from its beginning."""
+    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
+    models, started = Models(config), StartedRanks()
+    request = GenerationRequest(prompt="x").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    monkeypatch.setattr(module, "RankGroup", started)
+    for step_s in (16.0, 337.0, 16.0):
+        slow = replace(plan, seconds=Seconds(step_s * request.num_inference_steps, 1.0))
+        with models.group(Job(request, slow, OutputOptions(tmp_path / "a.mp4"))):
+            pass
+    assert started.timeouts == [300.0, 1011.0]  # a patient group serves shorter steps, too
 
 
 def test_what_ranks_take_to_load_is_not_told_as_denoising(tmp_path, monkeypatch) -> None:

@@ -149,8 +149,8 @@ def no_ranks(monkeypatch):
 
     made: list[Group] = []
 
-    def begin(self, config, plan) -> None:
-        self.devices = plan.ranks
+    def begin(self, config, plan, timeout_s) -> None:
+        self.devices, self.timeout_s = plan.ranks, timeout_s
         made.append(self)
 
     def use(denoise):
@@ -220,7 +220,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
         raise RankFailedError("Rank 1 (cpu) died.", 1)
 
     monkeypatch.setattr(Group, "denoise", fall)
-    monkeypatch.setattr(Group, "__init__", lambda self, config, plan: setattr(self, "devices", plan.ranks))
+    monkeypatch.setattr(Group, "__init__", lambda self, _, plan, s: vars(self).update(devices=plan.ranks, timeout_s=s))
     monkeypatch.setattr(Group, "preload", lambda self, job: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
@@ -267,9 +267,34 @@ def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, s
     request = GenerationRequest(prompt="a red circle").resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2x24GiB"))
     plan = replace(plan, layout=planned)
-    assert suited_layout(plan, request, models.spec, speeds) == suited
+    assert suited_layout(plan, request, models.spec, speeds, "direct") == suited
     tight = tuple(replace(device, limit_bytes=device.peak + 2**20) for device in plan.devices)
-    assert suited_layout(replace(plan, devices=tight), request, models.spec, speeds) == planned
+    assert suited_layout(replace(plan, devices=tight), request, models.spec, speeds, "direct") == planned
+
+
+@pytest.mark.parametrize(
+    ("link", "slower", "shared"),
+    [
+        ("direct", 0.88, True),
+        ("host", 0.88, False),  # 6 GB a step: 1.2 s, of 5.3
+        ("host", 0.5, True),
+        ("gloo", 0.5, False),
+    ],
+)
+def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, slower, shared) -> None:
+    """In a layout that is planned, with speeds that are given, as in one that is chosen when they are measured."""
+    from wanduet.engine.plan import make_plan
+    from wanduet.engine.speeds import suited_layout
+
+    config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
+    models, hardware = Models(config), replace(parse_hardware("2xRTX 3090"), link=link)
+    request = GenerationRequest(prompt="a red circle").resolve(models.spec)
+    expected = Layout(ulysses=2) if shared else Layout(cfg=2)
+    plan = make_plan(request, models.memory, config, hardware)
+    assert plan.layout == Layout(cfg=2)
+    assert suited_layout(plan, request, models.spec, (1.0, slower), link) == expected
+    given = replace(config, speeds=(1.0, slower))
+    assert make_plan(request, models.memory, given, hardware).layout == expected
 
 
 @pytest.mark.parametrize(

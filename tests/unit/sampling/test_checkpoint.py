@@ -2,6 +2,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_failed_write_leaves_the_checkpoint_before_and_no_scraps(tmp_path, mon
         store.save(checkpoint(2))
     assert store.load().step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("locked", ["a.safetensors", "a.previous.safetensors"])
+def test_a_checkpoint_that_a_scanner_looks_at_is_waited_for(tmp_path, monkeypatch, locked) -> None:
+    """Windows neither moves nor replaces it meanwhile."""
+    store = Checkpoints(tmp_path, "a", atomic_output)
+    store.save(checkpoint(1))
+    store.save(checkpoint(2))
+    replace, looks = os.replace, [True] * 3
+
+    def refuse_at_first(source, target) -> None:
+        if looks and locked in (Path(source).name, Path(target).name):
+            looks.pop()
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "replace", refuse_at_first)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    store.save(checkpoint(3))
+    assert not looks
+    assert store.load().step == 3
 
 
 def test_a_checkpoint_is_on_the_disk_with_its_name(tmp_path, monkeypatch) -> None:

@@ -1,11 +1,14 @@
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from wanduet.errors import ModelNotFoundError, WeightsError
+from wanduet.weights import published
 from wanduet.weights.download import download, open_model, published_hashes, verify_manifest
+from wanduet.weights.published import PublishedFile, PublishedModel, unverified_weights
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -150,15 +153,53 @@ def test_a_file_cut_off_in_the_cache_is_fetched_again(hub) -> None:
     assert (open_model("some/model").path / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
 
 
-def test_a_cache_of_copies_keeps_the_hashes_in_a_manifest(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows without its developer mode."""
     from huggingface_hub import file_download
 
     monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+
+
+def test_a_cache_of_copies_keeps_the_hashes_in_a_manifest(hub, without_links: None) -> None:
     folder = download("some/model").folder
     assert len(published_hashes(folder.path)) == NEEDED
     (folder.path / WEIGHTS).write_bytes(hub.files[WEIGHTS][:-1] + b"x")
     with pytest.raises(WeightsError, match=WEIGHTS):
         verify_manifest(folder, None)
+
+
+def test_a_cache_of_copies_of_which_a_part_is_known_is_verified_whole(
+    hub, without_links: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of somebody's own, with the published VAE beside it."""
+    vae = {name: data for name, data in hub.files.items() if name.startswith("vae/")}
+    files = {name: PublishedFile(len(data), sha256(data).hexdigest()) for name, data in vae.items()}
+    known = PublishedModel("some/published", COMMIT, files)
+    monkeypatch.setattr(published, "published_models", lambda: {known.model: known})
+    folder = download("some/model").folder
+    (folder.path / WEIGHTS).write_bytes(hub.files[WEIGHTS][:-1] + b"x")
+    with pytest.raises(WeightsError, match=WEIGHTS):
+        verify_manifest(folder, None)
+
+
+def test_weights_of_which_nothing_is_known_are_told_until_they_are_checked(
+    hub, without_links: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program has fetched them, into a cache of copies."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("some/model")
+    caplog.clear()
+    folder = open_model("some/model")
+    assert "The cache of some/model has no hashes of text_encoder/model.safetensors and 2 more" in caplog.text
+    assert "wanduet download --model some/model" in caplog.text
+    assert WEIGHTS in unverified_weights(folder.path)
+    download("some/model")
+    assert unverified_weights(folder.path) == []
+    caplog.clear()
+    open_model("some/model")
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
