@@ -29,7 +29,9 @@ log = structlog.get_logger(__name__)
 
 VIDEOS_TO_LEARN = 8  # more would change the map no more
 _RIDGE = 1e-4  # keeps the map small where the finished videos show few colours
-_CLIPS = 12  # made-up ones; of colours in its world, the miniature's map then explains 63 %, fitted to those themselves 80 %
+_CLIPS = (
+    12  # made-up ones; of colours in its world, the miniature's map then explains 63 %, fitted to those themselves 80 %
+)
 _CLIP_SIZE = 64  # pixels a side
 _CLIP_FRAMES = 1 + TEMPORAL_STRIDE
 

@@ -2,17 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from itertools import permutations
 from typing import Literal
 
 import torch
-from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous as meet
 
 from wanduet.parallel.exchange import goes_directly
 from wanduet.parallel.mesh import Layout
-from wanduet.parallel.peers import GpuPeers
 
 Link = Literal["direct", "host", "gloo"]
 """direct: GPUs write to each other's memory, or all ranks are CPUs, which share one. host: NCCL carries everything through
@@ -28,31 +24,6 @@ def link_between(devices: Sequence[torch.device]) -> Link:
         return "gloo"
     pairs = permutations(sorted({device.index or 0 for device in gpus}), 2)
     return "direct" if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs) else "host"
-
-
-def settle_link(index: int, devices: Sequence[torch.device], rendezvous: str, timeout_s: float) -> Link:
-    """What joins the ranks on these devices, of which this one is `index`; all must ask, before they use NCCL.
-
-    NCCL is told where GPUs do not reach each other. It would believe a driver that says they do where what they send is
-    lost (an IOMMU; GeForce cards with some drivers), and wait for ever; so that is tried first.
-    """
-    link, ranks = link_between(devices), len(devices)
-    if link == "direct" and ranks > 1 and devices[index].type == "cuda":
-        # A group of its own, that ends here: NCCL reads its settings once, when a group with it begins.
-        patience = timedelta(seconds=timeout_s)
-        store, _, _ = next(meet(f"{rendezvous}-trial", index, ranks, timeout=patience))
-        dist.init_process_group("gloo", store=store, rank=index, world_size=ranks, timeout=patience)
-        try:
-            assert dist.group.WORLD is not None
-            if GpuPeers.lose_data(dist.group.WORLD, devices[index]):
-                link = "host"
-            # Who left first would take connections along that others still need.
-            store.set(f"done-{index}", "")
-            store.wait([f"done-{rank}" for rank in range(ranks)], patience)
-        finally:
-            dist.destroy_process_group()
-    keep_nccl_to(link)
-    return link
 
 
 def keep_nccl_to(link: Link) -> None:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -76,30 +76,16 @@ class GpuPeers:
     def of_group(cls, group: dist.ProcessGroup, device: torch.device) -> Self | None:
         """For the ranks of a group, who must all ask; None for all of them where one cannot reach another, or where
         what arrives is not what was sent."""
-        peers, _ = cls._tried(group, device)
-        return peers
-
-    @classmethod
-    def lose_data(cls, group: dist.ProcessGroup, device: torch.device) -> bool:
-        """Whether the driver says that GPUs of a group reach each other, and what one of them sends does not arrive. All
-        ranks must ask. False where it cannot be tried."""
-        _, lost = cls._tried(group, device)
-        return lost
-
-    @classmethod
-    def _tried(cls, group: dist.ProcessGroup, device: torch.device) -> tuple[Self | None, bool]:
-        """See `of_group` and `lose_data`."""
         if dist.get_world_size(group) == 1 or not all(told(_reachable(group, device), group)):
-            return None, False
+            return None
         peers = cls(group, device)
         trial = _Trial(peers)
         # All have done a step before any takes the next: nothing waits on a GPU for what may never arrive.
         for step in (trial.prepare, trial.send, trial.see, trial.hear):
-            outcomes = told(_outcome(step), group)
-            if set(outcomes) != {"works"}:
-                return None, "lost" in outcomes
+            if not all(told(_works(step), group)):
+                return None
         peers._drop()  # the next to reserve memory gets a new buffer, about which nothing has been said
-        return peers, False
+        return peers
 
     def reserve(self, size: int) -> bool:
         """See PeerMemory."""
@@ -225,15 +211,15 @@ class _Trial:
         return self._peers.on(rank, 0, (self._peers.ranks, *TRIED), self._sent.dtype)
 
 
-def _outcome(step: Callable[[], bool]) -> Literal["works", "lost", "refused"]:
+def _works(step: Callable[[], bool]) -> bool:
+    problem: object = "what they sent did not arrive"
     try:
         if step():
-            return "works"
+            return True
     except Exception as error:  # whatever a driver or PyTorch's own code raises
-        log.warning("GPUs do not exchange by their copy engines: %s", error)
-        return "refused"
-    log.warning("GPUs do not exchange by their copy engines: what they sent did not arrive")
-    return "lost"
+        problem = error
+    log.warning("GPUs do not exchange by their copy engines: %s", problem)
+    return False
 
 
 def _stream(stream: torch.cuda.Stream) -> ctypes.c_void_p:

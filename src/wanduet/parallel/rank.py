@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from wanduet.errors import WanduetError
 from wanduet.parallel.exchange import goes_directly
-from wanduet.parallel.links import Link, keep_nccl_to, link_between, settle_link
+from wanduet.parallel.links import Link, keep_nccl_to, link_between
 from wanduet.parallel.mesh import Layout, Mesh
 
 # Exit status of a worker whose starter is gone (nobody is left to read it) and of one that reported an error.
@@ -239,7 +239,8 @@ def serve(
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks_on_cpu))
         elif device.type == "cuda":
             torch.cuda.set_device(device)
-        link = settle_link(index, all_devices, rendezvous, timeout_s)
+        link = link_between(all_devices)
+        keep_nccl_to(link)
         _join(index, len(devices), device, rendezvous, timeout_s)
         mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox, link), *args)))
     except BaseException as error:

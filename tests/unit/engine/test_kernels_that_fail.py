@@ -30,7 +30,9 @@ def failing(run: Callable, after: int, counts: list[int], also: Callable[[], obj
         counts[0] += 1
         if counts[0] > after:
             also()
-            raise OutOfResourcesError("out of resource: shared memory, Required: 122880, Hardware limit: 101376\nand more")
+            raise OutOfResourcesError(
+                "out of resource: shared memory, Required: 122880, Hardware limit: 101376\nand more"
+            )
         return run(*args, **options)
 
     return sometimes

@@ -3,18 +3,15 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 from torch import distributed as dist
 
-from wanduet.parallel import launch, peers
-from wanduet.parallel.exchange import told
+from wanduet.parallel import launch
 from wanduet.parallel.launch import run_on_ranks
 from wanduet.parallel.links import attention_bytes, keep_nccl_to, link_between
 from wanduet.parallel.mesh import Layout
-from wanduet.parallel.peers import GpuPeers
 from wanduet.parallel.rank import Rank, serve
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +42,8 @@ def test_two_gpus_that_share_a_sequence_send_6_gigabytes_a_guided_step() -> None
     assert attention_bytes(Layout(ring=2), 100, 10, 2) == 2 * 50 * 10 * 2  # keys and values of its half
 
 
-def serve_with(reach: bool, lost: bool) -> Callable[..., None]:
-    """`serve` where GPUs are said to reach each other, and lose what they send."""
+def serve_with(reach: bool) -> Callable[..., None]:
+    """`serve` where GPUs reach each other, or do not."""
     begin = dist.init_process_group
 
     def begin_with_gloo(backend: str, **settings: object) -> None:
@@ -54,30 +51,22 @@ def serve_with(reach: bool, lost: bool) -> Callable[..., None]:
         os.environ["SEEN_BY_NCCL"] = os.environ.get("NCCL_P2P_DISABLE", "unset") if "nccl" in backend else "no NCCL"
         begin("gloo", **{**settings, "device_id": None})
 
-    def lose_data(group: dist.ProcessGroup, device: torch.device) -> bool:
-        return lost and sorted(told(device.index, group)) == [0, 1]
-
     def serve_here(*arguments: object) -> None:
         dist.is_nccl_available = lambda: True
         dist.init_process_group = begin_with_gloo
         torch.cuda.set_device = lambda device: None
         torch.cuda.can_device_access_peer = lambda one, other: reach
-        GpuPeers.lose_data = lose_data
         serve(*arguments)
 
     return serve_here
 
 
 def serve_good(*arguments: object) -> None:
-    serve_with(True, False)(*arguments)
+    serve_with(True)(*arguments)
 
 
 def serve_apart(*arguments: object) -> None:
-    serve_with(False, False)(*arguments)
-
-
-def serve_lossy(*arguments: object) -> None:
-    serve_with(True, True)(*arguments)
+    serve_with(False)(*arguments)
 
 
 def seen(rank: Rank) -> tuple[str, str, int]:
@@ -92,7 +81,6 @@ def seen(rank: Rank) -> tuple[str, str, int]:
     [
         (serve_good, ("direct", "unset", 3)),
         (serve_apart, ("host", "1", 3)),
-        (serve_lossy, ("host", "1", 3)),
     ],
 )
 def test_nccl_goes_through_the_host_where_gpus_do_not_reach_each_other(
@@ -108,30 +96,3 @@ def test_what_somebody_chose_for_nccl_stays(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
     keep_nccl_to("host")
     assert os.environ["NCCL_P2P_DISABLE"] == "0"
-
-
-@pytest.mark.parametrize("outcome", ["lost", "refused"])
-def test_only_what_was_sent_in_vain_is_lost(monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
-    """Where a container forbids to share memory, NCCL may still have a way of its own."""
-
-    def reserve(self: GpuPeers, size: int) -> bool:
-        if outcome == "refused":
-            raise RuntimeError("pidfd_getfd: Operation not permitted")
-        return True
-
-    def nothing(*_: object) -> int:
-        return 0
-
-    monkeypatch.setattr(peers, "told", lambda mine, group: [mine, mine])
-    monkeypatch.setattr(peers, "_reachable", lambda group, device: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
-    for name in ("Stream", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
-    for name in ("follow", "copy", "tell", "said"):
-        monkeypatch.setattr(GpuPeers, name, nothing)
-    monkeypatch.setattr(GpuPeers, "reserve", reserve)
-    monkeypatch.setattr(GpuPeers, "on", lambda self, rank, offset, shape, dtype: torch.empty(shape, dtype=dtype))
-    group = cast(dist.ProcessGroup, None)
-    assert GpuPeers.lose_data(group, torch.device("cpu")) == (outcome == "lost")
-    assert GpuPeers.of_group(group, torch.device("cpu")) is None

@@ -64,21 +64,19 @@ def attend_all_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
     return isinstance(mesh.peers, GpuPeers), found
 
 
-def lose(lost: str, rank: Rank) -> tuple[str, bool, bool]:
-    """What joined the GPUs before, and of those where nothing arrives that they send in a way: whether memory is shared,
-    and whether the loss is seen."""
+def lose(lost: str, rank: Rank) -> bool:
+    """Whether memory is shared where nothing arrives that GPUs send in a way."""
 
     def nothing(*_: object) -> None:
         pass
 
     setattr(GpuPeers, lost, nothing)
-    mesh = rank.mesh(Layout(ulysses=rank.world_size))
-    return rank.link, mesh.peers is not None, GpuPeers.lose_data(mesh.ulysses, rank.device)
+    return rank.mesh(Layout(ulysses=rank.world_size)).peers is not None
 
 
 @pytest.mark.parametrize("lost", ["copy", "tell"])
 def test_gpus_that_lose_what_they_send_exchange_by_collectives(lost: str) -> None:
-    assert run_on_ranks(partial(lose, lost), ("cuda:0", "cuda:1")) == [("direct", False, True)] * 2
+    assert run_on_ranks(partial(lose, lost), ("cuda:0", "cuda:1")) == [False, False]
 
 
 def test_copies_give_what_collectives_give() -> None:
