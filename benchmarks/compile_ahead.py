@@ -1,6 +1,6 @@
 """Compile, without a GPU, every Triton kernel that a decode and a forward ask for, as for one kind of card.
 
-    PYTHONPATH=src python benchmarks/compile_ahead.py --capability 86 [--dtype bfloat16] [--json]
+    PYTHONPATH=src python benchmarks/compile_ahead.py --capability 86 [--dtype bfloat16] [--brief] [--json]
 
 The product's own code asks for them: a decode and a forward run on the meta device, which computes nothing, while Triton
 takes the card from here (`CARDS`). A row for each kernel and form: bytes of shared memory beside the card's limit,
@@ -150,15 +150,17 @@ def resources(cubin: bytes) -> tuple[int | None, int | None]:
     return (int(registers[1]) if registers else None), (int(stack[1]) if stack else None)
 
 
-def decodes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Decodes in each order, whole and in strips."""
+def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Decodes in each order, whole and in strips; `brief`: whole ones of 480p and of the odd size, whose kernels are all
+    that there are but for a few variants of the attention's products."""
     from wanduet.models.vae_rows import DecodePlan
     from wanduet.models.vae_traced import compile_decode
     from wanduet.ops.vae_gpu import compiling_for
     from wanduet.specs import VAESpec
 
-    for height, width in SIZES:
-        for plan in (DecodePlan(), DecodePlan("frame", 2), DecodePlan("strip", 3)):
+    plans = (DecodePlan(), DecodePlan("frame", 2), DecodePlan("strip", 3))
+    for height, width in (SIZES[0], SIZES[-1]) if brief else SIZES:
+        for plan in plans[:1] if brief else plans:
             name = f"decode {width}x{height}, {plan.order}-major, {plan.num_strips} strips"
 
             def decode(height: int = height, width: int = width, plan: DecodePlan = plan) -> None:
@@ -167,14 +169,14 @@ def decodes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, decode
 
 
-def forwards(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+def forwards(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """A forward with texts of many lengths, what prepares a text, the check before use, and the repair of attention."""
     from wanduet.ops import flash4_redo, fused, kernel_checks
     from wanduet.ops.triton_kernels import TRITON_KERNELS
     from wanduet.specs import WAN_1_3B, WAN_14B
 
     ours = replace(TRITON_KERNELS, linear=fused.linear, linear_gelu=fused.linear_gelu)  # those are cuBLAS's
-    for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B)):
+    for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B))[: 1 if brief else 2]:
         t = spec.transformer
         heads, head_dim = t.num_attention_heads, t.attention_head_dim
         width = heads * head_dim
@@ -200,8 +202,10 @@ def forwards(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "attention repaired", redo
 
 
-def compile_all(capability: int, dtype_name: str) -> list[Row]:
-    """Every kernel for that capability in that dtype. To be called once in a process, before any kernel is imported."""
+def compile_all(capability: int, dtype_name: str, brief: bool = False) -> list[Row]:
+    """Every kernel for that capability in that dtype. To be called before any kernel is imported, for one capability.
+
+    `brief`: those of the defaults, a VAE in float32 and a transformer of 1.3B in bfloat16."""
     shared, multiprocessors = CARDS[capability]
 
     def nowhere(x: object) -> AbstractContextManager[object]:
@@ -217,7 +221,8 @@ def compile_all(capability: int, dtype_name: str) -> list[Row]:
     dtype = DTYPES[dtype_name]
     torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
     with torch.no_grad(), Recorder(capability, dtype_name) as recorder:
-        cases = [*decodes(dtype), *(forwards(dtype) if dtype.itemsize == 2 else ())]
+        of_vae = () if brief and dtype.itemsize == 2 else decodes(dtype, brief)
+        cases = [*of_vae, *(forwards(dtype, brief) if dtype.itemsize == 2 else ())]
         for recorder.case, run in cases:
             run()
     return recorder.rows
@@ -240,10 +245,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, choices=sorted(CARDS), default=86)
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: both")
+    parser.add_argument("--brief", action="store_true", help="the forms of the default dtypes and of two sizes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
-    rows = [row for name in options.dtype or sorted(DTYPES) for row in compile_all(options.capability, name)]
+    rows = [
+        row for name in options.dtype or sorted(DTYPES) for row in compile_all(options.capability, name, options.brief)
+    ]
     found = {
         "capability": options.capability,
         "triton": triton.__version__,
