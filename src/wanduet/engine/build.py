@@ -219,14 +219,18 @@ class Models:
         shape = Shape(tokens, tokens, *heads)
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
             kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
-            if denoiser.device.type == "cuda":
-                write_verdicts(folder)
+            self.keep_verdicts()
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, self.config.attention, folder)
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
         denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=work.plan.share_first)
         denoiser.attend_with(choice)
+
+    def keep_verdicts(self) -> None:
+        """Keep what was seen of kernels for plans and processes to come."""
+        if torch.cuda.is_available():
+            write_verdicts(self.config.data_folder / "measurements")
 
     # A group of ranks.
 
@@ -317,8 +321,7 @@ class Models:
             if self.config.tf32:
                 self._vae.round_to_tf32()
         self._vae.use_kernels(guarded(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32)))
-        if device.type == "cuda":
-            write_verdicts(self.config.data_folder / "measurements")
+        self.keep_verdicts()
 
     def without_vae_kernel(self, operation: str) -> None:
         """Decode with an operation's plain form from now on."""

@@ -23,7 +23,7 @@ from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.release import trim_cache
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
-from wanduet.errors import CancelledError
+from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.folders import never_make
 from wanduet.media.files import atomic_output
 from wanduet.models.vae_rows import Rows
@@ -152,6 +152,10 @@ def _denoise(
             seconds_of_others = denoising.seconds_of_others
         except CancelledError:
             latents = None
+        except KernelFailedError as error:  # the others wait for this rank: all begin again, without that kernel
+            denoiser.without_kernel(error.operation)
+            models.keep_verdicts()
+            raise
     peaks = add_up(told(_own_peaks(rank)))
     if first:
         report = Denoised(

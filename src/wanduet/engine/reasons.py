@@ -16,7 +16,7 @@ from wanduet.engine.memory import text_encoder_bytes
 from wanduet.ops.attention import SDPA, available_backends
 from wanduet.ops.attention_choice import Shape, remembered
 from wanduet.ops.kernel_verdicts import triton_problem
-from wanduet.ops.kernels import has_quack, plans_fused_kernels
+from wanduet.ops.kernels import has_quack, plans_fused_kernels, plans_fused_vae_kernels
 from wanduet.request import ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
 
@@ -265,7 +265,8 @@ class Explained:
     def _kernels(self, setting: str, device: DeviceInfo) -> Choice:
         if not device.name.startswith("cuda"):
             return Choice(setting, "torch", f"PyTorch's own operations: Triton's kernels are not for {device.name}")
-        if not plans_fused_kernels(device.name):
+        fused = plans_fused_kernels if setting == "kernels" else plans_fused_vae_kernels
+        if not fused(device.name):
             why = triton_problem() or "some of Triton's kernels did not work here"
             return Choice(setting, "torch", f"PyTorch's own operations: {why}")
         if not self._is_here(device):

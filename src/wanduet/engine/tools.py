@@ -30,7 +30,7 @@ from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.ops.attention import BACKENDS, available_backends
 from wanduet.ops.attention_choice import measured
-from wanduet.ops.kernel_verdicts import plain_operations, read_verdicts, triton_problem
+from wanduet.ops.kernel_verdicts import IN_A_JOB, plain_operations, read_verdicts, triton_problem
 from wanduet.ops.kernels import TRITON, VAE_TRITON
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.specs import RANDOM_SPECS, ModelSpec
@@ -253,7 +253,7 @@ def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
     found = {}
     for gpu in hardware.gpus:
         device = torch.device(gpu.name)
-        names = [name for what in (TRITON, VAE_TRITON) for name in plain_operations(what, device) or ()]
+        names = [name for what in (TRITON, VAE_TRITON, IN_A_JOB) for name in plain_operations(what, device) or ()]
         if names:
             found[gpu.name] = names
     return found

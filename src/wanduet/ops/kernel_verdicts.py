@@ -24,6 +24,7 @@ from wanduet.ops.attention_cache import FAILURE_S, machine_state
 log = logging.getLogger(__name__)
 
 VERDICTS_FILE = "kernels.json"
+IN_A_JOB = "failed in a job"  # in place of a set's name: operations of any set
 _LOCK = threading.Lock()
 _PLAIN: dict[str, tuple[str, ...]] = {}  # by `_key`: operations whose plain form runs; none where all work
 
@@ -52,9 +53,16 @@ def plain_operations(what: str, device: torch.device) -> tuple[str, ...] | None:
 
 
 def remember(what: str, device: torch.device, dtype: torch.dtype, plain: Iterable[str]) -> None:
-    """What was seen of a set of kernels."""
+    """What was seen of a set of kernels by its check."""
     with _LOCK:
         _PLAIN[_key(what, device, str(dtype))] = tuple(plain)
+
+
+def remember_failure(operation: str, device: torch.device) -> None:
+    """An operation's kernel failed in the middle of a job, though its check had passed: it is not tried again."""
+    with _LOCK:
+        key = _key(IN_A_JOB, device, "")
+        _PLAIN[key] = tuple(sorted({*_PLAIN.get(key, ()), operation}))
 
 
 def read_verdicts(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from wanduet.errors import KernelFailedError
 from wanduet.ops.fused import TORCH_KERNELS, Kernels
 from wanduet.ops.kernel_checks import CASES, VAE_CASES, largest_error, largest_vae_error
-from wanduet.ops.kernel_verdicts import plain_operations, remember, triton_problem
+from wanduet.ops.kernel_verdicts import IN_A_JOB, plain_operations, remember, remember_failure, triton_problem
 from wanduet.ops.precision import EXACT, PRODUCTS, convolutions_use_tf32, vae_precision
 from wanduet.ops.vae_fused import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS, compiling_for
@@ -119,8 +119,8 @@ class _Check:
 
     def _problem(self, operation: str, tried: Set, error: Callable[[Set, str], float]) -> str:
         """Why an operation must not be used; empty if it works."""
-        if operation in _BROKEN.get(self.device, ()):
-            return "it failed before"
+        if operation in (plain_operations(IN_A_JOB, self.device) or ()):
+            return "it failed in a job"
         try:
             found = error(tried, operation)
         except Exception as failure:  # a compiler's failure can be anything
@@ -136,10 +136,6 @@ class _Check:
         if problems:
             which = "" if all_of_them else f" ({', '.join(problems)})"
             log.warning("%s%s cannot be used here (%s): %s.", what, which, next(iter(problems.values())), COSTS[what])
-
-
-# Operations that failed although they had passed their check, in this process, by device.
-_BROKEN: dict[torch.device, set[str]] = {}
 
 
 def guarded(kernels: Set) -> Set:
@@ -172,8 +168,8 @@ def _guard(operation: str, run: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def without(kernels: Set, operation: str, device: torch.device) -> Set:
-    """The same with an operation's plain form, which this process takes from now on."""
-    _BROKEN.setdefault(device, set()).add(operation)
+    """The same with the plain form of an operation that has failed there; it is not tried again."""
+    remember_failure(operation, device)
     operations, plain = _parts(kernels)
     forms: dict[str, Any] = {field: getattr(plain, field) for field in operations[operation]}
     return replace(kernels, name=f"{kernels.name} without {operation}", **forms)
@@ -182,11 +178,16 @@ def without(kernels: Set, operation: str, device: torch.device) -> Set:
 def planned_vae_kernels(device: str) -> VAEKernels:
     """What `vae_kernels_for` will give on a device that need not be here, for a prediction: the plain ones where one of
     Triton's is known to fail, as those need more memory."""
-    return VAE_TRITON_KERNELS if _plans_triton(VAE_TRITON, device) else VAE_TORCH_KERNELS
+    return VAE_TRITON_KERNELS if plans_fused_vae_kernels(device) else VAE_TORCH_KERNELS
+
+
+def plans_fused_vae_kernels(device: str) -> bool:
+    """Whether `vae_kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
+    return _plans_triton(VAE_TRITON, device)
 
 
 def plans_fused_kernels(device: str) -> bool:
-    """Whether `kernels_for` will give Triton's on such a device; see `planned_vae_kernels`."""
+    """Whether `kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
     return _plans_triton(TRITON, device)
 
 
@@ -196,7 +197,8 @@ def _plans_triton(what: str, name: str) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"
     seen = plain_operations(what, device)
-    return triton_problem() is None if seen is None else not seen
+    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(_VAE_OPERATIONS if what == VAE_TRITON else _OPERATIONS)
+    return not failed and (triton_problem() is None if seen is None else not seen)
 
 
 def vae_kernels_to_compile(device: torch.device, tf32: bool | None = None) -> VAEKernels | None:

@@ -375,7 +375,9 @@ def test_attention_and_kernels_of_a_gpu_that_is_here(memories, gpu_here, monkeyp
 
 @pytest.mark.parametrize("triton", [True, False])
 def test_kernels_are_told_as_far_as_they_are_known(memories, gpu_here, monkeypatch, triton) -> None:
-    monkeypatch.setattr(reasons, "plans_fused_kernels", lambda name: triton)
+    for name in ("plans_fused_kernels", "plans_fused_vae_kernels"):
+        monkeypatch.setattr(reasons, name, lambda device: triton)
+    monkeypatch.setattr(reasons, "triton_problem", lambda: None if triton else "Triton is not installed")
     found = explained(memories, gpu_here)
     for setting in ("kernels", "vae_kernels"):
         assert found[setting].value == ("triton" if triton else "torch")

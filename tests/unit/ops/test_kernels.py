@@ -16,7 +16,6 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(kernels, "_BROKEN", {})
     kernel_verdicts.forget()
     yield
     kernel_verdicts.forget()
