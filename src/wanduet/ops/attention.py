@@ -139,8 +139,19 @@ def available_backends(device: torch.device) -> dict[str, Backend]:
         b.name: b
         for b in BACKENDS
         if (b.package is None or _importable(MODULES[b.package], b.package))
+        and (b.name != "sdpa_flash" or torch.backends.cuda.is_flash_attention_available())  # not built in on Windows
         and (b.capability is None or b.capability == torch.cuda.get_device_capability(device))
     }
+
+
+def caution_for(backend: Backend) -> str | None:
+    """What is known against a back end's installed release, which its check cannot see; None if nothing is."""
+    if backend.package != "sageattention" or not version(backend.package).startswith("1."):
+        return None
+    return (
+        f"sageattention {version(backend.package)} adds up in 16 bits: with Wan models black videos were reported, which a "
+        "check on random numbers does not show. Look at the first video; release 2.2 from its own repository is better."
+    )
 
 
 def _importable(module: str, package: str) -> bool:

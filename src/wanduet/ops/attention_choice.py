@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import ConfigError
-from wanduet.ops.attention import SDPA, AttentionFn, AttentionLseFn, Backend, available_backends, plain_with_lse
+from wanduet.ops.attention import (
+    SDPA,
+    AttentionFn,
+    AttentionLseFn,
+    Backend,
+    available_backends,
+    caution_for,
+    plain_with_lse,
+)
 from wanduet.ops.attention_cache import Timing, free_bytes, holds, read_all, read_table, stamped, write_table
 from wanduet.ops.kernels import reason_of
 from wanduet.ops.precision import EXACT, PRODUCTS
@@ -161,6 +169,8 @@ def _named(name: str, found: dict[str, Backend], device: torch.device, shape: Sh
     backend = found[name]
     if backend is SDPA:
         return _choice(backend)
+    if (caution := caution_for(backend)) is not None:
+        log.warning("%s", caution)
     row = _check(backend, device, shape, dtype)
     if not row.usable:
         hint = "Free some memory, or use auto." if row.free_bytes is not None else "Use auto."

@@ -192,6 +192,22 @@ def test_a_named_one_that_is_absent_or_wrong_is_refused() -> None:
         choose(Spy("broken", lambda x: x * 2), prefer="broken")
 
 
+@pytest.mark.parametrize(("release", "warned"), [("1.0.6", True), ("2.2.0", False)])
+def test_a_release_that_made_black_videos_is_warned_of(monkeypatch, caplog, release: str, warned: bool) -> None:
+    monkeypatch.setattr(attention, "version", lambda package: release)
+    rough = replace(Spy("sageattention", exact=False).backend, package="sageattention")
+    choose_attention(CPU, SHAPE, torch.float32, "sageattention", backends={"sageattention": rough})
+    assert ("black videos" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_flash_attention_is_tried_where_pytorch_was_built_with_it(monkeypatch, built: bool) -> None:
+    """Its wheels for Windows are not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    assert ("sdpa_flash" in available_backends(torch.device("cuda"))) == built
+
+
 def test_measured_once_and_remembered(tmp_path: Path, slow_sdpa) -> None:
     first, second = Spy("fast"), Spy("fast")
     table = choose(first, cache_folder=tmp_path).table
