@@ -50,6 +50,7 @@ def stopped(worker: str) -> Iterator[None]:
         os.kill(pid_of(worker), signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_that_die_at_work_cost_a_decode(cluster: Fleet, local: Local) -> None:
     ids = [cluster.server.create(PROMPTS[0], seed="1", **SMALL)["id"]]  # with work there, all three are started
     replica, decoder, encoder = (

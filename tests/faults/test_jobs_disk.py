@@ -49,7 +49,7 @@ def survive(folder: Path, way: str, moments: int, record_property: Any) -> None:
     assert found["refused"] + found["accepted"] > 0
 
 
-@pytest.mark.parametrize("way", ["tmpfs", "limit"])
+@pytest.mark.parametrize("way", ["tmpfs", pytest.param("limit", marks=pytest.mark.slow)])
 def test_a_full_disk_is_survived(tmp_path: Path, way: str, record_property: Any) -> None:
     survive(tmp_path, way, 1, record_property)
 

@@ -223,8 +223,8 @@ def overload(tmp_path: Path, submissions: int, queue: int, record_property) -> N
         assert at_once > 0
 
 
-def test_200_submissions_at_once(tmp_path: Path, record_property) -> None:
-    overload(tmp_path, 200, 100, record_property)
+def test_80_submissions_at_once(tmp_path: Path, record_property) -> None:
+    overload(tmp_path, 80, 40, record_property)
 
 
 @pytest.mark.slow

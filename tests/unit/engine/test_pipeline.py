@@ -331,4 +331,4 @@ def test_what_is_no_request_is_refused_in_a_sentence(engine, tmp_path) -> None:
     for arguments in (("x", OutputOptions(tmp_path / "a.mp4")), (request, tmp_path / "a.mp4")):
         with pytest.raises(TypeError, match="submit takes a GenerationRequest and OutputOptions"):
             engine.submit(*arguments)
-    assert OutputOptions("a.mp4").video_path(1, 2) == Path("a-2.mp4")
+    assert OutputOptions("a.mp4").video_path(1, 2) == Path("a-2.mp4").absolute()

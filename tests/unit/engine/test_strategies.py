@@ -204,7 +204,7 @@ def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(config, alone, 
     again = steps[steps.index(2) + 1 :]
     assert again[-1] == 4
     expected = latents(alone / "guided.mkv")
-    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_what_cannot_be_is_refused(config, tmp_path) -> None:
@@ -235,7 +235,7 @@ def test_unequal_devices_get_unequal_parts_and_give_the_same(config, alone, tmp_
     job = run(settings, tmp_path / "a.mkv")
     assert (job.plan.layout.cfg, job.plan.layout.sequence) == (1, 2)  # pairs would wait for the slower one
     expected = latents(alone / "guided.mkv")
-    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert_looks_the_same(tmp_path / "a.mkv", alone / "guided.mkv")
 
 

@@ -346,7 +346,7 @@ def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("plan", [DecodePlan(), DecodePlan("strip", 3)])
+@pytest.mark.parametrize("plan", [pytest.param(DecodePlan(), marks=pytest.mark.slow), DecodePlan("strip", 3)])
 def test_a_whole_decode_gives_the_same_frames_by_kernels_that_can_be_compiled_beforehand(launched, plan) -> None:
     """Beforehand: by a run on the meta device, of other sizes, as a kernel depends on neither rows nor columns."""
     torch.manual_seed(2)
