@@ -78,6 +78,7 @@ def test_an_encoder_and_a_decoder_that_die_at_work_cost_a_decode(cluster: Fleet,
     assert embeddings(cluster) == len(PROMPTS)
 
 
+@pytest.mark.slow  # the cluster takes as long to start as for a test that shows more
 def test_the_verdict_is_told(cluster: Fleet) -> None:
     told: dict[str, Any] = wait("the controller has looked once", cluster.store.stages)
     assert told["apart"] is True
