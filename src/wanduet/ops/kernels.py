@@ -192,7 +192,7 @@ def plans_fused_kernels(device: str) -> bool:
 
 
 def _plans_triton(what: str, name: str) -> bool:
-    """A GPU elsewhere is taken to have Triton; of those that are here it is known what worked, or what Triton lacks."""
+    """A GPU that is not here is taken to have Triton; of those that are here it is known what worked, or what Triton lacks."""
     device = torch.device(name)
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"
