@@ -39,7 +39,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 def replace_file(source: Path, target: Path) -> None:
     """Give a file the name of another one, which goes. Raises OSError.
 
-    Windows refuses while either of them is open elsewhere, so there it is tried for a while.
+    Windows refuses while either of them is open in another program, so there it is tried for a while.
     """
     attempts = REPLACE_ATTEMPTS if sys.platform == "win32" else 1
     for left in reversed(range(attempts)):

@@ -19,7 +19,7 @@ class Place:
     given: Path  # as the user wrote it
 
     def shown(self, path: Path) -> str:
-        """A path at this place in the user's spelling; absolute where that leads elsewhere by now."""
+        """A path at this place in the user's spelling; absolute where that is another place by now."""
         given = self.given if self.is_folder else self.given.parent
         try:
             return str(given / path.relative_to(given.absolute()))

@@ -100,5 +100,8 @@ def forget() -> None:
 
 
 def _key(what: str, device: torch.device, dtype: str) -> str:
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else str(device.type)
+    """A GPU by its name: equal ones share what was seen. One that is planned for need not be here; nothing was seen of it."""
+    name = str(device)
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        name = torch.cuda.get_device_name(device)
     return f"{what}|{name}|{dtype}"

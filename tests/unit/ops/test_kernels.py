@@ -88,6 +88,7 @@ def test_a_kernel_of_long_texts_that_does_not_fit_is_found_by_the_check(monkeypa
 
 def test_what_did_not_work_is_planned_for_by_this_process_and_by_the_next(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
     monkeypatch.setattr(kernels, "triton_problem", lambda: None)
     assert kernels.plans_fused_kernels("cuda:0")
@@ -114,8 +115,29 @@ def test_what_did_not_work_is_planned_for_by_this_process_and_by_the_next(monkey
     assert kernels.plans_fused_kernels("cuda:0")
 
 
+def test_a_gpu_that_is_not_here_is_planned_for_beside_one_that_is(monkeypatch) -> None:
+    """As by `plan --hardware 2x3090` on a machine with one GPU."""
+
+    def name_of(device: torch.device) -> str:
+        if device.index:
+            raise AssertionError("Invalid device id")  # as PyTorch does
+        return "Some Card"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", name_of)
+    monkeypatch.setattr(kernels, "triton_problem", lambda: None)
+    kernel_verdicts.remember_failure("norm", torch.device("cpu"))
+    assert kernels.plans_fused_kernels("cuda:0")
+    kernel_verdicts.remember_failure("norm", torch.device("cuda:0"))
+    assert not kernels.plans_fused_kernels("cuda:0")
+    assert kernels.plans_fused_kernels("cuda:1")
+    assert kernels.planned_vae_kernels("cuda:1").name == "triton"
+
+
 def test_short_memory_says_nothing_about_a_kernel(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
     monkeypatch.setattr(kernels, "triton_problem", lambda: None)
 
@@ -214,6 +236,7 @@ def test_memory_is_planned_for_the_kernels_that_will_run(monkeypatch, device, gp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus_here)
     monkeypatch.setattr(kernels, "has_triton", lambda: triton_here)
     monkeypatch.setattr(kernels, "triton_problem", lambda: None if triton_here else "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
     assert kernels.planned_vae_kernels(device).name == expected
     compiled = kernels.vae_kernels_to_compile(torch.device(device))
