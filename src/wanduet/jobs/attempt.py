@@ -253,12 +253,12 @@ class Attempt:
         """A disk that is full or broken is not the job's fault: wait until it can be written, and try again."""
         waited = 0
         self._activity.expect(FOREVER)
-        while not self._store.files.has_room(self._settings.reserve_bytes):
+        while (reason := self._store.files.find_no_room(self._settings.reserve_bytes)) is not None:
             if waited % 240 == 0:
                 self._log.error(
                     "the data folder's disk cannot be written or is full",
                     reserve=self._settings.reserve_bytes,
-                    reason=error.message,
+                    reason=reason,  # as it is now: what the job met is only the first sign of it
                 )
             waited += 1
             if self._keeper.lost.wait(self._settings.poll_seconds):
@@ -267,8 +267,8 @@ class Attempt:
                 break
         if waited:
             return self._end(lambda: self._store.release(self._lease), "released: no room on the disk")
-        reason = JobError(error.code, self._told(error))  # there is room, only not for this
-        return self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "no room for it")
+        told = JobError(error.code, self._told(error))  # there is room, only not for this
+        return self._end(lambda: self._store.retry(self._lease, told, self._settings.max_crashes), "no room for it")
 
     def _told(self, error: WanduetError) -> str:
         return str(error).replace(str(self._store.files.folder), "the data folder")

@@ -126,15 +126,15 @@ class JobFiles:
         except OSError:
             return math.inf
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether the disk has so much free and can be written just now."""
+    def find_no_room(self, num_bytes: int) -> str | None:
+        """Why the disk has not so much free, or cannot be written just now; None if it has and can."""
         if self.free_bytes() < num_bytes:
-            return False
+            return f"fewer than {num_bytes} bytes are free"
         try:
             write_atomically(self.folder / "disk-check", b"x")
-        except OutputError:
-            return False
-        return True
+        except OutputError as error:
+            return error.message
+        return None
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete published files; one that is gone already is fine."""

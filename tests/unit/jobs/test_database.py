@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import structlog
-from fake_engine import FakeEngine, Turnstile, finish_job, journal, open_store
+from fake_engine import FakeEngine, Pace, Turnstile, finish_job, journal, open_store
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from wanduet.config import EngineConfig
-from wanduet.errors import WanduetError
+from wanduet.errors import OutputError, WanduetError
 from wanduet.folders import never_make
 from wanduet.jobs import writers
 from wanduet.jobs.attempt import AttemptSettings
@@ -257,7 +257,7 @@ def test_what_is_written_while_the_folder_goes_is_not_acknowledged(
 
 
 @contextmanager
-def at_work(store: JobStore, pace: Turnstile | None = None) -> Iterator[threading.Thread]:
+def at_work(store: JobStore, pace: Pace | None = None) -> Iterator[threading.Thread]:
     engine = FakeEngine(EngineConfig(data_dir=store.files.folder), pace)
     settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.005, progress_seconds=0.005))
     runner = Runner(store, engine, settings, hooks=engine.hooks)
@@ -309,6 +309,24 @@ def test_a_job_builds_nothing_in_the_place_of_its_folder_and_goes_on_when_it_is_
         wait_for(lambda: store.get(job_id).status == "completed")
     steps = [line for line in journal(data) if "step" in line]
     assert len(steps) == len(set(steps)), "it went on where it was"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder in which files are open")
+def test_what_is_said_of_a_disk_is_how_it_is_now_and_not_what_a_job_met_first(tmp_path: Path) -> None:
+    data, gone = tmp_path / "data", threading.Event()
+
+    def vanish(job: object, step: int) -> None:
+        if step == 1 and not gone.is_set():
+            moved(data)
+            gone.set()
+            raise OutputError("Cannot write video.mp4: No such file or directory.")  # as when it goes between two calls
+
+    with structlog.testing.capture_logs() as lines, closing(open_store(data)) as store, at_work(store, vanish):
+        never_make(data)
+        job_id = store.submit(NEW).job.id
+        wait_for(lambda: [one for one in lines if "moved or removed" in one.get("reason", "")])
+        data.with_name("moved").rename(data)
+        wait_for(lambda: store.get(job_id).status == "completed")
 
 
 def test_a_broken_store_is_not_the_jobs_fault(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,7 @@ def test_a_job_that_met_a_full_disk_waits_for_room(store: JobStore, monkeypatch:
 
 @pytest.mark.parametrize("how", ["cancel", "drain"])
 def test_waiting_for_room_can_be_ended(store: JobStore, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    monkeypatch.setattr(JobFiles, "has_room", lambda self, num_bytes: False)
+    monkeypatch.setattr(JobFiles, "find_no_room", lambda self, num_bytes: "it is full")
     job_id = submit(store, "full 2")
     with structlog.testing.capture_logs() as lines, running(store):
         wait(lambda: any("cannot be written" in line["event"] for line in lines))
