@@ -19,7 +19,7 @@ import torch
 from _common import TINY, Report
 from safetensors.torch import save_file
 
-from wanduet.engine.hardware import process_peak_bytes
+from wanduet.engine.host import process_peak_bytes
 from wanduet.models.text_encoder import EMBEDDING, FINAL_NORM, TextEncoder
 from wanduet.specs import TextEncoderSpec
 from wanduet.weights.files import TensorFiles

@@ -12,7 +12,8 @@ import torch
 
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import parse_hardware, process_peak_bytes
+from wanduet.engine.hardware import parse_hardware
+from wanduet.engine.host import process_peak_bytes
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
