@@ -10,6 +10,6 @@ num_frames = 81  # 4n + 1; 16 frames are a second
 resolution = (480, 832)  # height, width; (720, 1280) and (1080, 1920) work too
 
 if __name__ == "__main__":
-    from wanduet.frontends.simple import run
+    from wanduet.doors.cli.simple import run
 
     run(prompt, num_frames, resolution)

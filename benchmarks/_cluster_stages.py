@@ -23,13 +23,13 @@ from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import GIB, EngineConfig
-from wanduet.engine.cost import MOST_CORES, encode_seconds
-from wanduet.engine.hardware import DeviceInfo
-from wanduet.engine.plan import text_encoder_choice
+from wanduet.family.specs import ModelSpec
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, Lease, NewJob, StaleLeaseError, demand_of
 from wanduet.jobs.worker import WorkerSettings
-from wanduet.specs import ModelSpec
+from wanduet.planning.cost import MOST_CORES, encode_seconds
+from wanduet.planning.hardware import DeviceInfo
+from wanduet.planning.plan import text_encoder_choice
 
 TICK, POLL = 5.0, 0.25  # seconds: controller's turn, a look at the queue
 HELD = 2  # jobs of a replica at a time

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from wanduet.models.vae import WanVAE
-from wanduet.ops.devices import prepare_allocator
-from wanduet.ops.kernels import vae_kernels_for
-from wanduet.specs import VAESpec
+from wanduet.family.specs import VAESpec
+from wanduet.kernels.device import prepare_allocator
+from wanduet.kernels.select import vae_kernels_for
+from wanduet.models.vae.model import WanVAE
 
 TINY = os.environ.get("TINY") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not TINY else torch.device("cpu")

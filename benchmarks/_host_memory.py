@@ -31,7 +31,7 @@ def loaded_peak(path: Path) -> dict[str, float]:
     """Load a shard into bfloat16; GiB beside what the process had before."""
     import torch
 
-    from wanduet.weights.files import TensorFiles
+    from wanduet.weights.safetensors import TensorFiles
 
     files = TensorFiles("transformer", [path])
     before, highest, done = resident(), 0, threading.Event()

@@ -34,7 +34,8 @@ def main() -> None:
     for name in filter(None, hidden.split(",")):
         sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
 
-    from wanduet.frontends import cli, commands
+    from wanduet.doors.cli import commands
+    from wanduet.doors.cli import main as cli
 
     mark("imported")
     commands.follow = follow

@@ -168,7 +168,7 @@ def serving(folder: Path, open_files: int | None) -> Iterator[Target]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
 
     log = folder / "server.log"
-    command = [sys.executable, "-m", "wanduet.frontends.cli", "serve", "--model", "miniature", "--port", "0"]
+    command = [sys.executable, "-m", "wanduet.doors.cli.main", "serve", "--model", "miniature", "--port", "0"]
     environment = {**os.environ, "WANDUET_DATA_DIR": str(folder / "data")}
     with (
         log.open("wb") as errors,

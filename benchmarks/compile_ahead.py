@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from wanduet.ops import devices
+from wanduet.kernels import device as devices
 
 # Of a capability: bytes of shared memory that a program may have (CUDA C Programming Guide, table of technical
 # specifications, less 1 KiB that the system keeps), and the multiprocessors of one of its cards.
@@ -153,10 +153,10 @@ def resources(cubin: bytes) -> tuple[int | None, int | None]:
 def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Decodes in each order, whole and in strips; `brief`: whole ones of 480p and of the odd size, whose kernels are all
     that there are but for a few variants of the attention's products."""
-    from wanduet.models.vae_rows import DecodePlan
-    from wanduet.models.vae_traced import compile_decode
-    from wanduet.ops.vae_gpu import compiling_for
-    from wanduet.specs import VAESpec
+    from wanduet.family.specs import VAESpec
+    from wanduet.kernels.vae.gpu import compiling_for
+    from wanduet.models.vae.history_size import compile_decode
+    from wanduet.models.vae.rows import DecodePlan
 
     plans = (DecodePlan(), DecodePlan("frame", 2), DecodePlan("strip", 3))
     for height, width in (SIZES[0], SIZES[-1]) if brief else SIZES:
@@ -171,11 +171,13 @@ def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[],
 
 def forwards(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """A forward with texts of many lengths, what prepares a text, the check before use, and the repair of attention."""
-    from wanduet.ops import flash4_redo, fused, kernel_checks
-    from wanduet.ops.triton_kernels import TRITON_KERNELS
-    from wanduet.specs import WAN_1_3B, WAN_14B
+    from wanduet.family.specs import WAN_1_3B, WAN_14B
+    from wanduet.kernels import check as kernel_checks
+    from wanduet.kernels.attention import flash4_redo
+    from wanduet.kernels.dit import plain
+    from wanduet.kernels.dit.gpu import TRITON_KERNELS
 
-    ours = replace(TRITON_KERNELS, linear=fused.linear, linear_gelu=fused.linear_gelu)  # those are cuBLAS's
+    ours = replace(TRITON_KERNELS, linear=plain.linear, linear_gelu=plain.linear_gelu)  # those are cuBLAS's
     for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B))[: 1 if brief else 2]:
         t = spec.transformer
         heads, head_dim = t.num_attention_heads, t.attention_head_dim
@@ -215,7 +217,7 @@ def compile_all(capability: int, dtype_name: str, brief: bool = False) -> list[R
     devices.multiprocessors = lambda device: multiprocessors
     devices.shared_memory = lambda device: shared
     devices.on_device_of = nowhere
-    from wanduet.ops import kernel_checks
+    from wanduet.kernels import check as kernel_checks
 
     kernel_checks.relative = lambda got, expected: 0.0  # nothing was computed
     dtype = DTYPES[dtype_name]

@@ -18,7 +18,7 @@ from itertools import product
 import torch
 from _common import DEVICE, ON_GPU, TINY, Report, relative_error, timed
 
-from wanduet.ops import vae_fused
+from wanduet.kernels.vae import plain
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         weight = (weight / (27 * shape.inputs) ** 0.5).to(memory_format=torch.channels_last_3d)
         bias = torch.randn(shape.outputs, generator=generator, device=DEVICE, dtype=dtype)
         joined = torch.cat((past, x), dim=2)
-        library = partial(vae_fused.causal_conv, x, past, weight, bias, (1, 1), residual=residual)
+        library = partial(plain.causal_conv, x, past, weight, bias, (1, 1), residual=residual)
         expected = library()[0]
 
         def add(
@@ -100,7 +100,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         torch.backends.cudnn.benchmark = False
         if not ON_GPU:
             continue
-        from wanduet.ops.conv_triton import Tile, convolve
+        from wanduet.kernels.vae.conv import Tile, convolve
 
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))

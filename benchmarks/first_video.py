@@ -29,9 +29,9 @@ from _common import DEVICE, TINY, Report
 from safetensors.torch import save_file
 from torch import nn
 
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
-from wanduet.specs import WAN_1_3B, TransformerSpec, VAESpec
+from wanduet.family.specs import WAN_1_3B, TransformerSpec, VAESpec
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
@@ -99,7 +99,7 @@ def run(report: Report, options: argparse.Namespace, model: Path, section: str, 
 
 def machine(report: Report) -> None:
     """Reads what all runs read, without leaving anything of it in their caches."""
-    code = "import wanduet.frontends.commands" + "".join(
+    code = "import wanduet.doors.cli.commands" + "".join(
         f"\ntry: import {name}\nexcept Exception: pass" for name in IMPORTED
     )
     began = time.perf_counter()

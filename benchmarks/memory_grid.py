@@ -16,16 +16,16 @@ from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, random_vae, sync
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.accelerate.packing import allocate_packed
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.models.packing import allocate_packed
-from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.models.vae_rows import DecodePlan
-from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.attention_choice import Shape, choose_attention
-from wanduet.ops.kernels import kernels_for
+from wanduet.kernels.attention.choose import Shape, choose_attention
+from wanduet.kernels.select import kernels_for
+from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920), "576x1024": (576, 1024)}

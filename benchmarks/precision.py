@@ -17,8 +17,8 @@ import torch
 from _common import DEVICE, TINY, Report, clear_memory, relative_error
 from transformer_forward import BF16, Job, diffusers_model, our_model, tuned_model
 
-from wanduet.ops.attention import sdpa
-from wanduet.ops.fused import TORCH_KERNELS
+from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import SequentialGuidance
 from wanduet.sampling.samplers import make_sampler

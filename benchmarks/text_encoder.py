@@ -19,10 +19,10 @@ import torch
 from _common import TINY, Report
 from safetensors.torch import save_file
 
-from wanduet.engine.host import process_peak_bytes
-from wanduet.models.text_encoder import EMBEDDING, FINAL_NORM, TextEncoder
-from wanduet.specs import TextEncoderSpec
-from wanduet.weights.files import TensorFiles
+from wanduet.family.specs import TextEncoderSpec
+from wanduet.models.text.umt5 import EMBEDDING, FINAL_NORM, TextEncoder
+from wanduet.runtime.host import process_peak_bytes
+from wanduet.weights.safetensors import TensorFiles
 
 SPEC = (
     TextEncoderSpec(vocab_size=600, d_model=64, d_kv=8, d_ff=96, num_layers=3, num_heads=8)

@@ -29,16 +29,16 @@ from _common import (
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
-from wanduet.engine.cost import attention_flop, product_flop
+from wanduet.accelerate.packing import allocate_packed
 from wanduet.engine.roofline import measure_peaks
-from wanduet.models.packing import allocate_packed
-from wanduet.models.transformer import TextContext, WanTransformer
-from wanduet.ops.attention import sdpa
-from wanduet.ops.attention_choice import Choice, Shape, choose_attention
-from wanduet.ops.fused import TORCH_KERNELS, Kernels, text_attention
-from wanduet.ops.kernels import kernels_for
-from wanduet.ops.rope import Rope
-from wanduet.specs import TransformerSpec
+from wanduet.family.specs import TransformerSpec
+from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.choose import Choice, Shape, choose_attention
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, text_attention
+from wanduet.kernels.dit.rope import Rope
+from wanduet.kernels.select import kernels_for
+from wanduet.models.dit.model import TextContext, WanTransformer
+from wanduet.planning.cost import attention_flop, product_flop
 
 BF16 = torch.bfloat16
 SPEC = TransformerSpec()

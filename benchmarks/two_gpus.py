@@ -28,27 +28,27 @@ import torch
 from _common import GIB, TINY, Report, clear_memory, random_vae, relative_error, synchronize
 from whole_job import diffusers_denoise, diffusers_models
 
+from wanduet.accelerate.packing import allocate_packed
 from wanduet.config import EngineConfig
+from wanduet.distributed.launch import run_on_ranks
+from wanduet.distributed.mesh import Layout
+from wanduet.distributed.rank import Rank
+from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.hybrid import SequenceSharding
+from wanduet.distributed.sequence.sharding import NoSharding, Sharding
 from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.trace import overlap
+from wanduet.family.specs import WAN_1_3B, ModelSpec
+from wanduet.kernels.attention.choose import Shape, choose_attention
+from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents
-from wanduet.models.packing import allocate_packed
-from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.models.vae_rows import Rows, split_rows
-from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.attention_choice import Shape, choose_attention
-from wanduet.ops.kernels import kernels_for
-from wanduet.parallel.launch import run_on_ranks
-from wanduet.parallel.mesh import Layout
-from wanduet.parallel.prompts import PromptSharding
-from wanduet.parallel.rank import Rank
-from wanduet.parallel.sequence import SequenceSharding
-from wanduet.parallel.sharding import NoSharding, Sharding
+from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.vae.rows import Rows, split_rows
+from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
-from wanduet.specs import WAN_1_3B, ModelSpec
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81)}
 MODEL, DEVICES = "random:1.3b", ("cuda:0", "cuda:1")

@@ -21,16 +21,16 @@ from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, ran
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_memory import decode_bytes
-from wanduet.models.vae_rows import DecodePlan
-from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.kernels import planned_vae_kernels
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
-from wanduet.ops.vae_gpu import VAE_TRITON_KERNELS
+from wanduet.family.specs import WAN_1_3B
+from wanduet.footprint.vae import decode_bytes
+from wanduet.kernels.select import planned_vae_kernels
+from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo
-from wanduet.specs import WAN_1_3B
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 MODEL = "random:1.3b"

@@ -16,7 +16,7 @@ MEASURED = {"H100": ("whole_job_480p", "whole_job_720p", "whole_job_1080p")}
 
 def command_line() -> str:
     """The reference. Flags that several commands share are listed once, by the first."""
-    from wanduet.frontends.cli import app
+    from wanduet.doors.cli.main import app
 
     text = app.generate_docs(output_format="markdown", recursive=True)
     listed: dict[str, str] = {}  # group and flags to the command that lists them
@@ -47,8 +47,8 @@ def with_card_table(readme: str) -> str:
 def _rows() -> Iterator[str]:
     from wanduet.config import EngineConfig
     from wanduet.engine.build import Models
-    from wanduet.engine.hardware import parse_hardware
-    from wanduet.engine.plan import make_plan
+    from wanduet.planning.hardware import parse_hardware
+    from wanduet.planning.plan import make_plan
     from wanduet.request import GenerationRequest
 
     config = EngineConfig(model="random:1.3b")

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster", "unit/server/test_page.py"))
+NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster", "unit/http/test_page.py"))
 # The longest, first: one that began last would leave the other process without work.
 FIRST = (
     "cluster",
     "e2e/test_page.py",
     "quality/test_miniature.py",
     "faults/test_jobs_disk.py",
-    "unit/ops/test_vae_triton.py",
+    "unit/kernels/test_vae.py",
     "parity/test_sharding.py",
 )
 

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanduet.config import EngineConfig
+    from wanduet.doors.python.export import export_to_video
+    from wanduet.doors.python.pipeline import WanPipeline
     from wanduet.engine.job import Job, OutputOptions
     from wanduet.engine.pipeline import Engine
     from wanduet.errors import WanduetError
-    from wanduet.frontends.diffusers_api import WanPipeline
-    from wanduet.frontends.export import export_to_video
     from wanduet.request import GenerationRequest
 
 __version__ = "0.1.0"
@@ -22,9 +22,9 @@ _HOME = {
     "GenerationRequest": "wanduet.request",
     "Job": "wanduet.engine.job",
     "OutputOptions": "wanduet.engine.job",
-    "WanPipeline": "wanduet.frontends.diffusers_api",
+    "WanPipeline": "wanduet.doors.python.pipeline",
     "WanduetError": "wanduet.errors",
-    "export_to_video": "wanduet.frontends.export",
+    "export_to_video": "wanduet.doors.python.export",
 }
 
 

@@ -6,12 +6,12 @@ import sys
 
 def main() -> None:
     """Run and exit."""
-    from wanduet.frontends.stopping import print_failure, stop_signals
+    from wanduet.doors.cli.stopping import print_failure, stop_signals
 
     as_json = "--json" in sys.argv
     with stop_signals(as_json) as stops:
         try:
-            from wanduet.frontends.cli import main as run
+            from wanduet.doors.cli.main import main as run
         except KeyboardInterrupt:
             stops.answered = True
             print_failure("Interrupted.", "cancelled", as_json)

@@ -41,8 +41,8 @@ class Ran:
 @pytest.fixture
 def wanduet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs `wanduet ARGUMENTS` in an empty folder, with a data folder of its own."""
-    from wanduet.frontends.cli import app
-    from wanduet.frontends.run import run
+    from wanduet.doors.cli.main import app
+    from wanduet.doors.cli.run import run
 
     for name in [name for name in os.environ if name.startswith("WANDUET_")]:
         monkeypatch.delenv(name)

@@ -508,22 +508,20 @@ def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a CPU that is taken for a GPU with three back ends, of which one is wrong."""
     from wanduet.engine import tools
-    from wanduet.engine.hardware import DeviceInfo
-    from wanduet.ops import attention_choice
-    from wanduet.ops.attention import SDPA, Backend
+    from wanduet.kernels.attention import choose
+    from wanduet.kernels.attention.backends import SDPA, Backend
+    from wanduet.planning.hardware import DeviceInfo
 
     wrong = Backend("wrong", lambda q, k, v: q * 0, None)
     backends = {"sdpa": SDPA, "other": Backend("other", SDPA.attend, None), "wrong": wrong}
-    for module in (tools, attention_choice):
+    for module in (tools, choose):
         monkeypatch.setattr(module, "available_backends", lambda device: backends)
     card = DeviceInfo("cpu", "a card", 2**30, 2**30, (9, 0))
     hardware = SimpleNamespace(**asdict(tools.detect()) | {"gpus": (card,)})
     monkeypatch.setattr(tools, "detect", lambda: hardware)
     assert wanduet("doctor", "--json").json["gpus"][0]["attention_measured"] == []
-    shape = attention_choice.Shape(64, 64, 2, 16)
-    attention_choice.choose_attention(
-        torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements"
-    )
+    shape = choose.Shape(64, 64, 2, 16)
+    choose.choose_attention(torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements")
     doctor = wanduet("doctor", "--json").json
     assert any("wrong is not used on cpu: wrong result" in line for line in doctor["advice"])
     (seen,) = doctor["gpus"][0]["attention_measured"]
@@ -546,7 +544,7 @@ def test_a_data_folder_that_cannot_be_costs_nothing_but_the_cache(
 def test_the_second_run_reads_the_embeddings_from_the_cache(
     wanduet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanduet.models.text_encoder import TextEncoder
+    from wanduet.models.text.umt5 import TextEncoder
 
     assert wanduet("generate", CIRCLE, *TINY, "--json").code == 0
     kept = list((tmp_path / "data" / "embeddings").iterdir())
@@ -562,7 +560,7 @@ def test_the_second_run_reads_the_embeddings_from_the_cache(
 
 
 def test_run_wan_takes_its_settings_unless_flags_say_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from wanduet.frontends.simple import arguments
+    from wanduet.doors.cli.simple import arguments
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDUET_MODEL", raising=False)
@@ -615,8 +613,8 @@ def test_latents_of_an_interrupted_run_are_not_written_over(
 def test_a_batch_stops_though_the_job_ended_while_it_was_to_be_stopped(
     wanduet, work: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
+    from wanduet.doors.cli import batch
     from wanduet.engine import generate
-    from wanduet.frontends import batch
 
     (work / "prompts.txt").write_text("x\ny\n")
     whole = batch.follow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanduet.models.transformer import WanTransformer
+from wanduet.models.dit.model import WanTransformer
 
 TINY = ("--model", "miniature", "--steps", "2", "--num-frames", "1", "--resolution", "16x16", "--seed", "1")
 DRY = (*TINY, "--dry-run")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wanduet.frontends.cli import app
-from wanduet.frontends.options import EngineFlags, VideoFlags
+from wanduet.doors.cli.main import app
+from wanduet.doors.cli.options import EngineFlags, VideoFlags
 
 DRY = ("generate", "a red circle", "--dry-run", "--json", "--model", "miniature")
 
@@ -18,7 +18,7 @@ DRY = ("generate", "a red circle", "--dry-run", "--json", "--model", "miniature"
 def without_torch(arguments: list[str], folder: Path) -> tuple[int, bool]:
     """Exit code, and whether torch was imported, of a command in a fresh process."""
     code = (
-        "import sys; from wanduet.frontends.cli import app; from wanduet.frontends.run import run;"
+        "import sys; from wanduet.doors.cli.main import app; from wanduet.doors.cli.run import run;"
         f"code = run(app, {arguments!r}); print(code, 'torch' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
@@ -373,7 +373,7 @@ def test_an_unexpected_error_is_one_object_and_a_trace_on_stderr(wanduet, monkey
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_result_that_cannot_be_printed(tmp_path: Path) -> None:
-    code = "from wanduet.frontends.cli import main; main()"
+    code = "from wanduet.doors.cli.main import main; main()"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code, "download", "--model", "random:1.3b", "--json"],
@@ -386,7 +386,7 @@ def test_a_result_that_cannot_be_printed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_messages_that_nobody_takes_end_no_work(tmp_path: Path) -> None:
-    code = "from wanduet.frontends.cli import main; main()"
+    code = "from wanduet.doors.cli.main import main; main()"
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -398,7 +398,7 @@ def test_messages_that_nobody_takes_end_no_work(tmp_path: Path) -> None:
 
 
 def test_a_console_of_another_encoding_gets_whole_json(tmp_path: Path) -> None:
-    code = "from wanduet.frontends.run import emit; emit({'prompt': '红色 é'}, True)"
+    code = "from wanduet.doors.cli.run import emit; emit({'prompt': '红色 é'}, True)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=tmp_path)
     assert done.stdout.strip() == rb'{"prompt": "\u7ea2\u8272 \u00e9"}'

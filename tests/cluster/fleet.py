@@ -29,13 +29,13 @@ from wanduet.cluster.shapes import Node, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import CUDA_CONTEXT_BYTES
 from wanduet.engine.job import OutputOptions
-from wanduet.engine.plan import HEADROOM_BYTES
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.keeper import SPANS
 from wanduet.jobs.records import StoredJob, demand_of
 from wanduet.jobs.schema import jobs
+from wanduet.planning.hardware import CUDA_CONTEXT_BYTES
+from wanduet.planning.plan import HEADROOM_BYTES
 from wanduet.request import GenerationRequest
 
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}

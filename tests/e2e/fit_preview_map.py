@@ -10,7 +10,7 @@ from torch import Tensor
 from wanduet.jobs.preview_maps import load_encoder
 from wanduet.media.preview import LatentToRGB, fit_latent_to_rgb
 from wanduet.miniature.world import render, sample_clips
-from wanduet.weights.download import open_model
+from wanduet.weights.hub import open_model
 
 SIZE = 64
 

@@ -86,7 +86,7 @@ def serving(
     command = [
         sys.executable,
         "-m",
-        "wanduet.frontends.cli",
+        "wanduet.doors.cli.main",
         "serve",
         "--model",
         "miniature",

@@ -284,7 +284,7 @@ def test_no_request_leaves_the_machine(browser: Any, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow  # starts servers of its own
 def test_keys_close_the_page(browser: Any, tmp_path: Path) -> None:
-    from wanduet.frontends.http_keys import KEYS_FILE, KeyRing
+    from wanduet.doors.http.keys import KEYS_FILE, KeyRing
 
     data = tmp_path / "data"
     keys = KeyRing(data / KEYS_FILE)

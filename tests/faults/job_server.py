@@ -20,13 +20,13 @@ SERVE = """
 import json, sys
 from pathlib import Path
 from wanduet.config import EngineConfig
-from wanduet.frontends.http_context import ServerSettings
-from wanduet.frontends.server import serve
+from wanduet.doors.http.context import ServerSettings
+from wanduet.doors.http.server import serve
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import Limits
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.worker import WorkerSettings
-from wanduet.specs import WAN_1_3B
+from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.watchdog import HangSettings
 data, queue, hangs = Path(sys.argv[1]), int(sys.argv[2]), HangSettings(**json.loads(sys.argv[3]))
 config = EngineConfig(data_dir=data)

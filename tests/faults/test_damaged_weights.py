@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from wanduet.errors import WeightsError
-from wanduet.weights.download import open_model, verify_manifest
-from wanduet.weights.folder import ModelFolder
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import open_model, verify_manifest
 
 SHORT, LONG = 60, 2000
 

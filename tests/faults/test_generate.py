@@ -41,13 +41,13 @@ if module:
             time.sleep(seconds) if seconds else sys.stdin.read()
         return whole(*arguments, **keywords)
     setattr(owner, name, slowed)
-from wanduet.frontends.cli import main
+from wanduet.doors.cli.main import main
 main(sys.argv[5:])
 """
 PHASES = {
     "load": ("wanduet.engine.build", "verify_manifest", 1),
-    "encode": ("wanduet.models.text_encoder", "TextEncoder._layer", 2),
-    "denoise": ("wanduet.models.transformer", "WanTransformer.branches", 5),
+    "encode": ("wanduet.models.text.umt5", "TextEncoder._layer", 2),
+    "denoise": ("wanduet.models.dit.model", "WanTransformer.branches", 5),
     "decode": ("wanduet.media.video", "VideoWriter.write", 2),
 }
 
@@ -90,8 +90,8 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, Any, str]:
 @pytest.fixture
 def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Runs `wanduet generate ARGUMENTS` to its end, in this process: result and stderr."""
-    from wanduet.frontends.cli import app
-    from wanduet.frontends.run import run
+    from wanduet.doors.cli.main import app
+    from wanduet.doors.cli.run import run
 
     monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path / "work")
@@ -109,7 +109,7 @@ def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 @pytest.fixture
 def transformer_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the transformer ran in this process."""
-    from wanduet.models.transformer import WanTransformer
+    from wanduet.models.dit.model import WanTransformer
 
     whole, calls = WanTransformer.branches, []
 
@@ -224,7 +224,7 @@ main()
 """
 IN_EXEC = """
 import sys
-from wanduet.frontends import commands
+from wanduet.doors.cli import commands
 def interrupted(*_, **__):
     exec("import signal; signal.raise_signal(signal.SIGINT)")
 commands.run_plan = interrupted
@@ -235,7 +235,7 @@ main()
 # What is raised here can reach nobody.
 IN_A_FINALIZER = """
 import signal, sys, time, weakref
-from wanduet.frontends import commands
+from wanduet.doors.cli import commands
 class Thing:
     pass
 def interrupted(*_, **__):
@@ -253,13 +253,13 @@ main()
 # The signal comes while the result, or the failure, is being printed: it stays the one object.
 WHILE_ANSWERING = """
 import signal, sys
-from wanduet.frontends import stopping
+from wanduet.doors.cli import stopping
 whole = stopping.to_json
 def late(value):
     signal.raise_signal(signal.SIGTERM)
     return whole(value)
 stopping.to_json = late
-from wanduet.frontends import run
+from wanduet.doors.cli import run
 run.to_json = late
 sys.argv = ["wanduet", "plan", "--json", "--model", "MODEL"]
 from wanduet.__main__ import main
@@ -362,7 +362,7 @@ def test_ctrl_c_stops_a_batch(start: Start, tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from wanduet.frontends.cli import main
+from wanduet.doors.cli.main import main
 main(sys.argv[2:])
 """
 

@@ -150,7 +150,7 @@ def test_every_parameter_by_position(oracle, pipe) -> None:
 
 def test_several_videos_need_no_more_activations_than_one(pipe, monkeypatch) -> None:
     """Each step is of one video: what the plan has counted."""
-    from wanduet.models.transformer import WanTransformer
+    from wanduet.models.dit.model import WanTransformer
 
     branches, batches = WanTransformer.branches, []
 

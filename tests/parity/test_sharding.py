@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.ops.attention import sdpa
-from wanduet.parallel.launch import run_on_ranks
-from wanduet.parallel.mesh import Layout
-from wanduet.parallel.prompts import PromptSharding
-from wanduet.parallel.rank import Rank
-from wanduet.parallel.sequence import SequenceSharding
+from wanduet.distributed.launch import run_on_ranks
+from wanduet.distributed.mesh import Layout
+from wanduet.distributed.rank import Rank
+from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.hybrid import SequenceSharding
+from wanduet.family.specs import TransformerSpec
+from wanduet.kernels.attention.backends import sdpa
+from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
-from wanduet.specs import TransformerSpec
 
 SPEC = TransformerSpec(
     num_attention_heads=4, attention_head_dim=24, ffn_dim=128, num_layers=3, text_dim=32, freq_dim=32

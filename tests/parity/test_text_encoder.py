@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wanduet.models.text_encoder import EMBEDDING, EMBEDDING_COPY, TextEncoder, pad_embeddings
-from wanduet.models.tokenizer import clean_text
-from wanduet.weights.files import TensorFiles
+from wanduet.models.text.tokenizer import clean_text
+from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, TextEncoder, pad_embeddings
+from wanduet.weights.safetensors import TensorFiles
 
 CONFIG = {
     "vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 4,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from wanduet.models.transformer import WanTransformer
-from wanduet.specs import TransformerSpec
+from wanduet.family.specs import TransformerSpec
+from wanduet.models.dit.model import WanTransformer
 
 SMALL = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=192, num_layers=3, text_dim=48, freq_dim=64)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_rows import Rows, split_rows
-from wanduet.models.vae_strips import Seam
-from wanduet.specs import VAESpec
+from wanduet.family.specs import VAESpec
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import Rows, split_rows
+from wanduet.models.vae.tiles import Seam
 
 CONFIGS = {
     "wan": dict(base_dim=8, z_dim=16),

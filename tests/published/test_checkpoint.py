@@ -10,19 +10,19 @@ import torch
 from checkpoint import HASHES, MODEL, REVISION, SIZES, small_file, write_checkpoint
 
 from wanduet.config import EngineConfig
+from wanduet.doors.cli.commands import run_plan
+from wanduet.doors.cli.fetch import run_download
 from wanduet.engine import tools
 from wanduet.engine.build import Models
-from wanduet.engine.text import check_shapes
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.frontends.commands import run_plan
-from wanduet.frontends.fetch import run_download
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
+from wanduet.family.specs import WAN_1_3B
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
 from wanduet.request import GenerationRequest
-from wanduet.specs import WAN_1_3B
-from wanduet.weights import download as hub_models
+from wanduet.runtime.text_host import check_shapes
+from wanduet.weights import hub as hub_models
 from wanduet.weights import manifest
-from wanduet.weights.download import local_model, open_model, verify_manifest
+from wanduet.weights.hub import local_model, open_model, verify_manifest
 from wanduet.weights.published import published_hashes, published_models
 
 VERIFIED = {name: digest for name, digest in HASHES.items() if "/" in name and not name.startswith("scheduler/")}

@@ -53,7 +53,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_that_is_shown_parses(name: str) -> None:
-    from wanduet.frontends.cli import app
+    from wanduet.doors.cli.main import app
 
     for arguments in commands(ROOT / name):
         if not re.search(r"[\[\]]|COMMAND", " ".join(arguments)):  # a synopsis
@@ -101,8 +101,8 @@ def test_the_table_of_cards_is_what_the_cost_model_says(make: ModuleType) -> Non
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "csv"])
 def test_example_batches_are_read(ending: str) -> None:
     from wanduet.config import EngineConfig
-    from wanduet.frontends.early import read_batch
-    from wanduet.frontends.options import VideoFlags
+    from wanduet.doors.cli.options import VideoFlags
+    from wanduet.doors.cli.validate import read_batch
 
     file = ROOT / "examples" / f"prompts.{ending}"
     assert len(read_batch(file, VideoFlags(), EngineConfig(model="miniature"))) == 3

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.specs import WAN_1_3B
 from wanduet.request import GenerationRequest, ResolvedRequest, frames_for_seconds, parse_resolution
-from wanduet.specs import WAN_1_3B
 
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
 FIELDS = st.dictionaries(st.sampled_from([*GenerationRequest.model_fields, "nonsense"]), ANYTHING, max_size=4)

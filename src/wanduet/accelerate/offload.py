@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.accelerate.host_memory import HostMemory
-from wanduet.models.packing import (
+from wanduet.accelerate.packing import (
     Allocate,
     BlockLayout,
     allocate_packed,
@@ -31,7 +31,7 @@ from wanduet.models.packing import (
     pack_block,
     packed_buffer,
 )
-from wanduet.models.transformer import Block, WanTransformer
+from wanduet.models.dit.model import Block, WanTransformer
 
 
 def streamed_indices(num_blocks: int, num_resident: int) -> tuple[int, ...]:

@@ -43,8 +43,8 @@ class Encoder:
         prepare_process(order.shape.cpu_count)
         configure_logs()
         from wanduet.engine.build import Models
-        from wanduet.engine.plan import text_encoder_choice
-        from wanduet.engine.text import CachedPromptEncoder
+        from wanduet.planning.plan import text_encoder_choice
+        from wanduet.runtime.text_host import CachedPromptEncoder
 
         self._order = order
         self._node = node() or order.node

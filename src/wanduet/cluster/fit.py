@@ -13,14 +13,14 @@ from typing import Literal
 from wanduet.cluster.shapes import Node, Shape, Stage
 from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.config import EngineConfig
-from wanduet.engine.cost import MOST_CORES, encode_seconds
-from wanduet.engine.hardware import Hardware
-from wanduet.engine.memory import ModelMemory, text_encoder_bytes
-from wanduet.engine.plan import HOST_BASE_BYTES, Plan, make_decode_plan, make_plan, text_encoder_choice
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.jobs.records import DECODE
+from wanduet.planning.cost import MOST_CORES, encode_seconds
+from wanduet.planning.hardware import Hardware
+from wanduet.planning.plan import HOST_BASE_BYTES, Plan, make_decode_plan, make_plan, text_encoder_choice
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.specs import RANDOM_SPECS, ModelSpec
 
 # A replica that streams its blocks from host memory is slower by up to so much, which the plan's seconds leave out.
 STREAMING_COST = 1.15

@@ -2,7 +2,7 @@
 
 from pydantic import TypeAdapter
 
-from wanduet.engine.hardware import Hardware, detect
+from wanduet.planning.hardware import Hardware, detect
 
 _ADAPTER = TypeAdapter(Hardware)
 

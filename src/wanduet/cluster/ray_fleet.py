@@ -287,8 +287,8 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
     """On a node: fetch the weights once for all its replicas, then look at the devices unless there is no use for any,
     in a process of its own so that no memory stays taken.
     """
-    from wanduet.specs import RANDOM_SPECS
-    from wanduet.weights.download import open_model
+    from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.weights.hub import open_model
 
     if model not in RANDOM_SPECS:
         open_model(model, revision)

@@ -113,7 +113,7 @@ class Replica:
     def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
         """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""
         from wanduet.engine.build import Models
-        from wanduet.engine.hardware import detect
+        from wanduet.planning.hardware import detect
 
         config = order.settings.worker.config
         fitter = Fitter(Models(order.shape.engine_config(config)).memory, config)

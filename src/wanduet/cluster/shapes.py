@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from wanduet.config import GIB, EngineConfig
-from wanduet.engine.hardware import DeviceInfo, Hardware, parse_hardware
+from wanduet.planning.hardware import DeviceInfo, Hardware, parse_hardware
 
 GROUP_SIZES = (1, 2, 4, 8)  # GPUs that denoise together: Ulysses and guidance divide by two
 

@@ -11,30 +11,30 @@ from torch import nn
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.accelerate.packing import allocate_packed
 from wanduet.config import EngineConfig
-from wanduet.engine import selftest
-from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Event, Job, Planned
-from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
-from wanduet.engine.memory import ModelMemory
-from wanduet.engine.peaks import PEAKS, look
-from wanduet.engine.plan import Plan
 from wanduet.engine.preload import Loading, Targets
-from wanduet.engine.random_weights import randomise
-from wanduet.engine.release import drop_memory, release_memory, release_models
-from wanduet.engine.text import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
 from wanduet.errors import CancelledError, OutOfMemoryError
-from wanduet.models.packing import allocate_packed
-from wanduet.models.transformer import Runtime, WanTransformer
-from wanduet.models.vae import WanVAE
-from wanduet.models.without_memory import without_memory
-from wanduet.ops.attention_choice import Shape, choose_attention
-from wanduet.ops.devices import MEMORY_LIMITS, on_device_of, prepare_allocator
-from wanduet.ops.kernel_verdicts import read_verdicts, write_verdicts
-from wanduet.ops.kernels import guarded, kernels_for, vae_kernels_for, without
-from wanduet.specs import RANDOM_SPECS, ModelSpec
-from wanduet.weights.download import open_model, verify_manifest
-from wanduet.weights.folder import ModelFolder
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.footprint.phases import ModelMemory
+from wanduet.kernels.attention.choose import Shape, choose_attention
+from wanduet.kernels.device import MEMORY_LIMITS, on_device_of, prepare_allocator
+from wanduet.kernels.select import guarded, kernels_for, vae_kernels_for, without
+from wanduet.kernels.verdicts import read_verdicts, write_verdicts
+from wanduet.meta.init import without_memory
+from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.vae.model import WanVAE
+from wanduet.planning.plan import Plan
+from wanduet.runtime import selftest
+from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.leases import GROUP, PLACE, VAE, Locks
+from wanduet.runtime.peaks import PEAKS, look
+from wanduet.runtime.random_weights import randomise
+from wanduet.runtime.release import drop_memory, release_memory, release_models
+from wanduet.runtime.text_host import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import open_model, verify_manifest
 
 if TYPE_CHECKING:
     from wanduet.engine.group import Group

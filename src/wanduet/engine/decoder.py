@@ -3,8 +3,8 @@
 from wanduet.engine import generate
 from wanduet.engine.job import Job
 from wanduet.engine.pipeline import Engine
-from wanduet.engine.plan import Plan, make_decode_plan
 from wanduet.errors import LatentsGoneError
+from wanduet.planning.plan import Plan, make_decode_plan
 from wanduet.request import ResolvedRequest
 
 

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.denoiser import Denoiser
+from wanduet.distributed.collectives import take_from_first, told
+from wanduet.distributed.mesh import Mesh
 from wanduet.engine.job import Event, Video
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
+from wanduet.family.specs import ModelSpec
+from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.media.embeddings import PromptEmbeds
-from wanduet.models.text_encoder import pad_embeddings
-from wanduet.models.transformer import TextContext
-from wanduet.ops.attention import sdpa
-from wanduet.ops.fused import TORCH_KERNELS
-from wanduet.parallel.exchange import take_from_first, told
-from wanduet.parallel.mesh import Mesh
+from wanduet.models.dit.model import TextContext
+from wanduet.models.text.umt5 import pad_embeddings
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.denoiser import Denoiser
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import OnStep, StepInfo, Watch, denoise
 from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, make_sampler
-from wanduet.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wanduet.distributed.launch import RankFailedError
 from wanduet.engine.build import Models
 from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, Video, VideoResult
@@ -30,16 +31,15 @@ from wanduet.errors import (
     OutOfMemoryError,
     OutputError,
 )
+from wanduet.family.specs import ModelSpec
 from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
-from wanduet.models.vae_rows import DecodePlan
-from wanduet.models.vae_stream import decode_stream
-from wanduet.parallel.launch import RankFailedError
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.stream import decode_stream
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
-from wanduet.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
-from wanduet.engine.cost import step_seconds
+from wanduet.distributed.launch import COLLECTIVE_TIMEOUT, RankGroup
 from wanduet.engine.denoising import DenoiseTask
 from wanduet.engine.job import Event, Planned, Video
-from wanduet.engine.peaks import add_up, join
-from wanduet.engine.plan import Plan
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
-from wanduet.parallel.launch import COLLECTIVE_TIMEOUT, RankGroup
+from wanduet.planning.cost import step_seconds
+from wanduet.planning.plan import Plan
+from wanduet.runtime.peaks import add_up, join
 from wanduet.sampling.denoise import StepInfo
 
 # A collective is given the time of so many predicted steps, if that is more than others get. A GPU's is asked for at the

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from wanduet.engine.plan import Plan
 from wanduet.errors import CancelledError, WanduetError
+from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import OnStep, Watch
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import torch
 
-from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.job import Planned, Video
-from wanduet.engine.memory import ModelMemory
-from wanduet.engine.plan import LATER_JOBS_SHARE
-from wanduet.engine.release import release_memory
 from wanduet.errors import KernelFailedError, OutOfMemoryError
-from wanduet.models.vae_rows import DecodePlan
+from wanduet.footprint.phases import ModelMemory
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.planning.plan import LATER_JOBS_SHARE
+from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.release import release_memory
 
 log = logging.getLogger(__name__)
 

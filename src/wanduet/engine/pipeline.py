@@ -25,16 +25,16 @@ from wanduet.config import EngineConfig
 from wanduet.engine import generate
 from wanduet.engine.build import Models
 from wanduet.engine.denoising import Conditioning
-from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
-from wanduet.engine.plan import Plan, make_plan, require_fit
-from wanduet.engine.release import forget_traceback, release_memory, trim_cache
 from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
 from wanduet.media.video import VideoSpec
+from wanduet.planning.hardware import Hardware, detect
+from wanduet.planning.plan import Plan, make_plan, require_fit
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
 

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.engine.job import Planned
-from wanduet.engine.release import forget_traceback, release_models
-from wanduet.engine.turns import SHORT_TURNS
 from wanduet.errors import CancelledError
-from wanduet.models.vae_traced import compile_decode
-from wanduet.ops.attention import import_backends
-from wanduet.ops.devices import on_device_of
-from wanduet.ops.kernels import vae_kernels_for, vae_kernels_to_compile
+from wanduet.kernels.attention.backends import import_backends
+from wanduet.kernels.device import on_device_of
+from wanduet.kernels.select import vae_kernels_for, vae_kernels_to_compile
+from wanduet.models.vae.history_size import compile_decode
+from wanduet.runtime.gil import SHORT_TURNS
+from wanduet.runtime.release import forget_traceback, release_models
 from wanduet.sampling.samplers import make_sampler
 
 if TYPE_CHECKING:
     from wanduet.engine.build import Models
-    from wanduet.engine.denoiser import Denoiser
+    from wanduet.runtime.denoiser import Denoiser
 
 log = logging.getLogger(__name__)
 

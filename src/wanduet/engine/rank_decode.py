@@ -10,14 +10,14 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_layers import Past
-from wanduet.models.vae_rows import Rows
-from wanduet.models.vae_stream import Frames, decode_stream
-from wanduet.models.vae_strips import Seam, share_decode
-from wanduet.parallel.exchange import Sending, receive, send
-from wanduet.parallel.parts import split_lengths
-from wanduet.parallel.rank import Rank
+from wanduet.distributed.collectives import Sending, receive, send
+from wanduet.distributed.rank import Rank
+from wanduet.distributed.split import split_lengths
+from wanduet.models.vae.layers import Past
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import Rows
+from wanduet.models.vae.stream import Frames, decode_stream
+from wanduet.models.vae.tiles import Seam, share_decode
 
 
 def decode_share(

@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
+from wanduet.distributed.collectives import goes_directly, told
+from wanduet.distributed.mesh import Layout, Mesh
+from wanduet.distributed.rank import Rank
+from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.hybrid import SequenceSharding
+from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.engine.build import Models
-from wanduet.engine.denoiser import Denoiser
 from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
 from wanduet.engine.job import Event, Job, OutputOptions, Video
-from wanduet.engine.peaks import add_up, look, reset
-from wanduet.engine.plan import Plan
 from wanduet.engine.rank_decode import decode_share
-from wanduet.engine.release import trim_cache
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.folders import never_make
+from wanduet.kernels.attention.choose import choose_together
+from wanduet.kernels.host_copy import HostCopy
 from wanduet.media.files import atomic_output
-from wanduet.models.vae_rows import Rows
-from wanduet.ops.attention_choice import choose_together
-from wanduet.ops.host_copy import HostCopy
-from wanduet.parallel.exchange import goes_directly, told
-from wanduet.parallel.mesh import Layout, Mesh
-from wanduet.parallel.prompts import PromptSharding
-from wanduet.parallel.rank import Rank
-from wanduet.parallel.sequence import SequenceSharding
-from wanduet.parallel.sharding import Sharding
+from wanduet.models.vae.rows import Rows
+from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.peaks import add_up, look, reset
+from wanduet.runtime.release import trim_cache
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from wanduet.engine.build import Models
 from wanduet.engine.job import Video
+from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import make_provenance, versions
-from wanduet.ops.attention import BACKENDS
 
 # What in a video's metadata decides over its pixels. Devices and strategies do not: they differ in the last bits, as
 # kernels do, and a run that was interrupted may go on with others.

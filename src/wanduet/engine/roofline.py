@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from wanduet.engine.cost import decode_flop, denoise_flop
 from wanduet.engine.job import Job
-from wanduet.engine.memory import DTYPE_BYTES, ModelMemory, text_encoder_bytes
-from wanduet.ops.devices import on_device_of
-from wanduet.ops.precision import EXACT, PRODUCTS
+from wanduet.footprint.phases import DTYPE_BYTES, ModelMemory, text_encoder_bytes
+from wanduet.kernels.device import on_device_of
+from wanduet.kernels.precision import EXACT, PRODUCTS
+from wanduet.planning.cost import decode_flop, denoise_flop
 
 RUNS = 3
 SIDE_GPU, SIDE_CPU = 8192, 2048  # of the square matrices that are multiplied

@@ -7,17 +7,17 @@ import time
 import torch
 from torch import Tensor
 
-from wanduet.engine.cost import step_seconds
-from wanduet.engine.memory import DTYPE_BYTES
-from wanduet.engine.placement import pairs_up, sequence_cost
-from wanduet.engine.plan import Plan
-from wanduet.models.transformer_memory import buffer_bytes
-from wanduet.parallel.exchange import gather
-from wanduet.parallel.links import Link
-from wanduet.parallel.mesh import Layout, Mesh, choose_layout
-from wanduet.parallel.rank import Rank
+from wanduet.distributed.collectives import gather
+from wanduet.distributed.links import Link
+from wanduet.distributed.mesh import Layout, Mesh, choose_layout
+from wanduet.distributed.rank import Rank
+from wanduet.family.specs import ModelSpec
+from wanduet.footprint.dit import buffer_bytes
+from wanduet.footprint.phases import DTYPE_BYTES
+from wanduet.planning.cost import step_seconds
+from wanduet.planning.placement import pairs_up, sequence_cost
+from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
-from wanduet.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -16,26 +16,26 @@ from torch import Tensor
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.engine import generate
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import Hardware, detect
 from wanduet.engine.job import Job, JobResult, OutputOptions
-from wanduet.engine.plan import make_plan
 from wanduet.engine.record import is_same_model
-from wanduet.engine.text import CachedPromptEncoder, check_shapes
 from wanduet.errors import InvalidRequestError, OutputError, WanduetError
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.kernels.attention.backends import BACKENDS, available_backends
+from wanduet.kernels.attention.choose import measured
+from wanduet.kernels.select import TRITON, VAE_TRITON
+from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, read_verdicts, triton_problem
 from wanduet.media.codecs import CONTAINERS
 from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
-from wanduet.ops.attention import BACKENDS, available_backends
-from wanduet.ops.attention_choice import measured
-from wanduet.ops.kernel_verdicts import IN_A_JOB, plain_operations, read_verdicts, triton_problem
-from wanduet.ops.kernels import TRITON, VAE_TRITON
+from wanduet.planning.hardware import Hardware, detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.specs import RANDOM_SPECS, ModelSpec
+from wanduet.runtime.text_host import CachedPromptEncoder, check_shapes
 from wanduet.untrusted import cut, printable
-from wanduet.weights.download import local_model, open_model, verify_manifest
+from wanduet.weights.hub import local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress
 from wanduet.weights.published import unverified_weights
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanduet.family.specs import WAN_1_3B, ModelSpec
 from wanduet.media.codecs import Frame
-from wanduet.models.preview_decoder import LATENT_CHANNELS, PreviewDecoder
-from wanduet.models.without_memory import without_memory
-from wanduet.specs import WAN_1_3B, ModelSpec
-from wanduet.weights.files import TensorFiles
+from wanduet.meta.init import without_memory
+from wanduet.models.vae.preview_decoder import LATENT_CHANNELS, PreviewDecoder
+from wanduet.weights.safetensors import TensorFiles
 
 # The community's names, and whether the weights were trained on normalised latents: TAEHV's are, as its author's
 # and LightX2V's code uses them; LightX2V's own want the encoder's.

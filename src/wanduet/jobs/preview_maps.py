@@ -21,9 +21,9 @@ from torch.nn.functional import interpolate
 from wanduet.media.files import write_atomically
 from wanduet.media.preview import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentToRGB
 from wanduet.media.read import probe, read_frames
-from wanduet.models.vae import WanVAE
-from wanduet.models.without_memory import without_memory
-from wanduet.weights.folder import ModelFolder
+from wanduet.meta.init import without_memory
+from wanduet.models.vae.model import WanVAE
+from wanduet.weights.diffusers import ModelFolder
 
 log = structlog.get_logger(__name__)
 

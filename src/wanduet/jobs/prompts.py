@@ -39,7 +39,7 @@ class PromptIndex:
         entries = self._read() if any(asked) else {}
         if not entries:
             return 0
-        from wanduet.models.tokenizer import clean_text
+        from wanduet.models.text.tokenizer import clean_text
 
         texts = {_digest(clean_text(text)) for text in asked if isinstance(text, str) and text}
         removed = 0

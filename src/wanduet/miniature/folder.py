@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wanduet.family.specs import GenerationDefaults, TextEncoderSpec, TransformerSpec, VAESpec
 from wanduet.miniature.prompts import corpus
-from wanduet.specs import GenerationDefaults, TextEncoderSpec, TransformerSpec, VAESpec
 
 FOLDER = Path(__file__).parent / "model"
 NUM_FRAMES, SIZE = 33, 96

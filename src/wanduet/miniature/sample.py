@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanduet.family.specs import TransformerSpec, VAESpec
 from wanduet.miniature import folder as files
 from wanduet.miniature.detector import ATTRIBUTES, detect
 from wanduet.miniature.prompts import describe
 from wanduet.miniature.world import held_out_combinations
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
-from wanduet.specs import TransformerSpec, VAESpec
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
 
 
 @dataclass(frozen=True, slots=True)

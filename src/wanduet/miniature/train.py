@@ -24,8 +24,8 @@ from wanduet.miniature.sample import encoder_of, evaluate_model, read_model
 from wanduet.miniature.training import Trainer
 from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
 from wanduet.miniature.world import render, sample_clips
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
 
 PROMPT_DROPOUT = 0.1
 WORDINGS = 6  # ways to say a clip's prompt that training chooses from; the first is the canonical one

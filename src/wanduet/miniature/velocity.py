@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.models.embeddings import PatchGrid
-from wanduet.models.transformer import WanTransformer
-from wanduet.ops.rope import Rope
+from wanduet.kernels.dit.rope import Rope
+from wanduet.models.dit.embeddings import PatchGrid
+from wanduet.models.dit.model import WanTransformer
 
 TEXT_TOKENS = 39  # longest prompt in training, in tokens; longer ones are cut
 TEXT_LEN = 512  # positions that the model sees

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.models.vae import MidBlock, WanVAE
-from wanduet.models.vae_layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from wanduet.models.vae.layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from wanduet.models.vae.model import MidBlock, WanVAE
 
 
 def encode_moments(vae: WanVAE, video: Tensor) -> Tensor:

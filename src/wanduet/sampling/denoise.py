@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import CancelledError, NonFiniteLatentsError
-from wanduet.ops.host_copy import HostCopy
+from wanduet.kernels.host_copy import HostCopy
 from wanduet.sampling.guidance import Velocity
 from wanduet.sampling.samplers import Sampler
 

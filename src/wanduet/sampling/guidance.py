@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
-from wanduet.parallel.exchange import gather
+from wanduet.distributed.collectives import gather
 
 Condition = TypeVar("Condition")
 # Velocities of latents at a timestep, one for each condition: what they have in common is the model's to find.

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanduet.ops.precision import NEW_TENSORS
+from wanduet.kernels.precision import NEW_TENSORS
 from wanduet.request import SamplerName
 
 State = dict[str, Any]  # tensors, numbers, lists of either, None

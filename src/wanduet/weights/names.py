@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.specs import DEFAULT_MODEL, RANDOM_SPECS
+from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
 MINIATURE = "miniature"

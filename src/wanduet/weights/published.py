@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from wanduet.weights.folder import MANIFEST_FILE, read_json
+from wanduet.weights.diffusers import MANIFEST_FILE, read_json
 from wanduet.weights.manifest import GIT_LENGTH, SHA256_LENGTH, file_sha256
 
 _HASH = re.compile(rf"[0-9a-f]{{{GIT_LENGTH}}}|[0-9a-f]{{{SHA256_LENGTH}}}")

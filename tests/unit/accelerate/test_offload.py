@@ -9,9 +9,9 @@ import torch
 from wanduet.accelerate import host_memory
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks, streamed_indices
-from wanduet.models.packing import pack_blocks, packed_buffer
-from wanduet.models.transformer import WanTransformer
-from wanduet.specs import TransformerSpec
+from wanduet.accelerate.packing import pack_blocks, packed_buffer
+from wanduet.family.specs import TransformerSpec
+from wanduet.models.dit.model import WanTransformer
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=5, text_dim=32, freq_dim=32)
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
-from wanduet.models.packing import allocate_packed, move_packed, packed_buffer
-from wanduet.models.transformer import WanTransformer
-from wanduet.specs import TransformerSpec
+from wanduet.accelerate.packing import allocate_packed, move_packed, packed_buffer
+from wanduet.family.specs import TransformerSpec
+from wanduet.models.dit.model import WanTransformer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

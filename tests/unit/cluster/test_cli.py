@@ -14,10 +14,10 @@ from wanduet.cluster.process import ControllerProcess
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
+from wanduet.doors.cli.cluster import ClusterFlags
+from wanduet.doors.cli.main import app
+from wanduet.doors.cli.run import run
 from wanduet.errors import ConfigError
-from wanduet.frontends.cli import app
-from wanduet.frontends.cli_cluster import ClusterFlags
-from wanduet.frontends.run import run
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.worker import WorkerSettings

@@ -17,13 +17,13 @@ from wanduet.cluster.shapes import Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.plan import text_encoder_choice
-from wanduet.engine.text import CachedPromptEncoder
 from wanduet.errors import WanduetError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, NewJob
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.media.embeddings import load_embeddings
+from wanduet.planning.plan import text_encoder_choice
+from wanduet.runtime.text_host import CachedPromptEncoder
 
 PROMPT = "a red circle moving left on a black background"
 REQUEST = {

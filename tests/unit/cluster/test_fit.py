@@ -11,11 +11,11 @@ from wanduet.cluster.fit import Fitter, parse_demand
 from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.plan import make_plan
 from wanduet.errors import InvalidRequestError
+from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.records import DECODE, demand_of
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
-from wanduet.specs import WAN_1_3B
 
 SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
 

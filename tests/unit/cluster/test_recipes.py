@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from wanduet.frontends.cli import app
+from wanduet.doors.cli.main import app
 
 ROOT = Path(__file__).parents[3]
 KUBERAY = ROOT / "deploy" / "kuberay.yaml"

@@ -11,11 +11,11 @@ import torch
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.engine import build
 from wanduet.engine.build import Models
-from wanduet.engine.denoiser import PARKED
-from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
-from wanduet.engine.plan import make_plan
+from wanduet.planning.hardware import detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.denoiser import PARKED
 
 
 def test_a_moved_vae_gets_the_kernels_of_where_it_is(config, monkeypatch) -> None:

@@ -18,15 +18,15 @@ from wanduet.config import EngineConfig
 from wanduet.engine import generate
 from wanduet.engine.build import Models
 from wanduet.engine.denoising import Denoising
-from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.ladder import DenoiseLadder
 from wanduet.engine.pipeline import Engine
-from wanduet.engine.plan import make_plan
-from wanduet.engine.release import forget_traceback
 from wanduet.errors import CancelledError, NonFiniteLatentsError, WeightsError
-from wanduet.models.vae import WanVAE
+from wanduet.models.vae.model import WanVAE
+from wanduet.planning.hardware import detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.release import forget_traceback
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 5}
 STRATEGIES = {
@@ -228,7 +228,7 @@ def test_a_failed_load_leaves_nothing(single, tmp_path, monkeypatch) -> None:
         made.append(weakref.ref(transformer))
         raise WeightsError("The transformer's self-test failed.")
 
-    monkeypatch.setattr("wanduet.engine.selftest.check_transformer", damaged)
+    monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", damaged)
     with Engine(single) as engine:
         job = begin(engine, tmp_path / "a.mkv")
         with pytest.raises(WeightsError):
@@ -305,9 +305,9 @@ def test_a_job_submitted_while_the_engine_closes_ends(single, tmp_path) -> None:
 
 STAGES = {
     "load": ("wanduet.engine.build.Models", "_load_denoiser"),
-    "encode": ("wanduet.models.text_encoder.TextEncoder", "encode"),
-    "denoise": ("wanduet.models.transformer.WanTransformer", "branches"),
-    "decode": ("wanduet.models.vae.WanVAE", "decode_rows"),
+    "encode": ("wanduet.models.text.umt5.TextEncoder", "encode"),
+    "denoise": ("wanduet.models.dit.model.WanTransformer", "branches"),
+    "decode": ("wanduet.models.vae.model.WanVAE", "decode_rows"),
     "write": ("wanduet.media.video.VideoWriter", "write"),
 }
 

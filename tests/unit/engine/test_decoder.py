@@ -8,12 +8,12 @@ import pytest
 from wanduet.config import GIB, EngineConfig
 from wanduet.engine.build import Models
 from wanduet.engine.decoder import Decoder
-from wanduet.engine.hardware import parse_hardware
 from wanduet.engine.job import JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.engine.plan import make_decode_plan, make_plan
 from wanduet.errors import LatentsGoneError
 from wanduet.media.read import FrameHashes, frame_hashes
+from wanduet.planning.hardware import parse_hardware
+from wanduet.planning.plan import make_decode_plan, make_plan
 from wanduet.request import GenerationRequest
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}

@@ -8,12 +8,12 @@ import torch
 from wanduet.config import EngineConfig
 from wanduet.engine import group as module
 from wanduet.engine.build import Models
-from wanduet.engine.cost import Seconds
 from wanduet.engine.group import Group
-from wanduet.engine.hardware import detect
 from wanduet.engine.job import Event, Job, OutputOptions
-from wanduet.engine.plan import make_plan
 from wanduet.engine.ranks import Denoised
+from wanduet.planning.cost import Seconds
+from wanduet.planning.hardware import detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
 
 

@@ -10,10 +10,10 @@ from wanduet.engine import build
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError
+from wanduet.kernels import verdicts
+from wanduet.kernels.dit.plain import TORCH_KERNELS
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.media.read import frame_hashes, read_metadata
-from wanduet.ops import kernel_verdicts
-from wanduet.ops.fused import TORCH_KERNELS
-from wanduet.ops.vae_fused import VAE_TORCH_KERNELS
 from wanduet.request import GenerationRequest
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 3}
@@ -41,7 +41,7 @@ def failing(run: Callable, after: int, counts: list[int], also: Callable[[], obj
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """Make a video with sets of kernels; its hash and its metadata."""
-    kernel_verdicts.forget()
+    verdicts.forget()
 
     def run(name: str, transformer=TORCH_KERNELS, vae=VAE_TORCH_KERNELS, jobs: int = 1) -> list[tuple[str, dict]]:
         monkeypatch.setattr(build, "kernels_for", lambda *rest: transformer)
@@ -95,7 +95,7 @@ def test_two_kernels_one_after_the_other(made) -> None:
 
 
 def test_a_cancel_that_meets_a_kernel_that_fails(tmp_path, monkeypatch) -> None:
-    kernel_verdicts.forget()
+    verdicts.forget()
     jobs = []
     broken = failing(TORCH_KERNELS.text_attention, 20, [0], also=lambda: jobs[0].cancel())
     monkeypatch.setattr(

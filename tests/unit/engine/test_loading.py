@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
-from wanduet.engine.locks import GROUP, PLACE, VAE, Locks
 from wanduet.engine.pipeline import Engine
-from wanduet.engine.plan import make_plan
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WeightsError
+from wanduet.planning.hardware import detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
-from wanduet.weights.files import TensorFiles
+from wanduet.runtime.leases import GROUP, PLACE, VAE, Locks
+from wanduet.weights.safetensors import TensorFiles
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 

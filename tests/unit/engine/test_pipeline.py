@@ -25,9 +25,9 @@ from wanduet.errors import (
 )
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_rows import DecodePlan
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import DecodePlan
 from wanduet.request import GenerationRequest
 
 

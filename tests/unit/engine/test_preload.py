@@ -13,8 +13,8 @@ import torch
 
 from wanduet.engine import preload as module
 from wanduet.engine.preload import preload
-from wanduet.engine.turns import SECONDS, SHORT_TURNS, ShortTurns
 from wanduet.errors import WeightsError
+from wanduet.runtime.gil import SECONDS, SHORT_TURNS, ShortTurns
 
 DENOISER = SimpleNamespace(device=torch.device("cpu"))
 

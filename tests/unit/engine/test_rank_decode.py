@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from wanduet.distributed.launch import run_on_ranks
+from wanduet.distributed.rank import Rank
 from wanduet.engine.rank_decode import SentSeam, decode_share
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_rows import Rows
-from wanduet.models.vae_stream import decode_stream
-from wanduet.models.vae_strips import share_work
-from wanduet.parallel.launch import run_on_ranks
-from wanduet.parallel.rank import Rank
-from wanduet.specs import VAESpec
+from wanduet.family.specs import VAESpec
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import Rows
+from wanduet.models.vae.stream import decode_stream
+from wanduet.models.vae.tiles import share_work
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
 Case = tuple[tuple[int, int, int], tuple[float, ...]]  # latent frames, rows and columns; speeds

@@ -8,10 +8,10 @@ import pytest
 
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import detect
 from wanduet.engine.job import Job, OutputOptions
-from wanduet.engine.plan import make_plan
 from wanduet.engine.record import made_alike, provenance_of, video_digest
+from wanduet.planning.hardware import detect
+from wanduet.planning.plan import make_plan
 from wanduet.request import GenerationRequest
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}

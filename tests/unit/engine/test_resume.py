@@ -20,7 +20,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
-from wanduet.models.transformer import WanTransformer
+from wanduet.models.dit.model import WanTransformer
 from wanduet.request import GenerationRequest
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
@@ -205,7 +205,7 @@ def poisoned(monkeypatch) -> Callable[[int], None]:
         return velocities
 
     monkeypatch.setattr(WanTransformer, "branches", branches)
-    monkeypatch.setattr("wanduet.engine.selftest.check_transformer", lambda *_: 1.0)
+    monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
     return lambda count: state.update(left=count)
 
 
@@ -274,11 +274,11 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize("where", ["WanTransformer.branches", "WanVAE.decode_rows"])
 def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, where) -> None:
-    from wanduet.models.vae import WanVAE
+    from wanduet.models.vae.model import WanVAE
 
     kind, name = where.split(".")
-    monkeypatch.setattr("wanduet.engine.selftest.check_transformer", lambda *_: 1.0)
-    monkeypatch.setattr("wanduet.engine.selftest.check_vae", lambda *_: 1.0)
+    monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
+    monkeypatch.setattr("wanduet.runtime.selftest.check_vae", lambda *_: 1.0)
     monkeypatch.setattr({"WanTransformer": WanTransformer, "WanVAE": WanVAE}[kind], name, out_of_memory)
     monkeypatch.setattr("wanduet.engine.ladder.WAIT_SECONDS", 600.0)
     waits, waiting = Job.wait, threading.Event()
@@ -333,7 +333,7 @@ def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypat
             out_of_memory()
         return whole(self, *args, **keywords)
 
-    monkeypatch.setattr("wanduet.engine.selftest.check_transformer", lambda *_: 1.0)
+    monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
     monkeypatch.setattr(WanTransformer, "branches", sometimes)
     job = run(num_videos_per_prompt=2)
     first, second = (video.provenance for video in job.result().videos)
@@ -360,7 +360,7 @@ def test_a_resumed_video_tells_of_the_run_before_too(run, monkeypatch) -> None:
                 out_of_memory()
             return whole(self, *args, **keywords)
 
-        patch.setattr("wanduet.engine.selftest.check_transformer", lambda *_: 1.0)
+        patch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
         patch.setattr(WanTransformer, "branches", sometimes)
         interrupt(run, 4)
     before = run.jobs[-1].timings["denoise_s"]

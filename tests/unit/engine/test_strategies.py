@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
+from wanduet.distributed.launch import RankFailedError
+from wanduet.distributed.mesh import Layout
+from wanduet.distributed.rank import Rank
 from wanduet.engine.build import Models
-from wanduet.engine.hardware import parse_hardware
-from wanduet.engine.host import process_peak_bytes
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_frames, read_metadata
-from wanduet.parallel.launch import RankFailedError
-from wanduet.parallel.mesh import Layout
-from wanduet.parallel.rank import Rank
+from wanduet.planning.hardware import parse_hardware
 from wanduet.request import GenerationRequest
+from wanduet.runtime.host import process_peak_bytes
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
 STRATEGIES = {
@@ -260,8 +260,8 @@ def test_speeds_that_are_alike_are_equal() -> None:
     ],
 )
 def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, speeds, suited) -> None:
-    from wanduet.engine.plan import make_plan
     from wanduet.engine.speeds import suited_layout
+    from wanduet.planning.plan import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models = Models(config)
@@ -284,8 +284,8 @@ def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, s
 )
 def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, slower, shared) -> None:
     """In a layout that is planned, with speeds that are given, as in one that is chosen when they are measured."""
-    from wanduet.engine.plan import make_plan
     from wanduet.engine.speeds import suited_layout
+    from wanduet.planning.plan import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models, hardware = Models(config), replace(parse_hardware("2xRTX 3090"), link=link)

@@ -16,7 +16,7 @@ from wanduet.jobs.previews import Previews, foresee, moving_picture
 from wanduet.media.video import write_video
 from wanduet.miniature.world import render, sample_clips
 from wanduet.request import GenerationRequest
-from wanduet.weights.download import open_model
+from wanduet.weights.hub import open_model
 
 
 @dataclass

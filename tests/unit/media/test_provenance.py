@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wanduet.family.specs import WAN_1_3B
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import save_latents
@@ -18,7 +19,6 @@ from wanduet.media.provenance import from_json, make_provenance, summary, tags, 
 from wanduet.media.read import probe, read_metadata
 from wanduet.media.video import write_video
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.specs import WAN_1_3B
 
 NASTY = "She said \"hi\"\\n'quoted'\n\ttab\r\n = ; # \x00\x1b[31m <b>&amp;</b> 猫がいる 🐈‍⬛ ünï " + "长" * 1200
 PROMPTS = ["a cat", NASTY, (NASTY * 4)[:4000], "=", "  spaces  "]

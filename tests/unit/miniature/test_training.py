@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from wanduet.family.specs import TransformerSpec, VAESpec
 from wanduet.miniature import whole_clip
 from wanduet.miniature.sample import encoder_of
 from wanduet.miniature.training import Trainer, orthogonal
 from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
-from wanduet.models.transformer import WanTransformer
-from wanduet.models.vae import WanVAE
-from wanduet.specs import TransformerSpec, VAESpec
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
 
 
 def close(a: torch.Tensor, b: torch.Tensor, limit: float = 2e-5) -> bool:

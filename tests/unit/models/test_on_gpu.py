@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from wanduet.models.vae import WanVAE
-from wanduet.models.vae_rows import DecodePlan
-from wanduet.models.vae_stream import decode_stream
-from wanduet.ops.kernels import vae_kernels_for
-from wanduet.specs import VAESpec
+from wanduet.family.specs import VAESpec
+from wanduet.kernels.select import vae_kernels_for
+from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.stream import decode_stream
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from wanduet.models.transformer import TextContext, WanTransformer
-from wanduet.ops.attention import sdpa
-from wanduet.parallel.sharding import NoSharding
-from wanduet.specs import TransformerSpec
+from wanduet.distributed.sequence.sharding import NoSharding
+from wanduet.family.specs import TransformerSpec
+from wanduet.kernels.attention.backends import sdpa
+from wanduet.models.dit.model import TextContext, WanTransformer
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
 

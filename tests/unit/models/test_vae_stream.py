@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from wanduet.errors import NonFiniteFramesError
-from wanduet.models.footprint import Footprint
-from wanduet.models.vae import WanVAE, to_uint8
-from wanduet.models.vae_history import History
-from wanduet.models.vae_memory import decode_bytes, decode_host_bytes
-from wanduet.models.vae_rows import DecodePlan, Rows
-from wanduet.models.vae_stream import decode_stream
-from wanduet.models.vae_traced import history_bytes
-from wanduet.models.vae_waiting import PIECE_BYTES, HostSeam
-from wanduet.specs import VAESpec
+from wanduet.family.specs import VAESpec
+from wanduet.footprint.vae import decode_bytes, decode_host_bytes
+from wanduet.meta.trace import Footprint
+from wanduet.models.vae.arena import History
+from wanduet.models.vae.halo_offload import PIECE_BYTES, HostSeam
+from wanduet.models.vae.history_size import history_bytes
+from wanduet.models.vae.model import WanVAE, to_uint8
+from wanduet.models.vae.rows import DecodePlan, Rows
+from wanduet.models.vae.stream import decode_stream
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
 WHOLE = DecodePlan()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanduet.weights import files as module
-from wanduet.weights.files import TensorFiles
+from wanduet.weights import safetensors as module
+from wanduet.weights.safetensors import TensorFiles
 
 MIB = 2**20
 

@@ -1,0 +1,1 @@
+"""Exchanges between GPUs that write to each other's memory."""

@@ -1,0 +1,1 @@
+"""One sequence of tokens over several ranks."""

@@ -1,0 +1,1 @@
+"""What users meet: command line, HTTP, page, diffusers' call."""

@@ -1,0 +1,134 @@
+"""`wanduet batch`: many requests to videos in a folder, and only what is still missing after an interruption."""
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wanduet.config import EngineConfig
+from wanduet.doors.cli.commands import check_attention, report, say_how_to_go_on, shown
+from wanduet.doors.cli.outputs import free_output
+from wanduet.doors.cli.places import Place
+from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.resume import Begun, seed_of_interrupted, take_begun, with_seed
+from wanduet.engine.job import Job, OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.errors import CancelledError, OutputError, WanduetError
+from wanduet.media.files import check_writable
+from wanduet.media.names import Taken
+from wanduet.planning.plan import require_fit
+from wanduet.request import GenerationRequest
+
+# Jobs that the engine has at a time: enough for its stages, few enough that their names' locks are no burden.
+AHEAD = 8
+
+
+def run_batch(
+    requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions, output: Place
+) -> dict[str, Any]:
+    """Requests, checked already, to videos in the folder `options.path`. One that fails does not stop the others;
+    Ctrl-C does. With `options.resume` what an earlier run of the same batch has made is kept as it is."""
+    check_attention(config)
+    done: list[dict[str, Any]] = []
+    check_writable(options.path / "video.mp4")
+    with ExitStack() as names, Engine(config) as engine:
+        for request in requests:
+            require_fit(engine.plan(request), request.resolve(engine.models.spec))
+        batch = _Batch(engine, options, names, output)
+        waiting, work = deque(requests), deque[_Work]()
+        while waiting or work:
+            while waiting and len(work) < AHEAD:
+                work.append(batch.begin(waiting.popleft()))
+            one = work.popleft()
+            print(f"[{len(done) + 1}/{len(requests)}] {one.title}", file=sys.stderr)
+            interrupted = False
+            if one.job is not None:
+                interrupted = follow(one.job)
+                one.outcome = _outcome(one.job, output)
+                one.names.release()
+            if "error" in one.outcome:
+                print(one.outcome["error"], file=sys.stderr)
+            cancelled = one.outcome.pop("cancelled", False)
+            if not cancelled:
+                done.append(one.outcome)
+            if interrupted or cancelled:
+                raise CancelledError(
+                    f"Interrupted: {sum('error' not in o for o in done)} of {len(requests)} videos were made.",
+                    hint="Make the others: the same command with --resume.",
+                )
+    return {"videos": done, "failed": sum("error" in one for one in done)}
+
+
+@dataclass
+class _Work:
+    """One request of a batch: a job, or what is known of it without one."""
+
+    title: str
+    job: Job | None = None
+    names: Taken = field(default_factory=Taken)
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Batch:
+    """What the requests of a batch share. `names` outlive the engine, so that none is free while a job may write."""
+
+    engine: Engine
+    options: OutputOptions
+    names: ExitStack
+    output: Place
+    passed: list[Path] = field(default_factory=list)  # the paths of the requests so far
+
+    def begin(self, request: GenerationRequest) -> _Work:
+        """Choose and take the names of a request, and give it to the engine; what cannot be written fails alone."""
+        work = _Work(shown(request.prompt))
+        count = request.num_videos_per_prompt
+        try:
+            begun = take_begun(request, self.options, self.engine, self.passed) if self.options.resume else None
+            if begun is not None:
+                named, work.names = begun.options, begun.names
+            else:
+                named, work.names = free_output(self.options, request.prompt, count, self.passed)
+            self.names.callback(work.names.release)
+            self.passed += [named.video_path(index, count) for index in range(count)]
+            if begun is not None and begun.complete:
+                work.outcome = _made_before(request, begun, self.engine, self.output)
+                work.title = f"made before: {work.outcome['output']}"
+                work.names.release()
+                return work
+            if begun is not None:
+                request = with_seed(request, begun.seed)
+            elif self.options.resume and request.seed is None:
+                request = with_seed(request, seed_of_interrupted(request, named, self.engine))
+            work.job = self.engine.submit(request, named)
+        except OutputError as error:
+            work.names.release()
+            work.outcome = {"prompt": request.prompt, "error": str(error)}
+        return work
+
+
+def _outcome(job: Job, output: Place) -> dict[str, Any]:
+    """A finished job's result, or why there is none."""
+    try:
+        return report(job, job.result(), output)
+    except CancelledError:
+        return {"cancelled": True}
+    except Exception as error:  # told; the next job goes on
+        if isinstance(error, WanduetError):
+            say_how_to_go_on(job, error)
+        return {"prompt": job.request.prompt, "error": str(error)}
+
+
+def _made_before(request: GenerationRequest, found: Begun, engine: Engine, output: Place) -> dict[str, Any]:
+    """What is told of videos that an earlier run has made."""
+    resolved = request.resolve(engine.models.spec)
+    paths = [
+        found.options.video_path(index, resolved.num_videos_per_prompt)
+        for index in range(resolved.num_videos_per_prompt)
+    ]
+    videos = [{"output": output.shown(path), "seed": found.seed + index} for index, path in enumerate(paths)]
+    fields = {name: getattr(resolved, name) for name in ("width", "height", "num_frames", "fps")}
+    return {"output": videos[0]["output"], "seed": found.seed, **fields, "videos": videos, "made_before": True}

@@ -1,0 +1,62 @@
+"""`wanduet bench`: how long a job takes on this machine, phase by phase."""
+
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wanduet.config import EngineConfig
+from wanduet.doors.cli.commands import check_attention, predicted, settings
+from wanduet.doors.cli.progress import follow
+from wanduet.engine.job import TIMING_NAMES, OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.engine.roofline import where_it_went
+from wanduet.errors import CancelledError, InvalidRequestError
+from wanduet.media.provenance import versions
+from wanduet.request import GenerationRequest
+
+MOST_RUNS = 100
+
+
+def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> dict[str, Any]:
+    """Medians over `runs` equal jobs. The one before them loads the models and chooses kernels; its times are told
+    apart. Nothing is kept. Raises InvalidRequestError."""
+    if not 1 <= runs <= MOST_RUNS:
+        raise InvalidRequestError("runs", runs, f"1 to {MOST_RUNS}", min(max(runs, 1), MOST_RUNS))
+    check_attention(config)
+    config = replace(config, cache_embeddings=False)  # else the text would be encoded once and never again
+    request = request if request.seed is not None else request.model_copy(update={"seed": 0})
+    timings: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder, Engine(config) as engine:
+        for number in range(runs + 1):
+            print(f"run {number} of {runs}" if number else "warming up", file=sys.stderr)
+            job = engine.submit(request, OutputOptions(Path(folder) / "bench.mp4"))
+            interrupted = follow(job)
+            result = job.result()
+            if interrupted:  # too late to stop this run, but not the next
+                raise CancelledError("Interrupted.")
+            timings.append({name: round(seconds, 4) for name, seconds in result.timings.items()})
+        measured = timings[1:]
+        medians = {name: round(statistics.median(one[name] for one in measured), 4) for name in TIMING_NAMES}
+        resolved, plan, hardware = job.request, job.plan, engine.hardware
+        made = resolved.num_videos_per_prompt
+        return {
+            "model": config.model,
+            "settings": settings(resolved),
+            "strategy": plan.strategy,
+            "hardware": {"cpu": hardware.host, "gpus": [device.model for device in hardware.gpus]},
+            "timings": medians,
+            "first_run": timings[0],
+            "runs": measured,
+            "seconds_per_step": round(medians["denoise_s"] / (made * resolved.num_inference_steps), 5),
+            "decoded_frames_per_second": round(made * resolved.num_frames / max(medians["decode_s"], 1e-9), 2),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "predicted_peak_bytes": predicted(plan),
+            "predicted_seconds": round(plan.seconds.total, 1),
+            "attention": job.attention,
+            "rungs": job.rungs,
+            "profile": where_it_went(job, engine.models.memory),
+            "versions": versions(),
+        }

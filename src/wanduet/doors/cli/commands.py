@@ -1,0 +1,377 @@
+"""What the commands do: each returns what is printed. Imported by the command line when it is needed."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from wanduet.config import DType, EngineConfig
+from wanduet.doors.cli.options import EngineFlags
+from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
+from wanduet.doors.cli.places import Place
+from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
+from wanduet.doors.cli.validate import PUBLISHED
+from wanduet.engine import tools
+from wanduet.engine.build import Models
+from wanduet.engine.job import Job, JobResult, OutputOptions
+from wanduet.engine.pipeline import Engine
+from wanduet.engine.roofline import where_it_went
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutputError,
+    WanduetError,
+)
+from wanduet.family.specs import RANDOM_SPECS
+from wanduet.kernels.attention.backends import BACKENDS, SDPA
+from wanduet.media.files import UnreadableFileError
+from wanduet.media.latents import load_latents
+from wanduet.media.names import Taken, take_given
+from wanduet.media.provenance import versions
+from wanduet.media.read import frame_hashes, probe, read_metadata
+from wanduet.miniature.prompts import is_in_world
+from wanduet.planning.hardware import detect, parse_hardware
+from wanduet.planning.plan import Plan, make_plan
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.untrusted import cut, printable
+from wanduet.weights.hub import open_model
+from wanduet.weights.names import MINIATURE
+
+SHOWN = 500  # characters of a prompt
+
+
+def run_generate(
+    request: GenerationRequest,
+    config: EngineConfig,
+    options: OutputOptions,
+    output: Place,
+    *,
+    dry_run: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """One request to its videos. `options.path` is the output's: a file, or a folder for a name made from the prompt."""
+    check_attention(config)
+    is_named = not output.is_folder
+    count = request.num_videos_per_prompt
+    if dry_run:
+        if not is_named:
+            options = likely_output(options, request.prompt, count)
+        models = Models(without_fetching(config))
+        resolved = request.resolve(models.spec)
+        plan = make_plan(resolved, models.memory, config, detect())
+        return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
+    with Taken() as names, Engine(config) as engine:  # no name is free before the engine has stopped
+        begun = take_begun(request, options, engine) if options.resume and not is_named else None
+        if begun is not None and begun.complete:
+            begun.names.release()
+            begun = None
+        if begun is not None:
+            names.add(begun.names)
+            options, request = begun.options, with_seed(request, begun.seed)
+        elif is_named:
+            names.add(take_output(options, count))
+        else:
+            options, found = free_output(options, request.prompt, count)
+            names.add(found)
+        if options.resume and begun is None and request.seed is None:
+            request = with_seed(request, _interrupted_seed(request, options, engine))
+        job = engine.submit(request, options)
+        _announce(job, config)
+        follow(job)
+        try:
+            result = job.result()
+        except WanduetError as error:
+            say_how_to_go_on(job, error)
+            raise
+        done = report(job, result, output)
+        if profile:
+            done |= _profile(job, engine, Path(f"{job.video_path(0)}.trace.json"))
+    return done
+
+
+def _interrupted_seed(request: GenerationRequest, options: OutputOptions, engine: Engine) -> int | None:
+    seed = seed_of_interrupted(request, options, engine)
+    if seed is None:
+        print("No interrupted run of this request was found; a new one begins.", file=sys.stderr)
+    return seed
+
+
+def say_how_to_go_on(job: Job, error: WanduetError) -> None:
+    """Add to a job's error what is kept of its work, and what makes use of that."""
+    if isinstance(error, CancelledError) and job.timings["denoise_s"]:
+        error.hint = "Go on where it stopped: the same command with --resume."
+    elif isinstance(error, OutputError):
+        kept = [
+            path for index in range(job.request.num_videos_per_prompt) if (path := job.latents_path(index)).exists()
+        ]
+        if kept:
+            again = "the same command with --resume only decodes"
+            error.hint = f"{error.hint or ''} The latents are kept in {kept[0]}: {again}.".strip()
+
+
+def _profile(job: Job, engine: Engine, path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"profile": where_it_went(job, engine.models.memory)}
+    try:
+        engine.trace.save(path)
+    except OutputError as error:  # the video is made all the same
+        print(error, file=sys.stderr)
+        return found
+    return found | {"trace": str(path)}
+
+
+def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
+    """What would run where."""
+    check_attention(config)
+    models = Models(without_fetching(config))
+    machine = detect()
+    if hardware is not None:
+        machine = parse_hardware(hardware, machine)
+    plan = make_plan(request.resolve(models.spec), models.memory, config, machine)
+    return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+
+
+def check_attention(config: EngineConfig) -> None:
+    """Refuse a back end that no machine has. Raises ConfigError."""
+    names = ["auto", SDPA.name, *(backend.name for backend in BACKENDS)]
+    if config.attention not in names:
+        known = ", ".join(dict.fromkeys(names))
+        raise ConfigError(f"attention={config.attention!r} is no back end.", hint=f"Known: {known}.")
+
+
+def without_fetching(config: EngineConfig) -> EngineConfig:
+    """The same settings for a model that is not here yet, if its shapes are published. Raises ModelNotFoundError."""
+    if config.model in RANDOM_SPECS:
+        return config
+    try:
+        open_model(config.model, config.revision, fetch=False)
+    except ModelNotFoundError:
+        if config.model not in PUBLISHED:
+            raise
+        print(f"{config.model} is not fetched yet; its published shapes are used.", file=sys.stderr)
+        return replace(config, model=PUBLISHED[config.model], revision=None)
+    return config
+
+
+def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, Any]:
+    """A prompt to an embeddings file."""
+    path = output.path
+    if output.is_folder:
+        path, names = free_file(path, prompt, ".safetensors")
+    elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
+        raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
+    else:
+        names = take_given([path])
+    with names:
+        embeds = tools.encode_to_file(config, prompt, path)
+    return {"output": output.shown(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
+
+
+def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
+    """Kept latents to a video."""
+    about = load_latents(latents)[1]
+    config = _config_of(latents, flags, about)
+    options = OutputOptions(output.path, codec, quality, save_latents=True)
+    if output.is_folder:
+        prompt = str(_part(about, "request").get("prompt") or latents.stem)
+        options, names = free_output(options, prompt, over_latents=True)
+    else:
+        names = take_output(options, 1)
+    with names:
+        result = tools.decode_latents(config, latents, options)
+    video = result.videos[0]
+    return {
+        "output": output.shown(video.path),
+        "seed": video.seed,
+        "num_frames": video.num_frames,
+        "timings": _rounded(result.timings),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "warnings": list(result.warnings),
+    }
+
+
+def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
+    """Make a video again and compare frame hashes. Raises UnreadableFileError."""
+    about = read_metadata(video)
+    if "denoised_by" in _part(about, "engine"):
+        raise UnreadableFileError(
+            f"{video} was decoded from latents that another model or program made, so it cannot be made again."
+        )
+    (request, quality), facts = _request_of(video, about), probe(video)
+    for side in ("width", "height"):  # before hours are spent on what a stranger's file says
+        if getattr(request, side) not in (None, facts[side]):
+            raise UnreadableFileError(
+                f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
+            )
+    expected = frame_hashes(video)
+    if len(expected.frames) < (request.num_frames or 0):
+        raise UnreadableFileError(
+            f"{video} is cut off, or was edited: it has {len(expected.frames)} of {request.num_frames} frames."
+        )
+    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
+        path = Path(folder) / f"again{video.suffix}"
+        try:
+            job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
+        except InvalidRequestError as error:
+            raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
+        follow(job)
+        job.result()
+        again = frame_hashes(path)
+        now = engine.models.about
+    pairs = zip(expected.frames, again.frames, strict=False)
+    different = [i for i, (a, b) in enumerate(pairs) if a != b]
+    return {
+        "video": str(video),
+        "equal": expected.digest == again.digest,
+        "num_frames": len(expected.frames),
+        "different_frames": different,
+        "model_equal": _part(about, "model").get("hash") == now["hash"],
+        "versions_then": about.get("versions"),
+        "versions_now": versions(),
+    }
+
+
+def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:
+    """The request in a video's metadata, which anybody may have written, and the quality. Raises UnreadableFileError."""
+    fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
+    seed, quality = about.get("seed"), _part(about, "output").get("quality")
+    if type(seed) is not int or type(quality) not in (int, type(None)):
+        raise UnreadableFileError(f"{video} does not say which seed and quality made it.")
+    try:
+        return GenerationRequest.parse(**(fields | {"seed": seed, "num_videos_per_prompt": 1})), quality
+    except InvalidRequestError as error:
+        raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
+
+
+def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
+    """A finished job as `generate --json` prints it."""
+    request = job.request
+    videos = [{"output": output.shown(v.path), "seed": v.seed} for v in result.videos]
+    return {
+        "output": videos[0]["output"],
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "num_frames": request.num_frames,
+        "fps": request.fps,
+        "videos": videos,
+        "latents": [output.shown(v.latents_path) for v in result.videos if v.latents_path is not None],
+        "settings": settings(request),
+        "plan": job.plan.as_dict(),
+        "timings": _rounded(result.timings),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "predicted_peak_bytes": predicted(job.plan),
+        "attention": job.attention,
+        "rungs": job.rungs,
+        "warnings": list(result.warnings),
+        "versions": versions(),
+    }
+
+
+def predicted(plan: Plan) -> dict[str, int]:
+    """Predicted peak bytes by device; on a CPU the whole process."""
+    peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
+    return peaks | {"cpu": plan.host_bytes}
+
+
+def settings(request: ResolvedRequest) -> dict[str, Any]:
+    """Every resolved field."""
+    return request.model_dump()
+
+
+def _announce(job: Job, config: EngineConfig) -> None:
+    r = job.request
+    if config.model == MINIATURE and not is_in_world(r.prompt):
+        job.warnings.append(
+            "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
+            "goes beyond its world. Try: a red circle moving left on a black background."
+        )
+    print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
+    size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
+    where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
+    steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
+    print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def shown(prompt: str) -> str:
+    """A prompt for the terminal, which it must not steer: the first lines' worth of it."""
+    text = printable(prompt)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
+
+
+def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> EngineConfig:
+    """The flags' settings; model and precision are those that made a file unless others were named.
+
+    Anybody may have written the file, so of the models that it can name only those are taken that wanduet knows by
+    themselves, and only if they are here: nothing is fetched, and no folder is read, because a file says so. Raises
+    UnreadableFileError, ModelNotFoundError.
+    """
+    config, unset = flags.config(), EngineFlags()
+    engine, made_by = _part(about, "engine"), _part(about, "model")
+    if not flags.names_model:
+        config = replace(config, **_model_here(file, made_by, config))
+    for name, allowed in (
+        ("transformer_dtype", get_args(DType)),
+        ("vae_dtype", get_args(DType)),
+        ("tf32", (True, False)),
+    ):
+        value = engine.get(name)
+        if value is None or getattr(flags, name) != getattr(unset, name):
+            continue
+        if type(value) is not type(getattr(unset, name)) or value not in allowed:
+            raise UnreadableFileError(
+                f"{file} says that it was made with {name}={cut(repr(value))}, which does not exist.",
+                hint=f"Say another with --{name.replace('_', '-')}.",
+            )
+        config = replace(config, **{name: value})
+    return config
+
+
+def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """Name and revision of the model that a file says it was made by, else of the default one, if it is known and here.
+
+    Raises ModelNotFoundError.
+    """
+    name, revision = made_by.get("name"), config.revision
+    if name is None:
+        try:
+            open_model(config.model, revision, fetch=False)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"{file} does not say which model made it, and {config.model} is not here.",
+                hint="Name the model with --model.",
+            ) from error
+        return {}
+    if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
+        return {"model": name}
+    if not isinstance(name, str) or name not in PUBLISHED:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
+            hint="If you trust that model, name it with --model.",
+        )
+    said = made_by.get("revision")
+    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
+        revision = said
+    try:
+        open_model(name, revision, fetch=False)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{file} says that it was made by {name}, which is not here.",
+            hint=f"Let it be fetched: --model {name}{'' if revision is None else f' --revision {revision}'}",
+        ) from error
+    return {"model": name, "revision": revision}
+
+
+def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """One object of a file's metadata; empty where it has none. Anybody may have written the file."""
+    value = about.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _rounded(timings: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in timings.items()}

@@ -1,0 +1,78 @@
+"""`wanduet download`: fetch a model, or check one that is here. Apart from the other commands: it needs no torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from wanduet.config import EngineConfig
+from wanduet.errors import ConfigError
+from wanduet.family.specs import RANDOM_SPECS
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import download, is_offline, local_model, verify_manifest
+from wanduet.weights.manifest import Progress, write_manifest
+from wanduet.weights.names import MINIATURE
+
+
+def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
+    """Fetch and check a model; a folder is checked only. `trust`: take a folder's files as they are, from now on.
+
+    Raises ModelNotFoundError, WeightsError, ConfigError for `trust` without a folder.
+    """
+    if config.model in RANDOM_SPECS:
+        return {"model": config.model, "note": "Random weights are made in memory; there is nothing to fetch."}
+    remember = config.data_folder / "verified.json"
+    local = local_model(config.model)
+    if trust and (local is None or config.model == MINIATURE):
+        raise ConfigError("--trust is for a folder of weights of your own.", hint="Name it: --model FOLDER.")
+    if local is not None:
+        return _check_folder(local, config.model, remember, trust)
+    verb = "Looking for" if is_offline() else "Fetching"
+    print(f"{verb} {config.model} ...", file=sys.stderr)
+    with checking_bar() as progress:
+        found = download(config.model, config.revision, remember, progress)
+    return {
+        "model": config.model,
+        "path": str(found.folder.path),
+        "revision": found.folder.revision,
+        "bytes": found.num_bytes,
+        "files_verified": found.num_verified,
+    }
+
+
+def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) -> dict[str, Any]:
+    note = "A folder on this machine; there is nothing to fetch."
+    if model == MINIATURE:
+        note = "The miniature comes with wanduet; there is nothing to fetch."
+    if trust:
+        write_manifest(folder.path)
+        note = "The files are taken as they are: their hashes are in the folder's manifest.json from now on."
+    with checking_bar() as progress:  # first: what is damaged may say anything of itself
+        checked = verify_manifest(folder, None if model == MINIATURE else remember, (), progress)
+    folder.check_complete()
+    return {"model": model, "path": str(folder.path), "note": note, "files_verified": checked}
+
+
+@contextmanager
+def checking_bar() -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only, for the bytes that are hashed."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("Checking the weights"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show

@@ -1,0 +1,394 @@
+"""The command line's service side: `wanduet serve`, `ui`, `jobs list|show|cancel|rm|adopt`, `keys add|list|rm`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Group, Parameter
+
+from wanduet.config import EngineConfig, parse_bytes
+from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
+from wanduet.doors.cli.options import EngineFlags
+from wanduet.doors.cli.run import emit, extra, missing_extra
+from wanduet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wanduet.doors.http.context import ServerSettings
+    from wanduet.doors.http.keys import KeyRing
+    from wanduet.jobs.records import Page, StoredJob
+    from wanduet.jobs.runner import RunnerSettings
+    from wanduet.jobs.store import JobStore
+
+Json = Annotated[bool, Parameter(name="--json", help="Print one JSON object on stdout.", negative="")]
+DataDir = Annotated[Path | None, Parameter(help="Folder of jobs, videos and caches.")]
+Database = Annotated[str | None, Parameter(help="Address of the job store. Default: SQLite in the data folder.")]
+JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+SERVER = Group("Server", sort_key=0)
+DAY = 86400.0
+
+jobs_app = App(name="jobs", help="List and manage the jobs of this data folder.")
+keys_app = App(name="keys", help="Manage the API keys of the server.")
+
+
+@Parameter(name="*", group=SERVER)
+@dataclass(frozen=True, slots=True)
+class ServerFlags:
+    """How the server listens and what it takes."""
+
+    host: Annotated[
+        str, Parameter(help="Address to listen on. Any but this machine's own needs a key: wanduet keys add.")
+    ] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port to listen on; 0 picks a free one.")] = 8000
+    allowed_host: Annotated[
+        tuple[str, ...], Parameter(help="A name by which others reach the server.", negative="")
+    ] = ()
+    allowed_origin: Annotated[tuple[str, ...], Parameter(help="A page that may write here.", negative="")] = ()
+    page: Annotated[bool, Parameter(help="Serve the web page at /.")] = True
+    parallel: Annotated[
+        int, Parameter(help="Number of jobs that are worked on at the same time, each in another stage.")
+    ] = 2
+    checkpoint_seconds: Annotated[float, Parameter(help="How often denoising is saved, in seconds.")] = 15.0
+    max_crashes: Annotated[int, Parameter(help="Give a job up after so many crashes at the same place.")] = 3
+    hang_seconds: Annotated[
+        float, Parameter(help="Replace a worker that makes no step for so many seconds; later where steps are long.")
+    ] = 600.0
+    max_queue: Annotated[int, Parameter(help="Most jobs that wait or run.")] = 1000
+    max_queue_per_key: Annotated[int, Parameter(help="Most jobs of one key that wait or run.")] = 100
+    max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
+    max_frames: Annotated[int, Parameter(help="Longest video.")] = 401
+    max_steps: Annotated[int, Parameter(help="Most denoising steps.")] = 200
+    retention_days: Annotated[float | None, Parameter(help="Delete finished videos after so many days.")] = None
+    disk_limit: Annotated[
+        str | None, Parameter(help="Delete the oldest videos when all take more than this, for example 50GiB.")
+    ] = None
+    log_prompts: Annotated[bool, Parameter(help="Write prompts to the log.")] = False
+    database_url: Database = None
+
+    def server(self) -> "ServerSettings":
+        """What the HTTP side is told. Raises ConfigError."""
+        from wanduet.doors.http.context import ServerSettings
+        from wanduet.doors.http.schemas import RequestLimits
+        from wanduet.jobs.records import Limits
+
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is no port.", hint="0 to 65535.")
+        return ServerSettings(
+            host=self.host,
+            port=self.port,
+            allowed_hosts=self.allowed_host,
+            allowed_origins=self.allowed_origin,
+            queue=Limits(self.max_queue, self.max_queue_per_key),
+            limits=RequestLimits(pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps),
+        )
+
+    def runner(self) -> "RunnerSettings":
+        """What the worker is told. Raises ConfigError."""
+        from wanduet.jobs.keeper import AttemptSettings
+        from wanduet.jobs.runner import RunnerSettings
+        from wanduet.jobs.watchdog import HangSettings
+
+        if self.parallel < 1:
+            raise ConfigError(f"parallel={self.parallel}: at least one job must run.")
+        if self.max_crashes < 1:
+            raise ConfigError(f"max_crashes={self.max_crashes}: one crash is the least.")
+        if self.hang_seconds <= 0:
+            raise ConfigError(f"hang_seconds={self.hang_seconds}: more than nothing.")
+        return RunnerSettings(
+            parallel=self.parallel,
+            hangs=HangSettings(step_seconds=self.hang_seconds, phase_seconds=3 * self.hang_seconds),
+            max_bytes=None if self.disk_limit is None else parse_bytes(self.disk_limit),
+            attempt=AttemptSettings(max_crashes=self.max_crashes, log_prompts=self.log_prompts),
+        )
+
+
+OURS, ENGINE, ALONE = ServerFlags(), EngineFlags(), ClusterFlags()
+
+
+def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: ClusterFlags = ALONE) -> None:
+    """Serve the OpenAI videos protocol, and the web page at /, until told to stop.
+
+    ```sh
+    wanduet serve --model miniature
+    wanduet serve --host 0.0.0.0 --allowed-host videos.example.org
+    ```
+    """
+    _run(server, engine.config(), cluster, browser=False)
+
+
+def ui(
+    *,
+    server: ServerFlags = OURS,
+    engine: EngineFlags = ENGINE,
+    browser: Annotated[bool, Parameter(help="Open the page.")] = True,
+) -> None:
+    """Open the web page: the same server, with a browser.
+
+    ```sh
+    wanduet ui --model miniature
+    ```
+    """
+    if not server.page:
+        raise ConfigError("`wanduet ui --no-page` leaves nothing to open.", hint="Use `wanduet serve --no-page`.")
+    _run(server, engine.config(), ALONE, browser=browser)
+
+
+def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, browser: bool) -> None:
+    with extra("server"):
+        from wanduet.doors.http import server as http_server
+    from wanduet.doors.http.security import check_bind
+    from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.weights.hub import open_model
+
+    settings, runner = flags.server(), flags.runner()
+    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
+    database_url = flags.database_url
+    check_bind(settings.host, bool(_keys(config.data_folder).records()))
+    if cluster == ALONE:  # another folder's database is refused before anything is fetched or imported for long
+        with _store(config.data_folder, database_url):
+            pass
+    page = None
+    if flags.page:
+        try:
+            from wanduet.doors.page.app import mount_page
+        except ImportError:
+            if browser:
+                raise missing_extra("ui") from None
+            print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
+        else:
+            page = mount_page
+    if config.model in RANDOM_SPECS:
+        spec = RANDOM_SPECS[config.model]
+    else:
+        folder = open_model(config.model, config.revision)
+        spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
+
+    def announce(url: str) -> None:
+        print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
+        if sys.stderr.isatty():  # elsewhere, standard error is a log of JSON lines
+            print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    retention = None if flags.retention_days is None else flags.retention_days * DAY
+    http_server.serve(
+        config,
+        spec,
+        settings,
+        runner=runner,
+        database_url=database_url,
+        retention_seconds=retention,
+        cluster=cluster.settings(config, runner, retention, database_url),
+        page=page,
+        announce=announce,
+    )
+
+
+@jobs_app.command(name="list")
+def list_jobs(
+    *,
+    status: Annotated[JobStatus | None, Parameter(help="Only these.")] = None,
+    limit: Annotated[int, Parameter(help="At most so many, 100 at most.")] = 20,
+    after: Annotated[str | None, Parameter(help="The last id of the page before.")] = None,
+    data_dir: DataDir = None,
+    database_url: Database = None,
+    json_: Json = False,
+) -> None:
+    """Jobs, newest first."""
+    if not 1 <= limit <= 100:
+        raise ConfigError(f"limit={limit}: from 1 to 100.", hint="--after goes on from the last id.")
+    with _store(data_dir, database_url) as store:
+        page = store.list(limit=limit, after=after, status=status)
+    if json_:
+        emit({"jobs": [describe(job) for job in page.jobs], "has_more": page.has_more}, as_json=True)
+    else:
+        _show_jobs(page)
+
+
+@jobs_app.command
+def show(job: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Everything about a job."""
+    with _store(data_dir, database_url) as store:
+        found = store.get(job)
+        paths = [str(path) for file in found.files if (path := store.files.path(file.name)) is not None]
+    about = {**describe(found), "files": paths, "report": found.report}
+    emit(about if json_ else _for_people(about), json_)
+
+
+@jobs_app.command
+def cancel(job: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Stop a job that waits or runs; a finished one stays as it is."""
+    with _store(data_dir, database_url) as store:
+        about = describe(store.cancel(job))
+    emit(about if json_ else _for_people(about), json_)
+
+
+@jobs_app.command(name="rm")
+def remove_job(*jobs: str, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
+    """Delete jobs with their videos, in any state; none if one of them is not known."""
+    if not jobs:
+        raise ConfigError("Which jobs?", hint="wanduet jobs rm VIDEO_ID ...")
+    with _store(data_dir, database_url) as store:
+        found = dict.fromkeys(store.get(job).id for job in jobs)
+        emit({"deleted": [store.delete(job).id for job in found]}, json_)
+
+
+@jobs_app.command
+def adopt(
+    *,
+    data_dir: DataDir = None,
+    database_url: Database = None,
+    storage: Annotated[
+        str | None, Parameter(help="A cluster's --storage, which is given to the database, too.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Give the data folder to this database, whatever it belonged to. Videos of jobs that the database does not know
+    go to the folder's trash, for seven days.
+    """
+    with extra("server"):
+        from wanduet.cluster.files import open_files
+        from wanduet.jobs.identity import take_over
+        from wanduet.jobs.logs import configure_logs
+        from wanduet.jobs.store import JobStore
+    configure_logs()  # not on stdout
+    files = open_files(_folder(data_dir), storage)
+    url = database_url or files.default_url
+    take_over(files, url)
+    moved = 0
+    with closing(JobStore(files, url)) as store:
+        while (found := store.sweep(unknown_too=True)) or store.sweeping:
+            moved += found
+    emit({"data_folder": str(files.folder), "moved_to_trash": moved, "trash": str(files.folder / "trash")}, json_)
+
+
+@keys_app.command
+def add(
+    name: str,
+    *,
+    operator: Annotated[bool, Parameter(help="Its /metrics are those of the whole server.", negative="")] = False,
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Make a key. It is shown once; only its hash is kept."""
+    keys = _keys(_folder(data_dir))
+    key = keys.add(name, operator=operator)
+    key_id = keys.owner(key)  # by the key: another process may have added one since
+    if json_:
+        emit({"id": key_id, "name": name, "key": key}, as_json=True)
+    else:
+        print(key)
+        print(f"The key of {name!r} (id {key_id}). It cannot be shown again.", file=sys.stderr)
+
+
+@keys_app.command(name="list")
+def list_keys(*, data_dir: DataDir = None, json_: Json = False) -> None:
+    """The keys' ids and names."""
+    from wanduet.untrusted import printable
+
+    records = _keys(_folder(data_dir)).records()
+    if json_:
+        emit({"keys": [{"id": record.id, "name": record.name} for record in records]}, as_json=True)
+    for record in () if json_ else records:
+        print(f"{record.id}  {printable(record.name)}")
+
+
+@keys_app.command(name="rm")
+def remove_key(key_id: str, *, data_dir: DataDir = None, json_: Json = False) -> None:
+    """Revoke a key by its id, at once. Its jobs stay."""
+    if not _keys(_folder(data_dir)).remove(key_id):
+        raise ConfigError(f"There is no key {key_id!r}.", hint="`wanduet keys list` shows the ids.")
+    emit({"removed": key_id}, json_)
+
+
+def register(app: App) -> None:
+    """Add these commands to `wanduet`."""
+    app.command(serve)
+    app.command(ui)
+    app.command(jobs_app)
+    app.command(keys_app)
+    app.command(cluster_app)
+
+
+def describe(job: "StoredJob") -> dict[str, Any]:
+    """A job for people and programs, without what only workers need."""
+    error = None if job.error is None else {"code": job.error.code, "message": job.error.message}
+    return {
+        "id": job.id,
+        "status": job.status,
+        "progress": round(job.progress, 1),
+        "phase": job.phase,
+        "seconds_left": job.seconds_left,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "completed_at": job.completed_at,
+        "expires_at": job.expires_at,
+        "model": job.model,
+        "owner": job.owner,
+        "attempts": job.attempts,
+        "error": error,
+        "waits_for": job.waits_for,
+        "remixed_from": job.remixed_from,
+        "request": job.request,
+    }
+
+
+def _for_people(about: dict[str, Any]) -> dict[str, Any]:
+    """The same with times of the clock."""
+    times = {name: _when(value) for name, value in about.items() if name.endswith("_at") and value is not None}
+    return {**about, **times}
+
+
+def _when(moment: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _show_jobs(page: "Page") -> None:
+    """One line a job, however narrow the terminal: an id that is cut short is no use to the other commands."""
+    from wanduet.untrusted import printable
+
+    lines = []
+    for job in page.jobs:
+        status = job.error.code if job.error else job.status.replace("_", " ")
+        if job.status == "in_progress":
+            status = f"{job.phase or 'starting'} {job.progress:.0f} %"
+        prompt = printable(" ".join(str(job.request.get("prompt", "")).split()))
+        lines.append((job.id, status, _when(job.created_at)[:-3], prompt if len(prompt) <= 60 else f"{prompt[:59]}…"))
+    if not lines:
+        print("No jobs.")
+        return
+    widths = [
+        max(map(len, column)) for column in zip(("id", "status", "made"), *(line[:3] for line in lines), strict=True)
+    ]
+    for line in (("id", "status", "made", "prompt"), *lines):
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
+    if page.has_more:
+        print(f"There are more: --after {page.jobs[-1].id}", file=sys.stderr)
+
+
+@contextmanager
+def _store(data_dir: Path | None, url: str | None) -> "Iterator[JobStore]":
+    with extra("server"):
+        from wanduet.jobs.files import JobFiles
+        from wanduet.jobs.store import JobStore
+    store = JobStore(JobFiles(_folder(data_dir)), url)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _keys(folder: Path) -> "KeyRing":
+    from wanduet.doors.http.keys import KEYS_FILE, KeyRing
+
+    return KeyRing(folder / KEYS_FILE)
+
+
+def _folder(data_dir: Path | None) -> Path:
+    return EngineConfig(data_dir=data_dir).data_folder

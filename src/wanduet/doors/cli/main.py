@@ -1,0 +1,309 @@
+"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `encode`, `decode`, `inspect`, `download`,
+`verify`, `doctor`.
+
+Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
+Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.config import Env
+
+from wanduet.doors.cli import jobs
+from wanduet.doors.cli.help import EVERYWHERE, concise
+from wanduet.doors.cli.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
+from wanduet.doors.cli.places import Place, parse_place, place
+from wanduet.doors.cli.run import emit, run
+from wanduet.doors.cli.validate import check_folder, check_output, early_request, read_batch
+
+Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
+Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
+Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
+Output = Annotated[
+    Place | None,
+    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
+]
+FIRST_SIGNAL = 128  # exit codes above it name the signal
+LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
+WANTED, OTHER = VideoFlags(), EngineFlags()
+
+app = App(
+    name="wanduet",
+    help="Text to video with Wan2.1, on one GPU, two, or many.",
+    config=[
+        Env("WANDUET_", command=False),
+        Settings(SETTINGS_FILE, allow_unknown=True, use_commands_as_keys=False),
+        drop_overruled,
+    ],
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
+    help_formatter=concise,
+    help_epilogue=EVERYWHERE,
+)
+
+
+@app.command
+def generate(
+    prompt: str,
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    output: Output = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents in a file beside the video.")] = False,
+    resume: Annotated[bool, Parameter(help="Continue an interrupted run.")] = False,
+    profile: Annotated[
+        bool, Parameter(help="Print where the time went, and write a trace for Perfetto beside the video.")
+    ] = False,
+    dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Make a video from a prompt.
+
+    ```sh
+    wanduet generate "a cat walks over a frozen lake" --resolution 720p --seed 7 -o cat.mp4
+    wanduet generate "a red circle moving left on a black background" --model miniature
+    ```
+    """
+    config = engine.config()
+    request = early_request(prompt, video, config)
+    check_output(output, codec, quality)
+    from wanduet.doors.cli.commands import run_generate
+    from wanduet.engine.job import OutputOptions
+
+    where = output or parse_place("")
+    options = OutputOptions(where.path, codec, quality, save_latents, resume)
+    emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
+
+
+@app.command
+def batch(
+    file: Path,
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    output: Annotated[Place | None, Parameter(name=["--output", "-o"], help="A folder.", **PLACE)] = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    save_latents: Annotated[bool, Parameter(help="Keep the latents beside each video.")] = False,
+    resume: Annotated[
+        bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
+    ] = False,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
+
+    Lines that begin with # are comments.
+
+    ```sh
+    wanduet batch prompts.txt -o videos/
+    wanduet batch prompts.txt -o videos/ --resume
+    ```
+    """
+    config = engine.config()
+    requests = read_batch(file, video, config)
+    check_folder(output)
+    check_output(None, codec, quality)
+    from wanduet.doors.cli.batch import run_batch
+    from wanduet.engine.job import OutputOptions
+
+    where = output or parse_place("")
+    done = run_batch(requests, config, OutputOptions(where.path, codec, quality, save_latents, resume), where)
+    emit(done, json_)
+    if done["failed"]:
+        raise SystemExit(1)
+
+
+@app.command
+def plan(
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    hardware: Annotated[
+        str | None, Parameter(help="Plan for other GPUs: RTX 4090, 2x3090, h100, 24 (GiB), 24GiB+12GiB.")
+    ] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Predict memory and choose settings, without loading anything.
+
+    ```sh
+    wanduet plan --resolution 720p
+    wanduet plan --resolution 1080p --hardware 2x3090
+    ```
+    """
+    config = engine.config()
+    request = early_request(LONGEST_PROMPT, video, config)
+    from wanduet.doors.cli.commands import run_plan
+
+    found = run_plan(request, config, hardware)
+    emit(found, json_)
+    if not found["fits"]:
+        raise SystemExit(1)
+
+
+@app.command
+def bench(
+    prompt: str = "a red circle moving left on a black background",
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights.
+
+    ```sh
+    wanduet bench --model random:1.3b --steps 4 --runs 2
+    ```
+    """
+    config = engine.config()
+    request = early_request(prompt, video, config)
+    from wanduet.doors.cli.bench import run_bench
+
+    emit(run_bench(request, config, runs), json_)
+
+
+@app.command
+def encode(
+    prompt: str,
+    *,
+    engine: EngineFlags = OTHER,
+    output: Annotated[
+        Place | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", **PLACE)
+    ] = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Write a prompt's embeddings to a file.
+
+    ```sh
+    wanduet encode "a cat walks over a frozen lake" -o cat.safetensors
+    ```
+    """
+    request, config = VideoFlags().request(prompt), engine.config()
+    from wanduet.doors.cli.commands import run_encode
+
+    emit(run_encode(request.prompt, config, output or parse_place("")), json_)
+
+
+@app.command
+def decode(
+    latents: Path,
+    *,
+    engine: EngineFlags = OTHER,
+    output: Output = None,
+    codec: Codec = "h264",
+    quality: Quality = None,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Decode saved latents to a video, with the model that made them unless --model is given.
+
+    ```sh
+    wanduet decode cat.mp4.latents.safetensors --codec ffv1
+    ```
+    """
+    check_output(output, codec, quality)
+    from wanduet.doors.cli.commands import run_decode
+
+    emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
+
+
+@app.command
+def inspect(
+    target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+) -> None:
+    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache.
+
+    ```sh
+    wanduet inspect cat.mp4
+    wanduet inspect "a cat walks over a frozen lake"
+    ```
+    """
+    from wanduet.engine import tools
+
+    emit(tools.inspect(engine.config(), target), json_)
+
+
+@app.command
+def download(
+    *,
+    trust: bool = False,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Fetch a model beforehand, and check every file.
+
+    ```sh
+    wanduet download
+    wanduet download --model FOLDER --trust
+    ```
+
+    Parameters
+    ----------
+    trust
+        For a folder of weights of your own: take its files as they are, and note their hashes in it.
+    """
+    from wanduet.doors.cli.fetch import run_download
+
+    emit(run_download(engine.config(), trust), json_)
+
+
+@app.command
+def verify(
+    video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+) -> None:
+    """Make a video again from its own metadata and compare every frame.
+
+    ```sh
+    wanduet verify cat.mp4
+    ```
+    """
+    from wanduet.doors.cli.commands import run_verify
+
+    found = run_verify(video, engine)
+    emit(found, json_)
+    if not found["equal"]:
+        raise SystemExit(1)
+
+
+@app.command
+def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
+    """Show what this machine has, what is missing, and what to do.
+
+    ```sh
+    wanduet doctor --model miniature
+    ```
+    """
+    from wanduet.doors.cli.fetch import checking_bar
+    from wanduet.engine import tools
+
+    config = engine.config()
+    with checking_bar() as progress:
+        found = tools.doctor(config, progress)
+    emit(found, json_)
+
+
+jobs.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run and exit."""
+    code = run(app, sys.argv[1:] if arguments is None else arguments)
+    if code >= FIRST_SIGNAL:
+        # An interrupt inside an exec(), of which libraries are full, would make Python end by the signal instead.
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What `run_wan.py` calls: `wanduet generate` with three settings that flags replace."""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError, MissingArgumentError
+
+from wanduet.doors.cli.main import app, main
+from wanduet.weights.names import MINIATURE
+
+_LENGTH = ("--num-frames", "--seconds")
+_SIZE = ("--resolution", "--height", "--width")
+
+
+def run(prompt: str, num_frames: int, resolution: tuple[int, int]) -> None:
+    """Generate and exit. `resolution` is (height, width) in pixels."""
+    main(arguments(sys.argv[1:], prompt, num_frames, resolution))
+
+
+def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tuple[int, int]) -> list[str]:
+    """The arguments of `generate`. The bundled miniature has its own length and size unless flags say others."""
+    given = list(flags)
+    if not _has_prompt(given):
+        given.insert(0, f"--prompt={prompt}")
+    names = {flag.split("=", 1)[0] for flag in given}
+    settings: list[str] = []
+    if _model(given) != MINIATURE:
+        if not names.intersection(_LENGTH):
+            settings += ["--num-frames", str(num_frames)]
+        if not names.intersection(_SIZE):
+            settings += ["--height", str(resolution[0]), "--width", str(resolution[1])]
+    return ["generate", *settings, *given]
+
+
+def _has_prompt(given: list[str]) -> bool:
+    try:
+        app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
+    except MissingArgumentError as error:
+        return error.argument is None or "--prompt" not in error.argument.names
+    except CycloptsError:
+        return True  # told when the command runs
+    return True
+
+
+def _model(given: list[str]) -> str | None:
+    """The model by flag, environment or settings file; None where the arguments are wrong."""
+    try:
+        _, bound, _ = app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
+    except CycloptsError:
+        return None
+    engine = bound.arguments.get("engine")
+    return getattr(engine, "model", None)

@@ -1,0 +1,180 @@
+"""Errors on the wire: `{"error": {message, type, param, code}}`, whatever went wrong.
+
+Clients try again after 408, 409, 429 and 5xx without telling that it is the same request; so those are
+answered only while nothing has been stored.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from wanduet.doors.http.public import NAME_LIMIT, public_text, sendable
+from wanduet.errors import InvalidRequestError, WanduetError
+from wanduet.jobs.library_logs import RateLimit
+from wanduet.jobs.records import IdempotencyError, QueueFullError, UnknownJobError
+
+log = structlog.get_logger(__name__)
+
+INVALID = "invalid_request_error"
+QUEUE_RETRY_SECONDS = 30
+STORE_RETRY_SECONDS = 5
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+STREAM_END = "/events"  # the end of a path that does not take HEAD: its GET does not end by itself
+# Faults of the store that only a person can mend, by their code: the message says what to do, and no answer says when to
+# try again.
+STORE_FAULTS: Mapping[str, int] = {
+    "store_broken": 503,
+    "store_gone": 503,
+    "store_read_only": 503,
+    "store_damaged": 500,
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is no success; raise it anywhere in a request."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        kind: str = INVALID,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.kind = kind
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        param = None if self.param is None else sendable(self.param, NAME_LIMIT)
+        detail = ErrorDetail(message=sendable(self.message), type=self.kind, param=param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
+
+    def response(self) -> JSONResponse:
+        """The answer itself."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def invalid(error: InvalidRequestError) -> ApiError:
+    """A field out of its range."""
+    text = f"{error.message} {error.hint}" if error.hint else error.message
+    return ApiError(400, error.code, text, param=error.field)
+
+
+def unavailable(code: str, message: str, retry_after: int, status: int = 503) -> ApiError:
+    """Not now; nothing was stored. `retry_after` in seconds."""
+    kind = "rate_limit_error" if status == 429 else "server_error"
+    return ApiError(status, code, message, kind=kind, headers={"Retry-After": str(retry_after)})
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Any exception as an answer; what is not known becomes a 500 that tells nothing of the inside."""
+    match error:
+        case ApiError():
+            return error
+        case InvalidRequestError():
+            return invalid(error)
+        case UnknownJobError():
+            return ApiError(404, "not_found", "There is no such video.", param="video_id")
+        case IdempotencyError():
+            return ApiError(422, error.code, error.message, param="Idempotency-Key")
+        case QueueFullError():
+            text = f"{error.message} {error.hint}"
+            return unavailable(error.code, text, QUEUE_RETRY_SECONDS, 429 if error.personal else 503)
+        case RequestValidationError():
+            return _bad_parameter(error)
+        case HTTPException():
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+            return ApiError(error.status_code, code, str(error.detail), headers=error.headers)
+        case WanduetError() if error.code in STORE_FAULTS:
+            text = public_text(f"{error.message} {error.hint or ''}".strip())
+            return ApiError(STORE_FAULTS[error.code], error.code, text, kind="server_error")
+        case SQLAlchemyError():
+            return unavailable("store_unavailable", "The job store cannot be reached just now.", STORE_RETRY_SECONDS)
+        case _:
+            return ApiError(500, "internal_error", "Something went wrong in the server.", kind="server_error")
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """The methods that the path of a request takes."""
+    routes = request.app.router.routes
+    found = [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+    head = "GET" in found and not request.scope["path"].endswith(STREAM_END)  # answered as GET
+    return [method for method in METHODS if method in found or (method == "HEAD" and head)]
+
+
+def _bad_parameter(error: RequestValidationError) -> ApiError:
+    first: dict[str, Any] = dict(error.errors()[0])
+    param = str(first["loc"][-1]) if first.get("loc") else None
+    message = str(first.get("msg", "not valid"))
+    return ApiError(400, "invalid_request", f"{param}: {message[0].lower()}{message[1:]}.", param=param)
+
+
+def log_failure(error: Exception, status: int, rate: RateLimit) -> None:
+    """Say in the log what made an answer fail, if the server is to blame; clients ask again as often as they like."""
+    kept_back = rate.admit((type(error), status)) if status >= 500 else None
+    if kept_back is not None:
+        # A message of ours says what to do, in whole only here; others might quote what was sent.
+        about = {"message": str(error)} if isinstance(error, WanduetError) else {}
+        log.error("request failed", error=type(error).__name__, status=status, kept_back=kept_back, **about)
+
+
+def install(app: FastAPI, failures: RateLimit) -> None:
+    """Make every error of an app speak the wire's words; `failures` limits how often they are logged."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        api_error = to_api_error(error)
+        if api_error.status == 405:
+            api_error.headers["Allow"] = ", ".join(allowed_methods(request))
+        if api_error is not error:  # a refusal is no failure
+            log_failure(error, api_error.status, failures)
+        return api_error.response()
+
+    known: tuple[type[Exception], ...] = (
+        ApiError,
+        InvalidRequestError,
+        UnknownJobError,
+        IdempotencyError,
+        QueueFullError,
+        RequestValidationError,
+        HTTPException,
+        SQLAlchemyError,
+        WanduetError,
+        Exception,
+    )
+    for kind in known:
+        app.add_exception_handler(kind, answer)

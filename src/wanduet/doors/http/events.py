@@ -1,0 +1,88 @@
+"""A video's event stream: each change as it happens, for as long as the one who asked may see the video."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from wanduet.doors.http.context import ServerContext, find_owner, invalid_key
+from wanduet.doors.http.keys import LOCAL_OWNER
+from wanduet.doors.http.schemas import DeletedVideo, to_video
+from wanduet.errors import WanduetError
+from wanduet.jobs.records import StoredJob, UnknownJobError
+
+PING_SECONDS = 15
+
+
+class VideoStream(EventSourceResponse):
+    """The answer. It has its place among the streams from the start, so that one too many is refused (ApiError: 503, or
+    429 where one key has too many) and not broken off; it leaves it even if its client was gone before the first event.
+    """
+
+    def __init__(self, context: ServerContext, headers: Headers, owner: str, job: StoredJob) -> None:
+        self._context = context
+        self._asked = headers
+        self._owner = owner
+        self._place = context.streams.enter(
+            None if owner == LOCAL_OWNER else owner
+        )  # without keys, there are no shares
+        self._place.__enter__()
+        super().__init__(self._allowed_events(job), ping=PING_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.__exit__(None, None, None)
+
+    async def _allowed_events(self, job: StoredJob) -> AsyncIterator[ServerSentEvent]:
+        """The key is asked for again before each event and at each look: neither a slow client nor a video of which there
+        is nothing new keeps the stream of a revoked key open.
+        """
+        async with aclosing(self._events(job)) as events:
+            async for event in events:
+                if not await run_in_threadpool(self._may_see):
+                    yield _event("error", invalid_key().body())
+                    return
+                if event is not None:
+                    yield event
+
+    async def _events(self, job: StoredJob) -> AsyncGenerator[ServerSentEvent | None]:
+        """What changed, look by look; None where nothing did."""
+        last = picture = None
+        while True:
+            data = {**to_video(job).model_dump(), "phase": job.phase, "seconds_left": job.seconds_left}
+            yield None if data == last else _event("done" if job.finished else "video", data)
+            last = data
+            if job.status == "in_progress":
+                newest = await run_in_threadpool(self._context.store.files.preview, job.id)
+                if newest is not None and newest != picture:
+                    image = f"data:image/webp;base64,{base64.b64encode(newest).decode()}"
+                    yield _event("preview", {"id": job.id, "object": "video.preview", "image": image})
+                    picture = newest
+            if job.finished or self._context.draining.is_set():
+                return
+            await asyncio.sleep(self._context.settings.stream_poll_seconds)
+            try:
+                job = await run_in_threadpool(self._context.store.get, job.id, self._owner)
+            except UnknownJobError:
+                yield _event("deleted", DeletedVideo(id=job.id).model_dump())
+                return
+
+    def _may_see(self) -> bool:
+        try:
+            return find_owner(self._context, self._asked) == self._owner
+        except WanduetError:  # a file of keys that cannot be read opens nothing
+            return False
+
+
+def _event(name: str, data: Mapping[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(data), event=name)

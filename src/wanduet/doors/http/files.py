@@ -1,0 +1,105 @@
+"""A stored file as an answer: parts of it, and nothing where the client has it already.
+
+Starlette's own `FileResponse` sends files and parts. What it does not do as RFC 9110 says is decided here first: a
+Range that means nothing is ignored, of several parts those that the file has are sent, and HEAD knows no parts.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastapi import Request
+from fastapi.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from wanduet.doors.http.errors import ApiError
+
+MAX_RANGES = 8
+_RANGE = re.compile(r"bytes=([\d,\s-]*)", re.ASCII | re.IGNORECASE)
+_PART = re.compile(r"\s*(\d{0,15})-(\d{0,15})\s*", re.ASCII)
+
+Part = tuple[int | None, int | None]  # first and last byte; no first: so many from the end
+
+
+def answer_file(path: Path, request: Request, media_type: str, filename: str, headers: Mapping[str, str]) -> Response:
+    """The file, or the parts that the header Range asks for; 304 where If-None-Match names it.
+
+    Raises FileNotFoundError, or ApiError (416) for a range outside of the file.
+    """
+    status, asked = path.stat(), request.headers
+    answer = _File(path, headers=dict(headers), media_type=media_type, filename=filename, stat_result=status)
+    if _names(asked.get("if-none-match"), answer.headers["etag"]):
+        kept = {name: answer.headers[name] for name in ("etag", "last-modified", *map(str.lower, headers))}
+        return Response(status_code=304, headers=kept)
+    current = asked.get("if-range") in (None, answer.headers["etag"], answer.headers["last-modified"])
+    parts = read_ranges(asked.get("range")) if request.method == "GET" and current else []
+    answer.parts = [part for part in parts if _lies_within(part, status.st_size)]
+    if parts and not answer.parts:
+        text = f"The file has {status.st_size} bytes."
+        size = {"Content-Range": f"bytes */{status.st_size}"}
+        raise ApiError(416, "range_not_satisfiable", text, param="Range", headers=size)
+    return answer
+
+
+def read_ranges(header: str | None) -> list[Part]:
+    """The parts that a header Range asks for; empty where it must be ignored (RFC 9110, 14.2)."""
+    match = _RANGE.fullmatch(header or "")
+    texts = [text for text in match[1].split(",") if text.strip()] if match else []  # a list may have empty elements
+    parts = [_PART.fullmatch(text) for text in texts]
+    found = [(_number(part[1]), _number(part[2])) if part else (None, None) for part in parts]
+    return found if len(found) <= MAX_RANGES and all(map(_means_something, found)) else []
+
+
+class _File(FileResponse):
+    """Starlette's, with the parts that were decided on, and 404 for a file that is deleted before it was opened.
+
+    One that is deleted later is sent to its end: the system keeps an open file.
+    """
+
+    parts: Sequence[Part] = ()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wanted = [(b"range", _written(self.parts).encode())] if self.parts else []
+        headers = [item for item in scope["headers"] if item[0].lower() not in (b"range", b"if-range")]
+        start: Message | None = None
+
+        async def send_once_open(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message  # the file is opened after this
+                return
+            if start is not None:
+                begun, start = start, None
+                await send(begun)
+            await send(message)
+
+        try:
+            await super().__call__({**scope, "headers": headers + wanted}, receive, send_once_open)
+        except FileNotFoundError:
+            if start is None:
+                raise
+            gone = ApiError(404, "not_found", "This file was deleted just now.", param="video_id")
+            await gone.response()(scope, receive, send)
+
+
+def _number(digits: str) -> int | None:
+    return int(digits) if digits else None
+
+
+def _means_something(part: Part) -> bool:
+    first, last = part
+    return last is not None if first is None else last is None or first <= last
+
+
+def _lies_within(part: Part, size: int) -> bool:
+    first, last = part
+    return first < size if first is not None else bool(last and size)
+
+
+def _written(parts: Sequence[Part]) -> str:
+    return "bytes=" + ",".join("-".join("" if n is None else str(n) for n in part) for part in parts)
+
+
+def _names(header: str | None, etag: str) -> bool:
+    tags = [tag.strip().removeprefix("W/") for tag in (header or "").split(",")]
+    return etag in tags or "*" in tags

@@ -1,0 +1,257 @@
+"""What requests may cost together: how many are answered at once, how much they send, how long that may take.
+
+Plain ASGI and before every route, so that nothing is read for a request that is refused.
+"""
+
+import asyncio
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from wanduet.doors.http.errors import ApiError, unavailable
+from wanduet.doors.http.gates import Gate
+
+UPLOAD_PATH = "/page/settings"  # the page's: a video whose settings are wanted
+MAX_UPLOAD_BYTES = 2**28
+MAX_PAGE_BYTES = 2**18  # Gradio works on a body for a hundred times as long as the API does
+MAX_LOGIN_BYTES = 2**13
+MAX_BYTES_AT_ONCE = 2**26  # of all bodies in memory
+MAX_UPLOADS_AT_ONCE = 2**29  # bytes of all uploads in the temporary folder
+MIN_RATE = 2**14  # bytes a second: a body of this rate has all the time it needs
+LONGEST_BODY_SECONDS = 600.0
+DRAIN_BODY_SECONDS = 5.0  # what is not there then is refused: the server is about to end
+LINGER_SECONDS = 2.0
+BUSY_RETRY_SECONDS = 5
+DRAIN_RETRY_SECONDS = 15
+ALWAYS_ANSWERED = "/health"  # costs nothing, and says that an overloaded server lives
+_LOOK_SECONDS = 0.5  # how soon a body that does not come notices that the server ends
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """What a body may be. `seconds`: in which it must have arrived, longer for what `MIN_RATE` allows."""
+
+    max_bytes: int = 2**20
+    seconds: float = 20.0
+
+    def bytes_at(self, path: str) -> int:
+        """The longest body of a route."""
+        if path == UPLOAD_PATH:
+            return MAX_UPLOAD_BYTES
+        if path.startswith("/gradio_api/"):
+            return min(MAX_PAGE_BYTES, self.max_bytes)
+        return min(MAX_LOGIN_BYTES, self.max_bytes) if path == "/login" else self.max_bytes
+
+
+class LimitRequests:
+    """Answers so many requests at once; others get 503, before anything of them is looked at."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        with ExitStack() as inside:
+            if scope["type"] == "http" and scope["path"] != ALWAYS_ANSWERED:
+                try:
+                    inside.enter_context(self._gate.enter())
+                except ApiError as error:
+                    await error.response()(scope, receive, send)
+                    return
+            await self._app(scope, receive, send)
+
+
+class LimitBodies:
+    """Refuses bodies that are too long, by their stated length or while they arrive, and those that do not arrive."""
+
+    def __init__(self, app: ASGIApp, *, limits: BodyLimits, draining: threading.Event) -> None:
+        self._app = app
+        self._limits = limits
+        self._draining = draining
+        self._memory = _Budget(MAX_BYTES_AT_ONCE)
+        self._uploads = _Budget(MAX_UPLOADS_AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        limit = self._limits.bytes_at(path)
+        try:
+            _check_length(Headers(scope=scope), limit)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        budget = self._uploads if path == UPLOAD_PATH else self._memory
+        body = _Body(receive, limit, self._limits.seconds, budget, self._draining)
+        try:
+            await self._run(body, scope, send)
+        finally:
+            body.forget()
+
+    async def _run(self, body: "_Body", scope: Scope, send: Send) -> None:
+        started = False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal started
+            if body.error is not None and not started:
+                return  # whatever the application makes of half a body, the error is the answer
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, body.receive, watching_send)
+        except ClientDisconnect:  # of the client itself there is nobody left to answer
+            pass
+        except Exception:
+            if body.error is None or started:
+                raise
+        if body.error is not None and not started:
+            await body.error.response()(scope, body.receive, send)
+
+
+class LetBodiesEnd:
+    """Takes, for a moment, the rest of a body whose answer is there already and which nobody reads.
+
+    Where the connection ends with the answer, the system would else tell the client of a broken connection, and
+    most clients would not look at the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or not _sends_and_closes(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        complete = False
+
+        async def watching_receive() -> Message:
+            nonlocal complete
+            message = await receive()
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if last and not complete:
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while not complete:
+                            await watching_receive()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, watching_receive, sending)
+
+
+def _sends_and_closes(headers: Headers) -> bool:
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return has_body and "close" in headers.get("connection", "").lower() and "expect" not in headers
+
+
+class _Budget:
+    """Bytes of all bodies together; used in the event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    def take(self, size: int) -> None:
+        """Raises ApiError (503)."""
+        if self._held + size > self._limit:
+            raise unavailable("overloaded", "Too much is being sent to this server just now.", BUSY_RETRY_SECONDS)
+        self._held += size
+
+    def give(self, size: int) -> None:
+        self._held -= size
+
+
+class _Body:
+    """One request's body while it arrives. `error`: why the rest of it is not read."""
+
+    def __init__(
+        self, receive: Receive, limit: int, seconds: float, budget: _Budget, draining: threading.Event
+    ) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._seconds = seconds
+        self._budget = budget
+        self._draining = draining
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
+        self._drain_began: float | None = None
+        self._seen = self._held = 0
+        self._complete = False
+        self.error: ApiError | None = None
+
+    async def receive(self) -> Message:
+        """The next message; a body that is not read any further looks like a client that went away."""
+        if self.error is not None:
+            return {"type": "http.disconnect"}
+        if self._complete:
+            return await self._receive()
+        try:
+            message = await self._next()
+            self._count(message)
+        except ApiError as error:
+            self.error = error
+            return {"type": "http.disconnect"}
+        return message
+
+    def forget(self) -> None:
+        """Nobody has the body any more."""
+        self._budget.give(self._held)
+        self._held = 0
+
+    def _count(self, message: Message) -> None:
+        size = len(message.get("body", b""))
+        self._seen += size
+        if self._seen > self._limit:
+            raise _too_long(self._limit)
+        self._budget.take(size)
+        self._held += size
+        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+
+    async def _next(self) -> Message:
+        while True:
+            left = self._seconds_left()
+            try:
+                async with asyncio.timeout(min(left, _LOOK_SECONDS)):
+                    return await self._receive()
+            except TimeoutError:
+                continue
+
+    def _seconds_left(self) -> float:
+        """Until the body is given up. Raises ApiError when it is."""
+        now = self._clock()
+        if self._draining.is_set():
+            if self._drain_began is None:
+                self._drain_began = now
+            if now - self._drain_began >= DRAIN_BODY_SECONDS:
+                raise unavailable("shutting_down", "The server is shutting down.", DRAIN_RETRY_SECONDS)
+        allowed = min(self._seconds + self._seen / MIN_RATE, LONGEST_BODY_SECONDS)
+        left = self._began + allowed - now
+        if left <= 0:
+            raise ApiError(408, "request_timeout", "The body did not arrive in time. Send it again.")
+        return left
+
+
+def _check_length(headers: Headers, limit: int) -> None:
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise ApiError(400, "invalid_request", "The length is no number.", param="Content-Length")
+    if len(length) > 18 or int(length) > limit:
+        raise _too_long(limit)
+
+
+def _too_long(limit: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"A request's body may have {limit} bytes at most.")

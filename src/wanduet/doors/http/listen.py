@@ -1,0 +1,284 @@
+"""The server's connections: how many there are, and how long each may let the server wait.
+
+Uvicorn and h11 speak HTTP; what they lack is here. A client that sends half a request, or does not read its answer,
+costs one connection for a limited time. A connection that waits for its client is closed early for the sake of a
+new one.
+"""
+
+import asyncio
+import json
+import os
+import select
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from types import FrameType
+
+import anyio.to_thread
+import h11
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from wanduet.doors.http.context import ServerContext, ServerSettings
+from wanduet.doors.http.errors import INVALID, ErrorBody, ErrorDetail
+from wanduet.errors import ConfigError
+from wanduet.jobs.library_logs import RateLimit
+
+Announce = Callable[[str], None]
+DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
+BACKLOG = 2048  # clients whom the system lets wait until there is room
+_LOOK_SECONDS = 0.5
+_GRACE_SECONDS = 0.05
+_CROWD_GRACE_SECONDS = 0.001  # where others wait to be accepted: what was sent with the connection is there already
+_PAUSE_SECONDS = 0.02
+_LEAST_TAKEN = 2**14  # bytes of its answer: a client that takes less in the time given takes nothing
+_LAST_SECONDS = 2.0  # for the application's end, where the server is told to stop at once
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+log = structlog.get_logger(__name__)
+
+
+class Connection(H11Protocol):
+    """Uvicorn's connection, which knows since when it waits for its client."""
+
+    waits_since = 0.0  # for a request, or for the rest of a body that nobody reads
+    _paused = False  # the answer waits until the client has taken what was sent
+    _stall: tuple[float, int] | None = None  # since when the client takes nothing, and how much it has not taken then
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has come."""
+        super().connection_made(transport)
+        self.waits_since = self.loop.time()
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request is with the application."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def is_overdue(self, settings: ServerSettings) -> bool:
+        """Whether the client has let the server wait for too long."""
+        now = self.loop.time()
+        unread = self.transport.get_write_buffer_size()
+        if self._paused or (unread and not self.answering):
+            unread += _unsent(self.transport.get_extra_info("socket"))
+            if self._stall is None or unread <= self._stall[1] - _LEAST_TAKEN:
+                self._stall = now, unread
+            return now - self._stall[0] > settings.stall_seconds
+        if self._stall is not None:
+            self._stall, self.waits_since = None, now
+        return not self.answering and now - self.waits_since > settings.header_seconds
+
+    def give_up(self) -> None:
+        """End the connection now, with an answer if a part of a request has come."""
+        if self.transport.get_write_buffer_size():  # nor shall the system keep what the client does not take
+            _forget_unsent(self.transport.get_extra_info("socket"))
+        elif not self.answering and self.conn.trailing_data[0]:
+            self._refuse(408, "request_timeout", "The request did not arrive in time. Send it again.")
+        self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """The next request is waited for."""
+        self.waits_since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """The client is slower than its answer."""
+        self._paused = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has taken nearly everything."""
+        self._paused, self._stall = False, None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP; where another answer is under way, only the end of the connection can say so."""
+        if self._refuse(400, "invalid_request", msg):
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def _refuse(self, status: int, code: str, message: str) -> bool:
+        body = json.dumps(ErrorBody(error=ErrorDetail(message=message, type=INVALID, code=code)).model_dump()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        reason = HTTPStatus(status).phrase.encode()
+        with suppress(h11.LocalProtocolError):
+            answer = h11.Response(status_code=status, headers=headers, reason=reason)
+            parts = [self.conn.send(event) for event in (answer, h11.Data(data=body), h11.EndOfMessage())]
+            self.transport.write(b"".join(part for part in parts if part))
+            return True
+        return False
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with bounded connections, which tells the application at once when it is asked to stop.
+
+    `announce` is called with the address when it listens.
+    """
+
+    def __init__(self, app: FastAPI, announce: Announce = lambda url: None) -> None:
+        self._context: ServerContext = app.state.context
+        super().__init__(_configure(app, self._context.settings))
+        # It cuts event streams off in the middle; ours end by themselves when the server drains.
+        AppStatus.disable_automatic_graceful_drain()
+        self._announce = announce
+        self._rate = RateLimit()
+        self._background: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then take clients of the first socket, which must be bound."""
+        await super().startup(sockets=[])
+        if not self.started or not sockets:
+            return
+        anyio.to_thread.current_default_thread_limiter().total_tokens = self._context.capacity.threads
+        sockets[0].setblocking(False)
+        sockets[0].listen(BACKLOG)
+        self._background = [asyncio.create_task(self._accept(sockets[0])), asyncio.create_task(self._watch())]
+        self._announce(_url(self._context.settings.host, sockets[0].getsockname()[1]))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new clients, let answers finish, end the application."""
+        accepting, watching = self._background or (None, None)
+        if accepting is not None:
+            accepting.cancel()
+            await asyncio.wait([accepting])
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application out then
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_SECONDS):
+                    await self.lifespan.shutdown()
+        if watching is not None:
+            watching.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; a second one stops at once."""
+        if self._context.draining.is_set():
+            self.force_exit = True
+        self._context.draining.set()
+        super().handle_exit(sig, frame)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Uvicorn's own loop takes clients until the system refuses, and then logs that without end."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except Exception as error:
+                self._log_rarely("a client could not be accepted", error)
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            try:
+                await self._make_room(listener)
+                await loop.connect_accepted_socket(self._make_connection, connection)
+            except BaseException as error:
+                connection.close()
+                if not isinstance(error, Exception):  # the server ends
+                    raise
+                self._log_rarely("a client could not be accepted", error)
+
+    def _make_connection(self) -> Connection:
+        return Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    async def _make_room(self, listener: socket.socket) -> None:
+        """Wait until one more connection fits; of those that wait for their client, the oldest is closed for it."""
+        while len(self.server_state.connections) >= self._context.capacity.connections:
+            await asyncio.sleep(0)  # what has come of the newest one is read before it is looked at
+            waiting = [one for one in self._connections() if not one.answering and not one.transport.is_closing()]
+            oldest = min(waiting, key=lambda one: one.waits_since, default=None)
+            if oldest is None:
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            # One that has only just come may have its request on the way.
+            grace = _CROWD_GRACE_SECONDS if _is_crowded(listener) else _GRACE_SECONDS
+            left = oldest.waits_since + grace - oldest.loop.time()
+            if left > 0:
+                await asyncio.sleep(min(left, _PAUSE_SECONDS))
+                continue
+            oldest.give_up()
+            self._log_rarely("a connection that waited was closed: there are too many")
+
+    async def _watch(self) -> None:
+        """Close the connections that let the server wait for too long."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            for connection in self._connections():
+                try:
+                    if connection.is_overdue(self._context.settings):
+                        connection.give_up()
+                except Exception as error:
+                    self._log_rarely("a connection could not be closed", error)
+
+    def _connections(self) -> list[Connection]:
+        return [one for one in self.server_state.connections if isinstance(one, Connection)]
+
+    def _log_rarely(self, text: str, error: Exception | None = None) -> None:
+        about = {} if error is None else {"error": type(error).__name__, "number": getattr(error, "errno", None)}
+        kept_back = self._rate.admit((text, *about.values()))
+        if kept_back is not None:
+            log.warning(text, **about, kept_back=kept_back)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises ConfigError."""
+    bare = host.strip("[]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((bare, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
+    return listener
+
+
+def _is_crowded(listener: socket.socket) -> bool:
+    """Whether more clients wait to be accepted."""
+    try:
+        return bool(select.select([listener], [], [], 0)[0])
+    except (OSError, ValueError):  # ValueError: it has a number that the system's call does not take
+        return False
+
+
+def _unsent(connection: socket.socket) -> int:
+    """Bytes that the system keeps for a client that has not taken them; 0 where it does not say."""
+    if sys.platform != "linux":
+        return 0
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
+
+
+def _forget_unsent(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+
+
+def _configure(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+
+
+def _url(host: str, port: int) -> str:
+    bare = host.strip("[]")
+    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"

@@ -1,0 +1,230 @@
+"""The wire's words: what a client sends as a `GenerationRequest`, a stored job as a video object."""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from wanduet.doors.http.errors import ErrorDetail
+from wanduet.doors.http.public import public_error, public_text
+from wanduet.errors import InvalidRequestError
+from wanduet.family.specs import ModelSpec
+from wanduet.jobs.records import StoredJob
+from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
+
+MAX_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may ask for, beyond what the model can. Sizes in pixels, the prompt's in characters."""
+
+    prompt: int = 8000
+    pixels: int = 1920 * 1088
+    frames: int = 401
+    steps: int = 200
+    videos: int = 4
+
+
+class CreateVideo(BaseModel):
+    """The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    model: str | None = None
+    seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
+    size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    num_videos_per_prompt: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+NUMBERS = {
+    name: "a whole number" if field.annotation == int | None else "a number"
+    for name, field in CreateVideo.model_fields.items()
+    if field.annotation in (int | None, float | None)
+} | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
+_NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
+
+
+class RemixVideo(BaseModel):
+    """The body of a remix: the same settings and seed with another prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+
+
+class Video(BaseModel):
+    """A job as clients know it. Times are whole Unix seconds; `settings` is ours: every resolved field."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None
+    error: ErrorDetail | None
+    # Ours, and there only where it says something: why nobody takes a queued video.
+    waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    settings: dict[str, Any]
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class DeletedVideo(BaseModel):
+    """What is left of a deleted video."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+def to_video(job: StoredJob) -> Video:
+    """A stored job as the wire's object."""
+    request = job.request
+    error = None
+    if job.error is not None:
+        shown = public_error(job.error)
+        error = ErrorDetail(message=shown.message, type=shown.type, param=shown.param, code=shown.code)
+    return Video(
+        id=job.id,
+        model=public_text(job.model),
+        status=job.status,
+        progress=math.floor(job.progress),
+        created_at=int(job.created_at),
+        completed_at=_seconds(job.completed_at),
+        expires_at=_seconds(job.expires_at),
+        seconds=_length(request.get("num_frames"), request.get("fps")),
+        size=f"{request['width']}x{request['height']}" if request.get("width") and request.get("height") else "",
+        prompt=request.get("prompt", ""),
+        remixed_from_video_id=job.remixed_from,
+        error=error,
+        waits_for=None if job.waits_for is None else public_text(job.waits_for),
+        settings={name: value for name, value in request.items() if name != "prompt"},
+    )
+
+
+def _length(num_frames: int | None, fps: int | None) -> str:
+    """The inverse of `frames_for_seconds`; empty for a job that another door stored with fields left open."""
+    return f"{(num_frames - 1) / fps:g}" if num_frames and fps else ""
+
+
+def _seconds(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)
+
+
+def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -> GenerationRequest:
+    """What a client sent (without `model`) as a request with every field decided, seed included.
+
+    Raises InvalidRequestError, which names the field.
+    """
+    values = {name: value for name, value in fields.items() if value is not None}
+    check_names(values, CreateVideo)
+    if "prompt" not in values:
+        raise InvalidRequestError("prompt", None, "a text that is not empty")
+    _check_texts(values, limits)
+    values = {name: _number(name, value) if name in NUMBERS else value for name, value in values.items()}
+    fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
+    _take_seconds(values, fps, spec)
+    _take_size(values)
+    request = GenerationRequest.parse(**values).resolve(spec)
+    for name, given, limit in (
+        ("size", request.height * request.width, limits.pixels),
+        ("num_frames", request.num_frames, limits.frames),
+        ("num_inference_steps", request.num_inference_steps, limits.steps),
+        ("num_videos_per_prompt", request.num_videos_per_prompt, limits.videos),
+    ):
+        if given > limit:
+            unit = " pixels" if name == "size" else ""
+            raise InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+    return request.as_request()
+
+
+def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
+    """A digest of what a client sent, before a seed is drawn; the same for a form and for JSON."""
+    plain = {name: str(value) for name, value in fields.items() if value is not None}
+    text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
+    """Raises InvalidRequestError for a field that a body does not have."""
+    for name, value in fields.items():
+        if name not in known.model_fields:
+            allowed = f"there is no such field; fields are {', '.join(known.model_fields)}"
+            raise InvalidRequestError(name, value, allowed)
+
+
+def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name, "")
+        if not isinstance(text, str):
+            raise InvalidRequestError(name, text, "it must be a text")
+        if len(text) > limits.prompt:
+            raise InvalidRequestError(name, f"{len(text)} characters", f"at most {limits.prompt} characters")
+        if any("\ud800" <= character <= "\udfff" for character in text) or "\0" in text:
+            raise InvalidRequestError(name, text, "a text of valid Unicode characters")
+
+
+def _number(name: str, given: Any) -> Any:
+    """A form's text as the number that it would be in JSON, so that both mean the same; true and false are none."""
+    text = given.strip(" ") if isinstance(given, str) else None
+    if isinstance(given, bool) or (text is not None and not _NUMBER.fullmatch(text)):
+        raise InvalidRequestError(name, given, NUMBERS[name])
+    if text is None:
+        return given
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def _take_seconds(values: dict[str, Any], fps: int, spec: ModelSpec) -> None:
+    """Replace `seconds` by `num_frames`."""
+    given = values.pop("seconds", None)
+    if given is None:
+        return
+    seconds = float(given) if isinstance(given, int | float) and abs(given) <= MAX_SECONDS else math.nan
+    if not 0.0 <= seconds <= MAX_SECONDS:  # not a number either
+        raise InvalidRequestError("seconds", given, NUMBERS["seconds"])
+    if "num_frames" in values:
+        raise InvalidRequestError("seconds", given, "give seconds or num_frames, not both")
+    values["num_frames"] = frames_for_seconds(seconds, fps, spec.vae.temporal_stride)
+
+
+def _take_size(values: dict[str, Any]) -> None:
+    """Replace `size` by `height` and `width`."""
+    given = values.pop("size", None)
+    if given is None:
+        return
+    if "height" in values or "width" in values:
+        raise InvalidRequestError("size", given, "give size or height and width, not both")
+    try:
+        values["height"], values["width"] = parse_resolution(given if isinstance(given, str) else "")
+    except (InvalidRequestError, ValueError):
+        raise InvalidRequestError("size", given, "480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480") from None

@@ -1,0 +1,212 @@
+"""`wanduet serve`: the OpenAI videos protocol over the durable job store.
+
+The server holds no model and no queue of its own: it validates, stores and shows. Videos are made by a
+worker process beside it, which it starts again when it dies.
+"""
+
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from wanduet import __version__
+from wanduet.config import EngineConfig
+from wanduet.doors.http import errors, videos
+from wanduet.doors.http.context import ServerContext, ServerSettings, get_context, get_owner
+from wanduet.doors.http.errors import ErrorBody
+from wanduet.doors.http.keys import KEYS_FILE, KeyRing
+from wanduet.doors.http.limits import BodyLimits, LetBodiesEnd, LimitBodies, LimitRequests
+from wanduet.doors.http.listen import DRAIN_SECONDS, Announce, Server, listen
+from wanduet.doors.http.metrics import CountRequests, WorkerView
+from wanduet.doors.http.public import public_text
+from wanduet.doors.http.security import AnswerHead, Guard, check_bind
+from wanduet.family.specs import ModelSpec
+from wanduet.folders import never_make
+from wanduet.jobs.files import JobFiles
+from wanduet.jobs.library_logs import configure_library_logs
+from wanduet.jobs.logs import configure_logs
+from wanduet.jobs.runner import RunnerSettings
+from wanduet.jobs.store import JobStore
+from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.worker import WorkerSettings
+
+if TYPE_CHECKING:
+    from wanduet.cluster.settings import ClusterSettings
+
+MountPage = Callable[[FastAPI, EngineConfig], FastAPI]
+
+
+class Model(BaseModel):
+    """A model that this server has."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "wanduet"
+
+
+class ModelList(BaseModel):
+    """The models of this server."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: str
+    version: str = __version__
+    reason: str | None = None
+
+
+def create_app(
+    store: JobStore,
+    spec: ModelSpec,
+    settings: ServerSettings | None = None,
+    *,
+    keys: KeyRing | None = None,
+    worker_ready: Callable[[], bool] = lambda: True,
+    worker: WorkerView | None = None,
+) -> FastAPI:
+    """The application over a job store. `worker` says whether some worker takes jobs, and why none does, for `/ready`
+    and for the metrics; `worker_ready` says only whether.
+    """
+    settings = settings or ServerSettings()
+    ready = worker_ready if worker is None else lambda: worker.trouble is None
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
+    # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
+    app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    errors.install(app, context.failures)
+    app.include_router(videos.router)
+    _add_service_routes(app)
+    # The last one added is the outermost. What a page adds stands behind these.
+    app.add_middleware(
+        LimitBodies, limits=BodyLimits(settings.max_body_bytes, settings.body_seconds), draining=context.draining
+    )
+    app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
+    app.add_middleware(LimitRequests, gate=context.requests)
+    app.add_middleware(AnswerHead)
+    app.add_middleware(CountRequests, metrics=context.metrics)
+    app.add_middleware(LetBodiesEnd)
+    return app
+
+
+def _add_service_routes(app: FastAPI) -> None:
+    refused: dict[int | str, dict[str, Any]] = {401: {"model": ErrorBody}, 503: {"model": ErrorBody}}
+
+    @app.get("/v1/models", response_model=ModelList, responses=refused, dependencies=[Depends(get_owner)])
+    def list_models(request: Request) -> ModelList:
+        """The models of this server."""
+        return ModelList(data=[Model(id=get_context(request).spec.name)])
+
+    @app.get("/v1/models/{model:path}", response_model=Model, responses={**refused, 404: {"model": ErrorBody}})
+    def retrieve_model(model: str, request: Request, _: str = Depends(get_owner)) -> Model:
+        """One model."""
+        name = get_context(request).spec.name
+        if model != name:
+            raise errors.ApiError(404, "model_not_found", f"This server has the model {name!r} only.", param="model")
+        return Model(id=name)
+
+    @app.get("/health", response_model=Health, response_model_exclude_none=True)
+    async def health() -> Health:
+        """Whether the process lives."""
+        return Health(status="ok")
+
+    @app.get("/ready", response_model=Health, responses={503: {"model": Health}})
+    def ready(request: Request) -> Response:
+        """Whether submissions are taken and some worker makes videos."""
+        context = get_context(request)
+        status, reason = "ready", None
+        if context.draining.is_set():
+            status = "draining"
+        else:
+            # First: an unreachable store answers 503 by itself, and is why there is no worker then.
+            context.store.list(limit=1)
+            if not context.worker_ready():
+                status, reason = "no worker", context.worker.trouble if context.worker is not None else None
+                reason = None if reason is None else public_text(reason)
+        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(told, 200 if status == "ready" else 503)
+
+    @app.get("/metrics", response_class=Response, responses=refused)
+    def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
+        """Prometheus metrics: of a key's own requests and jobs; of everything for an operator."""
+        context = get_context(request)
+        shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
+        return Response(shown, media_type=CONTENT_TYPE_LATEST)
+
+
+def serve(
+    config: EngineConfig,
+    spec: ModelSpec,
+    settings: ServerSettings | None = None,
+    *,
+    runner: RunnerSettings | None = None,
+    database_url: str | None = None,
+    retention_seconds: float | None = None,
+    worker: WorkerSettings | None = None,
+    cluster: "ClusterSettings | None" = None,
+    page: MountPage | None = None,
+    announce: Announce = lambda url: None,
+) -> None:
+    """Serve a model until told to stop: the API in this process, the engine in one beside it, or on a cluster.
+
+    `spec` is the model's, so that requests are checked without loading it; `worker` replaces what is told
+    to the worker process; with `cluster`, a controller takes its place; `page` adds a web page to the application; `announce` is called with the address.
+    Raises ConfigError for an address that is taken, or that others reach where no key is set.
+    """
+    settings = settings or ServerSettings()
+    configure_logs()
+    configure_library_logs()
+    files = JobFiles(config.data_folder)
+    never_make(files.folder)
+    keys = KeyRing(files.folder / KEYS_FILE)
+    check_bind(settings.host, bool(keys.records()))
+    with listen(settings.host, settings.port) as listener:  # before anything is started that would take jobs
+        store: JobStore
+        process: WorkerProcess
+        if cluster is not None and database_url is not None:
+            store, process = _on_cluster(cluster, database_url)
+        else:
+            store = JobStore(files, database_url, retention_seconds=retention_seconds)
+            process = WorkerProcess(
+                worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
+            )
+        with closing(store):
+            app = create_app(store, spec, settings, keys=keys, worker=process)
+            server = Server(app if page is None else page(app, config), announce)
+            _run_both(server, listener, process)
+
+
+def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -> None:
+    """Run the server with the worker's process beside it, which is drained after it."""
+    # Uvicorn raises the signals it took again when it is done; the worker must still be drained then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    process.start()
+    try:
+        server.run([listener])
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: process.kill())
+        process.stop(DRAIN_SECONDS)
+
+
+def _on_cluster(cluster: "ClusterSettings", database_url: str) -> tuple[JobStore, WorkerProcess]:
+    """The store and the controller's process, in the places of those of one machine."""
+    from wanduet.cluster.files import open_files
+    from wanduet.cluster.process import ControllerProcess
+    from wanduet.cluster.store import ClusterStore
+
+    worker = cluster.worker
+    files = open_files(worker.config.data_folder, cluster.storage)
+    store = ClusterStore(files, database_url, retention_seconds=worker.retention_seconds)
+    return store, ControllerProcess(cluster, store, database_url)

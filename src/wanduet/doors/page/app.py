@@ -1,0 +1,222 @@
+"""The web page: Gradio as a client of the job store. It makes no video itself, and every picture and video
+comes from the server's own API.
+"""
+
+import logging
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio import queueing, route_utils, routes
+from starlette.middleware import Middleware
+
+from wanduet.config import EngineConfig
+from wanduet.doors.http.context import ServerContext
+from wanduet.doors.http.restore import add_restore
+from wanduet.doors.page import scripts, views
+from wanduet.doors.page.actions import PageActions
+from wanduet.doors.page.events import PageEvents
+from wanduet.doors.page.routes import PageGate, add_login, add_pulse, keep_page_off_api
+from wanduet.doors.page.style import CSS
+from wanduet.request import SAMPLERS
+
+_gradio_log = logging.getLogger("gradio")
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MAX_EVENTS = 1000  # that wait in Gradio's queue, of all visitors
+QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
+
+
+def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
+    """Put the page at `/` of a server's application."""
+    _log_failed_events()
+    context: ServerContext = app.state.context
+    actions = PageActions(context, config)
+    add_login(app)
+    add_pulse(app)
+    add_restore(app, actions.restore)
+    app = gr.mount_gradio_app(
+        app,
+        Page(actions).build(),
+        path="/",
+        show_error=True,
+        footer_links=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        run_history=False,
+        theme=_theme(),
+        css=CSS,
+    )
+    keep_page_off_api(app)
+    # Innermost: the server's own checks of host, origin and body come before the page's.
+    app.user_middleware.append(Middleware(PageGate, context=context))
+    return app
+
+
+def _log_failed_events() -> None:
+    """Gradio prints what went wrong in an event on standard error, with all that the visitor sent."""
+    logged = SimpleNamespace(print_exc=lambda: _gradio_log.error("an event of the page failed", exc_info=True))
+    for module in (queueing, routes, route_utils):
+        module.__dict__["traceback"] = logged
+
+
+class Page:
+    """The page's parts, and which handler each event calls."""
+
+    def __init__(self, actions: PageActions) -> None:
+        self._actions = actions
+        self._events = PageEvents(actions)
+
+    def build(self) -> gr.Blocks:
+        """The whole page."""
+        with gr.Blocks(title="wanduet", analytics_enabled=False, fill_width=True) as page:
+            self._chosen = gr.State(None)
+            self._pages = gr.State(1)
+            self._shown = gr.State({})
+            self._stored = gr.Textbox(visible=False)  # what the browser remembers, on its way to `recall`
+            self._confirmed = gr.Checkbox(visible=False)
+            self._top = gr.HTML(self._events.header(()), elem_id="top", js_on_load=scripts.PULSE)
+            with gr.Row(elem_id="desk"):
+                with gr.Column(scale=4, min_width=320, elem_id="form"):
+                    self._build_form()
+                with gr.Column(scale=7, min_width=320, elem_id="result"):
+                    self._build_stage()
+            gr.HTML("<h2>Videos</h2>")
+            self._gallery = gr.HTML(js_on_load=scripts.CARD_CLICKS)
+            self._connect(page)
+        return page.queue(max_size=MAX_EVENTS)
+
+    def _build_form(self) -> None:
+        presets, start, limits = self._actions.presets, self._actions.defaults(), self._actions.context.settings.limits
+        prompt = gr.Textbox(
+            label="Prompt",
+            lines=4,
+            max_lines=10,
+            max_length=limits.prompt,
+            placeholder=presets.examples[0],
+            autofocus=True,
+        )
+        shape, length, quality = presets.chosen(start)
+        with gr.Row(elem_id="presets"):
+            self._presets = [
+                gr.Radio(list(presets.shapes), value=shape, label="Shape", min_width=120),
+                gr.Radio(list(presets.lengths), value=length, label="Length", min_width=120),
+                gr.Radio(list(presets.qualities), value=quality, label="Quality", min_width=120),
+            ]
+        with gr.Accordion("All settings", open=False, elem_id="settings"):
+            rest = self._build_settings(start)
+        self._plan = gr.HTML(elem_id="plan")
+        self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
+        self._message = gr.HTML(elem_id="message")
+        # Not among the settings: what is folded away is not there, and could not take what is dropped.
+        self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
+        self._form: list[Any] = [prompt, *rest]
+
+    def _build_settings(self, start: dict[str, Any]) -> list[Any]:
+        limits = self._actions.context.settings.limits
+
+        def slider(low: float, high: float, field: str, label: str, step: float = 1) -> gr.Slider:
+            return gr.Slider(low, high, start[field], step=step, label=label, min_width=140, buttons=[])
+
+        with gr.Row():
+            sizes = self._actions.presets.sizes
+            size = gr.Dropdown(sizes, value=start["size"], label="Size", allow_custom_value=True, min_width=120)
+            seed = gr.Textbox(label="Seed", max_length=20, placeholder="a new one each time", min_width=120)
+        with gr.Row():
+            frames = slider(1, limits.frames, "num_frames", "Frames", 4)
+            fps = slider(1, 60, "fps", "Frame rate")
+        with gr.Row():
+            steps = slider(1, min(100, limits.steps), "num_inference_steps", "Steps")
+            sampler = gr.Dropdown(list(SAMPLERS), value=start["sampler"], label="Sampler", min_width=120)
+        with gr.Row():
+            guidance = slider(1, 15, "guidance_scale", "Guidance", 0.5)
+            shift = slider(0.5, 20, "flow_shift", "Flow shift", 0.5)
+        videos = slider(1, limits.videos, "num_videos_per_prompt", "Videos of this prompt")
+        negative = gr.Textbox(start["negative_prompt"], label="Negative prompt", lines=2, max_lines=6)
+        self._reset = gr.Button("Model's defaults", size="sm")
+        return [negative, size, frames, steps, guidance, shift, sampler, fps, seed, videos]
+
+    def _build_stage(self) -> None:
+        self._stage = gr.HTML(
+            views.empty_stage(self._actions.presets.examples), elem_id="stage", js_on_load=scripts.EXAMPLE_CLICKS
+        )
+        self._progress = gr.HTML()
+        with gr.Row(elem_id="actions"):
+            self._cancel = gr.Button("Cancel", size="sm", visible=False)
+            self._retry = gr.Button("Try again", size="sm", visible=False)
+            self._reseed = gr.Button("Same with a new seed", size="sm", visible=False)
+            self._again = gr.Button("Use these settings", size="sm", visible=False)
+            self._delete = gr.Button("Delete", size="sm", visible=False)
+        self._details = gr.HTML()
+
+    def _connect(self, page: gr.Blocks) -> None:
+        on, chosen, form = self._events, self._chosen, self._form
+        model = self._actions.context.spec.name
+        seen = [chosen, self._pages, self._shown]
+        view = [
+            self._top, self._stage, self._progress, self._details, self._gallery,
+            self._cancel, self._retry, self._reseed, self._again, self._delete, chosen, self._shown,
+        ]  # fmt: skip
+        look: dict[str, Any] = {"fn": on.look, "inputs": seen, "outputs": view, **PRIVATE, "concurrency_limit": 8}
+        page.load(**look)
+        gr.Timer(1.0).tick(**look)
+
+        recall = scripts.storage_script(scripts.RECALL, model)
+        recalled = page.load(on.recall, self._stored, form, js=recall, **PRIVATE)
+        recalled = recalled.then(None, None, None, js=scripts.storage_script(scripts.RECALLED, model))
+        answer: dict[str, Any] = {
+            "fn": on.answer,
+            "inputs": [self._plan, *form],
+            "outputs": [*self._presets, self._plan],
+            **PRIVATE,
+        }
+        recalled.then(**answer)
+        gr.on([part.change for part in form[1:]], **answer, trigger_mode="always_last")
+        # Answers may overtake each other, and those to half a form's events be the last: look once more.
+        gr.Timer(2.0).tick(**answer)
+        remember = scripts.storage_script(scripts.REMEMBER, model)
+        gr.on([part.change for part in form], None, form, None, js=remember, **QUICK)
+        gr.on([part.change for part in form], None, self._message, self._message, js=scripts.FORGET_REFUSAL, **QUICK)
+        presets = self._actions.presets
+        rows: tuple[Mapping[str, str | int], ...] = (presets.shapes, presets.lengths, presets.qualities)
+        for row, values, field in zip(self._presets, rows, (2, 3, 4), strict=True):
+            row.input(None, row, form[field], js=scripts.preset_script(values), **QUICK)
+
+        result = [chosen, self._message]
+        for event in (self._generate.click, form[0].submit):
+            event(on.submit, [*form, chosen], result, **PRIVATE).then(**look)
+        self._retry.click(on.retry, chosen, result, **PRIVATE).then(**look)
+        self._reseed.click(on.reseed, chosen, result, **PRIVATE).then(**look)
+        self._cancel.click(on.stop, chosen, None, **PRIVATE).then(**look)
+        asked = [self._confirmed, chosen]
+        self._delete.click(on.remove, asked, None, js=scripts.CONFIRM, **PRIVATE).then(**look)
+        self._gallery.click(on.choose, self._pages, [chosen, self._pages], **PRIVATE).then(**look)
+        self._stage.click(on.example, None, form[0], **PRIVATE)
+        self._again.click(on.reuse, chosen, form, **PRIVATE)
+        self._reset.click(on.defaults, None, form, **PRIVATE)
+        self._restore.click(on.restore, None, [*form, self._message], **PRIVATE)
+
+
+def _theme() -> gr.themes.Base:
+    """Plain, and with the system's own fonts: nothing is fetched."""
+    return gr.themes.Base(
+        primary_hue="stone",
+        secondary_hue="stone",
+        neutral_hue="stone",
+        radius_size="md",
+        font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(
+        button_primary_background_fill="*primary_900",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        button_primary_background_fill_dark="*primary_100",
+        button_primary_background_fill_hover_dark="*primary_300",
+        button_primary_text_color_dark="*primary_900",
+        color_accent="#c2410c",
+        slider_color="#c2410c",
+    )

@@ -1,0 +1,175 @@
+"""What happens on the page at each event: values from the browser in, what changes on the page out."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from starlette.datastructures import Headers
+
+from wanduet.doors.http.context import find_owner
+from wanduet.doors.http.errors import ApiError
+from wanduet.doors.page import views
+from wanduet.doors.page.actions import PageActions
+from wanduet.doors.page.forms import FIELDS, Form
+from wanduet.errors import WanduetError
+from wanduet.jobs.records import OPEN_STATUSES, StoredJob
+
+BUTTONS = ("cancel", "retry", "reseed", "again", "delete")
+
+
+class PageEvents:
+    """Handlers that Gradio calls. It tells each who is asking; nothing is kept here."""
+
+    def __init__(self, actions: PageActions) -> None:
+        self._actions = actions
+
+    def look(self, chosen: str | None, pages: int, shown: dict[str, str], request: gr.Request) -> list[Any]:
+        """Everything that changed since the last look; what did not is left alone, so that a video plays on."""
+        owner = self._owner(request)
+        jobs, more = self._actions.jobs(owner, pages)
+        job = self._actions.find(owner, chosen) or (jobs[0] if jobs else None)
+        parts = {
+            "top": self.header(jobs),
+            "stage": self._stage(job),
+            "progress": views.progress(job, _ahead(jobs, job)),
+            "details": views.details(job),
+            "gallery": views.gallery(jobs, job.id if job else None, more=more),
+        }
+        changed = [gr.skip() if shown.get(name) == text else text for name, text in parts.items()]
+        state = "" if job is None else views.title(job)
+        buttons = [gr.skip()] * len(BUTTONS) if shown.get("buttons") == state else _buttons(job)
+        return [*changed, *buttons, job.id if job else None, {**parts, "buttons": state}]
+
+    def submit(self, request: gr.Request, *values: Any) -> tuple[Any, str]:
+        """Put the form into the queue; the last value is the job that is shown now."""
+        form, chosen = _form(values), values[-1]
+        return self._try(lambda: self._actions.submit(self._owner(request), form), chosen)
+
+    def choose(self, pages: int, event: gr.EventData) -> list[Any]:
+        """A card was clicked, or the button for older ones."""
+        told = _told_by(event)
+        return [gr.skip(), pages + 1] if told.get("older") else [str(told.get("id")), gr.skip()]
+
+    def stop(self, chosen: str | None, request: gr.Request) -> None:
+        """Cancel the shown job."""
+        if chosen is not None:
+            self._actions.cancel(self._owner(request), chosen)
+
+    def remove(self, confirmed: bool, chosen: str | None, request: gr.Request) -> None:
+        """Delete the shown job, unless the visitor thought better of it."""
+        if confirmed and chosen is not None:
+            self._actions.delete(self._owner(request), chosen)
+
+    def reuse(self, chosen: str | None, request: gr.Request) -> list[Any]:
+        """The shown job's settings into the form."""
+        job = self._actions.find(self._owner(request), chosen)
+        return [gr.skip()] * len(FIELDS) if job is None else _values(self._actions.form_of(job.request))
+
+    def retry(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
+        """The shown job once more, exactly."""
+        return self._repeat(chosen, request, new_seed=False)
+
+    def reseed(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
+        """The shown job with another seed; one that is not done yet was a bad seed, and is cancelled."""
+        self.stop(chosen, request)
+        return self._repeat(chosen, request, new_seed=True)
+
+    def defaults(self) -> list[Any]:
+        """The model's settings; the prompt stays."""
+        return [gr.skip(), *_values(self._actions.defaults())[1:]]
+
+    def recall(self, remembered: str | None) -> list[Any]:
+        """The form as it was when this browser saw it last."""
+        try:
+            form = dict(zip(FIELDS, json.loads(remembered or "[]"), strict=True))
+        except (ValueError, TypeError):
+            return [gr.skip()] * len(FIELDS)
+        return _values({**self._actions.defaults(), **form})
+
+    def restore(self, event: gr.EventData) -> list[Any]:
+        """What the server found in the video that was chosen or dropped."""
+        told = _told_by(event)
+        if not isinstance(told.get("form"), dict):
+            return [*[gr.skip()] * len(FIELDS), views.message(str(told.get("error", "")), "bad")]
+        form = {**self._actions.defaults(), **told["form"]}
+        text = f"These are the settings of {told.get('name') or 'that video'}. {told.get('note') or ''}".strip()
+        return [*_values(form), views.message(text)]
+
+    def example(self, event: gr.EventData) -> str:
+        """An example's text for the prompt."""
+        return str(_told_by(event).get("prompt", ""))
+
+    def answer(self, panel: str | None, *values: Any) -> list[Any]:
+        """The presets that the form amounts to, and what the plan says of it; nothing if `panel` is that answer."""
+        form = _form(values)
+        mark = views.mark_of(values[1:])  # the prompt does not matter
+        if mark in (panel or ""):
+            return [gr.skip()] * 4
+        presets = self._actions.presets.chosen(form)
+        try:
+            told = views.plan_panel(self._actions.plan(form), views.settings_line(form))
+        except (WanduetError, ApiError) as error:
+            told = views.refusal(error)
+        return [*presets, f"<div {mark}>{told}</div>"]
+
+    def _repeat(self, chosen: str | None, request: gr.Request, *, new_seed: bool) -> tuple[Any, str]:
+        owner = self._owner(request)
+        job = self._actions.find(owner, chosen)
+        if job is None:
+            return chosen, ""
+        return self._try(lambda: self._actions.repeat(owner, job, new_seed=new_seed), chosen)
+
+    def _try(self, submit: Callable[[], StoredJob], chosen: Any) -> tuple[Any, str]:
+        try:
+            return submit().id, ""
+        except (WanduetError, ApiError) as error:
+            return chosen, views.refusal(error)
+
+    def header(self, jobs: Sequence[StoredJob]) -> str:
+        """The line at the top, over these jobs."""
+        context = self._actions.context
+        running, waiting = (sum(job.status == status for job in jobs) for status in ("in_progress", "queued"))
+        return views.header(context.spec.name, context.worker_ready(), running, waiting, signed_in=context.require_key)
+
+    def _stage(self, job: StoredJob | None) -> str:
+        if job is None:
+            return views.empty_stage(self._actions.presets.examples)
+        running = job.status == "in_progress"
+        return views.stage(job, self._actions.context.store.files.preview(job.id) if running else None)
+
+    def _owner(self, request: gr.Request) -> str:
+        owner = find_owner(self._actions.context, Headers(dict(request.headers)))
+        if owner is None:
+            raise gr.Error("Sign in again.")
+        return owner
+
+
+def _buttons(job: StoredJob | None) -> list[Any]:
+    there, is_open = job is not None, job is not None and not job.finished
+    failed = job is not None and job.error is not None
+    return [
+        gr.Button(visible=is_open),
+        gr.Button(visible=failed),
+        gr.Button("Cancel, try a new seed" if is_open else "Same with a new seed", visible=there),
+        gr.Button(visible=there),
+        gr.Button(visible=there),
+    ]
+
+
+def _ahead(jobs: Sequence[StoredJob], job: StoredJob | None) -> int:
+    if job is None or job.status != "queued":
+        return 0
+    return sum(other.status in OPEN_STATUSES and other.id < job.id for other in jobs)
+
+
+def _form(values: Sequence[Any]) -> Form:
+    return dict(zip(FIELDS, values, strict=False))
+
+
+def _values(form: Form) -> list[Any]:
+    return [form[name] for name in FIELDS]
+
+
+def _told_by(event: gr.EventData) -> dict[str, Any]:
+    return event._data if isinstance(event._data, dict) else {}

@@ -1,0 +1,116 @@
+"""The page's form: its fields, the model's own values for them, and the presets that set several at once."""
+
+import math
+from typing import Any
+
+from wanduet.family.specs import GenerationDefaults
+
+Form = dict[str, Any]
+
+# The form's fields in the page's order; `size` is WIDTHxHEIGHT, the seed is a text, and an
+# empty one draws one.
+FIELDS = (
+    "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale", "flow_shift",
+    "sampler", "fps", "seed", "num_videos_per_prompt",
+)  # fmt: skip
+_WHOLE = ("num_frames", "num_inference_steps", "fps", "num_videos_per_prompt")
+_MULTIPLE = 16  # of pixels: the VAE's stride times the transformer's patch
+_LENGTHS = (0.6, 1.0, 1.6)  # of the model's own length: 3, 5 and 8 seconds for Wan
+_QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # of the model's own number of steps
+
+LABELS = {
+    "prompt": "Prompt",
+    "negative_prompt": "Negative prompt",
+    "size": "Size",
+    "num_frames": "Frames",
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "flow_shift": "Flow shift",
+    "sampler": "Sampler",
+    "fps": "Frame rate",
+    "seed": "Seed",
+    "num_videos_per_prompt": "Videos",
+}
+
+EXAMPLES = (
+    "A red fox walks through fresh snow at dawn, soft light, shallow depth of field",
+    "Waves roll onto a black sand beach under heavy clouds, seen from above",
+    "A paper boat drifts down a rain-soaked street, neon reflections, close-up",
+)
+SMALL_EXAMPLES = (
+    "a red circle moving left on a black background",
+    "a blue star spinning on a gray background",
+    "a green square growing on a black background",
+)
+_SMALL = 256 * 256  # pixels; below, a model knows shapes and not scenes
+
+
+class Presets:
+    """What the page's three rows of buttons set. Each maps a label to the value of one field."""
+
+    def __init__(self, defaults: GenerationDefaults) -> None:
+        width, height = defaults.width, defaults.height
+        seconds = (defaults.num_frames - 1) / defaults.fps
+        small = width * height <= _SMALL
+        self.examples = SMALL_EXAMPLES if small else EXAMPLES
+        self.shapes = _shapes(width, height)
+        self.sizes = list(dict.fromkeys([*self.shapes.values(), *(() if small else ("1280x720", "720x1280"))]))
+        lengths = dict.fromkeys(max(1, round(seconds * share)) for share in _LENGTHS)
+        self.lengths = {f"{length} s": 4 * round(length * defaults.fps / 4) + 1 for length in lengths}
+        steps = defaults.num_inference_steps
+        self.qualities = {name: max(1, round(steps * share)) for name, share in _QUALITIES.items()}
+
+    def chosen(self, form: Form) -> tuple[str | None, str | None, str | None]:
+        """The labels that a form amounts to: shape, length, quality; None where it is none of them."""
+        rows = ((self.shapes, "size"), (self.lengths, "num_frames"), (self.qualities, "num_inference_steps"))
+        found = [next((name for name, value in row.items() if value == form.get(field)), None) for row, field in rows]
+        return found[0], found[1], found[2]
+
+
+def default_form(defaults: GenerationDefaults) -> Form:
+    """The model's own settings."""
+    return {
+        "prompt": "",
+        "negative_prompt": defaults.negative_prompt,
+        "size": f"{defaults.width}x{defaults.height}",
+        "num_frames": defaults.num_frames,
+        "num_inference_steps": defaults.num_inference_steps,
+        "guidance_scale": defaults.guidance_scale,
+        "flow_shift": defaults.flow_shift,
+        "sampler": "unipc",
+        "fps": defaults.fps,
+        "seed": "",
+        "num_videos_per_prompt": 1,
+    }
+
+
+def form_of(request: dict[str, Any], defaults: Form) -> Form:
+    """A stored request, or the one in a video's metadata, as the form shows it."""
+    form = {**defaults, **{name: request[name] for name in FIELDS if request.get(name) is not None}}
+    form["seed"] = str(form["seed"])
+    if request.get("width") and request.get("height"):
+        form["size"] = f"{request['width']}x{request['height']}"
+    return form
+
+
+def fields_of(form: Form) -> dict[str, Any]:
+    """What a client would have sent: nothing where the form is empty, whole numbers where the page made floats."""
+    fields = {name: form[name] for name in FIELDS if form.get(name) is not None and str(form[name]).strip()}
+    fields["negative_prompt"] = form.get("negative_prompt") or ""
+    for name in _WHOLE:
+        if isinstance(value := fields.get(name), float) and value.is_integer():
+            fields[name] = int(value)
+    return fields
+
+
+def _shapes(width: int, height: int) -> dict[str, str]:
+    """Wide, tall and square, each with about as many pixels as the model's own size where that is not square."""
+    if width == height:
+        long, short, side = _down(width * 5 / 3), width, width
+    else:
+        long, short, side = max(width, height), min(width, height), _down(math.sqrt(width * height))
+    return {"Wide": f"{long}x{short}", "Tall": f"{short}x{long}", "Square": f"{side}x{side}"}
+
+
+def _down(pixels: float) -> int:
+    return max(_MULTIPLE, int(pixels) // _MULTIPLE * _MULTIPLE)

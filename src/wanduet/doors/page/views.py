@@ -1,0 +1,249 @@
+"""The page's pieces of HTML: a job in, a text out. Everything that a user wrote is escaped."""
+
+import base64
+import hashlib
+import time
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from wanduet.doors.http.public import public_error
+from wanduet.doors.page.forms import LABELS
+from wanduet.errors import InvalidRequestError
+from wanduet.jobs.records import CANCELLED, StoredJob
+
+PHASES = {
+    "verify": "Checking the weights",
+    "load": "Loading the model",
+    "encode": "Reading the prompt",
+    "denoise": "Denoising",
+    "decode": "Decoding",
+}
+SETTINGS = (
+    ("Size", lambda r: f"{r.get('width')} × {r.get('height')}"),
+    ("Length", lambda r: _length(r.get("num_frames"), r.get("fps"))),
+    ("Frames", lambda r: f"{r.get('num_frames')} at {r.get('fps')} a second"),
+    ("Steps", lambda r: r.get("num_inference_steps")),
+    ("Guidance", lambda r: _number(r.get("guidance_scale"))),
+    ("Shift", lambda r: _number(r.get("flow_shift"))),
+    ("Sampler", lambda r: r.get("sampler")),
+    ("Seed", lambda r: r.get("seed")),
+)
+
+
+def title(job: StoredJob) -> str:
+    """One word for how a job is."""
+    if job.error is not None:
+        return "Cancelled" if job.error.code == CANCELLED else "Failed"
+    return {"queued": "Waiting", "in_progress": "Running", "completed": "Done"}.get(job.status, job.status)
+
+
+def header(model: str, worker_ready: bool, running: int, waiting: int, *, signed_in: bool = False) -> str:
+    """The line at the top."""
+    state = "ready" if worker_ready else "starting, or no worker runs"
+    counts = "".join(f" · {count} {word}" for count, word in ((running, "running"), (waiting, "waiting")) if count)
+    dot = "on" if worker_ready else "off"
+    leave = '<form method="post" action="/logout"><button>Sign out</button></form>' if signed_in else ""
+    return (
+        f'<h1>wanduet</h1><span class="state"><i class="dot {dot}"></i>{escape(model)} · {state}{counts}</span>{leave}'
+    )
+
+
+def empty_stage(examples: Sequence[str]) -> str:
+    """What stands where the first video will be."""
+    buttons = "".join(
+        f'<button type="button" data-prompt="{escape(text, quote=True)}">{escape(text)}</button>' for text in examples
+    )
+    return (
+        '<div class="stage empty"><div class="note"><p>Describe a scene and press Generate, '
+        f'or start with one of these.</p><div class="examples">{buttons}</div></div></div>'
+    )
+
+
+def stage(job: StoredJob, preview: bytes | None = None) -> str:
+    """The large picture: what is foreseen while a job runs, then the video itself, or all of them."""
+    kind = ""
+    if job.status == "completed":
+        numbers = sorted(file.index for file in job.files if file.variant == "video") or [0]
+        kind = " many" if len(numbers) > 1 else ""
+        inner = "".join(_video(job, number) for number in numbers)
+    elif job.error is not None:
+        text = "Stopped before it was done." if job.error.code == CANCELLED else escape(public_error(job.error).message)
+        inner = f'<p class="note">{text}</p>'
+    elif preview is not None:
+        image = base64.b64encode(preview).decode()
+        inner = (
+            f'<img class="preview" src="data:image/webp;base64,{image}" alt="Preview"><span class="tag">Preview</span>'
+        )
+    else:
+        inner = f'<p class="note">{"Waiting for its turn" if job.status == "queued" else "Taking shape"}</p>'
+    return f'<div class="stage{kind}">{inner}</div>'
+
+
+def _video(job: StoredJob, number: int) -> str:
+    part = f"&index={number}" if number else ""
+    source, poster = f"/v1/videos/{job.id}/content?variant=video", f"/v1/videos/{job.id}/content?variant=thumbnail"
+    player = ' id="player"' if not number else ""
+    return (
+        f'<video{player} src="{source}{part}" poster="{poster}{part}" controls autoplay loop muted playsinline '
+        f'aria-label="{escape(_prompt(job), quote=True)}"></video>'
+    )
+
+
+def progress(job: StoredJob | None, ahead: int = 0) -> str:
+    """How far a job is, in a line and a bar; for a finished one, how long it took. `ahead`: jobs before it."""
+    if job is None:
+        return ""
+    words, note = title(job), ""
+    if job.status == "in_progress":
+        words = PHASES.get(job.phase, "Starting")
+        left = f"about {duration(job.seconds_left)} left" if job.seconds_left else ""
+        bar = f'<div class="bar"><i style="width:{job.progress:.1f}%"></i></div>'
+        return f'<div class="progress"><b>{words}</b><span>{left}</span><em>{job.progress:.0f} %</em>{bar}</div>'
+    if job.status == "completed" and job.started_at and job.completed_at:
+        note = f"made in {duration(job.completed_at - job.started_at)}"
+    elif job.status == "queued":
+        before = f"{ahead} of your videos {'is' if ahead == 1 else 'are'} before it; " if ahead else ""
+        note = f"{before}you can close this page, it stays in the queue"
+    return f'<div class="progress"><b>{words}</b><span>{note}</span></div>'
+
+
+def details(job: StoredJob | None) -> str:
+    """The prompt and every setting."""
+    if job is None:
+        return ""
+    request = job.request
+    values = {name: value(request) for name, value in SETTINGS}
+    if len(seeds := job.report.get("seeds", ())) > 1:
+        values["Seed"] = ", ".join(map(str, seeds))  # in the order of the videos
+    rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
+    negative = request.get("negative_prompt")
+    without = f'<p class="negative"><b>Without:</b> {escape(negative)}</p>' if negative else ""
+    warnings = "".join(f'<p class="message bad">{escape(str(text))}</p>' for text in job.report.get("warnings", ()))
+    made = time.strftime("%d %b %Y, %H:%M", time.localtime(job.created_at))
+    return (
+        f'<div class="details"><p class="prompt">{escape(_prompt(job))}</p>{warnings}<dl>{rows}</dl>{without}'
+        f'<p class="fine">{_downloads(job)}{escape(job.model)} · {made} · <code>{job.id}</code></p></div>'
+    )
+
+
+def _downloads(job: StoredJob) -> str:
+    if job.status != "completed":
+        return ""
+    numbers = sorted(file.index for file in job.files if file.variant == "video") or [0]
+    names = ["Download the MP4"] if len(numbers) == 1 else [f"Download MP4 {number + 1}" for number in numbers]
+    return "".join(
+        f'<a href="/v1/videos/{job.id}/content?variant=video&index={number}" '
+        f'download="{job.id}{f"-{number + 1}" if number else ""}.mp4">{name}</a>'
+        for number, name in zip(numbers, names, strict=True)
+    )
+
+
+def gallery(jobs: Sequence[StoredJob], chosen: str | None, *, more: bool = False) -> str:
+    """All videos as cards; a click on one chooses it."""
+    if not jobs:
+        return '<p class="fine">Your videos will be here, with everything that made them.</p>'
+    older = '<button type="button" class="older" data-older>Older videos</button>' if more else ""
+    return f'<div class="cards">{"".join(_card(job, job.id == chosen) for job in jobs)}</div>{older}'
+
+
+def _card(job: StoredJob, chosen: bool) -> str:
+    if job.status == "completed":
+        picture = f'<img loading="lazy" src="/v1/videos/{job.id}/content?variant=thumbnail" alt="">'
+        badge = ""
+    else:
+        picture, badge = "", f'<span class="badge {job.status}">{title(job)}</span>'
+    bar = f'<i class="line" style="width:{job.progress:.0f}%"></i>' if job.status == "in_progress" else ""
+    text = escape(_prompt(job), quote=True)
+    about = escape(" · ".join(_short(job.request)))
+    return (
+        f'<button type="button" class="card{" chosen" if chosen else ""}" data-id="{job.id}" title="{text}">'
+        f'<span class="frame">{picture}{badge}{bar}</span><span class="caption">{text}</span>'
+        f'<span class="about">{about}</span></button>'
+    )
+
+
+def _short(request: dict[str, Any]) -> list[str]:
+    count = request.get("num_videos_per_prompt") or 1
+    many = [f"{count} videos"] if count > 1 else []
+    return [*many, _length(request.get("num_frames"), request.get("fps")), f"seed {request.get('seed')}"]
+
+
+def message(text: str, kind: str = "") -> str:
+    """A line below the form: an answer, or what is wrong."""
+    return f'<p class="message {kind}" role="status">{escape(text)}</p>' if text else ""
+
+
+def refusal(error: Exception) -> str:
+    """What is wrong, by the names that the page gives to its fields."""
+    if not isinstance(error, InvalidRequestError):
+        return message(" ".join(str(error).split()), "bad")
+    given = _number(error.given)
+    if error.field in ("height", "width"):  # the page has them in one field
+        label, given = LABELS["size"], f"a {error.field} of {given}"
+    else:
+        label = LABELS.get(error.field, error.field)
+    if error.nearest is None or error.field == "size":
+        return message(f"{label}: {error.allowed}.", "bad")
+    return message(f"{label}: {given} does not work, {error.nearest} does.", "bad")
+
+
+def settings_line(form: dict[str, Any]) -> str:
+    """The form in a line, for when everything but the presets is folded away."""
+    parts = (
+        str(form.get("size") or "").replace("x", " × "),
+        _length(form.get("num_frames"), form.get("fps")),
+        f"{_number(form.get('num_inference_steps'))} steps",
+        f"seed {form['seed']}" if form.get("seed") else "a new seed",
+        f"{form['num_videos_per_prompt']:g} videos" if (form.get("num_videos_per_prompt") or 1) > 1 else "",
+    )
+    return " · ".join(part for part in parts if part)
+
+
+def mark_of(values: Sequence[Any]) -> str:
+    """What an answer to these values carries, so that it is known by what it answers."""
+    return f'data-answers="{hashlib.sha256(repr(tuple(values)).encode()).hexdigest()[:16]}"'
+
+
+def plan_panel(plan: dict[str, Any], line: str) -> str:
+    """The plan's answer: whether it fits, how long it takes, how much memory on which device."""
+    from wanduet.config import format_bytes
+
+    rows = ""
+    for device in plan["devices"]:
+        need, limit = max(device["phases"].values(), default=0), device.get("limit_bytes") or 0
+        share = f'<i style="width:{min(100.0, 100 * need / limit):.0f}%"></i>' if limit else ""
+        known = f"{format_bytes(need)} of {format_bytes(limit)}" if limit else format_bytes(need)
+        rows += f"<li><span>{escape(device['name'])}</span><span>{known}</span><b>{share}</b></li>"
+    if plan["fits"]:
+        seconds = plan.get("predicted_seconds", {}).get("total")
+        text, kind = "Fits" + (f": about {duration(seconds)}" if seconds else ""), "good"
+    else:
+        nearest = plan["nearest_that_fits"]
+        wanted = {k: v for k, v in nearest[0].items() if not k.startswith("predicted")} if nearest else {}
+        hint = " Try " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in wanted.items()) + "." if wanted else ""
+        text, kind = f"Does not fit into this machine's memory.{hint}", "bad"
+    return f'{message(text, kind)}<p class="fine">{escape(line)}</p><ul class="memory">{rows}</ul>'
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _length(frames: Any, fps: Any) -> str:
+    """How long a video plays; a single frame is a picture."""
+    if not frames or not fps:
+        return ""
+    return "1 frame" if frames == 1 else f"{frames / fps:.1f} s"
+
+
+def _prompt(job: StoredJob) -> str:
+    return str(job.request.get("prompt", ""))
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,1 @@
+"""The call of diffusers' pipeline, on this engine."""

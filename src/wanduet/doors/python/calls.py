@@ -1,0 +1,183 @@
+"""diffusers' calls about memory, speed and progress, and names of diffusers' that `WanPipeline` has not."""
+
+import difflib
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from wanduet.doors.python.loading import device_name
+from wanduet.doors.python.modules import MERGE_LORA
+from wanduet.doors.python.parts import PipelineParts
+
+_NEW_WEIGHTS = (
+    "wanduet writes no weights: copy the model's folder, or give diffusers' own pipeline to WanPipeline.from_pipe"
+)
+_PARTS = "set the part itself, say pipe.scheduler or pipe.transformer"
+_WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
+# What takes the place of diffusers' names that are not here.
+INSTEAD = {
+    **dict.fromkeys(
+        ("load_lora_weights", "save_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters",
+         "disable_lora", "enable_lora", "delete_adapters", "get_active_adapters", "get_list_adapters", "set_lora_device",
+         "enable_lora_hotswap", "load_lora_into_transformer", "lora_state_dict", "lora_scale", "num_fused_loras"),
+        MERGE_LORA,
+    ),
+    "save_pretrained": _NEW_WEIGHTS,
+    "push_to_hub": _NEW_WEIGHTS,
+    "download": "use `wanduet download --model ID`, or from_pretrained, which fetches what is missing",
+    "from_single_file": "use from_pretrained with a folder or hub id in the Diffusers layout",
+    "load_ip_adapter": "it makes videos of texts, not of images",
+    "image_encoder": "it makes videos of texts, not of images",
+    "image_processor": "it makes videos of texts, and gives frames by video_processor",
+    "encode_image": "it makes videos of texts, not of images",
+    "boundary_ratio": _WAN22,
+    "enable_freeu": "FreeU is for UNets",
+    "check_inputs": "the call itself checks its arguments",
+    "prepare_latents": "the call draws them with generator=, or takes yours with latents=",
+    "_get_t5_prompt_embeds": "use encode_prompt",
+    "register_modules": _PARTS,
+    "register_to_config": _PARTS,
+    "save_config": _NEW_WEIGHTS,
+    "load_config": "use from_pretrained with a folder or hub id",
+    "numpy_to_pil": 'call it with output_type="pil"',
+    "unet": "the denoiser is pipe.transformer",
+    "load_textual_inversion": "change pipe.tokenizer and pipe.text_encoder, which may be transformers' own",
+}  # fmt: skip
+
+
+def refuse(owner: type, name: str) -> NoReturn:
+    """Raise AttributeError that says what takes a name's place, or which name is near it."""
+    if name in INSTEAD:
+        raise AttributeError(f"WanPipeline has no {name}: {INSTEAD[name]}.")
+    near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(owner), 1)
+    raise AttributeError(f"WanPipeline has no attribute {name!r}" + (f"; is {near[0]!r} meant?" if near else "."))
+
+
+class Named(type):
+    """So that a class method of diffusers', too, is refused with what takes its place."""
+
+    def __getattr__(cls, name: str) -> Any:
+        """Only for what is not here."""
+        refuse(cls, name)
+
+
+class EngineManaged(metaclass=Named):
+    """Calls that a program makes to save memory or time.
+
+    The engine's plan does both for every call: parts are on a device one after the other, weights wait in host memory and
+    frames are decoded in strips where, and only where, memory asks for it. So these change no result; what they say about
+    devices is taken.
+    """
+
+    _parts: PipelineParts
+    _progress_bar_config: dict[str, Any]
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Run on that GPU, where one is named; parts are on it one after the other if they do not fit together."""
+        self._use_device(gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Run on that GPU, where one is named; blocks wait in host memory if they do not fit (see also `vram_limit`)."""
+        self._use_device(gpu_id, device)
+
+    def enable_group_offload(self, onload_device: str | torch.device | None = None, *_: Any, **__: Any) -> None:
+        """Run on `onload_device`; blocks wait in host memory if they do not fit, and are copied beside the computation."""
+        self._use_device(None, onload_device)
+
+    def _use_device(self, gpu_id: int | None, device: str | torch.device | None) -> None:
+        if gpu_id is None and device is None:
+            return
+        named = torch.device("cuda" if device is None else device)
+        if named.index is not None and gpu_id not in (None, named.index):
+            raise ValueError(f"gpu_id={gpu_id} and device={device} name two devices.")
+        index = named.index if gpu_id is None else gpu_id
+        self._parts.move(named.type if index is None else device_name(f"{named.type}:{index}"))
+
+    def maybe_free_model_hooks(self) -> None:
+        """Nothing is left to free: the engine has no hooks."""
+
+    def remove_all_hooks(self) -> None:
+        """The engine has no hooks."""
+
+    def reset_device_map(self) -> None:
+        """Leave devices to the plan again."""
+        self._parts.configure(devices=None)
+
+    def enable_vae_tiling(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: strips of rows, which are exact, are used where memory asks for them."""
+
+    def disable_vae_tiling(self) -> None:
+        """Nothing to do: strips change no pixel."""
+
+    def enable_vae_slicing(self) -> None:
+        """Nothing to do: videos are decoded one at a time."""
+
+    def disable_vae_slicing(self) -> None:
+        """Nothing to do: videos are decoded one at a time."""
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Nothing to do: attention never holds its scores."""
+
+    def disable_attention_slicing(self) -> None:
+        """Nothing to do: attention is not sliced."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Nothing to do: attention never holds its scores, and the fastest back end is measured."""
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Nothing to do: see above."""
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """A tqdm bar with what `set_progress_bar_config` was given."""
+        from diffusers.utils.logging import tqdm  # as diffusers: silent where its progress bars are turned off
+
+        if iterable is None and total is None:
+            raise ValueError("Give iterable or total.")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments of the tqdm bar of each call: `disable=True`, `desc="..."`, `leave=False` and so on."""
+        self._progress_bar_config = kwargs
+
+
+class CallState:
+    """What diffusers' programs and callbacks read of the call that runs, or ran last."""
+
+    _interrupt = False
+    _guidance_scale = 5.0
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps = 0
+    _current_timestep: Tensor | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt takes part."""
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length of the scheduler's timesteps: more than the steps for one of second order."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep that is being computed, in the scheduler's dtype."""
+        return self._current_timestep
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """As they were given."""
+        return self._attention_kwargs
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt = True` in a callback to stop after that step."""
+        return self._interrupt

@@ -1,0 +1,174 @@
+"""`WanPipeline.from_pretrained`: diffusers' keywords as settings of the engine. Each is taken, or refused by name."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanduet.config import EngineConfig
+from wanduet.doors.python.modules import check_scheduler
+from wanduet.doors.python.parts import PipelineParts, dtype_name
+from wanduet.errors import ModelNotFoundError
+from wanduet.family.specs import RANDOM_SPECS
+from wanduet.weights.diffusers import COMPONENTS, ModelFolder, read_json
+from wanduet.weights.hub import local_model, open_model
+
+MODULES = ("tokenizer", "text_encoder", "vae", "transformer")
+# They change how diffusers reads files, which the engine reads in its own way, with less memory than any of these.
+WITHOUT_EFFECT = (
+    "low_cpu_mem_usage", "disable_mmap", "offload_state_dict", "offload_folder", "load_connected_pipeline", "mirror",
+    "use_flashpack", "trust_remote_code",
+)  # fmt: skip
+# What takes the place of a keyword that is not taken.
+REFUSED = {
+    "variant": "the usual files are read, and torch_dtype= converts them",
+    "quantization_config": "vram_limit= (bytes) makes weights wait in host memory instead",
+    "max_memory": "use vram_limit= (bytes a device)",
+    "proxies": "set HTTPS_PROXY in the environment",
+    "custom_pipeline": "use diffusers for pipelines of other code",
+    "custom_revision": "use diffusers for pipelines of other code",
+    "use_onnx": "only safetensors are read",
+    "provider": "only safetensors are read",
+    "sess_options": "only safetensors are read",
+    "provider_options": "only safetensors are read",
+    "output_loading_info": "a tensor that is missing or unknown is an error",
+    "transformer_2": "it is Wan2.2's, and this runs Wan2.1",
+    "boundary_ratio": "it is Wan2.2's, and this runs Wan2.1",
+    "expand_timesteps": "it is Wan2.2's, and this runs Wan2.1",
+    "image_encoder": "it is for image to video, and this runs text to video",
+    "image_processor": "it is for image to video, and this runs text to video",
+    "subfolder": "give the folder of the whole model",
+    "from_flax": "only safetensors are read",
+    "dduf_file": "give a folder or a hub id",
+}
+FILES = ("*.json", "tokenizer/*", *(f"{component}/*.safetensors" for component in COMPONENTS))  # no pickles
+HUB = ("cache_dir", "token", "force_download")
+
+
+@dataclass
+class Options:
+    """The keywords that were taken."""
+
+    modules: dict[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+    engine: dict[str, Any] = field(default_factory=dict)  # of EngineConfig
+    hub: dict[str, Any] = field(default_factory=dict)  # of huggingface_hub.snapshot_download
+    local_files_only: bool = False
+
+
+def read_options(keywords: Mapping[str, Any], dtype: Any, vae_dtype: torch.dtype | None) -> Options:
+    """Sort diffusers' keywords. Raises ValueError for one that is refused, TypeError for one that diffusers has not."""
+    found = Options()
+    for name, value in keywords.items():
+        if name in MODULES:
+            found.modules[name] = value
+        elif name == "scheduler":
+            found.scheduler = value
+        elif name == "local_files_only":
+            found.local_files_only = bool(value)
+        elif name in HUB:
+            usual = value is None or (name == "token" and value is True) or (name == "force_download" and not value)
+            found.hub |= {} if usual else {name: value}
+        elif name == "use_safetensors":
+            if value is False:
+                raise ValueError("use_safetensors=False is not taken: only safetensors are read.")
+        elif name == "device_map":
+            found.engine |= _device_map(value)
+        elif name in REFUSED:
+            if value not in (None, False):
+                raise ValueError(f"{name}= is not taken: {REFUSED[name]}.")
+        elif name not in WITHOUT_EFFECT:
+            known = (*MODULES, "scheduler", "local_files_only", *HUB, "device_map", "dtype", "revision", "devices")
+            near = difflib.get_close_matches(name, (*known, *WITHOUT_EFFECT, *REFUSED, "torch_dtype"), 1)
+            raise TypeError(f"from_pretrained has no keyword {name!r}" + (f"; is {near[0]!r} meant?" if near else "."))
+    found.engine |= _dtypes(dtype, vae_dtype)
+    return found
+
+
+def _device_map(value: Any) -> dict[str, Any]:
+    """Where things run; `balanced` and `auto` leave it to the plan, as does None."""
+    if value in (None, "balanced", "auto"):
+        return {}
+    if isinstance(value, Mapping):
+        raise ValueError('device_map= takes no dict: use devices="vae=cuda:0,transformer=cuda:1".')
+    return {"devices": device_name(value)}
+
+
+def device_name(device: Any) -> str:
+    """A device as the engine names it, for `cuda:0`, `0`, a torch.device or several in one text."""
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
+def _dtypes(dtype: Any, vae_dtype: Any) -> dict[str, str]:
+    """`dtype` is the transformer's, or a dict by part, whose `default` is for all that it does not name but the VAE.
+
+    Raises ValueError.
+    """
+    named = dict(dtype) if isinstance(dtype, Mapping) else {"transformer": dtype}
+    if unknown := set(named) - {"default", "tokenizer", "scheduler", *COMPONENTS}:
+        raise ValueError(f"dtype= names {min(unknown)!r}; the parts are {', '.join(COMPONENTS)} and default.")
+    transformer = named.get("transformer") or named.get("default") or torch.float32
+    parts = {"transformer": transformer, "vae": vae_dtype or named.get("vae") or torch.float32}
+    text = named.get("text_encoder")
+    if text is None and dtype is not None and not isinstance(dtype, Mapping) and dtype_name(dtype) == "float32":
+        text = dtype  # asked for: else a large encoder computes in bfloat16
+    if text is not None:
+        parts["text_encoder"] = text
+    return {f"{kind}_dtype": dtype_name(value) for kind, value in parts.items()}
+
+
+def opener(config: EngineConfig, options: Options) -> Any:
+    """What finds the model's folder when it is first needed. `cache_dir`, `token` and `force_download` are the hub's."""
+
+    def open_folder() -> ModelFolder | None:
+        if config.model in RANDOM_SPECS:
+            return None
+        if not options.hub or local_model(config.model) is not None:
+            return open_model(config.model, config.revision, fetch=not options.local_files_only)
+        return _from_hub(config, options)
+
+    return open_folder
+
+
+def _from_hub(config: EngineConfig, options: Options) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(
+            snapshot_download(
+                config.model, revision=config.revision, local_files_only=options.local_files_only,
+                allow_patterns=[*FILES], **options.hub,
+            )
+        )  # fmt: skip
+    except Exception as error:  # of several kinds, by what failed: network, rights, name, cache
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"{config.model} cannot be fetched: {reason}", hint="Check its name, and token=."
+        ) from error
+    return ModelFolder(path, config.model, path.name)
+
+
+def load_scheduler(parts: PipelineParts) -> Any:
+    """The checkpoint's own; for random weights the official one. Raises ModelNotFoundError for one of another kind."""
+    import diffusers
+
+    folder = None if parts.base is None else parts.base.path / "scheduler"
+    if folder is None or not folder.is_dir():
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    name = str(read_json(folder / "scheduler_config.json").get("_class_name", "UniPCMultistepScheduler"))
+    known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    try:
+        if known is None:
+            raise TypeError(f"diffusers has no {name}.")
+        check_scheduler(scheduler := known.from_pretrained(str(folder), local_files_only=True))
+    except TypeError as error:
+        raise ModelNotFoundError(
+            f"{folder}: {name} is not supported ({error})",
+            hint="Give another with scheduler=, say UniPCMultistepScheduler.",
+        ) from None
+    return scheduler

@@ -1,0 +1,160 @@
+"""One call's denoise, as diffusers' loop does it: with the pipeline's own scheduler object, and a callback that may change
+latents and embeddings between steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wanduet.engine.job import Job
+from wanduet.engine.ladder import DenoiseLadder
+from wanduet.errors import CancelledError
+from wanduet.models.dit.model import TextContext
+from wanduet.runtime.denoiser import PARKED, Denoiser
+from wanduet.sampling.denoise import StepInfo, denoise
+from wanduet.sampling.guidance import combine
+from wanduet.sampling.samplers import SchedulerSampler
+
+if TYPE_CHECKING:
+    from wanduet.doors.python.pipeline import WanPipeline
+
+Text = TextContext | Tensor
+Callback = Callable[["WanPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackSettings:
+    """What is called after each step: `progress(done, total)` is ours, `on_step_end` sees the named tensors."""
+
+    on_step_end: Callback | None
+    tensors: Sequence[str]
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A prompt's keys and values, and a copy of the embeddings that they were made of."""
+
+    embeds: Tensor
+    context: TextContext
+
+
+class _PipelineSampler(SchedulerSampler):
+    """The scheduler that the pipeline has at each step, which a callback may have replaced."""
+
+    def __init__(self, pipe: "WanPipeline", device: torch.device) -> None:
+        self._pipe = pipe
+        super().__init__(pipe.scheduler, device)
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        """See Sampler."""
+        self._scheduler = self._pipe.scheduler
+        return super().step(velocity, index, latents)
+
+
+class PipelineLoop:
+    """Runs the steps of one call."""
+
+    def __init__(
+        self,
+        pipe: "WanPipeline",
+        job: Job,
+        denoiser: Denoiser,
+        embeds: tuple[Tensor, Tensor | None],
+        after: CallbackSettings,
+    ) -> None:
+        """`embeds`: prompt's and negative prompt's, `[B, tokens, text_dim]`."""
+        self.pipe, self.denoiser, self.after = pipe, denoiser, after
+        # Where they are read: what a callback changes in place is then what the next step reads.
+        there = [None if one is None else one.to(denoiser.device, denoiser.dtype) for one in embeds]
+        self.embeds: dict[str, Tensor | None] = dict(
+            zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
+        )
+        self.ladder = DenoiseLadder(job, denoiser)
+        self.scale = pipe.guidance_scale  # of the call; a callback can switch guidance off, not change it
+        self._known: dict[str, _Known] = {}
+        self._step = 0
+
+    def __call__(self, latents: Tensor, num_inference_steps: int) -> Tensor:
+        """Latents `[B, 16, T, h, w]` float32 after the last step, or after the one that set `pipe._interrupt`."""
+        pipe = self.pipe
+        device = self.denoiser.device
+        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.timesteps = pipe.scheduler.timesteps
+        pipe._num_timesteps = len(self.timesteps)
+        sampler = _PipelineSampler(pipe, device)
+        self.rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
+        order = getattr(pipe.scheduler, "order", 1)
+        last = [latents]
+        with pipe.progress_bar(total=num_inference_steps) as bar:
+
+            def on_step(info: StepInfo) -> Tensor | None:
+                self._step = info.step + 1
+                changed = self._call_back(info)
+                last[0] = info.latents if changed is None else changed
+                if self.after.progress is not None:
+                    self.after.progress(info.step + 1, info.num_steps)
+                if self._step % order == 0 or self._step == info.num_steps:
+                    bar.update()
+                return changed
+
+            try:
+                return denoise(self._velocity, latents, sampler, on_step=on_step, should_cancel=lambda: pipe.interrupt)
+            except CancelledError:
+                return last[0]
+            finally:
+                pipe._current_timestep = None
+
+    def _velocity(self, x: Tensor, timestep: float) -> Tensor:
+        pipe = self.pipe
+        pipe._current_timestep = self.timesteps[self._step]
+        text = self._text("prompt_embeds")
+        assert text is not None
+        positive = self._predict(x, timestep, text)
+        negative = self._text("negative_prompt_embeds") if pipe.do_classifier_free_guidance else None
+        if negative is None:
+            return positive
+        return combine(positive, self._predict(x, timestep, negative), self.scale)
+
+    def _predict(self, x: Tensor, timestep: float, text: Text) -> Tensor:
+        # One video at a time: that is what the plan has counted, and long sequences gain nothing together.
+        times = torch.full((1,), timestep, dtype=torch.float32, device=x.device)
+        parts = []
+        for index, one in enumerate(x.split(1)):
+            own = text if isinstance(text, TextContext) else text[index : index + 1]
+            parts.append(self.ladder(partial(self.denoiser.transformer, one, times, own, self.rope)))
+        return torch.cat(parts)
+
+    def _text(self, name: str) -> Text | None:
+        """One prompt's keys and values, made anew where its embeddings have changed; of several prompts only the
+        embeddings: their keys and values need far more memory."""
+        embeds = self.embeds[name]
+        if embeds is None or len(embeds) > 1:
+            return embeds
+        known = self._known.get(name)
+        if known is None or (self.after.on_step_end is not None and not torch.equal(known.embeds, embeds)):
+            known = _Known(embeds.clone(), self.ladder(lambda: self.denoiser.transformer.prepare_text(embeds)))
+            self._known[name] = known
+        return known.context
+
+    def _call_back(self, info: StepInfo) -> Tensor | None:
+        """Other latents to go on with, if the callback gives any."""
+        callback = self.after.on_step_end
+        if callback is None:
+            return None
+        available = self.embeds | {"latents": info.latents}
+        timestep = self.timesteps[info.step]  # in the scheduler's own dtype, as diffusers gives it
+        resident = self.denoiser.resident_blocks
+        outputs = callback(self.pipe, info.step, timestep, {name: available[name] for name in self.after.tensors}) or {}
+        if self.denoiser.resident_blocks == PARKED != resident:  # the callback has decoded, on this device
+            self.denoiser.restream(resident)
+        for name in self.embeds:
+            if (given := outputs.get(name)) is not None:
+                self.embeds[name] = given.to(self.denoiser.device, self.denoiser.dtype)
+        latents: Tensor | None = outputs.get("latents")
+        return None if latents is info.latents else latents

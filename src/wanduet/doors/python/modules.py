@@ -1,0 +1,165 @@
+"""Modules that a diffusers program gives to `WanPipeline`, as weights of the engine's own models.
+
+A transformer or a VAE of diffusers' is never run: its tensors and its config are read, and the engine computes with a
+copy. So only the plain classes are taken; a subclass, a LoRA or a hook would not take part, and is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanduet.errors import WanduetError
+from wanduet.family.specs import ModelSpec, TextEncoderSpec, TransformerSpec, VAESpec
+from wanduet.meta.init import without_memory
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
+from wanduet.weights.diffusers import ModelFolder, check_consistent
+from wanduet.weights.safetensors import TensorFiles, TensorInfo
+
+CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
+MERGE_LORA = (
+    "merge a LoRA with diffusers' own pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), then give its "
+    "transformer to pipe.transformer or the pipeline to WanPipeline.from_pipe"
+)
+SAMPLES = 32  # of each tensor's numbers, to notice that weights were changed in place
+
+
+def unwrapped(module: Any) -> Any:
+    """What `torch.compile` has made a module of, or the module itself."""
+    # Not getattr: another wrapper may hand on what it is asked for, and would be taken for what it wraps.
+    return module._modules.get("_orig_mod", module) if isinstance(module, nn.Module) else module
+
+
+def check_module(kind: str, module: Any) -> None:
+    """Raise TypeError or ValueError, each of one sentence, for a module that the engine cannot compute as it is."""
+    import diffusers
+
+    name = CLASSES[kind]
+    if type(module) is not getattr(diffusers, name):
+        raise TypeError(
+            f"pipe.{kind} takes diffusers' {name} (also from torch.compile), not {type(module).__name__}: the engine reads "
+            "its weights and runs them itself, so that another class's own forward would not be used."
+        )
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        raise ValueError(f"pipe.{kind} has forward hooks, which would not run: use callback_on_step_end= instead.")
+    if any(tensor.is_meta for tensor in module.state_dict(keep_vars=True).values()):
+        raise ValueError(
+            f"pipe.{kind} has its weights on the meta device: load it without offloading; the engine places it itself."
+        )
+    plain = {"WanAttnProcessor", "WanAttnProcessor2_0"}
+    others = {type(p).__name__ for p in getattr(module, "attn_processors", {}).values()} - plain
+    if others:
+        raise ValueError(
+            f"pipe.{kind} has the attention processor {min(others)}, which would not run: the engine chooses attention itself."
+        )
+    spec = _spec_of(kind, module)
+    with without_memory():
+        ours = WanTransformer(spec) if isinstance(spec, TransformerSpec) else WanVAE(spec)
+    try:
+        ModuleTensors(kind, module).check({name: tuple(p.shape) for name, p in ours.named_parameters()})
+    except WanduetError as error:
+        raise ValueError(f"pipe.{kind} cannot be used: {error.message.rstrip('.')}; {MERGE_LORA}.") from None
+
+
+def _spec_of(kind: str, module: Any) -> TransformerSpec | VAESpec:
+    try:
+        if kind == "transformer":
+            return TransformerSpec.from_config(module.config)
+        return VAESpec.from_config(module.config)
+    except WanduetError as error:
+        raise ValueError(f"pipe.{kind} is not of a Wan2.1 text-to-video model: {error.message}") from None
+
+
+def stamp(module: nn.Module) -> str:
+    """Changes when a module's weights do, also in place: where they lie, their version, and some of their numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu()
+        version = -1 if tensor.is_inference() else tensor._version
+        digest.update(f"{name} {tensor.data_ptr()} {version} {tensor.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class ModuleTensors(TensorFiles):
+    """A module's tensors in place of those of a component's files."""
+
+    def __init__(self, kind: str, module: nn.Module) -> None:
+        super().__init__(kind, ())
+        self._module = module
+        self.tensors = {
+            name: TensorInfo(Path(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.").upper())
+            for name, tensor in module.state_dict().items()
+        }
+
+    def iterate(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, as they are now."""
+        state = self._module.state_dict()
+        yield from ((name, state[name]) for name in names if name in state)
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are now."""
+        return stamp(self._module)
+
+
+@dataclass(frozen=True)
+class GivenFolder(ModelFolder):
+    """A model folder of which some parts are modules; without a folder, all of them are."""
+
+    def __post_init__(self) -> None:
+        """Nothing is looked for: the folder was checked when it was opened, or there is none."""
+
+
+def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFolder:
+    """A folder with the given modules (`transformer`, `vae`, `text_encoder`) instead of its own parts.
+
+    Raises ModelNotFoundError for modules that do not fit together.
+    """
+    path = Path("given to WanPipeline") if base is None else base.path
+    made = GivenFolder(path, "given modules" if base is None else base.name, None if base is None else base.revision)
+    spec = ModelSpec("given modules") if base is None else base.spec
+    for kind in CLASSES:
+        if (module := modules.get(kind)) is not None:
+            changed: dict[str, Any] = {kind: _spec_of(kind, module)}
+            spec = replace(spec, **changed)
+            made.__dict__[kind] = ModuleTensors(kind, module)
+        elif base is not None:
+            made.__dict__[kind] = getattr(base, kind)
+    if (encoder := modules.get("text_encoder")) is not None and hasattr(encoder, "config"):
+        spec = replace(spec, text_encoder=TextEncoderSpec.from_config(encoder.config.to_dict()))
+    check_consistent(path, spec)
+    both = json.dumps([made.transformer.fingerprint(), made.vae.fingerprint(), str(spec)])
+    made.__dict__.update(spec=spec, fingerprint=hashlib.sha256(both.encode()).hexdigest())
+    return made
+
+
+def check_text_encoder(module: Any) -> None:
+    """Raise TypeError for what is no encoder of transformers'."""
+    if not (callable(module) and hasattr(module, "parameters") and hasattr(module, "config")):
+        raise TypeError(
+            f"pipe.text_encoder takes transformers' UMT5EncoderModel, or one with its call, not {type(module).__name__}."
+        )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise TypeError for what diffusers' own loop could not step."""
+    lacks = [name for name in ("set_timesteps", "set_begin_index", "step") if not hasattr(scheduler, name)]
+    if lacks:
+        raise TypeError(
+            f"pipe.scheduler takes a diffusers scheduler for flow matching, for example UniPCMultistepScheduler, "
+            f"not {type(scheduler).__name__}: it has no {lacks[0]}."
+        )
+
+
+def module_dtype(module: Any) -> torch.dtype:
+    """What a module computes in."""
+    dtype = getattr(module, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,331 @@
+"""What stands behind a `WanPipeline`: settings, the modules it was given, the engine's models made of both."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from wanduet.config import EngineConfig
+from wanduet.doors.python.modules import (
+    CLASSES,
+    check_module,
+    check_text_encoder,
+    folder_with,
+    module_dtype,
+    stamp,
+    unwrapped,
+)
+from wanduet.doors.python.text import GivenPromptEncoder, with_tokenizer
+from wanduet.engine.build import Models
+from wanduet.engine.job import Job, OutputOptions
+from wanduet.errors import InvalidRequestError
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.planning.hardware import Hardware, detect
+from wanduet.planning.placement import find_placements
+from wanduet.planning.plan import Plan, make_plan, require_fit, text_encoder_choice
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.text_host import PromptEncoder
+from wanduet.weights.diffusers import ModelFolder
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Stands for prompts and embeddings that are not known when memory is planned: of the greatest length.
+ANY_PROMPT = 512 * "-"
+OpenFolder = Callable[[], ModelFolder | None]
+
+
+class PipelineBusyError(RuntimeError):
+    """A pipeline was called, or one of its parts replaced, from inside its own callback."""
+
+
+class PipelineParts:
+    """Shared by all pipelines that `from_pipe` has made of one. Their calls are made one after the other."""
+
+    def __init__(self, config: EngineConfig, open_folder: OpenFolder, given: dict[str, Any]) -> None:
+        """`open_folder` finds the model's folder (None for random weights); `given` modules stand in for parts of it.
+
+        Raises ModelNotFoundError, or TypeError and ValueError for a module that cannot be used.
+        """
+        self.config, self._open = config, open_folder
+        self.given: dict[str, Any] = {}
+        self._stamps: dict[str, str] = {}
+        self._own: dict[str, EngineConfig] = {}  # settings before a module of that kind was given
+        self._tokenizer: Any = None
+        self._models: Models | None = None
+        self._hardware: Hardware | None = None
+        self._base: tuple[ModelFolder | None] | None = None
+        self._lock, self._owner = threading.Lock(), 0
+        self._text: PromptEncoder | None = None
+        for kind, module in given.items():
+            if module is not None:
+                self.give(kind, module)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Asked by `copy.deepcopy`, `pickle` and what sends objects to other processes. Raises TypeError."""
+        raise TypeError(
+            "A wanduet pipeline and its parts hold loaded models, which are neither copied nor pickled: use "
+            "WanPipeline.from_pipe(pipe) for a second pipeline of the same parts, or from_pretrained in another process."
+        )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The pipeline for one call; another thread's call waits for its end. Raises PipelineBusyError in a callback."""
+        if self._owner == threading.get_ident():
+            raise PipelineBusyError(
+                "This pipeline is in the middle of a call, whose callback cannot call it again or replace its parts: "
+                "set `pipe._interrupt = True` and do so afterwards, or make a second pipeline with from_pretrained."
+            )
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+
+    @contextmanager
+    def for_use(self) -> Iterator[None]:
+        """As `at_work`, but for what a callback may do too: encode a text, decode latents."""
+        if self._owner == threading.get_ident():
+            yield
+        else:
+            with self.at_work():
+                yield
+
+    # What it is made of.
+
+    def give(self, kind: str, module: Any) -> None:
+        """Use a module from the next call on. What `pipe` has shown of itself, perhaps compiled, and None bring back the
+        model's own, which is loaded when it is needed.
+
+        Raises TypeError or ValueError.
+        """
+        module = unwrapped(module)
+        if module is not None and module is self.given.get(kind):
+            return  # what was done to it is seen at the next call
+        owner = owner_of(module)
+        if owner is not None and owner is not self:
+            raise TypeError(
+                f"pipe.{kind} of another wanduet pipeline holds no weights: use WanPipeline.from_pipe, or give a module of "
+                "diffusers' or transformers'."
+            )
+        if module is None or owner is self:
+            with self.at_work():
+                self._take_back(kind, free=module is None and kind in CLASSES)
+            return
+        if kind in CLASSES:
+            check_module(kind, module)
+        elif kind == "text_encoder":
+            check_text_encoder(module)
+        elif not callable(module):
+            raise TypeError(f"pipe.tokenizer takes a tokenizer of transformers', not {type(module).__name__}.")
+        if self.config.model in RANDOM_SPECS:
+            raise ValueError(
+                f"pipe.{kind} cannot be given to {self.config.model}, whose weights are random: load a model."
+            )
+        with self.at_work():
+            if kind not in self.given:
+                self._own[kind] = self.config
+            self.given = self.given | {kind: module}
+            self._set_dtype(kind, module)
+            self._drop_for(kind)
+
+    def _take_back(self, kind: str, free: bool) -> None:
+        """Use the checkpoint's own part again, as it was; `free`: load it anew."""
+        if kind in self.given:
+            self.given = {name: module for name, module in self.given.items() if name != kind}
+            own, field = self._own.pop(kind), f"{kind}_dtype"
+            if hasattr(own, field):  # a tokenizer has none
+                self.config = replace(self.config, **{field: getattr(own, field)})
+            self._drop_for(kind)
+        elif free:
+            self.drop()
+
+    def _drop_for(self, kind: str) -> None:
+        """Forget what was made with the part of that kind."""
+        if kind == "tokenizer":
+            self._text = None
+        else:
+            self.drop()
+
+    def _set_dtype(self, kind: str, module: Any) -> None:
+        """A module keeps the dtype that it has, as in diffusers."""
+        if kind != "tokenizer" and (name := DTYPE_NAMES.get(module_dtype(module))):
+            changed: dict[str, Any] = {f"{kind}_dtype": name}
+            self.config = replace(self.config, **changed)
+
+    def with_modules(self, modules: dict[str, Any]) -> "PipelineParts":
+        """The same model with other modules in some places, loaded apart; itself where there are none."""
+        if not modules:
+            return self
+        return PipelineParts(self.config, self._open, self.given | modules)
+
+    def configure(self, **changes: Any) -> None:
+        """Other settings from the next call on. Raises ConfigError."""
+        with self.at_work():
+            config = replace(self.config, **changes)
+            if config != self.config:
+                find_placements(config, detect())  # refused now, not in the next call
+                self.config = config
+                self.drop()
+
+    def move(self, device: str) -> None:
+        """Run on a device, or on several. A given VAE goes along, for programs that call it themselves: it is small."""
+        self.configure(devices=device)
+        if "vae" in self.given:
+            with self.at_work():
+                self.given["vae"].to(device.split(",")[0].split("=")[-1])
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Compute in a dtype, given modules too; a VAE that was not given keeps its own. Raises ValueError."""
+        name = dtype_name(dtype)
+        for kind in ("transformer", "vae", "text_encoder"):
+            if kind in self.given:
+                self.given[kind].to(dtype)
+        changes = {f"{kind}_dtype": name for kind in ("transformer", *(k for k in self.given if k in CLASSES))}
+        self.configure(**changes)
+
+    def drop(self) -> None:
+        """Forget what is loaded: it is made anew at the next call."""
+        models, self._models, self._text = self._models, None, None
+        self._hardware = None  # measured anew, with nothing of ours on the devices
+        if models is not None:
+            models.unload()
+
+    # What the engine makes of it.
+
+    @property
+    def base(self) -> ModelFolder | None:
+        """The model's own folder; None for random weights, and where all parts are given."""
+        if self._base is None:
+            self._base = (self._open(),)
+        return self._base[0]
+
+    @property
+    def models(self) -> Models:
+        """The engine's models, of the weights that the given modules had at the last `refresh`."""
+        if self._models is None:
+            modules = self._modules
+            models = Models(self.config)
+            given = {kind: module for kind, module in self.given.items() if kind != "tokenizer"}
+            for kind, module in modules.items():
+                check_module(kind, module)
+            models.folder = folder_with(self.base, given) if given else self.base
+            self._stamps = {kind: stamp(module) for kind, module in modules.items()}
+            self._models = models
+        return self._models
+
+    @property
+    def _modules(self) -> dict[str, Any]:
+        """The given modules whose weights the engine copies."""
+        return {kind: module for kind, module in self.given.items() if kind in CLASSES}
+
+    def refresh(self) -> None:
+        """Load anew what was given and has changed since: new weights, another dtype. To be called with the lock."""
+        changed = {kind for kind, module in self._modules.items() if self._stamps.get(kind) != stamp(module)}
+        if self._models is not None and changed:
+            for kind in changed:
+                self._set_dtype(kind, self.given[kind])
+            self.drop()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shapes."""
+        return self.models.spec
+
+    @property
+    def hardware(self) -> Hardware:
+        """The machine as it was before anything was loaded: what is loaded is not taken off twice."""
+        if self._hardware is None:
+            self._hardware = detect()
+        return self._hardware
+
+    @property
+    def devices(self) -> tuple[torch.device, torch.device]:
+        """Where the transformer and the VAE would run, before a call's size is known."""
+        place = self._placement()
+        return torch.device(place.transformer.name), torch.device(place.vae.name)
+
+    def _placement(self) -> Any:
+        return find_placements(self.config, self.hardware)[0]
+
+    def dtype(self, kind: str) -> torch.dtype:
+        """What a part computes in."""
+        if kind in self.given and kind != "tokenizer":
+            return module_dtype(self.given[kind])
+        if kind == "text_encoder":
+            return getattr(torch, text_encoder_choice(self.spec, self.config)[0])
+        name = self.config.transformer_dtype if kind == "transformer" else self.config.vae_dtype
+        return torch.float32 if name == "auto" else getattr(torch, name)
+
+    def text(self, plan: Plan) -> PromptEncoder:
+        """Encodes prompts: with the given encoder or tokenizer, where there is one."""
+        tokenizer, encoder = self.given.get("tokenizer"), self.given.get("text_encoder")
+        if tokenizer is None and encoder is None and (self.base is not None or self.config.model in RANDOM_SPECS):
+            return self.models.text(plan)
+        if encoder is None and self.base is None:
+            raise ValueError("This pipeline has no text encoder: set pipe.text_encoder, or give prompt_embeds=.")
+        if self._text is None:
+            if encoder is None:
+                assert self.base is not None
+                self._text = with_tokenizer(self.base, plan, tokenizer)
+            else:
+                self._text = GivenPromptEncoder(encoder, tokenizer if tokenizer is not None else self.tokenizer())
+        return self._text
+
+    def tokenizer(self) -> Any:
+        """The given tokenizer, or the checkpoint's as transformers loads it; None for random weights."""
+        if "tokenizer" in self.given:
+            return self.given["tokenizer"]
+        if self._tokenizer is None and self.base is not None:
+            from transformers import AutoTokenizer
+
+            folder = str(self.base.tokenizer)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+        return self._tokenizer
+
+    # Planning.
+
+    def job(self, height: int, width: int, num_frames: int, guided: bool) -> Job:
+        """Plan a video. Raises ValueError for a size that the model has not, DoesNotFitError."""
+        try:
+            request = GenerationRequest.parse(
+                prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
+                guidance_scale=5.0 if guided else 1.0, seed=0,
+            )  # fmt: skip
+            resolved = request.resolve(self.models.spec)
+        except InvalidRequestError as error:
+            raise ValueError(str(error)) from None
+        if (resolved.generated_height, resolved.generated_width) != (height, width):
+            multiple = self.models.spec.size_multiple
+            raise ValueError(f"height={height} and width={width} must be multiples of {multiple}.")
+        plan = self._plan(resolved)
+        require_fit(plan, resolved)
+        return Job(resolved, plan, OutputOptions(Path()))
+
+    def _plan(self, request: ResolvedRequest) -> Plan:
+        """Never `parallel`: callback and scheduler are objects of this process, and cannot follow into others."""
+        plan = make_plan(request, self.models.memory, self.config, self.hardware)
+        if plan.strategy != "parallel":
+            return plan
+        for strategy in ("placed", "single"):
+            plan = make_plan(request, self.models.memory, replace(self.config, strategy=strategy), self.hardware)
+            if plan.fits:
+                break
+        return plan
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float32`, `bfloat16` or `float16` for a torch.dtype or its name. Raises ValueError."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPE_NAMES:
+        raise ValueError(f"dtype={dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
+    return DTYPE_NAMES[found]
+
+
+def owner_of(module: Any) -> PipelineParts | None:
+    """The pipeline's parts that a shown part, perhaps compiled, belongs to; None for any other module."""
+    owner = getattr(unwrapped(module), "__dict__", {}).get("parts")  # not what a wrapper hands on
+    return owner if isinstance(owner, PipelineParts) else None

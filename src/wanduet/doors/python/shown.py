@@ -1,0 +1,214 @@
+"""What `pipe.transformer`, `pipe.vae` and `pipe.text_encoder` show where the engine has loaded the model itself.
+
+They know their config, dtype and device, take the calls that ask for less memory or more speed (the engine's plan sees to
+both), and refuse by name what they cannot do. Weights are not among what they show: they wait wherever the plan puts them.
+"""
+
+import dataclasses
+import inspect
+import logging
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from wanduet.doors.python.decode import decode_videos
+from wanduet.doors.python.modules import CLASSES
+from wanduet.doors.python.parts import PipelineParts, dtype_name
+
+log = logging.getLogger(__name__)
+
+# Calls that change no result, only memory and speed, which the engine plans itself.
+NOTHING_TO_DO = (
+    "enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing", "enable_group_offload", "compile",
+    "compile_repeated_blocks", "set_attention_backend", "reset_attention_backend", "fuse_qkv_projections",
+    "unfuse_qkv_projections", "enable_xformers_memory_efficient_attention", "disable_xformers_memory_efficient_attention",
+    "enable_layerwise_casting", "enable_gradient_checkpointing", "disable_gradient_checkpointing", "tie_weights",
+)  # fmt: skip
+
+
+class ShownPart(nn.Module):
+    """One part of a pipeline, as diffusers' programs look at it; without parameters of its own."""
+
+    kind = ""
+
+    def __init__(self, parts: PipelineParts) -> None:
+        super().__init__()
+        self.parts = parts
+
+    @property
+    def config(self) -> Any:
+        """The checkpoint's config, with diffusers' defaults for what it leaves out; entries are attributes too."""
+        import diffusers
+        from diffusers.configuration_utils import FrozenDict
+
+        parameters = inspect.signature(getattr(diffusers, CLASSES[self.kind]).__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return FrozenDict(defaults | dataclasses.asdict(getattr(self.parts.spec, self.kind)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.parts.dtype(self.kind)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its weights may wait in host memory."""
+        return self.parts.devices[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Take the dtype; device and memory format are the plan's to choose (see `WanPipeline.to`)."""
+        dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+        if dtypes:
+            self.parts.configure(**{f"{self.kind}_dtype": dtype_name(dtypes[0])})
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        """See `to`."""
+        return self
+
+    def cpu(self) -> Self:
+        """See `to`."""
+        return self
+
+    def half(self) -> Self:
+        """See `to`."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """See `to`."""
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> Self:
+        """See `to`."""
+        return self.to(torch.bfloat16)
+
+    def num_parameters(self, *_: Any, **__: Any) -> int:
+        """Of the whole part."""
+        memory = self.parts.models.memory
+        shapes = {"transformer": memory.transformer_shapes, "vae": memory.vae_shapes}[self.kind]
+        return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(self._refusal("call"))
+
+    def parameters(self, recurse: bool = True) -> NoReturn:
+        """Raises NotImplementedError: that there are none would be a wrong answer. (`named_parameters` gives none, for
+        diffusers' hooks, which have nothing to do here.)"""
+        raise NotImplementedError(self._refusal("parameters"))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezing has nothing to do; the engine trains nothing. Raises NotImplementedError for True."""
+        if requires_grad:
+            raise NotImplementedError(self._refusal("gradients"))
+        return self
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(self._refusal("state_dict"))
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(self._refusal("load_state_dict"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not here: calls with nothing to do, or an AttributeError that says what to use."""
+        if name in NOTHING_TO_DO:
+            return lambda *_, **__: log.info("%s: nothing to do, the engine plans memory and speed itself.", name)
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        raise AttributeError(self._refusal(name))
+
+    def _refusal(self, name: str) -> str:
+        owner = CLASSES.get(self.kind, "UMT5EncoderModel")
+        return (
+            f"pipe.{self.kind} is run by wanduet's engine and has no {name}: load diffusers' own {owner} for that, and set "
+            f"pipe.{self.kind} to it."
+        ).replace("diffusers' own UMT5", "transformers' own UMT5")
+
+
+class ShownTransformer(ShownPart):
+    """The engine's transformer."""
+
+    kind = "transformer"
+
+
+class ShownVAE(ShownPart):
+    """The engine's VAE: it decodes. Tiling and slicing have no effect: strips are exact, and chosen by the plan."""
+
+    kind = "vae"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it decodes."""
+        return self.parts.devices[1]
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Latents `[B, 16, T, h, w]`, times the config's `latents_std` and plus `latents_mean`, to video
+        `[B, 3, 4T - 3, H, W]` in -1..1, in steps of 1/127.5, of the latents' dtype and device.
+        """
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        spec = self.parts.spec.vae
+        if z.ndim != 5 or z.shape[1] != spec.z_dim:
+            raise ValueError(f"vae.decode takes latents [B, {spec.z_dim}, T, h, w], not {list(z.shape)}.")
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (spec.latents_mean, spec.latents_std))
+        with self.parts.for_use():
+            frames = decode_videos(self.parts, (z.float().cpu() - mean) / std)
+        values = torch.stack([torch.from_numpy(video) for video in frames]).permute(0, 4, 1, 2, 3)
+        sample = values.to(z.device).to(z.dtype).div_(127.5).sub_(1.0)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+class ShownTextEncoder(ShownPart):
+    """The engine's text encoder: `pipe.encode_prompt` runs it, on the host."""
+
+    kind = "text_encoder"
+
+    @property
+    def config(self) -> Any:
+        """The checkpoint's config, as transformers has it."""
+        from transformers import UMT5Config
+
+        return UMT5Config(**dataclasses.asdict(self.parts.spec.text_encoder), feed_forward_proj="gated-gelu")
+
+    @property
+    def device(self) -> torch.device:
+        """The host."""
+        return torch.device("cpu")
+
+    def _refusal(self, name: str) -> str:
+        if name == "call":
+            return "pipe.text_encoder is run by wanduet's engine: call pipe.encode_prompt(prompt) instead."
+        return super()._refusal(name)
+
+    def num_parameters(self, *_: Any, **__: Any) -> int:
+        """Of the whole part."""
+        folder = self.parts.base
+        return 0 if folder is None else sum(torch.Size(s).numel() for s in folder.text_encoder.shapes.values())
+
+
+SHOWN = {"transformer": ShownTransformer, "vae": ShownVAE, "text_encoder": ShownTextEncoder}
+
+
+class ReplaceablePart:
+    """A pipeline's attribute: the module that was given, or what stands for the engine's own.
+
+    Set to None, or deleted, it is the engine's own again, which is loaded when it is needed.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        """The part; of the class, this descriptor."""
+        return self if pipe is None else pipe._parts.given.get(self._kind, pipe._shown[self._kind])
+
+    def __set__(self, pipe: Any, module: Any) -> None:
+        """Use a module from the next call on. Raises TypeError or ValueError."""
+        pipe._parts.give(self._kind, module)
+
+    def __delete__(self, pipe: Any) -> None:
+        """See above."""
+        pipe._parts.give(self._kind, None)

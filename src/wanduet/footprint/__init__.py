@@ -1,0 +1,1 @@
+"""How many bytes each phase of a job needs, from shapes alone."""

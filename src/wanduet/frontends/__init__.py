@@ -1,1 +1,0 @@
-"""Doors: command line, Python."""

@@ -1,0 +1,1 @@
+"""Operations, each with its plain PyTorch form beside its fused ones."""

@@ -1,0 +1,1 @@
+"""Attention: back ends, which one is used, cross attention to the text."""

@@ -1,0 +1,162 @@
+"""Softmax attention back ends behind one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out.
+
+Keys and values may be shorter or longer than queries. Inputs may be strided views, with a head's
+channels side by side. `attend_with_lse` also returns the natural logarithm of each query's sum of
+exponentials, `[B, H, L]` float32, with which partial results over parts of the keys can be joined.
+
+The back ends call their kernels directly: PyTorch's `sdpa_kernel` switch is global to the process, and
+another thread (the VAE's) may be attending at the same time. Which one runs where is decided by
+measurement in `wanduet.kernels.attention.choose`.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanduet.kernels.attention import flash4
+
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Queries a chunk of the plain form: its float32 scores stay below 64 MB at 4096 keys and 4 heads.
+PLAIN_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to compute attention. `exact`: differs from the definition by rounding only."""
+
+    name: str
+    attend: AttentionFn
+    attend_with_lse: AttentionLseFn | None
+    exact: bool = True
+    package: str | None = None  # the distribution that holds it, where that is not torch
+    capability: tuple[int, int] | None = None  # of the GPUs that it is for, where that is not all
+
+    @property
+    def version(self) -> str:
+        """Of the package that holds it; part of the key under which a measurement is kept."""
+        return torch.__version__ if self.package is None else version(self.package)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own choice of kernel. Any device, any dtype; the reference for every other back end."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention by its definition in float32, a chunk of queries at a time, and its log-sum-exp."""
+    k_BHDL, v_BHLD = k.permute(0, 2, 3, 1).float(), v.transpose(1, 2).float()
+    outs, lses = [], []
+    for q_chunk in q.split(PLAIN_CHUNK, dim=1):
+        scores = q_chunk.transpose(1, 2).float() @ k_BHDL * q.shape[-1] ** -0.5
+        lses.append(scores.logsumexp(dim=-1))
+        outs.append((scores.softmax(dim=-1) @ v_BHLD).to(q.dtype).transpose(1, 2))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
+def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
+    )
+    return out.transpose(1, 2), sums.flatten(2) if lse else sums  # [B, H, L, 1]
+
+
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    )
+    return out.transpose(1, 2), sums
+
+
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
+    )
+    return out.transpose(1, 2), sums[..., : q.shape[1]]  # padded to a multiple of 32
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattention import sageattn
+
+    with torch.cuda.device(q.device):
+        out: Tensor = sageattn(q, k, v, tensor_layout="NHD")
+    return out
+
+
+def _flash4(name: str, attend: AttentionLseFn, capability: tuple[int, int] | None = None) -> Backend:
+    """One kernel serves with and without the log-sum-exps: they cost nothing, another kernel seconds to compile."""
+    return Backend(name, lambda q, k, v: attend(q, k, v)[0], attend, package="flash-attn-4", capability=capability)
+
+
+SDPA = Backend("sdpa", sdpa, plain_with_lse)
+BACKENDS: tuple[Backend, ...] = (
+    SDPA,
+    Backend("sdpa_cudnn", lambda q, k, v: _sdpa_cudnn(q, k, v, False)[0], _sdpa_cudnn),
+    Backend("sdpa_flash", lambda q, k, v: _sdpa_flash(q, k, v)[0], _sdpa_flash),
+    Backend("sdpa_efficient", lambda q, k, v: _sdpa_efficient(q, k, v, False)[0], _sdpa_efficient),
+    _flash4("flash-attn-4", flash4.attend),
+    _flash4("flash-attn-4-steady", flash4.attend_steady, capability=(9, 0)),
+    Backend("sageattention", _sage, None, exact=False, package="sageattention"),
+)
+
+
+MODULES = {"flash-attn-4": "flash_attn.cute", "sageattention": "sageattention"}
+
+
+def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> None:
+    """Import what `choose_attention` will try: some libraries take ten seconds, which may pass beside other work.
+
+    `kernels_folder` is where they keep the kernels that they compile. What cannot be imported is found out later.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kernels_folder))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(kernels_folder / "quack"))  # flash-attn-4 is built on it
+    for backend in available_backends(device).values():
+        tried = backend.exact if prefer == "auto" else backend.name == prefer
+        if tried and backend.package is not None:
+            with suppress(Exception):
+                importlib.import_module(MODULES[backend.package])
+
+
+def available_backends(device: torch.device) -> dict[str, Backend]:
+    """The back ends that could run on `device`, by name. That one is listed does not mean that it works there."""
+    if device.type != "cuda":
+        return {SDPA.name: SDPA}
+    return {
+        b.name: b
+        for b in BACKENDS
+        if (b.package is None or _importable(MODULES[b.package], b.package))
+        and (b.name != "sdpa_flash" or torch.backends.cuda.is_flash_attention_available())  # not built in on Windows
+        and (b.capability is None or b.capability == torch.cuda.get_device_capability(device))
+    }
+
+
+def caution_for(backend: Backend) -> str | None:
+    """What is known against a back end's installed release, which its check cannot see; None if nothing is."""
+    if backend.package != "sageattention" or not version(backend.package).startswith("1."):
+        return None
+    return (
+        f"sageattention {version(backend.package)} adds up in 16 bits: with Wan models black videos were reported, which a "
+        "check on random numbers does not show. Look at the first video; release 2.2 from its own repository is better."
+    )
+
+
+def _importable(module: str, package: str) -> bool:
+    try:
+        version(package)
+        return importlib.util.find_spec(module) is not None
+    except (PackageNotFoundError, ImportError):
+        return False

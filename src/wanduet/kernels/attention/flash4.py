@@ -1,0 +1,72 @@
+"""flash-attn-4's forward kernel, as it is and with a softmax of ours for Hopper.
+
+`q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]` in bfloat16 or float16, with a head's channels side by side; out come the
+result `[B, L, H, D]` and the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
+"""
+
+import importlib.util
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_building = Lock()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As the library does it."""
+    from flash_attn.cute import flash_attn_func
+
+    with torch.cuda.device(q.device):
+        out, lse = flash_attn_func(q, k, v, return_lse=True)
+    return out, lse
+
+
+def attend_steady(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same kernel with a softmax that looks for the largest score in one tile of keys only, and attention once more
+    for those queries, hardly ever any, that need it in all: `wanduet.kernels.attention.flash4_softmax` says why that is exact."""
+    from wanduet.kernels.attention.flash4_redo import redo
+
+    with torch.cuda.device(q.device):
+        out, lse, *_ = _steady_interface()._flash_attn_fwd(
+            q, k, v, tile_mn=(128, 128), mma_pv_is_rs=True, intra_wg_overlap=True, return_lse=True
+        )
+        redo(q, k, v, out, lse)
+    return out, lse
+
+
+def _steady_interface() -> ModuleType:
+    with _building:
+        return _build_steady_interface()
+
+
+@cache
+def _build_steady_interface() -> ModuleType:
+    """The library's interface with the softmax replaced in its Hopper kernel: copies of two of its modules, so that its
+    own stay as they are. Compiled kernels are kept beside the library's, in a folder of their own for each version of
+    the softmax."""
+    from flash_attn.cute.cache_utils import get_jit_cache
+
+    from wanduet.kernels.attention import flash4_softmax
+
+    kernel = _copy_of("flash_attn.cute.flash_fwd_sm90")
+    kernel.Softmax = flash4_softmax.SteadySoftmax  # type: ignore[attr-defined]
+    interface = _copy_of("flash_attn.cute.interface")
+    interface.FlashAttentionForwardSm90 = kernel.FlashAttentionForwardSm90  # type: ignore[attr-defined]
+    source = sha256(Path(flash4_softmax.__file__).read_bytes()).hexdigest()
+    interface._flash_attn_fwd.compile_cache = get_jit_cache(f"wanduet-{source[:16]}")
+    return interface
+
+
+def _copy_of(name: str) -> ModuleType:
+    """A module executed anew, beside the one that everybody imports."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is not there.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,220 @@
+"""Whether fused kernels compute the right thing: each operation beside its plain form, on short random tensors."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
+from wanduet.kernels.dit.rope import Rope, rope_for_grid
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
+
+
+@torch.no_grad()
+def largest_error(
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    operations: Iterable[str] | None = None,
+    heads: int = 3,
+    head_dim: int = 128,
+) -> float:
+    """Largest relative error of any operation (or of those of `operations`, names of fields) against its plain form, on
+    short random sequences."""
+    samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=heads, head_dim=head_dim)
+    errors = []
+    for operation in CASES if operations is None else operations:
+        for case in CASES[operation]:
+            got, expected = (case(k, samples.restarted()) for k in (kernels, TORCH_KERNELS))
+            errors += [relative(a, b) for a, b in zip(got, expected, strict=True)]
+    return _largest(errors)
+
+
+@torch.no_grad()
+def largest_vae_error(
+    kernels: VAEKernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    base_dim: int,
+    operations: Iterable[str] | None = None,
+) -> float:
+    """The same for a VAE's operations (of `VAE_CASES`), at the widths of its decoder's last block but one, in the
+    combinations that it has, so that what is compiled here is used there."""
+    errors = []
+    for operation in VAE_CASES if operations is None else operations:
+        draw = _VAESamples(torch.Generator().manual_seed(0), device, dtype, base_dim)
+        errors += VAE_CASES[operation](kernels, draw)
+    return _largest(errors)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """How far off a result is, as a share of the expected one's length."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _largest(errors: list[float]) -> float:
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Random tensors, the same ones after each restart. Sizes are odd on purpose: masks must work."""
+
+    generator: torch.Generator
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 2
+    length: int = 37
+    heads: int = 3
+    head_dim: int = 128
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def restarted(self) -> "_Samples":
+        self.generator.manual_seed(0)
+        return self
+
+    def draw(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """`[B, L, C]` as a chunk of a longer sequence: not contiguous over the batch."""
+        return self.draw(self.batch, self.length + 6, self.width, dtype=dtype)[:, 2:-4]
+
+    def row(self) -> Tensor:
+        return self.draw(self.batch, self.width)
+
+    def rope(self) -> Rope:
+        return rope_for_grid((1, 1, self.length), self.head_dim, self.device)
+
+
+_Case = Callable[[Kernels, _Samples], tuple[Tensor, ...]]
+
+
+def _norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    return (kernels.norm(s.tokens(torch.float32), s.row(), s.row()[:1], 1e-6, s.dtype),)
+
+
+def _residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    x, y = s.tokens(torch.float32), s.tokens(s.dtype)
+    return kernels.residual_norm(x, y, None, s.row()[:1], s.row()[:1], 1e-6, None)
+
+
+def _gated_residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    x, y = s.tokens(torch.float32), s.tokens(s.dtype)
+    return kernels.residual_norm(x, y, s.row(), s.row(), s.row(), 1e-6, torch.empty_like(y))
+
+
+def _qk(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    return (kernels.qk_norm_rope(s.tokens(s.dtype), s.draw(s.width), 1e-6, s.heads, None),)
+
+
+def _qk_pair(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    q, k, _ = s.draw(s.batch, s.length, 3 * s.width, dtype=s.dtype).chunk(3, dim=-1)
+    return kernels.qk_norm_rope_pair(q, k, s.draw(s.width), s.draw(s.width), 1e-6, s.heads, s.rope())
+
+
+def _linear(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    weight = s.draw(s.width, s.width, dtype=s.dtype) / s.width**0.5
+    x, bias, out = s.tokens(s.dtype), s.draw(s.width, dtype=s.dtype), s.tokens(s.dtype)
+    return kernels.linear(x, weight, bias, None), kernels.linear(x, weight, bias, out)
+
+
+def _linear_gelu(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+    weight = s.draw(2 * s.width, s.width, dtype=s.dtype) / s.width**0.5
+    x, bias = s.tokens(s.dtype), s.draw(2 * s.width, dtype=s.dtype)
+    out = torch.empty(*x.shape[:2], 2 * s.width, dtype=s.dtype, device=x.device)
+    return kernels.linear_gelu(x, weight, bias, None), kernels.linear_gelu(x, weight, bias, out)
+
+
+def _text(num_keys: int) -> _Case:
+    def case(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
+        keys, values = (s.draw(s.batch, num_keys, s.heads, s.head_dim, dtype=s.dtype) for _ in range(2))
+        return (kernels.text_attention(s.tokens(s.dtype), s.draw(s.width), 1e-6, keys, values, 9),)
+
+    return case
+
+
+# By the operation that they try. A text of up to 128 keys is seen at once, a longer one in parts, by another kernel.
+CASES: dict[str, tuple[_Case, ...]] = {
+    "norm": (_norm,),
+    "residual_norm": (_residual_norm, _gated_residual_norm),
+    "qk_norm_rope": (_qk,),
+    "qk_norm_rope_pair": (_qk_pair,),
+    "linear": (_linear,),
+    "linear_gelu": (_linear_gelu,),
+    "text_attention": (_text(70), _text(150)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _VAESamples:
+    """Random clips; sizes are odd on purpose."""
+
+    generator: torch.Generator
+    device: torch.device
+    dtype: torch.dtype
+    base_dim: int
+
+    @property
+    def width(self) -> int:
+        return 2 * self.base_dim
+
+    def __call__(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        return x.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else x
+
+    def convolution(self) -> tuple[Tensor, Tensor]:
+        return self(self.width, self.width, 3, 3, 3) / 50, self(self.width)
+
+
+def _causal_conv(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
+    def clone(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.clone()
+
+    width = draw.width
+    weight, bias = draw.convolution()
+    x, residual = draw(1, width, 3, 5, 7), draw(1, width, 3, 4, 7)
+    norm, after = draw(width, 1, 1, 1), draw(width, 1, 1, 1)
+    before = draw(1, width, 2, 5, 7)
+    past = kernels.causal_conv(before, None, weight, bias, (1, 0), out_gamma=after)[1].clone()
+    plain = F.pad(past, (0, 0, 1, 0)) if past.shape[3] == 5 else past  # the plain form's past has the zero rows
+    errors = []
+    for pads, mine, theirs, added, out_gamma in (
+        ((1, 0), past, plain, residual, None),
+        ((1, 0), None, None, None, after),
+        ((0, 1), None, None, residual, None),
+    ):
+        for gamma in (norm, None):
+            inputs = (weight, bias, pads, gamma, added)
+            got, _ = kernels.causal_conv(x.clone(), clone(mine), *inputs, consume=True, out_gamma=out_gamma)
+            expected, _ = VAE_TORCH_KERNELS.causal_conv(x.clone(), clone(theirs), *inputs, out_gamma=out_gamma)
+            errors.append(relative(got, expected))
+    return errors
+
+
+def _double_conv(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
+    weight, bias = draw.convolution()
+    x = draw(1, draw.width, 3, 5, 7)
+    outs = [draw(1, draw.base_dim, 3, 10, 14) for _ in range(2)]
+    flat = weight[: draw.base_dim, :, 0].contiguous(memory_format=torch.channels_last)
+    for one, out in zip((kernels, VAE_TORCH_KERNELS), outs, strict=True):
+        doubled = flat if one.double_weight is None else one.double_weight(flat)
+        one.double_conv(x, doubled, bias[: draw.base_dim], (1, 1), out)
+    return [relative(*outs)]
+
+
+def _attend(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
+    qkv = draw(2, 48, 3 * draw.width).chunk(3, dim=-1)  # no whole square of any product
+    return [relative(kernels.attend(*qkv), VAE_TORCH_KERNELS.attend(*qkv))]
+
+
+VAE_CASES: dict[str, Callable[[VAEKernels, _VAESamples], list[float]]] = {
+    "causal_conv": _causal_conv,
+    "double_conv": _double_conv,
+    "attend": _attend,
+}

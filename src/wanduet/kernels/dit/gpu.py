@@ -1,0 +1,215 @@
+"""Triton forms of `wanduet.kernels.dit.plain`: every tensor read once and written once.
+
+Imported lazily, only where Triton is there (`wanduet.kernels.select.kernels_for`). Arithmetic is float32
+inside a program, which holds whole rows of channels in registers. Without gradients only; with
+gradients enabled the plain forms run.
+
+Bytes moved by what stands between the matrix products, in units of one `[L, C]` tensor in bf16
+(480p: 32,760 x 1536 x 2 B = 0.1006 GB), for each block:
+
+    operation                         reads            writes        units
+    q, k norm + rotation              q, k             q, k              4
+    residual + norm after self-attn   x (2), y         x (2), n          6
+    cross-attention, norm included    q                out               2
+    residual + norm after cross-attn  x (2), y         x (2), n          6
+    GELU                              in the product's epilogue          0
+    residual + norm after the FFN     x (2), y         x (2), n          6
+
+24 units, 2.42 GB a block at 480p; 30 blocks and the first norm: 73 GB a forward.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of a kernel's parameters itself.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanduet.kernels.attention.cross import text_attention
+from wanduet.kernels.device import on_device_of
+from wanduet.kernels.dit import plain
+from wanduet.kernels.dit.plain import Kernels
+from wanduet.kernels.dit.rope import Rope
+
+
+# Here and below: no other length, of a video or a prompt, is a kernel to compile again.
+@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
+def _residual_norm_kernel(
+    x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr,
+    x_batch, x_row, y_batch, y_row, out_batch, out_row, gate_batch, weight_batch, bias_batch,
+    length, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """`x += gate * y`; `out = LayerNorm(x) * weight + bias`. `out` may be `y`: rows are read before written."""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_i64 = row.to(tl.int64)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    in_width = col < C
+    mask = (row[:, None] < length) & in_width
+    weight = tl.load(weight_ptr + batch * weight_batch + col, in_width, 0.0)
+    bias = tl.load(bias_ptr + batch * bias_batch + col, in_width, 0.0)
+    x_at = x_ptr + batch * x_batch + row_i64 * x_row + col
+    x = tl.load(x_at, mask, 0.0).to(tl.float32)
+    if HAS_Y:
+        y = tl.load(y_ptr + batch * y_batch + row_i64 * y_row + col, mask, 0.0).to(tl.float32)
+        if HAS_GATE:
+            y = y * tl.load(gate_ptr + batch * gate_batch + col, in_width, 0.0)
+        x = x + y
+        tl.store(x_at, x.to(x_ptr.dtype.element_ty), mask)
+    mean = tl.sum(x, 1)[:, None] / C
+    centred = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 1)[:, None] / C
+    normed = centred * tl.rsqrt(variance + eps) * weight + bias
+    out_at = out_ptr + batch * out_batch + row_i64 * out_row + col
+    tl.store(out_at, normed.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_norm_rotate(
+    at, weight_at, mask, in_width, cos, sin, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of the rows at `at`, then the rotation of interleaved pairs, in place."""
+    x = tl.load(at, mask, 0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps) * tl.load(weight_at, in_width, 0.0).to(tl.float32)
+    if ROTATE:
+        first, second = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
+        x = tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (ROWS, BLOCK))
+    tl.store(at, x.to(at.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
+def _qk_norm_rope_kernel(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    q_batch, q_row, k_batch, k_row, length, eps,
+    C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_K: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm over all channels and rotation of q's rows, and of k's where `HAS_K`; angles `[L, HALF]`."""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_i64 = row.to(tl.int64)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    in_width = col < C
+    in_length = row[:, None] < length
+    mask = in_length & in_width
+    cos = 1.0
+    sin = 0.0
+    if ROTATE:
+        pair = tl.arange(0, BLOCK // 2)[None, :]
+        angle_at = row[:, None] * HALF + pair % HALF
+        angle_mask = in_length & (pair < C // 2)
+        cos = tl.load(cos_ptr + angle_at, angle_mask, 0.0)
+        sin = tl.load(sin_ptr + angle_at, angle_mask, 0.0)
+    q_at = q_ptr + batch * q_batch + row_i64 * q_row + col
+    _rms_norm_rotate(q_at, q_weight_ptr + col, mask, in_width, cos, sin, eps, C, BLOCK, ROWS, ROTATE)
+    if HAS_K:
+        k_at = k_ptr + batch * k_batch + row_i64 * k_row + col
+        _rms_norm_rotate(k_at, k_weight_ptr + col, mask, in_width, cos, sin, eps, C, BLOCK, ROWS, ROTATE)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `fused.norm`."""
+    if torch.is_grad_enabled():
+        return plain.norm(x, weight, bias, eps, dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    _launch_residual_norm(x, None, None, weight, bias, eps, out)
+    return out
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `fused.residual_norm`."""
+    if torch.is_grad_enabled():
+        return plain.residual_norm(x, y, gate, weight, bias, eps)
+    out = y if out is None else out
+    _launch_residual_norm(x, y, gate, weight, bias, eps, out)
+    return x, out
+
+
+def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+    """See `fused.qk_norm_rope`: in place."""
+    if torch.is_grad_enabled():
+        return plain.qk_norm_rope(qk, weight, eps, num_heads, rope)
+    _launch_qk_norm_rope(qk, None, weight, None, eps, rope)
+    heads: Tensor = qk.unflatten(-1, (num_heads, -1))
+    return heads
+
+
+def qk_norm_rope_pair(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    """See `fused.qk_norm_rope_pair`: in place, one launch, the angles read once for both."""
+    if torch.is_grad_enabled():
+        return plain.qk_norm_rope_pair(q, k, q_weight, k_weight, eps, num_heads, rope)
+    _launch_qk_norm_rope(q, k, q_weight, k_weight, eps, rope)
+    return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """See `fused.linear_gelu`: bias and tanh-GELU in the product's epilogue (cublasLt `EPILOGUE_GELU_BIAS`)."""
+    if torch.is_grad_enabled():
+        return plain.linear_gelu(x, weight, bias)
+    hidden = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
+    for x_LC, hidden_LF in zip(x, hidden, strict=True):
+        torch.ops.aten._addmm_activation.out(bias, x_LC, weight.t(), use_gelu=True, out=hidden_LF)
+    return hidden
+
+
+def _launch_residual_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> None:
+    """x, y, out `[B, L, C]`, any strides over B and L; gate, weight, bias `[B, C]` or `[1, C]`."""
+    batch, length, width = x.shape
+    read = x if y is None else y
+    _require_dense_channels(x, read, out, weight, bias, *(() if gate is None else (gate,)))
+    block, rows, warps = launch_shape(width)
+    with on_device_of(x):
+        _residual_norm_kernel[(triton.cdiv(length, rows), batch)](
+            x, read, out, weight if gate is None else gate, weight, bias,
+            x.stride(0), x.stride(1), read.stride(0), read.stride(1), out.stride(0), out.stride(1),
+            0 if gate is None else _batch_stride(gate), _batch_stride(weight), _batch_stride(bias),
+            length, eps,
+            C=width, BLOCK=block, ROWS=rows, HAS_Y=y is not None, HAS_GATE=gate is not None, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _launch_qk_norm_rope(
+    q: Tensor, k: Tensor | None, q_weight: Tensor, k_weight: Tensor | None, eps: float, rope: Rope | None
+) -> None:
+    batch, length, width = q.shape
+    second = q if k is None else k
+    _require_dense_channels(q, second, q_weight)
+    cos, sin = (q_weight, q_weight) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
+    block, rows, warps = launch_shape(width)
+    with on_device_of(q):
+        _qk_norm_rope_kernel[(triton.cdiv(length, rows), batch)](
+            q, second, q_weight, q_weight if k_weight is None else k_weight, cos, sin,
+            q.stride(0), q.stride(1), second.stride(0), second.stride(1), length, eps,
+            C=width, HALF=cos.shape[-1], BLOCK=block, ROWS=rows, HAS_K=k is not None, ROTATE=rope is not None,
+            num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def launch_shape(width: int) -> tuple[int, int, int]:
+    """Columns, rows and warps of a program for rows of `width` channels."""
+    block = triton.next_power_of_2(width)
+    return block, max(1, 2048 // block), max(4, min(16, block // 512))
+
+
+def _batch_stride(x: Tensor) -> int:
+    """0 where one row `[1, C]` serves the whole batch."""
+    return 0 if x.shape[0] == 1 else x.stride(0)
+
+
+def _require_dense_channels(*tensors: Tensor) -> None:
+    if any(x.stride(-1) != 1 for x in tensors):
+        raise ValueError("Fused kernels need channels that lie side by side in memory.")
+
+
+TRITON_KERNELS = Kernels(
+    "triton", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, plain.linear, linear_gelu, text_attention
+)

@@ -1,0 +1,141 @@
+"""A transformer's matrix products and the element-wise work between them, in as few passes as possible.
+
+`Kernels` is the set of operations that the transformer is given; `TORCH_KERNELS` is the plain PyTorch
+form of each, the reference for every faster one. All arithmetic is float32 inside; results are rounded
+once. With gradients enabled the operations are functional; otherwise they work in place, in chunks of
+tokens, so that no float32 copy of a whole sequence ever exists.
+
+Shapes: x `[B, L, C]` float32 residual stream; normed, y `[B, L, C]` in the compute dtype;
+weight, bias, gate `[B, C]` or `[1, C]` float32.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanduet.kernels.dit.rope import Rope, rotate
+
+LinearFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+# Tokens a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and some ten live at once.
+CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One implementation of each fused operation. See the functions below for what each computes."""
+
+    name: str
+    norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
+    residual_norm: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]
+    ]
+    qk_norm_rope: Callable[[Tensor, Tensor, float, int, Rope | None], Tensor]
+    qk_norm_rope_pair: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Rope | None], tuple[Tensor, Tensor]]
+    linear: LinearFn
+    linear_gelu: LinearFn
+    text_attention: Callable[[Tensor, Tensor, float, Tensor, Tensor, int], Tensor]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`LayerNorm(x) * weight + bias` as `dtype`. Modulation is `weight = 1 + scale, bias = shift`."""
+    if torch.is_grad_enabled():
+        return _norm(x, weight, bias, eps).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    for rows in _chunks(x.shape[1]):
+        out[:, rows] = _norm(x[:, rows], weight, bias, eps)
+    return out
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x + gate * y` and its `norm`. Without gradients x is overwritten, and `out`, by default y, with the norm."""
+    if torch.is_grad_enabled():
+        x = x + (y.float() if gate is None else y.float() * gate[:, None])
+        return x, _norm(x, weight, bias, eps).to(y.dtype)
+    out = y if out is None else out
+    for rows in _chunks(x.shape[1]):
+        x_rows, y_rows = x[:, rows], y[:, rows]
+        if gate is None:
+            x_rows += y_rows
+        else:
+            x_rows.addcmul_(y_rows.float(), gate[:, None])
+        out[:, rows].copy_(_norm(x_rows, weight, bias, eps))
+    return x, out
+
+
+def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+    """RMSNorm over all channels of q or k `[B, L, C]` (may be strided), then the rotation, as `[B, L, H, D]`.
+
+    The norm spans all heads (wan-facts: before the split). Without gradients the result is in place.
+    """
+    if torch.is_grad_enabled():
+        return _qk_norm_rope(qk, weight, eps, num_heads, rope).to(qk.dtype)
+    heads: Tensor = qk.unflatten(-1, (num_heads, -1))
+    for rows in _chunks(qk.shape[1]):
+        heads[:, rows] = _qk_norm_rope(qk[:, rows], weight, eps, num_heads, rope.select(rows) if rope else None)
+    return heads
+
+
+def qk_norm_rope_pair(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` of q and of k, which have the same rotation; one launch where there are kernels."""
+    return qk_norm_rope(q, q_weight, eps, num_heads, rope), qk_norm_rope(k, k_weight, eps, num_heads, rope)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`; without gradients in `out` `[B, L, F]`, if it is given."""
+    if torch.is_grad_enabled():
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    hidden = linear(x, weight, bias, out)
+    torch.ops.aten.gelu_(hidden, approximate="tanh")
+    return hidden
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` `[B, L, O]`; without gradients in `out`, if it is given."""
+    if out is None or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    for x_LC, out_LO in zip(x, out, strict=True):
+        torch.addmm(bias, x_LC, weight.t(), out=out_LO)
+    return out
+
+
+def text_attention(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
+    """Attention of `qk_norm_rope(q)` `[B, L, C]` to a text's keys and values `[B, S, H, D]`; returns `[B, L, C]`.
+
+    The last key and value count `repeats` times: they stand for all of a prompt's padding, which is alike.
+    Without gradients the result is in place of q.
+    """
+    heads = qk_norm_rope(q, weight, eps, keys.shape[2], None)
+    k, v = (torch.cat((x, x[:, -1:].expand(-1, repeats - 1, -1, -1)), dim=1).transpose(1, 2) for x in (keys, values))
+    if torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(heads.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+    for rows in _chunks(q.shape[1]):
+        attended = F.scaled_dot_product_attention(heads[:, rows].transpose(1, 2), k, v)
+        heads[:, rows] = attended.transpose(1, 2)
+    return q
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight[:, None] + bias[:, None]
+
+
+def _qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+    normed = F.rms_norm(qk.float(), qk.shape[-1:], weight, eps).unflatten(-1, (num_heads, -1))
+    return normed if rope is None else rotate(normed, rope)
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
+
+
+TORCH_KERNELS = Kernels(
+    "torch", norm, residual_norm, qk_norm_rope, qk_norm_rope_pair, linear, linear_gelu, text_attention
+)

@@ -1,0 +1,230 @@
+"""Which fused kernels a device gets: Triton's where they work, else the plain PyTorch forms. Each operation is judged alone."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from wanduet.errors import KernelFailedError
+from wanduet.kernels.check import CASES, VAE_CASES, largest_error, largest_vae_error
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
+from wanduet.kernels.precision import EXACT, PRODUCTS, convolutions_use_tf32, vae_precision
+from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS, compiling_for
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, remember, remember_failure, triton_problem
+
+log = logging.getLogger(__name__)
+
+# Largest relative error against the plain forms on the same inputs: both round once, at other places.
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TF32_TOLERANCE = 2e-3  # factors of 11 bits, which each form rounds in its own way
+
+# Sets of kernels by name, as messages and what is remembered call them.
+TRITON, VAE_TRITON, QUACK = "Triton's kernels", "Triton's kernels for the VAE", "quack's products"
+# What a user loses by plain forms; measured without Triton's kernels: 9 to 21 %, by size and card.
+COSTS = {
+    TRITON: "plain PyTorch runs instead, and the denoise takes up to a fifth longer",
+    QUACK: "cuBLAS's products run instead, and the denoise takes a few percent longer",
+    VAE_TRITON: "plain PyTorch runs instead: the decode takes longer, and may need more memory than was planned",
+}
+# What is taken over together, by the operation that it is called by.
+_OPERATIONS = {name: (name,) for name in CASES}
+_VAE_OPERATIONS = {name: (name,) for name in VAE_CASES} | {"double_conv": ("double_weight", "double_conv")}
+
+Set = TypeVar("Set", Kernels, VAEKernels)
+Result = TypeVar("Result")
+
+
+@PRODUCTS.at(EXACT)
+def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_dim: int = 128) -> Kernels:
+    """The fastest kernels that work on `device` when computing in `dtype`.
+
+    Each of Triton's kernels is compiled and compared with its plain form on short sequences before it is trusted; where
+    it does not compile, does not fit or is wrong, the log says so and its plain form is taken. Kernels are compiled for a
+    width: with a model's `heads` and `head_dim`, those are tried, and compiled, that it will use.
+    """
+
+    def triton() -> Kernels:
+        from wanduet.kernels.dit.gpu import TRITON_KERNELS
+
+        return TRITON_KERNELS
+
+    def quack() -> Kernels:
+        from wanduet.kernels.dit import quack as quack_products
+
+        name = f"{kernels.name}+quack"
+        return replace(kernels, name=name, linear=quack_products.linear, linear_gelu=quack_products.linear_gelu)
+
+    def error(tried: Kernels, operation: str) -> float:
+        return largest_error(tried, device, dtype, (operation,), heads, head_dim)
+
+    check = _Check(device, dtype, CHECK_TOLERANCE[dtype], _OPERATIONS)
+    kernels = check.judged(TRITON, triton, TORCH_KERNELS, error)
+    if kernels is TORCH_KERNELS or not has_quack(device, dtype):
+        return kernels
+    return check.judged(QUACK, quack, kernels, error)
+
+
+def vae_kernels_for(
+    device: torch.device, dtype: torch.dtype, base_dim: int, tf32: bool | None = None
+) -> VAEKernels:  # fmt: skip
+    """The same for a VAE, with its least number of channels (see `VAESpec`) and its precision (see `WanVAE.tf32`)."""
+
+    def error(tried: VAEKernels, operation: str) -> float:
+        return largest_vae_error(tried, device, dtype, base_dim, (operation,))
+
+    with vae_precision(tf32):
+        tolerance = max(CHECK_TOLERANCE[dtype], TF32_TOLERANCE if convolutions_use_tf32() else 0.0)
+        check = _Check(device, dtype, tolerance, _VAE_OPERATIONS)
+        return check.judged(VAE_TRITON, lambda: VAE_TRITON_KERNELS, VAE_TORCH_KERNELS, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """What a set of kernels is judged by. `operations`: by each one's name, the fields that are taken over with it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tolerance: float
+    operations: Mapping[str, tuple[str, ...]]
+
+    def judged(self, what: str, offered: Callable[[], Set], plain: Set, error: Callable[[Set, str], float]) -> Set:
+        """The offered kernels, but for those that fail on a GPU or are wrong: one sentence in the log says which."""
+        if self.device.type != "cuda":
+            return plain
+        try:
+            faster = offered()
+        except Exception as failure:  # a library that is broken can raise anything
+            log.info("%s failed.", what, exc_info=failure)
+            self._drop(what, dict.fromkeys(self.operations, reason_of(failure)), all_of_them=True)
+            return plain
+        kernels, taken = plain, 0
+        dropped: dict[str, str] = {}
+        for operation, fields in self.operations.items():
+            better: dict[str, Any] = {field: getattr(faster, field) for field in fields}
+            if all(getattr(plain, field) is one for field, one in better.items()):
+                continue
+            problem = self._problem(operation, replace(kernels, **better), error)
+            if problem:
+                dropped[operation] = problem
+            else:
+                kernels, taken = replace(kernels, **better), taken + 1
+        self._drop(what, dropped, all_of_them=not taken)
+        if not taken and dropped:
+            return plain
+        return faster if not dropped else replace(kernels, name=f"{faster.name} without {', '.join(dropped)}")
+
+    def _problem(self, operation: str, tried: Set, error: Callable[[Set, str], float]) -> str:
+        """Why an operation must not be used; empty if it works."""
+        if operation in (plain_operations(IN_A_JOB, self.device) or ()):
+            return "it failed in a job"
+        try:
+            found = error(tried, operation)
+        except Exception as failure:  # a compiler's failure can be anything
+            log.info("%s failed.", operation, exc_info=failure)
+            return reason_of(failure)
+        return "" if found <= self.tolerance else f"wrong, error {found:.1e}"  # also where that is no number
+
+    def _drop(self, what: str, problems: Mapping[str, str], all_of_them: bool) -> None:
+        """Tell of operations that are not used, and remember it for plans."""
+        lasting = [operation for operation, problem in problems.items() if problem != MEMORY_SHORT]
+        if lasting or not problems:
+            remember(what, self.device, self.dtype, lasting)
+        if problems:
+            which = "" if all_of_them else f" ({', '.join(problems)})"
+            log.warning("%s%s cannot be used here (%s): %s.", what, which, next(iter(problems.values())), COSTS[what])
+
+
+def guarded(kernels: Set) -> Set:
+    """The same, whose operations raise KernelFailedError, which names them, where a compiler or a launch fails."""
+    operations, plain = _parts(kernels)
+    own = {name: getattr(kernels, name) for name in operations}
+    forms: dict[str, Any] = {n: _guard(n, run) for n, run in own.items() if run is not getattr(plain, n)}
+    return replace(kernels, **forms)
+
+
+def _parts(kernels: Kernels | VAEKernels) -> tuple[Mapping[str, tuple[str, ...]], Kernels | VAEKernels]:
+    """A set's operations with the fields that belong to each, and the plain set."""
+    if isinstance(kernels, VAEKernels):
+        return _VAE_OPERATIONS, VAE_TORCH_KERNELS
+    return _OPERATIONS, TORCH_KERNELS
+
+
+def _guard(operation: str, run: Callable[..., Result]) -> Callable[..., Result]:
+    def call(*args: Any, **options: Any) -> Result:
+        try:
+            return run(*args, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # a compiler's failure can be anything
+            log.info("%s failed.", operation, exc_info=failure)
+            reason = reason_of(failure)
+        raise KernelFailedError(operation, reason)  # outside the handler, whose traceback holds tensors
+
+    return call
+
+
+def without(kernels: Set, operation: str, device: torch.device) -> Set:
+    """The same with the plain form of an operation that has failed there; it is not tried again."""
+    remember_failure(operation, device)
+    operations, plain = _parts(kernels)
+    forms: dict[str, Any] = {field: getattr(plain, field) for field in operations[operation]}
+    return replace(kernels, name=f"{kernels.name} without {operation}", **forms)
+
+
+def planned_vae_kernels(device: str) -> VAEKernels:
+    """What `vae_kernels_for` will give on a device that need not be here, for a prediction: the plain ones where one of
+    Triton's is known to fail, as those need more memory."""
+    return VAE_TRITON_KERNELS if plans_fused_vae_kernels(device) else VAE_TORCH_KERNELS
+
+
+def plans_fused_vae_kernels(device: str) -> bool:
+    """Whether `vae_kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
+    return _plans_triton(VAE_TRITON, device)
+
+
+def plans_fused_kernels(device: str) -> bool:
+    """Whether `kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
+    return _plans_triton(TRITON, device)
+
+
+def _plans_triton(what: str, name: str) -> bool:
+    """A GPU that is not here is taken to have Triton; of those that are here it is known what worked, or what Triton lacks."""
+    device = torch.device(name)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    seen = plain_operations(what, device)
+    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(_VAE_OPERATIONS if what == VAE_TRITON else _OPERATIONS)
+    return not failed and (triton_problem() is None if seen is None else not seen)
+
+
+def vae_kernels_to_compile(device: torch.device, tf32: bool | None = None) -> VAEKernels | None:
+    """For a run on the meta device that leaves the kernels of `device` compiled; None where nothing is compiled."""
+    return compiling_for(device, tf32) if device.type == "cuda" and has_triton() else None
+
+
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_quack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether quack-kernels is there, which flash-attn-4 brings, and has products for that GPU."""
+    if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+MEMORY_SHORT = "too little memory was free at that moment"
+
+
+def reason_of(problem: Exception, most: int = 160) -> str:
+    """Why a library failed, in one line that a person can read: its kind and the first line of what it says."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return MEMORY_SHORT
+    first = (str(problem).strip().splitlines() or [""])[0].strip()
+    text = f"{type(problem).__name__}: {first}" if first else type(problem).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

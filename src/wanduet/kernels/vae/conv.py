@@ -1,0 +1,328 @@
+"""A causal convolution that reads past frames, border and residual where they lie, as one Triton kernel.
+
+Imported lazily, only where Triton is there. An implicit matrix product over channels-last tensors: a program
+takes a run of one output frame's pixels and some output channels, and adds up taps x input channels in one
+fixed order. So a pixel's value does not depend on how the frame is cut, to the last bit, and no padded copy of the
+input ever exists.
+
+Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759, section 3).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of a kernel's parameters itself.)
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wanduet.kernels.device import WGMMA_SHARED_MEMORY, multiprocessors, shared_memory
+from wanduet.kernels.precision import convolutions_use_tf32
+from wanduet.kernels.vae.norm import EPS, launch, silu_rounded
+from wanduet.kernels.vae.plain import uses_tf32
+
+UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a program computes: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
+
+    Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
+    are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
+    instead of the other way round. `rows`: the pixels are of so many rows of the frame, so that the neighbours that they
+    have in common are read once; with 1 they are a run of pixels, which may go on in the next row. `square`: a run adds up
+    its taps in the order that several rows have, too (see `near`). `cost`: how long a program takes, beside one of another tile.
+    """
+
+    pixels: int
+    first: int
+    second: int
+    depth: int
+    warps: int
+    stages: int
+    swap: bool = False
+    rows: int = 1
+    square: bool = False
+    cost: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a program."""
+        return self.first + self.second
+
+    def near(self, kh: int, kw: int) -> int:
+        """How many of a kernel's taps are added up before the next channels are: a frame's or a row's."""
+        return kh * kw if self.square or self.rows > 1 else kw
+
+    def programs(self, height: int, width: int) -> int:
+        """How many programs a frame's pixels take."""
+        if self.rows == 1:
+            return triton.cdiv(height * width, self.pixels)
+        return triton.cdiv(height, self.rows) * triton.cdiv(width, self.pixels // self.rows)
+
+    def waves(self, size: tuple[int, int, int, int], processors: int, itemsize: int, limit: int) -> int:
+        """How often a GPU's `processors` are filled, `limit` bytes of shared memory each, to compute that many images, rows,
+        columns and output channels: the last time takes as long as the others, full or not."""
+        images, height, width, outputs = size
+        programs = images * self.programs(height, width) * triton.cdiv(outputs, self.channels)
+        return int(triton.cdiv(programs, processors * max(1, limit // self.shared_memory(itemsize, limit))))
+
+    def shared_memory(self, itemsize: int, limit: int) -> int:
+        """Bytes of the inputs and weights under way, in values of `itemsize` bytes, where a program may have `limit`.
+
+        Where matrix units read from registers, what is multiplied has left shared memory: one stage less lies there.
+        """
+        stages = self.stages if limit >= WGMMA_SHARED_MEMORY else self.stages - 1
+        return stages * (self.pixels + self.channels) * self.depth * itemsize
+
+
+# Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
+@triton.jit(do_not_specialize=["to_past", "length", "height", "width", "out_height", "out_width", "top", "left"])  # type: ignore[untyped-decorator]
+def _convolution_kernel(
+    x_ptr, to_past: tl.int64, weight_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr,
+    x_batch, x_frame, x_row, x_column,
+    past_batch, past_frame, past_row, past_column,
+    residual_batch, residual_frame, residual_row, residual_column,
+    out_batch, out_frame, out_row, out_column,
+    length, height, width, out_height, out_width, top, left, norm_scale,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UNIT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, EPS: tl.constexpr,
+    TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    SWAP: tl.constexpr, ROWS: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
+    `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left` are the padding above and before; from the
+    first value of x to the first of the past it is `to_past * UNIT` values. `norm_scale` is sqrt(C_OUT)."""
+    groups = tl.cdiv(C_OUT, FIRST + SECOND)
+    first_channel = (tl.program_id(0) % groups) * (FIRST + SECOND)
+    place = tl.program_id(0) // groups
+    frame = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if ROWS == 1:
+        pixel = place * PIXELS + tl.arange(0, PIXELS)
+        row = pixel // out_width
+        column = pixel % out_width
+    else:
+        COLUMNS: tl.constexpr = PIXELS // ROWS
+        across = tl.cdiv(out_width, COLUMNS)
+        row = (place // across) * ROWS + tl.arange(0, PIXELS) // COLUMNS
+        column = (place % across) * COLUMNS + tl.arange(0, PIXELS) % COLUMNS
+    is_pixel = (row < out_height) & (column < out_width)
+
+    x_ptr += batch * x_batch
+    to_past = to_past * UNIT + batch * (past_batch - x_batch)
+    part = tl.arange(0, DEPTH)
+    one = first_channel + tl.arange(0, FIRST)
+    steps: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
+    taps: tl.constexpr = KT * KH * KW
+    sum_one = tl.zeros((FIRST, PIXELS) if SWAP else (PIXELS, FIRST), tl.float32)
+    one_at = one[:, None] * (taps * C_IN) + part[None, :]
+    is_one = one[:, None] < C_OUT
+    if SECOND:
+        two = first_channel + FIRST + tl.arange(0, SECOND)
+        sum_two = tl.zeros((SECOND, PIXELS) if SWAP else (PIXELS, SECOND), tl.float32)
+        two_at = two[:, None] * (taps * C_IN) + part[None, :]
+        is_two = two[:, None] < C_OUT
+
+    # Innermost are the NEAR taps that read the same values for neighbours in the tile: they come from the L1 cache.
+    for index in range(taps * steps):
+        tap = (index // (NEAR * steps)) * NEAR + index % NEAR
+        channel = ((index // NEAR) % steps) * DEPTH
+        # Frames before the first of x lie in the past, the oldest first.
+        source = frame + tap // (KH * KW) - (KT - 1)
+        in_row = row + (tap // KW) % KH - top
+        in_column = column + tap % KW - left
+        inside = is_pixel & (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
+        at = source.to(tl.int64) * x_frame
+        rows_at, columns_at = x_row, x_column
+        if KT > 1:
+            # Sums, not tl.where, nor two pointers: Triton must see that all are multiples of 16 values.
+            new = (source >= 0).to(tl.int32)
+            at = new * at + (1 - new) * (to_past + (source + KT - 1).to(tl.int64) * past_frame)
+            rows_at = new * x_row + (1 - new) * past_row
+            columns_at = new * x_column + (1 - new) * past_column
+        offset = in_row * rows_at + in_column * columns_at
+        channels = channel + part
+        in_width = channels[None, :] < C_IN
+        values = tl.load(
+            x_ptr + at + offset[:, None] + channels[None, :], inside[:, None] & in_width, 0.0, cache_modifier=".ca"
+        )
+        weights_at = weight_ptr + tap * C_IN + channel
+        weights = tl.load(weights_at + one_at, is_one & in_width, 0.0)
+        sum_one = _multiplied(values, weights, sum_one, PRECISION, SWAP)
+        if SECOND:
+            more = tl.load(weights_at + two_at, is_two & in_width, 0.0)
+            sum_two = _multiplied(values, more, sum_two, PRECISION, SWAP)
+    if SWAP:
+        sum_one = tl.trans(sum_one)
+        if SECOND:
+            sum_two = tl.trans(sum_two)
+
+    out_at = out_ptr + batch * out_batch + frame.to(tl.int64) * out_frame + row * out_row + column * out_column
+    residual_at = residual_ptr + batch * residual_batch + frame.to(tl.int64) * residual_frame
+    residual_at = residual_at + row * residual_row + column * residual_column
+    sum_one = _completed(sum_one, residual_at, bias_ptr, one, is_pixel, C_OUT, HAS_RESIDUAL)
+    if SECOND:
+        sum_two = _completed(sum_two, residual_at, bias_ptr, two, is_pixel, C_OUT, HAS_RESIDUAL)
+    if HAS_NORM:  # all channels of a pixel are here
+        squares = tl.sum(sum_one * sum_one, 1)
+        if SECOND:
+            squares += tl.sum(sum_two * sum_two, 1)
+        factor = norm_scale / tl.maximum(tl.sqrt(squares), EPS)
+        sum_one = _norm_silu(sum_one, factor, gamma_ptr, one, C_OUT, TO_TF32)
+        if SECOND:
+            sum_two = _norm_silu(sum_two, factor, gamma_ptr, two, C_OUT, TO_TF32)
+    _store(sum_one, out_at, one, is_pixel, C_OUT)
+    if SECOND:
+        _store(sum_two, out_at, two, is_pixel, C_OUT)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """Values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]`, added to the total."""
+    if SWAP:
+        total = tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(values, tl.trans(weights), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _completed(
+    total, residual_at, bias_ptr, channel, is_pixel, C_OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """The sum with bias and residual; zero where there is no channel."""
+    total += tl.load(bias_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
+        total += tl.load(residual_at[:, None] + channel[None, :], mask, 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_silu(value, factor, gamma_ptr, channel, C_OUT: tl.constexpr, TO_TF32: tl.constexpr):
+    """`silu(value * factor * gamma)`."""
+    gamma = tl.load(gamma_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)
+    return silu_rounded(value * factor[:, None] * gamma[None, :], TO_TF32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(total, out_at, channel, is_pixel, C_OUT: tl.constexpr):
+    """Round once, and write."""
+    mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
+    tl.store(out_at[:, None] + channel[None, :], total.to(out_at.dtype.element_ty), mask)
+
+
+def convolve(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    residual: Tensor | None,
+    out: Tensor,
+    gamma: Tensor | None = None,
+    tile: Tile | None = None,
+    compile_for: torch.device | None = None,
+) -> bool:
+    """Convolve `x` `[B, I, T, h, w]` into `out` `[B, O, T, h', w']`.
+
+    Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory;
+    `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and zero columns before x (below
+    and after it there are as many as the shape of `out` asks for). `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
+    PyTorch's own convolutions do that (see `ops.precision`).
+
+    With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
+    that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.
+    """
+    if any(y.shape[1] > 1 and y.stride(1) != 1 for y in (x, past, residual, out) if y is not None):
+        raise ValueError("Channels must lie side by side.")
+    outputs, inputs, kt, kh, kw = weight.shape
+    batch, _, length, height, width = x.shape
+    device = compile_for or x.device
+    tiles = (tile,) if tile else tiles_for(inputs, outputs, x.itemsize, shared_memory(device))
+    if compile_for is None:  # else all of them: another part of a frame may take another
+        tiles = (_fastest(tiles, out, device),)
+    if past is None and kt > 1:
+        past = _zeros_before(x)
+    before = x if past is None else past
+    added = out if residual is None else residual
+    to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
+    unit = 1 if to_past % UNIT else UNIT
+    normed = gamma is not None and tiles[0].channels >= outputs
+    for tile in tiles:
+        programs = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
+        launch(
+            _convolution_kernel, (programs, length, batch), x.device, compile_for,
+            x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
+            *_strides(x), *_strides(before), *_strides(added), *_strides(out),
+            length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
+            C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit,
+            HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
+            PRECISION="tf32" if convolutions_use_tf32() else "ieee",
+            PIXELS=tile.pixels, FIRST=tile.first, SECOND=tile.second, DEPTH=tile.depth, SWAP=tile.swap, ROWS=tile.rows,
+            NEAR=tile.near(kh, kw), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return normed
+
+
+@lru_cache
+def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
+    """Tiles for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory.
+
+    All of them have as many channels and add up in the same order: a result does not depend on which is taken, to the last bit.
+    """
+    depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
+    for width, size in TILES:
+        if outputs % width == 0 and itemsize <= size:
+            tiles = TILES[width, size]
+            break
+    else:
+        tiles = (Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3),)
+    return tuple(_within(replace(tile, depth=min(tile.depth, depth)), itemsize, limit) for tile in tiles)
+
+
+def _within(tile: Tile, itemsize: int, limit: int) -> Tile:
+    while tile.shared_memory(itemsize, limit) > limit:
+        fewer = tile.stages > 2
+        tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, pixels=tile.pixels // 2)
+    return tile
+
+
+def _fastest(tiles: tuple[Tile, ...], out: Tensor, device: torch.device) -> Tile:
+    """Of tiles that give the same, by how often each fills the device to compute `out` `[B, O, T, h, w]`."""
+    if len(tiles) == 1:
+        return tiles[0]
+    batch, channels, frames, height, width = out.shape
+    size = batch * frames, height, width, channels
+    fill = multiprocessors(device), out.itemsize, shared_memory(device)
+    return min(tiles, key=lambda tile: tile.waves(size, *fill) * tile.cost)
+
+
+# By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
+# Measured on an H100: benchmarks/convolutions.py.
+TILES = {
+    (384, 2): (Tile(128, 128, 64, 64, 8, 3),),
+    # The deepest of the larger layers: half a 480p frame fills an H100 three times with runs of pixels, and with squares
+    # begins a fourth time, as their last row of tiles is half empty.
+    (384, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8), Tile(128, 128, 64, 32, 8, 3, square=True, cost=1.08)),
+    (192, 2): (Tile(128, 128, 64, 64, 8, 3, swap=True, rows=8),),
+    (192, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8),),
+    (96, 2): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
+    (96, 4): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
+}
+
+
+def _zeros_before(x: Tensor) -> Tensor:
+    """Past frames of zeros, as those before the first are: one pixel in memory. With it a kernel serves the first frame and
+    all others, where one that asks what there is would be compiled twice, or be slower at each frame (3 % of a decode)."""
+    return x.new_zeros(x.shape[1]).as_strided(x.shape, (0, 1, 0, 0, 0))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, frame, row and column."""
+    return x.stride(0), x.stride(2), x.stride(3), x.stride(4)

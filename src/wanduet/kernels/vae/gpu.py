@@ -1,0 +1,179 @@
+"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in vae_triton.py,
+conv_triton.py and attention_triton.py, imported only where they run. On the meta device nothing runs, so that memory
+can be predicted on a machine that has no Triton.
+
+They want weights in channels-last memory, and give results in it.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from wanduet.kernels.precision import vae_precision
+from wanduet.kernels.vae import plain
+from wanduet.kernels.vae.plain import NO_ROOM, Room, VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
+
+
+def causal_conv(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    consume: bool = False,
+    out_gamma: Tensor | None = None,
+    room: Room = NO_ROOM,
+    compile_for: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `vae_fused.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
+    if torch.is_grad_enabled():
+        return plain.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
+    x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
+    if gamma is not None:
+        whole_rows = (x.stride(3), x.stride(4)) == (x.shape[4] * x.shape[1], x.shape[1])
+        normed = (
+            x if consume and whole_rows else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
+        )
+        _norm_silu(x, gamma, normed, compile_for)
+        x = normed
+    frames = weight.shape[2] - 1
+    rows = x.shape[3] + sum(pads) - (weight.shape[3] - 1)
+    whole = empty_clip(x, weight.shape[0], x.shape[2], room.above + rows, x.shape[4], room.whole)
+    out = whole[:, :, :, room.above :]
+    corner = pads[0], weight.shape[4] // 2
+    done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
+    if out_gamma is not None and not done:
+        _norm_silu(out, out_gamma, out, compile_for)
+    if x.shape[2] < frames:  # the new past is partly the old one
+        before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
+        x = torch.cat((before, x), dim=2)
+    return whole, x[:, :, x.shape[2] - frames :]
+
+
+def double_weight(weight: Tensor) -> Tensor:
+    """`[4, O, I, 2, 2]` of `[O, I, 3, 3]`: what the kernel is for the four pixels that a pixel becomes.
+
+    Of the three doubled rows around a doubled row two are the same one: their weights add up, and four taps are left
+    of nine (sums in float32, rounded once). First the upper two pixels, of each pair the left one first.
+    """
+    kernels = [
+        _halved(_halved(weight.float(), 2, lower), 3, right) for lower in (False, True) for right in (False, True)
+    ]
+    four = torch.stack(kernels).to(weight.dtype)
+    if uses_tf32(four.dtype):
+        round_to_tf32(four)
+    return four.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # channels side by side
+
+
+def _halved(weight: Tensor, dim: int, second: bool) -> Tensor:
+    """Two taps of three along an axis, for the first or the second of the two pixels that were one."""
+    before, here, after = weight.unbind(dim)
+    return torch.stack((before + here, after) if second else (before, here + after), dim)
+
+
+def double_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    out: Tensor,
+    compile_for: torch.device | None = None,
+) -> None:
+    """See `vae_fused.DoubleConv`: the doubled image is never there."""
+    x = _channels_last(x)
+    for index, kernel in enumerate(weight):
+        lower, right = divmod(index, 2)
+        # Without padding above the first row is a lower one, and needs its own row and the next.
+        first = lower if pads[0] else 1 - lower
+        corner = int(bool(pads[0]) and not lower), 1 - right
+        part = out[:, :, :, first::2, right::2]
+        _convolve(x, None, kernel.unsqueeze(2), bias, corner, None, part, None, compile_for)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = None) -> Tensor:
+    """See `vae_fused.attend`: as matrix products, scores and their sums in float32.
+
+    (PyTorch's fused kernels know no heads as wide as this one, and use no matrix units for float32.)
+    """
+    if torch.is_grad_enabled():
+        return plain.attend(q, k, v)
+    outs = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    own = torch.contiguous_format
+    factors = (q * q.shape[-1] ** -0.5, k.clone(memory_format=own), v.transpose(1, 2).clone(memory_format=own))
+    if uses_tf32(q.dtype):
+        for factor in factors:
+            round_to_tf32(factor)
+    for q_LC, k_SC, v_CS, out_LC in zip(*factors, outs, strict=True):
+        for queries, out in zip(*(query_parts(x[None]) for x in (q_LC, out_LC)), strict=True):
+            scores = torch.empty(queries.shape[1], len(k_SC), dtype=torch.float32, device=q.device)
+            shares = scores if q.dtype == torch.float32 else torch.empty_like(scores, dtype=q.dtype)
+            if q.device.type != "meta" or compile_for is not None:
+                from wanduet.kernels.vae.attention import product, softmax
+
+                product(queries[0], k_SC, scores, compile_for)
+                softmax(scores, shares, compile_for)
+                product(shares, v_CS, out[0], compile_for)
+    return outs
+
+
+Some = TypeVar("Some", Tensor, Tensor | None)
+Result = TypeVar("Result")
+
+
+def _channels_last(x: Some) -> Some:
+    """With channels side by side: itself, but for what enters the VAE."""
+    if x is None or x.stride(1) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None) -> None:
+    """`vae_triton.norm_silu`, where there is something to compute."""
+    if x.device.type != "meta" or compile_for is not None:
+        from wanduet.kernels.vae.norm import norm_silu
+
+        norm_silu(x, gamma, out, compile_for)
+
+
+def _convolve(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    corner: tuple[int, int],
+    residual: Tensor | None,
+    out: Tensor,
+    gamma: Tensor | None,
+    compile_for: torch.device | None,
+) -> bool:
+    """`conv_triton.convolve`, where there is something to convolve."""
+    if x.device.type == "meta" and compile_for is None:
+        return True
+    from wanduet.kernels.vae.conv import convolve
+
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    return convolve(x, past, weight, bias, corner, residual, out, gamma, compile_for=compile_for)
+
+
+def compiling_for(device: torch.device, tf32: bool | None = None) -> VAEKernels:
+    """Kernels for a run on the meta device, which computes nothing but leaves every kernel compiled for `device`: what a
+    real run with the same shapes and precision would wait for. `tf32`: see `WanVAE.tf32`.
+
+    The process's precision is set for one operation at a time, not for all the time that compiling takes.
+    """
+
+    def compiled(operation: Callable[..., Result]) -> Callable[..., Result]:
+        def run(*args: Any, **options: Any) -> Result:
+            with vae_precision(tf32):
+                return operation(*args, compile_for=device, **options)
+
+        return run
+
+    return VAEKernels("compiling", compiled(causal_conv), double_weight, compiled(double_conv), compiled(attend))
+
+
+VAE_TRITON_KERNELS = VAEKernels("triton", causal_conv, double_weight, double_conv, attend)

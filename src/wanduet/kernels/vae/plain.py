@@ -1,0 +1,213 @@
+"""What the VAE does in one step each: a causal convolution with norm, past and residual; a doubling of the image.
+
+`VAEKernels` is the set of operations that the VAE is given; `VAE_TORCH_KERNELS` is the plain PyTorch form of each,
+the reference for every faster one. With gradients enabled nothing is computed in place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanduet.kernels.precision import convolutions_use_tf32
+
+SCORES_BYTES = 64 * 2**20  # of the middle's attention at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How a result's rows lie in memory: below `above` rows with nothing in them yet, in memory for `whole` rows (or for
+    so many as there are): where tensors follow each other that differ by a row, each finds room where one before was."""
+
+    above: int = 0
+    whole: int = 0
+
+
+NO_ROOM = Room()
+
+
+class CausalConv(Protocol):
+    """A convolution over time and space that sees the past."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        past: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        pads: tuple[int, int],
+        gamma: Tensor | None = None,
+        residual: Tensor | None = None,
+        consume: bool = False,
+        out_gamma: Tensor | None = None,
+        room: Room = NO_ROOM,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
+
+        With `gamma` `[I, 1, 1, 1]` it is the convolution of `silu(norm(x))`. `past` is what the call before
+        returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
+        rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
+        shape, is added. With `out_gamma` `[O, 1, 1, 1]` what is returned is `silu(norm(result))`. `consume`: x is
+        not needed any more and may be overwritten. The result comes with `room`.
+        """
+
+
+class DoubleConv(Protocol):
+    """A convolution over an image of which rows and columns count twice."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
+        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by its nearest neighbours, with a kernel `[O, I, 3, 3]`.
+
+        `weight` is what `double_weight` made of that kernel. Written into `out` `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class VAEKernels:
+    """One implementation of each operation."""
+
+    name: str
+    causal_conv: CausalConv
+    double_weight: Callable[[Tensor], Tensor] | None  # of a kernel `[O, I, 3, 3]`, once; None: the kernel itself
+    double_conv: DoubleConv
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """`silu(x / |x| * sqrt(C) * gamma)` of `[B, C, ...]`, the norm over channels in float32."""
+    normalized = F.normalize(x.float(), dim=1).to(x.dtype) * (x.shape[1] ** 0.5) * gamma
+    return F.silu(normalized, inplace=not torch.is_grad_enabled())
+
+
+def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
+    """The input of a causal convolution, written once: `frames` past frames, then `x`, with zero rows.
+
+    x `[B, C, T, h, w]`; past `[B, C, frames, h + pads, w]` or None (zeros); pads zero rows above and below.
+    With `gamma` `[C, 1, 1, 1]` the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`,
+    laid out in memory as x is.
+    """
+    top, bottom = pads
+    if torch.is_grad_enabled():
+        value = x if gamma is None else norm_silu(x, gamma)
+        value = F.pad(value, (0, 0, top, bottom))
+        before = value.new_zeros(*value.shape[:2], frames, *value.shape[3:]) if past is None else past
+        return torch.cat((before, value), dim=2) if frames else value
+    if not frames and not top and not bottom and gamma is None:
+        return x
+    length, height = x.shape[2:4]
+    out = empty_clip(x, x.shape[1], frames + length, top + height + bottom, x.shape[4])
+    if past is None:
+        out[:, :, :frames].zero_()
+    else:
+        out[:, :, :frames].copy_(past)
+    out[:, :, frames:, :top].zero_()
+    out[:, :, frames:, top + height :].zero_()
+    inside = out[:, :, frames:, top : top + height]
+    if gamma is None:
+        inside.copy_(x)
+    else:
+        for frame in range(length):  # one frame at a time: the temporaries stay small
+            inside[:, :, frame : frame + 1].copy_(norm_silu(x[:, :, frame : frame + 1], gamma))
+    return out
+
+
+def _norm_silu_in_place(x: Tensor, gamma: Tensor) -> Tensor:
+    for frame in x.split(1, dim=2):
+        frame.copy_(norm_silu(frame, gamma))
+    return x
+
+
+def causal_conv(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pads: tuple[int, int],
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    consume: bool = False,
+    out_gamma: Tensor | None = None,
+    room: Room = NO_ROOM,
+) -> tuple[Tensor, Tensor]:
+    """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
+    frames = weight.shape[2] - 1
+    # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
+    native = min(pads) if pads[0] == pads[1] else 0
+    padded = causal_input(x, past, (0, 0) if native else pads, frames, gamma)
+    out = _conv3d(padded, weight, bias, native, weight.shape[4] // 2)
+    if residual is not None:
+        out = out + residual if torch.is_grad_enabled() else out.add_(residual)
+    if out_gamma is not None:
+        out = norm_silu(out, out_gamma) if torch.is_grad_enabled() else _norm_silu_in_place(out, out_gamma)
+    if room.above:
+        out = F.pad(out, (0, 0, room.above, 0))
+    return out, padded[:, :, padded.shape[2] - frames :]
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int) -> Tensor:
+    """With so many zero rows and columns on each side."""
+    if x.device.type == "meta" and x.stride(1) == 1:  # PyTorch's meta form forgets the layout, a GPU keeps it
+        outputs, _, kt, kh, kw = weight.shape
+        sizes = (x.shape[2] + 1 - kt, x.shape[3] + 2 * rows + 1 - kh, x.shape[4] + 2 * columns + 1 - kw)
+        return empty_clip(x, outputs, *sizes)
+    return F.conv3d(x, weight, bias, padding=(0, rows, columns))
+
+
+def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
+    """See DoubleConv. One frame at a time: the doubled input is a decode's largest tensor."""
+    for index, image in enumerate(x.unbind(2)):
+        out[:, :, index] = double_image_conv(image, weight, bias, pads)
+
+
+def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int]) -> Tensor:
+    """The same for one image `[B, I, h, w]`; differentiable."""
+    top, bottom = pads
+    wide = F.interpolate(image, scale_factor=2.0, mode="nearest-exact")
+    if top != bottom:
+        wide, top = F.pad(wide, (0, 0, top, bottom)), 0
+    return F.conv2d(wide, weight, bias, padding=(top, weight.shape[3] // 2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of one head in images `[N, L, C]`; returns that shape."""
+    keys, values = k.unsqueeze(1), v.unsqueeze(1)
+    outs = [F.scaled_dot_product_attention(rows.unsqueeze(1), keys, values).squeeze(1) for rows in query_parts(q)]
+    if q.is_meta:  # the parts that were left out
+        outs.append(torch.empty_like(q[:, sum(out.shape[1] for out in outs) :]))
+    return torch.cat(outs, dim=1)
+
+
+def query_parts(q: Tensor) -> tuple[Tensor, ...]:
+    """Queries `[N, L, C]` in parts, so that what writes out the scores of all L keys needs a bounded memory.
+
+    There are as many as the pixels squared. On the meta device only those that show what all need: four, and the rest.
+    """
+    length = q.shape[1]
+    rows = max(1, SCORES_BYTES // (4 * q.shape[0] * length))
+    if not q.is_meta or length <= 5 * rows:
+        return q.split(rows, dim=1)
+    return *q[:, : 4 * rows].split(rows, dim=1), q[:, length - (length % rows or rows) :]
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
+    return dtype == torch.float32 and convolutions_use_tf32()
+
+
+def round_to_tf32(weight: Tensor) -> None:
+    """Round float32 values in place to the nearest numbers of 11 bits. A second time changes nothing."""
+    weight.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
+
+
+def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int, whole: int = 0) -> Tensor:
+    """`[B, channels, frames, rows, columns]`, channels last where `like` is; in memory for `whole` rows, if that is more."""
+    layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format
+    shape = (like.shape[0], channels, frames, max(rows, whole), columns)
+    clip = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return clip[:, :, :, :rows] if whole > rows else clip
+
+
+VAE_TORCH_KERNELS = VAEKernels("torch", causal_conv, None, double_conv, attend)

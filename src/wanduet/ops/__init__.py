@@ -1,1 +1,0 @@
-"""Kernels, each with its plain PyTorch form beside it."""

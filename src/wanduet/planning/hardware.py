@@ -1,0 +1,154 @@
+"""What the machine has: devices, their memory, the host. Also hardware that is not here, for planning."""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from wanduet.config import parse_bytes
+from wanduet.errors import ConfigError
+from wanduet.planning.cards import Card, card_named, typical_card
+from wanduet.runtime.host import host_memory
+
+if TYPE_CHECKING:
+    from wanduet.distributed.links import Link
+
+# What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
+# on Hopper with CUDA 13 (see benchmarks/results); counted apart from every prediction.
+CUDA_CONTEXT_BYTES = 600 * 2**20
+MOST_DEVICES = 64  # of one host
+SMALLEST_DEVICE = 64 * 2**20
+ASSUMED = "assumed"  # the name of a host and its devices that are not here
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device. `free_bytes` is what a new process could allocate now."""
+
+    name: str  # as torch names it: "cuda:0", "cpu"
+    model: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether tensors on this device live in host memory."""
+        return self.name.startswith("cpu")
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether bfloat16 products run on matrix units (Ampere and newer)."""
+        return self.capability >= (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The devices a plan may use, best first, and the host."""
+
+    devices: tuple[DeviceInfo, ...]
+    host_total_bytes: int
+    host_free_bytes: int
+    cpu_count: int
+    host: str = ""
+    link: "Link" = "direct"  # what joins its devices; assumed of those that are not here
+
+    def device(self, name: str) -> DeviceInfo:
+        """A device by name (`cuda` means `cuda:0`). Raises ConfigError if the machine does not have it."""
+        wanted = name if ":" in name or name in ("cpu", "mps") else f"{name}:0"
+        if wanted == "cpu":
+            return self.cpu
+        for device in self.devices:
+            if device.name == wanted:
+                return device
+        has = ", ".join((*(d.name for d in self.devices), "cpu")) if self.devices else "only cpu"
+        raise ConfigError(f"There is no device {name!r}; this machine has {has}.")
+
+    @property
+    def assumed(self) -> bool:
+        """Whether it is not this machine's, but what somebody described (`parse_hardware`)."""
+        return self.host == ASSUMED
+
+    @property
+    def cpu(self) -> DeviceInfo:
+        """The host as a device."""
+        return DeviceInfo("cpu", self.host, self.host_total_bytes, self.host_free_bytes)
+
+    @property
+    def gpus(self) -> tuple[DeviceInfo, ...]:
+        """The devices that are not the host."""
+        return tuple(d for d in self.devices if not d.is_cpu)
+
+
+def detect() -> Hardware:
+    """Look at this machine."""
+    import torch
+
+    from wanduet.distributed.links import link_between
+
+    devices: list[DeviceInfo] = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            capability = (properties.major, properties.minor)
+            name = f"cuda:{index}"
+            devices.append(DeviceInfo(name, properties.name, total, free, capability, properties.multi_processor_count))
+    elif torch.backends.mps.is_available():
+        total, free = host_memory()
+        devices.append(DeviceInfo("mps", "Apple GPU", total, free))
+    total, free = host_memory()
+    link = link_between([torch.device(device.name) for device in devices])
+    return Hardware(tuple(devices), total, free, os.cpu_count() or 1, _cpu_model(), link)
+
+
+def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
+    """Hardware that is not here: `2x24GiB`, `RTX 4090`, `2x3090`, `24` (GiB), `24GiB+12GiB`, `h100,ram=32GiB`, `cpu`.
+
+    A card of which only the memory is known is taken for a common one with so much (`cards.typical_card`). Raises ConfigError.
+    """
+    found: list[tuple[Card, int]] = []
+    ram = host.host_total_bytes if host else 32 * 2**30
+    for part in (part.strip() for part in re.split(r"[,+]", text)):
+        if re.fullmatch(r"ram\s*=.*", part, re.IGNORECASE):
+            ram = parse_bytes(part.partition("=")[2])
+        elif part.lower() != "cpu":
+            match = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?(.+)", part, re.IGNORECASE | re.ASCII)
+            count = int(match[1] or 1) if match else 0
+            if match is None or not 1 <= count <= MOST_DEVICES:
+                hint = f"Examples: 2x24GiB, 24GiB+12GiB, 2xRTX 3090; 1 to {MOST_DEVICES} devices."
+                raise ConfigError(f"hardware={text!r} is not understood.", hint=hint)
+            found += [_assumed_card(match[2])] * count
+    devices = (
+        DeviceInfo(f"cuda:{i}", card.name, size, size - CUDA_CONTEXT_BYTES, card.capability, card.multiprocessors)
+        for i, (card, size) in enumerate(found)
+    )
+    return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED)
+
+
+def _assumed_card(text: str) -> tuple[Card, int]:
+    """A card, and its memory in bytes, from its name or its memory. Raises ConfigError."""
+    if card := card_named(text):
+        return card, card.total_bytes
+    amount = f"{text}GiB" if re.fullmatch(r"\d{1,3}(\.\d+)?", text, re.ASCII) else text
+    try:
+        size = parse_bytes(amount)
+    except ConfigError:
+        size = 0
+    if size < SMALLEST_DEVICE:
+        hint = "Examples: 2x24GiB, 24GiB+12GiB, RTX 3090, 2x4090, H100."
+        raise ConfigError(f"hardware: {text!r} is neither a card that is known nor the memory of one.", hint=hint)
+    return typical_card(size), size
+
+
+@lru_cache(maxsize=1)
+def _cpu_model() -> str:
+    if platform.system() == "Linux":
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,41 @@
+"""A look at loaded weights before they are trusted: one small forward, finite and of a sane size."""
+
+import torch
+
+from wanduet.errors import WeightsError
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
+
+# A velocity (noise - video) has a standard deviation of about 1.4 for any trained model; weights that were
+# mis-loaded give values that vanish, explode, or are NaN.
+SANE_STD = (0.05, 20.0)
+_HINT = "The weights may be damaged or not belong to their config; fetch them again with `wanduet download`."
+
+
+@torch.no_grad()
+def check_transformer(transformer: WanTransformer, text_len: int) -> float:
+    """Standard deviation of the velocity for pure noise and an empty prompt. Raises WeightsError."""
+    spec = transformer.spec
+    device = transformer.patch_embedding.weight.device
+    rows, columns = (4 * p for p in spec.patch_size[1:])
+    shape = (1, spec.in_channels, spec.patch_size[0], rows, columns)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    text = torch.zeros(1, text_len, spec.text_dim, dtype=torch.float32, device=device)
+    timestep = torch.full((1,), 999.0, dtype=torch.float32, device=device)
+    velocity = transformer(noise, timestep, text)
+    return _check("transformer", float(velocity.std()), SANE_STD)
+
+
+@torch.no_grad()
+def check_vae(vae: WanVAE) -> float:
+    """Standard deviation of the pixels decoded from one latent frame of noise. Raises WeightsError."""
+    weight = vae.post_quant_conv.weight
+    z = torch.randn(1, vae.spec.z_dim, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    pixels, _ = vae.decode_step(z.to(weight.device, weight.dtype), None)
+    return _check("VAE", float(pixels.float().std()), (1e-4, 1.0))
+
+
+def _check(name: str, std: float, sane: tuple[float, float]) -> float:
+    if not sane[0] <= std <= sane[1]:  # also true for NaN
+        raise WeightsError(f"The {name}'s self-test failed: its output's deviation is {std:.3g}.", hint=_HINT)
+    return std

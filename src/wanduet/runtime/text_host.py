@@ -1,0 +1,202 @@
+"""Prompts to embeddings on the CPU, and the cache that saves doing it twice."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from wanduet.errors import CancelledError, ModelNotFoundError, OutputError, WeightsError
+from wanduet.family.specs import ModelSpec
+from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
+from wanduet.media.files import UnreadableFileError
+from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
+from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Hold, TextEncoder
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import verify_manifest
+
+log = logging.getLogger(__name__)
+
+FEED_FORWARD = "gated-gelu"  # UMT5's own; other encoders have other tensors
+
+ShouldCancel = Callable[[], bool]
+OnLayer = Callable[[int, int], None]  # layers done, layers in all
+
+
+class PromptEncoder(Protocol):
+    """What the engine needs."""
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        should_cancel: ShouldCancel | None = None,
+        on_layer: OnLayer | None = None,
+        max_tokens: int | None = None,
+    ) -> list[PromptEmbeds]:
+        """Embeddings of each text, cut at `max_tokens` (None: the model's limit). Raises CancelledError, WeightsError."""
+
+
+class CachedPromptEncoder:
+    """A checkpoint's tokenizer and UMT5 encoder, read when the first prompt comes that is not in the cache."""
+
+    def __init__(self, folder: ModelFolder, dtype: str, hold: Hold, cache: Path | None) -> None:
+        """`cache` is the folder of kept embeddings, None for none; checked files are noted beside it."""
+        self._folder, self._dtype, self._hold, self._cache = folder, dtype, hold, cache
+        self._tokenizer: Tokenizer | None = None
+        self._encoder: TextEncoder | None = None
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        should_cancel: ShouldCancel | None = None,
+        on_layer: OnLayer | None = None,
+        max_tokens: int | None = None,
+    ) -> list[PromptEmbeds]:
+        """See PromptEncoder. Texts that are new pass the encoder together."""
+        limit = max_tokens or self._folder.spec.text_len
+        found = [self._from_cache(text, limit) for text in texts]
+        prompts = {i: self._tokenize(text, limit) for i, text in enumerate(texts) if found[i] is None}
+        if prompts:
+            encoder = self._load()
+            hidden = encoder.encode([p.ids for p in prompts.values()], should_cancel=should_cancel, on_layer=on_layer)
+            for (index, prompt), embeds in zip(prompts.items(), hidden, strict=True):
+                if not bool(torch.isfinite(embeds).all()):
+                    raise WeightsError("The text encoder gave NaN or infinity: its weights are damaged.")
+                made = PromptEmbeds(embeds.float(), prompt.text, prompt.cut, self._folder.text_fingerprint, self._dtype)
+                found[index] = made
+                self._keep(made, limit)
+        return [one for one in found if one is not None]
+
+    def _tokenize(self, text: str, limit: int) -> TokenizedPrompt:
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer(text, limit)
+
+    def _load_tokenizer(self) -> Tokenizer:
+        try:
+            return Tokenizer(self._folder.tokenizer)
+        except Exception as error:  # the tokenizers library raises plain exceptions, some of them of many lines
+            lines = str(error.__cause__ or error).strip().splitlines()
+            reason = lines[0].strip(" :.") if lines else type(error).__name__
+            raise ModelNotFoundError(
+                f"{self._folder.tokenizer} holds no tokenizer that can be read: {reason}.",
+                hint="It needs a tokenizer.json; fetch the model again with `wanduet download`.",
+            ) from error
+
+    def _load(self) -> TextEncoder:
+        if self._encoder is None:
+            # Before anything is made with them: what damaged weights make would stay in the cache.
+            remember = None if self._cache is None else self._cache.parent / "verified.json"
+            verify_manifest(self._folder, remember, ("text_encoder", "tokenizer"))
+            check_shapes(self._folder)
+            check_tied_embedding(self._folder)
+            config = self._folder.config("text_encoder")
+            try:
+                encoder = TextEncoder(config, self._folder.text_encoder, getattr(torch, self._dtype), self._hold)
+            except Exception as error:  # transformers checks its configs with errors of its own
+                path = self._folder.path / "text_encoder" / "config.json"
+                raise ModelNotFoundError(f"{path} is not understood: {error}.") from error
+            self._encoder = encoder
+        return self._encoder
+
+    def path_of(self, text: str, max_tokens: int | None = None) -> Path | None:
+        """Where the cache keeps a text's embeddings."""
+        if self._cache is None:
+            return None
+        limit = max_tokens or self._folder.spec.text_len
+        key = f"{clean_text(text)}\0{self._folder.text_fingerprint}\0{self._dtype}\0{limit}"
+        return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def _from_cache(self, text: str, limit: int) -> PromptEmbeds | None:
+        path = self.path_of(text, limit)
+        try:
+            if path is None or not path.exists():
+                return None
+            found = load_embeddings(path)
+        except (UnreadableFileError, OSError) as error:  # it is only a cache
+            log.warning("%s It is made again.", error)
+            return None
+        fits = found.embeds.shape[1] == self._folder.spec.text_encoder.d_model and found.embeds.shape[0] <= limit
+        belongs = (found.text, found.encoder) == (clean_text(text), self._folder.text_fingerprint)
+        return found if fits and belongs else None
+
+    def _keep(self, prompt: PromptEmbeds, limit: int) -> None:
+        path = self.path_of(prompt.text, limit)
+        if path is not None:
+            with suppress(OutputError):  # a full disk costs the cache, not the job
+                save_embeddings(path, prompt)
+
+
+class RandomPromptEncoder:
+    """Stands in where a model has no text encoder (`random:1.3b`): noise as long as the prompt."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        should_cancel: ShouldCancel | None = None,
+        on_layer: OnLayer | None = None,
+        max_tokens: int | None = None,
+    ) -> list[PromptEmbeds]:
+        """See PromptEncoder. The same text gives the same noise."""
+        if should_cancel is not None and should_cancel():
+            raise CancelledError("Cancelled before the text was encoded.")
+        return [self._embed(clean_text(text), max_tokens or self._spec.text_len) for text in texts]
+
+    def _embed(self, text: str, limit: int) -> PromptEmbeds:
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        count = min(len(text.split()) + 1, limit)
+        generator = torch.Generator().manual_seed(seed)
+        embeds = torch.randn(count, self._spec.text_encoder.d_model, generator=generator, dtype=torch.float32) * 0.1
+        return PromptEmbeds(embeds, text, "", "random", "float32")
+
+
+def check_shapes(folder: ModelFolder) -> None:
+    """Every tensor that the encoder's config asks for must be there, in its shape, and no other.
+
+    Raises WeightsError, or ModelNotFoundError for another kind of encoder.
+    """
+    kind = folder.config("text_encoder").get("feed_forward_proj", FEED_FORWARD)
+    if kind != FEED_FORWARD:
+        raise ModelNotFoundError(
+            f"{folder.path / 'text_encoder' / 'config.json'}: feed_forward_proj={kind!r} is not supported "
+            f"(only {FEED_FORWARD!r})."
+        )
+    spec, shapes = folder.spec.text_encoder, folder.text_encoder.shapes
+    inner, width = spec.num_heads * spec.d_kv, spec.d_model
+    attention, feed_forward = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    layer = {
+        **{f"{attention}.{name}.weight": (inner, width) for name in "qkv"},
+        f"{attention}.o.weight": (width, inner),
+        f"{attention}.relative_attention_bias.weight": (spec.relative_attention_num_buckets, spec.num_heads),
+        "layer.0.layer_norm.weight": (width,),
+        **{f"{feed_forward}.{name}.weight": (spec.d_ff, width) for name in ("wi_0", "wi_1")},
+        f"{feed_forward}.wo.weight": (width, spec.d_ff),
+        "layer.1.layer_norm.weight": (width,),
+    }
+    expected = {f"encoder.block.{i}.{name}": shape for i in range(spec.num_layers) for name, shape in layer.items()}
+    expected[FINAL_NORM] = (width,)
+    only_copy = EMBEDDING_COPY in shapes and EMBEDDING not in shapes
+    expected[EMBEDDING_COPY if only_copy else EMBEDDING] = (spec.vocab_size, width)
+    folder.text_encoder.check(expected, ignore=(EMBEDDING, EMBEDDING_COPY))
+
+
+def check_tied_embedding(folder: ModelFolder) -> None:
+    """A checkpoint that holds the embedding twice must hold the same one: else prompts become noise.
+
+    (https://github.com/huggingface/diffusers/issues/13105.) Raises WeightsError.
+    """
+    shapes = folder.text_encoder.shapes
+    if EMBEDDING in shapes and EMBEDDING_COPY in shapes:
+        rows = sorted({0, 1, 2, shapes[EMBEDDING][0] // 2, shapes[EMBEDDING][0] - 1})
+        both = [folder.text_encoder.read_rows(name, rows, torch.float32) for name in (EMBEDDING, EMBEDDING_COPY)]
+        if not torch.equal(*both):
+            raise WeightsError(
+                f"The text encoder's {EMBEDDING} and {EMBEDDING_COPY} differ: prompts would become noise.",
+                hint="Fetch the model again with `wanduet download`.",
+            )

@@ -1,0 +1,70 @@
+import pytest
+
+from wanduet.doors.cli.show import show
+
+
+def shown(capsys: pytest.CaptureFixture[str], value: dict) -> str:
+    show(value)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[/b] [red]x[/red]", ":smile: [link=http://x]y", "{0} %s", "红色"])
+def test_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert text in shown(capsys, {"text": text})
+    video = {"output": f"{text}.mp4", "seed": 1, "timings": {"total_s": 1.0}, "peak_memory_bytes": {"cpu": 2**30}}
+    assert f"{text}.mp4 (seed 1)" in shown(capsys, video | {"warnings": [text]})
+
+
+def test_nothing_of_a_file_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    made_by = {"request": {"prompt": "a\x1b[31mb\x07c\x9bd\r"}, "model": {"name": "\x1b]0;title\x07"}}
+    out = shown(capsys, {"kind": "video", "made_by": made_by, "nested": {"a": ["\x1b[2J"]}})
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(out)
+    assert "a�[31mb�c�d�" in out
+
+
+def test_metadata_of_strange_kinds_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    for request in (None, 5, [], "x", {}):
+        assert "video" in shown(capsys, {"kind": "video", "made_by": {"model": {}, "request": request}})
+
+
+def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(
+        capsys,
+        {"num_bytes": 3 * 2**30, "peak_memory_bytes": {"cpu": 2**30}, "nothing": None, "empty": [], "std": 0.123456},
+    )
+    assert "3.00 GiB" in out
+    assert "cpu: 1.00 GiB" in out
+    assert "0.1235" in out
+    assert "nothing" not in out
+    assert "empty" not in out
+
+
+def test_a_long_path_is_shown_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/models/" + "Wan2.1-T2V-1.3B-Diffusers" * 5 + "/diffusion_pytorch_model-00001-of-00002.safetensors"
+    for value in ({"path": path}, {"model": {"problem": f"{path} is damaged."}}):
+        out = shown(capsys, value)
+        assert path in "".join("".join(cell.strip() for cell in line.split("│")[2:]) for line in out.splitlines())
+
+
+def test_a_batch_is_a_line_a_video(capsys: pytest.CaptureFixture[str]) -> None:
+    videos = [{"output": "a-1.mp4", "seed": 1}, {"output": "a-2.mp4", "seed": 2}]
+    made = {"output": "a-1.mp4", "seed": 1, "videos": videos, "warnings": ["cut"], "settings": {"prompt": "a"}}
+    before = {"output": "b.mp4", "seed": 3, "videos": [{"output": "b.mp4", "seed": 3}], "made_before": True}
+    failed = {"prompt": "c\x1b[2J", "error": "The disk is full."}
+    out = shown(capsys, {"videos": [made, before, failed], "failed": 1}).splitlines()
+    assert out == [
+        "Note: cut",
+        "a-1.mp4 (seed 1)",
+        "a-2.mp4 (seed 2)",
+        "b.mp4 (seed 3, made before)",
+        "Failed: c\N{REPLACEMENT CHARACTER}[2J: The disk is full.",
+        "2 of 3 done.",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(32.4, True), (2.0, False)])
+def test_what_a_machine_prepares_once_is_told(capsys, seconds: float, told: bool) -> None:
+    show({
+        "timings": {"load_s": 1.0, "prepare_s": seconds}, "output": "a.mp4", "seed": 1, "peak_memory_bytes": {},
+    })  # fmt: skip
+    assert ("Prepared in 32 s, once on this machine" in capsys.readouterr().out) == told

@@ -1,0 +1,108 @@
+"""What only a GPU can show. `pytest -m gpu`."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wanduet.kernels import select
+from wanduet.kernels.attention.backends import available_backends, plain_with_lse
+from wanduet.kernels.attention.choose import Shape, choose_attention, measure
+from wanduet.kernels.vae import gpu
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore")  # compilers' own
+def test_triton_is_taken(dtype, caplog) -> None:
+    found = select.kernels_for(DEVICE, dtype)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert found.name == ("triton+quack" if select.has_quack(DEVICE, dtype) else "triton")
+
+
+@torch.no_grad()
+def test_quack_s_products_are_cublas_s_to_the_last_bit() -> None:
+    if not select.has_quack(DEVICE, torch.bfloat16):
+        pytest.skip("no quack-kernels, or no Hopper")
+    from wanduet.kernels.dit import plain, quack
+
+    for rows, inner, outer in ((4097, 1536, 4608), (37, 1536, 1536), (16380, 8960, 1536)):
+        draw = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+        x, weight, bias = draw(2, rows, inner), draw(outer, inner) / inner**0.5, draw(outer)
+        out = draw(2, rows + 3, outer)[:, :rows]
+        assert torch.equal(quack.linear(x, weight, bias, out), plain.linear(x, weight, bias))
+        got, expected = quack.linear_gelu(x, weight, bias), plain.linear_gelu(x, weight, bias)
+        assert (got.double() - expected.double()).norm() / expected.double().norm() < 4e-3
+
+
+@torch.no_grad()
+def test_the_gelu_of_the_epilogue_is_the_tanh_form() -> None:
+    from wanduet.kernels.dit.gpu import linear_gelu
+
+    x, weight, bias = torch.randn(1, 300, 64), torch.randn(96, 64) / 8, torch.randn(96)
+    hidden = F.linear(x.double(), weight.double(), bias.double())
+    got = linear_gelu(*(t.to(DEVICE) for t in (x, weight, bias))).double().cpu()
+    tanh_error = (got - F.gelu(hidden, approximate="tanh")).abs().max().item()
+    erf_error = (got - F.gelu(hidden)).abs().max().item()
+    assert tanh_error < 1e-5 < erf_error
+
+
+@pytest.mark.parametrize("keys", [2048, 512])
+def test_every_exact_back_end_that_runs_is_right(keys: int) -> None:
+    shape = Shape(2048, keys, 12, 128)
+    backends = [b for b in available_backends(DEVICE).values() if b.exact]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = measure(backends, DEVICE, shape, torch.bfloat16)
+    for row in table:
+        print(row)
+    assert {"sdpa", "sdpa_flash", "sdpa_efficient"} <= {row.name for row in table if row.usable}
+    assert choose_attention(DEVICE, shape, torch.bfloat16).name == table[0].name or table[0].milliseconds is not None
+
+
+@pytest.mark.parametrize("keys", [2048, 2049, 330])
+@torch.no_grad()
+def test_the_largest_score_may_be_in_any_tile_of_keys(keys: int) -> None:
+    """Of half of the queries every later key's score is larger than the first tile's by up to 1000: only those are
+    computed again. One query is no number, and stays alone with that."""
+    backend = available_backends(DEVICE).get("flash-attn-4-steady")
+    if backend is None:
+        pytest.skip("no flash-attn-4, or no Hopper")
+    torch.manual_seed(0)
+    q, *_ = torch.randn(2, 330, 9, 128, device=DEVICE, dtype=torch.bfloat16).split(3, dim=2)
+    k, v = (torch.randn(2, keys, 3, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k[:, -150:] -= 9
+    q[:, ::2] += torch.linspace(0, 9, 165, device=DEVICE, dtype=torch.bfloat16)[:, None, None]
+    expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
+    q[0, 7, 1] = float("nan")
+    for out, lse in (backend.attend_with_lse(q, k, v), (backend.attend(q, k, v), expected_lse)):
+        assert out[0, 7, 1].isnan().all()
+        out[0, 7, 1], lse[0, 1, 7] = expected[0, 7, 1].to(out.dtype), expected_lse[0, 1, 7]
+        assert out.isfinite().all()
+        assert (out.float() - expected).norm() / expected.norm() < 5e-3
+        assert (lse - expected_lse).abs().max() < 2e-3 * expected_lse.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("width", [96, 192, 384])
+@torch.no_grad()
+def test_a_convolution_is_right_and_does_not_depend_on_the_cut(width: int, dtype: torch.dtype, bound: float) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last_3d)
+
+    x, past, residual = draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52)
+    weight = draw(width, width, 3, 3, 3) / (27 * width) ** 0.5
+    bias = torch.randn(width, device=DEVICE, dtype=dtype)
+    whole, _ = gpu.causal_conv(x, past, weight, bias, (1, 1), residual=residual)
+    source = torch.cat((past, x), dim=2).double()
+    expected = F.conv3d(source, weight.double(), bias.double(), padding=(0, 1, 1)) + residual.double()
+    assert (whole.double() - expected).norm() / expected.norm() < bound
+    rows = slice(11, 30)
+    part, _ = gpu.causal_conv(
+        x[..., rows, :], past[..., rows, :], weight, bias, (0, 0), residual=residual[..., 12:29, :]
+    )
+    assert torch.equal(part, whole[..., 12:29, :])

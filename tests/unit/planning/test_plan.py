@@ -1,0 +1,298 @@
+"""Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wanduet.config import GIB, EngineConfig
+from wanduet.engine.build import Models
+from wanduet.errors import ConfigError, DoesNotFitError
+from wanduet.family.specs import WAN_1_3B
+from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
+from wanduet.planning.alternatives import alternatives
+from wanduet.planning.hardware import Hardware, parse_hardware
+from wanduet.planning.plan import Plan, make_plan, require_fit
+from wanduet.request import GenerationRequest
+
+
+@pytest.fixture(scope="module")
+def memory() -> ModelMemory:
+    return Models(EngineConfig(model="random:1.3b")).memory
+
+
+def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, **settings_) -> Plan:
+    request = GenerationRequest(prompt="x", height=size[0], width=size[1], num_frames=frames).resolve(memory.spec)
+    machine = parse_hardware(f"{hardware},ram=32GiB")
+    return make_plan(request, memory, EngineConfig(model="random:1.3b", **settings_), machine)
+
+
+def test_two_cards_get_a_role_each(memory) -> None:
+    found = plan(memory, "2x24GiB", strategy="placed")
+    assert (found.fits, found.strategy) == (True, "placed")
+    assert {d.role for d in found.devices} == {"vae", "transformer"}
+    assert found.transformer_device != found.vae_device
+    assert found.resident_blocks == 30
+
+
+def test_placed_halves_the_peak(memory) -> None:
+    alone = plan(memory, "1x24GiB").predicted_peak_bytes["cuda:0"]
+    found = plan(memory, "2x24GiB", strategy="placed", vram_limit=alone // 2)
+    assert found.fits
+    assert max(found.predicted_peak_bytes.values()) <= alone // 2
+
+
+def test_two_equal_cards_share_a_video_by_themselves_and_unlike_ones_do_not(memory) -> None:
+    equal, unlike = plan(memory, "2x24GiB"), plan(memory, "24GiB+12GiB")
+    assert (equal.strategy, equal.layout.cfg, equal.ranks) == ("parallel", 2, ("cuda:0", "cuda:1"))
+    assert (unlike.strategy, unlike.transformer_device) == ("placed", "cuda:0")
+    tight = plan(memory, "2x24GiB", (1080, 1920), vram_limit=7 * GIB)
+    assert (tight.fits, tight.strategy) == (True, "placed")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "size"),
+    [("1x24GiB", (480, 832)), ("1x24GiB", (720, 1280)), ("1x24GiB", (1080, 1920)), ("1x8GiB", (720, 1280)),
+     ("2x8GiB", (1080, 1920)), ("1x4GiB", (480, 832))],
+)  # fmt: skip
+def test_what_was_promised_fits(memory, hardware, size) -> None:
+    found = plan(memory, hardware, size)
+    assert found.fits
+    assert all(d.peak <= d.limit_bytes for d in found.devices)
+
+
+def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
+    roomy, tight, tiny = (plan(memory, "1x24GiB", vram_limit=int(g * GIB)) for g in (20, 2.5, 0.5))
+    assert roomy.resident_blocks > tight.resident_blocks
+    assert tight.fits
+    assert not tiny.fits
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    with pytest.raises(DoesNotFitError, match="cuda:0 needs") as refused:
+        require_fit(tiny, request)
+    assert refused.value.hint
+
+
+def test_host_memory_counts_too(memory) -> None:
+    assert not plan(memory, "1x24GiB", ram_limit=GIB).fits
+    assert plan(memory, "1x24GiB", ram_limit=4 * GIB).fits  # nothing is streamed there
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    gib=st.floats(0.5, 48), cards=st.integers(1, 2), rows=st.integers(4, 60), columns=st.integers(4, 60),
+    steps=st.integers(0, 30),
+)  # fmt: skip
+def test_a_plan_that_fits_is_within_its_limits(memory, gib, cards, rows, columns, steps) -> None:
+    found = plan(memory, f"{cards}x{gib:.2f}GiB", (16 * rows, 16 * columns), 4 * steps + 1)
+    within = all(d.peak <= d.limit_bytes for d in found.devices) and found.host_bytes <= found.host_limit_bytes
+    assert found.fits == within
+    assert set(found.as_dict()) >= {"fits", "strategy", "devices", "host_bytes", "choices", "nearest_that_fits"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "roles"),
+    [("cpu", "single", {"cpu": "vae+transformer+text_encoder"}),
+     ("vae=cuda:0,transformer=cuda:1", "placed", {"cuda:0": "vae", "cuda:1": "transformer"}),
+     ("cuda:1", "single", {"cuda:1": "vae+transformer"})],
+)  # fmt: skip
+def test_devices_are_obeyed(memory, devices, strategy, roles) -> None:
+    found = plan(memory, "2x24GiB", devices=devices)
+    assert found.strategy == strategy
+    assert {d.name: d.role for d in found.devices} == roles
+
+
+def test_a_device_that_is_not_there_is_refused(memory) -> None:
+    with pytest.raises(ConfigError, match="cuda:5"):
+        plan(memory, "2x24GiB", devices="cuda:5")
+
+
+def test_hardware_in_words() -> None:
+    machine: Hardware = parse_hardware("24GiB+12GiB,ram=64GiB")
+    assert [d.total_bytes for d in machine.devices] == [24 * GIB, 12 * GIB]
+    assert machine.host_total_bytes == 64 * GIB
+    with pytest.raises(ConfigError):
+        parse_hardware("much")
+
+
+def test_a_streamed_text_encoder_stays_below_three_gib() -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert text_encoder_bytes(WAN_1_3B, dtype, "streamed") < 3 * GIB
+    assert text_encoder_bytes(WAN_1_3B, "float32", "resident") > 21 * GIB
+
+
+def test_seconds_come_from_the_work(memory) -> None:
+    """The counts of benchmarks' anchors: 283, 1250 and 5857 TFLOP a forward."""
+    from wanduet.planning.cost import forward_flop
+
+    for tokens, tflop in ((32760, 283), (75600, 1250), (171360, 5857)):
+        assert forward_flop(WAN_1_3B.transformer, tokens, 512) / 1e12 == pytest.approx(tflop, rel=2e-3)
+    seconds = plan(memory, "1x24GiB").seconds
+    assert 150 < seconds.denoise < 900  # a 3090 needs about ten minutes
+    assert plan(memory, "2x24GiB").seconds.denoise == pytest.approx(seconds.denoise / 2)
+    assert plan(memory, "1x24GiB", frames=161).seconds.denoise > 2 * seconds.denoise
+
+
+def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monkeypatch) -> None:
+    import torch
+
+    from wanduet.engine.job import Job, OutputOptions
+    from wanduet.engine.ladder import reserve_decode
+
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    found = plan(memory, "1x24GiB")
+    job = Job(request, found, OutputOptions(Path()))
+    asked: list[int] = []
+    real = torch.empty
+
+    def empty(*size, device=None, **options):
+        if device is None or torch.device(device).type != "cuda":
+            return real(*size, device=device, **options)
+        asked.append(*size)
+        if len(asked) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return None
+
+    monkeypatch.setattr(torch, "empty", empty)
+    reserve_decode(job, memory)
+    assert asked == sorted(asked, reverse=True)
+    assert job.plan.decode != found.decode
+    assert "less memory is free" in job.rungs[0]
+
+
+def test_what_is_reserved_for_a_later_job_is_not_above_its_plan(memory, monkeypatch) -> None:
+    import torch
+
+    from wanduet.engine import ladder
+    from wanduet.engine.job import Job, OutputOptions
+
+    request = GenerationRequest(prompt="x").resolve(memory.spec)
+    found = plan(memory, "1x24GiB")
+    there = memory.transformer_weights("bfloat16") + memory.vae_weights("float32") + 100 * 2**20  # and workspaces
+    asked: list[int] = []
+    monkeypatch.setattr(ladder, "_allocated_bytes", lambda _: there)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: asked.append(size))
+    ladder.reserve_decode(Job(request, found, OutputOptions(Path())).videos[0], memory)
+    assert asked
+    assert there + asked[0] <= found.devices[0].peak
+
+
+def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
+    little = int(4.25 * GIB)
+    small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=little)
+    assert (small.fits, small.block_hold) == (True, "mapped")
+    assert small.host_bytes <= little
+    assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).block_hold == "pinned"
+
+
+@pytest.mark.parametrize("hardware", ["24GiB+2GiB", "2GiB+24GiB", "24GiB+1GiB", "2GiB+1GiB+24GiB"])
+def test_a_small_card_beside_a_large_one_is_no_reason_to_refuse(memory, hardware) -> None:
+    found = plan(memory, hardware, (1080, 1920))
+    assert (found.fits, found.strategy) == (True, "single")
+    assert found.predicted_peak_bytes.keys() == {f"cuda:{hardware.split('+').index('24GiB')}"}
+
+
+def test_a_pair_that_was_asked_for_is_kept(memory) -> None:
+    assert not plan(memory, "24GiB+1GiB", strategy="placed").fits
+    found = plan(memory, "6GiB+3GiB", (720, 1280), strategy="placed")
+    assert (found.fits, found.strategy) == (True, "placed")
+
+
+def test_the_two_best_of_several_cards_are_taken(memory) -> None:
+    found = plan(memory, "16GiB+8GiB+24GiB")
+    assert (found.strategy, found.transformer_device, found.vae_device) == ("placed", "cuda:2", "cuda:0")
+    equal = plan(memory, "4x24GiB", strategy="placed")
+    assert (equal.vae_device, equal.transformer_device) == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "size", "settings_"),
+    [
+        ("24GiB", (1080, 1920), {"vram_limit": int(2.6 * GIB)}),
+        ("2.6GiB", (1920, 1080), {}),  # upright
+        ("2.3GiB", (1024, 1024), {}),
+        ("2.1GiB", (160, 3200), {}),
+        ("1GiB", (96, 96), {"devices": "cuda:0"}),
+        ("6GiB+6GiB", (1080, 1920), {"strategy": "parallel"}),
+        ("cpu", (480, 832), {"ram_limit": 8 * GIB}),
+        ("24GiB", (480, 832), {"ram_limit": 6 * GIB, "text_encoder_hold": "resident"}),
+    ],
+)
+def test_what_is_offered_instead_is_accepted_when_asked_for(memory, hardware, size, settings_) -> None:
+    found = plan(memory, hardware, size, **settings_)
+    assert not found.fits
+    assert found.nearest_that_fits
+    for nearest in found.nearest_that_fits:
+        change = {k: v for k, v in nearest.items() if not k.startswith("predicted")}
+        fields = {"height": size[0], "width": size[1], "num_frames": 81} | {
+            k: change.pop(k) for k in ("height", "width", "num_frames") if k in change
+        }
+        again = plan(
+            memory, hardware, (fields["height"], fields["width"]), fields["num_frames"], **{**settings_, **change}
+        )
+        assert again.fits
+        assert again.predicted_peak_bytes == nearest["predicted_peak_bytes"]
+        upright = (fields["height"] > fields["width"]) == (size[0] > size[1])
+        assert upright
+
+
+def test_what_is_offered_is_legal_for_a_model_of_another_stride(memory) -> None:
+    spec = replace(memory.spec, vae=replace(memory.spec.vae, dim_mult=(1, 2, 4, 4, 4), temperal_downsample=(True,) * 4))
+    request = GenerationRequest(prompt="x", height=1024, width=736, num_frames=161).resolve(spec)
+    offered = list(alternatives(request, EngineConfig(), spec, parse_hardware("1GiB")))
+    assert {one.kind for one in offered} == {"frames", "size", "both"}  # on the CPU it would take days
+    for one in offered:
+        asked = one.request.as_request().resolve(spec)  # raises where it is not legal
+        assert asked == one.request
+        assert one.kind == "mode" or asked.num_frames * asked.height * asked.width < 161 * 1024 * 736
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "0x24GiB", "999999x24GiB", "2x", "1MiB", "RTX 3095", "RTX 4090 Laptop", "4090x2", "²x24GiB", "9" * 400 + "GiB", "24GiB;12GiB",
+             "24GiB,ram=", "+", "24GiB++24GiB"],
+)  # fmt: skip
+def test_hardware_that_is_none(text) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_hardware(text)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("hardware", ["24GiB", "2x24GiB", "24GiB+12GiB"])
+def test_later_jobs_which_find_memory_in_pieces_are_planned_for(memory, hardware, monkeypatch) -> None:
+    later = plan(memory, hardware).predicted_peak_bytes
+    monkeypatch.setattr("wanduet.planning.plan.LATER_JOBS_SHARE", 0.0)
+    first = plan(memory, hardware).predicted_peak_bytes
+    assert later.keys() == first.keys()
+    assert all(1.009 < later[name] / first[name] < 1.011 for name in first)
+
+
+def test_the_host_is_planned_for_weights_of_float32_that_are_read_into_bfloat16(memory) -> None:
+    """5.7 GB of float32 in files, 2.7 GiB where they go: a process that reads them takes 3.5 GiB at most."""
+    request = GenerationRequest(prompt="x", height=16, width=16, num_frames=1).resolve(memory.spec)
+    machine = parse_hardware("cpu,ram=32GiB")
+    settings_ = {"transformer_dtype": "bfloat16", "devices": "cpu"}
+    read, drawn = (
+        make_plan(request, memory, EngineConfig(model=model, **settings_), machine)
+        for model in ("a/model", "random:1.3b")
+    )
+    weights = memory.transformer_weights("bfloat16")
+    assert 2.6 * GIB < weights < 2.8 * GIB
+    reading = read.host_bytes - drawn.host_bytes
+    assert 256 * 2**20 <= reading <= 512 * 2**20
+    assert weights + reading < 3.5 * GIB
+
+
+def test_what_a_larger_job_has_left_is_given_back_before_a_smaller_one(monkeypatch) -> None:
+    import torch
+
+    from wanduet.runtime import release
+
+    released: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda name: {"cuda:0": 15, "cuda:1": 3}[name])
+    monkeypatch.setattr(release, "release_memory", lambda: released.append(True))
+    release.trim_cache({"cuda:0": 15, "cuda:1": 9, "cpu": 0})
+    assert released == []
+    release.trim_cache({"cuda:0": 9, "cuda:1": 9})
+    assert released == [True]

@@ -1,0 +1,71 @@
+"""What the machine says of its memory, on systems that are not here too."""
+
+import ctypes
+import platform
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wanduet.runtime import host
+
+GIB = 2**30
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_a_container_sees_its_own_limit(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("0::/\n")
+    write(root, memory__max=str(8 * GIB), memory__current=str(6 * GIB), memory__stat=f"anon 5\ninactive_file {GIB}")
+    assert host._cgroup_limits(root, own) == [(8 * GIB, 5 * GIB)]
+    own.write_text("0::/a/path/that/only/the/host/knows\n")
+    assert host._cgroup_limits(root, own) == [(8 * GIB, 5 * GIB)]
+    write(root, memory__max="max")
+    assert host._cgroup_limits(root, own) == []
+
+
+def test_a_job_is_bound_by_every_group_around_it(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("1:name=systemd:/x\n0::/slurm/job_7/step_0\n")
+    write(root / "slurm" / "job_7", memory__max=str(16 * GIB), memory__current=str(GIB))
+    write(root / "slurm" / "job_7" / "step_0", memory__max="max", memory__current=str(GIB))
+    assert host._cgroup_limits(root, own) == [(16 * GIB, GIB)]
+
+
+def test_the_older_control_groups(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("4:cpu,cpuacct:/docker/1\n7:memory:/docker/1\n")
+    write(
+        root / "memory", memory__limit_in_bytes=str(4 * GIB), memory__usage_in_bytes=str(3 * GIB),
+        memory__stat=f"total_inactive_file {2 * GIB}",
+    )  # fmt: skip
+    assert host._cgroup_limits(root, own) == [(4 * GIB, GIB)]
+    assert host._cgroup_limits(root, tmp_path / "none") == []
+
+
+def test_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_os_memory", lambda: (32 * GIB, 20 * GIB))
+    monkeypatch.setattr(host, "_cgroup_limits", lambda: [(2**63, 5 * GIB), (16 * GIB, 6 * GIB)])
+    assert host.host_memory() == (16 * GIB, 10 * GIB)
+
+
+def test_the_peak_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(process, counters, length) -> int:
+        assert length.value == ctypes.sizeof(counters._obj) == counters._obj.length
+        assert process.value == ctypes.c_void_p(-1).value
+        counters._obj.peak_resident = 5 * GIB
+        return 1
+
+    kernel32 = SimpleNamespace(K32GetProcessMemoryInfo=tell)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    assert host.process_peak_bytes() == 5 * GIB
+
+
+def test_the_peak_here() -> None:
+    assert host.process_peak_bytes() > 10 * 2**20
