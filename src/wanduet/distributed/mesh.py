@@ -55,7 +55,7 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
     The others share the sequence by heads (Ulysses) as far as the heads divide, which exchanges
     `4 / degree` of a sequence of hidden states a block; what is left goes to the ring, which exchanges
     keys and values of the whole sequence a block but asks nothing of the heads. (Two GPUs that write to each
-    other's memory send keys and values along the Ulysses axis too, which is as much: direct.py.)
+    other's memory send keys and values along the Ulysses axis too, which is as much: p2p/exchange.py.)
 
     Raises ConfigError for a number of ranks or heads below 1.
     """

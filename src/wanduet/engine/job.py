@@ -259,7 +259,7 @@ class Video:
         self.plan = plan  # the job's, until something forces a smaller one
         self.rungs: list[str] = []  # what did not go as planned
         self.attention: str | None = None  # the back end that was used
-        self.kernels: str | None = None  # of the transformer, as `ops.kernels` names them
+        self.kernels: str | None = None  # of the transformer, as `kernels.select` names them
         self.vae_kernels: str | None = None
         self.denoised: dict[str, Any] | None = None  # the provenance of latents that were found, not made by this job
         self.changed = False  # whether a callback has changed the latents

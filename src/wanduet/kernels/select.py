@@ -53,10 +53,10 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
         return TRITON_KERNELS
 
     def quack() -> Kernels:
-        from wanduet.kernels.dit import quack as quack_products
+        from wanduet.kernels.dit import quack
 
         name = f"{kernels.name}+quack"
-        return replace(kernels, name=name, linear=quack_products.linear, linear_gelu=quack_products.linear_gelu)
+        return replace(kernels, name=name, linear=quack.linear, linear_gelu=quack.linear_gelu)
 
     def error(tried: Kernels, operation: str) -> float:
         return largest_error(tried, device, dtype, (operation,), heads, head_dim)

@@ -1,6 +1,6 @@
 """Ulysses between GPUs that can write to each other's memory: every row goes straight to where it is needed.
 
-What heads.py does with collectives, which are kernels: they take multiprocessors from the attention that they run
+What sequence/ulysses.py does with collectives, which are kernels: they take multiprocessors from the attention that they run
 beside, and want what they send and receive in one piece, packed and unpacked by more kernels. Here a GPU's copy
 engines take each head from where the projection left it to its place in the other GPU's queries, keys or values, and
 each result to its place between the other heads'. Nothing runs on the multiprocessors for it but the copies of keys

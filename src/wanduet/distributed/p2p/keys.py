@@ -8,7 +8,7 @@ Keys and values are computed where they are needed, in this rank's rows of its b
 others' by a GPU's copy engines. Values travel while keys are projected, and those while queries are.
 
 Source: context parallelism of Llama 3 (arXiv 2407.21783, 3.3.2), which gathers them by collectives. Each rank
-receives `2 (P - 1) / P` sequences of hidden states a block; swapping heads (direct_heads.py), `4 (P - 1) / P^2`. So
+receives `2 (P - 1) / P` sequences of hidden states a block; swapping heads (heads.py), `4 (P - 1) / P^2`. So
 two ranks receive as much either way, more ranks less with heads.
 
 Letters in names: B batch (of one), L tokens, H heads, D channels a head, C = H x D, P ranks.

@@ -1,6 +1,6 @@
 """One sequence of tokens over several ranks: Ulysses, ring attention, or both. Exact, for any length.
 
-Where ranks write to each other's memory, what they exchange is in direct.py; else collectives swap heads.
+Where ranks write to each other's memory, what they exchange is in p2p/exchange.py; else collectives swap heads.
 
 Every rank holds a run of neighbouring tokens. Nothing is padded: parts differ by a token where the length
 does not divide, or are cut in proportion to the ranks' speeds, and each exchange says how much it sends.

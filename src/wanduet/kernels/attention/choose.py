@@ -85,7 +85,7 @@ def choose_attention(
     """The fastest exact back end for `shape` on `device`, or the one named by `prefer`.
 
     Every back end is compared with float32 before it may be chosen; what fails is dropped, and the log says so.
-    What was seen is remembered in `cache_folder` (see `attention_cache`). Approximate back ends are chosen only by name. `backends` replaces those that are installed.
+    What was seen is remembered in `cache_folder` (see `kernels.measurements`). Approximate back ends are chosen only by name. `backends` replaces those that are installed.
     Raises ConfigError if the named one is not there or is wrong here.
     """
     found = available_backends(device) if backends is None else backends

@@ -13,31 +13,31 @@ import torch
 from torch import Tensor
 
 from wanduet.kernels.device import on_device_of
-from wanduet.kernels.dit import plain as fused
+from wanduet.kernels.dit import plain
 
 ALIGNMENT = 16  # bytes, of what the copy engine reads and writes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `fused.linear`."""
-    return _product(x, weight, bias, out, None, fused.linear)
+    """See `plain.linear`."""
+    return _product(x, weight, bias, out, None, plain.linear)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `fused.linear_gelu`."""
-    return _product(x, weight, bias, out, "gelu_tanh_approx", fused.linear_gelu)
+    """See `plain.linear_gelu`."""
+    return _product(x, weight, bias, out, "gelu_tanh_approx", plain.linear_gelu)
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, activation: str | None, plain: fused.LinearFn
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, activation: str | None, fallback: plain.LinearFn
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)`, in `out` if it is given; `plain` where gradients are wanted, or the copy engine
+    """`activation(x @ weight.T + bias)`, in `out` if it is given; `fallback` where gradients are wanted, or the copy engine
     cannot reach what is to be read or written."""
     if torch.is_grad_enabled():
-        return plain(x, weight, bias, out)
+        return fallback(x, weight, bias, out)
     result = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
     if not all(map(_is_aligned, (x, weight, bias, result))):
-        return plain(x, weight, bias, out)
+        return fallback(x, weight, bias, out)
     multiply = _gemm()
     with on_device_of(x):
         for x_LC, result_LO in zip(x, result, strict=True):

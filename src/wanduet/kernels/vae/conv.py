@@ -234,7 +234,7 @@ def convolve(
     Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory;
     `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and zero columns before x (below
     and after it there are as many as the shape of `out` asks for). `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
-    PyTorch's own convolutions do that (see `ops.precision`).
+    PyTorch's own convolutions do that (see `kernels.precision`).
 
     With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
     that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.

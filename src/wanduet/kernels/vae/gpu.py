@@ -1,5 +1,5 @@
-"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in vae_triton.py,
-conv_triton.py and attention_triton.py, imported only where they run. On the meta device nothing runs, so that memory
+"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in norm.py,
+conv.py and attention.py, imported only where they run. On the meta device nothing runs, so that memory
 can be predicted on a machine that has no Triton.
 
 They want weights in channels-last memory, and give results in it.
@@ -29,7 +29,7 @@ def causal_conv(
     room: Room = NO_ROOM,
     compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `vae_fused.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
+    """See `plain.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
     if torch.is_grad_enabled():
         return plain.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
@@ -83,7 +83,7 @@ def double_conv(
     out: Tensor,
     compile_for: torch.device | None = None,
 ) -> None:
-    """See `vae_fused.DoubleConv`: the doubled image is never there."""
+    """See `plain.DoubleConv`: the doubled image is never there."""
     x = _channels_last(x)
     for index, kernel in enumerate(weight):
         lower, right = divmod(index, 2)
@@ -95,7 +95,7 @@ def double_conv(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = None) -> Tensor:
-    """See `vae_fused.attend`: as matrix products, scores and their sums in float32.
+    """See `plain.attend`: as matrix products, scores and their sums in float32.
 
     (PyTorch's fused kernels know no heads as wide as this one, and use no matrix units for float32.)
     """
@@ -132,7 +132,7 @@ def _channels_last(x: Some) -> Some:
 
 
 def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None) -> None:
-    """`vae_triton.norm_silu`, where there is something to compute."""
+    """`norm.norm_silu`, where there is something to compute."""
     if x.device.type != "meta" or compile_for is not None:
         from wanduet.kernels.vae.norm import norm_silu
 
@@ -150,7 +150,7 @@ def _convolve(
     gamma: Tensor | None,
     compile_for: torch.device | None,
 ) -> bool:
-    """`conv_triton.convolve`, where there is something to convolve."""
+    """`conv.convolve`, where there is something to convolve."""
     if x.device.type == "meta" and compile_for is None:
         return True
     from wanduet.kernels.vae.conv import convolve

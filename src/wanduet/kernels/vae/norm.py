@@ -68,7 +68,7 @@ def launch(kernel, grid, device: torch.device, compile_for: torch.device | None,
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """See `vae_fused.norm_silu`: of `[B, C, T, h, w]` into `out`, channels last; it may be x itself.
+    """See `plain.norm_silu`: of `[B, C, T, h, w]` into `out`, channels last; it may be x itself.
 
     The rows of a frame follow each other without gaps (they may be some of a frame's rows), in `out` the pixels too.
     """

@@ -2,7 +2,7 @@
 
 A past is what a layer remembers of earlier frames (None at a video's start): for a temporal convolution
 the last two frames of its input. Frames are `[B, C, T, rows, columns]`. `Rows` says which rows of the
-frame they are; see vae_rows.py. With gradients enabled nothing is computed in place.
+frame they are; see rows.py. With gradients enabled nothing is computed in place.
 """
 
 from collections.abc import Sequence
@@ -238,7 +238,7 @@ class NormedConv:
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, past: Past, rows: Rows) -> Step:
-    """Layers one after another; the past is a tuple of theirs. On some rows only: vae_strips.py."""
+    """Layers one after another; the past is a tuple of theirs. On some rows only: tiles.py."""
     pasts: list[Past] = []
     for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
         x, layer_past, rows = cast(Layer, layer).step(x, layer_past, rows)

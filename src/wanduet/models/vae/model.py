@@ -152,7 +152,7 @@ class WanVAE(nn.Module):
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
     tf32: bool | None = None
-    """Whether float32 convolutions on a GPU may use TF32; None: as the process has it (see `ops.precision`)."""
+    """Whether float32 convolutions on a GPU may use TF32; None: as the process has it (see `kernels.precision`)."""
 
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
