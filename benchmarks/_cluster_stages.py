@@ -29,7 +29,7 @@ from wanduet.jobs.records import DECODE, Lease, NewJob, StaleLeaseError, demand_
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import DeviceInfo
-from wanduet.planning.plan import text_encoder_choice
+from wanduet.planning.planner import plan_text
 
 TICK, POLL = 5.0, 0.25  # seconds: controller's turn, a look at the queue
 HELD = 2  # jobs of a replica at a time
@@ -102,10 +102,10 @@ class Stages:
         self.verdict = ""
         self.predicted = 0.0
         config = EngineConfig(data_dir=self.folder)
-        dtype, hold, _ = text_encoder_choice(self.spec, config)
+        text = plan_text(self.spec, config)
         self.encode = {
-            False: encode_seconds(self.spec, dtype, hold),
-            True: encode_seconds(self.spec, dtype, "resident"),
+            False: encode_seconds(self.spec, text.dtype, text.residency),
+            True: encode_seconds(self.spec, text.dtype, "resident"),
         }
         self.controller = Controller(
             self.store,

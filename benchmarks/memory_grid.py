@@ -148,10 +148,10 @@ def limited(report: Report) -> None:
             job = engine.submit(request, OutputOptions(folder / "limited.mp4"))
             result = job.result()
             found = {name: round(size / GIB, 3) for name, size in result.peak_memory_bytes.items()}
-            predicted = {d.name: round(d.peak / GIB, 3) for d in job.plan.devices}
+            predicted = {d.name: round(d.peak / GIB, 3) for d in job.plan.prediction.devices}
             report.add(
                 "limited", size=f"{width}x{height}x{frames}", card_gib=gib, steps=steps, predicted=predicted, measured=found,
-                resident_blocks=job.plan.resident_blocks, decode=f"{job.plan.decode.order}-{job.plan.decode.num_strips}",
+                resident_blocks=job.plan.transformer.resident_blocks, decode=f"{job.plan.vae.tiling.order}-{job.plan.vae.tiling.num_strips}",
                 rungs=job.rungs, **{name: round(value, 2) for name, value in result.timings.items()},
             )  # fmt: skip
     if ON_GPU:

@@ -79,15 +79,15 @@ def jobs(report: Report, section: str, options: argparse.Namespace, limit: int |
             job = engine.submit(request, OutputOptions(data / f"{name}.mp4"), on_step)
             result = job.result()
             peaks["decode"] = peak_memory()
-            predicted = {p: round(b / 2**30, 3) for d in job.plan.devices for p, b in d.phases.items()}
+            predicted = {p: round(b / 2**30, 3) for d in job.plan.prediction.devices for p, b in d.phases.items()}
             timings = {k: round(v, 3) for k, v in result.timings.items()}
             step_s = round(result.timings["denoise_s"] / steps, 4)
             report.add(section, run=name, size=options.size, steps=steps, step_s=step_s, **timings,
                        attention=job.attention)  # fmt: skip
             report.add(f"{section} memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
                        host_gib=round(result.peak_memory_bytes["cpu"] / 2**30, 2), rungs=job.rungs,
-                       resident_blocks=job.plan.resident_blocks, decode_mode=asdict(job.plan.decode),
-                       keep_both=job.plan.keep_both)  # fmt: skip
+                       resident_blocks=job.plan.transformer.resident_blocks, decode_mode=asdict(job.plan.vae.tiling),
+                       keep_both=job.plan.both_resident)  # fmt: skip
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def _rows() -> Iterator[str]:
     from wanduet.config import EngineConfig
     from wanduet.engine.build import Models
     from wanduet.planning.hardware import parse_hardware
-    from wanduet.planning.plan import make_plan
+    from wanduet.planning.planner import make_plan
     from wanduet.request import GenerationRequest
 
     config = EngineConfig(model="random:1.3b")
@@ -57,8 +57,8 @@ def _rows() -> Iterator[str]:
     def minutes(hardware: str, height: int, width: int) -> str:
         request = GenerationRequest(prompt="any", height=height, width=width, num_frames=81).resolve(models.spec)
         plan = make_plan(request, models.memory, config, parse_hardware(f"{hardware},ram=32GiB"))
-        assert plan.fits
-        return _minutes(plan.seconds.total)
+        assert plan.prediction.fits
+        return _minutes(plan.prediction.seconds.total)
 
     yield "| card | " + " | ".join(SIZES) + " |"
     yield "|---|" + "---|" * len(SIZES)

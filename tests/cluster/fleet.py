@@ -35,7 +35,7 @@ from wanduet.jobs.keeper import SPANS
 from wanduet.jobs.records import StoredJob, demand_of
 from wanduet.jobs.schema import jobs
 from wanduet.planning.hardware import CUDA_CONTEXT_BYTES
-from wanduet.planning.plan import HEADROOM_BYTES
+from wanduet.planning.planner import HEADROOM_BYTES
 from wanduet.request import GenerationRequest
 
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}

@@ -43,7 +43,7 @@ class Encoder:
         prepare_process(order.shape.cpu_count)
         configure_logs()
         from wanduet.engine.build import Models
-        from wanduet.planning.plan import text_encoder_choice
+        from wanduet.planning.planner import plan_text
         from wanduet.runtime.text_host import CachedPromptEncoder
 
         self._order = order
@@ -53,7 +53,7 @@ class Encoder:
         if models.folder is None:
             raise WanduetError(f"{config.model} has no text encoder.")
         self._spec = models.spec
-        dtype, _ = text_encoder_choice(models.spec, config)
+        dtype = plan_text(models.spec, config).dtype
         hold = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
         self._encoder = CachedPromptEncoder(models.folder, dtype, hold, config.data_folder / "embeddings")
         self._store = ClusterStore(

@@ -19,7 +19,8 @@ from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.jobs.records import DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
-from wanduet.planning.plan import HOST_BASE_BYTES, Plan, make_decode_plan, make_plan, text_encoder_choice
+from wanduet.planning.plan import Plan
+from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 
 # A replica that streams its blocks from host memory is slower by up to so much, which the plan's seconds leave out.
@@ -86,11 +87,15 @@ class Fitter:
             return ANYWHERE if stage == "all" else NOWHERE
         except ConfigError:
             return NOWHERE  # a strategy that was asked for needs more devices than these
-        streams = plan.resident_blocks < self._memory.spec.transformer.num_layers or not plan.keep_both
-        slower = STREAMING_COST if streams and plan.seconds.denoise else 1.0
-        costs = Costs(plan.seconds.denoise * slower, plan.seconds.decode * slower, plan.strategy == "placed")
+        streams = plan.transformer.resident_blocks < self._memory.spec.transformer.num_layers or not plan.both_resident
+        slower = STREAMING_COST if streams and plan.prediction.seconds.denoise else 1.0
+        costs = Costs(
+            plan.prediction.seconds.denoise * slower, plan.prediction.seconds.decode * slower, plan.strategy == "placed"
+        )
         seconds = costs.denoise + costs.decode if whole == demand else costs.decode
-        return Fit(plan.fits, seconds, max((device.peak for device in plan.devices), default=0), costs)
+        return Fit(
+            plan.prediction.fits, seconds, max((device.peak for device in plan.prediction.devices), default=0), costs
+        )
 
     def node_costs(self, node: Node, demand: str, gpus: int | None = None) -> NodeCosts:
         """What the stages of a job would take on a node: in the shape that replicas are chosen to have, of so many GPUs
@@ -118,20 +123,20 @@ class Fitter:
         if self._config.model in RANDOM_SPECS:
             return 0.0, inf
         spec, cores = self._memory.spec, min(node.cpu_count, MOST_CORES)
-        dtype, hold = text_encoder_choice(spec, self._config)
-        read, work = encode_seconds(spec, dtype, hold)
+        text = plan_text(spec, self._config)
+        read, work = encode_seconds(spec, text.dtype, text.residency)
         beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
         if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
             return beside, inf
-        read, work = encode_seconds(spec, dtype, self.encoder_hold(node.host_bytes))
+        read, work = encode_seconds(spec, text.dtype, self.encoder_hold(node.host_bytes))
         return beside, read + work / cores
 
     def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
         """How an encoder of its own holds the weights: in memory where there is enough of it."""
-        dtype, hold = text_encoder_choice(self._memory.spec, self._config)
-        needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, dtype, "resident")
+        text = plan_text(self._memory.spec, self._config)
+        needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, text.dtype, "resident")
         roomy = self._config.text_encoder_hold == "auto" and needed < RESIDENT_SHARE * host_bytes
-        return "resident" if roomy else hold
+        return "resident" if roomy else text.residency
 
 
 def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:

@@ -109,7 +109,7 @@ class Models:
 
     def text(self, plan: Plan) -> PromptEncoder:
         """The prompt encoder."""
-        key = (plan.text_encoder_dtype, plan.text_encoder_hold)
+        key = (plan.text.dtype, plan.text.residency)
         if self._text is None or self._text[0] != key:
             if self.folder is None:
                 encoder: PromptEncoder = RandomPromptEncoder(self.spec)
@@ -139,10 +139,10 @@ class Models:
     def transformer(self, work: Planned) -> Iterator[Denoiser]:
         """The transformer, on its device for the length of the block, set up for the job's shapes."""
         plan = work.plan
-        device = torch.device(plan.transformer_device)
-        with self.locks.take(plan.transformer_device), on_device_of(device):
+        device = torch.device(plan.transformer.device)
+        with self.locks.take(plan.transformer.device), on_device_of(device):
             began = time.perf_counter()
-            if not plan.keep_both:  # first: there may be no room for its blocks beside the VAE
+            if not plan.both_resident:  # first: there may be no room for its blocks beside the VAE
                 self._vae_to_host(device)
             denoiser = self._ready_denoiser(work)
             self.fit_to(denoiser, work)
@@ -152,13 +152,13 @@ class Models:
 
     def _ready_denoiser(self, work: Planned) -> Denoiser:
         plan = work.plan
-        wanted = (torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype))
+        wanted = (torch.device(plan.transformer.device), getattr(torch, plan.transformer.dtype))
         while ((have := self._loading.wait(self, work)).device, have.dtype) != wanted:
             del have  # it was loaded for another job, which wanted it otherwise
             self._loading.drop()
-        have.memory.keep_copies(not plan.keep_both)
-        if have.resident_blocks != plan.resident_blocks:
-            have.restream(plan.resident_blocks)
+        have.memory.keep_copies(not plan.both_resident)
+        if have.resident_blocks != plan.transformer.resident_blocks:
+            have.restream(plan.transformer.resident_blocks)
         return have
 
     @torch.no_grad()
@@ -177,15 +177,15 @@ class Models:
             return denoiser
         release_models()  # outside the handler, whose traceback holds what was loaded
         raise OutOfMemoryError(
-            f"The transformer's weights found too little memory on {work.plan.transformer_device} ({problem}).",
+            f"The transformer's weights found too little memory on {work.plan.transformer.device} ({problem}).",
             hint="Other programs may use it: see nvidia-smi, free it or set --vram-limit, and try again.",
         )
 
     def _load_denoiser(self, plan: Plan) -> Denoiser:
         spec = self.spec
-        device, dtype = torch.device(plan.transformer_device), getattr(torch, plan.transformer_dtype)
+        device, dtype = torch.device(plan.transformer.device), getattr(torch, plan.transformer.dtype)
         self._enforce_limit(device)
-        resident, memory = plan.resident_blocks, self._host_memory(plan)
+        resident, memory = plan.transformer.resident_blocks, self._host_memory(plan)
         with without_memory():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
         if resident == spec.transformer.num_layers:
@@ -224,7 +224,7 @@ class Models:
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
-        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=work.plan.share_first)
+        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=work.plan.transformer.share_first)
         denoiser.attend_with(choice)
 
     def keep_verdicts(self) -> None:
@@ -266,9 +266,9 @@ class Models:
     def vae(self, work: Planned, device: str) -> Iterator[WanVAE]:
         """The VAE, on a device for the length of the block."""
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
-            if not work.plan.keep_both:
+            if not work.plan.both_resident:
                 self.make_room(device)
-            yield self.load_vae(device, work.plan.vae_dtype, work)
+            yield self.load_vae(device, work.plan.vae.dtype, work)
 
     def make_room(self, device: str) -> None:
         """Take the transformer's blocks off a device; the next denoise brings them back."""
@@ -371,9 +371,9 @@ class Models:
 
     def _host_memory(self, plan: Plan) -> HostMemory:
         """Where blocks wait that are not on the device."""
-        if torch.device(plan.transformer_device).type != "cuda":
+        if torch.device(plan.transformer.device).type != "cuda":
             return HostMemory("plain")
-        return HostMemory(plan.block_hold, self.config.data_folder / "blocks")
+        return HostMemory(plan.transformer.offload_memory, self.config.data_folder / "blocks")
 
     def _verify(self) -> None:
         if self.folder is not None:

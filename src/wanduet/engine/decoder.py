@@ -4,7 +4,8 @@ from wanduet.engine import generate
 from wanduet.engine.job import Job
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import LatentsGoneError
-from wanduet.planning.plan import Plan, make_decode_plan
+from wanduet.planning.plan import Plan
+from wanduet.planning.planner import make_decode_plan
 from wanduet.request import ResolvedRequest
 
 

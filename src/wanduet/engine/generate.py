@@ -121,7 +121,7 @@ def _task(models: Models, video: Video, conditioning: Conditioning) -> DenoiseTa
 def _denoise_here(models: Models, video: Video, task: DenoiseTask) -> Tensor:
     job = video.job
     with models.transformer(video) as denoiser, video.timed("denoise_s"):
-        with models.locks.if_idle(video.plan.vae_device) as idle:
+        with models.locks.if_idle(video.plan.vae.device) as idle:
             if idle:  # else a decode runs there, and shows that its memory is there
                 reserve_decode(video, models.memory)
         ladder = DenoiseLadder(video, denoiser)

@@ -31,7 +31,7 @@ POLL = 0.2
 
 def collective_timeout(work: Planned) -> float:
     """Seconds that a collective may take in a job."""
-    return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(work.request, work.plan.seconds))
+    return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(work.request, work.plan.prediction.seconds))
 
 
 class Group:
@@ -40,13 +40,13 @@ class Group:
     def __init__(self, config: EngineConfig, plan: Plan, timeout_s: float = COLLECTIVE_TIMEOUT) -> None:
         """Start the processes; they load the model when the first task comes. `timeout_s`: how long a collective may
         take."""
-        self.devices, self.timeout_s = plan.ranks, timeout_s
-        self._ranks = RankGroup(work, plan.ranks, config, timeout_s=timeout_s)
+        self.devices, self.timeout_s = plan.group.ranks, timeout_s
+        self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # last, which the ranks still have
 
     def suits(self, work: Planned) -> bool:
         """Whether it has the job's devices, and the patience for its steps."""
-        return self.devices == work.plan.ranks and self.timeout_s >= collective_timeout(work)
+        return self.devices == work.plan.group.ranks and self.timeout_s >= collective_timeout(work)
 
     def preload(self, work: Planned) -> None:
         """Let the ranks load the transformer now; does not wait."""

@@ -14,7 +14,7 @@ from wanduet.engine.job import Planned, Video
 from wanduet.errors import KernelFailedError, OutOfMemoryError
 from wanduet.footprint.phases import ModelMemory
 from wanduet.models.vae.rows import DecodePlan
-from wanduet.planning.plan import LATER_JOBS_SHARE
+from wanduet.planning.planner import LATER_JOBS_SHARE
 from wanduet.runtime.denoiser import Denoiser
 from wanduet.runtime.release import release_memory
 
@@ -85,13 +85,13 @@ def _smaller_denoises(work: Planned, denoiser: Denoiser) -> Iterator[str]:
 def decode_modes(work: Planned) -> Iterator[tuple[str, DecodePlan]]:
     """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
     plan = work.plan
-    yield plan.vae_device, plan.decode
-    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.decode)]
+    yield plan.vae.device, plan.vae.tiling
+    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.vae.tiling)]
     for mode in smaller:
-        yield plan.vae_device, mode
-    if plan.vae_device != "cpu":
+        yield plan.vae.device, mode
+    if plan.vae.device != "cpu":
         work.wait(WAIT_SECONDS)
-        yield plan.vae_device, SMALLER_DECODES[-1]
+        yield plan.vae.device, SMALLER_DECODES[-1]
         yield "cpu", DecodePlan("strip", 8)
 
 
@@ -100,8 +100,8 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
     allocator's cache, out of other programs' reach. Where it cannot be had, the video's plan gets a smaller decode.
     """
     plan = video.plan
-    device = torch.device(plan.vae_device)
-    taking_turns = plan.transformer_device == plan.vae_device and not plan.keep_both
+    device = torch.device(plan.vae.device)
+    taking_turns = plan.transformer.device == plan.vae.device and not plan.both_resident
     if device.type != "cuda" or taking_turns:  # the decode's room is the transformer's until then
         return
     r = video.request
@@ -112,8 +112,8 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
             return  # the decode's own ladder will end there if nothing changes
         # With the VAE, which is loaded into it at the first job, and never more than planned: at later jobs the VAE and the
         # libraries' workspaces are there already.
-        planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.devices if one.name == name)
-        needed = memory.decode(size, mode, plan.vae_dtype, name) + memory.vae_weights(plan.vae_dtype)
+        planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.prediction.devices if one.name == name)
+        needed = memory.decode(size, mode, plan.vae.dtype, name) + memory.vae_weights(plan.vae.dtype)
         needed = min(needed, planned - _allocated_bytes(device))
         try:
             if needed > _cached_bytes(device):  # of a decode before, perhaps
@@ -122,9 +122,9 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
         except torch.OutOfMemoryError:
             release_memory()
             continue
-        if mode != plan.decode:
+        if mode != plan.vae.tiling:
             video.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
-            video.plan = replace(plan, decode=mode)
+            video.plan = replace(plan, vae=replace(plan.vae, tiling=mode))
         return
 
 

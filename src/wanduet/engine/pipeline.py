@@ -32,7 +32,8 @@ from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
 from wanduet.media.video import VideoSpec
 from wanduet.planning.hardware import Hardware, detect
-from wanduet.planning.plan import Plan, make_plan, require_fit
+from wanduet.planning.plan import Plan, require_fit
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
@@ -174,7 +175,7 @@ class Engine:
         if plan.strategy != "parallel" or self.config.strategy == "parallel":
             return None
         found = make_plan(request, self.models.memory, replace(self.config, strategy="placed"), self.hardware)
-        return found if found.fits else None
+        return found if found.prediction.fits else None
 
     def close(self) -> None:
         """Cancel what runs, end the threads, give all memory back. Another call, from any thread, waits for the first.
@@ -215,7 +216,7 @@ class Engine:
 
     def _encode_job(self, job: Job) -> None:
         if len(self._open) == 1:  # else the memory is another job's, too
-            trim_cache({device.name: device.peak for device in job.plan.devices})
+            trim_cache({device.name: device.peak for device in job.plan.prediction.devices})
         self.models.peaks.begin(job.id)
         latents = generate.kept_latents(self.models, job)
         if latents is not None:  # neither text encoder nor transformer is needed

@@ -177,12 +177,12 @@ def _prepare_rest(models: "Models", work: Planned, is_loaded: Event, is_fitted: 
 def _prepare_vae_kernels(models: "Models", work: Planned) -> None:
     """The decode's kernels, while the denoise runs: at the first job on a machine they take half a minute."""
     plan, request = work.plan, work.request
-    device, dtype = torch.device(plan.vae_device), getattr(torch, plan.vae_dtype)
-    kernels = vae_kernels_to_compile(device, plan.tf32)
+    device, dtype = torch.device(plan.vae.device), getattr(torch, plan.vae.dtype)
+    kernels = vae_kernels_to_compile(device, plan.vae.tf32)
     if kernels is None:
         return
     size = (request.generated_height, request.generated_width)
-    compile_decode(models.spec.vae, *size, plan.decode, dtype, kernels)
-    if plan.keep_both:  # else what they are tried on may have no room beside the transformer
+    compile_decode(models.spec.vae, *size, plan.vae.tiling, dtype, kernels)
+    if plan.both_resident:  # else what they are tried on may have no room beside the transformer
         with on_device_of(device):
-            vae_kernels_for(device, dtype, models.spec.vae.base_dim, plan.tf32)
+            vae_kernels_for(device, dtype, models.spec.vae.base_dim, plan.vae.tf32)

@@ -95,7 +95,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, rank.link)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)
-        trim_cache({one.name: one.peak for one in assignment.plan.devices if one.name == str(rank.device)})
+        trim_cache({one.name: one.peak for one in assignment.plan.prediction.devices if one.name == str(rank.device)})
         reset()
         output = OutputOptions(config.data_folder)
         job = Job(assignment.request, _own_plan(assignment.plan, rank), output, id=assignment.job)
@@ -107,7 +107,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
             _decode(rank, models, job, latents, speeds)
         else:
             video = job.videos[assignment.task.index]
-            if layout != assignment.plan.layout:
+            if layout != assignment.plan.group.layout:
                 video.note(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
             denoised = _denoise(rank, models, video, assignment.task, (meshes[layout], speeds))
 
@@ -115,7 +115,12 @@ def work(rank: Rank, config: EngineConfig) -> None:
 def _own_plan(plan: Plan, rank: Rank) -> Plan:
     device = str(rank.device)
     # In here it is one device with all that it holds.
-    return replace(plan, strategy="single", transformer_device=device, vae_device=device)
+    return replace(
+        plan,
+        strategy="single",
+        transformer=replace(plan.transformer, device=device),
+        vae=replace(plan.vae, device=device),
+    )
 
 
 def _denoise(
@@ -221,7 +226,7 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
 
 
 def _decode(rank: Rank, models: Models, job: Job, latents: Tensor, speeds: tuple[float, ...]) -> None:
-    with models.vae(job, job.plan.vae_device) as vae:
+    with models.vae(job, job.plan.vae.device) as vae:
         for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
             rank.report(DecodedRows(index, rows, pixels, _own_peaks(rank)))
             if rank.cancelled():

@@ -50,8 +50,8 @@ def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
     """Settings of the engine that have a say in the latents, by more than the last bits."""
     named = models.config.attention  # one that is approximate is only used by name
     return {
-        "transformer_dtype": video.plan.transformer_dtype,
-        "text_encoder_dtype": video.plan.text_encoder_dtype,
+        "transformer_dtype": video.plan.transformer.dtype,
+        "text_encoder_dtype": video.plan.text.dtype,
         "approximate_attention": named if any(one.name == named and not one.exact for one in BACKENDS) else None,
         "callback": video.job.on_step is not None,
     }
@@ -62,8 +62,8 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
     plan, output = video.plan, video.job.output
     of_latents = {"strategy": plan.strategy} | _settings_of_latents(models, video)
     engine = of_latents | {
-        "vae_dtype": plan.vae_dtype,
-        "tf32": plan.tf32,
+        "vae_dtype": plan.vae.dtype,
+        "tf32": plan.vae.tf32,
         "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
     }
     engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video, name)) is not None}
@@ -80,7 +80,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         engine=engine,
         versions=versions(),
         created_at=datetime.now(UTC),
-        hardware=[d.name for d in plan.devices],
+        hardware=[d.name for d in plan.prediction.devices],
         attention=video.attention,
         timings={k: round(v, 3) for k, v in video.timings.items() if v},
         rungs=video.rungs,

@@ -55,23 +55,23 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
     """
     request, plan, spec = job.request, job.plan, memory.spec
     size = (request.generated_height, request.generated_width, request.num_frames)
-    videos, ranks = request.num_videos_per_prompt, max(1, len(plan.ranks))
+    videos, ranks = request.num_videos_per_prompt, max(1, len(plan.group.ranks))
     passes = videos * request.num_inference_steps * (2 if request.uses_guidance else 1)
-    weights = memory.transformer_weights(plan.transformer_dtype)
-    vae_bytes = memory.vae_weights(plan.vae_dtype) * spec.latent_shape(*size)[1]
+    weights = memory.transformer_weights(plan.transformer.dtype)
+    vae_bytes = memory.vae_weights(plan.vae.dtype) * spec.latent_shape(*size)[1]
     pixels = 3 * size[0] * size[1] * size[2]
     work = {
         "denoise_s": Work(
-            denoise_flop(request, spec) / ranks, passes * weights / ranks, plan.transformer_device, plan.transformer_dtype
+            denoise_flop(request, spec) / ranks, passes * weights / ranks, plan.transformer.device, plan.transformer.dtype
         ),
         "decode_s": Work(
-            videos * decode_flop(spec, size) / ranks, videos * (vae_bytes + pixels) / ranks, plan.vae_device, plan.vae_dtype
+            videos * decode_flop(spec, size) / ranks, videos * (vae_bytes + pixels) / ranks, plan.vae.device, plan.vae.dtype
         ),
     }  # fmt: skip
     if job.timings["encode_s"] > 0:
-        read = text_encoder_bytes(spec, plan.text_encoder_dtype, "resident")
-        tokens = 2 * read // DTYPE_BYTES[plan.text_encoder_dtype]  # one token through every weight, at least
-        work["encode_s"] = Work(tokens, read, "cpu", plan.text_encoder_dtype)
+        read = text_encoder_bytes(spec, plan.text.dtype, "resident")
+        tokens = 2 * read // DTYPE_BYTES[plan.text.dtype]  # one token through every weight, at least
+        work["encode_s"] = Work(tokens, read, "cpu", plan.text.dtype)
     return work
 
 

@@ -62,17 +62,17 @@ def suited_layout(
     """What was planned, from no more than the devices' kinds; but one sequence, cut by speed, where the faster half
     would wait longer for the other's branch of the guidance than for what is exchanged over the ranks' `link`, and there
     is room for that."""
-    if plan.layout.cfg == 1:
-        return plan.layout
-    step_s, item = step_seconds(request, plan.seconds), DTYPE_BYTES[plan.transformer_dtype]
-    if pairs_up(speeds, sequence_cost(request, spec, plan.layout.world_size, item, step_s, link)):
-        return plan.layout
-    layout = choose_layout(plan.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
+    if plan.group.layout.cfg == 1:
+        return plan.group.layout
+    step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
+    if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link)):
+        return plan.group.layout
+    layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     # Which the plan has not counted; else a part of the sequence needs no more than a branch on the whole of it.
-    exchanged = buffer_bytes(spec.transformer, shape, plan.transformer_dtype, layout)
-    fits = all(device.peak + exchanged <= device.limit_bytes for device in plan.devices)
-    return layout if fits else plan.layout
+    exchanged = buffer_bytes(spec.transformer, shape, plan.transformer.dtype, layout)
+    fits = all(device.peak + exchanged <= device.limit_bytes for device in plan.prediction.devices)
+    return layout if fits else plan.group.layout
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

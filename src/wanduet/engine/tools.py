@@ -31,7 +31,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.planning.hardware import Hardware, detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.text_host import CachedPromptEncoder, check_shapes
 from wanduet.untrusted import cut, printable

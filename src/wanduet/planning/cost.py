@@ -119,7 +119,7 @@ def cut_seconds(request: ResolvedRequest, decode: float, mode: DecodePlan) -> fl
     return CUT_SHARE * decode * (mode.num_strips - 1) + late
 
 
-def turn_seconds(weights: int) -> float:
+def swap_seconds(weights: int) -> float:
     """To take a transformer of so many bytes off its device for a decode, and to bring it back."""
     return 2 * weights / MOVING_RATE
 

@@ -6,7 +6,6 @@ told as such.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,55 +17,48 @@ from wanduet.kernels.attention.choose import Shape, remembered
 from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
 from wanduet.kernels.verdicts import triton_problem
 from wanduet.planning.hardware import DeviceInfo, Hardware
+from wanduet.planning.plan import Choice, Plan
 from wanduet.request import ResolvedRequest
-
-if TYPE_CHECKING:
-    from wanduet.planning.plan import Plan
 
 ASKED = "asked for"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One thing the plan decided, and why."""
-
-    setting: str
-    value: Any
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
+class Explanation:
     """A plan and all that has decided it; `refused` are the plans for other placements, which came first and do not fit."""
 
-    plan: "Plan"
+    plan: Plan
     request: ResolvedRequest
     spec: ModelSpec
     config: EngineConfig
     hardware: Hardware
-    refused: Sequence["Plan"] = ()
+    refused: Sequence[Plan] = ()
 
     def choices(self) -> tuple[Choice, ...]:
         """Of a whole job."""
         plan = self.plan
         found: tuple[Choice, ...] = (
             Choice("strategy", plan.strategy, self._strategy()),
-            Choice("transformer_dtype", plan.transformer_dtype, self._transformer_dtype()),
+            Choice("transformer_dtype", plan.transformer.dtype, self._transformer_dtype()),
             self._vae_dtype(),
             self._tf32(),
-            Choice("text_encoder_hold", plan.text_encoder_hold, self._text_encoder()),
-            Choice("resident_blocks", plan.resident_blocks, self._resident()),
-            Choice("block_hold", plan.block_hold, self._block_hold()),
+            Choice("text_encoder_hold", plan.text.residency, self._text_encoder()),
+            Choice("resident_blocks", plan.transformer.resident_blocks, self._resident()),
+            Choice("block_hold", plan.transformer.offload_memory, self._block_hold()),
             self._decode(),
-            Choice("keep_both", plan.keep_both, self._keep_both()),
+            Choice("keep_both", plan.both_resident, self._keep_both()),
             self._attention(),
             self._kernels("kernels", self._transformer),
             self._kernels("vae_kernels", self._vae),
         )
-        if self.request.uses_guidance and plan.layout.cfg == 1:
-            found += (Choice("first_self_attention", "shared" if plan.share_first else "apart", self._share_first()),)
-        if plan.ranks:
-            layout = plan.layout
+        if self.request.uses_guidance and plan.group.layout.cfg == 1:
+            found += (
+                Choice(
+                    "first_self_attention", "shared" if plan.transformer.share_first else "apart", self._share_first()
+                ),
+            )
+        if plan.group.ranks:
+            layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
             found += (Choice("layout", value, self._layout()),)
         return found
@@ -77,34 +69,34 @@ class Explained:
 
     @property
     def _transformer(self) -> DeviceInfo:
-        return self.hardware.device(self.plan.transformer_device)
+        return self.hardware.device(self.plan.transformer.device)
 
     @property
     def _vae(self) -> DeviceInfo:
-        return self.hardware.device(self.plan.vae_device)
+        return self.hardware.device(self.plan.vae.device)
 
     def _strategy(self) -> str:
         plan, asked = self.plan, parse_devices(self.config.devices)
         if asked.roles:
             return "--devices names " + ", ".join(f"{role}={device}" for role, device in asked.roles)
         if self.config.strategy != "auto":
-            on_cpu = plan.strategy == "placed" and plan.transformer_device == plan.vae_device
-            return f"{ASKED}; {plan.vae_device} stands for both devices" if on_cpu else ASKED
-        if plan.ranks:
-            return f"{len(plan.ranks)} devices of one kind make one video together: {self._sharing()}"
-        if not plan.fits and self.refused:
+            on_cpu = plan.strategy == "placed" and plan.transformer.device == plan.vae.device
+            return f"{ASKED}; {plan.vae.device} stands for both devices" if on_cpu else ASKED
+        if plan.group.ranks:
+            return f"{len(plan.group.ranks)} devices of one kind make one video together: {self._sharing()}"
+        if not plan.prediction.fits and self.refused:
             return "nothing fits; of all placements this one lacks least device memory"
         if plan.strategy == "placed":
             together = "; one video on several devices together does not fit" if self.refused else ""
-            return f"{plan.transformer_device} denoises while {plan.vae_device} decodes{together}"
+            return f"{plan.transformer.device} denoises while {plan.vae.device} decodes{together}"
         if self.refused:
             return "the work in parts on several devices does not fit, and on this one it does"
         if asked.names:
-            return f"{plan.transformer_device} is the only device that --devices names"
-        return "there is no GPU" if self._transformer.is_cpu else f"{plan.transformer_device} is the only GPU"
+            return f"{plan.transformer.device} is the only device that --devices names"
+        return "there is no GPU" if self._transformer.is_cpu else f"{plan.transformer.device} is the only GPU"
 
     def _sharing(self) -> str:
-        cfg, sequence = self.plan.layout.cfg, self.plan.layout.sequence
+        cfg, sequence = self.plan.group.layout.cfg, self.plan.group.layout.sequence
         if cfg == 1:
             return "each has a part of the tokens"
         each = "one device" if sequence == 1 else f"{sequence} devices, each with a part of the tokens"
@@ -128,30 +120,30 @@ class Explained:
         if self.config.vae_dtype == "auto":
             faster = "; bfloat16 decodes faster at a small loss" if self._vae.has_bfloat16 else ""
             why = f"the most precise, and the default{faster}"
-        return Choice("vae_dtype", self.plan.vae_dtype, why)
+        return Choice("vae_dtype", self.plan.vae.dtype, why)
 
     def _tf32(self) -> Choice:
         plan, device = self.plan, self._vae
         if not device.name.startswith("cuda"):
             why = f"without effect: the VAE is on {device.name}"
-        elif plan.vae_dtype != "float32":
-            why = f"without effect: the VAE computes in {plan.vae_dtype}"
+        elif plan.vae.dtype != "float32":
+            why = f"without effect: the VAE computes in {plan.vae.dtype}"
         elif device.capability < (8, 0):
             why = "without effect: this GPU has no TF32"
-        elif plan.tf32:
+        elif plan.vae.tf32:
             why = "the VAE's float32 convolutions round their factors to TF32"
         else:
             why = f"{ASKED}: the VAE's float32 convolutions are exact"
-        return Choice("tf32", plan.tf32, why)
+        return Choice("tf32", plan.vae.tf32, why)
 
     def _text_encoder(self) -> str:
         if self.config.text_encoder_hold != "auto":
             return ASKED
         if self.config.model in RANDOM_SPECS:
             return "its memory is counted as with published weights; random ones have no text encoder"
-        dtype = self.plan.text_encoder_dtype
+        dtype = self.plan.text.dtype
         whole, part = (format_bytes(text_encoder_bytes(self.spec, dtype, hold)) for hold in ("resident", "streamed"))
-        if self.plan.text_encoder_hold == "resident":
+        if self.plan.text.residency == "resident":
             return f"small: {whole} of host memory hold all of it"
         return f"read layer by layer from its files, which takes {part} of host memory instead of {whole}"
 
@@ -159,61 +151,67 @@ class Explained:
         plan, layers = self.plan, self.spec.transformer.num_layers
         if self._transformer.is_cpu:
             return "all blocks are in host memory, where they run"
-        if not plan.fits:
-            return "strategy parallel keeps all blocks on every device" if plan.ranks else "the fewest there can be"
-        if plan.resident_blocks == layers:
-            return "all blocks fit on every device" if plan.ranks else "all blocks fit on the device"
-        return f"{layers - plan.resident_blocks} come from host memory as they are needed: no larger number that is tried fits"
+        if not plan.prediction.fits:
+            return (
+                "strategy parallel keeps all blocks on every device" if plan.group.ranks else "the fewest there can be"
+            )
+        if plan.transformer.resident_blocks == layers:
+            return "all blocks fit on every device" if plan.group.ranks else "all blocks fit on the device"
+        return f"{layers - plan.transformer.resident_blocks} come from host memory as they are needed: no larger number that is tried fits"
 
     def _block_hold(self) -> str:
         plan, device = self.plan, self._transformer
         if device.is_cpu:
             return "without effect: the transformer runs in host memory"
-        if plan.keep_both and plan.resident_blocks == self.spec.transformer.num_layers:
+        if plan.both_resident and plan.transformer.resident_blocks == self.spec.transformer.num_layers:
             return "without effect: no block waits on the host"
         if not device.name.startswith("cuda"):
             return "in ordinary host memory: page-locked memory is for CUDA devices"
-        if plan.block_hold == "pinned":
+        if plan.transformer.offload_memory == "pinned":
             return "page-locked host memory: copies run beside the computation"
         return "in a scratch file: too little host memory is free to hold them page-locked"
 
     def _decode(self) -> Choice:
-        plan, mode = self.plan, self.plan.decode
+        plan, mode = self.plan, self.plan.vae.tiling
         alone = f"{mode.order}-major, {mode.num_strips} {'strip' if mode.num_strips == 1 else 'strips'}"
-        if plan.ranks:
+        if plan.group.ranks:
             why = f"every device decodes its rows of each frame; should the others be lost, one goes on {alone}"
-            return Choice("decode", f"frame-major, {len(plan.ranks)} strips, one a device", why)
+            return Choice("decode", f"frame-major, {len(plan.group.ranks)} strips, one a device", why)
         value = f"{mode.order}-major, {mode.num_strips} strips"
-        if not plan.fits:
+        if not plan.prediction.fits:
             return Choice("decode", value, "what needs least memory")
         fastest = (mode.order, mode.num_strips) == ("frame", 1)
         return Choice("decode", value, "whole frames, the fastest way" if fastest else "no faster way to decode fits")
 
     def _keep_both(self) -> str:
         plan = self.plan
-        if plan.ranks:
+        if plan.group.ranks:
             return "every device holds both"
-        if plan.transformer_device != plan.vae_device:
+        if plan.transformer.device != plan.vae.device:
             return "each model has a device of its own"
         if self._vae.is_cpu:
             return "both are in host memory"
-        if plan.keep_both:
+        if plan.both_resident:
             return "both fit on the device together"
-        if not plan.fits:
+        if not plan.prediction.fits:
             return "they take turns on the device, which needs least memory"
         return "they take turns on the device: with both on it, no decode that fits is as fast"
 
     def _share_first(self) -> str:
-        if self.plan.share_first:
+        if self.plan.transformer.share_first:
             return "the same for both prompts: computed once, and kept meanwhile"
-        return "to keep it from one prompt to the next would not fit" if self.plan.fits else "what needs least memory"
+        return (
+            "to keep it from one prompt to the next would not fit"
+            if self.plan.prediction.fits
+            else "what needs least memory"
+        )
 
     def _layout(self) -> str:
-        if self.plan.layout.cfg == 2:
+        if self.plan.group.layout.cfg == 2:
             return f"{self._sharing()}: this exchanges least"
         if not self.request.uses_guidance:
             return "there is one prompt: each device has a part of its tokens"
-        if len(self.plan.ranks) % 2:
+        if len(self.plan.group.ranks) % 2:
             return "an odd number of devices: each has a part of the tokens"
         return "devices of unlike speeds: each has a part of the tokens, the faster one more"
 
@@ -237,12 +235,12 @@ class Explained:
             )
             return Choice("attention", wish, f"{ASKED}, {there}")
         found = remembered(
-            on, self._shape(), getattr(torch, plan.transformer_dtype), self.config.data_folder / "measurements"
+            on, self._shape(), getattr(torch, plan.transformer.dtype), self.config.data_folder / "measurements"
         )
         if found is not None:
             name, table = found
             usable = sum(row.usable for row in table)
-            agreed = "; devices that work together agree on one" if plan.ranks else ""
+            agreed = "; devices that work together agree on one" if plan.group.ranks else ""
             return Choice("attention", name, f"the fastest of {usable} that were measured on this GPU{agreed}")
         names = ", ".join(backend.name for backend in backends.values() if backend.exact)
         return Choice("attention", wish, f"the fastest that is right of {names}: measured when a job first runs here")
@@ -271,7 +269,7 @@ class Explained:
             return Choice(setting, "torch", f"PyTorch's own operations: {why}")
         if not self._is_here(device):
             return Choice(setting, "triton", "taken to work there; PyTorch's own operations run where they do not")
-        dtype = getattr(torch, self.plan.transformer_dtype)
+        dtype = getattr(torch, self.plan.transformer.dtype)
         quack = setting == "kernels" and has_quack(torch.device(device.name), dtype)
         why = "checked before they are used; PyTorch's own operations run where they are wrong or fail"
         return Choice(setting, "triton+quack" if quack else "triton", why)

@@ -22,7 +22,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, NewJob
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.media.embeddings import load_embeddings
-from wanduet.planning.plan import text_encoder_choice
+from wanduet.planning.planner import plan_text
 from wanduet.runtime.text_host import CachedPromptEncoder
 
 PROMPT = "a red circle moving left on a black background"
@@ -88,10 +88,10 @@ def test_prompts_of_waiting_jobs_are_encoded_as_a_replica_would(open_bench) -> N
     bench.submit()
     wait(lambda: len(bench.embeddings()) == 2)  # the negative prompt, too
     models = Models(EngineConfig(model="miniature", data_dir=bench.folder / "other"))
-    dtype, hold = text_encoder_choice(models.spec, models.config)
-    mine = CachedPromptEncoder(models.folder, dtype, hold, bench.data / "embeddings")
+    text = plan_text(models.spec, models.config)
+    mine = CachedPromptEncoder(models.folder, text.dtype, text.residency, bench.data / "embeddings")
     theirs = load_embeddings(mine.path_of(PROMPT))
-    alone = CachedPromptEncoder(models.folder, dtype, hold, None).encode([PROMPT])[0]
+    alone = CachedPromptEncoder(models.folder, text.dtype, text.residency, None).encode([PROMPT])[0]
     assert torch.equal(theirs.embeds, alone.embeds)
     assert mine.encode([PROMPT])[0].text == PROMPT
     assert mine._encoder is None  # found, not made

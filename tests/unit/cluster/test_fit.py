@@ -14,7 +14,7 @@ from wanduet.engine.build import Models
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.records import DECODE, demand_of
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
@@ -54,8 +54,8 @@ def test_a_fit_is_what_the_plan_says(models: Models, gpus: str, demand: str) -> 
     config = EngineConfig(model="random:1.3b")
     plan = make_plan(parse_demand(demand, models.spec), models.memory, config, shape(gpus).hardware, nearest=False)
     found = Fitter(models.memory, config).on(shape(gpus))(demand)
-    assert found.fits == plan.fits
-    assert found.peak_bytes == max(device.peak for device in plan.devices)
+    assert found.fits == plan.prediction.fits
+    assert found.peak_bytes == max(device.peak for device in plan.prediction.devices)
 
 
 def test_what_is_too_large_for_one_card_fits_a_larger_one(models: Models) -> None:

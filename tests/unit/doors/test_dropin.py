@@ -277,16 +277,16 @@ def test_two_equal_gpus_are_planned_as_they_are_used(tmp_path, monkeypatch) -> N
         placed = engine.plan(request)
     plan = wanduet.WanPipeline.from_pretrained("random:1.3b", data_dir=tmp_path).plan()
     assert plan.strategy == "placed"
-    assert (plan.transformer_device, plan.vae_device) == (placed.transformer_device, placed.vae_device)
-    assert plan.decode == placed.decode
-    assert plan.predicted_peak_bytes == placed.predicted_peak_bytes
+    assert (plan.transformer.device, plan.vae.device) == (placed.transformer.device, placed.vae.device)
+    assert plan.vae.tiling == placed.vae.tiling
+    assert plan.prediction.peak_bytes == placed.prediction.peak_bytes
 
 
 def test_two_gpus_of_which_one_is_too_small_for_a_part(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("wanduet.doors.python.parts.detect", lambda: parse_hardware("24GiB+1GiB,ram=64GiB"))
     plan = wanduet.WanPipeline.from_pretrained("random:1.3b", data_dir=tmp_path).plan()
     assert plan.strategy in ("placed", "single")
-    assert plan.fits
+    assert plan.prediction.fits
 
 
 def test_what_is_loaded_is_not_taken_off_the_free_memory_twice(pipe, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from wanduet.engine import build
 from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.planning.hardware import detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.denoiser import PARKED
 
@@ -52,7 +52,11 @@ def streaming(config, tmp_path) -> tuple[Models, Job]:
     models = Models(config)
     request = GenerationRequest(prompt="a red circle", height=32, width=48, num_frames=5).resolve(models.spec)
     plan = make_plan(request, models.memory, config, detect())
-    return models, Job(request, replace(plan, resident_blocks=2, keep_both=False), OutputOptions(tmp_path / "x.mp4"))
+    return models, Job(
+        request,
+        replace(plan, transformer=replace(plan.transformer, resident_blocks=2), both_resident=False),
+        OutputOptions(tmp_path / "x.mp4"),
+    )
 
 
 def test_what_blocks_wait_in_lives_as_long_as_they_wait(streaming, monkeypatch) -> None:

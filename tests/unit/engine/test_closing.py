@@ -24,7 +24,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, NonFiniteLatentsError, WeightsError
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.hardware import detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.release import forget_traceback
 
@@ -200,7 +200,11 @@ def test_a_transformer_of_another_precision_takes_the_place_of_the_one_before(si
     request = GenerationRequest(**REQUEST).resolve(models.spec)
     plan = make_plan(request, models.memory, single, detect())
     first, second = (
-        Job(request, replace(plan, transformer_dtype=dtype), OutputOptions(tmp_path / "a.mkv"))
+        Job(
+            request,
+            replace(plan, transformer=replace(plan.transformer, dtype=dtype)),
+            OutputOptions(tmp_path / "a.mkv"),
+        )
         for dtype in ("float32", "bfloat16")
     )
     with models.transformer(first) as denoiser:

@@ -13,7 +13,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import LatentsGoneError
 from wanduet.media.read import FrameHashes, frame_hashes
 from wanduet.planning.hardware import parse_hardware
-from wanduet.planning.plan import make_decode_plan, make_plan
+from wanduet.planning.planner import make_decode_plan, make_plan
 from wanduet.request import GenerationRequest
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}
@@ -82,12 +82,12 @@ def test_a_card_that_cannot_hold_the_transformer_decodes_in_the_fastest_mode_tha
     models = Models(config)
     request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, seed=0).resolve(models.spec)
     small, large = (parse_hardware(f"{gpus},ram=16GiB") for gpus in ("1x4GiB", "1x24GiB"))
-    assert not make_plan(request, models.memory, config, small, nearest=False).fits
+    assert not make_plan(request, models.memory, config, small, nearest=False).prediction.fits
     plans = [make_decode_plan(request, models.memory, config, hardware) for hardware in (small, large)]
     for plan in plans:
-        assert plan.fits
-        assert 0 < plan.devices[0].peak <= plan.devices[0].limit_bytes
-        assert plan.seconds.denoise == 0 < plan.seconds.decode
-        assert plan.host_bytes < 3 * GIB  # what a strip hands on waits there
-    assert plans[0].decode.num_strips > plans[1].decode.num_strips == 1
-    assert not make_decode_plan(request, models.memory, config, parse_hardware("1x1GiB,ram=16GiB")).fits
+        assert plan.prediction.fits
+        assert 0 < plan.prediction.devices[0].peak <= plan.prediction.devices[0].limit_bytes
+        assert plan.prediction.seconds.denoise == 0 < plan.prediction.seconds.decode
+        assert plan.prediction.host_bytes < 3 * GIB  # what a strip hands on waits there
+    assert plans[0].vae.tiling.num_strips > plans[1].vae.tiling.num_strips == 1
+    assert not make_decode_plan(request, models.memory, config, parse_hardware("1x1GiB,ram=16GiB")).prediction.fits

@@ -13,7 +13,7 @@ from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.ranks import Denoised
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 
@@ -58,7 +58,10 @@ def test_collectives_have_the_time_of_the_longest_step(tmp_path, monkeypatch) ->
     plan = make_plan(request, models.memory, config, detect())
     monkeypatch.setattr(module, "RankGroup", started)
     for step_s in (16.0, 337.0, 16.0):
-        slow = replace(plan, seconds=Seconds(step_s * request.num_inference_steps, 1.0))
+        slow = replace(
+            plan,
+            prediction=replace(plan.prediction, seconds=Seconds(step_s * request.num_inference_steps, 1.0)),
+        )
         with models.group(Job(request, slow, OutputOptions(tmp_path / "a.mp4"))):
             pass
     assert started.timeouts == [300.0, 1011.0]  # a patient group serves shorter steps, too

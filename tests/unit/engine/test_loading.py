@@ -14,7 +14,7 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WeightsError
 from wanduet.planning.hardware import detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.leases import GROUP, PLACE, VAE, Locks
 from wanduet.weights.safetensors import TensorFiles
@@ -196,7 +196,11 @@ def test_a_load_for_another_precision_is_replaced(config, tmp_path) -> None:
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
     plan = make_plan(request, models.memory, config, detect())
-    other = Job(request, replace(plan, transformer_dtype="bfloat16"), OutputOptions(tmp_path / "a.mkv"))
+    other = Job(
+        request,
+        replace(plan, transformer=replace(plan.transformer, dtype="bfloat16")),
+        OutputOptions(tmp_path / "a.mkv"),
+    )
     models.preload(other)
     with models.transformer(Job(request, plan, OutputOptions(tmp_path / "b.mkv"))) as denoiser:
         assert denoiser.dtype == torch.float32
@@ -221,12 +225,14 @@ def test_a_vae_that_is_somewhere_else_is_not_moved_off_its_device(config, tmp_pa
     """Somebody may be decoding there: this thread has locked another device."""
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
-    plan = replace(make_plan(request, models.memory, config, detect()), keep_both=True)
+    plan = replace(make_plan(request, models.memory, config, detect()), both_resident=True)
     job = Job(request, plan, OutputOptions(tmp_path / "a.mkv"))
-    apart = replace(plan, keep_both=False, transformer_device="meta")  # meta stands for a GPU
+    apart = replace(
+        plan, both_resident=False, transformer=replace(plan.transformer, device="meta")
+    )  # meta stands for a GPU
     with models.vae(job, "cpu") as vae:
         before = [p.data_ptr() for p in vae.decoder.parameters()]
-        done = threading.Thread(target=lambda: models._vae_to_host(torch.device(apart.transformer_device)))
+        done = threading.Thread(target=lambda: models._vae_to_host(torch.device(apart.transformer.device)))
         done.start()
         done.join(60)
         assert not done.is_alive()  # it does not wait for the decode either

@@ -11,7 +11,7 @@ from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.record import made_alike, provenance_of, video_digest
 from wanduet.planning.hardware import detect
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}

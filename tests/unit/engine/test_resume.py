@@ -302,9 +302,9 @@ def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, whe
 
 
 def waiting_modes(video: Any) -> Any:
-    yield "cpu", video.plan.decode
+    yield "cpu", video.plan.vae.tiling
     video.wait(600.0)
-    yield "cpu", video.plan.decode
+    yield "cpu", video.plan.vae.tiling
 
 
 # Several videos of one job.

@@ -9,7 +9,7 @@ from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.roofline import Peaks, Work, measure_peaks, where_it_went, work_of
 from wanduet.planning.hardware import DeviceInfo, Hardware
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 GIB = 2**30

@@ -83,7 +83,7 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         )
         guided.result(120)
         plain.result(120)
-    assert (guided.plan.layout.cfg, plain.plan.layout.sequence) == (2, 2)
+    assert (guided.plan.group.layout.cfg, plain.plan.group.layout.sequence) == (2, 2)
     # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
     # a little lower than the first's.
     own = process_peak_bytes() + 64 * 2**20
@@ -151,7 +151,7 @@ def no_ranks(monkeypatch):
     made: list[Group] = []
 
     def begin(self, config, plan, timeout_s) -> None:
-        self.devices, self.timeout_s = plan.ranks, timeout_s
+        self.devices, self.timeout_s = plan.group.ranks, timeout_s
         made.append(self)
 
     def use(denoise):
@@ -221,7 +221,9 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
         raise RankFailedError("Rank 1 (cpu) died.", 1)
 
     monkeypatch.setattr(Group, "denoise", fall)
-    monkeypatch.setattr(Group, "__init__", lambda self, _, plan, s: vars(self).update(devices=plan.ranks, timeout_s=s))
+    monkeypatch.setattr(
+        Group, "__init__", lambda self, _, plan, s: vars(self).update(devices=plan.group.ranks, timeout_s=s)
+    )
     monkeypatch.setattr(Group, "preload", lambda self, job: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
@@ -234,7 +236,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
 def test_unequal_devices_get_unequal_parts_and_give_the_same(config, alone, tmp_path) -> None:
     settings = replace(config, strategy="parallel", devices="cpu,cpu", speeds=(3.0, 1.0))
     job = run(settings, tmp_path / "a.mkv")
-    assert (job.plan.layout.cfg, job.plan.layout.sequence) == (1, 2)  # pairs would wait for the slower one
+    assert (job.plan.group.layout.cfg, job.plan.group.layout.sequence) == (1, 2)  # pairs would wait for the slower one
     expected = latents(alone / "guided.mkv")
     assert (latents(tmp_path / "a.mkv") - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert_looks_the_same(tmp_path / "a.mkv", alone / "guided.mkv")
@@ -261,16 +263,21 @@ def test_speeds_that_are_alike_are_equal() -> None:
 )
 def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, speeds, suited) -> None:
     from wanduet.engine.speeds import suited_layout
-    from wanduet.planning.plan import make_plan
+    from wanduet.planning.planner import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models = Models(config)
     request = GenerationRequest(prompt="a red circle").resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2x24GiB"))
-    plan = replace(plan, layout=planned)
+    plan = replace(plan, group=replace(plan.group, layout=planned))
     assert suited_layout(plan, request, models.spec, speeds, "direct") == suited
-    tight = tuple(replace(device, limit_bytes=device.peak + 2**20) for device in plan.devices)
-    assert suited_layout(replace(plan, devices=tight), request, models.spec, speeds, "direct") == planned
+    tight = tuple(replace(device, limit_bytes=device.peak + 2**20) for device in plan.prediction.devices)
+    assert (
+        suited_layout(
+            replace(plan, prediction=replace(plan.prediction, devices=tight)), request, models.spec, speeds, "direct"
+        )
+        == planned
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,17 +292,17 @@ def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, s
 def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, slower, shared) -> None:
     """In a layout that is planned, with speeds that are given, as in one that is chosen when they are measured."""
     from wanduet.engine.speeds import suited_layout
-    from wanduet.planning.plan import make_plan
+    from wanduet.planning.planner import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models, hardware = Models(config), replace(parse_hardware("2xRTX 3090"), link=link)
     request = GenerationRequest(prompt="a red circle").resolve(models.spec)
     expected = Layout(ulysses=2) if shared else Layout(cfg=2)
     plan = make_plan(request, models.memory, config, hardware)
-    assert plan.layout == Layout(cfg=2)
+    assert plan.group.layout == Layout(cfg=2)
     assert suited_layout(plan, request, models.spec, (1.0, slower), link) == expected
     given = replace(config, speeds=(1.0, slower))
-    assert make_plan(request, models.memory, given, hardware).layout == expected
+    assert make_plan(request, models.memory, given, hardware).group.layout == expected
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ import sys
 from wanduet.config import EngineConfig
 from wanduet.engine.build import Models
 from wanduet.planning.hardware import detect, parse_hardware
-from wanduet.planning.plan import make_plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 config = EngineConfig(model="random:1.3b")

@@ -14,13 +14,13 @@ from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, Backend
 from wanduet.kernels.measurements import Timing
 from wanduet.planning import explain
-from wanduet.planning import plan as planning
-from wanduet.planning.cost import cut_seconds, decode_seconds, turn_seconds
-from wanduet.planning.explain import Choice
+from wanduet.planning import planner as planning
+from wanduet.planning.cost import cut_seconds, decode_seconds, swap_seconds
 from wanduet.planning.hardware import Hardware, parse_hardware
 from wanduet.planning.placement import Placement, find_placements
-from wanduet.planning.plan import Plan, make_decode_plan, make_plan
-from wanduet.planning.search import DECODE_MODES, candidates
+from wanduet.planning.plan import Choice, Plan
+from wanduet.planning.planner import Planner, make_decode_plan, make_plan
+from wanduet.planning.search import DECODE_MODES, Candidate, candidates
 from wanduet.request import GenerationRequest, ResolvedRequest
 
 
@@ -45,37 +45,37 @@ class Case:
 
     @property
     def transformer(self):
-        return self.hardware.device(self.plan.transformer_device)
+        return self.hardware.device(self.plan.transformer.device)
 
     @property
     def vae(self):
-        return self.hardware.device(self.plan.vae_device)
+        return self.hardware.device(self.plan.vae.device)
+
+    @property
+    def planner(self) -> Planner:
+        return Planner(self.request, self.memory, self.config, self.hardware)
 
     def fits_as(self, resident: int, share: bool, keep: bool, mode) -> bool:
         place = Placement(self.plan.strategy, self.transformer, self.vae)
-        return planning._plan(
-            self.request, self.memory, self.config, self.hardware, place, resident, share, keep, mode
-        ).fits
+        return self.planner.plan_of(place, Candidate(resident, share, keep, mode)).prediction.fits
 
     def seconds(self, keep: bool, mode) -> float:
         decode = decode_seconds(self.request, self.memory.spec, self.vae)
-        turn = turn_seconds(self.memory.transformer_weights(self.plan.transformer_dtype))
+        turn = swap_seconds(self.memory.transformer_weights(self.plan.transformer.dtype))
         return cut_seconds(self.request, decode, mode) + (0.0 if keep else turn)
 
     def faster_decodes(self, keep: tuple[bool, ...]):
         """Ways to decode that would be faster, all else being as planned."""
-        mine = self.seconds(self.plan.keep_both, self.plan.decode)
+        mine = self.seconds(self.plan.both_resident, self.plan.vae.tiling)
         return [(k, mode) for k in keep for mode in DECODE_MODES if self.seconds(k, mode) < mine - 1e-9]
 
     def placements(self, strategy: str) -> list[Placement]:
         return [p for p in find_placements(self.config, self.hardware) if p.strategy == strategy]
 
     def any_fits(self, place: Placement) -> bool:
-        weights = self.memory.transformer_weights(planning._transformer_dtype(self.config, place.transformer))
+        weights = self.memory.transformer_weights(self.planner.transformer_dtype(place.transformer))
         ways = candidates(self.request, self.memory.spec, place, weights)
-        return any(
-            planning._plan(self.request, self.memory, self.config, self.hardware, place, *way).fits for way in ways
-        )
+        return any(self.planner.plan_of(place, way).prediction.fits for way in ways)
 
 
 def on_cuda(device) -> bool:
@@ -93,24 +93,24 @@ def was_asked(c: Case, choice: Choice, _: re.Match) -> bool:
 CLAIMS: dict[str, Claim] = {
     r"asked for": lambda c, x, m: was_asked(c, x, m) and getattr(c.config, x.setting) == x.value,
     r"asked for; (\w+) stands for both devices": lambda c, x, m: (
-        c.config.strategy == "placed" and c.plan.vae_device == c.plan.transformer_device == m[1]
+        c.config.strategy == "placed" and c.plan.vae.device == c.plan.transformer.device == m[1]
     ),
     r"--devices names (.+)": lambda c, x, m: c.config.devices.replace(" ", "") == m[1].replace(" ", ""),
     r"(\d) devices of one kind make one video together: (.+)": lambda c, x, m: (
-        int(m[1]) == len(c.plan.ranks)
-        and len({(d.model, d.total_bytes) for d in map(c.hardware.device, c.plan.ranks)}) == 1
+        int(m[1]) == len(c.plan.group.ranks)
+        and len({(d.model, d.total_bytes) for d in map(c.hardware.device, c.plan.group.ranks)}) == 1
         and sharing(c, m[2])
     ),
-    r"nothing fits; of all placements this one lacks least device memory": lambda c, x, m: not c.plan.fits,
+    r"nothing fits; of all placements this one lacks least device memory": lambda c, x, m: not c.plan.prediction.fits,
     r"(\S+) denoises while (\S+) decodes": lambda c, x, m: (
-        m.groups() == (c.plan.transformer_device, c.plan.vae_device) and m[1] != m[2] and c.config.strategy == "auto"
+        m.groups() == (c.plan.transformer.device, c.plan.vae.device) and m[1] != m[2] and c.config.strategy == "auto"
     ),
     r"(\S+) denoises while (\S+) decodes; one video on several devices together does not fit": lambda c, x, m: (
-        (m.groups() == (c.plan.transformer_device, c.plan.vae_device) and not parallel_fits(c))
-        or c.plan.vae_device != c.placements("placed")[0].vae.name
+        (m.groups() == (c.plan.transformer.device, c.plan.vae.device) and not parallel_fits(c))
+        or c.plan.vae.device != c.placements("placed")[0].vae.name
     ),
     r"the work in parts on several devices does not fit, and on this one it does": lambda c, x, m: (
-        c.plan.fits and not any(c.any_fits(p) for p in c.placements("placed"))
+        c.plan.prediction.fits and not any(c.any_fits(p) for p in c.placements("placed"))
     ),
     r"(\S+) is the only device that --devices names": lambda c, x, m: c.config.devices == m[1],
     r"there is no GPU": lambda c, x, m: not c.hardware.gpus and c.config.devices is None,
@@ -129,7 +129,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     r"this GPU is not known to have bfloat16 matrix units": lambda c, x, m: c.transformer.capability == (0, 0),
     r"without effect: the VAE is on (\w+)": lambda c, x, m: c.vae.name == m[1] and not on_cuda(c.vae),
-    r"without effect: the VAE computes in (\w+)": lambda c, x, m: c.plan.vae_dtype == m[1] != "float32",
+    r"without effect: the VAE computes in (\w+)": lambda c, x, m: c.plan.vae.dtype == m[1] != "float32",
     r"without effect: this GPU has no TF32": lambda c, x, m: on_cuda(c.vae) and c.vae.capability < (8, 0),
     r"the VAE's float32 convolutions round their factors to TF32": lambda c, x, m: tf32(c) and x.value is True,
     r"asked for: the VAE's float32 convolutions are exact": lambda c, x, m: tf32(c) and not c.config.tf32,
@@ -142,10 +142,10 @@ CLAIMS: dict[str, Claim] = {
         and m.groups() == (format_bytes(text_bytes(c, "streamed")), format_bytes(text_bytes(c, "resident")))
     ),
     r"all blocks are in host memory, where they run": lambda c, x, m: c.transformer.is_cpu and x.value == c.layers,
-    r"strategy parallel keeps all blocks on every device": lambda c, x, m: bool(c.plan.ranks) and x.value == c.layers,
-    r"the fewest there can be": lambda c, x, m: x.value == 0 and not c.plan.fits,
+    r"strategy parallel keeps all blocks on every device": lambda c, x, m: bool(c.plan.group.ranks) and x.value == c.layers,
+    r"the fewest there can be": lambda c, x, m: x.value == 0 and not c.plan.prediction.fits,
     r"all blocks fit on (every|the) device": lambda c, x, m: (
-        c.plan.fits and x.value == c.layers and (m[1] == "every") == bool(c.plan.ranks)
+        c.plan.prediction.fits and x.value == c.layers and (m[1] == "every") == bool(c.plan.group.ranks)
     ),
     r"(\d+) come from host memory as they are needed: no larger number that is tried fits": lambda c, x, m: (
         int(m[1]) == c.layers - x.value > 0
@@ -154,54 +154,54 @@ CLAIMS: dict[str, Claim] = {
             for resident in (c.layers, c.layers * 2 // 3, c.layers // 3)
             if resident > x.value
             for share in (True, False)
-            for keep in ((True, False) if c.plan.transformer_device == c.plan.vae_device else (True,))
+            for keep in ((True, False) if c.plan.transformer.device == c.plan.vae.device else (True,))
             for mode in (DECODE_MODES[0], DECODE_MODES[-1])
         )
     ),
     r"without effect: the transformer runs in host memory": lambda c, x, m: c.transformer.is_cpu,
     r"without effect: no block waits on the host": lambda c, x, m: (
-        not c.transformer.is_cpu and c.plan.resident_blocks == c.layers and c.plan.keep_both
+        not c.transformer.is_cpu and c.plan.transformer.resident_blocks == c.layers and c.plan.both_resident
     ),
     r"in ordinary host memory: page-locked memory is for CUDA devices": lambda c, x, m: not on_cuda(c.transformer),
     r"page-locked host memory: copies run beside the computation": lambda c, x, m: (
         x.value == "pinned" and on_cuda(c.transformer) and blocks_wait(c)
     ),
     r"in a scratch file: too little host memory is free to hold them page-locked": lambda c, x, m: (
-        x.value == "mapped" and blocks_wait(c) and c.plan.host_bytes + waiting_bytes(c) > c.plan.host_limit_bytes
+        x.value == "mapped" and blocks_wait(c) and c.plan.prediction.host_bytes + waiting_bytes(c) > c.plan.prediction.host_limit_bytes
     ),
     r"every device decodes its rows of each frame; should the others be lost, one goes on (\w+)-major, (\d+) strips":
-        lambda c, x, m: (c.plan.decode.order, c.plan.decode.num_strips) == (m[1], int(m[2])) and bool(c.plan.ranks),
-    r"what needs least memory": lambda c, x, m: not c.plan.fits and (
-        c.plan.decode == DECODE_MODES[-1] if x.setting == "decode" else not c.plan.share_first
+        lambda c, x, m: (c.plan.vae.tiling.order, c.plan.vae.tiling.num_strips) == (m[1], int(m[2])) and bool(c.plan.group.ranks),
+    r"what needs least memory": lambda c, x, m: not c.plan.prediction.fits and (
+        c.plan.vae.tiling == DECODE_MODES[-1] if x.setting == "decode" else not c.plan.transformer.share_first
     ),
-    r"whole frames, the fastest way": lambda c, x, m: c.plan.decode == DECODE_MODES[0] and c.plan.fits,
-    r"no faster way to decode fits": lambda c, x, m: c.plan.fits and not any(
-        c.fits_as(c.plan.resident_blocks, c.plan.share_first, keep, mode)
-        for keep, mode in c.faster_decodes((c.plan.keep_both,))
+    r"whole frames, the fastest way": lambda c, x, m: c.plan.vae.tiling == DECODE_MODES[0] and c.plan.prediction.fits,
+    r"no faster way to decode fits": lambda c, x, m: c.plan.prediction.fits and not any(
+        c.fits_as(c.plan.transformer.resident_blocks, c.plan.transformer.share_first, keep, mode)
+        for keep, mode in c.faster_decodes((c.plan.both_resident,))
     ),
-    r"every device holds both": lambda c, x, m: bool(c.plan.ranks) and x.value,
-    r"each model has a device of its own": lambda c, x, m: c.plan.transformer_device != c.plan.vae_device and x.value,
+    r"every device holds both": lambda c, x, m: bool(c.plan.group.ranks) and x.value,
+    r"each model has a device of its own": lambda c, x, m: c.plan.transformer.device != c.plan.vae.device and x.value,
     r"both are in host memory": lambda c, x, m: c.transformer.is_cpu and c.vae.is_cpu and x.value,
-    r"both fit on the device together": lambda c, x, m: c.plan.fits and x.value and not c.plan.ranks,
-    r"they take turns on the device, which needs least memory": lambda c, x, m: not c.plan.fits and not x.value,
+    r"both fit on the device together": lambda c, x, m: c.plan.prediction.fits and x.value and not c.plan.group.ranks,
+    r"they take turns on the device, which needs least memory": lambda c, x, m: not c.plan.prediction.fits and not x.value,
     r"they take turns on the device: with both on it, no decode that fits is as fast": lambda c, x, m: (
-        c.plan.fits and not x.value and not any(
-            c.fits_as(c.plan.resident_blocks, c.plan.share_first, True, mode) for _, mode in c.faster_decodes((True,))
+        c.plan.prediction.fits and not x.value and not any(
+            c.fits_as(c.plan.transformer.resident_blocks, c.plan.transformer.share_first, True, mode) for _, mode in c.faster_decodes((True,))
         )
     ),
     r"the same for both prompts: computed once, and kept meanwhile": lambda c, x, m: (
-        x.value == "shared" and c.request.uses_guidance and c.plan.share_first
+        x.value == "shared" and c.request.uses_guidance and c.plan.transformer.share_first
     ),
     r"to keep it from one prompt to the next would not fit": lambda c, x, m: x.value == "apart" and not any(
-        c.fits_as(c.plan.resident_blocks, True, keep, mode)
-        for keep in ((True, False) if c.plan.transformer_device == c.plan.vae_device else (True,))
+        c.fits_as(c.plan.transformer.resident_blocks, True, keep, mode)
+        for keep in ((True, False) if c.plan.transformer.device == c.plan.vae.device else (True,))
         for mode in DECODE_MODES
     ),
-    r"(.+): this exchanges least": lambda c, x, m: sharing(c, m[1]) and c.plan.layout.cfg == 2,
+    r"(.+): this exchanges least": lambda c, x, m: sharing(c, m[1]) and c.plan.group.layout.cfg == 2,
     r"there is one prompt: each device has a part of its tokens": lambda c, x, m: not c.request.uses_guidance,
-    r"an odd number of devices: each has a part of the tokens": lambda c, x, m: len(c.plan.ranks) % 2 == 1,
+    r"an odd number of devices: each has a part of the tokens": lambda c, x, m: len(c.plan.group.ranks) % 2 == 1,
     r"devices of unlike speeds: each has a part of the tokens, the faster one more": lambda c, x, m: (
-        len(set(c.config.speeds or ())) > 1 and c.plan.layout.cfg == 1
+        len(set(c.config.speeds or ())) > 1 and c.plan.group.layout.cfg == 1
     ),
     r"PyTorch's own, the only one on (\w+)": lambda c, x, m: x.value == "sdpa" and m[1] == c.transformer.name == "cpu",
     r"asked for, but not there on (\w+): the job will be refused": lambda c, x, m: m[1] == "cpu" and x.value != "sdpa",
@@ -219,33 +219,33 @@ CLAIMS: dict[str, Claim] = {
 
 def sharing(c: Case, text: str) -> bool:
     if text == "each has a part of the tokens":
-        return c.plan.layout.cfg == 1
+        return c.plan.group.layout.cfg == 1
     match = re.fullmatch(
         r"each of the two prompts is on (one device|(\d) devices, each with a part of the tokens)", text
     )
-    return match is not None and c.request.uses_guidance and c.plan.layout.sequence == int(match[2] or 1)
+    return match is not None and c.request.uses_guidance and c.plan.group.layout.sequence == int(match[2] or 1)
 
 
 def tf32(c: Case) -> bool:
-    return on_cuda(c.vae) and c.vae.capability >= (8, 0) and c.plan.vae_dtype == "float32"
+    return on_cuda(c.vae) and c.vae.capability >= (8, 0) and c.plan.vae.dtype == "float32"
 
 
 def text_bytes(c: Case, hold) -> int:
-    return text_encoder_bytes(c.memory.spec, c.plan.text_encoder_dtype, hold)
+    return text_encoder_bytes(c.memory.spec, c.plan.text.dtype, hold)
 
 
 def blocks_wait(c: Case) -> bool:
-    return c.plan.resident_blocks < c.layers or not c.plan.keep_both
+    return c.plan.transformer.resident_blocks < c.layers or not c.plan.both_resident
 
 
 def waiting_bytes(c: Case) -> int:
-    on_host = c.layers - c.plan.resident_blocks if c.plan.keep_both else c.layers
-    return c.memory.transformer_weights(c.plan.transformer_dtype) * on_host // c.layers
+    on_host = c.layers - c.plan.transformer.resident_blocks if c.plan.both_resident else c.layers
+    return c.memory.transformer_weights(c.plan.transformer.dtype) * on_host // c.layers
 
 
 def parallel_fits(c: Case) -> bool:
     shared = replace(c.config, strategy="parallel")
-    return make_plan(c.request, c.memory, shared, c.hardware, nearest=False).fits
+    return make_plan(c.request, c.memory, shared, c.hardware, nearest=False).prediction.fits
 
 
 def check(case: Case) -> set[str]:
@@ -325,13 +325,13 @@ def test_every_sentence_of_a_decode_s_plan_is_true(memories) -> None:
         seconds = decode_seconds(case.request, case.memory.spec, case.vae)
         faster = [
             mode for mode in DECODE_MODES
-            if cut_seconds(case.request, seconds, mode) < cut_seconds(case.request, seconds, plan.decode)
+            if cut_seconds(case.request, seconds, mode) < cut_seconds(case.request, seconds, plan.vae.tiling)
         ]  # fmt: skip
         weights = case.memory.vae_weights("float32")
         size = (480, 832, 81)
         for mode in faster:
-            needed = weights + case.memory.decode(size, mode, "float32", plan.vae_device)
-            assert needed * (1 + planning.LATER_JOBS_SHARE) > plan.devices[0].limit_bytes
+            needed = weights + case.memory.decode(size, mode, "float32", plan.vae.device)
+            assert needed * (1 + planning.LATER_JOBS_SHARE) > plan.prediction.devices[0].limit_bytes
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from wanduet.family.specs import WAN_1_3B
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.planning.alternatives import alternatives
 from wanduet.planning.hardware import Hardware, parse_hardware
-from wanduet.planning.plan import Plan, make_plan, require_fit
+from wanduet.planning.plan import Plan, require_fit
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 
 
@@ -31,25 +32,25 @@ def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, 
 
 def test_two_cards_get_a_role_each(memory) -> None:
     found = plan(memory, "2x24GiB", strategy="placed")
-    assert (found.fits, found.strategy) == (True, "placed")
-    assert {d.role for d in found.devices} == {"vae", "transformer"}
-    assert found.transformer_device != found.vae_device
-    assert found.resident_blocks == 30
+    assert (found.prediction.fits, found.strategy) == (True, "placed")
+    assert {d.role for d in found.prediction.devices} == {"vae", "transformer"}
+    assert found.transformer.device != found.vae.device
+    assert found.transformer.resident_blocks == 30
 
 
 def test_placed_halves_the_peak(memory) -> None:
-    alone = plan(memory, "1x24GiB").predicted_peak_bytes["cuda:0"]
+    alone = plan(memory, "1x24GiB").prediction.peak_bytes["cuda:0"]
     found = plan(memory, "2x24GiB", strategy="placed", vram_limit=alone // 2)
-    assert found.fits
-    assert max(found.predicted_peak_bytes.values()) <= alone // 2
+    assert found.prediction.fits
+    assert max(found.prediction.peak_bytes.values()) <= alone // 2
 
 
 def test_two_equal_cards_share_a_video_by_themselves_and_unlike_ones_do_not(memory) -> None:
     equal, unlike = plan(memory, "2x24GiB"), plan(memory, "24GiB+12GiB")
-    assert (equal.strategy, equal.layout.cfg, equal.ranks) == ("parallel", 2, ("cuda:0", "cuda:1"))
-    assert (unlike.strategy, unlike.transformer_device) == ("placed", "cuda:0")
+    assert (equal.strategy, equal.group.layout.cfg, equal.group.ranks) == ("parallel", 2, ("cuda:0", "cuda:1"))
+    assert (unlike.strategy, unlike.transformer.device) == ("placed", "cuda:0")
     tight = plan(memory, "2x24GiB", (1080, 1920), vram_limit=7 * GIB)
-    assert (tight.fits, tight.strategy) == (True, "placed")
+    assert (tight.prediction.fits, tight.strategy) == (True, "placed")
 
 
 @pytest.mark.parametrize(
@@ -59,15 +60,15 @@ def test_two_equal_cards_share_a_video_by_themselves_and_unlike_ones_do_not(memo
 )  # fmt: skip
 def test_what_was_promised_fits(memory, hardware, size) -> None:
     found = plan(memory, hardware, size)
-    assert found.fits
-    assert all(d.peak <= d.limit_bytes for d in found.devices)
+    assert found.prediction.fits
+    assert all(d.peak <= d.limit_bytes for d in found.prediction.devices)
 
 
 def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
     roomy, tight, tiny = (plan(memory, "1x24GiB", vram_limit=int(g * GIB)) for g in (20, 2.5, 0.5))
-    assert roomy.resident_blocks > tight.resident_blocks
-    assert tight.fits
-    assert not tiny.fits
+    assert roomy.transformer.resident_blocks > tight.transformer.resident_blocks
+    assert tight.prediction.fits
+    assert not tiny.prediction.fits
     request = GenerationRequest(prompt="x").resolve(memory.spec)
     with pytest.raises(DoesNotFitError, match="cuda:0 needs") as refused:
         require_fit(tiny, request)
@@ -75,8 +76,8 @@ def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
 
 
 def test_host_memory_counts_too(memory) -> None:
-    assert not plan(memory, "1x24GiB", ram_limit=GIB).fits
-    assert plan(memory, "1x24GiB", ram_limit=4 * GIB).fits  # nothing is streamed there
+    assert not plan(memory, "1x24GiB", ram_limit=GIB).prediction.fits
+    assert plan(memory, "1x24GiB", ram_limit=4 * GIB).prediction.fits  # nothing is streamed there
 
 
 @settings(max_examples=5, deadline=None)
@@ -86,8 +87,11 @@ def test_host_memory_counts_too(memory) -> None:
 )  # fmt: skip
 def test_a_plan_that_fits_is_within_its_limits(memory, gib, cards, rows, columns, steps) -> None:
     found = plan(memory, f"{cards}x{gib:.2f}GiB", (16 * rows, 16 * columns), 4 * steps + 1)
-    within = all(d.peak <= d.limit_bytes for d in found.devices) and found.host_bytes <= found.host_limit_bytes
-    assert found.fits == within
+    within = (
+        all(d.peak <= d.limit_bytes for d in found.prediction.devices)
+        and found.prediction.host_bytes <= found.prediction.host_limit_bytes
+    )
+    assert found.prediction.fits == within
     assert set(found.as_dict()) >= {"fits", "strategy", "devices", "host_bytes", "choices", "nearest_that_fits"}
 
 
@@ -100,7 +104,7 @@ def test_a_plan_that_fits_is_within_its_limits(memory, gib, cards, rows, columns
 def test_devices_are_obeyed(memory, devices, strategy, roles) -> None:
     found = plan(memory, "2x24GiB", devices=devices)
     assert found.strategy == strategy
-    assert {d.name: d.role for d in found.devices} == roles
+    assert {d.name: d.role for d in found.prediction.devices} == roles
 
 
 def test_a_device_that_is_not_there_is_refused(memory) -> None:
@@ -128,10 +132,10 @@ def test_seconds_come_from_the_work(memory) -> None:
 
     for tokens, tflop in ((32760, 283), (75600, 1250), (171360, 5857)):
         assert forward_flop(WAN_1_3B.transformer, tokens, 512) / 1e12 == pytest.approx(tflop, rel=2e-3)
-    seconds = plan(memory, "1x24GiB").seconds
+    seconds = plan(memory, "1x24GiB").prediction.seconds
     assert 150 < seconds.denoise < 900  # a 3090 needs about ten minutes
-    assert plan(memory, "2x24GiB").seconds.denoise == pytest.approx(seconds.denoise / 2)
-    assert plan(memory, "1x24GiB", frames=161).seconds.denoise > 2 * seconds.denoise
+    assert plan(memory, "2x24GiB").prediction.seconds.denoise == pytest.approx(seconds.denoise / 2)
+    assert plan(memory, "1x24GiB", frames=161).prediction.seconds.denoise > 2 * seconds.denoise
 
 
 def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monkeypatch) -> None:
@@ -157,7 +161,7 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
     monkeypatch.setattr(torch, "empty", empty)
     reserve_decode(job, memory)
     assert asked == sorted(asked, reverse=True)
-    assert job.plan.decode != found.decode
+    assert job.plan.vae.tiling != found.vae.tiling
     assert "less memory is free" in job.rungs[0]
 
 
@@ -175,35 +179,35 @@ def test_what_is_reserved_for_a_later_job_is_not_above_its_plan(memory, monkeypa
     monkeypatch.setattr(torch, "empty", lambda size, **_: asked.append(size))
     ladder.reserve_decode(Job(request, found, OutputOptions(Path())).videos[0], memory)
     assert asked
-    assert there + asked[0] <= found.devices[0].peak
+    assert there + asked[0] <= found.prediction.devices[0].peak
 
 
 def test_blocks_wait_in_a_file_where_the_host_is_small(memory) -> None:
     little = int(4.25 * GIB)
     small = plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB), ram_limit=little)
-    assert (small.fits, small.block_hold) == (True, "mapped")
-    assert small.host_bytes <= little
-    assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).block_hold == "pinned"
+    assert (small.prediction.fits, small.transformer.offload_memory) == (True, "mapped")
+    assert small.prediction.host_bytes <= little
+    assert plan(memory, "1x24GiB", vram_limit=int(2.5 * GIB)).transformer.offload_memory == "pinned"
 
 
 @pytest.mark.parametrize("hardware", ["24GiB+2GiB", "2GiB+24GiB", "24GiB+1GiB", "2GiB+1GiB+24GiB"])
 def test_a_small_card_beside_a_large_one_is_no_reason_to_refuse(memory, hardware) -> None:
     found = plan(memory, hardware, (1080, 1920))
-    assert (found.fits, found.strategy) == (True, "single")
-    assert found.predicted_peak_bytes.keys() == {f"cuda:{hardware.split('+').index('24GiB')}"}
+    assert (found.prediction.fits, found.strategy) == (True, "single")
+    assert found.prediction.peak_bytes.keys() == {f"cuda:{hardware.split('+').index('24GiB')}"}
 
 
 def test_a_pair_that_was_asked_for_is_kept(memory) -> None:
-    assert not plan(memory, "24GiB+1GiB", strategy="placed").fits
+    assert not plan(memory, "24GiB+1GiB", strategy="placed").prediction.fits
     found = plan(memory, "6GiB+3GiB", (720, 1280), strategy="placed")
-    assert (found.fits, found.strategy) == (True, "placed")
+    assert (found.prediction.fits, found.strategy) == (True, "placed")
 
 
 def test_the_two_best_of_several_cards_are_taken(memory) -> None:
     found = plan(memory, "16GiB+8GiB+24GiB")
-    assert (found.strategy, found.transformer_device, found.vae_device) == ("placed", "cuda:2", "cuda:0")
+    assert (found.strategy, found.transformer.device, found.vae.device) == ("placed", "cuda:2", "cuda:0")
     equal = plan(memory, "4x24GiB", strategy="placed")
-    assert (equal.vae_device, equal.transformer_device) == ("cuda:0", "cuda:1")
+    assert (equal.vae.device, equal.transformer.device) == ("cuda:0", "cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,7 @@ def test_the_two_best_of_several_cards_are_taken(memory) -> None:
 )
 def test_what_is_offered_instead_is_accepted_when_asked_for(memory, hardware, size, settings_) -> None:
     found = plan(memory, hardware, size, **settings_)
-    assert not found.fits
+    assert not found.prediction.fits
     assert found.nearest_that_fits
     for nearest in found.nearest_that_fits:
         change = {k: v for k, v in nearest.items() if not k.startswith("predicted")}
@@ -231,8 +235,8 @@ def test_what_is_offered_instead_is_accepted_when_asked_for(memory, hardware, si
         again = plan(
             memory, hardware, (fields["height"], fields["width"]), fields["num_frames"], **{**settings_, **change}
         )
-        assert again.fits
-        assert again.predicted_peak_bytes == nearest["predicted_peak_bytes"]
+        assert again.prediction.fits
+        assert again.prediction.peak_bytes == nearest["predicted_peak_bytes"]
         upright = (fields["height"] > fields["width"]) == (size[0] > size[1])
         assert upright
 
@@ -260,9 +264,9 @@ def test_hardware_that_is_none(text) -> None:
 
 @pytest.mark.parametrize("hardware", ["24GiB", "2x24GiB", "24GiB+12GiB"])
 def test_later_jobs_which_find_memory_in_pieces_are_planned_for(memory, hardware, monkeypatch) -> None:
-    later = plan(memory, hardware).predicted_peak_bytes
-    monkeypatch.setattr("wanduet.planning.plan.LATER_JOBS_SHARE", 0.0)
-    first = plan(memory, hardware).predicted_peak_bytes
+    later = plan(memory, hardware).prediction.peak_bytes
+    monkeypatch.setattr("wanduet.planning.planner.LATER_JOBS_SHARE", 0.0)
+    first = plan(memory, hardware).prediction.peak_bytes
     assert later.keys() == first.keys()
     assert all(1.009 < later[name] / first[name] < 1.011 for name in first)
 
@@ -278,7 +282,7 @@ def test_the_host_is_planned_for_weights_of_float32_that_are_read_into_bfloat16(
     )
     weights = memory.transformer_weights("bfloat16")
     assert 2.6 * GIB < weights < 2.8 * GIB
-    reading = read.host_bytes - drawn.host_bytes
+    reading = read.prediction.host_bytes - drawn.prediction.host_bytes
     assert 256 * 2**20 <= reading <= 512 * 2**20
     assert weights + reading < 3.5 * GIB
 

@@ -54,7 +54,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "decoded_frames_per_second": round(made * resolved.num_frames / max(medians["decode_s"], 1e-9), 2),
             "peak_memory_bytes": result.peak_memory_bytes,
             "predicted_peak_bytes": predicted(plan),
-            "predicted_seconds": round(plan.seconds.total, 1),
+            "predicted_seconds": round(plan.prediction.seconds.total, 1),
             "attention": job.attention,
             "rungs": job.rungs,
             "profile": where_it_went(job, engine.models.memory),

@@ -37,7 +37,8 @@ from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
 from wanduet.planning.hardware import detect, parse_hardware
-from wanduet.planning.plan import Plan, make_plan
+from wanduet.planning.plan import Plan
+from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.untrusted import cut, printable
 from wanduet.weights.hub import open_model
@@ -275,8 +276,8 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
 
 def predicted(plan: Plan) -> dict[str, int]:
     """Predicted peak bytes by device; on a CPU the whole process."""
-    peaks = {name: size for name, size in plan.predicted_peak_bytes.items() if name != "cpu"}
-    return peaks | {"cpu": plan.host_bytes}
+    peaks = {name: size for name, size in plan.prediction.peak_bytes.items() if name != "cpu"}
+    return peaks | {"cpu": plan.prediction.host_bytes}
 
 
 def settings(request: ResolvedRequest) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def _announce(job: Job, config: EngineConfig) -> None:
         )
     print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
-    where = f"transformer on {job.plan.transformer_device}, VAE on {job.plan.vae_device}"
+    where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 

@@ -105,7 +105,7 @@ class PageActions:
 
     def plan(self, form: Form) -> dict[str, Any]:
         """What would run where, without loading anything. Raises WanduetError."""
-        from wanduet.planning.plan import make_plan
+        from wanduet.planning.planner import make_plan
 
         fields = {**fields_of(form), "prompt": "a plan"}
         request = to_request(fields, self.context.spec, self.context.settings.limits)

@@ -26,7 +26,8 @@ from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
-from wanduet.planning.plan import Plan, make_plan, require_fit, text_encoder_choice
+from wanduet.planning.plan import Plan, require_fit
+from wanduet.planning.planner import make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.text_host import PromptEncoder
 from wanduet.weights.diffusers import ModelFolder
@@ -256,7 +257,7 @@ class PipelineParts:
         if kind in self.given and kind != "tokenizer":
             return module_dtype(self.given[kind])
         if kind == "text_encoder":
-            return getattr(torch, text_encoder_choice(self.spec, self.config)[0])
+            return getattr(torch, plan_text(self.spec, self.config).dtype)
         name = self.config.transformer_dtype if kind == "transformer" else self.config.vae_dtype
         return torch.float32 if name == "auto" else getattr(torch, name)
 
@@ -312,7 +313,7 @@ class PipelineParts:
             return plan
         for strategy in ("placed", "single"):
             plan = make_plan(request, self.models.memory, replace(self.config, strategy=strategy), self.hardware)
-            if plan.fits:
+            if plan.prediction.fits:
                 break
         return plan
 

@@ -356,7 +356,7 @@ class WanPipeline(CallState, EngineManaged):
             assert positive is not None
             shape = (count * copies, *spec.latent_shape(height, width, num_frames))
             # As diffusers: where no generator says otherwise, noise is drawn on the device that denoises.
-            noise = initial_latents(shape, generator, latents, torch.device(job.plan.transformer_device))
+            noise = initial_latents(shape, generator, latents, torch.device(job.plan.transformer.device))
             # The VAE's lock first, as its order asks: a callback may decode.
             with self._parts.models.locks.take(VAE), self._parts.models.transformer(job) as denoiser:
                 after = CallbackSettings(callback_on_step_end, seen, progress)

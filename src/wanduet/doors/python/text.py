@@ -62,7 +62,7 @@ class _RetokenizedEncoder(CachedPromptEncoder):
     """The checkpoint's encoder behind another tokenizer; nothing is cached, since the cache knows the checkpoint's only."""
 
     def __init__(self, folder: ModelFolder, plan: Plan, tokenizer: Any) -> None:
-        super().__init__(folder, plan.text_encoder_dtype, plan.text_encoder_hold, None)
+        super().__init__(folder, plan.text.dtype, plan.text.residency, None)
         self._tokenizer = _GivenTokenizer(tokenizer)
 
 

@@ -1,0 +1,310 @@
+"""Decides what runs where before anything is loaded: devices, dtypes, offload and the decode's tiling.
+
+The peak bytes of every device are predicted for each phase, and the fastest settings taken whose prediction stays below
+the limits. Where nothing fits, the plan names the nearest settings that would.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from wanduet.config import GIB, EngineConfig
+from wanduet.distributed.mesh import choose_layout
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.footprint.phases import (
+    DTYPE_BYTES,
+    ModelMemory,
+    Size,
+    TransformerMemory,
+    text_encoder_bytes,
+    text_positions,
+)
+from wanduet.models.vae.rows import DecodePlan
+from wanduet.planning.alternatives import alternatives
+from wanduet.planning.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
+from wanduet.planning.explain import Explanation
+from wanduet.planning.hardware import DeviceInfo, Hardware
+from wanduet.planning.placement import Placement, find_placements, pairs_up, parallel_placement, sequence_cost
+from wanduet.planning.plan import (
+    DevicePrediction,
+    GroupPlan,
+    OffloadMemory,
+    Plan,
+    Prediction,
+    TextPlan,
+    TransformerPlan,
+    VAEPlan,
+)
+from wanduet.planning.search import DECODE_MODES, Candidate, candidates, memory_rank
+from wanduet.request import ResolvedRequest
+from wanduet.weights.safetensors import MAPPED_BYTES
+
+# Kept free on every device beside what is predicted: other programs and allocator fragmentation.
+HEADROOM_BYTES = 192 * 2**20
+# By so much an engine's later jobs may exceed its first: the allocator's memory is no longer empty, and what stays between
+# jobs (the VAE, workspaces) lies among what comes and goes. Seen on an H200: 0.5 to 0.9 %.
+LATER_JOBS_SHARE = 0.01
+# And by so much more on a rank, where parts of a decode go by measured speed and so are not equal. Seen on two H200: the
+# larger part took 5 to 7 % more than half, the smaller one 10 % less.
+RANKS_SHARE = 0.08
+# Python, PyTorch and its libraries, frames on their way to the encoder.
+HOST_BASE_BYTES = 1200 * 2**20
+NO_GROUP = GroupPlan()
+
+
+def make_plan(
+    request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, *, nearest: bool = True
+) -> Plan:
+    """The fastest plan that fits, or one that does not (`plan.prediction.fits`); then, with `nearest`, it names the
+    nearest settings that do. Raises ConfigError where the configuration cannot be met on such hardware."""
+    planner = Planner(request, memory, config, hardware)
+    plan, refused = planner.fastest_that_fits()
+    plan = replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware, refused).choices())
+    if plan.prediction.fits or not nearest:
+        return plan
+    found: dict[str, dict[str, Any]] = {}
+    only_mode = planner.too_small_for_the_models(plan)  # no smaller video would help
+    for other in alternatives(request, config, memory.spec, hardware):
+        if other.kind in found or (other.kind == "both" and found) or (only_mode and other.kind != "mode"):
+            continue  # one of each kind, the least painful
+        candidate, _ = Planner(other.request, memory, other.config, hardware).fastest_that_fits()
+        predicted = candidate.prediction
+        if predicted.fits:
+            found[other.kind] = other.change | {
+                "predicted_peak_bytes": predicted.peak_bytes,
+                "predicted_seconds": round(predicted.seconds.total, 1),
+            }
+    return replace(plan, nearest_that_fits=tuple(found.values()))
+
+
+def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
+    """For a worker that only decodes: the VAE has the device to itself, in the fastest mode that fits."""
+    plan = Planner(request, memory, config, hardware).decode_only()
+    return replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware).choices_of_decode())
+
+
+def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
+    """What the text encoder computes in, and how its weights are kept."""
+    # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
+    small = text_encoder_bytes(spec, "float32", "resident") < GIB
+    dtype = config.text_encoder_dtype
+    if dtype == "auto":
+        dtype = "float32" if small else "bfloat16"
+    if config.text_encoder_hold != "auto":
+        return TextPlan(dtype, config.text_encoder_hold)
+    return TextPlan(dtype, "resident" if small else "streamed")
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The search for one request on one machine."""
+
+    request: ResolvedRequest
+    memory: ModelMemory
+    config: EngineConfig
+    hardware: Hardware
+
+    @cached_property
+    def _size(self) -> Size:
+        return self.request.generated_height, self.request.generated_width, self.request.num_frames
+
+    @cached_property
+    def _spec(self) -> ModelSpec:
+        return self.memory.spec
+
+    @cached_property
+    def _text(self) -> TextPlan:
+        return plan_text(self._spec, self.config)
+
+    @cached_property
+    def _vae_dtype(self) -> str:
+        return "float32" if self.config.vae_dtype == "auto" else self.config.vae_dtype
+
+    @cached_property
+    def _host_limit(self) -> int:
+        return min(self.config.ram_limit or self.hardware.host_total_bytes, self.hardware.host_free_bytes)
+
+    def fastest_that_fits(self) -> tuple[Plan, tuple[Plan, ...]]:
+        """The first plan that fits, or the one that lacks least; and those of better placements that do not fit."""
+        refused: list[Plan] = []
+        if self.config.strategy in ("auto", "parallel"):
+            shared = parallel_placement(self.request, self.config, self.hardware)
+            if shared is not None:
+                plan = self._of_group(shared)
+                if plan.prediction.fits or self.config.strategy == "parallel":
+                    return plan, ()
+                refused.append(plan)
+        apart: list[Plan] = []
+        for place in find_placements(self.config, self.hardware):
+            plan = self._fastest_of(place)
+            if plan.prediction.fits:
+                return plan, (*refused, *apart)
+            apart.append(plan)
+        least = min(apart, key=lambda plan: sum(max(0, d.peak - d.limit_bytes) for d in plan.prediction.devices))
+        return least, (*refused, *(plan for plan in apart if plan is not least))
+
+    def decode_only(self) -> Plan:
+        """The fastest decode that fits a device which has nothing else to do."""
+        device = find_placements(replace(self.config, strategy="single"), self.hardware)[0].vae
+        dtype, name = self._vae_dtype, device.name
+        weights = self.memory.vae_weights(dtype)
+
+        def on_device(mode: DecodePlan) -> DevicePrediction:
+            needed = weights + self.memory.decode(self._size, mode, dtype, name)
+            return self._device(device, "vae", {"denoise": 0, "decode": needed})
+
+        seconds = decode_seconds(self.request, self._spec, device)
+        modes = sorted(DECODE_MODES, key=lambda mode: cut_seconds(self.request, seconds, mode))
+        tried = ((mode, on_device(mode)) for mode in modes)
+        smallest = DECODE_MODES[-1], on_device(DECODE_MODES[-1])
+        mode, predicted = next(((mode, one) for mode, one in tried if one.peak <= one.limit_bytes), smallest)
+        host = HOST_BASE_BYTES + (predicted.peak if device.is_cpu else 0)
+        host += self.memory.decode_host(self._size, mode, dtype, name)
+        return Plan(
+            "single",
+            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True),
+            VAEPlan(name, dtype, mode, self.config.tf32),
+            self._text,
+            both_resident=True,
+            prediction=Prediction((predicted,), host, self._host_limit, Seconds(0.0, seconds)),
+        )
+
+    def too_small_for_the_models(self, plan: Plan) -> bool:
+        """Whether everything is on the host, and the weights alone are more than it has."""
+        if (plan.transformer.device, plan.vae.device) != ("cpu", "cpu"):
+            return False
+        text = text_encoder_bytes(self._spec, plan.text.dtype, plan.text.residency)
+        models = self.memory.transformer_weights(plan.transformer.dtype) + self.memory.vae_weights(plan.vae.dtype)
+        return HOST_BASE_BYTES + text + models > plan.prediction.host_limit_bytes
+
+    def _fastest_of(self, place: Placement) -> Plan:
+        """The first candidate of one placement that fits, or the smallest one."""
+        weights = self.memory.transformer_weights(self.transformer_dtype(place.transformer))
+        tried = list(candidates(self.request, self._spec, place, weights))
+        smallest = self.plan_of(place, min(tried, key=memory_rank))
+        predicted = smallest.prediction
+        all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
+        text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
+        least = predicted.host_bytes if all_on_host else HOST_BASE_BYTES + text
+        if any(d.peak > d.limit_bytes for d in predicted.devices) or least > predicted.host_limit_bytes:
+            return smallest  # without a look at all the others
+        return next((plan for one in tried if (plan := self.plan_of(place, one)).prediction.fits), smallest)
+
+    def _of_group(self, place: Placement) -> Plan:
+        """Every rank holds the whole transformer, its part of the sequence, and its rows of the decode."""
+        spec, count = self._spec, len(place.ranks)
+        rates = self.config.speeds or tuple(rate(device) for device in place.ranks)
+        step_s = step_seconds(self.request, predict_seconds(self.request, spec, place.transformer, place.vae, count))
+        item = DTYPE_BYTES[self.transformer_dtype(place.transformer)]
+        pairs = self.request.uses_guidance and pairs_up(
+            rates, sequence_cost(self.request, spec, count, item, step_s, self.hardware.link)
+        )
+        group = GroupPlan(
+            tuple(d.name for d in place.ranks), choose_layout(count, spec.transformer.num_attention_heads, pairs)
+        )
+        whole = Candidate(spec.transformer.num_layers, True, True, DecodePlan("strip", count))
+        return self.plan_of(place, whole, group)
+
+    def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
+        """The plan of one candidate, and what it will take."""
+        transformer = self._transformer_memory(place, candidate, group)
+        devices = self._devices(place, candidate, transformer)
+        host, offload = self._host(place, candidate, transformer, devices)
+        seconds = predict_seconds(self.request, self._spec, place.transformer, place.vae, max(1, len(place.ranks)))
+        return Plan(
+            place.strategy,
+            TransformerPlan(
+                place.transformer.name,
+                self.transformer_dtype(place.transformer),
+                candidate.resident_blocks,
+                offload,
+                candidate.share_first,
+            ),
+            VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32),
+            self._text,
+            candidate.both_resident,
+            Prediction(devices, host, self._host_limit, seconds),
+            group,
+        )
+
+    def _transformer_memory(self, place: Placement, candidate: Candidate, group: GroupPlan) -> TransformerMemory:
+        request, device = self.request, place.transformer
+        texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
+        positions = sorted(text_positions(text, self._spec.text_len) for text in texts)
+        # Where each prompt has devices of its own, they have the keys of one.
+        positions = positions[-1:] if group.layout.cfg > 1 else positions
+        return self.memory.transformer(
+            self._size,
+            self.transformer_dtype(device),
+            positions,
+            candidate.resident_blocks,
+            device.name,
+            candidate.share_first,
+            group.layout,
+        )
+
+    def _devices(
+        self, place: Placement, candidate: Candidate, transformer: TransformerMemory
+    ) -> tuple[DevicePrediction, ...]:
+        """The predicted peak bytes of each device."""
+        vae_weights = self.memory.vae_weights(self._vae_dtype)
+        ranks = max(1, len(place.ranks))
+        decode = self.memory.decode(self._size, candidate.tiling, self._vae_dtype, place.vae.name, ranks)
+        # The decode's memory is taken once before the denoise (`reserve_decode`), when the text is there already.
+        beside = transformer.weights + transformer.text + transformer.latents + transformer.exchange
+        both = candidate.both_resident
+        on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.parked}
+        on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
+        together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
+        if place.ranks:
+            phases = {phase: int(size * (1 + RANKS_SHARE)) for phase, size in together.items()}
+            return tuple(self._device(device, "vae+transformer", phases) for device in place.ranks)
+        if place.shared:
+            role = "vae+transformer" + ("+text_encoder" if place.vae.is_cpu else "")
+            return (self._device(place.vae, role, together),)
+        return (
+            self._device(place.vae, "vae", on_vae),
+            self._device(place.transformer, "transformer", on_transformer),
+        )
+
+    def _host(
+        self,
+        place: Placement,
+        candidate: Candidate,
+        transformer: TransformerMemory,
+        devices: tuple[DevicePrediction, ...],
+    ) -> tuple[int, OffloadMemory]:
+        """Predicted bytes of the host, and the kind of memory that offloaded blocks wait in."""
+        text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
+        host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if self._text.residency == "resident" else 0)
+        host += len(place.ranks) * HOST_BASE_BYTES  # processes of their own
+        if self.config.model not in RANDOM_SPECS:
+            host += self.memory.loading_host(self.transformer_dtype(place.transformer))
+        host += sum(d.peak for d in devices if d.name == "cpu")
+        host += self.memory.decode_host(self._size, candidate.tiling, self._vae_dtype, place.vae.name)
+        if not candidate.both_resident and not place.vae.is_cpu:
+            host += self.memory.vae_weights(self._vae_dtype)  # the VAE waits there while the transformer has the device
+        waiting, layers, on_host = 0, self._spec.transformer.num_layers, 0
+        if not place.transformer.is_cpu:
+            # Where the models swap, all blocks wait on the host at times.
+            on_host = layers - candidate.resident_blocks if candidate.both_resident else layers
+            waiting = transformer.total_weights * on_host // layers
+        if host + waiting <= self._host_limit:
+            return host + waiting, "pinned"
+        # Mapped from a scratch file, the system may write blocks out; two at a time are being read.
+        return host + transformer.total_weights * min(on_host, 2) // layers, "mapped"
+
+    def _device(self, device: DeviceInfo, role: str, phases: dict[str, int]) -> DevicePrediction:
+        free, asked = max(0, device.free_bytes - HEADROOM_BYTES), self.config.vram_limit
+        limit = free if asked is None or device.is_cpu else min(asked, free)
+        if not device.is_cpu:
+            phases = {phase: int(size * (1 + LATER_JOBS_SHARE)) for phase, size in phases.items()}
+        return DevicePrediction(device.name, role, {"encode": 0} | phases, limit)
+
+    def transformer_dtype(self, device: DeviceInfo) -> str:
+        """What the transformer computes in on a device."""
+        if self.config.transformer_dtype != "auto":
+            return self.config.transformer_dtype
+        if device.is_cpu:
+            return "float32"
+        return "bfloat16" if device.has_bfloat16 else "float16"
