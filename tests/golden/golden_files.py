@@ -25,17 +25,23 @@ def _each(names: Any, make: Callable[[str], Json]) -> dict[str, Callable[[Worksh
     return {name: lambda _, name=name: make(name) for name in names}
 
 
-# Of each file its cases; those of a whole file that are made together have one entry.
+# Of each file its cases, and those of them that are too slow for every run.
 FILES: dict[str, dict[str, Callable[[Workshop], Json]]] = {
-    "plans": _each(capture.GPU_PLANS, capture.plan),
-    "plan_texts": _each(capture.TEXTS, capture.plan_text),
+    "plans": _each([*capture.PLANS, *capture.SLOW_PLANS], capture.plan),
+    "plan_texts": _each([*capture.TEXTS, *capture.SLOW_TEXTS], capture.plan_text),
     "refusals": _each(capture.REFUSED, capture.refusal),
     "flags": _each(capture.COMMANDS, capture.flags_of),
-    "results": {"commands": lambda _: capture.results()},
+    "results": {"generate and others": lambda _: capture.results(), "bench": lambda _: capture.bench()},
     "openapi": {"schema": lambda shop: internals.openapi(shop.folder / "server")},
     "engine": capture.ENGINE,
     "pipeline": capture.PIPELINE,
     "ranks": capture.RANKS,
+}
+SLOW = {
+    "plans": set(capture.SLOW_PLANS),
+    "plan_texts": set(capture.SLOW_TEXTS),
+    "results": {"bench"},
+    "ranks": set(capture.RANKS),
 }
 
 

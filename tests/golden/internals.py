@@ -75,7 +75,7 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
 
 
 def decode_in_parts(vae: WanVAE, order: str, num_strips: int) -> np.ndarray:
-    """Frames `[9, 64, 48, 3]` uint8 of random latents, decoded frame by frame or strip by strip, in so many strips of rows."""
-    latents = torch.randn(16, 3, 8, 6, generator=torch.Generator().manual_seed(12))
+    """Frames `[9, 48, 24, 3]` uint8 of random latents, decoded frame by frame or strip by strip, in so many strips of rows."""
+    latents = torch.randn(16, 3, 6, 3, generator=torch.Generator().manual_seed(12))
     plan = DecodePlan(order, num_strips)  # type: ignore[arg-type]
     return np.concatenate([chunk.copy() for chunk in decode_stream(vae, latents, plan)])
