@@ -16,8 +16,9 @@ DATA = Path(__file__).parent / "data"
 EXACT = bool(os.environ.get("WANDUET_GOLDEN_EXACT"))  # read now: no case is captured with such variables
 Json = Any
 
-# By how much numbers may differ from one kind of CPU to another, as a share of the largest; frames in levels of 255.
-FLOAT32, BFLOAT16 = 1e-5, 2e-2
+# By how much numbers may differ from one kind of CPU to another, as a share of the largest; frames in levels of 255. Seen
+# between AVX-512 and SSE 4.1, up to five steps: 2.2e-5 in float32.
+FLOAT32, BFLOAT16 = 5e-5, 2e-2
 LEVELS, LEVELS_BFLOAT16 = 1, 4
 
 

@@ -28,7 +28,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         shop.run()
         gc.freeze()  # engines that close collect garbage: seconds in all, among the million objects that are imported now
         yield shop
-        gc.unfreeze()
+    gc.unfreeze()
 
 
 @cache
