@@ -457,9 +457,7 @@ ENGINE: dict[str, Callable[[Workshop], Json]] = {
     "a callback": lambda shop: shop.run(on_step=lambda info: info.latents * 0.9),
     "placed, three jobs at once": _overlapping,
     "resumed": _resumed,
-    "resumed, dpm++2m in bfloat16": lambda shop: _resumed(
-        shop, {"transformer_dtype": "bfloat16"}, {"sampler": "dpm++2m"}
-    ),
+    "resumed, dpm++2m": lambda shop: _resumed(shop, changes={"sampler": "dpm++2m"}),
     "resumed with latents": _only_decoded,
     "embeddings": _embeddings,
     **{f"{blocks} of 6 blocks resident": _offloaded(blocks) for blocks in (6, 2, 0)},
