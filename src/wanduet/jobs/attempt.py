@@ -136,8 +136,6 @@ class Attempt:
         }
         # From here on a kill costs nothing but the publishing: the next attempt finds this and the videos.
         write_atomically(self._outcome_path, json.dumps(outcome).encode())
-        if watcher is not None:
-            watcher.learn(result.videos[0].path)
         return outcome
 
     def _follow(self, running: RunningJob, videos: int) -> tuple["JobResult", int]:

@@ -34,9 +34,6 @@ class Watcher(Protocol):
     def __call__(self, info: Any) -> None:
         """After each step, in the denoising thread; must not raise."""
 
-    def learn(self, video: Path) -> None:
-        """After the job, with its finished video; must not raise."""
-
 
 class VideoEngine(Protocol):
     """What the runner needs of `wanduet.engine.pipeline.Engine`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wanduet.folders import make_folder, replace_file
 from wanduet.jobs.preview_decoders import DecodedPictures, find_decoder
-from wanduet.jobs.preview_maps import ColourMaps
+from wanduet.jobs.preview_maps import find_colours
 from wanduet.media.codecs import Frame
 from wanduet.media.preview import TEMPORAL_STRIDE, LatentToRGB, resize
 from wanduet.request import GenerationRequest
@@ -46,16 +46,17 @@ class Previews:
     """The previews of one job's denoise: give it to the engine as `watch`. Never raises."""
 
     def __init__(
-        self, path: Path, maps: ColourMaps, request: GenerationRequest, decoder: DecodedPictures | None = None
+        self,
+        path: Path,
+        colours: LatentToRGB | None,
+        request: GenerationRequest,
+        decoder: DecodedPictures | None = None,
     ) -> None:
         self._path = path
-        self._maps = maps
+        self._colours = colours
         self._fps = max(1.0, (request.fps or 16) / TEMPORAL_STRIDE)
-        self._single = request.num_videos_per_prompt == 1
         self._decoder = decoder
-        self._colours: LatentToRGB | None = None
         self._seen: tuple[Step, ...] = ()  # the last two steps
-        self._last: Tensor | None = None  # the finished latents
         self._next = 0.0
 
     def __call__(self, info: Step) -> None:
@@ -65,20 +66,11 @@ class Previews:
         except Exception as error:  # a picture is not worth a job
             log.warning("no preview", error=type(error).__name__)
 
-    def learn(self, video: Path) -> None:
-        """After the job: remember what its latents looked like."""
-        last, self._last = self._last, None
-        try:
-            if last is not None and self._single:
-                self._maps.learn(last[0].float().cpu(), video)
-        except Exception as error:
-            log.warning("nothing learned for previews", error=type(error).__name__)
-
     def _see(self, info: Step) -> None:
         seen, self._seen = self._seen, (*self._seen[-1:], info)
         last = info.step + 1 == info.num_steps
         if last:
-            self._last, self._seen = info.latents, ()
+            self._seen = ()
         if time.perf_counter() < self._next and not last:
             return
         foreseen = info.latents if last else foresee(seen, info.sigma)
@@ -94,14 +86,13 @@ class Previews:
             self._next = now + max(SHORTEST_PAUSE, (now - began) / SHARE)
 
     def _paint(self, latents: Tensor) -> bytes | None:
-        """Latents `[C, T, h, w]` as a moving picture; None while no colours are known."""
+        """Latents `[C, T, h, w]` as a moving picture; None where there is neither a decoder nor a map."""
         if self._decoder is not None:
             try:
                 return moving_picture(self._decoder(latents), self._fps, self._decoder.longest_side)
             except Exception as error:  # no memory for it, or a file that is none: the map needs neither
                 log.warning("the preview decoder cannot be used", error=type(error).__name__)
                 self._decoder = None
-        self._colours = self._colours or self._maps.load()  # the map may be fitted while the job runs
         return None if self._colours is None else moving_picture(self._colours(latents), self._fps)
 
     def _write(self, picture: bytes) -> None:
@@ -114,12 +105,9 @@ class Previews:
 
 def watch_job(models: "Models", data_folder: Path, path: Path, request: GenerationRequest) -> Previews:
     """The previews of a job that an engine with these models runs, at a path."""
-    name, folder = str(models.about["name"]), models.folder
-    maps = ColourMaps(data_folder / "previews", name, models.spec.vae.z_dim)
-    decoder = None if folder is None else find_decoder(models.spec, folder.path, data_folder / "previews")
-    if decoder is None and folder is not None:
-        maps.fit_beside(folder)
-    return Previews(path, maps, request, decoder)
+    folder = None if models.folder is None else models.folder.path
+    decoder = None if folder is None else find_decoder(models.spec, folder, data_folder / "previews")
+    return Previews(path, find_colours(models.spec, folder), request, decoder)
 
 
 def foresee(seen: Sequence[Step], sigma: float) -> Tensor | None:

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from wanduet.media.codecs import Frame
 from wanduet.media.read import probe, read_frames
 
 ImageFormat = Literal["png", "webp", "jpeg"]
-SPATIAL_STRIDE = 8  # pixels for one latent row or column
 TEMPORAL_STRIDE = 4  # frames for one latent frame, after the first
 
 
@@ -36,29 +34,6 @@ class LatentToRGB:
         colours = torch.einsum("cthw,cr->thwr", latents.float(), matrix) + self.bias.to(latents.device, torch.float32)
         picture: Frame = colours.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return picture
-
-
-def fit_latent_to_rgb(pairs: Sequence[tuple[Tensor, Tensor]]) -> LatentToRGB:
-    """The map with the least squared error over pairs of latents `[C, T, h, w]` and their frames.
-
-    Frames are float `[3, 4 (T - 1) + 1, 8 h, 8 w]` in 0 to 1. The first latent frame stands for one
-    frame, every later one for the mean of four.
-    """
-    inputs, colours = [], []
-    for latents, frames in pairs:
-        inputs.append(latents.double().flatten(1).T)
-        colours.append(_latent_sized(frames.double()).flatten(1).T)
-    x = torch.cat(inputs)
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], dim=1)
-    solution = torch.linalg.lstsq(x.cpu(), torch.cat(colours).cpu(), driver="gelsd").solution
-    return LatentToRGB(solution[:-1].float(), solution[-1].float())
-
-
-def _latent_sized(frames: Tensor) -> Tensor:
-    """Frames `[3, F, H, W]` averaged down to the latents' grid `[3, T, h, w]`."""
-    small = avg_pool2d(frames, SPATIAL_STRIDE)
-    later = small[:, 1:].unflatten(1, (-1, TEMPORAL_STRIDE)).mean(2) if small.shape[1] > 1 else small[:, 1:]
-    return torch.cat([small[:, :1], later], dim=1)
 
 
 def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: int = 85) -> bytes:

@@ -185,16 +185,13 @@ def make_previews(path: Path) -> dict[str, bytes]:
 
 
 class FakeWatcher:
-    """Shows the step it has seen, and remembers what it was told to learn."""
+    """Shows the step it has seen."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __call__(self, info: int) -> None:
         write_atomically(self.path, b"step %d" % info)
-
-    def learn(self, video: Path) -> None:
-        assert video.exists()
 
 
 def checkpoint_key(request: GenerationRequest) -> str:

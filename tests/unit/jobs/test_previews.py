@@ -1,7 +1,7 @@
-"""Previews: the map from latents to colours is learned, the clean video is foreseen, nothing ever raises."""
+"""Previews: the clean video is foreseen and painted in the model's colours, and nothing ever raises."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
+from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.preview_decoders import DecodedPictures
-from wanduet.jobs.preview_maps import ColourMaps, latent_sized, load_encoder, small_frames
+from wanduet.jobs.preview_maps import COLOURS_FILE, find_colours
 from wanduet.jobs.previews import Previews, foresee, moving_picture
-from wanduet.media.video import write_video
+from wanduet.media.preview import LatentToRGB
 from wanduet.miniature.world import render, sample_clips
+from wanduet.models.vae.model import WanVAE
 from wanduet.request import GenerationRequest
 from wanduet.weights.hub import open_model
 
@@ -44,59 +47,36 @@ def test_the_end_of_the_line_is_the_clean_video() -> None:
     assert foresee([steps[0], steps[2]], 0.4) is None
 
 
-def make_video(folder: Path, colours: list[tuple[int, int, int]]) -> tuple[Tensor, Path]:
-    """Latents whose first three channels are the colours of four bars, and the video that they stand for."""
-    bars = np.repeat(np.array(colours, np.uint8), 16, axis=0)  # [64, 3]
-    frames = np.broadcast_to(bars[None, None], (9, 32, 64, 3)).copy()
-    video = folder / "video.mp4"
-    write_video([frames], video, fps=16, quality=95)
-    latents = torch.zeros(16, 3, 4, 8)
-    latents[:3] = torch.from_numpy(frames[:3, ::8, ::8].astype(np.float32) / 127.5 - 1).permute(3, 0, 1, 2)
-    return latents, video
-
-
 BARS = [(220, 30, 30), (30, 200, 40), (40, 60, 230), (128, 128, 128)]
+FIRST_THREE = LatentToRGB(torch.eye(16, 3) / 2, torch.full((3,), 0.5))
 
 
-def test_a_map_is_learned_from_finished_videos(tmp_path: Path) -> None:
-    maps = ColourMaps(tmp_path / "previews", "some/model", 16)
-    assert maps.load() is None
-    latents, video = make_video(tmp_path, BARS)
-    maps.learn(latents, video)
-    found = ColourMaps(tmp_path / "previews", "some/model", 16).load()
-    assert found is not None
-    got = found(latents).astype(int)
-    want = (small_frames(video) * 255).round().astype(int)
-    assert got.shape == want.shape == (3, 4, 8, 3)
-    assert np.abs(got - want).mean() < 4
-    assert ColourMaps(tmp_path / "previews", "another/model", 16).load() is None
+def bars() -> Tensor:
+    """Latents `[16, 3, 4, 8]` whose first three channels are the colours of four bars, in -1 to 1."""
+    latents = torch.zeros(16, 3, 4, 8)
+    latents[:3] = (torch.tensor(BARS) / 127.5 - 1).repeat_interleave(2, 0).T[:, None, None]
+    return latents
 
 
-def test_a_damaged_map_is_no_map(tmp_path: Path) -> None:
-    maps = ColourMaps(tmp_path, "m", 16)
-    latents, video = make_video(tmp_path, BARS)
-    for damage in (b"", b"[]", b'{"videos": 1, "gram": [1], "target": []}'):
-        (tmp_path / "m.json").write_bytes(damage)
-        assert maps.load() is None
-    maps.learn(latents, video)
-    assert maps.load() is not None
-
-
-def test_a_denoise_leaves_pictures_and_teaches_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wanduet.jobs.previews.SHORTEST_PAUSE", 0.0)
     monkeypatch.setattr("wanduet.jobs.previews.SHARE", 1e9)
-    latents, video = make_video(tmp_path, BARS)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_denoise_leaves_pictures_where_the_colours_are_known(tmp_path: Path) -> None:
+    latents = bars()
     picture = tmp_path / "work" / "preview.webp"
-    for turn in (1, 2):
-        previews = Previews(picture, ColourMaps(tmp_path, "m", 16), GenerationRequest(prompt="x", fps=16))
+    for colours, expected in ((None, [False] * 4), (FIRST_THREE, [False, False, True, True])):
+        previews = Previews(picture, colours, GenerationRequest(prompt="x", fps=16))
         seen = []
         for step in euler(latents[None], torch.randn(1, *latents.shape), [1.0, 0.8, 0.5, 0.2, 0.0]):
             before = step.latents.clone()
             previews(step)
             assert torch.equal(step.latents, before)
             seen.append(picture.exists())
-        previews.learn(video)
-        assert seen == ([False] * 4 if turn == 1 else [False, False, True, True])
+        assert seen == expected
     with Image.open(io.BytesIO(picture.read_bytes())) as image:
         assert (image.format, image.n_frames, image.size) == ("WEBP", 1, (8, 4))  # equal frames are stored once
         colour = np.asarray(image.convert("RGB"))[0, 0]
@@ -111,50 +91,51 @@ def test_pictures_are_small() -> None:
 
 
 def test_nothing_that_goes_wrong_reaches_the_denoise(tmp_path: Path) -> None:
-    latents, video = make_video(tmp_path, BARS)
-    (tmp_path / "file").write_bytes(b"")
-    maps = ColourMaps(tmp_path / "file", "m", 16)  # a folder that cannot be made
-    previews = Previews(tmp_path / "file" / "preview.webp", maps, GenerationRequest(prompt="x"))
-    for step in euler(latents[None], torch.randn(1, *latents.shape), [1.0, 0.5, 0.0]):
+    (tmp_path / "file").write_bytes(b"")  # where a folder would have to be made
+    previews = Previews(tmp_path / "file" / "preview.webp", FIRST_THREE, GenerationRequest(prompt="x"))
+    for step in euler(bars()[None], torch.randn(1, 16, 3, 4, 8), [1.0, 0.5, 0.0]):
         previews(step)
-    previews.learn(video)
 
 
-def test_a_map_is_fitted_to_the_models_own_encoder(tmp_path: Path) -> None:
-    """With the miniature under another name: its fitted map does nearly as well as the one that is built in."""
+def test_the_published_map_is_for_wans_vae_alone() -> None:
+    colours = find_colours(WAN_1_3B, None)
+    assert colours is not None
+    pixels = torch.zeros(16, 1, 1, 2)
+    pixels[6, 0, 0, 1] = -2.0  # the channel that has most of the brightness, negative
+    dark, bright = colours(pixels)[0, 0].astype(int)
+    assert dark.tolist() == [104, 116, 85]  # the bias (-0.1835, -0.0868, -0.3360), from -1 to 1 to bytes
+    assert (bright - dark > 70).all()
+    assert find_colours(replace(WAN_1_3B, vae=replace(WAN_1_3B.vae, base_dim=64)), None) is None
+
+
+def test_the_miniatures_own_map_explains_the_colours_of_its_world() -> None:
     folder = open_model("miniature")
-    maps = ColourMaps(tmp_path, "unknown/model", 16)
-    thread = maps.fit_beside(folder)
-    assert thread is not None
-    assert maps.fit_beside(folder) is None, "one at a time"
-    thread.join(120)
-    fitted, built_in = maps.load(), ColourMaps(tmp_path, "miniature", 16).load()
-    assert fitted is not None
-    assert built_in is not None
-    vae = load_encoder(folder)
-    clips = render(sample_clips(8, torch.Generator().manual_seed(7)), 5, 64)
-    colours = np.stack([latent_sized((clip + 1) / 2) for clip in clips])
-    latents = [vae.encode(clip[None])[0] for clip in clips]
-    ours, best = (
-        np.square(np.stack([known(z) for z in latents]) / 255 - colours).mean() for known in (fitted, built_in)
-    )
-    assert ours < 2 * best
-    assert ours < 0.4 * colours.var((0, 1, 2, 3)).mean()
-    assert maps.fit_beside(folder) is None, "once"
+    colours = find_colours(folder.spec, folder.path)
+    assert colours is not None
+    vae = WanVAE(folder.spec.vae).eval().requires_grad_(False)
+    folder.vae.load_into({name: parameter.data for name, parameter in vae.named_parameters()})
+    clips = render(sample_clips(6, torch.Generator().manual_seed(7)), 1, 64)
+    wanted = torch.stack([avg_pool2d((clip[:, 0] + 1) / 2, 8).permute(1, 2, 0) for clip in clips])
+    got = torch.stack([torch.from_numpy(colours(vae.encode(clip[None])[0])[0]).float() / 255 for clip in clips])
+    assert (got - wanted).square().mean() < 0.4 * wanted.var((0, 1, 2)).mean()
 
 
-def test_a_decoder_that_fails_leaves_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanduet.jobs.previews.SHORTEST_PAUSE", 0.0)
-    monkeypatch.setattr("wanduet.jobs.previews.SHARE", 1e9)
-    latents, video = make_video(tmp_path, BARS)
-    maps = ColourMaps(tmp_path, "m", 16)
-    maps.learn(latents, video)
+@pytest.mark.parametrize("damage", ["", "{}", "[[1, 2], [3]]", "[[1, 2, 3]]", '[["a"]]', "[[1e999, 0, 0]]"])
+def test_a_damaged_map_is_no_map(tmp_path: Path, damage: str) -> None:
+    spec = open_model("miniature").spec
+    assert find_colours(spec, tmp_path) is None
+    (tmp_path / COLOURS_FILE).write_text(damage)
+    assert find_colours(spec, tmp_path) is None
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_decoder_that_fails_leaves_the_map(tmp_path: Path) -> None:
     damaged = tmp_path / "taew2_1.safetensors"
     damaged.write_bytes(b"no weights")
     decoder = DecodedPictures(damaged, (0.0,) * 16, (1.0,) * 16)
     picture = tmp_path / "preview.webp"
-    previews = Previews(picture, maps, GenerationRequest(prompt="x", fps=16), decoder)
-    for step in euler(latents[None], torch.randn(1, *latents.shape), [1.0, 0.5, 0.0]):
+    previews = Previews(picture, FIRST_THREE, GenerationRequest(prompt="x", fps=16), decoder)
+    for step in euler(bars()[None], torch.randn(1, 16, 3, 4, 8), [1.0, 0.5, 0.0]):
         previews(step)
     with Image.open(picture) as image:
         assert image.size == (8, 4)
