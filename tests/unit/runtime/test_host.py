@@ -1,10 +1,10 @@
 """What the machine says of its memory, on systems that are not here too."""
 
-import ctypes
 import platform
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from wanduet.runtime import host
@@ -49,20 +49,15 @@ def test_the_older_control_groups(tmp_path: Path) -> None:
 
 
 def test_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_os_memory", lambda: (32 * GIB, 20 * GIB))
+    memory = SimpleNamespace(total=32 * GIB, available=20 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(host, "_cgroup_limits", lambda: [(2**63, 5 * GIB), (16 * GIB, 6 * GIB)])
     assert host.host_memory() == (16 * GIB, 10 * GIB)
 
 
 def test_the_peak_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tell(process, counters, length) -> int:
-        assert length.value == ctypes.sizeof(counters._obj) == counters._obj.length
-        assert process.value == ctypes.c_void_p(-1).value
-        counters._obj.peak_resident = 5 * GIB
-        return 1
-
-    kernel32 = SimpleNamespace(K32GetProcessMemoryInfo=tell)
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    about = SimpleNamespace(rss=GIB, peak_wset=5 * GIB)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: about))
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     assert host.process_peak_bytes() == 5 * GIB
 
