@@ -35,11 +35,6 @@ def file_sha256(path: Path) -> str:
     return _hash(path, "sha256")
 
 
-def git_sha1(path: Path) -> str:
-    """The name that git gives to a file's bytes."""
-    return _hash(path, "sha1", f"blob {path.stat().st_size}\0".encode())
-
-
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: str = "manifest.json") -> None:
     """Write `name` in a model folder: relative path to SHA-256 of every file (hashed here unless given)."""
     if hashes is None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.weights.diffusers import ModelFolder
-from wanduet.weights.manifest import Notes, find_damaged, git_sha1, verify, write_manifest
+from wanduet.weights.manifest import Notes, file_sha256, find_damaged, verify, write_manifest
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -231,11 +231,12 @@ def test_good_files_are_remembered_until_they_change(folder: Path, tmp_path: Pat
 
 def test_a_note_that_cannot_be_written_costs_nothing_but_time(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert (
-        verify(folder, {"README.md": git_sha1(folder / "README.md")}, Notes(tmp_path / "file" / "verified.json")) == 1
-    )
+    hashes = {"README.md": file_sha256(folder / "README.md")}
+    assert verify(folder, hashes, Notes(tmp_path / "file" / "verified.json")) == 1
 
 
 def test_gits_own_hash(tmp_path: Path) -> None:
     (tmp_path / "hello").write_bytes(b"hello\n")
-    assert git_sha1(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    assert find_damaged(tmp_path, {"hello": "ce013625030ba8dba906f756967f9e9ca394464a"})[0] == []  # git hash-object
+    (tmp_path / "hello").write_bytes(b"Hello\n")
+    assert find_damaged(tmp_path, {"hello": "ce013625030ba8dba906f756967f9e9ca394464a"})[0] == ["hello"]
