@@ -16,9 +16,7 @@ from wanduet.doors.http.errors import ApiError
 
 MAX_RANGES = 8
 _RANGE = re.compile(r"bytes=([\d,\s-]*)", re.ASCII | re.IGNORECASE)
-_PART = re.compile(r"\s*(\d{0,15})-(\d{0,15})\s*", re.ASCII)
-
-Part = tuple[int | None, int | None]  # first and last byte; no first: so many from the end
+_PART = re.compile(r"(?P<first>\d{1,15})-(?P<last>\d{0,15})|-(?P<suffix>\d{1,15})", re.ASCII)
 
 
 def answer_file(path: Path, request: Request, media_type: str, filename: str, headers: Mapping[str, str]) -> Response:
@@ -33,7 +31,7 @@ def answer_file(path: Path, request: Request, media_type: str, filename: str, he
         return Response(status_code=304, headers=kept)
     current = asked.get("if-range") in (None, answer.headers["etag"], answer.headers["last-modified"])
     parts = read_ranges(asked.get("range")) if request.method == "GET" and current else []
-    answer.parts = [part for part in parts if _lies_within(part, status.st_size)]
+    answer.parts = [part[0] for part in parts if _lies_within(part, status.st_size)]
     if parts and not answer.parts:
         text = f"The file has {status.st_size} bytes."
         size = {"Content-Range": f"bytes */{status.st_size}"}
@@ -41,13 +39,13 @@ def answer_file(path: Path, request: Request, media_type: str, filename: str, he
     return answer
 
 
-def read_ranges(header: str | None) -> list[Part]:
+def read_ranges(header: str | None) -> list[re.Match[str]]:
     """The parts that a header Range asks for; empty where it must be ignored (RFC 9110, 14.2)."""
     match = _RANGE.fullmatch(header or "")
-    texts = [text for text in match[1].split(",") if text.strip()] if match else []  # a list may have empty elements
-    parts = [_PART.fullmatch(text) for text in texts]
-    found = [(_number(part[1]), _number(part[2])) if part else (None, None) for part in parts]
-    return found if len(found) <= MAX_RANGES and all(map(_means_something, found)) else []
+    texts = [text.strip() for text in match[1].split(",")] if match else []
+    parts = [_PART.fullmatch(text) for text in texts if text]  # a list may have empty elements
+    found = [part for part in parts if part and not (part["last"] and int(part["last"]) < int(part["first"]))]
+    return found if len(found) == len(parts) <= MAX_RANGES else []
 
 
 class _File(FileResponse):
@@ -56,10 +54,10 @@ class _File(FileResponse):
     One that is deleted later is sent to its end: the system keeps an open file.
     """
 
-    parts: Sequence[Part] = ()
+    parts: Sequence[str] = ()  # in the words of the header Range
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wanted = [(b"range", _written(self.parts).encode())] if self.parts else []
+        wanted = [(b"range", f"bytes={','.join(self.parts)}".encode())] if self.parts else []
         headers = [item for item in scope["headers"] if item[0].lower() not in (b"range", b"if-range")]
         start: Message | None = None
 
@@ -82,22 +80,8 @@ class _File(FileResponse):
             await gone.response()(scope, receive, send)
 
 
-def _number(digits: str) -> int | None:
-    return int(digits) if digits else None
-
-
-def _means_something(part: Part) -> bool:
-    first, last = part
-    return last is not None if first is None else last is None or first <= last
-
-
-def _lies_within(part: Part, size: int) -> bool:
-    first, last = part
-    return first < size if first is not None else bool(last and size)
-
-
-def _written(parts: Sequence[Part]) -> str:
-    return "bytes=" + ",".join("-".join("" if n is None else str(n) for n in part) for part in parts)
+def _lies_within(part: re.Match[str], size: int) -> bool:
+    return int(part["first"]) < size if part["first"] else int(part["suffix"]) > 0 < size
 
 
 def _names(header: str | None, etag: str) -> bool:
