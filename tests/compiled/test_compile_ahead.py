@@ -5,6 +5,7 @@ No card is needed: `benchmarks/compile_ahead.py` stands in for the driver. One p
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compile_ahead.py"
 CAPABILITIES = (80, 86, 89, 90, 120)
+RESERVED = 1024  # bytes of shared memory that the system keeps for each program
 MOST_STACK = 48  # bytes a thread: a few registers' worth beside the 255 that there are
 # Larger, known and left: repairing attention is for rows that are rare; a text of more than 128 keys on cards with wgmma,
 # whose other tiles were not measured yet.
@@ -65,6 +67,11 @@ def fits(capability: int, tmp_path: Path, *flags: str) -> None:
         if row["stack"] > KNOWN.get((row["kernel"], capability), MOST_STACK)
     }
     assert spilling == set()
+    small = [row for row in rows if row["kernel"] == "_convolution_kernel" and "PIXELS=64 " in row["form"]]
+    assert all(2 * (row["shared"] + RESERVED) <= row["limit"] + RESERVED for row in small)  # two on a multiprocessor
+    if "--dtype" not in flags:
+        sides = {tuple(re.findall(r"(?:FIRST|SECOND)=\d+", row["form"])) for row in small}
+        assert len(sides) == (0 if capability == 90 else 2)
     found = {(row["kernel"], row["dtype"]) for row in rows}
     assert ("_text_attention_kernel", "bfloat16") in found
     assert "--dtype" in flags or {("_convolution_kernel", "float32"), ("_product_kernel", "float32")} <= found

@@ -21,6 +21,8 @@ from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.device import MEMORY_LIMITS, on_device_of, prepare_allocator
 from wanduet.kernels.select import guarded, kernels_for, vae_kernels_for, without
+from wanduet.kernels.vae.choose import choose_tiles
+from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.verdicts import read_verdicts, write_verdicts
 from wanduet.meta.init import without_memory
 from wanduet.models.dit.model import Runtime, WanTransformer
@@ -320,8 +322,17 @@ class Models:
             self._vae.channels_last()
             if self.config.tf32:
                 self._vae.round_to_tf32()
-        self._vae.use_kernels(guarded(vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32)))
+        kernels = vae_kernels_for(device, dtype, self.spec.vae.base_dim, self.config.tf32)
+        if kernels.causal_conv is VAE_TRITON_KERNELS.causal_conv:
+            self.choose_tiles(device, dtype)
+        self._vae.use_kernels(guarded(kernels))
         self.keep_verdicts()
+
+    def choose_tiles(self, device: torch.device, dtype: torch.dtype, may_measure: bool = True) -> None:
+        """Let the VAE's convolutions take the tiles that are fastest on a device. `may_measure`: nothing else runs there."""
+        vae, folder = self.spec.vae, self.config.data_folder / "measurements"
+        outputs = {vae.base_dim * factor for factor in vae.dim_mult}
+        choose_tiles(device, dtype, outputs, folder, self.config.tf32, may_measure)
 
     def without_vae_kernel(self, operation: str) -> None:
         """Decode with an operation's plain form from now on."""

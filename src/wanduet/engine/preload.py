@@ -181,6 +181,7 @@ def _prepare_vae_kernels(models: "Models", work: Planned) -> None:
     kernels = vae_kernels_to_compile(device, plan.vae.tf32)
     if kernels is None:
         return
+    models.choose_tiles(device, dtype, may_measure=False)  # the denoise runs
     size = (request.generated_height, request.generated_width)
     compile_decode(models.spec.vae, *size, plan.vae.tiling, dtype, kernels)
     if plan.both_resident:  # else what they are tried on may have no room beside the transformer

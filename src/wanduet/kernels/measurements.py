@@ -1,4 +1,4 @@
-"""What is remembered of attention back ends from one run to the next, in a file beside others of the machine.
+"""What was measured on a machine, remembered from one run to the next: attention back ends, and tiles (see `conv_choice`).
 
 A measurement holds as long as driver and installed packages are the same. A failure may have been the moment's (too little
 memory was free, a package that is there now was missing): it holds for a day at most, and is not believed once driver,
@@ -33,7 +33,7 @@ DRIVER = Path(
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was seen of one back end: median milliseconds, relative error against float32, or why it was dropped.
+    """What was seen of one back end or tile: median milliseconds, relative error against float32, or why it was dropped.
 
     `state` says with which driver and packages. Of a failure: `since`, in seconds since 1970, and where memory was short,
     the bytes that were free then.
@@ -106,35 +106,35 @@ def _state_of(folders: tuple[str, ...], driver: str) -> str:
     return sha256("\n".join([driver, *sorted(names)]).encode()).hexdigest()[:16]
 
 
-def read_all(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def read_all(folder: Path, file: str = CACHE_FILE) -> dict[str, list[dict[str, Any]]]:
     """All tables of a folder; none where the file is damaged."""
     try:
-        content = json.loads((folder / CACHE_FILE).read_text())
+        content = json.loads((folder / file).read_text())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def read_table(folder: Path | None, key: str) -> Table | None:
+def read_table(folder: Path | None, key: str, file: str = CACHE_FILE) -> Table | None:
     """None if nothing usable is kept under `key`: a damaged file only costs a new measurement."""
     if folder is None:
         return None
     try:
-        table = tuple(Timing(**row) for row in read_all(folder)[key])
+        table = tuple(Timing(**row) for row in read_all(folder, file)[key])
     except (KeyError, TypeError):
         return None
     return table or None
 
 
-def write_table(folder: Path | None, key: str, table: Table) -> None:
+def write_table(folder: Path | None, key: str, table: Table, file: str = CACHE_FILE) -> None:
     """Keep a table; a disk that cannot costs the next start a measurement."""
     if folder is None:
         return
     try:
         make_folder(folder)
-        content = read_all(folder) | {key: [asdict(row) for row in table]}
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=CACHE_FILE, delete=False) as partial:
+        content = read_all(folder, file) | {key: [asdict(row) for row in table]}
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=file, delete=False) as partial:
             json.dump(content, partial, indent=1)
-        replace_file(Path(partial.name), folder / CACHE_FILE)
+        replace_file(Path(partial.name), folder / file)
     except OSError as problem:
-        log.warning("The attention measurement cannot be kept in %s: %s", folder, problem)
+        log.warning("What was measured cannot be kept in %s: %s", folder / file, problem)

@@ -12,6 +12,8 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.engine import build
 from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
+from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
@@ -28,6 +30,18 @@ def test_a_moved_vae_gets_the_kernels_of_where_it_is(config, monkeypatch) -> Non
     for device in ("cpu", "cpu", "meta"):  # meta stands for a GPU
         models.load_vae(device, "float32")
     assert asked == ["cpu", "meta"]
+
+
+@pytest.mark.parametrize(("kernels", "asked"), [(VAE_TRITON_KERNELS, 1), (VAE_TORCH_KERNELS, 0)])
+def test_tiles_are_chosen_where_triton_convolves(config, monkeypatch, kernels, asked) -> None:
+    chosen = []
+    monkeypatch.setattr(build, "vae_kernels_for", lambda *_: kernels)
+    monkeypatch.setattr(build, "choose_tiles", lambda *args: chosen.append(args))
+    models = Models(config)
+    models.load_vae("cpu", "float32")
+    vae, folder = models.spec.vae, config.data_folder / "measurements"
+    outputs = {vae.base_dim * factor for factor in vae.dim_mult}
+    assert chosen == asked * [(torch.device("cpu"), torch.float32, outputs, folder, config.tf32, True)]
 
 
 def test_a_device_in_use_is_not_idle(config) -> None:

@@ -139,3 +139,17 @@ def test_turns_end_also_where_nothing_could_begin(models: Recorder, job: Any) ->
     with pytest.raises(RuntimeError):
         preload(models, job, closed)
     assert sys.getswitchinterval() == before
+
+
+def test_tiles_that_are_remembered_are_compiled_and_none_is_measured_beside_the_denoise(monkeypatch, job) -> None:
+    seen: list[object] = []
+    plan = SimpleNamespace(vae_device="cuda:0", vae_dtype="float32", tf32=True, decode="in any order", keep_both=False)
+    job.plan, job.request.generated_height, job.request.generated_width = plan, 480, 832
+    models = SimpleNamespace(
+        choose_tiles=lambda *args, may_measure: seen.append((*args, may_measure)),
+        spec=SimpleNamespace(vae=None),
+    )
+    monkeypatch.setattr(module, "vae_kernels_to_compile", lambda *_: "kernels")
+    monkeypatch.setattr(module, "compile_decode", lambda *_: seen.append("compile"))
+    module._prepare_vae_kernels(models, job)
+    assert seen == [(torch.device("cuda", 0), torch.float32, False), "compile"]

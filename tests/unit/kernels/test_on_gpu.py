@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from wanduet.kernels import select
 from wanduet.kernels.attention.backends import available_backends, plain_with_lse
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
-from wanduet.kernels.vae import gpu
+from wanduet.kernels.device import shared_memory
+from wanduet.kernels.vae import choose, gpu
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -106,3 +107,15 @@ def test_a_convolution_is_right_and_does_not_depend_on_the_cut(width: int, dtype
         x[..., rows, :], past[..., rows, :], weight, bias, (0, 0), residual=residual[..., 12:29, :]
     )
     assert torch.equal(part, whole[..., 12:29, :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [96, 192, 384])
+def test_every_tile_that_is_offered_gives_the_same_to_the_last_bit(width: int, dtype: torch.dtype) -> None:
+    from wanduet.kernels.vae.conv import offered_tiles
+
+    tiles = {t.name: t for t in reversed(offered_tiles(width, width, dtype.itemsize, shared_memory(DEVICE)))}
+    if len(tiles) == 1:
+        pytest.skip("only one tile comes into question on a GPU with wgmma")
+    table = choose.measure(tuple(tiles.values()), width, dtype, DEVICE)
+    assert [row.problem for row in table] == [None] * len(tiles)

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from wanduet.kernels.device import WGMMA_SHARED_MEMORY, multiprocessors, shared_memory
 from wanduet.kernels.precision import convolutions_use_tf32
+from wanduet.kernels.vae.choose import chosen_tile
 from wanduet.kernels.vae.norm import EPS, launch, silu_rounded
 from wanduet.kernels.vae.plain import uses_tf32
 
 UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
+RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system keeps for each program
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,11 @@ class Tile:
     rows: int = 1
     square: bool = False
     cost: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Its sides, by which a choice is remembered."""
+        return f"{self.pixels}x({self.first}+{self.second})"
 
     @property
     def channels(self) -> int:
@@ -78,6 +85,10 @@ class Tile:
         """
         stages = self.stages if limit >= WGMMA_SHARED_MEMORY else self.stages - 1
         return stages * (self.pixels + self.channels) * self.depth * itemsize
+
+    def is_twice_in(self, itemsize: int, limit: int) -> bool:
+        """Whether two programs have room beside each other on a multiprocessor, one of which may have `limit` bytes."""
+        return 2 * (self.shared_memory(itemsize, limit) + RESERVED) <= limit + RESERVED
 
 
 # Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
@@ -244,16 +255,21 @@ def convolve(
     outputs, inputs, kt, kh, kw = weight.shape
     batch, _, length, height, width = x.shape
     device = compile_for or x.device
-    tiles = (tile,) if tile else tiles_for(inputs, outputs, x.itemsize, shared_memory(device))
-    if compile_for is None:  # else all of them: another part of a frame may take another
-        tiles = (_fastest(tiles, out, device),)
+    tiles = (tile,) if tile else offered_tiles(inputs, outputs, x.itemsize, shared_memory(device))
+    normed = gamma is not None and tiles[0].channels >= outputs
+    if normed:  # whatever is chosen: rounded before its norm a result would be another
+        tiles = tuple(tile for tile in tiles if tile.channels >= outputs)
+    chosen = chosen_tile(device, width_of(outputs, x.itemsize), x.dtype)
+    if compile_for is None:
+        tiles = (_fastest(_named(tiles, chosen), out, device),)
+    elif chosen is not None:  # else all of them: which is taken will be measured
+        tiles = _named(tiles, chosen)  # all with these sides: another part of a frame may take another
     if past is None and kt > 1:
         past = _zeros_before(x)
     before = x if past is None else past
     added = out if residual is None else residual
     to_past = (before.data_ptr() - x.data_ptr()) // x.itemsize
     unit = 1 if to_past % UNIT else UNIT
-    normed = gamma is not None and tiles[0].channels >= outputs
     for tile in tiles:
         programs = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
         launch(
@@ -277,13 +293,37 @@ def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Til
     All of them have as many channels and add up in the same order: a result does not depend on which is taken, to the last bit.
     """
     depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
+    tiles: tuple[Tile, ...] = (Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3),)
     for width, size in TILES:
         if outputs % width == 0 and itemsize <= size:
             tiles = TILES[width, size]
             break
-    else:
-        tiles = (Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3),)
     return tuple(_within(replace(tile, depth=min(tile.depth, depth)), itemsize, limit) for tile in tiles)
+
+
+@lru_cache
+def offered_tiles(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
+    """`tiles_for`, and on a GPU without wgmma smaller ones, of which a multiprocessor has room for two at a time.
+
+    `TILES` were measured on a GPU with wgmma. Which one is taken is measured (see `conv_choice`). A smaller one adds up the
+    same taps and channels in the same order, as its depth, its `near` and its `swap` are those of the first. With a norm
+    it must have all channels of a pixel, and the order of their squares is the compiler's: the measurement compares.
+    """
+    tiles = tiles_for(inputs, outputs, itemsize, limit)
+    if limit >= WGMMA_SHARED_MEMORY or width_of(outputs, itemsize) is None:
+        return tiles
+    small = (replace(tiles[0], pixels=64, first=a, second=b, warps=4, stages=3, cost=1.0) for a, b in SMALL_CHANNELS)
+    return (*tiles, *(tile for tile in small if outputs % tile.channels == 0 and tile.is_twice_in(itemsize, limit)))
+
+
+def width_of(outputs: int, itemsize: int) -> int | None:
+    """The width of `TILES` that serves so many output channels; None if none does."""
+    return next((width for width, size in TILES if outputs % width == 0 and itemsize <= size), None)
+
+
+def _named(tiles: tuple[Tile, ...], name: str | None) -> tuple[Tile, ...]:
+    """Those with these sides; where none has them, those with the sides of the first."""
+    return tuple(t for t in tiles if t.name == name) or tuple(t for t in tiles if t.name == tiles[0].name)
 
 
 def _within(tile: Tile, itemsize: int, limit: int) -> Tile:
@@ -315,6 +355,7 @@ TILES = {
     (96, 2): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
     (96, 4): (Tile(128, 64, 32, 32, 4, 3, rows=4),),
 }
+SMALL_CHANNELS = ((64, 32), (128, 0))  # of tiles for GPUs without wgmma
 
 
 def _zeros_before(x: Tensor) -> Tensor:

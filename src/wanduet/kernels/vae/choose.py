@@ -1,0 +1,175 @@
+"""Which tile the VAE's convolutions take on a GPU without wgmma: measured once on a machine, and remembered.
+
+`conv_triton.offered_tiles` names those that come into question. Each gives the result of the first to the last bit, which is
+compared here; so a decode's frames do not depend on the choice, and ranks may each choose for themselves. None needs more
+memory outside a multiprocessor than another: a plan does not depend on it either.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wanduet.kernels.device import multiprocessors, shared_memory
+from wanduet.kernels.measurements import Table, Timing, free_bytes, holds, read_table, stamped, write_table
+from wanduet.kernels.precision import vae_precision
+from wanduet.kernels.vae.plain import uses_tf32
+
+if TYPE_CHECKING:
+    from wanduet.kernels.vae.conv import Tile
+
+log = logging.getLogger(__name__)
+
+CHOICES_FILE = "convolutions.json"
+# What is timed: one frame of so many columns, as a 480p video has at that width, and of so many rows that the first tile
+# fills the GPU so often. A launch takes a few milliseconds.
+COLUMNS = {384: 208, 192: 416, 96: 832}
+WAVES = 3
+TIMED_ROUNDS = 5
+_Key = tuple[torch.device, int, torch.dtype, bool]
+_CHOSEN: dict[_Key, str] = {}
+
+
+def chosen_tile(device: torch.device, width: int | None, dtype: torch.dtype) -> str | None:
+    """The name of the tile that was chosen for a width of `TILES`; None if none was, and the first is taken."""
+    return None if width is None else _CHOSEN.get((device, width, dtype, uses_tf32(dtype)))
+
+
+def choose_tiles(
+    device: torch.device,
+    dtype: torch.dtype,
+    outputs: Iterable[int],
+    folder: Path,
+    tf32: bool | None = None,
+    may_measure: bool = True,
+) -> None:
+    """From now on convolutions with so many output channels take the tile that is fastest on a GPU.
+
+    What was measured is kept in `folder`. `may_measure`: else only what is kept there is used; a GPU that computes
+    something else would be measured wrongly. `tf32`: see `WanVAE.tf32`. Needs Triton; does nothing on a CPU, in Triton's
+    interpreter, and on a GPU for which only one tile comes into question.
+    """
+    if device.type != "cuda":
+        return
+    import triton
+
+    from wanduet.kernels.vae.conv import offered_tiles, width_of
+
+    if triton.knobs.runtime.interpret:
+        return
+    widths = {width for count in outputs if (width := width_of(count, dtype.itemsize)) is not None}
+    with vae_precision(tf32):
+        for width in sorted(widths):
+            key = (device, width, dtype, uses_tf32(dtype))
+            offered = offered_tiles(width, width, dtype.itemsize, shared_memory(device))
+            tiles = tuple({tile.name: tile for tile in reversed(offered)}.values())[::-1]
+            if len(tiles) > 1 and key not in _CHOSEN:
+                table = _table(tiles, key, folder, may_measure)
+                if table is not None:
+                    _CHOSEN[key] = min(table, key=_milliseconds).name
+
+
+def _table(tiles: "Sequence[Tile]", key: _Key, folder: Path, may_measure: bool) -> Table | None:
+    """What is remembered, or is measured now."""
+    device, width, dtype, tf32 = key
+    names = ",".join(tile.name for tile in tiles)
+    kept_as = f"{torch.cuda.get_device_name(device)}|{width}|{dtype}{' as TF32' * tf32}|{names}"
+    table = read_table(folder, kept_as, CHOICES_FILE)
+    if table is not None and holds(table, device):
+        return table
+    if not may_measure:
+        return None
+    table = stamped(measure(tiles, width, dtype, device), device)
+    log.info("tiles for %s: %s", kept_as, {row.name: row.problem or row.milliseconds for row in table})
+    write_table(folder, kept_as, table, CHOICES_FILE)
+    return table
+
+
+def forget() -> None:
+    """As a new process begins, for tests."""
+    _CHOSEN.clear()
+
+
+@torch.no_grad()
+def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: torch.device) -> Table:
+    """Try each tile on a convolution of `width` channels, and time those that compute what the first does, in turns."""
+    dropped: list[Timing] = []
+    times: dict[str, list[float]] = {}
+    sample: _Sample | None = None
+    expected: list[Tensor] = []
+    for tile in tiles:
+        try:
+            sample = sample or _Sample(tiles[0], width, dtype, device)
+            results = sample.results(tile)
+            expected = expected or results
+            if all(torch.equal(*pair) for pair in zip(results, expected, strict=False)):
+                times[tile.name] = []
+            else:
+                dropped.append(Timing(tile.name, None, None, "its results are not those of the first"))
+        except Exception as problem:  # a compiler's failure can be anything
+            log.info("Tile %s failed.", tile.name, exc_info=problem)
+            short = isinstance(problem, torch.OutOfMemoryError)
+            free = free_bytes(device) if short else None
+            dropped.append(Timing(tile.name, None, None, type(problem).__name__, free_bytes=free))
+    for tile in TIMED_ROUNDS * [tile for tile in tiles if tile.name in times]:
+        assert sample is not None
+        times[tile.name].append(_timed(partial(sample.with_residual, tile), device))
+    return (*(Timing(name, statistics.median(seen), None) for name, seen in times.items()), *dropped)
+
+
+class _Sample:
+    """A convolution as a decode has it, on random values."""
+
+    def __init__(self, first: "Tile", width: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            x = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+            return x.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else x
+
+        columns = COLUMNS[width]
+        rows = max(1, WAVES * multiprocessors(device) * first.channels // width * first.pixels // columns)
+        self._width = width
+        self._x, self._bias, self._gamma = draw(1, width, 1, rows, columns), draw(width), draw(width, 1, 1, 1)
+        self._weight = draw(width, width, 3, 3, 3).div_((27 * width) ** 0.5)
+
+    def results(self, tile: "Tile") -> list[Tensor]:
+        """In all forms that a tile has: with a norm where it has all channels of a pixel."""
+        plain = self.with_residual(tile)
+        return [plain, self._convolved(tile, None, self._gamma)] if tile.channels >= self._width else [plain]
+
+    def with_residual(self, tile: "Tile") -> Tensor:
+        """The form that all tiles have."""
+        return self._convolved(tile, self._x, None)
+
+    def _convolved(self, tile: "Tile", residual: Tensor | None, gamma: Tensor | None) -> Tensor:
+        from wanduet.kernels.vae.conv import convolve
+
+        out = torch.empty_like(self._x)
+        convolve(self._x, None, self._weight, self._bias, (1, 1), residual, out, gamma, tile)
+        return out
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
+    stream = torch.cuda.current_stream(device)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record(stream)
+    run()
+    after.record(stream)
+    after.synchronize()
+    return float(before.elapsed_time(after))
+
+
+def _milliseconds(row: Timing) -> float:
+    return float("inf") if row.milliseconds is None else row.milliseconds
