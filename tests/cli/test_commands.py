@@ -510,6 +510,7 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     from wanduet.engine import tools
     from wanduet.kernels.attention import choose
     from wanduet.kernels.attention.backends import SDPA, Backend
+    from wanduet.kernels.triton_probe import Probe
     from wanduet.planning.hardware import DeviceInfo
 
     wrong = Backend("wrong", lambda q, k, v: q * 0, None)
@@ -519,6 +520,7 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     card = DeviceInfo("cpu", "a card", 2**30, 2**30, (9, 0))
     hardware = SimpleNamespace(**asdict(tools.detect()) | {"gpus": (card,)})
     monkeypatch.setattr(tools, "detect", lambda: hardware)
+    monkeypatch.setattr(tools, "probe_triton", lambda: Probe(tried=True))
     assert wanduet("doctor", "--json").json["gpus"][0]["attention_measured"] == []
     shape = choose.Shape(64, 64, 2, 16)
     choose.choose_attention(torch.device("cpu"), shape, torch.float32, cache_folder=tmp_path / "data" / "measurements")
@@ -529,6 +531,31 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     assert sorted(seen["milliseconds"]) == sorted(seen["error"]) == ["other", "sdpa"]
     assert "wrong result" in seen["dropped"]["wrong"]
     assert "milliseconds" in wanduet("doctor").out
+
+
+def test_doctor_lets_triton_build_what_it_needs_where_there_is_a_gpu(wanduet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.engine import tools
+    from wanduet.kernels.triton_probe import Probe
+    from wanduet.planning.hardware import DeviceInfo
+
+    def doctor(problem: Probe) -> dict[str, object]:
+        monkeypatch.setattr(tools, "probe_triton", lambda: problem)
+        return wanduet("doctor", "--json").json
+
+    broken = Probe(True, "Triton finds no C compiler", "Install one.")
+    found = doctor(broken)
+    assert (found["triton_problem"], found["triton_probe"]) == (None, "Not tried: no GPU is seen.")
+    card = DeviceInfo("cpu", "a card", 2**30, 2**30, (9, 0))
+    hardware = SimpleNamespace(**asdict(tools.detect()) | {"gpus": (card,)})
+    monkeypatch.setattr(tools, "detect", lambda: hardware)
+    assert "works" in doctor(Probe(tried=True))["triton_probe"]
+    found = doctor(broken)
+    assert (found["triton_problem"], found["triton_probe"]) == (broken.problem, f"{broken.problem}.")
+    advice = "Triton finds no C compiler: plain kernels run instead, about a fifth slower. Install one."
+    assert advice in found["advice"]
+    missing = doctor(Probe(False, "Triton is not installed"))
+    assert missing["triton_probe"] == "Not tried: Triton is not installed."
+    assert any("pip install" in line for line in missing["advice"])
 
 
 def test_a_data_folder_that_cannot_be_costs_nothing_but_the_cache(

@@ -22,8 +22,9 @@ from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.kernels.attention.backends import BACKENDS, available_backends
 from wanduet.kernels.attention.choose import measured
-from wanduet.kernels.select import TRITON, VAE_TRITON
-from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, read_verdicts, triton_problem
+from wanduet.kernels.select import TRITON, VAE_TRITON, has_triton
+from wanduet.kernels.triton_probe import Probe, probe_triton
+from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, read_verdicts
 from wanduet.media.codecs import CONTAINERS
 from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
@@ -190,6 +191,7 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
         check_writable(folder / "doctor")
     except OutputError as error:
         problems.append(f"{error.message} Set WANDUET_DATA_DIR to a folder that can be written.")
+    probe = probe_triton() if hardware.gpus else Probe(tried=False)
     measured_by = {d.name: _attention(torch.device(d.name), folder / "measurements") for d in hardware.gpus}
     return {
         "versions": versions(),
@@ -208,13 +210,21 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
             for d in hardware.gpus
         ],
         "links": _links(hardware),
-        "triton": importlib.util.find_spec("triton") is not None,
-        "triton_problem": triton_problem() if hardware.gpus else None,
+        "triton": has_triton(),
+        "triton_problem": probe.problem,
+        "triton_probe": _said_of(probe),
         "plain_kernels": _plain_kernels(hardware),
         "data_folder": data_folder,
         "model": _model(config, progress),
-        "advice": problems + _advice(hardware) + _not_used(measured_by),
+        "advice": problems + _advice(hardware, probe) + _not_used(measured_by),
     }
+
+
+def _said_of(probe: Probe) -> str:
+    """What came of letting Triton build its driver module."""
+    if not probe.tried:
+        return f"Not tried: {probe.problem or 'no GPU is seen'}."
+    return f"{probe.problem}." if probe.problem else "Triton works: its driver module was built, now or before."
 
 
 def _attention(device: torch.device, folder: Path) -> list[dict[str, Any]]:
@@ -259,7 +269,7 @@ def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
     return found
 
 
-def _advice(hardware: Hardware) -> list[str]:
+def _advice(hardware: Hardware, probe: Probe) -> list[str]:
     found = []
     gpus = hardware.gpus
     if not gpus and torch.version.cuda is None:
@@ -268,8 +278,9 @@ def _advice(hardware: Hardware) -> list[str]:
         )
     elif not gpus:
         found.append("No GPU is seen: check the driver with nvidia-smi.")
-    if gpus and (problem := triton_problem()) is not None:
-        found.append(f"{problem}: plain kernels run instead, about a fifth slower. {_triton_hint()}")
+    if probe.problem is not None:
+        hint = probe.hint if probe.tried else _triton_hint()
+        found.append(f"{probe.problem}: plain kernels run instead, about a fifth slower. {hint}".rstrip())
     if any(d.capability[0] in FLASH4_MAJORS for d in gpus) and importlib.util.find_spec("flash_attn") is None:
         found.append("This GPU is served best by flash-attn-4: pip install wanduet[hopper]")
     if hardware.host_free_bytes < 6 * 2**30:
@@ -281,8 +292,6 @@ def _advice(hardware: Hardware) -> list[str]:
 
 def _triton_hint() -> str:
     """What to install, in the release that this PyTorch asks for in its metadata."""
-    if importlib.util.find_spec("triton") is not None:
-        return "Install both (Debian: apt install gcc python3-dev)."
     package = "triton-windows" if sys.platform == "win32" else "triton"
     asked = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
     release = asked[1] if asked else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
