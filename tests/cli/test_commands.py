@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -373,7 +373,7 @@ def test_a_group_of_videos_goes_on_with_what_is_missing(wanduet, work: Path) -> 
     assert other["output"] == "x-4-1.mkv"
 
 
-def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -> None:
+def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = wanduet("bench", *TINY, "--runs", "2", "--json")
     assert ran.code == 0
     found = ran.json
@@ -386,8 +386,19 @@ def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path) -
     assert found["peak_memory_bytes"]["cpu"] > 0
     assert os.listdir(work) == []
     assert not (tmp_path / "data" / "embeddings").exists()
+    assert (found["attention"], found["kernels"], found["vae_kernels"]) == ("sdpa", "torch", "torch")
     assert wanduet("bench", *TINY, "--runs", "0", "--json").code == 2
-    assert wanduet("bench", *TINY, "--runs", "1").code == 0
+
+    from wanduet.engine import build
+    from wanduet.kernels.dit.plain import TORCH_KERNELS
+    from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+
+    monkeypatch.setattr(build, "kernels_for", lambda *_: replace(TORCH_KERNELS, name="mine"))
+    monkeypatch.setattr(build, "vae_kernels_for", lambda *_: replace(VAE_TORCH_KERNELS, name="mine without attend"))
+    ran = wanduet("bench", *TINY, "--runs", "1")
+    assert ran.code == 0
+    assert re.search(r"\bkernels\W+mine\s", ran.out)
+    assert re.search(r"vae_kernels\W+mine without attend", ran.out)
 
 
 def test_a_batch_goes_into_a_folder(wanduet, work: Path) -> None:

@@ -56,6 +56,8 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "predicted_peak_bytes": predicted(plan),
             "predicted_seconds": round(plan.prediction.seconds.total, 1),
             "attention": job.attention,
+            "kernels": job.videos[-1].kernels,  # None where ranks shared the work
+            "vae_kernels": job.videos[-1].vae_kernels,
             "rungs": job.rungs,
             "profile": where_it_went(job, engine.models.memory),
             "versions": versions(),
