@@ -1,6 +1,6 @@
 """Which tile the VAE's convolutions take on a GPU without wgmma: measured once on a machine, and remembered.
 
-`conv_triton.offered_tiles` names those that come into question. Each gives the result of the first to the last bit, which is
+`conv.offered_tiles` names those that come into question. Each gives the result of the first to the last bit, which is
 compared here; so a decode's frames do not depend on the choice, and ranks may each choose for themselves. None needs more
 memory outside a multiprocessor than another: a plan does not depend on it either.
 """
