@@ -54,6 +54,15 @@ def test_for_people_the_path_comes_last_on_stdout(wanduet, work: Path) -> None:
     assert CIRCLE in ran.err
 
 
+def test_settings_that_change_nothing_are_noted(wanduet) -> None:
+    unused = ("--revision", "main", "--vram-limit", "8GiB", "--devices", "cpu")
+    made = wanduet("generate", "x", *TINY, *unused).out
+    assert "Note: --revision is without effect: the model is not on the hub." in made
+    assert "Note: --vram-limit is without effect: no GPU is used." in made
+    choices = wanduet("plan", "--model", "miniature", *unused, "--json").json["choices"]
+    assert {"revision", "vram_limit"} <= {choice["setting"] for choice in choices}
+
+
 def test_a_second_run_takes_another_name_and_a_named_one_replaces(wanduet, work: Path) -> None:
     assert wanduet("generate", "x", *TINY, "--json").json["output"] == "x.mp4"
     assert wanduet("generate", "x", *TINY, "--json").json["output"] == "x-2.mp4"

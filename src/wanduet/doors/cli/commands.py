@@ -36,6 +36,7 @@ from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
+from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
@@ -292,6 +293,9 @@ def _announce(job: Job, config: EngineConfig) -> None:
             "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
             "goes beyond its world. Try: a red circle moving left on a black background."
         )
+    job.warnings += [
+        f"--{unused.setting.replace('_', '-')} is {unused.why}." for unused in unused_settings(job.plan, config)
+    ]
     print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"
