@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,17 +156,39 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
     _take_seconds(values, fps, spec)
     _take_size(values)
-    request = GenerationRequest.parse(**values).resolve(spec)
-    for name, given, limit in (
-        ("size", request.height * request.width, limits.pixels),
-        ("num_frames", request.num_frames, limits.frames),
-        ("num_inference_steps", request.num_inference_steps, limits.steps),
-        ("num_videos_per_prompt", request.num_videos_per_prompt, limits.videos),
-    ):
-        if given > limit:
-            unit = " pixels" if name == "size" else ""
-            raise InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+    try:
+        request = GenerationRequest.parse(**values).resolve(spec)
+    except InvalidRequestError as error:
+        smaller = _beyond(values, limits).get(error.field)
+        if smaller is None or (smaller.field == error.field and _is_at_least(smaller.nearest, error.nearest)):
+            raise
+        raise smaller from None
+    for problem in _beyond(request.model_dump(), limits).values():
+        raise problem
     return request.as_request()
+
+
+def _beyond(values: Mapping[str, Any], limits: RequestLimits) -> dict[str, InvalidRequestError]:
+    """By field, the refusal of each number that is larger than this server takes."""
+    found = {}
+    sides = [values.get(side) for side in ("height", "width")]
+    numbers = {"size": math.prod(sides)} if all(isinstance(side, int) for side in sides) else {}
+    for name, limit in (
+        ("size", limits.pixels),
+        ("num_frames", limits.frames),
+        ("num_inference_steps", limits.steps),
+        ("num_videos_per_prompt", limits.videos),
+    ):
+        given = numbers.get(name, values.get(name))
+        if isinstance(given, int | float) and given > limit:
+            unit = " pixels" if name == "size" else ""
+            error = InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+            found |= dict.fromkeys(("height", "width") if name == "size" else (name,), error)
+    return found
+
+
+def _is_at_least(limit: object, other: object) -> bool:
+    return isinstance(limit, int) and isinstance(other, int) and limit >= other
 
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
