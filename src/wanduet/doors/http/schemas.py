@@ -15,7 +15,7 @@ from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import ModelSpec
 from wanduet.jobs.records import StoredJob
-from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
+from wanduet.request import MAX_PROMPT, GenerationRequest, check_prompt_length, frames_for_seconds, parse_resolution
 
 MAX_SECONDS = 3600.0
 
@@ -24,7 +24,7 @@ MAX_SECONDS = 3600.0
 class RequestLimits:
     """What one request may ask for, beyond what the model can. Sizes in pixels, the prompt's in characters."""
 
-    prompt: int = 8000
+    prompt: int = MAX_PROMPT
     pixels: int = 1920 * 1088
     frames: int = 401
     steps: int = 200
@@ -211,8 +211,7 @@ def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
         text = values.get(name, "")
         if not isinstance(text, str):
             raise InvalidRequestError(name, text, "it must be a text")
-        if len(text) > limits.prompt:
-            raise InvalidRequestError(name, f"{len(text)} characters", f"at most {limits.prompt} characters")
+        check_prompt_length(name, text, limits.prompt)
         if any("\ud800" <= character <= "\udfff" for character in text) or "\0" in text:
             raise InvalidRequestError(name, text, "a text of valid Unicode characters")
 
