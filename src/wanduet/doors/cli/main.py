@@ -2,7 +2,8 @@
 `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
-Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal.
+Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
+143 by SIGTERM, 129 by a closed terminal, 152 by the limit of CPU time.
 """
 
 import os
