@@ -233,6 +233,8 @@ def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
     assert ran.json["equal"] is True
     assert ran.json["model_equal"] is True
     assert ran.json["num_frames"] == 5
+    assert "32x32, 5 frames (0.3 s), 2 steps of unipc, seed 1" in ran.err  # said before it begins
+    assert "Making it again takes about" in ran.err
     other = wanduet("verify", made["output"], "--vae-dtype", "float32", "--json")
     assert other.code == 1
     assert other.json["equal"] is False

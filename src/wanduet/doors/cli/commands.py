@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from wanduet.config import DType, EngineConfig
+from wanduet.config import DType, EngineConfig, format_seconds
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
@@ -197,8 +197,9 @@ def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, qua
     }
 
 
-def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
-    """Make a video again and compare frame hashes. Raises UnreadableFileError."""
+def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any]:
+    """Make a video again and compare frame hashes. Raises UnreadableFileError, also for a video that says that it took
+    more than `max_steps` steps: size and length are seen in the file, steps are not."""
     about = read_metadata(video)
     if "denoised_by" in _part(about, "engine"):
         raise UnreadableFileError(
@@ -210,6 +211,11 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
             raise UnreadableFileError(
                 f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
             )
+    if (steps := request.num_inference_steps or 0) > max_steps:
+        raise UnreadableFileError(
+            f"{video} says that it was made in {steps} steps, more than the {max_steps} that are made again.",
+            hint=f"If that is true and worth the time: --max-steps {steps}.",
+        )
     expected = frame_hashes(video)
     if len(expected.frames) < (request.num_frames or 0):
         raise UnreadableFileError(
@@ -221,6 +227,9 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
             job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
         except InvalidRequestError as error:
             raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
+        _announce(job, engine.config)
+        seconds = format_seconds(job.plan.seconds.total)
+        print(f"Making it again takes about {seconds} here; Ctrl-C stops it.", file=sys.stderr)
         follow(job)
         job.result()
         again = frame_hashes(path)

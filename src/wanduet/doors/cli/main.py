@@ -258,7 +258,13 @@ def download(
 
 @app.command
 def verify(
-    video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+    video: Path,
+    *,
+    max_steps: Annotated[
+        int, Parameter(help="Most denoising steps that the video may say it took.", converter=whole)
+    ] = 200,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video again from its own metadata and compare every frame.
 
@@ -268,7 +274,7 @@ def verify(
     """
     from wanduet.doors.cli.commands import run_verify
 
-    found = run_verify(video, engine)
+    found = run_verify(video, engine, max_steps)
     emit(found, json_)
     if not found["equal"]:
         raise SystemExit(1)
