@@ -83,7 +83,7 @@ def run_generate(
             names.add(found)
         if options.resume and begun is None and request.seed is None:
             request = with_seed(request, _interrupted_seed(request, options, engine))
-        job = engine.submit(request, options)
+        job = engine.submit(request, replace(options, taken=True))
         _announce(job, config)
         follow(job)
         try:
