@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, pack, serve
 from wanduet.errors import ConfigError, WanduetError
+from wanduet.parallel.interrupts import WithoutInterrupts
 
 # How long a collective may take, in seconds, where the caller does not know how long a step takes.
 COLLECTIVE_TIMEOUT = 300.0
@@ -93,7 +94,7 @@ class RankGroup:
                 self._to_ranks.append(to_rank)
                 self._from_ranks.append(from_rank)
                 process = context.Process(
-                    target=serve,
+                    target=WithoutInterrupts(serve),
                     args=(index, self.devices, rendezvous, timeout_s, incoming, outgoing, work, args),
                     name=f"wanduet-rank-{index}",
                     daemon=True,
@@ -285,7 +286,7 @@ def _unsearched_folder() -> Iterator[None]:
 def _interrupts_held() -> Iterator[None]:
     """What is started meanwhile is born deaf to a terminal's Ctrl-C, until it says itself what to do with it (see
     `serve`): it would else die with a traceback in the seconds that its imports take."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: `WithoutInterrupts` does so a moment later
         yield
         return
     resource_tracker.ensure_running()  # else the first start would do that, which lets go of interrupts

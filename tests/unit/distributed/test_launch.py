@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from wanduet.distributed import launch
 from wanduet.distributed.launch import RankFailedError, RankGroup, run_on_ranks
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank, join_torchrun, pack
@@ -56,7 +59,7 @@ def steps_until_cancelled(rank: Rank) -> int:
     return step
 
 
-def world(rank: Rank) -> int:
+def world(rank: Rank, *_: object) -> int:
     return dist.get_world_size()
 
 
@@ -235,6 +238,21 @@ def test_ctrl_c_while_ranks_start_is_left_to_the_starter(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[0, 1]"] * 2
     assert "Traceback" not in done.stderr
+
+
+class InterruptsWhoeverReadsIt:
+    """Raises SIGINT in the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return signal.raise_signal, (signal.SIGINT,)
+
+
+def test_ctrl_c_during_a_ranks_imports_is_left_to_the_starter_where_signals_cannot_be_blocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows: what a rank is given is unpickled, and with it modules are imported, before `serve` runs."""
+    monkeypatch.setattr(launch, "_interrupts_held", nullcontext)
+    assert run_on_ranks(world, ["cpu"], InterruptsWhoeverReadsIt()) == [1]
 
 
 def test_no_devices_are_refused() -> None:

@@ -69,7 +69,11 @@ def test_of_two_jobs_at_once_only_the_first_gets_a_path(submit, tmp_path, name) 
 
 def test_of_two_engines_at_once_only_the_first_gets_a_path(submit, config, tmp_path) -> None:
     gate = threading.Event()
-    first = submit("one", on_step=lambda *_: None if gate.wait(60) else None)
+
+    def stay(_: object) -> None:
+        gate.wait(60)
+
+    first = submit("one", on_step=stay)
     request = GenerationRequest(prompt="a", height=32, width=32, num_frames=5, num_inference_steps=1, seed=4)
     with Engine(config) as other:
         with pytest.raises(OutputError, match="another run of wanduet is writing it"):

@@ -170,16 +170,16 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
 
 def _beyond(values: Mapping[str, Any], limits: RequestLimits) -> dict[str, InvalidRequestError]:
     """By field, the refusal of each number that is larger than this server takes."""
-    found = {}
-    sides = [values.get(side) for side in ("height", "width")]
-    numbers = {"size": math.prod(sides)} if all(isinstance(side, int) for side in sides) else {}
+    found: dict[str, InvalidRequestError] = {}
+    height, width = values.get("height"), values.get("width")
+    pixels = height * width if isinstance(height, int) and isinstance(width, int) else None
     for name, limit in (
         ("size", limits.pixels),
         ("num_frames", limits.frames),
         ("num_inference_steps", limits.steps),
         ("num_videos_per_prompt", limits.videos),
     ):
-        given = numbers.get(name, values.get(name))
+        given = pixels if name == "size" else values.get(name)
         if isinstance(given, int | float) and given > limit:
             unit = " pixels" if name == "size" else ""
             error = InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
