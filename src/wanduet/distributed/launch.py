@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from wanduet.distributed.interrupts import WithoutInterrupts
 from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, pack, serve
 from wanduet.errors import ConfigError, WanduetError
-from wanduet.parallel.interrupts import WithoutInterrupts
 
 # How long a collective may take, in seconds, where the caller does not know how long a step takes.
 COLLECTIVE_TIMEOUT = 300.0

@@ -282,9 +282,9 @@ def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
     is_random = config.model in RANDOM_SPECS
     if config.revision is not None and (is_random or local_model(config.model) is not None):
         found.append(Choice("revision", config.revision, "without effect: the model is not on the hub"))
-    if config.vram_limit is not None and all(device.name == "cpu" for device in plan.devices):
+    if config.vram_limit is not None and all(device.name == "cpu" for device in plan.prediction.devices):
         found.append(Choice("vram_limit", config.vram_limit, "without effect: no GPU is used"))
-    if config.speeds is not None and not plan.ranks:
+    if config.speeds is not None and not plan.group.ranks:
         speeds = ",".join(f"{speed:g}" for speed in config.speeds)
         found.append(Choice("speeds", speeds, f"without effect: strategy {plan.strategy} does not share a video"))
     return tuple(found)

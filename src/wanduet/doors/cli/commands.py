@@ -228,7 +228,7 @@ def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any
         except InvalidRequestError as error:
             raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
         _announce(job, engine.config)
-        seconds = format_seconds(job.plan.seconds.total)
+        seconds = format_seconds(job.plan.prediction.seconds.total)
         print(f"Making it again takes about {seconds} here; Ctrl-C stops it.", file=sys.stderr)
         follow(job)
         job.result()
