@@ -219,7 +219,7 @@ def test_leaving_by_an_exception_ends_every_process() -> None:
 INTERRUPTED = """
 import os, signal
 import torch
-from tests.unit.parallel.test_launch import add_up
+from tests.unit.distributed.test_launch import add_up
 from wanduet.distributed.launch import RankGroup
 if __name__ == "__main__":
     for _ in range(2):  # the first group that a process starts is not like the ones after it
@@ -265,7 +265,7 @@ def test_outside_torchrun_there_is_nothing_to_join() -> None:
 
 
 SCRIPT = """
-from tests.unit.parallel.test_launch import sleep
+from tests.unit.distributed.test_launch import sleep
 from wanduet.distributed.launch import RankGroup
 if __name__ == "__main__":
     with RankGroup(sleep, ["cpu", "cpu"]) as group:

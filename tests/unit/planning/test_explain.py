@@ -135,10 +135,10 @@ CLAIMS: dict[str, Claim] = {
         x.value == c.config.revision and c.config.model in ("random:1.3b", "miniature")
     ),
     r"without effect: no GPU is used": lambda c, x, m: (
-        x.value == c.config.vram_limit and all(c.hardware.device(d.name).is_cpu for d in c.plan.devices)
+        x.value == c.config.vram_limit and all(c.hardware.device(d.name).is_cpu for d in c.plan.prediction.devices)
     ),
     r"without effect: strategy (\w+) does not share a video": lambda c, x, m: (
-        bool(c.config.speeds) and not c.plan.ranks and m[1] == c.plan.strategy
+        bool(c.config.speeds) and not c.plan.group.ranks and m[1] == c.plan.strategy
     ),
     r"the VAE's float32 convolutions round their factors to TF32": lambda c, x, m: tf32(c) and x.value is True,
     r"asked for: the VAE's float32 convolutions are exact": lambda c, x, m: tf32(c) and not c.config.tf32,
