@@ -33,11 +33,11 @@ from wanduet.cluster.fit import Fit, Fitter
 from wanduet.cluster.settings import REPLICA_CONNECTIONS
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.records import NewJob, demand_of
 from wanduet.jobs.schema import jobs
+from wanduet.runtime.models import Models
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 

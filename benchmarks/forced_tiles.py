@@ -96,8 +96,11 @@ def run(form: str, folder: Path, size: tuple[int, int, int], steps: int) -> None
     found = {name: round(value, 4) for name, value in found.items()} | peak_memory()
     if form != "diffusers":
         models = pipe._parts.models
-        found |= {"kernels": models._denoiser.transformer.runtime.kernels.name, "vae_kernels": models._vae.kernels.name}
-        found |= {"attention": models._denoiser.attention} | tiles(folder / form / "measurements")
+        found |= {
+            "kernels": models.transformer.loaded.transformer.runtime.kernels.name,
+            "vae_kernels": models.vae.loaded.kernels.name,
+        }
+        found |= {"attention": models.transformer.loaded.attention} | tiles(folder / form / "measurements")
     (folder / f"{form}.json").write_text(json.dumps(found))
     np.save(folder / f"{form}.npy", (np.asarray(video) * 255).round().astype(np.uint8))
 

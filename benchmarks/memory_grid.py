@@ -18,7 +18,6 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.accelerate.packing import allocate_packed
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.kernels.attention.choose import Shape, choose_attention
@@ -27,6 +26,7 @@ from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.models.vae.rows import DecodePlan
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920), "576x1024": (576, 1024)}
 FRAMES = (17, 81, 161)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from wanduet.family.specs import TextEncoderSpec
 from wanduet.models.text.umt5 import EMBEDDING, FINAL_NORM, TextEncoder
-from wanduet.runtime.host import process_peak_bytes
+from wanduet.planning.host import process_peak_bytes
 from wanduet.weights.safetensors import TensorFiles
 
 SPEC = (

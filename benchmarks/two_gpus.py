@@ -36,7 +36,6 @@ from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.cfg import PromptSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import NoSharding, Sharding
-from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.rank_decode import decode_share
@@ -49,6 +48,8 @@ from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.models.vae.rows import Rows, split_rows
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
+from wanduet.runtime.peaks import look
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81)}
 MODEL, DEVICES = "random:1.3b", ("cuda:0", "cuda:1")
@@ -189,7 +190,7 @@ def batch(bench: Bench, report: Report) -> None:
         for job in jobs:
             job.result()
         total, spans = time.perf_counter() - began, engine.trace.spans[first:]
-        peaks = {k: round(v / GIB, 3) for k, v in engine.models.peak_memory().items()}
+        peaks = {k: round(v / GIB, 3) for k, v in look().items()}
     seconds = {stage: [s.end - s.begin for s in spans if s.stage == stage] for stage in ("encode", "denoise", "decode")}
     denoise = sum(seconds["denoise"])
     beyond = total - denoise - seconds["encode"][0] - seconds["decode"][-1]

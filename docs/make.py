@@ -46,10 +46,10 @@ def with_card_table(readme: str) -> str:
 
 def _rows() -> Iterator[str]:
     from wanduet.config import EngineConfig
-    from wanduet.engine.build import Models
     from wanduet.planning.hardware import parse_hardware
     from wanduet.planning.planner import make_plan
     from wanduet.request import GenerationRequest
+    from wanduet.runtime.models import Models
 
     config = EngineConfig(model="random:1.3b")
     models = Models(config)

@@ -427,12 +427,12 @@ def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path, m
     assert (found["attention"], found["kernels"], found["vae_kernels"]) == ("sdpa", "torch", "torch")
     assert wanduet("bench", *TINY, "--runs", "0", "--json").code == 2
 
-    from wanduet.engine import build
     from wanduet.kernels.dit.plain import TORCH_KERNELS
     from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+    from wanduet.runtime import dit_host, vae_host
 
-    monkeypatch.setattr(build, "kernels_for", lambda *_: replace(TORCH_KERNELS, name="mine"))
-    monkeypatch.setattr(build, "vae_kernels_for", lambda *_: replace(VAE_TORCH_KERNELS, name="mine without attend"))
+    monkeypatch.setattr(dit_host, "kernels_for", lambda *_: replace(TORCH_KERNELS, name="mine"))
+    monkeypatch.setattr(vae_host, "vae_kernels_for", lambda *_: replace(VAE_TORCH_KERNELS, name="mine without attend"))
     ran = wanduet("bench", *TINY, "--runs", "1")
     assert ran.code == 0
     assert re.search(r"\bkernels\W+mine\s", ran.out)

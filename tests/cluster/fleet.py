@@ -28,7 +28,6 @@ from wanduet.cluster.fit import Fitter
 from wanduet.cluster.shapes import Node, declared_devices
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.keeper import SPANS
@@ -37,6 +36,7 @@ from wanduet.jobs.schema import jobs
 from wanduet.planning.hardware import CUDA_CONTEXT_BYTES
 from wanduet.planning.planner import HEADROOM_BYTES
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
 LONG = {**SMALL, "num_frames": "17", "num_inference_steps": "150"}  # seconds, so that it can be interrupted

@@ -45,7 +45,7 @@ from wanduet.doors.cli.main import main
 main(sys.argv[5:])
 """
 PHASES = {
-    "load": ("wanduet.engine.build", "verify_manifest", 1),
+    "load": ("wanduet.runtime.checkpoint", "verify_manifest", 1),
     "encode": ("wanduet.models.text.umt5", "TextEncoder._layer", 2),
     "denoise": ("wanduet.models.dit.model", "WanTransformer.branches", 5),
     "decode": ("wanduet.media.video", "VideoWriter.write", 2),

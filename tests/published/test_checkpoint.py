@@ -13,12 +13,12 @@ from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import run_plan
 from wanduet.doors.cli.fetch import run_download
 from wanduet.engine import tools
-from wanduet.engine.build import Models
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import check_shapes
 from wanduet.weights import hub as hub_models
 from wanduet.weights import manifest
@@ -328,7 +328,7 @@ def test_a_first_job_shows_the_hashing_and_a_cancel_ends_it(cached: Path, hashed
     models = Models(EngineConfig(model=MODEL, data_dir=tmp_path))
     plan = SimpleNamespace(strategy="single")
     job = Job(GenerationRequest.parse(prompt="a cat").resolve(models.spec), plan, OutputOptions(tmp_path / "a.mp4"))
-    models.verify_weights(job)
+    models.checkpoint.verify(job.context)
     job.fail(CancelledError("over"))
     events = [event for event in job.events() if event.phase == "verify"]
     assert (events[-1].done, events[-1].total) == (sum(SIZES.values()) // 2**20,) * 2
@@ -336,4 +336,4 @@ def test_a_first_job_shows_the_hashing_and_a_cancel_ends_it(cached: Path, hashed
     job = Job(GenerationRequest.parse(prompt="a cat").resolve(models.spec), plan, OutputOptions(tmp_path / "a.mp4"))
     job.cancel()
     with pytest.raises(CancelledError):
-        again.verify_weights(job)
+        again.checkpoint.verify(job.context)

@@ -42,8 +42,8 @@ class Encoder:
         """Read configs and headers; the weights follow with the first prompt. Raises what keeps it from working."""
         prepare_process(order.shape.cpu_count)
         configure_logs()
-        from wanduet.engine.build import Models
         from wanduet.planning.planner import plan_text
+        from wanduet.runtime.models import Models
         from wanduet.runtime.text_host import CachedPromptEncoder
 
         self._order = order

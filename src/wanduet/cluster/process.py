@@ -55,7 +55,7 @@ class ControllerProcess(WorkerProcess):
 def run_controller(settings: ClusterSettings, url: str) -> None:
     """Reconcile in this process until drained by a signal or by the end of standard input. Raises ConfigError."""
     from wanduet.cluster.ray_fleet import RayFleet
-    from wanduet.engine.build import Models
+    from wanduet.runtime.models import Models
 
     config = settings.worker.config
     files = open_files(config.data_folder, settings.storage)

@@ -112,8 +112,8 @@ class Replica:
 
     def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
         """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""
-        from wanduet.engine.build import Models
         from wanduet.planning.hardware import detect
+        from wanduet.runtime.models import Models
 
         config = order.settings.worker.config
         fitter = Fitter(Models(order.shape.engine_config(config)).memory, config)

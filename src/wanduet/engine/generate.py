@@ -6,9 +6,10 @@ Whatever was computed is kept until it is on disk: checkpoints during the denois
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,15 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.distributed.launch import RankFailedError
-from wanduet.engine.build import Models
-from wanduet.engine.denoising import Conditioning, DenoiseTask, Denoising, Surroundings
-from wanduet.engine.job import Event, Job, Video, VideoResult
-from wanduet.engine.ladder import DenoiseLadder, decode_modes, reserve_decode
+from wanduet.engine.group import EngineModels
+from wanduet.engine.job import Job, Video, VideoResult
 from wanduet.engine.record import made_alike, provenance_of, video_digest
 from wanduet.errors import (
     CancelledError,
     ConfigError,
-    KernelFailedError,
     NonFiniteFramesError,
     OutOfMemoryError,
     OutputError,
@@ -36,10 +34,12 @@ from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
-from wanduet.models.vae.rows import DecodePlan
-from wanduet.models.vae.stream import decode_stream
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import Event
 from wanduet.sampling.checkpoint import Checkpoints
+from wanduet.stages.decode import decode
+from wanduet.stages.denoise import Conditioning, DenoiseTask, Denoising, Surroundings
+from wanduet.stages.fallback import DenoiseLadder, reserve_decode
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ BYTES_PER_PIXEL_FRAME = 0.25
 GROUP_ATTEMPTS = 3  # how often a group of ranks is started for one video
 
 
-def encode_prompt(models: Models, job: Job) -> Conditioning:
+def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
     """Text to embeddings, on the CPU (or from the cache)."""
     request = job.request
     texts = [request.prompt, *([request.negative_prompt] if request.uses_guidance else [])]
     with job.timed("encode_s"):
         job.emit(Event("encode", 0, 1))
-        encoded = models.text(job.plan).encode(
+        encoded = models.text(job.plan.text).encode(
             texts, lambda: job.cancelled, lambda done, total: job.emit(Event("encode", done, total))
         )
         job.emit(Event("encode", 1, 1))
@@ -66,7 +66,7 @@ def encode_prompt(models: Models, job: Job) -> Conditioning:
     return Conditioning(encoded[0], encoded[1] if request.uses_guidance else None)
 
 
-def finished_video(models: Models, video: Video) -> VideoResult | None:
+def finished_video(models: EngineModels, video: Video) -> VideoResult | None:
     """The video as an earlier run has finished it with the same settings, where the job goes on from that run."""
     output, kept = video.job.output, video.latents_path
     if not output.resume or not video.path.exists() or (output.save_latents and not kept.exists()):
@@ -81,7 +81,7 @@ def finished_video(models: Models, video: Video) -> VideoResult | None:
 
 
 @torch.no_grad()
-def denoise_video(models: Models, video: Video, conditioning: Conditioning) -> Tensor:
+def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning) -> Tensor:
     """Noise to latents `[16, T, h, w]` float32 on the host; kept on disk already."""
     if video.job.output.resume and (latents := _kept_latents(models, video)) is not None:
         return latents
@@ -103,7 +103,7 @@ def denoise_video(models: Models, video: Video, conditioning: Conditioning) -> T
     return latents
 
 
-def _task(models: Models, video: Video, conditioning: Conditioning) -> DenoiseTask:
+def _task(models: EngineModels, video: Video, conditioning: Conditioning) -> DenoiseTask:
     job = video.job
     return DenoiseTask(
         job.request,
@@ -118,29 +118,30 @@ def _task(models: Models, video: Video, conditioning: Conditioning) -> DenoiseTa
     )
 
 
-def _denoise_here(models: Models, video: Video, task: DenoiseTask) -> Tensor:
+def _denoise_here(models: EngineModels, video: Video, task: DenoiseTask) -> Tensor:
     job = video.job
-    with models.transformer(video) as denoiser, video.timed("denoise_s"):
+    record, context = video.record, video.context
+    with models.transformer.use(video.plan, video.request, context) as denoiser, context.timed("denoise_s"):
         with models.locks.if_idle(video.plan.vae.device) as idle:
             if idle:  # else a decode runs there, and shows that its memory is there
-                reserve_decode(video, models.memory)
-        ladder = DenoiseLadder(video, denoiser)
-        around = Surroundings(video, job.emit, lambda: job.cancelled, job.on_step, job.watch, ladder)
+                video.plan = reserve_decode(video.plan, video.request, models.memory, context)
+        fallback = DenoiseLadder(context, denoiser)
+        around = Surroundings(record, context, job.on_step, job.watch, fallback)
         denoising = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)
         latents = denoising()
-        video.attention, video.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
-    video.add_time("denoise_s", denoising.seconds_of_others)
+        record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
+    context.add_time("denoise_s", denoising.seconds_of_others)
     return latents
 
 
-def _denoise_on_ranks(models: Models, video: Video, task: DenoiseTask) -> Tensor:
+def _denoise_on_ranks(models: EngineModels, video: Video, task: DenoiseTask) -> Tensor:
     """By the group; one that falls is started again and goes on from the last checkpoint."""
     job = video.job
     if job.on_step is not None:
         raise ConfigError("A step callback cannot be used with --strategy parallel.", hint="Use single or placed.")
     for attempt in range(GROUP_ATTEMPTS):
         try:
-            with models.group(video) as group, video.timed("denoise_s"):
+            with models.group(video.plan, video.request) as group, video.context.timed("denoise_s"):
                 return group.denoise(video, task)
         except RankFailedError as error:
             problem = error
@@ -149,20 +150,20 @@ def _denoise_on_ranks(models: Models, video: Video, task: DenoiseTask) -> Tensor
             break  # it never got going; no use to wait for its timeout again
         if attempt < GROUP_ATTEMPTS - 1:
             log.warning("%s Starting the group again.", problem.message)
-            video.note(f"denoise: group started again ({problem.message})")
+            video.record.note(f"denoise: group started again ({problem.message})")
     if job.fallback is None:
         raise problem
     log.warning("%s Going on without a group.", problem.message)
-    video.note(f"denoise: without a group ({problem.message})")
+    video.record.note(f"denoise: without a group ({problem.message})")
     video.plan = job.fallback
     return _denoise_here(models, video, replace(task, digest=video_digest(models, video)))
 
 
-def _checkpoints(models: Models, task: DenoiseTask) -> Checkpoints:
+def _checkpoints(models: EngineModels, task: DenoiseTask) -> Checkpoints:
     return Checkpoints(models.config.data_folder / "checkpoints", task.digest, atomic_output, task.writer)
 
 
-def decode_video(models: Models, video: Video, latents: Tensor) -> VideoResult:
+def decode_video(models: EngineModels, video: Video, latents: Tensor) -> VideoResult:
     """Latents to a finished video file. Running out of memory makes it smaller and slower, not lost."""
     shared = _decode_on_ranks(models, video, latents) if video.plan.strategy == "parallel" else None
     written, provenance = shared or _decode_here(models, video, latents)
@@ -176,55 +177,23 @@ def decode_video(models: Models, video: Video, latents: Tensor) -> VideoResult:
 Written = tuple[WrittenVideo, dict[str, Any]]
 
 
-def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
-    """On the VAE's device, in smaller parts each time that memory runs out, at last on the CPU."""
-    job, problem = video.job, ""
-
-    def show(done: int, total: int) -> None:
-        job.check_cancelled()  # strip by strip, frames come only at the end
-        job.emit(Event("decode", done, total, video.index))
-
-    for device, mode in decode_modes(video):
-        job.check_cancelled()  # it may have waited for memory
-        if problem:
-            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
-            video.note(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
-        try:
-            return _decode_as(models, video, latents, (device, mode), show)
-        except NonFiniteFramesError as error:
-            error.hint = f"The latents are kept: wanduet decode {video.latents_path} --vae-dtype float32"
-            raise
-        except torch.OutOfMemoryError as error:
-            problem = str(error).split(". ")[0]
-        models.make_room(device)
-    raise OutOfMemoryError(
-        f"Decoding ran out of memory in its smallest form ({problem}).",
-        hint=f"The latents are kept: wanduet decode {video.latents_path}",
-    )
+def _decode_here(models: EngineModels, video: Video, latents: Tensor) -> Written:
+    kept = f"The latents are kept: wanduet decode {video.latents_path}"
+    try:
+        sink = partial(_write, models, video)
+        return decode(models, video.plan, latents, sink, video.record, video.context)
+    except NonFiniteFramesError as error:
+        error.hint = f"{kept} --vae-dtype float32"
+        raise
+    except OutOfMemoryError as error:
+        error.hint = kept
+        raise
 
 
-def _decode_as(
-    models: Models, video: Video, latents: Tensor, how: tuple[str, DecodePlan], show: Callable[[int, int], None]
-) -> Written:
-    """On a device, in a mode; a kernel that fails is replaced by its plain form, and the decode begins again."""
-    device, mode = how
-    while True:
-        try:
-            with models.vae(video, device) as vae:
-                video.vae_kernels = vae.kernels.name
-                return _write(models, video, decode_stream(vae, latents, mode, show))
-        except KernelFailedError as error:
-            failed = error
-        video.check_cancelled()
-        log.warning("%s Decoding with its plain form.", failed.message)
-        video.note(f"decode: plain {failed.operation} ({failed.reason})")
-        models.without_vae_kernel(failed.operation)
-
-
-def _decode_on_ranks(models: Models, video: Video, latents: Tensor) -> Written | None:
+def _decode_on_ranks(models: EngineModels, video: Video, latents: Tensor) -> Written | None:
     """Each rank a strip of rows; None if the group failed, for then one device must do it."""
     try:
-        with models.group(video) as group:
+        with models.group(video.plan, video.request) as group:
             try:
                 return _write(models, video, group.decode(video, latents))
             except CancelledError:
@@ -232,15 +201,15 @@ def _decode_on_ranks(models: Models, video: Video, latents: Tensor) -> Written |
                 raise
     except RankFailedError as error:
         problem = error
-    video.check_cancelled()
+    video.job.check_cancelled()
     log.warning("%s Decoding on one device.", problem.message)
-    video.note(f"decode: on one device ({problem.message})")
+    video.record.note(f"decode: on one device ({problem.message})")
     return None
 
 
-def _write(models: Models, video: Video, frames: Iterator[NDArray[np.uint8]]) -> Written:
+def _write(models: EngineModels, video: Video, frames: Iterator[NDArray[np.uint8]]) -> Written:
     request, output, provenance = video.request, video.job.output, provenance_of(models, video)
-    with video.timed("write_s"):
+    with video.context.timed("write_s"):
         written = write_video(
             _timed_decode(video, frames),
             video.path,
@@ -260,7 +229,7 @@ def bytes_on_disk(request: ResolvedRequest, spec: ModelSpec) -> int:
     return request.num_videos_per_prompt * int(pixels * BYTES_PER_PIXEL_FRAME + latents)
 
 
-def kept_latents(models: Models, job: Job, any_precision: bool = False) -> tuple[Tensor, ...] | None:
+def kept_latents(models: EngineModels, job: Job, any_precision: bool = False) -> tuple[Tensor, ...] | None:
     """The latents of all of a job's videos where an earlier run left them, so that only the decode is left to do.
 
     With `any_precision` also those that another machine has made with other dtypes than this one would.
@@ -276,7 +245,7 @@ def kept_latents(models: Models, job: Job, any_precision: bool = False) -> tuple
     return tuple(found)
 
 
-def _kept_latents(models: Models, video: Video, any_precision: bool = False) -> Tensor | None:
+def _kept_latents(models: EngineModels, video: Video, any_precision: bool = False) -> Tensor | None:
     """What an earlier run left beside the output, if it belongs to this video."""
     path = video.latents_path
     if not path.exists():
@@ -295,12 +264,12 @@ def _kept_latents(models: Models, video: Video, any_precision: bool = False) -> 
 def _timed_decode(video: Video, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
     """Frames as they come, until the job is cancelled. Moves the time spent decoding from write_s to decode_s."""
     while True:
-        video.check_cancelled()
+        video.job.check_cancelled()
         began = time.perf_counter()
         chunk = next(frames, None)
         seconds = time.perf_counter() - began
-        video.add_time("decode_s", seconds)
-        video.add_time("write_s", -seconds)
+        video.context.add_time("decode_s", seconds)
+        video.context.add_time("write_s", -seconds)
         if chunk is None:
             return
         yield chunk

@@ -6,6 +6,7 @@ task starts a new one, and a denoise goes on from its last checkpoint.
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig
 from wanduet.distributed.launch import COLLECTIVE_TIMEOUT, RankGroup
-from wanduet.engine.denoising import DenoiseTask
-from wanduet.engine.job import Event, Planned, Video
+from wanduet.engine.job import Video
 from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
 from wanduet.errors import CancelledError
 from wanduet.planning.cost import step_seconds
 from wanduet.planning.plan import Plan
+from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import Event, RunContext
+from wanduet.runtime.leases import GROUP
+from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import add_up, join
 from wanduet.sampling.denoise import StepInfo
+from wanduet.stages.denoise import DenoiseTask
 
 # A collective is given the time of so many predicted steps, if that is more than others get. A GPU's is asked for at the
 # beginning of a forward, and waits until all others have computed theirs, however slow they are.
@@ -29,9 +34,9 @@ STEPS_WAITED = 3
 POLL = 0.2
 
 
-def collective_timeout(work: Planned) -> float:
+def collective_timeout(plan: Plan, request: ResolvedRequest) -> float:
     """Seconds that a collective may take in a job."""
-    return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(work.request, work.plan.prediction.seconds))
+    return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(request, plan.prediction.seconds))
 
 
 class Group:
@@ -44,13 +49,13 @@ class Group:
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # last, which the ranks still have
 
-    def suits(self, work: Planned) -> bool:
-        """Whether it has the job's devices, and the patience for its steps."""
-        return self.devices == work.plan.group.ranks and self.timeout_s >= collective_timeout(work)
+    def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
+        """Whether it has the plan's devices, and the patience for its steps."""
+        return self.devices == plan.group.ranks and self.timeout_s >= collective_timeout(plan, request)
 
-    def preload(self, work: Planned) -> None:
-        """Let the ranks load the transformer now; does not wait."""
-        self._ranks.send(Assignment(work.plan, work.request, None, work.id))
+    def preload(self, plan: Plan, request: ResolvedRequest, job: str) -> None:
+        """Let the ranks load the transformer for a job, by its id; does not wait."""
+        self._ranks.send(Assignment(plan, request, None, job))
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.
@@ -78,24 +83,24 @@ class Group:
             elif isinstance(message, StepInfo) and job.watch is not None:
                 job.watch(message)
             elif isinstance(message, Denoised):
-                video.attention = message.attention
+                video.record.attention = message.attention
                 for event in message.rungs:
-                    if event not in video.rungs:  # a group that was started again repeats them
-                        video.note(event)
+                    if event not in video.record.rungs:  # a group that was started again repeats them
+                        video.record.note(event)
                 join(job.rank_peaks, message.peaks)
                 loaded = max(0.0, waited - message.prepare_s)
-                video.add_time("load_s", loaded)
-                video.add_time("prepare_s", message.prepare_s)
-                video.add_time("denoise_s", -(loaded + message.prepare_s))
+                video.context.add_time("load_s", loaded)
+                video.context.add_time("prepare_s", message.prepare_s)
+                video.context.add_time("denoise_s", -(loaded + message.prepare_s))
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
-                video.add_time("denoise_s", message.seconds_of_others)
+                video.context.add_time("denoise_s", message.seconds_of_others)
                 self._denoised = message.latents
                 return message.latents
 
     def decode(self, video: Video, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
         """Frames `[1 or 4, H, W, 3]` of latents `[16, T, h, w]`, put together from the ranks' rows."""
-        there = latents is self._denoised
+        there, job = latents is self._denoised, video.job
         task = DecodeTask(None if there else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
@@ -104,16 +109,16 @@ class Group:
         for frame in range(latents.shape[1]):
             parts = waiting.setdefault(frame, [])
             while len(parts) < len(self.devices):
-                video.check_cancelled()
+                job.check_cancelled()
                 message = self._next(number)
                 if isinstance(message, DecodedRows):
                     waiting.setdefault(message.frame, []).append(message)
             parts.sort(key=lambda part: part.rows.start)
             last.update((part.rows.start, part.peaks) for part in parts)
-            join(video.job.rank_peaks, add_up(list(last.values())))
+            join(job.rank_peaks, add_up(list(last.values())))
             picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
             done += len(picture)
-            video.job.emit(Event("decode", done, video.request.num_frames, video.index))
+            job.emit(Event("decode", done, video.request.num_frames, video.index))
             yield picture
 
     def close(self) -> None:
@@ -127,3 +132,51 @@ class Group:
         except TimeoutError:
             return None
         return None if item is None else item[1]
+
+
+class EngineModels(Models):
+    """The models of an engine, and the group of ranks that work for it where a plan asks for one."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads and starts nothing."""
+        super().__init__(config)
+        self._group: Group | None = None
+
+    @contextmanager
+    def group(self, plan: Plan, request: ResolvedRequest) -> Iterator[Group]:
+        """The processes that share a `parallel` job's work, for one user at a time; started when needed. If the block
+        fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
+        with self.locks.take(GROUP):
+            if self._group is not None and not self._group.suits(plan, request):
+                self.close_group()
+            if self._group is None:
+                self._group = Group(self.config, plan, collective_timeout(plan, request))
+            try:
+                yield self._group
+            except CancelledError:  # of a task that has a number, by which the ranks skip it
+                raise
+            except BaseException:
+                self.close_group()
+                raise
+
+    def close_group(self) -> None:
+        """End the group's processes; the next job starts new ones."""
+        with self.locks.take(GROUP):
+            group, self._group = self._group, None
+            if group is not None:
+                group.close()
+
+    def preload(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> None:
+        """Start to load the transformer here, or in the ranks, while the text is encoded."""
+        if plan.strategy != "parallel":
+            self.transformer.preload(plan, request, context)
+            return
+        with self.locks.if_idle(GROUP) as idle:  # a group at work has loaded; the text must not wait for it
+            if idle:
+                with self.group(plan, request) as group:
+                    group.preload(plan, request, context.id)
+
+    def unload(self) -> None:
+        """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
+        self.close_group()
+        super().unload()

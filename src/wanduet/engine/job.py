@@ -6,29 +6,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from wanduet.errors import CancelledError, WanduetError
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import Event, RunContext, Timings
 from wanduet.sampling.denoise import OnStep, Watch
-
-Phase = Literal["verify", "load", "encode", "denoise", "decode", "done", "failed"]
-TIMING_NAMES = ("verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Progress of a job: `done` of `total` units of a phase (MiB that are hashed, layers, steps, frames), for one of its videos."""
-
-    phase: Phase
-    done: int = 0
-    total: int = 0
-    video: int = 0
-    seconds_left: float | None = None
-    message: str = ""
+from wanduet.stages.record import VideoRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,38 +74,6 @@ class JobResult:
     warnings: tuple[str, ...]
 
 
-class Planned(Protocol):
-    """Work that a plan was made for: a job, or one of its videos."""
-
-    @property
-    def id(self) -> str:
-        """The job's."""
-
-    @property
-    def plan(self) -> Plan:
-        """Where the work runs, and how."""
-
-    @property
-    def request(self) -> ResolvedRequest:
-        """What is asked for."""
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether its owner wants it to stop."""
-
-    def check_cancelled(self) -> None:
-        """Raise CancelledError if its owner wants it to stop."""
-
-    def wait(self, seconds: float) -> None:
-        """Wait so long, or until its owner wants it to stop."""
-
-    def add_time(self, name: str, seconds: float) -> None:
-        """Add to one of its timings."""
-
-    def note(self, event: str) -> None:
-        """Record what did not go as it was planned."""
-
-
 @dataclass(eq=False)
 class Job:
     """A submitted request. Created by `Engine.submit`; safe to use from any thread.
@@ -137,7 +93,7 @@ class Job:
     rank_peaks: dict[str, int] = field(default_factory=dict)  # bytes by device that processes of a group had at most
     created: float = field(default_factory=time.perf_counter)
     videos: "tuple[Video, ...]" = field(init=False)
-    _timings: "Timings" = field(default_factory=lambda: Timings())  # of what is done once for all videos
+    _timings: Timings = field(default_factory=Timings)  # of what is done once for all videos
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _finished: threading.Event = field(default_factory=threading.Event)
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -164,17 +120,17 @@ class Job:
     @property
     def timings(self) -> dict[str, float]:
         """Seconds by phase: what is done once, and the sum over all videos."""
-        return Timings.sum(self._timings, *(video.own_timings for video in self.videos))
+        return Timings.sum(self._timings, *(video.record.timings for video in self.videos))
 
     @property
     def rungs(self) -> list[str]:
         """What did not go as planned, video by video."""
-        return [event for video in self.videos for event in video.rungs]
+        return [event for video in self.videos for event in video.record.rungs]
 
     @property
     def attention(self) -> str | None:
         """The attention back end of the video that was denoised last."""
-        return next((video.attention for video in reversed(self.videos) if video.attention is not None), None)
+        return next((made for video in reversed(self.videos) if (made := video.record.attention) is not None), None)
 
     def events(self) -> Iterator[Event]:
         """Progress as it happens; ends with the phase `done` or `failed`. Of several consumers each gets some of it, and
@@ -225,6 +181,13 @@ class Job:
         if self.cancelled:
             raise CancelledError("The job was cancelled.")
 
+    @cached_property
+    def context(self) -> RunContext:
+        """For work that is done once for all videos."""
+        return RunContext(
+            self.id, self.emit, self._cancelled.is_set, self.wait, self.add_time, self.videos[0].record.note
+        )
+
     def wait(self, seconds: float) -> None:
         """Wait so long, or until `cancel` is called."""
         self._cancelled.wait(seconds)
@@ -232,10 +195,6 @@ class Job:
     def add_time(self, name: str, seconds: float) -> None:
         """Add to the timings of what is done once for all videos; from any thread."""
         self._timings.add(name, seconds)
-
-    def note(self, event: str) -> None:
-        """Record what did not go as planned, where that concerns no single video: with the first one."""
-        self.videos[0].note(event)
 
     def succeed(self, result: JobResult) -> None:
         """End the job with a result."""
@@ -254,18 +213,14 @@ class Job:
 
 
 class Video:
-    """One of a job's videos, and the record of how it was made. One stage at a time works on it, and changes it."""
+    """One of a job's videos: its plan, its files, and the record of how it was made. One stage at a time works on it."""
 
     def __init__(self, job: Job, index: int, plan: Plan) -> None:
         self.job, self.index = job, index
         self.plan = plan  # the job's, until something forces a smaller one
-        self.rungs: list[str] = []  # what did not go as planned
-        self.attention: str | None = None  # the back end that was used
-        self.kernels: str | None = None  # of the transformer, as `kernels.select` names them
-        self.vae_kernels: str | None = None
+        # Consecutive videos have consecutive seeds.
+        self.record = VideoRecord(index, job.request.seed + index)
         self.denoised: dict[str, Any] | None = None  # the provenance of latents that were found, not made by this job
-        self.changed = False  # whether a callback has changed the latents
-        self.own_timings = Timings()
 
     @property
     def id(self) -> str:
@@ -279,8 +234,8 @@ class Video:
 
     @property
     def seed(self) -> int:
-        """Its own: consecutive videos have consecutive seeds."""
-        return self.job.request.seed + self.index
+        """Its own."""
+        return self.record.seed
 
     @property
     def path(self) -> Path:
@@ -295,80 +250,26 @@ class Video:
     @property
     def timings(self) -> dict[str, float]:
         """Seconds by phase: its own, and what was done once for all of the job's videos."""
-        return Timings.sum(self.job._timings, self.own_timings)
+        return Timings.sum(self.job._timings, self.record.timings)
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether the job was cancelled."""
-        return self.job.cancelled
+    @cached_property
+    def context(self) -> RunContext:
+        """For work on this video."""
+        return replace(self.job.context, add_time=self._add_time, note=self.record.note)
 
-    def check_cancelled(self) -> None:
-        """Raise CancelledError if the job was cancelled."""
-        self.job.check_cancelled()
-
-    def wait(self, seconds: float) -> None:
-        """Wait so long, or until the job is cancelled."""
-        self.job.wait(seconds)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to one of its timings, also when it fails."""
-        with self.own_timings.timed(name):
-            yield
-
-    def add_time(self, name: str, seconds: float) -> None:
-        """Add to a timing: a model's loading to the job's, for all videos use it."""
-        (self.job._timings if name == "load_s" else self.own_timings).add(name, seconds)
-
-    def note(self, event: str) -> None:
-        """Record what did not go as planned."""
-        self.rungs.append(event)
+    def _add_time(self, name: str, seconds: float) -> None:
+        """A model's loading counts for the job, for all videos use it."""
+        (self.job._timings if name == "load_s" else self.record.timings).add(name, seconds)
 
     def found_latents(self, about: dict[str, Any]) -> None:
         """Take over what an earlier run says of the latents that it left, for this video's own provenance."""
         if self.denoised is not None:  # they were found before
             return
+        record, before = self.record, about.get("timings", {})
         self.denoised = about
-        self.attention = about.get("attention")
-        self.changed = bool(about.get("engine", {}).get("callback"))
-        self.rungs += [event for event in about.get("rungs", ()) if event not in self.rungs]
+        record.attention = about.get("attention")
+        record.changed = bool(about.get("engine", {}).get("callback"))
+        record.rungs += [event for event in about.get("rungs", ()) if event not in record.rungs]
         self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
-        before = about.get("timings", {})
-        self.own_timings.add("denoise_s", before.get("denoise_s", 0.0))
+        record.timings.add("denoise_s", before.get("denoise_s", 0.0))
         self.job._timings.at_least("encode_s", before.get("encode_s", 0.0))  # each video tells the same
-
-
-class Timings:
-    """Seconds by phase; from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seconds = dict.fromkeys(TIMING_NAMES, 0.0)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add to one of them."""
-        with self._lock:
-            self._seconds[name] += seconds
-
-    def at_least(self, name: str, seconds: float) -> None:
-        """Raise one of them to a number."""
-        with self._lock:
-            self._seconds[name] = max(self._seconds[name], seconds)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to one of them, also when it fails."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - began)
-
-    @staticmethod
-    def sum(*parts: "Timings") -> dict[str, float]:
-        """Each of them, over all parts."""
-        copies = []
-        for part in parts:
-            with part._lock:
-                copies.append(dict(part._seconds))
-        return {name: sum(copy[name] for copy in copies) for name in TIMING_NAMES}

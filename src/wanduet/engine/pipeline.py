@@ -23,8 +23,7 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig
 from wanduet.engine import generate
-from wanduet.engine.build import Models
-from wanduet.engine.denoising import Conditioning
+from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
@@ -39,6 +38,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
+from wanduet.stages.denoise import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Engine:
     def __init__(self, config: EngineConfig, hardware: Hardware | None = None) -> None:
         self.config = config
         self.hardware = hardware or detect()
-        self.models = Models(config)
+        self.models = EngineModels(config)
         self.trace = Trace()
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
@@ -199,7 +199,7 @@ class Engine:
                 for job in self._open:
                     job.cancel()
                 self._to_encode.put(None)
-            self.models.stop_loading()
+            self.models.transformer.stop_loading()
             for thread in self._threads:
                 if thread.ident is not None:
                     thread.join()
@@ -229,9 +229,9 @@ class Engine:
         if latents is not None:  # neither text encoder nor transformer is needed
             self._decode_here(job, latents)
             return
-        self.models.verify_weights(job)
+        self.models.checkpoint.verify(job.context)
         with self.trace.span("encode", job):
-            self.models.preload(job)
+            self.models.preload(job.plan, job.request, job.context)
             conditioning = generate.encode_prompt(self.models, job)
         self._to_denoise.put((job, conditioning))
 

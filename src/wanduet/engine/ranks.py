@@ -20,9 +20,6 @@ from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.cfg import PromptSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import Sharding
-from wanduet.engine.build import Models
-from wanduet.engine.denoising import DenoiseTask, Denoising, Surroundings
-from wanduet.engine.job import Event, Job, OutputOptions, Video
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
 from wanduet.errors import CancelledError, KernelFailedError
@@ -33,11 +30,15 @@ from wanduet.media.files import atomic_output
 from wanduet.models.vae.rows import Rows
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import NO_JOB, Event, RunContext
 from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import add_up, look, reset
 from wanduet.runtime.release import trim_cache
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
+from wanduet.stages.denoise import DenoiseTask, Denoising, Surroundings
+from wanduet.stages.record import VideoRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +98,19 @@ def work(rank: Rank, config: EngineConfig) -> None:
             meshes[layout] = rank.mesh(layout)
         trim_cache({one.name: one.peak for one in assignment.plan.prediction.devices if one.name == str(rank.device)})
         reset()
-        output = OutputOptions(config.data_folder)
-        job = Job(assignment.request, _own_plan(assignment.plan, rank), output, id=assignment.job)
+        plan, request = _own_plan(assignment.plan, rank), assignment.request
         if assignment.task is None:
-            models.preload(job)
+            models.transformer.preload(plan, request, RunContext(assignment.job))
         elif isinstance(assignment.task, DecodeTask):
             latents = denoised if assignment.task.latents is None else assignment.task.latents
             assert latents is not None
-            _decode(rank, models, job, latents, speeds)
+            _decode(rank, models, plan, latents, speeds)
         else:
-            video = job.videos[assignment.task.index]
+            record = VideoRecord(assignment.task.index, request.seed + assignment.task.index)
             if layout != assignment.plan.group.layout:
-                video.note(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
-            denoised = _denoise(rank, models, video, assignment.task, (meshes[layout], speeds))
+                record.note(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
+            run = _Run(plan, assignment.job, record, meshes[layout], speeds)
+            denoised = _denoise(rank, models, assignment.task, run)
 
 
 def _own_plan(plan: Plan, rank: Rank) -> Plan:
@@ -123,11 +124,20 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
     )
 
 
-def _denoise(
-    rank: Rank, models: Models, video: Video, task: DenoiseTask, share: tuple[Mesh, tuple[float, ...]]
-) -> Tensor | None:
-    """The latents, the same on every rank; None if it was cancelled. `share`: the mesh and each rank's speed."""
-    first, (mesh, speeds) = rank.index == 0, share
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A rank's part in one denoise: its own plan, the job's id, the video's record, the mesh and each rank's speed."""
+
+    plan: Plan
+    job: str
+    record: VideoRecord
+    mesh: Mesh
+    speeds: tuple[float, ...]
+
+
+def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor | None:
+    """The latents, the same on every rank; None if it was cancelled."""
+    first, record = rank.index == 0, run.record
 
     def emit(event: Event) -> None:
         if first:
@@ -140,15 +150,15 @@ def _denoise(
             rank.report(Denoised(None, None, (), look(), 0.0))
         return None
     seconds_of_others = 0.0
-    with models.transformer(video) as denoiser, ShownSteps(rank) as shown:
+    context = RunContext(run.job, emit, add_time=record.timings.add, note=record.note)
+    with models.transformer.use(run.plan, task.request, context) as denoiser, ShownSteps(rank) as shown:
         _agree(denoiser)
-        _share(denoiser, mesh, speeds)
+        _share(denoiser, run.mesh, run.speeds)
         around = Surroundings(
-            video,
-            emit,
-            rank.cancelled,
+            record,
+            replace(context, should_cancel=rank.cancelled),
             watch=shown if first and task.watched else None,
-            mesh=mesh,
+            mesh=run.mesh,
             keeps_checkpoints=first,
         )
         try:
@@ -159,16 +169,16 @@ def _denoise(
             latents = None
         except KernelFailedError as error:  # the others wait for this rank: all begin again, without that kernel
             denoiser.without_kernel(error.operation)
-            models.keep_verdicts()
+            models.checkpoint.keep_verdicts()
             raise
     peaks = add_up(told(_own_peaks(rank)))
     if first:
         report = Denoised(
             latents,
             denoiser.attention,
-            tuple(video.rungs),
+            tuple(record.rungs),
             peaks,
-            video.job.timings["prepare_s"],
+            record.timings["prepare_s"],
             seconds_of_others,
         )
         rank.report(report)
@@ -225,8 +235,8 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     denoiser.transformer.runtime = replace(denoiser.transformer.runtime, sharding=sharding)
 
 
-def _decode(rank: Rank, models: Models, job: Job, latents: Tensor, speeds: tuple[float, ...]) -> None:
-    with models.vae(job, job.plan.vae.device) as vae:
+def _decode(rank: Rank, models: Models, plan: Plan, latents: Tensor, speeds: tuple[float, ...]) -> None:
+    with models.decoder(plan, plan.vae.device, NO_JOB) as vae:
         for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
             rank.report(DecodedRows(index, rows, pixels, _own_peaks(rank)))
             if rank.cancelled():

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from wanduet.engine.build import Models
 from wanduet.engine.job import Video
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import make_provenance, versions
+from wanduet.runtime.models import Models
 
 # What in a video's metadata decides over its pixels. Devices and strategies do not: they differ in the last bits, as
 # kernels do, and a run that was interrupted may go on with others.
@@ -66,7 +66,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         "tf32": plan.vae.tf32,
         "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
     }
-    engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video, name)) is not None}
+    engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video.record, name)) is not None}
     if video.denoised is not None:  # perhaps by another machine
         made = video.denoised.get("engine", {})
         engine |= {name: made[name] for name in of_latents if name in made}
@@ -81,9 +81,9 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         versions=versions(),
         created_at=datetime.now(UTC),
         hardware=[d.name for d in plan.prediction.devices],
-        attention=video.attention,
+        attention=video.record.attention,
         timings={k: round(v, 3) for k, v in video.timings.items() if v},
-        rungs=video.rungs,
+        rungs=video.record.rungs,
         warnings=video.job.warnings,
     )
 

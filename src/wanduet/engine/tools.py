@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.engine import generate
-from wanduet.engine.build import Models
+from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.record import is_same_model
 from wanduet.errors import InvalidRequestError, OutputError, WanduetError
@@ -32,7 +32,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.planning.hardware import Hardware, detect
-from wanduet.planning.planner import make_plan
+from wanduet.planning.planner import make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.text_host import CachedPromptEncoder, check_shapes
 from wanduet.untrusted import cut, printable
@@ -50,7 +50,7 @@ FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> JobResult:
     """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
     latents, about = load_latents(path)
-    models = Models(config)
+    models = EngineModels(config)
     try:
         request = _request_of(about, models.spec) if about else _request_for(latents, models.spec)
     except InvalidRequestError as error:
@@ -99,10 +99,9 @@ def _request_for(latents: Tensor, spec: ModelSpec) -> ResolvedRequest:
 def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbeds:
     """A prompt's embeddings, written to a file."""
     check_writable(path)
-    models = Models(config)
-    request = GenerationRequest.parse(prompt=prompt).resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
-    embeds = models.text(plan).encode([request.prompt])[0]
+    models = EngineModels(config)
+    request = GenerationRequest.parse(prompt=prompt)
+    embeds = models.text(plan_text(models.spec, config)).encode([request.prompt])[0]
     save_embeddings(path, embeds)
     return embeds
 
@@ -160,9 +159,9 @@ def _made_by(path: Path) -> dict[str, Any] | None:
 def _inspect_prompt(config: EngineConfig, prompt: str) -> dict[str, Any]:
     if config.model not in RANDOM_SPECS:
         open_model(config.model, config.revision, fetch=False)  # looking is no reason to fetch gigabytes
-    models = Models(config)
-    request = GenerationRequest.parse(prompt=prompt).resolve(models.spec)
-    encoder = models.text(make_plan(request, models.memory, config, detect()))
+    models = EngineModels(config)
+    GenerationRequest.parse(prompt=prompt)
+    encoder = models.text(plan_text(models.spec, config))
     path = encoder.path_of(prompt) if isinstance(encoder, CachedPromptEncoder) else None
     if path is None or not path.exists():
         raise UnreadableFileError(

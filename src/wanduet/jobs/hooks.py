@@ -12,7 +12,8 @@ from wanduet.jobs.records import ModelId
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
-    from wanduet.engine.job import Event, JobResult, OutputOptions
+    from wanduet.engine.job import JobResult, OutputOptions
+    from wanduet.runtime.context import Event
 
 
 class RunningJob(Protocol):
@@ -89,7 +90,7 @@ def engine_model(engine: Any) -> ModelId | None:
 
 
 def identify(models: Any) -> ModelId:
-    """The same for the engine's models alone (`engine.build.Models`)."""
+    """The same for the engine's models alone (`runtime.models.Models`)."""
     return ModelId(models.spec.name, models.about["hash"])
 
 

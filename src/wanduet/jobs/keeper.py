@@ -14,7 +14,7 @@ from wanduet.jobs.records import Lease, StaleLeaseError
 from wanduet.jobs.store import JobStore
 
 if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
-    from wanduet.engine.job import Event
+    from wanduet.runtime.context import Event
 
 log = structlog.get_logger(__name__)
 

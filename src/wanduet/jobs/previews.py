@@ -23,7 +23,7 @@ from wanduet.media.preview import TEMPORAL_STRIDE, LatentToRGB, resize
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
-    from wanduet.engine.build import Models
+    from wanduet.runtime.models import Models
 
 log = structlog.get_logger(__name__)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import structlog
 
 if TYPE_CHECKING:
-    from wanduet.engine.job import Event
+    from wanduet.runtime.context import Event
 
 log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from wanduet.config import parse_bytes
 from wanduet.errors import ConfigError
 from wanduet.planning.cards import Card, card_named, typical_card
-from wanduet.runtime.host import host_memory
+from wanduet.planning.host import host_memory
 
 if TYPE_CHECKING:
     from wanduet.distributed.links import Link

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from wanduet.runtime.host import process_peak_bytes
+from wanduet.planning.host import process_peak_bytes
 
 Peaks = dict[str, int]
 CLEAR = Path("/proc/self/clear_refs")  # "5" lets the system's count of this process's peak begin anew

@@ -16,13 +16,13 @@ from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
 from wanduet.cluster.shapes import Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.errors import WanduetError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, NewJob
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.media.embeddings import load_embeddings
 from wanduet.planning.planner import plan_text
+from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import CachedPromptEncoder
 
 PROMPT = "a red circle moving left on a black background"

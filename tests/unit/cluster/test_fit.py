@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from wanduet.cluster.fit import Fitter, parse_demand
 from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.records import DECODE, demand_of
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
 

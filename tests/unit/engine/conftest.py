@@ -26,7 +26,7 @@ def engine(config) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch) -> None:
-    monkeypatch.setattr("wanduet.engine.ladder.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("wanduet.stages.fallback.WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture

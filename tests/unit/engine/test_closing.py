@@ -16,17 +16,18 @@ import torch
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.config import EngineConfig
 from wanduet.engine import generate
-from wanduet.engine.build import Models
-from wanduet.engine.denoising import Denoising
 from wanduet.engine.job import Job, OutputOptions
-from wanduet.engine.ladder import DenoiseLadder
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, NonFiniteLatentsError, WeightsError
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.context import NO_JOB
+from wanduet.runtime.models import Models
 from wanduet.runtime.release import forget_traceback
+from wanduet.stages.denoise import Denoising
+from wanduet.stages.fallback import DenoiseLadder
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 5}
 STRATEGIES = {
@@ -61,8 +62,8 @@ class Followed:
         models = engine.models
         parts = [
             models,
-            models._vae,
-            models._denoiser and models._denoiser.transformer,
+            models.vae.loaded,
+            models.transformer.loaded and models.transformer.loaded.transformer,
             models._text and models._text[1],
         ]
         tensors = [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
@@ -165,7 +166,7 @@ def test_nothing_is_left_after_a_cancelled_job(single, tmp_path) -> None:
 def test_memory_goes_even_where_somebody_holds_the_model(single, tmp_path) -> None:
     engine = Engine(single)
     begin(engine, tmp_path / "a.mkv").result(60)
-    transformer, vae = engine.models._denoiser.transformer, engine.models._vae
+    transformer, vae = engine.models.transformer.loaded.transformer, engine.models.vae.loaded
     engine.close()
     assert (
         sum(p.untyped_storage().nbytes() for p in (*transformer.parameters(), *vae.parameters()) if not p.is_meta) == 0
@@ -200,25 +201,20 @@ def test_a_transformer_of_another_precision_takes_the_place_of_the_one_before(si
     request = GenerationRequest(**REQUEST).resolve(models.spec)
     plan = make_plan(request, models.memory, single, detect())
     first, second = (
-        Job(
-            request,
-            replace(plan, transformer=replace(plan.transformer, dtype=dtype)),
-            OutputOptions(tmp_path / "a.mkv"),
-        )
-        for dtype in ("float32", "bfloat16")
+        replace(plan, transformer=replace(plan.transformer, dtype=dtype)) for dtype in ("float32", "bfloat16")
     )
-    with models.transformer(first) as denoiser:
+    with models.transformer.use(first, request, NO_JOB) as denoiser:
         parameters = [weakref.ref(p) for p in denoiser.transformer.parameters()]
     del denoiser
     left_when_loaded: list[int] = []
-    load = models._load_denoiser
+    load = models.transformer._read
 
     def noted(plan: Any) -> Any:
         left_when_loaded.append(sum(ref() is not None for ref in parameters))
         return load(plan)
 
-    models._load_denoiser = noted  # type: ignore[method-assign]
-    with models.transformer(second) as denoiser:
+    models.transformer._read = noted  # type: ignore[method-assign]
+    with models.transformer.use(second, request, NO_JOB) as denoiser:
         assert denoiser.dtype == torch.bfloat16
     del denoiser
     assert left_when_loaded == [0]
@@ -308,7 +304,7 @@ def test_a_job_submitted_while_the_engine_closes_ends(single, tmp_path) -> None:
 
 
 STAGES = {
-    "load": ("wanduet.engine.build.Models", "_load_denoiser"),
+    "load": ("wanduet.runtime.dit_host.TransformerHost", "_read"),
     "encode": ("wanduet.models.text.umt5.TextEncoder", "encode"),
     "denoise": ("wanduet.models.dit.model.WanTransformer", "branches"),
     "decode": ("wanduet.models.vae.model.WanVAE", "decode_rows"),
@@ -345,7 +341,7 @@ def test_close_in_each_stage_ends_what_runs_and_what_waits(single, tmp_path, mon
     closing.join(60)
     assert not closing.is_alive()
     assert not list(tmp_path.glob("*.mkv"))
-    assert engine.models._denoiser is None
+    assert engine.models.transformer.loaded is None
 
 
 def test_close_twice_waits_for_the_first(single, tmp_path, monkeypatch) -> None:
@@ -368,7 +364,7 @@ def test_close_twice_waits_for_the_first(single, tmp_path, monkeypatch) -> None:
     may_end.set()
     first.join(60)
     second.join(60)
-    assert engine.models._denoiser is None
+    assert engine.models.transformer.loaded is None
 
 
 def test_a_callback_cannot_close_its_own_engine(single, tmp_path) -> None:
@@ -385,11 +381,11 @@ def test_a_device_that_fails_at_every_call_does_not_stop_a_close(single, tmp_pat
 
     engine = Engine(single)
     begin(engine, tmp_path / "a.mkv").result(60)
-    monkeypatch.setattr("wanduet.engine.build.Denoiser.free", fails)
-    monkeypatch.setattr("wanduet.engine.build.release_models", fails)
+    monkeypatch.setattr("wanduet.runtime.denoiser.Denoiser.free", fails)
+    monkeypatch.setattr("wanduet.runtime.models.release_models", fails)
     engine.close()
-    assert engine.models._denoiser is None
-    assert engine.models._vae is None
+    assert engine.models.transformer.loaded is None
+    assert engine.models.vae.loaded is None
 
 
 def test_a_device_that_fails_at_every_call_does_not_stop_a_stage(single, tmp_path, monkeypatch) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from wanduet.config import GIB, EngineConfig
-from wanduet.engine.build import Models
 from wanduet.engine.decoder import Decoder
 from wanduet.engine.job import JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -15,6 +14,7 @@ from wanduet.media.read import FrameHashes, frame_hashes
 from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_decode_plan, make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}
 
@@ -38,7 +38,7 @@ def test_what_is_left_is_decoded_elsewhere_to_the_same_video_without_a_transform
     assert [path.name for path in tmp_path.glob("left*")] == ["left.mkv.latents.safetensors"]
     with Decoder(config) as decoder:
         made = run(decoder, tmp_path / "left.mkv")
-        assert decoder.models._denoiser is None
+        assert decoder.models.transformer.loaded is None
         assert decoder.models._text is None
     assert pixels(made) == pixels(whole)
     about, before = made.videos[0].provenance, whole.videos[0].provenance
@@ -61,7 +61,7 @@ def test_an_engine_that_finds_all_latents_only_decodes(config: EngineConfig, tmp
         run(first, tmp_path / "v.mkv", lambda: True, num_videos_per_prompt=2)
     with Engine(config) as second:
         made = run(second, tmp_path / "v.mkv", num_videos_per_prompt=2)
-        assert second.models._denoiser is None
+        assert second.models.transformer.loaded is None
     assert len(made.videos) == 2
 
 

@@ -7,14 +7,14 @@ import torch
 
 from wanduet.config import EngineConfig
 from wanduet.engine import group as module
-from wanduet.engine.build import Models
-from wanduet.engine.group import Group
+from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.ranks import Denoised
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 
 class FakeRanks:
@@ -53,7 +53,7 @@ class StartedRanks:
 def test_collectives_have_the_time_of_the_longest_step(tmp_path, monkeypatch) -> None:
     """A forward at 1080p takes more than five minutes on an RTX 3060; the gather after it waits from its beginning."""
     config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, started = Models(config), StartedRanks()
+    models, started = EngineModels(config), StartedRanks()
     request = GenerationRequest(prompt="x").resolve(models.spec)
     plan = make_plan(request, models.memory, config, detect())
     monkeypatch.setattr(module, "RankGroup", started)
@@ -62,7 +62,7 @@ def test_collectives_have_the_time_of_the_longest_step(tmp_path, monkeypatch) ->
             plan,
             prediction=replace(plan.prediction, seconds=Seconds(step_s * request.num_inference_steps, 1.0)),
         )
-        with models.group(Job(request, slow, OutputOptions(tmp_path / "a.mp4"))):
+        with models.group(slow, request):
             pass
     assert started.timeouts == [300.0, 1011.0]  # a patient group serves shorter steps, too
 
@@ -76,6 +76,6 @@ def test_what_ranks_take_to_load_is_not_told_as_denoising(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "RankGroup", FakeRanks(clock))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     Group(config, plan).denoise(video, None)
-    video.add_time("denoise_s", clock[0])  # as whoever asks for it does
+    video.context.add_time("denoise_s", clock[0])  # as whoever asks for it does
     told = {name: video.timings[name] for name in ("load_s", "prepare_s", "denoise_s")}
     assert told == {"load_s": 8.0, "prepare_s": 2.0, "denoise_s": 3.0}

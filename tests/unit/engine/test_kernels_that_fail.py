@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from wanduet.config import EngineConfig
-from wanduet.engine import build
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError
@@ -15,6 +14,7 @@ from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.request import GenerationRequest
+from wanduet.runtime import dit_host, vae_host
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 3}
 
@@ -44,8 +44,8 @@ def made(tmp_path, monkeypatch):
     verdicts.forget()
 
     def run(name: str, transformer=TORCH_KERNELS, vae=VAE_TORCH_KERNELS, jobs: int = 1) -> list[tuple[str, dict]]:
-        monkeypatch.setattr(build, "kernels_for", lambda *rest: transformer)
-        monkeypatch.setattr(build, "vae_kernels_for", lambda *rest: vae)
+        monkeypatch.setattr(dit_host, "kernels_for", lambda *rest: transformer)
+        monkeypatch.setattr(vae_host, "vae_kernels_for", lambda *rest: vae)
         found = []
         with Engine(EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")) as engine:
             for number in range(jobs):
@@ -99,7 +99,7 @@ def test_a_cancel_that_meets_a_kernel_that_fails(tmp_path, monkeypatch) -> None:
     jobs = []
     broken = failing(TORCH_KERNELS.text_attention, 20, [0], also=lambda: jobs[0].cancel())
     monkeypatch.setattr(
-        build, "kernels_for", lambda *rest: replace(TORCH_KERNELS, name="triton", text_attention=broken)
+        dit_host, "kernels_for", lambda *rest: replace(TORCH_KERNELS, name="triton", text_attention=broken)
     )
     with Engine(EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")) as engine:
         jobs.append(engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "out.mkv", codec="ffv1")))

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WeightsError
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.context import NO_JOB, RunContext
+from wanduet.runtime.dit_host import TransformerHost
 from wanduet.runtime.leases import GROUP, PLACE, VAE, Locks
+from wanduet.runtime.models import Models
 from wanduet.weights.safetensors import TensorFiles
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
@@ -29,17 +31,17 @@ class Loads:
         self.count = 0
         self.begun, self.go_on = threading.Event(), threading.Event()
         self.problems: list[Exception] = []
-        whole = Models._load_denoiser
+        whole = TransformerHost._read
 
-        def load(models: Models, plan: Any) -> Any:
+        def load(host: TransformerHost, plan: Any) -> Any:
             self.count += 1
             self.begun.set()
             assert self.go_on.wait(60)
             if self.problems:
                 raise self.problems.pop(0)
-            return whole(models, plan)
+            return whole(host, plan)
 
-        monkeypatch.setattr(Models, "_load_denoiser", load)
+        monkeypatch.setattr(TransformerHost, "_read", load)
 
 
 @pytest.fixture
@@ -122,9 +124,9 @@ def test_all_who_wait_share_one_load_and_what_it_comes_to(config, loads, tmp_pat
     with ThreadPoolExecutor(3) as pool:
         waiting: list[Future[Any]] = []
         for number in range(3):
-            job = Job(request, plan, OutputOptions(tmp_path / f"{number}.mkv"))
-            models.preload(job)
-            waiting.append(pool.submit(models._loading.wait, models, job))
+            host, context = models.transformer, RunContext(str(number))
+            host.preload(plan, request, context)
+            waiting.append(pool.submit(host._loading.wait, host._start(plan, request, context), context))
         assert loads.begun.wait(60)
         loads.go_on.set()
         if problem:
@@ -158,7 +160,7 @@ def test_close_while_it_loads_ends_the_load_and_all_jobs(begin, own, loads) -> N
     loads.go_on.set()
     closing.join(60)
     assert not closing.is_alive()
-    assert own.models._denoiser is None
+    assert own.models.transformer.loaded is None
     assert loads.count == 1
 
 
@@ -182,7 +184,7 @@ def test_close_ends_a_load_between_two_tensors(config, tmp_path, monkeypatch) ->
     assert reached.wait(60)
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while not engine.models._loading.stopped.is_set():
+    while not engine.models.transformer._loading.stopped.is_set():
         closing.join(0.01)
     go_on.set()
     closing.join(60)
@@ -196,13 +198,9 @@ def test_a_load_for_another_precision_is_replaced(config, tmp_path) -> None:
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
     plan = make_plan(request, models.memory, config, detect())
-    other = Job(
-        request,
-        replace(plan, transformer=replace(plan.transformer, dtype="bfloat16")),
-        OutputOptions(tmp_path / "a.mkv"),
-    )
-    models.preload(other)
-    with models.transformer(Job(request, plan, OutputOptions(tmp_path / "b.mkv"))) as denoiser:
+    other = replace(plan, transformer=replace(plan.transformer, dtype="bfloat16"))
+    models.transformer.preload(other, request, RunContext("a"))
+    with models.transformer.use(plan, request, RunContext("b")) as denoiser:
         assert denoiser.dtype == torch.float32
     models.unload()
 
@@ -226,13 +224,9 @@ def test_a_vae_that_is_somewhere_else_is_not_moved_off_its_device(config, tmp_pa
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
     plan = replace(make_plan(request, models.memory, config, detect()), both_resident=True)
-    job = Job(request, plan, OutputOptions(tmp_path / "a.mkv"))
-    apart = replace(
-        plan, both_resident=False, transformer=replace(plan.transformer, device="meta")
-    )  # meta stands for a GPU
-    with models.vae(job, "cpu") as vae:
+    with models.decoder(plan, "cpu", NO_JOB) as vae:
         before = [p.data_ptr() for p in vae.decoder.parameters()]
-        done = threading.Thread(target=lambda: models._vae_to_host(torch.device(apart.transformer.device)))
+        done = threading.Thread(target=lambda: models.vae.evict(torch.device("meta")))
         done.start()
         done.join(60)
         assert not done.is_alive()  # it does not wait for the decode either
@@ -242,14 +236,14 @@ def test_a_vae_that_is_somewhere_else_is_not_moved_off_its_device(config, tmp_pa
 def test_two_decodes_do_not_move_the_vae_from_under_each_other(config, tmp_path) -> None:
     models = Models(config)
     request = GenerationRequest(**SMALL).resolve(models.spec)
-    job = Job(request, make_plan(request, models.memory, config, detect()), OutputOptions(tmp_path / "a.mkv"))
+    plan = make_plan(request, models.memory, config, detect())
     seen: list[str] = []
 
     def decode() -> None:
-        with models.vae(job, "meta"):
+        with models.decoder(plan, "meta", NO_JOB):
             seen.append("second")
 
-    with models.vae(job, "cpu") as vae:
+    with models.decoder(plan, "cpu", NO_JOB) as vae:
         other = threading.Thread(target=decode)
         other.start()
         other.join(0.05)

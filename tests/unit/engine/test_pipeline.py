@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
-from wanduet.engine import generate
-from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.trace import overlap
@@ -31,6 +29,8 @@ from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import DecodePlan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.dit_host import TransformerHost
+from wanduet.stages import decode
 
 
 def files(folder: Path) -> set[str]:
@@ -208,7 +208,7 @@ def test_cancel_ends_a_decode_within_a_part_of_it(submit, tmp_path, monkeypatch,
         return decode_rows(*args)
 
     monkeypatch.setattr(WanVAE, "decode_rows", cancelling)
-    monkeypatch.setattr(generate, "decode_modes", lambda job: iter([("cpu", DecodePlan(order, 4))]))
+    monkeypatch.setattr(decode, "decode_modes", lambda *_: iter([("cpu", DecodePlan(order, 4))]))
     job = submit()
     submitted.set()
     with pytest.raises(CancelledError):
@@ -343,7 +343,7 @@ def test_memory_that_runs_out_where_nothing_is_smaller_is_a_clear_error(
     def run_out(*_: object) -> None:
         raise problem
 
-    monkeypatch.setattr(Models, "transformer", run_out)
+    monkeypatch.setattr(TransformerHost, "use", run_out)
     with Engine(EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")) as engine:
         job = engine.submit(
             GenerationRequest.parse(prompt="x", height=32, width=32, num_frames=5), OutputOptions(tmp_path / "a.mp4")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.record import made_alike, provenance_of, video_digest
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
 

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from wanduet.config import EngineConfig
 from wanduet.engine import generate
-from wanduet.engine.denoising import Denoising
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.models.dit.model import WanTransformer
+from wanduet.planning.plan import VAEPlan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.context import RunContext
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
+from wanduet.stages.denoise import Denoising
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
 Run = Callable[..., Job]
@@ -280,7 +282,7 @@ def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, whe
     monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
     monkeypatch.setattr("wanduet.runtime.selftest.check_vae", lambda *_: 1.0)
     monkeypatch.setattr({"WanTransformer": WanTransformer, "WanVAE": WanVAE}[kind], name, out_of_memory)
-    monkeypatch.setattr("wanduet.engine.ladder.WAIT_SECONDS", 600.0)
+    monkeypatch.setattr("wanduet.stages.fallback.WAIT_SECONDS", 600.0)
     waits, waiting = Job.wait, threading.Event()
 
     def noted(self: Job, seconds: float) -> None:
@@ -288,7 +290,7 @@ def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, whe
         waits(self, seconds)
 
     monkeypatch.setattr(Job, "wait", noted)
-    monkeypatch.setattr(generate, "decode_modes", waiting_modes)
+    monkeypatch.setattr("wanduet.stages.decode.decode_modes", waiting_modes)
 
     def cancel() -> None:
         assert waiting.wait(60)
@@ -301,10 +303,10 @@ def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, whe
     thread.join()
 
 
-def waiting_modes(video: Any) -> Any:
-    yield "cpu", video.plan.vae.tiling
-    video.wait(600.0)
-    yield "cpu", video.plan.vae.tiling
+def waiting_modes(plan: VAEPlan, context: RunContext) -> Any:
+    yield "cpu", plan.tiling
+    context.wait(600.0)
+    yield "cpu", plan.tiling
 
 
 # Several videos of one job.
@@ -341,7 +343,7 @@ def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypat
     assert second["rungs"] == job.rungs == ["denoise: emptied cache"]
     timings = job.result().timings
     for name in ("denoise_s", "decode_s"):
-        parts = [video.own_timings.sum(video.own_timings)[name] for video in job.videos]
+        parts = [video.record.timings[name] for video in job.videos]
         assert all(parts)
         assert timings[name] == pytest.approx(sum(parts))
     for video, about in zip(job.videos, (first, second), strict=True):

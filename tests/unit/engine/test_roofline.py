@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.roofline import Peaks, Work, measure_peaks, where_it_went, work_of
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 GIB = 2**30
 

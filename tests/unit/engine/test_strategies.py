@@ -14,15 +14,15 @@ from wanduet.config import EngineConfig
 from wanduet.distributed.launch import RankFailedError
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank
-from wanduet.engine.build import Models
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_frames, read_metadata
 from wanduet.planning.hardware import parse_hardware
+from wanduet.planning.host import process_peak_bytes
 from wanduet.request import GenerationRequest
-from wanduet.runtime.host import process_peak_bytes
+from wanduet.runtime.models import Models
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
 STRATEGIES = {
@@ -159,7 +159,7 @@ def no_ranks(monkeypatch):
         return made
 
     monkeypatch.setattr(Group, "__init__", begin)
-    monkeypatch.setattr(Group, "preload", lambda self, work: None)
+    monkeypatch.setattr(Group, "preload", lambda *_: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     return use
 
@@ -224,7 +224,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
     monkeypatch.setattr(
         Group, "__init__", lambda self, _, plan, s: vars(self).update(devices=plan.group.ranks, timeout_s=s)
     )
-    monkeypatch.setattr(Group, "preload", lambda self, job: None)
+    monkeypatch.setattr(Group, "preload", lambda *_: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
     assert job.rungs[-1].startswith("denoise: without a group")

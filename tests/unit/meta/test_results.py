@@ -151,7 +151,7 @@ def test_a_footprint_is_the_same_with_and_without_rules(
 PLAN = """
 import sys
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
+from wanduet.runtime.models import Models
 from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from wanduet.config import GIB, EngineConfig, format_bytes
-from wanduet.engine.build import Models
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, Backend
 from wanduet.kernels.measurements import Timing
@@ -22,6 +21,7 @@ from wanduet.planning.plan import Choice, Plan
 from wanduet.planning.planner import Planner, make_decode_plan, make_plan
 from wanduet.planning.search import DECODE_MODES, Candidate, candidates
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.models import Models
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanduet.config import GIB, EngineConfig
-from wanduet.engine.build import Models
 from wanduet.errors import ConfigError, DoesNotFitError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
@@ -17,6 +15,7 @@ from wanduet.planning.hardware import Hardware, parse_hardware
 from wanduet.planning.plan import Plan, require_fit
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.models import Models
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +140,11 @@ def test_seconds_come_from_the_work(memory) -> None:
 def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monkeypatch) -> None:
     import torch
 
-    from wanduet.engine.job import Job, OutputOptions
-    from wanduet.engine.ladder import reserve_decode
+    from wanduet.runtime.context import RunContext
+    from wanduet.stages.fallback import reserve_decode
 
     request = GenerationRequest(prompt="x").resolve(memory.spec)
     found = plan(memory, "1x24GiB")
-    job = Job(request, found, OutputOptions(Path()))
     asked: list[int] = []
     real = torch.empty
 
@@ -159,25 +157,26 @@ def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monk
         return None
 
     monkeypatch.setattr(torch, "empty", empty)
-    reserve_decode(job, memory)
+    notes: list[str] = []
+    smaller = reserve_decode(found, request, memory, RunContext(note=notes.append))
     assert asked == sorted(asked, reverse=True)
-    assert job.plan.vae.tiling != found.vae.tiling
-    assert "less memory is free" in job.rungs[0]
+    assert smaller.vae.tiling != found.vae.tiling
+    assert "less memory is free" in notes[0]
 
 
 def test_what_is_reserved_for_a_later_job_is_not_above_its_plan(memory, monkeypatch) -> None:
     import torch
 
-    from wanduet.engine import ladder
-    from wanduet.engine.job import Job, OutputOptions
+    from wanduet.runtime.context import NO_JOB
+    from wanduet.stages import fallback
 
     request = GenerationRequest(prompt="x").resolve(memory.spec)
     found = plan(memory, "1x24GiB")
     there = memory.transformer_weights("bfloat16") + memory.vae_weights("float32") + 100 * 2**20  # and workspaces
     asked: list[int] = []
-    monkeypatch.setattr(ladder, "_allocated_bytes", lambda _: there)
+    monkeypatch.setattr(fallback, "_allocated_bytes", lambda _: there)
     monkeypatch.setattr(torch, "empty", lambda size, **_: asked.append(size))
-    ladder.reserve_decode(Job(request, found, OutputOptions(Path())).videos[0], memory)
+    fallback.reserve_decode(found, request, memory, NO_JOB)
     assert asked
     assert there + asked[0] <= found.prediction.devices[0].peak
 

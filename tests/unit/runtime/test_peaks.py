@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
-from wanduet.engine.build import Models
 from wanduet.runtime import peaks as module
+from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import PeakMemory, add_up
 
 
@@ -91,7 +91,7 @@ def test_processes_of_a_group_share_the_host_and_have_a_device_each(taken) -> No
 # In a process of its own: whether the system lets a count begin anew depends on what a process has done before.
 FORGETS = """
 from pathlib import Path
-from wanduet.runtime.host import process_peak_bytes
+from wanduet.planning.host import process_peak_bytes
 from wanduet.runtime.peaks import CLEAR, reset
 block = bytearray(b"x") * (96 * 2**20)
 high = process_peak_bytes()

@@ -10,12 +10,13 @@ from typing import Any
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import check_attention, predicted, settings
 from wanduet.doors.cli.progress import follow
-from wanduet.engine.job import TIMING_NAMES, OutputOptions
+from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.roofline import where_it_went
 from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.media.provenance import versions
 from wanduet.request import GenerationRequest
+from wanduet.runtime.context import TIMING_NAMES
 
 MOST_RUNS = 100
 
@@ -56,8 +57,8 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "predicted_peak_bytes": predicted(plan),
             "predicted_seconds": round(plan.prediction.seconds.total, 1),
             "attention": job.attention,
-            "kernels": job.videos[-1].kernels,  # None where ranks shared the work
-            "vae_kernels": job.videos[-1].vae_kernels,
+            "kernels": job.videos[-1].record.kernels,  # None where ranks shared the work
+            "vae_kernels": job.videos[-1].record.vae_kernels,
             "rungs": job.rungs,
             "profile": where_it_went(job, engine.models.memory),
             "versions": versions(),

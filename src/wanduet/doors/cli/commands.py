@@ -16,7 +16,6 @@ from wanduet.doors.cli.progress import follow
 from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
 from wanduet.doors.cli.validate import PUBLISHED
 from wanduet.engine import tools
-from wanduet.engine.build import Models
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.roofline import where_it_went
@@ -41,6 +40,7 @@ from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.models import Models
 from wanduet.untrusted import cut, printable
 from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE

@@ -16,8 +16,8 @@ from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
-    from wanduet.engine.build import Models
     from wanduet.planning.hardware import Hardware
+    from wanduet.runtime.models import Models
 
 PAGE_CARDS = 60  # videos in the gallery, and how many more each "Older videos" shows
 
@@ -125,8 +125,8 @@ class PageActions:
 
     @cached_property
     def _machine(self) -> "tuple[Models, Hardware]":
-        from wanduet.engine.build import Models
         from wanduet.planning.hardware import detect
+        from wanduet.runtime.models import Models
 
         return Models(self._config), detect()
 

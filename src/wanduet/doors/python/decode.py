@@ -1,6 +1,6 @@
 """Latents to frames for `WanPipeline`, in whatever parts memory allows."""
 
-import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,36 +9,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.doors.python.parts import PipelineParts
-from wanduet.engine.job import Job
-from wanduet.engine.ladder import decode_modes
-from wanduet.errors import OutOfMemoryError
-from wanduet.models.vae.stream import decode_stream
-
-log = logging.getLogger(__name__)
+from wanduet.planning.plan import Plan
+from wanduet.runtime.context import NO_JOB
+from wanduet.stages.decode import decode
+from wanduet.stages.record import VideoRecord
 
 Frames = NDArray[np.uint8]  # [F, H, W, 3]
 
 
-def decode_videos(parts: PipelineParts, latents: Tensor, job: Job | None = None) -> list[Frames]:
-    """Normalised latents `[B, 16, T, h, w]` to a video each. `job`: the call's plan; made here if it is left out."""
-    if job is None:
+def decode_videos(parts: PipelineParts, latents: Tensor, plan: Plan | None = None) -> list[Frames]:
+    """Normalised latents `[B, 16, T, h, w]` to a video each. `plan`: the call's; made here if it is left out.
+
+    Raises OutOfMemoryError, NonFiniteFramesError.
+    """
+    if plan is None:
         vae = parts.spec.vae
         frames, height, width = latents.shape[2:]
         size = (height * vae.spatial_stride, width * vae.spatial_stride, (frames - 1) * vae.temporal_stride + 1)
-        job = parts.job(*size, guided=False)
-    return [_frames(parts, job, one) for one in latents.float().cpu()]
+        _, plan = parts.plan_video(*size, guided=False)
+    return [
+        decode(parts.models, plan, one, _as_array, VideoRecord(index, 0), NO_JOB)
+        for index, one in enumerate(latents.float().cpu())
+    ]
 
 
-def _frames(parts: PipelineParts, job: Job, latents: Tensor) -> Frames:
-    """One video, going down the ladder if memory runs out."""
-    for device, mode in decode_modes(job):
-        try:
-            with parts.models.vae(job, device) as vae:
-                return np.concatenate([chunk.copy() for chunk in decode_stream(vae, latents, mode)])
-        except torch.OutOfMemoryError:
-            log.warning("Out of memory while decoding; going on in smaller parts.")
-        parts.models.make_room(device)
-    raise OutOfMemoryError("Decoding ran out of memory in its smallest form.")
+def _as_array(frames: Iterator[Frames]) -> Frames:
+    return np.concatenate([chunk.copy() for chunk in frames])
 
 
 def as_output(videos: list[Frames], output_type: str) -> Any:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanduet.engine.job import Job
-from wanduet.engine.ladder import DenoiseLadder
 from wanduet.errors import CancelledError
 from wanduet.models.dit.model import TextContext
+from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.denoiser import PARKED, Denoiser
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
+from wanduet.stages.fallback import DenoiseLadder
 
 if TYPE_CHECKING:
     from wanduet.doors.python.pipeline import WanPipeline
@@ -63,7 +63,6 @@ class PipelineLoop:
     def __init__(
         self,
         pipe: "WanPipeline",
-        job: Job,
         denoiser: Denoiser,
         embeds: tuple[Tensor, Tensor | None],
         after: CallbackSettings,
@@ -75,7 +74,7 @@ class PipelineLoop:
         self.embeds: dict[str, Tensor | None] = dict(
             zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
         )
-        self.ladder = DenoiseLadder(job, denoiser)
+        self.ladder = DenoiseLadder(NO_JOB, denoiser)
         self.scale = pipe.guidance_scale  # of the call; a callback can switch guidance off, not change it
         self._known: dict[str, _Known] = {}
         self._step = 0

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +19,6 @@ from wanduet.doors.python.modules import (
     unwrapped,
 )
 from wanduet.doors.python.text import GivenPromptEncoder, with_tokenizer
-from wanduet.engine.build import Models
-from wanduet.engine.job import Job, OutputOptions
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.planning.hardware import Hardware, detect
@@ -29,6 +26,7 @@ from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit
 from wanduet.planning.planner import make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import PromptEncoder
 from wanduet.weights.diffusers import ModelFolder
 
@@ -213,7 +211,7 @@ class PipelineParts:
             given = {kind: module for kind, module in self.given.items() if kind != "tokenizer"}
             for kind, module in modules.items():
                 check_module(kind, module)
-            models.folder = folder_with(self.base, given) if given else self.base
+            models.checkpoint.folder = folder_with(self.base, given) if given else self.base
             self._stamps = {kind: stamp(module) for kind, module in modules.items()}
             self._models = models
         return self._models
@@ -265,7 +263,7 @@ class PipelineParts:
         """Encodes prompts: with the given encoder or tokenizer, where there is one."""
         tokenizer, encoder = self.given.get("tokenizer"), self.given.get("text_encoder")
         if tokenizer is None and encoder is None and (self.base is not None or self.config.model in RANDOM_SPECS):
-            return self.models.text(plan)
+            return self.models.text(plan.text)
         if encoder is None and self.base is None:
             raise ValueError("This pipeline has no text encoder: set pipe.text_encoder, or give prompt_embeds=.")
         if self._text is None:
@@ -289,7 +287,7 @@ class PipelineParts:
 
     # Planning.
 
-    def job(self, height: int, width: int, num_frames: int, guided: bool) -> Job:
+    def plan_video(self, height: int, width: int, num_frames: int, guided: bool) -> tuple[ResolvedRequest, Plan]:
         """Plan a video. Raises ValueError for a size that the model has not, DoesNotFitError."""
         try:
             request = GenerationRequest.parse(
@@ -304,7 +302,7 @@ class PipelineParts:
             raise ValueError(f"height={height} and width={width} must be multiples of {multiple}.")
         plan = self._plan(resolved)
         require_fit(plan, resolved)
-        return Job(resolved, plan, OutputOptions(Path()))
+        return resolved, plan
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         """Never `parallel`: callback and scheduler are objects of this process, and cannot follow into others."""

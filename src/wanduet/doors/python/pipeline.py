@@ -30,6 +30,7 @@ from wanduet.doors.python.parts import PipelineParts, owner_of
 from wanduet.doors.python.shown import SHOWN, ReplaceablePart
 from wanduet.doors.python.text import encode, negatives_of, prompts_of, repeated
 from wanduet.planning.plan import Plan
+from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.leases import VAE
 
 __all__ = ["WanPipeline", "WanPipelineOutput"]
@@ -261,7 +262,7 @@ class WanPipeline(CallState, EngineManaged):
     def plan(self, height: int = 480, width: int = 832, num_frames: int = 81, guidance_scale: float = 5.0) -> Plan:
         """What would run where, with how much memory. Ours. Raises ValueError, DoesNotFitError."""
         with self._parts.for_use():
-            return self._parts.job(height, width, num_frames, guidance_scale > 1.0).plan
+            return self._parts.plan_video(height, width, num_frames, guidance_scale > 1.0)[1]
 
     def encode_prompt(
         self,
@@ -287,7 +288,7 @@ class WanPipeline(CallState, EngineManaged):
         device, dtype = device or self.device, dtype or self._parts.dtype("text_encoder")
         multiple = self._parts.spec.size_multiple
         with self._parts.for_use():
-            encoder = self._parts.text(self._parts.job(multiple, multiple, 1, guided=False).plan)
+            encoder = self._parts.text(self._parts.plan_video(multiple, multiple, 1, guided=False)[1])
 
             def embeds(texts: list[str]) -> Tensor:
                 return encode(encoder, texts, max_sequence_length, num_videos_per_prompt).to(device, dtype)
@@ -343,12 +344,12 @@ class WanPipeline(CallState, EngineManaged):
                 num_frames = (latents.shape[-3] - 1) * spec.vae.temporal_stride + 1
             height, width = whole_number("height", height), whole_number("width", width)
             num_frames = rounded_frames(whole_number("num_frames", num_frames), spec.vae.temporal_stride)
-            job = self._parts.job(height, width, num_frames, guidance_scale > 1.0)
+            request, plan = self._parts.plan_video(height, width, num_frames, guidance_scale > 1.0)
             self._guidance_scale, self._interrupt, self._attention_kwargs = guidance_scale, False, attention_kwargs
 
             dim = spec.transformer.text_dim
             positive, negative = (
-                encode(self._parts.text(job.plan), which, max_sequence_length, copies) if which is not None
+                encode(self._parts.text(plan), which, max_sequence_length, copies) if which is not None
                 else None if given is None
                 else repeated(given, count, dim, copies)
                 for which, given in texts
@@ -356,14 +357,15 @@ class WanPipeline(CallState, EngineManaged):
             assert positive is not None
             shape = (count * copies, *spec.latent_shape(height, width, num_frames))
             # As diffusers: where no generator says otherwise, noise is drawn on the device that denoises.
-            noise = initial_latents(shape, generator, latents, torch.device(job.plan.transformer.device))
+            noise = initial_latents(shape, generator, latents, torch.device(plan.transformer.device))
+            models = self._parts.models
             # The VAE's lock first, as its order asks: a callback may decode.
-            with self._parts.models.locks.take(VAE), self._parts.models.transformer(job) as denoiser:
+            with models.locks.take(VAE), models.transformer.use(plan, request, NO_JOB) as denoiser:
                 after = CallbackSettings(callback_on_step_end, seen, progress)
-                loop = PipelineLoop(self, job, denoiser, (positive, negative), after)
+                loop = PipelineLoop(self, denoiser, (positive, negative), after)
                 result = loop(noise.to(denoiser.device), num_inference_steps)
             decode = output_type != "latent"
-            frames: Any = as_output(decode_videos(self._parts, result, job), output_type or "np") if decode else result
+            frames: Any = as_output(decode_videos(self._parts, result, plan), output_type or "np") if decode else result
         return WanPipelineOutput(frames) if return_dict else (frames,)
 
     def __getattr__(self, name: str) -> Any:

@@ -10,11 +10,13 @@ from typing import TypeVar
 
 import torch
 
-from wanduet.engine.job import Planned, Video
 from wanduet.errors import KernelFailedError, OutOfMemoryError
 from wanduet.footprint.phases import ModelMemory
 from wanduet.models.vae.rows import DecodePlan
+from wanduet.planning.plan import Plan, VAEPlan
 from wanduet.planning.planner import LATER_JOBS_SHARE
+from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import RunContext
 from wanduet.runtime.denoiser import Denoiser
 from wanduet.runtime.release import release_memory
 
@@ -31,11 +33,11 @@ class DenoiseLadder:
     """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. Where a kernel fails, its
     plain form takes over. No step is lost."""
 
-    def __init__(self, work: Planned, denoiser: Denoiser) -> None:
-        self._work, self._denoiser = work, denoiser
+    def __init__(self, context: RunContext, denoiser: Denoiser) -> None:
+        self._context, self._denoiser = context, denoiser
         # Not a method's generator: that would refer to this object, and the model's memory would wait for Python's
         # collection of such circles.
-        self._remaining = _smaller_denoises(work, denoiser)
+        self._remaining = _smaller_denoises(context, denoiser)
 
     def __call__(self, forward: Callable[[], Result]) -> Result:
         """The forward's result. Raises OutOfMemoryError when nothing smaller is left, CancelledError before it is tried."""
@@ -47,26 +49,26 @@ class DenoiseLadder:
             except torch.OutOfMemoryError as error:
                 failed, problem = None, str(error).split(". ")[0]
             if failed is not None:
-                self._work.check_cancelled()
+                self._context.check_cancelled()
                 log.warning("%s Going on with its plain form.", failed.message)
-                self._work.note(f"denoise: plain {failed.operation} ({failed.reason})")
+                self._context.note(f"denoise: plain {failed.operation} ({failed.reason})")
                 self._denoiser.without_kernel(failed.operation)
                 continue
             # Outside the handler: its traceback holds the failed forward's tensors.
             release_memory()
-            self._work.check_cancelled()
+            self._context.check_cancelled()
             smaller = next(self._remaining, None)
-            self._work.check_cancelled()  # it may have waited
+            self._context.check_cancelled()  # it may have waited
             if smaller is None:
                 raise OutOfMemoryError(
                     f"The denoise ran out of memory on {self._denoiser.device} in its smallest form ({problem}).",
                     hint="Use fewer frames or a smaller size; `wanduet plan` says what fits.",
                 )
             log.warning("Out of memory while denoising (%s); going on with %s.", problem, smaller)
-            self._work.note(f"denoise: {smaller}")
+            self._context.note(f"denoise: {smaller}")
 
 
-def _smaller_denoises(work: Planned, denoiser: Denoiser) -> Iterator[str]:
+def _smaller_denoises(context: RunContext, denoiser: Denoiser) -> Iterator[str]:
     """Each is put in place when it is asked for."""
     yield "emptied cache"
     transformer = denoiser.transformer
@@ -78,38 +80,37 @@ def _smaller_denoises(work: Planned, denoiser: Denoiser) -> Iterator[str]:
         if denoiser.device.type != "cpu" and resident < denoiser.resident_blocks:
             denoiser.restream(resident)
             yield f"{resident} of {layers} blocks on the device"
-    work.wait(WAIT_SECONDS)
+    context.wait(WAIT_SECONDS)
     yield f"waited {WAIT_SECONDS:g} s"
 
 
-def decode_modes(work: Planned) -> Iterator[tuple[str, DecodePlan]]:
+def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, DecodePlan]]:
     """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
-    plan = work.plan
-    yield plan.vae.device, plan.vae.tiling
-    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.vae.tiling)]
+    yield plan.device, plan.tiling
+    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.tiling)]
     for mode in smaller:
-        yield plan.vae.device, mode
-    if plan.vae.device != "cpu":
-        work.wait(WAIT_SECONDS)
-        yield plan.vae.device, SMALLER_DECODES[-1]
+        yield plan.device, mode
+    if plan.device != "cpu":
+        context.wait(WAIT_SECONDS)
+        yield plan.device, SMALLER_DECODES[-1]
         yield "cpu", DecodePlan("strip", 8)
 
 
-def reserve_decode(video: Video, memory: ModelMemory) -> None:
+def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, context: RunContext) -> Plan:
     """Make sure, before the denoise, that the decode will have its memory: take it once, and keep it in the
-    allocator's cache, out of other programs' reach. Where it cannot be had, the video's plan gets a smaller decode.
+    allocator's cache, out of other programs' reach.
+
+    Returns the plan, with a smaller decode where that memory cannot be had.
     """
-    plan = video.plan
     device = torch.device(plan.vae.device)
     taking_turns = plan.transformer.device == plan.vae.device and not plan.both_resident
     if device.type != "cuda" or taking_turns:  # the decode's room is the transformer's until then
-        return
-    r = video.request
-    size = (r.generated_height, r.generated_width, r.num_frames)
-    for name, mode in decode_modes(video):
-        video.check_cancelled()
+        return plan
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    for name, mode in decode_modes(plan.vae, context):
+        context.check_cancelled()
         if name == "cpu":
-            return  # the decode's own ladder will end there if nothing changes
+            break  # the decode's own ladder will end there if nothing changes
         # With the VAE, which is loaded into it at the first job, and never more than planned: at later jobs the VAE and the
         # libraries' workspaces are there already.
         planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.prediction.devices if one.name == name)
@@ -123,9 +124,10 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
             release_memory()
             continue
         if mode != plan.vae.tiling:
-            video.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
-            video.plan = replace(plan, vae=replace(plan.vae, tiling=mode))
-        return
+            context.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
+            return replace(plan, vae=replace(plan.vae, tiling=mode))
+        break
+    return plan
 
 
 def _allocated_bytes(device: torch.device) -> int:

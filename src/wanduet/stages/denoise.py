@@ -16,7 +16,6 @@ from torch import Tensor
 
 from wanduet.distributed.collectives import take_from_first, told
 from wanduet.distributed.mesh import Mesh
-from wanduet.engine.job import Event, Video
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.family.specs import ModelSpec
 from wanduet.kernels.attention.backends import sdpa
@@ -25,12 +24,14 @@ from wanduet.media.embeddings import PromptEmbeds
 from wanduet.models.dit.model import TextContext
 from wanduet.models.text.umt5 import pad_embeddings
 from wanduet.request import ResolvedRequest
+from wanduet.runtime.context import Event, RunContext
 from wanduet.runtime.denoiser import Denoiser
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import OnStep, StepInfo, Watch, denoise
 from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, make_sampler
+from wanduet.stages.record import VideoRecord
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,10 @@ class DenoiseTask:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a denoise runs; `video` is the record of how it was made."""
+    """Where a denoise runs; `record` says how the video was made."""
 
-    video: Video
-    emit: Callable[[Event], None]
-    should_cancel: Callable[[], bool]
+    record: VideoRecord
+    context: RunContext
     on_step: OnStep | None = None
     watch: Watch | None = None
     forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may make the work smaller, and run it again
@@ -111,7 +111,7 @@ class Denoising:
             problem = error
         # Outside the handler: its traceback holds the failed run's tensors.
         log.warning("%s Retrying with plain kernels.", problem.message)
-        self.around.video.note(f"denoise: plain kernels after NaN at step {problem.step + 1}")
+        self.around.record.note(f"denoise: plain kernels after NaN at step {problem.step + 1}")
         return self._run()[0].float().cpu()
 
     def _run(self) -> Tensor:
@@ -125,14 +125,14 @@ class Denoising:
             log.info("Going on after step %d of %d.", start, request.num_inference_steps)
         self._saved_at = time.perf_counter()
         self._last = None
-        self.around.emit(Event("denoise", start, request.num_inference_steps, self.task.index))
+        self.around.context.emit(Event("denoise", start, request.num_inference_steps, self.task.index))
         try:
             return denoise(
                 self._velocity(),
                 latents,
                 sampler,
                 on_step=lambda info: self._on_step(info, sampler, start),
-                should_cancel=self.around.should_cancel,
+                should_cancel=self.around.context.should_cancel,
                 start_step=start,
             )
         except CancelledError:
@@ -148,7 +148,7 @@ class Denoising:
             saved = told(saved)[0]
         if saved is None:
             return None
-        video, record = self.around.video, saved.record
+        video, record = self.around.record, saved.record
         if record.get("changed") and saved.writer != self.task.writer:
             log.warning("A callback had changed the latents of the interrupted run: this one begins again.")
             return None
@@ -213,7 +213,7 @@ class Denoising:
             take_from_first(info.latents)
         done, now = info.step + 1, time.perf_counter()
         left = info.seconds / (done - start) * (info.num_steps - done)
-        self.around.emit(Event("denoise", done, info.num_steps, self.task.index, seconds_left=left))
+        self.around.context.emit(Event("denoise", done, info.num_steps, self.task.index, seconds_left=left))
         if self.around.watch is not None:
             self.around.watch(info)
         replaced = self._call_back(info)
@@ -234,7 +234,7 @@ class Denoising:
         if replaced is None and info.latents._version != before:
             replaced = info.latents
         if replaced is not None:
-            self.around.video.changed = True
+            self.around.record.changed = True
         return replaced
 
     def _keep_last(self, sampler: Sampler) -> None:
@@ -246,7 +246,7 @@ class Denoising:
         """A checkpoint; a disk that cannot take it costs the checkpoint, not the job."""
         if not self.around.keeps_checkpoints:
             return
-        video = self.around.video
+        video = self.around.record
         record = {
             "rungs": video.rungs,
             "changed": video.changed,

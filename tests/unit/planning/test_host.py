@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from wanduet.runtime import host
+from wanduet.planning import host
 
 GIB = 2**30
 

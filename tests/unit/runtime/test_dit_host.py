@@ -11,33 +11,46 @@ from typing import Any
 import pytest
 import torch
 
-from wanduet.engine import preload as module
-from wanduet.engine.preload import preload
 from wanduet.errors import WeightsError
+from wanduet.runtime import dit_host as module
+from wanduet.runtime import vae_host
+from wanduet.runtime.context import RunContext
+from wanduet.runtime.dit_host import TransformerHost
 from wanduet.runtime.gil import SECONDS, SHORT_TURNS, ShortTurns
+from wanduet.runtime.leases import Locks
 
 DENOISER = SimpleNamespace(device=torch.device("cpu"))
 
 
-class Recorder:
-    """Models that only say what is asked of them."""
+REQUEST: Any = SimpleNamespace(sampler="unipc", flow_shift=3.0, generated_height=480, generated_width=832)
+PLAN: Any = SimpleNamespace(transformer=None, vae=None, both_resident=False)
+
+
+class Recorder(TransformerHost):
+    """A host that only writes down what is asked of it."""
 
     def __init__(self) -> None:
+        config = SimpleNamespace(attention="auto", data_folder=Path("nowhere"))
+        vae = SimpleNamespace(prepare=lambda *_, may_run: self.seen.append("vae"))
+        super().__init__(SimpleNamespace(config=config), None, vae)  # type: ignore[arg-type]
         self.seen: list[str] = []
-        self.config = SimpleNamespace(attention="auto", data_folder=Path("nowhere"))
+        self.cancelled = False
         self.may_load = threading.Event()
         self.problem: Exception | None = None
 
-    def load_denoiser(self, job: Any) -> Any:
+    def load(self, plan: Any, context: Any) -> Any:
         self.may_load.wait(10)
         self.seen.append("load")
         if self.problem:
             raise self.problem
         return DENOISER
 
-    def fit_to(self, denoiser: Any, job: Any) -> None:
+    def fit_to(self, denoiser: Any, plan: Any, request: Any) -> None:
         self.seen.append(f"fit, turns of {sys.getswitchinterval():.4f} s")
         raise RuntimeError("comes again at the job's turn")
+
+    def start(self, pool: ThreadPoolExecutor) -> Any:
+        return self._start(PLAN, REQUEST, RunContext(should_cancel=lambda: self.cancelled))(pool)
 
 
 @pytest.fixture
@@ -49,13 +62,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     monkeypatch.setattr(module, "import_backends", note("import"))
     monkeypatch.setattr(module, "make_sampler", note("sampler"))
-    monkeypatch.setattr(module, "_prepare_vae_kernels", note("vae"))
     return models
-
-
-@pytest.fixture
-def job() -> Any:
-    return SimpleNamespace(request=SimpleNamespace(sampler="unipc", flow_shift=3.0), cancelled=False)
 
 
 @pytest.fixture
@@ -64,9 +71,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def test_imports_come_after_the_loading(models: Recorder, job: Any, pool: ThreadPoolExecutor) -> None:
+def test_imports_come_after_the_loading(models: Recorder, pool: ThreadPoolExecutor) -> None:
     before = sys.getswitchinterval()
-    fitted = preload(models, job, pool)
+    fitted = models.start(pool)
     assert models.seen == []
     models.may_load.set()
     assert fitted.result(10) is DENOISER  # though setting it up failed
@@ -77,31 +84,29 @@ def test_imports_come_after_the_loading(models: Recorder, job: Any, pool: Thread
     assert sys.getswitchinterval() == before
 
 
-def test_a_failed_loading_is_told_and_the_turns_are_put_back(
-    models: Recorder, job: Any, pool: ThreadPoolExecutor
-) -> None:
+def test_a_failed_loading_is_told_and_the_turns_are_put_back(models: Recorder, pool: ThreadPoolExecutor) -> None:
     before = sys.getswitchinterval()
     models.problem = WeightsError("damaged")
     models.may_load.set()
     with pytest.raises(WeightsError, match="damaged"):
-        preload(models, job, pool).result(10)
+        models.start(pool).result(10)
     pool.shutdown()
     assert "import" not in models.seen
     assert sys.getswitchinterval() == before
 
 
 def test_a_sampler_that_cannot_be_made_does_not_keep_the_decode_from_being_made_ready(
-    models: Recorder, job: Any, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    models: Recorder, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "make_sampler", lambda *_: 1 / 0)
     models.may_load.set()
-    preload(models, job, pool)
+    models.start(pool)
     pool.shutdown()
     assert models.seen[-1] == "vae"
 
 
 def test_a_cancelled_job_does_not_wait_for_libraries_that_are_imported(
-    models: Recorder, job: Any, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    models: Recorder, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -112,9 +117,9 @@ def test_a_cancelled_job_does_not_wait_for_libraries_that_are_imported(
 
     monkeypatch.setattr(module, "make_sampler", imports)
     models.may_load.set()
-    preload(models, job, pool)
+    models.start(pool)
     assert begun.wait(30.0)
-    job.cancelled = True
+    models.cancelled = True
     pool.shutdown()
     assert not ended.is_set()
     may_end.set()
@@ -154,23 +159,21 @@ def test_a_program_s_own_setting_of_meanwhile_is_kept() -> None:
         sys.setswitchinterval(before)
 
 
-def test_turns_end_also_where_nothing_could_begin(models: Recorder, job: Any) -> None:
+def test_turns_end_also_where_nothing_could_begin(models: Recorder) -> None:
     before, closed = sys.getswitchinterval(), ThreadPoolExecutor(2)
     closed.shutdown()
     with pytest.raises(RuntimeError):
-        preload(models, job, closed)
+        models.start(closed)
     assert sys.getswitchinterval() == before
 
 
-def test_tiles_that_are_remembered_are_compiled_and_none_is_measured_beside_the_denoise(monkeypatch, job) -> None:
+def test_tiles_that_are_remembered_are_compiled_and_none_is_measured_beside_the_denoise(monkeypatch) -> None:
     seen: list[object] = []
-    plan = SimpleNamespace(vae_device="cuda:0", vae_dtype="float32", tf32=True, decode="in any order", keep_both=False)
-    job.plan, job.request.generated_height, job.request.generated_width = plan, 480, 832
-    models = SimpleNamespace(
-        choose_tiles=lambda *args, may_measure: seen.append((*args, may_measure)),
-        spec=SimpleNamespace(vae=None),
-    )
-    monkeypatch.setattr(module, "vae_kernels_to_compile", lambda *_: "kernels")
-    monkeypatch.setattr(module, "compile_decode", lambda *_: seen.append("compile"))
-    module._prepare_vae_kernels(models, job)
+    checkpoint: Any = SimpleNamespace(spec=SimpleNamespace(vae=None))
+    host = vae_host.VAEHost(checkpoint, Locks())
+    plan: Any = SimpleNamespace(device="cuda:0", dtype="float32", tf32=True, tiling="any")
+    monkeypatch.setattr(host, "choose_tiles", lambda *args, may_measure: seen.append((*args, may_measure)))
+    monkeypatch.setattr(vae_host, "vae_kernels_to_compile", lambda *_: "kernels")
+    monkeypatch.setattr(vae_host, "compile_decode", lambda *_: seen.append("compile"))
+    host.prepare(plan, REQUEST, may_run=False)
     assert seen == [(torch.device("cuda", 0), torch.float32, False), "compile"]

@@ -1,0 +1,105 @@
+"""A model's checkpoint as an engine sees it: settings, where the weights are, their shapes, whether they are whole."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wanduet.config import EngineConfig
+from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.footprint.phases import ModelMemory
+from wanduet.kernels.device import MEMORY_LIMITS, prepare_allocator
+from wanduet.kernels.verdicts import read_verdicts, write_verdicts
+from wanduet.meta.init import without_memory
+from wanduet.models.dit.model import WanTransformer
+from wanduet.models.vae.model import WanVAE
+from wanduet.runtime.context import Event, RunContext
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import open_model, verify_manifest
+
+MIB = 2**20
+
+
+class ModelCheckpoint:
+    """What an engine's configuration names; reads configs and headers only, and these when they are asked for."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        read_verdicts(self.measurements)
+
+    @property
+    def measurements(self) -> Path:
+        """The folder for what was measured of this machine."""
+        return self.config.data_folder / "measurements"
+
+    @cached_property
+    def folder(self) -> ModelFolder | None:
+        """Where the weights are; None for random ones. Raises ModelNotFoundError."""
+        if self.config.model in RANDOM_SPECS:
+            return None
+        return open_model(self.config.model, self.config.revision, remember=self._verified)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's shapes and defaults."""
+        return RANDOM_SPECS[self.config.model] if self.folder is None else self.folder.spec
+
+    @cached_property
+    def memory(self) -> ModelMemory:
+        """What the planner computes with: the tensors' shapes. The files' headers are checked against them.
+
+        Raises WeightsError, before a job has done any work, for files that do not fit their configs.
+        """
+        with without_memory():
+            modules: tuple[nn.Module, ...] = (WanTransformer(self.spec.transformer), WanVAE(self.spec.vae))
+        shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in modules]
+        if self.folder is not None:
+            self.folder.transformer.check(shapes[0])
+            self.folder.vae.check(shapes[1])
+        return ModelMemory(self.spec, *shapes)
+
+    @property
+    def about(self) -> dict[str, str | None]:
+        """Name, weights' hash and revision, for provenance."""
+        folder = self.folder
+        if folder is None:
+            return {"name": self.config.model, "hash": None, "revision": None}
+        return {"name": folder.name, "hash": folder.fingerprint, "revision": folder.revision}
+
+    def verify(self, context: RunContext | None = None) -> None:
+        """Hash the weights that were not hashed on this machine before; a job shows how far that is.
+
+        Raises WeightsError, or CancelledError if the job is cancelled meanwhile.
+        """
+        if self.folder is None:
+            return
+        if context is None:
+            verify_manifest(self.folder, self._verified)
+            return
+
+        def show(done: int, total: int) -> None:
+            context.check_cancelled()
+            context.emit(Event("verify", done // MIB, total // MIB))
+
+        with context.timed("verify_s"):
+            verify_manifest(self.folder, self._verified, (), show)
+
+    def keep_verdicts(self) -> None:
+        """Keep what was seen of kernels for plans and processes to come."""
+        if torch.cuda.is_available():
+            write_verdicts(self.measurements)
+
+    def limit_memory(self, device: torch.device) -> None:
+        """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the work is made smaller."""
+        prepare_allocator(device)
+        if device.type == "cuda":
+            MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
+
+    def close(self) -> None:
+        """Put the allocator's limits back."""
+        MEMORY_LIMITS.let_go(self)
+
+    @property
+    def _verified(self) -> Path:
+        return self.config.data_folder / "verified.json"

@@ -1,0 +1,217 @@
+"""The transformer on its device: loaded once, kept between jobs, its blocks moved away and back, set up for each job."""
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from threading import Event
+
+import torch
+
+from wanduet.accelerate.host_memory import HostMemory
+from wanduet.accelerate.offload import allocate_streamed, stream_blocks
+from wanduet.accelerate.packing import allocate_packed
+from wanduet.errors import CancelledError, OutOfMemoryError
+from wanduet.kernels.attention.backends import import_backends
+from wanduet.kernels.attention.choose import Shape, choose_attention
+from wanduet.kernels.device import on_device_of
+from wanduet.kernels.select import guarded, kernels_for
+from wanduet.meta.init import without_memory
+from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.planning.plan import Plan, TransformerPlan
+from wanduet.request import ResolvedRequest
+from wanduet.runtime import selftest
+from wanduet.runtime.checkpoint import ModelCheckpoint
+from wanduet.runtime.context import RunContext
+from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.gil import SHORT_TURNS, finish_unless
+from wanduet.runtime.leases import Locks
+from wanduet.runtime.loading import Loading, Start, Targets
+from wanduet.runtime.random_weights import randomise
+from wanduet.runtime.release import release_memory, release_models
+from wanduet.runtime.vae_host import VAEHost
+from wanduet.sampling.samplers import make_sampler
+
+log = logging.getLogger(__name__)
+
+
+class TransformerHost:
+    """Holds the transformer. Methods may be called from any thread.
+
+    The first load makes ready, in a thread beside it, what else a first job needs; what fails there is done again, and
+    fails, where it is needed.
+    """
+
+    def __init__(self, checkpoint: ModelCheckpoint, locks: Locks, vae: VAEHost) -> None:
+        self._checkpoint, self._locks, self._vae = checkpoint, locks, vae
+        self._loading = Loading()
+
+    @property
+    def loaded(self) -> Denoiser | None:
+        """The transformer, if it is loaded."""
+        return self._loading.loaded
+
+    def preload(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> None:
+        """Start to load the transformer, and all that its first step needs, while the text is encoded."""
+        self._loading.begin(self._start(plan, request, context), context.id)
+
+    @contextmanager
+    def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[Denoiser]:
+        """The transformer, on its device for the length of the block, set up for the request's shapes.
+
+        Raises WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
+        """
+        device = torch.device(plan.transformer.device)
+        with self._locks.take(plan.transformer.device), on_device_of(device):
+            began = time.perf_counter()
+            if not plan.both_resident:  # first: there may be no room for its blocks beside the VAE
+                self._vae.evict(device)
+            denoiser = self._loaded(plan, request, context)
+            self.fit_to(denoiser, plan.transformer, request)
+            if denoiser.fitted_at > began:  # in this job's time
+                context.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
+            yield denoiser
+
+    def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Denoiser:
+        start, wanted = self._start(plan, request, context), plan.transformer
+        kind = torch.device(wanted.device), getattr(torch, wanted.dtype)
+        while ((have := self._loading.wait(start, context)).device, have.dtype) != kind:
+            del have  # it was loaded for another job, which wanted it otherwise
+            self._loading.drop()
+        have.memory.keep_copies(not plan.both_resident)
+        if have.resident_blocks != wanted.resident_blocks:
+            have.restream(wanted.resident_blocks)
+        return have
+
+    def evict(self, device: str) -> None:
+        """Take the transformer's blocks off a device; the next `use` brings them back."""
+        with self._locks.take(device):
+            have = self._loading.loaded
+            if have is not None and have.device == torch.device(device) and have.device.type != "cpu":
+                have.park()
+            release_memory()
+
+    def fit_to(self, denoiser: Denoiser, plan: TransformerPlan, request: ResolvedRequest) -> None:
+        """Kernels and attention for the request's length of sequence."""
+        checkpoint, t = self._checkpoint, self._checkpoint.spec.transformer
+        tokens = checkpoint.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
+        heads = (t.num_attention_heads, t.attention_head_dim)
+        shape = Shape(tokens, tokens, *heads)
+        if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
+            kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
+            checkpoint.keep_verdicts()
+            wish = checkpoint.config.attention
+            choice = choose_attention(denoiser.device, shape, denoiser.dtype, wish, checkpoint.measurements)
+            denoiser.chosen = (shape, kernels, choice)
+            denoiser.fitted_at = time.perf_counter()
+        _, kernels, choice = denoiser.chosen
+        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=plan.share_first)
+        denoiser.attend_with(choice)
+
+    def stop_loading(self) -> None:
+        """Let a load under way end as soon as it can; what waits for it fails with CancelledError. `unload` follows."""
+        self._loading.stop()
+
+    def unload(self) -> None:
+        """Give its memory back; nobody may use it meanwhile."""
+        self._loading.close()
+
+    # One load.
+
+    def _start(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Start:
+        """How a load is started; it comes to the transformer, set up for the job.
+
+        Imports come after the loading: most of what they do keeps the interpreter to itself.
+        """
+
+        def start(pool: ThreadPoolExecutor) -> Future[Denoiser]:
+            loaded = pool.submit(self.load, plan.transformer, context)
+            fitted = pool.submit(self._fit, loaded, plan.transformer, request)
+            # Not the futures: they hold the transformer, and the rest may take half a minute.
+            is_loaded, is_fitted = Event(), Event()
+            loaded.add_done_callback(lambda _: is_loaded.set())
+            fitted.add_done_callback(lambda _: is_fitted.set())
+            rest = pool.submit(self._prepare_rest, plan, request, context, (is_loaded, is_fitted))
+            SHORT_TURNS.begin()
+            rest.add_done_callback(lambda _: SHORT_TURNS.end())  # also if the engine is closed before it begins
+            return fitted
+
+        return start
+
+    @torch.no_grad()
+    def load(self, plan: TransformerPlan, context: RunContext) -> Denoiser:
+        """The transformer as a plan wants it, not yet set up for a request's shapes.
+
+        Raises WeightsError, OutOfMemoryError, or CancelledError if the engine is closed meanwhile.
+        """
+        began = time.perf_counter()
+        try:
+            denoiser = self._read(plan)
+        except torch.OutOfMemoryError as error:
+            problem = str(error).split(". ")[0]
+        else:
+            context.add_time("load_s", time.perf_counter() - began)
+            return denoiser
+        release_models()  # outside the handler, whose traceback holds what was loaded
+        raise OutOfMemoryError(
+            f"The transformer's weights found too little memory on {plan.device} ({problem}).",
+            hint="Other programs may use it: see nvidia-smi, free it or set --vram-limit, and try again.",
+        )
+
+    def _read(self, plan: TransformerPlan) -> Denoiser:
+        checkpoint, spec = self._checkpoint, self._checkpoint.spec
+        device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
+        checkpoint.limit_memory(device)
+        resident, memory = plan.resident_blocks, self._host_memory(plan)
+        with without_memory():
+            transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
+        if resident == spec.transformer.num_layers:
+            allocate_packed(transformer, device, dtype)
+        else:
+            allocate_streamed(transformer, device, dtype, resident, memory)
+        parameters = dict(transformer.named_parameters())
+        if checkpoint.folder is None:
+            randomise(parameters)
+        else:
+            checkpoint.verify()
+            checkpoint.folder.transformer.load_into(Targets(parameters, self._check_open))
+        if resident < spec.transformer.num_layers:
+            stream_blocks(transformer, device, resident, memory)
+        if checkpoint.folder is not None:
+            self._check_open()
+            selftest.check_transformer(transformer, spec.text_len)
+        return Denoiser(transformer, device, dtype, resident, memory)
+
+    def _host_memory(self, plan: TransformerPlan) -> HostMemory:
+        """Where blocks wait that are not on the device."""
+        if torch.device(plan.device).type != "cuda":
+            return HostMemory("plain")
+        return HostMemory(plan.offload_memory, self._checkpoint.config.data_folder / "blocks")
+
+    def _check_open(self) -> None:
+        if self._loading.stopped.is_set():
+            raise CancelledError("The engine was closed while it loaded.")
+
+    def _fit(self, loaded: Future[Denoiser], plan: TransformerPlan, request: ResolvedRequest) -> Denoiser:
+        denoiser, config = loaded.result(), self._checkpoint.config
+        import_backends(denoiser.device, config.attention, config.data_folder / "kernels")
+        with on_device_of(denoiser.device), suppress(Exception):
+            self.fit_to(denoiser, plan, request)
+        return denoiser
+
+    def _prepare_rest(
+        self, plan: Plan, request: ResolvedRequest, context: RunContext, steps: tuple[Event, Event]
+    ) -> None:
+        """What the first step and the decode need beside the transformer, after it is loaded and after it is fitted."""
+        is_loaded, is_fitted = steps
+        try:
+            is_loaded.wait()
+            imports = partial(make_sampler, request.sampler, request.flow_shift, 1, torch.device("cpu"))
+            finish_unless(context.should_cancel, imports)
+            is_fitted.wait()  # which measures what attention takes
+            if not context.should_cancel():
+                self._vae.prepare(plan.vae, request, may_run=plan.both_resident)
+        except Exception as error:
+            log.info("The decode's kernels could not be made ready beforehand: %s", error)

@@ -1,0 +1,87 @@
+"""All models of one engine, each in a host of its own, and who may use which device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from wanduet.config import EngineConfig
+from wanduet.family.specs import ModelSpec
+from wanduet.footprint.phases import ModelMemory
+from wanduet.kernels.device import on_device_of
+from wanduet.models.vae.model import WanVAE
+from wanduet.planning.plan import Plan, TextPlan
+from wanduet.runtime.checkpoint import ModelCheckpoint
+from wanduet.runtime.context import RunContext
+from wanduet.runtime.dit_host import TransformerHost
+from wanduet.runtime.leases import VAE, Locks
+from wanduet.runtime.peaks import PEAKS
+from wanduet.runtime.release import release_models
+from wanduet.runtime.text_host import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
+from wanduet.runtime.vae_host import VAEHost
+from wanduet.weights.diffusers import ModelFolder
+
+
+class Models:
+    """A checkpoint, and the hosts of its models. Methods may be called from any thread, but for `unload`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads nothing."""
+        self.config = config
+        self.checkpoint = ModelCheckpoint(config)
+        self.locks = Locks()
+        self.peaks = PEAKS
+        # The hosts refer to the checkpoint and not to this object: a circle would keep memory until Python collects it.
+        self.vae = VAEHost(self.checkpoint, self.locks)
+        self.transformer = TransformerHost(self.checkpoint, self.locks, self.vae)
+        self._text: tuple[TextPlan, PromptEncoder] | None = None
+
+    @property
+    def folder(self) -> ModelFolder | None:
+        """Where the weights are; None for random ones. Raises ModelNotFoundError."""
+        return self.checkpoint.folder
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shapes and defaults."""
+        return self.checkpoint.spec
+
+    @property
+    def memory(self) -> ModelMemory:
+        """See `ModelCheckpoint.memory`."""
+        return self.checkpoint.memory
+
+    @property
+    def about(self) -> dict[str, str | None]:
+        """Name, weights' hash and revision, for provenance."""
+        return self.checkpoint.about
+
+    @contextmanager
+    def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:
+        """The VAE, on a device for the length of the block, without the transformer's blocks where the plan has them swap."""
+        with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
+            if not plan.both_resident:
+                self.transformer.evict(device)
+            with self.vae.use(device, plan.vae.dtype, context) as vae:
+                yield vae
+
+    def text(self, plan: TextPlan) -> PromptEncoder:
+        """The prompt encoder."""
+        if self._text is None or self._text[0] != plan:
+            if self.folder is None:
+                encoder: PromptEncoder = RandomPromptEncoder(self.spec)
+            else:
+                cache = self.config.data_folder / "embeddings" if self.config.cache_embeddings else None
+                encoder = CachedPromptEncoder(self.folder, plan.dtype, plan.residency, cache)
+            self._text = (plan, encoder)
+        return self._text[1]
+
+    def unload(self) -> None:
+        """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
+        self._text = None
+        for host in (self.transformer, self.vae):
+            with suppress(RuntimeError):  # a device that has failed says so at every call
+                host.unload()
+        with suppress(RuntimeError):
+            release_models()
+        self.checkpoint.close()

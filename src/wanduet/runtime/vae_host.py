@@ -1,0 +1,137 @@
+"""The VAE's decoder on its device: loaded once, moved where a plan wants it, set up with that device's kernels."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from wanduet.kernels.device import on_device_of
+from wanduet.kernels.select import guarded, vae_kernels_for, vae_kernels_to_compile, without
+from wanduet.kernels.vae.choose import choose_tiles
+from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
+from wanduet.meta.init import without_memory
+from wanduet.models.vae.history_size import compile_decode
+from wanduet.models.vae.model import WanVAE
+from wanduet.planning.plan import VAEPlan
+from wanduet.request import ResolvedRequest
+from wanduet.runtime import selftest
+from wanduet.runtime.checkpoint import ModelCheckpoint
+from wanduet.runtime.context import NO_JOB, RunContext
+from wanduet.runtime.leases import PLACE, VAE, Locks
+from wanduet.runtime.random_weights import randomise
+from wanduet.runtime.release import drop_memory, release_memory
+
+
+class VAEHost:
+    """Holds the VAE. Methods may be called from any thread, but for `unload`."""
+
+    def __init__(self, checkpoint: ModelCheckpoint, locks: Locks) -> None:
+        self._checkpoint, self._locks = checkpoint, locks
+        self._vae: WanVAE | None = None
+
+    @property
+    def loaded(self) -> WanVAE | None:
+        """The VAE, if it is loaded."""
+        return self._vae
+
+    @contextmanager
+    def use(self, device: str, dtype: str, context: RunContext) -> Iterator[WanVAE]:
+        """The VAE, on a device for the length of the block; nobody else has it or that device meanwhile."""
+        with self._locks.take(VAE), self._locks.take(device), on_device_of(torch.device(device)):
+            yield self.load(device, dtype, context)
+
+    def load(self, device: str, dtype: str, context: RunContext = NO_JOB) -> WanVAE:
+        """The VAE's decoder on a device, loaded or moved there."""
+        with self._locks.take(PLACE):
+            return self._load(torch.device(device), getattr(torch, dtype), context)
+
+    def _load(self, device: torch.device, dtype: torch.dtype, context: RunContext) -> WanVAE:
+        if self._vae is None:
+            began = time.perf_counter()
+            self._vae = self._read(device, dtype)
+            loaded = time.perf_counter()
+            self._fit_to(device, dtype)
+            context.add_time("load_s", loaded - began)
+            context.add_time("prepare_s", time.perf_counter() - loaded)
+        moved = self._vae.post_quant_conv.weight.device != device
+        for part in self._vae.decoding_parts:
+            part.to(device, dtype)
+        if moved:  # also to the CPU, where a GPU's kernels must not follow
+            self._fit_to(device, dtype)
+        return self._vae
+
+    def _read(self, device: torch.device, dtype: torch.dtype) -> WanVAE:
+        checkpoint = self._checkpoint
+        with without_memory():
+            vae = WanVAE(checkpoint.spec.vae).eval().requires_grad_(False)
+        vae.tf32 = checkpoint.config.tf32
+        checkpoint.limit_memory(device)
+        for part in vae.decoding_parts:  # the encoder stays without memory
+            part.to(dtype).to_empty(device=device)
+        parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
+        if checkpoint.folder is None:
+            randomise(parameters)
+        else:
+            checkpoint.verify()
+            rest = [name for name, _ in vae.named_parameters() if not vae.decodes(name)]
+            checkpoint.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
+            selftest.check_vae(vae)
+        return vae
+
+    def _fit_to(self, device: torch.device, dtype: torch.dtype) -> None:
+        assert self._vae is not None
+        config, spec = self._checkpoint.config, self._checkpoint.spec.vae
+        if device.type == "cuda":
+            self._vae.channels_last()
+            if config.tf32:
+                self._vae.round_to_tf32()
+        kernels = vae_kernels_for(device, dtype, spec.base_dim, config.tf32)
+        if kernels.causal_conv is VAE_TRITON_KERNELS.causal_conv:
+            self.choose_tiles(device, dtype)
+        self._vae.use_kernels(guarded(kernels))
+        self._checkpoint.keep_verdicts()
+
+    def choose_tiles(self, device: torch.device, dtype: torch.dtype, may_measure: bool = True) -> None:
+        """Let the VAE's convolutions take the tiles that are fastest on a device. `may_measure`: nothing else runs there."""
+        spec, config = self._checkpoint.spec.vae, self._checkpoint.config
+        outputs = {spec.base_dim * factor for factor in spec.dim_mult}
+        choose_tiles(device, dtype, outputs, self._checkpoint.measurements, config.tf32, may_measure)
+
+    def prepare(self, plan: VAEPlan, request: ResolvedRequest, may_run: bool) -> None:
+        """Compile a decode's kernels, which takes half a minute at the first job on a machine, beside other work.
+
+        `may_run`: they may also be tried; else what they are tried on may find no room on the device.
+        """
+        device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
+        kernels = vae_kernels_to_compile(device, plan.tf32)
+        if kernels is None:
+            return
+        self.choose_tiles(device, dtype, may_measure=False)  # the denoise runs
+        spec, size = self._checkpoint.spec.vae, (request.generated_height, request.generated_width)
+        compile_decode(spec, *size, plan.tiling, dtype, kernels)
+        if may_run:
+            with on_device_of(device):
+                vae_kernels_for(device, dtype, spec.base_dim, plan.tf32)
+
+    def without_kernel(self, operation: str) -> None:
+        """Decode with an operation's plain form from now on."""
+        with self._locks.take(VAE):
+            if self._vae is not None:
+                device = self._vae.post_quant_conv.weight.device
+                self._vae.use_kernels(without(self._vae.kernels, operation, device))
+
+    def evict(self, device: torch.device) -> None:
+        """Move the VAE to the host if it is on a device, which this thread has locked: so nobody decodes there. On another
+        one it may be decoding, and stays."""
+        with self._locks.take(PLACE):
+            if self._vae is not None and self._vae.post_quant_conv.weight.device == device:
+                for part in self._vae.decoding_parts:
+                    part.to("cpu")
+                release_memory()
+
+    def unload(self) -> None:
+        """Give its memory back; nobody may use it meanwhile."""
+        vae, self._vae = self._vae, None
+        if vae is not None:
+            drop_memory(vae)
