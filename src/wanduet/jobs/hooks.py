@@ -71,7 +71,7 @@ def video_previews(path: Path) -> dict[str, bytes]:
 
 def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
     """Pictures of the video taking shape, at a path."""
-    from wanduet.jobs.previews import watch_job
+    from wanduet.previews.watch import watch_job
 
     return watch_job(engine.models, engine.config.data_folder, path, request)
 

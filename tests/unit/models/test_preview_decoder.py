@@ -12,8 +12,8 @@ from torch.nn.functional import conv2d, interpolate, pad, relu
 
 from wanduet.errors import WeightsError
 from wanduet.family.specs import WAN_1_3B, WAN_14B
-from wanduet.jobs.preview_decoders import doublings_for, find_decoder
 from wanduet.models.vae.preview_decoder import PreviewDecoder
+from wanduet.previews.decoders import doublings_for, find_decoder
 
 # The names and shapes in the decoder of a `taew2_1` file, as its author's and others' loaders need them.
 STAGES = ((256, 128, 3, 1), (128, 64, 9, 2), (64, 64, 15, 2))  # width, next width, first index, frames of one

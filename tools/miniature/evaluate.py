@@ -1,4 +1,4 @@
-"""Measure the miniature through the engine: `python -m wanduet.miniature.evaluate`.
+"""Measure the miniature through the engine: `python -m tools.miniature.evaluate`.
 
 Every prompt is of a combination that training never saw, made at the default settings into an MP4; the MP4's
 frames go to the detector, which looks at pixels only.
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from tools.miniature.detector import ATTRIBUTES, Seen, detect
+from tools.miniature.prompts import Described, describe
+from tools.miniature.world import held_out_combinations
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.media.read import read_frames
-from wanduet.miniature.detector import ATTRIBUTES, Seen, detect
-from wanduet.miniature.prompts import Described, describe
-from wanduet.miniature.world import held_out_combinations
 from wanduet.request import GenerationRequest
 
 

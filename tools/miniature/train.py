@@ -1,4 +1,4 @@
-"""Make the miniature again: `python -m wanduet.miniature.train --out FOLDER`. About ten minutes on one H100.
+"""Make the miniature again: `python -m tools.miniature.train --out FOLDER`. About ten minutes on one H100.
 
 Two stages, each with a wall-clock budget: the VAE learns to code clips of the world; then the transformer
 and the text encoder learn, together, to denoise the coded clips given their prompts. Held-out combinations
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.miniature import folder as files
-from wanduet.miniature import whole_clip
-from wanduet.miniature.prompts import prompts_of
-from wanduet.miniature.sample import encoder_of, evaluate_model, read_model
-from wanduet.miniature.training import Trainer
-from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
-from wanduet.miniature.world import render, sample_clips
+from tools.miniature import folder as files
+from tools.miniature import whole_clip
+from tools.miniature.prompts import prompts_of
+from tools.miniature.sample import encoder_of, evaluate_model, read_model
+from tools.miniature.training import Trainer
+from tools.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
+from tools.miniature.world import render, sample_clips
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 

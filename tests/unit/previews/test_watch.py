@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from tools.miniature.world import render, sample_clips
 from wanduet.family.specs import WAN_1_3B
-from wanduet.jobs.preview_decoders import DecodedPictures
-from wanduet.jobs.preview_maps import COLOURS_FILE, find_colours
-from wanduet.jobs.previews import Previews, foresee, moving_picture
 from wanduet.media.preview import LatentToRGB
-from wanduet.miniature.world import render, sample_clips
 from wanduet.models.vae.model import WanVAE
+from wanduet.previews.colour_maps import COLOURS_FILE, find_colours
+from wanduet.previews.decoders import DecodedPictures
+from wanduet.previews.watch import Previews, foresee, moving_picture
 from wanduet.request import GenerationRequest
 from wanduet.weights.hub import open_model
 
@@ -60,8 +60,8 @@ def bars() -> Tensor:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanduet.jobs.previews.SHORTEST_PAUSE", 0.0)
-    monkeypatch.setattr("wanduet.jobs.previews.SHARE", 1e9)
+    monkeypatch.setattr("wanduet.previews.watch.SHORTEST_PAUSE", 0.0)
+    monkeypatch.setattr("wanduet.previews.watch.SHARE", 1e9)
 
 
 @pytest.mark.usefixtures("no_pauses")

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.miniature import folder as files
+from tools.miniature.detector import ATTRIBUTES, detect
+from tools.miniature.prompts import describe
+from tools.miniature.world import held_out_combinations
 from wanduet.family.specs import TransformerSpec, VAESpec
-from wanduet.miniature import folder as files
-from wanduet.miniature.detector import ATTRIBUTES, detect
-from wanduet.miniature.prompts import describe
-from wanduet.miniature.world import held_out_combinations
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 

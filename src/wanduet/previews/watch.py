@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from wanduet.folders import make_folder, replace_file
-from wanduet.jobs.preview_decoders import DecodedPictures, find_decoder
-from wanduet.jobs.preview_maps import find_colours
 from wanduet.media.codecs import Frame
 from wanduet.media.preview import TEMPORAL_STRIDE, LatentToRGB, resize
+from wanduet.previews.colour_maps import find_colours
+from wanduet.previews.decoders import DecodedPictures, find_decoder
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from wanduet.miniature import scenes
-from wanduet.miniature.scenes import coverage
+from tools.miniature import scenes
+from tools.miniature.scenes import coverage
 
 COLORS = {
     "red": (225, 30, 30),

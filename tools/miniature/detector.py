@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wanduet.miniature.world import BACKGROUNDS, COLORS
+from tools.miniature.world import BACKGROUNDS, COLORS
 
 Frames = npt.NDArray[np.uint8]  # [T, H, W, 3]
 ATTRIBUTES = ("color", "shape", "motion", "background")
