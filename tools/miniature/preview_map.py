@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from tools.miniature.world import render, sample_clips
-from wanduet.media.preview import LatentToRGB
 from wanduet.models.vae.model import WanVAE
-from wanduet.previews.colour_maps import COLOURS_FILE, find_colours
+from wanduet.previews.colour_maps import COLOURS_FILE, LatentToRGB, find_colours
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import open_model
 from wanduet.weights.manifest import write_manifest

@@ -1,39 +1,17 @@
-"""Small pictures: latents seen through a linear map, and sheets of frames from a finished video.
-
-The map costs nothing beside a denoising step, so a page can show the video taking shape.
-"""
+"""Small pictures of a finished video: its middle frame, and a grid of evenly spaced frames."""
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from wanduet.media.codecs import Frame
 from wanduet.media.read import probe, read_frames
 
 ImageFormat = Literal["png", "webp", "jpeg"]
-TEMPORAL_STRIDE = 4  # frames for one latent frame, after the first
-
-
-@dataclass(frozen=True, slots=True)
-class LatentToRGB:
-    """A linear map from a latent pixel to its colour: `matrix [C, 3]`, `bias [3]`, colours in 0 to 1."""
-
-    matrix: Tensor
-    bias: Tensor
-
-    def __call__(self, latents: Tensor) -> Frame:
-        """Latents `[C, T, h, w]` to uint8 frames `[T, h, w, 3]`."""
-        matrix = self.matrix.to(latents.device, torch.float32)
-        colours = torch.einsum("cthw,cr->thwr", latents.float(), matrix) + self.bias.to(latents.device, torch.float32)
-        picture: Frame = colours.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return picture
 
 
 def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: int = 85) -> bytes:
