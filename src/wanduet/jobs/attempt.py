@@ -207,10 +207,10 @@ class Attempt:
         """Delete published files, except those of a commit that succeeded although the database reported an error."""
         with suppress(SQLAlchemyError):  # unknown what was committed: a later sweep, or the next attempt, deletes them
             try:
-                held = self._store.get(self._lease.job.id).files
+                committed = self._store.get(self._lease.job.id).files
             except UnknownJobError:
-                held = ()
-            self._store.files.remove(file.name for file in files if file not in held)
+                committed = ()
+            self._store.files.remove(file.name for file in files if file not in committed)
 
     def _publish_video(self, index: int, path: Path) -> list[OutputFile]:
         job_id, token = self._lease.job.id, self._lease.token
@@ -250,7 +250,7 @@ class Attempt:
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):
             kind, param = "invalid_request_error", error.field
-        reason = JobError(error.code, self._told(error), kind, param)
+        reason = JobError(error.code, self._public_message(error), kind, param)
         return self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
 
     def _disk_failed(self, error: OutputError) -> None:
@@ -271,10 +271,10 @@ class Attempt:
                 break
         if waited:
             return self._end(lambda: self._store.release(self._lease), "released: no room on the disk")
-        told = JobError(error.code, self._told(error))  # the disk has room, but not enough for this job
-        return self._end(lambda: self._store.retry(self._lease, told, self._settings.max_crashes), "no room for it")
+        reason = JobError(error.code, self._public_message(error))  # the disk has room, but not enough for this job
+        return self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "no room for it")
 
-    def _told(self, error: WanduetError) -> str:
+    def _public_message(self, error: WanduetError) -> str:
         return str(error).replace(str(self._store.files.folder), "the data folder")
 
     def _crashed(self, error: BaseException) -> None:
