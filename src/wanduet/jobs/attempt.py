@@ -271,8 +271,8 @@ class Attempt:
                 break
         if waited:
             return self._end(lambda: self._store.release(self._lease), "released: no room on the disk")
-        reason = JobError(error.code, self._public_message(error))  # the disk has room, but not enough for this job
-        return self._end(lambda: self._store.retry(self._lease, reason, self._settings.max_crashes), "no room for it")
+        failure = JobError(error.code, self._public_message(error))  # the disk has room, but not enough for this job
+        return self._end(lambda: self._store.retry(self._lease, failure, self._settings.max_crashes), "no room for it")
 
     def _public_message(self, error: WanduetError) -> str:
         return str(error).replace(str(self._store.files.folder), "the data folder")

@@ -315,8 +315,9 @@ class JobStore:
         return self._retention.expire()
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest finished jobs until published files fit into `max_bytes`. Deletes at most `retention.ROUND`;
-        returns how many.
+        """Delete the oldest finished jobs until published files fit into `max_bytes`, at most `retention.ROUND` jobs.
+
+        Returns how many.
         """
         return self._retention.trim(max_bytes)
 

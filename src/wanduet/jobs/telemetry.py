@@ -1,7 +1,7 @@
 """GPU memory of a worker, passed to the server's metrics through a small file beside the worker's lock.
 
-The engine is in the worker's process, the metrics in the server's. Values for a graph may be some seconds old or missing,
-so they are written without a transaction and without a sync, and errors are ignored.
+The engine is in the worker's process, the metrics in the server's. Values for a graph may be some seconds old or
+missing, so they are written without a transaction and without a sync, and errors are ignored.
 """
 
 import json

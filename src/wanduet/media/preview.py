@@ -15,7 +15,7 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 
 
 def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: int = 85) -> bytes:
-    """An RGB picture `[H, W, 3]` as a file's bytes; PNG is lossless and ignores the quality by its nature."""
+    """Encode an RGB picture `[H, W, 3]`. PNG is lossless and ignores `quality`."""
     buffer = io.BytesIO()
     options = {} if image_format == "png" else {"quality": quality}
     Image.fromarray(picture).save(buffer, image_format.upper(), **options)
@@ -23,7 +23,7 @@ def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: in
 
 
 def resize(picture: Frame, longest_side: int) -> Frame:
-    """A picture scaled so that its longer side is `longest_side`; never enlarged."""
+    """Scale a picture down until its longer side is at most `longest_side`; smaller ones are not enlarged."""
     height, width = picture.shape[:2]
     scale = min(1.0, longest_side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -31,7 +31,7 @@ def resize(picture: Frame, longest_side: int) -> Frame:
 
 
 def contact_sheet(pictures: Sequence[Frame], columns: int, gap: int = 0) -> Frame:
-    """Pictures of one size in rows of `columns`, black where there is none."""
+    """Arrange pictures of one size in rows of `columns`; gaps and missing ones are black."""
     if not pictures:
         raise ValueError("A sheet needs at least one picture.")
     height, width = pictures[0].shape[:2]
@@ -45,14 +45,14 @@ def contact_sheet(pictures: Sequence[Frame], columns: int, gap: int = 0) -> Fram
 
 
 def sample_frames(path: Path | str, count: int, longest_side: int) -> list[Frame]:
-    """`count` frames of a video, evenly spaced from the first to the last, scaled down as they are read."""
+    """`count` frames of a video, evenly spaced from the first to the last, each scaled down when it is read."""
     total = int(probe(path)["num_frames"])
     wanted = spaced(total, count)
     return [resize(frame, longest_side) for index, frame in enumerate(read_frames(path)) if index in wanted]
 
 
 def spaced(total: int, count: int) -> tuple[int, ...]:
-    """At most `count` indices below `total`, evenly spaced; the middle one if only one is wanted."""
+    """At most `count` indices below `total`, evenly spaced; the middle one for a `count` of 1."""
     if count <= 1 or total <= 1:
         return (total // 2,)
     return tuple(dict.fromkeys(round(i * (total - 1) / (count - 1)) for i in range(count)))
