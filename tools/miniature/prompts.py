@@ -1,4 +1,4 @@
-"""What the miniature's world is called in words: canonical prompts and paraphrases."""
+"""Prompts for clips of the miniature's world: canonical ones and paraphrases."""
 
 import random
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ BACKGROUND_PATTERNS = (
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a canonical prompt says of one object on its background."""
+    """The attributes in a canonical prompt: one object on its background."""
 
     color: str
     shape: str
@@ -119,7 +119,7 @@ def _object(attributes: list[int], rng: random.Random, loose: float) -> str:
 
 
 def _before(objects: str, background: str, rng: random.Random, loose: float) -> str:
-    """Objects, then their background, in one of the ways to say so; sometimes it is left open."""
+    """Objects and their background in one of several patterns; sometimes without the background."""
     if rng.random() < 0.3 * loose:
         return objects
     pattern = "{0} on a {1} background"

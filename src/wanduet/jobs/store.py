@@ -182,7 +182,7 @@ class JobStore:
         return job
 
     def was_deleted(self, job_id: str) -> bool:
-        """Whether the job was deleted within the last days. That `get` does not find it is no proof: see `sweep`."""
+        """Whether the job was deleted within the last days. `get` does not prove it: an index may be damaged."""
         with self._read() as connection:
             return bool(statements.deleted_among(connection, [job_id]))
 

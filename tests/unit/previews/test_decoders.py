@@ -103,7 +103,7 @@ def test_only_for_models_with_this_vae(tmp_path: Path) -> None:
     assert find_decoder(replace(WAN_1_3B, vae=replace(WAN_1_3B.vae, base_dim=24)), tmp_path) is None
 
 
-def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_raises(tmp_path: Path) -> None:
     save_file({"decoder.1.weight": torch.zeros(256, 48, 3, 3)}, tmp_path / "taew2_1.safetensors")
     decoder = find_decoder(WAN_1_3B, tmp_path)
     assert decoder is not None
