@@ -1,8 +1,7 @@
 """The miniature's world: flat shapes that move on plain backgrounds, and a few small scenes.
 
-A clip is described by some integers (what the prompt says) and floats (what it leaves open). Clips are drawn in batches,
-thousands a second on a GPU. Positions and sizes are fractions of the frame's side; time runs from 0 (first frame) to
-1 (last).
+A clip is some integers (what the prompt says) and floats (what it leaves open). Clips are drawn in batches, thousands a
+second on a GPU. Positions and sizes are fractions of the frame's side; time runs from 0 (first frame) to 1 (last).
 """
 
 import math
@@ -162,7 +161,7 @@ def place_clips(
     quick = torch.where(speed == 1, 0.5, torch.where(speed == 2, 2.0, 1.0))
     turn = torch.where(
         motion == 7, quick * uniform(2.0, 2.2, 2), 0.0
-    )  # less is hardly visible, more is too fast for the frame rate
+    )  # less is hardly visible, more may deform the shape
     hop = torch.where(motion == 8, uniform(0.22, 0.3, 2), 0.0)
     start[..., 1] = torch.where(motion == 8, torch.where(two, y + 0.08, 0.9 - most), start[..., 1])
     end[..., 1] = torch.where(motion == 8, start[..., 1], end[..., 1])
