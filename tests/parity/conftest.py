@@ -1,5 +1,6 @@
 """Small random Wans in the Diffusers layout, written by diffusers and transformers themselves."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from wanduet.miniature.folder import write_tokenizer
+from wanduet.weights.hub import open_model
 
 
 def write_random_model(
@@ -17,7 +18,7 @@ def write_random_model(
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    write_tokenizer(folder / "tokenizer")
+    shutil.copytree(open_model("miniature").path / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     shape = {"vocab_size": 640, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}

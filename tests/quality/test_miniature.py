@@ -2,10 +2,10 @@
 
 import pytest
 
+from tools.miniature.detector import ATTRIBUTES
+from tools.miniature.evaluate import evaluate
 from wanduet.config import EngineConfig
 from wanduet.engine.pipeline import Engine
-from wanduet.miniature.detector import ATTRIBUTES
-from wanduet.miniature.evaluate import evaluate
 
 ENOUGH = 0.9  # of four attributes a prompt; the whole measurement (210 prompts) is in benchmarks/results
 

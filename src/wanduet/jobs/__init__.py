@@ -1,1 +1,1 @@
-"""Durable jobs: a store that survives kills, leases that survive clocks, a worker that goes on where it was."""
+"""Durable jobs: a store whose commits survive kills, leases independent of clocks, a worker that resumes jobs."""

@@ -1,6 +1,6 @@
-"""One attempt at one job: run it, keep its lease, publish what came out or say why nothing did.
+"""One attempt at one job: run it, renew its lease, publish its videos or store why it failed.
 
-Two threads: the attempt's own follows the engine, the keeper's renews the lease, stores progress and
+Two threads: the attempt's own follows the engine; the LeaseKeeper's renews the lease, stores progress and
 notices that the job was cancelled, deleted or given to another worker.
 """
 
@@ -34,7 +34,7 @@ from wanduet.jobs.watchdog import FOREVER, Activity, Patience, Watchdog
 from wanduet.media.files import write_atomically
 from wanduet.request import GenerationRequest
 
-if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
+if TYPE_CHECKING:  # the engine imports torch, which a process that only manages jobs does not load
     from wanduet.engine.job import JobResult
 
 log = structlog.get_logger(__name__)
@@ -60,14 +60,14 @@ class Attempt:
         self._checkpoints: list[str] = []
         self._keeper = LeaseKeeper(store, lease, draining, settings)
         self._activity = Watchdog().add(lease.job.id)
-        self.engine_lost = False  # whether no later job can succeed in this process
+        self.engine_lost = False  # True after a device error: no later job can succeed in this process
         self._work = store.files.work_path(lease.job.id)
         self._log = log.bind(job=lease.job.id, attempt=lease.job.attempts)
 
     def run(self, activity: Activity | None = None) -> None:
-        """Bring the job to an end, or back into the queue, or leave it to whoever has it now.
+        """Finish or fail the job, put it back into the queue, or drop it if another worker has it now.
 
-        `activity` is told how long each next step may take, by whoever watches for hangs.
+        `activity` is this job's entry in the process's Watchdog; the attempt sets how long each next event may take.
         """
         self._activity = activity or self._activity
         prompt = {"prompt": self._lease.job.request.get("prompt")} if self._settings.log_prompts else {}
@@ -76,7 +76,7 @@ class Attempt:
         try:
             with self._keeper, self._store.files.attempt(self._lease.job.id, resume):
                 self._work_and_end()
-        except Exception as error:  # nothing was there to work with, or the end itself failed
+        except Exception as error:  # the work folder could not be made, or storing the end failed
             with suppress(SQLAlchemyError, WanduetError):
                 self._crashed(error)
 
@@ -100,7 +100,7 @@ class Attempt:
                 self._crashed(error)
         except OutputError as error:
             self._disk_failed(error)
-        except SQLAlchemyError as error:  # those that have a name, too, are not the job's fault
+        except SQLAlchemyError as error:  # StoreBrokenError is a WanduetError, too, but not the job's fault
             self._crashed(error)
         except WanduetError as error:
             self._failed(error)
@@ -108,7 +108,7 @@ class Attempt:
             self._crashed(error)
 
     def _generate(self) -> dict[str, Any] | None:
-        """Let the engine make the videos; returns what `result.json` holds, None if another worker is to decode."""
+        """Run the job on the engine. Returns the content of `result.json`, None if another worker is to decode."""
         request = GenerationRequest.parse(**self._lease.job.request)
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, self._store.files.preview_path(self._lease.job.id), request)
@@ -116,7 +116,7 @@ class Attempt:
         try:
             result, steps = self._follow(running, request.num_videos_per_prompt)
         except BaseException:
-            # If it still runs, it must not write beside the next attempt.
+            # If it still runs, it must not write to the same files as the next attempt.
             running.cancel()
             with suppress(Exception):
                 running.result()
@@ -134,12 +134,12 @@ class Attempt:
                 "worker": self._lease.worker,
             },
         }
-        # From here on a kill costs nothing but the publishing: the next attempt finds this and the videos.
+        # After a kill from here on, the next attempt finds this file and the videos and only publishes them.
         write_atomically(self._outcome_path, json.dumps(outcome).encode())
         return outcome
 
     def _follow(self, running: RunningJob, videos: int) -> tuple["JobResult", int]:
-        """What the engine's job made, and how many steps it took; raises what it failed with."""
+        """Wait for the engine's job. Returns its result and its number of steps, raises the error it failed with."""
         self._keeper.watch(running)
         self._checkpoints = self._hooks.checkpoint_keys(self._engine, running)
         self._store.files.note_checkpoints(self._lease.job.id, self._checkpoints)
@@ -148,7 +148,7 @@ class Attempt:
         for event in running.events():
             self._activity.expect(patience.after(event))
             self._keeper.note(event, videos)
-            if event.phase == "denoise":  # each video begins with an event that says where
+            if event.phase == "denoise":  # the first event of a video gives the step it starts at
                 steps += before == (event.video, event.done - 1)
                 before = event.video, event.done
         return running.result(), steps
@@ -175,20 +175,20 @@ class Attempt:
         return self._work.with_name("result.json")
 
     def _saved_outcome(self) -> dict[str, Any] | None:
-        """What an earlier attempt finished before it was killed; None if there is still work to do."""
+        """The outcome of an earlier attempt that was killed after its last video; None if there is still work to do."""
         if self._lease.job.attempts < 2:
             return None
         try:
             outcome = json.loads(self._outcome_path.read_bytes())
         except (OSError, ValueError):
-            # Videos appear whole or not at all, so when the last is there, the engine was done.
+            # Videos are written atomically, so if all exist, the engine was done.
             count = self._lease.job.request.get("num_videos_per_prompt") or 1
             names = [self._work.name] if count == 1 else [f"{self._work.stem}-{i + 1}.mp4" for i in range(count)]
             outcome = {"videos": names, "report": {}}
         return outcome if all((self._work.parent / name).is_file() for name in outcome["videos"]) else None
 
     def _publish(self, outcome: dict[str, Any]) -> None:
-        """Files first, row second: whoever sees a completed job finds its files."""
+        """Publish the files, then commit: a reader who sees a completed job finds its files."""
         self._store.check(self._lease)
         files: list[OutputFile] = []
         try:
@@ -204,13 +204,13 @@ class Attempt:
         self._store.files.discard_work(self._lease.job.id)
 
     def _unpublish(self, files: list[OutputFile]) -> None:
-        """Delete what was published, unless its commit took place though an error came back instead of an answer."""
-        with suppress(SQLAlchemyError):  # nobody knows: a later sweep, or the next attempt, does it
+        """Delete published files, except those of a commit that succeeded although the database reported an error."""
+        with suppress(SQLAlchemyError):  # unknown what was committed: a later sweep, or the next attempt, deletes them
             try:
-                held = self._store.get(self._lease.job.id).files
+                committed = self._store.get(self._lease.job.id).files
             except UnknownJobError:
-                held = ()
-            self._store.files.remove(file.name for file in files if file not in held)
+                committed = ()
+            self._store.files.remove(file.name for file in files if file not in committed)
 
     def _publish_video(self, index: int, path: Path) -> list[OutputFile]:
         job_id, token = self._lease.job.id, self._lease.token
@@ -218,19 +218,23 @@ class Attempt:
         try:
             previews = self._hooks.make_previews(path)
             files += [self._store.files.publish_bytes(job_id, token, index, *one) for one in previews.items()]
-        except Exception as error:  # a video without its thumbnail is worth more than none
+        except Exception as error:  # publish the video without a thumbnail rather than fail
             self._log.warning("no previews", error=type(error).__name__)
         return files
 
     def _lost(self) -> None:
-        """The job is not this worker's any more. If it is nobody's, what was half made goes too."""
+        """Handle a lost lease: delete the attempt's files if the job was finished or deleted by somebody else."""
         self._log.info("job lost")
-        with suppress(SQLAlchemyError):  # else a later sweep does it
+        with suppress(SQLAlchemyError):  # otherwise a later sweep deletes them
             try:
                 unwanted = self._store.get(self._lease.job.id).finished
             except UnknownJobError:
-                unwanted = self._store.was_deleted(self._lease.job.id)  # or a damaged index does not find it
-                forget_prompts(self._store.files.folder, [self._lease.job])  # encoded since the job was deleted
+                unwanted = self._store.was_deleted(
+                    self._lease.job.id
+                )  # not found is not enough: an index may be damaged
+                forget_prompts(
+                    self._store.files.folder, [self._lease.job]
+                )  # this attempt may have cached the prompt after the deletion
             if unwanted:
                 self._store.files.discard_checkpoints(self._checkpoints)
                 self._store.files.discard_work(self._lease.job.id)
@@ -239,16 +243,18 @@ class Attempt:
         if self._settings.gives_back:
             whole = demand_of(self._lease.job.request)
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
-        if error.__cause__ is not None or bool(getattr(error, "details", "")):  # a rank's traceback, or another's error
+        if error.__cause__ is not None or bool(
+            getattr(error, "details", "")
+        ):  # a rank's traceback, or the error behind this one
             self._log.warning("job failed", code=error.code, **describe_error(error))
         kind, param = "server_error", None
         if isinstance(error, InvalidRequestError):
             kind, param = "invalid_request_error", error.field
-        reason = JobError(error.code, self._told(error), kind, param)
+        reason = JobError(error.code, self._public_message(error), kind, param)
         return self._end(lambda: self._store.fail(self._lease, reason), f"failed: {error.code}")
 
     def _disk_failed(self, error: OutputError) -> None:
-        """A disk that is full or broken is not the job's fault: wait until it can be written, and try again."""
+        """Put the job back once the disk has room and can be written: a full disk is not the job's fault."""
         waited = 0
         self._activity.expect(FOREVER)
         while (reason := self._store.files.find_no_room(self._settings.reserve_bytes)) is not None:
@@ -256,7 +262,7 @@ class Attempt:
                 self._log.error(
                     "the data folder's disk cannot be written or is full",
                     reserve=self._settings.reserve_bytes,
-                    reason=reason,  # as it is now: what the job met is only the first sign of it
+                    reason=reason,  # the present one; the job's own error may be an earlier symptom
                 )
             waited += 1
             self._activity.expect(FOREVER, f"the worker waits until the data folder can be written: {reason}")
@@ -266,10 +272,10 @@ class Attempt:
                 break
         if waited:
             return self._end(lambda: self._store.release(self._lease), "released: no room on the disk")
-        told = JobError(error.code, self._told(error))  # there is room, only not for this
-        return self._end(lambda: self._store.retry(self._lease, told, self._settings.max_crashes), "no room for it")
+        failure = JobError(error.code, self._public_message(error))  # the disk has room, but not enough for this job
+        return self._end(lambda: self._store.retry(self._lease, failure, self._settings.max_crashes), "no room for it")
 
-    def _told(self, error: WanduetError) -> str:
+    def _public_message(self, error: WanduetError) -> str:
         return str(error).replace(str(self._store.files.folder), "the data folder")
 
     def _crashed(self, error: BaseException) -> None:
@@ -290,8 +296,9 @@ class Attempt:
             self._lost()
 
     def _settle(self, commit: Callable[[], object], what: str) -> None:
-        """Commit, however long the database cannot be written (disk full). Raises StaleLeaseError, also where it never
-        can be.
+        """Commit; retry for as long as the database cannot be written, for example on a full disk.
+
+        Raises StaleLeaseError, also if the database refuses this commit for good.
         """
         pause = self._settings.poll_seconds
         self._activity.expect(FOREVER)
@@ -303,7 +310,7 @@ class Attempt:
                 self._activity.expect(FOREVER, "the worker cannot write the job database, and waits for it")
                 if _is_permanent(error):
                     self._give_up(error)
-                if self._keeper.draining.is_set():  # nobody waits for ever: the next worker finds result.json
+                if self._keeper.draining.is_set():  # the next worker finds result.json
                     raise StaleLeaseError("The job store could not be written before the worker had to end.") from error
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
@@ -312,7 +319,7 @@ class Attempt:
                 return
 
     def _give_up(self, error: SQLAlchemyError) -> NoReturn:
-        """The database takes no such commit, now or later: end the job with that, as far as even this is taken."""
+        """The database refuses this commit for good: fail the job with that as the reason, if it accepts that."""
         self._log.error("what came of the job cannot be stored", **describe_error(error))
         reason = JobError("not_stored", f"The job database refused what came of the job ({type(error).__name__}).")
         with suppress(SQLAlchemyError):
@@ -321,7 +328,7 @@ class Attempt:
 
 
 def _is_device_lost(error: BaseException) -> bool:
-    """Whether a driver has given a device up: whatever this process asks of it from now on fails the same way."""
+    """Whether this is an error after which every further call to the device fails in this process."""
     lost = type(error).__name__ == "AcceleratorError" or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )
@@ -329,19 +336,21 @@ def _is_device_lost(error: BaseException) -> bool:
 
 
 def _is_short_of_threads(error: BaseException) -> bool:
-    """Whether the system had no more threads, or no memory for one."""
+    """Whether a thread could not be started, for lack of threads or memory."""
     return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
-# What SQLite says while it cannot be written just now: busy, locked, memory, interrupted, input or output, full, cannot
-# open, protocol, changed schema. All else (corrupt, no database, read-only, an error in the statement) stays so.
+# SQLite's temporary errors: BUSY, LOCKED, NOMEM, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, SCHEMA. All others
+# (corrupt, not a database, read-only, an error in the statement) are permanent.
 _PASSING = {5, 6, 7, 9, 10, 13, 14, 15, 17}
 
 
 def _is_permanent(error: SQLAlchemyError) -> bool:
-    """Whether a commit that failed so will fail again however often it is tried."""
+    """Whether repeating a commit that failed with this error is useless."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, StatementError)  # a value that no database takes; else no connection is free
+        return isinstance(
+            error, StatementError
+        )  # StatementError: a value that cannot be stored. Others: no free connection, for example
     if error.connection_invalidated:
         return False
     code = getattr(error.orig, "sqlite_errorcode", None)

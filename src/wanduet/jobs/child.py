@@ -1,7 +1,6 @@
-"""How further Python processes of this package are started: they run its code and never that of the folder they begin in.
+"""The command and environment for child Python processes, which must not import modules from the current folder.
 
-`python -m` would put the folder where somebody started a server first on the module path, and a `json.py` that happens
-to lie there would be executed.
+`python -m` puts the current folder first on the module path; a `json.py` that happens to be there would be executed.
 """
 
 import os
@@ -12,15 +11,15 @@ from pathlib import Path
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of this package without the current folder on the module path."""
+    """The command that runs a module of this package, without the current folder on the module path."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with which the package is found from any folder, and the current one is not searched.
+    """`environment` changed so that a child imports this package from any folder, and nothing from the current one.
 
-    A checkout's `src` is passed on, as nobody installed it; of `PYTHONPATH`, empty entries go, which mean the current
-    folder, and relative ones become absolute. `PYTHONSAFEPATH` is for what the process itself starts.
+    If the package runs from a checkout, its `src` is added to `PYTHONPATH`. Empty entries of `PYTHONPATH`, which mean
+    the current folder, are removed; relative ones become absolute. `PYTHONSAFEPATH` does the same for grandchildren.
     """
     root = Path(__file__).resolve().parents[2]
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}

@@ -1,4 +1,4 @@
-"""The queue in numbers, for metrics."""
+"""Counts and sums over the queue, for metrics."""
 
 import sqlalchemy as sa
 
@@ -7,8 +7,9 @@ from wanduet.jobs.schema import jobs, stages
 
 
 def count_jobs(connection: sa.Connection, owner: str | None, now: float) -> Statistics:
-    """How the queue stands at `now` (Unix seconds), and what all completed jobs took; with `owner`, their jobs alone,
-    without the sums of stages, which are kept for everybody together.
+    """The queue at `now` (Unix seconds), and the summed seconds of all completed jobs by stage.
+
+    With `owner`, only that owner's jobs are counted, and the sums, which are not kept by owner, are left out.
     """
     counted = sa.func.count()
     theirs = sa.true() if owner is None else jobs.c.owner == owner

@@ -1,6 +1,6 @@
-"""How the job store's database is opened, so that a commit means "on disk", and what its errors mean.
+"""Opens the job store's database such that a commit is on the disk, and maps driver errors to the store's errors.
 
-SQLite and PostgreSQL differ in their connections' settings only; the statements are the same.
+SQLite and PostgreSQL differ only in their connections' settings; the statements are the same.
 """
 
 import os
@@ -21,7 +21,7 @@ from wanduet.folders import make_folder
 from wanduet.jobs.records import StoreBrokenError, StoreDamagedError, StoreGoneError, StoreReadOnlyError
 from wanduet.jobs.schema import SERIAL, create_tables, is_current
 
-OPEN_SECONDS = 30.0  # how long opening waits for the other processes that open, too
+OPEN_SECONDS = 30.0  # how long opening waits for other processes that open the same database
 LOCK_SECONDS = 5.0  # how long a statement waits for another process's transaction
 _POSTGRES_DAMAGED = ("XX001", "XX002")  # data_corrupted, index_corrupted
 _POSTGRES_READ_ONLY = ("25006", "42501")  # read_only_sql_transaction, insufficient_privilege
@@ -29,17 +29,17 @@ _POSTGRES_GONE = ("3D000", "3F000", "42P01")  # no such database, schema, table
 
 
 def open_database(url: str, connections: int = 10) -> sa.Engine:
-    """Connect, create the tables where they are missing, check their version. Raises ConfigError, StoreBrokenError.
+    """Connect, create missing tables, check their version. Raises ConfigError, StoreBrokenError.
 
-    `url` is SQLAlchemy's: `sqlite:////folder/jobs.sqlite3`, `postgresql+psycopg://...`; of `connections` to a
-    server at most so many are kept open.
+    `url` is SQLAlchemy's: `sqlite:////folder/jobs.sqlite3`, `postgresql+psycopg://...`. `connections` is the pool size
+    for a database server; SQLite's is fixed.
     """
     parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
     database = _open_sqlite(parsed) if sqlite else _open_server(parsed, connections)
     event.listen(database, "handle_error", _name_error)
     try:
-        with database.connect() as connection:  # a reader: it waits for no writer
+        with database.connect() as connection:  # reads only: does not wait for writers
             current = is_current(connection)
         if not current:
             create_tables(database, time.monotonic() + OPEN_SECONDS)
@@ -50,7 +50,7 @@ def open_database(url: str, connections: int = 10) -> sa.Engine:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of a SQLite database; None for another kind of database. Raises ConfigError."""
+    """The file of a SQLite database; None for any other kind of database. Raises ConfigError."""
     parsed = _parse(url)
     if parsed.get_backend_name() != "sqlite":
         return None
@@ -61,7 +61,7 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def public_name(url: str) -> str:
-    """A database's address without what is secret in it."""
+    """A database's address without its password and query."""
     return str(sqlite_path(url) or _parse(url).set(query={}).render_as_string(hide_password=True))
 
 
@@ -82,7 +82,7 @@ def _open_server(url: sa.URL, connections: int) -> sa.Engine:
 
 
 def _prepare_postgres(connection: Any, _: ConnectionPoolEntry) -> None:
-    before, connection.autocommit = connection.autocommit, True  # or a rollback would take the setting back
+    before, connection.autocommit = connection.autocommit, True  # in a transaction, a rollback would undo the setting
     with connection.cursor() as cursor:
         cursor.execute(f"SET lock_timeout = {int(LOCK_SECONDS * 1000)}")
     connection.autocommit = before
@@ -95,7 +95,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     try:
         make_folder(path.parent, 0o700)
         if not is_uri and not path.exists():
-            path.touch(0o600)  # it holds prompts; the log gets the same mode
+            path.touch(0o600)  # it contains prompts; SQLite gives the log file the same mode
     except OSError as error:
         if not path.parent.is_dir():
             raise ConfigError(
@@ -115,23 +115,23 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
 
 
 def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, not where the driver guesses
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions, not the driver
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
     _switch_to_wal(cursor)
-    cursor.execute("PRAGMA synchronous = FULL")  # WAL's default would lose the last commits at a power cut
+    cursor.execute("PRAGMA synchronous = FULL")  # WAL's default can lose the last commits at a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
-    # Jobs are read by key, and the system keeps the file's pages: SQLite's own 2 MB for each connection would only be
-    # filled again and again by the sweeps, until all of it looks like a leak.
+    # Jobs are read by key and the system caches the file's pages. SQLite's default of 2 MB a connection would only be
+    # filled by sweeps, connection by connection, which looks like a leak.
     cursor.execute("PRAGMA cache_size = -256")
-    cursor.execute("PRAGMA secure_delete = ON")  # a deleted prompt is overwritten, not only let go
+    cursor.execute("PRAGMA secure_delete = ON")  # overwrite deleted prompts instead of only freeing their pages
     cursor.close()
 
 
 def fold_log(database: sa.Engine) -> None:
-    """Empty SQLite's log into the database file, so that the log holds nothing that was deleted.
+    """Move SQLite's write-ahead log into the database file and truncate it, so that no deleted data remains in it.
 
-    If somebody reads or writes just now, that is left to a later deletion, or to the log's own checkpoints.
+    Does nothing while another connection reads or writes; a later call, or SQLite's own checkpoints, will do it.
     """
     if database.dialect.name != "sqlite":
         return
@@ -148,7 +148,7 @@ def fold_log(database: sa.Engine) -> None:
 
 
 def find_damage(connection: sa.Connection) -> str | None:
-    """The first thing that is wrong in a SQLite file, indexes included; None if nothing is. Reads the whole file."""
+    """The first fault in a SQLite file, indexes included; None if it is sound. Reads the whole file."""
     if connection.dialect.name != "sqlite":
         return None
     found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
@@ -156,7 +156,7 @@ def find_damage(connection: sa.Connection) -> str | None:
 
 
 def _switch_to_wal(cursor: Any) -> None:
-    """Turn the log on; SQLite's busy timeout does not cover this one when several processes make the file."""
+    """Enable the write-ahead log. Retries by itself: SQLite's busy timeout does not apply while the file is created."""
     give_up = time.monotonic() + OPEN_SECONDS
     while True:
         try:
@@ -174,7 +174,7 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     if SERIAL not in options:
         connection.exec_driver_sql("BEGIN")
         return
-    # The write lock at once: no upgrade can fail half-way. The wait ends when the caller's does.
+    # Take the write lock now, as a read transaction may fail to become a writer; wait until the caller's deadline.
     left = max(0.0, options[SERIAL] - time.monotonic())
     connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(left * 1000)}")
     try:
@@ -184,7 +184,7 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 
 def _name_error(context: ExceptionContext) -> StoreBrokenError | None:
-    """What an error of the driver means where only a person can help; None leaves it as it is."""
+    """The store's error for a driver error that an operator must fix; None leaves the driver error as it is."""
     error = context.original_exception
     url = context.engine.url if context.engine is not None else None
     name = "" if url is None else public_name(url.render_as_string(hide_password=False))

@@ -1,4 +1,4 @@
-"""What is written of a job when it ends, or when an attempt at it does."""
+"""The column values that are stored when a job ends, or when an attempt at it ends."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 Values = dict[str, Any]
-PATIENCE = 10  # a job may be what takes the whole service down, as in a container with a memory limit; give it so much
+PATIENCE = 10  # times `max_crashes`: attempts before a job is suspected of killing the whole service
 _FREE: Values = {"worker": None, "phase": "", "seconds_left": None}
 BACK_IN_THE_QUEUE: Values = {"status": "queued", **_FREE}
 
 
 def completed(files: Sequence[OutputFile], report: Values, now: float, expires_at: float | None) -> Values:
-    """Of a job whose files are there."""
+    """For a job whose files are published."""
     return {
         "status": "completed",
         "progress": 100.0,
@@ -30,7 +30,7 @@ def completed(files: Sequence[OutputFile], report: Values, now: float, expires_a
 
 
 def failed(error: JobError, now: float, expires_at: float | None) -> Values:
-    """Of a job that ends with an error."""
+    """For a job that ends with an error."""
     return {
         "status": "failed",
         **_FREE,
@@ -44,10 +44,11 @@ def failed(error: JobError, now: float, expires_at: float | None) -> Values:
 
 
 def after_crash(row: "sa.Row[Any]", failure: Values, max_crashes: int, alone: bool) -> Values:
-    """Of a job whose worker died: back into the queue, or `failure` if it killed too many. `alone`: nothing else went down
-    with the worker.
+    """For a job whose worker died: back into the queue, or `failure` after too many crashes.
+
+    `alone`: only the worker died, not its supervisor with it.
     """
-    # A long job on a shaky machine goes on as long as it gets ahead; one that dies at one place is poison.
+    # On an unreliable machine a long job goes on as long as it gets farther; one that dies at the same place is failed.
     farther = row.progress > row.crash_progress
     crashes = 1 if farther else row.crashes + alone
     poison = crashes >= max_crashes if alone else not farther and row.attempts >= PATIENCE * max_crashes

@@ -1,14 +1,14 @@
-"""Where jobs' files live: names that the server makes, inside the data folder, whatever a client sends.
+"""Where jobs' files are: names made by the server, inside the data folder, independent of what a client sends.
 
-    DATA/jobs.sqlite3             the store, unless a database's address was given
-    DATA/work/<job>/video.mp4     where an attempt writes and where the next one finds it
-    DATA/work/<job>/preview.webp, checkpoints.json    what is foreseen; which of DATA/checkpoints are the job's
+    DATA/jobs.sqlite3             the database, by default
+    DATA/work/<job>/video.mp4     what an attempt writes, and the next attempt resumes
+    DATA/work/<job>/preview.webp, checkpoints.json    the preview; which of DATA/checkpoints belong to the job
     DATA/videos/<job>.<token>-0.mp4, .webp, .jpg    published files of a completed job
-    DATA/workers/<worker>.lock    held by a living worker
+    DATA/workers/<worker>.lock    locked by a living worker
     DATA/store-id, DATA/trash     see `jobs.places`
 
-A published name holds the lease's token, so a worker that lost its job can never replace the file of the
-one that has it. Knows nothing of the database: whether a file is wanted is the store's to say.
+A published name contains the lease's token, so a worker that lost its job cannot replace the file of the one that has
+it. Does not use the database: the store decides whether a file is wanted.
 """
 
 import json
@@ -28,9 +28,7 @@ from wanduet.media.files import atomic_output, output_error, write_atomically
 
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 
-PRIVATE_FOLDER = (
-    0o700  # prompts and videos are no business of the machine's other users; a folder that is there keeps its mode
-)
+PRIVATE_FOLDER = 0o700  # other users must not read prompts and videos; an existing folder keeps its mode
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
 PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
 
@@ -49,7 +47,7 @@ class JobFiles:
                 make_folder(path, PRIVATE_FOLDER)
             except OSError as error:
                 raise output_error(path, error) from error
-        # Whatever looks after all files looks at each of these.
+        # Sweeps and retention go through all of these.
         self.places: tuple[Place, ...] = (FolderPlace(self.folder, self._discard_here, self._checkpoints_of),)
 
     @property
@@ -58,17 +56,17 @@ class JobFiles:
         return f"sqlite:///{self.folder / 'jobs.sqlite3'}"
 
     def work_path(self, job_id: str) -> Path:
-        """The video that the attempts of a job write. Raises ValueError for what is no job id."""
+        """The video file that attempts of a job write. Raises ValueError if `job_id` is not a job id."""
         if not is_job_id(job_id):
             raise ValueError("not a job id")
         return self.work / job_id / "video.mp4"
 
     def preview_path(self, job_id: str) -> Path:
-        """The picture of what a running job foresees. Raises ValueError for what is no job id."""
+        """The preview file of a running job. Raises ValueError if `job_id` is not a job id."""
         return self.work_path(job_id).with_name("preview.webp")
 
     def preview(self, job_id: str) -> bytes | None:
-        """That picture, an animated WebP; None if there is none yet, or no more."""
+        """The preview of a job, an animated WebP; None if there is none."""
         try:
             return self.preview_path(job_id).read_bytes()
         except OSError:
@@ -76,24 +74,24 @@ class JobFiles:
 
     @contextmanager
     def attempt(self, job_id: str, resume: bool) -> Iterator[None]:
-        """Around an attempt. With `resume`, what earlier ones left is brought here; all of it lies here already."""
+        """A context around an attempt. With `resume`, fetches earlier attempts' files; in a folder, nothing to do."""
         yield
 
     def keep(self, job_id: str) -> bool:
-        """Before a job is put back: what was made of it is where the next worker looks. Here, it is.
+        """Store a job's work files where the next worker finds them; call it before the job is put back.
 
-        False if something of it could not be brought there.
+        False if one of them could not be stored. In a folder, they are there already.
         """
         return True
 
     def offer(self, job_id: str, paths: Iterable[Path]) -> None:
-        """Let a job's attempts find entries of the embeddings' cache wherever they run. Here, they do."""
+        """Store cached embeddings where a job's attempts find them on other nodes. In a folder, nothing to do."""
 
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
-        """Give a finished video its public name; the working copy stays until `discard_work`. Raises OutputError."""
+        """Publish a finished video; the work file stays until `discard_work`. Raises OutputError."""
         target = self._target(job_id, token, index, "video")
         try:
-            target.unlink(missing_ok=True)  # the same lease tries again after an error
+            target.unlink(missing_ok=True)  # left by an earlier try under the same lease
             try:
                 os.link(source, target)
                 sync_folder(self.videos)
@@ -105,13 +103,13 @@ class JobFiles:
             raise output_error(target, error) from error
 
     def publish_bytes(self, job_id: str, token: int, index: int, variant: str, data: bytes) -> OutputFile:
-        """Write a thumbnail or sprite sheet under its public name. Raises OutputError."""
+        """Publish a thumbnail or sprite sheet under its final name. Raises OutputError."""
         target = self._target(job_id, token, index, variant)
         write_atomically(target, data)
         return OutputFile(variant, index, target.name, len(data))
 
     def path(self, name: str) -> Path | None:
-        """A published file by its stored name; None if it is gone or leads out of the folder."""
+        """A published file by its stored name; None if there is none, or it is not a plain file inside the folder."""
         if not PUBLISHED_NAME.fullmatch(name):
             return None
         path = self.videos / name
@@ -120,14 +118,14 @@ class JobFiles:
         return path
 
     def free_bytes(self) -> float:
-        """Free space of the disk; infinite where that cannot be known."""
+        """Free space of the disk; infinite if it cannot be determined."""
         try:
             return shutil.disk_usage(self.folder).free
         except OSError:
             return math.inf
 
     def find_no_room(self, num_bytes: int) -> str | None:
-        """Why the disk has not so much free, or cannot be written just now; None if it has and can."""
+        """Why `num_bytes` cannot be written: too little free space, or a failed write. None if they can."""
         if self.free_bytes() < num_bytes:
             return f"fewer than {num_bytes} bytes are free"
         try:
@@ -137,37 +135,39 @@ class JobFiles:
         return None
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete published files; one that is gone already is fine."""
+        """Delete published files; ignores those that do not exist."""
         for name in names:
             if PUBLISHED_NAME.fullmatch(name):
                 with suppress(OSError):
                     (self.videos / name).unlink(missing_ok=True)
 
     def remove_older(self, job_id: str, token: int) -> None:
-        """Delete what attempts before the one with this token published and were killed before they could commit.
+        """Delete files published by attempts with a smaller token, which were killed before their commit.
 
-        A writer that still lives loses a file that nobody will ever ask for, and ends at its own commit.
+        If such an attempt still runs, its commit is refused, so nobody will ask for its files.
         """
         self.remove_older_of({job_id: token})
 
     def remove_older_of(self, tokens: Mapping[str, int]) -> None:
-        """The same for many jobs, in one look at the folder: their tokens by their ids."""
+        """As `remove_older` for many jobs in one scan of the folder; `tokens` by job id."""
         self.remove(list(older(_names_of(self.videos, tuple(tokens)), tokens)))
 
     def note_checkpoints(self, job_id: str, keys: Iterable[str]) -> None:
-        """Write down which of the engine's checkpoints are a job's, so that they go when its work goes."""
+        """Record which of the engine's checkpoints belong to a job, so that `discard_work` deletes them."""
         write_atomically(self._checkpoints_note(job_id), json.dumps(list(keys)).encode())
 
     def discard_work(self, job_id: str) -> None:
-        """Delete what the attempts of a job left behind, the engine's checkpoints too."""
+        """Delete a job's work folder and its checkpoints."""
         self._discard_here(job_id)
 
     def _discard_here(self, job_id: str) -> None:
-        self.discard_checkpoints(self._noted_checkpoints(job_id))  # first: a kill in between leaves the note
+        self.discard_checkpoints(
+            self._noted_checkpoints(job_id)
+        )  # first: after a kill in between, the list of them is still there
         shutil.rmtree(self.work_path(job_id).parent, ignore_errors=True)
 
     def discard_checkpoints(self, keys: Iterable[str]) -> None:
-        """Delete checkpoints of the engine by their keys."""
+        """Delete the engine's checkpoints with these keys."""
         for path in self._checkpoint_paths(keys):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class JobFiles:
 
 
 def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
-    """Of published names, those of a job's attempts before the one with its token."""
+    """Those of the published names whose token is smaller than their job's in `tokens`."""
     for name in names:
         token = tokens.get(name.partition(".")[0])
         match = PUBLISHED_NAME.fullmatch(name)
@@ -205,7 +205,7 @@ def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
 
 
 def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:
-    """The files `STEM.*` of a folder that may hold very many; `Path.glob` keeps its pattern, and every name at once."""
+    """Names of the files `STEM.*` in a folder, scanned one by one: `Path.glob` would read all names into memory."""
     if stems:
         wanted = frozenset(stems)
         with suppress(OSError), os.scandir(folder) as entries:

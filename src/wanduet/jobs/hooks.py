@@ -1,5 +1,6 @@
-"""What the runner asks of the engine's side beside running jobs. Everything here is imported when it is called:
-a process that only looks after jobs does without torch.
+"""What the runner needs from the engine besides running jobs.
+
+Functions import the engine when they are called, so that a process that only manages jobs does not load torch.
 """
 
 import sys
@@ -17,27 +18,27 @@ if TYPE_CHECKING:
 
 
 class RunningJob(Protocol):
-    """What the runner needs of `wanduet.engine.job.Job`."""
+    """The part of `wanduet.engine.job.Job` that the runner uses."""
 
     def events(self) -> "Iterator[Event]":
-        """Progress as it happens; ends when the job does."""
+        """Yields progress events until the job ends."""
 
     def result(self, timeout: float | None = None) -> "JobResult":
-        """The videos; raises what the job failed with."""
+        """Wait for the videos; raises the error that the job failed with."""
 
     def cancel(self) -> None:
-        """Stop within a step; `result` then raises CancelledError."""
+        """Stop at the next step; `result` then raises CancelledError."""
 
 
 class Watcher(Protocol):
-    """Sees the steps of a denoise, to show the video taking shape."""
+    """Is called after each denoising step, to write previews."""
 
     def __call__(self, info: Any) -> None:
-        """After each step, in the denoising thread; must not raise."""
+        """Called in the denoising thread with a `StepInfo`; must not raise."""
 
 
 class VideoEngine(Protocol):
-    """What the runner needs of `wanduet.engine.pipeline.Engine`."""
+    """The part of `wanduet.engine.pipeline.Engine` that the runner uses."""
 
     def submit(
         self,
@@ -55,8 +56,8 @@ class VideoEngine(Protocol):
 
 
 def engine_output(path: Path, resume: bool) -> "OutputOptions":
-    """The engine's own output options. Latents stay until the job's work is discarded: until its videos are published
-    whoever comes next need only decode.
+    """The engine's output options for a job. Latents are saved, so that an attempt after the denoise only decodes; they
+    are deleted with the work folder.
     """
     from wanduet.engine.job import OutputOptions
 
@@ -71,21 +72,21 @@ def video_previews(path: Path) -> dict[str, bytes]:
 
 
 def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
-    """Pictures of the video taking shape, at a path."""
-    from wanduet.jobs.previews import watch_job
+    """A callback that writes previews of the denoise to `path`."""
+    from wanduet.previews.watch import watch_job
 
     return watch_job(engine.models, engine.config.data_folder, path, request)
 
 
 def checkpoint_keys(engine: Any, running: Any) -> list[str]:
-    """The names under which the engine keeps a job's checkpoints."""
+    """The keys under which the engine saves a job's checkpoints."""
     from wanduet.engine.record import video_digest
 
     return [video_digest(engine.models, video) for video in running.videos]
 
 
 def engine_model(engine: Any) -> ModelId | None:
-    """The model that the engine has, by its public name and its weights; reads a few MiB of them."""
+    """The engine's model: its public name and a hash of its weights, a few MiB of which are read."""
     return identify(engine.models)
 
 
@@ -95,14 +96,14 @@ def identify(models: Any) -> ModelId:
 
 
 def predicted_seconds(running: Any) -> dict[str, float]:
-    """What the engine's plan says of a job: seconds of one denoising step (`denoise`) and of all decoding (`decode`)."""
+    """The plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
     seconds, request = running.plan.prediction.seconds, running.request
     steps = max(1, request.num_inference_steps * request.num_videos_per_prompt)
     return {"denoise": seconds.denoise / steps, "decode": seconds.decode}
 
 
 def device_memory(engine: Any) -> dict[str, dict[str, int]]:
-    """Bytes by kind and device: what this process has allocated and reserved, what all together use. None on CPUs."""
+    """GPU memory in bytes by device: `allocated` and `reserved` by this process, `used` by all. Empty without GPUs."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {}
@@ -119,12 +120,12 @@ def device_memory(engine: Any) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineHooks:
-    """The functions above, or others for another engine."""
+    """The functions above as fields, to replace them for another engine."""
 
     make_output: Callable[[Path, bool], "OutputOptions"] = engine_output
     make_previews: Callable[[Path], Mapping[str, bytes]] = video_previews
     watch_steps: Callable[[Any, Path, GenerationRequest], Watcher | None] = step_previews
     checkpoint_keys: Callable[[Any, Any], list[str]] = checkpoint_keys
-    model_of: Callable[[Any], ModelId | None] = engine_model  # None: it takes any job
+    model_of: Callable[[Any], ModelId | None] = engine_model  # None: it runs jobs for any model
     predict_seconds: Callable[[Any], Mapping[str, float]] = predicted_seconds
     measure_memory: Callable[[Any], Mapping[str, Mapping[str, int]]] = device_memory

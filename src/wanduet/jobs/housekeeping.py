@@ -1,4 +1,4 @@
-"""What somebody must do for all workers: take jobs from the dead, keep what is published to its limits."""
+"""Work that one process does for all workers: recovering dead workers' jobs, deleting expired and excess files."""
 
 import sys
 import time
@@ -16,9 +16,9 @@ log = structlog.get_logger(__name__)
 
 
 class Housekeeper:
-    """Looks after one store. Several may, at the same time; `turn` is to be called a few times a lease's length.
+    """Maintains one store; several may run at the same time. Call `turn` a few times in each lease's length.
 
-    `tidy_seconds` lie between two rounds of retention; `max_bytes` is what published files may take (None: all).
+    `tidy_seconds`: pause between two rounds of retention. `max_bytes`: limit of published files (None: no limit).
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Housekeeper:
         self._tidied: float | None = None
 
     def turn(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
-        """Look once; returns how many jobs were taken from dead workers.
+        """Check all leases once; returns how many jobs were taken from dead workers.
 
-        Workers in `dead` are known to have ended, those in `lost` to have gone with their machine, for which
-        their jobs are not blamed. If one lives after all, the fence keeps it from committing, so a wrong report
-        costs work and never a result.
+        `dead`: workers known to have ended. `lost`: workers that ended with their machine, which does not count as a
+        crash of their jobs. If one of them still runs, its token is stale and its commits are refused: a wrong report
+        repeats work but never harms a result.
         """
         pulses = self._store.pulses()
         quiet = {pulse.job_id for pulse in self._watch.look(pulses)}
@@ -58,9 +58,9 @@ class Housekeeper:
         return taken
 
     def _tidy(self) -> None:
-        """A round of retention, now and then. A full or broken disk is no reason to stop working.
+        """Run a round of retention if one is due. A full or broken disk is logged, not raised.
 
-        While rounds are full, the next one comes at the next call: between two, the queue goes on.
+        If the round was full, the next call runs another one.
         """
         now = time.monotonic()
         if self._tidied is not None and now - self._tidied < self._tidy_seconds:
@@ -70,12 +70,12 @@ class Housekeeper:
                 return
         except (OSError, OutputError) as error:
             log.warning("retention is put off", error=type(error).__name__)
-        except StoreBrokenError as error:  # a damaged page may lie where the queue never looks
+        except StoreBrokenError as error:  # the damaged page may be one that the queue never reads
             log.error("retention is put off", reason=error.message)
         self._tidied = now
 
     def _retain(self) -> bool:
-        """One round; whether another should follow soon."""
+        """Run one round; True if another should follow at once."""
         if not self._store.sweeping:
             if self._store.expire() >= ROUND:
                 return True

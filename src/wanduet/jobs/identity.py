@@ -1,7 +1,7 @@
-"""A data folder and its database know each other by an id that is kept in both.
+"""Pairs a data folder with its database by an id that is stored in both.
 
-Whoever cleans up deletes what the database does not know. With another database than the folder's own that would be
-everything, so opening the two together is refused unless they belong together, or the folder is new.
+A sweep removes files that the database does not know. With a foreign database that would be all files, so a folder and
+a database are opened together only if their ids match, or if the folder is new.
 """
 
 import secrets
@@ -21,12 +21,12 @@ from wanduet.jobs.schema import SERIAL, jobs, state
 
 log = structlog.get_logger(__name__)
 
-_LOOKED_AT = 3000  # entries of a place, to see whether a database knows them
+_LOOKED_AT = 3000  # entries of a place that are looked up in a database
 _BATCH = 300
 
 
 def open_paired(files: JobFiles, url: str, connections: int) -> sa.Engine:
-    """Open a folder's database; what is new is paired. Raises ForeignDatabaseError, ConfigError, OutputError."""
+    """Open a folder's database and pair them if new. Raises ForeignDatabaseError, ConfigError, OutputError."""
     _refuse_missing(files, url)
     database = open_database(url, connections)
     try:
@@ -40,7 +40,7 @@ def open_paired(files: JobFiles, url: str, connections: int) -> sa.Engine:
 
 
 def check_pair(files: JobFiles, database: sa.Engine) -> None:
-    """Make sure that files and database belong together. Raises ForeignDatabaseError, OutputError."""
+    """Check that files and database are paired. Raises ForeignDatabaseError, OutputError."""
     with database.connect() as connection:
         ours = connection.scalar(sa.select(state.c.store_id))
     if ours is not None and all(mark is not None and mark.id == ours for mark in (one.mark() for one in files.places)):
@@ -59,7 +59,7 @@ def check_pair(files: JobFiles, database: sa.Engine) -> None:
 
 
 def take_over(files: JobFiles, url: str) -> None:
-    """Give files to a database on purpose, whomever they belonged to."""
+    """Pair files with a database, whichever database they were paired with."""
     database = open_database(url)
     try:
         name = public_name(url)
@@ -73,8 +73,8 @@ def take_over(files: JobFiles, url: str) -> None:
 
 
 def _give_id(files: JobFiles, database: sa.Engine, name: str) -> str:
-    """The id of a database that has none yet: that of its folder where it knows what lies there, else a new one."""
-    with _writing(database) as connection:  # of two that open at once, the second finds the first one's id
+    """Give a database its id: its folder's if it knows the jobs whose files are there, otherwise a new one."""
+    with _writing(database) as connection:  # if two processes open it at once, the second finds the first one's id
         found: str | None = connection.scalar(sa.select(state.c.store_id))
         if found is not None:
             return found
@@ -83,7 +83,7 @@ def _give_id(files: JobFiles, database: sa.Engine, name: str) -> str:
             if mark is None and knows is False:
                 raise _unknown_files(place, name)
             if mark is not None:
-                # As with a backup from before there were ids. A database that knows nothing is not that.
+                # For example a backup from before ids existed. An empty database is not one.
                 if not knows or found not in (None, mark.id):
                     raise _foreign(place, mark.database, name)
                 found = mark.id
@@ -93,7 +93,7 @@ def _give_id(files: JobFiles, database: sa.Engine, name: str) -> str:
 
 
 def _knows(connection: sa.Connection, place: Place) -> bool | None:
-    """Whether a database knows most of the jobs whose files lie in a place; None if no files are there."""
+    """Whether a database knows most of the jobs whose files are in a place; None if there are no files."""
     ids = iter({job_id for job_id, _ in islice(place.entries(), _LOOKED_AT)})
     known = unknown = 0
     while batch := list(islice(ids, _BATCH)):
@@ -103,7 +103,7 @@ def _knows(connection: sa.Connection, place: Place) -> bool | None:
 
 
 def _refuse_missing(files: JobFiles, url: str) -> None:
-    """Refuse before a new, empty database file is made beside the files of one that was moved away."""
+    """Raise if the database file is missing but the folder has files, before an empty database is created there."""
     path = sqlite_path(url)
     if path is None or path.exists():
         return

@@ -1,4 +1,4 @@
-"""What goes on beside an attempt: its lease is renewed, its progress stored, and its job stopped when it must end."""
+"""A thread beside an attempt: renews its lease, stores its progress, cancels its job when the lease is lost."""
 
 import threading
 import time
@@ -18,21 +18,23 @@ if TYPE_CHECKING:  # the engine brings torch, which a process that only looks af
 
 log = structlog.get_logger(__name__)
 
-# Percent of a job at the start and end of each phase, by what they take of a 50-step video.
+# Progress in percent at the start and end of each phase, by the phases' shares of a 50-step video.
 SPANS = {"verify": (0.0, 0.0), "load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
-_BEATS = 5  # renewals in the length of a lease: four may be late before anyone takes the job
+_BEATS = 5  # renewals in a lease's length: four may fail before another worker takes the job
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
-    """Times in seconds. `max_crashes`: attempts in a row that may die at the same place. `reserve_bytes`: while the
-    disk has less free, no job is begun, and one that could not write its video waits. `gives_back`: a worker that
-    does a part of a job only; what fails there goes back into the queue for one that does all of it.
+    """Times in seconds.
+
+    `max_crashes`: consecutive crashes at the same progress after which a job fails. `reserve_bytes`: while the disk has
+    less free space, no job is started, and one that could not write its video waits. `gives_back`: for a worker that
+    does only one part of a job; a job that fails there goes back into the queue for a worker that does all of it.
     """
 
     poll_seconds: float = 0.25
     progress_seconds: float = 0.5
-    drain_seconds: float = 0.0  # how long a draining worker lets a job go on before it stops at the next step
+    drain_seconds: float = 0.0  # how long a draining worker lets a job run before it cancels it
     max_crashes: int = 3
     reserve_bytes: int = 64 * 2**20
     log_prompts: bool = False
@@ -40,7 +42,7 @@ class AttemptSettings:
 
 
 class LeaseKeeper:
-    """Renews a lease and stores progress while an attempt runs; stops the engine's job when it must end."""
+    """Renews a lease and stores progress while an attempt runs; cancels the engine's job when it must end."""
 
     def __init__(self, store: JobStore, lease: Lease, draining: threading.Event, settings: AttemptSettings) -> None:
         self.lost = threading.Event()
@@ -48,7 +50,7 @@ class LeaseKeeper:
         self._store = store
         self._lease = lease
         self._settings = settings
-        self.failure: Exception | None = None  # what ended the keeper before its time
+        self.failure: Exception | None = None  # the error that ended the thread early
         self._running: RunningJob | None = None
         self._stop = threading.Event()
         self._guard = threading.Lock()
@@ -64,7 +66,7 @@ class LeaseKeeper:
         self._thread.join()
 
     def watch(self, running: RunningJob) -> None:
-        """Take the engine's job, to cancel it when the time comes; at once if it came already."""
+        """Set the engine's job to cancel when it must end; cancels it now if that is already so."""
         with self._guard:
             self._running = running
             must_end = self._must_end
@@ -72,7 +74,7 @@ class LeaseKeeper:
             running.cancel()
 
     def note(self, event: "Event", num_videos: int) -> None:
-        """Remember how far the job is; stored at the next look."""
+        """Set the job's progress from an event; the thread stores it at its next poll."""
         start, end = SPANS.get(event.phase, (None, None))
         if start is None or end is None:
             return
@@ -83,7 +85,7 @@ class LeaseKeeper:
     def _run(self) -> None:
         try:
             self._keep()
-        except Exception as error:  # nobody would renew the lease, nor notice a cancel: the job must not go on so
+        except Exception as error:  # without a thread that renews the lease and notices a cancel, the job must stop
             log.error("the lease of a job cannot be kept", job=self._lease.job.id, **describe_error(error))
             self.failure = error
             self._end_job()
@@ -110,8 +112,8 @@ class LeaseKeeper:
                 self.lost.set()
                 self._end_job()
                 return
-            except SQLAlchemyError as error:  # the job itself needs no database
-                if not unreachable:  # said once, and not at each look
+            except SQLAlchemyError as error:  # the job goes on without the database
+                if not unreachable:  # log once, not at each poll
                     log.warning("the job store cannot be reached", job=self._lease.job.id, error=type(error).__name__)
                 unreachable = True
             if self.draining.is_set():

@@ -1,7 +1,7 @@
-"""Who still lives: leases watched over the watcher's own time, and locks that the system drops at death.
+"""Which workers are alive: heartbeats timed by the watcher itself, and file locks that end with a process.
 
-No clock is compared with another. A watcher counts how long it has itself looked at a beat that did not
-move; a jump of the wall clock, and a pause of the whole machine or of the watcher, count for nothing.
+No two clocks are compared. A watcher adds up the time in which it has itself seen a heartbeat unchanged, so neither a
+jump of the wall clock nor a pause of the machine or of the watcher makes a lease expire.
 """
 
 import os
@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 
 from wanduet.jobs.records import Pulse
 
-# A beat must have stood still in at least this many looks: one long gap between two looks proves nothing,
-# because the watcher may have been paused together with the worker.
+# A heartbeat must be unchanged in at least this many looks. One long gap between two looks proves nothing: the watcher
+# may have been paused together with the worker.
 LOOKS = 4
 SWEEP_SECONDS = 3600.0
 
@@ -32,7 +32,7 @@ class _Quiet:
 
 
 class LeaseWatch:
-    """Finds leases whose holders are dead. One for each watcher; `monotonic` gives seconds that never go back."""
+    """Finds leases of dead workers. Each watcher needs its own; `monotonic` returns seconds that never decrease."""
 
     def __init__(self, workers: Path, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._workers = workers
@@ -42,10 +42,10 @@ class LeaseWatch:
         self._guard = threading.Lock()
 
     def look(self, pulses: Iterable[Pulse]) -> list[Pulse]:
-        """The leases that are dead as of this look. Call it a few times in each lease's length.
+        """Return the leases of dead workers. Call it a few times in each lease's length.
 
-        A lease is dead when its beat stood still for its length, or at once when its worker ran on this
-        machine and the system has released the worker's lock.
+        A lease is dead once its heartbeat was unchanged for the lease's length, or at once if its worker ran on this
+        machine and its lock is free.
         """
         with self._guard:
             now = self._monotonic()
@@ -67,39 +67,41 @@ class LeaseWatch:
 
 
 class WorkerLock:
-    """Proof of life on this machine: a lock on `<worker>.lock`, which the system releases however a process ends."""
+    """A lock on `<worker>.lock`, which the system releases however the worker's process ends."""
 
     def __init__(self, folder: Path, supervisor: str = "") -> None:
-        """Take a new name and lock it. `supervisor`: the id of the SupervisorLock of whoever started this worker."""
+        """Make a new worker name and lock it. `supervisor`: the id of the SupervisorLock of the worker's parent."""
         self.worker = ".".join(filter(None, [_host(), str(os.getpid()), secrets.token_hex(4), supervisor]))
         self._path = folder / f"{self.worker}.lock"
         self._lock = FileLock(self._path, thread_local=False)
-        self._lock.acquire(timeout=10)  # a watcher may be trying the new file just now
+        self._lock.acquire(timeout=10)  # a watcher may be testing the new file
         remove_stale_locks(folder)
 
     def release(self) -> None:
-        """Give the name up; its leases are dead from now on."""
-        # The lock first: a watcher then finds the lease dead at once and not after its whole length.
+        """Release the lock; the worker's leases are dead from now on."""
+        # Only the lock, not the file: a free lock tells a watcher at once that the leases are dead.
         self._lock.release()
 
 
 class SupervisorLock:
-    """Proof that whoever starts a worker again lives: a worker that dies alone is tried for it, one that dies
-    together with its supervisor was taken along, by a kill of the service or by the machine.
+    """A lock that shows that a worker's supervisor is alive.
+
+    If a worker dies and its supervisor lives, its job may have caused the crash. If both died, the cause was probably a
+    kill of the service or of the machine.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take a new id; nothing is locked yet."""
+        """Make a new id; nothing is locked yet."""
         self.id = secrets.token_hex(4)
         self._folder = folder
         self._lock = FileLock(_supervisor_path(folder, self.id), thread_local=False)
 
     def acquire(self) -> None:
-        """From now on, until the end of this process or `release`."""
+        """Lock, until the end of this process or `release`."""
         self._lock.acquire(timeout=10)
 
     def release(self) -> None:
-        """Leave nothing behind."""
+        """Release the lock and remove its file and the heartbeat file."""
         if self._lock.is_locked:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -109,7 +111,7 @@ class SupervisorLock:
 
 
 def outlived_by_supervisor(folder: Path, worker: str) -> bool:
-    """Whether a dead worker's supervisor lives. True where that cannot be known."""
+    """Whether a dead worker's supervisor is alive. True if that cannot be determined."""
     host, *rest = worker.split(".")
     if len(rest) != 3 or host != _host() or "/" in worker or "\\" in worker:
         return True
@@ -118,19 +120,19 @@ def outlived_by_supervisor(folder: Path, worker: str) -> bool:
 
 
 def is_dead(folder: Path, worker: str) -> bool:
-    """Whether a worker of this machine and this data folder has ended. False where that cannot be known."""
+    """Whether a worker of this machine and this data folder has ended. False if that cannot be determined."""
     if worker.split(".")[0] != _host() or "/" in worker or "\\" in worker:
         return False
     return _is_free(folder / f"{worker}.lock")
 
 
 def live_workers(folder: Path) -> list[str]:
-    """The names of the workers of this data folder that run on this machine."""
+    """The names of this data folder's workers that run on this machine."""
     return [path.name.removesuffix(".lock") for path in folder.glob(f"{_host()}.*.lock") if not _is_free(path)]
 
 
 def beat_path(folder: Path, supervisor: str) -> Path:
-    """The file that a supervisor's worker touches while it is well."""
+    """The heartbeat file: a supervisor's worker touches it while it makes progress."""
     return folder / f"{_host()}.{supervisor}.beat"
 
 
@@ -144,9 +146,9 @@ def read_beat(path: Path) -> str | None:
 
 
 class BeatWatch:
-    """How long a beat file has not been touched. One for each watcher and each process watched.
+    """How long a heartbeat file has not been touched. Each pair of watcher and watched process needs its own.
 
-    Each look adds at most `longest` seconds, so that a pause of the watcher, or of the whole machine, counts for little.
+    Each look adds at most `longest` seconds, so that pauses of the watcher or of the machine count for little.
     """
 
     def __init__(self, path: Path, longest: float, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -158,7 +160,7 @@ class BeatWatch:
         self._quiet = 0.0
 
     def quiet(self) -> float:
-        """Look; the seconds that it has stood still, of those that the watcher was awake."""
+        """Look at the file; returns for how many seconds of the watcher's running time it was unchanged."""
         now = self._monotonic()
         try:
             seen = self._path.stat().st_mtime_ns
@@ -173,14 +175,14 @@ class BeatWatch:
 
 
 def remove_stale_locks(folder: Path) -> None:
-    """Remove what workers and supervisors left that ended long ago, whose jobs were recovered since."""
+    """Remove files of workers and supervisors that ended long ago, whose jobs have been recovered since."""
     for path in (*folder.glob(f"{_host()}.*.lock"), *folder.glob(f"{_host()}.*.supervisor")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
                 path.unlink()
     for path in (*folder.glob(f"{_host()}.*.memory"), *folder.glob(f"{_host()}.*.beat")):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > SWEEP_SECONDS:  # a living worker writes it all the time
+            if time.time() - path.stat().st_mtime > SWEEP_SECONDS:  # a living worker writes it often
                 path.unlink()
 
 

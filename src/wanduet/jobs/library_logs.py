@@ -1,6 +1,6 @@
-"""What libraries say in the service's processes, as JSON lines too: never a plain traceback, never a client's words.
+"""Sends the logs of libraries in the service's processes to structlog, without tracebacks and without client data.
 
-A client can make a server log as often as it likes, so that the same line comes at a limited rate.
+A client can make a server log often, so the rate of each message is limited.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import structlog
 
 RATE_SECONDS = 10.0
 _MAX_KEYS = 256
-_WARNINGS = "py.warnings"  # whose own words are in the one argument
+_WARNINGS = "py.warnings"  # its records have the warning's text as their only argument
 _MAX_TEXT = 200  # characters
 _FRAMES = 5
 
@@ -23,16 +23,16 @@ _FRAMES = 5
 def configure_library_logs() -> None:
     """Send the records of all loggers and all warnings of this process to structlog.
 
-    Called by the entry points of processes only, after `configure_logs`.
+    For the entry points of processes, after `configure_logs`.
     """
     root = logging.getLogger()
-    plain = (logging.StreamHandler, _ToLines)  # the command line's, which writes for people
+    plain = (logging.StreamHandler, _ToLines)  # not those of the command line, which write for people
     root.handlers[:] = [*(handler for handler in root.handlers if type(handler) not in plain), _ToLines()]
     logging.captureWarnings(True)
 
 
 class RateLimit:
-    """Lets the same thing through once in `seconds`, and counts what it kept back."""
+    """Admits each key once in `seconds`, and counts those it suppresses."""
 
     def __init__(self, seconds: float = RATE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -42,7 +42,7 @@ class RateLimit:
         self._kept_back: dict[Hashable, int] = {}
 
     def admit(self, key: Hashable) -> int | None:
-        """None if `key` came a moment ago; else how often it was kept back since it was let through last."""
+        """None if `key` is suppressed; otherwise how often it was suppressed since it was last admitted."""
         now = self._clock()
         with self._lock:
             if now - self._last.get(key, -self._seconds) < self._seconds:
@@ -61,12 +61,12 @@ class _ToLines(logging.Handler):
         self._rate = RateLimit()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass on the record's own words, without the values in them, which may be a client's."""
+        """Log the record's format string without its arguments, which may be client data."""
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, asyncio.CancelledError):  # a request that the server itself ended
+        if isinstance(error, asyncio.CancelledError):  # a request that the server cancelled
             return
         text = _words(record)
-        # By its own words, where numbers were put into them: clients choose those, and hardly two would be the same.
+        # Limit by format string if there are arguments: clients choose their values, so hardly two messages are equal.
         kept_back = self._rate.admit((record.name, str(record.msg) if _only_numbers(record) else text))
         if kept_back is not None:
             _log(record.levelno, text, error, logger=record.name, kept_back=kept_back)
@@ -80,7 +80,7 @@ def _only_numbers(record: logging.LogRecord) -> bool:
 def _words(record: logging.LogRecord) -> str:
     text = record.getMessage() if record.name == _WARNINGS or _only_numbers(record) else str(record.msg)
     text = (text.strip().splitlines() or [""])[0][:_MAX_TEXT]
-    return text.partition("(")[0] if record.name == "asyncio" else text  # then come a call's arguments
+    return text.partition("(")[0] if record.name == "asyncio" else text  # after the parenthesis come a call's arguments
 
 
 def _log(level: int, text: str, error: BaseException | None, **values: object) -> None:

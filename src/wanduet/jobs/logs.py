@@ -1,6 +1,6 @@
 """Logs of the service's processes: one JSON object a line on standard error.
 
-No prompt is ever logged, and no local variable of a traceback, which might hold one.
+Prompts are never logged, nor are the local variables of tracebacks, which may contain them.
 """
 
 import logging
@@ -15,7 +15,7 @@ import structlog
 
 
 def configure_logs() -> None:
-    """Set up structlog for this process; called by its entry point only."""
+    """Set up structlog for this process; for entry points."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -26,7 +26,7 @@ def configure_logs() -> None:
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
         cache_logger_on_first_use=True,
     )
-    engine = logging.getLogger("wanduet")  # the engine itself knows the standard library's logs only
+    engine = logging.getLogger("wanduet")  # the engine logs with the standard library
     engine.handlers[:] = [_ToStructlog()]
     engine.setLevel(logging.INFO)
     engine.propagate = False
@@ -34,7 +34,7 @@ def configure_logs() -> None:
 
 
 class _Patient:
-    """A stream whose lines are lost while it cannot be written: a full disk under the log is no reason to stop."""
+    """A stream that drops lines while it cannot be written, for example on a full disk, instead of raising."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -50,14 +50,14 @@ class _Patient:
 
 class _ToStructlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass one record on, with the places of its exception."""
+        """Log a record through structlog, with the locations of its exception's traceback."""
         error = record.exc_info[1] if record.exc_info else None
         about = {} if error is None else describe_error(error)
         structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, **about)
 
 
 def _log_dead_thread(about: threading.ExceptHookArgs) -> None:
-    """A thread ended by an error that nothing caught: else a plain traceback would stand between the JSON lines."""
+    """Log a thread's uncaught exception as JSON instead of a plain traceback."""
     if about.exc_value is not None and about.exc_type is not SystemExit:
         name = about.thread.name if about.thread is not None else None
         structlog.get_logger().error("a thread died", thread=name, **describe_error(about.exc_value))
@@ -67,9 +67,9 @@ _PLACE = re.compile(r'^\s*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
-    """What may be logged of an unexpected error: its type, and the places of its traceback and of its causes'.
+    """The loggable parts of an unexpected error: its type, and the locations of its and its causes' tracebacks.
 
-    Neither messages nor variables, which might hold a prompt. What a rank's process said of itself counts as a cause.
+    Messages and variables are left out, as they may contain a prompt. A rank process's report counts as a cause.
     """
     where: list[str] = []
     seen: set[int] = set()

@@ -1,6 +1,6 @@
-"""Jobs that wait for a model which nobody has: they neither stand in the queue for ever nor run on another one.
+"""Fails jobs that wait for a model which no worker has, so that they do not stay in the queue for ever.
 
-Who has which model is seen by what happens: a model of which a job runs is there, and so is one whose jobs get taken.
+Which models workers have is inferred: a model is available if one of its jobs runs, or if its oldest job changes.
 """
 
 import time
@@ -14,7 +14,7 @@ from wanduet.jobs.store import JobStore
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 1.0  # between two looks, and the most that one adds to a wait: a watcher that was away saw nothing
+LOOK_SECONDS = 1.0  # between two looks; also the most that a look adds to a wait, as a paused watcher saw nothing
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class _Wait:
 
 
 class ModelWatch:
-    """Fails jobs that have waited `patience` seconds, while this watched, for a model that nobody has. For one thread."""
+    """Fails jobs that waited `patience` seconds, as seen here, for a model that no worker has. Not thread-safe."""
 
     def __init__(self, store: JobStore, patience: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._store = store
@@ -34,7 +34,7 @@ class ModelWatch:
         self._waits: dict[ModelId, _Wait] = {}
 
     def look(self, model: ModelId) -> int:
-        """Look, unless that was just done; returns how many jobs were failed. `model`: what the workers here have."""
+        """Look, at most once in `LOOK_SECONDS`; returns how many jobs were failed. `model`: that of this worker."""
         now = self._monotonic()
         passed = LOOK_SECONDS if self._looked is None else now - self._looked
         if passed < LOOK_SECONDS:

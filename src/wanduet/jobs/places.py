@@ -1,9 +1,9 @@
-"""Where jobs' files are kept, as those see it who look after all of them: whose they are, what is there, what goes.
+"""A place for jobs' files, a folder or a bucket, as sweeps and retention use it: its owner, its entries, its trash.
 
     PLACE/store-id       which job database the place belongs to
-    PLACE/trash/<time>/  what a sweep took away, as it lay in the place; deleted after some days
+    PLACE/trash/<time>/  what a sweep removed, under the same relative paths; deleted after some days
 
-What is moved to the trash can be put back by moving it again. The files of single jobs are `jobs.files`' business.
+To restore files from the trash, move them back. `jobs.files` has the operations on single jobs' files.
 """
 
 import errno
@@ -33,29 +33,29 @@ ID_FILE = "store-id"
 TRASH = "trash"
 TRASH_DAYS = 7.0
 CLOCK_FORMAT = "%Y%m%dT%H%M%SZ"
-Entry = tuple[str, str]  # a job's id, and a file's name in `videos`; or the id twice: the job's folder in `work`
+Entry = tuple[str, str]  # a job's id and a file's name in `videos`, or the id twice for the job's folder in `work`
 
 _ENTRY = re.compile(r"video_[0-9a-f]{32}(?=\.)")
 
 
 class UnreachablePlaceError(OutputError):
-    """A place on the network does not answer just now."""
+    """A place on the network does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Which database a place belongs to: the id that is kept in both, and its address, for people."""
+    """Which database a place belongs to: the id that is stored in both, and the database's address, for people."""
 
     id: str
     database: str
 
     def to_json(self) -> bytes:
-        """What is written into the place."""
+        """The content of `store-id`."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> "Mark":
-        """What `to_json` made. Raises OutputError: a mark that cannot be read must not count as none."""
+        """Parse what `to_json` returned. Raises OutputError: an unreadable mark must not count as none."""
         try:
             values = json.loads(data)
             return cls(str(values["id"]), str(values["database"]))
@@ -72,27 +72,27 @@ class Place(Protocol):
     name: str  # its address, for people
 
     def mark(self) -> Mark | None:
-        """Whose it is; None if that was never written. Raises OutputError."""
+        """Read the mark; None if there is none. Raises OutputError."""
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
-        """Write whose it is, unless it is written already and not to be replaced; returns what stands there."""
+        """Write the mark if there is none, or with `replace`; returns the one that is there afterwards."""
 
     def entries(self) -> Iterator[Entry]:
-        """Everything that has a job's id for a name. Raises OSError, UnreachablePlaceError."""
+        """All files and folders that are named after a job's id. Raises OSError, UnreachablePlaceError."""
 
     def remove(self, entries: Iterable[Entry]) -> int:
-        """Delete what is known to be unwanted; returns how many went."""
+        """Delete entries; returns how many were deleted."""
 
     def throw_away(self, entries: Iterable[Entry]) -> tuple[int, str]:
-        """Move entries to the trash; returns how many went, and where to."""
+        """Move entries to the trash; returns how many were moved, and the target."""
 
     def empty_trash(self, days: float) -> int:
-        """Delete what has lain in the trash for so many days; returns how many sweeps' heaps went."""
+        """Delete what has been in the trash for `days`; returns how many sweeps' folders were deleted."""
 
 
 class FolderPlace:
-    """The `videos` and `work` of a data folder. `discard_work` deletes a job's folder with its checkpoints;
-    `checkpoints_of` names those.
+    """The `videos` and `work` of a data folder. `discard_work` deletes a job's folder and checkpoints, which
+    `checkpoints_of` lists.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class FolderPlace:
             raise output_error(path, error) from error
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
-        """As in `Place`; of several processes that write at once, one wins and all read the same. Raises OutputError."""
+        """As in `Place`; if several processes write at once, all return the same mark. Raises OutputError."""
         path = self._folder / ID_FILE
         new = path.with_name(f"{ID_FILE}.{secrets.token_hex(4)}")
         try:
@@ -137,7 +137,7 @@ class FolderPlace:
         return self.mark() or mark
 
     def entries(self) -> Iterator[Entry]:
-        """As in `Place`; partial files too. Raises OSError."""
+        """As in `Place`; includes partial files. Raises OSError."""
         with os.scandir(self._folder / "videos") as found:
             for entry in found:
                 if match := _ENTRY.match(entry.name):
@@ -159,7 +159,7 @@ class FolderPlace:
         return removed
 
     def throw_away(self, entries: Iterable[Entry]) -> tuple[int, str]:
-        """As in `Place`; a job's checkpoints go with its folder. What cannot be moved stays where it is."""
+        """As in `Place`; moves a job's checkpoints with its folder. Entries that cannot be moved stay."""
         heap = self._folder / TRASH / new_heap()
         moved = 0
         for job_id, name in entries:
@@ -170,7 +170,7 @@ class FolderPlace:
                 moved += 1
                 for path in checkpoints:
                     _move(path, heap / path.parent.name / path.name)
-            except FileNotFoundError:  # somebody was quicker
+            except FileNotFoundError:  # another process moved or deleted it
                 continue
             except OSError as error:
                 log.error("cannot be moved to the trash", name=name, error=error.strerror)
@@ -191,7 +191,7 @@ class FolderPlace:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A new file that only its owner reads, on the disk."""
+    """Write a new file, readable by its owner only, and sync it."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.write(data)
         file.flush()
@@ -199,12 +199,12 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def new_heap() -> str:
-    """A name in the trash that says when."""
+    """A name for a folder in the trash, made of the time."""
     return f"{datetime.now(UTC).strftime(CLOCK_FORMAT)}-{secrets.token_hex(2)}"
 
 
 def is_old(heap: str, days: float) -> bool:
-    """Whether a heap of the trash was made so many days ago. What bears no such name is nobody's to delete."""
+    """Whether a folder in the trash is at least `days` old. False for names that `new_heap` did not make."""
     try:
         made = datetime.strptime(heap.partition("-")[0], CLOCK_FORMAT).replace(tzinfo=UTC)
     except ValueError:
@@ -219,4 +219,4 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.move(source, target)  # `videos` may be a disk of its own
+        shutil.move(source, target)  # not a rename: `videos` may be on another disk

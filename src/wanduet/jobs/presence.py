@@ -1,7 +1,7 @@
-"""Whether the data folder and the database file are still those that were opened.
+"""Checks that the data folder and the database file are still those that were opened.
 
-A folder that is removed lives on for the processes that have its files open: they would acknowledge jobs, and serve
-them, until their next start finds nothing.
+A removed file still exists for processes that have it open: without this check they would accept and serve jobs that
+are lost at the next start.
 """
 
 import os
@@ -11,25 +11,25 @@ from pathlib import Path
 
 from wanduet.jobs.records import StoreGoneError
 
-Identity = tuple[int, int]  # device and number of a file
+Identity = tuple[int, int]  # device and inode number of a file
 
 
 class Presence:
-    """Remembers what paths lead to. Folders are kept open, so that their numbers are not given to others."""
+    """Remembers device and inode of paths. Keeps folders open, so that their inode numbers are not reused."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Raises StoreGoneError where a path leads nowhere."""
+        """Raises StoreGoneError if a path does not exist."""
         self._handles: list[int] = []
         self._known: dict[Path, Identity | None] = {}
         for path in paths:
             if path.is_dir():
-                with suppress(OSError):  # Windows opens no folders, and removes none in which a file is open
+                with suppress(OSError):  # Windows cannot open folders, nor remove one that contains an open file
                     self._handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
             self._known[path] = None
             self._known[path] = self._identity(path)
 
     def check(self) -> None:
-        """Look at all paths. Raises StoreGoneError."""
+        """Compare all paths with what they were. Raises StoreGoneError."""
         for path, known in self._known.items():
             if self._identity(path) != known:
                 raise StoreGoneError(
@@ -38,7 +38,7 @@ class Presence:
                 )
 
     def close(self) -> None:
-        """Let the folders go."""
+        """Close the folders."""
         handles, self._handles = self._handles, []
         for handle in handles:
             os.close(handle)
@@ -50,4 +50,4 @@ class Presence:
             raise StoreGoneError(
                 f"{path} is gone ({error.strerror}).", hint="Put it back, or start wanduet again to begin anew."
             ) from error
-        return (about.st_dev, about.st_ino) if about.st_ino else None  # some Windows file systems have no numbers
+        return (about.st_dev, about.st_ino) if about.st_ino else None  # some Windows file systems have no inode numbers

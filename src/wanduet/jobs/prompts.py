@@ -1,6 +1,6 @@
-"""A deleted job's prompt is readable nowhere: the cache of embeddings keeps each text beside its numbers.
+"""Deletes the prompts of deleted jobs from the cache of embeddings, whose files contain the prompt's text.
 
-Entries are found by the text in their header, so no model, and no torch, is needed to forget a prompt.
+Entries are found by the text in their headers, which needs neither a model nor torch.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ _LONGEST_HEADER = 2**20
 
 
 def forget_prompts(folder: Path, jobs: Iterable[StoredJob]) -> int:
-    """Delete the cached embeddings of the jobs' prompts from a data folder; returns how many.
+    """Delete the cached embeddings of the jobs' prompts from a data folder; returns how many were deleted.
 
-    Where another job has the same prompt, it is encoded once more when that job needs it.
+    If another job has the same prompt, it is encoded again when that job runs.
     """
     return PromptIndex(folder).forget(job.request for job in jobs)
 
 
 class PromptIndex:
-    """What the cache's entries hold, read once: for whoever forgets the prompts of many jobs, some at a time."""
+    """Digests of the cached prompts, read once, to delete the prompts of many jobs in several calls."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is the data folder."""
         self._folder = folder / "embeddings"
-        self._digests: dict[str, tuple[int, bytes | None]] = {}  # by name: when written, of which text
+        self._digests: dict[str, tuple[int, bytes | None]] = {}  # by file name: modification time, digest of the text
 
     def forget(self, requests: Iterable[Mapping[str, Any]]) -> int:
-        """Delete the entries of the requests' prompts; returns how many."""
+        """Delete the entries of the requests' prompts; returns how many were deleted."""
         asked = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
         entries = self._read() if any(asked) else {}
         if not entries:
@@ -44,7 +44,7 @@ class PromptIndex:
         texts = {_digest(clean_text(text)) for text in asked if isinstance(text, str) and text}
         removed = 0
         for name, (_, digest) in entries.items():
-            if digest is None or digest in texts:  # what cannot be read is of no use and may hold anything
+            if digest is None or digest in texts:  # an unreadable entry is useless and may contain any prompt
                 with suppress(OSError):
                     (self._folder / name).unlink(missing_ok=True)
                     removed += 1

@@ -1,4 +1,4 @@
-"""What the job store speaks in: jobs, leases, errors. Plain frozen values; nothing here touches a database."""
+"""The job store's values and errors: jobs, leases, pages. Frozen dataclasses; nothing here uses a database."""
 
 import re
 import secrets
@@ -12,11 +12,11 @@ from wanduet.errors import ConfigError, WanduetError
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]
 OPEN_STATUSES: tuple[Status, ...] = ("queued", "in_progress")
-MAX_PAGE = 100  # jobs in one answer of `JobStore.list`
+MAX_PAGE = 100  # jobs in one page of `JobStore.list`
 CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
 MODEL_CHANGED = "model_changed"
-WAITING = "waiting"  # the phase of a queued job that nobody takes; its report says why under the same name
+WAITING = "waiting"  # phase of a queued job that no worker can take; also the key of the reason in its report
 DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
@@ -24,7 +24,7 @@ _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed, in the wire's words: a stable `code`, a sentence, a class of errors, a field if any."""
+    """Why a job failed, in the HTTP API's terms: a stable `code`, a sentence, a class of errors, a field if any."""
 
     code: str
     message: str
@@ -34,7 +34,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file of a finished job: `name` is the server's own, inside the videos folder; `index` the video's number."""
+    """One file of a finished job: `name` in the videos folder, made by the server; `index` of the video in the job."""
 
     variant: str
     index: int
@@ -44,7 +44,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredJob:
-    """A job as it stands in the store. Times are Unix seconds of the wall clock, for people only."""
+    """A job as stored. Times are Unix seconds of the wall clock, for display only."""
 
     id: str
     owner: str
@@ -52,7 +52,7 @@ class StoredJob:
     request: dict[str, Any]
     status: Status
     priority: int = 0
-    progress: float = 0.0  # 0 to 100; never goes back
+    progress: float = 0.0  # 0 to 100; never decreases
     phase: str = ""
     seconds_left: float | None = None
     created_at: float = 0.0
@@ -62,7 +62,7 @@ class StoredJob:
     error: JobError | None = None
     remixed_from: str | None = None
     files: tuple[OutputFile, ...] = ()
-    report: dict[str, Any] = field(default_factory=dict)  # what the engine measured: timings, peak memory, warnings
+    report: dict[str, Any] = field(default_factory=dict)  # the engine's timings, peak memory, warnings
     attempts: int = 0
     crashes: int = 0
     worker: str | None = None
@@ -71,18 +71,18 @@ class StoredJob:
 
     @property
     def waits_for(self) -> str | None:
-        """Why nobody takes a queued job, for people; None if nothing is known to keep it."""
+        """Why no worker takes a queued job, for people; None if no reason is known."""
         return self.report.get(WAITING) if self.status == "queued" and self.phase == WAITING else None
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether the job is completed, failed or cancelled."""
         return self.status not in OPEN_STATUSES
 
 
 @dataclass(frozen=True, slots=True)
 class ModelId:
-    """A model as jobs are accepted for it: its public name, and a hash of its weights (None: there is none to compare)."""
+    """The model that a job was accepted for: its public name, and a hash of its weights (None: not known)."""
 
     name: str
     hash: str | None = None
@@ -90,8 +90,8 @@ class ModelId:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What `JobStore.submit` stores. `request` holds JSON values only. With `model_hash`, only workers that have these very
-    weights of the model run the job.
+    """What `JobStore.submit` stores. `request` contains only JSON values. With `model_hash`, only workers with exactly
+    these weights run the job.
     """
 
     owner: str
@@ -100,13 +100,13 @@ class NewJob:
     priority: int = 0
     idempotency_key: str | None = None
     remixed_from: str | None = None
-    fingerprint: str | None = None  # of what the client sent, where defaults (a drawn seed) were added since
+    fingerprint: str | None = None  # digest of the client's request, before defaults such as a random seed were added
     model_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The stored job, and whether this call stored it (False: the idempotency key was known)."""
+    """The stored job, and whether this call stored it. False: it was stored earlier under the same idempotency key."""
 
     job: StoredJob
     created: bool
@@ -114,7 +114,7 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run one job. `token` grows with every claim of that job: a commit with an older one is refused."""
+    """The right to run one job. `token` grows with each claim of the job; a commit with an older one is refused."""
 
     job: StoredJob
     worker: str
@@ -124,7 +124,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """A lease seen from outside. While its holder lives, `beat` grows at least once in `lease_seconds`."""
+    """A lease as others see it. While its worker is alive, `beat` grows at least once in `lease_seconds`."""
 
     job_id: str
     worker: str
@@ -135,7 +135,7 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some jobs of a list, and whether there are more after them."""
+    """One page of a list of jobs, and whether more follow."""
 
     jobs: tuple[StoredJob, ...]
     has_more: bool
@@ -143,7 +143,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much the queue takes: open jobs of everybody, and of one owner. None: no limit."""
+    """Limits of the queue: open jobs in all, and of one owner. None: no limit."""
 
     queue: int | None = None
     per_owner: int | None = None
@@ -151,7 +151,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """The queue in numbers: jobs by status, failures by code, how long the oldest has waited (seconds),
+    """The queue in numbers: jobs by status, failures by code, the oldest queued job's waiting time in seconds,
     `(seconds, jobs)` by stage, peak bytes by device of the newest completed job.
     """
 
@@ -163,13 +163,13 @@ class Statistics:
 
 
 class StaleLeaseError(WanduetError):
-    """The lease is no longer the worker's: the job was cancelled, deleted, finished, or given to another."""
+    """The lease is no longer valid: the job was cancelled, deleted, finished, or given to another worker."""
 
     code: ClassVar[str] = "stale_lease"
 
 
 class QueueFullError(WanduetError):
-    """Nothing was stored because too many jobs wait. `personal`: only this owner's quota is used up."""
+    """Too many open jobs; nothing was stored. `personal`: the limit is the owner's, not that of the whole queue."""
 
     code: ClassVar[str] = "queue_full"
 
@@ -181,13 +181,13 @@ class QueueFullError(WanduetError):
 
 
 class IdempotencyError(WanduetError):
-    """An idempotency key came again with another request."""
+    """An idempotency key was used before for a different request."""
 
     code: ClassVar[str] = "idempotency_key_reused"
 
 
 class UnknownJobError(WanduetError):
-    """There is no such job, or it belongs to someone else."""
+    """There is no such job, or it belongs to another owner."""
 
     code: ClassVar[str] = "not_found"
 
@@ -196,9 +196,9 @@ class UnknownJobError(WanduetError):
 
 
 class StoreBrokenError(WanduetError, SQLAlchemyError):
-    """The job database, or the data folder, cannot be used until a person does something; trying again is of no use.
+    """The job database or the data folder cannot be used until an operator fixes it; retrying does not help.
 
-    A database that is locked, out of room or not reached is another error of SQLAlchemy's, and worth another try.
+    A locked, full or unreachable database raises SQLAlchemy's own errors instead, after which retrying may help.
     """
 
     code: ClassVar[str] = "store_broken"  # type: ignore[misc]  # SQLAlchemy has a code of its own
@@ -208,7 +208,7 @@ class StoreBrokenError(WanduetError, SQLAlchemyError):
 
 
 class StoreDamagedError(StoreBrokenError):
-    """The database file is damaged, or is no database."""
+    """The database file is damaged, or is not a database."""
 
     code: ClassVar[str] = "store_damaged"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
@@ -220,17 +220,17 @@ class StoreReadOnlyError(StoreBrokenError):
 
 
 class StoreGoneError(StoreBrokenError):
-    """The database or the data folder is not there any more, or another one is in its place."""
+    """The database or the data folder was removed or replaced."""
 
     code: ClassVar[str] = "store_gone"  # type: ignore[misc]  # SQLAlchemy has a code of its own
 
 
 class StoreBusyError(SQLAlchemyError):
-    """Another process kept the database locked for longer than a writer waits; trying again later is right."""
+    """Another process kept the database locked for longer than a writer waits; retry later."""
 
 
 class ForeignDatabaseError(ConfigError):
-    """The data folder belongs to another job database than the one that was given."""
+    """The data folder belongs to another job database than the given one."""
 
     code: ClassVar[str] = "foreign_database"
 
@@ -238,7 +238,7 @@ class ForeignDatabaseError(ConfigError):
 def make_id(now: float, newest: str | None) -> str:
     """A job id that sorts after `newest` and cannot be guessed: 48 bits of milliseconds, 80 random bits.
 
-    Ids grow even while the clock goes back, so lists and the queue keep their order.
+    Ids grow even if the clock is set back, so lists and the queue keep their order.
     """
     moment = max(0, int(now * 1000))
     if newest is not None:
@@ -247,9 +247,9 @@ def make_id(now: float, newest: str | None) -> str:
 
 
 def demand_of(request: dict[str, Any]) -> str:
-    """What of a request decides memory and time, as a short text that a queue can be grouped by.
+    """The fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
-    `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` where the model's default holds.
+    `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -261,5 +261,5 @@ def demand_of(request: dict[str, Any]) -> str:
 
 
 def is_job_id(text: str) -> bool:
-    """Whether a text has the form of a job's id; only such texts ever become part of a file name."""
+    """Whether a text has the form of a job id. Only such texts may become part of a file name."""
     return _ID.fullmatch(text) is not None

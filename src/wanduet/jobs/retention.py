@@ -1,7 +1,7 @@
-"""Deleting finished jobs whose time is over, or that take too much of the disk: some hundred at a time.
+"""Deletes finished jobs that are expired, or whose files exceed the disk limit, up to `ROUND` at a time.
 
-A round is one short transaction, which also writes down that these jobs were deleted; then their files go. A kill in
-between leaves files of which the database knows that nobody wants them.
+A round is one short transaction that deletes the jobs and records their ids as deleted; then their files are deleted.
+After a kill in between, a sweep finds the files and knows from the ids that nobody needs them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ from wanduet.jobs.records import OPEN_STATUSES
 from wanduet.jobs.schema import deleted, jobs
 
 ROUND = 200  # jobs that are deleted at once
-REMEMBERED_SECONDS = 86400 * TRASH_DAYS  # after which a deleted job is as one that never was
+REMEMBERED_SECONDS = 86400 * TRASH_DAYS  # after which the id of a deleted job is forgotten
 
 Transaction = Callable[[], AbstractContextManager[sa.Connection]]
 
 _CLOSED = jobs.c.status.not_in(OPEN_STATUSES)
-_HAS_FILES = jobs.c.files_bytes > sa.literal_column("0")  # as the index has it
+_HAS_FILES = jobs.c.files_bytes > sa.literal_column("0")  # literally the index's condition, so that the index is used
 
 
 class Retention:
-    """Deletes finished jobs of one store. `read` and `write` open its transactions; `clock` gives Unix seconds."""
+    """Deletes finished jobs of one store. `transactions` open a read and a write; `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class Retention:
         self._prompts = PromptIndex(files.folder)
 
     def expire(self) -> int:
-        """Delete jobs whose time is over, `ROUND` at most; returns how many."""
+        """Delete expired jobs, at most `ROUND`; returns how many were deleted."""
         query = sa.select(jobs.c.id).where(jobs.c.expires_at <= self._clock(), _CLOSED)
         with self._read() as connection:
             ids = connection.scalars(query.order_by(jobs.c.expires_at).limit(ROUND)).all()
         return self.delete(ids)
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest jobs until published files take `max_bytes`, `ROUND` at most; returns how many."""
+        """Delete the oldest jobs until published files fit into `max_bytes`, at most `ROUND`; returns how many."""
         with self._read() as connection:
             total = connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes)).where(_HAS_FILES)) or 0
             excess = total - max_bytes
@@ -62,7 +62,7 @@ class Retention:
         return self.delete([row.id for row, _ in over])
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete finished jobs with their files and prompts; returns how many there still were."""
+        """Delete finished jobs with their files and prompts; returns how many of them existed."""
         if not ids:
             return 0
         with self._read() as connection:
@@ -78,7 +78,7 @@ class Retention:
         return len(rows)
 
     def forget_deleted(self) -> int:
-        """Forget deleted jobs whose files are gone since long, `ROUND` at most; returns how many."""
+        """Delete the records of jobs deleted long ago, at most `ROUND`; returns how many."""
         long_ago = self._clock() - REMEMBERED_SECONDS
         some = sa.select(deleted.c.id).where(deleted.c.deleted_at < long_ago).limit(ROUND)
         with self._read() as connection:
@@ -90,7 +90,7 @@ class Retention:
 
 
 def delete_rows(connection: sa.Connection, which: sa.ColumnElement[bool], now: float) -> "Sequence[sa.Row[Any]]":
-    """Delete jobs and write down that they were; returns what `remove_files` needs of them."""
+    """Delete jobs and record their ids as deleted; returns the columns that `remove_files` needs."""
     needed = (jobs.c.id, jobs.c.status, jobs.c.files, jobs.c.attempts, jobs.c.token)
     gone: sa.Executable = sa.delete(jobs).where(which).returning(*needed)
     rows = connection.execute(gone).all()
@@ -100,7 +100,7 @@ def delete_rows(connection: sa.Connection, which: sa.ColumnElement[bool], now: f
 
 
 def remove_files(files: JobFiles, rows: "Sequence[sa.Row[Any]]") -> None:
-    """Remove the files of deleted jobs. What a worker still writes, it discards when it notices, or a sweep does."""
+    """Delete the files of deleted jobs. Files that a worker still writes are deleted by that worker or by a sweep."""
     files.remove([file["name"] for row in rows for file in row.files])
     files.remove_older_of({row.id: row.token for row in rows if row.attempts > 1})
     for row in rows:

@@ -1,4 +1,4 @@
-"""The worker's loop: claim jobs, run each in a thread, look after the store, drain when asked."""
+"""The worker's main loop: claim jobs, run each in a thread, do housekeeping, drain on request."""
 
 import threading
 import time
@@ -23,17 +23,17 @@ from wanduet.jobs.watchdog import HangSettings, Watchdog
 
 log = structlog.get_logger(__name__)
 
-_MOST_POLLS = 16  # between two tries to reach the database
+_MOST_POLLS = 16  # pause between two tries to reach the database
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerSettings:
-    """How a worker works. Times in seconds.
+    """A worker's settings. Times in seconds.
 
-    `parallel`: jobs at once; an engine with overlapping stages is busy with two or three. `max_bytes`: what
-    published files may take of the disk (None: all of it). `housekeeping`: whether this worker also takes jobs
-    from dead ones and tidies up; where somebody does it for many workers, they need not. `model_seconds`: how long a job waits for the
-    model that it was accepted for, when no worker has that, before it fails.
+    `parallel`: jobs at once; two or three keep an engine with overlapping stages busy. `max_bytes`: limit of published
+    files (None: no limit). `housekeeping`: whether this worker also recovers dead workers' jobs and deletes old files;
+    False if another process does. `model_seconds`: how long a job may wait for a model that no worker has before it
+    fails.
     """
 
     lease_seconds: float = 30.0
@@ -42,13 +42,13 @@ class RunnerSettings:
     max_bytes: int | None = None
     housekeeping: bool = True
     model_seconds: float = 60.0
-    supervisor: str = ""  # the id of the lock of whoever starts this worker again
+    supervisor: str = ""  # the id of the supervisor's SupervisorLock
     attempt: AttemptSettings = field(default_factory=AttemptSettings)
     hangs: HangSettings = field(default_factory=HangSettings)
 
 
 class Runner:
-    """Runs the store's jobs through an engine until drained. One thread calls `run`, any thread `drain`."""
+    """Runs the store's jobs on an engine until drained. One thread calls `run`, any thread may call `drain`."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Runner:
         hooks: EngineHooks | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
-        """`watchdog` is told that the loop goes round and that jobs get ahead."""
+        """The loop and its jobs report their progress to `watchdog`."""
         self._store = store
         self._engine = engine
         self._settings = settings or RunnerSettings()
@@ -83,10 +83,10 @@ class Runner:
         self._polls = 1  # to wait for, before a database that cannot be reached is tried again
         self._waits_for: str | None = None
         self._attempts: dict[threading.Thread, StoredJob] = {}
-        self.worker: str | None = None  # the name on its leases, once `run` was called
+        self.worker: str | None = None  # its name in leases; None before `run`
 
     def drain(self) -> None:
-        """Take no more jobs; end those that run within a step and put them back. `run` then returns."""
+        """Claim no more jobs; stop running ones at their next step and put them back. `run` then returns."""
         self._draining.set()
 
     @property
@@ -96,13 +96,13 @@ class Runner:
 
     @property
     def running(self) -> tuple[str, ...]:
-        """The ids of the jobs that it has just now."""
+        """The ids of the jobs that are running."""
         return tuple(job.id for job in tuple(self._attempts.values()))
 
     def run(self) -> None:
-        """Work until `drain`. A database that cannot be reached is waited for.
+        """Claim and run jobs until `drain`. Waits for a database that cannot be reached.
 
-        Raises WanduetError, once its jobs are put back, when a device failed so that only another process can use it.
+        Raises WanduetError, after its jobs were put back, if a device failed and only a new process can use it.
         """
         lock = WorkerLock(self._store.files.workers, self._settings.supervisor)
         self.worker = lock.worker
@@ -121,7 +121,7 @@ class Runner:
             if self._engine_lost:
                 raise WanduetError("A device failed for good in this process.", hint="Its jobs go on in another one.")
         except BaseException:
-            self._draining.set()  # what runs is put back, and not blamed for it
+            self._draining.set()  # running jobs are put back without counting a crash
             raise
         finally:
             telemetry.close()
@@ -129,7 +129,7 @@ class Runner:
             log.info("worker ended", worker=lock.worker)
 
     def _try_turn(self, worker: str) -> bool:
-        """The same, but a database that cannot be reached is waited for, ever longer."""
+        """As `_turn`, but if the database cannot be reached, waits for increasing times."""
         try:
             busy = self._turn(worker)
         except SQLAlchemyError as error:
@@ -143,19 +143,19 @@ class Runner:
         return busy
 
     def _turn(self, worker: str) -> bool:
-        """Do what there is to do; True if a job was started and there may be more."""
+        """Run one round of the loop; True if a job was started, so that there may be more."""
         model = self._model()
         if self._settings.housekeeping:
             self._housekeeper.turn()
             if model is not None:
                 self._model_watch.look(model)
         running = tuple(self._attempts.values())
-        # A job that crashed before runs alone, so that a neighbour does not take the blame for its next crash.
+        # A job that crashed before runs alone, so that its next crash is not counted for another job.
         if len(running) >= self._settings.parallel or any(job.crashes for job in running):
             return False
         if not self._has_room():
             return False
-        if self._draining.is_set():  # asked after `running` was: what a drained attempt has put back is not taken again
+        if self._draining.is_set():  # checked after `running`, or a job just put back could be claimed
             return False
         lease = self._store.claim(worker, self._settings.lease_seconds, alone=not running, model=model)
         if lease is None:
@@ -167,7 +167,7 @@ class Runner:
         self._attempts[thread] = lease.job
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more threads just now, which is not the job's fault
+        except RuntimeError as error:  # no more threads; not the job's fault
             del self._attempts[thread]
             log.error("no job is begun: no thread can be started", error=str(error))
             self._store.release(lease)
@@ -175,8 +175,9 @@ class Runner:
         return True
 
     def _model(self) -> ModelId | None:
-        """What only jobs are taken for; None: for anything, as where the weights cannot be read, which each job then
-        says by failing with that.
+        """The model for which jobs are claimed; None for any model.
+
+        None also if the weights cannot be read: each job then fails with that error.
         """
         try:
             if not self._identified:
@@ -209,10 +210,10 @@ class Runner:
                 self._wake.notify()
 
     def _pause(self, polls: int = 1) -> None:
-        """Wait for the next look, or for so many; a finished job ends one wait, `drain` all of them."""
+        """Wait for `polls` polls; a finished job ends one of them, `drain` all."""
         for _ in range(polls):
             with self._wake:
-                # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
+                # `drain` takes no lock, as a signal handler may call it; it is noticed within one poll.
                 self._wake.wait(self._settings.attempt.poll_seconds)
             if self._draining.is_set():
                 return

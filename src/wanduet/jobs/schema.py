@@ -1,4 +1,4 @@
-"""The job store's tables, and how those of an earlier version become today's."""
+"""The job store's tables, and migrations from earlier versions."""
 
 import time
 
@@ -9,21 +9,21 @@ from wanduet.jobs.records import demand_of
 
 SCHEMA_VERSION = 3
 CREATE_ATTEMPTS = 5
-SERIAL = "serial_until"  # a connection's option: its transactions write; until when SQLite's write lock is waited for
+SERIAL = "serial_until"  # execution option of a writing connection: the monotonic deadline for SQLite's write lock
 
 metadata = sa.MetaData()
 
 jobs = sa.Table(
     "jobs",
     metadata,
-    sa.Column("id", sa.String(64), primary_key=True),  # grows with every submission: the queue's and lists' order
+    sa.Column("id", sa.String(64), primary_key=True),  # grows with each submission; orders the queue and lists
     sa.Column("owner", sa.String(128), nullable=False),
     sa.Column("idempotency_key", sa.String(255)),
-    sa.Column("fingerprint", sa.String(64), nullable=False),  # of what was asked for under that key
+    sa.Column("fingerprint", sa.String(64), nullable=False),  # digest of the request under that key
     sa.Column("model", sa.String(255), nullable=False),
-    sa.Column("model_hash", sa.String(64)),  # of its weights; none where nobody said
+    sa.Column("model_hash", sa.String(64)),  # of its weights; null if not known
     sa.Column("request", sa.JSON, nullable=False),
-    sa.Column("demand", sa.String(96), nullable=False, server_default=""),  # of the request: see `demand_of`
+    sa.Column("demand", sa.String(96), nullable=False, server_default=""),  # see `records.demand_of`
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("progress", sa.Double, nullable=False, server_default="0"),
@@ -56,13 +56,13 @@ jobs = sa.Table(
     sa.Index("jobs_by_expiry", "expires_at"),
 )
 
-# How much published files take, and which are the oldest: of jobs that have files only.
+# Total size of published files, and the oldest of them: only jobs that have files.
 _HAS_FILES = jobs.c.files_bytes > sa.literal_column("0")
 jobs_with_files = sa.Index(
     "jobs_with_files", jobs.c.id, jobs.c.files_bytes, sqlite_where=_HAS_FILES, postgresql_where=_HAS_FILES
 )
 
-# Jobs that were deleted lately, whose files may be left by a kill or by a worker that still wrote.
+# Recently deleted jobs, whose files may still exist after a kill, or because a worker was still writing them.
 deleted = sa.Table(
     "deleted_jobs",
     metadata,
@@ -71,7 +71,7 @@ deleted = sa.Table(
     sa.Index("deleted_jobs_by_time", "deleted_at"),
 )
 
-# Seconds by stage of all completed jobs, which a metric needs to survive the deletion of the jobs.
+# Summed seconds by stage of all completed jobs, for metrics; kept when the jobs are deleted.
 stages = sa.Table(
     "stages",
     metadata,
@@ -80,23 +80,23 @@ stages = sa.Table(
     sa.Column("count", sa.BigInteger, nullable=False),
 )
 
-# The first id of the next submission must be greater than every id ever given, deleted jobs included;
-# `version` refuses a database that a newer wanduet wrote. One row.
+# One row. `newest_id`: a new id must be greater than all earlier ones, deleted jobs' included. `version`: a database of
+# a newer wanduet is refused.
 state = sa.Table(
     "state",
     metadata,
     sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("newest_id", sa.String(64)),
-    sa.Column("store_id", sa.String(64)),  # the id that is kept in the data folders of this database, too
+    sa.Column("store_id", sa.String(64)),  # also stored in the data folders of this database
 )
 
-STEPS = "steps"  # beside the stages: seconds of denoising, and how many steps they were
+STEPS = "steps"  # an extra row: seconds of denoising, and the number of steps
 STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s", STEPS)
 
 
 def is_current(connection: sa.Connection) -> bool:
-    """Whether the tables are there, as this version makes them. Raises ConfigError where a newer one made them."""
+    """Whether the tables exist in this version's form. Raises ConfigError if a newer version made them."""
     if not sa.inspect(connection).has_table("state"):
         return False
     version = connection.scalar(sa.select(state.c.version))
@@ -108,9 +108,9 @@ def is_current(connection: sa.Connection) -> bool:
 
 
 def create_tables(database: sa.Engine, deadline: float) -> None:
-    """Create what is missing, or bring it up to this version; gives up at `deadline` of the monotonic clock."""
-    # Several processes may start at once. SQLite's write lock makes them queue up; on a server the loser of a race
-    # fails on what the winner made, and finds it there when it looks again.
+    """Create missing tables, migrate old ones; gives up at `deadline` of the monotonic clock."""
+    # Several processes may start at once. SQLite's write lock serialises them; on a server the loser of the race fails
+    # because the tables exist, and finds them when it retries.
     attempts = 1 if database.dialect.name == "sqlite" else CREATE_ATTEMPTS
     for attempt in range(attempts):
         try:
@@ -130,7 +130,7 @@ def _create_missing(connection: sa.Connection) -> None:
         if known.has_table(table.name) and column not in {one["name"] for one in known.get_columns(table.name)}:
             upgrade(connection)
     metadata.create_all(connection)
-    jobs_with_files.create(connection, checkfirst=True)  # `create_all` adds no index to a table that is there
+    jobs_with_files.create(connection, checkfirst=True)  # `create_all` adds no index to an existing table
     if connection.scalar(sa.select(state.c.version)) is None:
         connection.execute(sa.insert(state).values(id=1, version=SCHEMA_VERSION))
     if not is_current(connection):
@@ -153,7 +153,7 @@ def _add_demand(connection: sa.Connection) -> None:
 
 
 def _add_model_hash(connection: sa.Connection) -> None:
-    """From version 2 to 3. Jobs from before have none: for them the model's name decides."""
+    """From version 2 to 3. Earlier jobs have no hash; only the model's name is compared for them."""
     connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN model_hash VARCHAR(64)"))
 
 

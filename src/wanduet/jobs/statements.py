@@ -1,7 +1,7 @@
-"""The small statements that the store's operations are made of. Each runs inside the caller's transaction.
+"""The SQL statements of the store's operations. Each runs inside the caller's transaction.
 
-Those that every job needs are built once: building one, and finding that it was compiled before, takes SQLAlchemy longer
-than it takes a database to run it. What they are told then has names that no column has.
+Statements that every job needs are built once, at import: SQLAlchemy takes longer to build one and to find its compiled
+form than a database takes to run it. Their parameters have names that differ from all columns' names.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ SIZE_STEP = 100
 
 _ASKED: sa.BindParameter[Any] = sa.bindparam("asked", expanding=True)
 _LOOKED_UP = jobs.c.id.in_(_ASKED)
-_SCANNED = (jobs.c.id + "").in_(_ASKED)  # no index has this expression
+_SCANNED = (jobs.c.id + "").in_(_ASKED)  # an expression without an index, which forces a scan
 
 NEWEST = sa.select(state.c.newest_id).with_for_update()
 INSERT = sa.insert(jobs).returning(jobs)
@@ -42,7 +42,7 @@ _OPEN = sa.select(_COUNTED.filter(jobs.c.owner == sa.bindparam("owner")), _COUNT
     jobs.c.status.in_(OPEN_STATUSES)
 )
 
-# The fence: true only while the lease is the newest of its job and the job still runs. `held` names the lease.
+# The fencing condition: the job still runs and the lease is its newest. `held` gives the lease's parameters.
 _HELD = sa.and_(
     jobs.c.id == sa.bindparam("held_id"),
     jobs.c.status == "in_progress",
@@ -56,8 +56,8 @@ BEAT = UPDATE_HELD.values(beat=jobs.c.beat + 1)
 _PERCENT = sa.bindparam("percent", type_=sa.Double)
 PROGRESS = BEAT.values(progress=sa.case((jobs.c.progress < _PERCENT, _PERCENT), else_=jobs.c.progress))
 
-# One statement for all sums, for each is a journey to the database. The rows are locked in the order of their names: of
-# two that complete jobs at the same time, each would else wait for the other.
+# One statement for all sums, to save round trips. The rows are locked in the order of their names, so that two workers
+# that complete jobs at the same time do not deadlock.
 _SUMS = sa.select(stages.c.name).order_by(stages.c.name).with_for_update().subquery()
 _COUNT_STAGES = (
     sa.update(stages)
@@ -77,7 +77,7 @@ _COUNT_STAGES = (
 
 
 def to_job(row: "sa.Row[Any]") -> StoredJob:
-    """Read one row."""
+    """Convert one row."""
     error = None
     if row.error_code is not None:
         error = JobError(row.error_code, row.error_message, row.error_type, row.error_param)
@@ -110,9 +110,9 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
 def wanted_names(
     connection: sa.Connection, job_ids: Collection[str], *, by_scan: bool = False
 ) -> dict[str, Collection[str] | None]:
-    """The published names that jobs hold; None for an open job. A job that is not there is left out.
+    """Names of published files by job; None for an open job. Jobs that do not exist are left out.
 
-    `by_scan`: read the whole table, whatever an index, which may be damaged, says of it.
+    `by_scan`: read the whole table without its indexes, which may be damaged.
     """
     query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(_SCANNED if by_scan else _LOOKED_UP)
     found: dict[str, Collection[str] | None] = {}
@@ -123,18 +123,18 @@ def wanted_names(
 
 
 def deleted_among(connection: sa.Connection, job_ids: Collection[str]) -> set[str]:
-    """Those of the ids whose jobs were deleted lately."""
+    """Those of the ids whose jobs were deleted recently."""
     query = sa.select(deleted.c.id).where(deleted.c.id.in_(_ASKED))
     return {job_id for asked in _filled(job_ids) for job_id in connection.scalars(query, {"asked": asked})}
 
 
 def _filled(job_ids: Collection[str]) -> list[list[str]]:
-    """The ids in one list, filled up, so that there are few texts of statements, which drivers keep; none of no ids."""
+    """The ids padded to a multiple of `SIZE_STEP`, so that drivers cache few statements; no list without ids."""
     return [[*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]] if job_ids else []
 
 
 def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":
-    """One job's row; only if it is the owner's, where one is given. Raises UnknownJobError."""
+    """One job's row; with `owner`, only if it is theirs. Raises UnknownJobError."""
     query = sa.select(jobs).where(jobs.c.id == job_id)
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
@@ -145,7 +145,7 @@ def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock:
 
 
 def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerprint: str) -> StoredJob | None:
-    """The job stored under an idempotency key, if any. Raises IdempotencyError where it was asked for otherwise."""
+    """The job stored under an idempotency key, if any. Raises IdempotencyError if its request was different."""
     if key is None:
         return None
     same = sa.and_(jobs.c.owner == owner, jobs.c.idempotency_key == key)
@@ -156,12 +156,12 @@ def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerpr
 
 
 def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":
-    """Change at most one row and return it as it is now."""
+    """Update at most one row and return it."""
     return connection.execute(sa.update(jobs).where(where).values(values).returning(jobs)).one_or_none()
 
 
 def taking(which: sa.ColumnElement[bool]) -> sa.Update:
-    """What gives one queued job to a worker, behind a new token: a statement for `take`."""
+    """A statement for `take`: gives one queued job to a worker, with a new token."""
     return (
         sa.update(jobs)
         .where(which, jobs.c.status == "queued")
@@ -176,8 +176,8 @@ def taking(which: sa.ColumnElement[bool]) -> sa.Update:
     )
 
 
-# Jobs that were accepted for the model that `of_model` names; for any, where it names none. Weights with the same hash are
-# the same model whatever it was called; where there is no hash on one side, the name decides.
+# Jobs that were accepted for the model of `of_model`; for any model if that is None. Weights with the same hash are the
+# same model under any name; if one side has no hash, the names are compared.
 _SERVED_NAME, _SERVED_HASH = (sa.bindparam(name, type_=sa.String) for name in ("served_name", "served_hash"))
 OF_MODEL = sa.or_(
     _SERVED_NAME.is_(None),
@@ -188,7 +188,7 @@ OF_MODEL = sa.or_(
 _running = jobs.alias()
 _SAME_HASH = sa.func.coalesce(_running.c.model_hash, "") == sa.func.coalesce(jobs.c.model_hash, "")
 _RUNS_SOMEWHERE = sa.exists().where(_running.c.status == "in_progress", _running.c.model == jobs.c.model, _SAME_HASH)
-# Models that queued jobs wait for and that `of_model` does not name, where no job of the same runs; with the oldest job.
+# Models of queued jobs, except that of `of_model` and those of which a job runs; each with its oldest job's id.
 OTHER_MODELS = (
     sa.select(jobs.c.model, jobs.c.model_hash, sa.func.min(jobs.c.id))
     .where(jobs.c.status == "queued", sa.not_(OF_MODEL), sa.not_(_RUNS_SOMEWHERE))
@@ -208,35 +208,35 @@ TAKE_FIRST_UNBLAMED = taking(sa.and_(jobs.c.id == _FIRST, jobs.c.crashes == 0))
 
 
 def of_model(model: ModelId | None) -> Values:
-    """Names the model to a statement with OF_MODEL; None: any."""
+    """The parameters of a statement with OF_MODEL; None: any model."""
     return {"served_name": None if model is None else model.name, "served_hash": (model and model.hash) or ""}
 
 
 def take(
     connection: sa.Connection, statement: sa.Update, worker: str, lease_seconds: float, now: float, **which: Any
 ) -> Lease | None:
-    """Run a statement of `taking`; None if the job is not there or not queued any more."""
-    told = {"worker": worker, "lease_seconds": lease_seconds, "now": now, **which}
-    row = connection.execute(statement, told).one_or_none()
+    """Run a statement of `taking`; None if it finds no queued job."""
+    parameters = {"worker": worker, "lease_seconds": lease_seconds, "now": now, **which}
+    row = connection.execute(statement, parameters).one_or_none()
     return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
 
 
 def held(lease: Lease) -> Values:
-    """Names the lease to a statement behind the fence."""
+    """The parameters of a statement with the fencing condition."""
     return {"held_id": lease.job.id, "held_token": lease.token, "held_worker": lease.worker}
 
 
 def update_held(
     connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
 ) -> "sa.Row[Any] | None":
-    """Change the job behind the fence and return it as it is now; None if the lease is not held any more."""
+    """Update the job if the lease is still valid and return it; None if it is not."""
     return connection.execute(statement, {**held(lease), **values}).one_or_none()
 
 
 def commit(
     connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
 ) -> "sa.Row[Any]":
-    """Change the job behind the fence. Raises StaleLeaseError."""
+    """As `update_held`, but raises StaleLeaseError."""
     row = update_held(connection, lease, values, statement)
     if row is None:
         raise stale(lease)
@@ -244,12 +244,12 @@ def commit(
 
 
 def stale(lease: Lease) -> StaleLeaseError:
-    """What a worker hears that lost its job."""
+    """The error for a worker that lost its job."""
     return StaleLeaseError(f"Worker {lease.worker} no longer holds job {lease.job.id} (token {lease.token}).")
 
 
 def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
-    """Raises QueueFullError when one more open job would be too many."""
+    """Raises QueueFullError if one more open job would exceed a limit."""
     if limits == Limits():
         return
     mine, everybodys = connection.execute(_OPEN, {"owner": owner}).one()
@@ -260,19 +260,19 @@ def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
 
 
 def count_stages(connection: sa.Connection, waited: float, report: Values) -> None:
-    """Add a finished job's seconds and steps to the sums; timings of what is no stage are left out."""
+    """Add a finished job's seconds and steps to the sums; timings that are not of a stage are left out."""
     timings = {"queue_s": waited, **report.get("timings", {})}
     counted = {name: (value, 1) for name, value in timings.items() if name != STEPS}
     if steps := report.get("steps", 0):
         counted[STEPS] = (timings.get("denoise_s", 0.0), steps)
-    told: Values = {}
+    parameters: Values = {}
     for name in STAGE_NAMES:
         value, count = counted.get(name, (0.0, 0))
-        told |= {f"{name}_seconds": float(value), f"{name}_count": count}
-    connection.execute(_COUNT_STAGES, told)
+        parameters |= {f"{name}_seconds": float(value), f"{name}_count": count}
+    connection.execute(_COUNT_STAGES, parameters)
 
 
 def fingerprint(new: NewJob) -> str:
-    """A digest of what was asked for, to tell a repetition from another request under the same key."""
+    """A digest of the request, to distinguish a repetition from a different request under the same key."""
     asked = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(asked.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""The durable queue: every state a job was acknowledged in survives a kill, and one worker at most owns it.
+"""The durable queue: every acknowledged state of a job survives a kill, and at most one worker owns a job.
 
-No decision about a lease looks at a clock. A lease carries a token, which grows with every claim, and a
-beat, which its holder makes grow; whoever watches decides over his own monotonic time that a beat stands
-still (`jobs.leases`) and takes the job away with `recover`, which is refused if the beat moved meanwhile.
-The wall clock is only written down, for people and for retention.
+Leases do not depend on the wall clock. A lease has a token, which grows with each claim, and a heartbeat counter, which
+its worker increments. A watcher measures with its own monotonic clock that a counter does not change (`jobs.leases`)
+and takes the job away with `recover`, which does nothing if the counter changed meanwhile. Wall-clock times are stored
+only for display and for retention.
 """
 
 import time
@@ -58,9 +58,9 @@ Values = dict[str, Any]
 class JobStore:
     """Jobs in a database and their files in a data folder. Safe to use from any thread and any process.
 
-    `clock` gives Unix seconds; a finished job is kept for `retention_seconds` (None: for ever). Every call raises
-    SQLAlchemyError where the database cannot be used just now: reading waits for no writer, writing for
-    `writers.patience` seconds in sum. It raises StoreBrokenError where only a person can help.
+    `clock` returns Unix seconds; a finished job is kept for `retention_seconds` (None: for ever). Every call raises
+    SQLAlchemyError if the database cannot be used at the moment, and StoreBrokenError if an operator has to fix it.
+    Reads do not wait for writers; a write waits at most `writers.patience` seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class JobStore:
         retention_seconds: float | None = None,
         connections: int = 10,
     ) -> None:
-        """Raises ConfigError for an address that is not valid, ForeignDatabaseError for another folder's database."""
+        """Raises ConfigError for an invalid address, ForeignDatabaseError for the database of another folder."""
         url = url or files.default_url
         self.files = files
         self.database = open_paired(files, url, connections)
@@ -80,7 +80,7 @@ class JobStore:
         self._clock = clock
         file = sqlite_path(url)
         self._presence = Presence([files.folder] if file is None else [files.folder, file])
-        # SQLite lets one writer in at a time and makes the others poll; queueing threads here is fair and quick.
+        # SQLite admits one writer and makes the others poll; a queue of this process's threads is fair and faster.
         self.writers = WriterQueue(LOCK_SECONDS, alone=file is not None)
         self._retention = Retention(files, self.database, (self._read, self._write), clock)
         self._sweepers = [Sweeper(place, self._read) for place in files.places]
@@ -90,16 +90,16 @@ class JobStore:
         self.database.dispose()
         self._presence.close()
 
-    # What a client does.
+    # For clients.
 
     def submit(self, new: NewJob, limits: Limits | None = None) -> Submitted:
-        """Store a job. When this returns, it is on the disk.
+        """Store a job. On return it is on the disk.
 
         Raises QueueFullError (nothing stored) or IdempotencyError (the key belongs to another request).
         """
         fingerprint = new.fingerprint or statements.fingerprint(new)
         with self._write() as connection:
-            # The row lock makes submissions queue up where the database itself lets them run side by side.
+            # The row lock serialises submissions on a database server.
             newest = connection.scalar(statements.NEWEST)
             known = statements.find_by_key(connection, new.owner, new.idempotency_key, fingerprint)
             if known is not None:
@@ -121,7 +121,7 @@ class JobStore:
         return Submitted(statements.to_job(row), created=True)
 
     def find_by_key(self, owner: str, key: str, fingerprint: str) -> StoredJob | None:
-        """The job that `submit` stored under an idempotency key, if it is still there; nothing is stored.
+        """The job that `submit` stored under an idempotency key, if it still exists.
 
         Raises IdempotencyError if the key belongs to another request.
         """
@@ -142,7 +142,7 @@ class JobStore:
         order: Order = "desc",
         status: Status | None = None,
     ) -> Page:
-        """Jobs by age, newest first; those after the id `after`, which may be gone. `limit` is 1 to 100."""
+        """A page of jobs by age, newest first by default, starting after the id `after`. `limit` is 1 to 100."""
         limit = min(max(limit, 1), MAX_PAGE)
         query = sa.select(jobs).order_by(jobs.c.id if order == "asc" else jobs.c.id.desc()).limit(limit + 1)
         if owner is not None:
@@ -156,7 +156,7 @@ class JobStore:
         return Page(tuple(statements.to_job(row) for row in found[:limit]), len(found) > limit)
 
     def cancel(self, job_id: str, owner: str | None = None) -> StoredJob:
-        """End an open job at once; its worker learns it at the next look. A finished job stays as it is.
+        """Cancel an open job at once; its worker notices at its next poll. A finished job is not changed.
 
         Raises UnknownJobError.
         """
@@ -170,8 +170,8 @@ class JobStore:
     def delete(self, job_id: str, owner: str | None = None) -> StoredJob:
         """Remove a job in any state: its prompt's embeddings, its row, its files. Raises UnknownJobError.
 
-        A kill between the last two leaves files that `sweep` removes; never a row without files. What a worker
-        still writes, it discards itself when it notices, or a sweep does.
+        After a kill between row and files, `sweep` deletes the files. Files that a worker is still writing are deleted
+        by that worker or by a sweep.
         """
         forget_prompts(self.files.folder, [self.get(job_id, owner)])
         with self._write() as connection:
@@ -182,23 +182,21 @@ class JobStore:
         return job
 
     def was_deleted(self, job_id: str) -> bool:
-        """Whether the job was there and was deleted, in the last days. A job that is only not found may be there."""
+        """Whether the job was deleted within the last days. `get` does not prove it: an index may be damaged."""
         with self._read() as connection:
             return bool(statements.deleted_among(connection, [job_id]))
 
-    # What a worker does.
+    # For workers.
 
     def claim(
         self, worker: str, lease_seconds: float, *, alone: bool = True, model: ModelId | None = None
     ) -> Lease | None:
         """Take the oldest queued job of the highest priority, or None. No other worker gets the same one.
 
-        Only a job that was accepted for `model`, where that is given.
-
-        A job that crashed before is given only to a worker that has no other (`alone`): its next crash must
-        not be blamed on a neighbour.
+        With `model`, only a job that was accepted for that model. Without `alone`, only a job that has not crashed: one
+        that has must be its worker's only job, so that its next crash is not counted for another job.
         """
-        if not self._has_queued():  # an idle worker does not take the write lock
+        if not self._has_queued():  # do not take the write lock while idle
             return None
         with self._write() as connection:
             first = statements.TAKE_FIRST if alone else statements.TAKE_FIRST_UNBLAMED
@@ -206,38 +204,38 @@ class JobStore:
             return statements.take(connection, first, worker, lease_seconds, self._clock(), **which)
 
     def other_models(self, model: ModelId) -> dict[ModelId, str]:
-        """Models that queued jobs wait for, other than `model` and those of which a job runs; with the oldest job's id."""
+        """Models of queued jobs, except `model` and those of which a job runs; each with its oldest job's id."""
         with self._read() as connection:
             found = connection.execute(statements.OTHER_MODELS, statements.of_model(model)).all()
         return {ModelId(name, weights): oldest for name, weights, oldest in found}
 
     def refuse_model(self, model: ModelId, error: JobError) -> int:
-        """Fail the queued jobs that were accepted for a model which nobody has; returns how many."""
+        """Fail all queued jobs that were accepted for `model`, with `error`; returns how many."""
         which = sa.and_(jobs.c.status == "queued", jobs.c.model == model.name, jobs.c.model_hash == model.hash)
         with self._write() as connection:
             return connection.execute(sa.update(jobs).where(which).values(self._failed(error))).rowcount
 
     def renew(self, lease: Lease) -> None:
-        """Show that the worker lives. Raises StaleLeaseError."""
+        """Increment the lease's heartbeat. Raises StaleLeaseError."""
         with self._write() as connection:
             statements.commit(connection, lease, {}, statements.BEAT)
 
     def check(self, lease: Lease) -> None:
-        """Look whether the lease still holds, writing nothing. Raises StaleLeaseError."""
+        """Check that the lease is valid, without a write. Raises StaleLeaseError."""
         with self._read() as connection:
             if connection.scalar(statements.CHECK, statements.held(lease)) is None:
                 raise statements.stale(lease)
 
     def progress(self, lease: Lease, percent: float, phase: str, seconds_left: float | None = None) -> None:
-        """Store how far the job is (0 to 100, never going back); renews too. Raises StaleLeaseError."""
+        """Store the job's progress (0 to 100, never decreases) and renew the lease. Raises StaleLeaseError."""
         values = {"percent": min(max(percent, 0.0), 100.0), "phase": phase, "seconds_left": seconds_left}
         with self._write() as connection:
             statements.commit(connection, lease, values, statements.PROGRESS)
 
     def complete(self, lease: Lease, files: Sequence[OutputFile], report: Values | None = None) -> StoredJob:
-        """End the job with its files, which are on the disk already. Raises StaleLeaseError.
+        """Complete the job with its files, which must be on the disk already. Raises StaleLeaseError.
 
-        Repeating it after an error whose outcome is not known is harmless.
+        It may be repeated after an error that leaves the outcome unknown.
         """
         now = self._clock()
         values = endings.completed(files, report or {}, now, self._expiry(now))
@@ -252,13 +250,14 @@ class JobStore:
         return statements.to_job(row)
 
     def fail(self, lease: Lease, error: JobError) -> StoredJob:
-        """End the job with an error. Raises StaleLeaseError."""
+        """Fail the job with an error. Raises StaleLeaseError."""
         with self._write() as connection:
             return statements.to_job(statements.commit(connection, lease, self._failed(error)))
 
     def release(self, lease: Lease, demand: str | None = None) -> None:
-        """Put the job back into the queue without blame, as a draining worker does; `demand` is what is left to do of
-        it, where that is another than before. Raises StaleLeaseError.
+        """Put the job back into the queue without counting a crash, for example while draining. Raises StaleLeaseError.
+
+        `demand` replaces the job's demand if only a part of the work is left.
         """
         changed = {} if demand is None else {"demand": demand}
         with self._write() as connection:
@@ -271,7 +270,7 @@ class JobStore:
     def retry(self, lease: Lease, error: JobError, max_crashes: int) -> StoredJob:
         """Put the job back after an unexpected error, or fail it with that error. Raises StaleLeaseError.
 
-        It fails once `max_crashes` attempts in a row ended so without getting farther than the one before.
+        It fails after `max_crashes` consecutive attempts that did not get farther than the one before.
         """
         with self._write() as connection:
             row = connection.execute(statements.LOCK_HELD, statements.held(lease)).one_or_none()
@@ -279,20 +278,20 @@ class JobStore:
                 raise statements.stale(lease)
             return statements.to_job(statements.commit(connection, lease, self._after_crash(row, error, max_crashes)))
 
-    # What an observer does.
+    # For watchers.
 
     def pulses(self) -> tuple[Pulse, ...]:
-        """All leases as they stand."""
+        """All leases."""
         query = sa.select(jobs.c.id, jobs.c.worker, jobs.c.token, jobs.c.beat, jobs.c.lease_seconds)
         with self._read() as connection:
             found = connection.execute(query.where(jobs.c.status == "in_progress")).all()
         return tuple(Pulse(*row) for row in found)
 
     def recover(self, pulse: Pulse, max_crashes: int) -> StoredJob | None:
-        """Take a job from a dead worker: back into the queue, or failed if it killed too many.
+        """Take a job from a dead worker: put it back into the queue, or fail it after too many crashes.
 
-        None if the lease moved since `pulse` was seen: its holder lives after all. A worker that went down
-        together with its supervisor, as at a power cut, says little against the job and hardly counts.
+        None if the lease changed since `pulse` was read, as its worker is alive. If the worker died together with its
+        supervisor, as at a power cut, the job is probably not the cause: `endings.PATIENCE` times as many are allowed.
         """
         alone = outlived_by_supervisor(self.files.workers, pulse.worker)
         same = sa.and_(
@@ -312,20 +311,21 @@ class JobStore:
     # Retention.
 
     def expire(self) -> int:
-        """Delete finished jobs whose time is over, with their files: `retention.ROUND` at most; returns how many."""
+        """Delete expired jobs with their files, at most `retention.ROUND`; returns how many."""
         return self._retention.expire()
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest finished jobs until published files take at most `max_bytes`: `retention.ROUND` at most;
-        returns how many.
+        """Delete the oldest finished jobs until published files fit into `max_bytes`, at most `retention.ROUND` jobs.
+
+        Returns how many.
         """
         return self._retention.trim(max_bytes)
 
     def sweep(self, *, unknown_too: bool = False) -> int:
-        """Remove files that no job owns, left by a kill between two steps; returns how many went.
+        """Remove files that no job owns, which a kill may have left; returns how many were removed.
 
-        A call looks at some thousand files; while `sweeping`, there are more. What the database does not know goes to
-        the trash, and nothing does where it knows most of the files as little, unless `unknown_too`.
+        A call looks at some thousand files; while `sweeping`, there are more. Files of jobs that the database does not
+        know are moved to the trash; if most files are of that kind, nothing is moved unless `unknown_too`.
         """
         try:
             check_pair(self.files, self.database)
@@ -333,7 +333,7 @@ class JobStore:
             log.error("nothing is swept", reason=error.message)
             return 0
         if not self.sweeping:
-            fold_log(self.database)  # what was deleted while somebody read
+            fold_log(self.database)  # deletions during another connection's read are still in the log
         removed = sum(one.round(unknown_too=unknown_too) for one in self._sweepers if one.midway or not self.sweeping)
         if not self.sweeping:
             self._retention.forget_deleted()  # now that their files are gone
@@ -341,19 +341,17 @@ class JobStore:
 
     @property
     def sweeping(self) -> bool:
-        """Whether the last call of `sweep` left files to look at."""
+        """Whether the last call of `sweep` left files to look at for the next."""
         return any(one.midway for one in self._sweepers)
 
     # For metrics.
 
     def statistics(self, owner: str | None = None) -> Statistics:
-        """How the queue stands now, and what all completed jobs took; with `owner`, their jobs alone, without the sums
-        of stages, which are kept for everybody together.
-        """
+        """The queue now, and the summed seconds of all completed jobs by stage; see `counts.count_jobs`."""
         with self._read() as connection:
             return count_jobs(connection, owner, self._clock())
 
-    # Inside.
+    # Private.
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
@@ -365,7 +363,7 @@ class JobStore:
         ):
             self.writers.begun()
             yield connection
-        self._presence.check()  # what was written into a folder that is gone must not be acknowledged
+        self._presence.check()  # a write into a removed folder must not be acknowledged
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:

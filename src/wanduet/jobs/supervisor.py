@@ -1,6 +1,6 @@
-"""Keeps a worker's process running from beside it: starts it again when it dies, and ends it when it hangs.
+"""Supervises a worker's process: restarts it when it dies, and kills it when it hangs.
 
-Whatever happens in the thread that does so, it goes on; `trouble` says why no worker takes jobs meanwhile.
+The supervising thread survives all errors; `trouble` says why no worker takes jobs meanwhile.
 """
 
 import os
@@ -25,18 +25,18 @@ from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
 log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a crashed worker is started again
-_HEALTHY_SECONDS = 60.0  # after living so long, a crash counts as the first
-_END_SECONDS = 10.0  # that the system may take to end a killed process before that is said
+_HEALTHY_SECONDS = 60.0  # after running for so long, the pause before a restart is the first again
+_END_SECONDS = 10.0  # a killed process that takes longer to end is logged
 
-# glibc would give each thread a pool of its own, up to eight a core, and each job has threads of its own: what is freed
-# in one pool does not serve another, and a worker that lives for weeks would hold more and more.
+# glibc gives threads malloc arenas of their own, up to eight a core. Memory freed in one is not reused by another, and
+# each job starts new threads, so the memory of a worker that runs for weeks would grow.
 MEMORY_POOLS = {"MALLOC_ARENA_MAX": "1"}
 
 
 class WorkerProcess:
-    """Keeps one worker process running: starts it again when it dies or hangs, drains it in the end.
+    """Keeps one worker process running: restarts it when it dies or hangs, drains it on `stop`.
 
-    `pauses`: seconds before the first restart, doubled by each crash that follows, and the longest.
+    `pauses`: seconds before the first restart, which each further crash doubles, and their maximum.
     """
 
     def __init__(
@@ -57,35 +57,35 @@ class WorkerProcess:
         self._environment = child_environment(given)
         self._pauses = pauses
         self._stopping = threading.Event()
-        self._killed = False  # an event's lock would be one that a signal handler may not take
-        self._guard = threading.RLock()  # a signal handler's `kill` may come while this very thread holds it
+        self._killed = False  # not an Event: a signal handler must not take its lock
+        self._guard = threading.RLock()  # reentrant: a signal handler may call `kill` in a thread that has it
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
-        self._reason: str | None = None  # why there is no worker, as far as known
-        self._hanging: str | None = None  # that the present one hangs
+        self._reason: str | None = None  # why there is no worker, if known
+        self._hanging: str | None = None  # why the current process counts as hanging
         self.restarts = 0
         self.hangs = 0
 
     def _command(self, settings: WorkerSettings) -> list[str]:
-        """The module that the process runs, and its arguments."""
+        """The module that the process runs, followed by its arguments."""
         return ["wanduet.jobs.worker", settings.to_json()]
 
     @property
     def pid(self) -> int | None:
-        """The process now running, if any."""
+        """The id of the running process; None if there is none."""
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
     @property
     def trouble(self) -> str | None:
-        """Why no worker of this machine takes jobs just now, for people; None if one does."""
+        """Why no worker of this machine takes jobs at the moment, for people; None if one does."""
         if self._files.free_bytes() < self._reserve:
             return (
                 f"the data folder's disk is full: no job is begun before {self._reserve / 2**20:.0f} MiB of it are free"
             )
         mine = f".{self._lock.id}"
         live = live_workers(self._workers)
-        if any(not name.endswith(mine) for name in live):  # another server's on the same data folder
+        if any(not name.endswith(mine) for name in live):  # a worker of another server with the same data folder
             return None
         return self._own_trouble(any(name.endswith(mine) for name in live))
 
@@ -103,18 +103,18 @@ class WorkerProcess:
 
     @property
     def ready(self) -> bool:
-        """Whether some worker of this machine is up and takes jobs."""
+        """Whether a worker of this machine runs and takes jobs."""
         return self.trouble is None
 
     def start(self) -> None:
-        """Start the process and watch it."""
+        """Start the process and supervise it."""
         self._lock.acquire()
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> int | None:
-        """Drain the worker, kill it after `timeout` seconds; returns its exit status, None if there was none."""
+        """Drain the worker, kill it after `timeout` seconds; returns its exit status, None if no process ran."""
         self._stopping.set()
-        with self._guard:  # from here on none is started
+        with self._guard:  # no process is started from here on
             process = self._process
         if process is not None:
             with suppress(OSError):
@@ -130,7 +130,7 @@ class WorkerProcess:
         return None if process is None else process.returncode
 
     def kill(self) -> None:
-        """End the worker at once; its jobs wait in the queue for the next one."""
+        """Kill the worker; its jobs wait in the queue for the next one."""
         self._killed = True
         with self._guard:
             process = self._process
@@ -144,7 +144,7 @@ class WorkerProcess:
             started = time.monotonic()
             try:
                 what = self._run_once()
-            except Exception as error:  # no memory for a fork, no threads, no descriptors: others may give some back
+            except Exception as error:  # out of memory, threads or descriptors, which may be temporary
                 what = f"the worker cannot be kept running: {getattr(error, 'strerror', None) or type(error).__name__}"
                 log.error("the worker cannot be kept running", pause=pause, **describe_error(error))
             if self._is_ending():
@@ -156,12 +156,12 @@ class WorkerProcess:
             self._reason = f"{what}; another is starting"
 
     def _run_once(self) -> str:
-        """Start the process and look after it until it ends; says how it did."""
+        """Start the process and watch it until it ends; returns how it ended."""
         with self._guard:
             if self._is_ending():
                 return "the server stops"
-            # The pipe is never written: that its other end closes tells the worker that this process is gone.
-            # Its own session: Ctrl-C in a terminal is for this process, which then drains the worker.
+            # Nothing is written to the pipe: end of input tells the worker that this process is gone.
+            # A session of its own: Ctrl-C in a terminal is for this process, which then drains the worker.
             process = subprocess.Popen(
                 self._arguments,
                 stdin=subprocess.PIPE,
@@ -173,7 +173,7 @@ class WorkerProcess:
         try:
             hung = self._hangs_before_it_ends(process)
         finally:
-            _kill(process)  # what it started, ranks on their GPUs, goes with it; itself too if looking failed
+            _kill(process)  # also its children, such as ranks on GPUs; and the process itself if watching failed
             if process.stdin is not None:
                 process.stdin.close()
             status = process.wait()
@@ -181,7 +181,7 @@ class WorkerProcess:
         if self._is_ending():
             return "the server stops"
         self.restarts += 1
-        if status == HUNG_STATUS:  # it noticed by itself
+        if status == HUNG_STATUS:  # its own watchdog ended it
             hung = True
             self.hangs += 1
         what = "hung and was ended" if hung else f"died ({_how(status)})"
@@ -189,7 +189,7 @@ class WorkerProcess:
         return f"the worker {what}"
 
     def _hangs_before_it_ends(self, process: "subprocess.Popen[bytes]") -> bool:
-        """Wait for the end of the process; if it hangs, bring that about and return True."""
+        """Wait for the process to end; kill it and return True if it hangs."""
         look = self._hangs.look_seconds
         beats = BeatWatch(beat_path(self._workers, self._lock.id), 2 * look)
         stopped, looked = 0.0, time.monotonic()
@@ -220,12 +220,12 @@ class WorkerProcess:
 
 
 def _is_stopped(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether a signal has stopped a child, which then waits for another one to go on. False where nobody can say."""
+    """Whether a child is stopped by a signal such as SIGSTOP. False if that cannot be determined."""
     if sys.platform != "linux":
         return False
     try:
         found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
-    except OSError:  # it ended, and somebody else knows already
+    except OSError:  # it ended and was reaped already
         return False
     return found is not None
 
@@ -237,12 +237,12 @@ def _how(status: int) -> str:
 def _ask_to_drain(process: "subprocess.Popen[bytes]") -> None:
     if sys.platform != "win32":
         process.terminate()
-    elif process.stdin is not None:  # `terminate` would end it without a word there; at the end of its input it drains
+    elif process.stdin is not None:  # Windows: `terminate` would kill it, but it drains at the end of its input
         process.stdin.close()
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and all that it started and that is still in its group."""
+    """Kill a process and the processes of its group."""
     if sys.platform != "win32":
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Finding and removing the files that no job owns: what kills between two steps, and outlived workers, left.
+"""Removes files that no job owns, left by kills between two steps and by workers that lost their jobs.
 
-What the database says it deleted, or finished, is removed. Of anything else a database that is not the folder's own, or
-is damaged, would know just as little: it is moved to the trash, and only where it is little beside what the database
-does know. Each decision to take a file is made by reading the jobs' table, without its indexes.
+Files of jobs that the database records as deleted or finished are deleted. Files of unknown jobs may mean that the
+database is damaged or not the folder's own: they are moved to the trash, and only if they are few beside the files of
+known jobs. Before a file is removed, its job is looked up by a scan of the table, as indexes may be damaged.
 """
 
 import threading
@@ -20,15 +20,15 @@ from wanduet.jobs.places import TRASH_DAYS, Entry, Place
 log = structlog.get_logger(__name__)
 
 BATCH = 300  # entries that are looked up at once
-ROUND_BATCHES = 10  # so many in a round, after which the queue comes first
-LARGEST_HEAP = 500  # entries that one pass takes away
-SPARED = 20  # entries that may be unknown to a database that knows none
+ROUND_BATCHES = 10  # batches in a round, so that a round does not delay the queue
+LARGEST_HEAP = 500  # entries that one pass removes
+SPARED = 20  # unknown entries that are moved even if no entry is known
 
 Read = Callable[[], AbstractContextManager[sa.Connection]]
 
 
 class Sweeper:
-    """Sweeps one place. Any thread calls `round`; each goes on where the one before ended."""
+    """Sweeps one place. Any thread may call `round`, which continues where the last call ended."""
 
     def __init__(self, place: Place, read: Read) -> None:
         """`read` opens a transaction of the job database."""
@@ -39,13 +39,13 @@ class Sweeper:
 
     @property
     def midway(self) -> bool:
-        """Whether the last round ended before the place's last entry."""
+        """Whether the last round did not reach the place's last entry."""
         return self._pass is not None
 
     def round(self, *, unknown_too: bool = False) -> int:
-        """Look at some thousand entries, and take away what was found when all were seen; returns how many went.
+        """Look at some thousand entries; after the last one, remove those that no job owns. Returns how many.
 
-        `unknown_too`: also where the database knows far less than there is.
+        `unknown_too`: also if the database does not know most of the entries.
         """
         with self._guard:
             self._pass = self._pass or self._look(unknown_too)
@@ -59,7 +59,7 @@ class Sweeper:
             return found or 0
 
     def _look(self, unknown_too: bool) -> Iterator[int | None]:
-        """One pass: None after each round, and in the end how many entries went."""
+        """One pass over the place: yields None after each round, at the end the number of removed entries."""
         entries = iter(self._place.entries())
         unwanted: list[Entry] = []
         known = unknown = batches = 0

@@ -1,7 +1,7 @@
-"""What a worker's devices hold while jobs run, told to the server through a small file beside the worker's lock.
+"""GPU memory of a worker, passed to the server's metrics through a small file beside the worker's lock.
 
-The engine lives in the worker's process and the metrics in the server's. A number that is a few seconds old is
-good enough for a graph, so it costs no transaction and no sync; nothing breaks where it cannot be written.
+The engine is in the worker's process, the metrics in the server's. Values for a graph may be some seconds old or
+missing, so they are written without a transaction and without a sync, and errors are ignored.
 """
 
 import json
@@ -16,12 +16,12 @@ from wanduet.folders import replace_file
 from wanduet.jobs.leases import is_dead
 
 PERIOD_SECONDS = 2.0
-STALE_SECONDS = 60.0  # an older file's worker is gone, also where its lock cannot be seen from here
+STALE_SECONDS = 60.0  # an older file is ignored: its worker may be on another machine, so that its lock says nothing
 DeviceMemory = Mapping[str, Mapping[str, int]]  # bytes by kind ("allocated", "reserved", "used") by device
 
 
 class Telemetry:
-    """Keeps a worker's file fresh; `measure` gives nothing where there is no device of its own memory."""
+    """Writes a worker's file; `measure` returns an empty mapping if there is no GPU."""
 
     def __init__(
         self, folder: Path, worker: str, measure: Callable[[], DeviceMemory], period_seconds: float = PERIOD_SECONDS
@@ -29,14 +29,14 @@ class Telemetry:
         self._path = folder / f"{worker}.memory"
         self._measure = measure
         self._period = period_seconds
-        self._told: float | None = None
+        self._written: float | None = None
 
     def tell(self) -> None:
-        """Measure and write, unless that was just done."""
+        """Measure and write, at most once in `period_seconds`."""
         now = time.monotonic()
-        if self._told is not None and now - self._told < self._period:
+        if self._written is not None and now - self._written < self._period:
             return
-        self._told = now
+        self._written = now
         if found := self._measure():
             partial = self._path.with_suffix(".memory-new")
             with suppress(OSError):
@@ -44,17 +44,17 @@ class Telemetry:
                 replace_file(partial, self._path)
 
     def close(self) -> None:
-        """The worker ends: its memory is free."""
+        """Remove the file, as the worker's memory is free once it has ended."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
 
 def read_memory(folder: Path) -> dict[tuple[str, str, str], int]:
-    """Bytes by (host, device, kind), summed over the workers that live."""
+    """Bytes by (host, device, kind), summed over living workers."""
     found: Counter[tuple[str, str, str]] = Counter()
     for worker, device, kind, size in _entries(folder):
         key = (worker.split(".")[0], device, kind)
-        # What is used of a device is the same number whoever asks; the others are each process's own.
+        # `used` is of the whole device, so the same in each file; the other kinds are of one process each.
         found[key] = max(found[key], size) if kind == "used" else found[key] + size
     return dict(found)
 
@@ -65,7 +65,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, str, str, int]]:
         with suppress(OSError, ValueError, TypeError, AttributeError):
             if is_dead(folder, worker) or time.time() - path.stat().st_mtime > STALE_SECONDS:
                 continue
-            told: dict[str, dict[str, Any]] = json.loads(path.read_text())
-            for device, kinds in told.items():
+            memory: dict[str, dict[str, Any]] = json.loads(path.read_text())
+            for device, kinds in memory.items():
                 for kind, size in kinds.items():
                     yield worker, device, kind, int(size)

@@ -1,11 +1,11 @@
-"""Ends a process that hangs, from inside: a driver that never answers, a loop that stands still.
+"""Ends its own process when it hangs: a driver call that does not return, a loop that makes no progress.
 
 Whoever started the process then starts another, and the jobs go on from their checkpoints. A process that cannot even
 run this thread (it was stopped, or something keeps Python's lock) no longer touches its beat file, which its
 supervisor watches from outside (`jobs.leases.BeatWatch`). That file also says what the process waits for, where it
 waits for something that it needs and the system does not give.
 
-Time is counted in looks, each of which adds a bounded part: a pause of the whole machine is not a hang.
+Each look adds a bounded time, so that a pause of the whole machine does not count as a hang.
 """
 
 import math
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 FOREVER = math.inf  # seconds
-HUNG_STATUS = 75  # exit status of a process that found itself hanging: BSD's EX_TEMPFAIL
+HUNG_STATUS = 75  # exit status of a process that the watchdog ended: BSD's EX_TEMPFAIL
 _FRAMES = 12  # of each thread that are logged
 
 
 @dataclass(frozen=True, slots=True)
 class HangSettings:
-    """How long a worker may stand still, in seconds, before it counts as hung and is ended.
+    """How many seconds a worker may make no progress before it counts as hung and is ended.
 
-    `stopped_seconds`: by a signal, seen from outside. `beat_seconds`: without one look of its watchdog, seen from outside.
-    `loop_seconds`: between two rounds of its loop. `start_seconds`: until the first. `step_seconds`: between two denoising
-    steps. `phase_seconds`: between any other two events of a job (weights to load and to hash, text to encode on a CPU,
-    kernels to compile). A job whose plan predicts long steps, or that has made some, gets `factor` times as long as
-    those where that is more. `look_seconds`: between two looks.
+    The supervisor checks two limits: `stopped_seconds`, how long a signal may stop the process, and `beat_seconds`
+    between two touches of the heartbeat file. The watchdog checks the others: `start_seconds` until the first round of
+    the worker's loop, `loop_seconds` between two rounds, `step_seconds` between two denoising steps, `phase_seconds`
+    between any other two events of a job (loading and hashing weights, encoding text on a CPU, compiling kernels). If a
+    job's steps are predicted or measured to be long, it gets `factor` times their duration if that is more.
+    `look_seconds`: between two looks of the watchdog.
     """
 
     stopped_seconds: float = 10.0
@@ -55,7 +56,7 @@ class HangSettings:
 
 
 class Activity:
-    """Something that must go on: it says when it did, and how long the next time may take. Safe from any thread."""
+    """Something that must make progress within a time that it sets itself. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float], settings: HangSettings, allowed: float) -> None:
         self.settings = settings
@@ -71,7 +72,7 @@ class Activity:
 
     @property
     def overdue(self) -> float:
-        """Seconds that it stands still beyond what is allowed; negative while all is well."""
+        """Seconds since the next report was due; negative before that."""
         since, allowed = self._state
         return self._clock() - since - allowed
 
@@ -80,8 +81,8 @@ class Watchdog:
     """Looks after a process's loop and its jobs, touches `beat`, and writes into it what the process waits for. Nothing
     happens before `start`.
 
-    The process hangs if its loop stands still, or if all its jobs do: one of several may wait for another's stage.
-    `end` ends the process and does not return.
+    The process hangs if its loop makes no progress, or if none of its jobs does: one of several may wait for another's
+    stage. `end` ends the process and does not return.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Look now and then, until `stop`."""
+        """Start the thread that calls `look` every `look_seconds`, until `stop`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._stopping.set()
 
     def turned(self, waits_for: str | None = None) -> None:
@@ -126,19 +127,19 @@ class Watchdog:
         return self._loop.waits_for or (jobs[0] if all(jobs) and jobs else None)
 
     def add(self, job_id: str) -> Activity:
-        """A job begins."""
+        """Start watching a job."""
         activity = Activity(lambda: self._now, self.settings, self.settings.phase_seconds)
         with self._guard:
             self._jobs[job_id] = activity
         return activity
 
     def remove(self, job_id: str) -> None:
-        """It ended."""
+        """Stop watching a job."""
         with self._guard:
             self._jobs.pop(job_id, None)
 
     def look(self) -> str | None:
-        """Look once; what hangs, if anything does."""
+        """Look once; returns what hangs, None if nothing does."""
         now = self._monotonic()
         self._now += min(max(0.0, now - self._looked), 2 * self.settings.look_seconds)
         self._looked = now
@@ -176,9 +177,9 @@ class Watchdog:
 
 
 class Patience:
-    """How long a job's next event may take, by what its plan predicts and by how long its steps took so far.
+    """How long a job's next event may take, from its plan's prediction and its steps so far.
 
-    `predicted`: seconds of one denoising step (`denoise`) and of a whole decode (`decode`), as far as known.
+    `predicted`: seconds of one denoising step (`denoise`) and of the whole decode (`decode`), if known.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Patience:
         self._last: tuple[int, int, float] | None = None  # video, steps done, when
 
     def after(self, event: "Event") -> float:
-        """Seconds that the event after this one may take."""
+        """Seconds that the event after `event` may take."""
         settings, now = self._settings, self._monotonic()
         if event.phase != "denoise":
             self._last = None
@@ -203,19 +204,19 @@ class Patience:
         step = settings.factor * self._step
         if made_step and event.done < event.total:
             return max(settings.step_seconds, step)
-        # Before a first step kernels are compiled and weights moved; after the last comes the decode, or a wait for it.
+        # The first step includes compiling kernels and moving weights; the last is followed by the decode or a wait.
         return max(settings.phase_seconds, step, settings.factor * self._decode)
 
 
 def end_process() -> None:
-    """End this process and those it started, without asking any of them."""
+    """Kill this process and its children."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(HUNG_STATUS)
 
 
 def _where_threads_are() -> dict[str, list[str]]:
-    """Where each thread stands, its innermost frame last; places only, as variables may hold prompts."""
+    """Each thread's stack, innermost frame last; locations only, as variables may contain prompts."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         names.get(ident, str(ident)): [

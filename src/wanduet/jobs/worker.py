@@ -1,7 +1,7 @@
 """The worker's process: `python -m wanduet.jobs.worker`, started and watched by `jobs.supervisor.WorkerProcess`.
 
-The engine lives here and not in the server, so a crash of it is a retried job. SIGTERM, or the end of
-standard input (whoever started it is gone), drains; a second SIGTERM ends at once.
+The engine runs here and not in the server, so that its crash only makes a job retry. SIGTERM, or the end of standard
+input (the parent process is gone), drains; a second SIGTERM ends the process at once.
 """
 
 import argparse
@@ -36,23 +36,23 @@ from wanduet.jobs.watchdog import HangSettings, Watchdog
 log = structlog.get_logger(__name__)
 
 ENGINE = "wanduet.engine.pipeline:Engine"
-URL_VARIABLE = "WANDUET_DATABASE_URL"  # not an argument: it may hold a password, and arguments are public
+URL_VARIABLE = "WANDUET_DATABASE_URL"  # not an argument: it may contain a password, and other users can read arguments
 
 
 class Drains(Protocol):
-    """What can be told to end its work."""
+    """Something that can be drained."""
 
     @property
     def draining(self) -> bool:
-        """Whether it was told."""
+        """Whether `drain` was called."""
 
     def drain(self) -> None:
-        """End soon; may be called from a signal handler."""
+        """Finish or put back the work and end; a signal handler may call it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What a worker process is told. `engine`: `module:callable` that makes an engine from an EngineConfig."""
+    """A worker process's settings. `engine`: `module:callable` that makes an engine from an EngineConfig."""
 
     config: EngineConfig
     runner: RunnerSettings = field(default_factory=RunnerSettings)
@@ -60,12 +60,12 @@ class WorkerSettings:
     engine: str = ENGINE
 
     def to_json(self) -> str:
-        """For the command line."""
+        """As a command-line argument."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "WorkerSettings":
-        """What `to_json` wrote."""
+        """Parse what `to_json` returned."""
         values = json.loads(text)
         config = values["config"]
         if config["data_dir"] is not None:
@@ -81,11 +81,11 @@ class WorkerSettings:
 
 
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
-    """Work in this process until drained by a signal or by the end of standard input."""
-    if settings.runner.supervisor:  # which has made it
+    """Run jobs in this process until a signal or the end of standard input drains it."""
+    if settings.runner.supervisor:  # the supervisor made the folder
         never_make(settings.config.data_folder)
     files = JobFiles(settings.config.data_folder)
-    watchdog = watch_process(settings.runner, files.workers)  # first: what follows may hang
+    watchdog = watch_process(settings.runner, files.workers)  # first, as what follows may hang
     store = JobStore(files, url, retention_seconds=settings.retention_seconds)
     engine = make_engine(settings)
     runner = Runner(store, engine, settings.runner, hooks=getattr(engine, "hooks", None), watchdog=watchdog)
@@ -101,7 +101,7 @@ def run_worker(settings: WorkerSettings, url: str | None = None) -> None:
 
 
 def watch_process(settings: RunnerSettings, workers: Path) -> Watchdog:
-    """A watchdog over this process that its supervisor, if it has one, sees at work."""
+    """Start a watchdog for this process, with a heartbeat file if there is a supervisor."""
     beat = beat_path(workers, settings.supervisor) if settings.supervisor else None
     watchdog = Watchdog(settings.hangs, beat)
     watchdog.start()
@@ -109,18 +109,18 @@ def watch_process(settings: RunnerSettings, workers: Path) -> Watchdog:
 
 
 def make_engine(settings: WorkerSettings) -> VideoEngine:
-    """The engine that the settings name, with their configuration."""
+    """Make the engine that the settings name, with their configuration."""
     module, _, name = settings.engine.partition(":")
     engine: VideoEngine = getattr(import_module(module), name)(settings.config)
     return engine
 
 
 def drain_on_signals(runner: Drains) -> None:
-    """SIGTERM and SIGINT drain; a second one ends the process at once."""
+    """Make SIGTERM and SIGINT drain; a second signal ends the process at once."""
 
     def handle(number: int, _: FrameType | None) -> None:
         if runner.draining:
-            os._exit(128 + number)  # leases die with the process; the next worker goes on
+            os._exit(128 + number)  # the leases end with the process; another worker resumes the jobs
         runner.drain()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,7 +128,7 @@ def drain_on_signals(runner: Drains) -> None:
 
 
 def drain_at_end_of_input(runner: Drains) -> None:
-    """Drain when whoever started this process is gone."""
+    """Drain when the parent process is gone."""
     with suppress(OSError, ValueError):
         while os.read(0, 1024):
             pass
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run_worker(settings, os.environ.get(URL_VARIABLE))
     except Exception as error:
-        # A plain traceback would stand between the log's lines. What is written for people to read is no secret.
+        # In place of a plain traceback among the log's JSON lines. Messages written for users contain no prompt.
         reason = str(error) if isinstance(error, WanduetError) else None
         log.error("the worker cannot go on", reason=reason, **describe_error(error))
         sys.exit(1)

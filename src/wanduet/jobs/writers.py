@@ -1,4 +1,4 @@
-"""One writer at a time in this process, and none that waits for long: a wait is bounded in sum."""
+"""Serialises this process's database writers and bounds how long each waits in total."""
 
 import threading
 import time
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from wanduet.jobs.records import StoreBusyError
 
-STUCK_SECONDS = 0.5  # for which the first in the queue has waited for another process's transaction
-QUEUED_WHILE_STUCK = 16  # threads that wait then; more would take those that only want to read
+STUCK_SECONDS = 0.5  # a writer that waits longer for another process is stuck
+QUEUED_WHILE_STUCK = 16  # behind a stuck writer; more would leave no threads for reads
 
 
 class WriterQueue:
-    """Lets threads in one by one (`alone`) or all at once, each with the moment until which it may wait.
+    """Admits writing threads one by one (`alone`) or all at once, each with a deadline.
 
-    `patience` is that wait in seconds: for the other threads and for the database's lock together.
+    `patience`: seconds that a writer may wait, for other threads and for the database's lock together.
     """
 
     def __init__(self, patience: float, *, alone: bool) -> None:
@@ -23,11 +23,11 @@ class WriterQueue:
         self._lock = threading.Lock()
         self._guard = threading.Lock()
         self._waiting = 0
-        self._blocked_since: float | None = None  # of the one that is in: since when it waits for the database
+        self._blocked_since: float | None = None  # since when the admitted thread waits for the database
 
     @contextmanager
     def entered(self) -> Iterator[float]:
-        """Wait to be let in; gives the monotonic time at which the wait for the database must end.
+        """Wait to be admitted; yields the deadline of the wait for the database, in monotonic time.
 
         Raises StoreBusyError.
         """
@@ -45,7 +45,7 @@ class WriterQueue:
             self._lock.release()
 
     def begun(self) -> None:
-        """Whoever is in has the database's lock."""
+        """Report that the admitted thread has the database's lock."""
         self._blocked_since = None
 
     def _wait(self, until: float) -> bool:

@@ -1,1 +1,1 @@
-"""Frames to files, and what made them."""
+"""Video, latent, embedding and image files, and the metadata in them."""

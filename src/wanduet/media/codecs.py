@@ -1,7 +1,7 @@
-"""The codecs that videos are written with, and RGB to their colours and back.
+"""The codecs for writing videos, and conversion between RGB and their colour spaces.
 
-Video is BT.709 in limited range, converted and tagged: a player that trusts the tags shows the colours
-that the model made. The lossless codec keeps RGB itself.
+Video is converted to BT.709 in limited range and tagged as such, so that a player that uses the tags shows the model's
+colours. The lossless codec stores RGB.
 """
 
 import itertools
@@ -20,28 +20,28 @@ from wanduet.errors import InvalidRequestError
 CodecName = Literal["h264", "av1", "vp9", "ffv1"]
 Frame = NDArray[np.uint8]  # [H, W, 3], RGB
 
-# Encoders are bit-exact for a given number of threads; one number on every machine makes files comparable.
+# An encoder's output depends on its number of threads; the same number on all machines makes files comparable.
 ENCODER_THREADS = 12
 
-_MATRIX_BT709 = 1  # libavutil's numbers (AVColorSpace)
+_MATRIX_BT709 = 1  # libavutil's AVColorSpace
 _MATRIX_RGB = 0
 _MATRIX_UNSPECIFIED = 2
 _HD_HEIGHT = 720
-# Without the full-chroma flags swscale's RGB is off by up to 2.7 levels on solid colours, with them by 0.7.
-# bitexact keeps its result the same on every CPU.
+# swscale's RGB is off by up to 2.7 levels on solid colours without the full-chroma flags, by 0.7 with them.
+# bitexact makes its result the same on every CPU.
 _SCALER_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
-# H.264 puts the colour of a 2x2 block at its left edge; swscale would put it in the middle unless told.
+# H.264 places the chroma sample of a 2x2 block at its left edge; swscale's default is the middle.
 CHROMA_SITE = "left"
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How one codec is used. `crf_at_0` and `crf_step` turn a quality into the encoder's rate factor."""
+    """A codec's settings. `crf_at_0` and `crf_step` map a quality to the encoder's rate factor."""
 
     name: CodecName
     encoder: str
     pixel_format: str
-    extensions: tuple[str, ...]  # the first is the usual one
+    extensions: tuple[str, ...]  # the first is the default
     options: tuple[tuple[str, str], ...]
     crf_at_0: float | None = None
     crf_step: float = 0.0
@@ -49,7 +49,7 @@ class Codec:
 
     @property
     def lossless(self) -> bool:
-        """Whether every pixel comes back as it went in."""
+        """Whether decoding gives the encoded pixels exactly."""
         return self.crf_at_0 is None
 
     def crf(self, quality: int) -> float:
@@ -59,8 +59,8 @@ class Codec:
 
 
 def _x264_repair() -> tuple[tuple[str, str], ...]:
-    """x264 165's macroblock tree reads memory that nobody wrote in its AVX-512 form: the same frames give other
-    bytes each time (seen with glibc's MALLOC_PERTURB_). Its AVX2 form gives what plain C gives."""
+    """Options that disable AVX-512 in x264 165, whose macroblock tree then reads uninitialised memory: the same frames
+    give different bytes each time (seen with glibc's MALLOC_PERTURB_). The AVX2 code gives the plain C result."""
     try:
         from numpy._core._multiarray_umath import __cpu_features__ as features
     except ImportError:
@@ -68,8 +68,8 @@ def _x264_repair() -> tuple[tuple[str, str], ...]:
     return (("x264-params", "asm=AVX2"),) if features.get("AVX512F") and features.get("AVX2") else ()
 
 
-# H.264: 75 gives CRF 18 (visually lossless), 50 CRF 28, 100 CRF 8. AV1 and VP9 count to 63; their
-# scale is set so that a quality looks about the same in each.
+# H.264: 75 gives CRF 18 (visually lossless), 50 CRF 28, 100 CRF 8. The CRF of AV1 and VP9 goes up to 63, scaled so that
+# a quality looks about the same in all codecs.
 CODECS: dict[str, Codec] = {
     "h264": Codec(
         "h264", "libx264", "yuv420p", (".mp4", ".mov", ".mkv"),
@@ -80,7 +80,7 @@ CODECS: dict[str, Codec] = {
         "vp9", "libvpx-vp9", "yuv420p", (".webm", ".mp4", ".mkv"),
         (("b", "0"), ("deadline", "good"), ("cpu-used", "3"), ("row-mt", "1")), 62.0, 0.5,
     ),
-    # Version 3 with a checksum for each slice, so that damage is noticed; intra only, so that it stays local.
+    # Version 3 with a checksum for each slice, to detect damage; intra only, so that damage affects one frame.
     "ffv1": Codec("ffv1", "ffv1", "bgr0", (".mkv",), (("level", "3"), ("g", "1"), ("slices", "4"), ("slicecrc", "1"))),
 }  # fmt: skip
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
@@ -88,7 +88,7 @@ DEFAULT_QUALITY = 75
 
 
 def find_codec(name: str) -> Codec:
-    """A codec by name. Raises InvalidRequestError if there is none or this PyAV cannot encode it."""
+    """A codec by name. Raises InvalidRequestError if it is unknown or this PyAV cannot encode it."""
     codec = CODECS.get(name)
     if codec is None:
         raise InvalidRequestError("codec", name, "one of " + ", ".join(CODECS))
@@ -99,7 +99,7 @@ def find_codec(name: str) -> Codec:
 
 
 def container_for(path: Path, codec_name: str) -> str:
-    """libavformat's name of the container that `path` asks for. Raises InvalidRequestError."""
+    """libavformat's name of the container for the extension of `path`. Raises InvalidRequestError."""
     codec = find_codec(codec_name)
     extension = path.suffix.lower()
     if extension not in codec.extensions:
@@ -109,7 +109,7 @@ def container_for(path: Path, codec_name: str) -> str:
 
 
 def tag_stream(context: Any, codec: Codec) -> None:
-    """Say in the stream which colours it holds."""
+    """Set the stream's colour tags."""
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709
     context.colorspace = _MATRIX_RGB if codec.lossless else _MATRIX_BT709
@@ -117,7 +117,7 @@ def tag_stream(context: Any, codec: Codec) -> None:
 
 
 class ToVideoFrame:
-    """RGB `[H, W, 3]` to `av.VideoFrame`s in a codec's colours, tagged."""
+    """Converts RGB `[H, W, 3]` to tagged `av.VideoFrame`s in a codec's colour space."""
 
     def __init__(self, height: int, width: int, codec: Codec) -> None:
         self._codec = codec
@@ -126,7 +126,7 @@ class ToVideoFrame:
         self._graph = _scale_graph(source, colours, codec.pixel_format)
 
     def __call__(self, frame: Frame) -> Any:
-        """Convert one frame; it must be contiguous and is not needed afterwards."""
+        """Convert one contiguous frame. The data is copied."""
         rgb = av.VideoFrame.from_numpy_buffer(frame, "rgb24")
         rgb.colorspace, rgb.color_range = _MATRIX_RGB, ColorRange.JPEG
         self._graph.push(rgb)
@@ -136,9 +136,9 @@ class ToVideoFrame:
 
 
 class ToRGB:
-    """`av.VideoFrame`s of one video to RGB `[H, W, 3]` by their tags.
+    """Converts the `av.VideoFrame`s of one video to RGB `[H, W, 3]` by their colour tags.
 
-    Video without tags is taken for BT.709 from 720 rows up and BT.601 below, as players do.
+    As in players, video without tags is BT.709 from 720 rows up, BT.601 below.
     """
 
     def __init__(self, first: Any) -> None:
@@ -158,7 +158,7 @@ class ToRGB:
 
 
 def _scale_graph(source: str, colours: str, pixel_format: str) -> Any:
-    """A filter graph that converts colours only. Used because PyAV's own reformatter cannot say where chroma sits."""
+    """A filter graph that converts colours. PyAV's own reformatter cannot set the chroma location."""
     graph = av.filter.Graph()
     graph.threads = 1
     steps = (

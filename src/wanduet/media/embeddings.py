@@ -1,4 +1,4 @@
-"""Prompt embeddings on disk: the cache's entries and what `encode` writes."""
+"""Prompt embeddings on disk: entries of the cache, and the files that `encode` writes."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ _KEY = "wanduet_embeddings"
 _HASH_KEY = "sha256"
 _TEXTS = ("text", "cut", "encoder", "dtype")
 _UNREADABLE = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
-MAX_BYTES = 64 * 2**20  # 512 tokens of 4,096 numbers have 8 MiB
+MAX_BYTES = 64 * 2**20  # 512 tokens of 4,096 float32 take 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeds:
-    """Embeddings `[n, text_dim]` float32 of a prompt's `n` true tokens, on the host.
+    """Embeddings `[n, text_dim]` float32 on the CPU, of a prompt's `n` tokens without padding.
 
-    `text` is the cleaned prompt, `cut` what was beyond the model's limit, `encoder` the fingerprint of text
-    encoder and tokenizer, `dtype` what the encoder computed in.
+    `text` is the cleaned prompt, `cut` the part of it beyond the model's limit, `encoder` the fingerprint of text
+    encoder and tokenizer, `dtype` the one that the encoder computed in.
     """
 
     embeds: Tensor
@@ -38,7 +38,7 @@ class PromptEmbeds:
 
 
 def save_embeddings(path: Path | str, prompt: PromptEmbeds) -> None:
-    """Write to `path`, whole or not at all. Raises OutputError."""
+    """Write to `path` atomically. Raises OutputError."""
     about = {"text": prompt.text, "cut": prompt.cut, "encoder": prompt.encoder, "dtype": prompt.dtype}
     embeds = prompt.embeds.contiguous()
     signed = about | {_HASH_KEY: _digest(embeds, about)}
@@ -47,7 +47,7 @@ def save_embeddings(path: Path | str, prompt: PromptEmbeds) -> None:
 
 
 def load_embeddings(path: Path | str) -> PromptEmbeds:
-    """Read what `save_embeddings` wrote. Raises UnreadableFileError, also for one flipped bit: a hash is checked."""
+    """Read what `save_embeddings` wrote. Raises UnreadableFileError, also if the stored hash does not match."""
     path = Path(path)
     try:
         if check_regular(path) > MAX_BYTES:
@@ -71,7 +71,7 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
 
 
 def holds_embeddings(path: Path | str) -> bool:
-    """Whether a file says that it holds embeddings; they may be damaged all the same."""
+    """Whether a file's header says that it contains embeddings, which may be damaged nevertheless."""
     try:
         return _KEY in _metadata(Path(path))
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def holds_embeddings(path: Path | str) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """The texts in a file's header. Raises OSError, ValueError."""
+    """The metadata in a file's header. Raises OSError, ValueError."""
     entries = read_safetensors_header(path, MAX_BYTES).get("__metadata__", {})
     if not isinstance(entries, dict) or not all(isinstance(text, str) for text in entries.values()):
         raise ValueError("its metadata is of a wrong kind")

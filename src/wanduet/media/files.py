@@ -1,6 +1,6 @@
-"""Files that are whole or not there: checked before the job, written beside the target, moved at the end.
+"""Atomic output files: the path is checked before the job, the file is written beside it and renamed at the end.
 
-Knows nothing of videos; everything the project leaves under a final name goes through `atomic_output`.
+All files that the project writes under a final name go through `atomic_output`, not only videos.
 """
 
 import errno
@@ -26,8 +26,8 @@ if sys.platform != "win32":
 
 PARTIAL_SUFFIX = ".partial"
 NAME_LIMIT = 255  # bytes of a file name on the usual file systems
-STALE_SECONDS = 60.0  # a partial file younger than this may not have been locked yet
-# Names that Windows keeps for devices, with any extension.
+STALE_SECONDS = 60.0  # a younger partial file may not be locked yet
+# Windows' device names, reserved with any extension.
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 _WINDOWS_REFUSES = re.compile(r'[<>:"|?*\x00-\x1f]')
 _HINT = "Choose another place with --output."
@@ -47,21 +47,21 @@ _REASONS = {
 
 
 class UnreadableFileError(WanduetError):
-    """A file given as input is missing, damaged, or not one that wanduet wrote."""
+    """An input file is missing, damaged, or was not written by wanduet."""
 
     code: ClassVar[str] = "unreadable_file"
 
 
 class SystemRefusal(Protocol):
-    """An error with the system's number and words: OSError, and FFmpeg's own, of which some are no OSError."""
+    """An error with errno and message: OSError, and FFmpeg's errors, some of which are not OSErrors."""
 
     errno: int | None
     strerror: str | None
 
 
 def output_error(path: Path, error: SystemRefusal) -> OutputError:
-    """What a failed write means, in one sentence."""
-    if isinstance(error, FileExistsError | NotADirectoryError):  # some part of the path is a file
+    """The OutputError for a failed write, with a cause that users understand."""
+    if isinstance(error, FileExistsError | NotADirectoryError):  # a parent in the path is a file
         reason = f"{_first_file(path.parent)} is a file, not a folder"
     else:
         reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
@@ -71,9 +71,9 @@ def output_error(path: Path, error: SystemRefusal) -> OutputError:
 
 
 def check_writable(path: Path, needed_bytes: int = 0) -> None:
-    """Make sure, before any work starts, that `path` can be written; creates its folder.
+    """Check before a job that `path` can be written and `needed_bytes` are free; creates its folder.
 
-    An existing file is fine: it is replaced when the new one is complete. Raises OutputError.
+    An existing file is allowed: it is replaced when the new one is complete. Raises OutputError.
     """
     check_place(path)
     try:
@@ -94,8 +94,9 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
 
 
 def check_place(path: Path, windows: bool = sys.platform == "win32") -> None:
-    """Refuse a path that no file can be written to: names that the system cannot hold, folders, devices,
-    write-protected files. Makes nothing. Raises OutputError.
+    """Check that `path` can be a file: not an illegal name, a folder, a device or a write-protected file.
+
+    Creates nothing. Raises OutputError.
     """
     if windows and (problem := _windows_problem(path)):
         raise OutputError(f"Cannot write {path}: {problem}.", hint=_HINT)
@@ -107,13 +108,12 @@ def check_place(path: Path, windows: bool = sys.platform == "win32") -> None:
 
 @contextmanager
 def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
-    """Yield an empty partial file beside `path`; on success it becomes `path`, on failure it goes away.
+    """Yield an empty partial file beside `path`; rename it to `path` on success, delete it on failure.
 
-    The bytes and the folder's entry are on the disk when the block ends. Whoever looks at `path` sees
-    the old file or the whole new one, even if the process is killed; a partial file that a killed
-    process left is removed by the next one that writes the same path. `keep_finished` keeps a finished file
-    under another name where `path` cannot be replaced: Windows refuses while a player has it open. The error
-    says which name. Raises OutputError.
+    The data and the folder's entry are synced to the disk when the block ends. `path` is always the old file or the
+    complete new one, even if the process is killed; a partial file left by a killed process is deleted by the next one
+    that writes the same path. With `keep_finished`, a finished file is kept under another name, which the error names,
+    if `path` cannot be replaced: Windows refuses that while a player has it open. Raises OutputError.
     """
     check_place(path)
     try:
@@ -127,7 +127,7 @@ def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            os.close(lock)  # before moving or removing: Windows does neither with an open file
+            os.close(lock)  # before the rename: Windows neither renames nor deletes an open file
         try:
             _sync_file(partial)
             replace_file(partial, path)
@@ -153,7 +153,7 @@ def atomic_output(path: Path, *, keep_finished: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes, *, keep_finished: bool = False) -> None:
-    """Write a whole file through `atomic_output`. Raises OutputError."""
+    """Write a file through `atomic_output`. Raises OutputError."""
     with atomic_output(path, keep_finished=keep_finished) as partial:
         try:
             partial.write_bytes(data)
@@ -162,7 +162,7 @@ def write_atomically(path: Path, data: bytes, *, keep_finished: bool = False) ->
 
 
 def _refuse_special(path: Path) -> None:
-    """Refuse what must not be replaced by a file: folders, devices (`/dev/null`), write-protected files."""
+    """Raise OutputError for what must not be replaced: folders, devices (`/dev/null`), write-protected files."""
     if not path.name:
         raise OutputError(
             f"Cannot write {str(path)!r}: it is a folder.", hint="Name a file in it, for example clip.mp4."
@@ -182,7 +182,7 @@ def _refuse_special(path: Path) -> None:
 
 
 def _windows_problem(path: Path) -> str | None:
-    """What keeps Windows from holding a name: it would write to a device, or to a stream of another file."""
+    """Why a name is not possible on Windows, where it may mean a device or a stream of another file; else None."""
     for part in path.parts:
         if part == path.anchor or part in (".", ".."):
             continue
@@ -196,8 +196,10 @@ def _windows_problem(path: Path) -> str | None:
 
 
 def _keep_beside(partial: Path, path: Path) -> Path:
-    """Keep a finished file that cannot have its own name: `clip-2.mp4` for `clip.mp4`, which nobody removes as a
-    partial file. A copy where a program has the partial file itself open; where neither can be made, it stays."""
+    """Rename a finished file that cannot be renamed to `path`, for example to `clip-2.mp4` instead of `clip.mp4`.
+
+    As a partial file it would be deleted later. If it cannot be renamed, it is copied; if that fails, too, it stays.
+    """
     free = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
     kept = next(candidate for candidate in free if not os.path.lexists(candidate))
     with suppress(OSError):
@@ -218,23 +220,23 @@ def _first_file(folder: Path) -> Path:
 
 
 def _partial_prefix(path: Path) -> str:
-    """The start of the names of `path`'s partial files, cut so that the whole name is legal."""
+    """The prefix of `path`'s partial files, shortened so that their names are not too long."""
     room = NAME_LIMIT - len(f".{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     return os.fsdecode(os.fsencode(path.name)[:room]) + "."
 
 
 def _create_partial(path: Path) -> tuple[Path, int]:
-    """A new empty file beside `path` and an open handle that holds its lock."""
+    """Create an empty file beside `path`; returns it and a file descriptor that has it locked."""
     partial = path.with_name(f"{_partial_prefix(path)}{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
     if sys.platform != "win32":
-        with suppress(OSError):  # some network file systems have no locks
+        with suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return partial, handle
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove partial files of `path` whose writer is gone: old enough, and nobody holds the lock."""
+    """Delete partial files of `path` whose writer is gone: old enough, and not locked."""
     prefix = _partial_prefix(path)
     with os.scandir(path.absolute().parent) as entries:
         for entry in entries:
@@ -246,7 +248,7 @@ def _remove_stale(path: Path) -> None:
 
 def _is_unlocked(name: str) -> bool:
     if sys.platform == "win32":
-        return True  # Windows itself refuses to remove a file that is open
+        return True  # Windows itself refuses to delete an open file
     handle = os.open(name, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Latents on disk: kept before the decode starts, so that nothing computed is lost; decoded again at will."""
+"""Latents on disk, saved before the decode, so that a failed decode can be repeated without the denoise."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,31 +17,32 @@ from wanduet.untrusted import check_regular, cut
 
 NAME = "latents"
 HASH_KEY = "latents_sha256"
-MAX_BYTES = 8 * 2**30  # four hours of 1080p have 8 GiB
+MAX_BYTES = 8 * 2**30  # four hours of 1080p take 8 GiB
 _HINT = "Latents are kept by --save-latents; another program's must be one tensor named latents."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_latents(path: Path | str, latents: Tensor, metadata: Mapping[str, Any]) -> None:
-    """Write latents `[C, T, h, w]` (C is 16 for Wan2.1; float32, bfloat16 or float16, as the denoise left them) to `path`.
+    """Write latents `[C, T, h, w]` (C is 16 for Wan2.1; float32, bfloat16 or float16) to `path` atomically.
 
-    `metadata` is a provenance dict; a hash of it and of the data is kept with it. The file is whole and
-    on the disk when this returns, or not there. Raises OutputError, ValueError for another shape or dtype.
+    `metadata` is a provenance dict; a hash of it and of the data is stored with it. The file is on the disk when this
+    returns. Raises OutputError, ValueError for another shape or dtype.
     """
     if problem := _problem(latents):
         raise ValueError(problem)
     tensor = latents.detach().cpu().contiguous()
     signed = {**metadata, HASH_KEY: _digest(tensor, metadata)}
-    header = {provenance.KEY: provenance.to_json(signed)}  # one entry: safetensors shuffles several
+    header = {
+        provenance.KEY: provenance.to_json(signed)
+    }  # one entry, as safetensors does not keep the order of several
     write_atomically(Path(path), safetensors.torch.save({NAME: tensor}, header), keep_finished=True)
 
 
 def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
-    """Latents `[C, T, h, w]` on the CPU and their provenance. Raises UnreadableFileError.
+    """Read latents `[C, T, h, w]` to the CPU, and their provenance.
 
-    Latents of another program, one tensor named `latents`, have an empty provenance.
-    Refuses files that are damaged (any flipped bit: the hash is checked), of another kind or shape, or
-    that hold NaN or infinity.
+    For another program's file with a single tensor named `latents`, the provenance is empty. Raises UnreadableFileError
+    for files that are damaged (the hash is checked), of another kind or shape, or that contain NaN or infinity.
     """
     path = Path(path)
     names = tensor_names(path)  # reads the header; what is no plain file goes no further

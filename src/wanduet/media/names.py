@@ -1,7 +1,7 @@
-"""Names for outputs: made up from a prompt, and taken when they are chosen, so that two programs never choose one.
+"""Names for output files: made from a prompt, and reserved when they are chosen, so that no two programs use one.
 
-A name is taken by a locked file beside it, `x.mp4.taken`. The system gives the lock back when its owner ends, however
-it ends; where a file system has no locks, the file itself says whose it is.
+A name is reserved by a locked file beside it, `x.mp4.taken`. The system releases the lock however the process ends. On
+a file system without locks, the file's existence and the process id in it replace the lock.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from wanduet.media.files import NAME_LIMIT, RESERVED, check_place, output_error
 
 TAKEN_SUFFIX = ".taken"
 SLUG_BYTES = 64
-WAIT_SECONDS = 0.5  # for a name that the user gave; another program may be about to give it back
+WAIT_SECONDS = 0.5  # for a name that the user gave, as another program may be about to release it
 
 
 class Taken:
-    """Names that this process alone may write. A context manager: leaving it gives them back."""
+    """Reserved names, which only this process may write. A context manager that releases them on exit."""
 
     def __init__(self, locks: Iterable[BaseFileLock] = ()) -> None:
         self._locks = list(locks)
@@ -43,18 +43,18 @@ class Taken:
         self.release()
 
     def add(self, other: "Taken") -> None:
-        """Hold another's names too, from now on in its place."""
+        """Take over the names of `other`."""
         self._locks += other._locks
         other._locks = []
 
     def release(self) -> None:
-        """Give the names back. Does nothing the second time."""
+        """Release the names. Does nothing the second time."""
         while self._locks:
             _release(self._locks.pop())
 
 
 def take(paths: Iterable[Path], wait_seconds: float = 0.0) -> Taken | None:
-    """Take the names of all `paths`, or none: None where another program has one. Makes their folder.
+    """Reserve the names of all `paths`, or return None if another program has reserved one. Creates their folders.
 
     Raises OutputError for names that cannot be written.
     """
@@ -75,8 +75,8 @@ def take(paths: Iterable[Path], wait_seconds: float = 0.0) -> Taken | None:
 
 
 def take_given(paths: Iterable[Path]) -> Taken:
-    """Take names that the user gave; what has them now is replaced in the end. Raises OutputError, also where another
-    program is writing one of them: the first to come goes on, and later ones stop before they have worked."""
+    """Reserve names that the user gave; existing files will be replaced. Raises OutputError, also if another program is
+    writing one of them: the first one goes on, later ones stop before they do any work."""
     paths = tuple(paths)
     taken = take(paths, WAIT_SECONDS)
     if taken is None:
@@ -88,29 +88,29 @@ def take_given(paths: Iterable[Path]) -> Taken:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether a program has taken the name of `path`, or has ended without giving it back."""
+    """Whether a program has reserved the name of `path`, or has ended without releasing it."""
     return os.path.lexists(_mark(path))
 
 
 def names_for(folder: Path, prompt: str, extension: str = ".mp4") -> Iterator[Path]:
-    """`folder/a-red-circle.mp4`, `folder/a-red-circle-2.mp4`, ... without end, whether they exist or not."""
+    """`folder/a-red-circle.mp4`, `folder/a-red-circle-2.mp4`, ...: an infinite iterator, also of existing files."""
     slug = slugify(prompt)
     for number in count(1):
         yield folder / (f"{slug}{extension}" if number == 1 else f"{slug}-{number}{extension}")
 
 
 def slugify(text: str) -> str:
-    """A file name from a prompt: letters and digits of any script, joined by `-`; `video` if none is left."""
+    """A file name from a prompt: letters and digits of any script, joined by `-`; `video` if there are none."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     cut = "-".join(words).encode("utf-8", "ignore")[:SLUG_BYTES].decode("utf-8", "ignore")
     if len(words) > 1 and len(cut.encode()) > SLUG_BYTES - 4 and "-" in cut:
-        cut = cut.rpartition("-")[0]  # no half word at the end
+        cut = cut.rpartition("-")[0]  # do not end within a word
     slug = cut.strip("-")
     return f"{slug}-video" if RESERVED.fullmatch(slug) else slug or "video"
 
 
 def _mark(path: Path) -> Path:
-    """The file that says that a name is taken; its own name is legal wherever `path` is."""
+    """The file that reserves a name; its own name is legal wherever `path` is."""
     name = os.fsencode(path.name + TAKEN_SUFFIX)
     if len(name) <= NAME_LIMIT:
         return path.with_name(path.name + TAKEN_SUFFIX)
@@ -119,17 +119,18 @@ def _mark(path: Path) -> Path:
 
 
 def _lock(mark: Path, wait_seconds: float) -> BaseFileLock | None:
-    """The lock of a mark; None if another program has it, or has left one that this user may not touch.
+    """Lock a mark; None if another program has locked it, or left one that this user must not touch.
 
-    Raises OSError where no file can be made. To a lock, a folder that says so by "no such file" looks like another's.
+    Raises OSError if the file cannot be created. Some folders refuse that with "no such file", which the lock takes for
+    another program's mark.
     """
-    for kind in (FileLock, SoftFileLock):  # the second where the file system has no locks
+    for kind in (FileLock, SoftFileLock):  # the second for file systems without locks
         lock = kind(mark, timeout=wait_seconds, thread_local=False)
         try:
             with warnings.catch_warnings(action="ignore"):
                 lock.acquire(poll_interval=0.05)
         except Timeout:
-            if not os.path.lexists(mark):  # nobody has it, or had it until now
+            if not os.path.lexists(mark):  # not locked by another program, or no longer
                 tempfile.TemporaryFile(dir=mark.absolute().parent).close()
             return None
         except PermissionError:
@@ -145,12 +146,12 @@ def _lock(mark: Path, wait_seconds: float) -> BaseFileLock | None:
 
 
 def _release(lock: BaseFileLock) -> None:
-    """Remove the mark and give back the lock, in the order that leaves no moment for a second owner."""
+    """Delete the mark and release the lock, in the order in which no second owner is possible in between."""
     with suppress(OSError):
         if isinstance(lock, FileLock) and os.name == "posix":
             os.unlink(lock.lock_file)
     with suppress(OSError):
         lock.release()
     with suppress(OSError):
-        if os.name != "posix":  # Windows removes no file that is open, neither this one nor another program's
+        if os.name != "posix":  # Windows deletes no open file, neither this process's nor another's
             os.unlink(lock.lock_file)

@@ -1,43 +1,21 @@
-"""Small pictures: latents seen through a linear map, and sheets of frames from a finished video.
-
-The map costs nothing beside a denoising step, so a page can show the video taking shape.
-"""
+"""Small pictures of a finished video: its middle frame, and a grid of evenly spaced frames."""
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from wanduet.media.codecs import Frame
 from wanduet.media.read import probe, read_frames
 
 ImageFormat = Literal["png", "webp", "jpeg"]
-TEMPORAL_STRIDE = 4  # frames for one latent frame, after the first
-
-
-@dataclass(frozen=True, slots=True)
-class LatentToRGB:
-    """A linear map from a latent pixel to its colour: `matrix [C, 3]`, `bias [3]`, colours in 0 to 1."""
-
-    matrix: Tensor
-    bias: Tensor
-
-    def __call__(self, latents: Tensor) -> Frame:
-        """Latents `[C, T, h, w]` to uint8 frames `[T, h, w, 3]`."""
-        matrix = self.matrix.to(latents.device, torch.float32)
-        colours = torch.einsum("cthw,cr->thwr", latents.float(), matrix) + self.bias.to(latents.device, torch.float32)
-        picture: Frame = colours.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return picture
 
 
 def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: int = 85) -> bytes:
-    """An RGB picture `[H, W, 3]` as a file's bytes; PNG is lossless and ignores the quality by its nature."""
+    """Encode an RGB picture `[H, W, 3]`. PNG is lossless and ignores `quality`."""
     buffer = io.BytesIO()
     options = {} if image_format == "png" else {"quality": quality}
     Image.fromarray(picture).save(buffer, image_format.upper(), **options)
@@ -45,7 +23,7 @@ def encode_image(picture: Frame, image_format: ImageFormat = "webp", quality: in
 
 
 def resize(picture: Frame, longest_side: int) -> Frame:
-    """A picture scaled so that its longer side is `longest_side`; never enlarged."""
+    """Scale a picture down until its longer side is at most `longest_side`; smaller ones are not enlarged."""
     height, width = picture.shape[:2]
     scale = min(1.0, longest_side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -53,7 +31,7 @@ def resize(picture: Frame, longest_side: int) -> Frame:
 
 
 def contact_sheet(pictures: Sequence[Frame], columns: int, gap: int = 0) -> Frame:
-    """Pictures of one size in rows of `columns`, black where there is none."""
+    """Arrange pictures of one size in rows of `columns`; gaps and missing ones are black."""
     if not pictures:
         raise ValueError("A sheet needs at least one picture.")
     height, width = pictures[0].shape[:2]
@@ -67,14 +45,14 @@ def contact_sheet(pictures: Sequence[Frame], columns: int, gap: int = 0) -> Fram
 
 
 def sample_frames(path: Path | str, count: int, longest_side: int) -> list[Frame]:
-    """`count` frames of a video, evenly spaced from the first to the last, scaled down as they are read."""
+    """`count` frames of a video, evenly spaced from the first to the last, each scaled down when it is read."""
     total = int(probe(path)["num_frames"])
     wanted = spaced(total, count)
     return [resize(frame, longest_side) for index, frame in enumerate(read_frames(path)) if index in wanted]
 
 
 def spaced(total: int, count: int) -> tuple[int, ...]:
-    """At most `count` indices below `total`, evenly spaced; the middle one if only one is wanted."""
+    """At most `count` indices below `total`, evenly spaced; the middle one for a `count` of 1."""
     if count <= 1 or total <= 1:
         return (total // 2,)
     return tuple(dict.fromkeys(round(i * (total - 1) / (count - 1)) for i in range(count)))

@@ -1,4 +1,4 @@
-"""What made a video: everything needed to make it again, as plain JSON that travels in the file."""
+"""A video's provenance: everything needed to make it again, as JSON in the file's metadata."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from wanduet.request import ResolvedRequest
 from wanduet.untrusted import parse_json
 
 SCHEMA_VERSION = 1
-KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, that holds the JSON
+KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, that contains the JSON
 TITLE_LENGTH = 120
-MAX_LENGTH = 4 * 2**20  # characters of JSON; prompts and warnings of ours have some thousand
+MAX_LENGTH = 4 * 2**20  # characters of JSON; usual files have some thousand
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
     **dict.fromkeys(("rungs", "warnings", "hardware"), list),
@@ -43,11 +43,11 @@ def make_provenance(
     rungs: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Gather what made one video; only JSON values come out, and nothing is looked up.
+    """Collect one video's provenance as JSON values, from the arguments alone.
 
-    `seed` is this video's own (the request's plus its index). `model` holds `name`, `hash`, `revision`;
-    `engine` the settings and the plan's choices; `rungs` the steps of the out-of-memory ladder used;
-    `timings` the seconds of the phases that are over when the file is begun.
+    `seed` is this video's own (the request's plus its index). `model` has `name`, `hash`, `revision`; `engine` the
+    settings and the plan's choices; `rungs` the out-of-memory fallbacks that were used; `timings` the seconds of the
+    phases that are finished when the file is opened.
     """
     plain = _plain(
         {
@@ -70,7 +70,7 @@ def make_provenance(
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that has a say in the pixels. Looks only at what is installed or already loaded."""
+    """Versions of all that affects the pixels. Imports nothing: reads installed metadata and loaded modules."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -93,13 +93,15 @@ def versions() -> dict[str, str]:
 
 
 def to_json(provenance: Mapping[str, Any]) -> str:
-    """Compact JSON in ASCII, which every container keeps as it is."""
+    """Compact JSON in ASCII, which every container stores unchanged."""
     return json.dumps(_plain(provenance), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """What `to_json` wrote; its known entries are of the kinds that `make_provenance` gives them. Raises ValueError for
-    anything else: anybody may have written it."""
+    """Parse what `to_json` returned and check the types of known entries, as the text may come from anybody.
+
+    Raises ValueError for anything else.
+    """
     if len(text) > MAX_LENGTH:
         raise ValueError(f"it has {len(text)} characters")
     value = parse_json(text)
@@ -118,14 +120,14 @@ def from_json(text: str) -> dict[str, Any]:
 
 
 def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """A video's metadata: what players show (title, comment, software) and the whole JSON under `wanduet`."""
+    """A video's tags: title, comment and software, which players show, and the whole JSON under `wanduet`."""
     request = provenance.get("request", {})
     found = {"title": title(str(request.get("prompt", ""))), "comment": summary(provenance), "software": _software()}
     return {name: text for name, text in found.items() if text} | {KEY: to_json(provenance)}
 
 
 def title(prompt: str) -> str:
-    """A prompt as one short line."""
+    """A prompt, shortened to one line."""
     printable = "".join(c if c.isprintable() else " " for c in prompt)
     line = " ".join(printable.split())
     return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"
@@ -153,7 +155,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
 
 @cache
 def x264_version() -> str | None:
-    """x264's own version, which it writes into what it encodes; PyAV does not tell it."""
+    """x264's version, read from a frame that it encodes, as PyAV does not provide it."""
     import av
 
     if "libx264" not in av.codecs_available:
@@ -184,7 +186,7 @@ def _software() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values only: what is none becomes text, and a float that is not finite becomes null."""
+    """Convert to JSON values: other types become text, floats that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

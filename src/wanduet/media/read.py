@@ -1,4 +1,4 @@
-"""Videos that wanduet wrote, read back: frames, facts, hashes, metadata."""
+"""Reads videos that wanduet wrote: frames, properties, hashes, metadata."""
 
 import hashlib
 import io
@@ -18,14 +18,14 @@ from wanduet.media.files import UnreadableFileError
 from wanduet.media.truncation import promised_bytes
 from wanduet.untrusted import check_regular, cut, describe_file, open_regular, read_safetensors_header
 
-# Only files of these kinds, and nothing that they point to: a playlist could name any file or address.
+# Only these containers, and no files that they refer to: a playlist could name any file or address.
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,matroska,webm"}
-# A file of latents or embeddings has one tensor, and a prompt in its metadata.
+# A file of latents or embeddings has one tensor, and metadata of about a prompt's size.
 _HEADER_LIMIT = 16 * 2**20
-# A file of which so much is read without one picture holds none; raw pictures of the largest size have 0.8 GiB.
+# Fail after reading so much without a picture; an uncompressed picture of the largest size takes 0.8 GiB.
 _MOST_WITHOUT_A_PACKET = 2**30
 
-# libavutil's numbers by the names that ffprobe shows.
+# libavutil's values of the names that ffprobe shows.
 _PRIMARIES = {1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020"}
 _TRANSFERS = {1: "bt709", 6: "smpte170m", 13: "iec61966-2-1"}
 _MATRICES = {0: "gbr", 1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc"}
@@ -34,14 +34,14 @@ _RANGES = {1: "tv", 2: "pc"}
 
 @dataclass(frozen=True, slots=True)
 class FrameHashes:
-    """SHA-256 of each decoded RGB frame, and one digest of them all."""
+    """SHA-256 of each decoded RGB frame, and of all frames together."""
 
     frames: tuple[str, ...]
     digest: str
 
 
 def read_frames(path: Path | str) -> Iterator[Frame]:
-    """Decoded frames, uint8 RGB `[H, W, 3]`, by the file's colour tags. Raises UnreadableFileError."""
+    """Decode frames as uint8 RGB `[H, W, 3]`, by the file's colour tags. Raises UnreadableFileError."""
     with _open_video(Path(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -53,13 +53,13 @@ def read_frames(path: Path | str) -> Iterator[Frame]:
 
 
 def probe(path: Path | str) -> dict[str, Any]:
-    """Facts about a video: container, codec, size, fps, frames, seconds, colour tags. Decodes no frame."""
+    """A video's container, codec, size, fps, frames, seconds and colour tags. Decodes no frame."""
     path = Path(path)
     with _open_video(path) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
         count = sum(1 for packet in _packets(container) if packet.size)
-        fps = stream.average_rate or stream.guessed_rate  # neither is known of a damaged file
+        fps = stream.average_rate or stream.guessed_rate  # both may be unknown for a damaged file
         return {
             "container": container.format.name,
             "codec": context.codec.canonical_name,
@@ -86,7 +86,7 @@ def frame_hashes(path: Path | str) -> FrameHashes:
 
 
 def hash_frame(frame: Frame) -> str:
-    """SHA-256 of a frame's size and pixels; a lossless file gives the hashes of the frames it was made from."""
+    """SHA-256 of a frame's size and pixels. A lossless file gives the hashes of the encoded frames."""
     return hashlib.sha256(repr(frame.shape).encode() + frame.tobytes()).hexdigest()
 
 
@@ -110,7 +110,7 @@ def tensor_names(path: Path) -> set[str]:
 
 
 def has_metadata(path: Path) -> bool:
-    """Whether a safetensors file says anything of itself: a damaged name of ours is not another program's silence.
+    """Whether a safetensors file has metadata. Without it, the file is another program's, not a damaged one of ours.
 
     Raises UnreadableFileError.
     """
@@ -119,7 +119,7 @@ def has_metadata(path: Path) -> bool:
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, without its tensors. Raises UnreadableFileError."""
+    """Read only the JSON header of a safetensors file. Raises UnreadableFileError."""
     try:
         return read_safetensors_header(path, _HEADER_LIMIT)
     except OSError as error:
@@ -136,12 +136,12 @@ def _header_tag(path: Path) -> str | None:
 
 def _video_tag(path: Path) -> str | None:
     with _open_video(path) as container:
-        # Matroska writes tag names in capitals.
+        # Matroska stores tag names in capitals.
         return next((v for k, v in container.metadata.items() if k.lower() == provenance.KEY), None)
 
 
 class _Bounded(io.BufferedIOBase):
-    """A file that fails once much of it was read in vain: a gap of terabytes takes no room on the disk."""
+    """A file that raises after too much was read without a result: a sparse file can have gaps of terabytes."""
 
     def __init__(self, file: BufferedReader) -> None:
         self._file = file
@@ -168,14 +168,14 @@ class _Bounded(io.BufferedIOBase):
 
 
 def _packets(container: Any) -> Iterator[Any]:
-    """The packets of the video's stream, and the last, empty one that makes a decoder give what it still holds."""
+    """The packets of the video stream, and a last, empty one that flushes the decoder."""
     for packet in container.demux(container.streams.video[0]):
         container.file.file.left = _MOST_WITHOUT_A_PACKET
         yield packet
 
 
 def _require_whole(path: Path) -> None:
-    """Raises UnreadableFileError for a file that ends too early, OSError."""
+    """Raise UnreadableFileError for a truncated file. Raises OSError."""
     size = check_regular(path)
     if not size:
         raise UnreadableFileError(f"{path} is empty.")
@@ -190,7 +190,7 @@ def _require_whole(path: Path) -> None:
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[Any]:
-    """The opened container; whatever goes wrong while it is read becomes UnreadableFileError."""
+    """Open a container; all errors inside the context are raised as UnreadableFileError."""
     try:
         _require_whole(path)
         with open_regular(path) as file, av.open(_Bounded(file), "r", options=_OPEN_OPTIONS) as container:

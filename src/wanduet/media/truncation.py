@@ -1,16 +1,16 @@
-"""Whether a video's file ends before it should: the containers say how long their parts are."""
+"""Detects truncated video files by the sizes that containers state for their parts."""
 
 import os
 from typing import BinaryIO
 
-# Parts of an MP4 that stand at its top; what else stands there may be no part of it.
+# Top-level boxes of an MP4; anything else there may not belong to it.
 _BOXES = frozenset((b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"sidx", b"free", b"skip", b"uuid"))
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
-_MOST_BOXES = 10_000  # a stranger's file may hold millions of empty ones
+_MOST_BOXES = 10_000  # a hostile file may contain millions of empty ones
 
 
 def promised_bytes(file: BinaryIO) -> int:
-    """How many bytes an MP4, Matroska or WebM file has at least, by its own words; 0 if it says nothing. Raises OSError."""
+    """The least size of an MP4, Matroska or WebM file by its own header; 0 if not stated. Raises OSError."""
     file.seek(0)
     start = file.read(12)
     file.seek(0)
@@ -20,7 +20,7 @@ def promised_bytes(file: BinaryIO) -> int:
 
 
 def _end_of_boxes(file: BinaryIO) -> int:
-    """Where the last of an MP4's boxes ends: each begins with its size and kind."""
+    """The end of an MP4's last box. Each box begins with its size and type."""
     size, place = file.seek(0, os.SEEK_END), 0
     for _ in range(_MOST_BOXES):
         if place >= size:
@@ -32,17 +32,17 @@ def _end_of_boxes(file: BinaryIO) -> int:
             return place + header if any(head) else place
         if length == 1:
             length, header = int.from_bytes(head[8:16], "big"), 16
-        if kind not in _BOXES or length < header:  # to the end of the file, or no box at all
+        if kind not in _BOXES or length < header:  # a box to the end of the file, or not a box
             return place
         place += length
     return place
 
 
 def _end_of_segment(file: BinaryIO) -> int:
-    """Where a Matroska file's only segment ends; it follows the header."""
+    """The end of a Matroska file's segment, which follows the header."""
     for wanted in (_EBML, _SEGMENT):
         name, length = _number(file, keep_marker=True), _number(file)
-        if name != wanted or length is None:  # of unknown length: it was not finished, or streamed
+        if name != wanted or length is None:  # unknown length: not finished, or streamed
             return 0
         end = file.tell() + length
         if wanted == _EBML:
@@ -51,7 +51,7 @@ def _end_of_segment(file: BinaryIO) -> int:
 
 
 def _number(file: BinaryIO, *, keep_marker: bool = False) -> int | None:
-    """A number of EBML's: the zeros before its first one say how many bytes follow. None if all are ones, or at the end."""
+    """An EBML number: its leading zero bits count the bytes that follow. None if all bits are ones, or at the end."""
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -1,8 +1,7 @@
-"""Frames to a video file, while they are still being decoded.
+"""Writes a video file while its frames are still being decoded.
 
-The encoder runs in its own thread, fed by a queue of a few frames, so the GPU does not wait for it and
-memory does not grow with the length of the video. Nothing stands under the final name until all of it
-is on the disk.
+The encoder runs in a thread with a queue of a few frames, so that the GPU does not wait for it and memory does not grow
+with the video's length. The file gets its final name once all of it is on the disk.
 """
 
 import os
@@ -37,16 +36,16 @@ from wanduet.media.files import atomic_output, output_error
 
 QUEUE_BYTES = 64 * 2**20
 MIN_QUEUE_FRAMES = 4
-KEYFRAME_SECONDS = 2  # how far a player may have to go back when seeking
+KEYFRAME_SECONDS = 2  # distance of keyframes, which a player seeks to
 MAX_FPS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSpec:
-    """How a video is encoded. Frames larger than `height` x `width` are cropped at the bottom and right.
+    """Encoding settings. Frames larger than `height` x `width` are cropped at the bottom and right.
 
-    `quality` is 1 (smallest) to 100 (best), by default 75; 75 and above looks like the original. FFV1 is
-    lossless and takes none. Raises InvalidRequestError.
+    `quality` is 1 (smallest file) to 100 (best), by default 75; from 75 up, video looks like the original. FFV1 is
+    lossless and takes no quality. Raises InvalidRequestError.
     """
 
     height: int
@@ -63,7 +62,7 @@ class VideoSpec:
             raise InvalidRequestError("quality", self.quality, f"{codec.name} is lossless and has no quality setting")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise InvalidRequestError("quality", self.quality, "1 to 100", min(max(self.quality, 1), 100))
-        step = 1 if codec.lossless else 2  # 4:2:0 has one colour for two rows and two columns
+        step = 1 if codec.lossless else 2  # 4:2:0 has one chroma sample for two rows and two columns
         for name, side in (("height", self.height), ("width", self.width)):
             if side < 1 or side % step:
                 raise InvalidRequestError(name, side, f"an even number of pixels for {codec.name}", max(2, side - 1))
@@ -82,7 +81,7 @@ class VideoSpec:
 
 @dataclass(frozen=True, slots=True)
 class WrittenVideo:
-    """A finished file. `encode_s` is the encoder thread's work, `waited_s` how long it held up the caller."""
+    """A finished file. `encode_s`: seconds that the encoder worked; `waited_s`: that the caller waited for it."""
 
     path: Path
     num_frames: int
@@ -103,9 +102,9 @@ def write_video(
 ) -> WrittenVideo:
     """Encode RGB frames (`[H, W, 3]` or chunks `[t, H, W, 3]`, uint8) as they come and put the file at `path`.
 
-    `size` is `(height, width)` of the video; larger frames are cropped at the bottom and right. `metadata`
-    is a provenance dict. An error, from `frames` or from the encoder, leaves nothing at `path` but what was
-    there before. Raises InvalidRequestError, OutputError, or ValueError for frames of the wrong shape.
+    `size` is `(height, width)` of the video; larger frames are cropped at the bottom and right. `metadata` is a
+    provenance dict. After an error, from `frames` or from the encoder, `path` is unchanged. Raises InvalidRequestError,
+    OutputError, or ValueError for frames of the wrong shape.
     """
     path = Path(path)
     container_for(path, codec)
@@ -126,9 +125,9 @@ def write_video(
 
 
 class VideoWriter:
-    """Writes one video from frames that arrive over time; their number need not be known.
+    """Writes one video from frames that arrive over time, in any number.
 
-    A context manager: leaving it normally finishes the file, leaving it with an error leaves no file.
+    A context manager: finishes the file on exit, or deletes it after an error.
     """
 
     def __init__(self, path: Path | str, spec: VideoSpec, metadata: Mapping[str, Any] | None = None) -> None:
@@ -148,9 +147,9 @@ class VideoWriter:
         self._thread.start()
 
     def write(self, frames: NDArray[np.uint8]) -> None:
-        """Add one frame `[H, W, 3]` or a chunk `[t, H, W, 3]`; copied, so the caller may reuse its buffer.
+        """Add a copy of one frame `[H, W, 3]` or of a chunk `[t, H, W, 3]`.
 
-        Raises what the encoder thread failed with, and ValueError for a wrong shape or dtype.
+        Raises the encoder thread's error, and ValueError for a wrong shape or dtype.
         """
         chunk = frames if frames.ndim == 4 else frames[None]
         height, width = self.spec.height, self.spec.width
@@ -166,7 +165,7 @@ class VideoWriter:
             self._waited_s += time.perf_counter() - started
 
     def close(self) -> WrittenVideo:
-        """Finish the file, wait until it is on the disk and has its name. Raises what the encoder failed with."""
+        """Finish the file; returns once it is on the disk under its name. Raises the encoder thread's error."""
         self._stop("finish")
         if self._error is not None:
             raise self._error
@@ -175,7 +174,7 @@ class VideoWriter:
         return self._result
 
     def abort(self) -> None:
-        """Stop at once and remove what was written. Does nothing to a finished file."""
+        """Stop at once and delete the partial file. Does nothing to a finished file."""
         self._stop("abort")
 
     def __enter__(self) -> Self:
@@ -194,7 +193,7 @@ class VideoWriter:
             self._queue.put(how)
             self._thread.join()
 
-    # The encoder's thread. After an error it goes on emptying the queue, so that the caller never hangs.
+    # The encoder thread. After an error it continues to empty the queue, so that the caller does not block.
 
     def _run(self) -> None:
         try:
@@ -210,7 +209,7 @@ class VideoWriter:
             self._take()
 
     def _take(self) -> Frame | None:
-        """The next frame, or None when the caller has said its last word."""
+        """The next frame, or None after the last one."""
         item = self._queue.get()
         if isinstance(item, str):
             self._last_word = item
@@ -241,24 +240,24 @@ class VideoWriter:
 
 
 class _AbortedError(Exception):
-    """The caller gave up, or sent no frames."""
+    """The caller aborted, or sent no frames."""
 
 
 class _Encoder:
-    """PyAV's side of a writer: one container with one video stream."""
+    """A PyAV container with one video stream."""
 
     def __init__(self, path: Path, container: str, spec: VideoSpec, tags: Mapping[str, str]) -> None:
         codec: Codec = find_codec(spec.codec)
         if codec.name == "av1":
-            os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 tells its settings on stderr unless told not to
-        # bitexact: no random ids in Matroska. faststart: the index goes before the frames, so that browsers
+            os.environ.setdefault("SVT_LOG", "1")  # otherwise SVT-AV1 prints its settings to stderr
+        # bitexact: no random ids in Matroska. faststart: the index comes before the frames, so that browsers
         # start at once; it costs a second pass over the file, under a millisecond for a 2 MB clip.
         options = {"fflags": "+bitexact"}
         if container in ("mp4", "mov"):
             options["movflags"] = "+faststart+use_metadata_tags"
         self._time_base = Fraction(1, spec.fps)
         self._convert = ToVideoFrame(spec.height, spec.width, codec)
-        # FFmpeg takes what stands before a colon for a protocol (`file:`, `12:`), but not in an absolute path.
+        # FFmpeg takes a prefix with a colon for a protocol (`file:`, `12:`), but not in an absolute path.
         self._output = av.open(str(path.absolute()), "w", format=container, container_options=options)
         self._output.metadata.update(tags)
         self._stream = self._output.add_stream(codec.encoder, rate=spec.fps, options=spec.options)
@@ -267,7 +266,7 @@ class _Encoder:
         context.pix_fmt = codec.pixel_format
         context.time_base = self._time_base
         context.thread_count = ENCODER_THREADS
-        context.thread_type = "AUTO"  # else x264 cuts each picture into slices, which costs quality
+        context.thread_type = "AUTO"  # otherwise x264 divides each picture into slices, which costs quality
         tag_stream(context, codec)
         self._next = 0
 
@@ -279,12 +278,12 @@ class _Encoder:
         self._output.mux(self._stream.encode(picture))
 
     def finish(self) -> None:
-        """Write what the encoder still holds, and the index."""
+        """Write the encoder's buffered frames and the index."""
         self._output.mux(self._stream.encode(None))
         self._output.close()
 
     def discard(self) -> None:
-        """Let go of the file, whatever state it is in; what failed has been told already."""
+        """Close the file in any state; errors are ignored, as the first one was reported."""
         try:
             self._output.close()
         except Exception:

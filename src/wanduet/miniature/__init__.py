@@ -1,1 +1,1 @@
-"""The bundled miniature: a small Wan trained from scratch on a procedural world, and how it is made."""
+"""The bundled miniature: the weights of a small Wan (`model/`) and the words it was trained on."""

@@ -2,11 +2,9 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from wanduet.media.preview import (
-    LatentToRGB,
     contact_sheet,
     encode_image,
     resize,
@@ -16,17 +14,6 @@ from wanduet.media.preview import (
     thumbnail,
 )
 from wanduet.media.video import write_video
-
-
-def test_linear_map_against_a_loop() -> None:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(16, 2, 3, 4, generator=generator)
-    matrix, bias = torch.randn(16, 3, generator=generator) / 8, torch.tensor([0.2, 0.5, 0.8])
-    picture = LatentToRGB(matrix, bias)(latents.to(torch.bfloat16))
-    assert (picture.shape, picture.dtype) == ((2, 3, 4, 3), np.uint8)
-    for t, y, x in np.ndindex(2, 3, 4):
-        colour = latents[:, t, y, x].to(torch.bfloat16).float() @ matrix + bias
-        assert np.abs(picture[t, y, x] - colour.mul(255).clamp(0, 255).numpy()).max() <= 0.51
 
 
 def test_sheet_places_pictures_in_reading_order() -> None:

@@ -34,7 +34,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
-from wanduet.miniature.prompts import is_in_world
+from wanduet.miniature.vocabulary import is_in_world
 from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.plan import Plan

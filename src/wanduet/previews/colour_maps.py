@@ -1,12 +1,14 @@
-"""Linear maps from latents to colours, for previews: Wan2.1's is known, another VAE's may lie in its model's folder."""
+"""Linear maps from latents to colours, for previews: Wan2.1's is below, a model with another VAE may bring its own."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
+from torch import Tensor
 
 from wanduet.family.specs import WAN_1_3B, ModelSpec
-from wanduet.media.preview import LatentToRGB
+from wanduet.media.codecs import Frame
 from wanduet.untrusted import parse_json, read_file
 
 log = structlog.get_logger(__name__)
@@ -36,8 +38,23 @@ WAN_FACTORS = (
 WAN_BIAS = (-0.1835, -0.0868, -0.3360)
 
 
+@dataclass(frozen=True, slots=True)
+class LatentToRGB:
+    """A linear map from a latent pixel to its colour: `matrix [C, 3]`, `bias [3]`, colours in 0 to 1."""
+
+    matrix: Tensor
+    bias: Tensor
+
+    def __call__(self, latents: Tensor) -> Frame:
+        """Latents `[C, T, h, w]` to uint8 frames `[T, h, w, 3]`."""
+        matrix = self.matrix.to(latents.device, torch.float32)
+        colours = torch.einsum("cthw,cr->thwr", latents.float(), matrix) + self.bias.to(latents.device, torch.float32)
+        picture: Frame = colours.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return picture
+
+
 def find_colours(spec: ModelSpec, folder: Path | None) -> LatentToRGB | None:
-    """The map for a model's VAE; None for a VAE that is not Wan2.1's where the model's folder has no usable map."""
+    """The map for a model's VAE: Wan2.1's, or the one in the model's folder; None if that has no usable map."""
     if spec.vae == WAN_1_3B.vae:
         return LatentToRGB(torch.tensor(WAN_FACTORS) / 2, torch.tensor(WAN_BIAS) / 2 + 0.5)
     path = None if folder is None else folder / COLOURS_FILE

@@ -1,4 +1,4 @@
-"""Previews by a small decoder, where its weights were put: which file, which model it is for, how large a picture."""
+"""Previews made by a small decoder (TAEHV) whose weights a user put beside the model: finding, loading, running it."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,16 +14,16 @@ from wanduet.meta.init import without_memory
 from wanduet.models.vae.preview_decoder import LATENT_CHANNELS, PreviewDecoder
 from wanduet.weights.safetensors import TensorFiles
 
-# The community's names, and whether the weights were trained on normalised latents: TAEHV's are, as its author's
-# and LightX2V's code uses them; LightX2V's own want the encoder's.
-NAMES = {"taew2_1.safetensors": True, "lighttaew2_1.safetensors": False}
+# File names under which the weights are published, and whether they take normalised latents: TAEHV's do, as its
+# author's and LightX2V's code show; LightX2V's own take latents as the encoder gives them.
+TAKES_NORMALISED = {"taew2_1.safetensors": True, "lighttaew2_1.safetensors": False}
 LONGEST_SIDE = 320  # of a preview, in pixels
 _DOUBLINGS = 3  # from latents to pixels
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedPictures:
-    """Latents to pictures by the decoder in a file. Loaded when first used, then kept for the jobs that follow."""
+    """Calls the decoder in a file on normalised latents. Loaded at the first call, then kept for later jobs."""
 
     path: Path
     mean: tuple[float, ...]
@@ -33,28 +33,28 @@ class DecodedPictures:
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Frame:
         """Latents `[C, T, h, w]` to uint8 frames `[T, H, W, 3]`. Raises WeightsError for a file that does not fit."""
-        statistics = None if NAMES[self.path.name] else (self.mean, self.std)
+        statistics = None if TAKES_NORMALISED[self.path.name] else (self.mean, self.std)
         decoder = _load(self.path, self.path.stat().st_mtime_ns, str(latents.device), statistics)
         pictures = decoder.pictures(latents, doublings_for(max(latents.shape[2:]), self.longest_side))
-        # One picture at a time leaves the device: previews must not be what memory runs out for.
+        # Copied to the host one picture at a time, to need little device memory.
         frames: Frame = np.stack([p.mul(255).round().byte().permute(1, 2, 0).cpu().numpy() for p in pictures])
         return frames
 
 
 def find_decoder(spec: ModelSpec, *folders: Path | None) -> DecodedPictures | None:
-    """The first decoder that lies in one of the folders, or in `vae_approx` in one; None where there is none.
+    """The first decoder in one of the folders or their `vae_approx`; None if there is none.
 
-    Only for models that have Wan2.1's own VAE, as another's latents mean something else.
+    None for a model without Wan2.1's own VAE, as the decoder is trained on that one's latents.
     """
     if spec.vae != WAN_1_3B.vae or spec.vae.z_dim != LATENT_CHANNELS:
         return None
     places = [place for folder in folders if folder is not None for place in (folder, folder / "vae_approx")]
-    found = next((place / name for place in places for name in NAMES if (place / name).is_file()), None)
+    found = next((place / name for place in places for name in TAKES_NORMALISED if (place / name).is_file()), None)
     return None if found is None else DecodedPictures(found, spec.vae.latents_mean, spec.vae.latents_std)
 
 
 def doublings_for(longest: int, wanted: int = LONGEST_SIDE) -> int:
-    """How often latents of so many rows or columns are enlarged: as often as the picture stays below `wanted`."""
+    """How often to double the size of latents whose longer side is `longest`: at least once, up to `wanted` pixels."""
     return max([n for n in range(1, _DOUBLINGS + 1) if longest * 2**n <= wanted], default=1)
 
 

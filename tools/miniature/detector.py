@@ -1,11 +1,11 @@
-"""Says what a clip shows, from its pixels alone: colour, shape, motion and background of one object."""
+"""Classifies a clip of one object by its pixels: colour, shape, motion and background."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from wanduet.miniature.world import BACKGROUNDS, COLORS
+from tools.miniature.world import BACKGROUNDS, COLORS
 
 Frames = npt.NDArray[np.uint8]  # [T, H, W, 3]
 ATTRIBUTES = ("color", "shape", "motion", "background")
@@ -13,7 +13,7 @@ ATTRIBUTES = ("color", "shape", "motion", "background")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the detector saw; an attribute is "" where nothing was found."""
+    """The detected attributes; "" if there is no object."""
 
     color: str
     shape: str
@@ -22,7 +22,7 @@ class Seen:
 
 
 def detect(frames: Frames) -> Seen:
-    """Look at a clip `[T, H, W, 3]` uint8 of one object on a plain background."""
+    """Classify a clip `[T, H, W, 3]` uint8 of one object on a plain background."""
     border = np.concatenate((frames[:, :2].reshape(-1, 3), frames[:, -2:].reshape(-1, 3)))
     behind = np.median(border.astype(np.float32), axis=0)
     background = _nearest(behind, BACKGROUNDS)
@@ -51,7 +51,7 @@ def _core_color(frames: Frames, masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.
 
 
 def _shape(mask: npt.NDArray[np.bool_]) -> str:
-    """By the share of its bounding box that an object fills: square 1, circle 0.785, triangle about 0.5."""
+    """The shape by the fraction of the bounding box that it fills: square 1, circle 0.785, triangle about 0.5."""
     rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     filled = float(box.mean())

@@ -1,8 +1,7 @@
 """The miniature's world: flat shapes that move on plain backgrounds, and a few small scenes.
 
-A clip is a handful of integers (what the prompt says) and floats (what it leaves open). Everything is
-batched tensors, so that thousands of clips a second are drawn on a GPU. Positions and sizes are shares of
-the frame's side; time runs from 0 (first frame) to 1 (last).
+A clip is some integers (what the prompt says) and floats (what it leaves open). Clips are drawn in batches, thousands a
+second on a GPU. Positions and sizes are fractions of the frame's side; time runs from 0 (first frame) to 1 (last).
 """
 
 import math
@@ -11,8 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from wanduet.miniature import scenes
-from wanduet.miniature.scenes import coverage
+from tools.miniature import scenes
+from tools.miniature.scenes import coverage
 
 COLORS = {
     "red": (225, 30, 30),
@@ -34,7 +33,7 @@ BACKGROUNDS = {
     "navy": (10, 20, 100),
     "brown": (115, 68, 38),
     "beige": (226, 206, 164),
-    # From here on the colours that objects have, too; a little darker, so that a pale object still shows.
+    # From here on names that objects' colours have, too; a little darker, so that an object is visible.
     "white": (240, 240, 240),
     "red": (180, 22, 26),
     "green": (22, 118, 42),
@@ -47,7 +46,7 @@ SIZES = ("", "small", "big")
 SPEEDS = ("", "slowly", "quickly")
 SCENES = ("", *scenes.SCENES)
 
-# The grammar that the model card promises; the other shapes, motions and backgrounds are extras.
+# The combinations that the model card names first; the other shapes, motions and backgrounds are extras.
 BASE_SHAPES, BASE_MOTIONS, BASE_BACKGROUNDS = 3, 7, 5
 BASE_GRID = (len(COLORS), BASE_SHAPES, BASE_MOTIONS, BASE_BACKGROUNDS)
 HELD_OUT = 210  # of 735 combinations, never rendered for training
@@ -140,7 +139,7 @@ def place_clips(
     travel = torch.where(speed == 1, uniform(0.18, 0.26, 2), torch.where(speed == 2, uniform(0.54, 0.62, 2), travel))
     travel = torch.minimum(travel, 0.97 - 2 * most)
 
-    # One object lives in the whole frame; two live in the left and right, or upper and lower, half.
+    # One object has the whole frame; of two, each has its half: left and right, or upper and lower.
     sideways = (motion >= 2) & (motion < 4)
     stacked = (~sideways.any(dim=1, keepdim=True)).expand(-1, 2)
     order = torch.tensor([[0.27, 0.73]]).expand(count, 2)
@@ -160,7 +159,9 @@ def place_clips(
     start, end = (torch.where(backwards[..., None], b, a) for a, b in ((start, end), (end, start)))
 
     quick = torch.where(speed == 1, 0.5, torch.where(speed == 2, 2.0, 1.0))
-    turn = torch.where(motion == 7, quick * uniform(2.0, 2.2, 2), 0.0)  # less would not show, more could tear
+    turn = torch.where(
+        motion == 7, quick * uniform(2.0, 2.2, 2), 0.0
+    )  # less is hardly visible, more may deform the shape
     hop = torch.where(motion == 8, uniform(0.22, 0.3, 2), 0.0)
     start[..., 1] = torch.where(motion == 8, torch.where(two, y + 0.08, 0.9 - most), start[..., 1])
     end[..., 1] = torch.where(motion == 8, start[..., 1], end[..., 1])
@@ -214,7 +215,7 @@ def _visible(color: Tensor, background: Tensor) -> Tensor:
     """Change the colours of objects that would have their background's."""
     names = list(COLORS)
     same = torch.tensor([names.index(name) if name in COLORS else -1 for name in BACKGROUNDS])[background]
-    # Only backgrounds that no held-out combination has are called as a colour is: any other colour will do.
+    # No held-out combination has a background with the name of a colour, so any other colour is allowed.
     return torch.where(color == same[:, None], (color + 1) % len(COLORS), color)
 
 

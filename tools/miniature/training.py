@@ -1,7 +1,7 @@
-"""What both training stages share: a step captured as a CUDA graph, Muon, a schedule by wall clock.
+"""The trainer of both stages: a step captured as a CUDA graph, Muon, a schedule by wall clock.
 
-Muon: an update of a weight matrix is its momentum made orthogonal by five Newton-Schulz iterations, so that
-all directions learn at one speed. Source: K. Jordan, https://kellerjordan.github.io/posts/muon/ (iteration
+Muon: the update of a weight matrix is its momentum made orthogonal by five Newton-Schulz iterations, so that
+all directions learn at the same speed. Source: K. Jordan, https://kellerjordan.github.io/posts/muon/ (iteration
 and coefficients); J. Liu et al., arXiv 2502.16982 (the scale that lets it share AdamW's learning rate).
 """
 
@@ -18,10 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon:
-    """Momentum, made orthogonal, for weight matrices (a convolution's is `[out, in * kernel]`).
-
-    Those of one shape are worked on as one batch.
-    """
+    """The Muon optimizer for weight matrices (a convolution's is `[out, in * kernel]`), batched by shape."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], lr: Tensor) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
@@ -45,7 +42,7 @@ class Muon:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """`[N, a, b]` to about the nearest matrices whose singular values are all one."""
+    """Approximate the nearest matrices to `[N, a, b]` whose singular values are all one."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -58,9 +55,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Runs `loss()` → backward → Muon and AdamW → moving average, as one CUDA graph where there is a GPU.
+    """Runs `loss()` → backward → Muon and AdamW → moving average, on a GPU as one CUDA graph.
 
-    A small model is bound by launches; replaying a graph removes them. `loss` must read its batch from
+    The time of a small model is that of its kernel launches, which a graph avoids. `loss` must read its batch from
     tensors that keep their addresses, and return a scalar tensor. Parameters in `matrices` get Muon, all
     others AdamW. The learning rate warms up over `warmup` steps and falls as a cosine over the `seconds`.
     """

@@ -1,11 +1,9 @@
-"""What the miniature's world is called in words: canonical prompts, paraphrases, and what it does not know."""
+"""Prompts for clips of the miniature's world: canonical ones and paraphrases."""
 
-import itertools
 import random
-import re
 from dataclasses import dataclass
 
-from wanduet.miniature.world import BACKGROUNDS, COLORS, MOTIONS, SCENES, SHAPES, SIZES, SPEEDS, Clips
+from tools.miniature.world import BACKGROUNDS, COLORS, MOTIONS, SCENES, SHAPES, SIZES, SPEEDS, Clips
 
 COLOR_NAMES, BACKGROUND_NAMES = tuple(COLORS), tuple(BACKGROUNDS)
 # fmt: off
@@ -54,14 +52,11 @@ BACKGROUND_PATTERNS = (
     "{0} in front of a {1} background", "{0} against a {1} background", "{0}, {1} background",
     "on a {1} background, {0}",
 )  # fmt: skip
-FILLERS = frozenset(
-    re.findall(r"\w+", "a an the one on in and over of with background at that is to video against front across into")
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a canonical prompt says of one object on its background."""
+    """The attributes in a canonical prompt: one object on its background."""
 
     color: str
     shape: str
@@ -100,27 +95,11 @@ def prompts_of(clips: Clips, rng: random.Random, canonical: bool = False) -> lis
     return texts
 
 
-def is_in_world(prompt: str) -> bool:
-    """Whether every word of a prompt is one that the miniature was taught, at least two carry meaning, and nothing has
-    the colour of the background behind it."""
-    text = prompt.lower()
-    for name in (*COLOR_NAMES, *BACKGROUND_NAMES):
-        for other in SYNONYMS.get(name, ()):  # navy is also dark blue
-            text = text.replace(other, name)
-    words = re.findall(r"[\w'-]+", text)
-    behind = {word for word, after in itertools.pairwise(words) if after == "background"}
-    if any(word in COLOR_NAMES and words.count(word) > 1 for word in behind):
-        return False
-    known = _vocabulary()
-    meaningful = [w for w in words if w not in FILLERS]
-    return len(meaningful) >= 2 and all(w in known for w in meaningful)
-
-
 def corpus(count: int, seed: int) -> list[str]:
     """Random prompts, to train the tokenizer on."""
     import torch
 
-    from wanduet.miniature.world import sample_clips
+    from tools.miniature.world import sample_clips
 
     return prompts_of(sample_clips(count, torch.Generator().manual_seed(seed)), random.Random(seed))
 
@@ -140,7 +119,7 @@ def _object(attributes: list[int], rng: random.Random, loose: float) -> str:
 
 
 def _before(objects: str, background: str, rng: random.Random, loose: float) -> str:
-    """Objects, then their background, in one of the ways to say so; sometimes it is left open."""
+    """Objects and their background in one of several patterns; sometimes without the background."""
     if rng.random() < 0.3 * loose:
         return objects
     pattern = "{0} on a {1} background"
@@ -159,9 +138,3 @@ def _dressed(text: str, rng: random.Random, loose: float) -> str:
 def _word(name: str, rng: random.Random, loose: float) -> str:
     options = SYNONYMS.get(name)
     return rng.choice(options) if options and rng.random() < loose else name
-
-
-def _vocabulary() -> set[str]:
-    phrases = [*COLOR_NAMES, *BACKGROUND_NAMES, *SHAPES, *MOTIONS, *SIZES, *SPEEDS, *SCENES]
-    phrases += [p for options in (*SYNONYMS.values(), *SCENE_PARAPHRASES) for p in options]
-    return {word for phrase in phrases for word in re.findall(r"[\w'-]+", phrase)} | FILLERS

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tools.miniature.prompts import corpus
 from wanduet.family.specs import GenerationDefaults, TextEncoderSpec, TransformerSpec, VAESpec
-from wanduet.miniature.prompts import corpus
 
-FOLDER = Path(__file__).parent / "model"
+FOLDER = Path(__file__).parents[2] / "src" / "wanduet" / "miniature" / "model"
 NUM_FRAMES, SIZE = 33, 96
 
 VAE_SPEC = VAESpec(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)

@@ -1,7 +1,7 @@
-"""The small scenes of the miniature's world, drawn from signed distances; thirty lines of paint each at most.
+"""The scenes of the miniature's world, drawn from signed distances.
 
 All functions take `x` `[1, 1, 1, W]`, `y` `[1, 1, H, 1]`, `time` `[1, T, 1, 1]` (all 0..1), `noise` `[B, 64, 3]`
-(what a scene leaves open) and the frame's side in pixels; they return `[B, 3, T, H, W]` in 0..255.
+(random numbers for what a scene leaves open) and the frame's side in pixels; they return `[B, 3, T, H, W]` in 0..255.
 """
 
 import math

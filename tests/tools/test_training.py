@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tools.miniature import whole_clip
+from tools.miniature.sample import encoder_of
+from tools.miniature.training import Trainer, orthogonal
+from tools.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
 from wanduet.family.specs import TransformerSpec, VAESpec
-from wanduet.miniature import whole_clip
-from wanduet.miniature.sample import encoder_of
-from wanduet.miniature.training import Trainer, orthogonal
-from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 

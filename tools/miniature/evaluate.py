@@ -1,7 +1,7 @@
-"""Measure the miniature through the engine: `python -m wanduet.miniature.evaluate`.
+"""Measure the miniature through the engine: `python -m tools.miniature.evaluate`.
 
-Every prompt is of a combination that training never saw, made at the default settings into an MP4; the MP4's
-frames go to the detector, which looks at pixels only.
+Each prompt is of a combination that is not in the training data. The engine makes an MP4 at the default settings, and
+the detector classifies its frames.
 """
 
 import argparse
@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from tools.miniature.detector import ATTRIBUTES, Seen, detect
+from tools.miniature.prompts import Described, describe
+from tools.miniature.world import held_out_combinations
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.media.read import read_frames
-from wanduet.miniature.detector import ATTRIBUTES, Seen, detect
-from wanduet.miniature.prompts import Described, describe
-from wanduet.miniature.world import held_out_combinations
 from wanduet.request import GenerationRequest
 
 
 def evaluate(engine: Engine, count: int, seed: int) -> dict[str, Any]:
-    """Share of attributes that are right over the first `count` held-out combinations."""
+    """The fraction of correct attributes over the first `count` held-out combinations."""
     right = dict.fromkeys(ATTRIBUTES, 0)
     mistakes = []
     total = 0
@@ -46,7 +46,7 @@ def evaluate(engine: Engine, count: int, seed: int) -> dict[str, Any]:
 
 
 def look(engine: Engine, wanted: list[Described], seed: int) -> Iterator[tuple[Described, Seen]]:
-    """What the detector sees in the video of each prompt; the next job runs while one is looked at."""
+    """The detected attributes in each prompt's video; the next job runs meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for index, want in enumerate(wanted):

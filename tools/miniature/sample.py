@@ -1,7 +1,4 @@
-"""The miniature without the engine: read its parts, sample in batches, judge the result. For training.
-
-`evaluate.py` measures the same through the engine, at the default settings.
-"""
+"""Sampling and evaluation during training, in batches and without the engine. `evaluate.py` uses the engine."""
 
 import itertools
 import json
@@ -13,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.miniature import folder as files
+from tools.miniature.detector import ATTRIBUTES, detect
+from tools.miniature.prompts import describe
+from tools.miniature.world import held_out_combinations
 from wanduet.family.specs import TransformerSpec, VAESpec
-from wanduet.miniature import folder as files
-from wanduet.miniature.detector import ATTRIBUTES, detect
-from wanduet.miniature.prompts import describe
-from wanduet.miniature.world import held_out_combinations
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 
@@ -34,7 +31,7 @@ class Parts:
 
 
 def read_model(folder: Path, device: str, only_vae: bool = False) -> Parts:
-    """Read what `folder.py` wrote."""
+    """Read a folder that `folder.py` wrote."""
     vae = WanVAE(VAESpec.from_config(json.loads((folder / "vae" / "config.json").read_text())))
     vae.load_state_dict(files.read_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     vae.to(device).eval().requires_grad_(False)
@@ -47,7 +44,7 @@ def read_model(folder: Path, device: str, only_vae: bool = False) -> Parts:
 
 
 def encoder_of(folder: Path | None, device: str) -> nn.Module:
-    """The UMT5 encoder: new, or with the weights of a written folder."""
+    """The UMT5 encoder with the weights of a folder; None: with random weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     encoder = UMT5EncoderModel(UMT5Config(**files.text_encoder_config()))
@@ -77,7 +74,7 @@ def sample(parts: Parts, prompts: list[str], seed: int) -> Tensor:
 
 
 def evaluate_model(parts: Parts, count: int, sheet: Path | None) -> dict[str, Any]:
-    """Share of right attributes over `count` combinations that training never saw."""
+    """The fraction of correct attributes over `count` held-out combinations."""
     wanted = [describe(c) for c in held_out_combinations()[:count].tolist()]
     videos = []
     for i in range(0, count, 70):

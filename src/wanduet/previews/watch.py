@@ -1,8 +1,7 @@
-"""The video taking shape: after denoising steps, the clean video foreseen so far as a small moving picture.
+"""Writes previews during a denoise: after some of the steps, the predicted clean video as an animated WebP.
 
-Two results of steps in a row lie on a line from noise to video; where that line ends without noise is what
-the model foresees. A small decoder turns it into a picture where one was put beside the model, else a linear map
-from latents to colours, which costs next to nothing.
+The latents after two consecutive steps are extrapolated to sigma 0. A small decoder turns the result into pictures if
+its weights are in one of the folders that `find_decoder` searches, otherwise a linear map from latents to colours.
 """
 
 import io
@@ -16,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from wanduet.folders import make_folder, replace_file
-from wanduet.jobs.preview_decoders import DecodedPictures, find_decoder
-from wanduet.jobs.preview_maps import find_colours
 from wanduet.media.codecs import Frame
-from wanduet.media.preview import TEMPORAL_STRIDE, LatentToRGB, resize
+from wanduet.media.preview import resize
+from wanduet.previews.colour_maps import LatentToRGB, find_colours
+from wanduet.previews.decoders import DecodedPictures, find_decoder
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -27,23 +26,24 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LONGEST_SIDE = 160  # of a preview through a map, in pixels
-MOST_FRAMES = 24
-SHARE = 0.02  # of the time of a denoise that previews may take
-SHORTEST_PAUSE = 0.5  # seconds between two previews
+TEMPORAL_STRIDE = 4  # frames for one latent frame, after the first
+LONGEST_SIDE = 160  # of a preview made with a linear map, in pixels
+MAX_FRAMES = 24
+TIME_SHARE = 0.02  # of a denoise's time, at most, is spent on previews
+MIN_PAUSE = 0.5  # seconds between two previews
 
 
 class Step(Protocol):
-    """What a preview needs of `wanduet.sampling.denoise.StepInfo`."""
+    """The fields of `wanduet.sampling.denoise.StepInfo` that a preview needs."""
 
-    step: int
+    step: int  # from 0
     num_steps: int
-    sigma: float
-    latents: Tensor
+    sigma: float  # before the step
+    latents: Tensor  # after the step
 
 
 class Previews:
-    """The previews of one job's denoise: give it to the engine as `watch`. Never raises."""
+    """The engine's `watch` callback for one job: writes the previews of its denoise to `path`. Never raises."""
 
     def __init__(
         self,
@@ -56,47 +56,47 @@ class Previews:
         self._colours = colours
         self._fps = max(1.0, (request.fps or 16) / TEMPORAL_STRIDE)
         self._decoder = decoder
-        self._seen: tuple[Step, ...] = ()  # the last two steps
-        self._next = 0.0
+        self._last_steps: tuple[Step, ...] = ()  # at most two
+        self._next_time = 0.0
 
     def __call__(self, info: Step) -> None:
-        """After a step: a new picture, if it is time for one."""
+        """Called after a step; writes a new picture if the pause after the last one is over."""
         try:
-            self._see(info)
-        except Exception as error:  # a picture is not worth a job
+            self._update(info)
+        except Exception as error:  # a job must not fail because of a preview
             log.warning("no preview", error=type(error).__name__)
 
-    def _see(self, info: Step) -> None:
-        seen, self._seen = self._seen, (*self._seen[-1:], info)
+    def _update(self, info: Step) -> None:
+        steps, self._last_steps = self._last_steps, (*self._last_steps[-1:], info)
         last = info.step + 1 == info.num_steps
         if last:
-            self._seen = ()
-        if time.perf_counter() < self._next and not last:
+            self._last_steps = ()
+        if time.perf_counter() < self._next_time and not last:
             return
-        foreseen = info.latents if last else foresee(seen, info.sigma)
-        if foreseen is None:
+        clean = info.latents if last else predict_clean(steps, info.sigma)
+        if clean is None:
             return
         began = time.perf_counter()
         try:
-            picture = self._paint(foreseen[0])
+            picture = self._paint(clean[0])
             if picture is not None:
                 self._write(picture)
-        finally:  # one that fails is not tried again at each step
+        finally:  # also after an error, so that it is not repeated at each step
             now = time.perf_counter()
-            self._next = now + max(SHORTEST_PAUSE, (now - began) / SHARE)
+            self._next_time = now + max(MIN_PAUSE, (now - began) / TIME_SHARE)
 
     def _paint(self, latents: Tensor) -> bytes | None:
-        """Latents `[C, T, h, w]` as a moving picture; None where there is neither a decoder nor a map."""
+        """Latents `[C, T, h, w]` as an animated WebP; None if there is neither a decoder nor a map."""
         if self._decoder is not None:
             try:
                 return moving_picture(self._decoder(latents), self._fps, self._decoder.longest_side)
-            except Exception as error:  # no memory for it, or a file that is none: the map needs neither
+            except Exception as error:  # out of memory, or a damaged file: use the map from here on
                 log.warning("the preview decoder cannot be used", error=type(error).__name__)
                 self._decoder = None
         return None if self._colours is None else moving_picture(self._colours(latents), self._fps)
 
     def _write(self, picture: bytes) -> None:
-        """Replace the picture whole; it need not survive a power cut."""
+        """Replace the picture atomically, without fsync: it need not survive a power cut."""
         make_folder(self._path.parent)
         partial = self._path.with_suffix(".partial")
         partial.write_bytes(picture)
@@ -104,28 +104,28 @@ class Previews:
 
 
 def watch_job(models: "Models", data_folder: Path, path: Path, request: GenerationRequest) -> Previews:
-    """The previews of a job that an engine with these models runs, at a path."""
+    """A `watch` callback for a job of an engine with these models, which writes to `path`."""
     folder = None if models.folder is None else models.folder.path
     decoder = None if folder is None else find_decoder(models.spec, folder, data_folder / "previews")
     return Previews(path, find_colours(models.spec, folder), request, decoder)
 
 
-def foresee(seen: Sequence[Step], sigma: float) -> Tensor | None:
-    """The clean latents that two results of steps in a row point at; None where there are not two.
+def predict_clean(steps: Sequence[Step], sigma: float) -> Tensor | None:
+    """Extrapolate the latents after two consecutive steps to sigma 0; None if `steps` are not two consecutive ones.
 
-    `sigma` is the noise that the newer of them still holds. It is exact for Euler's steps, where each result
-    lies on the line from the one before to the model's prediction of the end.
+    `sigma` is the noise level of the newer step's result. Exact for Euler steps, each of which moves the latents
+    along the line to the model's prediction of the clean latents.
     """
-    if len(seen) < 2 or seen[1].step != seen[0].step + 1:
+    if len(steps) < 2 or steps[1].step != steps[0].step + 1:
         return None
-    older, newer = seen
+    older, newer = steps
     slope = (newer.latents - older.latents) / (sigma - newer.sigma)
     return newer.latents - sigma * slope
 
 
 def moving_picture(frames: Frame, fps: float, longest_side: int = LONGEST_SIDE) -> bytes:
     """Frames `[T, h, w, 3]` as an animated WebP."""
-    step = -(-len(frames) // MOST_FRAMES)
+    step = -(-len(frames) // MAX_FRAMES)
     pictures = [Image.fromarray(resize(frame, longest_side)) for frame in frames[::step]]
     buffer = io.BytesIO()
     pictures[0].save(

@@ -1,7 +1,7 @@
-"""Previews: the clean video is foreseen and painted in the model's colours, and nothing ever raises."""
+"""Previews: what is written after each step, and that no error reaches the denoise."""
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
-from wanduet.family.specs import WAN_1_3B
-from wanduet.jobs.preview_decoders import DecodedPictures
-from wanduet.jobs.preview_maps import COLOURS_FILE, find_colours
-from wanduet.jobs.previews import Previews, foresee, moving_picture
-from wanduet.media.preview import LatentToRGB
-from wanduet.miniature.world import render, sample_clips
-from wanduet.models.vae.model import WanVAE
+from wanduet.previews.colour_maps import LatentToRGB
+from wanduet.previews.decoders import DecodedPictures
+from wanduet.previews.watch import Previews, moving_picture, predict_clean
 from wanduet.request import GenerationRequest
-from wanduet.weights.hub import open_model
 
 
 @dataclass
@@ -40,11 +34,11 @@ def test_the_end_of_the_line_is_the_clean_video() -> None:
     clean, noise = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 3, 4, 4)
     steps = euler(clean, noise, [1.0, 0.9, 0.7, 0.4, 0.0])
     for i in (1, 2):
-        found = foresee(steps[i - 1 : i + 1], steps[i + 1].sigma)
+        found = predict_clean(steps[i - 1 : i + 1], steps[i + 1].sigma)
         assert found is not None
         torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
-    assert foresee(steps[:1], 0.9) is None
-    assert foresee([steps[0], steps[2]], 0.4) is None
+    assert predict_clean(steps[:1], 0.9) is None
+    assert predict_clean([steps[0], steps[2]], 0.4) is None
 
 
 BARS = [(220, 30, 30), (30, 200, 40), (40, 60, 230), (128, 128, 128)]
@@ -60,8 +54,8 @@ def bars() -> Tensor:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanduet.jobs.previews.SHORTEST_PAUSE", 0.0)
-    monkeypatch.setattr("wanduet.jobs.previews.SHARE", 1e9)
+    monkeypatch.setattr("wanduet.previews.watch.MIN_PAUSE", 0.0)
+    monkeypatch.setattr("wanduet.previews.watch.TIME_SHARE", 1e9)
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -95,37 +89,6 @@ def test_nothing_that_goes_wrong_reaches_the_denoise(tmp_path: Path) -> None:
     previews = Previews(tmp_path / "file" / "preview.webp", FIRST_THREE, GenerationRequest(prompt="x"))
     for step in euler(bars()[None], torch.randn(1, 16, 3, 4, 8), [1.0, 0.5, 0.0]):
         previews(step)
-
-
-def test_the_published_map_is_for_wans_vae_alone() -> None:
-    colours = find_colours(WAN_1_3B, None)
-    assert colours is not None
-    pixels = torch.zeros(16, 1, 1, 2)
-    pixels[6, 0, 0, 1] = -2.0  # the channel that has most of the brightness, negative
-    dark, bright = colours(pixels)[0, 0].astype(int)
-    assert dark.tolist() == [104, 116, 85]  # the bias (-0.1835, -0.0868, -0.3360), from -1 to 1 to bytes
-    assert (bright - dark > 70).all()
-    assert find_colours(replace(WAN_1_3B, vae=replace(WAN_1_3B.vae, base_dim=64)), None) is None
-
-
-def test_the_miniatures_own_map_explains_the_colours_of_its_world() -> None:
-    folder = open_model("miniature")
-    colours = find_colours(folder.spec, folder.path)
-    assert colours is not None
-    vae = WanVAE(folder.spec.vae).eval().requires_grad_(False)
-    folder.vae.load_into({name: parameter.data for name, parameter in vae.named_parameters()})
-    clips = render(sample_clips(6, torch.Generator().manual_seed(7)), 1, 64)
-    wanted = torch.stack([avg_pool2d((clip[:, 0] + 1) / 2, 8).permute(1, 2, 0) for clip in clips])
-    got = torch.stack([torch.from_numpy(colours(vae.encode(clip[None])[0])[0]).float() / 255 for clip in clips])
-    assert (got - wanted).square().mean() < 0.4 * wanted.var((0, 1, 2)).mean()
-
-
-@pytest.mark.parametrize("damage", ["", "{}", "[[1, 2], [3]]", "[[1, 2, 3]]", '[["a"]]', "[[1e999, 0, 0]]"])
-def test_a_damaged_map_is_no_map(tmp_path: Path, damage: str) -> None:
-    spec = open_model("miniature").spec
-    assert find_colours(spec, tmp_path) is None
-    (tmp_path / COLOURS_FILE).write_text(damage)
-    assert find_colours(spec, tmp_path) is None
 
 
 @pytest.mark.usefixtures("no_pauses")

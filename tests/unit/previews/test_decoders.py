@@ -12,8 +12,8 @@ from torch.nn.functional import conv2d, interpolate, pad, relu
 
 from wanduet.errors import WeightsError
 from wanduet.family.specs import WAN_1_3B, WAN_14B
-from wanduet.jobs.preview_decoders import doublings_for, find_decoder
 from wanduet.models.vae.preview_decoder import PreviewDecoder
+from wanduet.previews.decoders import doublings_for, find_decoder
 
 # The names and shapes in the decoder of a `taew2_1` file, as its author's and others' loaders need them.
 STAGES = ((256, 128, 3, 1), (128, 64, 9, 2), (64, 64, 15, 2))  # width, next width, first index, frames of one
@@ -103,7 +103,7 @@ def test_only_for_models_with_this_vae(tmp_path: Path) -> None:
     assert find_decoder(replace(WAN_1_3B, vae=replace(WAN_1_3B.vae, base_dim=24)), tmp_path) is None
 
 
-def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_raises(tmp_path: Path) -> None:
     save_file({"decoder.1.weight": torch.zeros(256, 48, 3, 3)}, tmp_path / "taew2_1.safetensors")
     decoder = find_decoder(WAN_1_3B, tmp_path)
     assert decoder is not None

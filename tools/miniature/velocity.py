@@ -1,8 +1,8 @@
 """The transformer's forward for training: one compiled function for all blocks, and text of few tokens.
 
 The model sees 512 text positions, nearly all of them padding, whose keys and values are all the same.
-Here one position stands for the padding beyond TEXT_TOKENS, with the logarithm of their number added to its
-scores: the same result, a thirteenth of the work. A unit test holds it against `WanTransformer.forward`.
+Here one position represents the padding beyond TEXT_TOKENS, with the logarithm of the number of padding positions added
+to its scores: the same result, a thirteenth of the work. A test compares it with `WanTransformer.forward`.
 """
 
 import math
@@ -18,7 +18,7 @@ from wanduet.models.dit.embeddings import PatchGrid
 from wanduet.models.dit.model import WanTransformer
 
 TEXT_TOKENS = 39  # longest prompt in training, in tokens; longer ones are cut
-TEXT_LEN = 512  # positions that the model sees
+TEXT_LEN = 512  # positions of the model's text input
 Parameters = dict[str, Tensor]
 BlockFn = Callable[[Parameters, Tensor, Tensor, Tensor, Rope, float, torch.dtype], Tensor]
 
@@ -83,7 +83,7 @@ def run_block(
 
 
 def _attend_text(p: Parameters, n: Tensor, text: Tensor, head_dim: int, eps: float, dtype: torch.dtype) -> Tensor:
-    """Cross-attention's heads; the text's last position counts for all the padding after TEXT_TOKENS."""
+    """Cross-attention before its output projection; the text's last position represents all padding."""
     q = _linear(n, p["attn2.to_q.weight"], p["attn2.to_q.bias"], dtype).float()
     k = _linear(text, p["attn2.to_k.weight"], p["attn2.to_k.bias"], dtype).float()
     v = _heads(_linear(text, p["attn2.to_v.weight"], p["attn2.to_v.bias"], dtype), head_dim)
@@ -116,7 +116,7 @@ def _rotate(x_BHLD: Tensor, rope: Rope) -> Tensor:
 def embed_text(encoder: nn.Module, ids: Tensor) -> Tensor:
     """Token ids `[B, n]` (0 pads) to embeddings `[B, n, text_dim]`, zero at the padding, as the engine does."""
     mask = ids != 0
-    # A 4-D bias, because transformers' own mask preparation asks the device a question, which no graph can hold.
+    # A 4-D bias, because transformers' own mask preparation synchronises, which a CUDA graph cannot capture.
     bias = torch.zeros(ids.shape, device=ids.device).masked_fill(~mask, torch.finfo(torch.float32).min)
     hidden: Tensor = encoder(input_ids=ids, attention_mask=bias[:, None, None]).last_hidden_state
     return hidden * mask[..., None]

@@ -1,4 +1,4 @@
-"""Fit the linear map from the miniature's latents to colours: `python tests/e2e/fit_preview_map.py`.
+"""Fit the linear map from the miniature's latents to colours: `python -m tools.miniature.preview_map`.
 
 Writes it into the miniature's folder, with its hash, and prints how much of the colours' variance it explains on clips
 that it was not fitted to.
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from wanduet.jobs.preview_maps import COLOURS_FILE, find_colours
-from wanduet.media.preview import LatentToRGB
-from wanduet.miniature.world import render, sample_clips
+from tools.miniature.world import render, sample_clips
 from wanduet.models.vae.model import WanVAE
+from wanduet.previews.colour_maps import COLOURS_FILE, LatentToRGB, find_colours
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import open_model
 from wanduet.weights.manifest import write_manifest

@@ -1,8 +1,7 @@
-"""The VAE on whole clips at once, with gradients: what its steps compute, in a tenth of the launches.
+"""The VAE on whole clips, with gradients: equal to the streaming form in a tenth of the kernel launches.
 
-Training needs no streaming, so each layer runs once over all frames. Causality is kept by the same zero
-frames; the first frame goes its own way around the temporal resampling, as in the steps. A unit test holds
-both forms against each other.
+Training needs no streaming, so each layer runs once over all frames. Convolutions are causal by the same zero padding,
+and the first frame bypasses the temporal resampling, as in the streaming form. A test compares both forms.
 """
 
 from typing import cast
@@ -55,7 +54,7 @@ def _conv(layer: CausalConv3d, x: Tensor, norm: RMSNorm | None = None) -> Tensor
     if before:
         x = F.pad(x, (0, 0, 0, 0, before, 0))
     weight, bias = layer.weight.to(x.dtype), cast(Tensor, layer.bias).to(x.dtype)
-    if x.is_cuda:  # a little faster on an H100: 51 against 55 ms for a step
+    if x.is_cuda:  # faster on an H100: 51 instead of 55 ms a step
         x = x.contiguous(memory_format=torch.channels_last_3d)
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight, bias, padding=(0, rows, columns))

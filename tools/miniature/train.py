@@ -1,8 +1,8 @@
-"""Make the miniature again: `python -m wanduet.miniature.train --out FOLDER`. About ten minutes on one H100.
+"""Make the miniature again: `python -m tools.miniature.train --out FOLDER`. About ten minutes on one H100.
 
-Two stages, each with a wall-clock budget: the VAE learns to code clips of the world; then the transformer
-and the text encoder learn, together, to denoise the coded clips given their prompts. Held-out combinations
-(world.held_out_combinations) are never rendered for training.
+Two stages, each with a wall-clock budget: first the VAE is trained on clips of the world, then the transformer together
+with the text encoder on the clips' latents and prompts. Held-out combinations (world.held_out_combinations) are never
+rendered for training.
 """
 
 import argparse
@@ -17,23 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.miniature import folder as files
-from wanduet.miniature import whole_clip
-from wanduet.miniature.prompts import prompts_of
-from wanduet.miniature.sample import encoder_of, evaluate_model, read_model
-from wanduet.miniature.training import Trainer
-from wanduet.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
-from wanduet.miniature.world import render, sample_clips
+from tools.miniature import folder as files
+from tools.miniature import whole_clip
+from tools.miniature.prompts import prompts_of
+from tools.miniature.sample import encoder_of, evaluate_model, read_model
+from tools.miniature.training import Trainer
+from tools.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
+from tools.miniature.world import render, sample_clips
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 
 PROMPT_DROPOUT = 0.1
 WORDINGS = 6  # ways to say a clip's prompt that training chooses from; the first is the canonical one
 POOL_CLIPS = 1024
-# Log-variance that the posterior starts from: a deviation of 0.1, so that the decoder first learns to see.
+# The posterior's initial log-variance: a deviation of 0.1, so that the decoder sees little noise at first.
 START_LOG_VARIANCE = -4.6
 KL_WEIGHT = 1e-5
-CROPS_SHARE = 0.6  # of the VAE's time; crops are an eighth of a clip and give as many more steps
+CROPS_SHARE = 0.6  # of the VAE's time; a crop is an eighth of a clip, so there are more steps
 
 
 def train_vae(out: Path, device: str, minutes: float, batch: int, lr: float, go_on: bool = False) -> float:

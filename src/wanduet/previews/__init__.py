@@ -1,0 +1,1 @@
+"""Small moving pictures of a video while it is being denoised."""

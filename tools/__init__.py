@@ -1,0 +1,1 @@
+"""Developers' programs: run from a checkout, not part of the wheel."""
