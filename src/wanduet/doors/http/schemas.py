@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import ModelSpec
 from wanduet.jobs.records import StoredJob
-from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
+from wanduet.request import REQUEST_FIELDS, GenerationRequest, RequestField, frames_for_seconds, parse_resolution
 
 MAX_SECONDS = 3600.0
 
@@ -29,9 +29,13 @@ class RequestLimits:
     steps: int = 200
     videos: int = 4
 
+    def of(self, field: RequestField) -> int | None:
+        """The largest value of a field; None: what the model can."""
+        return None if field.shown.limit is None else getattr(self, field.shown.limit)
 
-class CreateVideo(BaseModel):
-    """The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings."""
+
+class _ProtocolFields(BaseModel):
+    """What the protocol itself has."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,23 +43,24 @@ class CreateVideo(BaseModel):
     model: str | None = None
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
-    negative_prompt: str | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    seed: int | None = None
-    sampler: str | None = None
-    num_videos_per_prompt: int | None = None
-    height: int | None = None
-    width: int | None = None
 
 
+# Their limits and choices are not in the schema: `to_request` refuses with the nearest allowed value.
+_SETTINGS: dict[str, Any] = {
+    name: (str | None if field.choices else field.kind | None, None)
+    for name, field in REQUEST_FIELDS.items()
+    if not field.is_required
+}
+CreateVideo = create_model(
+    "CreateVideo",
+    __base__=_ProtocolFields,
+    __doc__="The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings.",
+    **_SETTINGS,
+)
 NUMBERS = {
-    name: "a whole number" if field.annotation == int | None else "a number"
-    for name, field in CreateVideo.model_fields.items()
-    if field.annotation in (int | None, float | None)
+    name: "a whole number" if field.kind is int else "a number"
+    for name, field in REQUEST_FIELDS.items()
+    if field.is_number
 } | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
 
@@ -156,15 +161,13 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     _take_seconds(values, fps, spec)
     _take_size(values)
     request = GenerationRequest.parse(**values).resolve(spec)
-    for name, given, limit in (
-        ("size", request.height * request.width, limits.pixels),
-        ("num_frames", request.num_frames, limits.frames),
-        ("num_inference_steps", request.num_inference_steps, limits.steps),
-        ("num_videos_per_prompt", request.num_videos_per_prompt, limits.videos),
-    ):
-        if given > limit:
-            unit = " pixels" if name == "size" else ""
-            raise InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+    pixels = request.height * request.width
+    if pixels > limits.pixels:
+        raise InvalidRequestError("size", pixels, f"this server takes at most {limits.pixels} pixels", limits.pixels)
+    for name, field in REQUEST_FIELDS.items():
+        limit = limits.of(field)
+        if limit is not None and (given := getattr(request, name)) > limit:
+            raise InvalidRequestError(name, given, f"this server takes at most {limit}", limit)
     return request.as_request()
 
 
@@ -184,7 +187,7 @@ def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
 
 
 def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
-    for name in ("prompt", "negative_prompt"):
+    for name in (name for name, field in REQUEST_FIELDS.items() if field.kind is str):
         text = values.get(name, "")
         if not isinstance(text, str):
             raise InvalidRequestError(name, text, "it must be a text")
