@@ -158,7 +158,7 @@ def test_of_a_strangers_video_only_the_settings_are_taken(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model that a file names is not looked up")
 
-    for module in ("weights.download.open_model", "weights.download.download", "weights.download.local_model"):
+    for module in ("weights.hub.open_model", "weights.hub.download", "weights.hub.local_model"):
         monkeypatch.setattr(f"wanduet.{module}", never)
     for model in ({"name": "evil/model"}, {"name": str(tmp_path)}, "evil\ud800", {"name": ["x"]}, 5, None):
         about = {"request": {"prompt": "x", "from_the_future": [1], "seed": 4}, "model": model, "seed": 5}
