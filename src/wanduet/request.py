@@ -32,6 +32,7 @@ SAMPLERS: dict[SamplerName, str] = {
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of a number, by pydantic's names
 
 
 def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
@@ -183,8 +184,7 @@ class RequestField:
     kind: Any
     is_required: bool
     default: Any
-    least: float | None  # smallest and largest allowed value, inclusive
-    most: float | None
+    limits: Mapping[str, float]  # by pydantic's names: ge, gt, le, lt
     help: str
     shown: Shown
 
@@ -199,6 +199,13 @@ class RequestField:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
+    def takes(self) -> str:
+        """What its value is, without its limits."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
+
+    @property
     def label(self) -> str:
         """Its name for people."""
         return self.shown.label or self.name.replace("_", " ").capitalize()
@@ -209,14 +216,13 @@ def _fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
     found = {}
     for name, field in model.model_fields.items():
         kind = next((k for k in get_args(kinds[name]) if NoneType in get_args(kinds[name]) and k is not NoneType), None)
-        limits = {limit: getattr(one, limit) for one in field.metadata for limit in ("ge", "le") if hasattr(one, limit)}
+        limits = {key: getattr(one, key) for one in field.metadata for key in LIMITS if hasattr(one, key)}
         found[name] = RequestField(
             name=name,
             kind=kind or kinds[name],
             is_required=field.is_required(),
             default=None if field.is_required() else field.default,
-            least=limits.get("ge"),
-            most=limits.get("le"),
+            limits=limits,
             help=field.description or "",
             shown=next((one for one in field.metadata if isinstance(one, Shown)), Shown()),
         )
@@ -284,12 +290,8 @@ def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
             return "there is no such field; fields are " + ", ".join(GenerationRequest.model_fields)
         case "string_too_short":
             return "a text that is not empty"
-        case "greater_than_equal":
-            return f"at least {context['ge']}"
-        case "less_than_equal":
-            return f"at most {context['le']}"
-        case "greater_than":
-            return f"more than {context['gt']}"
+        case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
+            return next(f"{LIMITS[key]} {limit}" for key, limit in context.items() if key in LIMITS)
         case "literal_error":
             return f"one of {context['expected']}"
         case "missing":

@@ -57,11 +57,8 @@ CreateVideo = create_model(
     __doc__="The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings.",
     **_SETTINGS,
 )
-NUMBERS = {
-    name: "a whole number" if field.kind is int else "a number"
-    for name, field in REQUEST_FIELDS.items()
-    if field.is_number
-} | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
+NUMBERS = {name: field.takes for name, field in REQUEST_FIELDS.items() if field.is_number}
+NUMBERS |= {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
 
 

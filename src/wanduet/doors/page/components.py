@@ -20,7 +20,7 @@ def component(field: RequestField, value: Any, limits: RequestLimits) -> Compone
         return gr.Checkbox(bool(value), label=label, min_width=120)
     if field.kind is str:
         return gr.Textbox(value, label=label, lines=2, max_lines=6, placeholder=shown.placeholder)
-    low, high = shown.span or (field.least, field.most)
+    low, high = shown.span or (field.limits.get("ge"), field.limits.get("le"))
     largest = [most for most in (high, limits.of(field)) if most is not None]
     if value == "" or low is None or not largest:
         return gr.Textbox(
