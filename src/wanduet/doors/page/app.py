@@ -17,9 +17,8 @@ from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.restore import add_restore
 from wanduet.doors.page import scripts, views
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.components import component
 from wanduet.doors.page.events import PageEvents
-from wanduet.doors.page.forms import FORM_FIELDS, SIZE, Form, form_rows
+from wanduet.doors.page.forms import FORM_FIELDS, SIZE, Form, form_rows, widget
 from wanduet.doors.page.routes import PageGate, add_login, add_pulse, keep_page_off_api
 from wanduet.doors.page.style import CSS
 
@@ -110,6 +109,7 @@ class Page:
             ]
         with gr.Accordion("All settings", open=False, elem_id="settings"):
             parts = {"prompt": prompt, **self._build_settings(start)}
+            self._reset = gr.Button("Model's defaults", size="sm")
         self._plan = gr.HTML(elem_id="plan")
         self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
         self._message = gr.HTML(elem_id="message")
@@ -117,22 +117,20 @@ class Page:
         self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
         self._form: list[Any] = [parts[name] for name in FORM_FIELDS]
 
-    def _build_settings(self, start: Form) -> Form:
+    def _build_settings(self, start: Form) -> dict[str, Any]:
         """The components of all fields but the prompt, by name."""
         limits, parts = self._actions.context.settings.limits, {}
         for row in form_rows():
             with gr.Row() if len(row) > 1 else nullcontext():
                 for name in row:
-                    parts[name] = (
-                        self._size(start) if name == SIZE else component(FORM_FIELDS[name], start[name], limits)
-                    )
-        self._reset = gr.Button("Model's defaults", size="sm")
+                    field, value = FORM_FIELDS[name], start[name]
+                    kind, arguments = self._size(value) if name == SIZE else widget(field, value, limits)
+                    parts[name] = getattr(gr, kind)(**arguments)
         return parts
 
-    def _size(self, start: Form) -> gr.Dropdown:
-        sizes = self._actions.presets.sizes
-        label = FORM_FIELDS[SIZE].label
-        return gr.Dropdown(sizes, value=start[SIZE], label=label, allow_custom_value=True, min_width=120)
+    def _size(self, value: str) -> tuple[str, dict[str, Any]]:
+        common = {"label": FORM_FIELDS[SIZE].label, "value": value, "min_width": 120}
+        return "Dropdown", common | {"choices": self._actions.presets.sizes, "allow_custom_value": True}
 
     def _build_stage(self) -> None:
         self._stage = gr.HTML(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from wanduet.doors.http.schemas import RequestLimits
 from wanduet.family.specs import GenerationDefaults
 from wanduet.request import REQUEST_FIELDS, RequestField
 
@@ -14,6 +15,8 @@ SIZE = "size"  # WIDTHxHEIGHT, in the place of two fields
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
+_UNPLACED = 100  # a row behind all that are numbered
+_LONGEST_NUMBER = 20  # characters
 _MULTIPLE = 16  # of pixels: the VAE's stride times the transformer's patch
 _LENGTHS = (0.6, 1.0, 1.6)  # of the model's own length: 3, 5 and 8 seconds for Wan
 _QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # of the model's own number of steps
@@ -92,8 +95,28 @@ def form_rows() -> list[list[str]]:
     rows: dict[float, list[str]] = {}
     for number, (name, field) in enumerate(FORM_FIELDS.items()):
         if not field.is_required:
-            rows.setdefault(field.shown.row or 100 + number, []).append(name)
+            rows.setdefault(field.shown.row or _UNPLACED + number, []).append(name)
     return [rows[number] for number in sorted(rows)]
+
+
+def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
+    """Gradio's component for a field that shows `value`, and its arguments: a menu, a switch, a box of text or a slider.
+
+    A number that may be left empty has a box of text."""
+    label = field.shown.caption or field.label
+    common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
+    if field.choices:
+        return "Dropdown", common | {"choices": list(field.choices)}
+    if field.kind is bool:
+        return "Checkbox", common
+    if field.kind is str:
+        return "Textbox", {"label": label, "value": value, "lines": 2, "max_lines": 6}
+    low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
+    largest = [most for most in (high, limits.of(field)) if most is not None]
+    if value == "" or low is None or not largest:
+        return "Textbox", common | {"max_length": _LONGEST_NUMBER, "placeholder": field.shown.placeholder}
+    ends = {"minimum": low, "maximum": min(largest), "step": field.shown.step}
+    return "Slider", common | ends | {"min_width": 140, "buttons": []}
 
 
 def _shapes(width: int, height: int) -> dict[str, str]:
