@@ -17,7 +17,7 @@ from wanduet.request import REQUEST_FIELDS, GenerationRequest, RequestField
 
 # One field of each kind, as they would stand in request.py.
 MORE = """
-    strength: Annotated[Real | None, Shown(label="Force", span=(0.1, 1), step=0.1, aliases=("--force",))] = Field(
+    strength: Annotated[Real | None, Shown(label="Force", aliases=("--force",), limit="videos")] = Field(
         default=None, ge=0, le=1, description="How much of the noise is new."
     )
     overlap: Annotated[Whole, Shown(limit="videos")] = Field(default=2, ge=1, le=8, description="Rows shared by tiles.")
@@ -99,6 +99,7 @@ def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
     for body in (VALUES, in_a_form):
         request = to_request({"prompt": "x", **body}, WAN_1_3B, RequestLimits())
         assert {name: getattr(request, name) for name in NEW} == VALUES
+    assert to_request({"prompt": "x"}, WAN_1_3B, RequestLimits()).strength is None  # type: ignore[attr-defined]
     for field, words in (
         ({"strength": "much"}, "strength='much' is not allowed: a number"),
         ({"overlap": 5}, "this server takes at most 4"),
@@ -141,6 +142,9 @@ def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with
     details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
     assert "<dt>Force</dt><dd>0.5</dd>" in details
     assert "<dt>Look</dt><dd>film</dd>" in details
+    assert "<dt>Tiled</dt><dd>on</dd>" in details
+    older = {name: value for name, value in request.items() if name not in NEW}
+    assert "Force" not in views.details(StoredJob("video_" + "0" * 32, "local", "m", older, "completed"))
     with pytest.raises(InvalidRequestError) as refused:
         to_request(fields_of({**form, "strength": "7"}), WAN_1_3B, RequestLimits())
     assert "Force: 7 does not work, 1 does." in views.refusal(refused.value)

@@ -230,6 +230,22 @@ def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
     assert actions.find("local", job.id) is None
 
 
+@pytest.mark.parametrize("kept", [None, "", "null", "{}", '["a fox", ""]', "5", "{"])
+def test_a_form_that_no_browser_remembers_stays_as_it_is(actions: PageActions, kept: str | None) -> None:
+    gradio = pytest.importorskip("gradio")
+    from wanduet.doors.page.events import PageEvents
+
+    assert PageEvents(actions).recall(kept) == [gradio.skip()] * len(actions.defaults())
+
+
+def test_what_a_browser_remembers_goes_by_name(actions: PageActions) -> None:
+    pytest.importorskip("gradio")
+    from wanduet.doors.page.events import PageEvents
+
+    kept = '{"seed": "7", "gone_since": 1, "prompt": "a fox"}'
+    assert PageEvents(actions).recall(kept) == list({**actions.defaults(), "prompt": "a fox", "seed": "7"}.values())
+
+
 def test_an_empty_prompt_and_wrong_sizes_are_told(actions: PageActions) -> None:
     for change in ({"prompt": "  "}, {"size": "100x100"}, {"size": "huge"}, {"num_frames": 80}, {"seed": "many"}):
         with pytest.raises(WanduetError):

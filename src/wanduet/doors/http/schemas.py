@@ -162,8 +162,8 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     if pixels > limits.pixels:
         raise InvalidRequestError("size", pixels, f"this server takes at most {limits.pixels} pixels", limits.pixels)
     for name, field in REQUEST_FIELDS.items():
-        limit = limits.of(field)
-        if limit is not None and (given := getattr(request, name)) > limit:
+        limit, given = limits.of(field), getattr(request, name)
+        if limit is not None and given is not None and given > limit:
             raise InvalidRequestError(name, given, f"this server takes at most {limit}", limit)
     return request.as_request()
 

@@ -80,7 +80,7 @@ class PageEvents:
         return [gr.skip(), *_values(self._actions.defaults())[1:]]
 
     def recall(self, remembered: str | None) -> list[Any]:
-        """The form as it was when this browser saw it last."""
+        """The form as it was when this browser saw it last; a field that it did not have then is the model's."""
         try:
             form = json.loads(remembered or "{}")
         except ValueError:

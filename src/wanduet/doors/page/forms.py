@@ -11,7 +11,7 @@ from wanduet.request import REQUEST_FIELDS, RequestField
 Form = dict[str, Any]
 
 SIZE = "size"  # WIDTHxHEIGHT, in the place of two fields
-# The form's fields, and the field of a request that each shows, of several the first. An empty text is None.
+# The form's fields, and the field of a request that each shows, of several the first.
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
@@ -102,7 +102,8 @@ def form_rows() -> list[list[str]]:
 def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
     """Gradio's component for a field that shows `value`, and its arguments: a menu, a switch, a box of text or a slider.
 
-    A number that may be left empty has a box of text."""
+    A number that may be left empty has a box of text.
+    """
     label = field.shown.caption or field.label
     common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
     if field.choices:

@@ -119,7 +119,7 @@ def details(job: StoredJob | None) -> str:
 
 
 def _settings(request: dict[str, Any]) -> dict[str, str]:
-    """A request's settings by the names that people read."""
+    """A request's settings by the names that people read; none that it has not."""
     return {
         "Size": f"{request.get('width')} × {request.get('height')}",
         "Length": _length(request.get("num_frames"), request.get("fps")),
@@ -127,7 +127,7 @@ def _settings(request: dict[str, Any]) -> dict[str, str]:
     } | {
         field.label if field.shown.detail is None else field.shown.detail: _value(request[name])
         for name, field in REQUEST_FIELDS.items()
-        if field.shown.detail != "" and name in request
+        if field.shown.detail != "" and request.get(name) is not None
     }
 
 
@@ -250,7 +250,9 @@ def _prompt(job: StoredJob) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as it is; of a real number the digits that count."""
+    """A setting as it is; of a real number the digits that count, of a switch a word."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
