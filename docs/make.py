@@ -1,4 +1,5 @@
-"""Writes docs/cli.md, the command line's reference, from the commands themselves, and README's table of cards."""
+"""Writes docs/cli.md, the command line's reference, from the commands themselves, README's table of cards, and the table of
+a request's fields in docs/server.md."""
 
 import json
 import re
@@ -38,10 +39,32 @@ def _once(command: str, listed: dict[str, str]) -> str:
 
 def with_card_table(readme: str) -> str:
     """README with its table of cards made anew."""
-    table = "\n".join(_rows())
-    return re.sub(
-        r"(<!-- cards -->\n).*?(<!-- /cards -->)", lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.DOTALL
-    )
+    return _with_table(readme, "cards", _rows())
+
+
+def with_field_table(server: str) -> str:
+    """docs/server.md with its table of a request's fields made anew."""
+    return _with_table(server, "fields", _field_rows())
+
+
+def _with_table(page: str, name: str, rows: Iterator[str]) -> str:
+    table = "\n".join(rows)
+    marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(marks, lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
+
+
+def _field_rows() -> Iterator[str]:
+    from wanduet.request import LIMITS, REQUEST_FIELDS
+
+    yield "| field | takes | |"
+    yield "|---|---|---|"
+    for name, field in REQUEST_FIELDS.items():
+        if not field.is_required:
+            limits = [
+                f"{LIMITS[key]} {limit:{',' if field.kind is int else 'g'}}" for key, limit in field.limits.items()
+            ]
+            takes = ", ".join([field.takes, *limits])
+            yield f"| `{name}` | {takes} | {field.help} |"
 
 
 def _rows() -> Iterator[str]:
@@ -84,5 +107,5 @@ def _measured(file: str) -> float:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "cli.md").write_text(command_line())
-    readme = ROOT / "README.md"
-    readme.write_text(with_card_table(readme.read_text()))
+    for page, renewed in ((ROOT / "README.md", with_card_table), (ROOT / "docs" / "server.md", with_field_table)):
+        page.write_text(renewed(page.read_text()))

@@ -1,11 +1,18 @@
 """What a user may ask: one frozen schema that feeds every door (command line, Python, HTTP, page).
 
+A field is defined here and nowhere else: its limits and its help (`description`) as pydantic has them, and in `Shown`
+what else a door needs to show it. The command line's flags, the body of `POST /v1/videos`, the page's form and the
+tables in docs/ are made from `REQUEST_FIELDS`.
+
 Fields left at None take the model's defaults in `GenerationRequest.resolve`. Bad values are
 refused here, before any model is loaded, with the nearest allowed value.
 """
 
 import random
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticKnownError
@@ -26,6 +33,7 @@ RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 8000  # characters of what is typed or sent; the text encoder reads 512 tokens
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of a number, by pydantic's names
 
 
 def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
@@ -43,23 +51,74 @@ Whole = Annotated[int, _refuse_bool("int_type")]
 Real = Annotated[float, Field(allow_inf_nan=False), _refuse_bool("float_type")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """How the doors show a field, beyond its name, type, limits and description."""
+
+    label: str | None = None  # on the page; None: made from the name
+    caption: str | None = None  # longer, above the field in the page's form; None: the label
+    detail: str | None = None  # in the page's list of a video's settings; None: the label, "": not listed
+    row: int | None = None  # of the form's settings; fields of one row stand side by side; None: below, alone
+    within: str | None = None  # the field of the form that has several fields of a request
+    span: tuple[float, float] | None = None  # of the form's slider; None: what the limits allow
+    step: float = 1  # of that slider
+    placeholder: str | None = None  # in the form, where nothing is typed
+    aliases: tuple[str, ...] = ()  # further flags
+    limit: str | None = None  # the field of a server's `RequestLimits` that no request may exceed
+
+
 class GenerationRequest(BaseModel):
     """One prompt and how to make a video of it. Sizes in pixels of the video that comes out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str = Field(min_length=1)
-    negative_prompt: str | None = None  # None: the model's default; "": empty
-    height: Whole | None = Field(default=None, ge=16)
-    width: Whole | None = Field(default=None, ge=16)
-    num_frames: Whole | None = Field(default=None, ge=1)
-    fps: Whole | None = Field(default=None, ge=1, le=120)
-    num_inference_steps: Whole | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: Real | None = Field(default=None, ge=0.0, le=100.0)
-    flow_shift: Real | None = Field(default=None, gt=0.0, le=100.0)
-    seed: Whole | None = Field(default=None, ge=0, le=MAX_SEED)
-    sampler: SamplerName = "unipc"
-    num_videos_per_prompt: Whole = Field(default=1, ge=1, le=64)
+    prompt: Annotated[str, Shown(detail="")] = Field(min_length=1, description="What the video shows.")
+    # None: the model's default; "": empty
+    negative_prompt: Annotated[str | None, Shown(row=6, detail="")] = Field(
+        default=None, description="What the video should not show; '' for nothing. Default: the model's."
+    )
+    num_frames: Annotated[Whole | None, Shown(label="Frames", row=2, step=4, detail="", limit="frames")] = Field(
+        default=None, ge=1, description="Number of frames, 4n+1. Default: the model's, 81 for Wan2.1."
+    )
+    height: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+    )
+    width: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+    )
+    num_inference_steps: Annotated[
+        Whole | None, Shown(label="Steps", row=3, span=(1, 100), aliases=("--steps",), limit="steps")
+    ] = Field(
+        default=None, ge=1, le=1000, description="Number of denoising steps. Default: the model's, 50 for Wan2.1."
+    )
+    guidance_scale: Annotated[Real | None, Shown(label="Guidance", row=4, span=(1, 15), step=0.5)] = Field(
+        default=None,
+        ge=0.0,
+        le=100.0,
+        description="How closely the prompt is followed; 1 turns guidance off, and halves the time.",
+    )
+    flow_shift: Annotated[Real | None, Shown(row=4, span=(0.5, 20), step=0.5, detail="Shift")] = Field(
+        default=None,
+        gt=0.0,
+        le=100.0,
+        description="Higher values spend more steps on the layout, lower ones on details.",
+    )
+    sampler: Annotated[SamplerName, Shown(row=3)] = Field(
+        default="unipc",
+        description="The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + ".",
+    )
+    seed: Annotated[Whole | None, Shown(row=1, placeholder="a new one each time")] = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="The same seed and settings give the same video. Default: random.",
+    )
+    fps: Annotated[Whole | None, Shown(label="Frame rate", row=2, span=(1, 60), detail="")] = Field(
+        default=None, ge=1, le=120, description="Frames per second of the file."
+    )
+    num_videos_per_prompt: Annotated[
+        Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
+    ] = Field(default=1, ge=1, le=64, description="Number of videos, with consecutive seeds.")
 
     @classmethod
     def parse(cls, **values: Any) -> Self:
@@ -123,6 +182,63 @@ def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
         raise InvalidRequestError(name, f"{len(text)} characters", f"at most {most} characters")
 
 
+@dataclass(frozen=True, slots=True)
+class RequestField:
+    """A field of a request as the doors read it. `kind`: int, float, bool, str or a Literal; `default`: None where the
+    model or the engine chooses, and for the prompt."""
+
+    name: str
+    kind: Any
+    is_required: bool
+    default: Any
+    limits: Mapping[str, float]  # by pydantic's names: ge, gt, le, lt
+    help: str
+    shown: Shown
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a whole number or a real one."""
+        return self.kind in (int, float)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed values of a Literal; else ()."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def takes(self) -> str:
+        """What its value is, without its limits."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return self.shown.label or self.name.replace("_", " ").capitalize()
+
+
+def _fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
+    kinds = get_type_hints(model)  # without what stands in Annotated
+    found = {}
+    for name, field in model.model_fields.items():
+        kind = next((k for k in get_args(kinds[name]) if NoneType in get_args(kinds[name]) and k is not NoneType), None)
+        limits = {key: getattr(one, key) for one in field.metadata for key in LIMITS if hasattr(one, key)}
+        found[name] = RequestField(
+            name=name,
+            kind=kind or kinds[name],
+            is_required=field.is_required(),
+            default=None if field.is_required() else field.default,
+            limits=limits,
+            help=field.description or "",
+            shown=next((one for one in field.metadata if isinstance(one, Shown)), Shown()),
+        )
+    return found
+
+
+REQUEST_FIELDS: Mapping[str, RequestField] = _fields_of(GenerationRequest)
+
+
 def parse_resolution(text: str) -> tuple[int, int]:
     """`480p`, `720p`, `1080p` or `WIDTHxHEIGHT` to `(height, width)`."""
     name = text.strip().lower()
@@ -181,12 +297,8 @@ def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
             return "there is no such field; fields are " + ", ".join(GenerationRequest.model_fields)
         case "string_too_short":
             return "a text that is not empty"
-        case "greater_than_equal":
-            return f"at least {context['ge']}"
-        case "less_than_equal":
-            return f"at most {context['le']}"
-        case "greater_than":
-            return f"more than {context['gt']}"
+        case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
+            return next(f"{LIMITS[key]} {limit}" for key, limit in context.items() if key in LIMITS)
         case "literal_error":
             return f"one of {context['expected']}"
         case "missing":

@@ -33,7 +33,7 @@ config = EngineConfig(data_dir=data)
 attempt = AttemptSettings(poll_seconds=0.02, progress_seconds=0.02, max_crashes=10**6)
 worker = WorkerSettings(config, RunnerSettings(attempt=attempt, hangs=hangs), engine="fake_engine:FakeEngine")
 settings = ServerSettings(port=0, stream_poll_seconds=0.05, queue=Limits(queue, None))
-serve(config, WAN_1_3B, settings, worker=worker, announce=lambda url: print(url, flush=True))
+serve(worker, WAN_1_3B, settings, announce=lambda url: print(url, flush=True))
 """
 
 

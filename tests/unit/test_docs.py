@@ -98,6 +98,12 @@ def test_the_table_of_cards_is_what_the_cost_model_says(make: ModuleType) -> Non
     assert make.with_card_table(readme) == readme, "make docs"
 
 
+def test_the_table_of_fields_is_the_requests(make: ModuleType) -> None:
+    server = (ROOT / "docs" / "server.md").read_text()
+    assert "| `num_inference_steps` | a whole number, at least 1, at most 1,000 |" in server
+    assert make.with_field_table(server) == server, "make docs"
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "csv"])
 def test_example_batches_are_read(ending: str) -> None:
     from wanduet.config import EngineConfig

@@ -158,7 +158,7 @@ def test_of_a_strangers_video_only_the_settings_are_taken(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model that a file names is not looked up")
 
-    for module in ("weights.download.open_model", "weights.download.download", "weights.download.local_model"):
+    for module in ("weights.hub.open_model", "weights.hub.download", "weights.hub.local_model"):
         monkeypatch.setattr(f"wanduet.{module}", never)
     for model in ({"name": "evil/model"}, {"name": str(tmp_path)}, "evil\ud800", {"name": ["x"]}, 5, None):
         about = {"request": {"prompt": "x", "from_the_future": [1], "seed": 4}, "model": model, "seed": 5}
@@ -228,6 +228,22 @@ def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
     assert [actions.find("local", one.id).status for one in (job, drawn)] == ["failed", "queued"]  # type: ignore[union-attr]
     actions.delete("local", job.id)
     assert actions.find("local", job.id) is None
+
+
+@pytest.mark.parametrize("kept", [None, "", "null", "{}", '["a fox", ""]', "5", "{"])
+def test_a_form_that_no_browser_remembers_stays_as_it_is(actions: PageActions, kept: str | None) -> None:
+    gradio = pytest.importorskip("gradio")
+    from wanduet.doors.page.events import PageEvents
+
+    assert PageEvents(actions).recall(kept) == [gradio.skip()] * len(actions.defaults())
+
+
+def test_what_a_browser_remembers_goes_by_name(actions: PageActions) -> None:
+    pytest.importorskip("gradio")
+    from wanduet.doors.page.events import PageEvents
+
+    kept = '{"seed": "7", "gone_since": 1, "prompt": "a fox"}'
+    assert PageEvents(actions).recall(kept) == list({**actions.defaults(), "prompt": "a fox", "seed": "7"}.values())
 
 
 def test_an_empty_prompt_and_wrong_sizes_are_told(actions: PageActions) -> None:

@@ -140,6 +140,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
         from wanduet.doors.http import server as http_server
     from wanduet.doors.http.security import check_bind
     from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.jobs.worker import WorkerSettings
     from wanduet.weights.hub import open_model
 
     settings, runner = flags.server(), flags.runner()
@@ -175,14 +176,12 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             webbrowser.open(url)
 
     retention = None if flags.retention_days is None else flags.retention_days * DAY
+    on_cluster = cluster.settings(config, runner, retention, database_url)
     http_server.serve(
-        config,
+        on_cluster or WorkerSettings(config, runner, retention),
         spec,
         settings,
-        runner=runner,
         database_url=database_url,
-        retention_seconds=retention,
-        cluster=cluster.settings(config, runner, retention, database_url),
         page=page,
         announce=announce,
     )

@@ -5,8 +5,8 @@ Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then defaul
 
 import codecs
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +17,8 @@ from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
 from wanduet.request import (
-    SAMPLERS,
+    REQUEST_FIELDS,
     GenerationRequest,
-    SamplerName,
     check_prompt_length,
     frames_for_seconds,
     parse_resolution,
@@ -29,7 +28,6 @@ from wanduet.untrusted import read_file
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
-SAMPLER_HELP = "The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + "."
 # The default as an object of its own: so it is seen whether somebody has named the default model.
 _NOBODYS_MODEL = "".join(list(DEFAULT_MODEL))
 
@@ -82,55 +80,32 @@ def whole(kind: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"a whole number is needed, not {text[:40]!r}") from None
 
 
-@Parameter(name="*", group=VIDEO)
-@dataclass(frozen=True, slots=True)
-class VideoFlags:
-    """What the video shows."""
+# Other ways to give a field or two, each with the field behind which help lists it.
+_SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
+    ("num_frames", "seconds", Annotated[float, Parameter(help="Length of the video, instead of --num-frames.")]),
+    ("num_frames", "resolution", Annotated[str, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")]),
+)
 
-    negative_prompt: Annotated[
-        str | None, Parameter(help="What the video should not show; '' for nothing. Default: the model's.")
-    ] = None
-    num_frames: Annotated[
-        int | None, Parameter(help="Number of frames, 4n+1. Default: the model's, 81 for Wan2.1.", converter=whole)
-    ] = None
-    seconds: Annotated[float | None, Parameter(help="Length of the video, instead of --num-frames.")] = None
-    resolution: Annotated[str | None, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")] = None
-    height: Annotated[
-        int | None, Parameter(help="In pixels, a multiple of 16. Default: the model's.", converter=whole)
-    ] = None
-    width: Annotated[
-        int | None, Parameter(help="In pixels, a multiple of 16. Default: the model's.", converter=whole)
-    ] = None
-    num_inference_steps: Annotated[
-        int | None,
-        Parameter(
-            name=["--num-inference-steps", "--steps"],
-            help="Number of denoising steps. Default: the model's, 50 for Wan2.1.",
-            converter=whole,
-        ),
-    ] = None
-    guidance_scale: Annotated[
-        float | None, Parameter(help="How closely the prompt is followed; 1 turns guidance off, and halves the time.")
-    ] = None
-    flow_shift: Annotated[
-        float | None, Parameter(help="Higher values spend more steps on the layout, lower ones on details.")
-    ] = None
-    sampler: Annotated[SamplerName | None, Parameter(help=SAMPLER_HELP)] = None
-    seed: Annotated[
-        int | None, Parameter(help="The same seed and settings give the same video. Default: random.", converter=whole)
-    ] = None
-    fps: Annotated[int | None, Parameter(help="Frames per second of the file.", converter=whole)] = None
-    num_videos_per_prompt: Annotated[
-        int | None, Parameter(help="Number of videos, with consecutive seeds.", converter=whole)
-    ] = None
+
+def _video_flags() -> Iterator[tuple[str, Any, None]]:
+    """Name, type and default (None) of a flag for each field of a request but the prompt, and of the shorthands."""
+    for name, field in REQUEST_FIELDS.items():
+        if not field.is_required:
+            converter = whole if field.kind is int else None
+            flag = Parameter(help=field.help, alias=field.shown.aliases, converter=converter)
+            yield name, Annotated[field.kind, flag] | None, None
+        yield from ((shorthand, kind | None, None) for after, shorthand, kind in _SHORTHANDS if after == name)
+
+
+@Parameter(name="*", group=VIDEO)
+class VideoFlags(make_dataclass("VideoFlags", _video_flags(), frozen=True, slots=True)):  # type: ignore[misc]
+    """What the video shows. Each field is None where nobody has set it."""
+
+    __slots__ = ()
 
     def request(self, prompt: str, spec: ModelSpec | None = None) -> GenerationRequest:
         """The request that was typed; `spec` is the model's, where it is known. Raises InvalidRequestError."""
-        names = (
-            "negative_prompt", "num_frames", "height", "width", "num_inference_steps", "guidance_scale",
-            "flow_shift", "sampler", "seed", "fps", "num_videos_per_prompt",
-        )  # fmt: skip
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {name: value for name in REQUEST_FIELDS if (value := getattr(self, name, None)) is not None}
         if self.resolution is not None:
             if self.height is not None or self.width is not None:
                 raise InvalidRequestError("resolution", self.resolution, "either --resolution or --height and --width")

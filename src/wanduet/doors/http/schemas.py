@@ -8,14 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import ModelSpec
 from wanduet.jobs.records import StoredJob
-from wanduet.request import MAX_PROMPT, GenerationRequest, check_prompt_length, frames_for_seconds, parse_resolution
+from wanduet.request import (
+    MAX_PROMPT,
+    REQUEST_FIELDS,
+    GenerationRequest,
+    RequestField,
+    check_prompt_length,
+    frames_for_seconds,
+    parse_resolution,
+)
 
 MAX_SECONDS = 3600.0
 
@@ -30,9 +38,13 @@ class RequestLimits:
     steps: int = 200
     videos: int = 4
 
+    def of(self, field: RequestField) -> int | None:
+        """The largest value of a field; None: what the model can."""
+        return None if field.shown.limit is None else getattr(self, field.shown.limit)
 
-class CreateVideo(BaseModel):
-    """The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings."""
+
+class _ProtocolFields(BaseModel):
+    """What the protocol itself has."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,24 +52,22 @@ class CreateVideo(BaseModel):
     model: str | None = None
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
-    negative_prompt: str | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    seed: int | None = None
-    sampler: str | None = None
-    num_videos_per_prompt: int | None = None
-    height: int | None = None
-    width: int | None = None
 
 
-NUMBERS = {
-    name: "a whole number" if field.annotation == int | None else "a number"
-    for name, field in CreateVideo.model_fields.items()
-    if field.annotation in (int | None, float | None)
-} | {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
+# Their limits and choices are not in the schema: `to_request` refuses with the nearest allowed value.
+_SETTINGS: dict[str, Any] = {
+    name: (str | None if field.choices else field.kind | None, None)
+    for name, field in REQUEST_FIELDS.items()
+    if not field.is_required
+}
+CreateVideo = create_model(
+    "CreateVideo",
+    __base__=_ProtocolFields,
+    __doc__="The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings.",
+    **_SETTINGS,
+)
+NUMBERS = {name: field.takes for name, field in REQUEST_FIELDS.items() if field.is_number}
+NUMBERS |= {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
 
 
@@ -173,14 +183,10 @@ def _beyond(values: Mapping[str, Any], limits: RequestLimits) -> dict[str, Inval
     found: dict[str, InvalidRequestError] = {}
     height, width = values.get("height"), values.get("width")
     pixels = height * width if isinstance(height, int) and isinstance(width, int) else None
-    for name, limit in (
-        ("size", limits.pixels),
-        ("num_frames", limits.frames),
-        ("num_inference_steps", limits.steps),
-        ("num_videos_per_prompt", limits.videos),
-    ):
+    numbers = {name: limits.of(field) for name, field in REQUEST_FIELDS.items() if field.is_number}
+    for name, limit in {"size": limits.pixels, **numbers}.items():
         given = pixels if name == "size" else values.get(name)
-        if isinstance(given, int | float) and given > limit:
+        if limit is not None and isinstance(given, int | float) and given > limit:
             unit = " pixels" if name == "size" else ""
             error = InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
             found |= dict.fromkeys(("height", "width") if name == "size" else (name,), error)
@@ -207,7 +213,7 @@ def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
 
 
 def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
-    for name in ("prompt", "negative_prompt"):
+    for name in (name for name, field in REQUEST_FIELDS.items() if field.kind is str):
         text = values.get(name, "")
         if not isinstance(text, str):
             raise InvalidRequestError(name, text, "it must be a text")

@@ -31,7 +31,6 @@ from wanduet.folders import never_make
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
-from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.supervisor import WorkerProcess
 from wanduet.jobs.worker import WorkerSettings
@@ -145,44 +144,41 @@ def _add_service_routes(app: FastAPI) -> None:
 
 
 def serve(
-    config: EngineConfig,
+    workers: "WorkerSettings | ClusterSettings",
     spec: ModelSpec,
     settings: ServerSettings | None = None,
     *,
-    runner: RunnerSettings | None = None,
     database_url: str | None = None,
-    retention_seconds: float | None = None,
-    worker: WorkerSettings | None = None,
-    cluster: "ClusterSettings | None" = None,
     page: MountPage | None = None,
     announce: Announce = lambda url: None,
 ) -> None:
     """Serve a model until told to stop: the API in this process, the engine in one beside it, or on a cluster.
 
-    `spec` is the model's, so that requests are checked without loading it; `worker` replaces what is told
-    to the worker process; with `cluster`, a controller takes its place; `page` adds a web page to the application; `announce` is called with the address.
-    Raises ConfigError for an address that is taken, or that others reach where no key is set.
+    `workers` says how videos are made: by one worker process, or by those that a cluster's controller starts, for which
+    `database_url` is PostgreSQL's. `spec` is the model's, so that requests are checked without loading it; `page` adds
+    a web page to the application; `announce` is called with the address. Raises ConfigError for an address that is taken,
+    or that others reach where no key is set.
     """
     settings = settings or ServerSettings()
     configure_logs()
     configure_library_logs()
-    files = JobFiles(config.data_folder)
+    worker = workers if isinstance(workers, WorkerSettings) else workers.worker
+    files = JobFiles(worker.config.data_folder)
     never_make(files.folder)
     keys = KeyRing(files.folder / KEYS_FILE)
     check_bind(settings.host, bool(keys.records()))
     with listen(settings.host, settings.port) as listener:  # before anything is started that would take jobs
         store: JobStore
         process: WorkerProcess
-        if cluster is not None and database_url is not None:
-            store, process = _on_cluster(cluster, database_url)
+        if isinstance(workers, WorkerSettings):
+            store = JobStore(files, database_url, retention_seconds=worker.retention_seconds)
+            process = WorkerProcess(worker, database_url)
         else:
-            store = JobStore(files, database_url, retention_seconds=retention_seconds)
-            process = WorkerProcess(
-                worker or WorkerSettings(config, runner or RunnerSettings(), retention_seconds), database_url
-            )
+            assert database_url is not None, "a cluster's jobs are in PostgreSQL"
+            store, process = _on_cluster(workers, database_url)
         with closing(store):
             app = create_app(store, spec, settings, keys=keys, worker=process)
-            server = Server(app if page is None else page(app, config), announce)
+            server = Server(app if page is None else page(app, worker.config), announce)
             _run_both(server, listener, process)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse, Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -54,7 +54,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=_ERRORS)
 
 
-def _body(model: type[CreateVideo] | type[RemixVideo], *kinds: str) -> dict[str, Any]:
+def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
     content = {kind: {"schema": model.model_json_schema()} for kind in kinds}
     key = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": MAX_KEY}}
     return {"requestBody": {"required": True, "content": content}, "parameters": [key]}

@@ -3,7 +3,7 @@ comes from the server's own API.
 """
 
 import logging
-from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,9 @@ from wanduet.doors.http.restore import add_restore
 from wanduet.doors.page import scripts, views
 from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.events import PageEvents
+from wanduet.doors.page.forms import FORM_FIELDS, SIZE, Form, form_rows, widget
 from wanduet.doors.page.routes import PageGate, add_login, add_pulse, keep_page_off_api
 from wanduet.doors.page.style import CSS
-from wanduet.request import SAMPLERS
 
 _gradio_log = logging.getLogger("gradio")
 
@@ -108,37 +108,29 @@ class Page:
                 gr.Radio(list(presets.qualities), value=quality, label="Quality", min_width=120),
             ]
         with gr.Accordion("All settings", open=False, elem_id="settings"):
-            rest = self._build_settings(start)
+            parts = {"prompt": prompt, **self._build_settings(start)}
+            self._reset = gr.Button("Model's defaults", size="sm")
         self._plan = gr.HTML(elem_id="plan")
         self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
         self._message = gr.HTML(elem_id="message")
         # Not among the settings: what is folded away is not there, and could not take what is dropped.
         self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
-        self._form: list[Any] = [prompt, *rest]
+        self._form: list[Any] = [parts[name] for name in FORM_FIELDS]
 
-    def _build_settings(self, start: dict[str, Any]) -> list[Any]:
-        limits = self._actions.context.settings.limits
+    def _build_settings(self, start: Form) -> dict[str, Any]:
+        """The components of all fields but the prompt, by name."""
+        limits, parts = self._actions.context.settings.limits, {}
+        for row in form_rows():
+            with gr.Row() if len(row) > 1 else nullcontext():
+                for name in row:
+                    field, value = FORM_FIELDS[name], start[name]
+                    kind, arguments = self._size(value) if name == SIZE else widget(field, value, limits)
+                    parts[name] = getattr(gr, kind)(**arguments)
+        return parts
 
-        def slider(low: float, high: float, field: str, label: str, step: float = 1) -> gr.Slider:
-            return gr.Slider(low, high, start[field], step=step, label=label, min_width=140, buttons=[])
-
-        with gr.Row():
-            sizes = self._actions.presets.sizes
-            size = gr.Dropdown(sizes, value=start["size"], label="Size", allow_custom_value=True, min_width=120)
-            seed = gr.Textbox(label="Seed", max_length=20, placeholder="a new one each time", min_width=120)
-        with gr.Row():
-            frames = slider(1, limits.frames, "num_frames", "Frames", 4)
-            fps = slider(1, 60, "fps", "Frame rate")
-        with gr.Row():
-            steps = slider(1, min(100, limits.steps), "num_inference_steps", "Steps")
-            sampler = gr.Dropdown(list(SAMPLERS), value=start["sampler"], label="Sampler", min_width=120)
-        with gr.Row():
-            guidance = slider(1, 15, "guidance_scale", "Guidance", 0.5)
-            shift = slider(0.5, 20, "flow_shift", "Flow shift", 0.5)
-        videos = slider(1, limits.videos, "num_videos_per_prompt", "Videos of this prompt")
-        negative = gr.Textbox(start["negative_prompt"], label="Negative prompt", lines=2, max_lines=6)
-        self._reset = gr.Button("Model's defaults", size="sm")
-        return [negative, size, frames, steps, guidance, shift, sampler, fps, seed, videos]
+    def _size(self, value: str) -> tuple[str, dict[str, Any]]:
+        common = {"label": FORM_FIELDS[SIZE].label, "value": value, "min_width": 120}
+        return "Dropdown", common | {"choices": self._actions.presets.sizes, "allow_custom_value": True}
 
     def _build_stage(self) -> None:
         self._stage = gr.HTML(
@@ -182,9 +174,9 @@ class Page:
         gr.on([part.change for part in form], None, form, None, js=remember, **QUICK)
         gr.on([part.change for part in form], None, self._message, self._message, js=scripts.FORGET_REFUSAL, **QUICK)
         presets = self._actions.presets
-        rows: tuple[Mapping[str, str | int], ...] = (presets.shapes, presets.lengths, presets.qualities)
-        for row, values, field in zip(self._presets, rows, (2, 3, 4), strict=True):
-            row.input(None, row, form[field], js=scripts.preset_script(values), **QUICK)
+        by_name = dict(zip(FORM_FIELDS, form, strict=True))
+        for row, (name, values) in zip(self._presets, presets.rows.items(), strict=True):
+            row.input(None, row, by_name[name], js=scripts.preset_script(values), **QUICK)
 
         result = [chosen, self._message]
         for event in (self._generate.click, form[0].submit):

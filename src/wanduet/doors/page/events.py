@@ -11,7 +11,7 @@ from wanduet.doors.http.context import find_owner
 from wanduet.doors.http.errors import ApiError
 from wanduet.doors.page import views
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.forms import FIELDS, Form
+from wanduet.doors.page.forms import FORM_FIELDS, Form
 from wanduet.errors import WanduetError
 from wanduet.jobs.records import OPEN_STATUSES, StoredJob
 
@@ -64,7 +64,7 @@ class PageEvents:
     def reuse(self, chosen: str | None, request: gr.Request) -> list[Any]:
         """The shown job's settings into the form."""
         job = self._actions.find(self._owner(request), chosen)
-        return [gr.skip()] * len(FIELDS) if job is None else _values(self._actions.form_of(job.request))
+        return [gr.skip()] * len(FORM_FIELDS) if job is None else _values(self._actions.form_of(job.request))
 
     def retry(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
         """The shown job once more, exactly."""
@@ -80,18 +80,20 @@ class PageEvents:
         return [gr.skip(), *_values(self._actions.defaults())[1:]]
 
     def recall(self, remembered: str | None) -> list[Any]:
-        """The form as it was when this browser saw it last."""
+        """The form as it was when this browser saw it last; a field that it did not have then is the model's."""
         try:
-            form = dict(zip(FIELDS, json.loads(remembered or "[]"), strict=True))
-        except (ValueError, TypeError):
-            return [gr.skip()] * len(FIELDS)
+            form = json.loads(remembered or "{}")
+        except ValueError:
+            form = None
+        if not form or not isinstance(form, dict):
+            return [gr.skip()] * len(FORM_FIELDS)
         return _values({**self._actions.defaults(), **form})
 
     def restore(self, event: gr.EventData) -> list[Any]:
         """What the server found in the video that was chosen or dropped."""
         told = _told_by(event)
         if not isinstance(told.get("form"), dict):
-            return [*[gr.skip()] * len(FIELDS), views.message(str(told.get("error", "")), "bad")]
+            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(told.get("error", "")), "bad")]
         form = {**self._actions.defaults(), **told["form"]}
         text = f"These are the settings of {told.get('name') or 'that video'}. {told.get('note') or ''}".strip()
         return [*_values(form), views.message(text)]
@@ -164,11 +166,11 @@ def _ahead(jobs: Sequence[StoredJob], job: StoredJob | None) -> int:
 
 
 def _form(values: Sequence[Any]) -> Form:
-    return dict(zip(FIELDS, values, strict=False))
+    return dict(zip(FORM_FIELDS, values, strict=False))
 
 
 def _values(form: Form) -> list[Any]:
-    return [form[name] for name in FIELDS]
+    return [form[name] for name in FORM_FIELDS]
 
 
 def _told_by(event: gr.EventData) -> dict[str, Any]:

@@ -1,36 +1,25 @@
 """The page's form: its fields, the model's own values for them, and the presets that set several at once."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from wanduet.doors.http.schemas import RequestLimits
 from wanduet.family.specs import GenerationDefaults
+from wanduet.request import REQUEST_FIELDS, RequestField
 
 Form = dict[str, Any]
 
-# The form's fields in the page's order; `size` is WIDTHxHEIGHT, the seed is a text, and an
-# empty one draws one.
-FIELDS = (
-    "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale", "flow_shift",
-    "sampler", "fps", "seed", "num_videos_per_prompt",
-)  # fmt: skip
-_WHOLE = ("num_frames", "num_inference_steps", "fps", "num_videos_per_prompt")
+SIZE = "size"  # WIDTHxHEIGHT, in the place of two fields
+# The form's fields, and the field of a request that each shows, of several the first.
+FORM_FIELDS: dict[str, RequestField] = {}
+for _field in REQUEST_FIELDS.values():
+    FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
+_UNPLACED = 100  # a row behind all that are numbered
+_LONGEST_NUMBER = 20  # characters
 _MULTIPLE = 16  # of pixels: the VAE's stride times the transformer's patch
 _LENGTHS = (0.6, 1.0, 1.6)  # of the model's own length: 3, 5 and 8 seconds for Wan
 _QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # of the model's own number of steps
-
-LABELS = {
-    "prompt": "Prompt",
-    "negative_prompt": "Negative prompt",
-    "size": "Size",
-    "num_frames": "Frames",
-    "num_inference_steps": "Steps",
-    "guidance_scale": "Guidance",
-    "flow_shift": "Flow shift",
-    "sampler": "Sampler",
-    "fps": "Frame rate",
-    "seed": "Seed",
-    "num_videos_per_prompt": "Videos",
-}
 
 EXAMPLES = (
     "A red fox walks through fresh snow at dawn, soft light, shallow depth of field",
@@ -59,48 +48,76 @@ class Presets:
         self.lengths = {f"{length} s": 4 * round(length * defaults.fps / 4) + 1 for length in lengths}
         steps = defaults.num_inference_steps
         self.qualities = {name: max(1, round(steps * share)) for name, share in _QUALITIES.items()}
+        # By the field that a row sets.
+        self.rows: dict[str, Mapping[str, str | int]] = {
+            SIZE: self.shapes,
+            "num_frames": self.lengths,
+            "num_inference_steps": self.qualities,
+        }
 
     def chosen(self, form: Form) -> tuple[str | None, str | None, str | None]:
         """The labels that a form amounts to: shape, length, quality; None where it is none of them."""
-        rows = ((self.shapes, "size"), (self.lengths, "num_frames"), (self.qualities, "num_inference_steps"))
-        found = [next((name for name, value in row.items() if value == form.get(field)), None) for row, field in rows]
+        rows = self.rows.items()
+        found = [next((name for name, value in row.items() if value == form.get(field)), None) for field, row in rows]
         return found[0], found[1], found[2]
 
 
 def default_form(defaults: GenerationDefaults) -> Form:
-    """The model's own settings."""
-    return {
-        "prompt": "",
-        "negative_prompt": defaults.negative_prompt,
-        "size": f"{defaults.width}x{defaults.height}",
-        "num_frames": defaults.num_frames,
-        "num_inference_steps": defaults.num_inference_steps,
-        "guidance_scale": defaults.guidance_scale,
-        "flow_shift": defaults.flow_shift,
-        "sampler": "unipc",
-        "fps": defaults.fps,
-        "seed": "",
-        "num_videos_per_prompt": 1,
-    }
+    """The model's own settings, else the engine's; "" where neither has one."""
+    found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
+    form = {name: "" if value is None else value for name, value in found.items()}
+    return form | {SIZE: f"{defaults.width}x{defaults.height}"}
 
 
 def form_of(request: dict[str, Any], defaults: Form) -> Form:
     """A stored request, or the one in a video's metadata, as the form shows it."""
-    form = {**defaults, **{name: request[name] for name in FIELDS if request.get(name) is not None}}
-    form["seed"] = str(form["seed"])
+    form = {**defaults, **{name: request[name] for name in FORM_FIELDS if request.get(name) is not None}}
+    # What may be left empty is a text.
+    form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
-        form["size"] = f"{request['width']}x{request['height']}"
+        form[SIZE] = f"{request['width']}x{request['height']}"
     return form
 
 
 def fields_of(form: Form) -> dict[str, Any]:
     """What a client would have sent: nothing where the form is empty, whole numbers where the page made floats."""
-    fields = {name: form[name] for name in FIELDS if form.get(name) is not None and str(form[name]).strip()}
-    fields["negative_prompt"] = form.get("negative_prompt") or ""
-    for name in _WHOLE:
-        if isinstance(value := fields.get(name), float) and value.is_integer():
+    fields = {name: form[name] for name in FORM_FIELDS if form.get(name) is not None and str(form[name]).strip()}
+    for name, field in FORM_FIELDS.items():
+        if field.kind is str and field.default is None and not field.is_required:
+            fields[name] = form.get(name) or ""  # a text that was emptied, not the model's
+        if field.kind is int and isinstance(value := fields.get(name), float) and value.is_integer():
             fields[name] = int(value)
     return fields
+
+
+def form_rows() -> list[list[str]]:
+    """The form's fields but the prompt, as they stand side by side; those without a row last, each alone."""
+    rows: dict[float, list[str]] = {}
+    for number, (name, field) in enumerate(FORM_FIELDS.items()):
+        if not field.is_required:
+            rows.setdefault(field.shown.row or _UNPLACED + number, []).append(name)
+    return [rows[number] for number in sorted(rows)]
+
+
+def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
+    """Gradio's component for a field that shows `value`, and its arguments: a menu, a switch, a box of text or a slider.
+
+    A number that may be left empty has a box of text.
+    """
+    label = field.shown.caption or field.label
+    common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
+    if field.choices:
+        return "Dropdown", common | {"choices": list(field.choices)}
+    if field.kind is bool:
+        return "Checkbox", common
+    if field.kind is str:
+        return "Textbox", {"label": label, "value": value, "lines": 2, "max_lines": 6}
+    low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
+    largest = [most for most in (high, limits.of(field)) if most is not None]
+    if value == "" or low is None or not largest:
+        return "Textbox", common | {"max_length": _LONGEST_NUMBER, "placeholder": field.shown.placeholder}
+    ends = {"minimum": low, "maximum": min(largest), "step": field.shown.step}
+    return "Slider", common | ends | {"min_width": 140, "buttons": []}
 
 
 def _shapes(width: int, height: int) -> dict[str, str]:

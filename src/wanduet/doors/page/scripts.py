@@ -6,6 +6,8 @@ Each runs once, when the HTML component that it belongs to appears; `element` is
 import json
 from collections.abc import Mapping
 
+from wanduet.doors.page.forms import FORM_FIELDS
+
 CARD_CLICKS = """
 element.addEventListener('click', event => {
   const target = event.target.closest('[data-id], [data-older]');
@@ -98,7 +100,8 @@ pulse();
 # of the components would replace what was remembered. Storage may be forbidden; then nothing is remembered.
 REMEMBER = """(...form) => {{
   if (!window.wanduetRecalled) return;
-  try {{ localStorage.setItem({key}, JSON.stringify(form)); }} catch (error) {{ }}
+  const named = Object.fromEntries({names}.map((name, i) => [name, form[i]]));
+  try {{ localStorage.setItem({key}, JSON.stringify(named)); }} catch (error) {{ }}
 }}"""
 RECALL = """() => {{ try {{ return localStorage.getItem({key}); }} catch (error) {{ return null; }} }}"""
 RECALLED = "() => {{ window.wanduetRecalled = true; }}"
@@ -114,4 +117,4 @@ def preset_script(values: Mapping[str, str | int]) -> str:
 
 def storage_script(script: str, model: str) -> str:
     """One of the scripts above for a model: what is remembered for one means nothing to another."""
-    return script.format(key=json.dumps(f"wanduet-form-{model}"))
+    return script.format(key=json.dumps(f"wanduet-form-{model}"), names=json.dumps(list(FORM_FIELDS)))

@@ -8,9 +8,10 @@ from html import escape
 from typing import Any
 
 from wanduet.doors.http.public import public_error
-from wanduet.doors.page.forms import LABELS
+from wanduet.doors.page.forms import FORM_FIELDS
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.records import CANCELLED, StoredJob
+from wanduet.request import REQUEST_FIELDS
 
 PHASES = {
     "verify": "Checking the weights",
@@ -19,16 +20,6 @@ PHASES = {
     "denoise": "Denoising",
     "decode": "Decoding",
 }
-SETTINGS = (
-    ("Size", lambda r: f"{r.get('width')} × {r.get('height')}"),
-    ("Length", lambda r: _length(r.get("num_frames"), r.get("fps"))),
-    ("Frames", lambda r: f"{r.get('num_frames')} at {r.get('fps')} a second"),
-    ("Steps", lambda r: r.get("num_inference_steps")),
-    ("Guidance", lambda r: _number(r.get("guidance_scale"))),
-    ("Shift", lambda r: _number(r.get("flow_shift"))),
-    ("Sampler", lambda r: r.get("sampler")),
-    ("Seed", lambda r: r.get("seed")),
-)
 
 
 def title(job: StoredJob) -> str:
@@ -113,7 +104,7 @@ def details(job: StoredJob | None) -> str:
     if job is None:
         return ""
     request = job.request
-    values = {name: value(request) for name, value in SETTINGS}
+    values = _settings(request)
     if len(seeds := job.report.get("seeds", ())) > 1:
         values["Seed"] = ", ".join(map(str, seeds))  # in the order of the videos
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values.items())
@@ -125,6 +116,19 @@ def details(job: StoredJob | None) -> str:
         f'<div class="details"><p class="prompt">{escape(_prompt(job))}</p>{warnings}<dl>{rows}</dl>{without}'
         f'<p class="fine">{_downloads(job)}{escape(job.model)} · {made} · <code>{job.id}</code></p></div>'
     )
+
+
+def _settings(request: dict[str, Any]) -> dict[str, str]:
+    """A request's settings by the names that people read; none that it has not."""
+    return {
+        "Size": f"{request.get('width')} × {request.get('height')}",
+        "Length": _length(request.get("num_frames"), request.get("fps")),
+        "Frames": f"{request.get('num_frames')} at {request.get('fps')} a second",
+    } | {
+        field.label if field.shown.detail is None else field.shown.detail: _value(request[name])
+        for name, field in REQUEST_FIELDS.items()
+        if field.shown.detail != "" and request.get(name) is not None
+    }
 
 
 def _downloads(job: StoredJob) -> str:
@@ -179,10 +183,10 @@ def refusal(error: Exception) -> str:
     if not isinstance(error, InvalidRequestError):
         return message(" ".join(str(error).split()), "bad")
     given = _number(error.given)
-    if error.field in ("height", "width"):  # the page has them in one field
-        label, given = LABELS["size"], f"a {error.field} of {given}"
-    else:
-        label = LABELS.get(error.field, error.field)
+    field = REQUEST_FIELDS.get(error.field) or FORM_FIELDS.get(error.field)
+    label = error.field if field is None else field.label
+    if field is not None and field.shown.within not in (None, error.field):
+        given = f"a {error.field} of {given}"  # the form has it in a field with another
     if error.nearest is None or error.field == "size":
         return message(f"{label}: {error.allowed}.", "bad")
     return message(f"{label}: {given} does not work, {error.nearest} does.", "bad")
@@ -243,6 +247,13 @@ def _length(frames: Any, fps: Any) -> str:
 
 def _prompt(job: StoredJob) -> str:
     return str(job.request.get("prompt", ""))
+
+
+def _value(value: Any) -> str:
+    """A setting as it is; of a real number the digits that count, of a switch a word."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: Any) -> str:

@@ -1,0 +1,178 @@
+"""A field is added to a request in one place: the flags, the server's body, the page's form and the docs follow."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import wanduet.request
+from wanduet.errors import InvalidRequestError
+from wanduet.family.specs import WAN_1_3B
+from wanduet.request import REQUEST_FIELDS, GenerationRequest, RequestField
+
+# One field of each kind, as they would stand in request.py.
+MORE = """
+    strength: Annotated[Real | None, Shown(label="Force", aliases=("--force",), limit="videos")] = Field(
+        default=None, ge=0, le=1, description="How much of the noise is new."
+    )
+    overlap: Annotated[Whole, Shown(limit="videos")] = Field(default=2, ge=1, le=8, description="Rows shared by tiles.")
+    look: Literal["plain", "film"] = Field(default="plain", description="The grain of the picture.")
+    tiled: bool = Field(default=False, description="Denoise in tiles.")
+    style: str | None = Field(default=None, description="Words for every prompt.")
+"""
+NEW = ("strength", "overlap", "look", "tiled", "style")
+VALUES = {"strength": 0.5, "overlap": 3, "look": "film", "tiled": True, "style": "in oil"}
+
+
+@pytest.fixture
+def changed() -> Iterator[ModuleType]:
+    """`wanduet.request` with the fields above, which all doors that are imported in the test are made from."""
+    marker = "    @classmethod\n    def parse("
+    source = inspect.getsource(wanduet.request)
+    assert source.count(marker) == 1
+    module = ModuleType("wanduet.request")
+    before = {name: one for name, one in sys.modules.items() if name.partition(".")[0] == "wanduet"}
+    for name in before:
+        if name.startswith("wanduet.doors"):
+            del sys.modules[name]
+    sys.modules["wanduet.request"] = module
+    try:
+        exec(compile(source.replace(marker, f"{MORE}\n{marker}"), "request.py", "exec"), module.__dict__)
+        yield module
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "wanduet"]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        for name, one in before.items():  # imports have set them in the package that they are in
+            package, _, last = name.rpartition(".")
+            if package:
+                setattr(before[package], last, one)
+
+
+def test_a_new_field_is_a_flag_with_its_help(changed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanduet.doors.cli.main import app
+
+    monkeypatch.setattr(sys, "argv", ["wanduet"])
+    reference = app.generate_docs(output_format="markdown", recursive=True)
+    for flags, words in (
+        ("--strength, --force FLOAT", "How much of the noise is new."),
+        ("--overlap INT", "Rows shared by tiles."),
+        ("--look CHOICE", "The grain of the picture. *[choices: plain, film]*"),
+        ("--tiled, --no-tiled", "Denoise in tiles."),
+        ("--style STR", "Words for every prompt."),
+    ):
+        assert f"* `{flags}`: {words}" in reference
+
+
+def test_what_is_typed_for_a_new_field_is_in_the_request(changed: ModuleType, tmp_path: Path) -> None:
+    from wanduet.config import EngineConfig
+    from wanduet.doors.cli.main import app
+    from wanduet.doors.cli.validate import read_batch
+
+    typed = ["--force", "0.5", "--overlap", "3", "--look", "film", "--tiled", "--style", "in oil"]
+    _, bound, _ = app.parse_args(["generate", "x", *typed], exit_on_error=False, print_error=False)
+    request = bound.arguments["video"].request("x")
+    assert {name: getattr(request, name) for name in NEW} == VALUES
+    assert bound.arguments["video"].request("x").model_fields_set == {"prompt", *NEW}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "strength": 0.25}\n{"prompt": "b"}\n')
+    first, second = read_batch(file, bound.arguments["video"], EngineConfig(model="random:1.3b"))
+    assert (first.strength, second.strength, first.look) == (0.25, 0.5, "film")  # type: ignore[attr-defined]
+    with pytest.raises(InvalidRequestError, match="at most 1"):
+        replace(bound.arguments["video"], strength=2).request("x")
+
+
+def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
+    from wanduet.doors.http.schemas import CreateVideo, RequestLimits, to_request
+
+    properties = CreateVideo.model_json_schema()["properties"]
+    kinds = {name: {one["type"] for one in properties[name]["anyOf"]} - {"null"} for name in NEW}
+    assert kinds == {
+        "strength": {"number"}, "overlap": {"integer"}, "look": {"string"}, "tiled": {"boolean"}, "style": {"string"},
+    }  # fmt: skip
+    in_a_form = {name: str(value) for name, value in VALUES.items()}
+    for body in (VALUES, in_a_form):
+        request = to_request({"prompt": "x", **body}, WAN_1_3B, RequestLimits())
+        assert {name: getattr(request, name) for name in NEW} == VALUES
+    assert to_request({"prompt": "x"}, WAN_1_3B, RequestLimits()).strength is None  # type: ignore[attr-defined]
+    for field, words in (
+        ({"strength": "much"}, "strength='much' is not allowed: a number"),
+        ({"overlap": 5}, "this server takes at most 4"),
+        ({"look": "odd"}, "one of 'plain' or 'film'"),
+        ({"style": "\0"}, "Unicode"),
+    ):
+        with pytest.raises(InvalidRequestError) as refused:
+            to_request({"prompt": "x", **field}, WAN_1_3B, RequestLimits())
+        assert words in str(refused.value)
+
+
+def test_a_new_field_is_in_the_pages_form(changed: ModuleType) -> None:
+    from wanduet.doors.http.schemas import RequestLimits
+    from wanduet.doors.page.forms import FORM_FIELDS, default_form, form_rows, widget
+
+    start, limits = default_form(WAN_1_3B.defaults), RequestLimits()
+    parts = {name: widget(FORM_FIELDS[name], start[name], limits) for row in form_rows() for name in row}
+    assert {arguments["label"]: kind for kind, arguments in map(parts.get, NEW)} == {
+        "Force": "Textbox", "Overlap": "Slider", "Look": "Dropdown", "Tiled": "Checkbox", "Style": "Textbox",
+    }  # fmt: skip
+    slider, menu = parts["overlap"][1], parts["look"][1]
+    assert [slider[name] for name in ("minimum", "maximum", "value")] == [1, 4, 2]
+    assert (menu["choices"], menu["value"]) == (["plain", "film"], "plain")
+
+
+def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with_it(changed: ModuleType) -> None:
+    from wanduet.doors.http.schemas import RequestLimits, to_request
+    from wanduet.doors.page import views
+    from wanduet.doors.page.forms import default_form, fields_of, form_of
+    from wanduet.jobs.records import StoredJob
+
+    defaults = default_form(WAN_1_3B.defaults)
+    assert {name: defaults[name] for name in NEW} == {
+        "strength": "", "overlap": 2, "look": "plain", "tiled": False, "style": "",
+    }  # fmt: skip
+    form = {**defaults, "prompt": "x", **VALUES, "strength": "0.5", "overlap": 3.0}
+    request = to_request(fields_of(form), WAN_1_3B, RequestLimits()).model_dump()
+    assert {name: request[name] for name in NEW} == VALUES
+    assert form_of(request, defaults) == {**form, "seed": str(request["seed"])}
+    details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
+    assert "<dt>Force</dt><dd>0.5</dd>" in details
+    assert "<dt>Look</dt><dd>film</dd>" in details
+    assert "<dt>Tiled</dt><dd>on</dd>" in details
+    older = {name: value for name, value in request.items() if name not in NEW}
+    assert "Force" not in views.details(StoredJob("video_" + "0" * 32, "local", "m", older, "completed"))
+    with pytest.raises(InvalidRequestError) as refused:
+        to_request(fields_of({**form, "strength": "7"}), WAN_1_3B, RequestLimits())
+    assert "Force: 7 does not work, 1 does." in views.refusal(refused.value)
+
+
+def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
+    path = Path(__file__).parents[3] / "docs" / "make.py"
+    spec = importlib.util.spec_from_file_location("docs_make_of_fields", path)
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    table = make.with_field_table("<!-- fields -->\n<!-- /fields -->\n")
+    assert "| `strength` | a number, at least 0, at most 1 | How much of the noise is new. |" in table
+    assert "| `look` | one of plain, film | The grain of the picture. |" in table
+
+
+@pytest.mark.parametrize("field", REQUEST_FIELDS.values(), ids=lambda field: field.name)
+def test_what_the_page_and_the_server_let_through_is_allowed(field: RequestField) -> None:
+    from wanduet.doors.http.schemas import RequestLimits
+    from wanduet.doors.page.forms import FORM_FIELDS, default_form, widget
+
+    assert field.help.endswith(".")
+    limits = RequestLimits()
+    values = [limits.of(field)]
+    if field.name in FORM_FIELDS:
+        _, arguments = widget(field, default_form(WAN_1_3B.defaults)[field.name], limits)
+        values += [arguments.get("minimum"), arguments.get("maximum"), *arguments.get("choices", ())]
+    for value in values:
+        if value is not None:
+            assert getattr(GenerationRequest.parse(**{"prompt": "x", field.name: value}), field.name) == value
