@@ -1,7 +1,7 @@
 """Collectives and point-to-point transfers that work with NCCL and with gloo.
 
-NCCL moves GPU tensors directly. Without NCCL (Windows), gloo sends them through host memory. That is fast enough for the
-few MB that guidance exchanges in a step, and too slow for sequence parallelism.
+NCCL moves GPU tensors directly. Without NCCL (Windows), gloo sends them through host memory. That is fast enough for
+the few MB that guidance exchanges in a step, and too slow for sequence parallelism.
 """
 
 from collections.abc import Sequence

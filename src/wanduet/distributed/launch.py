@@ -25,8 +25,8 @@ from wanduet.errors import ConfigError, WanduetError
 
 # The longest time that a collective may take, in seconds, if the caller does not know how long a step takes.
 COLLECTIVE_TIMEOUT = 300.0
-# Seconds: how long other ranks may still report their errors after the first one has failed, and how long a process may take
-# to exit after its work is done.
+# Seconds: how long other ranks may still report their errors after the first one has failed, and how long a process may
+# take to exit after its work is done.
 REPORT_GRACE, EXIT_TIMEOUT = 0.5, 10.0
 PIPE_BYTES = 2**20  # Linux' default limit for unprivileged users
 
@@ -57,9 +57,9 @@ class RankFailedError(WanduetError):
 class RankGroup:
     """Worker processes, one for each device, that run `work(rank, *args)`, where `rank` is a `Rank`.
 
-    `work` must be importable and `args` picklable, because processes are spawned. Use the group as a context manager: its
-    exit ends every process, also after an exception or Ctrl-C. If the parent process is killed, the workers notice and
-    exit. Call all methods from one thread, except `cancel`, which any thread may call.
+    `work` must be importable and `args` picklable, because processes are spawned. Use the group as a context manager:
+    its exit ends every process, also after an exception or Ctrl-C. If the parent process is killed, the workers notice
+    and exit. Call all methods from one thread, except `cancel`, which any thread may call.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class RankGroup:
     ) -> None:
         """Start the processes.
 
-        `devices` has one entry for each rank, such as "cuda:0" or "cpu". `timeout_s` is the longest time that a collective
-        may take, in seconds, before the waiting rank fails. Raises ConfigError if `devices` is empty.
+        `devices` has one entry for each rank, such as "cuda:0" or "cpu". `timeout_s` is the longest time that a
+        collective may take, in seconds, before the waiting rank fails. Raises ConfigError if `devices` is empty.
         """
         if not devices:
             raise ConfigError("A group needs at least one device.")
@@ -120,7 +120,7 @@ class RankGroup:
         self.close()
 
     def send(self, message: object, rank: int | None = None) -> int:
-        """Send a picklable message to `Rank.receive` of one rank, by default of all. Return its number, for `cancel`."""
+        """Send a picklable message to one rank, by default to all, and return its number, for `cancel`."""
         self._sent += 1
         self._post(Message(message, self._sent), range(len(self.devices)) if rank is None else [rank])
         return self._sent
@@ -128,17 +128,17 @@ class RankGroup:
     def cancel(self, task: int = 0) -> None:
         """Make `Rank.cancelled` return True, on all ranks at the same step, while they work on message number `task`.
 
-        0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after the
-        work is done; it never affects another message. To end the ranks at once, exit the group.
+        0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after
+        the work is done; it never affects another message. To end the ranks at once, exit the group.
         """
         self._post(Cancel(task), range(len(self.devices)))
 
     def receive(self, timeout_s: float | None = None, task: int | None = None) -> tuple[int, object] | None:
         """Return the index of a rank and the next message that it reported; None when all ranks' work is done.
 
-        With `task`, return the next message about that task and drop those about others. After a failure, all processes are
-        ended and the messages that have arrived are returned first; then this raises RankFailedError, or the WanduetError
-        that a rank raised. Raises TimeoutError if nothing arrives within `timeout_s` seconds.
+        With `task`, return the next message about that task and drop those about others. After a failure, all processes
+        are ended and the messages that have arrived are returned first; then this raises RankFailedError, or the
+        WanduetError that a rank raised. Raises TimeoutError if nothing arrives within `timeout_s` seconds.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -237,8 +237,8 @@ class RankGroup:
     def _root_cause(self, exit_codes: dict[int, int | None], unresponsive: list[int]) -> WanduetError:
         """Choose the error to raise.
 
-        A failure that is not a lost connection comes first, then a process that ended without a report (`exit_codes`), then
-        a rank that has not responded (`unresponsive`) while another one failed.
+        A failure that is not a lost connection comes first, then a process that ended without a report (`exit_codes`),
+        then a rank that has not responded (`unresponsive`) while another one failed.
         """
         by_time = sorted(self._failures.items(), key=lambda item: item[1].when)
         causes = [(index, failure) for index, failure in by_time if not failure.secondary]
@@ -272,7 +272,7 @@ def run_on_ranks(
 def _large_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[Any, Any]]":
     """Return the reader and the writer of a one-way pipe, with a large buffer where the system allows it.
 
-    Latents and frames go through it in pieces of the buffer's size, and writer and reader wait for each other at each piece.
+    Latents and frames go through it in pieces of the buffer's size; at each piece writer and reader wait for each other.
     """
     reader, writer = context.Pipe(duplex=False)
     if sys.platform == "linux":
@@ -285,7 +285,7 @@ def _large_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection
 
 @contextmanager
 def _safe_module_path() -> Iterator[None]:
-    """Start processes inside this without the current folder in their module path, where an unrelated `json.py` may lie.
+    """Start processes inside this without the current folder in their module path: an unrelated `json.py` may lie there.
 
     Once started, they get this process's own module path from multiprocessing.
     """

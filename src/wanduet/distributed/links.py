@@ -11,8 +11,8 @@ from wanduet.distributed.collectives import uses_nccl
 from wanduet.distributed.mesh import Layout
 
 Link = Literal["direct", "host", "gloo"]
-"""direct: GPUs write to each other's memory (P2P), or all ranks are CPUs, which share one memory. host: NCCL copies through
-host memory. gloo: there is no NCCL, as on Windows; tensors are copied to the host and sent through sockets."""
+"""direct: GPUs write to each other's memory (P2P), or all ranks are CPUs, which share one memory. host: NCCL copies
+through host memory. gloo: there is no NCCL, as on Windows; tensors are copied to the host and sent through sockets."""
 
 
 def link_between(devices: Sequence[torch.device]) -> Link:

@@ -1,8 +1,8 @@
 """The process groups of CFG, ring and Ulysses parallelism: a grid of ranks, `cfg x ring x ulysses`.
 
 `cfg` ranks take one prompt each and exchange a velocity in every step. `ring` and `ulysses` ranks share one sequence of
-tokens and exchange keys and values, or heads, in every block. Neighbouring ranks, which usually have the fastest link, lie
-along `ulysses`, which exchanges most; the most distant ones along `cfg`.
+tokens and exchange keys and values, or heads, in every block. Neighbouring ranks, which usually have the fastest link,
+lie along `ulysses`, which exchanges most; the most distant ones along `cfg`.
 """
 
 import math
@@ -52,9 +52,9 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
     """Return the layout that exchanges least for `world_size` ranks, one for each device.
 
     With guidance and an even number of ranks, half of them take the negative prompt: this exchanges a few MB in a step.
-    The ranks of one prompt share the sequence by Ulysses, as far as its degree divides `num_heads`: this exchanges
-    `4 / degree` of a sequence of hidden states in a block. The remaining factor goes to the ring, which exchanges keys and
-    values of the whole sequence in a block and works with any number of heads. (Two GPUs with peer access exchange keys
+    The ranks of one prompt share the sequence by Ulysses, as far as its degree divides `num_heads`; this exchanges
+    `4 / degree` of a sequence of hidden states in a block. The remaining factor goes to the ring, which exchanges keys
+    and values of the whole sequence in a block and works with any number of heads. (Two GPUs with peer access exchange keys
     and values along the Ulysses axis too, which is the same amount: p2p/exchange.py.)
 
     Raises ConfigError for a number of ranks or heads below 1.
@@ -71,8 +71,8 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
 class Mesh:
     """This rank's process group along each axis; `sequence` is the whole plane `ring x ulysses`.
 
-    Rank `r` of `sequence` has the coordinates `(r // ulysses, r % ulysses)`. Rank 0 of `cfg` takes the prompt, rank 1 the
-    negative prompt (see sampling/guidance.py).
+    Rank `r` of `sequence` has the coordinates `(r // ulysses, r % ulysses)`. Rank 0 of `cfg` takes the prompt, rank 1
+    the negative prompt (see sampling/guidance.py).
     """
 
     layout: Layout
@@ -86,8 +86,8 @@ class Mesh:
     def create(cls, layout: Layout, timeout_s: float, device: torch.device = CPU) -> Self:
         """Create the groups from the initialised default process group. Every rank must call this, with its device.
 
-        `timeout_s` is the longest time that a collective may take, in seconds. Raises ConfigError if the number of ranks
-        is not the layout's.
+        `timeout_s` is the longest time that a collective may take, in seconds. Raises ConfigError if the number of
+        ranks is not the layout's.
         """
         if dist.get_world_size() != layout.world_size:
             raise ConfigError(f"{layout} needs {layout.world_size} ranks; there are {dist.get_world_size()}.")

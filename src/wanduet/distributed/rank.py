@@ -33,8 +33,8 @@ EXIT_ORPHANED, EXIT_FAILED = 3, 1
 class Failure:
     """A worker's report of the exception that ended it.
 
-    `secondary`: the exception only says that another rank was lost. `when`: Unix time in seconds. `error`: class, arguments
-    and attributes of a WanduetError, which the parent process raises again; None for any other exception.
+    `secondary`: the exception only says that another rank was lost. `when`: Unix time in seconds. `error`: class,
+    arguments and attributes of a WanduetError, which the parent process raises again; None for any other exception.
     """
 
     summary: str
@@ -121,7 +121,7 @@ def dumps(item: object) -> memoryview:
 
 @dataclass(slots=True)
 class Mailbox:
-    """A worker's two one-way pipes to its parent process. A thread reads; it ends this process if the parent has ended."""
+    """A worker's two one-way pipes to its parent process. A thread reads; if the parent ends, it ends this process."""
 
     incoming: "Connection[Any, Any]"
     outgoing: "Connection[Any, Any]"
@@ -155,9 +155,7 @@ class Mailbox:
             except (EOFError, OSError):
                 if self.may_exit.is_set():
                     return
-                os._exit(
-                    EXIT_ORPHANED
-                )  # a thread may be blocked in a collective for ever, which prevents a normal exit
+                os._exit(EXIT_ORPHANED)  # not a normal exit: a thread may be blocked in a collective for ever
             if isinstance(item, Message):
                 self.messages.put(item)
             elif isinstance(item, Cancel):
@@ -181,8 +179,8 @@ class Rank:
     link: Link
 
     def mesh(self, layout: Layout) -> Mesh:
-        """Create the process groups of `layout`; all ranks must call this. Raises ConfigError if their number is not the
-        layout's."""
+        """Create the process groups of `layout`; all ranks must call this. Raises ConfigError if their number is not
+        the layout's."""
         return Mesh.create(layout, self.timeout_s, self.device)
 
     def report(self, message: object) -> None:
@@ -241,7 +239,7 @@ def rank_main(
         mailbox.send(Failure.from_exception(error))
         sys.stderr.flush()
         os._exit(EXIT_FAILED)  # a normal exit would wait for ranks that are lost
-    # Other ranks may still need this rank's connections. Not a barrier: it would time out while one rank works on alone.
+    # Other ranks may still need this rank's connections. Not a barrier: it could time out while another rank works.
     mailbox.may_exit.wait()
     dist.destroy_process_group()
 

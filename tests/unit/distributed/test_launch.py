@@ -18,6 +18,7 @@ from wanduet.distributed.rank import Rank, dumps
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 
 ROOT = Path(__file__).parents[3]
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "src")))
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
@@ -234,7 +235,7 @@ if __name__ == "__main__":
 def test_ranks_ignore_ctrl_c_while_they_start(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(INTERRUPTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[0, 1]"] * 2
     assert "Traceback" not in done.stderr
@@ -259,7 +260,7 @@ if __name__ == "__main__":
 def test_no_rank_outlives_a_killed_parent(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(script)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None

@@ -1,9 +1,10 @@
 """Peer memory of the GPUs of one machine, with copies by their copy engines and signals by the CUDA driver.
 
-PyTorch's symmetric memory maps a buffer of every rank into all ranks. The CUDA driver copies rows of any length and pitch,
-and writes words and waits for them. PyTorch would launch kernels for these words; such a kernel waits for a multiprocessor,
-which a running attention releases only at its end. So a rank that attends could not signal that its keys have arrived, and
-the other rank would attend after it, not beside it (two H100, 480p: 281 ms a step, with words by the driver 234).
+PyTorch's symmetric memory maps a buffer of every rank into all ranks. The CUDA driver copies rows of any length and
+pitch, and writes words and waits for them. PyTorch would launch kernels for these words; such a kernel waits for a
+multiprocessor, which a running attention releases only at its end. So a rank that attends could not signal that its
+keys have arrived, and the other rank would attend after it, not beside it (two H100, 480p: 281 ms a step, with words by
+the driver 234).
 """
 
 import ctypes
@@ -77,8 +78,8 @@ class GpuPeerMemory:
     def from_group(cls, group: dist.ProcessGroup, device: torch.device) -> Self | None:
         """Create the memory for all ranks of `group`, which must all call this.
 
-        Returns None on every rank if a GPU has no peer access to another, or if what was received in a trial is not what
-        was sent.
+        Returns None on every rank if a GPU has no peer access to another, or if what was received in a trial is not
+        what was sent.
         """
         if dist.get_world_size(group) == 1 or not all(all_gather_object(_has_peer_access(group, device), group)):
             return None

@@ -23,7 +23,10 @@ class P2PExchange(Protocol):
         memory will do."""
 
     def send_qkv(self, index: int, x_BLHD: Tensor) -> None:
-        """Start to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`; once each before `attend`."""
+        """Start to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`.
+
+        Call this once for each of them before `attend`.
+        """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn) -> Tensor:
         """Return attention of this rank's queries with all heads, `[1, this rank's L, H, D]`.
@@ -36,10 +39,10 @@ class P2PExchange(Protocol):
 def p2p_exchange(
     layout: Layout, memory: PeerMemory, lengths: Sequence[int], rank: int, always_ulysses: bool = False
 ) -> P2PExchange:
-    """Return the exchange for `rank` of the layout's Ulysses axis, whose ranks have `lengths` tokens and share `memory`.
+    """Return the exchange for `rank` of a layout's Ulysses group, whose ranks have `lengths` tokens and share `memory`.
 
-    Two ranks gather keys and values: this exchanges as much as heads would, and waits less. More than two ranks, and ranks
-    with a ring, exchange heads, as does everybody with `always_ulysses`.
+    Two ranks gather keys and values: this exchanges as much as heads would, and waits less. More than two ranks, and
+    ranks with a ring, exchange heads, as do all ranks with `always_ulysses`.
     """
     if always_ulysses or not _gathers_kv(layout):
         # In a ring, keys and values would travel again for every part of the queries.

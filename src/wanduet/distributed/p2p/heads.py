@@ -1,17 +1,18 @@
 """Ulysses between GPUs that write to each other's memory: every row is copied straight to where it is used.
 
-The collectives of sequence/ulysses.py are kernels: they take multiprocessors from the attention that runs beside them, and
-need contiguous messages, which further kernels pack and unpack. Here a GPU's copy engines copy each head from the
-projection's output to its place in the other GPU's queries, keys or values, and each result to its place between the heads
-of the other ranks. The multiprocessors only copy the keys and values that stay on this rank. Values travel while keys are
-projected, keys while queries are projected.
+The collectives of sequence/ulysses.py are kernels: they take multiprocessors from the attention that runs beside them,
+and need contiguous messages, which further kernels pack and unpack. Here a GPU's copy engines copy each head from the
+projection's output to its place in the other GPU's queries, keys or values, and each result to its place between the
+heads of the other ranks. The multiprocessors only copy the keys and values that stay on this rank. Values travel while
+keys are projected, keys while queries are projected.
 
-A rank attends with its own queries first, because they need no wait; then with each other rank's, and sends each result at
-once; then with the rest of its own, while results travel.
+A rank attends with its own queries first, because they need no wait; then with each other rank's, and sends each result
+at once; then with the rest of its own, while results travel.
 
-Blocks need no barrier between them. Keys and values of the next block may be sent once their receiver signals that it has
-read those of this block. Queries need no such signal: a rank sends the next queries only after it has received the results
-of these. Results need none either: they belong to queries that their receiver sent after it had read the results before.
+Blocks need no barrier between them. Keys and values of the next block may be sent once their receiver signals that it
+has read those of this block. Queries need no such signal: a rank sends the next queries only after it has received the
+results of these. Results need none either: they belong to queries that their receiver sent after it had read the
+results before.
 
 Letters in names: B batch (always 1), L tokens, H heads, D channels of a head, P ranks.
 """
@@ -29,17 +30,18 @@ from wanduet.distributed.split import other_ranks, rank_slice
 from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.views import copy_rows
 
-# Channels 0, 1 and 2 signal that q, k and v have arrived, channel 3 that results have, 4 and 5 that k and v have been read.
+# Channels 0, 1 and 2 signal that q, k and v have arrived, 3 that results have, 4 and 5 that k and v have been read.
 RESULT_CHANNEL = 3
 READ_CHANNELS = {1: 4, 2: 5}
-# A rank defers at most this many of its own queries, and at most a quarter. With six heads this is one wave of a Hopper's
-# 132 multiprocessors, at 192 queries each: at 480p it takes 0.6 ms, and the other rank's results take 0.1 ms to arrive.
+# A rank defers at most this many of its own queries, and at most a quarter. With six heads this is one wave of a
+# Hopper's 132 multiprocessors, at 192 queries each: at 480p it takes 0.6 ms, and the other rank's results take 0.1 ms
+# to arrive.
 MAX_DEFERRED_QUERIES = 4224
 
 
 @dataclass(frozen=True, slots=True)
 class P2PUlysses:
-    """A `P2PExchange` that exchanges tokens for heads. The ranks of `memory` have `lengths` tokens; this is rank `rank`.
+    """A `P2PExchange` that exchanges tokens for heads. The ranks have `lengths` tokens; this is `rank`.
 
     With `single_call`, `local_attention` is called once with all queries, otherwise several times with some of them.
     """
@@ -141,6 +143,6 @@ class P2PUlysses:
 def ulysses_buffer_bytes(lengths: Sequence[int], width: int, itemsize: int) -> int:
     """Return the buffer size in bytes, for tokens of `width` channels.
 
-    It contains q, k and v of all `sum(lengths)` tokens for one rank's heads, and the longest rank's result for all heads.
+    It contains q, k and v of all ranks' tokens for one rank's heads, and the longest rank's result for all heads.
     """
     return (3 * sum(lengths) * (width // len(lengths)) + max(lengths) * width) * itemsize

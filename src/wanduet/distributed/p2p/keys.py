@@ -1,14 +1,15 @@
 """All-gather of keys and values, between GPUs that write to each other's memory.
 
-Queries stay on their rank, with all heads: each rank attends with its own queries to all keys in one kernel launch, and no
-results travel. A rank's work, attention included, is proportional to its tokens, so that a faster rank can be given more.
+Queries stay on their rank, with all heads: each rank attends with its own queries to all keys in one kernel launch, and
+no results travel. A rank's work, attention included, is proportional to its tokens, so that a faster rank can be given
+more.
 
-Each rank computes its keys and values in place, in its rows of its own buffer, and its copy engines copy them from there
-into the other ranks' buffers. Values travel while keys are projected, keys while queries are projected.
+Each rank computes its keys and values in place, in its rows of its own buffer, and its copy engines copy them from
+there into the other ranks' buffers. Values travel while keys are projected, keys while queries are projected.
 
 Source: context parallelism of Llama 3 (arXiv 2407.21783, 3.3.2), which gathers by collectives. Each of P ranks receives
-`2 (P - 1) / P` sequences of hidden states in a block; with exchange of heads (heads.py), `4 (P - 1) / P^2`. So two ranks
-receive the same amount either way, and more ranks receive less with heads.
+`2 (P - 1) / P` sequences of hidden states in a block; with exchange of heads (heads.py), `4 (P - 1) / P^2`. So two
+ranks receive the same amount either way, and more ranks receive less with heads.
 
 Letters in names: B batch (always 1), L tokens, H heads, D channels of a head, C = H x D, P ranks.
 """
@@ -31,7 +32,7 @@ READ_CHANNELS = {KEYS: 3, VALUES: 4}
 
 @dataclass(frozen=True, slots=True)
 class P2PAllGatherKV:
-    """A `P2PExchange` that gathers keys and values. The ranks of `memory` have `lengths` tokens; this is rank `rank`."""
+    """A `P2PExchange` that gathers keys and values. The ranks have `lengths` tokens; this is `rank`."""
 
     memory: PeerMemory
     lengths: Sequence[int]

@@ -21,8 +21,8 @@ class PeerMemory(Protocol):
     def reserve(self, size: int) -> bool:
         """Provide a buffer of at least `size` bytes on every rank, and return whether it is new.
 
-        All ranks must call this together, with the same size. A larger buffer replaces the previous one; for a new buffer
-        all counts of signals start at zero.
+        All ranks must call this together, with the same size. A larger buffer replaces the previous one; for a new
+        buffer all counts of signals start at zero.
         """
 
     def buffer(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

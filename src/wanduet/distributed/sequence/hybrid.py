@@ -3,8 +3,8 @@
 Where ranks can write to each other's memory, p2p/exchange.py exchanges keys and values, or heads; elsewhere collectives
 exchange heads.
 
-Every rank has a run of consecutive tokens. Nothing is padded: lengths differ by a token where the number of ranks does not
-divide the sequence, or are in proportion to the ranks' speeds, and every exchange takes the lengths into account.
+Every rank has a run of consecutive tokens. Nothing is padded: lengths differ by a token where the number of ranks does
+not divide the sequence, or are in proportion to the ranks' speeds, and every exchange takes the lengths into account.
 
 Sources: DeepSpeed-Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), both on a grid of ranks (USP, arXiv
 2405.07719).
@@ -33,8 +33,8 @@ HEAD_GROUPS = 2
 class SequenceSharding:
     """A `Sharding` over `mesh.sequence`, for inference only.
 
-    It stores the lengths of the sequence that it sharded last; `attend` and `gather_sequence` refer to that sequence. All
-    ranks of the group must make the same calls in the same order.
+    It stores the lengths of the sequence that it sharded last; `attend` and `gather_sequence` refer to that sequence.
+    All ranks of the group must make the same calls in the same order.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class SequenceSharding:
         """Create the sharding.
 
         `attention_lse` computes attention to a part of the keys; only the ring uses it. Pass that of the attention back
-        end in use, or None if it has none. `shares` are the ranks' relative speeds, equal by default. `head_groups` is the
-        number of groups in which Ulysses exchanges heads by collectives, so that exchanges overlap with attention; 1
-        exchanges all heads at once. It has no effect where the mesh has `peer_memory`: there ranks exchange whatever is
-        fastest, or always heads with `always_ulysses`.
+        end in use, or None if it has none. `shares` are the ranks' relative speeds, equal by default. `head_groups` is
+        the number of groups in which Ulysses exchanges heads by collectives, so that exchanges overlap with attention;
+        1 exchanges all heads at once. It has no effect where the mesh has `peer_memory`: there ranks exchange whatever
+        is fastest, or always heads with `always_ulysses`.
 
         Raises ConfigError if the mesh has a ring and `attention_lse` is None, or if `shares` do not fit the mesh.
         """
@@ -147,7 +147,7 @@ class SequenceSharding:
         return self.attend(q, k, v, attention)
 
     def _p2p_exchange(self, x: Tensor) -> P2PExchange | None:
-        """Return the exchange between GPUs that write to each other's memory; None without such GPUs, or for a batch above 1."""
+        """Return the exchange by peer memory; None if the mesh has none, or for a batch larger than one."""
         memory = self.mesh.peer_memory if self.overlaps_projections else None
         if memory is None or x.shape[0] > 1:
             return None

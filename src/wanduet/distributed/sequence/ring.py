@@ -23,8 +23,8 @@ def ring_attention(
 ) -> Tensor:
     """Return attention of this rank's queries to all ranks' keys and values; all `[B, L, H, D]` of one dtype.
 
-    `lengths` are the numbers of tokens of the ranks of `group`. Partial results are merged in float32; the result has the
-    dtype of `q`.
+    `lengths` are the numbers of tokens of the ranks of `group`. Partial results are merged in float32; the result has
+    the dtype of `q`.
     """
     return ring_attention_loop(q, k, v, lengths, attention_lse, dist.get_rank(group), partial(_send_recv, group=group))
 
@@ -87,5 +87,5 @@ class _MergedAttention:
         self.lse = torch.logaddexp(self.lse, lse)
 
     def result(self, like: Tensor) -> Tensor:
-        """Return the merged attention in the dtype of `like`; an uninitialised tensor of its shape if nothing was added."""
+        """Return the merged attention in the dtype of `like`; if nothing was added, a new tensor like it."""
         return torch.empty_like(like) if self.out is None else self.out.to(like.dtype)

@@ -41,10 +41,10 @@ class UlyssesAttention:
     rank: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, groups: int) -> Tensor:
-        """Return attention of this rank's queries with all heads; q, k, v and the result are `[B, this rank's L, H, D]`.
+        """Return attention of this rank's queries with all heads; all tensors are `[B, this rank's L, H, D]`.
 
-        `local_attention` is called once for each of `groups` groups of heads, with the whole sequence. Raises ConfigError
-        if the number of ranks does not divide the heads.
+        `local_attention` is called once for each of `groups` groups of heads, with the whole sequence. Raises
+        ConfigError if the number of ranks does not divide the heads.
         """
         ranks = len(self.lengths)
         head_slices = even_slices(heads_per_rank(q, ranks), groups)
@@ -74,7 +74,7 @@ class UlyssesAttention:
         return self._all_to_all(sent_PBL3HD.flatten(), received, [length * per_token] * ranks)
 
     def _unpack_qkv(self, received: Tensor, like_BLHD: Tensor, heads: slice) -> tuple[Tensor, ...]:
-        """Return q, k, v `[B, all ranks' L, heads, D]` from what `_scatter_heads` received; views for a batch of one."""
+        """Return q, k, v `[B, all ranks' L, heads, D]`, as `_scatter_heads` received them; views if B is 1."""
         batch, channels, count = like_BLHD.shape[0], like_BLHD.shape[3], heads.stop - heads.start
         if batch == 1:
             return received.view(1, sum(self.lengths), 3, count, channels).unbind(2)
