@@ -272,7 +272,7 @@ def run_on_ranks(
 def _large_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[Any, Any]]":
     """Return the reader and the writer of a one-way pipe, with a large buffer where the system allows it.
 
-    Latents and frames go through it in pieces of the buffer's size; at each piece writer and reader wait for each other.
+    Latents and frames go through it in pieces of the buffer's size; writer and reader wait for each other at each.
     """
     reader, writer = context.Pipe(duplex=False)
     if sys.platform == "linux":
@@ -285,7 +285,7 @@ def _large_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection
 
 @contextmanager
 def _safe_module_path() -> Iterator[None]:
-    """Start processes inside this without the current folder in their module path: an unrelated `json.py` may lie there.
+    """Start processes inside this without the current folder in their module path: a `json.py` may lie there.
 
     Once started, they get this process's own module path from multiprocessing.
     """

@@ -54,8 +54,8 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
     With guidance and an even number of ranks, half of them take the negative prompt: this exchanges a few MB in a step.
     The ranks of one prompt share the sequence by Ulysses, as far as its degree divides `num_heads`; this exchanges
     `4 / degree` of a sequence of hidden states in a block. The remaining factor goes to the ring, which exchanges keys
-    and values of the whole sequence in a block and works with any number of heads. (Two GPUs with peer access exchange keys
-    and values along the Ulysses axis too, which is the same amount: p2p/exchange.py.)
+    and values of the whole sequence in a block and works with any number of heads. (Two GPUs with peer access exchange
+    keys and values along the Ulysses axis too, which is the same amount: p2p/exchange.py.)
 
     Raises ConfigError for a number of ranks or heads below 1.
     """
