@@ -26,6 +26,9 @@ FIRST = (
 
 # A runner in the background ignores Ctrl-C, and what it starts would inherit that; here it must be heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    # So does one that `nohup` started with a closed terminal. It goes on; what it starts has the default again.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # Where nothing compiled is to be written, each of the hundreds of processes that tests start would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):

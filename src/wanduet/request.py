@@ -25,6 +25,7 @@ SAMPLERS: dict[SamplerName, str] = {
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
+MAX_PROMPT = 8000  # characters of what is typed or sent; the text encoder reads 512 tokens
 
 
 def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
@@ -114,6 +115,12 @@ class ResolvedRequest(GenerationRequest):
         """The same as a request that a user could have typed: resolving it again changes nothing."""
         names = GenerationRequest.model_fields
         return GenerationRequest(**{k: v for k, v in self.model_dump().items() if k in names})
+
+
+def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
+    """Raises InvalidRequestError for a prompt (field `name`) of more than `most` characters."""
+    if len(text) > most:
+        raise InvalidRequestError(name, f"{len(text)} characters", f"at most {most} characters")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

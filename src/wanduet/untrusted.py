@@ -4,6 +4,7 @@ A file that is given by name may be a device that never ends, a pipe that nobody
 is read goes through here, and so does what a message quotes of it.
 """
 
+import codecs
 import json
 import math
 import os
@@ -17,6 +18,12 @@ QUOTED = 200  # characters of a file's content in a message
 MAX_JSON_BYTES = 64 * 2**20  # the index of a model of thousands of tensors has less than one MiB
 MAX_HEADER_BYTES = 100 * 2**20  # what safetensors itself allows
 MAX_DEPTH = 64
+_LOOKED_AT = 2**16  # bytes of a file that say what it is
+_STARTS = {
+    b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
+    b"RIFF....WEBP": "a WebP picture", b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture",
+    b"GGUF": "a GGUF file of weights", b"PK\3\4": "a ZIP archive, as PyTorch's .pt and .pth are", b"%PDF": "a PDF",
+}  # fmt: skip
 
 
 def cut(value: object, most: int = QUOTED) -> str:
@@ -96,6 +103,30 @@ def read_safetensors_header(path: Path, most: int = MAX_HEADER_BYTES) -> dict[st
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     return header
+
+
+def describe_file(path: Path) -> str | None:
+    """What a plain file is that is none of ours, by its first bytes: `a JSON file`; None where they do not say.
+
+    Raises OSError.
+    """
+    with open_regular(path) as file:
+        start = file.read(_LOOKED_AT)
+    for mark, kind in _STARTS.items():
+        if start.startswith(mark) or (start[:4] + b"...." + start[8:]).startswith(mark):
+            return kind
+    try:
+        read_safetensors_header(path)
+        return "a safetensors file"
+    except ValueError:
+        pass
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
+    except ValueError:
+        return None
+    if not text or "\0" in text:
+        return None
+    return "a JSON file" if text.lstrip().startswith(("{", "[")) else "a text file"
 
 
 def _require_regular(found: os.stat_result) -> int:

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from wanduet.errors import OutputError
 from wanduet.media.read import frame_hashes, probe, read_metadata
@@ -52,6 +52,15 @@ def test_for_people_the_path_comes_last_on_stdout(wanduet, work: Path) -> None:
     ran = wanduet("generate", CIRCLE, *TINY)
     assert ran.out.strip().splitlines()[-1] == "a-red-circle-moving-left-on-a-black-background.mp4 (seed 1)"
     assert CIRCLE in ran.err
+
+
+def test_settings_that_change_nothing_are_noted(wanduet) -> None:
+    unused = ("--revision", "main", "--vram-limit", "8GiB", "--devices", "cpu")
+    made = wanduet("generate", "x", *TINY, *unused).out
+    assert "Note: --revision is without effect: the model is not on the hub." in made
+    assert "Note: --vram-limit is without effect: no GPU is used." in made
+    choices = wanduet("plan", "--model", "miniature", *unused, "--json").json["choices"]
+    assert {"revision", "vram_limit"} <= {choice["setting"] for choice in choices}
 
 
 def test_a_second_run_takes_another_name_and_a_named_one_replaces(wanduet, work: Path) -> None:
@@ -224,6 +233,8 @@ def test_verify_makes_the_same_video_again(wanduet, work: Path) -> None:
     assert ran.json["equal"] is True
     assert ran.json["model_equal"] is True
     assert ran.json["num_frames"] == 5
+    assert "32x32, 5 frames (0.3 s), 2 steps of unipc, seed 1" in ran.err  # said before it begins
+    assert "Making it again takes about" in ran.err
     other = wanduet("verify", made["output"], "--vae-dtype", "float32", "--json")
     assert other.code == 1
     assert other.json["equal"] is False
@@ -299,6 +310,33 @@ def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:
         ran = wanduet(command, "nowhere.mp4", "--json")
         assert ran.code == 1
         assert "nowhere.mp4" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.json", b'{"prompt": "x"}', "a JSON file"),
+        ("a.txt", "a text, als \N{LATIN SMALL LETTER U WITH DIAERESIS}bung".encode(), "a text file"),
+        ("a.gguf", b"GGUF\3\0\0\0" + bytes(64), "a GGUF file of weights"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "a PNG picture"),
+        ("a.mp4", b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG picture"),
+        ("a.webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(64), "a WebP picture"),
+        ("weights", save({"w": torch.zeros(1)}), "a safetensors file"),
+        ("a.bin", bytes(range(256)), None),
+    ],
+)
+def test_inspect_says_what_a_file_is_that_it_does_not_know(
+    wanduet, work: Path, name: str, content: bytes, kind: str | None
+) -> None:
+    (work / name).write_bytes(content)
+    error = wanduet("inspect", name, "--json").error
+    assert (f"{name} is {kind}, not a video." in error) == (kind is not None)
+    assert "videos, and latents and prompt embeddings that wanduet wrote" in error
+
+
+def test_weights_are_not_taken_for_latents(wanduet, work: Path) -> None:
+    save_file({"w": torch.zeros(1), "b": torch.zeros(1)}, work / "a.safetensors", metadata={"format": "pt", "of": "x"})
+    assert "a.safetensors holds b, w, not latents" in wanduet("inspect", "a.safetensors", "--json").error
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "no/clip.mp4.latents.safetensors"])

@@ -115,6 +115,23 @@ def test_bad_usage_says_what_is_meant(wanduet, flags: str, words: str) -> None:
     assert words in ran.error
 
 
+def test_prompts_are_as_long_as_the_server_takes_them(wanduet, work: Path) -> None:
+    most, longer = "x" * 8000, "x" * 8001
+    assert wanduet(*DRY[:1], most, *DRY[2:], "--negative-prompt", most).code == 0
+    for command in ("generate", "encode", "bench"):
+        ran = wanduet(command, longer, "--model", "miniature", "--json")
+        assert (ran.code, ran.json["error"]["param"]) == (2, "prompt")
+        assert "at most 8000 characters" in ran.error
+        assert longer not in ran.err
+    assert wanduet(*DRY, "--negative-prompt", longer).json["error"]["param"] == "negative_prompt"
+    for row in (longer, json.dumps({"prompt": longer}), json.dumps({"prompt": "x", "negative_prompt": longer})):
+        (work / "prompts.txt").write_text(f"a circle\n{row}\n")
+        refused = wanduet("batch", "prompts.txt", "--model", "miniature", "--json")
+        assert refused.code == 2
+        assert "line 2" in refused.error
+        assert "at most 8000 characters" in refused.error
+
+
 @pytest.mark.parametrize("prompt", ["", "   ", "\t\n", "\ud800"])
 def test_a_prompt_that_is_none(wanduet, prompt: str) -> None:
     for command in ("generate", "encode"):

@@ -126,16 +126,22 @@ def left(folder: Path) -> set[str]:
     return {name.partition(".")[2] for name in os.listdir(folder) if not name.endswith(".taken")}
 
 
-STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGXCPU": 152}
 
 
 @posix
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=[pytest.mark.slow] * (p != "denoise")) for p in PHASES])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", "SIGXCPU", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP"))]
+)
 def test_a_stop_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str, name: str) -> None:
     process = start("--seed", "3", phase=phase, pause=1.0)
     wait_for_pause(process)
     process.send_signal(getattr(signal, name))
+    if name == "SIGXCPU":  # the system sends it again after each second of CPU time: that is no wish to stop at once
+        assert process.stderr is not None
+        assert "limit of CPU time" in process.stderr.readline()
+        process.send_signal(signal.SIGXCPU)
     code, said, err = finish(process)
     assert code == STOPS[name]
     assert said["error"]["code"] == "cancelled"
@@ -279,10 +285,11 @@ def test_ctrl_c_at_any_moment_is_code_130(tmp_path: Path, code: str) -> None:
 
 
 @posix
-def test_sigterm_while_importing_is_code_143(tmp_path: Path) -> None:
-    code = EARLY.replace("SIGINT", "SIGTERM")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_stop_while_importing_is_128_and_its_number(tmp_path: Path, name: str) -> None:
+    code = EARLY.replace("SIGINT", name)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 143
+    assert done.returncode == 128 + getattr(signal, name)
     assert json.loads(done.stdout)["error"]["code"] == "cancelled"
 
 

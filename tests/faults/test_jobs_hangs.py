@@ -222,6 +222,20 @@ def test_a_worker_that_dies_while_it_drains_leaves_its_job_to_the_next(tmp_path:
     store.close()
 
 
+def test_a_worker_without_a_free_descriptor_says_what_it_waits_for(tmp_path: Path) -> None:
+    """What `/ready` answers."""
+    store = open_store(tmp_path)
+    job_id = submit(store, "opened 1", steps=3)
+    with watched(tmp_path) as process:
+        assert "Too many open files" in wait(lambda: "waits until" in (process.trouble or "") and process.trouble)
+        (tmp_path / "descriptors").touch()
+        wait(lambda: store.get(job_id).finished)
+        wait(lambda: process.trouble is None)
+    job = store.get(job_id)
+    assert (job.status, job.crashes) == ("completed", 0)
+    store.close()
+
+
 def test_a_server_says_that_its_worker_hangs_and_goes_on(tmp_path: Path) -> None:
     with server(tmp_path / "data", hangs=HANGS) as running:
         http = running.http

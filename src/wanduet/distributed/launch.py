@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from wanduet.distributed.interrupts import IgnoreSigint
 from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, dumps, rank_main
 from wanduet.errors import ConfigError, WanduetError
 
@@ -96,7 +97,7 @@ class RankGroup:
                 self._to_ranks.append(to_rank)
                 self._from_ranks.append(from_rank)
                 process = context.Process(
-                    target=rank_main,
+                    target=IgnoreSigint(rank_main),
                     args=(index, self.devices, rendezvous, timeout_s, incoming, outgoing, work, args),
                     name=f"wanduet-rank-{index}",
                     daemon=True,
@@ -306,7 +307,7 @@ def _sigint_blocked() -> Iterator[None]:
 
     Otherwise a terminal's Ctrl-C would end them with a traceback during the seconds that their imports take.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: there only `IgnoreSigint` protects them, a moment later
         yield
         return
     resource_tracker.ensure_running()  # otherwise the first start would start it, which unblocks SIGINT

@@ -33,13 +33,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """Where and how a job's videos are written."""
+    """Where and how a job's videos are written. `taken`: the names are the caller's already (`media.names`); else the
+    engine takes them while the job runs, so that no other engine or process writes the same file."""
 
     path: Path
     codec: str = "h264"
     quality: int | None = None
     save_latents: bool = False
     resume: bool = False
+    taken: bool = False
 
     def __post_init__(self) -> None:
         """Take a path that is given as text. It becomes absolute: what the current folder is later does not matter."""

@@ -30,6 +30,7 @@ from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
+from wanduet.media.names import Taken, take_given
 from wanduet.media.video import VideoSpec
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.plan import Plan, require_fit
@@ -60,6 +61,7 @@ class _Decoding:
     waiting: list[Denoised] = field(
         default_factory=list
     )  # latents that another worker is to decode, until all are there
+    names: Taken = field(default_factory=Taken)  # of its videos, given back when it ends
 
 
 class Engine:
@@ -108,8 +110,8 @@ class Engine:
         disk; if another worker decodes them, the job ends there, with no videos in its result.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, CancelledError if the
-        engine is closed, also where that happens meanwhile. OutputError also where another job of this engine, which
-        has not ended, writes one of the files.
+        engine is closed, also where that happens meanwhile. OutputError also where a job that has not ended, of this
+        engine or of another program, writes one of the files.
         """
         if not isinstance(request, GenerationRequest) or not isinstance(output, OutputOptions):
             raise TypeError(
@@ -132,8 +134,13 @@ class Engine:
         with self._guard:
             self._check_open()
             self._check_free(job)
-            self._start()
-            self._open[job] = _Decoding()
+            names = Taken() if output.taken else take_given(video.path for video in job.videos)
+            try:
+                self._start()
+            except BaseException:
+                names.release()
+                raise
+            self._open[job] = _Decoding(names=names)
             self._to_encode.put(job)
         return job
 
@@ -322,7 +329,9 @@ class Engine:
     def _forget(self, job: Job) -> None:
         self.models.peaks.forget(job.id)
         with self._guard:
-            self._open.pop(job, None)
+            decoding = self._open.pop(job, None)
+        if decoding is not None:
+            decoding.names.release()
 
 
 def _files_of(job: Job) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError as NotBegun
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.select import vae_kernels_for, vae_kernels_to_compile
 from wanduet.models.vae.history_size import compile_decode
-from wanduet.runtime.gil import SHORT_TURNS
+from wanduet.runtime.gil import SHORT_TURNS, finish_unless
 from wanduet.runtime.release import forget_traceback, release_models
 from wanduet.sampling.samplers import make_sampler
 
@@ -165,8 +166,9 @@ def _prepare_rest(models: "Models", work: Planned, is_loaded: Event, is_fitted: 
     """What the first step and the decode need beside the transformer."""
     try:
         is_loaded.wait()
-        with suppress(Exception):
-            make_sampler(work.request.sampler, work.request.flow_shift, 1, torch.device("cpu"))
+        request = work.request
+        imports = partial(make_sampler, request.sampler, request.flow_shift, 1, torch.device("cpu"))
+        finish_unless(lambda: work.cancelled, imports)
         is_fitted.wait()  # which measures what attention takes
         if not work.cancelled:
             _prepare_vae_kernels(models, work)

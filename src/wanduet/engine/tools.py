@@ -43,6 +43,7 @@ from wanduet.weights.published import unverified_weights
 # For PyTorch's wheels for Windows, which do not ask for it.
 TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
 FLASH4_MAJORS = (9, 10)  # of compute capabilities: Hopper and Blackwell's data centre cards
+_INSPECTED = "What can be looked into: videos, and latents and prompt embeddings that wanduet wrote (.safetensors)."
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
 
@@ -120,6 +121,14 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
         if path.suffix.lower() in FILE_SUFFIXES and not any(c.isspace() for c in path.name):
             raise UnreadableFileError(f"There is no file {target!r}.")  # not: the model of such a prompt is missing
         return _inspect_prompt(config, target)
+    try:
+        return _inspect_file(path)
+    except UnreadableFileError as error:
+        error.hint = error.hint or _INSPECTED
+        raise
+
+
+def _inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
     if holds_embeddings(path):

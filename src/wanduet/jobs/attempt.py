@@ -259,6 +259,7 @@ class Attempt:
                     reason=reason,  # as it is now: what the job met is only the first sign of it
                 )
             waited += 1
+            self._activity.expect(FOREVER, f"the worker waits until the data folder can be written: {reason}")
             if self._keeper.lost.wait(self._settings.poll_seconds):
                 return self._lost()
             if self._keeper.draining.is_set():
@@ -276,7 +277,7 @@ class Attempt:
         self.engine_lost = self.engine_lost or _is_device_lost(error)
         self._store.files.keep(self._lease.job.id)
         if _is_short_of_threads(error):  # which may pass, and is not the job's fault
-            self._activity.expect(FOREVER)
+            self._activity.expect(FOREVER, "the worker waits for threads, of which the system has no more")
             self._keeper.draining.wait(20 * self._settings.poll_seconds)
             return self._end(lambda: self._store.release(self._lease), "released: no more threads")
         reason = JobError("internal_error", f"The engine failed unexpectedly ({type(error).__name__}).")
@@ -299,6 +300,7 @@ class Attempt:
                 commit()
             except SQLAlchemyError as error:
                 self._log.warning("the job store cannot be written", error=type(error).__name__)
+                self._activity.expect(FOREVER, "the worker cannot write the job database, and waits for it")
                 if _is_permanent(error):
                     self._give_up(error)
                 if self._keeper.draining.is_set():  # nobody waits for ever: the next worker finds result.json

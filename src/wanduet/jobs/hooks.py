@@ -59,7 +59,7 @@ def engine_output(path: Path, resume: bool) -> "OutputOptions":
     """
     from wanduet.engine.job import OutputOptions
 
-    return OutputOptions(path, save_latents=True, resume=resume)
+    return OutputOptions(path, save_latents=True, resume=resume, taken=True)
 
 
 def video_previews(path: Path) -> dict[str, bytes]:

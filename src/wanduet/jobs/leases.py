@@ -134,6 +134,15 @@ def beat_path(folder: Path, supervisor: str) -> Path:
     return folder / f"{_host()}.{supervisor}.beat"
 
 
+def read_beat(path: Path) -> str | None:
+    """What the worker that touches a beat file waits for; None if it does not wait, or nobody can read it."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return (lines[0] or None) if lines else None
+
+
 class BeatWatch:
     """How long a beat file has not been touched. One for each watcher and each process watched.
 

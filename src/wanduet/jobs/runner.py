@@ -81,6 +81,7 @@ class Runner:
         self._wake = threading.Condition()
         self._had_room = True
         self._polls = 1  # to wait for, before a database that cannot be reached is tried again
+        self._waits_for: str | None = None
         self._attempts: dict[threading.Thread, StoredJob] = {}
         self.worker: str | None = None  # the name on its leases, once `run` was called
 
@@ -109,7 +110,7 @@ class Runner:
         telemetry = Telemetry(self._store.files.workers, lock.worker, lambda: self._hooks.measure_memory(self._engine))
         try:
             while not self._draining.is_set():
-                self._watchdog.turned()
+                self._watchdog.turned(self._waits_for)
                 busy = self._try_turn(lock.worker)
                 telemetry.tell()
                 if not busy:
@@ -133,10 +134,12 @@ class Runner:
             busy = self._turn(worker)
         except SQLAlchemyError as error:
             log.warning("the job store cannot be reached", error=type(error).__name__)
+            self._waits_for = "the worker cannot reach the job database, and waits for it"
+            self._watchdog.turned(self._waits_for)
             self._pause(self._polls)
             self._polls = min(2 * self._polls, _MOST_POLLS)
             return False
-        self._polls = 1
+        self._polls, self._waits_for = 1, None
         return busy
 
     def _turn(self, worker: str) -> bool:

@@ -17,7 +17,7 @@ import structlog
 
 from wanduet.jobs.child import child_environment, module_command
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.leases import BeatWatch, SupervisorLock, beat_path, live_workers
+from wanduet.jobs.leases import BeatWatch, SupervisorLock, beat_path, live_workers, read_beat
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.watchdog import HUNG_STATUS
 from wanduet.jobs.worker import URL_VARIABLE, WorkerSettings
@@ -94,7 +94,9 @@ class WorkerProcess:
             return "nothing looks after the worker: restart the server"
         if self._hanging is not None:
             return self._hanging
-        return None if live else self._reason or "the worker is starting"
+        if live:
+            return read_beat(beat_path(self._workers, self._lock.id))
+        return self._reason or "the worker is starting"
 
     def _is_ending(self) -> bool:
         return self._killed or self._stopping.is_set()

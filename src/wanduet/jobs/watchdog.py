@@ -2,7 +2,8 @@
 
 Whoever started the process then starts another, and the jobs go on from their checkpoints. A process that cannot even
 run this thread (it was stopped, or something keeps Python's lock) no longer touches its beat file, which its
-supervisor watches from outside (`jobs.leases.BeatWatch`).
+supervisor watches from outside (`jobs.leases.BeatWatch`). That file also says what the process waits for, where it
+waits for something that it needs and the system does not give.
 
 Time is counted in looks, each of which adds a bounded part: a pause of the whole machine is not a hang.
 """
@@ -15,10 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import structlog
 
@@ -60,9 +61,12 @@ class Activity:
         self.settings = settings
         self._clock = clock
         self._state = (clock(), allowed)  # one assignment: always read together
+        self.waits_for: str | None = None  # why it gets nothing done just now
 
-    def expect(self, seconds: float) -> None:
-        """It went on; the next sign comes within so many seconds (infinity: nobody can say)."""
+    def expect(self, seconds: float, waits_for: str | None = None) -> None:
+        """It went on; the next sign comes within so many seconds (infinity: nobody can say). With `waits_for`, it gets
+        nothing done until then, for that reason."""
+        self.waits_for = waits_for
         self._state = (self._clock(), seconds)
 
     @property
@@ -73,7 +77,8 @@ class Activity:
 
 
 class Watchdog:
-    """Looks after a process's loop and its jobs, and touches `beat`. Nothing happens before `start`.
+    """Looks after a process's loop and its jobs, touches `beat`, and writes into it what the process waits for. Nothing
+    happens before `start`.
 
     The process hangs if its loop stands still, or if all its jobs do: one of several may wait for another's stage.
     `end` ends the process and does not return.
@@ -89,6 +94,8 @@ class Watchdog:
     ) -> None:
         self.settings = settings or HangSettings()
         self._beat = beat
+        self._file: BinaryIO | None = None  # the beat, kept open: a process without a free descriptor says so in it
+        self._said: str | None = None
         self._end = end or end_process
         self._monotonic = monotonic
         self._looked = monotonic()
@@ -107,9 +114,16 @@ class Watchdog:
         """Look no more."""
         self._stopping.set()
 
-    def turned(self) -> None:
-        """The process's loop has gone round."""
-        self._loop.expect(self.settings.loop_seconds)
+    def turned(self, waits_for: str | None = None) -> None:
+        """The process's loop has gone round, and takes no jobs just now because of `waits_for`."""
+        self._loop.expect(self.settings.loop_seconds, waits_for)
+
+    @property
+    def waits_for(self) -> str | None:
+        """Why the process gets nothing done just now: its loop, or each of its jobs, waits. None if something goes on."""
+        with self._guard:
+            jobs = [activity.waits_for for activity in self._jobs.values()]
+        return self._loop.waits_for or (jobs[0] if all(jobs) and jobs else None)
 
     def add(self, job_id: str) -> Activity:
         """A job begins."""
@@ -131,6 +145,8 @@ class Watchdog:
         if self._beat is not None:
             with suppress(OSError):
                 self._beat.touch()
+            with suppress(OSError):
+                self._say(self.waits_for)
         if self._loop.overdue > 0:
             return "the worker's loop stands still"
         with self._guard:
@@ -139,12 +155,24 @@ class Watchdog:
             return f"no sign of progress from {', '.join(jobs)}"
         return None
 
+    def _say(self, waits_for: str | None) -> None:
+        """Write into the beat file, in its first line, what is waited for. Raises OSError."""
+        if self._file is not None and waits_for != self._said:
+            self._file.seek(0)
+            self._file.write(f"{' '.join((waits_for or '').split())}\n".encode())
+            self._file.truncate()
+            self._said = waits_for
+
     def _run(self) -> None:
-        while not self._stopping.wait(self.settings.look_seconds):
-            if (what := self.look()) is not None:
-                log.error("the worker hangs and is ended", what=what, threads=_where_threads_are())
-                self._end()
-                return
+        with ExitStack() as files:
+            if self._beat is not None:
+                with suppress(OSError):
+                    self._file = files.enter_context(self._beat.open("wb", buffering=0))
+            while not self._stopping.wait(self.settings.look_seconds):
+                if (what := self.look()) is not None:
+                    log.error("the worker hangs and is ended", what=what, threads=_where_threads_are())
+                    self._end()
+                    return
 
 
 class Patience:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError, write_atomically
-from wanduet.media.read import has_metadata, read_metadata
+from wanduet.media.read import has_metadata, read_metadata, tensor_names
 from wanduet.untrusted import check_regular, cut
 
 NAME = "latents"
@@ -44,19 +44,25 @@ def load_latents(path: Path | str) -> tuple[Tensor, dict[str, Any]]:
     that hold NaN or infinity.
     """
     path = Path(path)
-    foreign = not has_metadata(path)  # reads the header; what is no plain file goes no further
+    names = tensor_names(path)  # reads the header; what is no plain file goes no further
+    if names != {NAME}:
+        shown = cut(", ".join(sorted(names)[:5])) or "nothing"
+        raise UnreadableFileError(f"{path} holds {shown}, not latents.", hint=_HINT)
+    foreign = not has_metadata(path)
     metadata = {} if foreign else read_metadata(path)
     try:
         if check_regular(path) > MAX_BYTES:
             raise UnreadableFileError(f"{path} has more bytes than any latents.", hint=_HINT)
         # Copies: Windows neither removes nor replaces a file that is still mapped.
-        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
-    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory for so much
+        latents = safetensors.torch.load_file(path)[NAME].clone()
+    except (
+        OSError,
+        SafetensorError,
+        LookupError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # RuntimeError: no memory for it
         raise UnreadableFileError(f"{path} is damaged ({cut(error)}).") from error
-    if set(tensors) != {NAME}:
-        names = cut(", ".join(sorted(tensors)[:5])) or "nothing"
-        raise UnreadableFileError(f"{path} holds {names}, not latents.", hint=_HINT)
-    latents = tensors[NAME]
     if foreign and latents.ndim == 5 and latents.shape[0] == 1:  # as diffusers' pipelines give them
         latents = latents[0]
     if problem := _problem(latents):

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -16,7 +16,7 @@ from wanduet.media import provenance
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.truncation import promised_bytes
-from wanduet.untrusted import check_regular, cut, open_regular, read_safetensors_header
+from wanduet.untrusted import check_regular, cut, describe_file, open_regular, read_safetensors_header
 
 # Only files of these kinds, and nothing that they point to: a playlist could name any file or address.
 _OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,matroska,webm"}
@@ -102,6 +102,11 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         return provenance.from_json(text)
     except ValueError as error:
         raise UnreadableFileError(f"{path}: its {provenance.KEY} metadata is damaged ({cut(error)}).") from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of a safetensors file's tensors, of which none is read. Raises UnreadableFileError."""
+    return set(_safetensors_header(path)) - {"__metadata__"}
 
 
 def has_metadata(path: Path) -> bool:
@@ -193,5 +198,11 @@ def _open_video(path: Path) -> Iterator[Any]:
                 raise UnreadableFileError(f"{path} holds no video that can be read.")
             yield container
     except (OSError, ValueError, av.FFmpegError) as error:
+        kind = None
+        if isinstance(error, av.FFmpegError):  # whose words would not help: invalid data, invalid argument
+            with suppress(OSError):
+                kind = describe_file(path)
+        if kind is not None:
+            raise UnreadableFileError(f"{path} is {kind}, not a video.") from error
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableFileError(f"Cannot read {path}: {cut(reason)}.") from error

@@ -19,6 +19,7 @@ from wanduet.kernels.verdicts import triton_problem
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
 from wanduet.request import ResolvedRequest
+from wanduet.weights.hub import local_model
 
 ASKED = "asked for"
 
@@ -61,7 +62,7 @@ class Explanation:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
             found += (Choice("layout", value, self._layout()),)
-        return found
+        return found + unused_settings(self.plan, self.config)
 
     def choices_of_decode(self) -> tuple[Choice, ...]:
         """Of a decode alone."""
@@ -273,3 +274,17 @@ class Explanation:
         quack = setting == "kernels" and has_quack(torch.device(device.name), dtype)
         why = "checked before they are used; PyTorch's own operations run where they are wrong or fail"
         return Choice(setting, "triton+quack" if quack else "triton", why)
+
+
+def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
+    """Settings that were given and have no effect on this plan, each with why."""
+    found = []
+    is_random = config.model in RANDOM_SPECS
+    if config.revision is not None and (is_random or local_model(config.model) is not None):
+        found.append(Choice("revision", config.revision, "without effect: the model is not on the hub"))
+    if config.vram_limit is not None and all(device.name == "cpu" for device in plan.prediction.devices):
+        found.append(Choice("vram_limit", config.vram_limit, "without effect: no GPU is used"))
+    if config.speeds is not None and not plan.group.ranks:
+        speeds = ",".join(f"{speed:g}" for speed in config.speeds)
+        found.append(Choice("speeds", speeds, f"without effect: strategy {plan.strategy} does not share a video"))
+    return tuple(found)

@@ -1,9 +1,12 @@
-"""How long a thread may keep Python's interpreter while others wait for it."""
+"""How long a thread may keep Python's interpreter, and how long an import, while others wait for it."""
 
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 SECONDS = 5e-4
+POLL_SECONDS = 0.05
 
 
 class ShortTurns:
@@ -37,3 +40,24 @@ class ShortTurns:
 
 
 SHORT_TURNS = ShortTurns()
+
+
+def finish_unless(is_unwanted: Callable[[], bool], work: Callable[[], object]) -> bool:
+    """Do work that cannot be stopped, such as an import of seconds, in a thread of its own, and wait for its end.
+
+    Returns whether it has ended: False as soon as `is_unwanted()`, and the work goes on alone. What it raises is dropped:
+    whoever needs what it makes ready does it again, and meets the same error.
+    """
+
+    def attempt() -> None:
+        with suppress(Exception):
+            work()
+
+    # No daemon: the interpreter, where it ends in order, waits for an import that would not survive its end.
+    thread = threading.Thread(target=attempt, name="made-ready")
+    thread.start()
+    while thread.is_alive():
+        if is_unwanted():
+            return False
+        thread.join(POLL_SECONDS)
+    return True

@@ -15,6 +15,7 @@ from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddi
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
 from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Hold, TextEncoder
+from wanduet.runtime.gil import finish_unless
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import verify_manifest
 
@@ -58,6 +59,8 @@ class CachedPromptEncoder:
         """See PromptEncoder. Texts that are new pass the encoder together."""
         limit = max_tokens or self._folder.spec.text_len
         found = [self._from_cache(text, limit) for text in texts]
+        if should_cancel is not None and not all(found) and not finish_unless(should_cancel, _import_libraries):
+            raise CancelledError("Cancelled before the text was encoded.")
         prompts = {i: self._tokenize(text, limit) for i, text in enumerate(texts) if found[i] is None}
         if prompts:
             encoder = self._load()
@@ -154,6 +157,12 @@ class RandomPromptEncoder:
         generator = torch.Generator().manual_seed(seed)
         embeds = torch.randn(count, self._spec.text_encoder.d_model, generator=generator, dtype=torch.float32) * 0.1
         return PromptEmbeds(embeds, text, "", "random", "float32")
+
+
+def _import_libraries() -> None:
+    """What tokenizes and encodes: the first time, that takes seconds."""
+    from transformers import AutoTokenizer, UMT5Config  # noqa: F401
+    from transformers.models.umt5.modeling_umt5 import UMT5Block  # noqa: F401
 
 
 def check_shapes(folder: ModelFolder) -> None:

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from wanduet.distributed import launch
 from wanduet.distributed.launch import RankFailedError, RankGroup, run_on_ranks
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank, dumps
@@ -57,7 +60,7 @@ def steps_until_cancelled(rank: Rank) -> int:
     return step
 
 
-def world(rank: Rank) -> int:
+def world(rank: Rank, *_: object) -> int:
     return dist.get_world_size()
 
 
@@ -239,6 +242,21 @@ def test_ranks_ignore_ctrl_c_while_they_start(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[0, 1]"] * 2
     assert "Traceback" not in done.stderr
+
+
+class RaisesSigintWhenUnpickled:
+    """Raises SIGINT in the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return signal.raise_signal, (signal.SIGINT,)
+
+
+def test_ranks_ignore_ctrl_c_during_their_imports_where_signals_cannot_be_blocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows: before `rank_main` runs, its arguments are unpickled, which imports modules."""
+    monkeypatch.setattr(launch, "_sigint_blocked", nullcontext)
+    assert run_on_ranks(world, ["cpu"], RaisesSigintWhenUnpickled()) == [1]
 
 
 def test_no_devices_are_refused() -> None:

@@ -1,6 +1,8 @@
 """Jobs through the whole engine, with the miniature."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -63,6 +65,38 @@ def test_of_two_jobs_at_once_only_the_first_gets_a_path(submit, tmp_path, name) 
         first.result(60)
     assert digest(submit("one", changes={"seed": 4}))  # a finished one's name is free again, and so is its file
     assert digest(submit("one"))
+
+
+def test_of_two_engines_at_once_only_the_first_gets_a_path(submit, config, tmp_path) -> None:
+    gate = threading.Event()
+
+    def stay(_: object) -> None:
+        gate.wait(60)
+
+    first = submit("one", on_step=stay)
+    request = GenerationRequest(prompt="a", height=32, width=32, num_frames=5, num_inference_steps=1, seed=4)
+    with Engine(config) as other:
+        with pytest.raises(OutputError, match="another run of wanduet is writing it"):
+            other.submit(request, OutputOptions(tmp_path / "one.mkv", "ffv1"))
+        first.cancel()
+        gate.set()
+        with pytest.raises(CancelledError):
+            first.result(60)
+        assert other.submit(request, OutputOptions(tmp_path / "one.mkv", "ffv1")).result(60).videos[0].seed == 4
+    assert files(tmp_path) == {"one.mkv"}
+
+
+def test_a_path_that_another_process_writes_is_refused(submit, tmp_path) -> None:
+    """As a process that holds its lock; without a name of its own, a file is replaced."""
+    holds = "import sys; from pathlib import Path; from wanduet.media.names import take\n"
+    holds += "taken = take([Path(sys.argv[1])]); print('taken', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path / "one.mkv")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "taken\n"
+        with pytest.raises(OutputError, match="another run of wanduet is writing it"):
+            submit("one")
+        process.stdin.close()
+    assert digest(submit("one"))  # its end gives the name back
 
 
 def test_a_job_of_several_videos_claims_each_of_their_names(submit) -> None:

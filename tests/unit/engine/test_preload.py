@@ -100,6 +100,27 @@ def test_a_sampler_that_cannot_be_made_does_not_keep_the_decode_from_being_made_
     assert models.seen[-1] == "vae"
 
 
+def test_a_cancelled_job_does_not_wait_for_libraries_that_are_imported(
+    models: Recorder, job: Any, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def imports(*_: Any) -> None:
+        begun.set()
+        may_end.wait(30.0)
+        ended.set()
+
+    monkeypatch.setattr(module, "make_sampler", imports)
+    models.may_load.set()
+    preload(models, job, pool)
+    assert begun.wait(30.0)
+    job.cancelled = True
+    pool.shutdown()
+    assert not ended.is_set()
+    may_end.set()
+    assert ended.wait(30.0)
+
+
 def test_turns_are_short_until_the_last_has_ended() -> None:
     before, turns = sys.getswitchinterval(), ShortTurns()
     turns.begin()

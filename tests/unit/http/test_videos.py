@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from wanduet.doors.http.context import ServerSettings
+from wanduet.doors.http.schemas import RequestLimits
 from wanduet.jobs.records import JobError
 
 FIELDS = {
@@ -110,6 +112,29 @@ def _post_raw(api: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_nearest_allowed_value_is_told(api: Any) -> None:
     assert "81 or 77" in api.refusal(num_frames=80)["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"num_frames": 10**12}, 401),
+        ({"num_frames": 402}, 401),  # not 405, which is of the model's form
+        ({"num_inference_steps": 10**6}, 200),
+        ({"num_videos_per_prompt": 65}, 4),
+        ({"height": 10**9, "width": 10**9}, 1920 * 1088),
+        ({"size": "99984x16"}, 16384),  # few pixels, but a side that the model cannot have
+    ],
+)
+def test_the_smaller_of_the_servers_and_the_models_limits_is_told(api: Any, fields: dict[str, Any], limit: int) -> None:
+    message = _post_raw(api, fields)["message"]
+    assert f"at most {limit}" in message
+    assert f"Nearest allowed: {limit}." in message
+
+
+def test_a_servers_limit_above_the_models_does_not_hide_it(make_api: Any) -> None:
+    api = make_api(ServerSettings(limits=RequestLimits(frames=10**4, steps=10**4)))
+    assert "at most 4093 frames" in api.refusal(num_frames=10**12)["message"]
+    assert "at most 1000." in api.refusal(num_inference_steps=10**12)["message"]
 
 
 @pytest.mark.parametrize(

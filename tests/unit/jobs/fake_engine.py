@@ -4,7 +4,7 @@ Every step and every finished video is one line of `DATA/journal`, so a test can
 The prompt says what goes wrong: `die N` kills the process at step N, `once N` the first time only, `stop N` stops
 it there once (SIGSTOP), `stick N` never goes on there once, deaf to a cancel, while the rest of the process lives,
 `freeze N` the same, but no other thread runs either, `raise N` raises there, `full N` cannot write there, `hold N` stays there until it is cancelled,
-`orphan N` kills it N times between publishing the video and committing it.
+`opened N` has no more file descriptors there once, until a file `descriptors` is in DATA; `orphan N` kills it N times between publishing the video and committing it.
 """
 
 import ctypes
@@ -147,6 +147,9 @@ class FakeJob:
                     raise RuntimeError("a secret detail")
                 if word == "full":
                     raise OutputError(f"Cannot write {self.data}: the disk is full.")
+                if word == "opened" and first_time(self.data / f"{name}.opened"):
+                    _use_up_descriptors(self.data / "descriptors")
+                    raise OutputError(f"Cannot write {self.data}: the first sign.")
                 if word == "oom":
                     raise OutOfMemoryError(f"Out of memory in {self.data}.")
             self.pace(self, step)
@@ -174,6 +177,21 @@ class FakeJob:
         handle = os.open(self.data / "journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.write(handle, f"{line}\n".encode())
         os.close(handle)
+
+
+def _use_up_descriptors(until: Path) -> None:
+    """Let this process open no more files until there is one of that name."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def give_back() -> None:
+        while not until.exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    threading.Thread(target=give_back, daemon=True).start()
 
 
 def make_previews(path: Path) -> dict[str, bytes]:

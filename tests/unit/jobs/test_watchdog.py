@@ -2,12 +2,13 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
 from fake_engine import Event
 
-from wanduet.jobs.leases import BeatWatch
+from wanduet.jobs.leases import BeatWatch, read_beat
 from wanduet.jobs.watchdog import HangSettings, Patience, Watchdog
 
 SETTINGS = HangSettings()
@@ -48,6 +49,31 @@ def test_a_job_hangs_when_its_next_sign_is_overdue() -> None:
     assert bench.after(10_000) is None
     bench.watchdog.remove("a")
     assert bench.after(10_000) is None
+
+
+def test_the_beat_says_what_a_process_waits_for_that_gets_nothing_done(tmp_path: Path) -> None:
+    beat = tmp_path / "host.0.beat"
+    watchdog = Watchdog(HangSettings(look_seconds=0.01), beat)
+    watchdog.start()
+
+    def says(text: str | None) -> None:
+        end = time.monotonic() + 60.0
+        while read_beat(beat) != text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    one, other = watchdog.add("one"), watchdog.add("other")
+    one.expect(math.inf, "it waits\nfor a disk that is full")
+    other.expect(math.inf, "it waits for threads")
+    says("it waits for a disk that is full")
+    other.expect(600.0)  # it goes on
+    says(None)
+    watchdog.turned("it waits")
+    says("it waits")
+    watchdog.turned()
+    says(None)
+    watchdog.stop()
+    assert read_beat(tmp_path / "of nobody") is None
 
 
 def test_a_job_that_waits_for_anothers_stage_does_not_hang() -> None:

@@ -145,7 +145,7 @@ def test_a_list_of_other_files_is_not_followed(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_video(np.zeros((2, 64, 96, 3), np.uint8), tmp_path / "secret.mp4", metadata=made())
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
-    with pytest.raises(UnreadableFileError, match="Cannot read"):
+    with pytest.raises(UnreadableFileError, match="a text file, not a video"):
         probe(tmp_path / "a.mp4")
 
 

@@ -131,6 +131,15 @@ CLAIMS: dict[str, Claim] = {
     r"without effect: the VAE is on (\w+)": lambda c, x, m: c.vae.name == m[1] and not on_cuda(c.vae),
     r"without effect: the VAE computes in (\w+)": lambda c, x, m: c.plan.vae.dtype == m[1] != "float32",
     r"without effect: this GPU has no TF32": lambda c, x, m: on_cuda(c.vae) and c.vae.capability < (8, 0),
+    r"without effect: the model is not on the hub": lambda c, x, m: (
+        x.value == c.config.revision and c.config.model in ("random:1.3b", "miniature")
+    ),
+    r"without effect: no GPU is used": lambda c, x, m: (
+        x.value == c.config.vram_limit and all(c.hardware.device(d.name).is_cpu for d in c.plan.prediction.devices)
+    ),
+    r"without effect: strategy (\w+) does not share a video": lambda c, x, m: (
+        bool(c.config.speeds) and not c.plan.group.ranks and m[1] == c.plan.strategy
+    ),
     r"the VAE's float32 convolutions round their factors to TF32": lambda c, x, m: tf32(c) and x.value is True,
     r"asked for: the VAE's float32 convolutions are exact": lambda c, x, m: tf32(c) and not c.config.tf32,
     r"its memory is counted as with published weights; random ones have no text encoder": lambda c, x, m: c.config.model.startswith("random"),
@@ -292,7 +301,8 @@ GRID = [
     ("cpu", {"attention": "sdpa"}, 1.0, {}),
     ("cpu", {"attention": "flash-attn-4", "strategy": "placed", "devices": "cpu"}, 5.0, {}),
     ("cpu", {"devices": "cpu,cpu"}, 1.0, {}),
-    ("cpu", {"model": "miniature"}, 5.0, {}),
+    ("cpu", {"model": "miniature", "revision": "main", "vram_limit": 8 * GIB}, 5.0, {}),
+    ("2x24GiB", {"devices": "cuda:0,cuda:1", "speeds": (3.0, 1.0), "strategy": "placed"}, 5.0, {}),
     ("cpu", {"model": "miniature", "text_encoder_hold": "streamed"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cpu,transformer=cuda:0"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cuda:0,transformer=cpu"}, 5.0, {}),
@@ -315,6 +325,19 @@ def test_every_sentence_of_a_plan_is_true(memories) -> None:
         met |= check(case_of(memories, machine, changes, scale, gpus))
     rare = {p for p in CLAIMS if p not in met}
     assert len(rare) <= 4, rare  # else the grid no longer comes to most of the sentences
+
+
+def test_a_setting_that_a_plan_does_not_use_is_named(memories) -> None:
+    given = {"revision": "main", "vram_limit": 8 * GIB, "devices": "cpu,cpu", "speeds": (2.0, 1.0)}
+
+    def unused(machine: str, model: str, **changes) -> set[str]:
+        choices = case_of(memories, machine, {"model": model} | given | changes, 5.0, {}).plan.choices
+        return {c.setting for c in choices if c.why.startswith("without effect")} & given.keys()
+
+    assert unused("cpu", "random:1.3b", strategy="placed") == {"revision", "vram_limit", "speeds"}
+    assert unused("cpu", "miniature", strategy="parallel") == {"revision", "vram_limit"}
+    assert unused("2x24GiB", "miniature", devices="cuda:0,cuda:1", strategy="parallel") == {"revision"}
+    assert unused("cpu", "miniature", **dict.fromkeys(given)) == set()
 
 
 def test_every_sentence_of_a_decode_s_plan_is_true(memories) -> None:

@@ -1,4 +1,7 @@
+import importlib
 import shutil
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +111,56 @@ def test_cancelled_before_a_layer(folder: ModelFolder) -> None:
     with pytest.raises(CancelledError):
         encoder.encode([CIRCLE], lambda: len(layers) == 1, lambda done, total: layers.append((done, total)))
     assert layers == [(1, 2)]
+
+
+def test_cancelled_in_the_middle_of_a_layer(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = TensorFiles.read, []
+
+    def reading(self, names, dtype):
+        read.extend(names)
+        return whole(self, names, dtype)
+
+    monkeypatch.setattr(TensorFiles, "read", reading)
+    encoder = CachedPromptEncoder(folder, "float32", "resident", None)
+    with pytest.raises(CancelledError):
+        encoder.encode([CIRCLE], lambda: len(read) >= 3)
+    assert len(read) == 3
+
+
+def test_cancelled_between_the_prompts_of_a_layer(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.umt5.modeling_umt5 import UMT5Block
+
+    whole, passed = UMT5Block.forward, []
+
+    def forward(self, *values, **keywords):
+        passed.append(values)
+        return whole(self, *values, **keywords)
+
+    monkeypatch.setattr(UMT5Block, "forward", forward)
+    with pytest.raises(CancelledError):
+        CachedPromptEncoder(folder, "float32", "resident", None).encode([CIRCLE, "a"], lambda: bool(passed))
+    assert len(passed) == 1
+
+
+def test_cancelled_while_libraries_are_imported(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "transformers.models.umt5.modeling_umt5"
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def find_spec(self, module, *_):
+            if module == name:
+                begun.set()
+                may_go_on.wait(30.0)
+
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
+    try:
+        with pytest.raises(CancelledError):
+            CachedPromptEncoder(folder, "float32", "resident", None).encode([CIRCLE], begun.is_set)
+        assert name not in sys.modules, "it did not wait for the import"
+    finally:
+        may_go_on.set()
+        importlib.import_module(name)  # not before the thread that began it is done
 
 
 def test_two_embeddings_that_differ_are_refused(folder: ModelFolder, tmp_path: Path) -> None:

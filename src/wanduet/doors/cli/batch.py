@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class _Batch:
                 request = with_seed(request, begun.seed)
             elif self.options.resume and request.seed is None:
                 request = with_seed(request, seed_of_interrupted(request, named, self.engine))
-            work.job = self.engine.submit(request, named)
+            work.job = self.engine.submit(request, replace(named, taken=True))
         except OutputError as error:
             work.names.release()
             work.outcome = {"prompt": request.prompt, "error": str(error)}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from wanduet.config import DType, EngineConfig
+from wanduet.config import DType, EngineConfig, format_seconds
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
@@ -36,6 +36,7 @@ from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.prompts import is_in_world
+from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
@@ -82,7 +83,7 @@ def run_generate(
             names.add(found)
         if options.resume and begun is None and request.seed is None:
             request = with_seed(request, _interrupted_seed(request, options, engine))
-        job = engine.submit(request, options)
+        job = engine.submit(request, replace(options, taken=True))
         _announce(job, config)
         follow(job)
         try:
@@ -196,8 +197,9 @@ def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, qua
     }
 
 
-def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
-    """Make a video again and compare frame hashes. Raises UnreadableFileError."""
+def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any]:
+    """Make a video again and compare frame hashes. Raises UnreadableFileError, also for a video that says that it took
+    more than `max_steps` steps: size and length are seen in the file, steps are not."""
     about = read_metadata(video)
     if "denoised_by" in _part(about, "engine"):
         raise UnreadableFileError(
@@ -209,6 +211,11 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
             raise UnreadableFileError(
                 f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
             )
+    if (steps := request.num_inference_steps or 0) > max_steps:
+        raise UnreadableFileError(
+            f"{video} says that it was made in {steps} steps, more than the {max_steps} that are made again.",
+            hint=f"If that is true and worth the time: --max-steps {steps}.",
+        )
     expected = frame_hashes(video)
     if len(expected.frames) < (request.num_frames or 0):
         raise UnreadableFileError(
@@ -220,6 +227,9 @@ def run_verify(video: Path, flags: EngineFlags) -> dict[str, Any]:
             job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
         except InvalidRequestError as error:
             raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
+        _announce(job, engine.config)
+        seconds = format_seconds(job.plan.prediction.seconds.total)
+        print(f"Making it again takes about {seconds} here; Ctrl-C stops it.", file=sys.stderr)
         follow(job)
         job.result()
         again = frame_hashes(path)
@@ -292,6 +302,9 @@ def _announce(job: Job, config: EngineConfig) -> None:
             "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
             "goes beyond its world. Try: a red circle moving left on a black background."
         )
+    job.warnings += [
+        f"--{unused.setting.replace('_', '-')} is {unused.why}." for unused in unused_settings(job.plan, config)
+    ]
     print(f"Prompt: {shown(r.prompt)}", file=sys.stderr)
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"

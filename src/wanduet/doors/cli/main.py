@@ -2,7 +2,8 @@
 `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
-Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a closed terminal.
+Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
+143 by SIGTERM, 129 by a closed terminal, 152 by the limit of CPU time.
 """
 
 import os
@@ -257,7 +258,13 @@ def download(
 
 @app.command
 def verify(
-    video: Path, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
+    video: Path,
+    *,
+    max_steps: Annotated[
+        int, Parameter(help="Most denoising steps that the video may say it took.", converter=whole)
+    ] = 200,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make a video again from its own metadata and compare every frame.
 
@@ -267,7 +274,7 @@ def verify(
     """
     from wanduet.doors.cli.commands import run_verify
 
-    found = run_verify(video, engine)
+    found = run_verify(video, engine, max_steps)
     emit(found, json_)
     if not found["equal"]:
         raise SystemExit(1)

@@ -16,7 +16,14 @@ from cyclopts.config import Toml
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
-from wanduet.request import SAMPLERS, GenerationRequest, SamplerName, frames_for_seconds, parse_resolution
+from wanduet.request import (
+    SAMPLERS,
+    GenerationRequest,
+    SamplerName,
+    check_prompt_length,
+    frames_for_seconds,
+    parse_resolution,
+)
 from wanduet.untrusted import read_file
 
 VIDEO = Group("Video", sort_key=1)
@@ -139,7 +146,16 @@ class VideoFlags:
             known = spec or WAN_1_3B
             fps, stride = self.fps or known.defaults.fps, known.vae.temporal_stride
             values["num_frames"] = frames_for_seconds(self.seconds, fps, stride)
-        return GenerationRequest.parse(prompt=prompt, **values)
+        return typed_request(prompt=prompt, **values)
+
+
+def typed_request(**values: Any) -> GenerationRequest:
+    """A request of fields that somebody typed. Raises InvalidRequestError, also for prompts that the server refuses as
+    too long."""
+    request = GenerationRequest.parse(**values)
+    for name in ("prompt", "negative_prompt"):
+        check_prompt_length(name, getattr(request, name) or "")
+    return request
 
 
 @Parameter(name="*", group=ENGINE)

@@ -27,7 +27,7 @@ _TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
 def run(command: App, arguments: Sequence[str]) -> int:
-    """The exit code of a command: 0 done, 1 it failed, 2 bad usage, 130 interrupted, 143 and 129 for SIGTERM and SIGHUP."""
+    """The exit code of a command: 0 done, 1 it failed, 2 bad usage, 130 interrupted, 128 + N ended by signal N."""
     _prepare_output()
     with stop_signals(_wants_json(arguments, {})) as stops:
         try:

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM, a closed terminal: the first lets the command stop in order, the second ends it at once.
+"""Ctrl-C, SIGTERM, a closed terminal, a batch system's signals: the first lets the command stop in order, the second
+ends it at once.
 
 Imports nothing of the package: it works while the rest is still being imported.
 """
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 AGAIN_SECONDS = 0.02  # after which a signal that was lost comes again
-# A terminal that closes sends SIGHUP, Windows' Ctrl-Break SIGBREAK; neither exists on the other system.
-_SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n))
+# A terminal that closes sends SIGHUP, Windows' Ctrl-Break SIGBREAK; the system sends SIGXCPU at the limit of CPU time;
+# batch systems send SIGUSR1 or SIGUSR2 some time before they end a job.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR1", "SIGUSR2")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_CPU_LIMIT = getattr(signal, "SIGXCPU", None)
 
 
 class StopSignals:
@@ -38,13 +42,18 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal that came first: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """128 and the number of the signal that came first: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 152 for
+        SIGXCPU."""
         return INTERRUPTED if self._first is None or sys.platform == "win32" else 128 + self._first
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """The signals' handler. Raises KeyboardInterrupt for the first one."""
         if number == getattr(signal, "SIGHUP", None):
             self._leave_terminal()
+        if number == _CPU_LIMIT:
+            if self.answered or self._first is not None:  # it comes again after each second of CPU time
+                return
+            print_failure("The limit of CPU time is reached (SIGXCPU).", "cancelled", as_json=False)
         if self.answered:
             self._late += 1
             if self._late > 1:  # whoever should read our output does not

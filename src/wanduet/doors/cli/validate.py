@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from wanduet.config import EngineConfig
-from wanduet.doors.cli.options import VideoFlags, decoded
+from wanduet.doors.cli.options import VideoFlags, decoded, typed_request
 from wanduet.doors.cli.places import Place
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
@@ -127,4 +127,4 @@ def _request(row: Row, video: VideoFlags, json_only: bool, spec: ModelSpec | Non
     if not isinstance(fields, dict):
         raise InvalidRequestError("file", str(row)[:80], "one JSON object a line")
     common = video.request("-", spec).model_dump(exclude_unset=True, exclude={"prompt"})
-    return GenerationRequest.parse(**(common | fields))
+    return typed_request(**(common | fields))

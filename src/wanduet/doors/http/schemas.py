@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import ModelSpec
 from wanduet.jobs.records import StoredJob
-from wanduet.request import GenerationRequest, frames_for_seconds, parse_resolution
+from wanduet.request import MAX_PROMPT, GenerationRequest, check_prompt_length, frames_for_seconds, parse_resolution
 
 MAX_SECONDS = 3600.0
 
@@ -23,7 +24,7 @@ MAX_SECONDS = 3600.0
 class RequestLimits:
     """What one request may ask for, beyond what the model can. Sizes in pixels, the prompt's in characters."""
 
-    prompt: int = 8000
+    prompt: int = MAX_PROMPT
     pixels: int = 1920 * 1088
     frames: int = 401
     steps: int = 200
@@ -155,17 +156,39 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps
     _take_seconds(values, fps, spec)
     _take_size(values)
-    request = GenerationRequest.parse(**values).resolve(spec)
-    for name, given, limit in (
-        ("size", request.height * request.width, limits.pixels),
-        ("num_frames", request.num_frames, limits.frames),
-        ("num_inference_steps", request.num_inference_steps, limits.steps),
-        ("num_videos_per_prompt", request.num_videos_per_prompt, limits.videos),
-    ):
-        if given > limit:
-            unit = " pixels" if name == "size" else ""
-            raise InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+    try:
+        request = GenerationRequest.parse(**values).resolve(spec)
+    except InvalidRequestError as error:
+        smaller = _beyond(values, limits).get(error.field)
+        if smaller is None or (smaller.field == error.field and _is_at_least(smaller.nearest, error.nearest)):
+            raise
+        raise smaller from None
+    for problem in _beyond(request.model_dump(), limits).values():
+        raise problem
     return request.as_request()
+
+
+def _beyond(values: Mapping[str, Any], limits: RequestLimits) -> dict[str, InvalidRequestError]:
+    """By field, the refusal of each number that is larger than this server takes."""
+    found: dict[str, InvalidRequestError] = {}
+    height, width = values.get("height"), values.get("width")
+    pixels = height * width if isinstance(height, int) and isinstance(width, int) else None
+    for name, limit in (
+        ("size", limits.pixels),
+        ("num_frames", limits.frames),
+        ("num_inference_steps", limits.steps),
+        ("num_videos_per_prompt", limits.videos),
+    ):
+        given = pixels if name == "size" else values.get(name)
+        if isinstance(given, int | float) and given > limit:
+            unit = " pixels" if name == "size" else ""
+            error = InvalidRequestError(name, given, f"this server takes at most {limit}{unit}", limit)
+            found |= dict.fromkeys(("height", "width") if name == "size" else (name,), error)
+    return found
+
+
+def _is_at_least(limit: object, other: object) -> bool:
+    return isinstance(limit, int) and isinstance(other, int) and limit >= other
 
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
@@ -188,8 +211,7 @@ def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
         text = values.get(name, "")
         if not isinstance(text, str):
             raise InvalidRequestError(name, text, "it must be a text")
-        if len(text) > limits.prompt:
-            raise InvalidRequestError(name, f"{len(text)} characters", f"at most {limits.prompt} characters")
+        check_prompt_length(name, text, limits.prompt)
         if any("\ud800" <= character <= "\udfff" for character in text) or "\0" in text:
             raise InvalidRequestError(name, text, "a text of valid Unicode characters")
 

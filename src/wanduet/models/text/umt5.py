@@ -67,30 +67,39 @@ class TextEncoder:
     ) -> list[Tensor]:
         """Embeddings `[n, text_dim]` of each prompt's `n` tokens. All prompts pass a layer before the next is read.
 
-        `on_layer(done, total)` is called after each. Raises CancelledError between layers, WeightsError.
+        `on_layer(done, total)` is called after each. `should_cancel` is asked before each tensor is read and before each
+        prompt passes a layer. Raises CancelledError, WeightsError.
         """
+
+        def check() -> None:
+            if should_cancel is not None and should_cancel():
+                raise CancelledError("Cancelled while the text was encoded.")
+
         hidden = [self._weights.read_rows(self._embedding, ids, self._dtype)[None] for ids in prompts]
         total = int(self._config.num_layers)
         for index in range(total):
-            if should_cancel is not None and should_cancel():
-                raise CancelledError("Cancelled while the text was encoded.")
-            layer = self._layer(index)
-            hidden = [layer(h) for h in hidden]
+            layer = self._layer(index, check)
+            for position, one in enumerate(hidden):
+                check()
+                hidden[position] = layer(one)
             if on_layer is not None:
                 on_layer(index + 1, total)
         norm = self._final_norm()
         return [norm(h)[0] for h in hidden]
 
-    def _layer(self, index: int) -> nn.Module:
+    def _layer(self, index: int, check: Callable[[], None]) -> nn.Module:
         from transformers.models.umt5.modeling_umt5 import UMT5Block
 
         if index in self._layers:
             return self._layers[index]
         with without_memory():
             layer: nn.Module = UMT5Block(self._config, layer_idx=index)
-        prefix = f"encoder.block.{index}."
-        tensors = self._weights.read([prefix + name for name in layer.state_dict()], self._dtype)
-        layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+        tensors: dict[str, Tensor] = {}
+        for name in layer.state_dict():
+            check()
+            full_name = f"encoder.block.{index}.{name}"
+            tensors[name] = self._weights.read([full_name], self._dtype)[full_name]
+        layer.load_state_dict(tensors, assign=True)
         layer.eval()
         if self.hold == "resident":
             self._layers[index] = layer
