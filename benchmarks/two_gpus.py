@@ -33,7 +33,7 @@ from wanduet.config import EngineConfig
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank
-from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import NoSharding, Sharding
 from wanduet.engine.job import Job, OutputOptions
@@ -282,14 +282,14 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
     groups."""
     t, model = spec.transformer, random_transformer(spec, rank.device)
     sequence, prompts = rank.mesh(Layout(ulysses=rank.world_size)), rank.mesh(Layout(cfg=rank.world_size))
-    ways: dict[str, Sharding] = {"alone": NoSharding(), "first attention shared": PromptSharding.of_group(prompts.cfg)}
-    collectives = dataclasses.replace(sequence, peers=None)
+    ways: dict[str, Sharding] = {"alone": NoSharding(), "first attention shared": CfgSharding.from_group(prompts.cfg)}
+    collectives = dataclasses.replace(sequence, peer_memory=None)
     for groups in (1, 2, 3):
         if t.num_attention_heads // rank.world_size % groups == 0:
             ways[f"heads by collectives, in {groups} groups"] = SequenceSharding(collectives, head_groups=groups)
-    if sequence.peers is not None:
+    if sequence.peer_memory is not None:
         layout = Layout(ulysses=rank.world_size)
-        ways["heads by copies"] = SequenceSharding(rank.mesh(layout), direct_heads=True)
+        ways["heads by copies"] = SequenceSharding(rank.mesh(layout), always_ulysses=True)
         ways["by copies, as the engine does"] = SequenceSharding(sequence)
     text = torch.ones(1, 80, t.text_dim, device=rank.device)
     step = torch.full((1,), 500.0, device=rank.device)

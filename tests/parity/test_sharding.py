@@ -13,7 +13,7 @@ from torch import distributed as dist
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank
-from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.family.specs import TransformerSpec
 from wanduet.kernels.attention.backends import sdpa
@@ -66,38 +66,38 @@ def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.tensor([731.0, 12.0][:batch]), torch.randn(batch, 7, SPEC.text_dim)
 
 
-class FilePeers:
-    """A `PeerMemory` of ranks on the CPU: buffers are files that all of them map, words are messages."""
+class FilePeerMemory:
+    """A `PeerMemory` of ranks on the CPU: buffers are files that all of them map, signals are messages."""
 
     def __init__(self, folder: Path, group: dist.ProcessGroup, number: int) -> None:
         self.group, self.ranks, self.tag = group, dist.get_process_group_ranks(group), 16 * number
         self.files = [folder / f"{len(self.ranks)}-{rank}" for rank in self.ranks]
-        self.words: list[dist.Work | None] = []
+        self.signals: list[dist.Work | None] = []
         self.used = False
 
     def reserve(self, size: int) -> bool:
         new, self.used = not self.used, True
         return new
 
-    def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def buffer(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         whole = torch.from_file(str(self.files[rank]), shared=True, size=2**16, dtype=dtype)
         return whole[offset : offset + torch.Size(shape).numel()].view(shape)
 
-    def follow(self) -> None:
+    def copy_wait_compute(self) -> None:
         pass
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
-    def tell(self, rank: int, channel: int) -> None:
-        self.words.append(dist.isend(torch.zeros(1), self.ranks[rank], tag=self.tag + channel))
+    def signal(self, rank: int, channel: int) -> None:
+        self.signals.append(dist.isend(torch.zeros(1), self.ranks[rank], tag=self.tag + channel))
 
-    def hear(self, rank: int, channel: int) -> None:
+    def wait(self, rank: int, channel: int) -> None:
         dist.recv(torch.empty(1), self.ranks[rank], tag=self.tag + channel)
 
-    heed = hear
+    copy_wait = wait
 
-    def join(self) -> None:
+    def wait_copies(self) -> None:
         pass
 
 
@@ -107,7 +107,7 @@ def forward_sharded(rank: Rank, cases: list[Case], folder: Path | None = None) -
     meshes = {layout: rank.mesh(layout) for layout, _, _ in cases}
     if folder is not None:
         meshes = {
-            layout: replace(mesh, peers=FilePeers(folder, mesh.ulysses, 1 + number))
+            layout: replace(mesh, peer_memory=FilePeerMemory(folder, mesh.ulysses, 1 + number))
             for number, (layout, mesh) in enumerate(meshes.items())
         }
     for layout, shape, shares in cases:
@@ -115,7 +115,7 @@ def forward_sharded(rank: Rank, cases: list[Case], folder: Path | None = None) -
         with torch.no_grad():
             outputs.append(made(*(x.to(rank.device) for x in inputs(shape))).cpu())
     if folder is not None:
-        assert all(mesh.peers.used == (layout.ulysses > 1) for layout, mesh in meshes.items())
+        assert all(mesh.peer_memory.used == (layout.ulysses > 1) for layout, mesh in meshes.items())
     return outputs
 
 
@@ -149,7 +149,7 @@ def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:
             heads.append(q.shape[2])
             return sdpa(q, k, v)
 
-        sharding = PromptSharding.of_group(rank.mesh(Layout(cfg=rank.world_size)).cfg)
+        sharding = CfgSharding.from_group(rank.mesh(Layout(cfg=rank.world_size)).cfg)
         made.runtime = Runtime(attention=attention, sharding=sharding)
         with torch.no_grad():
             results.append((made(latents, steps, text), alone, heads))

@@ -1,1 +1,1 @@
-"""How work is spread over devices."""
+"""Process groups, sequence parallelism and CFG parallelism, and copies between GPUs."""

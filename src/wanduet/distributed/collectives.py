@@ -1,7 +1,7 @@
-"""Small exchanges between ranks that work with whatever backend there is.
+"""Collectives and point-to-point transfers that work with NCCL and with gloo.
 
-NCCL moves GPU tensors. Where it is missing (Windows), gloo carries them through host memory: fine for the few
-MB a step of guidance, too slow for a sequence.
+NCCL moves GPU tensors directly. Without NCCL (Windows), gloo sends them through host memory. That is fast enough for
+the few MB that guidance exchanges in a step, and too slow for sequence parallelism.
 """
 
 from collections.abc import Sequence
@@ -12,69 +12,75 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-Said = TypeVar("Said")
+T = TypeVar("T")
 
 
-def goes_directly(device: torch.device) -> bool:
-    """Whether ranks exchange a GPU's tensors without the host. Not to be asked of a group: its back end has a name for
-    each kind of device."""
+def uses_nccl(device: torch.device) -> bool:
+    """Return whether ranks exchange tensors of this device by NCCL, without a copy to the host.
+
+    A process group cannot answer this: its back end is named for each kind of device.
+    """
     return device.type == "cuda" and dist.is_nccl_available()
 
 
-def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Every rank's `x`, in their order; shapes must agree. Of all ranks, unless a group of them is given."""
-    own = _carried(x)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    return [part.to(x.device) for part in parts]
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return every rank's `x`, in rank order, on this rank's device. All shapes and dtypes must be equal.
+
+    `group` defaults to all ranks.
+    """
+    own = _to_backend(x)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    return [other.to(x.device) for other in gathered]
 
 
-def told(mine: Said, group: dist.ProcessGroup | None = None) -> list[Said]:
-    """What every rank says, something picklable, in their order. All ranks, unless a group of them is given."""
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, mine, group=group)
-    return said
+def all_gather_object(item: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's `item`, in rank order. Items must be picklable. `group` defaults to all ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, item, group=group)
+    return gathered
 
 
-def take_from_first(x: Tensor) -> None:
-    """Overwrite `x` with rank 0's."""
-    own = _carried(x)
+def broadcast_(x: Tensor) -> None:
+    """Overwrite `x` in place with rank 0's `x`, on all ranks."""
+    own = _to_backend(x)
     dist.broadcast(own, src=0)
     if own is not x:
         x.copy_(own)
 
 
 @dataclass(frozen=True, slots=True)
-class Sending:
-    """A tensor under way to other ranks."""
+class PendingSend:
+    """A tensor that is being sent to other ranks."""
 
-    sent: Tensor  # kept alive until it has arrived
+    buffer: Tensor  # must stay alive until it has been sent
     works: tuple[dist.Work, ...]
 
     def wait(self) -> None:
-        """Until it is sent; on a GPU the current stream waits, not the host."""
+        """Wait until the tensor has been sent; on a GPU the current stream waits, not the host."""
         for work in self.works:
             work.wait()
 
 
-def send(x: Tensor, *ranks: int) -> Sending:
-    """Begin to send a copy of `x`, which may be overwritten at once."""
-    own = _carried(x.clone(memory_format=torch.contiguous_format))
+def isend(x: Tensor, *ranks: int) -> PendingSend:
+    """Start to send a copy of `x` to `ranks`; `x` may be overwritten at once."""
+    own = _to_backend(x.clone(memory_format=torch.contiguous_format))
     works = []
     for rank in ranks:
         work = dist.isend(own, rank)
         assert work is not None
         works.append(work)
-    return Sending(own, tuple(works))
+    return PendingSend(own, tuple(works))
 
 
-def receive(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:
-    """What that rank sends: a tensor of this shape, with the dtype and device of `like`."""
-    own = _carried(like.new_empty(shape))
+def recv(shape: Sequence[int], like: Tensor, rank: int) -> Tensor:
+    """Receive a tensor of `shape` from `rank`, with the dtype and the device of `like`."""
+    own = _to_backend(like.new_empty(shape))
     dist.recv(own, rank)
     return own.to(like.device)
 
 
-def _carried(x: Tensor) -> Tensor:
+def _to_backend(x: Tensor) -> Tensor:
+    """Return `x` contiguous, and on the host where gloo has to carry it."""
     x = x.contiguous()
-    return x.cpu() if x.is_cuda and not goes_directly(x.device) else x
+    return x.cpu() if x.is_cuda and not uses_nccl(x.device) else x

@@ -1,6 +1,6 @@
-"""How a process that was started ignores a terminal's Ctrl-C before it imports anything that takes time.
+"""Lets a spawned process ignore Ctrl-C before its slow imports.
 
-Imports nothing of the package, nor PyTorch.
+This module must not import PyTorch or anything of the package that does.
 """
 
 import signal
@@ -8,19 +8,22 @@ from collections.abc import Callable
 from importlib import import_module
 
 
-class WithoutInterrupts:
-    """A process's target, a function of a module: in the process that is started, SIGINT is ignored before that module
-    is imported, which may take seconds. Where signals can be blocked from the very start (`launch`), this adds nothing."""
+class IgnoreSigint:
+    """A target for a spawned process that ignores SIGINT before it imports the module of `target`.
+
+    `target` must be a function of a module, whose import may take seconds. Where SIGINT can be blocked before the
+    process starts (see launch.py), this has no further effect.
+    """
 
     def __init__(self, target: Callable[..., object]) -> None:
         self._target = target
 
     def __call__(self, *arguments: object) -> object:
-        """Call the target; not done in a spawned process, which has the function itself."""
+        """Call the target. A spawned process does not use this, because unpickling gives it the target itself."""
         return self._target(*arguments)
 
     def __reduce__(self) -> tuple[Callable[[str, str], object], tuple[str, str]]:
-        """Pickled, it is a call of `_ignore_and_import`. A process unpickles its target before the target's arguments."""
+        """Pickle as a call of `_ignore_and_import`; a process unpickles its target before the target's arguments."""
         return _ignore_and_import, (self._target.__module__, self._target.__name__)
 
 

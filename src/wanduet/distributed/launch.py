@@ -1,6 +1,6 @@
-"""Start one worker process a device and keep them together: if one ends, all end, with an error that says which.
+"""Starts one worker process for each device. If one process fails, all are ended, and the error names the rank.
 
-The starter is no rank: it only waits, so that it can always answer, cancel, and clear away.
+The parent process is not a rank: it only waits for messages, so that it can always respond, cancel, and clean up.
 """
 
 import os
@@ -20,18 +20,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from wanduet.distributed.interrupts import WithoutInterrupts
-from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, pack, serve
+from wanduet.distributed.interrupts import IgnoreSigint
+from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, dumps, rank_main
 from wanduet.errors import ConfigError, WanduetError
 
-# How long a collective may take, in seconds, where the caller does not know how long a step takes.
+# The longest time that a collective may take, in seconds, if the caller does not know how long a step takes.
 COLLECTIVE_TIMEOUT = 300.0
-# After the first sign of failure, how long others may say what they saw, and how long a process may take to
-# end after its work is done.
-GRACE, LEAVE = 0.5, 10.0
-PIPE_BYTES = 2**20  # what Linux allows everybody
+# Seconds: how long other ranks may still report their errors after the first one has failed, and how long a process may
+# take to exit after its work is done.
+REPORT_GRACE, EXIT_TIMEOUT = 0.5, 10.0
+PIPE_BYTES = 2**20  # Linux' default limit for unprivileged users
 
-# What may be behind the exit code of a process that said nothing.
+# Likely causes of an exit code, for a process that ended without a report.
 _HINTS: dict[int | None, str] = {
     1: "If this is a script of your own, start the work under `if __name__ == '__main__':`.",
     -9: "The system may have run out of host memory.",
@@ -40,9 +40,9 @@ _HINTS: dict[int | None, str] = {
 
 
 class RankFailedError(WanduetError):
-    """A worker process of a group failed, died or fell silent; the group has been ended.
+    """A worker process of a group failed, died or did not respond; the group has been ended.
 
-    `rank` is the one that is to blame as far as can be seen; `details` its traceback, where it left one.
+    `rank` is the rank that most likely caused it, `details` its traceback, or "" if it has sent none.
     """
 
     code = "rank_failed"
@@ -56,11 +56,11 @@ class RankFailedError(WanduetError):
 
 
 class RankGroup:
-    """Worker processes, one a device, that run `work(rank, *args)`; see Rank for what they are given.
+    """Worker processes, one for each device, that run `work(rank, *args)`, where `rank` is a `Rank`.
 
-    `work` must be importable and `args` picklable, because processes are spawned. Use as a context manager:
-    leaving it ends every process, also by an exception or Ctrl-C. If the starter itself is killed, the
-    workers notice and end. Methods are for one thread, `cancel` for any.
+    `work` must be importable and `args` picklable, because processes are spawned. Use the group as a context manager:
+    its exit ends every process, also after an exception or Ctrl-C. If the parent process is killed, the workers notice
+    and exit. Call all methods from one thread, except `cancel`, which any thread may call.
     """
 
     def __init__(
@@ -70,13 +70,16 @@ class RankGroup:
         *args: object,
         timeout_s: float = COLLECTIVE_TIMEOUT,
     ) -> None:
-        """Start the processes. `devices` like "cuda:0" or "cpu", one a rank; `timeout_s` is how long a
-        collective may take before the rank that waits gives up. Raises ConfigError for no devices."""
+        """Start the processes.
+
+        `devices` has one entry for each rank, such as "cuda:0" or "cpu". `timeout_s` is the longest time that a
+        collective may take, in seconds, before the waiting rank fails. Raises ConfigError if `devices` is empty.
+        """
         if not devices:
             raise ConfigError("A group needs at least one device.")
         self.devices = tuple(devices)
         self._folder = tempfile.TemporaryDirectory(prefix="wanduet-ranks-", ignore_cleanup_errors=True)
-        # A file, not a port: nothing to race for, no firewall that asks.
+        # A file, not a port: no race for a free port, no question by a firewall.
         rendezvous = (Path(self._folder.name) / "store").as_uri()
         self._processes: list[BaseProcess] = []
         self._to_ranks: list[Connection[Any, Any]] = []
@@ -89,20 +92,20 @@ class RankGroup:
         context = get_context("spawn")
         try:
             for index in range(len(self.devices)):
-                incoming, to_rank = _wide_pipe(context)
-                from_rank, outgoing = _wide_pipe(context)
+                incoming, to_rank = _large_pipe(context)
+                from_rank, outgoing = _large_pipe(context)
                 self._to_ranks.append(to_rank)
                 self._from_ranks.append(from_rank)
                 process = context.Process(
-                    target=WithoutInterrupts(serve),
+                    target=IgnoreSigint(rank_main),
                     args=(index, self.devices, rendezvous, timeout_s, incoming, outgoing, work, args),
                     name=f"wanduet-rank-{index}",
                     daemon=True,
                 )
-                with _unsearched_folder(), _interrupts_held():
+                with _safe_module_path(), _sigint_blocked():
                     process.start()
                 self._processes.append(process)
-                # Only the worker may hold its ends, or its death would not close the pipes.
+                # Close the worker's ends in this process, so that the worker's death closes the pipes.
                 incoming.close()
                 outgoing.close()
         except BaseException:
@@ -118,23 +121,25 @@ class RankGroup:
         self.close()
 
     def send(self, message: object, rank: int | None = None) -> int:
-        """Give a picklable message to one rank's `receive`, or to every rank's. Returns its number, for `cancel`."""
+        """Send a picklable message to one rank, by default to all, and return its number, for `cancel`."""
         self._sent += 1
-        self._tell(Message(message, self._sent), range(len(self.devices)) if rank is None else [rank])
+        self._post(Message(message, self._sent), range(len(self.devices)) if rank is None else [rank])
         return self._sent
 
     def cancel(self, task: int = 0) -> None:
-        """Let `Rank.cancelled` say so, on all ranks at the same step, while they work on that message; 0 stands for
-        what they do before they receive any. It may come before a rank has started, or after the work is done, and
-        never concerns another message. To end the ranks at once, leave the group."""
-        self._tell(Cancel(task), range(len(self.devices)))
+        """Make `Rank.cancelled` return True, on all ranks at the same step, while they work on message number `task`.
+
+        0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after
+        the work is done; it never affects another message. To end the ranks at once, exit the group.
+        """
+        self._post(Cancel(task), range(len(self.devices)))
 
     def receive(self, timeout_s: float | None = None, task: int | None = None) -> tuple[int, object] | None:
-        """The next message that a rank reported, with its index; None when all ranks' work is done. With `task`, the next
-        that was reported about that message; those about others are dropped.
+        """Return the index of a rank and the next message that it reported; None when all ranks' work is done.
 
-        Raises RankFailedError, or the WanduetError that a rank raised, after all processes have been ended and
-        every message that still arrived has been given out; TimeoutError if nothing came for `timeout_s`.
+        With `task`, return the next message about that task and drop those about others. After a failure, all processes
+        are ended and the messages that have arrived are returned first; then this raises RankFailedError, or the
+        WanduetError that a rank raised. Raises TimeoutError if nothing arrives within `timeout_s` seconds.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -156,22 +161,24 @@ class RankGroup:
                 self._error = self._end_failed()
 
     def messages(self) -> Iterator[tuple[int, object]]:
-        """All that the ranks report, until their work is done. Raises what `receive` raises."""
+        """Yield what `receive` returns, until all ranks' work is done. Raises what `receive` raises."""
         while (item := self.receive()) is not None:
             yield item
 
     def results(self) -> list[object]:
-        """What the work returned on each rank, in order; messages not yet read are dropped. Raises what
-        `receive` raises."""
+        """Wait for all ranks and return what `work` returned on each, in rank order; drop messages not received yet.
+
+        Raises what `receive` raises.
+        """
         for _ in self.messages():
             pass
         return [self._results[index] for index in range(len(self.devices))]
 
     def close(self) -> None:
-        """End every process and wait until it is gone; done twice, it does nothing."""
+        """End every process and wait until it has exited. A second call does nothing."""
         if len(self._results) == len(self.devices):
-            self._tell("leave", range(len(self.devices)))
-            deadline = time.monotonic() + LEAVE
+            self._post("exit", range(len(self.devices)))
+            deadline = time.monotonic() + EXIT_TIMEOUT
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
@@ -183,16 +190,16 @@ class RankGroup:
             pipe.close()
         self._folder.cleanup()
 
-    def _tell(self, item: Message | Cancel | Command, ranks: Sequence[int]) -> None:
-        data = pack(item)
+    def _post(self, item: Message | Cancel | Command, ranks: Sequence[int]) -> None:
+        data = dumps(item)
         for index in ranks:
             try:
                 self._to_ranks[index].send_bytes(data)
-            except OSError:  # it is gone; `receive` will say so
+            except OSError:  # the process has ended; `receive` raises the error
                 continue
 
     def _read(self, index: int) -> Message | Result | Failure | None:
-        """The next thing from a rank, noted; None if it is gone without a word."""
+        """Read and store the next item from a rank; return None if its process has ended without a report."""
         try:
             item = pickle.loads(self._from_ranks[index].recv_bytes())
         except (EOFError, OSError):
@@ -206,10 +213,12 @@ class RankGroup:
         return item
 
     def _end_failed(self) -> WanduetError:
-        """End the group and say who is to blame. A rank that lost another one fails too; hence the short wait
-        for what others have to say, and the order in which they are believed."""
-        deadline = time.monotonic() + GRACE
-        silent: list[int] = []
+        """End all processes and return the error of the rank that caused the failure.
+
+        A rank that loses the connection to another one fails too; hence the short wait for further reports.
+        """
+        deadline = time.monotonic() + REPORT_GRACE
+        ended: list[int] = []
         pending = set(range(len(self.devices))) - set(self._results) - set(self._failures)
         while pending and (left := deadline - time.monotonic()) > 0:
             ready = connection.wait([self._from_ranks[index] for index in pending], left)
@@ -217,29 +226,33 @@ class RankGroup:
                 if self._from_ranks[index] in ready:
                     item = self._read(index)
                     if item is None:
-                        silent.append(index)
+                        ended.append(index)
                     if not isinstance(item, Message):
                         pending.discard(index)
-        for index in silent:
-            self._processes[index].join(GRACE)
-        exit_codes = {index: self._processes[index].exitcode for index in silent}
+        for index in ended:
+            self._processes[index].join(REPORT_GRACE)
+        exit_codes = {index: self._processes[index].exitcode for index in ended}
         self.close()
-        return self._blame(exit_codes, sorted(pending))
+        return self._root_cause(exit_codes, sorted(pending))
 
-    def _blame(self, exit_codes: dict[int, int | None], mute: list[int]) -> WanduetError:
-        """The error for what is known: what ranks said, how those that said nothing ended, who still runs."""
+    def _root_cause(self, exit_codes: dict[int, int | None], unresponsive: list[int]) -> WanduetError:
+        """Choose the error to raise.
+
+        A failure that is not a lost connection comes first, then a process that ended without a report (`exit_codes`),
+        then a rank that has not responded (`unresponsive`) while another one failed.
+        """
         by_time = sorted(self._failures.items(), key=lambda item: item[1].when)
-        causes = [(index, failure) for index, failure in by_time if not failure.echo]
+        causes = [(index, failure) for index, failure in by_time if not failure.secondary]
         if not causes and exit_codes:
             index, code = next(iter(exit_codes.items()))
-            return RankFailedError(f"{self._name(index)} died: {_exit(code)}.", index, hint=_HINTS.get(code))
+            return RankFailedError(f"{self._name(index)} died: {_describe_exit(code)}.", index, hint=_HINTS.get(code))
         index, failure = (causes or by_time)[0]
         if failure.error is not None:
-            return failure.raised_again()
+            return failure.to_error()
         message = f"{self._name(index)} failed: {failure.summary}"
-        if failure.echo and mute:
-            hint = f"{' and '.join(map(self._name, mute))} did not answer."
-            return RankFailedError(message, mute[0], failure.traceback, hint=hint)
+        if failure.secondary and unresponsive:
+            hint = f"{' and '.join(map(self._name, unresponsive))} did not answer."
+            return RankFailedError(message, unresponsive[0], failure.traceback, hint=hint)
         return RankFailedError(message, index, failure.traceback)
 
     def _name(self, index: int) -> str:
@@ -249,28 +262,34 @@ class RankGroup:
 def run_on_ranks(
     work: Callable[..., object], devices: Sequence[str], *args: object, timeout_s: float = COLLECTIVE_TIMEOUT
 ) -> list[object]:
-    """Run `work(rank, *args)` on every device and return the results in order. See RankGroup; raises what
-    `RankGroup.receive` raises."""
+    """Run `work(rank, *args)` on every device and return the results in rank order.
+
+    See RankGroup for the parameters. Raises what `RankGroup.receive` raises.
+    """
     with RankGroup(work, devices, *args, timeout_s=timeout_s) as group:
         return group.results()
 
 
-def _wide_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[Any, Any]]":
-    """A one-way pipe, its reader first, that takes a large message in few pieces where the system lets it: latents and
-    frames go through it, and for each piece writer and reader wait for each other."""
+def _large_pipe(context: BaseContext) -> "tuple[Connection[Any, Any], Connection[Any, Any]]":
+    """Return the reader and the writer of a one-way pipe, with a large buffer where the system allows it.
+
+    Latents and frames go through it in pieces of the buffer's size; writer and reader wait for each other at each.
+    """
     reader, writer = context.Pipe(duplex=False)
     if sys.platform == "linux":
         import fcntl
 
-        with suppress(OSError):  # the user's pipes hold as much as they may
+        with suppress(OSError):  # the user's limit for all pipes is reached
             fcntl.fcntl(writer.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return reader, writer
 
 
 @contextmanager
-def _unsearched_folder() -> Iterator[None]:
-    """What is started meanwhile does not look for modules in the current folder, where a `json.py` may lie that is no
-    business of this program. Afterwards it gets this process's own module path."""
+def _safe_module_path() -> Iterator[None]:
+    """Start processes inside this without the current folder in their module path: a `json.py` may lie there.
+
+    Once started, they get this process's own module path from multiprocessing.
+    """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -283,13 +302,15 @@ def _unsearched_folder() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """What is started meanwhile is born deaf to a terminal's Ctrl-C, until it says itself what to do with it (see
-    `serve`): it would else die with a traceback in the seconds that its imports take."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: `WithoutInterrupts` does so a moment later
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes inside this with SIGINT blocked, until `rank_main` ignores it.
+
+    Otherwise a terminal's Ctrl-C would end them with a traceback during the seconds that their imports take.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: there only `IgnoreSigint` protects them, a moment later
         yield
         return
-    resource_tracker.ensure_running()  # else the first start would do that, which lets go of interrupts
+    resource_tracker.ensure_running()  # otherwise the first start would start it, which unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -297,8 +318,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _exit(code: int | None) -> str:
-    """`killed by SIGKILL`, `exit status 3`."""
+def _describe_exit(code: int | None) -> str:
+    """Return a text such as `killed by SIGKILL` or `exit status 3`."""
     if code is None:
         return "its connection broke"
     if code >= 0:

@@ -1,4 +1,4 @@
-"""How the devices of ranks are joined, and NCCL kept from a way that does not work there."""
+"""How the devices of a group reach each other, and the NCCL setting that this requires."""
 
 import os
 from collections.abc import Sequence
@@ -7,33 +7,39 @@ from typing import Literal
 
 import torch
 
-from wanduet.distributed.collectives import goes_directly
+from wanduet.distributed.collectives import uses_nccl
 from wanduet.distributed.mesh import Layout
 
 Link = Literal["direct", "host", "gloo"]
-"""direct: GPUs write to each other's memory, or all ranks are CPUs, which share one. host: NCCL carries everything through
-the host's memory. gloo: without NCCL, as on Windows, everything is copied to the host and goes through sockets."""
+"""direct: GPUs write to each other's memory (P2P), or all ranks are CPUs, which share one memory. host: NCCL copies
+through host memory. gloo: there is no NCCL, as on Windows; tensors are copied to the host and sent through sockets."""
 
 
 def link_between(devices: Sequence[torch.device]) -> Link:
-    """What joins devices of one machine, as far as their driver says."""
+    """Return the link between devices of one machine, as reported by the driver."""
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         return "direct"
-    if len(gpus) < len(devices) or not goes_directly(gpus[0]):
+    if len(gpus) < len(devices) or not uses_nccl(gpus[0]):
         return "gloo"
     pairs = permutations(sorted({device.index or 0 for device in gpus}), 2)
     return "direct" if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs) else "host"
 
 
-def keep_nccl_to(link: Link) -> None:
-    """Let NCCL in this process go that way, unless somebody has chosen; it must not have begun."""
+def configure_nccl(link: Link) -> None:
+    """Disable NCCL's P2P transport in this process where `link` is "host". Call this before NCCL is initialised.
+
+    A value of NCCL_P2P_DISABLE that the user has set stays.
+    """
     if link == "host":
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
 
 
-def attention_bytes(layout: Layout, tokens: int, dim: int, item: int) -> int:
-    """What each rank sends by collectives for one attention over a sequence of so many tokens of `dim` values of `item`
-    bytes: queries, keys, values and results along `ulysses`; keys and values to all others of its `ring`."""
-    part = tokens * dim * item / layout.sequence
+def attention_comm_bytes(layout: Layout, tokens: int, dim: int, itemsize: int) -> int:
+    """Return the bytes that each rank sends by collectives for one attention.
+
+    The sequence has `tokens` tokens of `dim` values of `itemsize` bytes. Along `ulysses` a rank sends q, k, v and the
+    result; along `ring` it sends k and v to every other rank.
+    """
+    part = tokens * dim * itemsize / layout.sequence
     return int(part * (4 * (layout.ulysses - 1) / layout.ulysses + 2 * (layout.ring - 1)))

@@ -1,8 +1,8 @@
-"""Which ranks work together: a grid of processes, `cfg x ring x ulysses`.
+"""The process groups of CFG, ring and Ulysses parallelism: a grid of ranks, `cfg x ring x ulysses`.
 
-`cfg` ranks take one prompt each and exchange a velocity a step; `ring` and `ulysses` ranks share one
-sequence of tokens and exchange keys, values or heads in every block. Neighbouring ranks, which tend to
-have the fastest link, are placed along `ulysses`, where most is exchanged; the farthest along `cfg`.
+`cfg` ranks take one prompt each and exchange a velocity in every step. `ring` and `ulysses` ranks share one sequence of
+tokens and exchange keys and values, or heads, in every block. Neighbouring ranks, which usually have the fastest link,
+lie along `ulysses`, which exchanges most; the most distant ones along `cfg`.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from wanduet.distributed.p2p.copies import GpuPeers
+from wanduet.distributed.p2p.copies import GpuPeerMemory
 from wanduet.distributed.p2p.memory import PeerMemory
 from wanduet.errors import ConfigError
 
@@ -23,25 +23,25 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks stand along each axis."""
+    """The number of ranks along each axis: the degrees of CFG, ring and Ulysses parallelism."""
 
     cfg: int = 1
     ring: int = 1
     ulysses: int = 1
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a degree that cannot be."""
+        """Check the degrees. Raises ConfigError for one out of range."""
         if self.cfg not in (1, 2) or self.ring < 1 or self.ulysses < 1:
             raise ConfigError(f"{self} is no layout: cfg is 1 or 2, ring and ulysses are at least 1.")
 
     @property
     def sequence(self) -> int:
-        """How many ranks share one sequence."""
+        """The number of ranks that share one sequence."""
         return self.ring * self.ulysses
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """The number of all ranks."""
         return self.cfg * self.sequence
 
 
@@ -49,13 +49,13 @@ ONE_DEVICE = Layout()
 
 
 def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layout:
-    """The layout that exchanges least for a number of ranks, one a device.
+    """Return the layout that exchanges least for `world_size` ranks, one for each device.
 
-    With guidance and an even number of ranks, half of them take the negative prompt: a few MB a step.
-    The others share the sequence by heads (Ulysses) as far as the heads divide, which exchanges
-    `4 / degree` of a sequence of hidden states a block; what is left goes to the ring, which exchanges
-    keys and values of the whole sequence a block but asks nothing of the heads. (Two GPUs that write to each
-    other's memory send keys and values along the Ulysses axis too, which is as much: p2p/exchange.py.)
+    With guidance and an even number of ranks, half of them take the negative prompt: this exchanges a few MB in a step.
+    The ranks of one prompt share the sequence by Ulysses, as far as its degree divides `num_heads`; this exchanges
+    `4 / degree` of a sequence of hidden states in a block. The remaining factor goes to the ring, which exchanges keys
+    and values of the whole sequence in a block and works with any number of heads. (Two GPUs with peer access exchange
+    keys and values along the Ulysses axis too, which is the same amount: p2p/exchange.py.)
 
     Raises ConfigError for a number of ranks or heads below 1.
     """
@@ -69,10 +69,10 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This rank's groups along each axis; `sequence` is the whole plane `ring x ulysses`.
+    """This rank's process group along each axis; `sequence` is the whole plane `ring x ulysses`.
 
-    Within `sequence`, rank `r` stands at `(r // ulysses, r % ulysses)`. Within `cfg`, rank 0 takes the
-    prompt and rank 1 the negative prompt (see sampling/guidance.py).
+    Rank `r` of `sequence` has the coordinates `(r // ulysses, r % ulysses)`. Rank 0 of `cfg` takes the prompt, rank 1
+    the negative prompt (see sampling/guidance.py).
     """
 
     layout: Layout
@@ -80,32 +80,32 @@ class Mesh:
     sequence: dist.ProcessGroup
     ring: dist.ProcessGroup
     ulysses: dist.ProcessGroup
-    peers: PeerMemory | None = None  # of `ulysses`, where its ranks can write to each other's memory
+    peer_memory: PeerMemory | None = None  # of `ulysses`; None where its ranks cannot write to each other's memory
 
     @classmethod
     def create(cls, layout: Layout, timeout_s: float, device: torch.device = CPU) -> Self:
-        """Arrange all ranks of the initialised default process group; every rank must call this, with its device.
+        """Create the groups from the initialised default process group. Every rank must call this, with its device.
 
-        `timeout_s` is how long a collective may take. Raises ConfigError if the number of ranks is not the
-        layout's.
+        `timeout_s` is the longest time that a collective may take, in seconds. Raises ConfigError if the number of
+        ranks is not the layout's.
         """
         if dist.get_world_size() != layout.world_size:
             raise ConfigError(f"{layout} needs {layout.world_size} ranks; there are {dist.get_world_size()}.")
         assert dist.group.WORLD is not None
         plane = torch.arange(layout.world_size).view(layout.cfg, layout.sequence)
         grid = plane.view(layout.cfg, layout.ring, layout.ulysses)
-        # Not init_device_mesh: its groups ignore the default group's timeout, and it makes one for each axis
-        # where those of equal ranks can be one. A NCCL communicator holds some hundred MB of GPU memory.
-        made = {_rows(plane.view(1, -1)): dist.group.WORLD}
+        # Not init_device_mesh: its groups ignore the default group's timeout, and it creates one group for each axis
+        # even where two axes have the same ranks. A NCCL communicator takes some hundred MB of GPU memory.
+        created = {_rank_lists(plane.view(1, -1)): dist.group.WORLD}
         groups = []
         for axis in (plane.t(), plane, grid.movedim(1, -1), grid):
-            ranks = _rows(axis)
-            if ranks not in made:
+            ranks = _rank_lists(axis)
+            if ranks not in created:
                 timeout = timedelta(seconds=timeout_s)
-                made[ranks], _ = dist.new_subgroups_by_enumeration([list(row) for row in ranks], timeout=timeout)
-            groups.append(made[ranks])
+                created[ranks], _ = dist.new_subgroups_by_enumeration([list(row) for row in ranks], timeout=timeout)
+            groups.append(created[ranks])
         cfg, sequence, ring, ulysses = groups
-        return cls(layout, cfg, sequence, ring, ulysses, GpuPeers.of_group(ulysses, device))
+        return cls(layout, cfg, sequence, ring, ulysses, GpuPeerMemory.from_group(ulysses, device))
 
     @property
     def cfg_rank(self) -> int:
@@ -114,10 +114,10 @@ class Mesh:
 
     @property
     def sequence_rank(self) -> int:
-        """Which part of the sequence this rank holds."""
+        """The index of this rank's part of the sequence."""
         return dist.get_rank(self.sequence)
 
 
-def _rows(ranks: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Groups of ranks along the last axis."""
+def _rank_lists(ranks: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Return the ranks of each group along the last axis."""
     return tuple(tuple(row) for row in ranks.reshape(-1, ranks.shape[-1]).tolist())

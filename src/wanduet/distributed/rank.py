@@ -1,4 +1,4 @@
-"""One worker process of a group: how it joins the others, and how it talks with the process that started it."""
+"""One worker process of a group: how it joins the process group and exchanges messages with its parent process."""
 
 import io
 import os
@@ -20,32 +20,32 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from wanduet.distributed.collectives import goes_directly
-from wanduet.distributed.links import Link, keep_nccl_to, link_between
+from wanduet.distributed.collectives import uses_nccl
+from wanduet.distributed.links import Link, configure_nccl, link_between
 from wanduet.distributed.mesh import Layout, Mesh
 from wanduet.errors import WanduetError
 
-# Exit status of a worker whose starter is gone (nobody is left to read it) and of one that reported an error.
-ABANDONED, FAILED = 3, 1
+# Exit status of a worker whose parent process has ended, and of one that has reported an error.
+EXIT_ORPHANED, EXIT_FAILED = 3, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a worker says of an exception that ended it.
+    """A worker's report of the exception that ended it.
 
-    `echo`: only the loss of another rank was noticed. `error`: class, arguments and attributes of a
-    WanduetError, which is raised again in the starter; None for any other exception.
+    `secondary`: the exception only says that another rank was lost. `when`: Unix time in seconds. `error`: class,
+    arguments and attributes of a WanduetError, which the parent process raises again; None for any other exception.
     """
 
     summary: str
     traceback: str
-    echo: bool
+    secondary: bool
     when: float
     error: tuple[type[WanduetError], tuple[Any, ...], dict[str, Any]] | None
 
     @classmethod
-    def of(cls, error: BaseException) -> "Failure":
-        """Describe an exception."""
+    def from_exception(cls, error: BaseException) -> "Failure":
+        """Create the report of an exception."""
         return cls(
             f"{type(error).__name__}: {error}",
             "".join(traceback.format_exception(error)),
@@ -54,12 +54,12 @@ class Failure:
             (type(error), error.args, dict(vars(error))) if isinstance(error, WanduetError) else None,
         )
 
-    def raised_again(self) -> WanduetError:
-        """The worker's WanduetError, its traceback as a note. Raises ValueError if it was none."""
+    def to_error(self) -> WanduetError:
+        """Return the worker's WanduetError, with its traceback as a note. Raises ValueError for any other exception."""
         if self.error is None:
             raise ValueError(f"{self.summary} is no WanduetError.")
         kind, arguments, attributes = self.error
-        error = kind.__new__(kind)  # not by its constructor, whose arguments an exception does not keep
+        error = kind.__new__(kind)  # without its constructor, whose arguments an exception does not store
         error.args = arguments
         vars(error).update(attributes)
         error.add_note(self.traceback)
@@ -68,8 +68,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Something for the other side. `task` is its number, where the starter sends it; the number of the task that it is
-    about, where a worker does (0: of none)."""
+    """A message between parent and worker.
+
+    `task` is the message's own number if the parent sends it; if a worker does, the number of the message that it is
+    working on (0: none yet).
+    """
 
     content: object
     task: int = 0
@@ -77,38 +80,40 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The task of that number is not wanted any more; 0: what a worker does without having been sent anything."""
+    """Cancels the task of this number; 0 is the work that a worker does before it receives a message."""
 
     task: int
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a worker's work returned."""
+    """What `work` returned on a worker."""
 
     value: object
 
 
-Command = Literal["leave"]
+Command = Literal["exit"]
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a tensor of the host as its bytes: PyTorch makes a zip file of each, which takes ten times as long."""
+    """Pickles a CPU tensor as its bytes: PyTorch writes a zip file for each, which takes ten times as long."""
 
     def reducer_override(self, item: object) -> Any:
-        """A way to restore it, or NotImplemented for pickle's own."""
+        """Return the function that restores `item` and its arguments, or NotImplemented for pickle's default."""
         if type(item) is not torch.Tensor or item.device.type != "cpu" or item.requires_grad:
             return NotImplemented
-        return _tensor, (item.reshape(-1).view(torch.uint8).numpy(), item.dtype, tuple(item.shape))
+        return _restore_tensor, (item.reshape(-1).view(torch.uint8).numpy(), item.dtype, tuple(item.shape))
 
 
-def _tensor(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _restore_tensor(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(data).view(dtype).view(shape)
 
 
-def pack(item: object) -> memoryview:
-    """Bytes that outlive their sender: multiprocessing's own way to send a tensor passes shared memory, which
-    is lost if the sender ends before it is read."""
+def dumps(item: object) -> memoryview:
+    """Pickle `item` with the bytes of its tensors; restore it with `pickle.loads`.
+
+    Multiprocessing passes tensors in shared memory, which is lost if the sender exits before it is read.
+    """
     packed = io.BytesIO()
     _Pickler(packed, protocol=pickle.HIGHEST_PROTOCOL).dump(item)
     return packed.getbuffer()
@@ -116,31 +121,31 @@ def pack(item: object) -> memoryview:
 
 @dataclass(slots=True)
 class Mailbox:
-    """A worker's two one-way pipes to its starter. A thread reads; when the starter is gone, it ends the process."""
+    """A worker's two one-way pipes to its parent process. A thread reads; if the parent ends, it ends this process."""
 
     incoming: "Connection[Any, Any]"
     outgoing: "Connection[Any, Any]"
     messages: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
-    task: int = 0  # the number of the message that was received last
-    cancelled: set[int] = field(default_factory=set)  # by number: it may come before its task is begun
-    may_leave: threading.Event = field(default_factory=threading.Event)
-    sending: threading.Lock = field(default_factory=threading.Lock)
+    task: int = 0  # the number of the message received last
+    cancelled: set[int] = field(default_factory=set)  # numbers of tasks; a cancel may arrive before its task starts
+    may_exit: threading.Event = field(default_factory=threading.Event)
+    send_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def listen(self) -> None:
-        """Start to read what the starter sends."""
+    def start(self) -> None:
+        """Start the thread that reads what the parent process sends."""
         threading.Thread(target=self._read, name="wanduet-mailbox", daemon=True).start()
 
     def receive(self) -> object:
-        """Wait for the next message: its task is the current one from now on."""
+        """Wait for the next message and return its content; its number becomes the current task."""
         message = self.messages.get()
         self.task = message.task
-        self.cancelled -= {task for task in self.cancelled if task < message.task}  # they are over
+        self.cancelled -= {task for task in self.cancelled if task < message.task}  # they are done
         return message.content
 
     def send(self, item: object) -> None:
-        """Send to the starter; from any thread."""
-        data = pack(item)
-        with self.sending:
+        """Send `item` to the parent process; any thread may call this."""
+        data = dumps(item)
+        with self.send_lock:
             self.outgoing.send_bytes(data)
 
     def _read(self) -> None:
@@ -148,71 +153,55 @@ class Mailbox:
             try:
                 item = pickle.loads(self.incoming.recv_bytes())
             except (EOFError, OSError):
-                if self.may_leave.is_set():
+                if self.may_exit.is_set():
                     return
-                os._exit(ABANDONED)  # a collective may never return: nothing gentler ends this process surely
+                os._exit(EXIT_ORPHANED)  # not a normal exit: a thread may be blocked in a collective for ever
             if isinstance(item, Message):
                 self.messages.put(item)
             elif isinstance(item, Cancel):
                 self.cancelled.add(item.task)
             else:
-                self.may_leave.set()
+                self.may_exit.set()
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of `world_size` processes with a device each; the default process group is initialised.
+    """This process among the `world_size` processes of a group; the default process group is initialised.
 
-    `timeout_s` is how long a collective may take; `link` is what joins the ranks' devices.
+    `timeout_s` is the longest time that a collective may take, in seconds; `link` joins the ranks' devices.
     """
 
     index: int
     world_size: int
     device: torch.device
     timeout_s: float
-    mailbox: Mailbox | None = None
-    link: Link = "direct"
+    mailbox: Mailbox
+    link: Link
 
     def mesh(self, layout: Layout) -> Mesh:
-        """The ranks in a layout; all must ask. Raises ConfigError if their number is not the layout's."""
+        """Create the process groups of `layout`; all ranks must call this. Raises ConfigError if their number is not
+        the layout's."""
         return Mesh.create(layout, self.timeout_s, self.device)
 
     def report(self, message: object) -> None:
-        """Send something picklable to the starter (tensors on the CPU); nobody hears it under torchrun."""
-        if self.mailbox is not None:
-            self.mailbox.send(Message(message, self.mailbox.task))
+        """Send a picklable message, with tensors on the CPU, to the parent process."""
+        self.mailbox.send(Message(message, self.mailbox.task))
 
     def receive(self) -> object:
-        """Wait for the next message of the starter. Raises RuntimeError under torchrun, where there is none."""
-        if self.mailbox is None:
-            raise RuntimeError("This process was not started by wanduet: nobody sends it messages.")
+        """Wait for the next message of the parent process and return it."""
         return self.mailbox.receive()
 
     def cancelled(self) -> bool:
-        """Whether the message received last was cancelled, the same answer on every rank: all must ask together, once
-        a step."""
-        mailbox = self.mailbox
-        asked = torch.tensor([mailbox is not None and mailbox.task in mailbox.cancelled], dtype=torch.int32)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked.item())
+        """Return whether the task of the message received last is cancelled; the same on all ranks.
+
+        This is a collective: all ranks must call it together, once in a step.
+        """
+        flag = torch.tensor([self.mailbox.task in self.mailbox.cancelled], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
 
 
-def join_torchrun(timeout_s: float) -> Rank | None:
-    """Join the group that torchrun started this process in, one GPU a process where there are any; None
-    outside torchrun. `timeout_s` is how long a collective may take."""
-    if not dist.is_torchelastic_launched():
-        return None
-    index, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    link = link_between([torch.device(device.type, other) for other in range(int(os.environ["LOCAL_WORLD_SIZE"]))])
-    keep_nccl_to(link)
-    _join(index, size, device, "env://", timeout_s)
-    return Rank(index, size, device, timeout_s, link=link)
-
-
-def serve(
+def rank_main(
     index: int,
     devices: tuple[str, ...],
     rendezvous: str,
@@ -222,16 +211,19 @@ def serve(
     work: Callable[..., object],
     args: tuple[object, ...],
 ) -> None:
-    """What a worker process runs: join the group, do `work(rank, *args)`, report how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches everyone; the starter decides
+    """Run a worker process: join the process group, run `work(rank, *args)`, and send the result or the failure.
+
+    `rendezvous` is the URL at which the ranks meet. The other parameters are those of `RankGroup`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes; the parent handles it
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # so does its end
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the same holds for a closed terminal
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     mailbox = Mailbox(incoming, outgoing)
-    mailbox.listen()
+    mailbox.start()
     try:
-        _stay_on_this_machine()
+        _use_loopback()
         all_devices = [torch.device(name) for name in devices]
         device = all_devices[index]
         if device.type == "cpu":
@@ -240,22 +232,21 @@ def serve(
         elif device.type == "cuda":
             torch.cuda.set_device(device)
         link = link_between(all_devices)
-        keep_nccl_to(link)
-        _join(index, len(devices), device, rendezvous, timeout_s)
+        configure_nccl(link)
+        _init_process_group(index, len(devices), device, rendezvous, timeout_s)
         mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox, link), *args)))
     except BaseException as error:
-        mailbox.send(Failure.of(error))
+        mailbox.send(Failure.from_exception(error))
         sys.stderr.flush()
-        os._exit(FAILED)  # leaving in order would wait for ranks that will not come
-    # A rank that leaves takes its connections along, which others may still need; not a barrier, because
-    # that would time out where one rank works on alone.
-    mailbox.may_leave.wait()
+        os._exit(EXIT_FAILED)  # a normal exit would wait for ranks that are lost
+    # Other ranks may still need this rank's connections. Not a barrier: it could time out while another rank works.
+    mailbox.may_exit.wait()
     dist.destroy_process_group()
 
 
-def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
-    nccl = goes_directly(device)
-    # A decode's rows are meant to travel one after another.
+def _init_process_group(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
+    nccl = uses_nccl(device)
+    # A decode's rows are sent one after the other on purpose.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
@@ -267,8 +258,8 @@ def _join(index: int, size: int, device: torch.device, rendezvous: str, timeout_
     )
 
 
-def _stay_on_this_machine() -> None:
-    """Let ranks meet over the loopback: quick, unseen by the network, and there without one."""
+def _use_loopback() -> None:
+    """Let ranks connect over the loopback interface: it is fast, private, and works without a network."""
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

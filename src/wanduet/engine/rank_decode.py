@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from wanduet.distributed.collectives import Sending, receive, send
+from wanduet.distributed.collectives import PendingSend, isend, recv
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.split import split_lengths
 from wanduet.models.vae.layers import Past
@@ -55,13 +55,13 @@ class SentTrunk:
 
     def __init__(self, vae: WanVAE, ranks: tuple[int, ...]) -> None:
         self._vae, self._ranks = vae, ranks
-        self._under_way: Sending | None = None
+        self._under_way: PendingSend | None = None
 
     def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         """As `WanVAE.decode_trunk`."""
         mid, past = self._vae.decode_trunk(z, past)
         self.finish()
-        self._under_way = send(mid.permute(0, 2, 3, 4, 1), *self._ranks)
+        self._under_way = isend(mid.permute(0, 2, 3, 4, 1), *self._ranks)
         return mid, past
 
     def finish(self) -> None:
@@ -80,7 +80,7 @@ class ReceivedTrunk:
     def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
         """As `WanVAE.decode_trunk`; remembers nothing."""
         batch, _, frames, rows, columns = z.shape
-        mid = receive((batch, frames, rows, columns, self._channels), z, rank=0)
+        mid = recv((batch, frames, rows, columns, self._channels), z, rank=0)
         return mid.permute(0, 4, 1, 2, 3), None
 
 
@@ -90,14 +90,14 @@ class SentSeam(Seam):
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
         self._rank = rank
-        self._under_way: dict[int, Sending] = {}
+        self._under_way: dict[int, PendingSend] = {}
 
     def keep(self, index: int, x: Tensor) -> None:
         """Send rows `[B, C, T, rows, w]`, channels last."""
         before = self._under_way.pop(index, None)
         if before is not None:
             before.wait()
-        self._under_way[index] = send(x.permute(0, 2, 3, 4, 1), self._rank)
+        self._under_way[index] = isend(x.permute(0, 2, 3, 4, 1), self._rank)
 
     def finish(self) -> None:
         """Wait until all has been sent."""
@@ -117,4 +117,4 @@ class ReceivedSeam(Seam):
         """Receive `count` rows, of the frames, channels and columns of those below."""
         assert below is not None, "strips that share work have new rows at each layer"
         batch, channels, frames, _, columns = below.shape
-        return receive((batch, frames, count, columns, channels), below, self._rank).permute(0, 4, 1, 2, 3)
+        return recv((batch, frames, count, columns, channels), below, self._rank).permute(0, 4, 1, 2, 3)

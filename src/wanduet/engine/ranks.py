@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.config import EngineConfig
-from wanduet.distributed.collectives import goes_directly, told
+from wanduet.distributed.collectives import all_gather_object, uses_nccl
 from wanduet.distributed.mesh import Layout, Mesh
 from wanduet.distributed.rank import Rank
-from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.engine.rank_decode import decode_share
@@ -171,7 +171,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             denoiser.without_kernel(error.operation)
             models.checkpoint.keep_verdicts()
             raise
-    peaks = add_up(told(_own_peaks(rank)))
+    peaks = add_up(all_gather_object(_own_peaks(rank)))
     if first:
         report = Denoised(
             latents,
@@ -220,7 +220,7 @@ def _agree(denoiser: Denoiser) -> None:
     """Let all ranks attend with the same kernel, which each of them has chosen for itself."""
     assert denoiser.chosen is not None
     choice = denoiser.chosen[2]
-    denoiser.attend_with(choose_together(told((choice.name, choice.table)), denoiser.device))
+    denoiser.attend_with(choose_together(all_gather_object((choice.name, choice.table)), denoiser.device))
 
 
 def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
@@ -228,8 +228,8 @@ def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
-    elif mesh.layout.cfg > 1 and goes_directly(denoiser.device):  # over the host it would take longer than it saves
-        sharding = PromptSharding.of_group(mesh.cfg)
+    elif mesh.layout.cfg > 1 and uses_nccl(denoiser.device):  # over the host it would take longer than it saves
+        sharding = CfgSharding.from_group(mesh.cfg)
     else:
         return
     denoiser.transformer.runtime = replace(denoiser.transformer.runtime, sharding=sharding)

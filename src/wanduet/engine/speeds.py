@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from wanduet.distributed.collectives import gather
+from wanduet.distributed.collectives import all_gather
 from wanduet.distributed.links import Link
 from wanduet.distributed.mesh import Layout, Mesh, choose_layout
 from wanduet.distributed.rank import Rank
@@ -41,7 +41,7 @@ def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]
     best = [0.0] * rank.world_size
     for _ in range(TRIES):
         own = torch.tensor([_measure(rank.device)], dtype=torch.float64, device=rank.device)
-        best = [max(pair) for pair in zip(best, map(float, gather(own)), strict=True)]
+        best = [max(pair) for pair in zip(best, map(float, all_gather(own)), strict=True)]
         speeds = balanced(tuple(best))
         if len(set(speeds)) == 1:
             break

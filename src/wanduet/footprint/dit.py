@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
-from wanduet.distributed.p2p.exchange import direct_bytes
+from wanduet.distributed.p2p.exchange import p2p_buffer_bytes
 from wanduet.family.specs import TransformerSpec
-from wanduet.footprint.fake_group import NobodysPeers, OneOfMany
+from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.kernels.dit.rope import Rope
 from wanduet.meta.init import without_memory
@@ -58,7 +58,7 @@ def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: st
         return 0
     tokens = prod(size // p for size, p in zip(latent_shape[1:], spec.patch_size, strict=True))
     lengths = (-(-tokens // layout.sequence),) * layout.ulysses
-    return direct_bytes(layout, lengths, spec.dim, getattr(torch, dtype).itemsize)
+    return p2p_buffer_bytes(layout, lengths, spec.dim, getattr(torch, dtype).itemsize)
 
 
 @lru_cache(maxsize=256)
@@ -80,8 +80,8 @@ def _traced(
     kernels = FUSED if fused else TORCH_KERNELS
     buffer = buffer_bytes(spec, latent_shape, dtype, layout)
     peaks = []
-    for peers in [None] if buffer == 0 else [None, NobodysPeers(on_meta((buffer // kind.itemsize,), kind))]:
-        model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=OneOfMany(layout, peers))
+    for peers in [None] if buffer == 0 else [None, FakePeerMemory(on_meta((buffer // kind.itemsize,), kind))]:
+        model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=TracedSharding(layout, peers))
         peaks.append(_forward(model, latent_shape, text_len, kind, prompts) + (buffer if peers else 0))
     return max(peaks)
 

@@ -1,8 +1,9 @@
-"""A rank's part in a group that is not there: it exchanges with nobody, and asks for the memory that exchanges take.
+"""A fake process group for memory tracing: it allocates what exchanges between ranks allocate, and sends nothing.
 
-To find a forward's peak without the others (footprint/dit.py). The first rank's parts are the largest.
+With it the peak memory of a forward on one rank is traced without the other ranks (footprint/dit.py). It stands for the
+first rank, whose part of the sequence is the largest.
 
-Letters in names: B batch, L tokens, H heads, D channels a head.
+Letters in names: B batch, L tokens, H heads, D channels of a head.
 """
 
 from typing import cast
@@ -12,106 +13,109 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.distributed.mesh import Layout
-from wanduet.distributed.p2p.exchange import direct_exchange
+from wanduet.distributed.p2p.exchange import p2p_exchange
 from wanduet.distributed.p2p.memory import PeerMemory
-from wanduet.distributed.sequence.cfg import PromptSharding
+from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import HEAD_GROUPS
-from wanduet.distributed.sequence.ring import attend_in_turn
-from wanduet.distributed.sequence.ulysses import Exchange, HeadExchange
+from wanduet.distributed.sequence.ring import ring_attention_loop
+from wanduet.distributed.sequence.ulysses import PendingAllToAll, UlyssesAttention
 from wanduet.kernels.attention.backends import AttentionFn, AttentionLseFn
 
 
-class OneOfMany(PromptSharding):
-    """The first rank of a layout; with `peers` it would write to others' memory."""
+class TracedSharding(CfgSharding):
+    """A `Sharding` for the first rank of a layout without the other ranks.
 
-    def __init__(self, layout: Layout, peers: PeerMemory | None) -> None:
-        # Ranks of other prompts share a block where the sequence is not shared.
+    With `memory` (a `FakePeerMemory`) it exchanges as GPUs with peer access do, without it by collectives.
+    """
+
+    def __init__(self, layout: Layout, memory: PeerMemory | None) -> None:
+        # Ranks of different prompts share the first block's attention only if the sequence is not split.
         prompts = layout.cfg if layout.sequence == 1 else 1
         super().__init__(prompts, 0, lambda own: [torch.empty_like(own) for _ in range(prompts)])
-        self._layout, self._peers = layout, peers
+        self._layout, self._memory = layout, memory
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """The largest part."""
+        """Return the largest part of `x`."""
         ranks = self._layout.sequence
         return x if ranks == 1 else x.narrow(dim, 0, -(-x.shape[dim] // ranks)).clone()
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """A whole sequence, of which this part is one."""
+        """Return a whole sequence made of copies of the part `x`."""
         ranks = self._layout.sequence
         return x if ranks == 1 else torch.cat([x] * ranks, dim=dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """With what arrives of the others' tokens."""
+        """Run `attention` on tensors of the shapes that the exchanges give; the values mean nothing."""
         ulysses, ring = self._layout.ulysses, self._layout.ring
 
-        def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if ring == 1:
                 return attention(q, k, v)
-            return attend_in_turn(q, k, v, [q.shape[1]] * ring, _with_lse(attention), 0, lambda held, incoming: ())
+            return ring_attention_loop(q, k, v, [q.shape[1]] * ring, _with_lse(attention), 0, lambda kv, next_kv: ())
 
         if ulysses == 1:
-            return attend_whole(q, k, v)
+            return local_attention(q, k, v)
         lengths = (q.shape[1],) * ulysses
-        if self._peers is not None:
-            return direct_exchange(self._layout, self._peers, lengths, 0).attend(q, k, v, attend_whole)
-        unanswered = _Unanswered(cast(dist.ProcessGroup, None), lengths, 0)
-        return unanswered.attend(q, k, v, attend_whole, HEAD_GROUPS if ring == 1 else 1)
+        if self._memory is not None:
+            return p2p_exchange(self._layout, self._memory, lengths, 0).attend(q, k, v, local_attention)
+        by_collectives = _FakeUlysses(cast(dist.ProcessGroup, None), lengths, 0)
+        return by_collectives.attend(q, k, v, local_attention, HEAD_GROUPS if ring == 1 else 1)
 
-    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Alone, with the ranks of other prompts, or as in every block."""
+    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Share the heads with ranks of other prompts if the layout does; otherwise `attend`."""
         shared = self._ranks > 1
-        return super().attend_first(q, k, v, attention) if shared else self.attend(q, k, v, attention)
+        return super().attend_first_block(q, k, v, attention) if shared else self.attend(q, k, v, attention)
 
 
-class NobodysPeers:
-    """A `PeerMemory` of one buffer, which stands for everybody's; nothing is copied."""
+class FakePeerMemory:
+    """A `PeerMemory` of one buffer, which stands for every rank's; copies and signals do nothing."""
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
 
     def reserve(self, size: int) -> bool:
-        """It is there."""
+        """Return False: the buffer exists."""
         return False
 
-    def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A part of it."""
+    def buffer(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a view of the one buffer."""
         return self._buffer[offset : offset + torch.Size(shape).numel()].view(shape)
 
-    def follow(self) -> None:
-        """Nothing."""
-
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def tell(self, rank: int, channel: int) -> None:
-        """Nothing."""
+    def signal(self, rank: int, channel: int) -> None:
+        """Do nothing."""
 
-    def hear(self, rank: int, channel: int) -> None:
-        """Nothing."""
+    def wait(self, rank: int, channel: int) -> None:
+        """Do nothing."""
 
-    def heed(self, rank: int, channel: int) -> None:
-        """Nothing."""
+    def copy_wait(self, rank: int, channel: int) -> None:
+        """Do nothing."""
 
-    def join(self) -> None:
-        """Nothing."""
+    def copy_wait_compute(self) -> None:
+        """Do nothing."""
+
+    def wait_copies(self) -> None:
+        """Do nothing."""
 
 
-class _Arrived:
-    """A collective that is over."""
+class _FinishedWork:
+    """A `dist.Work` of a collective that is done."""
 
     def wait(self) -> None:
-        """Nothing."""
+        """Return at once."""
 
 
-class _Unanswered(HeadExchange):
-    """Exchanges by collectives, of which none is made."""
+class _FakeUlysses(UlyssesAttention):
+    """Ulysses whose all-to-all allocates and sends nothing."""
 
-    def _exchange(self, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> Exchange:
-        return Exchange(sent, sent.new_empty(sum(received_sizes)), cast(dist.Work, _Arrived()))
+    def _all_to_all(self, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> PendingAllToAll:
+        return PendingAllToAll(sent, sent.new_empty(sum(received_sizes)), cast(dist.Work, _FinishedWork()))
 
 
 def _with_lse(attention: AttentionFn) -> AttentionLseFn:
-    """With the log-sum-exp, which it keeps to itself."""
+    """Return `attention` with a log-sum-exp of its own, allocated and not initialised."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out = attention(q, k, v)

@@ -5,7 +5,7 @@ from itertools import permutations
 from typing import Literal
 
 from wanduet.config import EngineConfig, parse_devices
-from wanduet.distributed.links import Link, attention_bytes
+from wanduet.distributed.links import Link, attention_comm_bytes
 from wanduet.distributed.mesh import choose_layout
 from wanduet.errors import ConfigError
 from wanduet.family.specs import ModelSpec
@@ -121,6 +121,6 @@ def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: i
     tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
     whole, pairs = (choose_layout(ranks, t.num_attention_heads, guided) for guided in (False, True))
     # Each rank has both prompts, or one.
-    sent = [prompts * attention_bytes(layout, tokens, t.dim, item) for prompts, layout in ((2, whole), (1, pairs))]
+    sent = [prompts * attention_comm_bytes(layout, tokens, t.dim, item) for prompts, layout in ((2, whole), (1, pairs))]
     more = t.num_layers * (sent[0] - sent[1])
     return max(SEQUENCE_COST, 1 + more / LINK_RATES[link] / step_s)

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
-from wanduet.distributed.collectives import gather
+from wanduet.distributed.collectives import all_gather
 
 Condition = TypeVar("Condition")
 # Velocities of latents at a timestep, one for each condition: what they have in common is the model's to find.
@@ -67,7 +67,7 @@ class ParallelGuidance(Generic[Condition]):
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """See Guidance."""
         (own,) = self.predict(latents, timestep, (self.condition,))
-        positive, negative = gather(own, self.group)
+        positive, negative = all_gather(own, self.group)
         return combine(positive, negative, self.scale)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanduet.distributed.collectives import take_from_first, told
+from wanduet.distributed.collectives import all_gather_object, broadcast_
 from wanduet.distributed.mesh import Mesh
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.family.specs import ModelSpec
@@ -145,7 +145,7 @@ class Denoising:
         if self.around.keeps_checkpoints:
             saved = self.checkpoints.load(own_only=not self.task.resume)
         if self.around.mesh is not None:  # all from the same one, though another process may write one meanwhile
-            saved = told(saved)[0]
+            saved = all_gather_object(saved)[0]
         if saved is None:
             return None
         video, record = self.around.record, saved.record
@@ -210,7 +210,7 @@ class Denoising:
     def _on_step(self, info: StepInfo, sampler: Sampler, start: int) -> Tensor | None:
         if self.around.mesh is not None:
             # Every rank made the same step; on unlike GPUs it may differ in the last bit, and must not drift.
-            take_from_first(info.latents)
+            broadcast_(info.latents)
         done, now = info.step + 1, time.perf_counter()
         left = info.seconds / (done - start) * (info.num_steps - done)
         self.around.context.emit(Event("denoise", done, info.num_steps, self.task.index, seconds_left=left))

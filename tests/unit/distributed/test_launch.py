@@ -1,4 +1,4 @@
-"""Groups of worker processes: what comes back, who is to blame, and that nobody is left behind."""
+"""Groups of worker processes: results, messages, errors, and that no process outlives the group."""
 
 import os
 import pickle
@@ -17,10 +17,11 @@ from torch import distributed as dist
 from wanduet.distributed import launch
 from wanduet.distributed.launch import RankFailedError, RankGroup, run_on_ranks
 from wanduet.distributed.mesh import Layout
-from wanduet.distributed.rank import Rank, join_torchrun, pack
+from wanduet.distributed.rank import Rank, dumps
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 
 ROOT = Path(__file__).parents[3]
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "src")))
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
@@ -44,10 +45,10 @@ def add_up(rank: Rank, offset: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 
 def echo(rank: Rank) -> list[object]:
-    heard = [rank.receive()]
-    rank.report(("heard", heard[0], rank.index))
-    heard.append(rank.receive())
-    return heard
+    received = [rank.receive()]
+    rank.report(("received", received[0], rank.index))
+    received.append(rank.receive())
+    return received
 
 
 def steps_until_cancelled(rank: Rank) -> int:
@@ -95,7 +96,10 @@ def test_results_come_back_in_order() -> None:
 def test_messages_go_both_ways() -> None:
     with RankGroup(echo, ["cpu", "cpu"]) as group:
         group.send("all")
-        assert sorted(group.receive(20.0) for _ in range(2)) == [(0, ("heard", "all", 0)), (1, ("heard", "all", 1))]
+        assert sorted(group.receive(20.0) for _ in range(2)) == [
+            (0, ("received", "all", 0)),
+            (1, ("received", "all", 1)),
+        ]
         with pytest.raises(TimeoutError):
             group.receive(0.05)
         group.send("first", rank=0)
@@ -103,11 +107,11 @@ def test_messages_go_both_ways() -> None:
         assert group.results() == [["all", "first"], ["all", "second"]]
 
 
-def test_cancel_stops_all_ranks_at_the_same_step_and_ctrl_c_is_left_to_the_starter() -> None:
+def test_cancel_stops_all_ranks_at_the_same_step_and_ranks_ignore_ctrl_c() -> None:
     with RankGroup(steps_until_cancelled, ["cpu", "cpu"]) as group:
         for _, (step, pid) in group.messages():
             if step == 1:
-                os.kill(pid, signal.SIGINT)  # as a terminal does, to every process in front
+                os.kill(pid, signal.SIGINT)  # a terminal sends it to all processes in the foreground
             if step == 3:
                 group.cancel()
         first, second = group.results()
@@ -126,7 +130,7 @@ def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> Non
         group.cancel(unwanted)  # long before a rank has started
         group.send("after")
         reports = [group.receive(60.0) for _ in range(6)]
-        group.cancel(unwanted)  # it is over
+        group.cancel(unwanted)  # it is done
         group.send("last")
         reports += [group.receive(60.0) for _ in range(2)]
         group.send(None)
@@ -136,7 +140,7 @@ def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> Non
         assert [report for index, report in reports if index == rank] == expected
 
 
-def test_what_is_said_of_another_task_is_passed_over() -> None:
+def test_receive_drops_messages_about_another_task() -> None:
     with RankGroup(tasks, ["cpu"]) as group:
         group.send("first")
         second = group.send("second")
@@ -222,7 +226,7 @@ import torch
 from tests.unit.distributed.test_launch import add_up
 from wanduet.distributed.launch import RankGroup
 if __name__ == "__main__":
-    for _ in range(2):  # the first group that a process starts is not like the ones after it
+    for _ in range(2):  # the first group of a process starts differently
         with RankGroup(add_up, ["cpu", "cpu"], torch.tensor(0.0)) as group:
             for process in group._processes:  # long before their imports are done
                 os.kill(process.pid, signal.SIGINT)
@@ -230,38 +234,34 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there, no process is born deaf to Ctrl-C")
-def test_ctrl_c_while_ranks_start_is_left_to_the_starter(tmp_path: Path) -> None:
-    script = tmp_path / "starter.py"
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot start a process with SIGINT blocked")
+def test_ranks_ignore_ctrl_c_while_they_start(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
     script.write_text(INTERRUPTED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[0, 1]"] * 2
     assert "Traceback" not in done.stderr
 
 
-class InterruptsWhoeverReadsIt:
+class RaisesSigintWhenUnpickled:
     """Raises SIGINT in the process that unpickles it."""
 
     def __reduce__(self) -> Any:
         return signal.raise_signal, (signal.SIGINT,)
 
 
-def test_ctrl_c_during_a_ranks_imports_is_left_to_the_starter_where_signals_cannot_be_blocked(
+def test_ranks_ignore_ctrl_c_during_their_imports_where_signals_cannot_be_blocked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on Windows: what a rank is given is unpickled, and with it modules are imported, before `serve` runs."""
-    monkeypatch.setattr(launch, "_interrupts_held", nullcontext)
-    assert run_on_ranks(world, ["cpu"], InterruptsWhoeverReadsIt()) == [1]
+    """As on Windows: before `rank_main` runs, its arguments are unpickled, which imports modules."""
+    monkeypatch.setattr(launch, "_sigint_blocked", nullcontext)
+    assert run_on_ranks(world, ["cpu"], RaisesSigintWhenUnpickled()) == [1]
 
 
 def test_no_devices_are_refused() -> None:
     with pytest.raises(ConfigError):
         run_on_ranks(sleep, [])
-
-
-def test_outside_torchrun_there_is_nothing_to_join() -> None:
-    assert join_torchrun(10.0) is None
 
 
 SCRIPT = """
@@ -275,43 +275,20 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_rank_outlives_a_killed_starter(tmp_path: Path, how: signal.Signals) -> None:
-    script = tmp_path / "starter.py"
+def test_no_rank_outlives_a_killed_parent(tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "parent.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(script)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as starter:
-        assert starter.stdout is not None
-        pids = [int(starter.stdout.readline()) for _ in range(2)]
-        starter.send_signal(how)
-        starter.wait(10)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.send_signal(how)
+        parent.wait(10)
     deadline = time.monotonic() + 5
     while not all(gone(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-TORCHRUN = """
-import sys
-from pathlib import Path
-import torch
-from torch import distributed as dist
-from wanduet.distributed.rank import join_torchrun
-rank = join_torchrun(20.0)
-total = torch.tensor([rank.index + 1])
-dist.all_reduce(total)
-rank.report("unheard")
-Path(sys.argv[1], f"rank-{rank.index}").write_text(f"{rank.world_size} {total.item()} {rank.cancelled()}")
-dist.destroy_process_group()
-"""
-
-
-def test_torchrun_is_joined(tmp_path: Path) -> None:
-    script = tmp_path / "joined.py"
-    script.write_text(TORCHRUN)
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([sys.executable, *run, str(script), str(tmp_path)], capture_output=True, timeout=60, check=True)
-    assert [path.read_text() for path in sorted(tmp_path.glob("rank-*"))] == ["2 3 False"] * 2
 
 
 @pytest.mark.parametrize(
@@ -329,11 +306,11 @@ def test_torchrun_is_joined(tmp_path: Path) -> None:
     ids=["plain", "transposed", "part", "bfloat16", "scalar", "bool", "empty", "parameter"],
 )
 def test_tensors_arrive_as_they_were_sent(sent: torch.Tensor) -> None:
-    got = pickle.loads(pack({"x": sent}))["x"]
+    got = pickle.loads(dumps({"x": sent}))["x"]
     assert type(got) is type(sent)
     assert (got.dtype, got.shape, got.requires_grad) == (sent.dtype, sent.shape, sent.requires_grad)
     assert torch.equal(got, sent)
-    got.detach().zero_()  # it is the receiver's own
+    got.detach().zero_()  # the receiver owns writable memory
 
 
 def test_ranks_do_not_execute_what_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,4 +322,4 @@ def test_ranks_do_not_execute_what_lies_in_the_current_folder(tmp_path: Path, mo
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     assert run_on_ranks(world, ["cpu"]) == [1]
     assert not mark.exists()
-    assert "PYTHONSAFEPATH" not in os.environ, "what the program itself starts is its own business"
+    assert "PYTHONSAFEPATH" not in os.environ, "the environment of the program must not change"

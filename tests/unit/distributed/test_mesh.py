@@ -1,3 +1,5 @@
+"""Layouts of ranks, and the lengths of their parts."""
+
 import pytest
 
 from wanduet.distributed.mesh import Layout, choose_layout

@@ -1,4 +1,4 @@
-"""Two GPUs that write to each other's memory. `pytest -m gpu`."""
+"""Two GPUs that write to each other's memory. Run with `pytest -m gpu`."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.mesh import Layout
-from wanduet.distributed.p2p.copies import GpuPeers
+from wanduet.distributed.p2p.copies import GpuPeerMemory
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.kernels.attention.backends import sdpa
@@ -19,30 +19,30 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 HEADS, CHANNELS, BLOCKS = 12, 128, 8
-# Tokens, and the ranks' speeds: even parts, odd ones, unequal ones, a buffer that grows and one that need not.
+# Tokens and the ranks' speeds: even parts, odd ones, unequal ones, a buffer that grows, and one that is large enough.
 CASES = [(2048, (1.0, 1.0)), (5001, (1.0, 1.0)), (5001, (1.0, 0.3)), (9000, (0.7, 1.0)), (600, (1.0, 1.0))]
 
 
-def sent_ahead(way: SequenceSharding, index: int, x: Tensor) -> Tensor:
-    """Sent, from where it should be computed."""
-    room = way.room(index, x.flatten(2))
-    if room is not None:
-        x = room.copy_(x.flatten(2)).unflatten(2, x.shape[2:])
-    way.send(index, x)
+def send_qkv(way: SequenceSharding, index: int, x: Tensor) -> Tensor:
+    """Send `x` from the buffer that it should be computed in, and return it there."""
+    buffer = way.qkv_buffer(index, x.flatten(2))
+    if buffer is not None:
+        x = buffer.copy_(x.flatten(2)).unflatten(2, x.shape[2:])
+    way.send_qkv(index, x)
     return x
 
 
 @torch.no_grad()
 def attend_all_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
-    """Whether memory is shared; for each case whether all ways are equal on all blocks, and the error of the last."""
+    """Return whether memory is shared, and for each case: are all ways equal on all blocks, the last block's error."""
     mesh, other = (rank.mesh(Layout(ulysses=rank.world_size)) for _ in range(2))
     torch.manual_seed(0)
-    found = []
+    results_by_case = []
     for tokens, shares in CASES:
         ways = [
             SequenceSharding(mesh, shares=shares),
-            SequenceSharding(other, shares=shares, direct_heads=True),
-            SequenceSharding(replace(mesh, peers=None), shares=shares),
+            SequenceSharding(other, shares=shares, always_ulysses=True),
+            SequenceSharding(replace(mesh, peer_memory=None), shares=shares),
         ]
         wholes = torch.randn(BLOCKS, 1, tokens, 3 * HEADS * CHANNELS, device=rank.device, dtype=torch.bfloat16)
         equal, error = True, 0.0
@@ -52,35 +52,35 @@ def attend_all_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
                 q, k, v = (
                     x.unflatten(-1, (HEADS, CHANNELS)) for x in way.shard_sequence(whole, 1).clone().chunk(3, dim=-1)
                 )
-                if way.sends_ahead:
-                    v, k, q = (sent_ahead(way, index, x) for index, x in ((2, v), (1, k), (0, q)))
+                if way.overlaps_projections:
+                    v, k, q = (send_qkv(way, index, x) for index, x in ((2, v), (1, k), (0, q)))
                 results.append(way.attend(q, k, v, sdpa).clone())
                 way.gather_sequence(results[-1], 1)
             equal &= all(torch.equal(result, results[0]) for result in results)
             q, k, v = (x.unflatten(-1, (HEADS, CHANNELS)) for x in whole.float().chunk(3, dim=-1))
             expected = ways[0].shard_sequence(sdpa(q, k, v), 1)
             error = float((results[0] - expected).norm() / expected.norm())
-        found.append((equal, error))
-    return isinstance(mesh.peers, GpuPeers), found
+        results_by_case.append((equal, error))
+    return isinstance(mesh.peer_memory, GpuPeerMemory), results_by_case
 
 
-def lose(lost: str, rank: Rank) -> bool:
-    """Whether memory is shared where nothing arrives that GPUs send in a way."""
+def shares_memory_without(lost: str, rank: Rank) -> bool:
+    """Return whether ranks share memory if the method `lost` of their peer memory does nothing."""
 
     def nothing(*_: object) -> None:
         pass
 
-    setattr(GpuPeers, lost, nothing)
-    return rank.mesh(Layout(ulysses=rank.world_size)).peers is not None
+    setattr(GpuPeerMemory, lost, nothing)
+    return rank.mesh(Layout(ulysses=rank.world_size)).peer_memory is not None
 
 
-@pytest.mark.parametrize("lost", ["copy", "tell"])
+@pytest.mark.parametrize("lost", ["copy", "signal"])
 def test_gpus_that_lose_what_they_send_exchange_by_collectives(lost: str) -> None:
-    assert run_on_ranks(partial(lose, lost), ("cuda:0", "cuda:1")) == [False, False]
+    assert run_on_ranks(partial(shares_memory_without, lost), ("cuda:0", "cuda:1")) == [False, False]
 
 
 def test_copies_give_what_collectives_give() -> None:
-    for shared, found in run_on_ranks(attend_all_ways, ("cuda:0", "cuda:1")):
+    for shared, results_by_case in run_on_ranks(attend_all_ways, ("cuda:0", "cuda:1")):
         assert shared
-        assert all(equal for equal, _ in found), found
-        assert all(error < 1e-2 for _, error in found), found
+        assert all(equal for equal, _ in results_by_case), results_by_case
+        assert all(error < 1e-2 for _, error in results_by_case), results_by_case

@@ -1,4 +1,4 @@
-"""What sequence sharding refuses, on one gloo rank in this process, and that its parts join exactly."""
+"""Errors of sequence sharding, with one gloo rank in this process, and the merge of partial attention."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -9,8 +9,8 @@ from torch import distributed as dist
 
 from wanduet.distributed.mesh import Layout, Mesh
 from wanduet.distributed.sequence.hybrid import SequenceSharding
-from wanduet.distributed.sequence.ring import _Joined
-from wanduet.distributed.sequence.ulysses import HeadExchange
+from wanduet.distributed.sequence.ring import _MergedAttention
+from wanduet.distributed.sequence.ulysses import UlyssesAttention
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import plain_with_lse, sdpa
 
@@ -61,7 +61,7 @@ def test_what_does_not_fit_the_mesh_is_refused(mesh: Mesh) -> None:
     with pytest.raises(ConfigError, match="shares"):
         SequenceSharding(mesh, shares=(0.0,))
     with pytest.raises(ConfigError, match="3 heads"):
-        HeadExchange(mesh.ulysses, (5, 5), 0).attend(*qkv(5, heads=3), sdpa, 1)
+        UlyssesAttention(mesh.ulysses, (5, 5), 0).attend(*qkv(5, heads=3), sdpa, 1)
 
 
 def test_a_ring_needs_the_log_sum_exp(mesh: Mesh) -> None:
@@ -71,9 +71,9 @@ def test_a_ring_needs_the_log_sum_exp(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1, 12), (5, 4, 4), (13,)])
-def test_parts_of_the_keys_join_exactly(cuts: tuple[int, ...]) -> None:
-    q, k, v = (3 * x for x in qkv(13))  # large scores: the parts weigh very differently
-    joined = _Joined()
+def test_attention_to_parts_of_the_keys_merges_exactly(cuts: tuple[int, ...]) -> None:
+    q, k, v = (3 * x for x in qkv(13))  # large scores: the weights of the parts differ much
+    merged = _MergedAttention()
     for k_part, v_part in zip(k.split(cuts, 1), v.split(cuts, 1), strict=True):
-        joined.add(*plain_with_lse(q, k_part, v_part))
-    torch.testing.assert_close(joined.result(q), sdpa(q, k, v), rtol=1e-5, atol=1e-5)
+        merged.add(*plain_with_lse(q, k_part, v_part))
+    torch.testing.assert_close(merged.result(q), sdpa(q, k, v), rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from wanduet.config import EngineConfig
 from wanduet.distributed.launch import RankFailedError
 from wanduet.distributed.mesh import Layout
-from wanduet.distributed.rank import Rank
+from wanduet.distributed.rank import Mailbox, Rank
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
@@ -317,8 +318,8 @@ def test_speeds_that_differ_are_measured_again(monkeypatch, seen, speeds) -> Non
     from wanduet.engine import speeds as module
 
     measured = iter(seen)
-    monkeypatch.setattr(module, "gather", lambda own: [torch.tensor(speed) for speed in next(measured)])
-    rank = Rank(0, 2, torch.device("cpu"), 1.0)
+    monkeypatch.setattr(module, "all_gather", lambda own: [torch.tensor(speed) for speed in next(measured)])
+    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "direct")
     assert module.all_speeds(rank, None) == speeds
     assert next(measured, None) is None
     assert module.all_speeds(rank, (1.0, 4.0)) == (0.25, 1.0)

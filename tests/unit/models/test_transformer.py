@@ -130,9 +130,9 @@ def test_what_is_sent_ahead_is_what_is_attended_to(model, given) -> None:
     sent: list[tuple[int, torch.Tensor]] = []
 
     class Ahead(NoSharding):
-        sends_ahead = True
+        overlaps_projections = True
 
-        def send(self, index: int, x: torch.Tensor) -> None:
+        def send_qkv(self, index: int, x: torch.Tensor) -> None:
             sent.append((index, x.clone()))
 
         def attend(self, q, k, v, attention):
@@ -141,7 +141,7 @@ def test_what_is_sent_ahead_is_what_is_attended_to(model, given) -> None:
             sent.clear()
             return super().attend(q, k, v, attention)
 
-        attend_first = attend
+        attend_first_block = attend
 
     expected = model(*given)
     model.runtime = dataclasses.replace(model.runtime, sharding=Ahead())

@@ -1,1 +1,1 @@
-"""Exchanges between GPUs that write to each other's memory."""
+"""Exchanges between GPUs that write to each other's memory (peer-to-peer)."""

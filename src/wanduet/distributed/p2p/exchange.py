@@ -1,6 +1,6 @@
-"""What GPUs exchange that can write to each other's memory: keys and values, or heads.
+"""Sequence parallelism between GPUs that write to each other's memory: by exchange of keys and values, or of heads.
 
-Letters in names: B batch (of one), L tokens, H heads, D channels a head, C = H x D.
+Letters in names: B batch (always 1), L tokens, H heads, D channels of a head, C = H x D.
 """
 
 from collections.abc import Sequence
@@ -9,47 +9,54 @@ from typing import Protocol
 from torch import Tensor
 
 from wanduet.distributed.mesh import Layout
-from wanduet.distributed.p2p.heads import DirectHeads, heads_bytes
-from wanduet.distributed.p2p.keys import DirectKeys, keys_bytes
+from wanduet.distributed.p2p.heads import P2PUlysses, ulysses_buffer_bytes
+from wanduet.distributed.p2p.keys import P2PAllGatherKV, kv_buffer_bytes
 from wanduet.distributed.p2p.memory import PeerMemory
 from wanduet.kernels.attention.backends import AttentionFn
 
 
-class DirectExchange(Protocol):
-    """One attention of a sequence that several ranks hold."""
+class P2PExchange(Protocol):
+    """Attention to a sequence that is split over several ranks."""
 
-    def room(self, index: int, like_BLC: Tensor) -> Tensor | None:
-        """Where this rank's q (index 0), k (1) or v (2) should be computed, `[1, this rank's L, C]` in one piece; None
-        where it does not matter."""
+    def qkv_buffer(self, index: int, like_BLC: Tensor) -> Tensor | None:
+        """Return the contiguous buffer `[1, this rank's L, C]` to compute q (index 0), k (1) or v (2) in; None if any
+        memory will do."""
 
-    def send(self, index: int, x_BLHD: Tensor) -> None:
-        """Begin to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`; each once before `attend`."""
+    def send_qkv(self, index: int, x_BLHD: Tensor) -> None:
+        """Start to send this rank's q (index 0), k (1) or v (2) `[1, this rank's L, H, D]`.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend_whole: AttentionFn) -> Tensor:
-        """Attention of this rank's queries, all heads, after all three have been sent; `[1, this rank's L, H, D]`.
+        Call this once for each of them before `attend`.
+        """
 
-        `attend_whole` is given queries, and all ranks' keys and values for the same heads; perhaps several times.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn) -> Tensor:
+        """Return attention of this rank's queries with all heads, `[1, this rank's L, H, D]`.
+
+        q, k and v must have been passed to `send_qkv`. `local_attention` is called one or more times, with some queries
+        and all ranks' keys and values of the same heads.
         """
 
 
-def direct_exchange(
-    layout: Layout, memory: PeerMemory, lengths: Sequence[int], rank: int, heads: bool = False
-) -> DirectExchange:
-    """For `rank` of the ranks along a layout's Ulysses axis, which hold `lengths` tokens and write to `memory`.
+def p2p_exchange(
+    layout: Layout, memory: PeerMemory, lengths: Sequence[int], rank: int, always_ulysses: bool = False
+) -> P2PExchange:
+    """Return the exchange for `rank` of a layout's Ulysses group, whose ranks have `lengths` tokens and share `memory`.
 
-    Two ranks exchange as much either way, and have less to wait for with keys and values; more of them, and those
-    whose keys also go around a ring, or who are told to (`heads`), swap heads.
+    Two ranks gather keys and values: this exchanges as much as heads would, and waits less. More than two ranks, and
+    ranks with a ring, exchange heads, as do all ranks with `always_ulysses`.
     """
-    if heads or not _sends_keys(layout):
-        # Around a ring, keys and values would travel again for every part of the queries.
-        return DirectHeads(memory, lengths, rank, at_once=layout.ring > 1)
-    return DirectKeys(memory, lengths, rank)
+    if always_ulysses or not _gathers_kv(layout):
+        # In a ring, keys and values would travel again for every part of the queries.
+        return P2PUlysses(memory, lengths, rank, single_call=layout.ring > 1)
+    return P2PAllGatherKV(memory, lengths, rank)
 
 
-def direct_bytes(layout: Layout, lengths: Sequence[int], width: int, itemsize: int) -> int:
-    """The buffer's size for ranks that hold so many tokens of `width` channels."""
-    return (keys_bytes if _sends_keys(layout) else heads_bytes)(lengths, width, itemsize)
+def p2p_buffer_bytes(layout: Layout, lengths: Sequence[int], width: int, itemsize: int) -> int:
+    """Return the buffer size in bytes that `p2p_exchange` needs, for ranks that have `lengths` tokens.
+
+    `width` is the number of channels of a token, `itemsize` the bytes of each.
+    """
+    return (kv_buffer_bytes if _gathers_kv(layout) else ulysses_buffer_bytes)(lengths, width, itemsize)
 
 
-def _sends_keys(layout: Layout) -> bool:
+def _gathers_kv(layout: Layout) -> bool:
     return layout.ulysses == 2 and layout.ring == 1

@@ -1,6 +1,6 @@
-"""Memory of several ranks, to which all of them write: what an exchange by copies asks of it.
+"""The interface to memory that the ranks of a group share, and to the copies and signals between them.
 
-Letters in names: B batch (of one), L tokens, H heads, D channels a head.
+Letters in names: B batch (always 1), L tokens, H heads, D channels of a head.
 """
 
 from collections.abc import Iterable
@@ -12,36 +12,46 @@ from torch import Tensor
 
 
 class PeerMemory(Protocol):
-    """A buffer on every rank of a group, to which all of them copy, beside what they compute."""
+    """A buffer on every rank of a group, to which all ranks of the group copy.
+
+    Copies run on a stream of their own, beside the current stream, which computes. Ranks synchronise by signals, on 16
+    channels for each ordered pair of ranks.
+    """
 
     def reserve(self, size: int) -> bool:
-        """So many bytes on every rank. All must ask for the same, together; a larger buffer replaces the one before.
-        Whether this is a new one, about which nothing has been said yet."""
+        """Provide a buffer of at least `size` bytes on every rank, and return whether it is new.
 
-    def on(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A rank's buffer from element `offset` on."""
+        All ranks must call this together, with the same size. A larger buffer replaces the previous one; for a new
+        buffer all counts of signals start at zero.
+        """
 
-    def follow(self) -> None:
-        """Copies from here on wait for what has been computed so far."""
+    def buffer(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a view of `rank`'s buffer, starting at element (of `dtype`) `offset`."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Begin to copy `[B=1, L, H, D]`, of which the heads of a token lie side by side, into a rank's buffer."""
+        """Start to copy `source` `[1, L, H, D]` into `target`, a view of a rank's buffer.
 
-    def tell(self, rank: int, channel: int) -> None:
-        """Tell a rank, after the copies so far, on one of 16 channels. It hears as many words as it was told."""
+        The heads of one token must be contiguous in both.
+        """
 
-    def hear(self, rank: int, channel: int) -> None:
-        """What is computed from here on waits for a rank's word."""
+    def signal(self, rank: int, channel: int) -> None:
+        """Signal `rank` once the copies queued so far are done. Each signal satisfies exactly one wait."""
 
-    def heed(self, rank: int, channel: int) -> None:
-        """Copies from here on wait for a rank's word."""
+    def wait(self, rank: int, channel: int) -> None:
+        """Make the current stream wait for a signal of `rank`."""
 
-    def join(self) -> None:
-        """What is computed from here on waits for this rank's copies."""
+    def copy_wait(self, rank: int, channel: int) -> None:
+        """Make further copies wait for a signal of `rank`."""
+
+    def copy_wait_compute(self) -> None:
+        """Make further copies wait for the work queued on the current stream so far."""
+
+    def wait_copies(self) -> None:
+        """Make the current stream wait for this rank's copies."""
 
 
-def tell_all(memory: PeerMemory, ranks: Iterable[int], channels: Iterable[int]) -> None:
-    """Tell ranks, after what has been computed so far."""
-    memory.follow()
+def signal_all(memory: PeerMemory, ranks: Iterable[int], channels: Iterable[int]) -> None:
+    """Signal `ranks` on `channels`, once the work queued on the current stream so far is done."""
+    memory.copy_wait_compute()
     for rank, channel in product(ranks, channels):
-        memory.tell(rank, channel)
+        memory.signal(rank, channel)

@@ -1,1 +1,1 @@
-"""One sequence of tokens over several ranks."""
+"""Sequence parallelism: one sequence of tokens over several ranks."""

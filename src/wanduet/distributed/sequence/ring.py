@@ -1,6 +1,8 @@
-"""Ring attention: keys and values go round, queries stay; partial results are joined exactly.
+"""Ring attention: keys and values travel around the ring, queries stay; partial results are merged exactly.
 
-Source: Ring Attention (arXiv 2310.01889); joining by log-sum-exp as in FlashAttention (arXiv 2205.14135).
+Source: Ring Attention (arXiv 2310.01889); merging by log-sum-exp as in FlashAttention (arXiv 2205.14135).
+
+Letters in names: B batch, L tokens, H heads, D channels of a head.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,62 +14,70 @@ from torch import distributed as dist
 
 from wanduet.kernels.attention.backends import AttentionLseFn
 
-PassOn = Callable[[Tensor, Tensor], Sequence[dist.Work]]
-"""(what this rank holds, what it will hold) to what is under way."""
+SendRecv = Callable[[Tensor, Tensor], Sequence[dist.Work]]
+"""Starts to send the first tensor to the next rank, and to receive the second from the rank before."""
 
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention_lse: AttentionLseFn, group: dist.ProcessGroup
 ) -> Tensor:
-    """Attention of this rank's queries to all ranks' keys and values, all `[B, L, H, D]` of one dtype.
+    """Return attention of this rank's queries to all ranks' keys and values; all `[B, L, H, D]` of one dtype.
 
-    `lengths` are the tokens that each rank of `group` holds. Result in the dtype of `q`, joined in float32.
+    `lengths` are the numbers of tokens of the ranks of `group`. Partial results are merged in float32; the result has
+    the dtype of `q`.
     """
-    return attend_in_turn(q, k, v, lengths, attention_lse, dist.get_rank(group), partial(_pass_on, group=group))
+    return ring_attention_loop(q, k, v, lengths, attention_lse, dist.get_rank(group), partial(_send_recv, group=group))
 
 
-def attend_in_turn(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention_lse: AttentionLseFn, rank: int, pass_on: PassOn
+def ring_attention_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    attention_lse: AttentionLseFn,
+    rank: int,
+    send_recv: SendRecv,
 ) -> Tensor:
-    """`ring_attention` with another way to pass keys and values on. The next part is received while the present one is
-    attended to; at most two are held."""
+    """Return `ring_attention`, with `send_recv` as the transport.
+
+    The next keys and values arrive while the current ones are attended to; at most two parts are in memory.
+    """
     size = len(lengths)
-    held = torch.stack((k, v))
-    joined = _Joined()
+    kv = torch.stack((k, v))
+    merged = _MergedAttention()
     for step in range(size):
-        coming, last = lengths[(rank - step - 1) % size], step == size - 1
-        incoming = held.new_empty((2, held.shape[1], 0 if last else coming, *held.shape[3:]))
-        works = [] if last else pass_on(held, incoming)
-        if held.numel() and q.numel():
-            joined.add(*attention_lse(q, held[0], held[1]))
+        next_length, last = lengths[(rank - step - 1) % size], step == size - 1
+        next_kv = kv.new_empty((2, kv.shape[1], 0 if last else next_length, *kv.shape[3:]))
+        works = [] if last else send_recv(kv, next_kv)
+        if kv.numel() and q.numel():
+            merged.add(*attention_lse(q, kv[0], kv[1]))
         for work in works:
             work.wait()
-        held = incoming
-    return joined.result(q)
+        kv = next_kv
+    return merged.result(q)
 
 
-def _pass_on(held: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
-    """Begin to send to the next rank and to receive from the one before."""
+def _send_recv(kv: Tensor, next_kv: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    # A rank without tokens sends nothing: empty messages are not in every back end's contract.
+    # A rank without tokens sends nothing: not every back end supports empty messages.
     operations = [
         dist.P2POp(operation, tensor, group=group, group_peer=(rank + direction) % size)
-        for operation, tensor, direction in ((dist.isend, held, 1), (dist.irecv, incoming, -1))
+        for operation, tensor, direction in ((dist.isend, kv, 1), (dist.irecv, next_kv, -1))
         if tensor.numel()
     ]
     works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
     return works
 
 
-class _Joined:
-    """Attention to the keys seen so far, `[B, L, H, D]` float32, and its log-sum-exp `[B, H, L]`."""
+class _MergedAttention:
+    """Attention to the keys added so far, `[B, L, H, D]` float32, and its log-sum-exp `[B, H, L]` float32."""
 
     def __init__(self) -> None:
         self.out: Tensor | None = None
         self.lse: Tensor | None = None
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        """Join the result over further keys. Both are means weighted by softmax; so is their union."""
+        """Merge the attention to further keys. Both are means weighted by softmax; so is the merged result."""
         lse = lse.float()
         if self.out is None or self.lse is None:
             self.out, self.lse = out.float(), lse
@@ -77,5 +87,5 @@ class _Joined:
         self.lse = torch.logaddexp(self.lse, lse)
 
     def result(self, like: Tensor) -> Tensor:
-        """What was joined, in the dtype of `like`; empty where there were no queries."""
+        """Return the merged attention in the dtype of `like`; if nothing was added, a new tensor like it."""
         return torch.empty_like(like) if self.out is None else self.out.to(like.dtype)

@@ -1,4 +1,7 @@
-"""How one sequence of tokens is spread over devices. The transformer is given one of these."""
+"""The interface between the transformer and sequence or CFG parallelism.
+
+Letters in names: B batch, L tokens, H heads, D channels of a head, C = H x D.
+"""
 
 from typing import Protocol
 
@@ -8,58 +11,62 @@ from wanduet.kernels.attention.backends import AttentionFn
 
 
 class Sharding(Protocol):
-    """What the transformer asks of a strategy. `dim` is the sequence's axis."""
+    """Distributes one sequence of tokens over ranks. `dim` is the sequence's axis."""
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """This device's part of a whole sequence."""
+        """Return this rank's part of the whole sequence `x`."""
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """The whole sequence from every device's part."""
+        """Return the whole sequence, of which `x` is this rank's part."""
 
     @property
-    def sends_ahead(self) -> bool:
-        """Whether `send` has a use: then v, k and q should be computed one after the other, and sent in between."""
+    def overlaps_projections(self) -> bool:
+        """Whether exchanges overlap the projections of q, k and v.
 
-    def room(self, index: int, like: Tensor) -> Tensor | None:
-        """Where q (index 0), k (1) or v (2) should be computed, as `like` `[B, L, C]`; None where it does not matter."""
+        If True, compute v, k and q one after the other, and pass each to `send_qkv` before computing the next.
+        """
 
-    def send(self, index: int, x: Tensor) -> None:
-        """q (index 0), k (1) or v (2) `[B, L, H, D]`, of which the next `attend` will be."""
+    def qkv_buffer(self, index: int, like: Tensor) -> Tensor | None:
+        """Return the buffer `[B, L, C]` to compute q (index 0), k (1) or v (2) in; None if any memory will do."""
+
+    def send_qkv(self, index: int, x: Tensor) -> None:
+        """Start to send q (index 0), k (1) or v (2) `[B, L, H, D]` of the next `attend`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Attention of this device's queries to the whole sequence; all `[B, L, H, D]`."""
+        """Return attention of this rank's queries to the whole sequence; all `[B, L, H, D]`."""
 
-    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """The same in the first block, before any text is seen: devices with other prompts compute the same."""
+    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Return `attend` for the first block. Its inputs do not depend on the prompt yet, so that ranks with different
+        prompts may share the work."""
 
 
 class NoSharding:
-    """One device holds the whole sequence."""
+    """A `Sharding` for one device, which has the whole sequence."""
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """`x` itself."""
+        """Return `x` itself."""
         return x
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """`x` itself."""
+        """Return `x` itself."""
         return x
 
     @property
-    def sends_ahead(self) -> bool:
-        """There is nobody to send to."""
+    def overlaps_projections(self) -> bool:
+        """False: nothing is exchanged."""
         return False
 
-    def room(self, index: int, like: Tensor) -> Tensor | None:
-        """Nowhere in particular."""
+    def qkv_buffer(self, index: int, like: Tensor) -> Tensor | None:
+        """Return None."""
         return None
 
-    def send(self, index: int, x: Tensor) -> None:
-        """Nothing."""
+    def send_qkv(self, index: int, x: Tensor) -> None:
+        """Do nothing."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Plain attention."""
+        """Return `attention(q, k, v)`."""
         return attention(q, k, v)
 
-    def attend_first(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Plain attention."""
+    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        """Return `attention(q, k, v)`."""
         return attention(q, k, v)

@@ -107,7 +107,7 @@ class Attention(nn.Module):
     def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> Tensor:
         """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch. `first`: of the
         first block."""
-        if run.sharding.sends_ahead:
+        if run.sharding.overlaps_projections:
             q_BLHD, k_BLHD, v_BLHD = self.send_qkv(stream.take(), rope, run, scratch)
         else:
             q, k, v = self.project_qkv(stream.take(), run, scratch)
@@ -115,20 +115,20 @@ class Attention(nn.Module):
                 q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
             )
             v_BLHD = v.unflatten(-1, (self.num_heads, -1))
-        attend = run.sharding.attend_first if first else run.sharding.attend
+        attend = run.sharding.attend_first_block if first else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 
     def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation, each sent to other devices before the next is computed."""
         found: dict[int, Tensor] = {}
         for index, linear, norm in ((2, self.to_v, None), (1, self.to_k, self.norm_k), (0, self.to_q, self.norm_q)):
-            room = run.sharding.room(index, n_BLC)
-            x = _project(n_BLC, linear, scratch.thirds()[index] if room is None else room, run)
+            buffer = run.sharding.qkv_buffer(index, n_BLC)
+            x = _project(n_BLC, linear, scratch.thirds()[index] if buffer is None else buffer, run)
             if norm is None:
                 found[index] = x.unflatten(-1, (self.num_heads, -1))
             else:
                 found[index] = run.kernels.qk_norm_rope(x, norm.weight, self.eps, self.num_heads, rope)
-            run.sharding.send(index, found[index])
+            run.sharding.send_qkv(index, found[index])
         return found[0], found[1], found[2]
 
     def attend_text(
