@@ -110,7 +110,7 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
     rope = model.prepare_rope(shape, DEVICE)
     history = [torch.zeros(shape, device=DEVICE) for _ in range(6)]  # what UniPC remembers
     step = torch.full((1,), 500.0, device=DEVICE)
-    return timed(lambda: model.branches(history[0], step, contexts, rope), runs=1, warmup=0)
+    return timed(lambda: model.forward_cfg(history[0], step, contexts, rope), runs=1, warmup=0)
 
 
 def decode(report: Report) -> None:

@@ -66,7 +66,7 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
 
         def predict(latents: Tensor, timestep: float, texts: Any) -> list[Tensor]:
             with torch.no_grad():
-                return transformer.branches(latents, torch.tensor([timestep]), texts, rope)
+                return transformer.forward_cfg(latents, torch.tensor([timestep]), texts, rope)
 
         sampler = make_sampler("unipc", 3.0, 3, CPU)
         return denoise(SequentialGuidance(predict, *texts, 3.0), initial_noise(shape, 11), sampler)

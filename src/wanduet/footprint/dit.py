@@ -99,7 +99,7 @@ def _forward(
         latents = on_meta(shape, torch.float32)
         rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
         texts = tuple(TextContext(text, text) for _ in range(prompts))
-        model.branches(latents, torch.empty(1, device="meta"), texts, rope)
+        model.forward_cfg(latents, torch.empty(1, device="meta"), texts, rope)
     return footprint.held
 
 

@@ -310,7 +310,7 @@ def test_a_job_submitted_while_the_engine_closes_ends(single, tmp_path) -> None:
 STAGES = {
     "load": ("wanduet.engine.build.Models", "_load_denoiser"),
     "encode": ("wanduet.models.text.umt5.TextEncoder", "encode"),
-    "denoise": ("wanduet.models.dit.model.WanTransformer", "branches"),
+    "denoise": ("wanduet.models.dit.model.WanTransformer", "forward_cfg"),
     "decode": ("wanduet.models.vae.model.WanVAE", "decode_rows"),
     "write": ("wanduet.media.video.VideoWriter", "write"),
 }

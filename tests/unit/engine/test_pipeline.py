@@ -214,15 +214,15 @@ def test_nan_is_found_and_named(submit, step, tmp_path) -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_out_of_memory_while_denoising_repeats_the_forward(submit, monkeypatch, times) -> None:
     whole = digest(submit("whole"))
-    branches = WanTransformer.branches
+    forward_cfg = WanTransformer.forward_cfg
     failures = iter([True] * times)
 
     def sometimes(self, *args, **kwargs):
         if next(failures, False):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return branches(self, *args, **kwargs)
+        return forward_cfg(self, *args, **kwargs)
 
-    monkeypatch.setattr(WanTransformer, "branches", sometimes)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", sometimes)
     job = submit("tight")
     assert digest(job) == whole
     assert len(job.rungs) == times

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from wanduet.models.dit.workspace import TILE, Scratch
+from wanduet.models.dit.workspace import TILE, Workspace
 
 
-def scratch(tokens: int, width: int = 8, batch: int = 1) -> Scratch:
+def scratch(tokens: int, width: int = 8, batch: int = 1) -> Workspace:
     with torch.no_grad():
-        return Scratch.beside(torch.empty(batch, tokens, width), torch.bfloat16)
+        return Workspace.allocate_for(torch.empty(batch, tokens, width), torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 255, 256, 300, 32760, 75600])
@@ -38,4 +38,4 @@ def test_thirds_are_each_in_one_piece(batch: int) -> None:
         assert third.is_contiguous()
         third.fill_(index)
     assert [float(third[0, 0, 0]) for third in thirds if third is not None] == [0, 1, 2]
-    assert Scratch(None).thirds() == (None, None, None)
+    assert Workspace(None).thirds() == (None, None, None)

@@ -26,7 +26,7 @@ from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.views import side_by_side
 from wanduet.models.dit.embeddings import ConditionEmbedder, PatchGrid
-from wanduet.models.dit.workspace import Scratch
+from wanduet.models.dit.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Runtime:
 
 
 @dataclass(slots=True)
-class Stream:
+class Residual:
     """What goes from block to block: the residual stream `x` `[B, L, C]` float32, and beside it `branch`, in the
     compute dtype: the modulated norm of x, then the self-attention of it, which will be added to x.
 
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
-    def project_qkv(self, n_BLC: Tensor, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, n_BLC: Tensor, run: Runtime, scratch: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before norms; one product where the weights are packed."""
         parts = (self.to_q, self.to_k, self.to_v)
         weight = side_by_side(*(part.weight for part in parts))
@@ -104,7 +104,7 @@ class Attention(nn.Module):
             q, k, v = run.kernels.linear(n_BLC, weight, bias, scratch.whole).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> Tensor:
+    def attend_self(self, stream: Residual, rope: Rope, run: Runtime, scratch: Workspace, first: bool) -> Tensor:
         """Self-attention's heads `[B, L, C]`, before the output projection. Takes the stream's branch. `first`: of the
         first block."""
         if run.sharding.sends_ahead:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         attend = run.sharding.attend_first if first else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
 
-    def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, scratch: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation, each sent to other devices before the next is computed."""
         found: dict[int, Tensor] = {}
         for index, linear, norm in ((2, self.to_v, None), (1, self.to_k, self.norm_k), (0, self.to_q, self.norm_q)):
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return found[0], found[1], found[2]
 
     def attend_text(
-        self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Scratch
+        self, n_BLC: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, repeats: int, run: Runtime, scratch: Workspace
     ) -> Tensor:
         """Cross-attention's heads `[B, L, C]`, before the output projection."""
         q = _project(n_BLC, self.to_q, scratch.part(n_BLC, n_BLC.shape[2]), run)
@@ -163,7 +163,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(_Up(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
 
-    def forward(self, n_BLC: Tensor, run: Runtime, scratch: Scratch) -> Tensor:
+    def forward(self, n_BLC: Tensor, run: Runtime, scratch: Workspace) -> Tensor:
         """`[B, L, C]` to `[B, L, C]`; without gradients in place."""
         up, down = cast(_Up, self.net[0]).proj, cast(nn.Linear, self.net[2])
         hidden = run.kernels.linear_gelu(n_BLC, up.weight, up.bias, scratch.part(n_BLC, up.out_features))
@@ -194,19 +194,19 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
-    def attend(self, stream: Stream, rope: Rope, run: Runtime, scratch: Scratch, first: bool) -> None:
+    def attend(self, stream: Residual, rope: Rope, run: Runtime, scratch: Workspace, first: bool) -> None:
         """Self-attention, in the stream's branch: all of a block that does not depend on the text."""
         heads_BLC = self.attn1.attend_self(stream, rope, run, scratch, first)
         stream.branch = self.attn1.project_out(heads_BLC, scratch.part(heads_BLC, heads_BLC.shape[2]), run)
 
     def forward(
         self,
-        stream: Stream,
+        stream: Residual,
         mod: Modulation,
         next_norm: tuple[Tensor, Tensor],
         text: tuple[Tensor, Tensor, int],
         run: Runtime,
-        scratch: Scratch,
+        scratch: Workspace,
     ) -> None:
         """Bring the stream from this block's self-attention to the next block's norm.
 
@@ -298,10 +298,10 @@ class WanTransformer(nn.Module):
             text = self.prepare_text(text)
         if rope is None:
             rope = self.prepare_rope(latents.shape, latents.device)
-        return self.branches(latents, timestep, (text,), rope)[0]
+        return self.forward_cfg(latents, timestep, (text,), rope)[0]
 
     @PRODUCTS.at(EXACT)
-    def branches(self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope) -> list[Tensor]:
+    def forward_cfg(self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope) -> list[Tensor]:
         """A velocity for each of several prompts: bit for bit those of `forward`, one after the other, but the first
         block's self-attention, which comes before any text is seen, is computed once."""
         velocities: list[Tensor] = []
@@ -314,8 +314,8 @@ class WanTransformer(nn.Module):
         scratch = kept = None
         for text, out in zip(texts, outs, strict=True):
             x_BLC, time_BC, time_B6C = self.embed(latents, timestep)
-            scratch = scratch or Scratch.beside(x_BLC, self.compute_dtype)
-            stream, kept = Stream(x_BLC, kept), None
+            scratch = scratch or Workspace.allocate_for(x_BLC, self.compute_dtype)
+            stream, kept = Residual(x_BLC, kept), None
             del x_BLC
             keep = self.runtime.share_first and text is not texts[-1]
             n_BLC, kept = self.run_blocks(stream, time_BC, time_B6C, text, rope, scratch, keep=keep)
@@ -335,12 +335,12 @@ class WanTransformer(nn.Module):
 
     def run_blocks(
         self,
-        stream: Stream,
+        stream: Residual,
         time_BC: Tensor,
         time_B6C: Tensor,
         text: TextContext,
         rope: Rope,
-        scratch: Scratch,
+        scratch: Workspace,
         *,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ TILE = 256  # rows of the largest tiles in which GPUs compute a matrix product
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
+class Workspace:
     """Memory for what lives within a block: q, k and v, or the feed-forward's hidden tensor, of as many tokens as fit.
 
     `whole` `[B, L, 3C]`, without gradients; with them it is None, and every tensor has its own.
@@ -22,7 +22,7 @@ class Scratch:
     whole: Tensor | None
 
     @classmethod
-    def beside(cls, x: Tensor, dtype: torch.dtype) -> "Scratch":
+    def allocate_for(cls, x: Tensor, dtype: torch.dtype) -> "Workspace":
         """For tokens `[B, L, C]`, in a dtype."""
         if torch.is_grad_enabled():
             return cls(None)
