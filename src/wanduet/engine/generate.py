@@ -36,7 +36,7 @@ from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
@@ -187,8 +187,8 @@ def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
     for device, mode in decode_modes(video):
         job.check_cancelled()  # it may have waited for memory
         if problem:
-            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
-            video.note(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
+            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_tiles, mode.order)
+            video.note(f"decode: {mode.order}-major, {mode.num_tiles} strips on {device}")
         try:
             return _decode_as(models, video, latents, (device, mode), show)
         except NonFiniteFramesError as error:
@@ -204,7 +204,7 @@ def _decode_here(models: Models, video: Video, latents: Tensor) -> Written:
 
 
 def _decode_as(
-    models: Models, video: Video, latents: Tensor, how: tuple[str, DecodePlan], show: Callable[[int, int], None]
+    models: Models, video: Video, latents: Tensor, how: tuple[str, Tiling], show: Callable[[int, int], None]
 ) -> Written:
     """On a device, in a mode; a kernel that fails is replaced by its plain form, and the decode begins again."""
     device, mode = how

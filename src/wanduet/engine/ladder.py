@@ -13,7 +13,7 @@ import torch
 from wanduet.engine.job import Planned, Video
 from wanduet.errors import KernelFailedError, OutOfMemoryError
 from wanduet.footprint.phases import ModelMemory
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.planner import LATER_JOBS_SHARE
 from wanduet.runtime.denoiser import Denoiser
 from wanduet.runtime.release import release_memory
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 # Before the last rung: another program may be about to give its memory back.
 WAIT_SECONDS = 10.0
-SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("strip", 8), DecodePlan("strip", 16))
+SMALLER_DECODES = (Tiling("frame", 4), Tiling("strip", 4), Tiling("strip", 8), Tiling("strip", 16))
 
 
 class DenoiseLadder:
@@ -82,17 +82,17 @@ def _smaller_denoises(work: Planned, denoiser: Denoiser) -> Iterator[str]:
     yield f"waited {WAIT_SECONDS:g} s"
 
 
-def decode_modes(work: Planned) -> Iterator[tuple[str, DecodePlan]]:
+def decode_modes(work: Planned) -> Iterator[tuple[str, Tiling]]:
     """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
     plan = work.plan
     yield plan.vae.device, plan.vae.tiling
-    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.vae.tiling)]
+    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_tiles) > _size(plan.vae.tiling)]
     for mode in smaller:
         yield plan.vae.device, mode
     if plan.vae.device != "cpu":
         work.wait(WAIT_SECONDS)
         yield plan.vae.device, SMALLER_DECODES[-1]
-        yield "cpu", DecodePlan("strip", 8)
+        yield "cpu", Tiling("strip", 8)
 
 
 def reserve_decode(video: Video, memory: ModelMemory) -> None:
@@ -123,7 +123,7 @@ def reserve_decode(video: Video, memory: ModelMemory) -> None:
             release_memory()
             continue
         if mode != plan.vae.tiling:
-            video.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
+            video.note(f"decode: planned as {mode.order}-major, {mode.num_tiles} strips: less memory is free")
             video.plan = replace(plan, vae=replace(plan.vae, tiling=mode))
         return
 
@@ -140,5 +140,5 @@ def _cached_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _size(mode: DecodePlan) -> tuple[bool, int]:
-    return mode.order == "strip", mode.num_strips
+def _size(mode: Tiling) -> tuple[bool, int]:
+    return mode.order == "strip", mode.num_tiles

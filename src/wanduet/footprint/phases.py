@@ -18,7 +18,7 @@ from wanduet.footprint.vae import decode_bytes, decode_host_bytes
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.weights.safetensors import MAPPED_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -105,7 +105,7 @@ class ModelMemory:
         """Bytes of the VAE's decoder: its encoder is not loaded to make a video of a text."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
 
-    def decode(self, size: Size, mode: DecodePlan, dtype: str, device: str, ranks: int = 1) -> int:
+    def decode(self, size: Size, mode: Tiling, dtype: str, device: str, ranks: int = 1) -> int:
         """Bytes that decoding needs beside the weights, on a device like `cuda:0`, or on each of several that share it."""
         alone = decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))
         if ranks == 1:
@@ -113,7 +113,7 @@ class ModelMemory:
         # The first of them decodes in this mode should the others be lost.
         return max(alone, decode_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device), ranks))
 
-    def decode_host(self, size: Size, mode: DecodePlan, dtype: str, device: str) -> int:
+    def decode_host(self, size: Size, mode: Tiling, dtype: str, device: str) -> int:
         """Bytes of the host that decoding on a device needs, and encoding what comes of it."""
         encoder = VIDEO_ENCODER_BYTES * size[0] * size[1]
         return encoder + decode_host_bytes(self.spec.vae, *size, mode, dtype, planned_vae_kernels(device))

@@ -8,8 +8,8 @@ from wanduet.family.specs import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.halo_offload import PIECE_BYTES, page_locked_bytes
-from wanduet.models.vae.history_size import TRACED_STEPS, TRACING, kept_by_strips, meta_vae
-from wanduet.models.vae.rows import DecodePlan, Rows, split_rows
+from wanduet.models.vae.history_size import TRACED_STEPS, TRACING, meta_vae, tile_cache_bytes
+from wanduet.models.vae.rows import Rows, Tiling, split_rows
 from wanduet.models.vae.stream import decode_stream
 from wanduet.models.vae.tiles import share_decode
 
@@ -25,7 +25,7 @@ def decode_bytes(
     height: int,
     width: int,
     num_frames: int,
-    plan: DecodePlan,
+    plan: Tiling,
     dtype: str,
     kernels: VAEKernels = VAE_TORCH_KERNELS,
     ranks: int = 1,
@@ -44,7 +44,7 @@ def decode_bytes(
         if ranks > 1:
             equal = (1.0,) * ranks
             shares, _ = share_decode(vae.decoder.trunk_layers, vae.decoder.local_layers, height, equal)
-            plan, rows = DecodePlan(), max(shares or split_rows(rows, equal), key=lambda share: share.count)
+            plan, rows = Tiling(), max(shares or split_rows(rows, equal), key=lambda share: share.count)
         elif plan.order == "strip":  # all but the first and the last are alike
             rows = Rows(0, plan.strips(height)[:3][-1].stop, height)
         with Footprint() as footprint:
@@ -61,7 +61,7 @@ def decode_host_bytes(
     height: int,
     width: int,
     num_frames: int,
-    plan: DecodePlan,
+    plan: Tiling,
     dtype: str,
     kernels: VAEKernels = VAE_TORCH_KERNELS,
 ) -> int:
@@ -74,6 +74,6 @@ def decode_host_bytes(
     rows, columns = height // spec.spatial_stride, width // spec.spatial_stride
     features = spec.base_dim * spec.dim_mult[-1] * rows * columns * kind.itemsize
     traced, strips = min(steps, TRACED_STEPS), plan.strips(height)[:3]
-    kept = kept_by_strips(spec, rows, columns, strips, traced, kind, kernels)
+    kept = tile_cache_bytes(spec, rows, columns, strips, traced, kind, kernels)
     middles = -(-steps // max(1, PIECE_BYTES // features)) * page_locked_bytes(features)
     return num_frames * height * width * 3 + middles + steps * max(kept.seams) + 2 * PIECE_BYTES

@@ -27,7 +27,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.request import GenerationRequest
 
 
@@ -174,7 +174,7 @@ def test_cancel_ends_a_decode_within_a_part_of_it(submit, tmp_path, monkeypatch,
         return decode_rows(*args)
 
     monkeypatch.setattr(WanVAE, "decode_rows", cancelling)
-    monkeypatch.setattr(generate, "decode_modes", lambda job: iter([("cpu", DecodePlan(order, 4))]))
+    monkeypatch.setattr(generate, "decode_modes", lambda job: iter([("cpu", Tiling(order, 4))]))
     job = submit()
     submitted.set()
     with pytest.raises(CancelledError):

@@ -8,7 +8,7 @@ from wanduet.footprint.dit import buffer_bytes, forward_bytes
 from wanduet.footprint.phases import text_positions
 from wanduet.footprint.vae import decode_host_bytes
 from wanduet.models.text.tokenizer import Tokenizer
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.weights.hub import open_model
 
 
@@ -24,7 +24,7 @@ def test_a_short_prompt_is_planned_short() -> None:
 
 def test_strips_wait_on_the_host_and_frames_do_not() -> None:
     def needed(frames: int, order: str) -> int:
-        return decode_host_bytes(VAESpec(), 480, 832, frames, DecodePlan(order, 2), "float32")
+        return decode_host_bytes(VAESpec(), 480, 832, frames, Tiling(order, 2), "float32")
 
     assert needed(81, "frame") == needed(161, "frame") < 12 * 2**20
     steps, middle, pixels = 20, 384 * 60 * 104 * 4, 80 * 480 * 832 * 3

@@ -17,7 +17,7 @@ from wanduet.meta.trace import Footprint
 from wanduet.models.vae.halo_offload import Host
 from wanduet.models.vae.history_size import compile_decode
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 
 pytest.importorskip("triton")
@@ -307,7 +307,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     peaks = [
-        decode_bytes(VAESpec(), 480, 832, 9, DecodePlan(), "float32", kernels)
+        decode_bytes(VAESpec(), 480, 832, 9, Tiling(), "float32", kernels)
         for kernels in (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS)
     ]
     assert peaks[0] > peaks[1] > 2**30
@@ -346,7 +346,7 @@ def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("plan", [pytest.param(DecodePlan(), marks=pytest.mark.slow), DecodePlan("strip", 3)])
+@pytest.mark.parametrize("plan", [pytest.param(Tiling(), marks=pytest.mark.slow), Tiling("strip", 3)])
 def test_a_whole_decode_gives_the_same_frames_by_kernels_that_can_be_compiled_beforehand(launched, plan) -> None:
     """Beforehand: by a run on the meta device, of other sizes, as a kernel depends on neither rows nor columns."""
     torch.manual_seed(2)
@@ -370,7 +370,7 @@ def test_the_check_before_use_compiles_nothing_that_the_decode_does_not_need(lau
     base_dim = 8
     assert largest_vae_error(VAE_TRITON_KERNELS, torch.device("cpu"), torch.float32, base_dim) < 1e-5
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(base_dim=base_dim), 64, 80, DecodePlan(), torch.float32, kernels)
+    compile_decode(VAESpec(base_dim=base_dim), 64, 80, Tiling(), torch.float32, kernels)
     assert len(launched[False]) > 5
     assert launched[False] <= launched[True]
 
@@ -392,5 +392,5 @@ def test_few_kernels_are_compiled_for_a_decode(monkeypatch, convolutions) -> Non
     for module in (norms, convolutions, attention):
         monkeypatch.setattr(module, "launch", record)
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(), 480, 832, DecodePlan(), torch.float32, kernels)
+    compile_decode(VAESpec(), 480, 832, Tiling(), torch.float32, kernels)
     assert 20 < len(compiled) <= 24

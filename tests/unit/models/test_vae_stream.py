@@ -14,11 +14,11 @@ from wanduet.models.vae.arena import History
 from wanduet.models.vae.halo_offload import PIECE_BYTES, HostSeam
 from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.model import WanVAE, to_uint8
-from wanduet.models.vae.rows import DecodePlan, Rows
+from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.stream import decode_stream
 
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)
-WHOLE = DecodePlan()
+WHOLE = Tiling()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def whole(vae: WanVAE, z: torch.Tensor) -> np.ndarray:
 def test_equals_whole_decode(vae, order, strips) -> None:
     z = latents(1)
     told = []
-    chunks = [c.copy() for c in decode_stream(vae, z, DecodePlan(order, strips), lambda *a: told.append(a))]
+    chunks = [c.copy() for c in decode_stream(vae, z, Tiling(order, strips), lambda *a: told.append(a))]
     got = np.concatenate(chunks)
     assert got.shape == (13, 48, 40, 3)
     difference = np.abs(got.astype(int) - whole(vae, z).astype(int))
@@ -54,7 +54,7 @@ def test_equals_whole_decode(vae, order, strips) -> None:
 def test_some_rows_are_those_of_the_whole(vae, order) -> None:
     z = latents(1)
     rows = Rows(13, 31, 48)
-    got = np.concatenate([c.copy() for c in decode_stream(vae, z, DecodePlan(order, 2), rows=rows)])
+    got = np.concatenate([c.copy() for c in decode_stream(vae, z, Tiling(order, 2), rows=rows)])
     expected = whole(vae, z)[:, 13:31]
     assert got.shape == expected.shape
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
@@ -70,7 +70,7 @@ def test_two_interleaved_videos_keep_to_themselves(vae) -> None:
     assert np.array_equal(np.concatenate(got[1]), whole(vae, two))
 
 
-@pytest.mark.parametrize("plan", [DecodePlan("frame", 1), DecodePlan("frame", 2), DecodePlan("strip", 2)])
+@pytest.mark.parametrize("plan", [Tiling("frame", 1), Tiling("frame", 2), Tiling("strip", 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_becomes_no_frame(vae, plan, value, monkeypatch) -> None:
     decode_rows, calls = WanVAE.decode_rows, []
@@ -99,7 +99,7 @@ def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
 
 def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae) -> None:
     z = latents(5)
-    plan = DecodePlan("frame", 1)
+    plan = Tiling("frame", 1)
     predicted = history_bytes(SPEC, 48, 40, 13, plan, (Rows.whole(48),), torch.float32, vae.kernels)
     history, past = History(predicted, torch.device("cpu")), None
     frames = []
@@ -159,7 +159,7 @@ def test_footprint_knows_what_holes_cost() -> None:
 
 def test_a_prediction_does_not_depend_on_what_was_predicted_before() -> None:
     # A size that no other test asks for: the second time, what the first one traced is known.
-    twice = [decode_bytes.__wrapped__(VAESpec(), 496, 832, 81, DecodePlan(), "float32") for _ in range(2)]
+    twice = [decode_bytes.__wrapped__(VAESpec(), 496, 832, 81, Tiling(), "float32") for _ in range(2)]
     assert twice[0] == twice[1]
 
 
@@ -167,7 +167,7 @@ def test_predictions_in_several_threads_are_those_of_one() -> None:
     sizes = [(64, 80 + 16 * i) for i in range(6)]
 
     def predict(size: tuple[int, int]) -> int:
-        return decode_bytes.__wrapped__(SPEC, *size, 81, DecodePlan("frame", 2), "float32")
+        return decode_bytes.__wrapped__(SPEC, *size, 81, Tiling("frame", 2), "float32")
 
     expected = [predict(size) for size in sizes]
     with ThreadPoolExecutor(4) as pool:
@@ -175,10 +175,10 @@ def test_predictions_in_several_threads_are_those_of_one() -> None:
 
 
 def test_a_rank_of_several_needs_less_than_one_alone_and_more_than_its_strip() -> None:
-    def predict(ranks: int, plan: DecodePlan = WHOLE) -> int:
+    def predict(ranks: int, plan: Tiling = WHOLE) -> int:
         return decode_bytes(VAESpec(), 480, 832, 81, plan, "float32", ranks=ranks)
 
-    assert predict(1, DecodePlan("strip", 3)) < predict(2) < predict(1)
+    assert predict(1, Tiling("strip", 3)) < predict(2) < predict(1)
     assert predict(4) < predict(2)
 
 
@@ -191,7 +191,7 @@ def test_what_strips_hand_on_is_as_large_as_predicted(vae, monkeypatch) -> None:
         finish(seam)
 
     monkeypatch.setattr(HostSeam, "finish", count)
-    plan = DecodePlan("strip", 3)
+    plan = Tiling("strip", 3)
     for _ in decode_stream(vae, latents(6), plan):
         pass
     pixels, middles = 13 * 48 * 40 * 3, PIECE_BYTES  # all in one
@@ -205,7 +205,7 @@ def test_what_strips_hand_on_is_as_large_as_predicted(vae, monkeypatch) -> None:
 
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_strips() -> None:
     def predict(frames: int, order: str, strips: int) -> int:
-        return decode_bytes(VAESpec(), 480, 832, frames, DecodePlan(order, strips), "float32")
+        return decode_bytes(VAESpec(), 480, 832, frames, Tiling(order, strips), "float32")
 
     assert predict(81, "frame", 1) == predict(801, "frame", 1)
     assert predict(81, "frame", 4) < 0.9 * predict(81, "frame", 1)

@@ -17,7 +17,7 @@ from wanduet.meta.trace import Footprint, on_meta
 from wanduet.models.vae.arena import ALIGNMENT
 from wanduet.models.vae.layers import Past
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan, Rows
+from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.tiles import Seam
 
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
@@ -40,7 +40,7 @@ def history_bytes(
     height: int,
     width: int,
     num_frames: int,
-    plan: DecodePlan,
+    plan: Tiling,
     strips: Sequence[Rows],
     dtype: torch.dtype,
     kernels: VAEKernels,
@@ -50,7 +50,7 @@ def history_bytes(
     size = (height // spec.spatial_stride, width // spec.spatial_stride)
     trunk = _trunk_kept(spec, *size, steps, dtype, kernels)
     # Strip by strip, all but the first and the last are alike.
-    kept = kept_by_strips(spec, *size, tuple(strips if plan.order == "frame" else strips[:3]), steps, dtype, kernels)
+    kept = tile_cache_bytes(spec, *size, tuple(strips if plan.order == "frame" else strips[:3]), steps, dtype, kernels)
     if plan.order == "frame":
         return trunk + sum(kept.pasts) + sum(kept.seams)
     # First the trunk's alone, then each strip's, with what it is handed, what it hands on, and two frames' features.
@@ -60,7 +60,7 @@ def history_bytes(
 
 
 def compile_decode(
-    spec: VAESpec, height: int, width: int, plan: DecodePlan, dtype: torch.dtype, kernels: VAEKernels
+    spec: VAESpec, height: int, width: int, plan: Tiling, dtype: torch.dtype, kernels: VAEKernels
 ) -> None:
     """Run the first steps of such a decode on the meta device, with kernels that are compiled by that."""
     frames = TRACED_STEPS * spec.temporal_stride
@@ -82,7 +82,7 @@ def _trunk_kept(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch
 
 
 @lru_cache(maxsize=1024)
-def kept_by_strips(
+def tile_cache_bytes(
     spec: VAESpec,
     rows: int,
     columns: int,

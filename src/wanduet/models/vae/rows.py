@@ -77,7 +77,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodePlan:
+class Tiling:
     """How a decode is cut: which loop is outside, and into how many strips of rows.
 
     `frame`: every strip of a frame, then the next frame. Frames stream out; the history of all strips is
@@ -85,17 +85,17 @@ class DecodePlan:
     """
 
     order: Literal["frame", "strip"] = "frame"
-    num_strips: int = 1
+    num_tiles: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number of strips below 1."""
-        if self.num_strips < 1:
-            raise ValueError(f"num_strips={self.num_strips} must be at least 1.")
+        if self.num_tiles < 1:
+            raise ValueError(f"num_tiles={self.num_tiles} must be at least 1.")
 
     def strips(self, height: int) -> tuple[Rows, ...]:
         """A frame of so many rows, cut. With rows handed on the first strip computes a little more than the others,
         which so find room where its tensors were."""
-        return tuple(split_rows(Rows.whole(height), [1.0] * self.num_strips))
+        return tuple(split_rows(Rows.whole(height), [1.0] * self.num_tiles))
 
 
 def split_rows(rows: Rows, weights: Sequence[float]) -> list[Rows]:

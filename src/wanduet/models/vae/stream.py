@@ -21,13 +21,13 @@ from wanduet.models.vae.halo_offload import Copying, Host, HostSeam
 from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.layers import Past
 from wanduet.models.vae.model import WanVAE, to_uint8
-from wanduet.models.vae.rows import DecodePlan, Rows
+from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.tiles import Seam
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
 Trunk = Callable[[Tensor, Past], tuple[Tensor, Past]]  # as WanVAE.decode_trunk
-WHOLE_FRAMES = DecodePlan()
+WHOLE_FRAMES = Tiling()
 _HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
 
 
@@ -35,7 +35,7 @@ _HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
 def decode_stream(
     vae: WanVAE,
     latents: Tensor,
-    plan: DecodePlan = WHOLE_FRAMES,
+    plan: Tiling = WHOLE_FRAMES,
     on_frames: OnFrames | None = None,
     rows: Rows | None = None,
     above: Seam | None = None,
@@ -79,7 +79,7 @@ class _Decode:
     """One decode: what both orders share."""
 
     def __init__(
-        self, vae: WanVAE, latents: Tensor, plan: DecodePlan, on_frames: OnFrames | None, rows: Rows | None
+        self, vae: WanVAE, latents: Tensor, plan: Tiling, on_frames: OnFrames | None, rows: Rows | None
     ) -> None:
         weight = vae.post_quant_conv.weight
         self.vae, self.device, self.plan = vae, weight.device, plan
