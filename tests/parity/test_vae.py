@@ -107,7 +107,7 @@ def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: f
     cuts = split_rows(Rows.whole(80), [1.0] * strips)
     seams = [None, *(Seam(cut) if joined else None for cut in cuts[:-1]), None]
     for frame in z.split(1, dim=2):
-        mid, trunk_past = vae.decode_trunk(frame, trunk_past)
+        mid, trunk_past = vae.decode_mid(frame, trunk_past)
         parts = []
         for i, wanted in enumerate(cuts):
             part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted, *seams[i : i + 2])

@@ -13,7 +13,7 @@ from torch import Tensor
 from wanduet.distributed.collectives import Sending, receive, send
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.split import split_lengths
-from wanduet.models.vae.layers import Past
+from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
 from wanduet.models.vae.stream import Frames, decode_stream
@@ -29,7 +29,7 @@ def decode_share(
     where frames are too small for strips to hand rows on, each computes a halo of its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
-    strips, one_trunk = share_decode(decoder.trunk_layers, decoder.local_layers, height, speeds)
+    strips, one_trunk = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
     trunk: SentTrunk | ReceivedTrunk | None = None
     if one_trunk:
         others = tuple(range(1, rank.world_size))
@@ -57,9 +57,9 @@ class SentTrunk:
         self._vae, self._ranks = vae, ranks
         self._under_way: Sending | None = None
 
-    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """As `WanVAE.decode_trunk`."""
-        mid, past = self._vae.decode_trunk(z, past)
+    def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """As `WanVAE.decode_mid`."""
+        mid, past = self._vae.decode_mid(z, past)
         self.finish()
         self._under_way = send(mid.permute(0, 2, 3, 4, 1), *self._ranks)
         return mid, past
@@ -77,8 +77,8 @@ class ReceivedTrunk:
     def __init__(self, vae: WanVAE) -> None:
         self._channels = vae.spec.base_dim * vae.spec.dim_mult[-1]
 
-    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """As `WanVAE.decode_trunk`; remembers nothing."""
+    def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """As `WanVAE.decode_mid`; remembers nothing."""
         batch, _, frames, rows, columns = z.shape
         mid = receive((batch, frames, rows, columns, self._channels), z, rank=0)
         return mid.permute(0, 4, 1, 2, 3), None

@@ -43,7 +43,7 @@ def decode_bytes(
         vae = meta_vae(spec, kind, kernels)
         if ranks > 1:
             equal = (1.0,) * ranks
-            shares, _ = share_decode(vae.decoder.trunk_layers, vae.decoder.local_layers, height, equal)
+            shares, _ = share_decode(vae.decoder.mid_layers, vae.decoder.local_layers, height, equal)
             plan, rows = Tiling(), max(shares or split_rows(rows, equal), key=lambda share: share.count)
         elif plan.order == "strip":  # all but the first and the last are alike
             rows = Rows(0, plan.strips(height)[:3][-1].stop, height)

@@ -118,7 +118,7 @@ def fail_in_decode(monkeypatch) -> None:
         kept = [self, z]  # as a frame with tensors
         raise RuntimeError(f"a fault with {len(kept)}")
 
-    monkeypatch.setattr(WanVAE, "decode_trunk", broken)
+    monkeypatch.setattr(WanVAE, "decode_mid", broken)
 
 
 def fail_with_a_cause(monkeypatch) -> None:

@@ -190,7 +190,7 @@ def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_p
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patch:
-        patch.setattr(WanVAE, "decode_trunk", broken)
+        patch.setattr(WanVAE, "decode_mid", broken)
         with pytest.raises(RuntimeError, match="a fault"):
             submit("part").result(60)
     assert files(tmp_path) == {"whole.mkv", "part.mkv.latents.safetensors"}

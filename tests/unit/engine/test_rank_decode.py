@@ -82,8 +82,8 @@ def test_work_is_shared_in_proportion_and_no_row_has_a_halo() -> None:
     assert top.count < 240  # what the rows below it need is computed above
     more, less = share_work(layers, 480, (2.0, 1.0))
     assert more.count > 1.5 * less.count
-    with_trunk, _ = share_work(layers, 480, (1.0, 1.0), vae().decoder.trunk_layers)
+    with_trunk, _ = share_work(layers, 480, (1.0, 1.0), vae().decoder.mid_layers)
     assert top.count / 2 < with_trunk.count < top.count
-    assert share_work(layers, 480, (1.0, 60.0), vae().decoder.trunk_layers) is None  # the trunk alone is more
+    assert share_work(layers, 480, (1.0, 60.0), vae().decoder.mid_layers) is None  # the trunk alone is more
     assert share_work(layers, 24, (1.0, 1.0)) is None  # the upper strip would need all rows of the first layer
     assert len(share_work(layers, 480, (1.0,) * 8)) == 8

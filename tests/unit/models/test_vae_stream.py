@@ -105,10 +105,10 @@ def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae
     frames = []
     with torch.no_grad():
         for step in z[None].split(1, dim=2):
-            vae.own_pasts(history=history)
+            vae.reuse_caches(history=history)
             pixels, past = vae.decode_step(step, past)
             frames.append(to_uint8(pixels).numpy())
-    vae.own_pasts(False)
+    vae.reuse_caches(False)
     assert np.array_equal(np.concatenate(frames), whole(vae, z))
     assert predicted - 512 < history._used <= predicted
 

@@ -15,7 +15,7 @@ from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.meta.init import without_memory
 from wanduet.meta.trace import Footprint, on_meta
 from wanduet.models.vae.arena import ALIGNMENT
-from wanduet.models.vae.layers import Past
+from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.tiles import Seam
@@ -71,12 +71,12 @@ def compile_decode(
 def _trunk_kept(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch.dtype, kernels: VAEKernels) -> int:
     with TRACING, torch.no_grad(), Footprint() as footprint:
         vae = meta_vae(spec, dtype, kernels)
-        vae.own_pasts()
+        vae.reuse_caches()
         z = on_meta((1, spec.z_dim, 1, rows, columns), dtype)
         base, past = footprint.live, None
         for _ in range(steps):
             mid: Tensor | None = None
-            mid, past = vae.decode_trunk(z, past)
+            mid, past = vae.decode_mid(z, past)
         del mid
         return footprint.live - base
 
@@ -94,9 +94,9 @@ def tile_cache_bytes(
     """What strips one below the other remember, of latents of so many rows and columns."""
     with TRACING, torch.no_grad(), Footprint():  # one of its own: it is no part of what is being traced around it
         vae = meta_vae(spec, dtype, kernels)
-        vae.own_pasts()
-        mid, _ = vae.decode_trunk(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
-        pasts: list[Past] = [None] * len(strips)
+        vae.reuse_caches()
+        mid, _ = vae.decode_mid(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
+        pasts: list[FeatureCache] = [None] * len(strips)
         seams = [Seam(strip) for strip in strips]
         for _ in range(steps):
             for number, wanted in enumerate(strips):
@@ -105,7 +105,7 @@ def tile_cache_bytes(
     return Kept(tuple(map(_bytes, pasts)), tuple(_bytes(list(seam.rows.values())) for seam in seams))
 
 
-def _bytes(tensors: Past) -> int:
+def _bytes(tensors: FeatureCache) -> int:
     """Of all tensors in a tree of them, each rounded up as `History` does."""
     sizes = (leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)

@@ -17,14 +17,14 @@ from wanduet.kernels.vae.plain import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKerne
 from wanduet.models.vae.arena import History, copy_frames
 from wanduet.models.vae.rows import Rows
 
-Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
-Step: TypeAlias = tuple[Tensor, Past, Rows]
+FeatureCache: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
+Step: TypeAlias = tuple[Tensor, FeatureCache, Rows]
 
 
 class Layer(Protocol):
     """What every layer offers."""
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """Process the next frames of a video. The result comes with `room`."""
 
     def rows_needed(self, rows: Rows) -> Rows:
@@ -32,16 +32,16 @@ class Layer(Protocol):
 
 
 class Remembers(nn.Module):
-    """A layer that keeps frames for the next step. `owns_past`: the caller never uses a past twice, so the
+    """A layer that keeps frames for the next step. `reuses_cache`: the caller never uses a past twice, so the
     next one may take the old one's memory; without it steps are pure. `history`: where a first past is put (see
-    `WanVAE.own_pasts`)."""
+    `WanVAE.reuse_caches`)."""
 
-    owns_past = False
+    reuses_cache = False
     history: History | None = None
 
     def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
         """The next past: a copy of `frames`, in the old past's memory where that was given up."""
-        if self.owns_past and not torch.is_grad_enabled():
+        if self.reuses_cache and not torch.is_grad_enabled():
             if past is not None and past.shape == frames.shape:
                 return copy_frames(past, frames)
             if self.history is not None:
@@ -72,7 +72,7 @@ class CausalConv3d(nn.Conv3d, Remembers):
     def step(
         self,
         x: Tensor,
-        past: Past,
+        past: FeatureCache,
         rows: Rows,
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
         """Two convolutions."""
         return rows.widened(2)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         past1, past2 = past or (None, None)
         within = Room(0, room.whole)
@@ -133,7 +133,7 @@ class AttentionBlock(nn.Module):
         """All rows: attention is global within a frame."""
         return Rows.whole(rows.height)
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows) -> Step:
         """`[B, C, T, h, w]` to the same shape."""
         if rows.count != rows.height:
             raise ValueError("The attention of the VAE's middle needs whole frames.")
@@ -169,7 +169,7 @@ class Upsample(nn.Module):
         """One more row on each side after doubling."""
         return rows.widened(1).sources_of_double()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
             if past is None:  # the video's first frame is one frame; what comes after starts from zeros
@@ -206,7 +206,7 @@ class Downsample(Remembers):
         """Two for each, and one below."""
         return rows.sources_of_half()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the past is the last frame before time_conv."""
         batch, frames = x.shape[0], x.shape[2]
         x = x[..., rows.start % 2 :, :]  # an output row starts at an even row
@@ -232,14 +232,14 @@ class NormedConv:
         """One convolution."""
         return self.conv.rows_needed(rows)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         return self.conv.step(x, past, rows, self.norm, consume=True, room=room)
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, past: Past, rows: Rows) -> Step:
+def run(layers: Sequence[nn.Module], x: Tensor, past: FeatureCache, rows: Rows) -> Step:
     """Layers one after another; the past is a tuple of theirs. On some rows only: tiles.py."""
-    pasts: list[Past] = []
+    pasts: list[FeatureCache] = []
     for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
         x, layer_past, rows = cast(Layer, layer).step(x, layer_past, rows)
         pasts.append(layer_past)

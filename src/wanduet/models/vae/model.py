@@ -24,9 +24,9 @@ from wanduet.models.vae.layers import (
     AttentionBlock,
     CausalConv3d,
     Downsample,
+    FeatureCache,
     Layer,
     NormedConv,
-    Past,
     Remembers,
     ResidualBlock,
     RMSNorm,
@@ -46,7 +46,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, past: FeatureCache, rows: Rows) -> Step:
         """`[B, C, T, h, w]` to the same shape."""
         return run([self.resnets[0], self.attentions[0], self.resnets[1]], x, past, rows)
 
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         """The layers that see only neighbouring rows."""
         return [self.conv_in, *self.down_blocks]
 
-    def trunk(self, x: Tensor, past: Past, rows: Rows) -> tuple[Tensor, Past]:
+    def trunk(self, x: Tensor, past: FeatureCache, rows: Rows) -> tuple[Tensor, FeatureCache]:
         """The middle and the moments, of whole frames."""
         mid_past, out_past = past or (None, None)
         x, mid_past, rows = self.mid_block.step(x, mid_past, rows)
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 3, 3)
 
-    def trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def trunk(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
         """Features `[B, C, T, h, w]` before the first upsampling, of whole frames.
 
         Beside the middle, whose attention needs them, these are the layers of its resolution: on strips their halos would
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         return layers
 
     @property
-    def trunk_layers(self) -> list[nn.Module]:
+    def mid_layers(self) -> list[nn.Module]:
         """The modules of the trunk."""
         return [self.conv_in, self.mid_block, *self._whole_layers]
 
@@ -165,13 +165,13 @@ class WanVAE(nn.Module):
     def _remembering(self) -> list[Remembers]:
         return [module for module in self.modules() if isinstance(module, Remembers)]
 
-    def own_pasts(self, owns: bool = True, history: History | None = None) -> None:
+    def reuse_caches(self, owns: bool = True, history: History | None = None) -> None:
         """Let steps overwrite the past they are given. For drivers that use each past once: half the memory.
 
         `history`: where first pasts are put.
         """
         for module in self._remembering:
-            module.owns_past, module.history = owns, history
+            module.reuses_cache, module.history = owns, history
 
     def use_kernels(self, kernels: VAEKernels) -> None:
         """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
@@ -210,30 +210,30 @@ class WanVAE(nn.Module):
         """The modules that hold those."""
         return self.decoder, self.post_quant_conv
 
-    def decode_trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def decode_mid(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
         """One latent frame `[B, 16, 1, h, w]` (normalised) to the trunk's features `[B, C, 1, h, w]`."""
         mean, std = self._statistics(z)
         with vae_precision(self.tf32):
             return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
 
     def decode_rows(
-        self, mid: Tensor, past: Past, wanted: Rows, above: Seam | None = None, below: Seam | None = None
-    ) -> tuple[Tensor, Past]:
+        self, mid: Tensor, past: FeatureCache, wanted: Rows, above: Seam | None = None, below: Seam | None = None
+    ) -> tuple[Tensor, FeatureCache]:
         """The trunk's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows. Seams: see `run_rows`."""
         with vae_precision(self.tf32):
             x, past = run_rows(self.decoder.local_layers, mid, past, Rows.whole(mid.shape[-2]), wanted, above, below)
         return x.clamp(-1.0, 1.0), past
 
-    def decode_step(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def decode_step(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
         """One latent frame `[B, 16, 1, h, w]` to pixels `[B, 3, 1, H, W]` (a video's first) or `[B, 3, 4, H, W]`."""
         trunk_past, rows_past = past or (None, None)
-        mid, trunk_past = self.decode_trunk(z, trunk_past)
+        mid, trunk_past = self.decode_mid(z, trunk_past)
         frames, rows_past = self.decode_rows(mid, rows_past, self._all_pixel_rows(z.shape[-2]))
         return frames, (trunk_past, rows_past)
 
     def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
         """Latents `[B, 16, T, h, w]` to pixels, one latent frame's at a time."""
-        past: Past = None
+        past: FeatureCache = None
         for z in latents.split(1, dim=2):
             frames, past = self.decode_step(z, past)
             yield frames
@@ -244,7 +244,7 @@ class WanVAE(nn.Module):
 
     # Encoding.
 
-    def encode_step(self, frames: Tensor, past: Past, strips: int = 1) -> tuple[Tensor, Past]:
+    def encode_step(self, frames: Tensor, past: FeatureCache, strips: int = 1) -> tuple[Tensor, FeatureCache]:
         """One frame (a video's first) or four `[B, 3, T, H, W]` to moments `[B, 32, 1, h, w]`.
 
         The moments are mean and log-variance, not normalised. `strips` cuts the local part by rows.
@@ -252,7 +252,7 @@ class WanVAE(nn.Module):
         with vae_precision(self.tf32):
             return self._encode_step(frames, past, strips)
 
-    def _encode_step(self, frames: Tensor, past: Past, strips: int) -> tuple[Tensor, Past]:
+    def _encode_step(self, frames: Tensor, past: FeatureCache, strips: int) -> tuple[Tensor, FeatureCache]:
         trunk_past, local_pasts = past or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
         layers, features, pasts = cast(list[Layer], self.encoder.local_layers), [], []
@@ -269,7 +269,7 @@ class WanVAE(nn.Module):
 
     def encode_moments(self, video: Tensor, strips: int = 1) -> Tensor:
         """A video `[B, 3, 4n + 1, H, W]` to moments `[B, 32, n + 1, h, w]`."""
-        past: Past = None
+        past: FeatureCache = None
         moments = []
         for chunk in (video[:, :, :1], *video[:, :, 1:].split(4, dim=2)):
             if chunk.shape[2]:

@@ -19,7 +19,7 @@ WIDTHS = (256, 128, 64)  # channels of the three stages; each ends in an upsampl
 LATENT_CHANNELS = 16
 BLOCKS = 3  # in a stage
 TIME_STRIDES = (1, 2, 2)  # frames that a stage's `TGrow` makes of one
-Past = tuple[Tensor, ...]
+FeatureCache = tuple[Tensor, ...]
 
 
 class MemoryBlock(nn.Module):
@@ -74,12 +74,12 @@ class PreviewDecoder(nn.Module):
 
     def pictures(self, latents: Tensor, doublings: int = 3) -> Iterator[Tensor]:
         """Latents `[C, T, h, w]` to `T` pictures `[3, h·2^doublings, w·2^doublings]`, one after the other."""
-        past: Past | None = None
+        past: FeatureCache | None = None
         for frame in latents.unbind(1):
             picture, past = self.step(frame[None], past, doublings)
             yield picture[0]
 
-    def step(self, z: Tensor, past: Past | None, doublings: int) -> tuple[Tensor, Past]:
+    def step(self, z: Tensor, past: FeatureCache | None, doublings: int) -> tuple[Tensor, FeatureCache]:
         """One latent frame `[1, C, h, w]` to its picture, and what the next frame's blocks must know."""
         x = z.to(next(self.parameters()))
         if self._mean is not None and self._std is not None:

@@ -19,14 +19,14 @@ from wanduet.kernels.host_copy import HostCopy
 from wanduet.models.vae.arena import History
 from wanduet.models.vae.halo_offload import Copying, Host, HostSeam
 from wanduet.models.vae.history_size import history_bytes
-from wanduet.models.vae.layers import Past
+from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.tiles import Seam
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
-Trunk = Callable[[Tensor, Past], tuple[Tensor, Past]]  # as WanVAE.decode_trunk
+Trunk = Callable[[Tensor, FeatureCache], tuple[Tensor, FeatureCache]]  # as WanVAE.decode_mid
 WHOLE_FRAMES = Tiling()
 _HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
 
@@ -52,10 +52,10 @@ def decode_stream(
     job = _Decode(vae, latents, plan, on_frames, rows)
     try:
         yield from (
-            job.frame_major(above, below, trunk or vae.decode_trunk) if plan.order == "frame" else job.strip_major()
+            job.frame_major(above, below, trunk or vae.decode_mid) if plan.order == "frame" else job.strip_major()
         )
     finally:
-        vae.own_pasts(False)
+        vae.reuse_caches(False)
 
 
 @dataclass(slots=True)
@@ -104,13 +104,13 @@ class _Decode:
             self._history = History(needed, self.device)
 
     def frame_major(self, above: Seam | None, below: Seam | None, trunk: Trunk) -> Iterator[Frames]:
-        trunk_past: Past = None
-        pasts: list[Past] = [None] * len(self.strips)
+        trunk_past: FeatureCache = None
+        pasts: list[FeatureCache] = [None] * len(self.strips)
         seams = [above, *(Seam(strip, self._history) for strip in self.strips[:-1]), below]
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):
-            self.vae.own_pasts(history=self._history)
+            self.vae.reuse_caches(history=self._history)
             mid, trunk_past = trunk(self._latent(index), trunk_past)
             picture: Tensor | None = None
             finite: tuple[HostCopy, ...] = ()
@@ -151,7 +151,7 @@ class _Decode:
         before: tuple[_OnTheWay, int, Rows] | None = None
         above: HostSeam | None = None
         for number, rows in enumerate(self.strips):
-            past: Past = None
+            past: FeatureCache = None
             begin = 0
             below = HostSeam(rows, self._history, host) if number + 1 < len(self.strips) else None
             if self._history is not None:
@@ -160,7 +160,7 @@ class _Decode:
             places = [host.room_for(middles[0], self._history) for _ in middles[:2]]
             (coming,) = host.copy([(middles[0], places[0])])
             for step in range(self.length):
-                self.vae.own_pasts(history=self._history)
+                self.vae.reuse_caches(history=self._history)
                 mid = coming.arrive()
                 if above is not None:
                     above.bring(step)
@@ -185,11 +185,11 @@ class _Decode:
 
     def _middles(self, host: Host) -> list[Tensor]:
         """The trunk's features of every latent frame, on the host."""
-        trunk: Past = None
+        trunk: FeatureCache = None
         leaving: list[Copying] = []
         for index in range(self.length):
-            self.vae.own_pasts(history=self._history)
-            mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
+            self.vae.reuse_caches(history=self._history)
+            mid, trunk = self.vae.decode_mid(self._latent(index), trunk)
             if leaving:
                 leaving[-1].arrive()  # from here on its memory may be overwritten
             leaving += host.send([mid])

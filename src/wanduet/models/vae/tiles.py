@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from wanduet.kernels.vae.plain import Room
 from wanduet.models.vae.arena import History
-from wanduet.models.vae.layers import Layer, NormedConv, Past, Upsample
+from wanduet.models.vae.layers import FeatureCache, Layer, NormedConv, Upsample
 from wanduet.models.vae.rows import Rows
 
 # The trunk takes so much longer than its weights say: attention, and a frame of few pixels. Measured on two H100 at 480p, by
 # what each of them had to do (benchmarks/results/two_gpus.json).
-TRUNK_FACTOR = 1.4
+MID_FACTOR = 1.4
 
 
 @dataclass(slots=True)
@@ -55,12 +55,12 @@ class Seam:
 def run_rows(
     layers: Sequence[Layer],
     x: Tensor,
-    past: Past,
+    past: FeatureCache,
     rows: Rows,
     wanted: Rows,
     above: Seam | None = None,
     below: Seam | None = None,
-) -> tuple[Tensor, Past]:
+) -> tuple[Tensor, FeatureCache]:
     """The wanted rows of the layers' result, of `x` `[B, C, T, rows, w]`; the past is a tuple of theirs.
 
     `above`: what the strip above has kept; its wanted rows end where these begin. `below`: where to keep what the
@@ -77,7 +77,7 @@ def run_rows(
         largest[level.height] = max(level.count, largest.get(level.height, 0))
     if below is not None:
         below.largest = largest
-    pasts: list[Past] = []
+    pasts: list[FeatureCache] = []
     fresh: Tensor | None = x
     for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
         out = new[index + 1]
@@ -128,7 +128,7 @@ def share_work(
         frames *= 2 if isinstance(layer, Upsample) and layer.time_conv is not None else 1
         module = layer.conv if isinstance(layer, NormedConv) else cast(nn.Module, layer)
         costs.append(_weights(module) * frames * level.height / height)  # of a row, whose columns double as the rows do
-    before = TRUNK_FACTOR * sum(map(_weights, trunk)) * first.height**2 / height
+    before = MID_FACTOR * sum(map(_weights, trunk)) * first.height**2 / height
 
     def work(stop: int) -> float:
         """Of the rows above this one, and of what they need."""
