@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from wanduet.family.specs import VAESpec
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
 CONFIGS = {
     "wan": dict(base_dim=8, z_dim=16),
@@ -105,7 +105,7 @@ def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: f
     expected = vae.decode(z)
     chunks, trunk_past, pasts = [], None, [None] * strips
     cuts = split_rows(Rows.whole(80), [1.0] * strips)
-    seams = [None, *(Seam(cut) if joined else None for cut in cuts[:-1]), None]
+    seams = [None, *(Halo(cut) if joined else None for cut in cuts[:-1]), None]
     for frame in z.split(1, dim=2):
         mid, trunk_past = vae.decode_mid(frame, trunk_past)
         parts = []

@@ -17,7 +17,7 @@ from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
 from wanduet.models.vae.stream import Frames, decode_stream
-from wanduet.models.vae.tiles import Seam, share_decode
+from wanduet.models.vae.tiles import Halo, share_decode
 
 
 def decode_share(
@@ -39,8 +39,8 @@ def decode_share(
         cuts = accumulate(split_lengths(height, speeds), initial=0)
         strips = tuple(Rows(start, stop, height) for start, stop in pairwise(cuts))
     else:
-        above = ReceivedSeam(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
-        below = SentSeam(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
+        above = ReceivedHalo(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
+        below = SentHalo(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
     for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below, trunk=trunk):
         yield mine, pixels
@@ -84,7 +84,7 @@ class ReceivedTrunk:
         return mid.permute(0, 4, 1, 2, 3), None
 
 
-class SentSeam(Seam):
+class SentHalo(Halo):
     """To the rank below."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
@@ -92,7 +92,7 @@ class SentSeam(Seam):
         self._rank = rank
         self._under_way: dict[int, Sending] = {}
 
-    def keep(self, index: int, x: Tensor) -> None:
+    def store(self, index: int, x: Tensor) -> None:
         """Send rows `[B, C, T, rows, w]`, channels last."""
         before = self._under_way.pop(index, None)
         if before is not None:
@@ -106,14 +106,14 @@ class SentSeam(Seam):
         self._under_way.clear()
 
 
-class ReceivedSeam(Seam):
+class ReceivedHalo(Halo):
     """From the rank above."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
         self._rank = rank
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """Receive `count` rows, of the frames, channels and columns of those below."""
         assert below is not None, "strips that share work have new rows at each layer"
         batch, channels, frames, _, columns = below.shape

@@ -11,7 +11,7 @@ from wanduet.family.specs import VAESpec
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.arena import History
-from wanduet.models.vae.halo_offload import PIECE_BYTES, HostSeam
+from wanduet.models.vae.halo_offload import PIECE_BYTES, HaloOffload
 from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
@@ -184,13 +184,13 @@ def test_a_rank_of_several_needs_less_than_one_alone_and_more_than_its_strip() -
 
 def test_what_strips_hand_on_is_as_large_as_predicted(vae, monkeypatch) -> None:
     waiting = []
-    finish = HostSeam.finish
+    finish = HaloOffload.finish
 
-    def count(seam: HostSeam) -> None:
+    def count(seam: HaloOffload) -> None:
         waiting.append(sum(x.nbytes for step in seam._steps for x in step.values()))
         finish(seam)
 
-    monkeypatch.setattr(HostSeam, "finish", count)
+    monkeypatch.setattr(HaloOffload, "finish", count)
     plan = Tiling("strip", 3)
     for _ in decode_stream(vae, latents(6), plan):
         pass

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanduet.models.vae.arena import ALIGNMENT, History
 from wanduet.models.vae.rows import Rows
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
 # Page-locked memory is taken in pieces of this size: its allocator rounds what it is asked for up to a power of two.
 PIECE_BYTES = 64 * 2**20
@@ -85,7 +85,7 @@ class Host:
         return part.as_strided(x.shape, x.stride())
 
 
-class HostSeam(Seam):
+class HaloOffload(Halo):
     """Between strips of which the upper one decodes all frames before the lower one begins: its rows wait on the host.
 
     What the upper strip keeps in a step goes there by `leave`. After `finish`, `bring` lets a step's rows come back, which
@@ -98,7 +98,7 @@ class HostSeam(Seam):
         self._steps: list[dict[int, Tensor]] = []
         self._copying: dict[int, Copying] = {}
 
-    def keep(self, index: int, x: Tensor) -> None:
+    def store(self, index: int, x: Tensor) -> None:
         """A copy of rows `[B, C, T, rows, w]`."""
         self._arrive()  # the memory that they pass through may still be read
         super().keep(index, x)
@@ -126,7 +126,7 @@ class HostSeam(Seam):
         pairs = [(x, self.rows[index]) for index, x in waiting.items()]
         self._copying = dict(zip(waiting, self._host.copy(pairs), strict=True))
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """The `count` rows that were kept."""
         return self._copying[index].arrive()
 

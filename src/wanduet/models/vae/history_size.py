@@ -18,7 +18,7 @@ from wanduet.models.vae.arena import ALIGNMENT
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, Tiling
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
 # The first frame, the first step of four frames, and one with a full history: then every step is alike.
 TRACED_STEPS = 3
@@ -97,7 +97,7 @@ def tile_cache_bytes(
         vae.reuse_caches()
         mid, _ = vae.decode_mid(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
         pasts: list[FeatureCache] = [None] * len(strips)
-        seams = [Seam(strip) for strip in strips]
+        seams = [Halo(strip) for strip in strips]
         for _ in range(steps):
             for number, wanted in enumerate(strips):
                 above = seams[number - 1] if number else None

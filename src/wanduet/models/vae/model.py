@@ -35,7 +35,7 @@ from wanduet.models.vae.layers import (
     run,
 )
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.tiles import Seam, run_rows
+from wanduet.models.vae.tiles import Halo, run_rows
 
 
 class MidBlock(nn.Module):
@@ -217,7 +217,7 @@ class WanVAE(nn.Module):
             return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
 
     def decode_rows(
-        self, mid: Tensor, past: FeatureCache, wanted: Rows, above: Seam | None = None, below: Seam | None = None
+        self, mid: Tensor, past: FeatureCache, wanted: Rows, above: Halo | None = None, below: Halo | None = None
     ) -> tuple[Tensor, FeatureCache]:
         """The trunk's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows. Seams: see `run_rows`."""
         with vae_precision(self.tf32):
@@ -256,9 +256,9 @@ class WanVAE(nn.Module):
         trunk_past, local_pasts = past or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
         layers, features, pasts = cast(list[Layer], self.encoder.local_layers), [], []
-        above: Seam | None = None
+        above: Halo | None = None
         for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * strips)):
-            local_past, below = local_pasts[index] if local_pasts else None, Seam(wanted)
+            local_past, below = local_pasts[index] if local_pasts else None, Halo(wanted)
             x, local_past = run_rows(layers, frames, local_past, Rows.whole(frames.shape[-2]), wanted, above, below)
             features.append(x)
             pasts.append(local_past)

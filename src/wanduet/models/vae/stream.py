@@ -17,12 +17,12 @@ from torch import Tensor
 from wanduet.errors import NonFiniteFramesError
 from wanduet.kernels.host_copy import HostCopy
 from wanduet.models.vae.arena import History
-from wanduet.models.vae.halo_offload import Copying, Host, HostSeam
+from wanduet.models.vae.halo_offload import Copying, HaloOffload, Host
 from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
@@ -38,8 +38,8 @@ def decode_stream(
     plan: Tiling = WHOLE_FRAMES,
     on_frames: OnFrames | None = None,
     rows: Rows | None = None,
-    above: Seam | None = None,
-    below: Seam | None = None,
+    above: Halo | None = None,
+    below: Halo | None = None,
     trunk: Trunk | None = None,
 ) -> Iterator[Frames]:
     """Decode latents `[16, T, h, w]` (normalised, on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
@@ -103,10 +103,10 @@ class _Decode:
             needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
             self._history = History(needed, self.device)
 
-    def frame_major(self, above: Seam | None, below: Seam | None, trunk: Trunk) -> Iterator[Frames]:
+    def frame_major(self, above: Halo | None, below: Halo | None, trunk: Trunk) -> Iterator[Frames]:
         trunk_past: FeatureCache = None
         pasts: list[FeatureCache] = [None] * len(self.strips)
-        seams = [above, *(Seam(strip, self._history) for strip in self.strips[:-1]), below]
+        seams = [above, *(Halo(strip, self._history) for strip in self.strips[:-1]), below]
         before: _OnTheWay | None = None
         done = 0
         for index in range(self.length):
@@ -149,11 +149,11 @@ class _Decode:
         """Decode strip by strip into the video `[num_frames, rows, W, 3]`."""
         middles = self._middles(host)
         before: tuple[_OnTheWay, int, Rows] | None = None
-        above: HostSeam | None = None
+        above: HaloOffload | None = None
         for number, rows in enumerate(self.strips):
             past: FeatureCache = None
             begin = 0
-            below = HostSeam(rows, self._history, host) if number + 1 < len(self.strips) else None
+            below = HaloOffload(rows, self._history, host) if number + 1 < len(self.strips) else None
             if self._history is not None:
                 self._history.forget()
             # In turns: an allocation each would lie among what comes and goes.

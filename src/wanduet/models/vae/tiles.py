@@ -24,7 +24,7 @@ MID_FACTOR = 1.4
 
 
 @dataclass(slots=True)
-class Seam:
+class Halo:
     """Between a strip, whose result are the rows `wanted`, and the strip below it.
 
     `rows` are the last rows of each layer's input, by the layer's place; they may be overwritten by the next frames'.
@@ -37,7 +37,7 @@ class Seam:
     rows: dict[int, Tensor] = field(default_factory=dict)
     largest: dict[int, int] = field(default_factory=dict)
 
-    def keep(self, index: int, x: Tensor) -> None:
+    def store(self, index: int, x: Tensor) -> None:
         """A copy of rows `[B, C, T, rows, w]`."""
         kept = self.rows.get(index)
         if kept is not None and kept.shape == x.shape:
@@ -47,7 +47,7 @@ class Seam:
         else:
             self.rows[index] = self.history.copy_of(x)
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """The `count` rows that were kept. `below`: the new rows of the same frames, where there are any."""
         return self.rows[index]
 
@@ -58,8 +58,8 @@ def run_rows(
     past: FeatureCache,
     rows: Rows,
     wanted: Rows,
-    above: Seam | None = None,
-    below: Seam | None = None,
+    above: Halo | None = None,
+    below: Halo | None = None,
 ) -> tuple[Tensor, FeatureCache]:
     """The wanted rows of the layers' result, of `x` `[B, C, T, rows, w]`; the past is a tuple of theirs.
 
