@@ -155,7 +155,7 @@ def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[],
     that there are but for a few variants of the attention's products."""
     from wanduet.family.specs import VAESpec
     from wanduet.kernels.vae.gpu import compiling_for
-    from wanduet.models.vae.history_size import compile_decode
+    from wanduet.models.vae.arena_size import compile_decode
     from wanduet.models.vae.rows import Tiling
 
     plans = (Tiling(), Tiling("frame", 2), Tiling("strip", 3))

@@ -19,7 +19,7 @@ from wanduet.errors import CancelledError
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.select import vae_kernels_for, vae_kernels_to_compile
-from wanduet.models.vae.history_size import compile_decode
+from wanduet.models.vae.arena_size import compile_decode
 from wanduet.runtime.gil import SHORT_TURNS
 from wanduet.runtime.release import forget_traceback, release_models
 from wanduet.sampling.samplers import make_sampler

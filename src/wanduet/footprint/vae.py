@@ -7,8 +7,8 @@ import torch
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.meta.trace import Footprint
+from wanduet.models.vae.arena_size import TRACED_STEPS, TRACING, meta_vae, tile_cache_bytes
 from wanduet.models.vae.halo_offload import PIECE_BYTES, page_locked_bytes
-from wanduet.models.vae.history_size import TRACED_STEPS, TRACING, meta_vae, tile_cache_bytes
 from wanduet.models.vae.rows import Rows, Tiling, split_rows
 from wanduet.models.vae.stream import decode_stream
 from wanduet.models.vae.tiles import share_decode

@@ -21,7 +21,7 @@ ROUNDING = 512  # bytes; the CUDA allocator's smallest unit
 SMALL = 2**20  # bytes; up to here the CUDA allocator uses memory of its own
 
 
-class Arena:
+class SimulatedAllocator:
     """Where a caching allocator with growing blocks puts things: in the smallest hole that is large enough, else at the
     end. `top` is how far it has grown, which it never gives back while code runs.
 
@@ -75,7 +75,7 @@ class Footprint(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
-        self._small, self._large = Arena(), Arena()
+        self._small, self._large = SimulatedAllocator(), SimulatedAllocator()
         self._seen: set[int] = set()
 
     @property
@@ -130,7 +130,7 @@ class Footprint(TorchDispatchMode):
         self.live += size
         weakref.finalize(storage, self._free, key, size, arena, arena.take(size))
 
-    def _free(self, key: int, size: int, arena: Arena, offset: int) -> None:
+    def _free(self, key: int, size: int, arena: SimulatedAllocator, offset: int) -> None:
         self._seen.discard(key)
         self.live -= size
         arena.give_back(offset, size)

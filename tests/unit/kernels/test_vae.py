@@ -14,8 +14,8 @@ from wanduet.kernels.vae import gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
+from wanduet.models.vae.arena_size import compile_decode
 from wanduet.models.vae.halo_offload import Host
-from wanduet.models.vae.history_size import compile_decode
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream

@@ -10,9 +10,9 @@ from wanduet.errors import NonFiniteFramesError
 from wanduet.family.specs import VAESpec
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes
 from wanduet.meta.trace import Footprint
-from wanduet.models.vae.arena import History
+from wanduet.models.vae.arena import Arena
+from wanduet.models.vae.arena_size import arena_bytes
 from wanduet.models.vae.halo_offload import PIECE_BYTES, HaloOffload
-from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.stream import decode_stream
@@ -100,12 +100,12 @@ def test_steps_are_pure_unless_the_past_is_given_up(vae) -> None:
 def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae) -> None:
     z = latents(5)
     plan = Tiling("frame", 1)
-    predicted = history_bytes(SPEC, 48, 40, 13, plan, (Rows.whole(48),), torch.float32, vae.kernels)
-    history, past = History(predicted, torch.device("cpu")), None
+    predicted = arena_bytes(SPEC, 48, 40, 13, plan, (Rows.whole(48),), torch.float32, vae.kernels)
+    history, past = Arena(predicted, torch.device("cpu")), None
     frames = []
     with torch.no_grad():
         for step in z[None].split(1, dim=2):
-            vae.reuse_caches(history=history)
+            vae.reuse_caches(arena=arena)
             pixels, past = vae.decode_step(step, past)
             frames.append(to_uint8(pixels).numpy())
     vae.reuse_caches(False)
@@ -114,10 +114,10 @@ def test_a_history_in_one_block_changes_nothing_and_is_as_large_as_predicted(vae
 
 
 def test_a_full_history_is_no_failure() -> None:
-    history = History(100, torch.device("cpu"))
+    history = Arena(100, torch.device("cpu"))
     frames = torch.randn(1, 3, 2, 4, 5)
     assert torch.equal(history.copy_of(frames), frames)
-    small = History(4096, torch.device("cpu"))
+    small = Arena(4096, torch.device("cpu"))
     kept = [small.copy_of(frames + i) for i in range(5)]
     small.forget()
     again = small.copy_of(frames - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 ALIGNMENT = 512  # bytes, as the CUDA allocator's
 
 
-class History:
+class Arena:
     """Hands out parts of one buffer of `size` bytes, one after the other; what does not fit is allocated apart."""
 
     def __init__(self, size: int, device: torch.device) -> None:

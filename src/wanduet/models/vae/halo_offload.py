@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from wanduet.models.vae.arena import ALIGNMENT, History
+from wanduet.models.vae.arena import ALIGNMENT, Arena
 from wanduet.models.vae.rows import Rows
 from wanduet.models.vae.tiles import Halo
 
@@ -52,7 +52,7 @@ class Host:
         """Copies on the host of tensors without holes, one after the other."""
         return self.copy([(x, self._like(x)) for x in tensors])
 
-    def room_for(self, waiting: Tensor, history: History | None) -> Tensor:
+    def room_for(self, waiting: Tensor, history: Arena | None) -> Tensor:
         """Memory of the device for it, in a history where there is one."""
         return torch.empty_like(waiting, device=self.device) if history is None else history.like(waiting)
 
@@ -92,7 +92,7 @@ class HaloOffload(Halo):
     the lower strip takes, until it has to `finish` too.
     """
 
-    def __init__(self, wanted: Rows, history: History | None, host: Host) -> None:
+    def __init__(self, wanted: Rows, history: Arena | None, host: Host) -> None:
         super().__init__(wanted, history)
         self._host = host
         self._steps: list[dict[int, Tensor]] = []

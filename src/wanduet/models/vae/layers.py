@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.kernels.vae.plain import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKernels, double_image_conv, empty_clip
-from wanduet.models.vae.arena import History, copy_frames
+from wanduet.models.vae.arena import Arena, copy_frames
 from wanduet.models.vae.rows import Rows
 
 FeatureCache: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
@@ -37,7 +37,7 @@ class Remembers(nn.Module):
     `WanVAE.reuse_caches`)."""
 
     reuses_cache = False
-    history: History | None = None
+    history: Arena | None = None
 
     def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
         """The next past: a copy of `frames`, in the old past's memory where that was given up."""

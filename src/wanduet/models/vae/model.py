@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
-from wanduet.models.vae.arena import History
+from wanduet.models.vae.arena import Arena
 from wanduet.models.vae.layers import (
     AttentionBlock,
     CausalConv3d,
@@ -165,7 +165,7 @@ class WanVAE(nn.Module):
     def _remembering(self) -> list[Remembers]:
         return [module for module in self.modules() if isinstance(module, Remembers)]
 
-    def reuse_caches(self, owns: bool = True, history: History | None = None) -> None:
+    def reuse_caches(self, owns: bool = True, history: Arena | None = None) -> None:
         """Let steps overwrite the past they are given. For drivers that use each past once: half the memory.
 
         `history`: where first pasts are put.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from wanduet.errors import NonFiniteFramesError
 from wanduet.kernels.host_copy import HostCopy
-from wanduet.models.vae.arena import History
+from wanduet.models.vae.arena import Arena
+from wanduet.models.vae.arena_size import arena_bytes
 from wanduet.models.vae.halo_offload import Copying, HaloOffload, Host
-from wanduet.models.vae.history_size import history_bytes
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
@@ -97,11 +97,11 @@ class _Decode:
         self.strips = [strip for strip in strips if strip.count]
         self._buffers: list[Tensor] = []
         self._sent = 0
-        self._history: History | None = None
+        self._history: Arena | None = None
         if self.device.type in ("cuda", "meta"):
             size = (self.rows.height, self.width, self.num_frames)
-            needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
-            self._history = History(needed, self.device)
+            needed = arena_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
+            self._history = Arena(needed, self.device)
 
     def frame_major(self, above: Halo | None, below: Halo | None, trunk: Trunk) -> Iterator[Frames]:
         trunk_past: FeatureCache = None

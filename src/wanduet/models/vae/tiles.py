@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from wanduet.kernels.vae.plain import Room
-from wanduet.models.vae.arena import History
+from wanduet.models.vae.arena import Arena
 from wanduet.models.vae.layers import FeatureCache, Layer, NormedConv, Upsample
 from wanduet.models.vae.rows import Rows
 
@@ -33,7 +33,7 @@ class Halo:
     """
 
     wanted: Rows
-    history: History | None = None
+    history: Arena | None = None
     rows: dict[int, Tensor] = field(default_factory=dict)
     largest: dict[int, int] = field(default_factory=dict)
 

@@ -35,7 +35,7 @@ class Kept:
     seams: tuple[int, ...]
 
 
-def history_bytes(
+def arena_bytes(
     spec: VAESpec,
     height: int,
     width: int,
@@ -64,7 +64,7 @@ def compile_decode(
 ) -> None:
     """Run the first steps of such a decode on the meta device, with kernels that are compiled by that."""
     frames = TRACED_STEPS * spec.temporal_stride
-    history_bytes(spec, height, width, frames, plan, plan.strips(height), dtype, kernels)
+    arena_bytes(spec, height, width, frames, plan, plan.strips(height), dtype, kernels)
 
 
 @lru_cache(maxsize=256)
@@ -106,7 +106,7 @@ def tile_cache_bytes(
 
 
 def _bytes(tensors: FeatureCache) -> int:
-    """Of all tensors in a tree of them, each rounded up as `History` does."""
+    """Of all tensors in a tree of them, each rounded up as `Arena` does."""
     sizes = (leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
