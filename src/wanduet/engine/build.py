@@ -24,7 +24,7 @@ from wanduet.kernels.select import guarded, kernels_for, vae_kernels_for, withou
 from wanduet.kernels.vae.choose import choose_tiles
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.verdicts import read_verdicts, write_verdicts
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.plan import Plan
@@ -76,7 +76,7 @@ class Models:
 
         Raises WeightsError, before a job has done any work, for files that do not fit their configs.
         """
-        with without_memory():
+        with meta_init():
             modules: tuple[nn.Module, ...] = (WanTransformer(self.spec.transformer), WanVAE(self.spec.vae))
         shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in modules]
         if self.folder is not None:
@@ -188,7 +188,7 @@ class Models:
         device, dtype = torch.device(plan.transformer.device), getattr(torch, plan.transformer.dtype)
         self._enforce_limit(device)
         resident, memory = plan.transformer.resident_blocks, self._host_memory(plan)
-        with without_memory():
+        with meta_init():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
         if resident == spec.transformer.num_layers:
             allocate_packed(transformer, device, dtype)
@@ -289,7 +289,7 @@ class Models:
         began = time.perf_counter()
         kind = getattr(torch, dtype)
         if self._vae is None:
-            with without_memory():
+            with meta_init():
                 vae = WanVAE(self.spec.vae).eval().requires_grad_(False)
             vae.tf32 = self.config.tf32
             self._enforce_limit(torch.device(device))

@@ -13,8 +13,8 @@ from wanduet.family.specs import TransformerSpec
 from wanduet.footprint.fake_group import NobodysPeers, OneOfMany
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.kernels.dit.rope import Rope
-from wanduet.meta.init import without_memory
-from wanduet.meta.trace import Footprint, on_meta
+from wanduet.meta.init import meta_init
+from wanduet.meta.trace import Footprint, meta_empty
 from wanduet.models.dit.model import Runtime, TextContext, WanTransformer
 
 TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept from one to the next
@@ -73,14 +73,14 @@ def _traced(
 ) -> int:
     kind: torch.dtype = getattr(torch, dtype)
     small = replace(spec, num_layers=TRACED_BLOCKS)
-    with without_memory():
+    with meta_init():
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
     kernels = FUSED if fused else TORCH_KERNELS
     buffer = buffer_bytes(spec, latent_shape, dtype, layout)
     peaks = []
-    for peers in [None] if buffer == 0 else [None, NobodysPeers(on_meta((buffer // kind.itemsize,), kind))]:
+    for peers in [None] if buffer == 0 else [None, NobodysPeers(meta_empty((buffer // kind.itemsize,), kind))]:
         model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=OneOfMany(layout, peers))
         peaks.append(_forward(model, latent_shape, text_len, kind, prompts) + (buffer if peers else 0))
     return max(peaks)
@@ -91,16 +91,16 @@ def _forward(
 ) -> int:
     spec = model.spec
     heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
-    text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
+    text = tuple(meta_empty(heads, kind) for _ in range(TRACED_BLOCKS))
     shape = (1, *latent_shape)
     # The tables on the host, which are kept for the next job, are not the device's.
     host = model.prepare_rope(shape, torch.device("meta"))
     with torch.no_grad(), Footprint() as footprint:
-        latents = on_meta(shape, torch.float32)
+        latents = meta_empty(shape, torch.float32)
         rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
         texts = tuple(TextContext(text, text) for _ in range(prompts))
         model.forward_cfg(latents, torch.empty(1, device="meta"), texts, rope)
-    return footprint.held
+    return footprint.reserved
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def decode_bytes(
         with Footprint() as footprint:
             for _ in decode_stream(vae, latents, plan, rows=rows):
                 pass
-        held = footprint.held + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
+        held = footprint.reserved + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
     if kernels is VAE_TORCH_KERNELS:
         return int(held * (1 + CUDNN_SHARE)) + CUDNN_BYTES
     return held + WORKSPACE_BYTES[kind.itemsize]

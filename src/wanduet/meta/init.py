@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
+def meta_init() -> Iterator[None]:
     """Modules made in the block are on the meta device, and nobody draws their initial values.
 
     Without values there is nothing to draw; that PyTorch does not know makes it import the whole of its compiler first,

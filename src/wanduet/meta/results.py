@@ -21,7 +21,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Rule = Callable[..., Any]
 
 
-def result_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def meta_result(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What `func` gives for tensors on the meta device; `NotImplemented` where PyTorch is to be asked."""
     rule = RULES.get(func)
     if rule is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanduet.meta.results import result_of
+from wanduet.meta.results import meta_result
 
 ROUNDING = 512  # bytes; the CUDA allocator's smallest unit
 SMALL = 2**20  # bytes; up to here the CUDA allocator uses memory of its own
@@ -105,7 +105,7 @@ class Footprint(TorchDispatchMode):
             return func(*args, **kwargs)
         for tensor in _meta_tensors((*args, *kwargs.values())):
             self._know(tensor)
-        result = result_of(func, args, kwargs)
+        result = meta_result(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
         for tensor in _meta_tensors((result,)):
@@ -146,6 +146,6 @@ def _meta_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _meta_tensors(value)
 
 
-def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def meta_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor without memory, to trace with."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -297,7 +297,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
         with Footprint() as footprint:
             q, k, v = (torch.empty(1, 30000, 384, dtype=dtype, device="meta") for _ in range(3))
             gpu.attend(q, k, v)
-        return footprint.held
+        return footprint.reserved
 
     few = held()
     monkeypatch.setattr(gpu, "query_parts", lambda q: q.split(plain.SCORES_BYTES // (4 * q.shape[1]), dim=1))

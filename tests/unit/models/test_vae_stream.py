@@ -138,10 +138,10 @@ def test_footprint_counts_what_is_allocated() -> None:
     with Footprint() as footprint:
         a = torch.empty(1024, device="meta")
         b = a + 1
-        assert footprint.live == 8192
+        assert footprint.allocated == 8192
         del a
         b.add_(1)
-    assert (footprint.live, footprint.held) == (4096, 8192)
+    assert (footprint.allocated, footprint.reserved) == (4096, 8192)
 
 
 def test_footprint_knows_what_holes_cost() -> None:
@@ -154,7 +154,7 @@ def test_footprint_knows_what_holes_cost() -> None:
         del small
         again = torch.empty(4 * mib, device="meta")  # but this does
         assert len((rest, large, again)) == 3
-    assert footprint.held == 11 * 2**20
+    assert footprint.reserved == 11 * 2**20
 
 
 def test_a_prediction_does_not_depend_on_what_was_predicted_before() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.errors import CancelledError
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 
 EMBEDDING = "shared.weight"
 # In some checkpoints the embedding stands under this name too; it must be the same matrix.
@@ -86,7 +86,7 @@ class TextEncoder:
 
         if index in self._layers:
             return self._layers[index]
-        with without_memory():
+        with meta_init():
             layer: nn.Module = UMT5Block(self._config, layer_idx=index)
         prefix = f"encoder.block.{index}."
         tensors = self._weights.read([prefix + name for name in layer.state_dict()], self._dtype)
@@ -99,7 +99,7 @@ class TextEncoder:
     def _final_norm(self) -> nn.Module:
         from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-        with without_memory():
+        with meta_init():
             norm: nn.Module = UMT5LayerNorm(self._config.d_model, eps=self._config.layer_norm_epsilon)
         norm.load_state_dict({"weight": self._weights.read([FINAL_NORM], self._dtype)[FINAL_NORM]}, assign=True)
         return norm

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
-from wanduet.meta.init import without_memory
-from wanduet.meta.trace import Footprint, on_meta
+from wanduet.meta.init import meta_init
+from wanduet.meta.trace import Footprint, meta_empty
 from wanduet.models.vae.arena import ALIGNMENT
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
@@ -72,13 +72,13 @@ def _trunk_kept(spec: VAESpec, rows: int, columns: int, steps: int, dtype: torch
     with TRACING, torch.no_grad(), Footprint() as footprint:
         vae = meta_vae(spec, dtype, kernels)
         vae.reuse_caches()
-        z = on_meta((1, spec.z_dim, 1, rows, columns), dtype)
-        base, past = footprint.live, None
+        z = meta_empty((1, spec.z_dim, 1, rows, columns), dtype)
+        base, past = footprint.allocated, None
         for _ in range(steps):
             mid: Tensor | None = None
             mid, past = vae.decode_mid(z, past)
         del mid
-        return footprint.live - base
+        return footprint.allocated - base
 
 
 @lru_cache(maxsize=1024)
@@ -95,7 +95,7 @@ def tile_cache_bytes(
     with TRACING, torch.no_grad(), Footprint():  # one of its own: it is no part of what is being traced around it
         vae = meta_vae(spec, dtype, kernels)
         vae.reuse_caches()
-        mid, _ = vae.decode_mid(on_meta((1, spec.z_dim, 1, rows, columns), dtype), None)
+        mid, _ = vae.decode_mid(meta_empty((1, spec.z_dim, 1, rows, columns), dtype), None)
         pasts: list[FeatureCache] = [None] * len(strips)
         seams = [Halo(strip) for strip in strips]
         for _ in range(steps):
@@ -114,7 +114,7 @@ def _bytes(tensors: FeatureCache) -> int:
 @lru_cache(maxsize=4)
 def meta_vae(spec: VAESpec, dtype: torch.dtype, kernels: VAEKernels) -> WanVAE:
     """A VAE without memory, as it would be on a device with these kernels."""
-    with without_memory():
+    with meta_init():
         vae = WanVAE(spec).requires_grad_(False).to(dtype)
     with Footprint():  # for its quick answers on the meta device; and it is no part of what is being traced around it
         vae.use_kernels(kernels)
