@@ -27,24 +27,24 @@ PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the curre
 class HostMemory:
     """Flat buffers in host memory. Page-locked ones are unlocked when this object goes: who uses them holds it too.
 
-    `copies` are of blocks that are on the device now, by their index; see `keep_copies`.
+    `copies` are of blocks that are on the device now, by their index; see `retain_copies`.
     """
 
     def __init__(self, hold: Hold, folder: Path | None = None) -> None:
         """`folder` holds the scratch files of "mapped" (default: the system's temporary folder). Those that nobody
         uses any more are removed from it."""
         self.hold, self.folder = hold, folder
-        self.keeps_copies = False
+        self.retains_copies = False
         self.copies: dict[int, Tensor] = {}
         self._locked: list[Tensor] = []
         weakref.finalize(self, _unlock, self._locked)
         if folder is not None:
             _remove_unused(folder)
 
-    def keep_copies(self, keeps: bool) -> None:
+    def retain_copies(self, keeps: bool) -> None:
         """Whether a block that goes to the device leaves its copy here. Weights do not change, so when it has to make
         room there, again and again, nothing is copied back."""
-        self.keeps_copies = keeps
+        self.retains_copies = keeps
         if not keeps:
             for copy in self.copies.values():
                 self.release(copy)

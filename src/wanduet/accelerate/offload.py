@@ -172,7 +172,7 @@ class BlockStream:
         else:
             flat = torch.empty(layout.size, dtype=dtype, device=self.device)
         pack_block(block, flat)
-        if before is not None and self.memory.keeps_copies and index not in self._order:
+        if before is not None and self.memory.retains_copies and index not in self._order:
             self.memory.copies[index] = before
         elif before is not None:
             self.memory.release(before)

@@ -158,7 +158,7 @@ class Models:
         while ((have := self._loading.wait(self, work)).device, have.dtype) != wanted:
             del have  # it was loaded for another job, which wanted it otherwise
             self._loading.drop()
-        have.memory.keep_copies(not plan.both_resident)
+        have.memory.retain_copies(not plan.both_resident)
         if have.resident_blocks != plan.transformer.resident_blocks:
             have.restream(plan.transformer.resident_blocks)
         return have
@@ -277,7 +277,7 @@ class Models:
         with self.locks.take(device):
             denoiser = self._denoiser
             if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
-                denoiser.park()
+                denoiser.swap_out()
             release_memory()
 
     def load_vae(self, device: str, dtype: str, work: Planned | None = None) -> WanVAE:

@@ -253,7 +253,7 @@ class Planner:
         # The decode's memory is taken once before the denoise (`reserve_decode`), when the text is there already.
         beside = transformer.weights + transformer.text + transformer.latents + transformer.exchange
         both = candidate.both_resident
-        on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.parked}
+        on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
         on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
         together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
         if place.ranks:

@@ -74,7 +74,7 @@ def test_a_resident_model_gives_its_memory_back(model) -> None:
 def test_a_parked_transformer_takes_turns_without_copying_back(model) -> None:
     expected = output(model, 0)
     memory = HostMemory("pinned")
-    memory.keep_copies(True)
+    memory.retain_copies(True)
     stream_blocks(model, DEVICE, 0, memory, num_buffers=0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -88,6 +88,6 @@ def test_a_parked_transformer_takes_turns_without_copying_back(model) -> None:
         assert torch.cuda.memory_allocated() == before
         assert not memory.copies
     stream_blocks(model, DEVICE, 5, memory)
-    memory.keep_copies(False)
+    memory.retain_copies(False)
     assert not memory.copies
     assert torch.equal(output(model, 0), expected)
