@@ -16,7 +16,7 @@ from wanduet.distributed.split import split_lengths
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
-from wanduet.models.vae.stream import Frames, decode_stream
+from wanduet.models.vae.stream import DecodePart, Frames, decode_stream
 from wanduet.models.vae.tiles import Halo, share_decode
 
 
@@ -42,7 +42,7 @@ def decode_share(
         above = ReceivedHalo(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
         below = SentHalo(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
-    for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below, trunk=trunk):
+    for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, trunk)):
         yield mine, pixels
     if below is not None:
         below.finish()
