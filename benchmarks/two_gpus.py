@@ -47,7 +47,7 @@ from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents
 from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.stream import decode_stream
+from wanduet.models.vae.stream import DecodePart, decode_stream
 from wanduet.request import GenerationRequest
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81)}
@@ -315,7 +315,7 @@ def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]])
         torch.distributed.broadcast(z, src=0)
         ways: dict[str, Callable[[], Iterator[Any]]] = {
             "alone": partial(decode_stream, vae, z),
-            "halos": partial(decode_stream, vae, z, rows=half(rank, size[0])),
+            "halos": partial(decode_stream, vae, z, part=DecodePart(half(rank, size[0]))),
             "rows handed on": partial(decode_share, rank, vae, z, (1.0,) * rank.world_size),
         }
         alone = None

@@ -26,6 +26,7 @@ from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.select import planned_vae_kernels
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
@@ -102,7 +103,7 @@ def decode(report: Report, options: argparse.Namespace) -> None:
         weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())
         for mode in MODES:
             kernels, kind = planned_vae_kernels(str(DEVICE)), str(dtype)[6:]
-            predicted = weights + decode_bytes(spec, height, width, frames, mode, kind, kernels)
+            predicted = weights + decode_bytes(DecodeShape(spec, height, width, frames, mode, dtype, kernels))
             for _ in range(2):
                 clear_memory()
                 began = time.perf_counter()

@@ -14,7 +14,7 @@ from wanduet.kernels.vae import gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
-from wanduet.models.vae.arena_size import compile_decode
+from wanduet.models.vae.arena_size import DecodeShape, compile_decode
 from wanduet.models.vae.halo_offload import Host
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
@@ -307,7 +307,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     peaks = [
-        decode_bytes(VAESpec(), 480, 832, 9, Tiling(), "float32", kernels)
+        decode_bytes(DecodeShape(VAESpec(), 480, 832, 9, kernels=kernels))
         for kernels in (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS)
     ]
     assert peaks[0] > peaks[1] > 2**30

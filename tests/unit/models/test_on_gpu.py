@@ -23,8 +23,8 @@ def test_any_cut_gives_the_same_frames(dtype: torch.dtype) -> None:
     vae.use_kernels(vae_kernels_for(DEVICE, dtype, vae.spec.base_dim))
     latents = torch.randn(16, 6, 45, 60)
 
-    def decode(plan: Tiling) -> np.ndarray:
-        return np.concatenate([frames.copy() for frames in decode_stream(vae, latents, plan)])
+    def decode(tiling: Tiling) -> np.ndarray:
+        return np.concatenate([frames.copy() for frames in decode_stream(vae, latents, tiling)])
 
     whole = decode(Tiling())
     assert whole.std() > 5  # else a mistake would not be seen
