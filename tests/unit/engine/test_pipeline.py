@@ -234,11 +234,11 @@ def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) 
     decode_rows = WanVAE.decode_rows
     heights: list[int] = []
 
-    def small_only(self, mid, past, wanted, *seams):
+    def small_only(self, mid, feature_cache, wanted, *halos):
         heights.append(wanted.count)
         if wanted.count > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return decode_rows(self, mid, past, wanted, *seams)
+        return decode_rows(self, mid, feature_cache, wanted, *halos)
 
     monkeypatch.setattr(WanVAE, "decode_rows", small_only)
     job = submit("tight")
@@ -250,7 +250,7 @@ def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) 
 
 
 def test_memory_that_never_suffices_ends_in_a_clear_error_and_the_next_job_works(submit, monkeypatch, tmp_path) -> None:
-    def never(self, mid, past, wanted, *seams):
+    def never(self, mid, feature_cache, wanted, *halos):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     with monkeypatch.context() as patch:

@@ -64,11 +64,11 @@ def test_what_is_sent_is_a_copy(monkeypatch) -> None:
         def wait(self) -> None: ...
 
     monkeypatch.setattr(torch.distributed, "isend", lambda rows, rank: sent.append(rows) or Work())
-    seam = SentHalo(Rows.whole(8), 1)
+    halo = SentHalo(Rows.whole(8), 1)
     for frames in (1, 2):
         x = torch.randn(1, 16, frames, 4, 5).to(memory_format=torch.channels_last_3d)
         expected = x[:, :, :, 1:].permute(0, 2, 3, 4, 1).clone()
-        seam.store(0, x[:, :, :, 1:])
+        halo.store(0, x[:, :, :, 1:])
         x.zero_()
         assert torch.equal(sent[-1], expected)
         assert sent[-1].is_contiguous()

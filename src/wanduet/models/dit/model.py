@@ -201,7 +201,7 @@ class Block(nn.Module):
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
     def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, first: bool) -> None:
-        """Replace `residual.pending` by its self-attention: the part of a block that does not depend on the text."""
+        """Replace `residual.pending` with its self-attention: the part of a block that does not depend on the text."""
         heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, first)
         residual.pending = self.attn1.project_out(heads_BLC, workspace.part(heads_BLC, heads_BLC.shape[2]), run)
 
