@@ -15,7 +15,7 @@ from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.arena_size import DecodeShape, compile_decode
-from wanduet.models.vae.halo_offload import Host
+from wanduet.models.vae.halo_offload import HostTransfer
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
@@ -283,8 +283,8 @@ def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> 
 
 def test_a_copy_on_the_host_keeps_its_layout() -> None:
     x = clip(16, 2, 4, 5)
-    (copying,) = Host(torch.device("cpu")).send([x])
-    copy = copying.arrive()
+    (copying,) = HostTransfer(torch.device("cpu")).to_host([x])
+    copy = copying.wait()
     assert torch.equal(copy, x)
     assert copy.stride() == x.stride()
     assert copy.data_ptr() != x.data_ptr()
