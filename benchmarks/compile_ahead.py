@@ -155,15 +155,15 @@ def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[],
     that there are but for a few variants of the attention's products."""
     from wanduet.family.specs import VAESpec
     from wanduet.kernels.vae.gpu import compiling_for
-    from wanduet.models.vae.history_size import compile_decode
-    from wanduet.models.vae.rows import DecodePlan
+    from wanduet.models.vae.arena_size import compile_decode
+    from wanduet.models.vae.rows import Tiling
 
-    plans = (DecodePlan(), DecodePlan("frame", 2), DecodePlan("strip", 3))
+    plans = (Tiling(), Tiling("frame", 2), Tiling("strip", 3))
     for height, width in (SIZES[0], SIZES[-1]) if brief else SIZES:
         for plan in plans[:1] if brief else plans:
-            name = f"decode {width}x{height}, {plan.order}-major, {plan.num_strips} strips"
+            name = f"decode {width}x{height}, {plan.order}-major, {plan.num_tiles} strips"
 
-            def decode(height: int = height, width: int = width, plan: DecodePlan = plan) -> None:
+            def decode(height: int = height, width: int = width, plan: Tiling = plan) -> None:
                 compile_decode(VAESpec(), height, width, plan, dtype, compiling_for(GPU))
 
             yield name, decode

@@ -23,7 +23,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
 from wanduet.models.dit.model import Runtime, WanTransformer
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
@@ -32,7 +32,7 @@ SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920), "576x10
 FRAMES = (17, 81, 161)
 RESIDENT = (30, 10, 0)
 MODES = [
-    DecodePlan(o, n)
+    Tiling(o, n)
     for o, n in (("frame", 1), ("frame", 2), ("frame", 4), ("strip", 2), ("strip", 4), ("strip", 8), ("strip", 16))
 ]
 if TINY:
@@ -110,7 +110,7 @@ def one_step(size: tuple[int, int, int], resident: int) -> float:
     rope = model.prepare_rope(shape, DEVICE)
     history = [torch.zeros(shape, device=DEVICE) for _ in range(6)]  # what UniPC remembers
     step = torch.full((1,), 500.0, device=DEVICE)
-    return timed(lambda: model.branches(history[0], step, contexts, rope), runs=1, warmup=0)
+    return timed(lambda: model.forward_cfg(history[0], step, contexts, rope), runs=1, warmup=0)
 
 
 def decode(report: Report) -> None:
@@ -131,7 +131,7 @@ def decode(report: Report) -> None:
                     clear_memory()
                     seconds = timed(lambda: [None for _ in decode_stream(vae, latents, mode)], runs=1, warmup=0)
                     row(report, "decode", predicted, dtype=dtype, size=name, frames=frames,
-                        mode=f"{mode.order}-{mode.num_strips}", seconds=round(seconds, 3))  # fmt: skip
+                        mode=f"{mode.order}-{mode.num_tiles}", seconds=round(seconds, 3))  # fmt: skip
 
 
 def limited(report: Report) -> None:
@@ -151,7 +151,7 @@ def limited(report: Report) -> None:
             predicted = {d.name: round(d.peak / GIB, 3) for d in job.plan.prediction.devices}
             report.add(
                 "limited", size=f"{width}x{height}x{frames}", card_gib=gib, steps=steps, predicted=predicted, measured=found,
-                resident_blocks=job.plan.transformer.resident_blocks, decode=f"{job.plan.vae.tiling.order}-{job.plan.vae.tiling.num_strips}",
+                resident_blocks=job.plan.transformer.resident_blocks, decode=f"{job.plan.vae.tiling.order}-{job.plan.vae.tiling.num_tiles}",
                 rungs=job.rungs, **{name: round(value, 2) for name, value in result.timings.items()},
             )  # fmt: skip
     if ON_GPU:

@@ -46,7 +46,7 @@ from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents
 from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.stream import decode_stream
+from wanduet.models.vae.stream import DecodePart, decode_stream
 from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import look
@@ -316,7 +316,7 @@ def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]])
         torch.distributed.broadcast(z, src=0)
         ways: dict[str, Callable[[], Iterator[Any]]] = {
             "alone": partial(decode_stream, vae, z),
-            "halos": partial(decode_stream, vae, z, rows=half(rank, size[0])),
+            "halos": partial(decode_stream, vae, z, part=DecodePart(half(rank, size[0]))),
             "rows handed on": partial(decode_share, rank, vae, z, (1.0,) * rank.world_size),
         }
         alone = None

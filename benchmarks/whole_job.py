@@ -26,8 +26,9 @@ from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.select import planned_vae_kernels
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
 from wanduet.sampling.denoise import StepInfo
@@ -35,9 +36,7 @@ from wanduet.sampling.denoise import StepInfo
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 MODEL = "random:1.3b"
 PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
-MODES = [
-    DecodePlan(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4), ("strip", 8))
-]
+MODES = [Tiling(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4), ("strip", 8))]
 # Bytes that the whole job may take on a card in its smallest form (the goals of the memory plan).
 SMALLEST = {"480p": int(2.5 * 2**30), "720p": 4 * 2**30, "1080p": 8 * 2**30}
 
@@ -104,14 +103,14 @@ def decode(report: Report, options: argparse.Namespace) -> None:
         weights = sum(p.nbytes for part in vae.decoding_parts for p in part.parameters())
         for mode in MODES:
             kernels, kind = planned_vae_kernels(str(DEVICE)), str(dtype)[6:]
-            predicted = weights + decode_bytes(spec, height, width, frames, mode, kind, kernels)
+            predicted = weights + decode_bytes(DecodeShape(spec, height, width, frames, mode, dtype, kernels))
             for _ in range(2):
                 clear_memory()
                 began = time.perf_counter()
                 count = sum(len(chunk) for chunk in decode_stream(vae, latents, mode))
                 synchronize()
                 seconds = time.perf_counter() - began
-            report.add("decode", size=options.size, dtype=kind, mode=f"{mode.order}-{mode.num_strips}",
+            report.add("decode", size=options.size, dtype=kind, mode=f"{mode.order}-{mode.num_tiles}",
                        seconds=round(seconds, 3), frames=count, predicted_gib=round(predicted / 2**30, 3),
                        **peak_memory())  # fmt: skip
 
@@ -139,7 +138,7 @@ def forms(report: Report, options: argparse.Namespace) -> None:
                 for _ in range(2):
                     clear_memory()
                     began = time.perf_counter()
-                    for _ in decode_stream(vae, latents, DecodePlan("frame", options.strips)):
+                    for _ in decode_stream(vae, latents, Tiling("frame", options.strips)):
                         pass
                     synchronize()
                     seconds = time.perf_counter() - began

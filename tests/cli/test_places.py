@@ -45,7 +45,7 @@ def test_a_slash_behind_a_file_is_refused(wanduet, work: Path) -> None:
 def test_a_current_folder_that_is_removed_meanwhile_costs_nothing(
     wanduet, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    whole = WanTransformer.branches
+    whole = WanTransformer.forward_cfg
     removed = []
 
     def remove_and_go_on(self, *arguments, **keywords):
@@ -54,7 +54,7 @@ def test_a_current_folder_that_is_removed_meanwhile_costs_nothing(
             removed.append(work)
         return whole(self, *arguments, **keywords)
 
-    monkeypatch.setattr(WanTransformer, "branches", remove_and_go_on)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", remove_and_go_on)
     if command == "batch":
         (work / "prompts.txt").write_text("x\ny\n")
     ran = wanduet(command, {"batch": "prompts.txt"}.get(command, "x"), *TINY, "--data-dir", "../data", "--json")

@@ -47,7 +47,7 @@ main(sys.argv[5:])
 PHASES = {
     "load": ("wanduet.runtime.checkpoint", "verify_manifest", 1),
     "encode": ("wanduet.models.text.umt5", "TextEncoder._layer", 2),
-    "denoise": ("wanduet.models.dit.model", "WanTransformer.branches", 5),
+    "denoise": ("wanduet.models.dit.model", "WanTransformer.forward_cfg", 5),
     "decode": ("wanduet.media.video", "VideoWriter.write", 2),
 }
 
@@ -111,13 +111,13 @@ def transformer_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the transformer ran in this process."""
     from wanduet.models.dit.model import WanTransformer
 
-    whole, calls = WanTransformer.branches, []
+    whole, calls = WanTransformer.forward_cfg, []
 
-    def branches(self, latents, *rest, **keywords):
+    def forward_cfg(self, latents, *rest, **keywords):
         calls.append(latents.shape[2])
         return whole(self, latents, *rest, **keywords)
 
-    monkeypatch.setattr(WanTransformer, "branches", branches)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", forward_cfg)
     return calls
 
 

@@ -17,7 +17,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import SequentialGuidance
@@ -66,7 +66,7 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
 
         def predict(latents: Tensor, timestep: float, texts: Any) -> list[Tensor]:
             with torch.no_grad():
-                return transformer.branches(latents, torch.tensor([timestep]), texts, rope)
+                return transformer.forward_cfg(latents, torch.tensor([timestep]), texts, rope)
 
         sampler = make_sampler("unipc", 3.0, 3, CPU)
         return denoise(SequentialGuidance(predict, *texts, 3.0), initial_noise(shape, 11), sampler)
@@ -74,8 +74,8 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
         stream.close()
 
 
-def decode_in_parts(vae: WanVAE, order: str, num_strips: int) -> np.ndarray:
+def decode_in_parts(vae: WanVAE, order: str, num_tiles: int) -> np.ndarray:
     """Frames `[9, 48, 24, 3]` uint8 of random latents, decoded frame by frame or strip by strip, in so many strips of rows."""
     latents = torch.randn(16, 3, 6, 3, generator=torch.Generator().manual_seed(12))
-    plan = DecodePlan(order, num_strips)  # type: ignore[arg-type]
+    plan = Tiling(order, num_tiles)  # type: ignore[arg-type]
     return np.concatenate([chunk.copy() for chunk in decode_stream(vae, latents, plan)])

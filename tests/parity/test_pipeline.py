@@ -152,13 +152,13 @@ def test_several_videos_need_no_more_activations_than_one(pipe, monkeypatch) -> 
     """Each step is of one video: what the plan has counted."""
     from wanduet.models.dit.model import WanTransformer
 
-    branches, batches = WanTransformer.branches, []
+    forward_cfg, batches = WanTransformer.forward_cfg, []
 
     def counted(self, latents, *rest, **named):
         batches.append(len(latents))
-        return branches(self, latents, *rest, **named)
+        return forward_cfg(self, latents, *rest, **named)
 
-    monkeypatch.setattr(WanTransformer, "branches", counted)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", counted)
     pipe(["a", "b", "c"], **(CALL | {"num_inference_steps": 2}), output_type="latent")
     assert set(batches) == {1}
 

@@ -37,10 +37,10 @@ def files(request, oracle, tmp_path_factory) -> TensorFiles:
     return TensorFiles("text encoder", sorted(folder.iterdir()))
 
 
-@pytest.mark.parametrize("hold", ["resident", "streamed"])
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
 @torch.no_grad()
-def test_true_tokens_give_what_the_padded_encoder_gives(oracle, files, hold) -> None:
-    encoder = TextEncoder(CONFIG, files, torch.float32, hold)
+def test_true_tokens_give_what_the_padded_encoder_gives(oracle, files, residency) -> None:
+    encoder = TextEncoder(CONFIG, files, torch.float32, residency)
     for _ in range(2):  # the second time from what is held
         for ids, embeds in zip(PROMPTS, encoder.encode(PROMPTS), strict=True):
             padded = torch.zeros(1, 64, dtype=torch.long)

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from wanduet.family.specs import VAESpec
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
 CONFIGS = {
     "wan": dict(base_dim=8, z_dim=16),
@@ -85,32 +85,32 @@ def test_training_gives_the_same_and_has_gradients(oracle, vae) -> None:
 def test_interleaved_videos_do_not_touch(vae) -> None:
     first, second = latents(3, 4, 4, seed=1), latents(3, 4, 4, seed=2)
     alone = vae.decode(first)
-    pasts, chunks = [None, None], []
+    caches, chunks = [None, None], []
     for t in range(3):
         for i, video in enumerate((first, second)):
-            frames, pasts[i] = vae.decode_step(video[:, :, t : t + 1], pasts[i])
+            frames, caches[i] = vae.decode_step(video[:, :, t : t + 1], caches[i])
             if i == 0:
                 chunks.append(frames)
     assert torch.equal(torch.cat(chunks, dim=2), alone)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strips", [2, 3, 5])
+@pytest.mark.parametrize("num_tiles", [2, 3, 5])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 @pytest.mark.parametrize("joined", [True, False])
-def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: float, joined: bool) -> None:
+def test_decoded_tiles_are_exact(vae, num_tiles: int, dtype: torch.dtype, limit: float, joined: bool) -> None:
     """Exact as mathematics (float64); in float32 the convolution kernels sum in another order for other heights."""
     z = latents(3, 10, 4).to(dtype)
     vae.to(dtype)
     expected = vae.decode(z)
-    chunks, trunk_past, pasts = [], None, [None] * strips
-    cuts = split_rows(Rows.whole(80), [1.0] * strips)
-    seams = [None, *(Seam(cut) if joined else None for cut in cuts[:-1]), None]
+    chunks, mid_cache, caches = [], None, [None] * num_tiles
+    tiles = split_rows(Rows.whole(80), [1.0] * num_tiles)
+    halos = [None, *(Halo(tile) if joined else None for tile in tiles[:-1]), None]
     for frame in z.split(1, dim=2):
-        mid, trunk_past = vae.decode_trunk(frame, trunk_past)
+        mid, mid_cache = vae.decode_mid(frame, mid_cache)
         parts = []
-        for i, wanted in enumerate(cuts):
-            part, pasts[i] = vae.decode_rows(mid, pasts[i], wanted, *seams[i : i + 2])
+        for i, wanted in enumerate(tiles):
+            part, caches[i] = vae.decode_rows(mid, caches[i], wanted, *halos[i : i + 2])
             parts.append(part)
         chunks.append(torch.cat(parts, dim=3))
     vae.to(torch.float32)
@@ -118,7 +118,7 @@ def test_decoded_strips_are_exact(vae, strips: int, dtype: torch.dtype, limit: f
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strips", [2, 3])
-def test_encoded_strips_are_exact(vae, strips: int) -> None:
+@pytest.mark.parametrize("num_tiles", [2, 3])
+def test_encoded_tiles_are_exact(vae, num_tiles: int) -> None:
     video = torch.rand(1, 3, 9, 96, 24) * 2 - 1
-    assert relative(vae.encode_moments(video, strips), vae.encode_moments(video)) < 1e-6
+    assert relative(vae.encode_moments(video, num_tiles), vae.encode_moments(video)) < 1e-6

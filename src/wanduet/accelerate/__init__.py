@@ -1,1 +1,1 @@
-"""Passes over an unchanged model."""
+"""Passes that accelerate an unchanged model or reduce its memory."""

@@ -1,4 +1,4 @@
-"""Host memory that blocks of weights wait in: page-locked, memory-mapped, or plain."""
+"""Host memory for offloaded blocks of weights: page-locked, memory-mapped, or plain."""
 
 import logging
 import os
@@ -15,67 +15,70 @@ from wanduet.folders import make_folder
 
 log = logging.getLogger(__name__)
 
-Hold = Literal["pinned", "mapped", "plain"]
-"""pinned: copies run beside the computation at full speed. mapped: in a scratch file, which the system may
-write out when memory is short. plain: ordinary memory, for a CPU as the device."""
-
+MemoryKind = Literal["pinned", "mapped", "plain"]
+"""pinned: page-locked; copies run beside the computation at full speed. mapped: a scratch file, which the system may
+write back to disk if memory is short. plain: ordinary memory, if the device is a CPU."""
 
 SCRATCH_PREFIX = "wanduet-block-"
-PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the current one alone
+PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices, not only for the current one
 
 
 class HostMemory:
-    """Flat buffers in host memory. Page-locked ones are unlocked when this object goes: who uses them holds it too.
+    """Allocates flat buffers in host memory.
 
-    `copies` are of blocks that are on the device now, by their index; see `keep_copies`.
+    Page-locked buffers are unlocked when this object is freed: keep a reference while they are used. `copies`: retained
+    copies of blocks that are on the device, by block index; see `retain_copies`.
     """
 
-    def __init__(self, hold: Hold, folder: Path | None = None) -> None:
-        """`folder` holds the scratch files of "mapped" (default: the system's temporary folder). Those that nobody
-        uses any more are removed from it."""
-        self.hold, self.folder = hold, folder
-        self.keeps_copies = False
+    def __init__(self, kind: MemoryKind, folder: Path | None = None) -> None:
+        """`folder`: for the scratch files of "mapped" (default: the system's temporary folder).
+
+        Unused scratch files of earlier processes are removed from it.
+        """
+        self.kind, self.folder = kind, folder
+        self.retains_copies = False
         self.copies: dict[int, Tensor] = {}
         self._locked: list[Tensor] = []
         weakref.finalize(self, _unlock, self._locked)
         if folder is not None:
             _remove_unused(folder)
 
-    def keep_copies(self, keeps: bool) -> None:
-        """Whether a block that goes to the device leaves its copy here. Weights do not change, so when it has to make
-        room there, again and again, nothing is copied back."""
-        self.keeps_copies = keeps
-        if not keeps:
+    def retain_copies(self, enabled: bool) -> None:
+        """Set whether the host copy of a block is retained when the block moves to the device.
+
+        Weights do not change, so moving the block back then copies nothing. Disabling frees the copies.
+        """
+        self.retains_copies = enabled
+        if not enabled:
             for copy in self.copies.values():
                 self.release(copy)
             self.copies.clear()
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised `[size]` tensor."""
-        if self.hold == "mapped":
+        """An uninitialised tensor `[size]`. Raises OSError if a scratch file cannot be made."""
+        if self.kind == "mapped":
             return self._map(size, dtype)
         flat = torch.empty(size, dtype=dtype)
-        if self.hold == "pinned" and torch.cuda.is_available():
+        if self.kind == "pinned" and torch.cuda.is_available():
             self._lock(flat)
         return flat
 
     def release(self, flat: Tensor) -> None:
-        """A buffer of `allocate` that is not read any more; its memory goes with its last reference."""
+        """Unlock a buffer of `allocate` that is no longer read; its memory is freed with its last reference."""
         for index, locked in enumerate(self._locked):
             if locked is flat or locked.data_ptr() == flat.data_ptr():
                 _unlock([self._locked.pop(index)])
                 return
 
     def close(self) -> None:
-        """Unlock what is locked, drop the copies, and remove scratch files; nothing may be on its way from or to here
-        any more."""
+        """Unlock all buffers, drop the retained copies, and remove scratch files. No transfer may be in progress."""
         self.copies.clear()
         _unlock(self._locked)
-        if self.hold == "mapped":
+        if self.kind == "mapped":
             _remove_unused(self._scratch_folder())
 
     def _lock(self, flat: Tensor) -> None:
-        """Page-lock in place: torch's own pinned allocator would round each buffer up to a power of two."""
+        """Page-lock a buffer in place: PyTorch's pinned allocator would round its size up to a power of two."""
         cudart = torch.cuda.cudart()
         error = cudart.cudaHostRegister(flat.data_ptr(), flat.nbytes, PORTABLE)
         if int(error) == 0:
@@ -84,13 +87,16 @@ class HostMemory:
             log.warning("Host memory cannot be page-locked (CUDA error %s): block copies will be slower.", int(error))
 
     def _map(self, size: int, dtype: torch.dtype) -> Tensor:
-        """In a scratch file. It loses its name at once, so that it is gone with the last mapping, whatever happens to
-        the process; Windows refuses that while it is mapped, and there it is removed later."""
+        """Map a scratch file.
+
+        It is unlinked at once, so that it disappears with its last mapping, even if the process is killed. Windows
+        refuses that while it is mapped; there it is removed later.
+        """
         folder = self._scratch_folder()
         make_folder(folder)
         _remove_unused(folder)
         handle, name = tempfile.mkstemp(prefix=SCRATCH_PREFIX, dir=folder)
-        os.close(handle)  # Windows does not let a file be opened that is to be removed when it is closed
+        os.close(handle)  # Windows does not open a file that is to be deleted on close
         try:
             return torch.from_file(name, shared=True, size=size, dtype=dtype)
         finally:
@@ -102,15 +108,17 @@ class HostMemory:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove scratch files that nobody maps: while one is mapped it has no name, or Windows refuses. One that another
-    process has only just made is made anew when it is mapped."""
+    """Remove scratch files that no process maps: a mapped one has no name, or Windows refuses to remove it.
+
+    A file that another process has just created is created again when it is mapped.
+    """
     for path in folder.glob(f"{SCRATCH_PREFIX}*"):
         with suppress(OSError):
             os.unlink(path)
 
 
 def _unlock(locked: list[Tensor]) -> None:
-    """Unlock while the tensors are still held here, so before their memory is freed."""
+    """Unlock buffers before their memory is freed: `locked` still refers to them."""
     for flat in locked:
         torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
     locked.clear()

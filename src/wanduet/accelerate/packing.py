@@ -1,8 +1,8 @@
-"""A block's large parameters as views of one flat buffer.
+"""Packs a block's large parameters into one flat buffer, of which they become views.
 
-Two things come of it: q, k and v are one matrix product (their weights lie side by side), and a block
-moves between host and device as one copy. Names and `state_dict` stay the same. Nothing is remembered
-about it: whether a block is packed is read off its parameters.
+Then q, k and v are computed by one matrix product (their weights are adjacent), and one copy moves a block between host
+and device. Names and `state_dict` stay the same. No other state is kept: whether a block is packed is determined from
+its parameters' addresses.
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from wanduet.models.dit.model import Block, WanTransformer
 
 # Offsets are multiples of this many elements: 256 bytes in bf16, as cudaMalloc aligns.
 ALIGNMENT = 128
-# Side by side, in this order.
-TOGETHER = (
+# Parameters without gaps between them, in this order.
+ADJACENT = (
     tuple(f"attn1.to_{part}.weight" for part in "qkv"),
     tuple(f"attn1.to_{part}.bias" for part in "qkv"),
 )
 
 Allocate = Callable[[int, int, torch.dtype], Tensor]
-"""(block's index, elements, dtype) to a flat buffer."""
+"""Allocates a flat buffer from (block index, number of elements, dtype)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where one parameter of a block lies in the buffer; `offset` in elements."""
+    """The place of one parameter in a block's buffer; `offset` in elements."""
 
     name: str
     offset: int
@@ -37,19 +37,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Where all large parameters of a block lie; `size` in elements."""
+    """The places of a block's large parameters in its buffer of `size` elements."""
 
     parts: tuple[Part, ...]
     size: int
 
     @classmethod
     def of(cls, block: Block) -> "BlockLayout":
-        """The layout for a block, on whatever device it is (also meta)."""
+        """The layout of a block, which may be on any device, including meta."""
         shapes = {name: p.shape for name, p in block.named_parameters() if is_large(name)}
-        alone = [(name,) for name in shapes if not any(name in group for group in TOGETHER)]
+        others = [(name,) for name in shapes if not any(name in group for group in ADJACENT)]
         parts: list[Part] = []
         offset = 0
-        for group in (*TOGETHER, *alone):
+        for group in (*ADJACENT, *others):
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
             for name in group:
                 parts.append(Part(name, offset, shapes[name]))
@@ -57,23 +57,23 @@ class BlockLayout:
         return cls(tuple(parts), offset)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' values in a flat buffer, in the order of `parts`."""
+        """The parameters' values as views of a flat buffer `[size]`, in the order of `parts`."""
         return [flat[part.offset : part.offset + part.shape.numel()].view(part.shape) for part in self.parts]
 
 
 def is_large(name: str) -> bool:
-    """Whether a block's parameter of this name belongs to a large product and hence to the packed buffer."""
+    """Whether a block's parameter belongs to a large product, and therefore to the packed buffer."""
     return ".to_" in name or name.startswith("ffn.")
 
 
 def large_parameters(block: Block, layout: BlockLayout) -> list[nn.Parameter]:
-    """The parameters themselves, in the order of `layout.parts`."""
+    """A block's large parameters, in the order of `layout.parts`."""
     named = dict(block.named_parameters())
     return [named[part.name] for part in layout.parts]
 
 
 def packed_buffer(block: Block) -> Tensor | None:
-    """The flat buffer `[size]` that a block's large parameters are views of; None if they are not packed."""
+    """The flat buffer `[size]` of which a block's large parameters are views; None if they are not packed."""
     layout = BlockLayout.of(block)
     parameters = large_parameters(block, layout)
     first = parameters[0].data
@@ -98,7 +98,7 @@ def pack_block(block: Block, flat: Tensor) -> None:
 
 @torch.no_grad()
 def pack_blocks(transformer: WanTransformer) -> None:
-    """Pack every block where it is, one after the other, so that only one block's weights are held twice."""
+    """Pack every block on its device, one after the other, so that only one block's weights exist twice."""
     for block in _blocks(transformer):
         if packed_buffer(block) is None:
             weight = block.attn1.to_q.weight
@@ -108,24 +108,23 @@ def pack_blocks(transformer: WanTransformer) -> None:
 
 @torch.no_grad()
 def move_packed(transformer: WanTransformer, device: torch.device) -> None:
-    """`transformer.to(device)`, but blocks stay packed (`.to` would give each parameter its own memory)."""
+    """Move a transformer to a device and pack its blocks. (`.to` would give each parameter memory of its own.)"""
     for block in _blocks(transformer):
         flat = packed_buffer(block)
         weight = block.attn1.to_q.weight
         if flat is None or flat.device != device:
             size = BlockLayout.of(block).size
             pack_block(block, torch.empty(size, dtype=weight.dtype, device=device))
-    transformer.to(device)  # what is left; tensors already there are kept
+    transformer.to(device)  # the remaining parameters; those already there are not copied
 
 
 def allocate_packed(
     transformer: WanTransformer, device: torch.device, dtype: torch.dtype, allocate: Allocate | None = None
 ) -> None:
-    """Give a transformer made on the meta device uninitialised memory, packed; a loader then fills it:
-    `parameter.data.copy_(tensor)`, tensor by tensor.
+    """Give a transformer on the meta device uninitialised memory, with packed blocks.
 
-    Large products are in `dtype`, the rest in float32 (`WanTransformer.parameter_dtype`). `allocate`
-    says where each block's buffer lies (default: on `device`, as everything else).
+    A loader then fills it, tensor by tensor, by `parameter.data.copy_(tensor)`. Large products get `dtype`, the rest
+    float32 (`WanTransformer.parameter_dtype`). `allocate` allocates each block's buffer, by default on `device`.
     """
     for index, block in enumerate(_blocks(transformer)):
         layout = BlockLayout.of(block)
@@ -137,12 +136,12 @@ def allocate_packed(
             _replace(block, part.name, view)
     for name, parameter in list(transformer.named_parameters()):
         if parameter.is_meta:
-            held = WanTransformer.parameter_dtype(name, dtype)
-            _replace(transformer, name, torch.empty(parameter.shape, dtype=held, device=device))
+            stored = WanTransformer.parameter_dtype(name, dtype)
+            _replace(transformer, name, torch.empty(parameter.shape, dtype=stored, device=device))
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """A meta parameter cannot be given data: put a new one in its place."""
+    """Replace a parameter, because a meta parameter's data cannot be set."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     setattr(owner, leaf, nn.Parameter(value, requires_grad=owner.get_parameter(leaf).requires_grad))

@@ -13,11 +13,11 @@ from torch import Tensor
 from wanduet.distributed.collectives import PendingSend, isend, recv
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.split import split_lengths
-from wanduet.models.vae.layers import Past
+from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
-from wanduet.models.vae.stream import Frames, decode_stream
-from wanduet.models.vae.tiles import Seam, share_decode
+from wanduet.models.vae.stream import DecodePart, Frames, decode_stream
+from wanduet.models.vae.tiles import Halo, share_decode
 
 
 def decode_share(
@@ -29,7 +29,7 @@ def decode_share(
     where frames are too small for strips to hand rows on, each computes a halo of its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
-    strips, one_trunk = share_decode(decoder.trunk_layers, decoder.local_layers, height, speeds)
+    strips, one_trunk = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
     trunk: SentTrunk | ReceivedTrunk | None = None
     if one_trunk:
         others = tuple(range(1, rank.world_size))
@@ -39,10 +39,10 @@ def decode_share(
         cuts = accumulate(split_lengths(height, speeds), initial=0)
         strips = tuple(Rows(start, stop, height) for start, stop in pairwise(cuts))
     else:
-        above = ReceivedSeam(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
-        below = SentSeam(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
+        above = ReceivedHalo(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
+        below = SentHalo(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
-    for pixels in decode_stream(vae, latents, rows=mine, above=above, below=below, trunk=trunk):
+    for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, trunk)):
         yield mine, pixels
     if below is not None:
         below.finish()
@@ -57,9 +57,9 @@ class SentTrunk:
         self._vae, self._ranks = vae, ranks
         self._under_way: PendingSend | None = None
 
-    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """As `WanVAE.decode_trunk`."""
-        mid, past = self._vae.decode_trunk(z, past)
+    def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """As `WanVAE.decode_mid`."""
+        mid, past = self._vae.decode_mid(z, past)
         self.finish()
         self._under_way = isend(mid.permute(0, 2, 3, 4, 1), *self._ranks)
         return mid, past
@@ -77,14 +77,14 @@ class ReceivedTrunk:
     def __init__(self, vae: WanVAE) -> None:
         self._channels = vae.spec.base_dim * vae.spec.dim_mult[-1]
 
-    def __call__(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """As `WanVAE.decode_trunk`; remembers nothing."""
+    def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """As `WanVAE.decode_mid`; remembers nothing."""
         batch, _, frames, rows, columns = z.shape
         mid = recv((batch, frames, rows, columns, self._channels), z, rank=0)
         return mid.permute(0, 4, 1, 2, 3), None
 
 
-class SentSeam(Seam):
+class SentHalo(Halo):
     """To the rank below."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
@@ -92,7 +92,7 @@ class SentSeam(Seam):
         self._rank = rank
         self._under_way: dict[int, PendingSend] = {}
 
-    def keep(self, index: int, x: Tensor) -> None:
+    def store(self, index: int, x: Tensor) -> None:
         """Send rows `[B, C, T, rows, w]`, channels last."""
         before = self._under_way.pop(index, None)
         if before is not None:
@@ -106,14 +106,14 @@ class SentSeam(Seam):
         self._under_way.clear()
 
 
-class ReceivedSeam(Seam):
+class ReceivedHalo(Halo):
     """From the rank above."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
         self._rank = rank
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
         """Receive `count` rows, of the frames, channels and columns of those below."""
         assert below is not None, "strips that share work have new rows at each layer"
         batch, channels, frames, _, columns = below.shape

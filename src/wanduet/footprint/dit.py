@@ -1,6 +1,6 @@
-"""Bytes that a step of the transformer needs beside weights and text, found by running it on the meta device."""
+"""Bytes that a forward of the transformer needs beside weights and text, measured by running it on the meta device."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -13,47 +13,65 @@ from wanduet.family.specs import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.kernels.dit.rope import Rope
-from wanduet.meta.init import without_memory
-from wanduet.meta.trace import Footprint, on_meta
+from wanduet.meta.init import meta_init
+from wanduet.meta.trace import Footprint, meta_empty
 from wanduet.models.dit.model import Runtime, TextContext, WanTransformer
 
-TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept from one to the next
-
-
-# Beyond this many tokens the peak is a straight line: it is traced at two lengths and drawn on.
+TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept between blocks
+# Beyond this many tokens the peak is linear in them: it is traced at two lengths and extrapolated.
 TRACED_TOKENS = 131072
 SIDE = 32  # tokens along a frame's side in those two traces
 
 
-def forward_bytes(
-    spec: TransformerSpec,
-    latent_shape: tuple[int, ...],
-    text_len: int,
-    dtype: str,
-    fused: bool,
-    layout: Layout = ONE_DEVICE,
-    prompts: int = 1,
-) -> int:
-    """Peak bytes for latents `[16, T, h, w]` and so many prompts that share what they can, on each of a layout's ranks.
+@dataclass(frozen=True, slots=True)
+class ForwardShape:
+    """What a forward's memory depends on.
 
-    `fused`: with kernels that need no memory of their own, as Triton's. What ranks exchange is counted, in whichever
-    way takes more: by collectives, or in a buffer of `buffer_bytes`.
+    Latents `[16, T, h, w]`, `text_len` positions of text, the large products' `dtype` by name; `prompts` in one
+    `forward_cfg`; the ranks' `layout`. `fused`: with kernels that need no memory of their own, as Triton's.
     """
-    patch = spec.patch_size
-    tokens = prod(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
-    if tokens <= TRACED_TOKENS:
-        return _traced(spec, tuple(latent_shape), text_len, dtype, fused, layout, prompts)
-    halves = []
-    for part in (TRACED_TOKENS // 2, TRACED_TOKENS):
-        grid = (part // SIDE**2, SIDE, SIDE)
-        shape = (latent_shape[0], *(g * p for g, p in zip(grid, patch, strict=True)))
-        halves.append(_traced(spec, shape, text_len, dtype, fused, layout, prompts))
-    slope = (halves[1] - halves[0]) / (TRACED_TOKENS / 2)
-    return int(halves[1] + slope * (tokens - TRACED_TOKENS))
+
+    spec: TransformerSpec
+    latent_shape: tuple[int, ...]
+    text_len: int
+    dtype: str
+    fused: bool
+    layout: Layout = ONE_DEVICE
+    prompts: int = 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype by its name."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def tokens(self) -> int:
+        """The length of the whole sequence."""
+        return prod(size // p for size, p in zip(self.latent_shape[1:], self.spec.patch_size, strict=True))
+
+
+def forward_bytes(shape: ForwardShape) -> int:
+    """Peak bytes of a forward on each rank, without weights and text.
+
+    Includes what ranks exchange, in the way that takes more memory: by collectives, or in a buffer of `buffer_bytes`.
+    """
+    if shape.tokens <= TRACED_TOKENS:
+        return _traced(shape)
+    peaks = []
+    for tokens in (TRACED_TOKENS // 2, TRACED_TOKENS):
+        grid = (tokens // SIDE**2, SIDE, SIDE)
+        latent_shape = (shape.latent_shape[0], *(g * p for g, p in zip(grid, shape.spec.patch_size, strict=True)))
+        peaks.append(_traced(replace(shape, latent_shape=latent_shape)))
+    slope = (peaks[1] - peaks[0]) / (TRACED_TOKENS / 2)
+    return int(peaks[1] + slope * (shape.tokens - TRACED_TOKENS))
 
 
 def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
-    """Bytes of the buffer that GPUs keep which write to each other's memory (distributed/p2p/exchange.py), beside all else."""
+    """Bytes of the buffer that each rank keeps if GPUs write to each other's memory (distributed/p2p/exchange.py).
+
+    For latents `[16, T, h, w]`. Zero without Ulysses.
+    """
     if layout.ulysses == 1:
         return 0
     tokens = prod(size // p for size, p in zip(latent_shape[1:], spec.patch_size, strict=True))
@@ -62,49 +80,38 @@ def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: st
 
 
 @lru_cache(maxsize=256)
-def _traced(
-    spec: TransformerSpec,
-    latent_shape: tuple[int, ...],
-    text_len: int,
-    dtype: str,
-    fused: bool,
-    layout: Layout,
-    prompts: int,
-) -> int:
-    kind: torch.dtype = getattr(torch, dtype)
-    small = replace(spec, num_layers=TRACED_BLOCKS)
-    with without_memory():
+def _traced(shape: ForwardShape) -> int:
+    dtype, layout = shape.torch_dtype, shape.layout
+    small = replace(shape.spec, num_layers=TRACED_BLOCKS)
+    with meta_init():
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, kind))
-    kernels = FUSED if fused else TORCH_KERNELS
-    buffer = buffer_bytes(spec, latent_shape, dtype, layout)
+        parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, dtype))
+    kernels = FUSED if shape.fused else TORCH_KERNELS
+    buffer = buffer_bytes(shape.spec, shape.latent_shape, shape.dtype, layout)
     peaks = []
-    for peers in [None] if buffer == 0 else [None, FakePeerMemory(on_meta((buffer // kind.itemsize,), kind))]:
+    for peers in [None] if buffer == 0 else [None, FakePeerMemory(meta_empty((buffer // dtype.itemsize,), dtype))]:
         model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=TracedSharding(layout, peers))
-        peaks.append(_forward(model, latent_shape, text_len, kind, prompts) + (buffer if peers else 0))
+        peaks.append(_forward(model, shape) + (buffer if peers else 0))
     return max(peaks)
 
 
-def _forward(
-    model: WanTransformer, latent_shape: tuple[int, ...], text_len: int, kind: torch.dtype, prompts: int
-) -> int:
-    spec = model.spec
-    heads = (1, text_len, spec.num_attention_heads, spec.attention_head_dim)
-    text = tuple(on_meta(heads, kind) for _ in range(TRACED_BLOCKS))
-    shape = (1, *latent_shape)
-    # The tables on the host, which are kept for the next job, are not the device's.
-    host = model.prepare_rope(shape, torch.device("meta"))
+def _forward(model: WanTransformer, shape: ForwardShape) -> int:
+    heads = (1, shape.text_len, shape.spec.num_attention_heads, shape.spec.attention_head_dim)
+    text = tuple(meta_empty(heads, shape.torch_dtype) for _ in range(TRACED_BLOCKS))
+    batched = (1, *shape.latent_shape)
+    # The cached tables in host memory are no part of the device's memory.
+    host = model.prepare_rope(batched, torch.device("meta"))
     with torch.no_grad(), Footprint() as footprint:
-        latents = on_meta(shape, torch.float32)
+        latents = meta_empty(batched, torch.float32)
         rope = Rope(torch.empty_like(host.cos), torch.empty_like(host.sin))
-        texts = tuple(TextContext(text, text) for _ in range(prompts))
-        model.branches(latents, torch.empty(1, device="meta"), texts, rope)
-    return footprint.held
+        texts = tuple(TextContext(text, text) for _ in range(shape.prompts))
+        model.forward_cfg(latents, torch.empty(1, device="meta"), texts, rope)
+    return footprint.reserved
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What every fused attention allocates: its output, and the log-sum-exp in float32."""
+    """Allocates what every fused attention does: its output, and the log-sum-exp in float32."""
     torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -129,7 +136,7 @@ def _attend_text(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Te
     return q
 
 
-# What kernels allocate that work in one pass: their results, where those are not in place.
+# Kernels that work in one pass allocate their results only, unless they work in place.
 FUSED = replace(
     TORCH_KERNELS,
     name="fused",

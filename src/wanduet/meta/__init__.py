@@ -1,1 +1,1 @@
-"""Code on PyTorch's meta device: modules without memory, and how much memory a run would take."""
+"""PyTorch's meta device: modules without memory, and the memory that code would take."""

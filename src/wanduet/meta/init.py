@@ -1,4 +1,4 @@
-"""Modules on the meta device, to be given memory and weights later, or only to be looked at."""
+"""Makes modules on the meta device, which get memory and weights later, or are only traced."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,18 +9,17 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
-    """Modules made in the block are on the meta device, and nobody draws their initial values.
+def meta_init() -> Iterator[None]:
+    """Make modules in the block on the meta device, and skip their weights' initialisation.
 
-    Without values there is nothing to draw; that PyTorch does not know makes it import the whole of its compiler first,
-    which takes seconds.
+    PyTorch would initialise even meta tensors, for which it first imports its whole compiler, which takes seconds.
     """
-    with torch.device("meta"), _NothingToDraw():
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _NothingToDraw(TorchFunctionMode):
-    """What `torch.nn.init` would do to a tensor is left out."""
+class _SkipInit(TorchFunctionMode):
+    """Replaces the functions of `torch.nn.init` by ones that return the tensor unchanged."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,8 +1,8 @@
-"""What some of PyTorch's operations return on the meta device, told at once.
+"""Fast rules for the results of some PyTorch operations on the meta device.
 
-PyTorch's own answer for these is written in Python and goes through layers of general cases: half a millisecond for each
-call, of which the prediction of a decode makes thousands, after an import of the whole compiler. Here are only the cases
-that the models have; a rule that is not sure says `NotImplemented`, and PyTorch answers.
+PyTorch's own implementations of these are written in Python and handle all cases: half a millisecond a call, of which
+the prediction of a decode makes thousands, after an import of the whole compiler. The rules cover only the cases that
+the models need. A rule returns `NotImplemented` for any other case, for which PyTorch's implementation is called.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Rule = Callable[..., Any]
 
 
-def result_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What `func` gives for tensors on the meta device; `NotImplemented` where PyTorch is to be asked."""
+def meta_result(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of the operation `func` on meta tensors; `NotImplemented` if PyTorch must compute it."""
     rule = RULES.get(func)
     if rule is None:
         return NotImplemented
@@ -35,8 +35,8 @@ def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None, device: torch.device = META) -> Tensor:
-    """Its shape, without the gaps between its elements but in their order in memory."""
+def _dense_like(x: Tensor, dtype: torch.dtype | None = None, device: torch.device = META) -> Tensor:
+    """A dense tensor of x's shape, with its dimensions in the same order in memory."""
     strides, size = [0] * x.ndim, 1
     for dim in sorted(range(x.ndim), key=lambda dim: (x.stride(dim), -dim)):
         strides[dim] = size
@@ -54,26 +54,26 @@ def _empty_like(
 ) -> Any:
     if memory_format not in (None, torch.preserve_format):
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=device or META, memory_format=memory_format)
-    return _like(x, dtype, device or META) if _is_spread(x) else NotImplemented
+    return _dense_like(x, dtype, device or META) if _has_no_overlap(x) else NotImplemented
 
 
-def _alike(x: Tensor, *others: Any, **_: Any) -> Any:
-    """Element by element, of one tensor and numbers."""
+def _unary(x: Tensor, *others: Any, **_: Any) -> Any:
+    """Elementwise, of one tensor and numbers."""
     plain = x.is_floating_point() and not any(isinstance(other, (Tensor, complex)) for other in others)
-    return _like(x) if plain else NotImplemented
+    return _dense_like(x) if plain else NotImplemented
 
 
-def _together(x: Tensor, y: Any, **_: Any) -> Any:
-    """Element by element, of two tensors of one dtype, one of which has the result's shape, and its layout in memory."""
+def _binary(x: Tensor, y: Any, **_: Any) -> Any:
+    """Elementwise, of two tensors of the same dtype; the one with the result's shape decides its memory layout."""
     if not isinstance(y, Tensor):
-        return _alike(x, y)
+        return _unary(x, y)
     if not (y.is_meta and x.dtype == y.dtype and x.is_floating_point()):
         return NotImplemented
     shape = _broadcast(x.shape, y.shape)
     if x.shape != shape != y.shape:
         return x.new_empty(shape) if x.is_contiguous() and y.is_contiguous() else NotImplemented
     model = x if x.shape == shape else y
-    return _like(model) if _is_spread(model) else NotImplemented
+    return _dense_like(model) if _has_no_overlap(model) else NotImplemented
 
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
@@ -81,8 +81,8 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     return tuple(m if n == 1 else n for m, n in pairs)[::-1]
 
 
-def _is_spread(x: Tensor) -> bool:
-    """Whether no two elements share memory, so that the order of the dimensions is plain."""
+def _has_no_overlap(x: Tensor) -> bool:
+    """Whether no two elements share memory (strides of 0), so that the order of the dimensions is unambiguous."""
     return all(stride or size == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
@@ -105,37 +105,37 @@ def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> Any:
     if x.dtype != torch.float32:
         return NotImplemented
     statistics = [*x.shape[: -len(shape)], *[1] * len(shape)]
-    return _like(x), x.new_empty(statistics), x.new_empty(statistics)
+    return _dense_like(x), x.new_empty(statistics), x.new_empty(statistics)
 
 
 def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return _alike(x) if dtype is None else NotImplemented
+    return _unary(x) if dtype is None else NotImplemented
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
     layouts = {_layout(part) for part in parts}
-    if not _are_of_a_kind(parts) or len(layouts) > 1 or None in layouts:
+    if not _same_dtype_and_ndim(parts) or len(layouts) > 1 or None in layouts:
         return NotImplemented
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
-    return _laid_out(parts[0], shape, layouts.pop())
+    return _empty(parts[0], shape, layouts.pop())
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Any:
-    if not _are_of_a_kind(parts) or {_layout(part) for part in parts} != {torch.contiguous_format}:
+    if not _same_dtype_and_ndim(parts) or {_layout(part) for part in parts} != {torch.contiguous_format}:
         return NotImplemented
     shape = list(parts[0].shape)
     shape.insert(dim % (len(shape) + 1), len(parts))
     return parts[0].new_empty(shape)
 
 
-def _are_of_a_kind(parts: Sequence[Tensor]) -> bool:
+def _same_dtype_and_ndim(parts: Sequence[Tensor]) -> bool:
     first = parts[0]
     return first.ndim > 0 and all(part.dtype == first.dtype and part.ndim == first.ndim for part in parts)
 
 
 def _layout(x: Tensor) -> torch.memory_format | None:
-    """In which order its dimensions lie in memory, gaps or not; None for any other than the usual two."""
+    """The memory format by the order of strides, with or without gaps; None if neither contiguous nor channels last."""
     for layout, last in ((torch.contiguous_format, ()), (CHANNELS_LAST.get(x.ndim), (1,))):
         dims = [dim for dim in (*(d for d in range(x.ndim) if d not in last), *last) if x.shape[dim] > 1]
         if layout is not None and all(x.stride(a) > x.stride(b) > 0 for a, b in pairwise(dims)):
@@ -143,7 +143,7 @@ def _layout(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _laid_out(x: Tensor, shape: Sequence[int], layout: torch.memory_format | None) -> Tensor:
+def _empty(x: Tensor, shape: Sequence[int], layout: torch.memory_format | None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=META, memory_format=layout or torch.contiguous_format)
 
 
@@ -151,33 +151,33 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, strides: Sequence[int], pads: Sequence[int], gaps: Sequence[int],
     transposed: bool, *_: Any,
 ) -> Any:  # fmt: skip
-    """With the channels last where one of the two has them so, as cuDNN does it. (PyTorch's own answer leaves that open.)"""
+    """Channels last if input or weight is, as cuDNN does. (PyTorch's meta implementation leaves it open.)"""
     if transposed or x.ndim != weight.ndim:
         return NotImplemented
     sizes = zip(x.shape[2:], weight.shape[2:], strides, pads, gaps, strict=True)
     shape = [(size + 2 * pad - gap * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, gap in sizes]
     last = {_layout(x), _layout(weight)} - {None, torch.contiguous_format}
-    return _laid_out(x, [x.shape[0], weight.shape[0], *shape], last.pop() if last else None)
+    return _empty(x, [x.shape[0], weight.shape[0], *shape], last.pop() if last else None)
 
 
-def _enlarge(x: Tensor, size: Sequence[int], *_: Any) -> Any:
+def _interpolate(x: Tensor, size: Sequence[int], *_: Any) -> Any:
     layout = _layout(x)
-    return NotImplemented if layout is None else _laid_out(x, [*x.shape[:2], *size], layout)
+    return NotImplemented if layout is None else _empty(x, [*x.shape[:2], *size], layout)
 
 
-def _count_up(end: int | float, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+def _arange(end: int | float, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
     return NotImplemented if dtype is None else torch.empty(ceil(end), dtype=dtype, device=META)
 
 
-def _product(bias: Tensor, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _products(x: Tensor, y: Tensor) -> Tensor:
+def _bmm(x: Tensor, y: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], y.shape[2])
 
 
-def _product_out(*_: Any, out: Tensor, **__: Any) -> Tensor:
+def _addmm_out(*_: Any, out: Tensor, **__: Any) -> Tensor:
     return out
 
 
@@ -190,34 +190,34 @@ RULES: dict[Any, Rule] = {
     aten.addcmul_.default: _in_place,
     aten.mul_.Tensor: _in_place,
     aten.bitwise_and_.Scalar: _in_place,
-    aten.clamp.default: _alike,
-    aten.cos.default: _alike,
-    aten.exp.default: _alike,
-    aten.gelu.default: _alike,
-    aten.neg.default: _alike,
-    aten.silu.default: _alike,
-    aten.sin.default: _alike,
-    aten.clamp_min.default: _alike,
-    aten.pow.Tensor_Scalar: _alike,
-    aten.rsqrt.default: _alike,
-    aten.mul.Scalar: _alike,
-    aten.add.Tensor: _together,
-    aten.sub.Tensor: _together,
-    aten.mul.Tensor: _together,
-    aten.div.Tensor: _together,
+    aten.clamp.default: _unary,
+    aten.cos.default: _unary,
+    aten.exp.default: _unary,
+    aten.gelu.default: _unary,
+    aten.neg.default: _unary,
+    aten.silu.default: _unary,
+    aten.sin.default: _unary,
+    aten.clamp_min.default: _unary,
+    aten.pow.Tensor_Scalar: _unary,
+    aten.rsqrt.default: _unary,
+    aten.mul.Scalar: _unary,
+    aten.add.Tensor: _binary,
+    aten.sub.Tensor: _binary,
+    aten.mul.Tensor: _binary,
+    aten.div.Tensor: _binary,
     aten.mean.dim: _mean,
     aten.linalg_vector_norm.default: _norm,
     aten.native_layer_norm.default: _layer_norm,
-    aten.arange.default: _count_up,
+    aten.arange.default: _arange,
     aten.cat.default: _cat,
     aten.clone.default: _empty_like,
     aten.convolution.default: _convolution,
     aten.stack.default: _stack,
     aten.empty_like.default: _empty_like,
-    aten.addmm.default: _product,
-    aten.bmm.default: _products,
-    aten.addmm.out: _product_out,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.addmm.out: _addmm_out,
 }
-# PyTorch may rename these, which are its own.
-PRIVATE = {"_safe_softmax": _softmax, "_upsample_nearest_exact2d": _enlarge}
+# Private operations, which PyTorch may rename.
+PRIVATE = {"_safe_softmax": _softmax, "_upsample_nearest_exact2d": _interpolate}
 RULES |= {getattr(aten, name).default: rule for name, rule in PRIVATE.items() if hasattr(aten, name)}

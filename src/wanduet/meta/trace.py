@@ -1,8 +1,7 @@
-"""Peak memory of code that has not run: it runs on the meta device, and every allocation is counted.
+"""Predicts the peak memory of code by running it on the meta device and simulating the CUDA allocator.
 
-Nothing is computed and nothing is allocated; what is counted is what the same code asks of the allocator on a
-real device, and where the allocator would put it. What the code does not see (workspaces inside a library's kernels)
-is the planner's to add.
+Nothing is computed and nothing is allocated: the allocations that the same code makes on a real device are counted, and
+placed where the allocator would. The planner adds what is not seen here, as workspaces inside a library's kernels.
 """
 
 import threading
@@ -15,25 +14,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanduet.meta.results import result_of
+from wanduet.meta.results import meta_result
 
 ROUNDING = 512  # bytes; the CUDA allocator's smallest unit
-SMALL = 2**20  # bytes; up to here the CUDA allocator uses memory of its own
+SMALL = 2**20  # bytes; the CUDA allocator serves sizes up to this from a pool of their own
 
 
-class Arena:
-    """Where a caching allocator with growing blocks puts things: in the smallest hole that is large enough, else at the
-    end. `top` is how far it has grown, which it never gives back while code runs.
+class SimulatedAllocator:
+    """One pool of PyTorch's CUDA allocator with `expandable_segments`: best fit, split, merge, else grow at the end.
 
-    As PyTorch's CUDA allocator with `expandable_segments` (c10/cuda/CUDACachingAllocator.cpp: best fit, split, merge).
+    `top`: the bytes that it has reserved, which it keeps while code runs. Source: c10/cuda/CUDACachingAllocator.cpp.
     """
 
     def __init__(self) -> None:
         self.top = 0
-        self._holes: dict[int, int] = {}  # offset to size; never two side by side
+        self._holes: dict[int, int] = {}  # offset to size; never adjacent
 
-    def take(self, size: int) -> int:
-        """Where so many bytes go."""
+    def allocate(self, size: int) -> int:
+        """The offset at which `size` bytes are placed."""
         fitting = [(hole, offset) for offset, hole in self._holes.items() if hole >= size]
         if fitting:
             hole, offset = min(fitting)
@@ -46,8 +44,8 @@ class Arena:
         self.top = offset + size
         return offset
 
-    def give_back(self, offset: int, size: int) -> None:
-        """What was taken is a hole, and one with the holes beside it."""
+    def free(self, offset: int, size: int) -> None:
+        """Make an allocation a hole, merged with adjacent holes."""
         size += self._holes.pop(offset + size, 0)
         for before, hole in self._holes.items():
             if before + hole == offset:
@@ -56,64 +54,65 @@ class Arena:
         self._holes[offset] = size
 
 
-class _Counting(threading.local):
-    """The footprints that are being taken in this thread, the innermost last."""
+class _Active(threading.local):
+    """The footprints being measured in this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[Footprint] = []
 
 
-_counting = _Counting()
+_active = _Active()
 
 
 class Footprint(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the `with` block: `live` now, `held` by the allocator at most.
+    """Counts the bytes of meta tensors made in the `with` block, as `torch.cuda.memory_allocated` and
+    `memory_reserved` do.
 
-    Within another, which sees nothing of what this one sees.
+    `allocated`: bytes of the tensors that exist now. If footprints are nested, only the innermost one counts.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self._small, self._large = Arena(), Arena()
+        self.allocated = 0
+        self._small, self._large = SimulatedAllocator(), SimulatedAllocator()
         self._seen: set[int] = set()
 
     @property
-    def held(self) -> int:
-        """What the allocator has taken from the device since the block began, holes included."""
+    def reserved(self) -> int:
+        """Bytes that the allocator has reserved since the block began, holes included."""
         return self._small.top + self._large.top
 
     def __enter__(self) -> Self:
-        _counting.stack.append(self)
+        _active.stack.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _counting.stack.remove(self)
+        _active.stack.remove(self)
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would import its compiler to keep it away from what is done here, which it never sees."""
+        """False: otherwise PyTorch imports its compiler, only to disable it here, where it is never used."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _counting.stack[-1] is not self:
+        if _active.stack[-1] is not self:
             return func(*args, **kwargs)
         for tensor in _meta_tensors((*args, *kwargs.values())):
-            self._know(tensor)
-        result = result_of(func, args, kwargs)
+            self._ignore(tensor)
+        result = meta_result(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
         for tensor in _meta_tensors((result,)):
             self._count(tensor)
         return result
 
-    def _know(self, tensor: Tensor) -> None:
-        """What was there before is not this code's allocation."""
+    def _ignore(self, tensor: Tensor) -> None:
+        """Do not count a tensor that was made before the block."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
@@ -126,18 +125,18 @@ class Footprint(TorchDispatchMode):
             return
         self._seen.add(key)
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        arena = self._small if size <= SMALL else self._large
-        self.live += size
-        weakref.finalize(storage, self._free, key, size, arena, arena.take(size))
+        pool = self._small if size <= SMALL else self._large
+        self.allocated += size
+        weakref.finalize(storage, self._free, key, size, pool, pool.allocate(size))
 
-    def _free(self, key: int, size: int, arena: Arena, offset: int) -> None:
+    def _free(self, key: int, size: int, pool: SimulatedAllocator, offset: int) -> None:
         self._seen.discard(key)
-        self.live -= size
-        arena.give_back(offset, size)
+        self.allocated -= size
+        pool.free(offset, size)
 
 
 def _meta_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among an operation's arguments or results, and in lists of them."""
+    """The meta tensors among an operation's arguments or results, including those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             if value.is_meta:
@@ -146,6 +145,6 @@ def _meta_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _meta_tensors(value)
 
 
-def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor without memory, to trace with."""
+def meta_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor on the meta device."""
     return torch.empty(shape, dtype=dtype, device="meta")

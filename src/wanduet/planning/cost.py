@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanduet.family.specs import ModelSpec, TransformerSpec
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
 from wanduet.planning.hardware import DeviceInfo
 from wanduet.request import ResolvedRequest
@@ -112,11 +112,11 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
     return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
-def cut_seconds(request: ResolvedRequest, decode: float, mode: DecodePlan) -> float:
+def cut_seconds(request: ResolvedRequest, decode: float, mode: Tiling) -> float:
     """What a decode of so many seconds, and writing what comes of it, take longer in strips."""
     pixels = request.num_videos_per_prompt * request.num_frames * request.generated_height * request.generated_width
     late = 0.0 if mode.order == "frame" else pixels / VIDEO_RATE
-    return CUT_SHARE * decode * (mode.num_strips - 1) + late
+    return CUT_SHARE * decode * (mode.num_tiles - 1) + late
 
 
 def swap_seconds(weights: int) -> float:

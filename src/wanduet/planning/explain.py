@@ -174,14 +174,14 @@ class Explanation:
 
     def _decode(self) -> Choice:
         plan, mode = self.plan, self.plan.vae.tiling
-        alone = f"{mode.order}-major, {mode.num_strips} {'strip' if mode.num_strips == 1 else 'strips'}"
+        alone = f"{mode.order}-major, {mode.num_tiles} {'strip' if mode.num_tiles == 1 else 'strips'}"
         if plan.group.ranks:
             why = f"every device decodes its rows of each frame; should the others be lost, one goes on {alone}"
             return Choice("decode", f"frame-major, {len(plan.group.ranks)} strips, one a device", why)
-        value = f"{mode.order}-major, {mode.num_strips} strips"
+        value = f"{mode.order}-major, {mode.num_tiles} strips"
         if not plan.prediction.fits:
             return Choice("decode", value, "what needs least memory")
-        fastest = (mode.order, mode.num_strips) == ("frame", 1)
+        fastest = (mode.order, mode.num_tiles) == ("frame", 1)
         return Choice("decode", value, "whole frames, the fastest way" if fastest else "no faster way to decode fits")
 
     def _keep_both(self) -> str:

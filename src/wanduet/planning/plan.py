@@ -6,7 +6,7 @@ from typing import Any, Literal
 from wanduet.config import format_bytes, format_seconds
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.errors import DoesNotFitError
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cost import Seconds
 from wanduet.planning.placement import StrategyName
 from wanduet.request import ResolvedRequest
@@ -37,7 +37,7 @@ class VAEPlan:
 
     device: str
     dtype: str
-    tiling: DecodePlan
+    tiling: Tiling
     tf32: bool
 
 

@@ -19,7 +19,7 @@ from wanduet.footprint.phases import (
     text_encoder_bytes,
     text_positions,
 )
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.alternatives import alternatives
 from wanduet.planning.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
 from wanduet.planning.explain import Explanation
@@ -149,7 +149,7 @@ class Planner:
         dtype, name = self._vae_dtype, device.name
         weights = self.memory.vae_weights(dtype)
 
-        def on_device(mode: DecodePlan) -> DevicePrediction:
+        def on_device(mode: Tiling) -> DevicePrediction:
             needed = weights + self.memory.decode(self._size, mode, dtype, name)
             return self._device(device, "vae", {"denoise": 0, "decode": needed})
 
@@ -202,7 +202,7 @@ class Planner:
         group = GroupPlan(
             tuple(d.name for d in place.ranks), choose_layout(count, spec.transformer.num_attention_heads, pairs)
         )
-        whole = Candidate(spec.transformer.num_layers, True, True, DecodePlan("strip", count))
+        whole = Candidate(spec.transformer.num_layers, True, True, Tiling("strip", count))
         return self.plan_of(place, whole, group)
 
     def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
@@ -253,7 +253,7 @@ class Planner:
         # The decode's memory is taken once before the denoise (`reserve_decode`), when the text is there already.
         beside = transformer.weights + transformer.text + transformer.latents + transformer.exchange
         both = candidate.both_resident
-        on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.parked}
+        on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
         on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
         together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
         if place.ranks:

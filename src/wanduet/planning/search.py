@@ -5,14 +5,14 @@ from itertools import product
 from typing import NamedTuple
 
 from wanduet.family.specs import ModelSpec
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cost import cut_seconds, decode_seconds, swap_seconds
 from wanduet.planning.placement import Placement
 from wanduet.request import ResolvedRequest
 
 DECODE_MODES = (
-    *(DecodePlan("frame", strips) for strips in (1, 2, 4)),
-    *(DecodePlan("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
+    *(Tiling("frame", strips) for strips in (1, 2, 4)),
+    *(Tiling("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
 )
 
 
@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
     resident_blocks: int
     share_first: bool
     both_resident: bool
-    tiling: DecodePlan
+    tiling: Tiling
 
 
 def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weights: int) -> Iterator[Candidate]:
@@ -33,7 +33,7 @@ def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weig
     both = (True, False) if place.shared and not on_cpu else (True,)
     decode, swap = decode_seconds(request, spec, place.vae), swap_seconds(weights)
 
-    def seconds(way: tuple[bool, DecodePlan]) -> float:
+    def seconds(way: tuple[bool, Tiling]) -> float:
         both_resident, tiling = way
         return cut_seconds(request, decode, tiling) + (0.0 if both_resident else swap)
 
@@ -49,5 +49,5 @@ def memory_rank(candidate: Candidate) -> tuple[bool | int, ...]:
         candidate.share_first,
         candidate.both_resident,
         tiling.order == "frame",
-        -tiling.num_strips,
+        -tiling.num_tiles,
     )

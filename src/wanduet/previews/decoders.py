@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanduet.family.specs import WAN_1_3B, ModelSpec
 from wanduet.media.codecs import Frame
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 from wanduet.models.vae.preview_decoder import LATENT_CHANNELS, PreviewDecoder
 from wanduet.weights.safetensors import TensorFiles
 
@@ -64,7 +64,7 @@ def _load(
 ) -> PreviewDecoder:
     mean, std = (None, None) if statistics is None else (torch.tensor(values) for values in statistics)
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    with without_memory():
+    with meta_init():
         decoder = PreviewDecoder(mean, std).eval().requires_grad_(False)
     decoder = decoder.to(dtype).to_empty(device=device)
     files = TensorFiles("preview decoder", [path])

@@ -11,7 +11,7 @@ from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import MEMORY_LIMITS, prepare_allocator
 from wanduet.kernels.verdicts import read_verdicts, write_verdicts
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.runtime.context import Event, RunContext
@@ -51,7 +51,7 @@ class ModelCheckpoint:
 
         Raises WeightsError, before a job has done any work, for files that do not fit their configs.
         """
-        with without_memory():
+        with meta_init():
             modules: tuple[nn.Module, ...] = (WanTransformer(self.spec.transformer), WanVAE(self.spec.vae))
         shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in modules]
         if self.folder is not None:

@@ -14,7 +14,7 @@ from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
 from wanduet.runtime.release import drop_memory
 
-PARKED = -1  # resident blocks of a transformer that made room
+SWAPPED_OUT = -1  # resident blocks of a transformer that made room
 
 
 @dataclass(slots=True)
@@ -50,10 +50,10 @@ class Denoiser:
         stream_blocks(self.transformer, self.device, resident_blocks, self.memory)
         self.resident_blocks = resident_blocks
 
-    def park(self) -> None:
+    def swap_out(self) -> None:
         """Take all blocks off the device, and what they come through: `restream` before it runs again."""
         stream_blocks(self.transformer, self.device, 0, self.memory, num_buffers=0)
-        self.resident_blocks = PARKED
+        self.resident_blocks = SWAPPED_OUT
 
     def free(self) -> None:
         """Give all memory back, whoever may still refer to the transformer: it cannot run any more."""

@@ -18,7 +18,7 @@ from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.select import guarded, kernels_for
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.planning.plan import Plan, TransformerPlan
 from wanduet.request import ResolvedRequest
@@ -80,7 +80,7 @@ class TransformerHost:
         while ((have := self._loading.wait(start, context)).device, have.dtype) != kind:
             del have  # it was loaded for another job, which wanted it otherwise
             self._loading.drop()
-        have.memory.keep_copies(not plan.both_resident)
+        have.memory.retain_copies(not plan.both_resident)
         if have.resident_blocks != wanted.resident_blocks:
             have.restream(wanted.resident_blocks)
         return have
@@ -90,7 +90,7 @@ class TransformerHost:
         with self._locks.take(device):
             have = self._loading.loaded
             if have is not None and have.device == torch.device(device) and have.device.type != "cpu":
-                have.park()
+                have.swap_out()
             release_memory()
 
     def fit_to(self, denoiser: Denoiser, plan: TransformerPlan, request: ResolvedRequest) -> None:
@@ -165,7 +165,7 @@ class TransformerHost:
         device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         checkpoint.limit_memory(device)
         resident, memory = plan.resident_blocks, self._host_memory(plan)
-        with without_memory():
+        with meta_init():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
         if resident == spec.transformer.num_layers:
             allocate_packed(transformer, device, dtype)

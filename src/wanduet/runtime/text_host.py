@@ -14,7 +14,7 @@ from wanduet.family.specs import ModelSpec
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
-from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Hold, TextEncoder
+from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Residency, TextEncoder
 from wanduet.runtime.gil import finish_unless
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import verify_manifest
@@ -43,9 +43,9 @@ class PromptEncoder(Protocol):
 class CachedPromptEncoder:
     """A checkpoint's tokenizer and UMT5 encoder, read when the first prompt comes that is not in the cache."""
 
-    def __init__(self, folder: ModelFolder, dtype: str, hold: Hold, cache: Path | None) -> None:
+    def __init__(self, folder: ModelFolder, dtype: str, residency: Residency, cache: Path | None) -> None:
         """`cache` is the folder of kept embeddings, None for none; checked files are noted beside it."""
-        self._folder, self._dtype, self._hold, self._cache = folder, dtype, hold, cache
+        self._folder, self._dtype, self._residency, self._cache = folder, dtype, residency, cache
         self._tokenizer: Tokenizer | None = None
         self._encoder: TextEncoder | None = None
 
@@ -98,7 +98,7 @@ class CachedPromptEncoder:
             check_tied_embedding(self._folder)
             config = self._folder.config("text_encoder")
             try:
-                encoder = TextEncoder(config, self._folder.text_encoder, getattr(torch, self._dtype), self._hold)
+                encoder = TextEncoder(config, self._folder.text_encoder, getattr(torch, self._dtype), self._residency)
             except Exception as error:  # transformers checks its configs with errors of its own
                 path = self._folder.path / "text_encoder" / "config.json"
                 raise ModelNotFoundError(f"{path} is not understood: {error}.") from error

@@ -10,8 +10,8 @@ from wanduet.kernels.device import on_device_of
 from wanduet.kernels.select import guarded, vae_kernels_for, vae_kernels_to_compile, without
 from wanduet.kernels.vae.choose import choose_tiles
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
-from wanduet.meta.init import without_memory
-from wanduet.models.vae.history_size import compile_decode
+from wanduet.meta.init import meta_init
+from wanduet.models.vae.arena_size import compile_decode
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.plan import VAEPlan
 from wanduet.request import ResolvedRequest
@@ -63,7 +63,7 @@ class VAEHost:
 
     def _read(self, device: torch.device, dtype: torch.dtype) -> WanVAE:
         checkpoint = self._checkpoint
-        with without_memory():
+        with meta_init():
             vae = WanVAE(checkpoint.spec.vae).eval().requires_grad_(False)
         vae.tf32 = checkpoint.config.tf32
         checkpoint.limit_memory(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import KernelFailedError, OutOfMemoryError
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import Frames, decode_stream
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import Event, RunContext
@@ -37,8 +37,8 @@ def decode(
     for device, mode in decode_modes(plan.vae, context):
         context.check_cancelled()  # it may have waited for memory
         if problem:
-            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_strips, mode.order)
-            context.note(f"decode: {mode.order}-major, {mode.num_strips} strips on {device}")
+            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_tiles, mode.order)
+            context.note(f"decode: {mode.order}-major, {mode.num_tiles} strips on {device}")
         try:
             return _decode_as(models, plan, latents, (device, mode), sink, (record, context))
         except torch.OutOfMemoryError as error:
@@ -51,7 +51,7 @@ def _decode_as(
     models: Models,
     plan: Plan,
     latents: Tensor,
-    how: tuple[str, DecodePlan],
+    how: tuple[str, Tiling],
     sink: Sink[Result],
     run: tuple[VideoRecord, RunContext],
 ) -> Result:

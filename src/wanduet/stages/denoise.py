@@ -190,7 +190,7 @@ class Denoising:
     def _predict(self, latents: Tensor, timestep: float, texts: Sequence[TextContext]) -> Sequence[Tensor]:
         steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self.denoiser.transformer, self.rope
-        velocities: list[Tensor] = self.around.forward(lambda: transformer.branches(latents, steps, texts, rope))
+        velocities: list[Tensor] = self.around.forward(lambda: transformer.forward_cfg(latents, steps, texts, rope))
         return velocities
 
     def _contexts(self, text_len: int) -> list[TextContext]:

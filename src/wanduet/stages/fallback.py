@@ -12,7 +12,7 @@ import torch
 
 from wanduet.errors import KernelFailedError, OutOfMemoryError
 from wanduet.footprint.phases import ModelMemory
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.planning.plan import Plan, VAEPlan
 from wanduet.planning.planner import LATER_JOBS_SHARE
 from wanduet.request import ResolvedRequest
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 # Before the last rung: another program may be about to give its memory back.
 WAIT_SECONDS = 10.0
-SMALLER_DECODES = (DecodePlan("frame", 4), DecodePlan("strip", 4), DecodePlan("strip", 8), DecodePlan("strip", 16))
+SMALLER_DECODES = (Tiling("frame", 4), Tiling("strip", 4), Tiling("strip", 8), Tiling("strip", 16))
 
 
 class DenoiseLadder:
@@ -84,16 +84,16 @@ def _smaller_denoises(context: RunContext, denoiser: Denoiser) -> Iterator[str]:
     yield f"waited {WAIT_SECONDS:g} s"
 
 
-def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, DecodePlan]]:
+def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, Tiling]]:
     """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
     yield plan.device, plan.tiling
-    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_strips) > _size(plan.tiling)]
+    smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_tiles) > _size(plan.tiling)]
     for mode in smaller:
         yield plan.device, mode
     if plan.device != "cpu":
         context.wait(WAIT_SECONDS)
         yield plan.device, SMALLER_DECODES[-1]
-        yield "cpu", DecodePlan("strip", 8)
+        yield "cpu", Tiling("strip", 8)
 
 
 def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, context: RunContext) -> Plan:
@@ -124,7 +124,7 @@ def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, co
             release_memory()
             continue
         if mode != plan.vae.tiling:
-            context.note(f"decode: planned as {mode.order}-major, {mode.num_strips} strips: less memory is free")
+            context.note(f"decode: planned as {mode.order}-major, {mode.num_tiles} strips: less memory is free")
             return replace(plan, vae=replace(plan.vae, tiling=mode))
         break
     return plan
@@ -142,5 +142,5 @@ def _cached_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _size(mode: DecodePlan) -> tuple[bool, int]:
-    return mode.order == "strip", mode.num_strips
+def _size(mode: Tiling) -> tuple[bool, int]:
+    return mode.order == "strip", mode.num_tiles

@@ -37,7 +37,7 @@ class Copies(list):
     def __init__(self, stream: BlockStream) -> None:
         super().__init__()
         fill = stream._copy
-        of = {waiting.flat.data_ptr(): index for index, waiting in stream._waiting.items()}
+        of = {block.flat.data_ptr(): index for index, block in stream._offloaded.items()}
 
         def copy_and_note(buffer, source) -> None:
             self.append(of[source.data_ptr()])
@@ -59,11 +59,11 @@ def test_bit_equal_to_resident_over_several_passes(model, num_resident: int, num
 def test_weights_are_read_from_the_buffers(model) -> None:
     """Guards the test above: a stream that yielded the host's weights would also give the right result."""
     stream = stream_blocks(model, CPU, 2)
-    host = {w.flat.data_ptr() for w in stream._waiting.values()}
+    host = {w.flat.data_ptr() for w in stream._offloaded.values()}
     buffers = {b.flat.data_ptr() for b in stream._idle}
     for index, block in enumerate(model.fetch_blocks()):
         where = packed_buffer(block).data_ptr()
-        assert where in buffers if index in stream._waiting else where not in host | buffers
+        assert where in buffers if index in stream._offloaded else where not in host | buffers
     assert len(buffers) == 2
 
 

@@ -38,12 +38,12 @@ def output(model: WanTransformer, seed: int) -> torch.Tensor:
     return model(latents.to(DEVICE), torch.tensor([400], device=DEVICE), embeds.to(DEVICE))
 
 
-@pytest.mark.parametrize("hold", ["pinned", "mapped", "plain"])
+@pytest.mark.parametrize("kind", ["pinned", "mapped", "plain"])
 @pytest.mark.parametrize(("num_resident", "num_buffers"), [(0, 1), (0, 2), (0, 3), (3, 2), (5, 2)])
-def test_bit_equal_to_resident(model, tmp_path: Path, hold, num_resident: int, num_buffers: int) -> None:
+def test_bit_equal_to_resident(model, tmp_path: Path, kind, num_resident: int, num_buffers: int) -> None:
     expected = [output(model, seed) for seed in range(6)]
     assert expected[0].isfinite().all()
-    memory = HostMemory(hold, tmp_path)
+    memory = HostMemory(kind, tmp_path)
     streamed = fresh()
     allocate_streamed(streamed, DEVICE, torch.bfloat16, num_resident, memory)
     for name, parameter in streamed.named_parameters():
@@ -53,7 +53,7 @@ def test_bit_equal_to_resident(model, tmp_path: Path, hold, num_resident: int, n
     got = [output(streamed, seed) for seed in range(6)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     stream.close()
-    assert packed_buffer(streamed.blocks[-1]).is_pinned() == (hold == "pinned")
+    assert packed_buffer(streamed.blocks[-1]).is_pinned() == (kind == "pinned")
 
 
 def test_a_resident_model_gives_its_memory_back(model) -> None:
@@ -71,10 +71,10 @@ def test_a_resident_model_gives_its_memory_back(model) -> None:
     assert torch.equal(output(model, 0), expected)
 
 
-def test_a_parked_transformer_takes_turns_without_copying_back(model) -> None:
+def test_a_swapped_out_transformer_is_swapped_in_and_out_without_copying_back(model) -> None:
     expected = output(model, 0)
     memory = HostMemory("pinned")
-    memory.keep_copies(True)
+    memory.retain_copies(True)
     stream_blocks(model, DEVICE, 0, memory, num_buffers=0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -88,6 +88,6 @@ def test_a_parked_transformer_takes_turns_without_copying_back(model) -> None:
         assert torch.cuda.memory_allocated() == before
         assert not memory.copies
     stream_blocks(model, DEVICE, 5, memory)
-    memory.keep_copies(False)
+    memory.retain_copies(False)
     assert not memory.copies
     assert torch.equal(output(model, 0), expected)

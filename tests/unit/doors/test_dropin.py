@@ -437,7 +437,7 @@ def test_blocks_that_a_callback_has_parked_come_back(pipe) -> None:
     expected = latents(pipe)
 
     def callback(pipe, _step, _timestep, _tensors) -> dict[str, Any]:
-        pipe._parts.models.transformer.loaded.park()
+        pipe._parts.models.transformer.loaded.swap_out()
         return {}
 
     assert torch.equal(latents(pipe, callback_on_step_end=callback), expected)

@@ -119,7 +119,7 @@ def fail_in_decode(monkeypatch) -> None:
         kept = [self, z]  # as a frame with tensors
         raise RuntimeError(f"a fault with {len(kept)}")
 
-    monkeypatch.setattr(WanVAE, "decode_trunk", broken)
+    monkeypatch.setattr(WanVAE, "decode_mid", broken)
 
 
 def fail_with_a_cause(monkeypatch) -> None:
@@ -306,7 +306,7 @@ def test_a_job_submitted_while_the_engine_closes_ends(single, tmp_path) -> None:
 STAGES = {
     "load": ("wanduet.runtime.dit_host.TransformerHost", "_read"),
     "encode": ("wanduet.models.text.umt5.TextEncoder", "encode"),
-    "denoise": ("wanduet.models.dit.model.WanTransformer", "branches"),
+    "denoise": ("wanduet.models.dit.model.WanTransformer", "forward_cfg"),
     "decode": ("wanduet.models.vae.model.WanVAE", "decode_rows"),
     "write": ("wanduet.media.video.VideoWriter", "write"),
 }

@@ -89,5 +89,5 @@ def test_a_card_that_cannot_hold_the_transformer_decodes_in_the_fastest_mode_tha
         assert 0 < plan.prediction.devices[0].peak <= plan.prediction.devices[0].limit_bytes
         assert plan.prediction.seconds.denoise == 0 < plan.prediction.seconds.decode
         assert plan.prediction.host_bytes < 3 * GIB  # what a strip hands on waits there
-    assert plans[0].vae.tiling.num_strips > plans[1].vae.tiling.num_strips == 1
+    assert plans[0].vae.tiling.num_tiles > plans[1].vae.tiling.num_tiles == 1
     assert not make_decode_plan(request, models.memory, config, parse_hardware("1x1GiB,ram=16GiB")).prediction.fits

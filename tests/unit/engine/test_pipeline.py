@@ -27,7 +27,7 @@ from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.request import GenerationRequest
 from wanduet.runtime.dit_host import TransformerHost
 from wanduet.stages import decode
@@ -208,7 +208,7 @@ def test_cancel_ends_a_decode_within_a_part_of_it(submit, tmp_path, monkeypatch,
         return decode_rows(*args)
 
     monkeypatch.setattr(WanVAE, "decode_rows", cancelling)
-    monkeypatch.setattr(decode, "decode_modes", lambda *_: iter([("cpu", DecodePlan(order, 4))]))
+    monkeypatch.setattr(decode, "decode_modes", lambda *_: iter([("cpu", Tiling(order, 4))]))
     job = submit()
     submitted.set()
     with pytest.raises(CancelledError):
@@ -224,7 +224,7 @@ def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_p
         raise RuntimeError("a fault")
 
     with monkeypatch.context() as patch:
-        patch.setattr(WanVAE, "decode_trunk", broken)
+        patch.setattr(WanVAE, "decode_mid", broken)
         with pytest.raises(RuntimeError, match="a fault"):
             submit("part").result(60)
     assert files(tmp_path) == {"whole.mkv", "part.mkv.latents.safetensors"}
@@ -248,15 +248,15 @@ def test_nan_is_found_and_named(submit, step, tmp_path) -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_out_of_memory_while_denoising_repeats_the_forward(submit, monkeypatch, times) -> None:
     whole = digest(submit("whole"))
-    branches = WanTransformer.branches
+    forward_cfg = WanTransformer.forward_cfg
     failures = iter([True] * times)
 
     def sometimes(self, *args, **kwargs):
         if next(failures, False):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return branches(self, *args, **kwargs)
+        return forward_cfg(self, *args, **kwargs)
 
-    monkeypatch.setattr(WanTransformer, "branches", sometimes)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", sometimes)
     job = submit("tight")
     assert digest(job) == whole
     assert len(job.rungs) == times
@@ -268,11 +268,11 @@ def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) 
     decode_rows = WanVAE.decode_rows
     heights: list[int] = []
 
-    def small_only(self, mid, past, wanted, *seams):
+    def small_only(self, mid, feature_cache, wanted, *halos):
         heights.append(wanted.count)
         if wanted.count > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return decode_rows(self, mid, past, wanted, *seams)
+        return decode_rows(self, mid, feature_cache, wanted, *halos)
 
     monkeypatch.setattr(WanVAE, "decode_rows", small_only)
     job = submit("tight")
@@ -284,7 +284,7 @@ def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) 
 
 
 def test_memory_that_never_suffices_ends_in_a_clear_error_and_the_next_job_works(submit, monkeypatch, tmp_path) -> None:
-    def never(self, mid, past, wanted, *seams):
+    def never(self, mid, feature_cache, wanted, *halos):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     with monkeypatch.context() as patch:

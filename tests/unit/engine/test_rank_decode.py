@@ -8,7 +8,7 @@ import torch
 
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.rank import Rank
-from wanduet.engine.rank_decode import SentSeam, decode_share
+from wanduet.engine.rank_decode import SentHalo, decode_share
 from wanduet.family.specs import VAESpec
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
@@ -64,11 +64,11 @@ def test_what_is_sent_is_a_copy(monkeypatch) -> None:
         def wait(self) -> None: ...
 
     monkeypatch.setattr(torch.distributed, "isend", lambda rows, rank: sent.append(rows) or Work())
-    seam = SentSeam(Rows.whole(8), 1)
+    halo = SentHalo(Rows.whole(8), 1)
     for frames in (1, 2):
         x = torch.randn(1, 16, frames, 4, 5).to(memory_format=torch.channels_last_3d)
         expected = x[:, :, :, 1:].permute(0, 2, 3, 4, 1).clone()
-        seam.keep(0, x[:, :, :, 1:])
+        halo.store(0, x[:, :, :, 1:])
         x.zero_()
         assert torch.equal(sent[-1], expected)
         assert sent[-1].is_contiguous()
@@ -82,8 +82,8 @@ def test_work_is_shared_in_proportion_and_no_row_has_a_halo() -> None:
     assert top.count < 240  # what the rows below it need is computed above
     more, less = share_work(layers, 480, (2.0, 1.0))
     assert more.count > 1.5 * less.count
-    with_trunk, _ = share_work(layers, 480, (1.0, 1.0), vae().decoder.trunk_layers)
+    with_trunk, _ = share_work(layers, 480, (1.0, 1.0), vae().decoder.mid_layers)
     assert top.count / 2 < with_trunk.count < top.count
-    assert share_work(layers, 480, (1.0, 60.0), vae().decoder.trunk_layers) is None  # the trunk alone is more
+    assert share_work(layers, 480, (1.0, 60.0), vae().decoder.mid_layers) is None  # the trunk alone is more
     assert share_work(layers, 24, (1.0, 1.0)) is None  # the upper strip would need all rows of the first layer
     assert len(share_work(layers, 480, (1.0,) * 8)) == 8

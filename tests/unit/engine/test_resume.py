@@ -197,16 +197,16 @@ def test_a_callback_that_raises_leaves_the_checkpoints_before_it(run) -> None:
 @pytest.fixture
 def poisoned(monkeypatch) -> Callable[[int], None]:
     """Lets the transformer give NaN from its so-manyth forward on; with a negative number never again."""
-    whole, state = WanTransformer.branches, {"left": -1}
+    whole, state = WanTransformer.forward_cfg, {"left": -1}
 
-    def branches(self, *args, **keywords):
+    def forward_cfg(self, *args, **keywords):
         velocities = whole(self, *args, **keywords)
         if state["left"] == 0:
             return [velocity * float("nan") for velocity in velocities]
         state["left"] -= 1
         return velocities
 
-    monkeypatch.setattr(WanTransformer, "branches", branches)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", forward_cfg)
     monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
     return lambda count: state.update(left=count)
 
@@ -274,7 +274,7 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
 
-@pytest.mark.parametrize("where", ["WanTransformer.branches", "WanVAE.decode_rows"])
+@pytest.mark.parametrize("where", ["WanTransformer.forward_cfg", "WanVAE.decode_rows"])
 def test_a_cancel_while_memory_is_waited_for_ends_the_wait(run, monkeypatch, where) -> None:
     from wanduet.models.vae.model import WanVAE
 
@@ -327,7 +327,7 @@ def test_one_video_that_fails_leaves_those_before_it_and_resume_makes_the_others
 
 
 def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypatch) -> None:
-    whole, forwards = WanTransformer.branches, []
+    whole, forwards = WanTransformer.forward_cfg, []
 
     def sometimes(self, *args, **keywords):
         forwards.append(1)
@@ -336,7 +336,7 @@ def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypat
         return whole(self, *args, **keywords)
 
     monkeypatch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
-    monkeypatch.setattr(WanTransformer, "branches", sometimes)
+    monkeypatch.setattr(WanTransformer, "forward_cfg", sometimes)
     job = run(num_videos_per_prompt=2)
     first, second = (video.provenance for video in job.result().videos)
     assert first["rungs"] == []
@@ -354,7 +354,7 @@ def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypat
 
 def test_a_resumed_video_tells_of_the_run_before_too(run, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        whole, forwards = WanTransformer.branches, []
+        whole, forwards = WanTransformer.forward_cfg, []
 
         def sometimes(self, *args, **keywords):
             forwards.append(1)
@@ -363,7 +363,7 @@ def test_a_resumed_video_tells_of_the_run_before_too(run, monkeypatch) -> None:
             return whole(self, *args, **keywords)
 
         patch.setattr("wanduet.runtime.selftest.check_transformer", lambda *_: 1.0)
-        patch.setattr(WanTransformer, "branches", sometimes)
+        patch.setattr(WanTransformer, "forward_cfg", sometimes)
         interrupt(run, 4)
     before = run.jobs[-1].timings["denoise_s"]
     resumed = run(resume=True)

@@ -142,7 +142,7 @@ def test_a_whole_transformer_gives_the_same_with_them(kernels, packed: bool) -> 
     latents, timestep = torch.randn(1, 16, 3, 6, 8), torch.tensor([400])
     texts = [model.prepare_text(torch.randn(1, 9, 32)) for _ in range(2)]
     rope = model.prepare_rope(latents.shape, latents.device)
-    expected = model.branches(latents, timestep, texts, rope)
+    expected = model.forward_cfg(latents, timestep, texts, rope)
     model.runtime = dataclasses.replace(model.runtime, kernels=kernels.TRITON_KERNELS)
-    for got, wanted in zip(model.branches(latents, timestep, texts, rope), expected, strict=True):
+    for got, wanted in zip(model.forward_cfg(latents, timestep, texts, rope), expected, strict=True):
         assert (got - wanted).norm() <= 1e-4 * wanted.norm()  # PyTorch's fused GELU is the exact one on CPUs

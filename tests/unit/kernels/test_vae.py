@@ -14,10 +14,10 @@ from wanduet.kernels.vae import gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
-from wanduet.models.vae.halo_offload import Host
-from wanduet.models.vae.history_size import compile_decode
+from wanduet.models.vae.arena_size import DecodeShape, compile_decode
+from wanduet.models.vae.halo_offload import HostTransfer
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 
 pytest.importorskip("triton")
@@ -283,8 +283,8 @@ def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> 
 
 def test_a_copy_on_the_host_keeps_its_layout() -> None:
     x = clip(16, 2, 4, 5)
-    (copying,) = Host(torch.device("cpu")).send([x])
-    copy = copying.arrive()
+    (copying,) = HostTransfer(torch.device("cpu")).to_host([x])
+    copy = copying.wait()
     assert torch.equal(copy, x)
     assert copy.stride() == x.stride()
     assert copy.data_ptr() != x.data_ptr()
@@ -297,7 +297,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
         with Footprint() as footprint:
             q, k, v = (torch.empty(1, 30000, 384, dtype=dtype, device="meta") for _ in range(3))
             gpu.attend(q, k, v)
-        return footprint.held
+        return footprint.reserved
 
     few = held()
     monkeypatch.setattr(gpu, "query_parts", lambda q: q.split(plain.SCORES_BYTES // (4 * q.shape[1]), dim=1))
@@ -307,7 +307,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     peaks = [
-        decode_bytes(VAESpec(), 480, 832, 9, DecodePlan(), "float32", kernels)
+        decode_bytes(DecodeShape(VAESpec(), 480, 832, 9, kernels=kernels))
         for kernels in (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS)
     ]
     assert peaks[0] > peaks[1] > 2**30
@@ -346,7 +346,7 @@ def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("plan", [pytest.param(DecodePlan(), marks=pytest.mark.slow), DecodePlan("strip", 3)])
+@pytest.mark.parametrize("plan", [pytest.param(Tiling(), marks=pytest.mark.slow), Tiling("strip", 3)])
 def test_a_whole_decode_gives_the_same_frames_by_kernels_that_can_be_compiled_beforehand(launched, plan) -> None:
     """Beforehand: by a run on the meta device, of other sizes, as a kernel depends on neither rows nor columns."""
     torch.manual_seed(2)
@@ -370,7 +370,7 @@ def test_the_check_before_use_compiles_nothing_that_the_decode_does_not_need(lau
     base_dim = 8
     assert largest_vae_error(VAE_TRITON_KERNELS, torch.device("cpu"), torch.float32, base_dim) < 1e-5
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(base_dim=base_dim), 64, 80, DecodePlan(), torch.float32, kernels)
+    compile_decode(VAESpec(base_dim=base_dim), 64, 80, Tiling(), torch.float32, kernels)
     assert len(launched[False]) > 5
     assert launched[False] <= launched[True]
 
@@ -392,5 +392,5 @@ def test_few_kernels_are_compiled_for_a_decode(monkeypatch, convolutions) -> Non
     for module in (norms, convolutions, attention):
         monkeypatch.setattr(module, "launch", record)
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(), 480, 832, DecodePlan(), torch.float32, kernels)
+    compile_decode(VAESpec(), 480, 832, Tiling(), torch.float32, kernels)
     assert 20 < len(compiled) <= 24

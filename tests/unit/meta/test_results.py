@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanduet.meta.results import RULES, result_of
+from wanduet.meta.results import RULES, meta_result
 from wanduet.meta.trace import Footprint
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ def told(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     on_meta = {name: to_meta(value) for name, value in kwargs.items()}
     if op is aten.arange.default:
         on_meta["device"] = torch.device("meta")
-    return result_of(op, [to_meta(value) for value in args], on_meta)
+    return meta_result(op, [to_meta(value) for value in args], on_meta)
 
 
 @pytest.mark.parametrize(("op", "args", "kwargs"), CASES, ids=lambda value: str(value)[:40] if callable(value) else "")
@@ -128,7 +128,7 @@ def test_a_convolution_keeps_channels_last_as_cudnn_does(
 
 
 def test_tensors_with_memory_are_not_touched() -> None:
-    assert result_of(aten.mul.Tensor, (plain(2, 3), plain(2, 3)), {}) is NotImplemented
+    assert meta_result(aten.mul.Tensor, (plain(2, 3), plain(2, 3)), {}) is NotImplemented
     with Footprint():
         assert torch.equal(torch.ones(2) * 3, torch.full((2,), 3.0))
 
@@ -140,7 +140,7 @@ def test_a_footprint_is_the_same_with_and_without_rules(
     def held() -> int:
         with Footprint() as footprint:
             run(torch.empty(300, 7, device="meta"))
-        return footprint.held
+        return footprint.reserved
 
     quick = held()
     for op in list(RULES):

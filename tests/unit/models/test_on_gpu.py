@@ -7,7 +7,7 @@ import torch
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.select import vae_kernels_for
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.rows import DecodePlan
+from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 
 pytestmark = pytest.mark.gpu
@@ -23,11 +23,11 @@ def test_any_cut_gives_the_same_frames(dtype: torch.dtype) -> None:
     vae.use_kernels(vae_kernels_for(DEVICE, dtype, vae.spec.base_dim))
     latents = torch.randn(16, 6, 45, 60)
 
-    def decode(plan: DecodePlan) -> np.ndarray:
-        return np.concatenate([frames.copy() for frames in decode_stream(vae, latents, plan)])
+    def decode(tiling: Tiling) -> np.ndarray:
+        return np.concatenate([frames.copy() for frames in decode_stream(vae, latents, tiling)])
 
-    whole = decode(DecodePlan())
+    whole = decode(Tiling())
     assert whole.std() > 5  # else a mistake would not be seen
-    plans = [DecodePlan(order, strips) for order in ("frame", "strip") for strips in (2, 3, 7, 45)]
+    plans = [Tiling(order, strips) for order in ("frame", "strip") for strips in (2, 3, 7, 45)]
     for plan in [*plans, *plans]:  # the second time in memory that was in use before
         assert np.array_equal(decode(plan), whole), plan

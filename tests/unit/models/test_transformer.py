@@ -73,9 +73,9 @@ def test_prompts_that_share_nothing_give_the_same(model, given) -> None:
     latents, timestep, embeds = given
     texts = [model.prepare_text(embeds * factor) for factor in (1, 2)]
     rope = model.prepare_rope(latents.shape, latents.device)
-    shared = model.branches(latents, timestep, texts, rope)
+    shared = model.forward_cfg(latents, timestep, texts, rope)
     model.runtime = dataclasses.replace(model.runtime, share_first=False)
-    apart = model.branches(latents, timestep, texts, rope)
+    apart = model.forward_cfg(latents, timestep, texts, rope)
     assert all(torch.equal(a, b) for a, b in zip(shared, apart, strict=True))
 
 
@@ -106,7 +106,7 @@ def test_prompts_together_give_what_each_gives_alone(model, given, dtype) -> Non
         parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, dtype))
     texts = [model.prepare_text(torch.randn(1, 9, 32)) for _ in range(3)]
     rope = model.prepare_rope(latents.shape, latents.device)
-    together = model.branches(latents, timestep, texts, rope)
+    together = model.forward_cfg(latents, timestep, texts, rope)
     assert all(torch.equal(got, model(latents, timestep, text)) for got, text in zip(together, texts, strict=True))
 
 
@@ -121,7 +121,7 @@ def test_the_first_self_attention_serves_all_prompts(model, given) -> None:
 
     model.runtime = dataclasses.replace(model.runtime, attention=attention)
     text = model.prepare_text(embeds), model.prepare_text(embeds * 2)
-    model.branches(latents, timestep, text, model.prepare_rope(latents.shape, latents.device))
+    model.forward_cfg(latents, timestep, text, model.prepare_rope(latents.shape, latents.device))
     assert len(calls) == 2 * SPEC.num_layers - 1
 
 

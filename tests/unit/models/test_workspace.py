@@ -1,23 +1,23 @@
-"""What lives within a block, and how much of it at a time."""
+"""A block's workspace: its parts, and how many tokens at a time it serves."""
 
 import pytest
 import torch
 
-from wanduet.models.dit.workspace import TILE, Scratch
+from wanduet.models.dit.workspace import TILE, Workspace
 
 
-def scratch(tokens: int, width: int = 8, batch: int = 1) -> Scratch:
+def workspace(tokens: int, width: int = 8, batch: int = 1) -> Workspace:
     with torch.no_grad():
-        return Scratch.beside(torch.empty(batch, tokens, width), torch.bfloat16)
+        return Workspace.allocate_for(torch.empty(batch, tokens, width), torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 255, 256, 300, 32760, 75600])
 @pytest.mark.parametrize("hidden", [24, 25, 47, 48, 100])
 def test_parts_fit_and_are_few_and_even(tokens: int, hidden: int) -> None:
-    made = scratch(tokens)
+    made = workspace(tokens)
     assert made.whole is not None
     fit = max(1, made.whole.numel() // hidden)
-    rows = made.rows(hidden)
+    rows = made.chunk_tokens(hidden)
     assert 1 <= rows <= fit
     parts = [min(rows, tokens - start) for start in range(0, tokens, rows)]
     assert len(parts) == -(-tokens // fit)
@@ -26,16 +26,16 @@ def test_parts_fit_and_are_few_and_even(tokens: int, hidden: int) -> None:
 
 def test_parts_are_whole_tiles_where_these_fit() -> None:
     # 480p: two parts of 64 tiles each, not 66 and 63.
-    assert scratch(32760, 1536).rows(8960) == 16384
+    assert workspace(32760, 1536).chunk_tokens(8960) == 16384
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_thirds_are_each_in_one_piece(batch: int) -> None:
-    thirds = scratch(5, batch=batch).thirds()
+    thirds = workspace(5, batch=batch).thirds()
     for index, third in enumerate(thirds):
         assert third is not None
         assert third.shape == (batch, 5, 8)
         assert third.is_contiguous()
         third.fill_(index)
     assert [float(third[0, 0, 0]) for third in thirds if third is not None] == [0, 1, 2]
-    assert Scratch(None).thirds() == (None, None, None)
+    assert Workspace(None).thirds() == (None, None, None)

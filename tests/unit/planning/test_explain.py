@@ -179,7 +179,7 @@ CLAIMS: dict[str, Claim] = {
         x.value == "mapped" and blocks_wait(c) and c.plan.prediction.host_bytes + waiting_bytes(c) > c.plan.prediction.host_limit_bytes
     ),
     r"every device decodes its rows of each frame; should the others be lost, one goes on (\w+)-major, (\d+) strips":
-        lambda c, x, m: (c.plan.vae.tiling.order, c.plan.vae.tiling.num_strips) == (m[1], int(m[2])) and bool(c.plan.group.ranks),
+        lambda c, x, m: (c.plan.vae.tiling.order, c.plan.vae.tiling.num_tiles) == (m[1], int(m[2])) and bool(c.plan.group.ranks),
     r"what needs least memory": lambda c, x, m: not c.plan.prediction.fits and (
         c.plan.vae.tiling == DECODE_MODES[-1] if x.setting == "decode" else not c.plan.transformer.share_first
     ),

@@ -17,7 +17,7 @@ from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime import dit_host, vae_host
 from wanduet.runtime.context import NO_JOB
-from wanduet.runtime.denoiser import PARKED
+from wanduet.runtime.denoiser import SWAPPED_OUT
 from wanduet.runtime.models import Models
 
 
@@ -85,7 +85,7 @@ def test_what_blocks_wait_in_lives_as_long_as_they_wait(streaming, monkeypatch) 
         gc.collect()
         assert len(made) == models.spec.transformer.num_layers - 2
         assert all(memory() is denoiser.memory for memory in made)
-        assert denoiser.memory.keeps_copies
+        assert denoiser.memory.retains_copies
 
 
 def test_a_transformer_that_made_room_runs_again(streaming) -> None:
@@ -95,8 +95,8 @@ def test_a_transformer_that_made_room_runs_again(streaming) -> None:
     given = torch.randn(1, *shape), torch.full((1,), 500.0), embeds
     with models.transformer.use(plan, request, NO_JOB) as denoiser, torch.no_grad():
         expected = denoiser.transformer(*given)
-    denoiser.park()
-    assert denoiser.resident_blocks == PARKED
+    denoiser.swap_out()
+    assert denoiser.resident_blocks == SWAPPED_OUT
     with models.transformer.use(plan, request, NO_JOB) as again, torch.no_grad():
         assert again.resident_blocks == 2
         assert torch.equal(again.transformer(*given), expected)

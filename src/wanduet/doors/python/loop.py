@@ -13,7 +13,7 @@ from torch import Tensor
 from wanduet.errors import CancelledError
 from wanduet.models.dit.model import TextContext
 from wanduet.runtime.context import NO_JOB
-from wanduet.runtime.denoiser import PARKED, Denoiser
+from wanduet.runtime.denoiser import SWAPPED_OUT, Denoiser
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
@@ -150,7 +150,7 @@ class PipelineLoop:
         timestep = self.timesteps[info.step]  # in the scheduler's own dtype, as diffusers gives it
         resident = self.denoiser.resident_blocks
         outputs = callback(self.pipe, info.step, timestep, {name: available[name] for name in self.after.tensors}) or {}
-        if self.denoiser.resident_blocks == PARKED != resident:  # the callback has decoded, on this device
+        if self.denoiser.resident_blocks == SWAPPED_OUT != resident:  # the callback has decoded, on this device
             self.denoiser.restream(resident)
         for name in self.embeds:
             if (given := outputs.get(name)) is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wanduet.errors import WanduetError
 from wanduet.family.specs import ModelSpec, TextEncoderSpec, TransformerSpec, VAESpec
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.weights.diffusers import ModelFolder, check_consistent
@@ -59,7 +59,7 @@ def check_module(kind: str, module: Any) -> None:
             f"pipe.{kind} has the attention processor {min(others)}, which would not run: the engine chooses attention itself."
         )
     spec = _spec_of(kind, module)
-    with without_memory():
+    with meta_init():
         ours = WanTransformer(spec) if isinstance(spec, TransformerSpec) else WanVAE(spec)
     try:
         ModuleTensors(kind, module).check({name: tuple(p.shape) for name, p in ours.named_parameters()})

@@ -1,4 +1,4 @@
-"""What the transformer makes of its inputs: patches of latents, the timestep, the text."""
+"""Embeddings of the transformer's inputs: patches of latents, the timestep, the text."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,17 @@ from wanduet.family.specs import TransformerSpec
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
-    """How latents `[B, C, T, h, w]` are cut into tokens, frame by frame, row by row."""
+    """How latents `[B, C, T, h, w]` are divided into tokens, frame by frame, row by row.
+
+    `tokens`: frames, rows and columns of tokens. `patch`: a token's latent frames, rows and columns.
+    """
 
     tokens: tuple[int, int, int]
     patch: tuple[int, int, int]
 
     @classmethod
     def of(cls, latent_shape: tuple[int, ...], patch: tuple[int, int, int]) -> "PatchGrid":
-        """The grid for a latent shape ending in `(frames, rows, columns)`. Raises ValueError if it does not divide."""
+        """The grid of latents `(..., frames, rows, columns)`. Raises ValueError if `patch` does not divide it."""
         sizes = latent_shape[-3:]
         if any(size % p for size, p in zip(sizes, patch, strict=True)):
             raise ValueError(f"Latents of shape {tuple(latent_shape)} cannot be cut into patches of {patch}.")
@@ -34,7 +37,7 @@ class PatchGrid:
         return x.reshape(batch, f * h * w, channels * pt * ph * pw)
 
     def unpatchify(self, patches: Tensor, channels: int, out: Tensor | None = None) -> Tensor:
-        """`[B, L, patch volume * C]`, channels innermost (the head's order), to `[B, C, T, h, w]`; in `out`, if given."""
+        """`[B, L, patch volume * C]`, channels innermost (the head's order), to `[B, C, T, h, w]`; in `out`, if any."""
         (f, h, w), (pt, ph, pw) = self.tokens, self.patch
         x = patches.reshape(-1, f, h, w, pt, ph, pw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
         if out is None:
@@ -44,7 +47,7 @@ class PatchGrid:
 
 
 class MLP(nn.Module):
-    """`linear_1 → activation → linear_2`, named as in Diffusers."""
+    """`linear_1 → activation → linear_2`, with Diffusers' parameter names; `activation` "silu" or "gelu"."""
 
     def __init__(self, in_dim: int, dim: int, activation: str) -> None:
         super().__init__()
@@ -70,19 +73,19 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = MLP(spec.text_dim, spec.dim, "gelu")
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps `[B]` in 0..1000 to `[B, C]` and its six modulations `[B, 6, C]`, float32."""
+        """Timesteps `[B]` in 0..1000 to their embedding `[B, C]` and its six modulations `[B, 6, C]`, float32."""
         weight = self.time_embedder.linear_1.weight
         time_BC: Tensor = self.time_embedder(sinusoid(timestep, self.freq_dim).to(weight.dtype))
         return time_BC.float(), self.time_proj(F.silu(time_BC)).float().unflatten(1, (6, -1))
 
     def embed_text(self, prompt_embeds: Tensor) -> Tensor:
-        """Embeddings `[B, text_len, text_dim]` to `[B, text_len, C]`. The padding's zeros are embedded too."""
+        """Project text embeddings `[B, text_len, text_dim]`, including the padding's zeros, to `[B, text_len, C]`."""
         text: Tensor = self.text_embedder(prompt_embeds)
         return text
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """Cosines, then sines, of `[B]` timesteps at `dim / 2` frequencies; computed in float64, `[B, dim]` float32.
+    """Cosines, then sines, of timesteps `[B]` at `dim / 2` frequencies: `[B, dim]` float32, computed in float64.
 
     Source: Wan2.1 wan/modules/model.py, `sinusoidal_embedding_1d`.
     """

@@ -1,4 +1,4 @@
-"""Memory that a transformer's blocks take turns to use, one product's result after the other.
+"""Memory that the products within a transformer block use one after another.
 
 Letters in names: B batch, L tokens, C width.
 """
@@ -13,25 +13,25 @@ TILE = 256  # rows of the largest tiles in which GPUs compute a matrix product
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
-    """Memory for what lives within a block: q, k and v, or the feed-forward's hidden tensor, of as many tokens as fit.
+class Workspace:
+    """A buffer for results that live within one block: q, k and v, or the feed-forward's hidden tensor.
 
-    `whole` `[B, L, 3C]`, without gradients; with them it is None, and every tensor has its own.
+    `whole` `[B, L, 3C]`; None with gradients enabled, where every result gets memory of its own.
     """
 
     whole: Tensor | None
 
     @classmethod
-    def beside(cls, x: Tensor, dtype: torch.dtype) -> "Scratch":
-        """For tokens `[B, L, C]`, in a dtype."""
+    def allocate_for(cls, x: Tensor, dtype: torch.dtype) -> "Workspace":
+        """A workspace of the given dtype for tokens `x` `[B, L, C]`, on the same device."""
         if torch.is_grad_enabled():
             return cls(None)
         return cls(torch.empty(*x.shape[:2], 3 * x.shape[2], dtype=dtype, device=x.device))
 
-    def rows(self, width: int) -> int:
-        """So many tokens of this width should be computed at a time: equal parts that fit, at least one token each.
+    def chunk_tokens(self, width: int) -> int:
+        """How many tokens of `width` channels to compute at a time, at least 1: in equal chunks that fit.
 
-        In whole tiles of a product where that fits too: a tile that is not full takes as long as one that is.
+        Rounded up to whole tiles of a matrix product if that fits: a partial tile takes as long as a full one.
         """
         assert self.whole is not None
         tokens, fit = self.whole.shape[1], max(1, self.whole[0].numel() // width)
@@ -40,15 +40,18 @@ class Scratch:
         return max(1, tiled if tiled <= fit else even)
 
     def thirds(self) -> Sequence[Tensor | None]:
-        """Three tensors `[B, L, C]`, each in one piece: to write a product between the rows of others takes a third
-        longer, because the bias is then copied to every row first (H100, PyTorch 2.11)."""
+        """Three contiguous tensors `[B, L, C]`, for q, k and v; None each with gradients enabled.
+
+        Writing a product into strided rows of `[B, L, 3C]` takes a third longer, because PyTorch then copies the bias
+        to every row first (H100, PyTorch 2.11).
+        """
         if self.whole is None:
             return (None,) * 3
         batch, tokens, width = self.whole.shape
         return self.whole.view(3, batch, tokens, width // 3).unbind()
 
     def part(self, like: Tensor, width: int) -> Tensor | None:
-        """Its front as `[B, tokens of like, width]`; None where that does not fit."""
+        """The front of the buffer as `[B, L, width]`, with B and L of `like`; None if it does not fit."""
         batch, tokens = like.shape[:2]
         size = batch * tokens * width
         if self.whole is None or size > self.whole.numel():

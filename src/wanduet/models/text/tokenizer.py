@@ -1,4 +1,4 @@
-"""Prompts to token ids, cleaned as the official code cleans them.
+"""Prompts to token ids, after the same cleaning as in the official code.
 
 Source: Wan2.1 wan/modules/tokenizers.py (`basic_clean`, `whitespace_clean`): ftfy, twice html.unescape,
 collapsed whitespace.
@@ -22,14 +22,14 @@ MAX_FILE_BYTES = 64 * 2**20  # the published one has 17 MiB
 
 
 def clean_text(text: str) -> str:
-    """A prompt as the text encoder was trained to see it."""
+    """Clean a prompt as in the text encoder's training: fix encoding errors, unescape HTML, collapse whitespace."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """The true tokens of a cleaned prompt; `cut` is the text that did not fit."""
+    """The token ids of a cleaned prompt, without padding; `cut`: the text that did not fit."""
 
     text: str
     ids: tuple[int, ...]
@@ -37,10 +37,10 @@ class TokenizedPrompt:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, read by transformers."""
+    """A checkpoint's tokenizer, loaded by transformers."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelNotFoundError if the folder holds no tokenizer, or none that works."""
+        """Raises ModelNotFoundError if the folder has no tokenizer, or one that cannot be loaded."""
         from transformers import AutoTokenizer
 
         self._folder = folder
@@ -51,9 +51,9 @@ class Tokenizer:
             )
 
     def __call__(self, prompt: str, max_tokens: int = MAX_TOKENS) -> TokenizedPrompt:
-        """Clean and tokenize; what is beyond `max_tokens` (the end mark included) is cut and told.
+        """Clean and tokenize a prompt, truncated to `max_tokens` including the end mark; the rest is returned as `cut`.
 
-        Raises ModelNotFoundError where the tokenizer fails at the text.
+        Raises ModelNotFoundError if the tokenizer fails on the text.
         """
         with self._readable():
             return self._tokenize(clean_text(prompt), max_tokens)
@@ -69,11 +69,11 @@ class Tokenizer:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Whatever goes wrong inside a tokenizer becomes one sentence: its files may hold anything."""
+        """Raise any error inside the tokenizer as ModelNotFoundError: its files may contain anything."""
         try:
             yield
         except BaseException as error:
-            # The library's Rust code may panic, at an expression that never ends for example: a BaseException.
+            # The library's Rust code may panic, for example on an unbounded expression, which raises a BaseException.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = cut(str(error).strip() or type(error).__name__)
@@ -81,7 +81,7 @@ class Tokenizer:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse what the library would wait for, or read without end. Raises ModelNotFoundError."""
+    """Refuse files on which the library would block or read without end. Raises ModelNotFoundError."""
     try:
         for path in folder.iterdir():
             if not path.is_dir() and check_regular(path) > MAX_FILE_BYTES:

@@ -1,9 +1,9 @@
-"""The UMT5 encoder on the CPU, layer by layer: transformers' own layers, our way of holding their weights.
+"""The UMT5 encoder on the CPU, layer by layer: transformers' layers, with the residency of their weights managed here.
 
-`resident` keeps every layer in memory. `streamed` reads a layer from its memory-mapped file when its turn
-comes and frees it at once, so that a 22 GB encoder needs the memory of one layer. Only a prompt's true tokens
-are encoded, and only their rows of the embedding are read: padding to 512 positions happens afterwards, with
-zeros, as Wan2.1 does (wan/modules/t5.py cuts to the true length before the transformer pads).
+`resident` keeps all layers in memory. `streamed` reads each layer from its memory-mapped file before it runs and frees
+it afterwards, so that a 22 GB encoder needs the memory of one layer. Only a prompt's true tokens are encoded, and only
+their rows of the embedding are read. Padding to 512 positions is added afterwards, with zeros, as in Wan2.1
+(wan/modules/t5.py truncates to the true length before the transformer pads).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.errors import CancelledError
-from wanduet.meta.init import without_memory
+from wanduet.meta.init import meta_init
 
 EMBEDDING = "shared.weight"
-# In some checkpoints the embedding stands under this name too; it must be the same matrix.
+# Some checkpoints have the embedding under this name too; both must be the same matrix.
 EMBEDDING_COPY = "encoder.embed_tokens.weight"
 FINAL_NORM = "encoder.final_layer_norm.weight"
 
-Hold = Literal["resident", "streamed"]
+Residency = Literal["resident", "streamed"]
 
 
 class TensorReader(Protocol):
-    """Where weights come from (see weights/safetensors.py)."""
+    """A source of weights (see weights/safetensors.py)."""
 
     def read(self, names: Collection[str], dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Copies of named tensors."""
+        """Copies of the named tensors in a dtype, by name."""
 
     def read_rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Some rows of a matrix."""
+        """Copies of rows `[len(rows), columns]` of a matrix, in a dtype."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -38,22 +38,22 @@ class TensorReader(Protocol):
 
 
 class TextEncoder:
-    """Token ids to embeddings. `config` is the checkpoint's text_encoder/config.json."""
+    """Encodes token ids to embeddings. `config`: the checkpoint's text_encoder/config.json."""
 
     def __init__(
         self,
         config: Mapping[str, Any],
         weights: TensorReader,
         dtype: torch.dtype,
-        hold: Hold,
+        residency: Residency,
         embedding: str = EMBEDDING,
     ) -> None:
-        """`dtype` is what it computes in, whatever the files hold."""
+        """Compute in `dtype`, whatever the dtype of the files; `embedding`: the embedding's name in `weights`."""
         from transformers import UMT5Config
 
         self._config = UMT5Config(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
-        self._config._attn_implementation = "eager"  # the only one without a mask for every score
-        self._weights, self._dtype, self.hold = weights, dtype, hold
+        self._config._attn_implementation = "eager"  # the others need a mask as large as the scores
+        self._weights, self._dtype, self.residency = weights, dtype, residency
         self._embedding = embedding if embedding in weights.shapes else EMBEDDING_COPY
         self._layers: dict[int, nn.Module] = {}
 
@@ -65,10 +65,11 @@ class TextEncoder:
         should_cancel: Callable[[], bool] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
-        """Embeddings `[n, text_dim]` of each prompt's `n` tokens. All prompts pass a layer before the next is read.
+        """Encode prompts, each a sequence of `n` token ids, to embeddings `[n, text_dim]`.
 
-        `on_layer(done, total)` is called after each. `should_cancel` is asked before each tensor is read and before each
-        prompt passes a layer. Raises CancelledError, WeightsError.
+        All prompts run through a layer before the next one is read. `on_layer(done, total)` is called after each layer;
+        `should_cancel` before each tensor is read and before each prompt runs through a layer. Raises CancelledError,
+        WeightsError.
         """
 
         def check() -> None:
@@ -92,7 +93,7 @@ class TextEncoder:
 
         if index in self._layers:
             return self._layers[index]
-        with without_memory():
+        with meta_init():
             layer: nn.Module = UMT5Block(self._config, layer_idx=index)
         tensors: dict[str, Tensor] = {}
         for name in layer.state_dict():
@@ -101,19 +102,19 @@ class TextEncoder:
             tensors[name] = self._weights.read([full_name], self._dtype)[full_name]
         layer.load_state_dict(tensors, assign=True)
         layer.eval()
-        if self.hold == "resident":
+        if self.residency == "resident":
             self._layers[index] = layer
         return layer
 
     def _final_norm(self) -> nn.Module:
         from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-        with without_memory():
+        with meta_init():
             norm: nn.Module = UMT5LayerNorm(self._config.d_model, eps=self._config.layer_norm_epsilon)
         norm.load_state_dict({"weight": self._weights.read([FINAL_NORM], self._dtype)[FINAL_NORM]}, assign=True)
         return norm
 
 
 def pad_embeddings(embeds: Tensor, text_len: int) -> Tensor:
-    """`[n, text_dim]` to `[1, text_len, text_dim]`, zeros after the true tokens."""
+    """Pad embeddings `[n, text_dim]` with zeros to `[1, text_len, text_dim]`."""
     return torch.nn.functional.pad(embeds, (0, 0, 0, text_len - embeds.shape[0]))[None]

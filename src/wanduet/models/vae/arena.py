@@ -1,8 +1,8 @@
-"""One block of memory for all that a decode remembers.
+"""One block of memory for the tensors that a decode keeps from step to step.
 
-What is remembered lives as long as a strip of rows or a video, what is computed in between for a moment. Allocated
-one by one in turn, the former would lie scattered among holes of the latter's size, and the allocator would hold a
-tenth more than was ever used.
+Feature caches live as long as a tile or a video, intermediate results only for a moment. If both came from the
+allocator one by one, the caches would lie between holes of the size of intermediate results, and the allocator would
+reserve a tenth more than was ever used.
 """
 
 from math import prod
@@ -13,15 +13,15 @@ from torch import Tensor
 ALIGNMENT = 512  # bytes, as the CUDA allocator's
 
 
-class History:
-    """Hands out parts of one buffer of `size` bytes, one after the other; what does not fit is allocated apart."""
+class Arena:
+    """A bump allocator in one buffer of `size` bytes on `device`. A tensor that does not fit gets memory of its own."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self._used = 0
 
-    def like(self, frames: Tensor) -> Tensor:
-        """Room for frames `[B, C, T, h, w]` (of any device), in their layout."""
+    def empty_like(self, frames: Tensor) -> Tensor:
+        """An uninitialised tensor of the shape, dtype and memory layout of frames `[B, C, T, h, w]` (on any device)."""
         size = prod(frames.shape) * frames.itemsize
         if self._used + size > self._buffer.numel():
             return torch.empty_like(frames, device=self._buffer.device)
@@ -29,19 +29,22 @@ class History:
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return part.as_strided(frames.shape, torch.empty_like(frames, device="meta").stride())
 
-    def copy_of(self, frames: Tensor) -> Tensor:
-        """A copy of frames."""
-        return copy_frames(self.like(frames), frames)
+    def clone(self, frames: Tensor) -> Tensor:
+        """A copy of frames `[B, C, T, h, w]` in the arena."""
+        return copy_frames(self.empty_like(frames), frames)
 
-    def forget(self) -> None:
-        """Begin again at the front. Nothing that was handed out may be in use any more."""
+    def reset(self) -> None:
+        """Reuse the buffer from its start. No tensor allocated before may still be in use."""
         self._used = 0
 
 
-def copy_frames(into: Tensor, frames: Tensor) -> Tensor:
-    """`into`, filled with frames `[B, C, T, h, w]`. With memory between them, one by one: a frame without holes is copied at
-    the memory's full speed, what PyTorch does for all at once is not."""
-    apart = frames.stride(1) == 1 and not frames.is_contiguous(memory_format=torch.channels_last_3d)
-    for index in range(frames.shape[2] if apart else 0):
-        into[:, :, index] = frames[:, :, index]
-    return into if apart else into.copy_(frames)
+def copy_frames(target: Tensor, frames: Tensor) -> Tensor:
+    """Copy frames `[B, C, T, h, w]` into `target` of the same shape, and return it.
+
+    Frames with gaps in memory between them are copied one by one: a frame without gaps is copied at the memory's full
+    speed, PyTorch's copy of all frames at once is not.
+    """
+    spread = frames.stride(1) == 1 and not frames.is_contiguous(memory_format=torch.channels_last_3d)
+    for index in range(frames.shape[2] if spread else 0):
+        target[:, :, index] = frames[:, :, index]
+    return target if spread else target.copy_(frames)

@@ -1,7 +1,7 @@
-"""What waits on the host while a decode goes strip by strip: whole features, and rows that a strip hands on.
+"""Host memory for a tile-major decode: the mid features of all frames, and the halo rows between two tiles.
 
-Copies run on a stream of their own, beside what the device computes. On the meta device and the CPU, where there is no
-such stream, the same calls show how much memory they take, or copy at once.
+Copies run on a CUDA stream of their own, beside the computation. On the CPU the same calls copy at once; on the meta
+device they copy nothing, which shows how much memory they take.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,36 +11,39 @@ from math import prod
 import torch
 from torch import Tensor
 
-from wanduet.models.vae.arena import ALIGNMENT, History
+from wanduet.models.vae.arena import ALIGNMENT, Arena
 from wanduet.models.vae.rows import Rows
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.tiles import Halo
 
-# Page-locked memory is taken in pieces of this size: its allocator rounds what it is asked for up to a power of two.
+# Page-locked memory is allocated in pieces of this size, because its allocator rounds sizes up to a power of two.
 PIECE_BYTES = 64 * 2**20
 
 
 def page_locked_bytes(size: int) -> int:
-    """Of a piece that holds a tensor of `size` bytes."""
+    """Bytes of the page-locked piece that is allocated for a tensor of `size` bytes."""
     return max(PIECE_BYTES, 1 << (size - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
-class Copying:
-    """A copy that may still be under way to `target`."""
+class AsyncCopy:
+    """A copy to `target` that may not be complete yet; `done` is recorded behind it on its CUDA stream."""
 
     target: Tensor
-    over: "torch.cuda.Event | None" = None
+    done: "torch.cuda.Event | None" = None
 
-    def arrive(self) -> Tensor:
-        """The target, filled; on a GPU the current stream waits, not the host."""
-        if self.over is not None:
-            self.over.wait(torch.cuda.current_stream(self.over.device))
+    def wait(self) -> Tensor:
+        """Return the filled target. On a GPU the current stream waits for the copy, not the host."""
+        if self.done is not None:
+            self.done.wait(torch.cuda.current_stream(self.done.device))
         return self.target
 
 
-class Host:
-    """The host's memory, seen from a device: tensors leave for it and come back, laid out as they are, for kernels want
-    their channels side by side. What has left is to be kept unchanged until it has arrived."""
+class HostTransfer:
+    """Copies tensors between a device and host memory, page-locked for a GPU.
+
+    The memory layout is kept, because kernels need channels last. A tensor on its way to the host must not be
+    overwritten before its copy is complete.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,32 +51,37 @@ class Host:
         self._piece = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def send(self, tensors: Iterable[Tensor]) -> list[Copying]:
-        """Copies on the host of tensors without holes, one after the other."""
-        return self.copy([(x, self._like(x)) for x in tensors])
+    def to_host(self, tensors: Iterable[Tensor]) -> list[AsyncCopy]:
+        """Start to copy tensors without gaps in memory to the host, in order."""
+        return self.copy([(x, self._host_like(x)) for x in tensors])
 
-    def room_for(self, waiting: Tensor, history: History | None) -> Tensor:
-        """Memory of the device for it, in a history where there is one."""
-        return torch.empty_like(waiting, device=self.device) if history is None else history.like(waiting)
+    def device_like(self, on_host: Tensor, arena: Arena | None) -> Tensor:
+        """Uninitialised device memory for a tensor on the host; in `arena`, if given."""
+        return torch.empty_like(on_host, device=self.device) if arena is None else arena.empty_like(on_host)
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Copying]:
-        """Copies of tensors, there or back: pairs of them and memory that only earlier work of the current stream uses."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[AsyncCopy]:
+        """Start to copy (source, target) pairs, in either direction, behind the work queued on the current stream.
+
+        Only work queued before this call may still use the targets' memory.
+        """
         if self._stream is None:
-            return [Copying(target if self.device.type == "meta" else target.copy_(source)) for source, target in pairs]
-        copying = []
+            return [
+                AsyncCopy(target if self.device.type == "meta" else target.copy_(source)) for source, target in pairs
+            ]
+        copies = []
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
-                copying.append(Copying(target, self._stream.record_event()))
-        return copying
+                copies.append(AsyncCopy(target, self._stream.record_event()))
+        return copies
 
-    def settle(self) -> None:
-        """What the current stream is given from here on comes after all copies, which may then lose their memory."""
+    def sync(self) -> None:
+        """Let the current stream wait for all copies so far. Their tensors may be freed after this call."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def _like(self, x: Tensor) -> Tensor:
+    def _host_like(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return torch.empty_like(x, device="cpu")
         size = prod(x.shape) * x.itemsize
@@ -85,53 +93,53 @@ class Host:
         return part.as_strided(x.shape, x.stride())
 
 
-class HostSeam(Seam):
-    """Between strips of which the upper one decodes all frames before the lower one begins: its rows wait on the host.
+class HaloOffload(Halo):
+    """A halo for tile-major decodes, where the upper tile decodes all frames before the lower one starts.
 
-    What the upper strip keeps in a step goes there by `leave`. After `finish`, `bring` lets a step's rows come back, which
-    the lower strip takes, until it has to `finish` too.
+    The rows wait in host memory. The upper tile calls `evict` after each step. After `finish`, the lower tile calls
+    `prefetch` before each step, and `finish` again at its end.
     """
 
-    def __init__(self, wanted: Rows, history: History | None, host: Host) -> None:
-        super().__init__(wanted, history)
-        self._host = host
+    def __init__(self, wanted: Rows, arena: Arena | None, transfer: HostTransfer) -> None:
+        super().__init__(wanted, arena)
+        self._transfer = transfer
         self._steps: list[dict[int, Tensor]] = []
-        self._copying: dict[int, Copying] = {}
+        self._copies: dict[int, AsyncCopy] = {}
 
-    def keep(self, index: int, x: Tensor) -> None:
-        """A copy of rows `[B, C, T, rows, w]`."""
-        self._arrive()  # the memory that they pass through may still be read
-        super().keep(index, x)
+    def store(self, index: int, x: Tensor) -> None:
+        """Copy the last rows `[B, C, T, rows, w]` of layer `index`'s input, for the tile below."""
+        self._wait()  # the last step's copies may still read the memory that is overwritten
+        super().store(index, x)
 
-    def leave(self) -> None:
-        """All rows of a step are kept: they go to the host."""
-        self._copying = dict(zip(self.rows, self._host.send(self.rows.values()), strict=True))
-        self._steps.append({index: copying.target for index, copying in self._copying.items()})
+    def evict(self) -> None:
+        """Start to copy a step's rows to the host; all of them have been stored."""
+        self._copies = dict(zip(self.rows, self._transfer.to_host(self.rows.values()), strict=True))
+        self._steps.append({index: copy.target for index, copy in self._copies.items()})
 
     def finish(self) -> None:
-        """A strip is done. The device's memory that rows passed through is free once this has returned."""
-        self._host.settle()
-        self._copying.clear()
+        """End a tile. The device memory that its rows passed through is free after this call."""
+        self._transfer.sync()
+        self._copies.clear()
         self.rows.clear()
 
-    def bring(self, step: int) -> None:
-        """Begin to bring back what was kept of a step, which waits on the host no longer."""
-        self._arrive()
-        waiting, self._steps[step] = self._steps[step], {}
-        for index, x in waiting.items():
+    def prefetch(self, step: int) -> None:
+        """Start to copy a step's rows back to the device, and free their host memory."""
+        self._wait()
+        on_host, self._steps[step] = self._steps[step], {}
+        for index, x in on_host.items():
             rows = self.rows.get(index)
             if rows is None or rows.shape != x.shape:
-                # A video's first step has fewer frames: not worth a lasting place.
-                self.rows[index] = self._host.room_for(x, None if rows is None else self.history)
-        pairs = [(x, self.rows[index]) for index, x in waiting.items()]
-        self._copying = dict(zip(waiting, self._host.copy(pairs), strict=True))
+                # A video's first step has fewer frames: not worth arena memory.
+                self.rows[index] = self._transfer.device_like(x, None if rows is None else self.arena)
+        pairs = [(x, self.rows[index]) for index, x in on_host.items()]
+        self._copies = dict(zip(on_host, self._transfer.copy(pairs), strict=True))
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
-        """The `count` rows that were kept."""
-        return self._copying[index].arrive()
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
+        """The `count` rows stored for layer `index`, prefetched for this step."""
+        return self._copies[index].wait()
 
-    def _arrive(self) -> None:
-        """Wait for the last copy, and so for all."""
-        if self._copying:
-            self._copying.popitem()[1].arrive()
-            self._copying.clear()
+    def _wait(self) -> None:
+        """Wait for the last copy, and thereby for all."""
+        if self._copies:
+            self._copies.popitem()[1].wait()
+            self._copies.clear()

@@ -1,8 +1,8 @@
-"""The layers of Wan2.1's causal video VAE, each a pure step: input and past in, output and past out.
+"""The layers of Wan2.1's causal video VAE, each a pure step: frames and a feature cache in, both out.
 
-A past is what a layer remembers of earlier frames (None at a video's start): for a temporal convolution
-the last two frames of its input. Frames are `[B, C, T, rows, columns]`. `Rows` says which rows of the
-frame they are; see rows.py. With gradients enabled nothing is computed in place.
+A feature cache (`feat_cache` in Wan's code) is what a layer keeps of earlier frames: for a temporal convolution the
+last two frames of its input; None at a video's start. Frames are `[B, C, T, rows, columns]`; `Rows` says which rows of
+the frame they are (rows.py). With gradients enabled nothing is computed in place.
 """
 
 from collections.abc import Sequence
@@ -14,38 +14,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.kernels.vae.plain import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKernels, double_image_conv, empty_clip
-from wanduet.models.vae.arena import History, copy_frames
+from wanduet.models.vae.arena import Arena, copy_frames
 from wanduet.models.vae.rows import Rows
 
-Past: TypeAlias = Any  # None, a Tensor, or a tuple of pasts: one for each layer inside
-Step: TypeAlias = tuple[Tensor, Past, Rows]
+FeatureCache: TypeAlias = Any  # None, a Tensor, or a tuple of caches: one for each layer inside
+Step: TypeAlias = tuple[Tensor, FeatureCache, Rows]
 
 
 class Layer(Protocol):
-    """What every layer offers."""
+    """The interface of the layers that run on some rows of a frame."""
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
-        """Process the next frames of a video. The result comes with `room`."""
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
+        """Process the next frames of a video, of which `x` has the given rows.
+
+        Returns the result, whose memory is allocated with `room`, the next feature cache, and the result's rows.
+        """
 
     def rows_needed(self, rows: Rows) -> Rows:
-        """The input rows that give at least these output rows."""
+        """The input rows needed to compute at least these output rows."""
 
 
-class Remembers(nn.Module):
-    """A layer that keeps frames for the next step. `owns_past`: the caller never uses a past twice, so the
-    next one may take the old one's memory; without it steps are pure. `history`: where a first past is put (see
-    `WanVAE.own_pasts`)."""
+class CachingLayer(nn.Module):
+    """A layer that caches frames for the next step.
 
-    owns_past = False
-    history: History | None = None
+    `reuses_cache`: the next cache overwrites the one passed to `step`, which the caller must not use again; otherwise
+    steps are pure. `arena`: where a video's first caches are allocated. Set by `WanVAE.reuse_caches`.
+    """
 
-    def keep(self, frames: Tensor, past: Tensor | None) -> Tensor:
-        """The next past: a copy of `frames`, in the old past's memory where that was given up."""
-        if self.owns_past and not torch.is_grad_enabled():
-            if past is not None and past.shape == frames.shape:
-                return copy_frames(past, frames)
-            if self.history is not None:
-                return self.history.copy_of(frames)
+    reuses_cache = False
+    arena: Arena | None = None
+
+    def next_cache(self, frames: Tensor, feature_cache: Tensor | None) -> Tensor:
+        """A copy of `frames` for the next step, in the old cache's memory if it may be overwritten."""
+        if self.reuses_cache and not torch.is_grad_enabled():
+            if feature_cache is not None and feature_cache.shape == frames.shape:
+                return copy_frames(feature_cache, frames)
+            if self.arena is not None:
+                return self.arena.clone(frames)
         return frames.clone()
 
 
@@ -57,8 +62,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
 
 
-class CausalConv3d(nn.Conv3d, Remembers):
-    """A convolution that sees this frame and the two before it, never later ones."""
+class CausalConv3d(nn.Conv3d, CachingLayer):
+    """A convolution over a frame and the two before it, never later ones."""
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
 
@@ -72,29 +77,32 @@ class CausalConv3d(nn.Conv3d, Remembers):
     def step(
         self,
         x: Tensor,
-        past: Past,
+        feature_cache: FeatureCache,
         rows: Rows,
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         consume: bool = False,
-        then: RMSNorm | None = None,
+        out_norm: RMSNorm | None = None,
         room: Room = NO_ROOM,
     ) -> Step:
-        """Convolve; where `norm` is given, of `silu(norm(x))`. `residual` is added; `consume`: x is not needed after.
-        With `then` the result is `silu(then(result))`."""
+        """Convolve `x` `[B, in, T, h, w]`; with `norm`, convolve `silu(norm(x))`. Returns `[B, out, T, h', w]`.
+
+        `residual`, of the result's shape, is added. With `out_norm` the result is `silu(out_norm(result))`.
+        `consume`: x may be overwritten.
+        """
         spatial = self.kernel_size[1] == 3
         pads = rows.padding if spatial else (0, 0)
-        gamma, out_gamma = (None if n is None else n.gamma for n in (norm, then))
+        gamma, out_gamma = (None if n is None else n.gamma for n in (norm, out_norm))
         assert self.bias is not None
         out, last = self.kernels.causal_conv(
-            x, past, self.weight, self.bias, pads, gamma, residual, consume, out_gamma, room
+            x, feature_cache, self.weight, self.bias, pads, gamma, residual, consume, out_gamma, room
         )
-        past = self.keep(last, past) if self.kernel_size[0] > 1 else None
-        return out, past, (rows.narrowed() if spatial else rows).with_room(room.above)
+        feature_cache = self.next_cache(last, feature_cache) if self.kernel_size[0] > 1 else None
+        return out, feature_cache, (rows.narrowed() if spatial else rows).extended_above(room.above)
 
 
 class ResidualBlock(nn.Module):
-    """Twice `norm → silu → conv`, added to the input (through a 1x1x1 convolution where widths differ)."""
+    """Twice `norm → silu → conv`, added to the input (after a 1x1x1 convolution if the widths differ)."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -103,20 +111,20 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def rows_needed(self, rows: Rows) -> Rows:
-        """Two convolutions."""
+        """Two more rows on each side, for two convolutions."""
         return rows.widened(2)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
-        past1, past2 = past or (None, None)
+        cache1, cache2 = feature_cache or (None, None)
         within = Room(0, room.whole)
-        h, past1, inner = self.conv1.step(x, past1, rows, self.norm1, then=self.norm2, room=within)
+        h, cache1, inner = self.conv1.step(x, cache1, rows, self.norm1, out_norm=self.norm2, room=within)
         outer = inner.narrowed()
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
             shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer, room=within)
-        h, past2, outer = self.conv2.step(h, past2, inner, residual=shortcut, room=room)
-        return h, (past1, past2), outer
+        h, cache2, outer = self.conv2.step(h, cache2, inner, residual=shortcut, room=room)
+        return h, (cache1, cache2), outer
 
 
 class AttentionBlock(nn.Module):
@@ -133,10 +141,10 @@ class AttentionBlock(nn.Module):
         """All rows: attention is global within a frame."""
         return Rows.whole(rows.height)
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
-        """`[B, C, T, h, w]` to the same shape."""
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows) -> Step:
+        """`[B, C, T, h, w]` to the same shape. Raises ValueError if `rows` are not a whole frame."""
         if rows.count != rows.height:
-            raise ValueError("The attention of the VAE's middle needs whole frames.")
+            raise ValueError("The attention of the VAE's mid block needs whole frames.")
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).flatten(0, 1)
         normed = F.normalize(images.float(), dim=1).to(x.dtype) * (channels**0.5) * self.norm.gamma
@@ -147,7 +155,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns (nearest, then a 3x3 convolution); with `temporal`, twice the frames before."""
+    """Double rows and columns (nearest neighbour, then a 3x3 convolution); with `temporal`, double the frames first."""
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
 
@@ -160,42 +168,42 @@ class Upsample(nn.Module):
         self.register_buffer("double_weight", None, persistent=False)
 
     def use_kernels(self, kernels: VAEKernels) -> None:
-        """Compute with these."""
+        """Set the kernels, and prepare the doubling convolution's weight for them."""
         self.kernels = kernels
         prepare, conv = kernels.double_weight, cast(nn.Conv2d, self.resample[1])
         self.double_weight = None if prepare is None else prepare(conv.weight.data)
 
     def rows_needed(self, rows: Rows) -> Rows:
-        """One more row on each side after doubling."""
+        """One more row on each side of the doubled image."""
         return rows.widened(1).sources_of_double()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, C, T, h, w]` to `[B, C/2, T or 2T, 2h', 2w]`."""
         if self.time_conv is not None:
-            if past is None:  # the video's first frame is one frame; what comes after starts from zeros
-                past = self.time_conv.keep(empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_(), None)
+            if feature_cache is None:  # a video's first frame is not doubled; the next step starts from zeros
+                feature_cache = self.time_conv.next_cache(empty_clip(x, x.shape[1], 2, *x.shape[3:]).zero_(), None)
             else:
-                x, past, _ = self.time_conv.step(x, past, rows)
+                x, feature_cache, _ = self.time_conv.step(x, feature_cache, rows)
         conv, doubled = cast(nn.Conv2d, self.resample[1]), rows.doubled()
         assert conv.bias is not None
-        # A pair of frames lies in the two halves of the channels.
+        # time_conv puts a pair of frames into the two halves of the channels.
         halves = x.split(conv.in_channels, dim=1)
         if torch.is_grad_enabled():
             images = [half[:, :, t] for t in range(x.shape[2]) for half in halves]
             wide = [double_image_conv(image, conv.weight, conv.bias, doubled.padding) for image in images]
-            return torch.stack(wide, dim=2), past, doubled.narrowed()
-        given = doubled.narrowed().with_room(room.above)
-        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], given.count, 2 * x.shape[4], room.whole)
+            return torch.stack(wide, dim=2), feature_cache, doubled.narrowed()
+        out_rows = doubled.narrowed().extended_above(room.above)
+        out = empty_clip(x, conv.out_channels, len(halves) * x.shape[2], out_rows.count, 2 * x.shape[4], room.whole)
         weight = conv.weight if self.double_weight is None else self.double_weight
         for index, half in enumerate(halves):
             self.kernels.double_conv(
                 half, weight, conv.bias, doubled.padding, out[:, :, index :: len(halves), room.above :]
             )
-        return out, past, given
+        return out, feature_cache, out_rows
 
 
-class Downsample(Remembers):
-    """Half the rows and columns (3x3 convolution of stride 2); with `temporal`, half the frames after."""
+class Downsample(CachingLayer):
+    """Halve rows and columns (3x3 convolution of stride 2); with `temporal`, then halve the frames."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
@@ -203,44 +211,45 @@ class Downsample(Remembers):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def rows_needed(self, rows: Rows) -> Rows:
-        """Two for each, and one below."""
+        """Two rows for each, and one below."""
         return rows.sources_of_half()
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
-        """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the past is the last frame before time_conv."""
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
+        """`[B, C, T, h, w]` to `[B, C, T or T/2, h/2, w/2]`; the cache is the last frame of time_conv's input."""
         batch, frames = x.shape[0], x.shape[2]
-        x = x[..., rows.start % 2 :, :]  # an output row starts at an even row
+        x = x[..., rows.start % 2 :, :]  # output row r starts at input row 2r
         images = F.pad(x.transpose(1, 2).flatten(0, 1), (0, 1, 0, rows.padding[1]))
         images = self.resample[1](images)
         x = images.unflatten(0, (batch, frames)).transpose(1, 2)
         if self.time_conv is not None:
             last = x[:, :, -1:]
-            if past is not None:
-                x = self.time_conv(torch.cat((past, x), dim=2))
-            past = self.keep(last, past)
-        return F.pad(x, (0, 0, room.above, 0)) if room.above else x, past, rows.halved().with_room(room.above)
+            if feature_cache is not None:
+                x = self.time_conv(torch.cat((feature_cache, x), dim=2))
+            feature_cache = self.next_cache(last, feature_cache)
+        out = F.pad(x, (0, 0, room.above, 0)) if room.above else x
+        return out, feature_cache, rows.halved().extended_above(room.above)
 
 
 @dataclass(frozen=True, slots=True)
 class NormedConv:
-    """The decoder's last layer: norm, silu, a convolution. Overwrites its input where that saves memory."""
+    """The decoder's last layer: norm, SiLU, convolution. May overwrite its input, which saves memory."""
 
     norm: RMSNorm
     conv: CausalConv3d
 
     def rows_needed(self, rows: Rows) -> Rows:
-        """One convolution."""
+        """One more row on each side, for the convolution."""
         return self.conv.rows_needed(rows)
 
-    def step(self, x: Tensor, past: Past, rows: Rows, room: Room = NO_ROOM) -> Step:
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
-        return self.conv.step(x, past, rows, self.norm, consume=True, room=room)
+        return self.conv.step(x, feature_cache, rows, self.norm, consume=True, room=room)
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, past: Past, rows: Rows) -> Step:
-    """Layers one after another; the past is a tuple of theirs. On some rows only: tiles.py."""
-    pasts: list[Past] = []
-    for layer, layer_past in zip(layers, past or [None] * len(layers), strict=True):
-        x, layer_past, rows = cast(Layer, layer).step(x, layer_past, rows)
-        pasts.append(layer_past)
-    return x, tuple(pasts), rows
+def run(layers: Sequence[nn.Module], x: Tensor, feature_cache: FeatureCache, rows: Rows) -> Step:
+    """Run layers one after another; the feature cache is a tuple of theirs. (To run row tiles: `tiles.run_rows`.)"""
+    caches: list[FeatureCache] = []
+    for layer, cache in zip(layers, feature_cache or [None] * len(layers), strict=True):
+        x, cache, rows = cast(Layer, layer).step(x, cache, rows)
+        caches.append(cache)
+    return x, tuple(caches), rows

@@ -1,9 +1,9 @@
 """Wan2.1's causal video VAE: pixels to latents and back, as pure steps over a video's frames.
 
-Parameter names are those of a Diffusers checkpoint (`AutoencoderKLWan`). The first step of a video takes
-one frame (one latent frame); every later one four frames (again one latent frame). What a step must
-remember is returned as `past` and given to the next; two videos never share one. Each direction has a
-part that is local in space, which may run on some rows only, and a trunk with global attention.
+Parameter names are those of a Diffusers checkpoint (`AutoencoderKLWan`). The first step of a video processes one frame
+(one latent frame), every later step four frames (again one latent frame). Each step takes the feature cache that the
+step before has returned; every video has its own. Encoder and decoder consist of layers that are local in space, which
+can run on some rows only, and of a mid block with attention over whole frames.
 
 Pixels are in [-1, 1]; latents are normalised (mean 0, standard deviation 1 over the training videos).
 """
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
-from wanduet.models.vae.arena import History
+from wanduet.models.vae.arena import Arena
 from wanduet.models.vae.layers import (
     AttentionBlock,
+    CachingLayer,
     CausalConv3d,
     Downsample,
+    FeatureCache,
     Layer,
     NormedConv,
-    Past,
-    Remembers,
     ResidualBlock,
     RMSNorm,
     Step,
@@ -35,20 +35,20 @@ from wanduet.models.vae.layers import (
     run,
 )
 from wanduet.models.vae.rows import Rows, split_rows
-from wanduet.models.vae.tiles import Seam, run_rows
+from wanduet.models.vae.tiles import Halo, run_rows
 
 
 class MidBlock(nn.Module):
-    """Residual, attention, residual; at the lowest resolution, on whole frames."""
+    """Residual block, attention, residual block; at the lowest resolution, on whole frames."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
 
-    def step(self, x: Tensor, past: Past, rows: Rows) -> Step:
+    def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows) -> Step:
         """`[B, C, T, h, w]` to the same shape."""
-        return run([self.resnets[0], self.attentions[0], self.resnets[1]], x, past, rows)
+        return run([self.resnets[0], self.attentions[0], self.resnets[1]], x, feature_cache, rows)
 
 
 class Encoder(nn.Module):
@@ -70,19 +70,19 @@ class Encoder(nn.Module):
 
     @property
     def local_layers(self) -> list[nn.Module]:
-        """The layers that see only neighbouring rows."""
+        """The layers before the mid block, which read only neighbouring rows."""
         return [self.conv_in, *self.down_blocks]
 
-    def trunk(self, x: Tensor, past: Past, rows: Rows) -> tuple[Tensor, Past]:
-        """The middle and the moments, of whole frames."""
-        mid_past, out_past = past or (None, None)
-        x, mid_past, rows = self.mid_block.step(x, mid_past, rows)
-        x, out_past, _ = self.conv_out.step(x, out_past, rows, self.norm_out)
-        return x, (mid_past, out_past)
+    def mid(self, x: Tensor, feature_cache: FeatureCache, rows: Rows) -> tuple[Tensor, FeatureCache]:
+        """Mid block and output convolution: features `[B, C, T, h, w]` of whole frames to `[B, 2 z_dim, T, h, w]`."""
+        mid_cache, out_cache = feature_cache or (None, None)
+        x, mid_cache, rows = self.mid_block.step(x, mid_cache, rows)
+        x, out_cache, _ = self.conv_out.step(x, out_cache, rows, self.norm_out)
+        return x, (mid_cache, out_cache)
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then an upsampling except at the last level."""
+    """Residual blocks, then an upsampling, except at the last level."""
 
     def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, upsample: Upsample | None) -> None:
         super().__init__()
@@ -105,54 +105,54 @@ class Decoder(nn.Module):
         for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             doubles_time = temporal[level]
             upsample = None if doubles_time is None else Upsample(out_dim, doubles_time)
-            entering = in_dim if level == 0 else in_dim // 2  # the upsampling before halved the width
+            entering = in_dim if level == 0 else in_dim // 2  # the upsampling before has halved the width
             self.up_blocks.append(UpBlock(entering, out_dim, spec.num_res_blocks, upsample))
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = CausalConv3d(dims[-1], 3, 3)
 
-    def trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Features `[B, C, T, h, w]` before the first upsampling, of whole frames.
+    def mid(self, z: Tensor, feature_cache: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """Latents `[B, z_dim, T, h, w]` to features `[B, C, T, h, w]` before the first upsampling.
 
-        Beside the middle, whose attention needs them, these are the layers of its resolution: on strips their halos would
-        be large, and a strip's pixels too few for a GPU.
+        Runs on whole frames: the mid block because of its attention, the residual blocks of the same resolution because
+        their halos would be large for a tile, and a tile's pixels too few for a GPU.
         """
-        in_past, mid_past, layers_past = past or (None, None, None)
-        x, in_past, rows = self.conv_in.step(z, in_past, Rows.whole(z.shape[-2]))
-        x, mid_past, rows = self.mid_block.step(x, mid_past, rows)
-        x, layers_past, _ = run(self._whole_layers, x, layers_past, rows)
-        return x, (in_past, mid_past, layers_past)
+        in_cache, mid_cache, resnets_cache = feature_cache or (None, None, None)
+        x, in_cache, rows = self.conv_in.step(z, in_cache, Rows.whole(z.shape[-2]))
+        x, mid_cache, rows = self.mid_block.step(x, mid_cache, rows)
+        x, resnets_cache, _ = run(self._mid_resnets, x, resnets_cache, rows)
+        return x, (in_cache, mid_cache, resnets_cache)
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers between the middle and the last convolution; they see only neighbouring rows."""
+        """The layers between the mid block and the output convolution, which read only neighbouring rows."""
         layers: list[nn.Module] = []
         for block in self.up_blocks:
             layers += [*block.resnets, *(block.upsamplers or ())]  # type: ignore[misc]
         return layers
 
     @property
-    def trunk_layers(self) -> list[nn.Module]:
-        """The modules of the trunk."""
-        return [self.conv_in, self.mid_block, *self._whole_layers]
+    def mid_layers(self) -> list[nn.Module]:
+        """The modules that `mid` runs, on whole frames."""
+        return [self.conv_in, self.mid_block, *self._mid_resnets]
 
     @property
-    def _whole_layers(self) -> list[nn.Module]:
-        """The first of them, which run on whole frames: those before any upsampling."""
+    def _mid_resnets(self) -> list[nn.Module]:
+        """The residual blocks before the first upsampling."""
         return list(cast(UpBlock, self.up_blocks[0]).resnets)
 
     @property
     def local_layers(self) -> list[Layer]:
-        """From the first upsampling to the pixels: what may run on some rows only."""
-        layers = cast(list[Layer], self.layers[len(self._whole_layers) :])
+        """The layers from the first upsampling to the pixels, which can run on some rows only."""
+        layers = cast(list[Layer], self.layers[len(self._mid_resnets) :])
         return [*layers, NormedConv(self.norm_out, self.conv_out)]
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder with the latents' normalisation."""
+    """Encoder and decoder, with the normalisation of latents."""
 
     kernels: VAEKernels = VAE_TORCH_KERNELS
     tf32: bool | None = None
-    """Whether float32 convolutions on a GPU may use TF32; None: as the process has it (see `kernels.precision`)."""
+    """Whether float32 convolutions on a GPU may use TF32. None: the process's setting decides (`kernels.precision`)."""
 
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
@@ -162,21 +162,24 @@ class WanVAE(nn.Module):
         self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
 
     @cached_property
-    def _remembering(self) -> list[Remembers]:
-        return [module for module in self.modules() if isinstance(module, Remembers)]
+    def _caching_layers(self) -> list[CachingLayer]:
+        return [module for module in self.modules() if isinstance(module, CachingLayer)]
 
-    def own_pasts(self, owns: bool = True, history: History | None = None) -> None:
-        """Let steps overwrite the past they are given. For drivers that use each past once: half the memory.
+    def reuse_caches(self, enabled: bool = True, arena: Arena | None = None) -> None:
+        """Let steps overwrite the feature cache that they are given, for callers that use each cache once.
 
-        `history`: where first pasts are put.
+        This halves the memory. `arena`: where a video's first caches are allocated.
         """
-        for module in self._remembering:
-            module.owns_past, module.history = owns, history
+        for layer in self._caching_layers:
+            layer.reuses_cache, layer.arena = enabled, arena
 
     def use_kernels(self, kernels: VAEKernels) -> None:
-        """Compute with these. Not between the steps of a video: what a past is, is theirs to say."""
+        """Set the kernels that compute from now on.
+
+        Not between two steps of a video: each implementation has its own form of the feature cache.
+        """
         self.kernels = kernels
-        with vae_precision(self.tf32):  # weights are prepared for it
+        with vae_precision(self.tf32):  # weights are prepared for the precision that they are used in
             for module in self.modules():
                 if isinstance(module, Upsample):
                     module.use_kernels(kernels)
@@ -184,7 +187,7 @@ class WanVAE(nn.Module):
                     module.kernels = kernels
 
     def channels_last(self) -> None:
-        """Lay weights out with channels last; activations follow. What most GPUs' convolutions are fastest in."""
+        """Store weights with channels last, in which most GPUs' convolutions are fastest; activations follow."""
         for parameter in self.parameters():
             if parameter.ndim == 5:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
@@ -192,8 +195,10 @@ class WanVAE(nn.Module):
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     def round_to_tf32(self) -> None:
-        """Round convolutions' float32 weights to the nearest numbers of 11 bits, for matrix units that would cut the
-        other bits off (they do not round), which makes every result a little too small."""
+        """Round the convolutions' float32 weights to TF32's 11 significant bits, to nearest.
+
+        Matrix units truncate the other bits instead of rounding, which makes every result slightly too small.
+        """
         for parameter in self.parameters():
             if parameter.ndim >= 4 and parameter.dtype == torch.float32 and not parameter.is_meta:
                 round_to_tf32(parameter.data)
@@ -202,87 +207,97 @@ class WanVAE(nn.Module):
 
     @staticmethod
     def decodes(name: str) -> bool:
-        """Whether the parameter of this name is needed to decode."""
+        """Whether decoding needs the parameter of this name."""
         return name.startswith(("decoder.", "post_quant_conv."))
 
     @property
     def decoding_parts(self) -> tuple[nn.Module, ...]:
-        """The modules that hold those."""
+        """The modules that decoding needs."""
         return self.decoder, self.post_quant_conv
 
-    def decode_trunk(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """One latent frame `[B, 16, 1, h, w]` (normalised) to the trunk's features `[B, C, 1, h, w]`."""
+    def decode_mid(self, z: Tensor, feature_cache: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """One normalised latent frame `[B, 16, 1, h, w]` to the mid features `[B, C, 1, h, w]` (`Decoder.mid`)."""
         mean, std = self._statistics(z)
         with vae_precision(self.tf32):
-            return self.decoder.trunk(self.post_quant_conv(z * std + mean), past)
+            return self.decoder.mid(self.post_quant_conv(z * std + mean), feature_cache)
 
     def decode_rows(
-        self, mid: Tensor, past: Past, wanted: Rows, above: Seam | None = None, below: Seam | None = None
-    ) -> tuple[Tensor, Past]:
-        """The trunk's whole features to pixels `[B, 3, 1 or 4, rows, W]` of the wanted rows. Seams: see `run_rows`."""
-        with vae_precision(self.tf32):
-            x, past = run_rows(self.decoder.local_layers, mid, past, Rows.whole(mid.shape[-2]), wanted, above, below)
-        return x.clamp(-1.0, 1.0), past
+        self,
+        mid: Tensor,
+        feature_cache: FeatureCache,
+        wanted: Rows,
+        above: Halo | None = None,
+        below: Halo | None = None,
+    ) -> tuple[Tensor, FeatureCache]:
+        """Mid features `[B, C, 1, h, w]` to pixels `[B, 3, 1 or 4, rows, W]` of the rows `wanted` (of H).
 
-    def decode_step(self, z: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """One latent frame `[B, 16, 1, h, w]` to pixels `[B, 3, 1, H, W]` (a video's first) or `[B, 3, 4, H, W]`."""
-        trunk_past, rows_past = past or (None, None)
-        mid, trunk_past = self.decode_trunk(z, trunk_past)
-        frames, rows_past = self.decode_rows(mid, rows_past, self._all_pixel_rows(z.shape[-2]))
-        return frames, (trunk_past, rows_past)
+        `above`, `below`: halos shared with the tiles above and below, see `run_rows`.
+        """
+        with vae_precision(self.tf32):
+            x, feature_cache = run_rows(self.decoder.local_layers, mid, feature_cache, wanted, above, below)
+        return x.clamp(-1.0, 1.0), feature_cache
+
+    def decode_step(self, z: Tensor, feature_cache: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """One latent frame `[B, 16, 1, h, w]` to pixels `[B, 3, t, H, W]`: t is 1 for a video's first frame, else 4."""
+        mid_cache, rows_cache = feature_cache or (None, None)
+        mid, mid_cache = self.decode_mid(z, mid_cache)
+        frames, rows_cache = self.decode_rows(mid, rows_cache, self._all_pixel_rows(z.shape[-2]))
+        return frames, (mid_cache, rows_cache)
 
     def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """Latents `[B, 16, T, h, w]` to pixels, one latent frame's at a time."""
-        past: Past = None
+        """Latents `[B, 16, T, h, w]` to the pixels of one latent frame after the other, see `decode_step`."""
+        feature_cache: FeatureCache = None
         for z in latents.split(1, dim=2):
-            frames, past = self.decode_step(z, past)
+            frames, feature_cache = self.decode_step(z, feature_cache)
             yield frames
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, 16, T, h, w]` to a whole video `[B, 3, 4T - 3, H, W]`. For training and tests."""
+        """Latents `[B, 16, T, h, w]` to a whole video `[B, 3, 4T - 3, H, W]`, for training and tests."""
         return torch.cat(list(self.decode_frames(latents)), dim=2)
 
     # Encoding.
 
-    def encode_step(self, frames: Tensor, past: Past, strips: int = 1) -> tuple[Tensor, Past]:
+    def encode_step(
+        self, frames: Tensor, feature_cache: FeatureCache, num_tiles: int = 1
+    ) -> tuple[Tensor, FeatureCache]:
         """One frame (a video's first) or four `[B, 3, T, H, W]` to moments `[B, 32, 1, h, w]`.
 
-        The moments are mean and log-variance, not normalised. `strips` cuts the local part by rows.
+        The moments are mean and log-variance, not normalised. The local layers run in `num_tiles` row tiles.
         """
         with vae_precision(self.tf32):
-            return self._encode_step(frames, past, strips)
+            return self._encode_step(frames, feature_cache, num_tiles)
 
-    def _encode_step(self, frames: Tensor, past: Past, strips: int) -> tuple[Tensor, Past]:
-        trunk_past, local_pasts = past or (None, None)
+    def _encode_step(self, frames: Tensor, feature_cache: FeatureCache, num_tiles: int) -> tuple[Tensor, FeatureCache]:
+        mid_cache, tile_caches = feature_cache or (None, None)
         height = frames.shape[-2] // self.spec.spatial_stride
-        layers, features, pasts = cast(list[Layer], self.encoder.local_layers), [], []
-        above: Seam | None = None
-        for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * strips)):
-            local_past, below = local_pasts[index] if local_pasts else None, Seam(wanted)
-            x, local_past = run_rows(layers, frames, local_past, Rows.whole(frames.shape[-2]), wanted, above, below)
+        layers, features, caches = cast(list[Layer], self.encoder.local_layers), [], []
+        above: Halo | None = None
+        for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * num_tiles)):
+            cache, below = tile_caches[index] if tile_caches else None, Halo(wanted)
+            x, cache = run_rows(layers, frames, cache, wanted, above, below)
             features.append(x)
-            pasts.append(local_past)
+            caches.append(cache)
             above = below
         x = torch.cat(features, dim=3) if len(features) > 1 else features[0]
-        moments, trunk_past = self.encoder.trunk(x, trunk_past, Rows.whole(height))
-        return self.quant_conv(moments), (trunk_past, tuple(pasts))
+        moments, mid_cache = self.encoder.mid(x, mid_cache, Rows.whole(height))
+        return self.quant_conv(moments), (mid_cache, tuple(caches))
 
-    def encode_moments(self, video: Tensor, strips: int = 1) -> Tensor:
-        """A video `[B, 3, 4n + 1, H, W]` to moments `[B, 32, n + 1, h, w]`."""
-        past: Past = None
+    def encode_moments(self, video: Tensor, num_tiles: int = 1) -> Tensor:
+        """A video `[B, 3, 4n + 1, H, W]` to moments `[B, 32, n + 1, h, w]`, see `encode_step`."""
+        feature_cache: FeatureCache = None
         moments = []
         for chunk in (video[:, :, :1], *video[:, :, 1:].split(4, dim=2)):
             if chunk.shape[2]:
-                step, past = self.encode_step(chunk, past, strips)
+                step, feature_cache = self.encode_step(chunk, feature_cache, num_tiles)
                 moments.append(step)
         return torch.cat(moments, dim=2)
 
-    def encode(self, video: Tensor, strips: int = 1) -> Tensor:
-        """A video `[B, 3, 4n + 1, H, W]` to normalised latents `[B, 16, n + 1, h, w]` (the posterior's mode)."""
-        return self.normalize(self.encode_moments(video, strips).chunk(2, dim=1)[0])
+    def encode(self, video: Tensor, num_tiles: int = 1) -> Tensor:
+        """A video `[B, 3, 4n + 1, H, W]` to normalised latents `[B, 16, n + 1, h, w]`, the posterior's mode."""
+        return self.normalize(self.encode_moments(video, num_tiles).chunk(2, dim=1)[0])
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Latents as the encoder gives them to latents of mean 0 and standard deviation 1."""
+        """Normalise the encoder's latents `[B, 16, T, h, w]` to mean 0 and standard deviation 1."""
         mean, std = self._statistics(z)
         return (z - mean) / std
 
@@ -300,7 +315,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _latent_statistics(spec: VAESpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[1, 16, 1, 1, 1]`; kept on the device, so that no step copies them there."""
+    """Mean and standard deviation `[1, 16, 1, 1, 1]` on the device, cached so that no step copies them there."""
     values = (spec.latents_mean, spec.latents_std)
     mean, std = (torch.tensor(v, dtype=dtype, device=device).view(1, -1, 1, 1, 1) for v in values)
     return mean, std

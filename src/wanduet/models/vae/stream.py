@@ -1,13 +1,13 @@
-"""Latents to uint8 frames as a stream: what the encoder thread is fed with.
+"""Decodes latents to uint8 frames as a stream, for the thread that encodes the video.
 
-Frame-major, memory does not grow with the number of frames: each latent frame's pixels leave the device
-before the next but one is decoded. Strip-major keeps the history of one strip of rows only, and gives all
-frames at the end. Either way the pixels are the same as those of a whole decode. On the meta device the same code
-shows how much memory it takes.
+Frame-major ("frame"), memory does not grow with the number of frames: each latent frame's pixels leave the device
+before the next but one is decoded. Tile-major ("strip") keeps the feature cache of one row tile only, and yields all
+frames at the end. Either way the pixels equal those of a whole decode. On the meta device the same code shows how much
+memory it takes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,57 +16,66 @@ from torch import Tensor
 
 from wanduet.errors import NonFiniteFramesError
 from wanduet.kernels.host_copy import HostCopy
-from wanduet.models.vae.arena import History
-from wanduet.models.vae.halo_offload import Copying, Host, HostSeam
-from wanduet.models.vae.history_size import history_bytes
-from wanduet.models.vae.layers import Past
+from wanduet.models.vae.arena import Arena
+from wanduet.models.vae.arena_size import DecodeShape, arena_bytes
+from wanduet.models.vae.halo_offload import AsyncCopy, HaloOffload, HostTransfer
+from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE, to_uint8
-from wanduet.models.vae.rows import DecodePlan, Rows
-from wanduet.models.vae.tiles import Seam
+from wanduet.models.vae.rows import WHOLE_FRAMES, Rows, Tiling
+from wanduet.models.vae.tiles import Halo
 
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
-Trunk = Callable[[Tensor, Past], tuple[Tensor, Past]]  # as WanVAE.decode_trunk
-WHOLE_FRAMES = DecodePlan()
+DecodeMid = Callable[[Tensor, FeatureCache], tuple[Tensor, FeatureCache]]  # as WanVAE.decode_mid
 _HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """One rank's part of a frame-major decode: its pixel rows, its halos, and who computes the mid features.
+
+    `above`, `below`: halos shared with the ranks of the rows above and below. `decode_mid` (default: the VAE's own)
+    returns the mid features, for instance those that another rank sends.
+    """
+
+    rows: Rows
+    above: Halo | None = None
+    below: Halo | None = None
+    decode_mid: DecodeMid | None = None
 
 
 @torch.no_grad()
 def decode_stream(
     vae: WanVAE,
     latents: Tensor,
-    plan: DecodePlan = WHOLE_FRAMES,
+    tiling: Tiling = WHOLE_FRAMES,
     on_frames: OnFrames | None = None,
-    rows: Rows | None = None,
-    above: Seam | None = None,
-    below: Seam | None = None,
-    trunk: Trunk | None = None,
+    part: DecodePart | None = None,
 ) -> Iterator[Frames]:
-    """Decode latents `[16, T, h, w]` (normalised, on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
+    """Decode normalised latents `[16, T, h, w]` (on any device) to RGB frames `[1 or 4, H, W, 3]` uint8.
 
-    With `rows` (in pixels) only these of each frame: what one rank of several does, with seams to those that do the
-    rows above and below, and perhaps a `trunk` that is another's (frame-major only). Yielded arrays are reused: take what is
-    needed before asking for more. `on_frames(done, total)` counts frames decoded so far. Decoding may run in any thread, one
-    video at a time for each `vae`. Raises NonFiniteFramesError instead of yielding frames that hold NaN or infinity.
+    With `part`, only its rows of each frame (its halos and `decode_mid` frame-major only). Yielded arrays are reused:
+    copy what is needed before the next one is requested. `on_frames(done, total)` is called with the number of frames
+    decoded so far. May run in any thread, one video at a time for each `vae`. Raises NonFiniteFramesError instead of
+    yielding frames with NaN or infinity.
     """
-    job = _Decode(vae, latents, plan, on_frames, rows)
+    decode = _Decode(vae, latents, tiling, on_frames, part)
     try:
-        yield from (
-            job.frame_major(above, below, trunk or vae.decode_trunk) if plan.order == "frame" else job.strip_major()
-        )
+        yield from (decode.frame_major() if tiling.order == "frame" else decode.tile_major())
     finally:
-        vae.own_pasts(False)
+        vae.reuse_caches(False)
 
 
 @dataclass(slots=True)
-class _OnTheWay:
-    """Frames that are being copied to the host."""
+class _FrameCopy:
+    """Frames on their way to the host; `finite` says of each part of them whether it has neither NaN nor infinity."""
 
     host: Tensor
     copied: "torch.cuda.Event | None"
-    finite: tuple[HostCopy, ...] = field(default=())  # whether each part of them is
+    finite: tuple[HostCopy, ...] = ()
 
-    def arrive(self) -> Frames:
+    def wait(self) -> Frames:
+        """The frames, once they have arrived. Raises NonFiniteFramesError."""
         if self.copied is not None:
             self.copied.synchronize()
         if not all(bool(one.wait()) for one in self.finite):
@@ -76,145 +85,147 @@ class _OnTheWay:
 
 
 class _Decode:
-    """One decode: what both orders share."""
+    """The state of one decode, in either order."""
 
     def __init__(
-        self, vae: WanVAE, latents: Tensor, plan: DecodePlan, on_frames: OnFrames | None, rows: Rows | None
+        self, vae: WanVAE, latents: Tensor, tiling: Tiling, on_frames: OnFrames | None, part: DecodePart | None
     ) -> None:
         weight = vae.post_quant_conv.weight
-        self.vae, self.device, self.plan = vae, weight.device, plan
-        # Each frame of them in one piece and page-locked: else to copy it would wait for all that the device has to do.
+        self.vae, self.device = vae, weight.device
+        # Each latent frame contiguous and page-locked: otherwise its copy would wait for all work queued on the device.
         self.latents = latents.to(weight.dtype).transpose(0, 1).contiguous()
         if self.device.type == "cuda" and not self.latents.is_cuda:
             self.latents = self.latents.pin_memory()
         self.length = latents.shape[1]
         stride = vae.spec.spatial_stride
         self.width = latents.shape[3] * stride
-        self.rows = rows or Rows.whole(latents.shape[2] * stride)
+        self.part = part or DecodePart(Rows.whole(latents.shape[2] * stride))
+        self.rows = self.part.rows
         self.num_frames = (self.length - 1) * vae.spec.temporal_stride + 1
         self.on_frames = on_frames
-        strips = (self.rows.common(strip) for strip in plan.strips(self.rows.height))
-        self.strips = [strip for strip in strips if strip.count]
+        tiles = (self.rows.common(tile) for tile in tiling.tiles(self.rows.height))
+        self.tiles = [tile for tile in tiles if tile.count]
         self._buffers: list[Tensor] = []
         self._sent = 0
-        self._history: History | None = None
+        self._arena: Arena | None = None
         if self.device.type in ("cuda", "meta"):
             size = (self.rows.height, self.width, self.num_frames)
-            needed = history_bytes(vae.spec, *size, plan, self.strips, weight.dtype, vae.kernels)
-            self._history = History(needed, self.device)
+            shape = DecodeShape(vae.spec, *size, tiling, weight.dtype, vae.kernels)
+            self._arena = Arena(arena_bytes(shape, self.tiles), self.device)
 
-    def frame_major(self, above: Seam | None, below: Seam | None, trunk: Trunk) -> Iterator[Frames]:
-        trunk_past: Past = None
-        pasts: list[Past] = [None] * len(self.strips)
-        seams = [above, *(Seam(strip, self._history) for strip in self.strips[:-1]), below]
-        before: _OnTheWay | None = None
+    def frame_major(self) -> Iterator[Frames]:
+        """For each latent frame, decode all tiles."""
+        decode_mid = self.part.decode_mid or self.vae.decode_mid
+        mid_cache: FeatureCache = None
+        caches: list[FeatureCache] = [None] * len(self.tiles)
+        halos = [self.part.above, *(Halo(tile, self._arena) for tile in self.tiles[:-1]), self.part.below]
+        before: _FrameCopy | None = None
         done = 0
         for index in range(self.length):
-            self.vae.own_pasts(history=self._history)
-            mid, trunk_past = trunk(self._latent(index), trunk_past)
+            self.vae.reuse_caches(arena=self._arena)
+            mid, mid_cache = decode_mid(self._latent(index), mid_cache)
             picture: Tensor | None = None
             finite: tuple[HostCopy, ...] = ()
-            for number, rows in enumerate(self.strips):
-                pixels, pasts[number] = self.vae.decode_rows(mid, pasts[number], rows, *seams[number : number + 2])
-                part, finite = to_uint8(pixels), finite + _finite(pixels)
+            for number, rows in enumerate(self.tiles):
+                pixels, caches[number] = self.vae.decode_rows(mid, caches[number], rows, *halos[number : number + 2])
+                frames, finite = to_uint8(pixels), finite + _finite(pixels)
                 if picture is None:
-                    shape = (part.shape[0], self.rows.count, self.width, 3)
+                    shape = (frames.shape[0], self.rows.count, self.width, 3)
                     picture = torch.empty(shape, dtype=torch.uint8, device=self.device)
-                picture[:, self._place(rows)] = part
-                del pixels, part
+                picture[:, self._place(rows)] = frames
+                del pixels, frames
             assert picture is not None
-            # These frames travel, and the next are being decoded, while the ones before are encoded.
-            leaving = self._send(picture, finite)
+            # While the caller encodes the last frames, these are copied to the host and the next are decoded.
+            copying = self._send(picture, finite)
             if before is not None:
-                yield before.arrive()
-            before = leaving
+                yield before.wait()
+            before = copying
             done += picture.shape[0]
-            self._tell(done)
+            self._report(done)
         if before is not None:
-            yield before.arrive()
+            yield before.wait()
 
-    def strip_major(self) -> Iterator[Frames]:
-        """The trunk's features of all frames wait on the host; the big layers run strip after strip, and what a strip
-        hands on to the next waits there too."""
+    def tile_major(self) -> Iterator[Frames]:
+        """For each tile, decode all frames. Mid features and halo rows wait in host memory."""
         video = np.empty((self.num_frames, self.rows.count, self.width, 3), np.uint8)
-        host = Host(self.device)
+        transfer = HostTransfer(self.device)
         try:
-            self._fill(video, host)
+            self._fill(video, transfer)
         finally:
-            host.settle()
+            transfer.sync()
         for begin in range(0, self.num_frames, self.vae.spec.temporal_stride):
             yield video[begin : begin + self.vae.spec.temporal_stride]
 
-    def _fill(self, video: Frames, host: Host) -> None:
-        """Decode strip by strip into the video `[num_frames, rows, W, 3]`."""
-        middles = self._middles(host)
-        before: tuple[_OnTheWay, int, Rows] | None = None
-        above: HostSeam | None = None
-        for number, rows in enumerate(self.strips):
-            past: Past = None
+    def _fill(self, video: Frames, transfer: HostTransfer) -> None:
+        """Decode tile by tile into the video `[num_frames, rows, W, 3]`."""
+        mids = self._mid_features(transfer)
+        before: tuple[_FrameCopy, int, Rows] | None = None
+        above: HaloOffload | None = None
+        for number, rows in enumerate(self.tiles):
+            feature_cache: FeatureCache = None
             begin = 0
-            below = HostSeam(rows, self._history, host) if number + 1 < len(self.strips) else None
-            if self._history is not None:
-                self._history.forget()
-            # In turns: an allocation each would lie among what comes and goes.
-            places = [host.room_for(middles[0], self._history) for _ in middles[:2]]
-            (coming,) = host.copy([(middles[0], places[0])])
+            below = HaloOffload(rows, self._arena, transfer) if number + 1 < len(self.tiles) else None
+            if self._arena is not None:
+                self._arena.reset()
+            # Two buffers, used alternately: one allocation a step would fragment the memory of intermediate results.
+            buffers = [transfer.device_like(mids[0], self._arena) for _ in mids[:2]]
+            (next_mid,) = transfer.copy([(mids[0], buffers[0])])
             for step in range(self.length):
-                self.vae.own_pasts(history=self._history)
-                mid = coming.arrive()
+                self.vae.reuse_caches(arena=self._arena)
+                mid = next_mid.wait()
                 if above is not None:
-                    above.bring(step)
+                    above.prefetch(step)
                 if step + 1 < self.length:
-                    (coming,) = host.copy([(middles[step + 1], places[(step + 1) % 2])])
-                pixels, past = self.vae.decode_rows(mid, past, rows, above, below)
+                    (next_mid,) = transfer.copy([(mids[step + 1], buffers[(step + 1) % 2])])
+                pixels, feature_cache = self.vae.decode_rows(mid, feature_cache, rows, above, below)
                 if below is not None:
-                    below.leave()
-                leaving = self._send(to_uint8(pixels), _finite(pixels))
+                    below.evict()
+                copying = self._send(to_uint8(pixels), _finite(pixels))
                 del mid, pixels
                 if before is not None:
                     self._put(video, *before)
-                before = leaving, begin, rows
-                begin += leaving.host.shape[0]
-                self._tell((number * self.num_frames + begin) // len(self.strips))
-            for seam in (above, below):
-                if seam is not None:
-                    seam.finish()
+                before = copying, begin, rows
+                begin += copying.host.shape[0]
+                self._report((number * self.num_frames + begin) // len(self.tiles))
+            for halo in (above, below):
+                if halo is not None:
+                    halo.finish()
             above = below
         if before is not None:
             self._put(video, *before)
 
-    def _middles(self, host: Host) -> list[Tensor]:
-        """The trunk's features of every latent frame, on the host."""
-        trunk: Past = None
-        leaving: list[Copying] = []
+    def _mid_features(self, transfer: HostTransfer) -> list[Tensor]:
+        """The mid features of every latent frame, in host memory."""
+        feature_cache: FeatureCache = None
+        copies: list[AsyncCopy] = []
         for index in range(self.length):
-            self.vae.own_pasts(history=self._history)
-            mid, trunk = self.vae.decode_trunk(self._latent(index), trunk)
-            if leaving:
-                leaving[-1].arrive()  # from here on its memory may be overwritten
-            leaving += host.send([mid])
-        leaving[-1].arrive()
-        return [copying.target for copying in leaving]
+            self.vae.reuse_caches(arena=self._arena)
+            mid, feature_cache = self.vae.decode_mid(self._latent(index), feature_cache)
+            if copies:
+                copies[-1].wait()  # from here on its source may be overwritten
+            copies += transfer.to_host([mid])
+        copies[-1].wait()
+        return [copy.target for copy in copies]
 
-    def _put(self, video: Frames, part: _OnTheWay, begin: int, rows: Rows) -> None:
-        """Into the video `[num_frames, rows, W, 3]`: frames of a strip, from frame `begin` on."""
-        arrived = part.arrive()
+    def _put(self, video: Frames, frames: _FrameCopy, begin: int, rows: Rows) -> None:
+        """Write a tile's frames into the video `[num_frames, rows, W, 3]`, from frame `begin` on."""
+        arrived = frames.wait()
         video[begin : begin + arrived.shape[0], self._place(rows)] = arrived
 
-    def _place(self, strip: Rows) -> slice:
-        """Where a strip's rows are among the wanted ones."""
-        return slice(strip.start - self.rows.start, strip.stop - self.rows.start)
+    def _place(self, tile: Rows) -> slice:
+        """Where a tile's rows are among the rows of this decode."""
+        return slice(tile.start - self.rows.start, tile.stop - self.rows.start)
 
     def _latent(self, index: int) -> Tensor:
         """One latent frame `[1, 16, 1, h, w]` on the VAE's device."""
         return self.latents[index].to(self.device, non_blocking=True)[None, :, None]
 
-    def _send(self, picture: Tensor, finite: tuple[HostCopy, ...]) -> _OnTheWay:
-        """Start the copy of frames `[t, rows, W, 3]` to the host, into one of two buffers."""
+    def _send(self, picture: Tensor, finite: tuple[HostCopy, ...]) -> _FrameCopy:
+        """Start to copy frames `[t, rows, W, 3]` to the host, into one of two buffers, used alternately."""
         if picture.is_meta:
-            return _OnTheWay(torch.empty_like(picture, device="cpu"), None)
+            return _FrameCopy(torch.empty_like(picture, device="cpu"), None)
         if not picture.is_cuda:
-            return _OnTheWay(picture.cpu(), None, finite)
+            return _FrameCopy(picture.cpu(), None, finite)
         while len(self._buffers) < 2:
             shape = (self.vae.spec.temporal_stride, self.rows.count, self.width, 3)
             self._buffers.append(torch.empty(shape, dtype=torch.uint8, pin_memory=True))
@@ -224,15 +235,16 @@ class _Decode:
         host.copy_(picture, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device))
-        return _OnTheWay(host, copied, finite)
+        return _FrameCopy(host, copied, finite)
 
-    def _tell(self, done: int) -> None:
+    def _report(self, done: int) -> None:
         if self.on_frames is not None:
             self.on_frames(done, self.num_frames)
 
 
 def _finite(pixels: Tensor) -> tuple[HostCopy, ...]:
-    """Ask whether pixels are finite, by their sum: that takes no memory, and the host waits for nothing. As bytes, NaN
-    would be black without a word.
+    """Start to check that pixels are finite; empty on the meta device. As uint8, NaN would silently be black.
+
+    Checking the sum takes no memory, and the host does not wait for it.
     """
     return () if pixels.is_meta else (HostCopy(torch.isfinite(pixels.sum(dtype=torch.float32))),)

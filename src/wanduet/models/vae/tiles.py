@@ -1,8 +1,8 @@
-"""Layers on a strip of a frame's rows, and what a strip hands to the one below it.
+"""Layers on a row tile of a frame, and the halo rows that a tile passes to the tile below.
 
-Alone, a strip starts with a halo of rows around it, which shrinks from layer to layer. Below another strip it takes
-the rows of each layer's input that both read from that one, and computes only what is new: then any number of strips
-together compute each row of each layer once (within a residual block, two convolutions, up to two rows twice).
+A tile without a neighbour starts with a halo of rows around it, which shrinks from layer to layer. A tile below another
+one gets from it the rows of each layer's input that both read, and computes the remaining rows only: any number of
+tiles together compute each row of each layer once (within a residual block, of two convolutions, up to two rows twice).
 """
 
 from bisect import bisect_left
@@ -14,58 +14,62 @@ from typing import cast
 from torch import Tensor, nn
 
 from wanduet.kernels.vae.plain import Room
-from wanduet.models.vae.arena import History
-from wanduet.models.vae.layers import Layer, NormedConv, Past, Upsample
+from wanduet.models.vae.arena import Arena
+from wanduet.models.vae.layers import FeatureCache, Layer, NormedConv, Upsample
 from wanduet.models.vae.rows import Rows
 
-# The trunk takes so much longer than its weights say: attention, and a frame of few pixels. Measured on two H100 at 480p, by
-# what each of them had to do (benchmarks/results/two_gpus.json).
-TRUNK_FACTOR = 1.4
+# The mid layers take this much longer than their number of weights suggests, because of attention and few pixels a
+# frame. Measured on two H100 at 480p, from the work of each (benchmarks/results/two_gpus.json).
+MID_FACTOR = 1.4
 
 
 @dataclass(slots=True)
-class Seam:
-    """Between a strip, whose result are the rows `wanted`, and the strip below it.
+class Halo:
+    """Rows that a tile, which computes the output rows `wanted`, passes to the tile below.
 
-    `rows` are the last rows of each layer's input, by the layer's place; they may be overwritten by the next frames'.
-    `largest`: so many rows the upper strip's tensors have memory for, by the frame's height. The lower strip's take no
-    less, so that they fit where those were.
+    `rows`: the last rows of each layer's input, by the layer's index; the next frames may overwrite them. `arena`:
+    where they are allocated. `largest`: the number of rows that the upper tile's tensors have memory for, by the
+    frame's height. The lower tile's tensors are allocated no smaller, so that they fit into the memory that those have
+    left.
     """
 
     wanted: Rows
-    history: History | None = None
+    arena: Arena | None = None
     rows: dict[int, Tensor] = field(default_factory=dict)
     largest: dict[int, int] = field(default_factory=dict)
 
-    def keep(self, index: int, x: Tensor) -> None:
-        """A copy of rows `[B, C, T, rows, w]`."""
-        kept = self.rows.get(index)
-        if kept is not None and kept.shape == x.shape:
-            kept.copy_(x)
-        elif kept is None or self.history is None:  # a video's first step has fewer frames: not worth a lasting place
+    def store(self, index: int, x: Tensor) -> None:
+        """Copy the last rows `[B, C, T, rows, w]` of layer `index`'s input, for the tile below."""
+        stored = self.rows.get(index)
+        if stored is not None and stored.shape == x.shape:
+            stored.copy_(x)
+        elif stored is None or self.arena is None:  # a video's first step has fewer frames: not worth arena memory
             self.rows[index] = x.clone()
         else:
-            self.rows[index] = self.history.copy_of(x)
+            self.rows[index] = self.arena.clone(x)
 
-    def take(self, index: int, below: Tensor | None, count: int) -> Tensor:
-        """The `count` rows that were kept. `below`: the new rows of the same frames, where there are any."""
+    def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
+        """The `count` rows stored for layer `index`.
+
+        `below`: the rows that the lower tile has computed of the same frames; None if there are none.
+        """
         return self.rows[index]
 
 
 def run_rows(
     layers: Sequence[Layer],
     x: Tensor,
-    past: Past,
-    rows: Rows,
+    feature_cache: FeatureCache,
     wanted: Rows,
-    above: Seam | None = None,
-    below: Seam | None = None,
-) -> tuple[Tensor, Past]:
-    """The wanted rows of the layers' result, of `x` `[B, C, T, rows, w]`; the past is a tuple of theirs.
+    above: Halo | None = None,
+    below: Halo | None = None,
+) -> tuple[Tensor, FeatureCache]:
+    """Run layers on whole frames `x` `[B, C, T, h, w]`; returns the result's rows `wanted` and the next cache.
 
-    `above`: what the strip above has kept; its wanted rows end where these begin. `below`: where to keep what the
-    next strip needs.
+    `above`: the halo of the tile above, whose `wanted` rows end where these begin. `below`: stores the rows that the
+    tile below needs.
     """
+    rows = Rows.whole(x.shape[-2])
     levels = _levels(layers, wanted)
     starts = [level.start for level in levels]
     if above is not None:
@@ -77,79 +81,81 @@ def run_rows(
         largest[level.height] = max(level.count, largest.get(level.height, 0))
     if below is not None:
         below.largest = largest
-    pasts: list[Past] = []
+    caches: list[FeatureCache] = []
     fresh: Tensor | None = x
-    for index, (layer, layer_past) in enumerate(zip(layers, past or [None] * len(layers), strict=True)):
+    for index, (layer, cache) in enumerate(zip(layers, feature_cache or [None] * len(layers), strict=True)):
         out = new[index + 1]
-        if out.count == 0:  # the strip above has computed all of it
+        if out.count == 0:  # the tile above has computed all of it
             if below is not None and above is not None and index > 0 and out.stop < out.height:
-                below.keep(index, above.take(index, None, 0))
-            pasts.append(None)
+                below.store(index, above.load(index, None, 0))
+            caches.append(None)
             fresh = None
             continue
         if above is None or index == 0:
             assert fresh is not None
             x = rows.crop(fresh, needed[index])
         else:
-            x = _joined(above.take(index, fresh, new[index].start - needed[index].start), fresh, rows, needed[index])
+            x = _join(above.load(index, fresh, new[index].start - needed[index].start), fresh, rows, needed[index])
         if below is not None and index > 0 and out.stop < out.height:
             first = layer.rows_needed(Rows(out.stop, out.stop + 1, out.height)).start
-            below.keep(index, needed[index].crop(x, Rows(first, needed[index].stop, needed[index].height)))
-        handed = 0
+            below.store(index, needed[index].crop(x, Rows(first, needed[index].stop, needed[index].height)))
+        halo_rows = 0
         if above is not None and index + 1 < len(layers) and new[index + 2].count:
-            handed = out.start - needed[index + 1].start
-        room = Room(handed, largest.get(out.height, 0))
-        fresh, layer_past, rows = layer.step(x, layer_past, needed[index], room=room)
-        pasts.append(layer_past)
+            halo_rows = out.start - needed[index + 1].start
+        room = Room(halo_rows, largest.get(out.height, 0))
+        fresh, cache, rows = layer.step(x, cache, needed[index], room=room)
+        caches.append(cache)
     assert fresh is not None
-    return rows.crop(fresh, wanted), tuple(pasts)
+    return rows.crop(fresh, wanted), tuple(caches)
 
 
 def share_decode(
-    trunk: Sequence[nn.Module], layers: Sequence[Layer], height: int, shares: Sequence[float]
+    mid_layers: Sequence[nn.Module], layers: Sequence[Layer], height: int, shares: Sequence[float]
 ) -> tuple[tuple[Rows, ...] | None, bool]:
-    """`share_work`, and whether the first strip's device runs the trunk for all. Where it is too slow for that, each runs
-    it for itself."""
-    strips = share_work(layers, height, shares, trunk)
-    return (strips, True) if strips is not None else (share_work(layers, height, shares), False)
+    """The tiles of `share_work`, and whether the first tile's device runs the mid layers for all devices.
+
+    If it is too slow for that, each device runs them itself.
+    """
+    tiles = share_work(layers, height, shares, mid_layers)
+    return (tiles, True) if tiles is not None else (share_work(layers, height, shares), False)
 
 
 def share_work(
-    layers: Sequence[Layer], height: int, shares: Sequence[float], trunk: Sequence[nn.Module] = ()
+    layers: Sequence[Layer], height: int, shares: Sequence[float], mid_layers: Sequence[nn.Module] = ()
 ) -> tuple[Rows, ...] | None:
-    """A frame's `height` rows in strips whose work is in proportion to shares, if strips hand on what both read.
+    """Divide a frame of `height` rows into one tile a share, whose work is in proportion to it, if tiles pass on halos.
 
-    `trunk`: layers that the first strip's device runs besides, on whole frames, before these. None where that cannot be:
-    where some strip would have nothing new to compute at some layer.
+    `mid_layers`: layers that the first tile's device runs in addition, on whole frames, before `layers`. Returns None
+    if some tile would have no rows to compute at some layer.
     """
     costs, frames = [], 1
     first, *levels = _levels(layers, Rows.whole(height))
     for layer, level in zip(layers, levels, strict=True):
         frames *= 2 if isinstance(layer, Upsample) and layer.time_conv is not None else 1
         module = layer.conv if isinstance(layer, NormedConv) else cast(nn.Module, layer)
-        costs.append(_weights(module) * frames * level.height / height)  # of a row, whose columns double as the rows do
-    before = TRUNK_FACTOR * sum(map(_weights, trunk)) * first.height**2 / height
+        costs.append(_weights(module) * frames * level.height / height)  # per row; columns double as rows do
+    before = MID_FACTOR * sum(map(_weights, mid_layers)) * first.height**2 / height
 
     def work(stop: int) -> float:
-        """Of the rows above this one, and of what they need."""
+        """The work for the rows above row `stop`, and for the rows that they need."""
         stops = [level.stop for level in _levels(layers, Rows(0, stop, height))[1:]]
         return sum(cost * rows for cost, rows in zip(costs, stops, strict=True))
 
     total, wanted = before + work(height), accumulate(shares[:-1])
     within = (bisect_left(range(height), share / sum(shares) * total - before, key=work) for share in wanted)
     cuts = [0, *within, height]
-    strips = tuple(Rows(a, b, height) for a, b in pairwise(cuts))
-    stops = [[level.stop for level in _levels(layers, strip)] for strip in strips if strip.count]
-    apart = all(a < b for above, below in pairwise(stops) for a, b in zip(above[1:], below[1:], strict=True))
-    return strips if apart and len(stops) == len(strips) else None
+    tiles = tuple(Rows(a, b, height) for a, b in pairwise(cuts))
+    stops = [[level.stop for level in _levels(layers, tile)] for tile in tiles if tile.count]
+    all_work = all(a < b for above, below in pairwise(stops) for a, b in zip(above[1:], below[1:], strict=True))
+    return tiles if all_work and len(stops) == len(tiles) else None
 
 
 def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _joined(above: Tensor, fresh: Tensor | None, rows: Rows, needed: Rows) -> Tensor:
-    """The needed rows: those of the strip above, then the new ones in `fresh`, which has room for them on top."""
+def _join(above: Tensor, fresh: Tensor | None, rows: Rows, needed: Rows) -> Tensor:
+    """The needed rows: the halo `above`, then `fresh`, which has uninitialised rows at its top for the halo."""
     if fresh is None:
         return above
     x = rows.crop(fresh, needed)
@@ -158,7 +164,7 @@ def _joined(above: Tensor, fresh: Tensor | None, rows: Rows, needed: Rows) -> Te
 
 
 def _levels(layers: Sequence[Layer], wanted: Rows) -> list[Rows]:
-    """The rows of each layer's input that the wanted rows of the last one's result need; these come last."""
+    """The rows of each layer's input that the result's rows `wanted` depend on; `wanted` itself comes last."""
     levels = [wanted]
     for layer in reversed(layers):
         levels.insert(0, layer.rows_needed(levels[0]))
