@@ -29,7 +29,7 @@ Output = Callable[[Path], AbstractContextManager[Path]]
 
 @dataclass(frozen=True, slots=True)
 class DenoiseCheckpoint:
-    """Latents `[B, 16, T, h, w]` float32 after `step` steps, and the sampler's state then."""
+    """Latents `[B, 16, T, h, w]` float32 after `step` steps, and the states of sampler and predictor then."""
 
     step: int
     latents: Tensor
@@ -37,6 +37,7 @@ class DenoiseCheckpoint:
     about: dict[str, Any]  # what the checkpoint belongs to: the resolved request, its seed
     record: dict[str, Any] = field(default_factory=dict)  # how the steps were made
     writer: str = ""  # who made them; `save` writes its own
+    predictor_state: State = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -59,12 +60,14 @@ class Checkpoints:
         """Write durably; the last good checkpoint stays readable at every moment. False, and nothing is written, if it
         holds NaN or infinity. Raises OSError, or what `output` raises."""
         tensors: dict[str, Tensor] = {"latents": checkpoint.latents.detach().cpu().contiguous()}
-        scalars = _flatten(checkpoint.sampler_state, tensors)
+        scalars = _flatten("sampler", checkpoint.sampler_state, tensors)
+        predictor = _flatten("predictor", checkpoint.predictor_state, tensors)
         if not _finite(tensors):
             return False
         about = {
             "step": checkpoint.step,
             "sampler": scalars,
+            "predictor": predictor,
             "about": checkpoint.about,
             "record": checkpoint.record,
             "writer": self._writer,
@@ -118,7 +121,7 @@ def find_checkpoints(folder: Path) -> list[DenoiseCheckpoint]:
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
-def _flatten(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _flatten(owner: str, state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Move the state's tensors into `tensors`, leaving their names in place."""
 
     def visit(name: str, value: Any) -> Any:
@@ -129,7 +132,7 @@ def _flatten(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
             return [visit(f"{name}.{i}", item) for i, item in enumerate(value)]
         return value
 
-    return {name: visit(f"sampler.{name}", value) for name, value in state.items()}
+    return {name: visit(f"{owner}.{name}", value) for name, value in state.items()}
 
 
 def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -148,9 +151,12 @@ def _read(path: Path) -> DenoiseCheckpoint | None:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         if _digest(tensors) != about["sha256"] or not _finite(tensors):
             return None
-        state = {name: _unflatten(value, tensors) for name, value in about["sampler"].items()}
+        sampler, predictor = (
+            {name: _unflatten(value, tensors) for name, value in state.items()}
+            for state in (about["sampler"], about.get("predictor", {}))
+        )
         made = about.get("record", {}), about.get("writer", "")
-        return DenoiseCheckpoint(int(about["step"]), tensors["latents"], state, about["about"], *made)
+        return DenoiseCheckpoint(int(about["step"]), tensors["latents"], sampler, about["about"], *made, predictor)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError):
         return None  # RuntimeError: another process has moved the file while it was opened
 

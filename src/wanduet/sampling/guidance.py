@@ -13,7 +13,7 @@ from torch import distributed as dist
 from wanduet.distributed.collectives import all_gather
 
 Condition = TypeVar("Condition")
-# Velocities of latents at a timestep, one for each condition: what they have in common is the model's to find.
+# As `predictor.Predictor`: what the conditions have in common is the model's to find.
 Predict = Callable[[Tensor, float, Sequence[Condition]], Sequence[Tensor]]
 Velocity = Callable[[Tensor, float], Tensor]
 

@@ -30,7 +30,8 @@ from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import OnStep, StepInfo, Watch, denoise
 from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
 from wanduet.sampling.noise import initial_noise
-from wanduet.sampling.samplers import Sampler, make_sampler
+from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.samplers import Sampler, State, make_sampler
 from wanduet.stages.record import VideoRecord
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,32 @@ class DenoiseTask:
     watched: bool = False  # by a process that is not the one that makes the steps
 
 
+TextPredictor = Predictor[TextContext]
+
+
+class TransformerPredictor:
+    """One transformer, which remembers nothing. `forward` runs each forward, and may run it again with less memory."""
+
+    def __init__(self, denoiser: Denoiser, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]) -> None:
+        """`latent_shape`: `(B, 16, T, h, w)`."""
+        self._denoiser, self._forward = denoiser, forward
+        self._rope = denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
+
+    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
+        """See Predictor."""
+        steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
+        transformer, rope = self._denoiser.transformer, self._rope
+        velocities: list[Tensor] = self._forward(lambda: transformer.forward_cfg(latents, steps, conditions, rope))
+        return velocities
+
+    def state(self) -> State:
+        """See Predictor."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """See Predictor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """Where a denoise runs; `record` says how the video was made."""
@@ -75,6 +102,7 @@ class Surroundings:
     forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may make the work smaller, and run it again
     mesh: Mesh | None = None
     keeps_checkpoints: bool = True
+    wrap: Callable[[TextPredictor], TextPredictor] = field(default=lambda predictor: predictor)  # what skips work
 
 
 class Denoising:
@@ -89,7 +117,7 @@ class Denoising:
         with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
             # About as long as the launches of the text's keys, and outside of Python.
             noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
-            self.rope = denoiser.transformer.prepare_rope((1, *shape), denoiser.device)
+            self.predictor = around.wrap(TransformerPredictor(denoiser, (1, *shape), around.forward))
             self.contexts = self._contexts(spec.text_len)
             self.noise = noise.result()
         self._saved_at = 0.0
@@ -119,9 +147,11 @@ class Denoising:
         request, device = self.task.request, self.denoiser.device
         sampler = make_sampler(request.sampler, request.flow_shift, request.num_inference_steps, device)
         start, latents = 0, self.noise.to(device)
+        self.predictor.restore({})
         if (saved := self._find_checkpoint()) is not None:
             start, latents = saved.step, saved.latents.to(device)
             sampler.restore(saved.sampler_state)
+            self.predictor.restore(saved.predictor_state)
             log.info("Going on after step %d of %d.", start, request.num_inference_steps)
         self._saved_at = time.perf_counter()
         self._last = None
@@ -181,17 +211,11 @@ class Denoising:
     def _velocity(self) -> Velocity:
         scale, mesh = self.task.request.guidance_scale, self.around.mesh
         if self.task.conditioning.negative is None:
-            return NoGuidance(self._predict, self.contexts[0])
+            return NoGuidance(self.predictor, self.contexts[0])
         if mesh is not None and mesh.layout.cfg > 1:
-            return ParallelGuidance(self._predict, self.contexts[0], scale, mesh.cfg)
+            return ParallelGuidance(self.predictor, self.contexts[0], scale, mesh.cfg)
         positive, negative = self.contexts
-        return SequentialGuidance(self._predict, positive, negative, scale)
-
-    def _predict(self, latents: Tensor, timestep: float, texts: Sequence[TextContext]) -> Sequence[Tensor]:
-        steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
-        transformer, rope = self.denoiser.transformer, self.rope
-        velocities: list[Tensor] = self.around.forward(lambda: transformer.forward_cfg(latents, steps, texts, rope))
-        return velocities
+        return SequentialGuidance(self.predictor, positive, negative, scale)
 
     def _contexts(self, text_len: int) -> list[TextContext]:
         """This process's prompts: both, or the one of its side of the mesh."""
@@ -255,8 +279,9 @@ class Denoising:
             "denoise_s": round(self._before + time.perf_counter() - self._began, 3),
         }
         try:
+            states, task = (sampler.state(), self.predictor.state()), self.task
             if not self.checkpoints.save(
-                DenoiseCheckpoint(step, latents, sampler.state(), self.task.about, record, self.task.writer)
+                DenoiseCheckpoint(step, latents, states[0], task.about, record, task.writer, states[1])
             ):
                 log.warning("After step %d there is NaN or infinity: the checkpoint before it is kept.", step)
         except (OSError, OutputError) as error:

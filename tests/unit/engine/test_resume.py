@@ -3,8 +3,9 @@
 import errno
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.context import RunContext
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
-from wanduet.stages.denoise import Denoising
+from wanduet.stages.denoise import Denoising, Surroundings, TextPredictor
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
 Run = Callable[..., Job]
@@ -307,6 +308,46 @@ def waiting_modes(plan: VAEPlan, context: RunContext) -> Any:
     yield "cpu", plan.tiling
     context.wait(600.0)
     yield "cpu", plan.tiling
+
+
+# A predictor with a state.
+
+
+class EverySecondStep:
+    """Predicts at every second step, and else gives the velocities of the step before."""
+
+    def __init__(self, predictor: TextPredictor) -> None:
+        self.predictor = predictor
+        self.restore({})
+
+    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[Any]) -> Sequence[Tensor]:
+        if self.step % 2 == 0:
+            self.last = list(self.predictor(latents, timestep, conditions))
+        self.step += 1
+        return self.last
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "last": self.last}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step, self.last = state.get("step", 0), state.get("last", [])
+
+
+def test_a_predictor_that_remembers_goes_on_from_a_checkpoint_to_the_same_latents(run, monkeypatch) -> None:
+    plain = frames(run("plain", save_latents=True))
+    monkeypatch.setattr(generate, "Surroundings", partial(Surroundings, wrap=EverySecondStep))
+    whole = frames(run("whole", save_latents=True))
+    assert whole != plain
+
+    def stop(info: StepInfo) -> None:
+        if info.step == 2:  # the next step gives what this one has predicted
+            run.cancel()
+
+    with pytest.raises(CancelledError):
+        run("cut", watch=stop)
+    seen: list[int] = []
+    assert frames(run("cut", watch=lambda info: seen.append(info.step), resume=True)) == whole
+    assert seen == [3, 4, 5]
 
 
 # Several videos of one job.
