@@ -62,7 +62,7 @@ class DoesNotFitError(WanduetError):
 
 
 class OutOfMemoryError(WanduetError):
-    """Memory ran out at run time and every rung of the ladder was used."""
+    """Memory ran out at run time, in the smallest form that there is."""
 
     code = "out_of_memory"
 

@@ -39,7 +39,7 @@ from wanduet.runtime.context import Event
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.stages.decode import decode
 from wanduet.stages.denoise import Conditioning, DenoiseTask, Denoising, Surroundings
-from wanduet.stages.fallback import DenoiseLadder, reserve_decode
+from wanduet.stages.fallback import DenoiseFallback, reserve_decode
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _denoise_here(models: EngineModels, video: Video, task: DenoiseTask) -> Tens
         with models.locks.if_idle(video.plan.vae.device) as idle:
             if idle:  # else a decode runs there, and shows that its memory is there
                 video.plan = reserve_decode(video.plan, video.request, models.memory, context)
-        fallback = DenoiseLadder(context, denoiser)
+        fallback = DenoiseFallback(context, denoiser)
         around = Surroundings(record, context, job.on_step, job.watch, fallback)
         denoising = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)
         latents = denoising()

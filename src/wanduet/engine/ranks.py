@@ -31,7 +31,7 @@ from wanduet.models.vae.rows import Rows
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import NO_JOB, Event, RunContext
-from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import add_up, look, reset
 from wanduet.runtime.release import trim_cache
@@ -216,14 +216,14 @@ class ShownSteps:
         self._pool.shutdown(wait=kind is None)
 
 
-def _agree(denoiser: Denoiser) -> None:
+def _agree(denoiser: LoadedTransformer) -> None:
     """Let all ranks attend with the same kernel, which each of them has chosen for itself."""
     assert denoiser.chosen is not None
     choice = denoiser.chosen[2]
     denoiser.attend_with(choose_together(all_gather_object((choice.name, choice.table)), denoiser.device))
 
 
-def _share(denoiser: Denoiser, mesh: Mesh, speeds: tuple[float, ...]) -> None:
+def _share(denoiser: LoadedTransformer, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     """Give the transformer its part of the sequence, the faster rank more of it; or of what all prompts have in common."""
     sharding: Sharding
     if mesh.layout.sequence > 1:

@@ -25,9 +25,9 @@ from wanduet.request import ResolvedRequest
 from wanduet.runtime import selftest
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
-from wanduet.runtime.denoiser import Denoiser
-from wanduet.runtime.gil import SHORT_TURNS, finish_unless
-from wanduet.runtime.leases import Locks
+from wanduet.runtime.gil import SHORT_SWITCHES, finish_unless
+from wanduet.runtime.leases import DeviceLeases
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.loading import Loading, Start, Targets
 from wanduet.runtime.random_weights import randomise
 from wanduet.runtime.release import release_memory, release_models
@@ -44,12 +44,12 @@ class TransformerHost:
     fails, where it is needed.
     """
 
-    def __init__(self, checkpoint: ModelCheckpoint, locks: Locks, vae: VAEHost) -> None:
+    def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost) -> None:
         self._checkpoint, self._locks, self._vae = checkpoint, locks, vae
         self._loading = Loading()
 
     @property
-    def loaded(self) -> Denoiser | None:
+    def loaded(self) -> LoadedTransformer | None:
         """The transformer, if it is loaded."""
         return self._loading.loaded
 
@@ -58,7 +58,7 @@ class TransformerHost:
         self._loading.begin(self._start(plan, request, context), context.id)
 
     @contextmanager
-    def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[Denoiser]:
+    def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[LoadedTransformer]:
         """The transformer, on its device for the length of the block, set up for the request's shapes.
 
         Raises WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
@@ -74,7 +74,7 @@ class TransformerHost:
                 context.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
             yield denoiser
 
-    def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Denoiser:
+    def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> LoadedTransformer:
         start, wanted = self._start(plan, request, context), plan.transformer
         kind = torch.device(wanted.device), getattr(torch, wanted.dtype)
         while ((have := self._loading.wait(start, context)).device, have.dtype) != kind:
@@ -93,7 +93,7 @@ class TransformerHost:
                 have.swap_out()
             release_memory()
 
-    def fit_to(self, denoiser: Denoiser, plan: TransformerPlan, request: ResolvedRequest) -> None:
+    def fit_to(self, denoiser: LoadedTransformer, plan: TransformerPlan, request: ResolvedRequest) -> None:
         """Kernels and attention for the request's length of sequence."""
         checkpoint, t = self._checkpoint, self._checkpoint.spec.transformer
         tokens = checkpoint.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
@@ -126,7 +126,7 @@ class TransformerHost:
         Imports come after the loading: most of what they do keeps the interpreter to itself.
         """
 
-        def start(pool: ThreadPoolExecutor) -> Future[Denoiser]:
+        def start(pool: ThreadPoolExecutor) -> Future[LoadedTransformer]:
             loaded = pool.submit(self.load, plan.transformer, context)
             fitted = pool.submit(self._fit, loaded, plan.transformer, request)
             # Not the futures: they hold the transformer, and the rest may take half a minute.
@@ -134,14 +134,14 @@ class TransformerHost:
             loaded.add_done_callback(lambda _: is_loaded.set())
             fitted.add_done_callback(lambda _: is_fitted.set())
             rest = pool.submit(self._prepare_rest, plan, request, context, (is_loaded, is_fitted))
-            SHORT_TURNS.begin()
-            rest.add_done_callback(lambda _: SHORT_TURNS.end())  # also if the engine is closed before it begins
+            SHORT_SWITCHES.begin()
+            rest.add_done_callback(lambda _: SHORT_SWITCHES.end())  # also if the engine is closed before it begins
             return fitted
 
         return start
 
     @torch.no_grad()
-    def load(self, plan: TransformerPlan, context: RunContext) -> Denoiser:
+    def load(self, plan: TransformerPlan, context: RunContext) -> LoadedTransformer:
         """The transformer as a plan wants it, not yet set up for a request's shapes.
 
         Raises WeightsError, OutOfMemoryError, or CancelledError if the engine is closed meanwhile.
@@ -160,7 +160,7 @@ class TransformerHost:
             hint="Other programs may use it: see nvidia-smi, free it or set --vram-limit, and try again.",
         )
 
-    def _read(self, plan: TransformerPlan) -> Denoiser:
+    def _read(self, plan: TransformerPlan) -> LoadedTransformer:
         checkpoint, spec = self._checkpoint, self._checkpoint.spec
         device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         checkpoint.limit_memory(device)
@@ -182,7 +182,7 @@ class TransformerHost:
         if checkpoint.folder is not None:
             self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
-        return Denoiser(transformer, device, dtype, resident, memory)
+        return LoadedTransformer(transformer, device, dtype, resident, memory)
 
     def _host_memory(self, plan: TransformerPlan) -> HostMemory:
         """Where blocks wait that are not on the device."""
@@ -194,7 +194,9 @@ class TransformerHost:
         if self._loading.stopped.is_set():
             raise CancelledError("The engine was closed while it loaded.")
 
-    def _fit(self, loaded: Future[Denoiser], plan: TransformerPlan, request: ResolvedRequest) -> Denoiser:
+    def _fit(
+        self, loaded: Future[LoadedTransformer], plan: TransformerPlan, request: ResolvedRequest
+    ) -> LoadedTransformer:
         denoiser, config = loaded.result(), self._checkpoint.config
         import_backends(denoiser.device, config.attention, config.data_folder / "kernels")
         with on_device_of(denoiser.device), suppress(Exception):

@@ -9,7 +9,7 @@ SECONDS = 5e-4
 POLL_SECONDS = 0.05
 
 
-class ShortTurns:
+class ShortSwitches:
     """Between `begin` and `end`, threads take turns at the interpreter ten times as often as Python has them do.
 
     Each call into PyTorch gives the interpreter away, and gets it back after another thread's turn. Beside an import or a
@@ -39,7 +39,7 @@ class ShortTurns:
                 sys.setswitchinterval(self._before)
 
 
-SHORT_TURNS = ShortTurns()
+SHORT_SWITCHES = ShortSwitches()
 
 
 def finish_unless(is_unwanted: Callable[[], bool], work: Callable[[], object]) -> bool:

@@ -12,7 +12,7 @@ _DEVICE_RANK = 2
 _RANKS = {GROUP: 0, VAE: 1, PLACE: 3}
 
 
-class Locks:
+class DeviceLeases:
     """A table of reentrant locks by name. A thread takes them in the order above; with two devices it waits for neither."""
 
     def __init__(self) -> None:

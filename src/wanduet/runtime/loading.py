@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from wanduet.errors import CancelledError
 from wanduet.runtime.context import RunContext
-from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.release import forget_traceback, release_models
 
-Start = Callable[[ThreadPoolExecutor], Future[Denoiser]]
+Start = Callable[[ThreadPoolExecutor], Future[LoadedTransformer]]
 """Starts a load in a pool of two threads."""
 
 # How often who waits for a load looks whether its job was cancelled, in seconds.
@@ -24,10 +24,10 @@ class Loading:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._load: Future[Denoiser] | None = None
+        self._load: Future[LoadedTransformer] | None = None
         self._begun_for = ""  # the job
         self._pool: ThreadPoolExecutor | None = None
-        self.loaded: Denoiser | None = None
+        self.loaded: LoadedTransformer | None = None
         self.stopped = Event()  # whoever loads looks at it now and then
 
     def begin(self, start: Start, job: str) -> None:
@@ -36,7 +36,7 @@ class Loading:
             if self.loaded is None:
                 self._begin(start, job)
 
-    def _begin(self, start: Start, job: str) -> Future[Denoiser]:
+    def _begin(self, start: Start, job: str) -> Future[LoadedTransformer]:
         if self.stopped.is_set():
             raise CancelledError("The engine is closed.")
         load = self._load
@@ -47,7 +47,7 @@ class Loading:
             self._begun_for = job
         return load
 
-    def wait(self, start: Start, context: RunContext) -> Denoiser:
+    def wait(self, start: Start, context: RunContext) -> LoadedTransformer:
         """The transformer: the one that is there, or what the load under way, or a new one, comes to.
 
         A job that is cancelled meanwhile stops to wait, and leaves the load to the next. Raises CancelledError, or what
@@ -105,7 +105,7 @@ class Loading:
         self._free()
 
 
-def _failed(load: Future[Denoiser]) -> bool:
+def _failed(load: Future[LoadedTransformer]) -> bool:
     return load.done() and (load.cancelled() or load.exception() is not None)
 
 

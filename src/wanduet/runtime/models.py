@@ -14,7 +14,7 @@ from wanduet.planning.plan import Plan, TextPlan
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
-from wanduet.runtime.leases import VAE, Locks
+from wanduet.runtime.leases import VAE, DeviceLeases
 from wanduet.runtime.peaks import PEAKS
 from wanduet.runtime.release import release_models
 from wanduet.runtime.text_host import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
@@ -29,7 +29,7 @@ class Models:
         """Loads nothing."""
         self.config = config
         self.checkpoint = ModelCheckpoint(config)
-        self.locks = Locks()
+        self.locks = DeviceLeases()
         self.peaks = PEAKS
         # The hosts refer to the checkpoint and not to this object: a circle would keep memory until Python collects it.
         self.vae = VAEHost(self.checkpoint, self.locks)

@@ -18,7 +18,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.runtime import selftest
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import NO_JOB, RunContext
-from wanduet.runtime.leases import PLACE, VAE, Locks
+from wanduet.runtime.leases import PLACE, VAE, DeviceLeases
 from wanduet.runtime.random_weights import randomise
 from wanduet.runtime.release import drop_memory, release_memory
 
@@ -26,7 +26,7 @@ from wanduet.runtime.release import drop_memory, release_memory
 class VAEHost:
     """Holds the VAE. Methods may be called from any thread, but for `unload`."""
 
-    def __init__(self, checkpoint: ModelCheckpoint, locks: Locks) -> None:
+    def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases) -> None:
         self._checkpoint, self._locks = checkpoint, locks
         self._vae: WanVAE | None = None
 

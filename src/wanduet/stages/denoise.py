@@ -25,7 +25,7 @@ from wanduet.models.dit.model import TextContext
 from wanduet.models.text.umt5 import pad_embeddings
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import Event, RunContext
-from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import OnStep, StepInfo, Watch, denoise
 from wanduet.sampling.guidance import NoGuidance, ParallelGuidance, SequentialGuidance, Velocity
@@ -71,7 +71,9 @@ TextPredictor = Predictor[TextContext]
 class TransformerPredictor:
     """One transformer, which remembers nothing. `forward` runs each forward, and may run it again with less memory."""
 
-    def __init__(self, denoiser: Denoiser, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]) -> None:
+    def __init__(
+        self, denoiser: LoadedTransformer, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]
+    ) -> None:
         """`latent_shape`: `(B, 16, T, h, w)`."""
         self._denoiser, self._forward = denoiser, forward
         self._rope = denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
@@ -109,7 +111,12 @@ class Denoising:
     """One denoise: its parts are made once, and may be run again after a setback."""
 
     def __init__(
-        self, task: DenoiseTask, spec: ModelSpec, denoiser: Denoiser, checkpoints: Checkpoints, around: Surroundings
+        self,
+        task: DenoiseTask,
+        spec: ModelSpec,
+        denoiser: LoadedTransformer,
+        checkpoints: Checkpoints,
+        around: Surroundings,
     ) -> None:
         self.task, self.denoiser, self.checkpoints, self.around = task, denoiser, checkpoints, around
         request = task.request

@@ -17,23 +17,23 @@ from wanduet.planning.plan import Plan, VAEPlan
 from wanduet.planning.planner import LATER_JOBS_SHARE
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
-from wanduet.runtime.denoiser import Denoiser
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.release import release_memory
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Before the last rung: another program may be about to give its memory back.
+# Before the last attempt: another program may be about to give its memory back.
 WAIT_SECONDS = 10.0
 SMALLER_DECODES = (Tiling("frame", 4), Tiling("strip", 4), Tiling("strip", 8), Tiling("strip", 16))
 
 
-class DenoiseLadder:
+class DenoiseFallback:
     """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. Where a kernel fails, its
     plain form takes over. No step is lost."""
 
-    def __init__(self, context: RunContext, denoiser: Denoiser) -> None:
+    def __init__(self, context: RunContext, denoiser: LoadedTransformer) -> None:
         self._context, self._denoiser = context, denoiser
         # Not a method's generator: that would refer to this object, and the model's memory would wait for Python's
         # collection of such circles.
@@ -68,7 +68,7 @@ class DenoiseLadder:
             self._context.note(f"denoise: {smaller}")
 
 
-def _smaller_denoises(context: RunContext, denoiser: Denoiser) -> Iterator[str]:
+def _smaller_denoises(context: RunContext, denoiser: LoadedTransformer) -> Iterator[str]:
     """Each is put in place when it is asked for."""
     yield "emptied cache"
     transformer = denoiser.transformer
@@ -110,7 +110,7 @@ def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, co
     for name, mode in decode_modes(plan.vae, context):
         context.check_cancelled()
         if name == "cpu":
-            break  # the decode's own ladder will end there if nothing changes
+            break  # the decode's own fallback ends there if nothing changes
         # With the VAE, which is loaded into it at the first job, and never more than planned: at later jobs the VAE and the
         # libraries' workspaces are there already.
         planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.prediction.devices if one.name == name)

@@ -27,7 +27,7 @@ from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.models import Models
 from wanduet.runtime.release import forget_traceback
 from wanduet.stages.denoise import Denoising
-from wanduet.stages.fallback import DenoiseLadder
+from wanduet.stages.fallback import DenoiseFallback
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 5}
 STRATEGIES = {
@@ -176,7 +176,7 @@ def test_memory_goes_even_where_somebody_holds_the_model(single, tmp_path) -> No
 def test_a_denoise_leaves_no_circle_of_references(single, tmp_path, monkeypatch) -> None:
     """Python would collect one when it has counted enough objects, whatever gigabytes hang on it."""
     seen: list[weakref.ref[Any]] = []
-    for kind in (Denoising, DenoiseLadder):
+    for kind in (Denoising, DenoiseFallback):
         whole = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, _w=whole: seen.append(weakref.ref(self)) or _w(self, *a))
     with Engine(single) as engine:
@@ -381,7 +381,7 @@ def test_a_device_that_fails_at_every_call_does_not_stop_a_close(single, tmp_pat
 
     engine = Engine(single)
     begin(engine, tmp_path / "a.mkv").result(60)
-    monkeypatch.setattr("wanduet.runtime.denoiser.Denoiser.free", fails)
+    monkeypatch.setattr("wanduet.runtime.loaded.LoadedTransformer.free", fails)
     monkeypatch.setattr("wanduet.runtime.models.release_models", fails)
     engine.close()
     assert engine.models.transformer.loaded is None

@@ -17,7 +17,7 @@ from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.context import NO_JOB, RunContext
 from wanduet.runtime.dit_host import TransformerHost
-from wanduet.runtime.leases import GROUP, PLACE, VAE, Locks
+from wanduet.runtime.leases import GROUP, PLACE, VAE, DeviceLeases
 from wanduet.runtime.models import Models
 from wanduet.weights.safetensors import TensorFiles
 
@@ -205,11 +205,11 @@ def test_a_load_for_another_precision_is_replaced(config, tmp_path) -> None:
     models.unload()
 
 
-# Locks.
+# DeviceLeases.
 
 
 def test_locks_are_taken_in_one_order() -> None:
-    locks = Locks()
+    locks = DeviceLeases()
     with locks.take(GROUP), locks.take(VAE), locks.take("cuda:0"), locks.take(PLACE), locks.take("cuda:0"):
         pass
     for first, second in (("cuda:0", VAE), ("cuda:0", "cuda:1"), (VAE, GROUP), (PLACE, "cpu")):

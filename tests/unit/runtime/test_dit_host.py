@@ -16,8 +16,8 @@ from wanduet.runtime import dit_host as module
 from wanduet.runtime import vae_host
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
-from wanduet.runtime.gil import SECONDS, SHORT_TURNS, ShortTurns
-from wanduet.runtime.leases import Locks
+from wanduet.runtime.gil import SECONDS, SHORT_SWITCHES, ShortSwitches
+from wanduet.runtime.leases import DeviceLeases
 
 DENOISER = SimpleNamespace(device=torch.device("cpu"))
 
@@ -127,7 +127,7 @@ def test_a_cancelled_job_does_not_wait_for_libraries_that_are_imported(
 
 
 def test_turns_are_short_until_the_last_has_ended() -> None:
-    before, turns = sys.getswitchinterval(), ShortTurns()
+    before, turns = sys.getswitchinterval(), ShortSwitches()
     turns.begin()
     turns.begin()
     turns.end()
@@ -140,16 +140,16 @@ def test_turns_that_are_shorter_already_stay(monkeypatch: pytest.MonkeyPatch) ->
     before = sys.getswitchinterval()
     try:
         sys.setswitchinterval(SECONDS / 5)
-        SHORT_TURNS.begin()
+        SHORT_SWITCHES.begin()
         assert sys.getswitchinterval() == pytest.approx(SECONDS / 5, rel=0.05)
-        SHORT_TURNS.end()
+        SHORT_SWITCHES.end()
         assert sys.getswitchinterval() == pytest.approx(SECONDS / 5, rel=0.05)
     finally:
         sys.setswitchinterval(before)
 
 
 def test_a_program_s_own_setting_of_meanwhile_is_kept() -> None:
-    before, turns = sys.getswitchinterval(), ShortTurns()
+    before, turns = sys.getswitchinterval(), ShortSwitches()
     try:
         turns.begin()
         sys.setswitchinterval(0.02)
@@ -170,7 +170,7 @@ def test_turns_end_also_where_nothing_could_begin(models: Recorder) -> None:
 def test_tiles_that_are_remembered_are_compiled_and_none_is_measured_beside_the_denoise(monkeypatch) -> None:
     seen: list[object] = []
     checkpoint: Any = SimpleNamespace(spec=SimpleNamespace(vae=None))
-    host = vae_host.VAEHost(checkpoint, Locks())
+    host = vae_host.VAEHost(checkpoint, DeviceLeases())
     plan: Any = SimpleNamespace(device="cuda:0", dtype="float32", tf32=True, tiling="any")
     monkeypatch.setattr(host, "choose_tiles", lambda *args, may_measure: seen.append((*args, may_measure)))
     monkeypatch.setattr(vae_host, "vae_kernels_to_compile", lambda *_: "kernels")

@@ -17,7 +17,7 @@ from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime import dit_host, vae_host
 from wanduet.runtime.context import NO_JOB
-from wanduet.runtime.denoiser import SWAPPED_OUT
+from wanduet.runtime.loaded import SWAPPED_OUT
 from wanduet.runtime.models import Models
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from wanduet.errors import CancelledError
 from wanduet.models.dit.model import TextContext
 from wanduet.runtime.context import NO_JOB
-from wanduet.runtime.denoiser import SWAPPED_OUT, Denoiser
+from wanduet.runtime.loaded import SWAPPED_OUT, LoadedTransformer
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
-from wanduet.stages.fallback import DenoiseLadder
+from wanduet.stages.fallback import DenoiseFallback
 
 if TYPE_CHECKING:
     from wanduet.doors.python.pipeline import WanPipeline
@@ -63,7 +63,7 @@ class PipelineLoop:
     def __init__(
         self,
         pipe: "WanPipeline",
-        denoiser: Denoiser,
+        denoiser: LoadedTransformer,
         embeds: tuple[Tensor, Tensor | None],
         after: CallbackSettings,
     ) -> None:
@@ -74,7 +74,7 @@ class PipelineLoop:
         self.embeds: dict[str, Tensor | None] = dict(
             zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
         )
-        self.ladder = DenoiseLadder(NO_JOB, denoiser)
+        self.fallback = DenoiseFallback(NO_JOB, denoiser)
         self.scale = pipe.guidance_scale  # of the call; a callback can switch guidance off, not change it
         self._known: dict[str, _Known] = {}
         self._step = 0
@@ -126,7 +126,7 @@ class PipelineLoop:
         parts = []
         for index, one in enumerate(x.split(1)):
             own = text if isinstance(text, TextContext) else text[index : index + 1]
-            parts.append(self.ladder(partial(self.denoiser.transformer, one, times, own, self.rope)))
+            parts.append(self.fallback(partial(self.denoiser.transformer, one, times, own, self.rope)))
         return torch.cat(parts)
 
     def _text(self, name: str) -> Text | None:
@@ -137,7 +137,7 @@ class PipelineLoop:
             return embeds
         known = self._known.get(name)
         if known is None or (self.after.on_step_end is not None and not torch.equal(known.embeds, embeds)):
-            known = _Known(embeds.clone(), self.ladder(lambda: self.denoiser.transformer.prepare_text(embeds)))
+            known = _Known(embeds.clone(), self.fallback(lambda: self.denoiser.transformer.prepare_text(embeds)))
             self._known[name] = known
         return known.context
 

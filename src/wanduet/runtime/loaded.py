@@ -18,7 +18,7 @@ SWAPPED_OUT = -1  # resident blocks of a transformer that made room
 
 
 @dataclass(slots=True)
-class Denoiser:
+class LoadedTransformer:
     """The loaded transformer, and the plan's part that decided how it was loaded."""
 
     transformer: WanTransformer
