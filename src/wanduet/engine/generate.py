@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,34 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanduet.distributed.launch import RankFailedError
 from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, Video, VideoResult
 from wanduet.engine.record import made_alike, provenance_of, video_digest
+from wanduet.engine.strategies import checkpoints_of, strategy_of
 from wanduet.errors import (
-    CancelledError,
-    ConfigError,
-    NonFiniteFramesError,
-    OutOfMemoryError,
     OutputError,
 )
 from wanduet.family.specs import ModelSpec
-from wanduet.media.files import UnreadableFileError, atomic_output
+from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import Event
-from wanduet.sampling.checkpoint import Checkpoints
-from wanduet.stages.decode import decode
-from wanduet.stages.denoise import Conditioning, DenoiseTask, Denoising, Surroundings
-from wanduet.stages.fallback import DenoiseFallback, reserve_decode
+from wanduet.stages.denoise import Conditioning, DenoiseTask
 
 log = logging.getLogger(__name__)
 
 # A video at quality 75 takes about a tenth of a bit for each pixel and frame; this is safely above.
 BYTES_PER_PIXEL_FRAME = 0.25
-GROUP_ATTEMPTS = 3  # how often a group of ranks is started for one video
 
 
 def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
@@ -86,11 +77,10 @@ def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning
     if video.job.output.resume and (latents := _kept_latents(models, video)) is not None:
         return latents
     task = _task(models, video, conditioning)
-    checkpoints = _checkpoints(models, task)
+    checkpoints = checkpoints_of(models, task)
     if task.resume:
         checkpoints.adopt()
-    on_ranks = video.plan.strategy == "parallel"
-    latents = _denoise_on_ranks(models, video, task) if on_ranks else _denoise_here(models, video, task)
+    latents = strategy_of(models, video).denoise(video, task)
     about = provenance_of(models, video) | {"digest": video_digest(models, video)}
     try:
         save_latents(video.latents_path, latents, about)
@@ -118,55 +108,9 @@ def _task(models: EngineModels, video: Video, conditioning: Conditioning) -> Den
     )
 
 
-def _denoise_here(models: EngineModels, video: Video, task: DenoiseTask) -> Tensor:
-    job = video.job
-    record, context = video.record, video.context
-    with models.transformer.use(video.plan, video.request, context) as denoiser, context.timed("denoise_s"):
-        with models.locks.if_idle(video.plan.vae.device) as idle:
-            if idle:  # else a decode runs there, and shows that its memory is there
-                video.plan = reserve_decode(video.plan, video.request, models.memory, context)
-        fallback = DenoiseFallback(context, denoiser)
-        around = Surroundings(record, context, job.on_step, job.watch, fallback)
-        denoising = Denoising(task, models.spec, denoiser, _checkpoints(models, task), around)
-        latents = denoising()
-        record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
-    context.add_time("denoise_s", denoising.seconds_of_others)
-    return latents
-
-
-def _denoise_on_ranks(models: EngineModels, video: Video, task: DenoiseTask) -> Tensor:
-    """By the group; one that falls is started again and goes on from the last checkpoint."""
-    job = video.job
-    if job.on_step is not None:
-        raise ConfigError("A step callback cannot be used with --strategy parallel.", hint="Use single or placed.")
-    for attempt in range(GROUP_ATTEMPTS):
-        try:
-            with models.group(video.plan, video.request) as group, video.context.timed("denoise_s"):
-                return group.denoise(video, task)
-        except RankFailedError as error:
-            problem = error
-        job.check_cancelled()  # whoever cancelled does not wait for another group
-        if job.fallback is not None and not _checkpoints(models, task).load(own_only=not task.resume):
-            break  # it never got going; no use to wait for its timeout again
-        if attempt < GROUP_ATTEMPTS - 1:
-            log.warning("%s Starting the group again.", problem.message)
-            video.record.note(f"denoise: group started again ({problem.message})")
-    if job.fallback is None:
-        raise problem
-    log.warning("%s Going on without a group.", problem.message)
-    video.record.note(f"denoise: without a group ({problem.message})")
-    video.plan = job.fallback
-    return _denoise_here(models, video, replace(task, digest=video_digest(models, video)))
-
-
-def _checkpoints(models: EngineModels, task: DenoiseTask) -> Checkpoints:
-    return Checkpoints(models.config.data_folder / "checkpoints", task.digest, atomic_output, task.writer)
-
-
 def decode_video(models: EngineModels, video: Video, latents: Tensor) -> VideoResult:
     """Latents to a finished video file. Running out of memory makes it smaller and slower, not lost."""
-    shared = _decode_on_ranks(models, video, latents) if video.plan.strategy == "parallel" else None
-    written, provenance = shared or _decode_here(models, video, latents)
+    written, provenance = strategy_of(models, video).decode(video, latents, partial(_write, models, video))
     kept = video.latents_path if video.job.output.save_latents else None
     if kept is None:
         with suppress(OSError):
@@ -175,36 +119,6 @@ def decode_video(models: EngineModels, video: Video, latents: Tensor) -> VideoRe
 
 
 Written = tuple[WrittenVideo, dict[str, Any]]
-
-
-def _decode_here(models: EngineModels, video: Video, latents: Tensor) -> Written:
-    kept = f"The latents are kept: wanduet decode {video.latents_path}"
-    try:
-        sink = partial(_write, models, video)
-        return decode(models, video.plan, latents, sink, video.record, video.context)
-    except NonFiniteFramesError as error:
-        error.hint = f"{kept} --vae-dtype float32"
-        raise
-    except OutOfMemoryError as error:
-        error.hint = kept
-        raise
-
-
-def _decode_on_ranks(models: EngineModels, video: Video, latents: Tensor) -> Written | None:
-    """Each rank a strip of rows; None if the group failed, for then one device must do it."""
-    try:
-        with models.group(video.plan, video.request) as group:
-            try:
-                return _write(models, video, group.decode(video, latents))
-            except CancelledError:
-                models.close_group()  # its ranks decode on
-                raise
-    except RankFailedError as error:
-        problem = error
-    video.job.check_cancelled()
-    log.warning("%s Decoding on one device.", problem.message)
-    video.record.note(f"decode: on one device ({problem.message})")
-    return None
 
 
 def _write(models: EngineModels, video: Video, frames: Iterator[NDArray[np.uint8]]) -> Written:

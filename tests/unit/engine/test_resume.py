@@ -335,7 +335,7 @@ class EverySecondStep:
 
 def test_a_predictor_that_remembers_goes_on_from_a_checkpoint_to_the_same_latents(run, monkeypatch) -> None:
     plain = frames(run("plain", save_latents=True))
-    monkeypatch.setattr(generate, "Surroundings", partial(Surroundings, wrap=EverySecondStep))
+    monkeypatch.setattr("wanduet.engine.strategies.Surroundings", partial(Surroundings, wrap=EverySecondStep))
     whole = frames(run("whole", save_latents=True))
     assert whole != plain
 

@@ -1,0 +1,127 @@
+"""How a plan's strategy makes a video: on this process's devices, or by a group of ranks that falls back to them."""
+
+import logging
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from wanduet.distributed.launch import RankFailedError
+from wanduet.engine.group import EngineModels
+from wanduet.engine.job import Video
+from wanduet.engine.record import video_digest
+from wanduet.errors import CancelledError, ConfigError, NonFiniteFramesError, OutOfMemoryError
+from wanduet.media.files import atomic_output
+from wanduet.sampling.checkpoint import Checkpoints
+from wanduet.stages.decode import Sink, decode
+from wanduet.stages.denoise import DenoiseTask, Denoising, Surroundings
+from wanduet.stages.fallback import DenoiseFallback, reserve_decode
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+GROUP_ATTEMPTS = 3  # how often a group of ranks is started for one video
+
+
+class Strategy(Protocol):
+    """Makes one video; what did not go as planned is in the video's record and plan afterwards."""
+
+    def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
+        """Latents `[16, T, h, w]` float32 on the host.
+
+        Raises CancelledError, NonFiniteLatentsError, OutOfMemoryError, WeightsError, RankFailedError.
+        """
+
+    def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
+        """What the sink makes of the latents' frames. Raises CancelledError, NonFiniteFramesError, OutOfMemoryError."""
+
+
+class LocalStrategy:
+    """One video on the devices of this process: `single` and `placed`."""
+
+    def __init__(self, models: EngineModels) -> None:
+        self._models = models
+
+    def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
+        """See Strategy."""
+        models, job, record, context = self._models, video.job, video.record, video.context
+        with models.transformer.use(video.plan, video.request, context) as denoiser, context.timed("denoise_s"):
+            with models.locks.if_idle(video.plan.vae.device) as idle:
+                if idle:  # else a decode runs there, and shows that its memory is there
+                    video.plan = reserve_decode(video.plan, video.request, models.memory, context)
+            around = Surroundings(record, context, job.on_step, job.watch, DenoiseFallback(context, denoiser))
+            denoising = Denoising(task, models.spec, denoiser, checkpoints_of(models, task), around)
+            latents = denoising()
+            record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
+        context.add_time("denoise_s", denoising.seconds_of_others)
+        return latents
+
+    def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
+        """See Strategy."""
+        kept = f"The latents are kept: wanduet decode {video.latents_path}"
+        try:
+            return decode(self._models, video.plan, latents, sink, video.record, video.context)
+        except NonFiniteFramesError as error:
+            error.hint = f"{kept} --vae-dtype float32"
+            raise
+        except OutOfMemoryError as error:
+            error.hint = kept
+            raise
+
+
+class GroupStrategy:
+    """One video on a group of ranks: `parallel`. Where the group fails, this process goes on, if the plan was the engine's
+    own idea; a decode always does."""
+
+    def __init__(self, models: EngineModels) -> None:
+        self._models, self._local = models, LocalStrategy(models)
+
+    def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
+        """See Strategy. A group that fails is started again, and goes on from the last checkpoint."""
+        models, job = self._models, video.job
+        if job.on_step is not None:
+            raise ConfigError("A step callback cannot be used with --strategy parallel.", hint="Use single or placed.")
+        for attempt in range(GROUP_ATTEMPTS):
+            try:
+                with models.group(video.plan, video.request) as group, video.context.timed("denoise_s"):
+                    return group.denoise(video, task)
+            except RankFailedError as error:
+                problem = error
+            job.check_cancelled()  # whoever cancelled does not wait for another group
+            if job.fallback is not None and not checkpoints_of(models, task).load(own_only=not task.resume):
+                break  # it never got going; no use to wait for its timeout again
+            if attempt < GROUP_ATTEMPTS - 1:
+                log.warning("%s Starting the group again.", problem.message)
+                video.record.note(f"denoise: group started again ({problem.message})")
+        if job.fallback is None:
+            raise problem
+        log.warning("%s Going on without a group.", problem.message)
+        video.record.note(f"denoise: without a group ({problem.message})")
+        video.plan = job.fallback
+        return self._local.denoise(video, replace(task, digest=video_digest(models, video)))
+
+    def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
+        """See Strategy. Each rank decodes some rows; one device does it all where the group fails."""
+        try:
+            with self._models.group(video.plan, video.request) as group:
+                try:
+                    return sink(group.decode(video, latents))
+                except CancelledError:
+                    self._models.close_group()  # its ranks decode on
+                    raise
+        except RankFailedError as error:
+            problem = error
+        video.job.check_cancelled()
+        log.warning("%s Decoding on one device.", problem.message)
+        video.record.note(f"decode: on one device ({problem.message})")
+        return self._local.decode(video, latents, sink)
+
+
+def strategy_of(models: EngineModels, video: Video) -> Strategy:
+    """What a video's plan asks for."""
+    return GroupStrategy(models) if video.plan.strategy == "parallel" else LocalStrategy(models)
+
+
+def checkpoints_of(models: EngineModels, task: DenoiseTask) -> Checkpoints:
+    """Where a denoise keeps its checkpoints."""
+    return Checkpoints(models.config.data_folder / "checkpoints", task.digest, atomic_output, task.writer)
