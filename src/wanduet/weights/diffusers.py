@@ -22,6 +22,7 @@ from wanduet.family.specs import (
 )
 from wanduet.untrusted import cut, parse_json, read_file
 from wanduet.weights.safetensors import TensorFiles, check_pointer
+from wanduet.weights.source import WeightSource
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 # Classes that hold what wanduet runs, as `_class_name` (diffusers) or `architectures` (transformers) says.
@@ -105,12 +106,12 @@ class ModelFolder:
         return spec
 
     @cached_property
-    def transformer(self) -> TensorFiles:
+    def transformer(self) -> WeightSource:
         """The transformer's tensors."""
         return self._files("transformer")
 
     @cached_property
-    def vae(self) -> TensorFiles:
+    def vae(self) -> WeightSource:
         """The VAE's tensors."""
         return self._files("vae")
 

@@ -8,8 +8,7 @@ what is asked for, whatever the files hold.
 import hashlib
 import math
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular, read_safetensors_header
+from wanduet.weights.source import HINT, TensorInfo, WeightSource, some_of
 
 if TYPE_CHECKING:  # configs and headers are read, and refused, before torch is imported
     import torch
@@ -38,34 +38,19 @@ SAMPLES = 16
 MAPPED_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header says of a tensor; `dtype` as safetensors names it (`F32`, `BF16`)."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    num_bytes: int = 0
-
-
-class TensorFiles:
+class TensorFiles(WeightSource):
     """The tensors of a component, over one or several files."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         """`name` is the component's, for messages. Raises WeightsError for a damaged or truncated file."""
-        self.name, self.paths = name, tuple(paths)
-        self.tensors: dict[str, TensorInfo] = {}
+        super().__init__(name)
+        self.paths = tuple(paths)
         for path in self.paths:
             found = _tensors_of(path)
             if twice := sorted(set(found) & set(self.tensors)):
                 files = f"{self.tensors[twice[0]].file} and {path}"
-                raise WeightsError(f"The {name}'s {_some(twice)} stand in two files: {files}.", hint=_HINT)
+                raise WeightsError(f"The {name}'s {some_of(twice)} stand in two files: {files}.", hint=HINT)
             self.tensors.update(found)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by name."""
-        return {name: info.shape for name, info in self.tensors.items()}
 
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
         """The named tensors, file by file, memory-mapped. Raises WeightsError."""
@@ -79,7 +64,7 @@ class TensorFiles:
                         for name in portion:
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
-                raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=_HINT) from error
+                raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
 
     def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
         """The names in runs that are mapped at a time: together no more than `MAPPED_BYTES`, or one alone."""
@@ -94,16 +79,11 @@ class TensorFiles:
             mapped += size
         yield portion
 
-    def read(self, names: Collection[str], dtype: "torch.dtype") -> "dict[str, Tensor]":
-        """Copies of the named tensors in `dtype`; nothing stays mapped. Raises WeightsError for a missing one."""
-        self._require(names)
-        return {name: tensor.to(dtype, copy=True) for name, tensor in self.iterate(names)}
-
     def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
         """Some rows of a matrix, without reading the others. Raises WeightsError."""
         import torch
 
-        self._require([name])
+        self.require([name])
         count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
         if not all(0 <= row < count for row in rows):  # a slice beyond the end would be empty, not an error
             raise WeightsError(
@@ -115,42 +95,7 @@ class TensorFiles:
                 # Not `get_slice`: each slice of its costs some bytes for good (safetensors 0.8). This is mapped too.
                 return file.get_tensor(name)[torch.tensor(rows, dtype=torch.long)].to(dtype)
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
-            raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=_HINT) from error
-
-    def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:
-        """Fill tensors that have their memory already, one by one; dtype and device are the targets'.
-
-        Raises WeightsError if `check` does.
-        """
-        import torch
-
-        self.check({name: tuple(target.shape) for name, target in targets.items()}, ignore)
-        with torch.no_grad():
-            for name, tensor in self.iterate(targets):
-                targets[name].copy_(tensor)
-
-    def check(self, shapes: "Mapping[str, tuple[int, ...]]", ignore: Collection[str] = ()) -> None:
-        """Compare with the shapes that a model needs, from the headers alone.
-
-        Names must match exactly, but for those in `ignore`. Raises WeightsError that names what is missing,
-        surplus, of another shape, or whole numbers: a quantised checkpoint's, which mean nothing by themselves.
-        """
-        missing = sorted(set(shapes) - set(self.tensors))
-        surplus = sorted(set(self.tensors) - set(shapes) - set(ignore))
-        wrong = [n for n, shape in shapes.items() if n in self.tensors and shape != self.tensors[n].shape]
-        whole = sorted(n for n in shapes if n in self.tensors and self.tensors[n].dtype.startswith(("I", "U", "BOOL")))
-        problems = [
-            f"{label}: {_some(names)}"
-            for label, names in (
-                ("missing", missing),
-                ("not known", surplus),
-                ("of another shape", wrong),
-                ("whole numbers", whole),
-            )
-            if names
-        ]
-        if problems:
-            raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
+            raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=HINT) from error
 
     def fingerprint(self) -> str:
         """A digest of every header and of samples of the data; reads a few MiB whatever the files' size."""
@@ -165,14 +110,6 @@ class TensorFiles:
                     file.seek(8 + length + (size - 8 - length) * sample // SAMPLES)
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
-
-    def _require(self, names: Collection[str]) -> None:
-        missing = sorted(set(names) - set(self.tensors))
-        if missing:
-            raise WeightsError(f"The {self.name}'s files lack {_some(missing)}.", hint=_HINT)
-
-
-_HINT = "Fetch the model again with `wanduet download`."
 
 
 _POINTER = b"version https://git-lfs"
@@ -218,12 +155,12 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
             places.append((begin, end, name))
         last = _require_side_by_side(places)
     except OSError as error:
-        raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=_HINT) from error
+        raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=HINT) from error
     except (ValueError, LookupError, TypeError, struct.error) as error:
-        raise WeightsError(f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=_HINT) from error
+        raise WeightsError(f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=HINT) from error
     end = 8 + length + last
     if size != end:
-        raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=_HINT)
+        raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=HINT)
     return tensors
 
 
@@ -248,8 +185,3 @@ def _require_side_by_side(places: list[tuple[int, int, str]]) -> int:
             raise ValueError(f"{cut(name)} overlaps another tensor, or there is a gap before it")
         last = end
     return last
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(cut(name) for name in names[:most]) + more

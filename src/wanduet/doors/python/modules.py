@@ -20,7 +20,7 @@ from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.weights.diffusers import ModelFolder, check_consistent
-from wanduet.weights.safetensors import TensorFiles, TensorInfo
+from wanduet.weights.source import TensorInfo, WeightSource
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 MERGE_LORA = (
@@ -87,11 +87,11 @@ def stamp(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class ModuleTensors(TensorFiles):
+class ModuleTensors(WeightSource):
     """A module's tensors in place of those of a component's files."""
 
     def __init__(self, kind: str, module: nn.Module) -> None:
-        super().__init__(kind, ())
+        super().__init__(kind)
         self._module = module
         self.tensors = {
             name: TensorInfo(Path(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.").upper())
