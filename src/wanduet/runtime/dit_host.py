@@ -9,10 +9,10 @@ from functools import partial
 from threading import Event
 
 import torch
+from torch import nn
 
 from wanduet.accelerate.host_memory import HostMemory
-from wanduet.accelerate.offload import allocate_streamed, stream_blocks
-from wanduet.accelerate.packing import allocate_packed
+from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
@@ -164,25 +164,23 @@ class TransformerHost:
         checkpoint, spec = self._checkpoint, self._checkpoint.spec
         device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         checkpoint.limit_memory(device)
-        resident, memory = plan.resident_blocks, self._host_memory(plan)
         with meta_init():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
-        if resident == spec.transformer.num_layers:
-            allocate_packed(transformer, device, dtype)
-        else:
-            allocate_streamed(transformer, device, dtype, resident, memory)
-        parameters = dict(transformer.named_parameters())
+        context = LoadContext(device, dtype, plan.resident_blocks, self._host_memory(plan), self._fill)
+        run_passes(transformer, context)
+        if checkpoint.folder is not None:
+            self._check_open()
+            selftest.check_transformer(transformer, spec.text_len)
+        return LoadedTransformer(transformer, device, dtype, plan.resident_blocks, context.memory)
+
+    def _fill(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Write the checkpoint's weights, or random ones, into parameters."""
+        checkpoint = self._checkpoint
         if checkpoint.folder is None:
             randomise(parameters)
         else:
             checkpoint.verify()
             checkpoint.folder.transformer.load_into(Targets(parameters, self._check_open))
-        if resident < spec.transformer.num_layers:
-            stream_blocks(transformer, device, resident, memory)
-        if checkpoint.folder is not None:
-            self._check_open()
-            selftest.check_transformer(transformer, spec.text_len)
-        return LoadedTransformer(transformer, device, dtype, resident, memory)
 
     def _host_memory(self, plan: TransformerPlan) -> HostMemory:
         """Where blocks wait that are not on the device."""

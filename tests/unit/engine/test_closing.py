@@ -26,7 +26,7 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.models import Models
 from wanduet.runtime.release import forget_traceback
-from wanduet.stages.denoise import Denoising
+from wanduet.stages.denoise import Denoising, TransformerPredictor
 from wanduet.stages.fallback import DenoiseFallback
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 5}
@@ -123,7 +123,7 @@ def fail_in_decode(monkeypatch) -> None:
 
 
 def fail_with_a_cause(monkeypatch) -> None:
-    whole = Denoising._predict
+    whole = TransformerPredictor.__call__
 
     def broken(self, latents, *rest):
         try:
@@ -132,7 +132,7 @@ def fail_with_a_cause(monkeypatch) -> None:
         except ValueError as error:
             raise NonFiniteLatentsError(0) from error
 
-    monkeypatch.setattr(Denoising, "_predict", broken)
+    monkeypatch.setattr(TransformerPredictor, "__call__", broken)
 
 
 @pytest.mark.parametrize("fail", [fail_in_decode, fail_with_a_cause])
