@@ -29,7 +29,7 @@ cluster_app = App(name="cluster", help="List and manage the machines of a cluste
 @Parameter(name="*", group=CLUSTER)
 @dataclass(frozen=True, slots=True)
 class ClusterFlags:
-    """Where workers run, and how many."""
+    """Flags of a cluster: where workers run, and how many."""
 
     cluster: Annotated[
         str | None, Parameter(help="Run workers on Ray: auto, HOST:PORT or ray://HOST:PORT. Needs PostgreSQL.")

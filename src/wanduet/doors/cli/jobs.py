@@ -36,7 +36,7 @@ keys_app = App(name="keys", help="Manage the API keys of the server.")
 @Parameter(name="*", group=SERVER)
 @dataclass(frozen=True, slots=True)
 class ServerFlags:
-    """How the server listens and what it takes."""
+    """Flags of the server: its address, limits and storage."""
 
     host: Annotated[
         str, Parameter(help="Address to listen on. Any but this machine's own needs a key: wanduet keys add.")

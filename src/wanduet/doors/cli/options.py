@@ -29,7 +29,7 @@ VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
 # A distinct object with the default's value, to detect whether the user named the default model.
-_NOBODYS_MODEL = "".join(list(DEFAULT_MODEL))
+_UNSET_MODEL = "".join(list(DEFAULT_MODEL))
 
 
 class Settings(Toml):
@@ -88,7 +88,7 @@ _SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _video_flags() -> Iterator[tuple[str, Any, None]]:
-    """Yield name, type and default (None) of flags: one for each field of a request except the prompt, and alternatives."""
+    """Yield name, type and default (None) of a video's flags: for each field except the prompt, and alternatives."""
     for name, field in REQUEST_FIELDS.items():
         if not field.is_required:
             converter = whole if field.kind is int else None
@@ -99,7 +99,7 @@ def _video_flags() -> Iterator[tuple[str, Any, None]]:
 
 @Parameter(name="*", group=VIDEO)
 class VideoFlags(make_dataclass("VideoFlags", _video_flags(), frozen=True, slots=True)):  # type: ignore[misc]
-    """What the video shows. Each field is None where nobody has set it."""
+    """Flags of the video. A field is None unless it is set."""
 
     __slots__ = ()
 
@@ -138,7 +138,7 @@ def typed_request(**values: Any) -> GenerationRequest:
 @Parameter(name="*", group=ENGINE)
 @dataclass(frozen=True, slots=True)
 class EngineFlags:
-    """How it is made."""
+    """Flags of the engine: model, devices, memory, precision and the like."""
 
     model: Annotated[
         str,
@@ -146,7 +146,7 @@ class EngineFlags:
             name=["--model", "--model-path"],
             help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, or `random:1.3b`.",
         ),
-    ] = _NOBODYS_MODEL
+    ] = _UNSET_MODEL
     revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None
     strategy: Annotated[
         Strategy,
@@ -184,7 +184,7 @@ class EngineFlags:
     @property
     def names_model(self) -> bool:
         """Whether the user named a model, even if it is the default."""
-        return self.model is not _NOBODYS_MODEL
+        return self.model is not _UNSET_MODEL
 
     def config(self) -> EngineConfig:
         """Return the engine's settings. Raises ConfigError."""

@@ -95,8 +95,8 @@ def _database_error(error: Exception) -> str | None:
     known = sys.modules.get("sqlalchemy.exc")  # if not imported, this cannot be a database error
     if known is None or not isinstance(error, known.SQLAlchemyError):
         return None
-    said = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
-    return said[0].rstrip(".")
+    message_lines = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
+    return message_lines[0].rstrip(".")
 
 
 def _fail(message: str, code: str, stops: StopSignals, field: str | None = None) -> None:

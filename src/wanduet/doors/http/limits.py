@@ -21,14 +21,14 @@ MAX_PAGE_BYTES = 2**18  # Gradio takes a hundred times as long to parse a body a
 MAX_LOGIN_BYTES = 2**13
 MAX_BYTES_AT_ONCE = 2**26  # total of all bodies in memory
 MAX_UPLOADS_AT_ONCE = 2**29  # total bytes of all uploads in the temporary folder
-MIN_RATE = 2**14  # bytes a second: a body that arrives at this rate is not timed out before LONGEST_BODY_SECONDS
+MIN_RATE = 2**14  # bytes a second: a body at this rate times out only after LONGEST_BODY_SECONDS
 LONGEST_BODY_SECONDS = 600.0
 DRAIN_BODY_SECONDS = 5.0  # while draining, later bodies are refused: the server is about to end
 LINGER_SECONDS = 2.0
 BUSY_RETRY_SECONDS = 5
 DRAIN_RETRY_SECONDS = 15
 ALWAYS_ANSWERED = "/health"  # exempt from the limit: it costs nothing and shows that an overloaded server is alive
-_LOOK_SECONDS = 0.5  # how often a waiting body checks whether the server is draining
+_POLL_SECONDS = 0.5  # how often a waiting body checks whether the server is draining
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +163,16 @@ class _Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held = 0
+        self._counted = 0
 
     def take(self, size: int) -> None:
         """Raises ApiError (503)."""
-        if self._held + size > self._limit:
+        if self._counted + size > self._limit:
             raise unavailable("overloaded", "Too much is being sent to this server just now.", BUSY_RETRY_SECONDS)
-        self._held += size
+        self._counted += size
 
     def give(self, size: int) -> None:
-        self._held -= size
+        self._counted -= size
 
 
 class _Body:
@@ -189,7 +189,7 @@ class _Body:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._drain_began: float | None = None
-        self._seen = self._held = 0
+        self._seen = self._counted = 0
         self._complete = False
         self.error: ApiError | None = None
 
@@ -209,8 +209,8 @@ class _Body:
 
     def forget(self) -> None:
         """Release the body's bytes from the budget."""
-        self._budget.give(self._held)
-        self._held = 0
+        self._budget.give(self._counted)
+        self._counted = 0
 
     def _count(self, message: Message) -> None:
         size = len(message.get("body", b""))
@@ -218,14 +218,14 @@ class _Body:
         if self._seen > self._limit:
             raise _too_long(self._limit)
         self._budget.take(size)
-        self._held += size
+        self._counted += size
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
 
     async def _next(self) -> Message:
         while True:
             left = self._seconds_left()
             try:
-                async with asyncio.timeout(min(left, _LOOK_SECONDS)):
+                async with asyncio.timeout(min(left, _POLL_SECONDS)):
                     return await self._receive()
             except TimeoutError:
                 continue

@@ -33,7 +33,7 @@ from wanduet.jobs.library_logs import RateLimit
 Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for responses in progress, and again for the worker
 BACKLOG = 2048  # connections that the system queues before they are accepted
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.05
 _CROWD_GRACE_SECONDS = 0.001  # while others wait to be accepted: data sent with the connection has arrived by then
 _PAUSE_SECONDS = 0.02
@@ -209,7 +209,7 @@ class Server(uvicorn.Server):
     async def _watch(self) -> None:
         """Close connections that exceed a timeout."""
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             for connection in self._connections():
                 try:
                     if connection.is_overdue(self._context.settings):

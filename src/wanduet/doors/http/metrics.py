@@ -78,11 +78,11 @@ class ServerMetrics:
     def show(self, owner: str | None) -> bytes:
         """Return an owner's metrics, or all of them (None), in Prometheus's text format."""
         counts = self._of(owner)[-1]
-        asked = CollectorRegistry()
-        asked.register(_StoreCollector(self._store, owner))
+        current = CollectorRegistry()
+        current.register(_StoreCollector(self._store, owner))
         if owner is None and self._worker is not None:
-            asked.register(_WorkerCollector(self._worker))
-        return generate_latest(counts.registry) + generate_latest(asked)
+            current.register(_WorkerCollector(self._worker))
+        return generate_latest(counts.registry) + generate_latest(current)
 
     def _of(self, owner: str | None) -> tuple[Counts, ...]:
         if owner is None or owner == LOCAL_OWNER:

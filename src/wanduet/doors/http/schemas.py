@@ -44,7 +44,7 @@ class RequestLimits:
 
 
 class _ProtocolFields(BaseModel):
-    """What the protocol itself has."""
+    """The fields of a submission that are the protocol's own."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -135,8 +135,8 @@ def _add_service_routes(app: FastAPI) -> None:
             if not context.worker_ready():
                 status, reason = "no worker", context.worker.trouble if context.worker is not None else None
                 reason = None if reason is None else public_text(reason)
-        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
-        return JSONResponse(told, 200 if status == "ready" else 503)
+        content = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(content, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses=refused)
     def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:

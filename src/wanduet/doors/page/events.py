@@ -48,8 +48,8 @@ class PageEvents:
 
     def choose(self, pages: int, event: gr.EventData) -> list[Any]:
         """Handle a click on a card, or on the button for older ones."""
-        told = _told_by(event)
-        return [gr.skip(), pages + 1] if told.get("older") else [str(told.get("id")), gr.skip()]
+        data = _event_data(event)
+        return [gr.skip(), pages + 1] if data.get("older") else [str(data.get("id")), gr.skip()]
 
     def stop(self, chosen: str | None, request: gr.Request) -> None:
         """Cancel the displayed job."""
@@ -91,16 +91,16 @@ class PageEvents:
 
     def restore(self, event: gr.EventData) -> list[Any]:
         """Fill the form from the video that was chosen or dropped, which the server has read."""
-        told = _told_by(event)
-        if not isinstance(told.get("form"), dict):
-            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(told.get("error", "")), "bad")]
-        form = {**self._actions.defaults(), **told["form"]}
-        text = f"These are the settings of {told.get('name') or 'that video'}. {told.get('note') or ''}".strip()
+        data = _event_data(event)
+        if not isinstance(data.get("form"), dict):
+            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(data.get("error", "")), "bad")]
+        form = {**self._actions.defaults(), **data["form"]}
+        text = f"These are the settings of {data.get('name') or 'that video'}. {data.get('note') or ''}".strip()
         return [*_values(form), views.message(text)]
 
     def example(self, event: gr.EventData) -> str:
         """Return an example's text for the prompt."""
-        return str(_told_by(event).get("prompt", ""))
+        return str(_event_data(event).get("prompt", ""))
 
     def answer(self, panel: str | None, *values: Any) -> list[Any]:
         """Return the presets that match the form, and the plan for it; skip all if `panel` shows this plan already."""
@@ -110,10 +110,10 @@ class PageEvents:
             return [gr.skip()] * 4
         presets = self._actions.presets.chosen(form)
         try:
-            told = views.plan_panel(self._actions.plan(form), views.settings_line(form))
+            content = views.plan_panel(self._actions.plan(form), views.settings_line(form))
         except (WanduetError, ApiError) as error:
-            told = views.refusal(error)
-        return [*presets, f"<div {mark}>{told}</div>"]
+            content = views.refusal(error)
+        return [*presets, f"<div {mark}>{content}</div>"]
 
     def _repeat(self, chosen: str | None, request: gr.Request, *, new_seed: bool) -> tuple[Any, str]:
         owner = self._owner(request)
@@ -173,5 +173,5 @@ def _values(form: Form) -> list[Any]:
     return [form[name] for name in FORM_FIELDS]
 
 
-def _told_by(event: gr.EventData) -> dict[str, Any]:
+def _event_data(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}

@@ -65,15 +65,15 @@ class Named(type):
 class EngineManaged(metaclass=Named):
     """diffusers' calls to save memory or time, which change no result here.
 
-    The engine's plan does both for every call: if memory requires it, models take turns on a device, weights stay in
-    host memory and frames are decoded in row tiles. Only the device that a call names has an effect.
+    The engine's plan does both for every call: if memory requires it, models are on a device one at a time, weights stay
+    in host memory and frames are decoded in row tiles. Only the device that a call names has an effect.
     """
 
     _parts: PipelineParts
     _progress_bar_config: dict[str, Any]
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
-        """Run on the given GPU, if any; models take turns on it if they do not fit together."""
+        """Run on the given GPU, if any; models are on it one at a time if they do not fit together."""
         self._use_device(gpu_id, device)
 
     def enable_sequential_cpu_offload(
