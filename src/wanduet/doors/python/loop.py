@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 class CallbackSettings:
     """Functions to call after each step.
 
-    `progress(done, total)` is ours; `on_step_end` is diffusers', and gets the named tensors.
+    `on_step_end` is diffusers' callback, and gets the named tensors. `progress(done, total)` is not in diffusers.
     """
 
     on_step_end: Callback | None

@@ -125,7 +125,7 @@ class WanPipeline(CallState, EngineManaged):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **keywords: Any) -> Self:
-        """Construct a second pipeline from another one: one of ours, sharing what is loaded, or one of diffusers'.
+        """Construct a second pipeline from another one: a WanPipeline, sharing its models, or diffusers' own.
 
         `keywords` replace components; `torch_dtype` (or `dtype`) converts, as `to` does.
         """
@@ -145,7 +145,7 @@ class WanPipeline(CallState, EngineManaged):
         return pipe if dtype is None else pipe.to(dtype=dtype)
 
     def to(self, *args: Any, device: Any = None, dtype: Any = None, silence_dtype_warnings: bool = False) -> Self:
-        """From the next call on, run on a device (`"cuda"`, `0`, or ours: `"cuda:0,cuda:1"`), or in another dtype.
+        """From the next call on, run on a device (`"cuda"`, `0`, or several: `"cuda:0,cuda:1"`), or in another dtype.
 
         Modules that replace components stay on their device, except a VAE; the model's own VAE keeps its dtype. Raises
         ConfigError for a device that this machine does not have, ValueError for a dtype.
@@ -325,7 +325,7 @@ class WanPipeline(CallState, EngineManaged):
         *,
         progress: Progress | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
-        """Generate videos as diffusers 0.42's call does; `progress(done, total)` is ours.
+        """Generate videos as diffusers 0.42's call does; `progress(done, total)` is an addition.
 
         Raises ValueError for arguments that are not supported.
         """
