@@ -1,1 +1,1 @@
-"""The same jobs on many machines: replicas on Ray, one queue on PostgreSQL."""
+"""Runs jobs on many machines: replicas on Ray, one queue in PostgreSQL."""

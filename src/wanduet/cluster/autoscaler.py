@@ -1,8 +1,9 @@
-"""Which replicas there should be, from what waits and what lives. Pure: no clock, no database, no Ray.
+"""Decides which replicas there should be, from queued jobs and live replicas. Pure: no clock, database or Ray.
 
-Replicas are wanted by demand, not by number alone: a job that no live replica fits brings one that does, on the
-GPUs where it costs least, and if none are free, idle replicas make room. Queue age decides the rest: what has
-waited longer than `upscale_seconds` brings as many replicas as would work the backlog off in `target_seconds`.
+Replicas are chosen by the jobs' demands, not only by number: a job that fits no live replica causes one to start that
+it fits, on the GPUs where it costs least; if none are free, idle replicas are drained for it. Beyond that, the age of
+the queue decides: jobs that have waited longer than `upscale_seconds` cause as many replicas to start as finish the
+backlog within `target_seconds`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +18,11 @@ from wanduet.jobs.records import DECODE
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """Limits and patience of the autoscaler. Times in seconds.
+    """Limits and delays of the autoscaler. Times in seconds.
 
-    `minimum` 0 lets the fleet go down to nothing; it counts replicas that do whole jobs, `maximum` all that have GPUs.
-    `gpus`: how many GPUs each replica has (None: the plan decides). `expected`: the nodes that Ray's own autoscaler
-    can bring. `stages`: whether stages may live apart.
+    `minimum` counts replicas that do whole jobs; 0 lets the fleet shrink to nothing. `maximum` counts all replicas with
+    GPUs. `gpus` is the number of GPUs of each replica (None: the plan decides). `expected` lists nodes that Ray's own
+    autoscaler can add. `stages` selects whether nodes may be dedicated to one stage.
     """
 
     minimum: int = 1
@@ -45,7 +46,7 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A replica to start on a node that is there; `node` None: on one that Ray can bring, with the label."""
+    """A replica to start on a node; `node` None lets Ray add a node with the label."""
 
     node: str | None
     shape: Shape
@@ -54,8 +55,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What to do now. `drain`: ids of replicas that take no more jobs and end. `unfit`: demands that fit nowhere,
-    not even on an empty node.
+    """Changes to make now.
+
+    `drain`: ids of replicas that shall take no more jobs and end. `unfit`: demands that fit no node, not even an empty
+    one.
     """
 
     start: tuple[Start, ...] = ()
@@ -71,9 +74,9 @@ def decide(
     settings: ScaleSettings,
     reference: str,
 ) -> Changes:
-    """Compare what there is with what there should be.
+    """Compare the fleet with what the backlog needs, and return the changes.
 
-    `reference` is the demand that replicas are made for while nothing waits, to keep up the minimum.
+    `reference` is the demand for which replicas start while no job waits, to keep up the minimum.
     """
     fleet = _Fleet(nodes, tuple(replicas), fits, settings)
     fleet.leave_draining_nodes()
@@ -111,11 +114,11 @@ class _Fleet:
                 self._free[replica.node] -= max(1, replica.shape.gpus)
 
     def fit(self, demand: str, shape: Shape) -> Fit:
-        """Whether and how fast a demand runs on a shape."""
+        """Return whether and how fast a demand runs on a shape."""
         return self._fits(shape)(demand)
 
     def leave_draining_nodes(self) -> None:
-        """Whatever is on a node that is to be emptied, or to do another stage, ends."""
+        """Drain replicas on nodes that are draining or that now do another stage."""
         for replica in tuple(self.active):
             node = self.nodes.get(replica.node or "")
             if node is not None and (node.draining or replica.shape.stage != node.stage):
@@ -128,11 +131,11 @@ class _Fleet:
 
     @property
     def full(self) -> bool:
-        """Whether there are as many replicas as may be; encoders take no GPU and do not count."""
+        """Whether the maximum is reached; encoders use no GPU and do not count."""
         return sum(replica.shape.stage != "encode" for replica in self.active) >= self.settings.maximum
 
     def staff_stages(self, waiting: Sequence[Backlog]) -> None:
-        """While there is work, nodes that do a stage only are full: nobody waits for them, so no queue would bring them."""
+        """While there is work, fill nodes dedicated to a stage: no job waits for them, so no queue would start them."""
         for node in self.nodes.values() if self._works(waiting) else ():
             if node.stage == "all" or node.draining:
                 continue
@@ -141,13 +144,13 @@ class _Fleet:
                 self._add(Start(node.id, shape))
 
     def serve(self, one: Backlog) -> None:
-        """Bring replicas for a demand that waits too long, or that nobody fits."""
+        """Start replicas for a demand that has waited too long, or that fits no replica."""
         able = [replica for replica in self.active if self.fit(one.demand, replica.shape).fits]
         if not able:
             if not self.start_for(one.demand) and one.waited >= self.settings.upscale_seconds:
                 self._make_room(one.demand)
             return
-        if one.waited < self.settings.upscale_seconds or one.demand.startswith(DECODE):  # those have their decoders
+        if one.waited < self.settings.upscale_seconds or one.demand.startswith(DECODE):  # see `staff_stages`
             return
         seconds = min(self.fit(one.demand, replica.shape).seconds for replica in able)
         wanted = min(one.count, ceil(one.count * seconds / self.settings.target_seconds))
@@ -157,7 +160,7 @@ class _Fleet:
                 return
 
     def start_for(self, demand: str) -> bool:
-        """Start the replica on which a demand costs the fewest device-seconds; False if there is no place."""
+        """Start the replica on which a demand costs the fewest device-seconds; return False if there is no place."""
         if self.full:
             return False
         best: tuple[int, int, int] | None = None
@@ -183,7 +186,7 @@ class _Fleet:
         return True
 
     def shrink(self, waiting: Sequence[Backlog]) -> None:
-        """End replicas that have long been idle and that nothing waiting needs."""
+        """Drain replicas that have been idle for long and that no waiting job needs."""
         idle = [replica for replica in self.active if replica.idle_seconds >= self.settings.idle_seconds]
         for replica in sorted(idle, key=lambda one: -one.idle_seconds):
             if replica.shape.stage != "all":
@@ -199,11 +202,11 @@ class _Fleet:
 
     def _places(self) -> Iterable[tuple[Node, Shape]]:
         for node in self.nodes.values():
-            if not node.draining:  # a resting one counts as a place, but has none free: its jobs do fit somewhere
+            if not node.draining:  # a paused node counts, though nothing is free there: its jobs do fit somewhere
                 yield from ((node, shape) for shape in node.shapes(self.settings.gpus))
 
     def _make_room(self, demand: str) -> None:
-        """Drain what stands where the demand would fit, where that loses least; nothing if room is on its way."""
+        """Drain replicas where the demand would fit and where that loses least; none if enough are draining already."""
         if self.full:
             idle = [replica for replica in self.active if not replica.jobs and replica.state == "ready"]
             if idle and not any(replica.state == "draining" for replica in self.replicas):

@@ -1,7 +1,7 @@
-"""The controller: compares what waits with what lives, and starts and drains replicas until they agree.
+"""The controller: compares queued jobs with live replicas, and starts and drains replicas until they match.
 
-It is one process beside the API. Everything it knows it can find again, in the database and from Ray, so it may be
-killed at any moment; replicas go on without it. Of several controllers on one database one works, the others wait.
+It is one process beside the API. It can rebuild its whole state from the database and from Ray, so it may be killed at
+any moment; replicas continue without it. Of several controllers on one database one works, the others wait.
 """
 
 import threading
@@ -31,35 +31,36 @@ from wanduet.jobs.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
-LEADER_LOCK = 7762  # of PostgreSQL's advisory locks
-FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds that a node rests after a replica failed to come up there
-REMEMBER_SECONDS = 86400.0  # a node that was away for so long is not waited for
-DRAIN_SECONDS = 20.0  # that replicas have to end in when the service stops
+LEADER_LOCK = 7762  # key of a PostgreSQL advisory lock
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds that a node is paused after a replica failed to start on it
+REMEMBER_SECONDS = 86400.0  # a node that left longer ago is not expected back
+DRAIN_SECONDS = 20.0  # deadline for replicas to end when the service stops
 
 
 class Fleet(Protocol):
-    """Who can start and end replicas."""
+    """Starts and ends replicas."""
 
     def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
-        """The nodes that live; `drained` are names, or beginnings of ids, of nodes to be emptied."""
+        """Return the live nodes; `drained` are names, addresses or id prefixes of nodes to mark as draining."""
 
     def start(self, start: Start) -> None:
-        """Start a replica; it is in `poll` from now on."""
+        """Start a replica; `poll` includes it from now on."""
 
     def drain(self, replica: str) -> None:
-        """Let a replica end; its jobs go back into the queue."""
+        """Drain a replica; its jobs return to the queue."""
 
     def poll(self) -> tuple[tuple[ReplicaView, ...], tuple[Gone, ...]]:
-        """How the replicas are, and which ended since the last look."""
+        """Return the replicas, and those that ended since the last call."""
 
     def close(self) -> None:
-        """Leave the replicas alone from now on."""
+        """Disconnect; the replicas continue."""
 
 
 class Leadership:
-    """At most one holder on a database at a time; it is lost with the connection that holds it.
+    """A lock that at most one controller on a database owns; it is lost with the owner's connection.
 
-    The lock is that of a transaction that stays open: behind a pooler, nothing else ties a connection to its holder.
+    It is an advisory lock of a transaction that stays open: behind a connection pooler, only a transaction ties a
+    connection to its client.
     """
 
     def __init__(self, database: sa.Engine) -> None:
@@ -67,7 +68,7 @@ class Leadership:
         self._connection: sa.Connection | None = None
 
     def held(self) -> bool:
-        """Take it, or see whether it still holds. SQLite is one machine's, where nobody competes."""
+        """Acquire the lock, or check that it is still owned; always True on SQLite, which only one machine uses."""
         if self._database.dialect.name != "postgresql":
             return True
         try:
@@ -83,16 +84,16 @@ class Leadership:
         return True
 
     def release(self) -> None:
-        """Let another have it."""
+        """Release the lock."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(SQLAlchemyError):
-                connection.invalidate()  # closing alone would give the connection back with its lock
+                connection.invalidate()  # closing alone would return the connection to the pool with its lock
             connection.close()
 
 
 class Controller:
-    """Reconciles until drained. One thread calls `run`, any thread or signal handler `drain`."""
+    """Reconciles until drained. One thread calls `run`; any thread or signal handler may call `drain`."""
 
     def __init__(
         self,
@@ -104,8 +105,8 @@ class Controller:
         monotonic: Callable[[], float] = time.monotonic,
         model: ModelId | None = None,
     ) -> None:
-        """`model`: what the replicas have, and jobs must have been accepted for; None: anything."""
-        self.watchdog = Watchdog()  # is told that the loop goes round
+        """`model`: the replicas' model, for which jobs must have been accepted; None accepts any."""
+        self.watchdog = Watchdog()  # notified in each iteration of the loop
         self._store = store
         self._model = model
         self._fleet = fleet
@@ -113,14 +114,14 @@ class Controller:
         self._settings = settings
         self._monotonic = monotonic
         self._draining = threading.Event()
-        self._published: list[dict[str, object]] = [{}]  # unlike any list, so that the first one is written
+        self._published: list[dict[str, object]] = [{}]  # differs from any list, so that the first one is published
         self._stages = StagePlanner(fitter, settings.scale, monotonic=monotonic)
-        self._told: dict[str, object] = {}  # about the stages
+        self._published_plan: dict[str, object] = {}  # the stage plan that was published last
         self._explained: dict[str, str] = {}  # by demand: why its jobs wait
-        self._resting: dict[str, tuple[float, float]] = {}  # by node: until when, and for how long
-        self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with when they last were there
-        self._unfit_since: dict[str, float] = {}  # demands that fit none of them
-        self._dead: dict[str, bool] = {}  # workers that ended: whether with their node
+        self._paused: dict[str, tuple[float, float]] = {}  # paused nodes: until when, and for how long
+        self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with the time when they were last alive
+        self._unfit_since: dict[str, float] = {}  # since when demands fit none of them
+        self._dead: dict[str, bool] = {}  # workers that ended: whether their node was lost, too
         runner = settings.worker.runner
         self._housekeeper = Housekeeper(
             store,
@@ -137,18 +138,19 @@ class Controller:
         return self._draining.is_set()
 
     def drain(self) -> None:
-        """End all replicas, then `run`."""
+        """End all replicas, and then `run`."""
         self._draining.set()
 
     def run(self) -> None:
-        """Work until `drain`. A database that cannot be reached is waited for."""
+        """Reconcile until `drain`. An unreachable database is retried."""
         leader = Leadership(self._store.database)
         try:
             while not self._draining.is_set():
                 self.watchdog.turned()
                 if leader.held():
                     self._try(self.turn)
-                # `drain` may come from a signal handler, which must not take a lock: it is seen within one poll.
+                # `drain` may be called by a signal handler, which must not take a lock: poll the flag instead of
+                # waiting for it.
                 end = self._monotonic() + self._settings.tick_seconds
                 while not self._draining.is_set() and (left := end - self._monotonic()) > 0:
                     time.sleep(min(0.1, left))
@@ -159,16 +161,19 @@ class Controller:
             self._fleet.close()
 
     def keep_house(self) -> None:
-        """Take jobs from the dead, for ever; in a thread of its own, so that a Ray that hangs does not stop it."""
+        """Release the jobs of dead workers until drained.
+
+        Runs in a thread of its own, so that a blocked call to Ray does not stop it.
+        """
         while not self._draining.is_set():
             try:
                 self._try(self.tidy)
-            except Exception as error:  # nobody would take jobs from the dead any more
+            except Exception as error:  # if this thread ended, dead workers' jobs would stay leased
                 log.error("housekeeping failed and is tried again", **describe_error(error))
             time.sleep(self._settings.tick_seconds)
 
     def tidy(self) -> None:
-        """Take jobs from workers that are known, or found, to be dead."""
+        """Release the jobs of workers that are reported dead, or whose leases show it."""
         dead = dict(self._dead)
         self._housekeeper.turn(
             dead=[worker for worker, lost in dead.items() if not lost],
@@ -180,7 +185,7 @@ class Controller:
             self._model_watch.look(self._model)
 
     def turn(self) -> Changes:
-        """Look once and change what must be changed."""
+        """Compare jobs and replicas once, and make the changes."""
         replicas, gone = self._fleet.poll()
         for one in gone:
             self._note(one)
@@ -189,7 +194,7 @@ class Controller:
         backlog = self._store.backlog(waiting)
         stages = self._stages(nodes, backlog, demand_of({}))
         changes = decide(
-            [replace(self._rested(node), stage=stages.stages.get(node.id, "all")) for node in nodes],
+            [replace(self._with_pause(node), stage=stages.stages.get(node.id, "all")) for node in nodes],
             replicas,
             backlog,
             self._fitter.on,
@@ -215,7 +220,7 @@ class Controller:
         return changes
 
     def _hopeless(self, unfit: tuple[str, ...], nodes: tuple[Node, ...]) -> frozenset[str]:
-        """Demands that fit no node for so long that none will come: a node that went away may come back."""
+        """Return demands that have fitted no node, nor one that may come back, for `unfit_seconds`."""
         now = self._monotonic()
         self._seen |= {node.id: (now, node) for node in nodes}
         self._seen = {key: one for key, one in self._seen.items() if now - one[0] < REMEMBER_SECONDS}
@@ -231,16 +236,16 @@ class Controller:
         if gone.node is None:
             return
         if gone.failed:
-            _, pause = self._resting.get(gone.node, (0.0, FIRST_PAUSE / 2))
+            _, pause = self._paused.get(gone.node, (0.0, FIRST_PAUSE / 2))
             pause = min(pause * 2, LONGEST_PAUSE)
-            self._resting[gone.node] = (self._monotonic() + pause, pause)
+            self._paused[gone.node] = (self._monotonic() + pause, pause)
             log.error("a replica did not come up; its node rests", node=gone.node, seconds=pause)
         elif gone.worker is not None:
-            self._resting.pop(gone.node, None)
+            self._paused.pop(gone.node, None)
 
-    def _rested(self, node: Node) -> Node:
-        """A node where replicas fail takes none for a while; those that are there stay."""
-        until, _ = self._resting.get(node.id, (0.0, 0.0))
+    def _with_pause(self, node: Node) -> Node:
+        """Mark a node as paused if replicas failed to start on it; replicas that run there stay."""
+        until, _ = self._paused.get(node.id, (0.0, 0.0))
         return replace(node, resting=True) if self._monotonic() < until else node
 
     def _publish(self, replicas: tuple[ReplicaView, ...], nodes: tuple[Node, ...]) -> None:
@@ -261,7 +266,7 @@ class Controller:
             self._published = rows
 
     def _explain(self, reasons: dict[str, str]) -> None:
-        """Say in the jobs why they wait, and no longer in those that nothing keeps."""
+        """Write into queued jobs why they wait, and clear reasons that no longer apply."""
         if reasons != self._explained:
             self._store.explain_none()
             self._explained = reasons
@@ -269,7 +274,7 @@ class Controller:
             self._store.explain(demand, reason)
 
     def _publish_stages(self, plan: StagePlan, nodes: tuple[Node, ...], trouble: str | None) -> None:
-        told: dict[str, object] = {
+        facts: dict[str, object] = {
             "trouble": trouble,
             "apart": plan.apart,
             "reason": plan.reason,
@@ -277,13 +282,13 @@ class Controller:
             "jobs_an_hour_together": round(3600 * plan.together, 1),
             "nodes": {node.name: plan.stages[node.id] for node in nodes if node.id in plan.stages},
         }
-        if told != self._told:
-            log.info("stages", **told)
-            self._store.publish_stages(told)
-            self._told = told
+        if facts != self._published_plan:
+            log.info("stages", **facts)
+            self._store.publish_stages(facts)
+            self._published_plan = facts
 
     def _end_all(self) -> None:
-        """The service stops: replicas put their jobs back and give their GPUs up."""
+        """Drain all replicas because the service stops: their jobs return to the queue."""
         end = self._monotonic() + DRAIN_SECONDS
         while self._monotonic() < end:
             replicas, gone = self._fleet.poll()

@@ -1,8 +1,8 @@
-"""An encoder: a process on a node without GPUs that turns the prompts of waiting jobs to embeddings, ahead of the queue.
+"""An encoder: a process on a node without GPUs that encodes the prompts of queued jobs ahead of time.
 
-It holds no job. What it makes lies where every replica's own encoder looks first, so a job is never worse off for it:
-where it is late, or dead, the replica encodes. Two encoders do not encode the same prompt at the same time, but if they
-did, both would write the same file.
+It leases no job. It stores embeddings where every replica's own encoder looks first, so a job never depends on it: if
+it is late or dead, the replica encodes. A lock keeps two encoders from encoding the same prompt at one time; if both
+did, they would write the same file.
 """
 
 import os
@@ -29,17 +29,17 @@ from wanduet.request import GenerationRequest
 
 log = structlog.get_logger(__name__)
 
-AHEAD = 64  # jobs of the queue that are looked at
-TOGETHER = 4  # jobs whose prompts pass the encoder together, so that streamed weights are read once for all
-LOOK_SECONDS = 1.0  # between two looks at the queue, each of which reads so many prompts
-REST_SECONDS = 30.0  # after an error of the model, which replicas will meet, and tell, themselves
+AHEAD = 64  # queued jobs to examine
+TOGETHER = 4  # jobs whose prompts are encoded in one batch, so that streamed weights are read once for all
+LOOK_SECONDS = 1.0  # between two polls of the queue, each of which reads that many prompts
+REST_SECONDS = 30.0  # after a model error, which the replicas meet and report themselves
 
 
 class Encoder:
-    """The actor's class, with a replica's face; methods may be called at the same time."""
+    """The actor's class, with the interface of `Replica`; its methods may run concurrently."""
 
     def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
-        """Read configs and headers; the weights follow with the first prompt. Raises what keeps it from working."""
+        """Read configs and headers; weights are loaded with the first prompt. Raises errors that prevent its work."""
         prepare_process(order.shape.cpu_count)
         configure_logs()
         from wanduet.planning.planner import plan_text
@@ -54,20 +54,20 @@ class Encoder:
             raise WanduetError(f"{config.model} has no text encoder.")
         self._spec = models.spec
         dtype = plan_text(models.spec, config).dtype
-        hold = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
-        self._encoder = CachedPromptEncoder(models.folder, dtype, hold, config.data_folder / "embeddings")
+        residency = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
+        self._encoder = CachedPromptEncoder(models.folder, dtype, residency, config.data_folder / "embeddings")
         self._store = ClusterStore(
             open_files(config.data_folder, order.settings.storage), order.database_url, connections=REPLICA_CONNECTIONS
         )
         self._draining = threading.Event()
-        self._done: set[str] = set()  # of the jobs that wait, those whose prompts are encoded
+        self._done: set[str] = set()  # queued jobs whose prompts are encoded
         self._idle_since = time.monotonic()
         self._lock = WorkerLock(self._store.files.workers)
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
     def status(self) -> ReplicaStatus:
-        """How it is, for the controller."""
+        """Return its status, for the controller."""
         return ReplicaStatus(
             worker=self._lock.worker,
             jobs=(),
@@ -80,7 +80,7 @@ class Encoder:
         )
 
     def drain(self) -> None:
-        """End before the next layer; what is half encoded is left to the replicas."""
+        """Stop before the next layer; replicas encode what is unfinished."""
         self._draining.set()
 
     def _run(self) -> None:
@@ -103,7 +103,10 @@ class Encoder:
             self._store.close()
 
     def turn(self) -> bool:
-        """Encode what is new at the head of the queue; whether there was anything. Raises CancelledError in a drain."""
+        """Encode new prompts at the head of the queue; return whether there were any.
+
+        Raises CancelledError while draining.
+        """
         waiting = self._store.prompts_ahead(AHEAD)
         self._done &= {job.id for job in waiting}
         wanted = {job.id: self._texts(job) for job in waiting if job.id not in self._done}
@@ -121,7 +124,7 @@ class Encoder:
         return bool(jobs)
 
     def _texts(self, job: StoredJob) -> list[str]:
-        """What of a job is encoded, its prompt first; nothing where the request will be refused."""
+        """Return the texts of a job to encode, its prompt first; none if its request is invalid."""
         try:
             request = GenerationRequest.parse(**job.request).resolve(self._spec)
         except InvalidRequestError:
@@ -134,7 +137,7 @@ class Encoder:
             if self._store.get(job.id).status == "queued":
                 files.offer(job.id, [path for text in texts if (path := self._encoder.path_of(text)) is not None])
             self._store.get(job.id)
-        except UnknownJobError:  # deleted since: its prompt is to be found nowhere
+        except UnknownJobError:  # deleted meanwhile: its prompt must not remain anywhere
             forget_prompts(files.folder, [job])
             with suppress(OSError):
                 files.discard_work(job.id)

@@ -1,14 +1,14 @@
-"""Jobs' files where every node can read them: in a folder that all share, or in an object store through fsspec.
+"""Jobs' files where every node can read them: in a shared folder, or in an object store through fsspec.
 
     STORAGE/videos/<name>                  published files
-    STORAGE/work/<job>/<name>              what an attempt made so far: latents, videos, its result
+    STORAGE/work/<job>/<name>              an attempt's files so far: latents, videos, its result
     STORAGE/work/<job>/checkpoints/<name>  the engine's checkpoints
-    STORAGE/work/<job>/embeddings/<name>   what an encoder made of its prompts, ahead of the first attempt
+    STORAGE/work/<job>/embeddings/<name>   embeddings that an encoder made before the first attempt
     STORAGE/store-id, STORAGE/trash        see `jobs.places`
 
-The engine writes to its node's own disk as ever. While an attempt runs, what is new is copied to the store; the
-next attempt, on whatever node, gets it back. An object appears whole or not at all, and one that an outlived worker
-writes late is still a true state of the same job, so no lock is needed: at worst some steps are done again.
+The engine writes to its node's own disk. While an attempt runs, new files are copied to the store; the next attempt, on
+any node, copies them back. An object appears as a whole or not at all, and one that a superseded worker writes late is
+still a valid state of the same job. So no lock is needed: at worst some steps are computed again.
 """
 
 import json
@@ -28,26 +28,26 @@ from wanduet.media.files import PARTIAL_SUFFIX, atomic_output
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 1.0  # between two looks at what an attempt has written
-TRIES = 3  # of a copy
-ABANDONED_SECONDS = 86400.0  # after which a node deletes what a killed attempt left on its own disk
+LOOK_SECONDS = 1.0  # between two scans of an attempt's files
+TRIES = 3  # for each copy
+ABANDONED_SECONDS = 86400.0  # after which a node deletes a killed attempt's files from its own disk
 WHOLE_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "r2", "oss", "memory"})
 _PREVIEW = "preview.webp"
 _EMBEDDINGS = "embeddings/"
 
-Stamp = tuple[int, int]  # a file's time and size, to see whether it changed
+Stamp = tuple[int, int]  # a file's modification time and size, to detect changes
 
 
 def open_files(folder: Path, storage: str | None) -> JobFiles:
-    """The files of a data folder; with `storage`, what others need of them is kept there too. Raises ConfigError."""
+    """Return the files of a data folder; `storage` also keeps there what other nodes need. Raises ConfigError."""
     return JobFiles(folder) if storage is None else StoredFiles(folder, storage)
 
 
 class StoredFiles(JobFiles):
-    """A node's own data folder, with what other nodes need of it in an object store."""
+    """A node's data folder, with a copy in an object store of what other nodes need."""
 
     def __init__(self, folder: Path, storage: str) -> None:
-        """Raises ConfigError for an address that fsspec does not know, or whose package is missing."""
+        """Raises ConfigError for an address that fsspec does not support, or whose package is missing."""
         super().__init__(folder)
         try:
             import fsspec
@@ -61,7 +61,7 @@ class StoredFiles(JobFiles):
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
         self._whole = bool(WHOLE_WRITES.intersection(protocols))
         self._guard = threading.Lock()
-        self._sent: dict[str, dict[str, Stamp]] = {}  # by running job: what is in the store already
+        self._sent: dict[str, dict[str, Stamp]] = {}  # by running job: files that are in the store already
         self._storage = StoragePlace(self._fs, self._root)
         self.places = (*self.places, self._storage)
 
@@ -69,8 +69,9 @@ class StoredFiles(JobFiles):
 
     @contextmanager
     def attempt(self, job_id: str, resume: bool) -> Iterator[None]:
-        """Bring what encoders and earlier attempts left; then copy what this one writes, until it ends. Raises nothing
-        itself.
+        """Fetch what encoders and earlier attempts left; then copy this attempt's files until it ends.
+
+        Raises no error of its own.
         """
         self._remove_abandoned()
         self._sent[job_id] = self._bring(job_id, "" if resume else _EMBEDDINGS)
@@ -83,14 +84,20 @@ class StoredFiles(JobFiles):
             stop.set()
             thread.join()
             self._sent.pop(job_id, None)
-            self._discard_here(job_id)  # from this disk only: the store has it, where it is still wanted
+            self._discard_here(job_id)  # only from this disk: the store keeps what is still needed
 
     def keep(self, job_id: str) -> bool:
-        """Copy the last of an attempt; an error costs the steps since the last copy. Whether all was copied."""
+        """Copy an attempt's last files; return whether all were copied.
+
+        An error costs the steps since the last copy.
+        """
         return self._send(job_id)
 
     def offer(self, job_id: str, paths: Iterable[Path]) -> None:
-        """Put a job's embeddings where its attempts look first; they go with its work. An error costs the encoding."""
+        """Store a job's embeddings where its attempts look first; they are deleted with its work.
+
+        An error costs only the encoding.
+        """
         for path in paths:
             try:
                 self._put(path, f"work/{job_id}/{_EMBEDDINGS}{path.name}")
@@ -114,15 +121,15 @@ class StoredFiles(JobFiles):
                     if sent.get(name) != stamp:
                         self._put(path, f"work/{job_id}/{name}")
                         sent[name] = stamp
-                except FileNotFoundError:  # replaced or removed just now
+                except FileNotFoundError:  # replaced or removed meanwhile
                     continue
-                except Exception as error:  # whatever the store's client raises
+                except Exception as error:  # the store's client may raise anything
                     log.warning("not copied to the store", job=job_id, name=name, error=type(error).__name__)
                     whole = False
         return whole
 
     def _written(self, job_id: str) -> list[tuple[str, Path]]:
-        """Names in the store and files of a job, the result last: who has it has all."""
+        """Return names in the store and files of a job, the result last, so that a stored result implies all others."""
         work = self.work_path(job_id).parent
         found = [(path.name, path) for path in work.glob("*") if path.is_file() and PARTIAL_SUFFIX not in path.name]
         for key in self._keys(job_id):
@@ -145,18 +152,19 @@ class StoredFiles(JobFiles):
                     continue
                 shared = name.startswith(("checkpoints/", _EMBEDDINGS))
                 folder = self.folder if shared else self.work_path(job_id).parent
-                if name.startswith(_EMBEDDINGS) and (folder / name).exists():  # the cache knows the prompt
+                if name.startswith(_EMBEDDINGS) and (folder / name).exists():  # the local cache has the prompt
                     continue
                 self._get(remote, folder / name)
                 about = (folder / name).stat()
                 brought[name] = (about.st_mtime_ns, about.st_size)
-        except Exception as error:  # then it begins anew: that costs work, and no job
+        except Exception as error:  # the attempt starts from the beginning, which costs only work
             log.warning("earlier work cannot be read", job=job_id, error=type(error).__name__)
         return brought
 
     def _remove_abandoned(self) -> None:
-        """Clear this disk of what killed attempts left, which the store has. Another process may run an attempt here:
-        then some file of it is younger.
+        """Delete killed attempts' files, which the store has, from this disk.
+
+        Files that are younger than ABANDONED_SECONDS may belong to an attempt of another process.
         """
         for path in self.work.iterdir():
             with suppress(OSError):
@@ -168,11 +176,11 @@ class StoredFiles(JobFiles):
     # Published files.
 
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
-        """As in a shared folder, and in the store. Raises OutputError."""
+        """Publish locally and to the store. Raises OutputError."""
         return self._published(super().publish(job_id, token, index, source))
 
     def publish_bytes(self, job_id: str, token: int, index: int, variant: str, data: bytes) -> OutputFile:
-        """As in a shared folder, and in the store. Raises OutputError."""
+        """Publish locally and to the store. Raises OutputError."""
         return self._published(super().publish_bytes(job_id, token, index, variant, data))
 
     def _published(self, file: OutputFile) -> OutputFile:
@@ -186,11 +194,11 @@ class StoredFiles(JobFiles):
                     path.unlink(missing_ok=True)
                     raise OutputError(f"{file.name} cannot be stored ({type(error).__name__}).") from error
                 time.sleep(LOOK_SECONDS)
-        path.unlink(missing_ok=True)  # whoever serves it fetches it
+        path.unlink(missing_ok=True)  # the process that serves it fetches it
         return file
 
     def path(self, name: str) -> Path | None:
-        """A published file, fetched from the store when it is first asked for; None if it is gone."""
+        """Return a published file, fetched from the store at first use; None if it does not exist."""
         found = super().path(name)
         if found is not None or PUBLISHED_NAME.fullmatch(name) is None:
             return found
@@ -203,7 +211,7 @@ class StoredFiles(JobFiles):
         return super().path(name)
 
     def preview(self, job_id: str) -> bytes | None:
-        """The picture of what a running job foresees, wherever it runs."""
+        """Return a running job's preview, on whatever node it runs."""
         found = super().preview(job_id)
         if found is not None:
             return found
@@ -231,7 +239,7 @@ class StoredFiles(JobFiles):
                 self._storage.delete(f"videos/{name}")
 
     def discard_work(self, job_id: str) -> None:
-        """Delete what attempts left behind, here and in the store."""
+        """Delete attempts' work files, here and in the store."""
         with self._guard:
             self._sent.pop(job_id, None)
         self._discard_here(job_id)

@@ -1,7 +1,7 @@
-"""Which job fits which replica, and how long it will take there: the plan, asked once for each demand and shape.
+"""Predicts which jobs fit which replicas, and how long they take: one plan for each demand and shape.
 
-A demand that begins with `decode:` is a job whose latents are kept: replicas that only decode take such jobs alone,
-others take them too.
+A demand that begins with `decode:` is a job whose latents are saved: decoders take only such jobs, other replicas take
+them, too.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,16 @@ from wanduet.planning.plan import Plan
 from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 
-# A replica that streams its blocks from host memory is slower by up to so much, which the plan's seconds leave out.
+# Streaming blocks from host memory slows a replica by up to this factor, which the plan's seconds omit.
 STREAMING_COST = 1.15
-RESIDENT_SHARE = 0.7  # of a node's memory that its encoder may fill
+RESIDENT_SHARE = 0.7  # of a node's memory that its encoder may use
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a job fits, its predicted seconds, the predicted peak bytes of the fullest device, and each stage's
-    seconds where there is a plan.
+    """Whether a job fits, its predicted seconds, and the predicted peak bytes of the fullest device.
+
+    `costs` has each stage's seconds, if there is a plan.
     """
 
     fits: bool
@@ -41,9 +42,9 @@ class Fit:
 
 
 def preference(shape: Shape, fit: Fit) -> tuple[int, int, int]:
-    """What replicas are chosen by, least first: device-seconds of a job, then the size and number of the GPUs.
+    """Return a sort key of replicas, best first: device-seconds of a job, then size and number of the GPUs.
 
-    A tenth less is not worth larger GPUs, or more of them, that other jobs may need.
+    Device-seconds are rounded to about a tenth: a smaller gain is not worth GPUs that other jobs may need.
     """
     spent = round(log(max(1, shape.gpus) * max(fit.seconds, 1e-3), 1.1))
     return spent, sum(device.total_bytes for device in shape.devices), shape.gpus
@@ -55,7 +56,7 @@ NOWHERE = Fit(False)
 
 
 class Fitter:
-    """Fits of one model under one configuration. Safe to use from any thread."""
+    """Predicts fits of one model under one configuration. Thread-safe."""
 
     def __init__(self, memory: ModelMemory, config: EngineConfig) -> None:
         self._memory = memory
@@ -63,18 +64,21 @@ class Fitter:
         self.on_hardware = lru_cache(maxsize=4096)(self._on_hardware)
 
     def on(self, shape: Shape) -> FitOf:
-        """Fits on replicas of a shape."""
+        """Return a function that predicts fits on replicas of a shape."""
         hardware = shape.hardware
         return lambda demand: self.on_hardware(demand, hardware, shape.stage)
 
     def plan(self, demand: str, hardware: Hardware, stage: Stage = "all") -> Plan:
-        """The plan of a demand, of its decode alone for that stage. Raises InvalidRequestError or ConfigError."""
+        """Return the plan of a demand; for stage `decode`, of its decode alone.
+
+        Raises InvalidRequestError or ConfigError.
+        """
         config = self._config if hardware.gpus else replace(self._config, devices="cpu")
         if hardware.gpus:
             config = replace(config, devices=None, speeds=None)
         if stage == "decode":
             return make_decode_plan(parse_demand(demand, self._memory.spec), self._memory, config, hardware)
-        # The nearest settings that fit are not asked for: looking for them takes seconds.
+        # Do not search for the nearest settings that fit, which takes seconds.
         return make_plan(parse_demand(demand, self._memory.spec), self._memory, config, hardware, nearest=False)
 
     def _on_hardware(self, demand: str, hardware: Hardware, stage: Stage = "all") -> Fit:
@@ -83,10 +87,10 @@ class Fitter:
             return NOWHERE
         try:
             plan = self.plan(whole, hardware, stage)
-        except InvalidRequestError:  # whoever takes it will say what is wrong with it, if only it takes whole jobs
+        except InvalidRequestError:  # a replica that does whole jobs takes it and reports the error
             return ANYWHERE if stage == "all" else NOWHERE
         except ConfigError:
-            return NOWHERE  # a strategy that was asked for needs more devices than these
+            return NOWHERE  # the configured strategy needs more devices
         streams = plan.transformer.resident_blocks < self._memory.spec.transformer.num_layers or not plan.both_resident
         slower = STREAMING_COST if streams and plan.prediction.seconds.denoise else 1.0
         costs = Costs(
@@ -98,8 +102,10 @@ class Fitter:
         )
 
     def node_costs(self, node: Node, demand: str, gpus: int | None = None) -> NodeCosts:
-        """What the stages of a job would take on a node: in the shape that replicas are chosen to have, of so many GPUs
-        where that is said, and on replicas that decode or encode only.
+        """Predict the seconds of a job's stages on a node.
+
+        Whole jobs are predicted for the best shape of replica (of `gpus` GPUs, unless None); decode and encode for
+        dedicated replicas.
         """
         demand = demand.removeprefix(DECODE)
         found: list[tuple[tuple[int, int, int], int, Costs]] = []
@@ -117,8 +123,9 @@ class Fitter:
         )
 
     def _encode_seconds(self, node: Node, replicas: int) -> tuple[float, float]:
-        """Between two new prompts on a node: of each of its replicas, which share its cores, and of an encoder that has
-        them to itself (inf: none may be there, or it would be of no use).
+        """Predict seconds between two new prompts on a node: for each replica, and for a dedicated encoder.
+
+        Replicas share the node's cores; an encoder has them to itself (inf: not allowed, or of no use).
         """
         if self._config.model in RANDOM_SPECS:
             return 0.0, inf
@@ -132,7 +139,7 @@ class Fitter:
         return beside, read + work / cores
 
     def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
-        """How an encoder of its own holds the weights: in memory where there is enough of it."""
+        """Return where a dedicated encoder keeps the weights: in memory if there is enough."""
         text = plan_text(self._memory.spec, self._config)
         needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, text.dtype, "resident")
         roomy = self._config.text_encoder_hold == "auto" and needed < RESIDENT_SHARE * host_bytes
@@ -140,7 +147,10 @@ class Fitter:
 
 
 def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
-    """A request that needs what `demand_of` described. Raises InvalidRequestError for sizes that the model refuses."""
+    """Return a request that needs what `demand_of` described.
+
+    Raises InvalidRequestError for sizes that the model refuses.
+    """
     try:
         size, steps, branches, videos = demand.split("/")
         height, width, frames = size.split("x")

@@ -1,7 +1,7 @@
-"""When a job's decode is left to a decoder, and when a replica takes one back. Pure, but for the clock it is given.
+"""Decides when a job's decode is left to a decoder, and when a replica takes one back. Pure, except for a clock.
 
-A decoder may be gone while the list of replicas still shows it, and nobody's clock says so. So a decode that is left is
-a job in the queue like any other, and a replica that sees the same one wait there for too long does it itself.
+A decoder may be gone while the list of replicas still shows it. So a decode that is left is a job in the queue like any
+other, and a replica that sees it wait for too long takes it itself.
 """
 
 import time
@@ -11,13 +11,13 @@ from typing import Any
 from wanduet.cluster.scheduler import Waiting
 from wanduet.jobs.records import DECODE, StoredJob
 
-DECODER = " decode"  # ends the name of a decoder's shape
-PATIENCE_SECONDS = 30.0  # that a left decode may stand first in its group while replicas look on
-LATEST_ATTEMPT = 2  # to leave its decode: what went back and forth stays where it is denoised
+DECODER = " decode"  # suffix of a decoder's shape name
+PATIENCE_SECONDS = 30.0  # how long a decode may wait at the head of its group before replicas take it
+LATEST_ATTEMPT = 2  # of a job that may leave its decode: later attempts decode where they denoise
 
 
 class TakeBack:
-    """A replica's own watch over decodes that nobody takes. Not safe to use from several threads."""
+    """A replica's record of decodes that no decoder takes. Not thread-safe."""
 
     def __init__(self, seconds: float = PATIENCE_SECONDS, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -25,7 +25,7 @@ class TakeBack:
         self._seen: dict[str, float] = {}
 
     def __call__(self, waiting: Iterable[Waiting], decoders: Callable[[], Collection[str]]) -> list[Waiting]:
-        """What the replica may take: whole jobs; decodes that wait too long, or at once where no decoder is."""
+        """Return what the replica may take: whole jobs, decodes that waited too long; all if there is no decoder."""
         found = list(waiting)
         left = [one for one in found if one.demand.startswith(DECODE)]
         now = self._monotonic()
@@ -37,10 +37,11 @@ class TakeBack:
 
 
 def leaves_decode(job: StoredJob, decoders: Collection[str], queued: int, fits: Callable[[str], bool]) -> bool:
-    """Whether a replica leaves a job's decode: a decoder that it fits is there, and no more wait than decoders are, so
-    that decoders are busy and replicas never idle for them.
+    """Return whether a replica leaves a job's decode to decoders.
 
-    `decoders`: the shapes of those that are ready; `queued`: decodes that wait.
+    It does if the job fits one of them and fewer decodes wait than there are decoders, so that decoders are busy and
+    replicas never idle for them. `decoders` are the shapes of ready decoders; `queued` is the number of waiting
+    decodes.
     """
     if job.crashes or job.attempts > LATEST_ATTEMPT or queued >= len(decoders):
         return False
@@ -48,5 +49,5 @@ def leaves_decode(job: StoredJob, decoders: Collection[str], queued: int, fits: 
 
 
 def ready_decoders(replicas: Iterable[dict[str, Any]]) -> list[str]:
-    """The shapes of the decoders that take jobs, by what the controller last told."""
+    """Return the shapes of the decoders that take jobs, in the controller's last list of replicas."""
     return [one["shape"] for one in replicas if one["state"] == "ready" and one["shape"].endswith(DECODER)]

@@ -1,4 +1,4 @@
-"""Asks the plan, turn by turn, whether stages should live apart on the nodes that are there, for the jobs that wait."""
+"""Plans repeatedly whether nodes should be dedicated to single stages, for the current nodes and queued jobs."""
 
 import time
 from collections import defaultdict
@@ -12,11 +12,11 @@ from wanduet.cluster.shapes import Node, Stage
 from wanduet.cluster.stages import NodeCosts, StagePlan, plan_stages
 from wanduet.jobs.records import DECODE
 
-SETTLE_SECONDS = 60.0  # that another choice must stand before it is followed: a change costs replicas' starts
+SETTLE_SECONDS = 60.0  # how long a new choice must stay the same before it is applied: a change restarts replicas
 
 
 class StagePlanner:
-    """Remembers the choice, so that a queue that looks different every second does not move replicas every second."""
+    """Keeps its choice for a while, so that a changing queue does not restart replicas every second."""
 
     def __init__(
         self, fitter: Fitter, scale: ScaleSettings, *, monotonic: Callable[[], float] = time.monotonic
@@ -25,16 +25,16 @@ class StagePlanner:
         self._monotonic = monotonic
         self._current = StagePlan(reason="together: until a choice has stood for a minute")
         self._demand: str | None = None
-        self._wanted: tuple[dict[str, Stage], float] | None = None  # another choice, and since when it is wanted
+        self._wanted: tuple[dict[str, Stage], float] | None = None  # a new choice, and since when
         self._asked: tuple[object, StagePlan] | None = None
         self._nodes: tuple[Node, ...] = ()
-        self._kinds: dict[Node, list[Node]] = {}  # nodes that are alike, by one that has no name
+        self._kinds: dict[Node, list[Node]] = {}  # nodes by their kind: a node without id and name
         self._fitter = fitter
         self._costs = lru_cache(maxsize=4096)(self._find_costs)
         self._fits = lru_cache(maxsize=4096)(self._find_fit)
 
     def __call__(self, nodes: Sequence[Node], backlog: Sequence[Backlog], reference: str) -> StagePlan:
-        """The choice for now. `reference` stands for the jobs to come while none has waited yet."""
+        """Return the current choice. `reference` is the demand to plan for while no job has waited yet."""
         here = tuple(node for node in nodes if not node.draining)
         if here != self._nodes:
             self._nodes = here
@@ -54,7 +54,7 @@ class StagePlanner:
         if new == now or self._scale.stages != "auto" or not here.issuperset(now):
             return True
         if plan.needed & now.keys():
-            return True  # a job waits that fits nowhere else
+            return True  # a waiting job fits no other node
         if self._wanted is None or self._wanted[0] != new:
             self._wanted = (new, self._monotonic())
         return self._monotonic() - self._wanted[1] >= SETTLE_SECONDS
@@ -76,7 +76,7 @@ class StagePlanner:
         needed: frozenset[str] = frozenset()
         while True:
             plan = plan_stages(costs, mode=self._scale.stages, wishes=wishes, needed=needed, before=before)
-            # Else no node would be left for some job, or too few for the replicas that are to be kept up.
+            # Else some job would fit no node, or too few nodes would be left for the minimum of replicas.
             more = frozenset().union(*(ids for ids in able if ids and ids <= plan.stages.keys()))
             more = more or self._for_minimum(plan.stages, reference)
             if not more:
@@ -87,8 +87,10 @@ class StagePlanner:
         return plan
 
     def _for_minimum(self, stages: Mapping[str, Stage], reference: str) -> frozenset[str]:
-        """The node with most room for whole replicas among those that would do a stage only, if the others have not
-        room enough for the minimum. An operator's order is not overruled by it."""
+        """Return the dedicated node with most room for whole replicas, if the other nodes lack room for the minimum.
+
+        A node that an operator labelled keeps its stage.
+        """
         ordered = self._scale.stages == "apart"
         whole = 0
         room: dict[str, int] = {}
@@ -110,6 +112,6 @@ class StagePlanner:
         return any(self._fitter.on(shape)(demand).fits for shape in kind.shapes(self._scale.gpus))
 
     def _work(self, demand: str, count: int) -> float:
-        """Device-seconds that jobs of a demand take where they take fewest."""
+        """Return the device-seconds of `count` jobs of a demand on the nodes where they need fewest."""
         costs = (self._costs(kind, demand) for kind in self._kinds)
         return count * min((one.whole.period() for one in costs if one.replicas), default=0.0)

@@ -1,4 +1,4 @@
-"""A node's devices as JSON: `python -m wanduet.cluster.probe`, run on each node once."""
+"""Prints a node's devices as JSON: `python -m wanduet.cluster.probe`, run once on each node."""
 
 from pydantic import TypeAdapter
 
@@ -8,7 +8,7 @@ _ADAPTER = TypeAdapter(Hardware)
 
 
 def read_probe(text: str) -> Hardware:
-    """What a probe printed."""
+    """Parse a probe's output."""
     return _ADAPTER.validate_json(text.strip().splitlines()[-1])
 
 

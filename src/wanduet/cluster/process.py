@@ -28,7 +28,7 @@ from wanduet.jobs.worker import (
 
 
 class ControllerProcess(WorkerProcess):
-    """Keeps a controller running beside the API, as `WorkerProcess` does a worker."""
+    """Keeps a controller running beside the API, as `WorkerProcess` does with a worker."""
 
     def __init__(self, settings: ClusterSettings, store: ClusterStore, url: str) -> None:
         self._settings = settings
@@ -36,14 +36,14 @@ class ControllerProcess(WorkerProcess):
         super().__init__(settings.worker, url)
 
     def _command(self, settings: WorkerSettings) -> list[str]:
-        mine = replace(self._settings, worker=settings)  # which say under whose name the process's beat is looked for
+        mine = replace(self._settings, worker=settings)  # `settings` names the process's heartbeat
         return ["wanduet.cluster.process", mine.to_json()]
 
     @property
     def trouble(self) -> str | None:
-        """Why no replica takes whole jobs, nor would be started for them; None if one does or would."""
+        """Why no replica takes whole jobs and none will start; None if one does or will."""
         ready = (one["shape"] for one in self._store.replicas() if one["state"] == "ready")
-        if any(" " not in shape for shape in ready):  # those of a stage have its name in theirs
+        if any(" " not in shape for shape in ready):  # shapes of dedicated replicas end with their stage
             return None
         if (own := self._own_trouble(live=self.pid is not None)) is not None:
             return own
@@ -53,14 +53,14 @@ class ControllerProcess(WorkerProcess):
 
 
 def run_controller(settings: ClusterSettings, url: str) -> None:
-    """Reconcile in this process until drained by a signal or by the end of standard input. Raises ConfigError."""
+    """Reconcile in this process until a signal or the end of standard input drains it. Raises ConfigError."""
     from wanduet.cluster.ray_fleet import RayFleet
     from wanduet.runtime.models import Models
 
     config = settings.worker.config
     files = open_files(config.data_folder, settings.storage)
     watchdog = watch_process(settings.worker.runner, files.workers)
-    # Replicas are the same whoever looks after this process, and so are their settings' fingerprints.
+    # The supervisor's name must not change the fingerprint of the replicas' settings.
     runner = replace(settings.worker.runner, supervisor="")
     settings = replace(settings, worker=replace(settings.worker, runner=runner))
     store = ClusterStore(files, url, retention_seconds=settings.worker.retention_seconds)
@@ -68,7 +68,7 @@ def run_controller(settings: ClusterSettings, url: str) -> None:
     models = Models(config)
     controller = Controller(store, fleet, Fitter(models.memory, config), settings, model=identify(models))
     controller.watchdog = watchdog
-    drain_on_signals(controller)  # after Ray has set its own
+    drain_on_signals(controller)  # after Ray has installed its handlers
     threading.Thread(target=drain_at_end_of_input, args=(controller,), name="parent-watch", daemon=True).start()
     threading.Thread(target=controller.keep_house, name="housekeeping", daemon=True).start()
     controller.run()
@@ -77,7 +77,7 @@ def run_controller(settings: ClusterSettings, url: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point of the controller's process; its one argument is `ClusterSettings` as JSON."""
+    """Run the controller's process; its one argument is `ClusterSettings` as JSON."""
     parser = argparse.ArgumentParser(prog="python -m wanduet.cluster.process", description=__doc__)
     parser.add_argument("settings", type=ClusterSettings.from_json)
     settings: ClusterSettings = parser.parse_args(arguments).settings

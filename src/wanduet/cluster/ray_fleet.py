@@ -1,7 +1,7 @@
-"""Ray's side of the controller: nodes, placement groups, actors. The only file that talks to Ray.
+"""The controller's interface to Ray: nodes, placement groups, actors. The only module that calls Ray.
 
-Replicas are detached, named actors: they outlive the controller, and the next one finds them by their names. No
-state is kept here that cannot be found again, so losing this process, or Ray's head, loses nothing.
+Replicas are detached, named actors: they outlive the controller, and the next one finds them by name. All state here
+can be rebuilt, so losing this process or Ray's head loses nothing.
 """
 
 import os
@@ -41,36 +41,36 @@ log = structlog.get_logger(__name__)
 
 NAMESPACE = "wanduet"
 PREFIX = "replica-"
-GPUS_LABEL = "wanduet.io/gpus"  # on a node: count on these GPUs instead of looking
-STAGE_LABEL = "wanduet.io/stage"  # on a node: what it is for: all, encode or decode
-EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can bring: their GPUs, in the words of --expect-nodes
+GPUS_LABEL = "wanduet.io/gpus"  # on a node: assume these GPUs instead of probing
+STAGE_LABEL = "wanduet.io/stage"  # on a node: its stage: all, encode or decode
+EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can add: their GPUs, in the syntax of --expect-nodes
 NODE_LABEL = "ray.io/node-id"
-ANSWER_SECONDS = 2.0  # that one look waits for replicas to answer
-PROBE_SECONDS = 3600.0  # a node may have weights to download
+ANSWER_SECONDS = 2.0  # timeout of one poll of all replicas
+PROBE_SECONDS = 3600.0  # a node may have to download weights
 _KILL = int(getattr(signal, "SIGKILL", signal.SIGTERM))
-THREADS = 4  # calls to a replica at the same time
+THREADS = 4  # concurrent calls to a replica
 
 
 @dataclass(slots=True)
 class _Member:
     actor: Any
-    view: ReplicaView | None  # None: found at the start, and not heard of since
+    view: ReplicaView | None  # None: it was adopted, and has not answered yet
     since: float = field(default_factory=time.monotonic)
-    asked: Any = None  # the answer that is on its way
+    pending: Any = None  # the pending status call
     status: ReplicaStatus | None = None
     draining: bool = False
-    heard: float = field(default_factory=time.monotonic)  # when it last answered
+    answered_at: float = field(default_factory=time.monotonic)  # when it last answered
 
 
 class RayFleet:
-    """The replicas on one Ray cluster. Not safe to use from several threads."""
+    """The replicas on one Ray cluster. Not thread-safe."""
 
     def __init__(self, settings: ClusterSettings, database_url: str) -> None:
-        """Connect, and find the replicas of an earlier controller. Raises ConfigError."""
+        """Connect, and adopt the replicas of an earlier controller. Raises ConfigError."""
         self._settings = settings
         self._url = database_url
         self._members: dict[str, _Member] = {}
-        self._hardware: dict[str, Any] = {}  # by node: a Node, or the answer that is on its way
+        self._hardware: dict[str, Any] = {}  # by node: a Node, or the start time and the result of a pending probe
         self._alive: frozenset[str] = frozenset()
         try:
             ray.init(address=settings.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
@@ -82,13 +82,13 @@ class RayFleet:
         self._adopt()
 
     def close(self) -> None:
-        """Disconnect; replicas live on."""
+        """Disconnect; replicas continue."""
         ray.shutdown()
 
     # Nodes.
 
     def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
-        """The nodes that live and whose devices are known by now. `drained`: names, or beginnings of ids."""
+        """Return the live nodes whose devices are known. `drained`: names, addresses or id prefixes."""
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         self._alive = frozenset(alive)
         for gone in self._hardware.keys() - alive.keys():
@@ -96,14 +96,14 @@ class RayFleet:
         leaving = _draining_nodes()
         found = []
         for node_id, about in alive.items():
-            node = self._look_at(node_id, about)
+            node = self._node_of(node_id, about)
             if node is not None:
                 names = (node.name, about["NodeManagerAddress"])
-                asked = any(one in names or node_id.startswith(one) for one in drained)
-                found.append(replace(node, draining=asked or node_id in leaving))
+                requested = any(one in names or node_id.startswith(one) for one in drained)
+                found.append(replace(node, draining=requested or node_id in leaving))
         return tuple(found)
 
-    def _look_at(self, node_id: str, about: dict[str, Any]) -> Node | None:
+    def _node_of(self, node_id: str, about: dict[str, Any]) -> Node | None:
         known = self._hardware.get(node_id)
         if isinstance(known, Node):
             return known
@@ -117,7 +117,7 @@ class RayFleet:
         label = labels.get(GPUS_LABEL)
         if label is not None or (not resources.get("GPU") and wish != "encode"):
             devices = declared_devices(label) if label is not None else ()
-            computes = self._cpu_asked_for() and not devices
+            computes = self._cpu_selected() and not devices
             self._hardware[node_id] = node = replace(node, devices=devices, declared=bool(devices), computes=computes)
             return node
         if known is None:
@@ -134,7 +134,7 @@ class RayFleet:
         except RayError as error:
             if time.monotonic() - began > ANSWER_SECONDS * 15:
                 log.error("a node cannot be used", node=node.name, error=str(error).splitlines()[-1])
-                del self._hardware[node_id]  # it is looked at again
+                del self._hardware[node_id]  # the next call probes again
             return None
         if hardware is None:
             node = replace(node, computes=False)
@@ -145,18 +145,18 @@ class RayFleet:
         log.info("a node joined", node=node.name, shape=node.shape(len(node.devices)).name)
         return node
 
-    def _cpu_asked_for(self) -> bool:
+    def _cpu_selected(self) -> bool:
         names = parse_devices(self._settings.worker.config.devices).names
         return bool(names) and all(name == "cpu" for name in names)
 
     # Replicas.
 
     def start(self, start: Start) -> None:
-        """Ask Ray for a replica; it shows up in `poll` at once and is ready when it answers."""
+        """Create a replica's actor; `poll` includes it at once, and it is ready once it answers."""
         name = f"{PREFIX}{self._settings.fingerprint}-{secrets.token_hex(4)}"
         shape = start.shape
         bundle = {"GPU": float(shape.gpus)} if shape.gpus else {"CPU": float(shape.cpu_count)}
-        # A bundle says only how many GPUs: by the label, Ray neither takes a node that is too small nor brings one.
+        # A bundle only counts GPUs; the label keeps Ray from choosing or adding a node with smaller ones.
         selector = [{NODE_LABEL: start.node} if start.node is not None else {EXPECTED_LABEL: start.label}]
         group = placement_group(
             [bundle], strategy="STRICT_PACK", name=name, lifetime="detached", bundle_label_selector=selector
@@ -166,7 +166,7 @@ class RayFleet:
             lifetime="detached",
             num_gpus=shape.gpus,
             num_cpus=0 if shape.gpus else shape.cpu_count,
-            max_restarts=0,  # a replica that ended is judged anew: its node may be gone, its shape not wanted any more
+            max_restarts=0,  # the autoscaler decides anew: the node may be gone, the shape no longer needed
             max_concurrency=THREADS,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
@@ -177,7 +177,7 @@ class RayFleet:
         log.info("a replica starts", replica=name, shape=shape.name, node=start.node)
 
     def drain(self, replica: str) -> None:
-        """Let a replica end: its jobs are checkpointed and put back."""
+        """Drain a replica: its jobs are checkpointed and return to the queue."""
         member = self._members.get(replica)
         if member is None or member.draining:
             return
@@ -188,40 +188,40 @@ class RayFleet:
         log.info("a replica drains", replica=replica)
 
     def poll(self) -> tuple[tuple[ReplicaView, ...], tuple[Gone, ...]]:
-        """How the replicas are, and which ended since the last look."""
+        """Return the replicas, and those that ended since the last call."""
         for member in self._members.values():
-            if member.asked is None:
-                member.asked = member.actor.status.remote()
+            if member.pending is None:
+                member.pending = member.actor.status.remote()
         waiting = [
-            member.asked for member in self._members.values() if member.status is not None or member.view is None
+            member.pending for member in self._members.values() if member.status is not None or member.view is None
         ]
         if waiting:
             ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
-        gone = [one for name in tuple(self._members) if (one := self._hear(name)) is not None]
+        gone = [one for name in tuple(self._members) if (one := self._read_status(name)) is not None]
         views = (member.view for member in self._members.values())
         return tuple(view for view in views if view is not None), tuple(gone)
 
-    def _hear(self, name: str) -> Gone | None:
+    def _read_status(self, name: str) -> Gone | None:
         member = self._members[name]
-        if not ray.wait([member.asked], timeout=0)[0]:
+        if not ray.wait([member.pending], timeout=0)[0]:
             now = time.monotonic()
             if member.status is None:
                 return self._remove(name, failed=True) if now - member.since > self._settings.start_seconds else None
-            if now - member.heard < self._settings.silent_seconds:
+            if now - member.answered_at < self._settings.silent_seconds:
                 return None
-            # Its process was stopped, or nothing in it runs any more: what it had others take, and fences keep it out.
-            log.error("a replica hangs and is ended", replica=name, seconds=round(now - member.heard))
+            # Its process is stopped or hangs. Other replicas have taken its jobs, and fencing tokens refuse its writes.
+            log.error("a replica hangs and is ended", replica=name, seconds=round(now - member.answered_at))
             _end_process(member.status)
             return self._remove(name)
-        asked, member.asked = member.asked, None
+        answer, member.pending = member.pending, None
         try:
-            status: ReplicaStatus = ray.get(asked)
+            status: ReplicaStatus = ray.get(answer)
         except (ActorUnavailableError, GetTimeoutError):
             return None
         except RayActorError as error:
             log.warning("a replica died", replica=name, error=str(error).strip().splitlines()[-1])
             return self._remove(name, failed=member.status is None and member.view is not None)
-        member.status, member.heard = status, time.monotonic()
+        member.status, member.answered_at = status, time.monotonic()
         if status.ended:
             return self._remove(name)
         member.draining = member.draining or status.draining
@@ -230,7 +230,7 @@ class RayFleet:
             name, status.node, status.shape, state, status.worker, status.jobs, status.idle_seconds
         )
         if not name.startswith(f"{PREFIX}{self._settings.fingerprint}-"):
-            self.drain(name)  # of other settings
+            self.drain(name)  # it has other settings
         return None
 
     def _remove(self, name: str, *, failed: bool = False) -> Gone:
@@ -244,9 +244,9 @@ class RayFleet:
         return Gone(name, node, worker, lost, failed and not lost)
 
     def _adopt(self) -> None:
-        """Find replicas that live, and remove reservations that no replica came to use."""
+        """Adopt live replicas, and remove placement groups without a replica."""
         for name in _names():
-            with suppress(ValueError):  # it ended just now
+            with suppress(ValueError):  # it has just ended
                 self._members[name] = _Member(ray.get_actor(name, namespace=NAMESPACE), None)
         for group in placement_group_table().values():
             name = group["name"]
@@ -255,7 +255,7 @@ class RayFleet:
 
 
 def _end_process(status: ReplicaStatus) -> None:
-    """On the replica's node, from another process: one that is stopped does not end when Ray asks it to."""
+    """Kill a replica's process from another one on its node: a stopped process does not end at Ray's request."""
     if status.node is None:
         return
     where = NodeAffinitySchedulingStrategy(status.node, soft=False)
@@ -278,14 +278,15 @@ def _remove_group(name: str) -> None:
 
 
 def _node_id() -> str | None:
-    """In the actor: where Ray has put it."""
+    """Return the node on which Ray has placed this actor."""
     found: str = ray.get_runtime_context().get_node_id()
     return found
 
 
 def _probe(model: str, revision: str | None, look: bool) -> str:
-    """On a node: fetch the weights once for all its replicas, then look at the devices unless there is no use for any,
-    in a process of its own so that no memory stays taken.
+    """Download the weights once for all replicas of a node, then probe its devices (unless `look` is False).
+
+    The probe runs in a subprocess, so that it leaves no memory allocated.
     """
     from wanduet.family.specs import RANDOM_SPECS
     from wanduet.weights.hub import open_model
@@ -295,7 +296,7 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
     if not look:
         return ""
     environment = child_environment(os.environ)
-    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from what has not reserved any
+    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides GPUs from tasks that have not reserved any
         environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = module_command("wanduet.cluster.probe")
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -305,12 +306,12 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
 
 
 def _draining_nodes() -> frozenset[str]:
-    """Nodes that Ray itself is about to take away: scaled down, or a spot machine whose time is over."""
+    """Return nodes that Ray is about to remove: scaled down, or a spot machine that is reclaimed."""
     client: Any = ray.util.client.ray
-    if client.is_connected():  # from outside, only what the database says is known
+    if client.is_connected():  # a Ray client has no access; the database's list must do
         return frozenset()
     try:
-        gcs: Any = import_module("ray._raylet").GcsClient  # Ray has no public way to ask
+        gcs: Any = import_module("ray._raylet").GcsClient  # Ray has no public API for this
         return frozenset(gcs(address=ray.get_runtime_context().gcs_address).get_draining_nodes())
     except (ImportError, AttributeError, RayError, RuntimeError):
         return frozenset()

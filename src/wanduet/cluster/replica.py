@@ -1,8 +1,8 @@
-"""A replica: the worker of one machine, as a Ray actor with some GPUs of one node to itself.
+"""A replica: a single machine's worker, run as a Ray actor that owns some GPUs of one node.
 
-Ray places it, watches it and carries drains to it, and nothing else: jobs come from the database and go back to
-it, under the leases and fences of one machine. So a replica goes on while Ray's head, the controller and the API
-are away, and what happens to a job never depends on a message that may be lost.
+Ray only places it, monitors it and delivers drains; jobs come from the database and return to it, under the same leases
+and fencing tokens as on one machine. So a replica continues without Ray's head, the controller and the API, and a job's
+fate never depends on a message that may be lost.
 """
 
 import ctypes
@@ -26,14 +26,14 @@ from wanduet.jobs.supervisor import MEMORY_POOLS
 from wanduet.jobs.watchdog import Watchdog
 from wanduet.jobs.worker import ENGINE, make_engine
 
-M_ARENA_MAX = -8  # of glibc's malloc.h
-ROOMY_HOST = 2**40  # bytes: a decoder's host decides nothing
+M_ARENA_MAX = -8  # from glibc's malloc.h
+ROOMY_HOST = 2**40  # bytes: host memory never limits a decoder
 DECODE_ENGINE = "wanduet.engine.decoder:Decoder"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica as it sees itself. `worker` is the name on its leases; `ended`: it was drained, or gave up."""
+    """A replica's status. `worker` is the name on its leases; `ended`: it was drained, or gave up."""
 
     worker: str | None
     jobs: tuple[str, ...]
@@ -46,10 +46,10 @@ class ReplicaStatus:
 
 
 class Replica:
-    """The actor's class; methods may be called at the same time."""
+    """The actor's class; its methods may run concurrently."""
 
     def __init__(self, order: ReplicaOrder, node: Callable[[], str | None] = lambda: None) -> None:
-        """Load what there is to load. Raises what keeps the engine from working here."""
+        """Load the engine. Raises errors that prevent its work here."""
         prepare_process(order.shape.cpu_count)
         configure_logs()
         self._order = order
@@ -77,7 +77,7 @@ class Replica:
         )
         never_make(config.data_folder)
         hooks = getattr(self._engine, "hooks", None)
-        self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray tells the controller
+        self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray reports to the controller
         self._runner = Runner(self._store, self._engine, worker.runner, hooks=hooks, watchdog=self._watchdog)
         self._idle_since: float | None = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
@@ -85,7 +85,7 @@ class Replica:
         self._thread.start()
 
     def status(self) -> ReplicaStatus:
-        """How it is, for the controller."""
+        """Return its status, for the controller."""
         jobs, now = self._runner.running, time.monotonic()
         if jobs:
             self._idle_since = None
@@ -98,7 +98,7 @@ class Replica:
         )
 
     def drain(self) -> None:
-        """Take no more jobs; checkpoint those that run, within a step, and put them back."""
+        """Take no more jobs; checkpoint running ones within a step, and return them to the queue."""
         self._runner.drain()
 
     def _run(self) -> None:
@@ -111,7 +111,7 @@ class Replica:
             self._watchdog.stop()
 
     def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
-        """What the engine's own plan says for the devices that are here, so that it refuses nothing it was given."""
+        """Return the engine's plans for the devices of this node, so that it refuses no job that it takes."""
         from wanduet.planning.hardware import detect
         from wanduet.runtime.models import Models
 
@@ -130,10 +130,12 @@ class Replica:
 
 
 def prepare_process(threads: int) -> None:
-    """Compute with so many threads: Ray would allow the actor's CPUs, of which it has none, not its part of the node.
-    And take memory as a worker of one machine does, whose environment says so from the start.
+    """Set this process's threads and malloc arenas.
+
+    Ray would limit threads to the actor's CPUs, of which it has none. A worker on one machine gets the arena limit from
+    its environment.
     """
-    with suppress(OSError, AttributeError):  # no glibc: nothing to be told
+    with suppress(OSError, AttributeError):  # without glibc there is nothing to limit
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, int(MEMORY_POOLS["MALLOC_ARENA_MAX"]))
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
     import torch
@@ -142,7 +144,7 @@ def prepare_process(threads: int) -> None:
 
 
 def _decoder_fits(fitter: Fitter) -> Callable[[str, str], bool]:
-    """Whether a decoder of a shape that is known by name takes a demand."""
+    """Return a function that tells whether a demand fits a decoder, given the name of its shape."""
 
     def fits(shape: str, demand: str) -> bool:
         devices = declared_devices(shape.removesuffix(DECODER))

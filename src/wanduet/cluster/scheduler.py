@@ -1,17 +1,17 @@
-"""Which waiting job a replica takes next. Pure: no clock, no database, no Ray.
+"""Orders the waiting jobs for a replica. Pure: no clock, database or Ray.
 
-Every replica asks for itself, so there is no scheduler process that could be lost. The order, first to last:
+Every replica computes the order itself, so there is no scheduler process that could fail. Its criteria, first to last:
 
 1. *Priority*, as on one machine.
-2. *Fairness between owners*: start-time fair queueing (Goyal, Vin, Cheng 1996). Each claim charges its owner the
-   job's predicted device-seconds in virtual time; the owner with the smallest start tag goes first. Nobody saves
-   up credit by staying away, and nobody pays for what they used while nobody else wanted it.
+2. *Fairness between owners*: start-time fair queueing (Goyal, Vin, Cheng 1996). Each claim charges its owner the job's
+   predicted device-seconds in virtual time; the owner with the smallest start tag goes first. Owners do not accumulate
+   credit while they submit nothing, and do not pay for capacity that nobody else wanted.
 3. *Between one owner's jobs*, the highest response ratio: waited time over predicted time, plus one (Brinch Hansen
    1971). Small jobs pass big ones, and a big one's ratio grows until it is next.
-4. A job that waited longer than `patience_seconds`, and ten times as long as it will take, goes by age alone, before
-   its owner's others: where more comes than is done, ratios alone would put big jobs off without a bound.
+4. A job that has waited longer than `patience_seconds`, and ten times as long as it will take, is ordered by age alone,
+   before its owner's other jobs: under overload, ratios alone could delay big jobs without a bound.
 
-Jobs that do not fit the replica are not seen at all, so a replica never waits for a job and is never blocked by one.
+Jobs that do not fit the replica are ignored, so a replica never waits for one and is never blocked by one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +22,14 @@ from wanduet.cluster.fit import FitOf
 
 PATIENCE_SECONDS = 900.0
 OVERDUE_RATIO = 10.0  # of waited to predicted time
-SHORTEST_SECONDS = 1.0  # below this, predictions say nothing and ratios would explode
+SHORTEST_SECONDS = 1.0  # lower bound: shorter predictions are unreliable, and ratios would explode
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The queued jobs of one owner, demand and priority. The oldest stands for all: it goes first.
+    """The queued jobs of one owner, demand and priority, represented by the oldest, which goes first.
 
-    `since`: Unix seconds when it was submitted.
+    `since`: Unix time of its submission in seconds.
     """
 
     owner: str
@@ -42,7 +42,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """An owner's place in virtual time (device-seconds): where its newest job started, and where its next may."""
+    """An owner's position in virtual time (device-seconds): start of its newest job, earliest start of its next."""
 
     start: float = 0.0
     finish: float = 0.0
@@ -50,7 +50,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """A job to try for, and what it will be charged."""
+    """A job to try to claim, and the charge for it."""
 
     waiting: Waiting
     device_seconds: float
@@ -65,7 +65,7 @@ def order(
     devices: int = 1,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> list[Pick]:
-    """What to try for, best first, on a replica of `devices` GPUs; empty if nothing that waits fits it."""
+    """Return what a replica of `devices` GPUs should try to claim, best first; empty if no waiting job fits it."""
     virtual = max((share.start for share in shares.values()), default=0.0)
     found: list[tuple[tuple[float, ...], str, Pick]] = []
     for one in waiting:
@@ -83,8 +83,10 @@ def order(
 
 
 def charge(finish: Any, virtual: Any, device_seconds: Any, later: Callable[[Any, Any], Any] = max) -> tuple[Any, Any]:
-    """The owner's new start and finish after a claim, in device-seconds. `finish`: its own before; `virtual`: the largest
-    start of all owners. Columns do as well as numbers, where `later` gives the greater of two.
+    """Return the owner's new start and finish after a claim, in device-seconds.
+
+    `finish`: the owner's previous finish; `virtual`: the largest start of all owners. SQL columns work as well as
+    numbers if `later` returns the greater of two.
     """
     start = later(finish, virtual)
     return start, start + device_seconds

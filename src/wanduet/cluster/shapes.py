@@ -1,4 +1,4 @@
-"""What a fleet is made of: nodes, and the shapes of replicas that their GPUs can form. Plain values."""
+"""Values that describe a fleet: nodes, and the shapes of replicas that their GPUs can form."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -7,17 +7,17 @@ from typing import Literal
 from wanduet.config import GIB, EngineConfig
 from wanduet.planning.hardware import DeviceInfo, Hardware, parse_hardware
 
-GROUP_SIZES = (1, 2, 4, 8)  # GPUs that denoise together: Ulysses and guidance divide by two
+GROUP_SIZES = (1, 2, 4, 8)  # numbers of GPUs that denoise together: Ulysses and guidance divide by two
 
-Stage = Literal["all", "encode", "decode"]  # what of a job is done at a place
+Stage = Literal["all", "encode", "decode"]  # what a replica or node does of a job
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one replica has to itself, all of one node: GPUs, and its part of the host; no GPU means the CPU alone.
+    """Resources of one replica on one node: GPUs, and a share of the host; without GPUs it computes on the CPU.
 
-    `declared`: the GPUs are not there, the node's operator said that they be counted on. Such a replica plans for
-    them and computes on the CPU, which is for trying a fleet out. `stage`: what of a job it does.
+    `declared`: the GPUs do not exist; the node's operator declared them with a label. Such a replica plans for them and
+    computes on the CPU, to try a fleet out. `stage`: what it does of a job.
     """
 
     devices: tuple[DeviceInfo, ...] = ()
@@ -28,23 +28,23 @@ class Shape:
 
     @property
     def gpus(self) -> int:
-        """How many GPUs."""
+        """Number of GPUs."""
         return len(self.devices)
 
     @property
     def name(self) -> str:
-        """For people and metrics: `2x24GiB`, `cpu`, `1x8GiB decode`."""
+        """Name for people and metrics: `2x24GiB`, `cpu`, `1x8GiB decode`."""
         size = f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB" if self.devices else "cpu"
         return size if self.stage == "all" else f"{size} {self.stage}"
 
     @property
     def hardware(self) -> Hardware:
-        """As the plan sees it: devices numbered from zero, as in the replica's own process."""
+        """Hardware for the plan: devices are numbered from zero, as in the replica's own process."""
         devices = tuple(replace(device, name=f"cuda:{index}") for index, device in enumerate(self.devices))
         return Hardware(devices, self.host_bytes, int(self.host_bytes * 0.85), self.cpu_count, self.name)
 
     def engine_config(self, config: EngineConfig) -> EngineConfig:
-        """The engine's settings for a replica of this shape."""
+        """Return the engine's settings for a replica of this shape."""
         if not self.devices or self.declared:
             return replace(config, devices=config.devices or "cpu", strategy="auto", speeds=None)
         return replace(config, devices=None, speeds=None)
@@ -52,8 +52,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster. `draining`: nothing starts there, what runs there ends and moves; `resting`: nothing
-    starts there for now. `stage`: what of a job is done there just now; `wish`: what its operator said that it is for.
+    """A machine of the cluster.
+
+    `draining`: nothing starts there, and running jobs move away. `resting`: nothing starts there for now. `stage`: what
+    the node does of a job now. `wish`: the stage that its operator requested.
     """
 
     id: str
@@ -64,13 +66,14 @@ class Node:
     draining: bool = False
     resting: bool = False
     declared: bool = False
-    computes: bool = True  # a node without GPUs takes replicas only where the CPU was asked for
+    computes: bool = True  # a node without GPUs takes replicas only if the CPU was selected
     stage: Stage = "all"
     wish: Stage | None = None
 
     def shape(self, gpus: int) -> Shape:
-        """The shape of so many of its GPUs. Which ones they will be is not known unless they are all of them,
-        so each is taken to be as small as the smallest.
+        """Return the shape of `gpus` of its GPUs.
+
+        Unless it has all GPUs, Ray decides which ones, so each is assumed to be as small as the smallest.
         """
         devices = self.devices
         if gpus < len(devices):
@@ -80,7 +83,7 @@ class Node:
         )
 
     def shapes(self, only: int | None = None) -> Iterator[Shape]:
-        """Every shape that fits on the empty node; `only` those of so many GPUs, where whole jobs are done."""
+        """Yield all shapes that fit on the empty node; `only` restricts whole-job shapes to that number of GPUs."""
         if self.stage != "all":
             yield replace(self.shape(0 if self.stage == "encode" else min(1, len(self.devices))), stage=self.stage)
             return
@@ -96,10 +99,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica as the controller knows it. `idle_seconds`: since its last job ended, 0 while it has one."""
+    """A replica as the controller sees it. `idle_seconds`: time since its last job ended, 0 while it has one."""
 
     id: str
-    node: str | None  # None while nobody knows where it will be
+    node: str | None  # None until it is placed
     shape: Shape
     state: str = "starting"  # starting, ready, draining
     worker: str | None = None
@@ -109,7 +112,7 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A replica that ended. `worker`: the name on its leases; `lost`: its node went; `failed`: it never came up."""
+    """A replica that ended. `worker`: name on its leases; `lost`: its node is gone; `failed`: it never started."""
 
     id: str
     node: str | None
@@ -120,12 +123,12 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Nodes that Ray's own autoscaler can bring, by the value of their label, and the replica each would have."""
+    """Nodes that Ray's own autoscaler can add, by their label, and the replica that each would run."""
 
     label: str
     shape: Shape
 
 
 def declared_devices(label: str) -> tuple[DeviceInfo, ...]:
-    """GPUs from a node's label: `2x24GiB`, or `24GiB_12GiB`, since labels take no plus. Raises ConfigError."""
+    """Return GPUs from a node's label: `2x24GiB`, or `24GiB_12GiB` (labels allow no plus). Raises ConfigError."""
     return parse_hardware(label.replace("_", "+")).devices

@@ -1,11 +1,11 @@
-"""Whether the stages of jobs should live apart, from predicted seconds alone. Pure: no clock, no database, no Ray.
+"""Decides whether to dedicate nodes to single stages, from predicted seconds. Pure: no clock, database or Ray.
 
-Together, a replica encodes, denoises and decodes its jobs itself. Apart, encoders on nodes without GPUs take new prompts
-off the replicas' hosts, and whole nodes only decode what the others denoise. Neither takes anything away: a replica that
-finds no embedding encodes, and one that finds no decoder free decodes. So the question is only whether it pays, and for
-equal cards it never does: what a card gains by leaving its decodes to another, the other loses by not denoising.
+Together, a replica encodes, denoises and decodes its jobs itself. Apart, encoders on nodes without GPUs encode new
+prompts for the replicas' hosts, and some nodes only decode what others denoise. Both are optional: a replica that finds
+no embeddings encodes, and one that finds no free decoder decodes. So only throughput matters, and for equal cards it
+never improves: what a card gains by leaving its decodes to another, the other loses by not denoising.
 
-Rates are those of a queue that never runs dry, in jobs a second, as a fluid: each replica hands on the same part of its
+Rates are jobs a second with a queue that is never empty, as a fluid model: each replica leaves the same fraction of its
 decodes, as large as the decoders can take.
 """
 
@@ -18,14 +18,15 @@ from typing import Literal
 from wanduet.cluster.shapes import Stage
 
 Mode = Literal["auto", "together", "apart"]
-MARGIN = 0.05  # predictions are rough: a gain below this is none
+MARGIN = 0.05  # predictions are rough: smaller gains are ignored
 HALVINGS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Predicted seconds of a job's stages on one replica, inf where it does not fit. `overlaps`: a job is decoded while
-    the next is denoised, on a device of its own.
+    """Predicted seconds of a job's stages on one replica, inf if it does not fit.
+
+    `overlaps`: a job is decoded while the next one is denoised, on another device.
     """
 
     denoise: float
@@ -33,15 +34,16 @@ class Costs:
     overlaps: bool = False
 
     def period(self, left: float = 0.0) -> float:
-        """Seconds between two jobs when the part `left` of the decodes is left to others."""
+        """Return seconds between two jobs if a fraction `left` of the decodes is left to others."""
         decode = self.decode * (1.0 - left) if left < 1.0 else 0.0
         return max(self.denoise, decode) if self.overlaps else self.denoise + decode
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCosts:
-    """What one node could do of a job: as `replicas` that do all of it, as `decoders` of `decode` seconds each, as one
-    encoder. `encode`: seconds between two new prompts on each of its replicas; `encode_alone`: on an encoder.
+    """What one node could do: whole jobs on `replicas`, decodes of `decode` seconds on each of `decoders`, or encoding.
+
+    `encode`: seconds between two new prompts on each of its replicas; `encode_alone`: on an encoder.
     """
 
     name: str = field(compare=False)
@@ -53,7 +55,7 @@ class NodeCosts:
     encode_alone: float = inf
 
     def rates(self, left: float) -> tuple[float, float]:
-        """Jobs a second with their own text, and how many more it could make of prompts that are encoded elsewhere."""
+        """Return jobs a second with texts encoded here, and how many more with texts that an encoder encodes."""
         if not self.replicas or not isfinite(self.whole.denoise):
             return 0.0, 0.0
         possible = self.replicas / max(self.whole.period(left), 1e-9)
@@ -73,23 +75,23 @@ class NodeCosts:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Which nodes do a stage only, the rates with and without that (jobs a second), and why, in words."""
+    """Which nodes are dedicated to a stage, the rates with and without that (jobs a second), and the reason."""
 
-    stages: Mapping[str, Stage] = field(default_factory=dict)  # by node; the others do all
+    stages: Mapping[str, Stage] = field(default_factory=dict)  # by node; the other nodes do all stages
     together: float = 0.0
     rate: float = 0.0
-    left: float = 0.0  # the part of the decodes that replicas leave to decoders
+    left: float = 0.0  # fraction of the decodes that replicas leave to decoders
     reason: str = ""
-    needed: frozenset[str] = frozenset()  # nodes that had to be left out of it, for some job fits nowhere else
+    needed: frozenset[str] = frozenset()  # nodes that could not be dedicated, because some job fits no other node
 
     @property
     def apart(self) -> bool:
-        """Whether any node does a stage only."""
+        """Whether any node is dedicated to a stage."""
         return bool(self.stages)
 
     @property
     def gain(self) -> float:
-        """Of throughput over together: 0.25 is a quarter more."""
+        """Gain of throughput over together: 0.25 is a quarter more."""
         return self.rate / self.together - 1.0 if self.together else (inf if self.rate else 0.0)
 
 
@@ -101,12 +103,12 @@ def plan_stages(
     needed: frozenset[str] = frozenset(),
     before: Mapping[str, Stage] | None = None,
 ) -> StagePlan:
-    """Choose a stage for each node: together unless something beats it by more than the margin, and then the simplest
-    that comes within the margin of the best.
+    """Choose a stage for each node.
 
-    `wishes`: what operators said that nodes are for; with mode `apart` they are followed whatever the rates say.
-    `needed`: nodes that must do whole jobs, since some job fits nowhere else. `before`: the choice so far, which is
-    kept unless another is clearly better, for a change costs the replicas' time to come up.
+    Returns together unless another choice is better by more than the margin; then the simplest choice that comes within
+    the margin of the best. `wishes`: stages that operators requested for nodes; mode `apart` follows them whatever the
+    rates are. `needed`: nodes that must do whole jobs, because some job fits no other node. `before`: the current
+    choice, which is kept unless another is clearly better, because a change restarts replicas.
     """
     fleet = _Fleet(nodes, wishes or {}, needed)
     together, _ = fleet.rate({})
@@ -133,7 +135,7 @@ def plan_stages(
 
 
 def _choices(encoders: list[str], decoders: list[str], fleet: "_Fleet") -> Iterator[dict[str, Stage]]:
-    """From the simplest on: encoders, decoders by and by, both. A further decoder that brings nothing ends the row."""
+    """Yield choices, the simplest first: encoders, more and more decoders, both. Stop if a decoder gains nothing."""
     with_text: dict[str, Stage] = dict.fromkeys(encoders, "encode")
     if with_text:
         yield dict(with_text)
@@ -150,7 +152,7 @@ def _choices(encoders: list[str], decoders: list[str], fleet: "_Fleet") -> Itera
 
 
 class _Fleet:
-    """The nodes' costs, and what a choice of stages would come to."""
+    """The nodes' costs, and the rates of choices of stages."""
 
     def __init__(self, nodes: Mapping[str, NodeCosts], wishes: Mapping[str, Stage], needed: frozenset[str]) -> None:
         self._nodes = nodes
@@ -158,13 +160,11 @@ class _Fleet:
         self._needed = needed
 
     def encoders(self) -> list[str]:
-        """Nodes that may encode: all of them at once, for they do nothing else."""
+        """Return nodes that may encode: always all of them, since they can do nothing else."""
         return [name for name, node in self._nodes.items() if node.encodes and name not in self._needed]
 
     def decoders(self) -> list[str]:
-        """Nodes that may decode, those first that lose least by it: they denoise nothing, or denoise slowest beside
-        what they decode.
-        """
+        """Return nodes that may decode, those first that lose least: low rate of whole jobs for each decode."""
         may = [
             name
             for name, node in self._nodes.items()
@@ -173,12 +173,12 @@ class _Fleet:
         return sorted(may, key=lambda name: (self._nodes[name].rates(1.0)[0] / self._nodes[name].decodes, name))
 
     def wished(self) -> dict[str, Stage]:
-        """What operators said, where it can be done."""
+        """Return the stages that operators requested, as far as possible."""
         able = {"encode": self.encoders(), "decode": self.decoders()}
         return {name: stage for name, stage in self._wishes.items() if name in able.get(stage, ())}
 
     def rate(self, stages: Mapping[str, Stage]) -> tuple[float, float]:
-        """Jobs a second, and the part of their decodes that is left to decoders."""
+        """Return jobs a second, and the fraction of their decodes that is left to decoders."""
         whole = Counter(node for name, node in self._nodes.items() if stages.get(name, "all") == "all")
         decodes = sum(self._nodes[name].decodes for name, stage in stages.items() if stage == "decode")
         encodes = sum(self._nodes[name].encodes for name, stage in stages.items() if stage == "encode")
@@ -201,7 +201,7 @@ class _Fleet:
         return at(low), low
 
     def plan(self, stages: Mapping[str, Stage], together: float, labelled: bool = False) -> StagePlan:
-        """A choice with its rate and reason: that it pays, or that nodes were labelled so."""
+        """Return a choice with its rate and reason: the gain, or the nodes' labels."""
         rate, left = self.rate(stages)
         plan = StagePlan(dict(stages), together, rate, left)
         parts = []
@@ -220,22 +220,24 @@ class _Fleet:
         return StagePlan(plan.stages, together, rate, left, f"apart: {' and '.join(parts)}; {gain}")
 
     def why_together(self, best: Mapping[str, Stage], together: float, may_encode: bool, may_decode: bool) -> str:
-        """The reason why nothing is to live apart."""
+        """Return the reason why no node is dedicated."""
         if not may_encode and not may_decode:
             return "together: no node could do a stage only"
         gain = self.rate(best)[0] / together - 1.0 if together else 0.0
         kinds = {(node.whole, node.decode) for node in self._nodes.values() if node.decodes}
-        said = []
+        reasons = []
         if may_decode:
             equal = len(kinds) == 1
-            said.append("equal cards gain nothing by sharing stages out" if equal else "cards do best with whole jobs")
+            reasons.append(
+                "equal cards gain nothing by sharing stages out" if equal else "cards do best with whole jobs"
+            )
         if may_encode:
-            said.append("the replicas' own hosts encode fast enough")
-        return f"together: {' and '.join(said)}; the best way apart would bring {_percent(gain)}"
+            reasons.append("the replicas' own hosts encode fast enough")
+        return f"together: {' and '.join(reasons)}; the best way apart would bring {_percent(gain)}"
 
 
 def _percent(gain: float) -> str:
-    return f"{round(100 * gain):+d}%"  # a whole number knows no -0
+    return f"{round(100 * gain):+d}%"  # rounding to int avoids -0
 
 
 def _names(nodes: list[NodeCosts]) -> str:

@@ -1,4 +1,4 @@
-"""The object store of a cluster's jobs, as those see it who look after all files: whose it is, what is there, what goes."""
+"""The object store of a cluster's jobs, for housekeeping: its owner mark, its entries, their deletion."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,10 +14,10 @@ log = structlog.get_logger(__name__)
 
 
 class StoragePlace:
-    """The object store, as whoever looks after all files sees it. What its client raises becomes UnreachablePlaceError."""
+    """The object store as a place for housekeeping. Errors of its client become UnreachablePlaceError."""
 
     def __init__(self, fs: Any, root: str) -> None:
-        """`fs` is fsspec's file system, `root` the jobs' place in it."""
+        """`fs` is fsspec's file system, `root` the folder of the jobs in it."""
         self.name = root
         self._fs = fs
         self._root = root
@@ -36,7 +36,7 @@ class StoragePlace:
             raise _unreachable(path, error) from error
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
-        """As in `jobs.places`; object stores have no exclusive creation, so of two at once the later may win."""
+        """As in `jobs.places`. Object stores lack exclusive creation: of two concurrent writers the later may win."""
         found = None if replace else self.mark()
         if found is not None:
             return found
@@ -63,7 +63,7 @@ class StoragePlace:
         return sum(self.delete(_within(entry)) for entry in entries)
 
     def throw_away(self, entries: Iterable[Entry]) -> tuple[int, str]:
-        """As in `jobs.places`; checkpoints lie in a job's folder here."""
+        """As in `jobs.places`; checkpoints are in a job's folder here."""
         heap, moved = f"{self._root}/{TRASH}/{new_heap()}", 0
         for entry in entries:
             try:
@@ -91,7 +91,10 @@ class StoragePlace:
             raise _unreachable(self.name, error) from error
 
     def list_names(self, name: str, deep: bool = False) -> list[str]:
-        """What lies under a name, or `deep` below it; nothing where nothing does. Raises what the client raises."""
+        """Return names directly under a name, or all files below it (`deep`); empty if there are none.
+
+        Raises what the client raises.
+        """
         self._fs.invalidate_cache()
         with suppress(FileNotFoundError):
             where = f"{self._root}/{name}"
@@ -100,7 +103,7 @@ class StoragePlace:
         return []
 
     def delete(self, name: str) -> bool:
-        """Delete an object, or all under a name; whether it was there. An error leaves it to a later sweep."""
+        """Delete an object, or all under a name; return whether it existed. A later sweep retries after an error."""
         try:
             self._fs.rm(f"{self._root}/{name}", recursive=True)
         except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The job store as a cluster's replicas use it: the same rows, leases and fences, claimed in the scheduler's order.
+"""The job store of a cluster's replicas: the same rows, leases and fencing tokens, claimed in the scheduler's order.
 
-Tables are added to the jobs': each owner's place in virtual time, and what the controller tells the API and the
-command line about replicas, nodes and stages. Nothing that a job needs to survive is in them.
+It adds tables for each owner's position in virtual time, and for what the controller publishes about replicas, nodes
+and stages. No job depends on their content.
 """
 
 import time
@@ -25,7 +25,7 @@ from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, Stor
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 
-TRIES = 8  # jobs that a claim tries for before it looks at the queue again
+TRIES = 8  # jobs that a claim tries before it reads the queue again
 UNFIT_LEASE_SECONDS = 30.0
 
 metadata = sa.MetaData()
@@ -52,11 +52,11 @@ replicas = sa.Table(
 drains = sa.Table(
     "cluster_drains",
     metadata,
-    sa.Column("node", sa.String(255), primary_key=True),  # its name or the start of its Ray id
+    sa.Column("node", sa.String(255), primary_key=True),  # its name, or a prefix of its Ray id
 )
 
 
-# What the controller found about stages that live apart: one row, for people and `wanduet cluster status`.
+# The controller's stage plan: one row, for people and `wanduet cluster status`.
 verdicts = sa.Table(
     "cluster_stages",
     metadata,
@@ -64,7 +64,7 @@ verdicts = sa.Table(
     sa.Column("verdict", sa.JSON, nullable=False),
 )
 
-# Built once, as those in `jobs.statements`, and for the same reason.
+# Built once, for the same reason as those in `jobs.statements`.
 _REPLICAS = sa.select(replicas).order_by(replicas.c.node, replicas.c.id)
 _DECODES = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
 _GROUP = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
@@ -90,15 +90,15 @@ _TAKE_UNBLAMED = statements.taking(jobs.c.id == _OLDEST.where(jobs.c.crashes == 
 
 
 def _later(one: Any, other: Any) -> Any:
-    """The greater of two expressions."""
+    """Return the greater of two expressions."""
     return sa.case((one > other, one), else_=other)
 
 
 def _charging(insert: Any) -> Any:
-    """What adds a claim to its owner's place, in one statement: what others charge it meanwhile is kept."""
+    """Return a statement that charges a claim to its owner; a single one, so that concurrent charges add up."""
     virtual = sa.select(sa.func.coalesce(sa.func.max(shares.c.start), 0.0)).scalar_subquery()
     seconds = sa.bindparam("device_seconds", type_=sa.Double)
-    first = scheduler.charge(0.0, virtual, seconds, lambda _, virtual: virtual)  # of an owner that never had any
+    first = scheduler.charge(0.0, virtual, seconds, lambda _, virtual: virtual)  # for an owner without a row
     insert = insert(shares).values(owner=sa.bindparam("of_owner"), start=first[0], finish=first[1])
     again = scheduler.charge(shares.c.finish, insert.excluded.start, seconds, _later)
     place = {"start": again[0], "finish": again[1]}
@@ -109,11 +109,11 @@ _CHARGE = {"postgresql": _charging(postgresql.insert), "sqlite": _charging(sqlit
 
 
 class ClusterStore(JobStore):
-    """A job store whose `claim` takes what fits a replica, in the scheduler's order.
+    """A job store whose `claim` takes jobs that fit a replica, in the scheduler's order.
 
-    `fit_of` says what fits (None: this process claims nothing); `devices` is the replica's number of GPUs. `decoder_fits`
-    says whether a decode demand fits a decoder's shape (None: this process leaves no decodes to others); `take_back`
-    keeps a replica that does whole jobs from decodes that decoders will do.
+    `fit_of` predicts what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
+    `decoder_fits` tells whether a decode demand fits a decoder's shape (None: this process leaves no decodes to
+    others); `take_back` keeps a replica that does whole jobs from taking decodes that decoders will do.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ClusterStore(JobStore):
     def claim(
         self, worker: str, lease_seconds: float, *, alone: bool = True, model: ModelId | None = None
     ) -> Lease | None:
-        """Take the job that is next for this replica, or None. No other worker gets the same one."""
+        """Claim the next job for this replica, or return None. No other worker gets the same job."""
         if self._fit_of is None:
             return None
         for pick in self._picks(self._fit_of, alone, model)[:TRIES]:
@@ -152,7 +152,7 @@ class ClusterStore(JobStore):
         return None
 
     def decodes_elsewhere(self, job: StoredJob) -> bool:
-        """Whether a decoder is there for the job's latents. If it turns out that none is, a replica takes them back."""
+        """Return whether to leave a job's decode to a decoder. If none takes it, a replica takes it back."""
         fits = self._decoder_fits
         if fits is None:
             return False
@@ -164,11 +164,11 @@ class ClusterStore(JobStore):
         return leaves_decode(job, decoders, queued, lambda shape: fits(shape, DECODE + demand_of(job.request)))
 
     def decoders(self) -> list[str]:
-        """The shapes of the decoders that are ready, as the controller last saw them."""
+        """Return the shapes of ready decoders, from the controller's last list."""
         return ready_decoders(self.replicas())
 
     def prompts_ahead(self, limit: int) -> tuple[StoredJob, ...]:
-        """Queued jobs whose text may have to be encoded, those first that will be claimed first as far as can be said."""
+        """Return queued jobs whose text may need encoding, in the approximate order of claims."""
         query = sa.select(jobs).where(jobs.c.status == "queued", sa.not_(jobs.c.demand.startswith(DECODE)))
         with self._read() as connection:
             rows = connection.execute(query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(limit)).all()
@@ -176,27 +176,30 @@ class ClusterStore(JobStore):
 
     @contextmanager
     def sole(self, keys: Iterable[str]) -> Iterator[frozenset[str]]:
-        """Those of the keys that nobody else has just now; they are given up at the end, or with the connection."""
+        """Lock those of the keys that no other process has locked, until the block or the connection ends."""
         found = list(keys)
-        if self.database.dialect.name != "postgresql":  # one machine's, where nobody competes
+        if self.database.dialect.name != "postgresql":  # SQLite is used by one machine only
             yield frozenset(found)
             return
-        with self.database.connect() as connection:  # whose transaction stays open: its locks last as long
+        with self.database.connect() as connection:  # its transaction stays open, and owns the locks
             numbers = {key: int.from_bytes(sha256(key.encode()).digest()[:8], signed=True) for key in found}
             lock = sa.func.pg_try_advisory_xact_lock
             mine = [key for key in found if connection.scalar(sa.select(lock(numbers[key])))]
             try:
                 yield frozenset(mine)
             finally:
-                connection.invalidate()  # what ends the connection ends its locks, whatever state it is in
+                connection.invalidate()  # ending the connection releases its locks, whatever its state
 
     def waiting(self, alone: bool = True, model: ModelId | None = None) -> tuple[Waiting, ...]:
-        """What is queued, grouped; without jobs that crashed before unless `alone`, for one model where it is given."""
+        """Return queued jobs in groups.
+
+        Without `alone`, jobs that crashed before are left out; `model` restricts them to one model.
+        """
         with self._read() as connection:
             return self._waiting(connection, alone, model)
 
     def backlog(self, waiting: Iterable[Waiting]) -> tuple[Backlog, ...]:
-        """The same by demand alone, as the autoscaler sees it."""
+        """Group the same jobs by demand alone, for the autoscaler."""
         now = self._clock()
         found: dict[str, Backlog] = {}
         for one in waiting:
@@ -206,7 +209,7 @@ class ClusterStore(JobStore):
         return tuple(found.values())
 
     def refuse(self, waiting: Waiting, worker: str, error: JobError, model: ModelId | None = None) -> int:
-        """Fail the jobs of a group that fits nowhere, behind a lease as any other end; returns how many."""
+        """Fail the jobs of a group that fits no node, each under a lease; return their number."""
         refused = 0
         while True:
             with self._write() as connection:
@@ -217,7 +220,7 @@ class ClusterStore(JobStore):
             refused += 1
 
     def explain(self, demand: str, reason: str) -> None:
-        """Say in the queued jobs of a demand why nobody takes them; those that say something are left as they are."""
+        """Write into queued jobs of a demand why no replica takes them; jobs with a phase are left unchanged."""
         which = sa.and_(jobs.c.status == "queued", jobs.c.demand == demand, jobs.c.phase == "")
         with self._read() as connection:
             if connection.scalar(sa.select(jobs.c.id).where(which).limit(1)) is None:
@@ -226,12 +229,12 @@ class ClusterStore(JobStore):
             connection.execute(sa.update(jobs).where(which).values(phase=WAITING, report={WAITING: reason}))
 
     def explain_none(self) -> None:
-        """Take back what `explain` said in jobs that still wait."""
+        """Clear what `explain` wrote into jobs that are still queued."""
         which = sa.and_(jobs.c.status == "queued", jobs.c.phase == WAITING)
         with self._write() as connection:
             connection.execute(sa.update(jobs).where(which).values(phase="", report={}))
 
-    # What the controller tells others, and what it is told.
+    # The controller's tables.
 
     def publish(self, rows: Iterable[dict[str, Any]]) -> None:
         """Replace the list of replicas: `id`, `node`, `shape`, `state`, `worker`, `jobs` (how many)."""
@@ -242,46 +245,46 @@ class ClusterStore(JobStore):
                 connection.execute(sa.insert(replicas), found)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """The replicas as the controller last saw them."""
+        """Return the controller's last list of replicas."""
         with self._read() as connection:
             return [dict(row) for row in connection.execute(_REPLICAS).mappings()]
 
     def publish_stages(self, verdict: dict[str, Any]) -> None:
-        """Tell which stages live apart, and why."""
+        """Store which nodes are dedicated to a stage, and why."""
         with self._write() as connection:
             connection.execute(sa.delete(verdicts))
             connection.execute(sa.insert(verdicts).values(id=1, verdict=verdict))
 
     def stages(self) -> dict[str, Any]:
-        """What `publish_stages` told last; empty before."""
+        """Return the dict that `publish_stages` stored last; empty before."""
         with self._read() as connection:
             return dict(connection.scalar(sa.select(verdicts.c.verdict)) or {})
 
     def drain_node(self, node: str) -> None:
-        """Ask for a node to be emptied; it stays so until `undrain_node`."""
+        """Request that a node is drained; it stays so until `undrain_node`."""
         with self._write() as connection:
             connection.execute(sa.delete(drains).where(drains.c.node == node))
             connection.execute(sa.insert(drains).values(node=node))
 
     def undrain_node(self, node: str) -> bool:
-        """Let replicas start on a node again; False if it was not being drained."""
+        """Let replicas start on a node again; return False if it was not being drained."""
         with self._write() as connection:
             return connection.execute(sa.delete(drains).where(drains.c.node == node)).rowcount > 0
 
     def drained_nodes(self) -> frozenset[str]:
-        """The nodes that were asked to be emptied."""
+        """Return the nodes that shall be drained."""
         with self._read() as connection:
             return frozenset(connection.scalars(sa.select(drains.c.node)))
 
-    # Inside.
+    # Internals.
 
     def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int, alone: bool = True) -> dict[str, Any]:
-        """What a decoder died on is a whole job again: whoever takes it finds the latents and only decodes."""
+        """Make a whole job of one on which a decoder crashed: the next attempt finds its latents and only decodes."""
         return super()._after_crash(row, error, max_crashes, alone) | {"demand": demand_of(row.request)}
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
-        """Without a transaction around it where the database is a network away: one journey instead of three."""
+        """Read without a transaction on PostgreSQL: one network round trip instead of three."""
         if self.database.dialect.name == "sqlite":
             with super()._read() as connection:
                 yield connection
@@ -295,7 +298,7 @@ class ClusterStore(JobStore):
             waiting = self._waiting(connection, alone, model)
             if not waiting:
                 return []
-            # An owner alone comes first wherever it stands.
+            # A single owner is first, whatever its share.
             alike = len({one.owner for one in waiting}) == 1
             rows = [] if alike else connection.execute(sa.select(shares)).all()
         if self._take_back is not None:
@@ -307,7 +310,7 @@ class ClusterStore(JobStore):
 
     def _waiting(self, connection: sa.Connection, alone: bool, model: ModelId | None) -> tuple[Waiting, ...]:
         query = _WAITING if alone else _WAITING_UNBLAMED
-        # The id begins with the milliseconds of its submission, so the index alone answers.
+        # Job ids begin with the milliseconds of submission, so the query needs only the index.
         return tuple(
             Waiting(owner, demand, priority, first, int(first[6:18], 16) / 1000, count)
             for owner, demand, priority, first, count in connection.execute(query, statements.of_model(model))
@@ -322,17 +325,17 @@ class ClusterStore(JobStore):
         alone: bool,
         model: ModelId | None = None,
     ) -> Lease | None:
-        """The oldest of a group that nobody else is just taking."""
+        """Claim the oldest job of a group that no other worker is claiming."""
         group = {f"of_{column.name}": getattr(waiting, column.name) for column in _GROUP}
         group |= statements.of_model(model)
         oldest = _TAKE if alone else _TAKE_UNBLAMED
         return statements.take(connection, oldest, worker, lease_seconds, self._clock(), **group)
 
     def _create_tables(self) -> None:
-        with self._read() as connection:  # where they are there, no writer is waited for
+        with self._read() as connection:  # if the tables exist, this waits for no writer
             if all(sa.inspect(connection).has_table(name) for name in metadata.tables):
                 return
-        # One at a time: two that create a table together fail on PostgreSQL.
+        # Serialise creation: on PostgreSQL, two processes that create a table at one time fail.
         options = {SERIAL: time.monotonic() + OPEN_SECONDS}
         with self.database.connect().execution_options(**options) as connection, connection.begin():
             if self.database.dialect.name == "postgresql":

@@ -1,4 +1,4 @@
-"""Why a cluster makes no videos, and what to do about it, in a sentence for people. Pure."""
+"""Explains why a cluster makes no videos, and what to do about it, in a sentence for people. Pure."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,9 +12,9 @@ NO_GPUS = (
 
 
 def find_trouble(nodes: Sequence[Node], replicas: Iterable[ReplicaView], scale: ScaleSettings) -> str | None:
-    """What keeps any replica from doing whole jobs, now and until somebody does something; None if nothing is known to.
+    """Return what keeps all replicas from doing whole jobs until somebody acts; None if nothing is known to.
 
-    A replica that is just coming up, and nodes that Ray's own autoscaler can still bring, are no trouble.
+    A replica that is starting, and nodes that Ray's own autoscaler can still add, are no trouble.
     """
     if any(one.shape.stage == "all" and one.state != "draining" for one in replicas) or scale.expected:
         return None

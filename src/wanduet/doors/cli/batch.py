@@ -1,4 +1,4 @@
-"""`wanduet batch`: many requests to videos in a folder, and only what is still missing after an interruption."""
+"""`wanduet batch`: makes many requests' videos in a folder; after an interruption, only the missing ones."""
 
 import sys
 from collections import deque
@@ -22,15 +22,18 @@ from wanduet.media.names import Taken
 from wanduet.planning.plan import require_fit
 from wanduet.request import GenerationRequest
 
-# Jobs that the engine has at a time: enough for its stages, few enough that their names' locks are no burden.
+# Jobs submitted at a time: enough to fill the engine's stages, few enough for their file locks.
 AHEAD = 8
 
 
 def run_batch(
     requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions, output: Place
 ) -> dict[str, Any]:
-    """Requests, checked already, to videos in the folder `options.path`. One that fails does not stop the others;
-    Ctrl-C does. With `options.resume` what an earlier run of the same batch has made is kept as it is."""
+    """Make the videos of validated requests in the folder `options.path`.
+
+    A request that fails does not stop the others; Ctrl-C does. `options.resume` keeps what an earlier run of the same
+    batch has made.
+    """
     check_attention(config)
     done: list[dict[str, Any]] = []
     check_writable(options.path / "video.mp4")
@@ -64,7 +67,7 @@ def run_batch(
 
 @dataclass
 class _Work:
-    """One request of a batch: a job, or what is known of it without one."""
+    """One request of a batch: its job, or its outcome if there is no job."""
 
     title: str
     job: Job | None = None
@@ -74,16 +77,19 @@ class _Work:
 
 @dataclass
 class _Batch:
-    """What the requests of a batch share. `names` outlive the engine, so that none is free while a job may write."""
+    """State that the requests of a batch share.
+
+    `names` is released after the engine has stopped, so that no name is free while a job may write to it.
+    """
 
     engine: Engine
     options: OutputOptions
     names: ExitStack
     output: Place
-    passed: list[Path] = field(default_factory=list)  # the paths of the requests so far
+    passed: list[Path] = field(default_factory=list)  # output paths of the requests so far
 
     def begin(self, request: GenerationRequest) -> _Work:
-        """Choose and take the names of a request, and give it to the engine; what cannot be written fails alone."""
+        """Choose and lock a request's names, and submit it; if they cannot be written, only this request fails."""
         work = _Work(shown(request.prompt))
         count = request.num_videos_per_prompt
         try:
@@ -111,19 +117,19 @@ class _Batch:
 
 
 def _outcome(job: Job, output: Place) -> dict[str, Any]:
-    """A finished job's result, or why there is none."""
+    """Return a finished job's result, or its error."""
     try:
         return report(job, job.result(), output)
     except CancelledError:
         return {"cancelled": True}
-    except Exception as error:  # told; the next job goes on
+    except Exception as error:  # reported; the next job continues
         if isinstance(error, WanduetError):
             say_how_to_go_on(job, error)
         return {"prompt": job.request.prompt, "error": str(error)}
 
 
 def _made_before(request: GenerationRequest, found: Begun, engine: Engine, output: Place) -> dict[str, Any]:
-    """What is told of videos that an earlier run has made."""
+    """Return the result of a request whose videos an earlier run has made."""
     resolved = request.resolve(engine.models.spec)
     paths = [
         found.options.video_path(index, resolved.num_videos_per_prompt)

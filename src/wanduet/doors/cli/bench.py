@@ -1,4 +1,4 @@
-"""`wanduet bench`: how long a job takes on this machine, phase by phase."""
+"""`wanduet bench`: measures how long a job takes on this machine, by phase."""
 
 import statistics
 import sys
@@ -22,12 +22,14 @@ MOST_RUNS = 100
 
 
 def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> dict[str, Any]:
-    """Medians over `runs` equal jobs. The one before them loads the models and chooses kernels; its times are told
-    apart. Nothing is kept. Raises InvalidRequestError."""
+    """Return medians over `runs` equal jobs. Nothing is kept. Raises InvalidRequestError.
+
+    A job before them loads the models and selects kernels; its times are reported separately.
+    """
     if not 1 <= runs <= MOST_RUNS:
         raise InvalidRequestError("runs", runs, f"1 to {MOST_RUNS}", min(max(runs, 1), MOST_RUNS))
     check_attention(config)
-    config = replace(config, cache_embeddings=False)  # else the text would be encoded once and never again
+    config = replace(config, cache_embeddings=False)  # else only the first run would encode the text
     request = request if request.seed is not None else request.model_copy(update={"seed": 0})
     timings: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, Engine(config) as engine:
@@ -36,7 +38,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             job = engine.submit(request, OutputOptions(Path(folder) / "bench.mp4"))
             interrupted = follow(job)
             result = job.result()
-            if interrupted:  # too late to stop this run, but not the next
+            if interrupted:  # this run has ended already, the next must not start
                 raise CancelledError("Interrupted.")
             timings.append({name: round(seconds, 4) for name, seconds in result.timings.items()})
         measured = timings[1:]
@@ -57,7 +59,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "predicted_peak_bytes": predicted(plan),
             "predicted_seconds": round(plan.prediction.seconds.total, 1),
             "attention": job.attention,
-            "kernels": job.videos[-1].record.kernels,  # None where ranks shared the work
+            "kernels": job.videos[-1].record.kernels,  # None for jobs on several ranks
             "vae_kernels": job.videos[-1].record.vae_kernels,
             "rungs": job.rungs,
             "profile": where_it_went(job, engine.models.memory),

@@ -1,4 +1,4 @@
-"""The command line's cluster side: the flags of `wanduet serve --cluster`, and `wanduet cluster status|drain|undrain`."""
+"""The command line of clusters: the flags of `wanduet serve --cluster`, and `wanduet cluster status|drain|undrain`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ cluster_app = App(name="cluster", help="List and manage the machines of a cluste
 @Parameter(name="*", group=CLUSTER)
 @dataclass(frozen=True, slots=True)
 class ClusterFlags:
-    """Where workers run, and how many."""
+    """Flags of a cluster: where workers run, and how many."""
 
     cluster: Annotated[
         str | None, Parameter(help="Run workers on Ray: auto, HOST:PORT or ray://HOST:PORT. Needs PostgreSQL.")
@@ -62,7 +62,7 @@ class ClusterFlags:
     def settings(
         self, config: EngineConfig, runner: "RunnerSettings", retention: float | None, database_url: str | None
     ) -> "ClusterSettings | None":
-        """What the controller is told; None without --cluster. Raises ConfigError."""
+        """Return the controller's settings; None without --cluster. Raises ConfigError."""
         if self.cluster is None:
             if self != ClusterFlags():
                 raise ConfigError("The cluster's flags need --cluster.", hint="--cluster auto")
@@ -79,7 +79,7 @@ class ClusterFlags:
         if self.replica_gpus is not None and self.replica_gpus < 1:
             raise ConfigError(f"replica_gpus={self.replica_gpus}: at least one.")
         with extra("cluster"):
-            for package in ("ray", "psycopg"):  # said before anything starts; neither is needed in this process
+            for package in ("ray", "psycopg"):  # checked before anything starts; this process imports neither
                 if find_spec(package) is None:
                     raise ModuleNotFoundError(package, name=package)
             from wanduet.cluster.autoscaler import ScaleSettings

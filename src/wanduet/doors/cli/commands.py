@@ -1,4 +1,4 @@
-"""What the commands do: each returns what is printed. Imported by the command line when it is needed."""
+"""The implementations of the commands: each returns what is printed. Imported only when a command runs."""
 
 import re
 import sys
@@ -57,7 +57,7 @@ def run_generate(
     dry_run: bool = False,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """One request to its videos. `options.path` is the output's: a file, or a folder for a name made from the prompt."""
+    """Make a request's videos. `options.path` is a file, or a folder for a name derived from the prompt."""
     check_attention(config)
     is_named = not output.is_folder
     count = request.num_videos_per_prompt
@@ -68,7 +68,7 @@ def run_generate(
         resolved = request.resolve(models.spec)
         plan = make_plan(resolved, models.memory, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
-    with Taken() as names, Engine(config) as engine:  # no name is free before the engine has stopped
+    with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:
             begun.names.release()
@@ -105,7 +105,7 @@ def _interrupted_seed(request: GenerationRequest, options: OutputOptions, engine
 
 
 def say_how_to_go_on(job: Job, error: WanduetError) -> None:
-    """Add to a job's error what is kept of its work, and what makes use of that."""
+    """Add to a job's error which of its work is kept, and how to continue with it."""
     if isinstance(error, CancelledError) and job.timings["denoise_s"]:
         error.hint = "Go on where it stopped: the same command with --resume."
     elif isinstance(error, OutputError):
@@ -121,14 +121,14 @@ def _profile(job: Job, engine: Engine, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"profile": where_it_went(job, engine.models.memory)}
     try:
         engine.trace.save(path)
-    except OutputError as error:  # the video is made all the same
+    except OutputError as error:  # the video is complete all the same
         print(error, file=sys.stderr)
         return found
     return found | {"trace": str(path)}
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
-    """What would run where."""
+    """Return the plan for a request, on this machine or on `hardware`."""
     check_attention(config)
     models = Models(without_fetching(config))
     machine = detect()
@@ -139,7 +139,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
 
 
 def check_attention(config: EngineConfig) -> None:
-    """Refuse a back end that no machine has. Raises ConfigError."""
+    """Raise ConfigError for an attention back end that does not exist."""
     names = ["auto", SDPA.name, *(backend.name for backend in BACKENDS)]
     if config.attention not in names:
         known = ", ".join(dict.fromkeys(names))
@@ -147,7 +147,10 @@ def check_attention(config: EngineConfig) -> None:
 
 
 def without_fetching(config: EngineConfig) -> EngineConfig:
-    """The same settings for a model that is not here yet, if its shapes are published. Raises ModelNotFoundError."""
+    """Return the config; a model that is not downloaded is replaced by one with the same published shapes.
+
+    Raises ModelNotFoundError.
+    """
     if config.model in RANDOM_SPECS:
         return config
     try:
@@ -161,11 +164,11 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
 
 
 def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, Any]:
-    """A prompt to an embeddings file."""
+    """Write a prompt's embeddings to a file."""
     path = output.path
     if output.is_folder:
         path, names = free_file(path, prompt, ".safetensors")
-    elif path.suffix.lower() != ".safetensors":  # what `inspect` knows them by
+    elif path.suffix.lower() != ".safetensors":  # the suffix by which `inspect` recognises them
         raise InvalidRequestError("output", path.name, "a name that ends in .safetensors", f"{path.name}.safetensors")
     else:
         names = take_given([path])
@@ -175,7 +178,7 @@ def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, An
 
 
 def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
-    """Kept latents to a video."""
+    """Decode saved latents to a video."""
     about = load_latents(latents)[1]
     config = _config_of(latents, flags, about)
     options = OutputOptions(output.path, codec, quality, save_latents=True)
@@ -198,15 +201,18 @@ def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, qua
 
 
 def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any]:
-    """Make a video again and compare frame hashes. Raises UnreadableFileError, also for a video that says that it took
-    more than `max_steps` steps: size and length are seen in the file, steps are not."""
+    """Make a video again and compare frame hashes.
+
+    Raises UnreadableFileError, also if the video's metadata claims more than `max_steps` steps: size and length can be
+    checked against the file, steps cannot.
+    """
     about = read_metadata(video)
     if "denoised_by" in _part(about, "engine"):
         raise UnreadableFileError(
             f"{video} was decoded from latents that another model or program made, so it cannot be made again."
         )
     (request, quality), facts = _request_of(video, about), probe(video)
-    for side in ("width", "height"):  # before hours are spent on what a stranger's file says
+    for side in ("width", "height"):  # before spending hours on an untrusted file's claims
         if getattr(request, side) not in (None, facts[side]):
             raise UnreadableFileError(
                 f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
@@ -248,7 +254,7 @@ def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any
 
 
 def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:
-    """The request in a video's metadata, which anybody may have written, and the quality. Raises UnreadableFileError."""
+    """Return the request and the quality in a video's metadata, which is untrusted. Raises UnreadableFileError."""
     fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
     seed, quality = about.get("seed"), _part(about, "output").get("quality")
     if type(seed) is not int or type(quality) not in (int, type(None)):
@@ -260,7 +266,7 @@ def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, 
 
 
 def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
-    """A finished job as `generate --json` prints it."""
+    """Return a finished job as `generate --json` prints it."""
     request = job.request
     videos = [{"output": output.shown(v.path), "seed": v.seed} for v in result.videos]
     return {
@@ -285,13 +291,13 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
 
 
 def predicted(plan: Plan) -> dict[str, int]:
-    """Predicted peak bytes by device; on a CPU the whole process."""
+    """Return predicted peak bytes by device; for a CPU, of the whole process."""
     peaks = {name: size for name, size in plan.prediction.peak_bytes.items() if name != "cpu"}
     return peaks | {"cpu": plan.prediction.host_bytes}
 
 
 def settings(request: ResolvedRequest) -> dict[str, Any]:
-    """Every resolved field."""
+    """Return all resolved fields."""
     return request.model_dump()
 
 
@@ -313,17 +319,16 @@ def _announce(job: Job, config: EngineConfig) -> None:
 
 
 def shown(prompt: str) -> str:
-    """A prompt for the terminal, which it must not steer: the first lines' worth of it."""
+    """Return a prompt for the terminal: without control characters, cut to SHOWN characters."""
     text = printable(prompt)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
 def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> EngineConfig:
-    """The flags' settings; model and precision are those that made a file unless others were named.
+    """Return the flags' settings, with the model and the precision that made a file unless flags set them.
 
-    Anybody may have written the file, so of the models that it can name only those are taken that wanduet knows by
-    themselves, and only if they are here: nothing is fetched, and no folder is read, because a file says so. Raises
-    UnreadableFileError, ModelNotFoundError.
+    The file is untrusted: it may only select a model that wanduet knows by name and that is downloaded already. Its
+    metadata never causes a download or the reading of a folder. Raises UnreadableFileError, ModelNotFoundError.
     """
     config, unset = flags.config(), EngineFlags()
     engine, made_by = _part(about, "engine"), _part(about, "model")
@@ -347,7 +352,7 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
 
 
 def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:
-    """Name and revision of the model that a file says it was made by, else of the default one, if it is known and here.
+    """Return name and revision of the model that a file names, else of the default model, if known and downloaded.
 
     Raises ModelNotFoundError.
     """
@@ -382,7 +387,7 @@ def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) ->
 
 
 def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """One object of a file's metadata; empty where it has none. Anybody may have written the file."""
+    """Return one object of a file's untrusted metadata; an empty mapping if it has none."""
     value = about.get(name)
     return value if isinstance(value, Mapping) else {}
 

@@ -1,4 +1,4 @@
-"""`wanduet download`: fetch a model, or check one that is here. Apart from the other commands: it needs no torch."""
+"""`wanduet download`: downloads a model, or checks one on disk. A module of its own because it does not need torch."""
 
 import sys
 from collections.abc import Iterator
@@ -20,9 +20,10 @@ from wanduet.weights.names import MINIATURE
 
 
 def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
-    """Fetch and check a model; a folder is checked only. `trust`: take a folder's files as they are, from now on.
+    """Download and check a model; a folder is only checked.
 
-    Raises ModelNotFoundError, WeightsError, ConfigError for `trust` without a folder.
+    `trust` accepts a folder's files as they are and records their hashes. Raises ModelNotFoundError, WeightsError,
+    ConfigError for `trust` without a folder.
     """
     if config.model in RANDOM_SPECS:
         return {"model": config.model, "note": "Random weights are made in memory; there is nothing to fetch."}
@@ -52,7 +53,7 @@ def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) 
     if trust:
         write_manifest(folder.path)
         note = "The files are taken as they are: their hashes are in the folder's manifest.json from now on."
-    with checking_bar() as progress:  # first: what is damaged may say anything of itself
+    with checking_bar() as progress:  # first: a damaged folder's metadata cannot be relied on
         checked = verify_manifest(folder, None if model == MINIATURE else remember, (), progress)
     folder.check_complete()
     return {"model": model, "path": str(folder.path), "note": note, "files_verified": checked}
@@ -60,7 +61,7 @@ def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) 
 
 @contextmanager
 def checking_bar() -> Iterator[Progress]:
-    """A bar on stderr, on a terminal only, for the bytes that are hashed."""
+    """Show a progress bar of the hashed bytes on stderr, if it is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("Checking the weights"),

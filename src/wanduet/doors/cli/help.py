@@ -1,4 +1,4 @@
-"""What `--help` shows: of each flag what is needed to use it. docs/cli.md has the environment variables, too."""
+"""Formats `--help`: only what is needed to use a flag. docs/cli.md also lists the environment variables."""
 
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ EVERYWHERE = "Flags can also be set in the environment (WANDUET_NUM_FRAMES=17) o
 
 
 def concise(console: "Console", options: "ConsoleOptions", panel: "HelpPanel") -> None:
-    """Print a panel: of a switch that is off only the form that turns it on, and no environment variables."""
+    """Print a panel without environment variables; for a switch that is off, only the form that enables it."""
     from cyclopts.help import DefaultFormatter
 
     DefaultFormatter()(console, options, panel.copy(entries=[_shortened(entry) for entry in panel.entries]))
 
 
 def _shortened(entry: "HelpEntry") -> "HelpEntry":
-    if entry.default == "False":  # a switch that is off
+    if entry.default == "False":  # a switch that is off by default
         return entry.copy(env_var=None, default=None, negative_names=())
     return entry.copy(env_var=None)

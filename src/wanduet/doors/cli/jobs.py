@@ -1,4 +1,4 @@
-"""The command line's service side: `wanduet serve`, `ui`, `jobs list|show|cancel|rm|adopt`, `keys add|list|rm`."""
+"""The command line of the server: `wanduet serve`, `ui`, `jobs list|show|cancel|rm|adopt`, `keys add|list|rm`."""
 
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ keys_app = App(name="keys", help="Manage the API keys of the server.")
 @Parameter(name="*", group=SERVER)
 @dataclass(frozen=True, slots=True)
 class ServerFlags:
-    """How the server listens and what it takes."""
+    """Flags of the server: its address, limits and storage."""
 
     host: Annotated[
         str, Parameter(help="Address to listen on. Any but this machine's own needs a key: wanduet keys add.")
@@ -68,7 +68,7 @@ class ServerFlags:
     database_url: Database = None
 
     def server(self) -> "ServerSettings":
-        """What the HTTP side is told. Raises ConfigError."""
+        """Return the HTTP server's settings. Raises ConfigError."""
         from wanduet.doors.http.context import ServerSettings
         from wanduet.doors.http.schemas import RequestLimits
         from wanduet.jobs.records import Limits
@@ -85,7 +85,7 @@ class ServerFlags:
         )
 
     def runner(self) -> "RunnerSettings":
-        """What the worker is told. Raises ConfigError."""
+        """Return the worker's settings. Raises ConfigError."""
         from wanduet.jobs.keeper import AttemptSettings
         from wanduet.jobs.runner import RunnerSettings
         from wanduet.jobs.watchdog import HangSettings
@@ -147,7 +147,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
     database_url = flags.database_url
     check_bind(settings.host, bool(_keys(config.data_folder).records()))
-    if cluster == ALONE:  # another folder's database is refused before anything is fetched or imported for long
+    if cluster == ALONE:  # refuse another folder's database before slow downloads and imports
         with _store(config.data_folder, database_url):
             pass
     page = None
@@ -168,7 +168,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
 
     def announce(url: str) -> None:
         print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
-        if sys.stderr.isatty():  # elsewhere, standard error is a log of JSON lines
+        if sys.stderr.isatty():  # if not a terminal, standard error is a log of JSON lines
             print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
         if browser:
             import webbrowser
@@ -314,7 +314,7 @@ def register(app: App) -> None:
 
 
 def describe(job: "StoredJob") -> dict[str, Any]:
-    """A job for people and programs, without what only workers need."""
+    """Return a job for people and programs, without the fields that only workers need."""
     error = None if job.error is None else {"code": job.error.code, "message": job.error.message}
     return {
         "id": job.id,
@@ -337,7 +337,7 @@ def describe(job: "StoredJob") -> dict[str, Any]:
 
 
 def _for_people(about: dict[str, Any]) -> dict[str, Any]:
-    """The same with times of the clock."""
+    """Return the same with times as local date and time."""
     times = {name: _when(value) for name, value in about.items() if name.endswith("_at") and value is not None}
     return {**about, **times}
 
@@ -349,7 +349,7 @@ def _when(moment: float) -> str:
 
 
 def _show_jobs(page: "Page") -> None:
-    """One line a job, however narrow the terminal: an id that is cut short is no use to the other commands."""
+    """Print one line a job, however narrow the terminal: other commands need the whole id."""
     from wanduet.untrusted import printable
 
     lines = []

@@ -1,4 +1,4 @@
-"""What libraries have to say goes to a file of the data folder, not to the user's terminal."""
+"""Writes libraries' log messages to a file in the data folder instead of the user's terminal."""
 
 import logging
 from logging.handlers import RotatingFileHandler
@@ -12,7 +12,10 @@ MOST_BYTES = 2**20
 
 
 def handlers(folder: Path, stream: TextIO) -> list[logging.Handler]:
-    """For the root logger of a command: the terminal gets our messages, and others' from errors on; the file all others'."""
+    """Return handlers for a command's root logger: one for the terminal and one for the log file.
+
+    The terminal gets wanduet's messages, and libraries' errors; the file gets all of libraries' messages.
+    """
     terminal = logging.StreamHandler(stream)
     terminal.addFilter(lambda record: _is_ours(record) or record.levelno >= logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -27,7 +30,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 class _LibrariesLog(RotatingFileHandler):
-    """Made at the first message; a folder that cannot be written loses the messages, no more."""
+    """A log file that is created at the first message; if its folder cannot be written, messages are dropped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
@@ -38,4 +41,4 @@ class _LibrariesLog(RotatingFileHandler):
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
-        """Say nothing."""
+        """Ignore the error."""

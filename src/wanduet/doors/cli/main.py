@@ -31,8 +31,8 @@ Output = Annotated[
     Place | None,
     Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
 ]
-FIRST_SIGNAL = 128  # exit codes above it name the signal
-LONGEST_PROMPT = 512 * "-"  # a plan without a prompt holds for every prompt
+FIRST_SIGNAL = 128  # exit codes from here on are 128 + the signal's number
+LONGEST_PROMPT = 512 * "-"  # maximum length: a plan for it is valid for every prompt
 WANTED, OTHER = VideoFlags(), EngineFlags()
 
 app = App(
@@ -301,10 +301,10 @@ jobs.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run and exit."""
+    """Run a command and exit."""
     code = run(app, sys.argv[1:] if arguments is None else arguments)
     if code >= FIRST_SIGNAL:
-        # An interrupt inside an exec(), of which libraries are full, would make Python end by the signal instead.
+        # Inside an exec(), which many libraries use, an interrupt makes Python exit by the signal instead of this code.
         with suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

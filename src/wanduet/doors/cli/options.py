@@ -1,4 +1,4 @@
-"""The command line's flags, one field each: what a video shows, and how it is made.
+"""The command line's flags: one field each for what a video shows, and for how it is made.
 
 Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then default.
 """
@@ -28,34 +28,34 @@ from wanduet.untrusted import read_file
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
-# The default as an object of its own: so it is seen whether somebody has named the default model.
-_NOBODYS_MODEL = "".join(list(DEFAULT_MODEL))
+# A distinct object with the default's value, to detect whether the user named the default model.
+_UNSET_MODEL = "".join(list(DEFAULT_MODEL))
 
 
 class Settings(Toml):
-    """`wanduet.toml`, also as Windows' editors and shell write it."""
+    """Reads `wanduet.toml`, also in the encodings of Windows' editors and shell."""
 
     def _load_config(self, path: Path) -> dict[str, Any]:
         return parse_settings(path)
 
 
 def parse_settings(path: Path) -> dict[str, Any]:
-    """A settings file's content. Raises OSError, ValueError."""
+    """Return a settings file's content. Raises OSError, ValueError."""
     try:
         return tomllib.loads(decoded(read_file(path)))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-# Two ways to say one thing.
+# Pairs of flags that set the same thing.
 ALTERNATIVES = (({"resolution"}, {"height", "width"}), ({"seconds"}, {"num-frames"}))
-_RANKS = {"cli": 0, "env": 1}  # a settings file's tokens have its path
+_RANKS = {"cli": 0, "env": 1}  # the source of a settings file's tokens is its path
 
 
 def drop_overruled(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """A flag wins over the environment and the file also where they say the same in another way.
+    """Let a flag override the environment and the file, also if they use an alternative of it.
 
-    Called by cyclopts after all sources are read; both ways in one source stay, and are refused.
+    Cyclopts calls it after reading all sources. If one source has both alternatives, both stay, and are refused later.
     """
     for sides in ALTERNATIVES:
         found = [[a for a in arguments if a.tokens and side & {name.lstrip("-") for name in a.names}] for side in sides]
@@ -66,13 +66,13 @@ def drop_overruled(app: App, commands: tuple[str, ...], arguments: ArgumentColle
 
 
 def decoded(data: bytes) -> str:
-    """Text in UTF-8, or in what its first bytes say. Raises ValueError."""
+    """Decode UTF-8, or the encoding that a byte order mark names. Raises ValueError."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def whole(kind: Any, tokens: Sequence[Token]) -> int:
-    """A flag's text as a whole number; cyclopts itself would round `2.7`. Raises ValueError."""
+    """Parse a flag as an int; cyclopts itself would round `2.7`. Raises ValueError."""
     text = tokens[0].value.strip()
     try:
         return int(text)
@@ -80,7 +80,7 @@ def whole(kind: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"a whole number is needed, not {text[:40]!r}") from None
 
 
-# Other ways to give a field or two, each with the field behind which help lists it.
+# Alternative flags that set one or two fields, each with the field after which the help lists it.
 _SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
     ("num_frames", "seconds", Annotated[float, Parameter(help="Length of the video, instead of --num-frames.")]),
     ("num_frames", "resolution", Annotated[str, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")]),
@@ -88,7 +88,7 @@ _SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _video_flags() -> Iterator[tuple[str, Any, None]]:
-    """Name, type and default (None) of a flag for each field of a request but the prompt, and of the shorthands."""
+    """Yield name, type and default (None) of a video's flags: for each field except the prompt, and alternatives."""
     for name, field in REQUEST_FIELDS.items():
         if not field.is_required:
             converter = whole if field.kind is int else None
@@ -99,19 +99,19 @@ def _video_flags() -> Iterator[tuple[str, Any, None]]:
 
 @Parameter(name="*", group=VIDEO)
 class VideoFlags(make_dataclass("VideoFlags", _video_flags(), frozen=True, slots=True)):  # type: ignore[misc]
-    """What the video shows. Each field is None where nobody has set it."""
+    """Flags of the video. A field is None unless it is set."""
 
     __slots__ = ()
 
     def request(self, prompt: str, spec: ModelSpec | None = None) -> GenerationRequest:
-        """The request that was typed; `spec` is the model's, where it is known. Raises InvalidRequestError."""
+        """Return the request that the flags describe; `spec` is the model's, if known. Raises InvalidRequestError."""
         values = {name: value for name in REQUEST_FIELDS if (value := getattr(self, name, None)) is not None}
         if self.resolution is not None:
             if self.height is not None or self.width is not None:
                 raise InvalidRequestError("resolution", self.resolution, "either --resolution or --height and --width")
             try:
                 values["height"], values["width"] = parse_resolution(self.resolution)
-            except ValueError:  # digits that int() does not take: ², or thousands of them
+            except ValueError:  # digits that int() refuses: ², or thousands of them
                 raise InvalidRequestError("resolution", self.resolution[:40], "for example 480p or 832x480") from None
         if self.seconds is not None:
             if self.num_frames is not None:
@@ -125,8 +125,10 @@ class VideoFlags(make_dataclass("VideoFlags", _video_flags(), frozen=True, slots
 
 
 def typed_request(**values: Any) -> GenerationRequest:
-    """A request of fields that somebody typed. Raises InvalidRequestError, also for prompts that the server refuses as
-    too long."""
+    """Return a request of fields that a user typed.
+
+    Raises InvalidRequestError, also for prompts that exceed the server's limit.
+    """
     request = GenerationRequest.parse(**values)
     for name in ("prompt", "negative_prompt"):
         check_prompt_length(name, getattr(request, name) or "")
@@ -136,7 +138,7 @@ def typed_request(**values: Any) -> GenerationRequest:
 @Parameter(name="*", group=ENGINE)
 @dataclass(frozen=True, slots=True)
 class EngineFlags:
-    """How it is made."""
+    """Flags of the engine: model, devices, memory, precision and the like."""
 
     model: Annotated[
         str,
@@ -144,7 +146,7 @@ class EngineFlags:
             name=["--model", "--model-path"],
             help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, or `random:1.3b`.",
         ),
-    ] = _NOBODYS_MODEL
+    ] = _UNSET_MODEL
     revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None
     strategy: Annotated[
         Strategy,
@@ -181,11 +183,11 @@ class EngineFlags:
 
     @property
     def names_model(self) -> bool:
-        """Whether somebody named the model, be it the default's own name."""
-        return self.model is not _NOBODYS_MODEL
+        """Whether the user named a model, even if it is the default."""
+        return self.model is not _UNSET_MODEL
 
     def config(self) -> EngineConfig:
-        """The engine's settings. Raises ConfigError."""
+        """Return the engine's settings. Raises ConfigError."""
         if not 0 <= self.checkpoint_seconds < float("inf"):
             raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds}: it must be 0 or more.")
         return EngineConfig(
@@ -209,8 +211,10 @@ class EngineFlags:
 
 
 def _home(path: Path) -> Path:
-    """`~/x` from a settings file or the environment, where no shell has replaced it; absolute, for the current folder
-    may be gone later. Raises ConfigError."""
+    """Expand `~/x` from a settings file or the environment, which no shell expands. Raises ConfigError.
+
+    The path becomes absolute, since the current folder may be removed later.
+    """
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:

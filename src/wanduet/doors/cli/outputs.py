@@ -1,6 +1,6 @@
-"""Where a command's videos go: a name that the user gave, or the first free one that the prompt makes up.
+"""Names of a command's videos: a name that the user gave, or the first free one derived from the prompt.
 
-Either is taken for as long as the command works, so that two commands at the same time never write one file.
+The names are locked while the command works, so that two commands at the same time never write one file.
 """
 
 import os
@@ -14,17 +14,17 @@ from wanduet.media.names import Taken, names_for, take, take_given
 
 
 def take_output(options: OutputOptions, count: int) -> Taken:
-    """The names of `count` videos that go where the user said. Raises OutputError where another run writes them."""
+    """Lock the names of `count` videos at the user's path. Raises OutputError if another run is writing them."""
     return take_given(options.video_path(index, count) for index in range(count))
 
 
 def free_output(
     options: OutputOptions, prompt: str, count: int = 1, taken: Collection[Path] = (), *, over_latents: bool = False
 ) -> tuple[OutputOptions, Taken]:
-    """The first free name in the folder `options.path` for a prompt's `count` videos, taken.
+    """Lock the first free name in the folder `options.path` for a prompt's `count` videos.
 
-    Names are skipped that exist, that are in `taken`, that another run has, or beside which an interrupted run left
-    its latents; with `over_latents` these last are used. Raises OutputError.
+    Skips names that exist, that are in `taken`, that another run has locked, or that have latents of an interrupted
+    run; `over_latents` allows these last. Raises OutputError.
     """
     for path in names_for(options.path, prompt, _extension(options)):
         named = replace(options, path=path)
@@ -37,14 +37,14 @@ def free_output(
         names = take(videos)
         if names is None:
             continue
-        if not _any_exists(watched):  # else its owner has finished in between
+        if not _any_exists(watched):  # else another run has finished it since
             return named, names
         names.release()
     raise AssertionError("names_for never ends")
 
 
 def likely_output(options: OutputOptions, prompt: str, count: int) -> OutputOptions:
-    """What `free_output` would give now; nothing is taken or made."""
+    """Return what `free_output` would return now, without locking or creating anything."""
     for path in names_for(options.path, prompt, _extension(options)):
         named = replace(options, path=path)
         if not _any_exists([path, *(named.video_path(index, count) for index in range(count))]):
@@ -53,7 +53,7 @@ def likely_output(options: OutputOptions, prompt: str, count: int) -> OutputOpti
 
 
 def free_file(folder: Path, prompt: str, extension: str) -> tuple[Path, Taken]:
-    """The first free name for one file, taken. Raises OutputError."""
+    """Lock the first free name for one file. Raises OutputError."""
     for path in names_for(folder, prompt, extension):
         if os.path.lexists(path) or (names := take([path])) is None:
             continue

@@ -1,4 +1,4 @@
-"""Where a command's results go: what `--output` says, a file's path or a folder."""
+"""The path or folder that `--output` names."""
 
 import os
 from collections.abc import Sequence
@@ -11,26 +11,28 @@ from cyclopts import Token
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file's path, or a folder in which a name is made up. `path` is absolute: results go there also when the current
-    folder is moved or removed while the command works."""
+    """A file's path, or a folder for a name derived from the prompt.
+
+    `path` is absolute: results go there even if the current folder is moved or removed while the command works.
+    """
 
     path: Path
     is_folder: bool
     given: Path  # as the user wrote it
 
     def shown(self, path: Path) -> str:
-        """A path at this place in the user's spelling; absolute where that is another place by now."""
+        """Return a path relative to this place as the user wrote it; absolute if it now lies outside of it."""
         given = self.given if self.is_folder else self.given.parent
         try:
             return str(given / path.relative_to(given.absolute()))
-        except (OSError, ValueError):  # the current folder is gone; another place
+        except (OSError, ValueError):  # the current folder is gone, or the path is outside
             return str(path)
 
 
 def parse_place(text: str) -> Place:
-    """What `--output` means: `videos/` is a folder, whether it exists or not, and so is no text at all.
+    """Parse `--output`: `videos/` is a folder, whether or not it exists, and so is an empty text.
 
-    `~` is somebody's home also where no shell has replaced it. Raises ValueError, OSError without a current folder.
+    `~` is expanded, also if no shell has done so. Raises ValueError; OSError if the current folder is gone.
     """
     try:
         given = Path(text).expanduser()
@@ -40,12 +42,12 @@ def parse_place(text: str) -> Place:
 
 
 def place(kind: Any, tokens: Sequence[Token]) -> Place:
-    """A flag's text as a place. Raises ValueError."""
+    """Convert a flag's text to a Place. Raises ValueError."""
     return parse_place(tokens[0].value)
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a path is a folder that is there. One that cannot be looked at is none."""
+    """Return whether a path is an existing folder; False if it cannot be accessed."""
     try:
         return path.is_dir() or not path.name
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A job's progress on stderr, on a terminal only."""
+"""Shows a job's progress on stderr, if it is a terminal."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ LABELS = {
 
 
 def follow(job: Job) -> bool:
-    """Show a job's progress until it ends. Ctrl-C, or another signal to stop, cancels it and waits until it has stopped.
+    """Show a job's progress until it ends; on Ctrl-C or another stop signal, cancel it and wait until it ends.
 
     Returns whether a signal came; the job may have finished or failed all the same.
     """

@@ -1,4 +1,4 @@
-"""What an interrupted run has left: its seed, where nobody named one, the videos that it had finished, and latents."""
+"""Finds what an interrupted run has left: its seed (if the request has none), finished videos, and latents."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +18,9 @@ from wanduet.sampling.checkpoint import find_checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request's videos of an earlier run: where they are, the seed of the first, whether all are there.
+    """An earlier run's videos of a request: their paths, the first one's seed, and whether all exist.
 
-    `names` are taken; whoever asked gives them back.
+    `names` are locked; the caller releases them.
     """
 
     options: OutputOptions
@@ -30,12 +30,12 @@ class Begun:
 
 
 def with_seed(request: GenerationRequest, seed: int | None) -> GenerationRequest:
-    """The request with a seed; as it is for None."""
+    """Return the request with a seed, unless it is None."""
     return request if seed is None else request.model_copy(update={"seed": seed})
 
 
 def seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> int | None:
-    """The seed that an interrupted run of a request had drawn; None if there was none."""
+    """Return the seed that an interrupted run of a request drew; None if there is no such run."""
     resolved = request.resolve(engine.models.spec)
     count = resolved.num_videos_per_prompt
     candidates: list[Mapping[str, Any]] = []
@@ -50,8 +50,10 @@ def seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engi
 def take_begun(
     request: GenerationRequest, folder: OutputOptions, engine: Engine, passed: Sequence[Path] = ()
 ) -> Begun | None:
-    """What an earlier run has made of this request in a folder, under the names that are made up for it: videos, or
-    latents that are not yet a video. What another run works on now is left to it, and so is what is in `passed`."""
+    """Find and lock what an earlier run has made of this request in a folder: videos, or latents not yet decoded.
+
+    It looks under the names derived from the prompt, and skips names in `passed` or locked by another run.
+    """
     count = request.num_videos_per_prompt
     for path in names_for(folder.path, request.prompt, find_codec(folder.codec).extensions[0]):
         named = replace(folder, path=path)
@@ -80,7 +82,7 @@ def _seed_in(path: Path, request: GenerationRequest, engine: Engine) -> int | No
 
 
 def _seed(about: Mapping[str, Any], request: GenerationRequest, engine: Engine) -> int | None:
-    """The seed of the run that a file tells of, if it was one of this request with this model."""
+    """Return the seed in a file's metadata if it is of this request and this model; else None."""
     fields = about.get("request")
     if not isinstance(fields, Mapping) or about.get("model") != engine.models.about:
         return None

@@ -1,4 +1,4 @@
-"""A command from its arguments to its exit code: what is printed where, whatever happens.
+"""Runs a command: from its arguments to its output and its exit code, for all kinds of errors.
 
 Results go to stdout; with `--json` exactly one JSON object, also when the command fails. Messages go to stderr.
 """
@@ -27,7 +27,7 @@ _TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
 def run(command: App, arguments: Sequence[str]) -> int:
-    """The exit code of a command: 0 done, 1 it failed, 2 bad usage, 130 interrupted, 128 + N ended by signal N."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 bad usage, 130 interrupted, 128 + N by signal N."""
     _prepare_output()
     with stop_signals(_wants_json(arguments, {})) as stops:
         try:
@@ -52,7 +52,7 @@ def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
     except CycloptsError as error:
         _fail(str(error).strip(), "bad_usage", stops)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of stdout has closed the pipe
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -72,7 +72,7 @@ def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
 
 
 def emit(value: Mapping[str, Any], as_json: bool) -> None:
-    """Print a result: one JSON object, or the same for people. Raises OutputError where stdout takes nothing."""
+    """Print a result as one JSON object, or formatted for people. Raises OutputError if stdout cannot be written."""
     begin_answer()
     try:
         if as_json:
@@ -85,18 +85,18 @@ def emit(value: Mapping[str, Any], as_json: bool) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        with suppress(OSError, ValueError):  # what is still in the buffer must not fail again at exit
+        with suppress(OSError, ValueError):  # flushing the buffer must not fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"The result cannot be printed: {error.strerror}.") from error
 
 
 def _database_error(error: Exception) -> str | None:
-    """What a database's client says of a database that is locked, full or not reached; None of any other error."""
-    known = sys.modules.get("sqlalchemy.exc")  # not imported: no error of its kind
+    """Return a database error's message: locked, full, or not reachable; None for any other error."""
+    known = sys.modules.get("sqlalchemy.exc")  # if not imported, this cannot be a database error
     if known is None or not isinstance(error, known.SQLAlchemyError):
         return None
-    said = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
-    return said[0].rstrip(".")
+    message_lines = str(getattr(error, "orig", None) or error).strip().splitlines() or ["no reason given"]
+    return message_lines[0].rstrip(".")
 
 
 def _fail(message: str, code: str, stops: StopSignals, field: str | None = None) -> None:
@@ -105,7 +105,7 @@ def _fail(message: str, code: str, stops: StopSignals, field: str | None = None)
 
 
 def _wants_json(arguments: Sequence[str], settings: Mapping[str, Any]) -> bool:
-    """Whether a failure must be told as JSON too: flag, environment, file, in this order."""
+    """Return whether to print failures as JSON: decided by flag, else environment, else settings file."""
     flags = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
     for flag in reversed(flags):
         name, _, value = flag.partition("=")
@@ -117,8 +117,10 @@ def _wants_json(arguments: Sequence[str], settings: Mapping[str, Any]) -> bool:
 
 
 def _read_settings(command: App) -> dict[str, Any]:
-    """`wanduet.toml` of this folder, {} if there is none. Raises ConfigError, also for names that are no settings, and
-    for a folder that has been removed."""
+    """Return this folder's `wanduet.toml`; {} if there is none.
+
+    Raises ConfigError, also for unknown names and for a current folder that has been removed.
+    """
     path = Path(SETTINGS_FILE)
     try:
         Path.cwd()
@@ -145,7 +147,7 @@ def _read_settings(command: App) -> dict[str, Any]:
 
 
 def _setting_names(command: App) -> set[str]:
-    """Names of every flag of every command."""
+    """Return the names of all flags of all commands."""
     found: set[str] = set()
     for name in command:
         inner = command[name]
@@ -159,18 +161,18 @@ def _setting_names(command: App) -> set[str]:
 
 
 def _prepare_output() -> None:
-    """Warnings of ours as plain lines; libraries' chatter away from the user."""
+    """Set up the standard streams and logging: wanduet's warnings as plain lines, libraries' messages in a file."""
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A prompt in any script, on any console.
+            # A prompt may be in any script, on any console.
             stream.reconfigure(encoding=_encoding_of(stream), errors="replace")
     never_fail_on_stderr()
     logging.basicConfig(level=logging.WARNING, handlers=handlers(EngineConfig().data_folder, sys.stderr))
-    logging.captureWarnings(True)  # they are libraries'
+    logging.captureWarnings(True)  # they come from libraries
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads of PyTorch's CPU wheels wait for each other spinning; where another program has their core, one
-        # pool of as many threads as cores spins for most of the time. Read when torch is imported.
+        # Threads of PyTorch's CPU wheels spin while they wait for each other; if another program uses one of the cores,
+        # a pool of as many threads as cores spins most of the time. The variable is read when torch is imported.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -179,27 +181,31 @@ def _prepare_output() -> None:
 
 
 def _encoding_of(stream: TextIO) -> str | None:
-    """UTF-8 for files and pipes on Windows, where Python's default lacks most scripts, unless somebody has chosen;
-    None: as it is."""
+    """Return UTF-8 for files and pipes on Windows, whose default lacks most scripts; None keeps the encoding.
+
+    An encoding that the user has set is kept.
+    """
     chosen = "PYTHONIOENCODING" in os.environ
     return "utf-8" if sys.platform == "win32" and not chosen and not stream.isatty() else None
 
 
 def _open_standard_streams() -> None:
-    """Give streams that the caller has closed (`>&-`) a place: else the next file that is opened takes theirs, and
-    what a library prints would stand in a video."""
+    """Open standard streams that the caller closed (`>&-`).
+
+    Else the next opened file would get their descriptors, and what a library prints would end up in a video.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is `fd`
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the end
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Say which extra to install instead of failing on an import. Raises ConfigError."""
+    """Convert an ImportError to a ConfigError that names the extra to install."""
     try:
         yield
     except ImportError as error:
@@ -209,5 +215,5 @@ def extra(name: str) -> Iterator[None]:
 
 
 def missing_extra(name: str) -> ConfigError:
-    """What a user hears whose installation lacks an extra's packages."""
+    """Return the error for a missing extra."""
     return ConfigError(f"The {name}'s packages are not installed.", hint=f"pip install 'wanduet[{name}]'")

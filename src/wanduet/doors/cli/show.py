@@ -1,4 +1,4 @@
-"""Results for people: what `--json` prints, as a table or a few lines."""
+"""Prints results for people: what `--json` prints, as a table or a few lines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from wanduet.untrusted import printable
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
 
-# Libraries are imported at each start; what takes longer is compiled or measured, and kept.
+# Imports take less at each start; above this, kernels were compiled or measured, which later runs reuse.
 LONG_PREPARING_S = 10.0
 
 
 def show(value: Mapping[str, Any]) -> None:
-    """Print to stdout."""
-    # Prompts are shown as they are: no [markup], no :emoji: of theirs is meant.
+    """Print a result to stdout."""
+    # Prompts are printed verbatim: [markup] and :emoji: in them are not interpreted.
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     if "devices" in value:
         _show_plan(console, value)
@@ -101,7 +101,7 @@ def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
         from wanduet.media.provenance import summary
 
         parts = {name: made_by.get(name) for name in ("request", "model")}
-        if all(isinstance(part, Mapping) for part in parts.values()):  # anybody may have written the file
+        if all(isinstance(part, Mapping) for part in parts.values()):  # the file is untrusted
             table.add_row("made by", _text("made by", summary(made_by)))
         if isinstance(parts["request"], Mapping):
             table.add_row("prompt", _text("prompt", parts["request"].get("prompt")))
@@ -109,13 +109,13 @@ def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
 
 
 def _table(*columns: str, show_header: bool = True) -> Table:
-    """A table that breaks a long path instead of leaving out its end."""
+    """Return a table that wraps a long path instead of truncating it."""
     return Table(*(Column(name, overflow="fold") for name in columns), show_header=show_header)
 
 
 def _text(name: str, field: Any) -> str:
     if isinstance(field, Mapping):
-        unit = name if name.endswith("bytes") else ""  # of all that is in it
+        unit = name if name.endswith("bytes") else ""  # the unit of everything in it
         return "\n".join(f"{k}: {_text(unit or k, v)}" for k, v in field.items() if v not in (None, [], {}))
     if isinstance(field, list):
         return "\n".join(_text(name, item) for item in field)

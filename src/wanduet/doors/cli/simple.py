@@ -1,4 +1,4 @@
-"""What `run_wan.py` calls: `wanduet generate` with three settings that flags replace."""
+"""The entry point of `run_wan.py`: `wanduet generate` with defaults for three settings."""
 
 import sys
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ _SIZE = ("--resolution", "--height", "--width")
 
 
 def run(prompt: str, num_frames: int, resolution: tuple[int, int]) -> None:
-    """Generate and exit. `resolution` is (height, width) in pixels."""
+    """Generate a video and exit. `resolution` is (height, width) in pixels."""
     main(arguments(sys.argv[1:], prompt, num_frames, resolution))
 
 
 def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tuple[int, int]) -> list[str]:
-    """The arguments of `generate`. The bundled miniature has its own length and size unless flags say others."""
+    """Return the arguments of `generate`. The bundled miniature keeps its own length and size unless flags set them."""
     given = list(flags)
     if not _has_prompt(given):
         given.insert(0, f"--prompt={prompt}")
@@ -38,12 +38,12 @@ def _has_prompt(given: list[str]) -> bool:
     except MissingArgumentError as error:
         return error.argument is None or "--prompt" not in error.argument.names
     except CycloptsError:
-        return True  # told when the command runs
+        return True  # the command reports the error when it runs
     return True
 
 
 def _model(given: list[str]) -> str | None:
-    """The model by flag, environment or settings file; None where the arguments are wrong."""
+    """Return the model by flag, environment or settings file; None if the arguments are invalid."""
     try:
         _, bound, _ = app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
     except CycloptsError:

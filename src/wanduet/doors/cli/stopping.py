@@ -1,7 +1,6 @@
-"""Ctrl-C, SIGTERM, a closed terminal, a batch system's signals: the first lets the command stop in order, the second
-ends it at once.
+"""Handles Ctrl-C, SIGTERM, a closed terminal and batch systems' signals: the first stops in order, the second at once.
 
-Imports nothing of the package: it works while the rest is still being imported.
+Imports nothing of the package, so that it works while the rest is still being imported.
 """
 
 import _thread
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-AGAIN_SECONDS = 0.02  # after which a signal that was lost comes again
-# A terminal that closes sends SIGHUP, Windows' Ctrl-Break SIGBREAK; the system sends SIGXCPU at the limit of CPU time;
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
+AGAIN_SECONDS = 0.02  # delay until a lost signal is raised again
+# A terminal that closes sends SIGHUP, Windows' Ctrl-Break SIGBREAK; the system sends SIGXCPU at the CPU time limit;
 # batch systems send SIGUSR1 or SIGUSR2 some time before they end a job.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -29,8 +28,10 @@ _CPU_LIMIT = getattr(signal, "SIGXCPU", None)
 
 
 class StopSignals:
-    """What has come so far. `as_json`: a failure is told on stdout too. `answered`: the result, or the failure, is
-    being printed; a signal then changes nothing, so that stdout never gets a second JSON object.
+    """The signals received so far.
+
+    `as_json` prints failures to stdout, too. `answered` is set once the result or the failure is being printed; signals
+    are ignored from then on, so that stdout never gets a second JSON object.
     """
 
     def __init__(self, as_json: bool = False) -> None:
@@ -42,21 +43,20 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal that came first: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 152 for
-        SIGXCPU."""
+        """128 + the first signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 152 for SIGXCPU."""
         return INTERRUPTED if self._first is None or sys.platform == "win32" else 128 + self._first
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        """The signals' handler. Raises KeyboardInterrupt for the first one."""
+        """Handle a signal. Raises KeyboardInterrupt for the first one."""
         if number == getattr(signal, "SIGHUP", None):
             self._leave_terminal()
         if number == _CPU_LIMIT:
-            if self.answered or self._first is not None:  # it comes again after each second of CPU time
+            if self.answered or self._first is not None:  # SIGXCPU repeats after each second of CPU time
                 return
             print_failure("The limit of CPU time is reached (SIGXCPU).", "cancelled", as_json=False)
         if self.answered:
             self._late += 1
-            if self._late > 1:  # whoever should read our output does not
+            if self._late > 1:  # nobody reads the output, which blocks
                 os._exit(self.exit_code)
             return
         if self._first is None:
@@ -64,11 +64,14 @@ class StopSignals:
             raise KeyboardInterrupt
         self.answered = True
         print_failure("Stopped at once.", "cancelled", self.as_json)
-        os._exit(self.exit_code)  # threads may be in the middle of a step that takes minutes
+        os._exit(self.exit_code)  # threads may be in a step that takes minutes
 
     def unraisable(self, found: "UnraisableHookArgs") -> None:
-        """The interpreter's hook for errors that nobody can catch. Where a signal's KeyboardInterrupt is one of them, for
-        it came in a finalizer or a callback of a weak reference, the signal comes again a moment later."""
+        """Handle exceptions that the interpreter cannot raise (`sys.unraisablehook`).
+
+        A signal's KeyboardInterrupt is lost if it is raised in a finalizer or in a weak reference's callback; the
+        signal is raised again after AGAIN_SECONDS.
+        """
         number = self._first
         if number is None or self.answered or not issubclass(found.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(found)
@@ -79,11 +82,11 @@ class StopSignals:
         again.start()
 
     def _come_again(self, number: int) -> None:
-        if self._first is None:  # else another one has come meanwhile
+        if self._first is None:  # else another signal has come since
             _thread.interrupt_main(signal.Signals(number))
 
     def _leave_terminal(self) -> None:
-        """Send what is printed from now on nowhere if the terminal is gone: writing there would fail."""
+        """Redirect stdout and stderr to the null device if their terminal is gone: writing there would fail."""
         for fd in self._terminals:
             if not os.isatty(fd):
                 with suppress(OSError):
@@ -95,9 +98,9 @@ _CURRENT: ContextVar[StopSignals | None] = ContextVar("wanduet_stop_signals", de
 
 @contextmanager
 def stop_signals(as_json: bool = False) -> Iterator[StopSignals]:
-    """Handle the signals in this block; inside another such block, the outer one's state.
+    """Handle stop signals in this block; inside another such block, yield the outer one's state.
 
-    A signal that somebody else handles, or that is ignored (`nohup`), stays as it is; so do all outside of the main
+    Signals that have another handler or are ignored (`nohup`) are left alone; so are all signals outside of the main
     thread.
     """
     outer = _CURRENT.get()
@@ -123,20 +126,23 @@ def stop_signals(as_json: bool = False) -> Iterator[StopSignals]:
         if sys.unraisablehook == stops.unraisable:
             sys.unraisablehook = hook
         for number in taken:
-            if signal.getsignal(number) == stops.handle:  # a server may have set its own
+            if signal.getsignal(number) == stops.handle:  # a server may have set its own handler
                 signal.signal(number, before[number])
         _CURRENT.reset(token)
 
 
 def begin_answer() -> None:
-    """Said before the result is printed: what comes from now on is too late to stop anything."""
+    """Mark that the result is about to be printed: later signals stop nothing."""
     stops = _CURRENT.get()
     if stops is not None:
         stops.answered = True
 
 
 def print_failure(message: str, code: str, as_json: bool, field: str | None = None) -> None:
-    """A message on stderr and, if wanted, as the one JSON object on stdout. What cannot be printed is left out."""
+    """Print a message to stderr and, with `as_json`, as the one JSON object to stdout.
+
+    Errors of writing are ignored.
+    """
     with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: a signal came in the middle of a write
         print(message, file=sys.stderr, flush=True)
     if as_json:
@@ -146,6 +152,6 @@ def print_failure(message: str, code: str, as_json: bool, field: str | None = No
 
 
 def to_json(value: object) -> str:
-    """One line of JSON. A console of another encoding would turn what it cannot show into question marks."""
+    """Return one line of JSON; ASCII only, unless stdout is UTF-8, since other encodings lose characters."""
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
     return json.dumps(value, ensure_ascii=not is_utf8)

@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported: it takes a third of a second instead of several."""
+"""Checks that run before torch is imported: an error then takes a third of a second instead of several."""
 
 import csv
 import io
@@ -13,13 +13,15 @@ from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, parse_json, read_stream
 
-# Published models whose shapes are known without their files, and the stand-in with the same shapes.
+# Published models whose shapes are known without their files, and the random models with the same shapes.
 PUBLISHED = {DEFAULT_MODEL: "random:1.3b", "Wan-AI/Wan2.1-T2V-14B-Diffusers": "random:14b"}
 
 
 def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> GenerationRequest:
-    """The request that was typed. Raises InvalidRequestError or ModelNotFoundError for what can be known without
-    the hub and its cache."""
+    """Return the request that the user typed.
+
+    Raises InvalidRequestError or ModelNotFoundError for errors that can be detected without the hub and its cache.
+    """
     spec = known_spec(config.model)
     request = video.request(prompt, spec)
     if spec is not None:
@@ -28,7 +30,7 @@ def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> Gener
 
 
 def known_spec(model: str) -> ModelSpec | None:
-    """A model's shapes, if they are known without the hub. Raises ModelNotFoundError."""
+    """Return a model's shapes if they are known without the hub; else None. Raises ModelNotFoundError."""
     name = PUBLISHED.get(model, model)
     if name in RANDOM_SPECS:
         return RANDOM_SPECS[name]
@@ -41,7 +43,7 @@ def known_spec(model: str) -> ModelSpec | None:
 
 
 def check_output(output: Place | None, codec: str, quality: int | None) -> None:
-    """Raises InvalidRequestError for a codec, a quality or a file name that no video can have."""
+    """Raise InvalidRequestError for a codec, a quality or a file name that is invalid for a video."""
     from wanduet.media.codecs import container_for
     from wanduet.media.video import VideoSpec
 
@@ -51,7 +53,7 @@ def check_output(output: Place | None, codec: str, quality: int | None) -> None:
 
 
 def check_folder(output: Place | None) -> None:
-    """Raises InvalidRequestError for what is meant as a video's name where a folder is needed."""
+    """Raise InvalidRequestError if a video's file name is given where a folder is needed."""
     from wanduet.media.codecs import CONTAINERS
 
     if output is not None and not output.is_folder and output.given.suffix.lower() in CONTAINERS:
@@ -60,10 +62,9 @@ def check_folder(output: Place | None) -> None:
 
 
 def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[GenerationRequest]:
-    """The requests in a file: one a line (a prompt, or a JSON object), or the rows of a `.csv` with a header.
+    """Read requests from a file: one a line (a prompt, or a JSON object), or rows of a `.csv` with a header.
 
-    Fields that a line leaves out are the flags'. Raises InvalidRequestError that names the line,
-    ModelNotFoundError.
+    Fields that a line omits come from the flags. Raises InvalidRequestError that names the line, ModelNotFoundError.
     """
     try:
         text = decoded(read_stream(file))
@@ -93,15 +94,15 @@ Row = str | dict[str, str]
 
 
 def _text_rows(text: str) -> list[tuple[int, Row]]:
-    # Not splitlines(): what it takes for the end of a line besides (U+2028, a form feed) may stand in a prompt.
+    # Not splitlines(): it also splits at U+2028 or a form feed, which may be part of a prompt.
     lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip() and not line.startswith("#")]
 
 
 def _csv_rows(text: str) -> list[tuple[int, Row]]:
-    """Rows as fields by the header's names; empty cells are left out. Raises ValueError for a name that is there twice."""
+    """Return rows as fields by the header's names, without empty cells. Raises ValueError for duplicate names."""
     header = text.lstrip().partition("\n")[0]
-    delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets write what their country uses
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets use the delimiter of their locale
     reader = csv.DictReader(
         io.StringIO(text, newline=""), restkey="surplus", restval="", strict=True, delimiter=delimiter
     )

@@ -1,4 +1,4 @@
-"""The fields of a request's body, JSON or form: UTF-8 only, each name once, nothing that was cut off."""
+"""Parse the fields of a JSON or form body: UTF-8 only, each name once, truncated bodies refused."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ MULTIPART, URLENCODED = "multipart/form-data", "application/x-www-form-urlencode
 
 
 async def read_fields(request: Request) -> dict[str, Any]:
-    """The fields of a body. The text fields of a form stay texts. Raises ApiError (400, 415)."""
+    """Return the fields of a request's body; text fields of a form stay strings. Raises ApiError (400, 415)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == MULTIPART:
@@ -34,7 +34,7 @@ async def read_fields(request: Request) -> dict[str, Any]:
 
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
-        # Decoded here: Python's reader would take UTF-16 as well, and bytes that stand for half a character.
+        # Decode here: `json.loads` on bytes would also accept UTF-16 and lone surrogates.
         fields = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise _refused("The body is not valid JSON in UTF-8.") from None
@@ -58,17 +58,17 @@ def _read_urlencoded(body: bytes) -> dict[str, Any]:
 
 
 class _Form(MultiPartParser):
-    """Starlette's parser, which takes what there is of a form that was cut off, and guesses at bytes that are no UTF-8."""
+    """Starlette's form parser, but strict: it refuses truncated forms and bytes that are not UTF-8."""
 
     ended = False
 
     def on_end(self) -> None:
-        """The closing boundary was read."""
+        """Record that the parser has read the closing boundary."""
         self.ended = True
 
 
 async def _read_multipart(request: Request) -> dict[str, Any]:
-    # Latin-1 keeps every byte as it is, so that they can be decoded strictly afterwards.
+    # Latin-1 maps every byte to one character, so that the bytes can be decoded strictly as UTF-8 afterwards.
     kept = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
     parser = _Form(kept, request.stream(), max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES)
     try:

@@ -1,4 +1,4 @@
-"""How many clients this process can serve with the files that it may have open."""
+"""Limits on connections, requests and threads, derived from this process's limit of open files."""
 
 import os
 import sys
@@ -8,16 +8,16 @@ from pathlib import Path
 
 MOST_CONNECTIONS = 1000
 MOST_THREADS = 40
-_RESERVE = 24  # open files: the page's, a new worker's and upload readers' pipes, what libraries open
-_FILES_PER_THREAD = 2  # a database connection has the database and its log open
+_RESERVE = 24  # open files: the page's, the pipes of a new worker and of upload readers, files that libraries open
+_FILES_PER_THREAD = 2  # a database connection opens the database and its log
 _FEWEST = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """At the same moment: open connections, requests that are being answered, threads that work for them.
+    """Maximum numbers at one time of open connections, of requests in progress, and of threads that serve them.
 
-    There are more connections than requests, so that there is always one that can be closed for a new client.
+    `connections` exceeds `requests`, so that there is always an idle connection that can be closed for a new client.
     """
 
     connections: int
@@ -26,7 +26,7 @@ class Capacity:
 
 
 def find_capacity(max_connections: int | None = None) -> Capacity:
-    """What fits below this process's limit of open files; at most `max_connections` connections."""
+    """Return what fits below this process's limit of open files; `max_connections` caps the connections."""
     wanted = MOST_CONNECTIONS if max_connections is None else max(2, max_connections)
     limit = _file_limit()
     if limit is None:
@@ -37,7 +37,10 @@ def find_capacity(max_connections: int | None = None) -> Capacity:
 
 
 def _fitting(room: int) -> int:
-    """Connections for which there is room: one that is answered may also have a stored file open."""
+    """Return how many connections fit into `room` open files.
+
+    A connection with a request in progress may also have a stored file open.
+    """
     connections = room // 2
     while connections + _requests(connections) < room:
         connections += 1

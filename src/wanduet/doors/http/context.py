@@ -1,4 +1,4 @@
-"""What every route needs: the store, the model, the settings, who is asking."""
+"""State that every route shares (store, model, settings), and authentication of requests."""
 
 import threading
 from collections.abc import Callable
@@ -20,19 +20,20 @@ from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
 
-KEY_COOKIE = "wanduet_key"  # set by the page's login; only this host's own pages send it
+KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
 DRAIN_RETRY_SECONDS = 15
-MAX_UPLOADS = 4  # at the same moment: each costs temporary files and a process
-UPLOAD_SHARE = 2  # of one key
+MAX_UPLOADS = 4  # at one time: each costs temporary files and a process
+UPLOAD_SHARE = 2  # of `MAX_UPLOADS`, for one key
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How a server listens and what it takes. `max_submissions` and `max_streams`: at the same moment.
+    """Address, limits and access rules of a server.
 
-    `max_connections`: as many as the process may have files open for, by default. A client has `header_seconds` to
-    send what comes before a body, `body_seconds` for the body, longer if it is on its way, and must take some of
-    its answer every `stall_seconds`.
+    `max_submissions` and `max_streams` limit how many run at one time. `max_connections` defaults to as many as the
+    process's limit of open files allows. Timeouts: a client must send the request's head within `header_seconds` and
+    its body within `body_seconds` (longer while the body keeps arriving), and must read some of the response every
+    `stall_seconds`.
     """
 
     host: str = "127.0.0.1"
@@ -50,11 +51,11 @@ class ServerSettings:
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
-    model_hash: str | None = None  # of the served weights: jobs are accepted for these and no others
+    model_hash: str | None = None  # of the served weights: only jobs for this hash are accepted
 
 
 class ServerContext:
-    """One server's belongings, in `app.state.context`."""
+    """The state of one server, in `app.state.context`."""
 
     def __init__(
         self,
@@ -71,33 +72,33 @@ class ServerContext:
         self.keys = keys
         self.worker_ready = worker_ready
         self.worker = worker
-        # Decided once: removing the last key, or its file, must close the server and not open it to everybody.
+        # Decided once, at the start: removing the last key, or the key file, must not open the server to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
         self.metrics = ServerMetrics(store, worker)
-        self.failures = RateLimit()  # how often they are logged
+        self.failures = RateLimit()  # limits how often failures are logged
         self.draining = threading.Event()
         self.capacity = find_capacity(settings.max_connections)
-        third = max(1, self.capacity.requests // 3)  # for streams, for pages, and the rest for short answers
+        third = max(1, self.capacity.requests // 3)  # a third each for streams, for pages, and for short requests
         self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
         self.streams = Gate(min(settings.max_streams, third), "event streams", settings.max_streams_per_key)
-        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each has two
+        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each page has two streams
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def check_accepting(self) -> None:
-        """Raises ApiError (503) while the server drains."""
+        """Raise ApiError (503) while the server drains."""
         if self.draining.is_set():
             raise unavailable("shutting_down", "The server is shutting down.", DRAIN_RETRY_SECONDS)
 
 
 def get_context(request: Request) -> ServerContext:
-    """The context of the server that got a request."""
+    """Return the context of the server that received a request."""
     context: ServerContext = request.app.state.context
     return context
 
 
 def find_owner(context: ServerContext, headers: Headers) -> str | None:
-    """Who is asking, by the key in the headers or in the page's cookie; None if a key is needed and none is valid."""
+    """Return the owner of the key in the headers or the page's cookie; None if a key is required and none is valid."""
     keys = context.keys
     if not context.require_key and not keys.records():
         return LOCAL_OWNER
@@ -109,7 +110,7 @@ def find_owner(context: ServerContext, headers: Headers) -> str | None:
 
 
 def get_owner(request: Request) -> str:
-    """Who is asking, by their key; everybody is one owner where there are no keys. Raises ApiError (401)."""
+    """Return the owner of a request's key; without keys, all requests have one owner. Raises ApiError (401)."""
     owner = find_owner(get_context(request), request.headers)
     if owner is None:
         raise invalid_key()
@@ -118,7 +119,7 @@ def get_owner(request: Request) -> str:
 
 
 def invalid_key() -> ApiError:
-    """The answer to whoever has no valid key."""
+    """Return the error for a request without a valid key."""
     return ApiError(
         401,
         "invalid_api_key",

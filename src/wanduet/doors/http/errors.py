@@ -1,7 +1,7 @@
-"""Errors on the wire: `{"error": {message, type, param, code}}`, whatever went wrong.
+"""HTTP errors: every failure becomes `{"error": {message, type, param, code}}`.
 
-Clients try again after 408, 409, 429 and 5xx without telling that it is the same request; so those are
-answered only while nothing has been stored.
+Clients retry after 408, 409, 429 and 5xx without marking the request as a repetition; so these statuses are returned
+only while nothing has been stored.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,8 @@ INVALID = "invalid_request_error"
 QUEUE_RETRY_SECONDS = 30
 STORE_RETRY_SECONDS = 5
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-STREAM_END = "/events"  # the end of a path that does not take HEAD: its GET does not end by itself
-# Faults of the store that only a person can mend, by their code: the message says what to do, and no answer says when to
-# try again.
+STREAM_END = "/events"  # suffix of paths that refuse HEAD: their GET does not end until the video does
+# Store faults that need an operator, by error code. The message says what to do; the response has no Retry-After.
 STORE_FAULTS: Mapping[str, int] = {
     "store_broken": 503,
     "store_gone": 503,
@@ -54,7 +53,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is no success; raise it anywhere in a request."""
+    """An error response; raise it anywhere while a request is handled."""
 
     def __init__(
         self,
@@ -75,30 +74,30 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """Return the JSON body of the response."""
         param = None if self.param is None else sendable(self.param, NAME_LIMIT)
         detail = ErrorDetail(message=sendable(self.message), type=self.kind, param=param, code=self.code)
         return ErrorBody(error=detail).model_dump()
 
     def response(self) -> JSONResponse:
-        """The answer itself."""
+        """Return the HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def invalid(error: InvalidRequestError) -> ApiError:
-    """A field out of its range."""
+    """Return the 400 error for a field with an invalid value."""
     text = f"{error.message} {error.hint}" if error.hint else error.message
     return ApiError(400, error.code, text, param=error.field)
 
 
 def unavailable(code: str, message: str, retry_after: int, status: int = 503) -> ApiError:
-    """Not now; nothing was stored. `retry_after` in seconds."""
+    """Return an error for a request that was refused before anything was stored. `retry_after`: seconds."""
     kind = "rate_limit_error" if status == 429 else "server_error"
     return ApiError(status, code, message, kind=kind, headers={"Retry-After": str(retry_after)})
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Any exception as an answer; what is not known becomes a 500 that tells nothing of the inside."""
+    """Convert any exception to an error response; unknown exceptions become a 500 without internal details."""
     match error:
         case ApiError():
             return error
@@ -126,14 +125,14 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """The methods that the path of a request takes."""
+    """Return the methods that the path of a request accepts."""
     routes = request.app.router.routes
     found = [
         method
         for method in METHODS
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
     ]
-    head = "GET" in found and not request.scope["path"].endswith(STREAM_END)  # answered as GET
+    head = "GET" in found and not request.scope["path"].endswith(STREAM_END)  # HEAD is handled as GET
     return [method for method in METHODS if method in found or (method == "HEAD" and head)]
 
 
@@ -145,22 +144,22 @@ def _bad_parameter(error: RequestValidationError) -> ApiError:
 
 
 def log_failure(error: Exception, status: int, rate: RateLimit) -> None:
-    """Say in the log what made an answer fail, if the server is to blame; clients ask again as often as they like."""
+    """Log the exception behind a 5xx response; `rate` limits how often, since clients may repeat failing requests."""
     kept_back = rate.admit((type(error), status)) if status >= 500 else None
     if kept_back is not None:
-        # A message of ours says what to do, in whole only here; others might quote what was sent.
+        # Only messages of our own exceptions are logged: others might quote the request's content.
         about = {"message": str(error)} if isinstance(error, WanduetError) else {}
         log.error("request failed", error=type(error).__name__, status=status, kept_back=kept_back, **about)
 
 
 def install(app: FastAPI, failures: RateLimit) -> None:
-    """Make every error of an app speak the wire's words; `failures` limits how often they are logged."""
+    """Convert all errors of an app to the API's error format; `failures` limits how often they are logged."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         api_error = to_api_error(error)
         if api_error.status == 405:
             api_error.headers["Allow"] = ", ".join(allowed_methods(request))
-        if api_error is not error:  # a refusal is no failure
+        if api_error is not error:  # an ApiError is a deliberate refusal, not a failure
             log_failure(error, api_error.status, failures)
         return api_error.response()
 

@@ -1,4 +1,4 @@
-"""A video's event stream: each change as it happens, for as long as the one who asked may see the video."""
+"""A video's event stream: each change as it happens, until the owner loses access to the video."""
 
 import asyncio
 import base64
@@ -22,17 +22,18 @@ PING_SECONDS = 15
 
 
 class VideoStream(EventSourceResponse):
-    """The answer. It has its place among the streams from the start, so that one too many is refused (ApiError: 503, or
-    429 where one key has too many) and not broken off; it leaves it even if its client was gone before the first event.
+    """The streaming response.
+
+    It takes a place among the streams when it is constructed, so that one stream too many is refused before it starts
+    (ApiError: 503, or 429 if one key has too many). It frees the place even if the client disconnects before the first
+    event.
     """
 
     def __init__(self, context: ServerContext, headers: Headers, owner: str, job: StoredJob) -> None:
         self._context = context
         self._asked = headers
         self._owner = owner
-        self._place = context.streams.enter(
-            None if owner == LOCAL_OWNER else owner
-        )  # without keys, there are no shares
+        self._place = context.streams.enter(None if owner == LOCAL_OWNER else owner)  # one owner without keys: no share
         self._place.__enter__()
         super().__init__(self._allowed_events(job), ping=PING_SECONDS)
 
@@ -44,8 +45,10 @@ class VideoStream(EventSourceResponse):
             self._place.__exit__(None, None, None)
 
     async def _allowed_events(self, job: StoredJob) -> AsyncIterator[ServerSentEvent]:
-        """The key is asked for again before each event and at each look: neither a slow client nor a video of which there
-        is nothing new keeps the stream of a revoked key open.
+        """Yield the events while the owner's key is valid.
+
+        The key is checked before each event and at each poll, so that neither a slow client nor a video without news
+        keeps the stream of a revoked key open.
         """
         async with aclosing(self._events(job)) as events:
             async for event in events:
@@ -56,7 +59,7 @@ class VideoStream(EventSourceResponse):
                     yield event
 
     async def _events(self, job: StoredJob) -> AsyncGenerator[ServerSentEvent | None]:
-        """What changed, look by look; None where nothing did."""
+        """Poll the job and yield each change; yields None for a poll without changes."""
         last = picture = None
         while True:
             data = {**to_video(job).model_dump(), "phase": job.phase, "seconds_left": job.seconds_left}
@@ -80,7 +83,7 @@ class VideoStream(EventSourceResponse):
     def _may_see(self) -> bool:
         try:
             return find_owner(self._context, self._asked) == self._owner
-        except WanduetError:  # a file of keys that cannot be read opens nothing
+        except WanduetError:  # an unreadable key file grants no access
             return False
 
 

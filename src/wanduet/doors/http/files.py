@@ -1,7 +1,7 @@
-"""A stored file as an answer: parts of it, and nothing where the client has it already.
+"""Responses with stored files: ranges, and 304 if the client has the file already.
 
-Starlette's own `FileResponse` sends files and parts. What it does not do as RFC 9110 says is decided here first: a
-Range that means nothing is ignored, of several parts those that the file has are sent, and HEAD knows no parts.
+Starlette's `FileResponse` sends files and ranges. This module adds what RFC 9110 requires beyond it: an invalid Range
+header is ignored, of several ranges only those within the file are sent, and HEAD ignores Range.
 """
 
 import re
@@ -20,7 +20,7 @@ _PART = re.compile(r"(?P<first>\d{1,15})-(?P<last>\d{0,15})|-(?P<suffix>\d{1,15}
 
 
 def answer_file(path: Path, request: Request, media_type: str, filename: str, headers: Mapping[str, str]) -> Response:
-    """The file, or the parts that the header Range asks for; 304 where If-None-Match names it.
+    """Return the file, or the ranges that the Range header names; 304 if If-None-Match matches the file.
 
     Raises FileNotFoundError, or ApiError (416) for a range outside of the file.
     """
@@ -40,7 +40,7 @@ def answer_file(path: Path, request: Request, media_type: str, filename: str, he
 
 
 def read_ranges(header: str | None) -> list[re.Match[str]]:
-    """The parts that a header Range asks for; empty where it must be ignored (RFC 9110, 14.2)."""
+    """Return the ranges of a Range header; an empty list if the header must be ignored (RFC 9110, 14.2)."""
     match = _RANGE.fullmatch(header or "")
     texts = [text.strip() for text in match[1].split(",")] if match else []
     parts = [_PART.fullmatch(text) for text in texts if text]  # a list may have empty elements
@@ -49,12 +49,12 @@ def read_ranges(header: str | None) -> list[re.Match[str]]:
 
 
 class _File(FileResponse):
-    """Starlette's, with the parts that were decided on, and 404 for a file that is deleted before it was opened.
+    """Starlette's FileResponse with validated ranges, and 404 for a file that is deleted before it is opened.
 
-    One that is deleted later is sent to its end: the system keeps an open file.
+    A file that is deleted later is still sent completely, because the open file stays readable.
     """
 
-    parts: Sequence[str] = ()  # in the words of the header Range
+    parts: Sequence[str] = ()  # in the syntax of the Range header
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wanted = [(b"range", f"bytes={','.join(self.parts)}".encode())] if self.parts else []
@@ -64,7 +64,7 @@ class _File(FileResponse):
         async def send_once_open(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start":
-                start = message  # the file is opened after this
+                start = message  # sent only after the file has been opened
                 return
             if start is not None:
                 begun, start = start, None

@@ -1,4 +1,4 @@
-"""Gates: how many may do something at the same moment, all together and each owner."""
+"""Limits on concurrent operations, in total and for each owner."""
 
 import threading
 from collections import Counter
@@ -11,9 +11,10 @@ BUSY_RETRY_SECONDS = 1
 
 
 class Gate:
-    """Lets so many in at once and refuses the others, with a time to come back.
+    """A semaphore that refuses at once instead of blocking, with a Retry-After.
 
-    `what` is named in the refusal; `share` is how many of the places one owner may take, all of them by default.
+    `limit` is the total. `what` names the operations in the error message. `share` is the limit for one owner; None
+    means no limit below the total.
     """
 
     def __init__(self, limit: int, what: str, share: int | None = None) -> None:
@@ -25,7 +26,10 @@ class Gate:
 
     @contextmanager
     def enter(self, owner: str | None = None) -> Iterator[None]:
-        """Be inside during the block. Raises ApiError: 429 if the owner's share is taken, 503 if all is."""
+        """Take one place during the block.
+
+        Raises ApiError: 429 if the owner's share is used up, 503 if the limit is.
+        """
         with self._guard:
             if self._inside.total() >= self._limit:
                 raise unavailable("overloaded", f"There are too many {self._what} just now.", BUSY_RETRY_SECONDS)

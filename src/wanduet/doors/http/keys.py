@@ -1,4 +1,4 @@
-"""API keys: random, shown once, kept as hashes. A key's id is the owner of the jobs made with it."""
+"""API keys: random, shown once, stored as hashes. A key's id is the owner of the jobs made with it."""
 
 import hashlib
 import hmac
@@ -20,15 +20,15 @@ from wanduet.media.files import atomic_output, output_error
 
 PREFIX = "wanduet-"
 KEYS_FILE = "keys.json"  # in the data folder
-LOCK_SECONDS = 30.0  # how long a change of the keys waits for another one
-LOCAL_OWNER = "local"  # whose jobs they are where no key is asked for
+LOCK_SECONDS = 30.0  # how long a change of the key file waits for the lock
+LOCAL_OWNER = "local"  # the owner of all jobs where no key is required
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as it is stored. The key has 256 random bits, so one plain SHA-256 cannot be searched back.
+    """A stored key. It has 256 random bits, so a single SHA-256 is enough to store it safely.
 
-    An `operator`'s key sees the metrics of the whole server; its videos are its own, as with any key.
+    `operator` allows the key to read the metrics of the whole server; it gives no access to other owners' videos.
     """
 
     id: str
@@ -38,8 +38,9 @@ class KeyRecord:
 
 
 class KeyRing:
-    """The keys of a server, in a JSON file that only its user may read. Changes of the file count at once, and
-    several processes may make them at the same time: each reads, changes and writes under a lock.
+    """The keys of a server, in a JSON file that only its user may read. Changes of the file take effect at once.
+
+    Several processes may change it at the same time: each reads, changes and writes under a file lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +50,7 @@ class KeyRing:
         self._guard = threading.Lock()
 
     def add(self, name: str, *, operator: bool = False) -> str:
-        """Make a key and return it; it cannot be shown again. Raises ConfigError or OutputError."""
+        """Create a key and return it; it cannot be shown again. Raises ConfigError or OutputError."""
         key = PREFIX + secrets.token_urlsafe(32)
         record = KeyRecord(secrets.token_hex(8), name, _hash(key), operator)
         with self._changing():
@@ -57,7 +58,7 @@ class KeyRing:
         return key
 
     def remove(self, key_id: str) -> bool:
-        """Revoke a key by its id; False if there is none. Raises ConfigError or OutputError."""
+        """Revoke a key by its id; return False if there is none. Raises ConfigError or OutputError."""
         with self._changing():
             records = self.records()
             left = tuple(record for record in records if record.id != key_id)
@@ -66,10 +67,10 @@ class KeyRing:
             return len(left) < len(records)
 
     def records(self) -> tuple[KeyRecord, ...]:
-        """What is stored now. Raises ConfigError for a damaged file: a server must not open up because of it."""
+        """Return the stored keys. Raises ConfigError for a damaged file, which must not make the server open."""
         with self._guard:
             try:
-                # Its bytes are compared, not its time: a quick change after another one may have the same time.
+                # Compare the bytes, not the modification time: two quick changes may have the same time.
                 content = self._path.read_bytes()
             except FileNotFoundError:
                 self._content, self._records = None, ()
@@ -82,7 +83,7 @@ class KeyRing:
             return self._records
 
     def owner(self, key: str) -> str | None:
-        """Whose key this is. Takes the same time whichever key it is, or none."""
+        """Return the owner of a key, or None. Runs in constant time, whether or not the key is valid."""
         given = _hash(key).encode()
         found = None
         for record in self.records():
@@ -91,7 +92,7 @@ class KeyRing:
         return found
 
     def is_operator(self, owner: str) -> bool:
-        """Whether an owner may see what concerns everybody: the key of an operator, or whoever needs none."""
+        """Return whether an owner may see the whole server's metrics: an operator, or anybody if no key is required."""
         return owner == LOCAL_OWNER or any(record.operator for record in self.records() if record.id == owner)
 
     def _parse(self, content: bytes) -> tuple[KeyRecord, ...]:
@@ -105,7 +106,7 @@ class KeyRing:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Keep other processes from changing the file meanwhile."""
+        """Lock the key file against changes by other processes."""
         try:
             self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
             with FileLock(f"{self._path}.lock", timeout=LOCK_SECONDS, mode=0o600):
@@ -120,7 +121,7 @@ class KeyRing:
         text = json.dumps({"keys": [asdict(record) for record in records]}, indent=1)
         with atomic_output(self._path) as partial:
             with suppress(OSError):  # Windows has no such modes
-                os.chmod(partial, 0o600)  # before anything is in it
+                os.chmod(partial, 0o600)  # before anything is written to it
             partial.write_text(text, "utf-8")
 
 
@@ -136,9 +137,9 @@ def _hash(key: str) -> str:
 
 
 def came_encrypted(headers: Mapping[str, str], scheme: str) -> bool:
-    """Whether a browser sent a request over TLS, to this server or to a proxy in front of it.
+    """Return whether a browser sent a request over TLS, to this server or to a proxy in front of it.
 
-    Nobody is trusted by this: it can only make a cookie stricter, and who sends such a header sends it for themselves.
+    Forging the header is harmless: the result only decides whether the sender's own cookie is made `Secure`.
     """
     forwarded = re.search(r"(?:^|[;,\s])proto=\"?(\w+)", headers.get("forwarded", ""), re.IGNORECASE)
     first = headers.get("x-forwarded-proto", "").partition(",")[0].strip()

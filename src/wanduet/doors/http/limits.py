@@ -1,6 +1,6 @@
-"""What requests may cost together: how many are answered at once, how much they send, how long that may take.
+"""Limits on requests: how many run at one time, how many bytes they send, and how long that may take.
 
-Plain ASGI and before every route, so that nothing is read for a request that is refused.
+This is plain ASGI middleware in front of all routes, so that nothing of a refused request is read.
 """
 
 import asyncio
@@ -15,31 +15,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from wanduet.doors.http.errors import ApiError, unavailable
 from wanduet.doors.http.gates import Gate
 
-UPLOAD_PATH = "/page/settings"  # the page's: a video whose settings are wanted
+UPLOAD_PATH = "/page/settings"  # the page's upload of a video, to read its settings
 MAX_UPLOAD_BYTES = 2**28
-MAX_PAGE_BYTES = 2**18  # Gradio works on a body for a hundred times as long as the API does
+MAX_PAGE_BYTES = 2**18  # Gradio takes a hundred times as long to parse a body as the API
 MAX_LOGIN_BYTES = 2**13
-MAX_BYTES_AT_ONCE = 2**26  # of all bodies in memory
-MAX_UPLOADS_AT_ONCE = 2**29  # bytes of all uploads in the temporary folder
-MIN_RATE = 2**14  # bytes a second: a body of this rate has all the time it needs
+MAX_BYTES_AT_ONCE = 2**26  # total of all bodies in memory
+MAX_UPLOADS_AT_ONCE = 2**29  # total bytes of all uploads in the temporary folder
+MIN_RATE = 2**14  # bytes a second: a body at this rate times out only after LONGEST_BODY_SECONDS
 LONGEST_BODY_SECONDS = 600.0
-DRAIN_BODY_SECONDS = 5.0  # what is not there then is refused: the server is about to end
+DRAIN_BODY_SECONDS = 5.0  # while draining, later bodies are refused: the server is about to end
 LINGER_SECONDS = 2.0
 BUSY_RETRY_SECONDS = 5
 DRAIN_RETRY_SECONDS = 15
-ALWAYS_ANSWERED = "/health"  # costs nothing, and says that an overloaded server lives
-_LOOK_SECONDS = 0.5  # how soon a body that does not come notices that the server ends
+ALWAYS_ANSWERED = "/health"  # exempt from the limit: it costs nothing and shows that an overloaded server is alive
+_POLL_SECONDS = 0.5  # how often a waiting body checks whether the server is draining
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What a body may be. `seconds`: in which it must have arrived, longer for what `MIN_RATE` allows."""
+    """Limits of one body. It must arrive within `seconds`, extended by its bytes so far divided by `MIN_RATE`."""
 
     max_bytes: int = 2**20
     seconds: float = 20.0
 
     def bytes_at(self, path: str) -> int:
-        """The longest body of a route."""
+        """Return the maximum body size for a route, in bytes."""
         if path == UPLOAD_PATH:
             return MAX_UPLOAD_BYTES
         if path.startswith("/gradio_api/"):
@@ -48,7 +48,7 @@ class BodyLimits:
 
 
 class LimitRequests:
-    """Answers so many requests at once; others get 503, before anything of them is looked at."""
+    """Limits the requests in progress; further ones get 503 before anything of them is read."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
@@ -67,7 +67,7 @@ class LimitRequests:
 
 
 class LimitBodies:
-    """Refuses bodies that are too long, by their stated length or while they arrive, and those that do not arrive."""
+    """Refuses bodies that are too long, by Content-Length or while they arrive, and bodies that arrive too slowly."""
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits, draining: threading.Event) -> None:
         self._app = app
@@ -101,13 +101,13 @@ class LimitBodies:
         async def watching_send(message: Message) -> None:
             nonlocal started
             if body.error is not None and not started:
-                return  # whatever the application makes of half a body, the error is the answer
+                return  # the application saw a truncated body: send the error instead of its response
             started = True
             await send(message)
 
         try:
             await self._app(scope, body.receive, watching_send)
-        except ClientDisconnect:  # of the client itself there is nobody left to answer
+        except ClientDisconnect:  # the client has disconnected: there is no response to send
             pass
         except Exception:
             if body.error is None or started:
@@ -117,10 +117,10 @@ class LimitBodies:
 
 
 class LetBodiesEnd:
-    """Takes, for a moment, the rest of a body whose answer is there already and which nobody reads.
+    """Reads and discards the rest of a request body after the response, for up to LINGER_SECONDS.
 
-    Where the connection ends with the answer, the system would else tell the client of a broken connection, and
-    most clients would not look at the answer.
+    If the connection closed with unread data, the system would reset it, and most clients would report a broken
+    connection instead of reading the response.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -159,24 +159,24 @@ def _sends_and_closes(headers: Headers) -> bool:
 
 
 class _Budget:
-    """Bytes of all bodies together; used in the event loop only."""
+    """A limit on the bytes of all bodies together; used only in the event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held = 0
+        self._counted = 0
 
     def take(self, size: int) -> None:
         """Raises ApiError (503)."""
-        if self._held + size > self._limit:
+        if self._counted + size > self._limit:
             raise unavailable("overloaded", "Too much is being sent to this server just now.", BUSY_RETRY_SECONDS)
-        self._held += size
+        self._counted += size
 
     def give(self, size: int) -> None:
-        self._held -= size
+        self._counted -= size
 
 
 class _Body:
-    """One request's body while it arrives. `error`: why the rest of it is not read."""
+    """One request's body while it arrives. `error` is set once the body is refused."""
 
     def __init__(
         self, receive: Receive, limit: int, seconds: float, budget: _Budget, draining: threading.Event
@@ -189,12 +189,12 @@ class _Body:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._drain_began: float | None = None
-        self._seen = self._held = 0
+        self._seen = self._counted = 0
         self._complete = False
         self.error: ApiError | None = None
 
     async def receive(self) -> Message:
-        """The next message; a body that is not read any further looks like a client that went away."""
+        """Return the next message; after a refusal, return `http.disconnect`, as if the client had gone away."""
         if self.error is not None:
             return {"type": "http.disconnect"}
         if self._complete:
@@ -208,9 +208,9 @@ class _Body:
         return message
 
     def forget(self) -> None:
-        """Nobody has the body any more."""
-        self._budget.give(self._held)
-        self._held = 0
+        """Release the body's bytes from the budget."""
+        self._budget.give(self._counted)
+        self._counted = 0
 
     def _count(self, message: Message) -> None:
         size = len(message.get("body", b""))
@@ -218,20 +218,20 @@ class _Body:
         if self._seen > self._limit:
             raise _too_long(self._limit)
         self._budget.take(size)
-        self._held += size
+        self._counted += size
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
 
     async def _next(self) -> Message:
         while True:
             left = self._seconds_left()
             try:
-                async with asyncio.timeout(min(left, _LOOK_SECONDS)):
+                async with asyncio.timeout(min(left, _POLL_SECONDS)):
                     return await self._receive()
             except TimeoutError:
                 continue
 
     def _seconds_left(self) -> float:
-        """Until the body is given up. Raises ApiError when it is."""
+        """Return the seconds until the body times out. Raises ApiError once it has, or once draining takes too long."""
         now = self._clock()
         if self._draining.is_set():
             if self._drain_began is None:

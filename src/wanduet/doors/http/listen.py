@@ -1,8 +1,8 @@
-"""The server's connections: how many there are, and how long each may let the server wait.
+"""The server's connections: limits on their number, and timeouts for slow clients.
 
-Uvicorn and h11 speak HTTP; what they lack is here. A client that sends half a request, or does not read its answer,
-costs one connection for a limited time. A connection that waits for its client is closed early for the sake of a
-new one.
+Uvicorn and h11 implement HTTP; this module adds the limits that they lack. A client that sends half a request, or does
+not read its response, occupies one connection for a limited time. An idle connection is closed early if a new client
+needs its place.
 """
 
 import asyncio
@@ -31,14 +31,14 @@ from wanduet.errors import ConfigError
 from wanduet.jobs.library_logs import RateLimit
 
 Announce = Callable[[str], None]
-DRAIN_SECONDS = 20  # for answers that are on their way, and again for the worker
-BACKLOG = 2048  # clients whom the system lets wait until there is room
-_LOOK_SECONDS = 0.5
+DRAIN_SECONDS = 20  # for responses in progress, and again for the worker
+BACKLOG = 2048  # connections that the system queues before they are accepted
+_POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.05
-_CROWD_GRACE_SECONDS = 0.001  # where others wait to be accepted: what was sent with the connection is there already
+_CROWD_GRACE_SECONDS = 0.001  # while others wait to be accepted: data sent with the connection has arrived by then
 _PAUSE_SECONDS = 0.02
-_LEAST_TAKEN = 2**14  # bytes of its answer: a client that takes less in the time given takes nothing
-_LAST_SECONDS = 2.0  # for the application's end, where the server is told to stop at once
+_LEAST_TAKEN = 2**14  # bytes of the response that a client must read within `stall_seconds`
+_LAST_SECONDS = 2.0  # for the application's shutdown after a second signal
 
 if sys.platform == "linux":
     import fcntl
@@ -48,24 +48,24 @@ log = structlog.get_logger(__name__)
 
 
 class Connection(H11Protocol):
-    """Uvicorn's connection, which knows since when it waits for its client."""
+    """Uvicorn's connection, with timeouts for idle and slow clients."""
 
-    waits_since = 0.0  # for a request, or for the rest of a body that nobody reads
-    _paused = False  # the answer waits until the client has taken what was sent
-    _stall: tuple[float, int] | None = None  # since when the client takes nothing, and how much it has not taken then
+    waits_since = 0.0  # since when it waits for a request, or for the rest of a body that nobody reads
+    _paused = False  # writing is paused until the client has read what was sent
+    _stall: tuple[float, int] | None = None  # since when the client reads nothing, and the bytes that were unread then
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
+        """Start the header timeout for a new client."""
         super().connection_made(transport)
         self.waits_since = self.loop.time()
 
     @property
     def answering(self) -> bool:
-        """Whether a request is with the application."""
+        """Return whether the application is handling a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def is_overdue(self, settings: ServerSettings) -> bool:
-        """Whether the client has let the server wait for too long."""
+        """Return whether the client has exceeded a timeout."""
         now = self.loop.time()
         unread = self.transport.get_write_buffer_size()
         if self._paused or (unread and not self.answering):
@@ -78,30 +78,30 @@ class Connection(H11Protocol):
         return not self.answering and now - self.waits_since > settings.header_seconds
 
     def give_up(self) -> None:
-        """End the connection now, with an answer if a part of a request has come."""
-        if self.transport.get_write_buffer_size():  # nor shall the system keep what the client does not take
+        """Close the connection now; send a 408 first if a part of a request has arrived."""
+        if self.transport.get_write_buffer_size():  # the system must not keep unread data either
             _forget_unsent(self.transport.get_extra_info("socket"))
         elif not self.answering and self.conn.trailing_data[0]:
             self._refuse(408, "request_timeout", "The request did not arrive in time. Send it again.")
         self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """The next request is waited for."""
+        """Start waiting for the next request."""
         self.waits_since = self.loop.time()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """The client is slower than its answer."""
+        """Note that the client reads more slowly than the response is written."""
         self._paused = True
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """It has taken nearly everything."""
+        """Note that the client has read nearly everything."""
         self._paused, self._stall = False, None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; where another answer is under way, only the end of the connection can say so."""
+        """Answer invalid HTTP with 400; if another response is in progress, only close the connection."""
         if self._refuse(400, "invalid_request", msg):
             self.transport.close()
         else:
@@ -120,22 +120,22 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn with bounded connections, which tells the application at once when it is asked to stop.
+    """Uvicorn with a bounded number of connections; sets `draining` as soon as it receives a signal to stop.
 
-    `announce` is called with the address when it listens.
+    `announce` is called with the server's URL once it listens.
     """
 
     def __init__(self, app: FastAPI, announce: Announce = lambda url: None) -> None:
         self._context: ServerContext = app.state.context
         super().__init__(_configure(app, self._context.settings))
-        # It cuts event streams off in the middle; ours end by themselves when the server drains.
+        # sse-starlette would cut event streams off; these streams end on `draining`.
         AppStatus.disable_automatic_graceful_drain()
         self._announce = announce
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, then take clients of the first socket, which must be bound."""
+        """Start the application, then accept clients on the first socket, which must be bound."""
         await super().startup(sockets=[])
         if not self.started or not sockets:
             return
@@ -146,13 +146,13 @@ class Server(uvicorn.Server):
         self._announce(_url(self._context.settings.host, sockets[0].getsockname()[1]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no new clients, let answers finish, end the application."""
+        """Stop accepting clients, let responses finish, end the application."""
         accepting, watching = self._background or (None, None)
         if accepting is not None:
             accepting.cancel()
             await asyncio.wait([accepting])
         await super().shutdown(sockets)
-        if self.force_exit:  # uvicorn leaves the application out then
+        if self.force_exit:  # uvicorn skips the application's shutdown then
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_SECONDS):
                     await self.lifespan.shutdown()
@@ -160,14 +160,14 @@ class Server(uvicorn.Server):
             watching.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; a second one stops at once."""
+        """Drain at the first signal; stop at once at the second."""
         if self._context.draining.is_set():
             self.force_exit = True
         self._context.draining.set()
         super().handle_exit(sig, frame)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Uvicorn's own loop takes clients until the system refuses, and then logs that without end."""
+        """Accept clients, with pauses after errors: uvicorn's own loop logs every failed accept, without a limit."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -181,7 +181,7 @@ class Server(uvicorn.Server):
                 await loop.connect_accepted_socket(self._make_connection, connection)
             except BaseException as error:
                 connection.close()
-                if not isinstance(error, Exception):  # the server ends
+                if not isinstance(error, Exception):  # cancelled: the server ends
                     raise
                 self._log_rarely("a client could not be accepted", error)
 
@@ -189,15 +189,15 @@ class Server(uvicorn.Server):
         return Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def _make_room(self, listener: socket.socket) -> None:
-        """Wait until one more connection fits; of those that wait for their client, the oldest is closed for it."""
+        """Wait until one more connection fits, closing the connection that has been idle longest."""
         while len(self.server_state.connections) >= self._context.capacity.connections:
-            await asyncio.sleep(0)  # what has come of the newest one is read before it is looked at
+            await asyncio.sleep(0)  # lets data of the newest connection be read before its idle time is checked
             waiting = [one for one in self._connections() if not one.answering and not one.transport.is_closing()]
             oldest = min(waiting, key=lambda one: one.waits_since, default=None)
             if oldest is None:
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
-            # One that has only just come may have its request on the way.
+            # A connection that has only just been accepted may have its request on the way.
             grace = _CROWD_GRACE_SECONDS if _is_crowded(listener) else _GRACE_SECONDS
             left = oldest.waits_since + grace - oldest.loop.time()
             if left > 0:
@@ -207,9 +207,9 @@ class Server(uvicorn.Server):
             self._log_rarely("a connection that waited was closed: there are too many")
 
     async def _watch(self) -> None:
-        """Close the connections that let the server wait for too long."""
+        """Close connections that exceed a timeout."""
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             for connection in self._connections():
                 try:
                     if connection.is_overdue(self._context.settings):
@@ -228,12 +228,12 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound. Raises ConfigError."""
+    """Return a bound socket. Raises ConfigError."""
     bare = host.strip("[]")
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     listener = socket.socket(family)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
+        if os.name == "posix":  # on Windows the option would let two servers bind one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((bare, port))
     except OSError as error:
@@ -243,15 +243,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _is_crowded(listener: socket.socket) -> bool:
-    """Whether more clients wait to be accepted."""
+    """Return whether more clients wait to be accepted."""
     try:
         return bool(select.select([listener], [], [], 0)[0])
-    except (OSError, ValueError):  # ValueError: it has a number that the system's call does not take
+    except (OSError, ValueError):  # ValueError: the file descriptor is too large for select
         return False
 
 
 def _unsent(connection: socket.socket) -> int:
-    """Bytes that the system keeps for a client that has not taken them; 0 where it does not say."""
+    """Return the bytes in the kernel's send buffer that the client has not acknowledged; 0 if the system cannot say."""
     if sys.platform != "linux":
         return 0
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the server counts itself, and what the store knows at the moment of asking."""
+"""Prometheus metrics: the server's own counts, and the store's state at the time of the request."""
 
 import threading
 import time
@@ -17,23 +17,23 @@ from wanduet.jobs.schema import STEPS
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import read_memory
 
-OWNER = "owner"  # in a request's state: whose it is
+OWNER = "owner"  # key of a request's state: its owner
 STATUSES = ("queued", "in_progress", "completed", "failed")
 
 
 class WorkerView(Protocol):
-    """What a server shows of the worker beside it: see `jobs.supervisor.WorkerProcess`."""
+    """The state of the worker, as the server shows it: see `jobs.supervisor.WorkerProcess`."""
 
     restarts: int
     hangs: int
 
     @property
     def trouble(self) -> str | None:
-        """Why no worker takes jobs just now; None if one does."""
+        """Return why no worker takes jobs now; None if one does."""
 
 
 class Counts:
-    """What a server counts itself: of everybody, or of one key."""
+    """Counts of the whole server, or of one key."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -52,9 +52,9 @@ class Counts:
 
 
 class ServerMetrics:
-    """The counts of one server; nothing is global, so several servers fit into one process.
+    """The metrics of one server; nothing is global, so that several servers fit into one process.
 
-    A key sees its own requests and jobs, and nothing of the machine; an operator sees everything.
+    A key sees its own requests and jobs, and nothing about the machine; an operator sees everything.
     """
 
     def __init__(self, store: JobStore, worker: WorkerView | None = None) -> None:
@@ -65,24 +65,24 @@ class ServerMetrics:
         self._guard = threading.Lock()
 
     def count_submission(self, owner: str, outcome: str) -> None:
-        """One more submission that was `stored`, `repeated` or `refused`."""
+        """Count a submission; `outcome` is `stored`, `repeated` or `refused`."""
         for counts in self._of(owner):
             counts.submissions.labels(outcome).inc()
 
     def count_answer(self, owner: str | None, method: str, route: str, status: int, seconds: float) -> None:
-        """One more answer that began after so many seconds; `owner`: whose key came along, if it was asked for."""
+        """Count a response that began after `seconds`; `owner` is the request's key, or None if none was checked."""
         for counts in self._of(owner):
             counts.requests.labels(method, route, status).inc()
             counts.seconds.labels(route).observe(seconds)
 
     def show(self, owner: str | None) -> bytes:
-        """What an owner may see, or everything (None), in Prometheus's text format."""
+        """Return an owner's metrics, or all of them (None), in Prometheus's text format."""
         counts = self._of(owner)[-1]
-        asked = CollectorRegistry()
-        asked.register(_StoreCollector(self._store, owner))
+        current = CollectorRegistry()
+        current.register(_StoreCollector(self._store, owner))
         if owner is None and self._worker is not None:
-            asked.register(_WorkerCollector(self._worker))
-        return generate_latest(counts.registry) + generate_latest(asked)
+            current.register(_WorkerCollector(self._worker))
+        return generate_latest(counts.registry) + generate_latest(current)
 
     def _of(self, owner: str | None) -> tuple[Counts, ...]:
         if owner is None or owner == LOCAL_OWNER:
@@ -97,11 +97,11 @@ class _StoreCollector(Collector):
         self._owner = owner
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: registering must not need the database."""
+        """Yield nothing, so that registering does not read the database."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Ask the store."""
+        """Read the numbers of jobs from the store."""
         found = self._store.statistics(self._owner)
         yield from _jobs(found)
         if self._owner is None:
@@ -114,7 +114,7 @@ class _WorkerCollector(Collector):
         self._worker = worker
 
     def collect(self) -> Iterator[Metric]:
-        """Ask whoever looks after the worker."""
+        """Read the state of the worker."""
         worker = self._worker
         yield CounterMetricFamily("wanduet_worker_hangs", "Workers that hung and were ended.", worker.hangs)
         yield CounterMetricFamily("wanduet_worker_restarts", "Workers that ended and were replaced.", worker.restarts)
@@ -167,7 +167,7 @@ def _device_memory(found: Mapping[tuple[str, str, str], int]) -> Metric:
 
 
 class CountRequests:
-    """Counts answers by route; the route's pattern and not the path, so that ids make no new series."""
+    """Counts responses by route pattern instead of path, so that video ids do not create new series."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
@@ -179,7 +179,7 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        known = scope.setdefault("state", {})  # where the routes note who asks, also of a copy of the scope
+        known = scope.setdefault("state", {})  # routes record the owner here, also on a copy of the scope
 
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""The page's upload: a video whose settings are wanted. It may be hostile, and many may come at once."""
+"""The page's upload of a video, to read its settings. Uploads may be hostile, and many may come at once."""
 
 import tempfile
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from wanduet.doors.http.limits import UPLOAD_PATH
 from wanduet.doors.http.public import public_text
 from wanduet.errors import WanduetError
 
-READERS = 2  # processes at the same moment
+READERS = 2  # processes at one time
 DISK_RETRY_SECONDS = 30
 
 log = structlog.get_logger(__name__)
 
 
 def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
-    """The route to which the page sends a video; `read` gives what to answer, or raises WanduetError."""
-    # Threads of their own: those of the other routes are never all busy with uploads.
+    """Add the route to which the page uploads a video; `read` returns the response's JSON, or raises WanduetError."""
+    # Separate thread limits: uploads must not occupy the threads of the other routes.
     writers, readers = CapacityLimiter(READERS), CapacityLimiter(READERS)
 
     @app.post(UPLOAD_PATH, include_in_schema=False)
@@ -36,7 +36,7 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
                 with tempfile.TemporaryDirectory(prefix="wanduet-", ignore_cleanup_errors=True) as folder:
                     path = Path(folder) / "video.mp4"
                     size = await _store(request, path, writers)
-                    get_owner(request)  # again: keys are revoked at once, and an upload may take minutes
+                    get_owner(request)  # check again: keys are revoked at once, and an upload may take minutes
                     return await _read(path, size, read, readers)
             except OSError as error:
                 log.error("an upload could not be stored", error=type(error).__name__, number=error.errno)
@@ -45,7 +45,7 @@ def add_restore(app: FastAPI, read: Callable[[Path], dict[str, Any]]) -> None:
 
 
 async def _store(request: Request, path: Path, limiter: CapacityLimiter) -> int:
-    """Write the body to a file; returns its size in bytes. Raises OSError."""
+    """Write the body to a file; return its size in bytes. Raises OSError."""
     size = 0
     with path.open("wb") as file:
         async for chunk in request.stream():

@@ -1,4 +1,4 @@
-"""The wire's words: what a client sends as a `GenerationRequest`, a stored job as a video object."""
+"""Conversion between the API's JSON and the engine: a body to a `GenerationRequest`, a stored job to a video object."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ MAX_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What one request may ask for, beyond what the model can. Sizes in pixels, the prompt's in characters."""
+    """Limits of one request, below the model's own. Sizes in pixels, the prompt's in characters."""
 
     prompt: int = MAX_PROMPT
     pixels: int = 1920 * 1088
@@ -39,12 +39,12 @@ class RequestLimits:
     videos: int = 4
 
     def of(self, field: RequestField) -> int | None:
-        """The largest value of a field; None: what the model can."""
+        """Return the maximum of a field; None means the model's own limit."""
         return None if field.shown.limit is None else getattr(self, field.shown.limit)
 
 
 class _ProtocolFields(BaseModel):
-    """What the protocol itself has."""
+    """The fields of a submission that are the protocol's own."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,7 +54,7 @@ class _ProtocolFields(BaseModel):
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
 
 
-# Their limits and choices are not in the schema: `to_request` refuses with the nearest allowed value.
+# The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
 _SETTINGS: dict[str, Any] = {
     name: (str | None if field.choices else field.kind | None, None)
     for name, field in REQUEST_FIELDS.items()
@@ -95,7 +95,7 @@ class Video(BaseModel):
     prompt: str
     remixed_from_video_id: str | None
     error: ErrorDetail | None
-    # Ours, and there only where it says something: why nobody takes a queued video.
+    # Our extension, omitted unless it applies: why no worker takes a queued video.
     waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
     settings: dict[str, Any]
 
@@ -119,7 +119,7 @@ class DeletedVideo(BaseModel):
 
 
 def to_video(job: StoredJob) -> Video:
-    """A stored job as the wire's object."""
+    """Convert a stored job to the API's video object."""
     request = job.request
     error = None
     if job.error is not None:
@@ -144,7 +144,7 @@ def to_video(job: StoredJob) -> Video:
 
 
 def _length(num_frames: int | None, fps: int | None) -> str:
-    """The inverse of `frames_for_seconds`; empty for a job that another door stored with fields left open."""
+    """Return the length in seconds, the inverse of `frames_for_seconds`; empty for a job stored with open fields."""
     return f"{(num_frames - 1) / fps:g}" if num_frames and fps else ""
 
 
@@ -153,7 +153,7 @@ def _seconds(moment: float | None) -> int | None:
 
 
 def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -> GenerationRequest:
-    """What a client sent (without `model`) as a request with every field decided, seed included.
+    """Convert a body (without `model`) to a request with every field resolved, including the seed.
 
     Raises InvalidRequestError, which names the field.
     """
@@ -179,7 +179,7 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
 
 
 def _beyond(values: Mapping[str, Any], limits: RequestLimits) -> dict[str, InvalidRequestError]:
-    """By field, the refusal of each number that is larger than this server takes."""
+    """Return an error for each number that exceeds this server's limits, by field."""
     found: dict[str, InvalidRequestError] = {}
     height, width = values.get("height"), values.get("width")
     pixels = height * width if isinstance(height, int) and isinstance(width, int) else None
@@ -198,14 +198,14 @@ def _is_at_least(limit: object, other: object) -> bool:
 
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
-    """A digest of what a client sent, before a seed is drawn; the same for a form and for JSON."""
+    """Return a digest of a body, before a seed is drawn; the same for a form as for JSON."""
     plain = {name: str(value) for name, value in fields.items() if value is not None}
     text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
-    """Raises InvalidRequestError for a field that a body does not have."""
+    """Raise InvalidRequestError for an unknown field."""
     for name, value in fields.items():
         if name not in known.model_fields:
             allowed = f"there is no such field; fields are {', '.join(known.model_fields)}"
@@ -223,7 +223,7 @@ def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:
 
 
 def _number(name: str, given: Any) -> Any:
-    """A form's text as the number that it would be in JSON, so that both mean the same; true and false are none."""
+    """Convert a form's text to a number, so that form and JSON mean the same; booleans are refused."""
     text = given.strip(" ") if isinstance(given, str) else None
     if isinstance(given, bool) or (text is not None and not _NUMBER.fullmatch(text)):
         raise InvalidRequestError(name, given, NUMBERS[name])
@@ -238,7 +238,7 @@ def _take_seconds(values: dict[str, Any], fps: int, spec: ModelSpec) -> None:
     if given is None:
         return
     seconds = float(given) if isinstance(given, int | float) and abs(given) <= MAX_SECONDS else math.nan
-    if not 0.0 <= seconds <= MAX_SECONDS:  # not a number either
+    if not 0.0 <= seconds <= MAX_SECONDS:  # also refuses NaN
         raise InvalidRequestError("seconds", given, NUMBERS["seconds"])
     if "num_frames" in values:
         raise InvalidRequestError("seconds", given, "give seconds or num_frames, not both")

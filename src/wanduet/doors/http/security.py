@@ -1,6 +1,6 @@
-"""What stands before the application: which hosts, which origins, HEAD.
+"""Checks in front of the application: allowed hosts, allowed origins, HEAD.
 
-Plain ASGI, so that an answer is never buffered.
+This is plain ASGI middleware, so that responses are never buffered.
 """
 
 import ipaddress
@@ -13,12 +13,12 @@ from wanduet.doors.http.errors import ApiError
 from wanduet.errors import ConfigError
 
 LOOPBACK_NAMES = ("localhost",)
-OWN_HEAD = ("/content", "/events")  # ends of paths: one answers HEAD without reading the file, the other never ends
+OWN_HEAD = ("/content", "/events")  # these paths handle HEAD themselves: one does not read its file, one never ends
 _WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
 
 def check_bind(host: str, has_keys: bool) -> None:
-    """Refuse to be reached from other machines without a key. Raises ConfigError."""
+    """Raise ConfigError if `host` is reachable from other machines and no key is set."""
     if not is_loopback(host) and not has_keys:
         raise ConfigError(
             f"host={host!r} can be reached from other machines, and no API key is set.",
@@ -27,7 +27,7 @@ def check_bind(host: str, has_keys: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
+    """Return whether only this machine can reach a host."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -35,11 +35,10 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Refuses requests for strange hosts (DNS rebinding) and writes from strange pages.
+    """Refuses requests for unknown hosts (DNS rebinding) and writes from other sites' pages.
 
-    A host is known if it is an address (no name that an attacker could point here), `localhost`, or in
-    `allowed_hosts`. A write that a browser sends names its page's origin, which must be this host or in
-    `allowed_origins`.
+    A host is allowed if it is an IP address (no name that an attacker could point here), `localhost`, or in
+    `allowed_hosts`. A browser's write names the origin of its page, which must be this host or in `allowed_origins`.
     """
 
     def __init__(self, app: ASGIApp, *, allowed_hosts: tuple[str, ...], allowed_origins: tuple[str, ...]) -> None:
@@ -49,7 +48,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] == "websocket":  # no route has one
+        if scope["type"] == "websocket":  # no route accepts websockets
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "lifespan":
@@ -80,7 +79,7 @@ class Guard:
 
 
 class AnswerHead:
-    """Answers HEAD as GET without the body, which FastAPI's routes do not: what watches a server may ask so."""
+    """Handles HEAD as GET without a body, which FastAPI's routes do not; monitoring services send HEAD."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -96,7 +95,7 @@ class AnswerHead:
             if message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             elif "route" in as_get:
-                scope["route"] = as_get["route"]  # where those look who count
+                scope["route"] = as_get["route"]  # the middleware that counts requests reads the route here
             await send(message)
 
         await self._app(as_get, receive, bare_send)
@@ -112,10 +111,10 @@ def _without_sniffing(send: Send) -> Send:
 
 
 def _host_name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is no host."""
+    """Return the name in a Host header, without its port; None if the header is invalid."""
     try:
         parts = urlsplit(f"//{host}")
-        _ = parts.port  # raises ValueError for what is no port
+        _ = parts.port  # raises ValueError for an invalid port
         bare = parts.username is None and not parts.path and not parts.query and not parts.fragment
         return parts.hostname if bare else None
     except ValueError:

@@ -1,7 +1,7 @@
 """`wanduet serve`: the OpenAI videos protocol over the durable job store.
 
-The server holds no model and no queue of its own: it validates, stores and shows. Videos are made by a
-worker process beside it, which it starts again when it dies.
+The server holds neither model nor queue: it validates, stores and shows jobs. A separate worker process makes the
+videos; the server restarts it when it dies.
 """
 
 import signal
@@ -74,19 +74,21 @@ def create_app(
     worker_ready: Callable[[], bool] = lambda: True,
     worker: WorkerView | None = None,
 ) -> FastAPI:
-    """The application over a job store. `worker` says whether some worker takes jobs, and why none does, for `/ready`
-    and for the metrics; `worker_ready` says only whether.
+    """Return the application over a job store.
+
+    `worker` says whether a worker takes jobs, and why none does, for `/ready` and for the metrics; `worker_ready` says
+    only whether.
     """
     settings = settings or ServerSettings()
     ready = worker_ready if worker is None else lambda: worker.trouble is None
     context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
-    # The pages of the interactive documentation load scripts from elsewhere; the schema alone is offered.
+    # The interactive documentation's pages load scripts from other hosts; only the schema is served.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     errors.install(app, context.failures)
     app.include_router(videos.router)
     _add_service_routes(app)
-    # The last one added is the outermost. What a page adds stands behind these.
+    # Middleware added last runs first. Middleware that a page adds runs after these.
     app.add_middleware(
         LimitBodies, limits=BodyLimits(settings.max_body_bytes, settings.body_seconds), draining=context.draining
     )
@@ -127,13 +129,14 @@ def _add_service_routes(app: FastAPI) -> None:
         if context.draining.is_set():
             status = "draining"
         else:
-            # First: an unreachable store answers 503 by itself, and is why there is no worker then.
+            # Check the store first: an unreachable store is also the reason that there is no worker, and has its own
+            # 503.
             context.store.list(limit=1)
             if not context.worker_ready():
                 status, reason = "no worker", context.worker.trouble if context.worker is not None else None
                 reason = None if reason is None else public_text(reason)
-        told = Health(status=status, reason=reason).model_dump(exclude_none=True)
-        return JSONResponse(told, 200 if status == "ready" else 503)
+        content = Health(status=status, reason=reason).model_dump(exclude_none=True)
+        return JSONResponse(content, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses=refused)
     def metrics(request: Request, owner: str = Depends(get_owner)) -> Response:
@@ -152,12 +155,12 @@ def serve(
     page: MountPage | None = None,
     announce: Announce = lambda url: None,
 ) -> None:
-    """Serve a model until told to stop: the API in this process, the engine in one beside it, or on a cluster.
+    """Serve a model until a signal stops it: the API in this process, the engine in a worker process or on a cluster.
 
-    `workers` says how videos are made: by one worker process, or by those that a cluster's controller starts, for which
-    `database_url` is PostgreSQL's. `spec` is the model's, so that requests are checked without loading it; `page` adds
-    a web page to the application; `announce` is called with the address. Raises ConfigError for an address that is taken,
-    or that others reach where no key is set.
+    `workers` selects how videos are made: by one worker process, or by those that a cluster's controller starts; then
+    `database_url` must be PostgreSQL's. `spec` is the model's, so that requests are checked without loading the model;
+    `page` adds a web page to the application; `announce` is called with the server's URL. Raises ConfigError if the
+    address is in use, or is reachable from other machines while no key is set.
     """
     settings = settings or ServerSettings()
     configure_logs()
@@ -167,7 +170,7 @@ def serve(
     never_make(files.folder)
     keys = KeyRing(files.folder / KEYS_FILE)
     check_bind(settings.host, bool(keys.records()))
-    with listen(settings.host, settings.port) as listener:  # before anything is started that would take jobs
+    with listen(settings.host, settings.port) as listener:  # before starting anything that takes jobs
         store: JobStore
         process: WorkerProcess
         if isinstance(workers, WorkerSettings):
@@ -183,8 +186,9 @@ def serve(
 
 
 def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -> None:
-    """Run the server with the worker's process beside it, which is drained after it."""
-    # Uvicorn raises the signals it took again when it is done; the worker must still be drained then.
+    """Run the server and its worker process; the worker is drained after the server."""
+    # Uvicorn raises the signals it received again when it ends; they must not end this process before the worker
+    # drains.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     process.start()
@@ -197,7 +201,7 @@ def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -
 
 
 def _on_cluster(cluster: "ClusterSettings", database_url: str) -> tuple[JobStore, WorkerProcess]:
-    """The store and the controller's process, in the places of those of one machine."""
+    """Return the cluster's store and its controller process, in place of a local store and worker."""
     from wanduet.cluster.files import open_files
     from wanduet.cluster.process import ControllerProcess
     from wanduet.cluster.store import ClusterStore

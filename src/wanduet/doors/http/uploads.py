@@ -1,7 +1,6 @@
-"""Videos that people send are read in a short-lived process of their own: a file that breaks the parser, or keeps it
-busy, costs that process and not the server.
+"""Reads uploaded videos in a short-lived subprocess, so that a broken file cannot crash or stall the server.
 
-    python -m wanduet.doors.http.uploads VIDEO    prints what made it, or why that cannot be said, as JSON
+`python -m wanduet.doors.http.uploads VIDEO` prints the video's provenance, or an error, as JSON.
 """
 
 import json
@@ -19,21 +18,23 @@ from wanduet.jobs.child import child_environment, module_command
 from wanduet.media.files import UnreadableFileError
 
 TIMEOUT_SECONDS = 15.0
-MAX_MEMORY_BYTES = 2 * 2**30  # of addresses; libraries reserve more than they use
+MAX_MEMORY_BYTES = 2 * 2**30  # of address space; libraries reserve more than they use
 MAX_ANSWER_BYTES = 2**20
 START_RETRY_SECONDS = 5
 _MODULE = "wanduet.doors.http.uploads"
 
 
 class MetadataReader:
-    """Reads the provenance of videos that are not trusted. Callers limit how many are read at the same moment."""
+    """Reads the provenance of untrusted videos. Callers limit how many are read at one time."""
 
     def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, module: str = _MODULE) -> None:
         self._timeout = timeout_seconds
         self._command = module_command(module)
 
     def read(self, video: Path) -> dict[str, Any]:
-        """What made the video. Raises WanduetError if it does not say or cannot be read, ApiError if no process starts.
+        """Return a video's provenance.
+
+        Raises WanduetError if it has none or cannot be read, ApiError if no process starts.
 
         A process that takes longer than `timeout_seconds` is killed.
         """
@@ -52,17 +53,17 @@ class MetadataReader:
         return about
 
     def _run(self, video: Path) -> tuple[int | None, bytes]:
-        """The process's exit status, None if it had to be killed for its time, and what it printed."""
-        # One thread: each would reserve addresses of its own. No proxy variables, tokens or passwords go along.
+        """Return the process's exit status (None if it was killed for exceeding the timeout) and its output."""
+        # One thread: each thread reserves address space. Proxy variables, tokens and passwords are not passed on.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         environment |= {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "SYSTEMROOT") if name in os.environ}
         environment = child_environment(environment)
-        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE  # a pipe: it works where the temporary folder is full
+        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE  # a pipe also works where the temporary folder is full
         try:
             process = subprocess.Popen(
                 [*self._command, str(video)], stdin=nothing, stdout=pipe, stderr=nothing, env=environment
             )
-        except OSError:  # no memory for a process, or no files for its pipe
+        except OSError:  # no memory for a process, or no file descriptors for its pipe
             why = "No process can be started to read the file just now."
             raise unavailable("overloaded", why, START_RETRY_SECONDS) from None
         too_late = threading.Event()
@@ -88,7 +89,7 @@ def _limit_this_process() -> None:
         return
     import resource
 
-    os.nice(10)  # the server and its worker come first
+    os.nice(10)  # lower priority than the server and its worker
     limits = {
         resource.RLIMIT_AS: MAX_MEMORY_BYTES,
         resource.RLIMIT_CPU: int(TIMEOUT_SECONDS),
@@ -96,12 +97,12 @@ def _limit_this_process() -> None:
         resource.RLIMIT_CORE: 0,
     }
     for limit, value in limits.items():
-        with suppress(OSError, ValueError):  # macOS knows no limit of addresses
+        with suppress(OSError, ValueError):  # macOS does not support this limit
             resource.setrlimit(limit, (value, value))
 
 
 def main() -> None:
-    """The entry point of the short-lived process."""
+    """Run the short-lived process."""
     _limit_this_process()
     from wanduet.media.read import read_metadata
 

@@ -1,4 +1,4 @@
-"""The routes of `/v1/videos`: the OpenAI videos protocol, with cancel and events of our own."""
+"""The routes of `/v1/videos`: the OpenAI videos protocol, extended by cancel and events."""
 
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -63,8 +63,8 @@ def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
 @router.post("", response_model=Video, openapi_extra=_body(CreateVideo, "multipart/form-data", "application/json"))
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
-    fields = await read_fields(request)  # first: a body that does not come must not keep others out
-    await run_in_threadpool(get_owner, request)  # again: a body takes its time, and keys are revoked at once
+    fields = await read_fields(request)  # first: a body that arrives slowly must not occupy a place
+    await run_in_threadpool(get_owner, request)  # check again: a body takes time, and keys are revoked at once
     with context.submissions.enter():
         context.check_accepting()
         key, given = _key(request), fingerprint(fields)
@@ -173,14 +173,14 @@ def download_video(
 ) -> Response:
     """The video, its thumbnail or its sprite sheet; takes Range requests."""
     job = _find(context, video_id, owner)
-    if job.status != "completed":  # 404 and not 409, which clients would repeat at once
+    if job.status != "completed":  # 404 instead of 409, which clients would retry at once
         raise ApiError(404, f"video_{job.status}", f"This video is {job.status}, not completed.", param="video_id")
     name = next((file.name for file in job.files if (file.variant, file.index) == (variant, index)), None)
     path = context.store.files.path(name) if name is not None else None
     try:
         if path is None:
             raise FileNotFoundError
-        # It never changes, but it may be deleted: a browser keeps it and asks each time whether it is still there.
+        # The file never changes but may be deleted: a browser caches it, and checks each time that it still exists.
         kept = {"Cache-Control": "private, no-cache, no-transform"}
         return answer_file(path, request, MEDIA_TYPES[variant], f"{job.id}{path.suffix}", kept)
     except FileNotFoundError:
@@ -219,8 +219,9 @@ async def stream_events(video_id: VideoId, request: Request, context: Context, o
 
 
 async def _repeated(context: ServerContext, owner: str, key: str | None, given: str) -> Video | None:
-    """What is stored under an idempotency key, whatever became since of what it was made from, of the server's model or
-    its limits. Raises IdempotencyError.
+    """Return the video that is stored under an idempotency key. Raises IdempotencyError.
+
+    The source, the server's model or its limits may have changed since.
     """
     if key is None:
         return None
@@ -259,7 +260,7 @@ def _check_model(given: Any, context: ServerContext) -> str:
 
 
 def _check_source(source: StoredJob, context: ServerContext) -> str:
-    """A remix is made by the model that its source was accepted for, or not at all."""
+    """Return the served model's name. Raises ApiError if the source was accepted for another model."""
     served, weights = context.spec.name, context.settings.model_hash
     if source.model != served and (weights is None or source.model_hash != weights):
         raise ApiError(
@@ -272,11 +273,11 @@ def _check_source(source: StoredJob, context: ServerContext) -> str:
 
 
 def _key(request: Request) -> str | None:
-    """The idempotency key: UTF-8, else Latin-1, without control characters. Raises ApiError (400)."""
+    """Return the idempotency key: UTF-8, else Latin-1, without control characters. Raises ApiError (400)."""
     given = request.headers.getlist("idempotency-key")
     if not given:
         return None
-    raw = given[0].encode("latin-1")  # as Starlette decoded it
+    raw = given[0].encode("latin-1")  # the bytes as sent: Starlette decodes headers as Latin-1
     try:
         key = raw.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What the page can do: everything through the job store, nothing through the engine."""
+"""The page's actions, all of which use the job store and none the engine."""
 
 import threading
 from functools import cached_property
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from wanduet.planning.hardware import Hardware
     from wanduet.runtime.models import Models
 
-PAGE_CARDS = 60  # videos in the gallery, and how many more each "Older videos" shows
+PAGE_CARDS = 60  # videos in the gallery, and how many more each click on "Older videos" shows
 
 
 class PageActions:
-    """The store, seen by one visitor's owner at a time."""
+    """Actions on the job store on behalf of a visitor's owner."""
 
     def __init__(self, context: ServerContext, config: EngineConfig) -> None:
         self.context = context
@@ -32,28 +32,31 @@ class PageActions:
         self._planning = threading.Lock()
 
     def defaults(self) -> Form:
-        """The model's own settings."""
+        """Return a form with the model's default settings."""
         return default_form(self.context.spec.defaults)
 
     def form_of(self, request: dict[str, Any]) -> Form:
-        """A stored request as the form shows it."""
+        """Convert a stored request to a form."""
         return form_of(request, self.defaults())
 
     def submit(self, owner: str, form: Form) -> StoredJob:
-        """Put the form into the queue. Raises WanduetError or ApiError with what is wrong."""
+        """Submit the form as a job. Raises WanduetError or ApiError, whose message names the problem."""
         if not str(form.get("prompt") or "").strip():
             raise WanduetError("Describe what the video shows first.")
         return self._submit(owner, fields_of(form))
 
     def repeat(self, owner: str, job: StoredJob, *, new_seed: bool) -> StoredJob:
-        """The same once more, with its seed or another. Raises WanduetError or ApiError with what is wrong."""
+        """Submit a job's request again, with its seed or a new one.
+
+        Raises WanduetError or ApiError, whose message names the problem.
+        """
         request = {name: value for name, value in job.request.items() if value is not None}
         if new_seed:
             request.pop("seed", None)
         return self._submit(owner, request)
 
     def jobs(self, owner: str, pages: int = 1) -> tuple[tuple[StoredJob, ...], bool]:
-        """The newest, for the gallery, and whether there are older ones."""
+        """Return the newest jobs, for the gallery, and whether there are older ones."""
         found: list[StoredJob] = []
         more = True
         for _ in range(pages):
@@ -65,7 +68,7 @@ class PageActions:
         return tuple(found), more
 
     def find(self, owner: str, job_id: str | None) -> StoredJob | None:
-        """One job, if it is the owner's and still there."""
+        """Return a job; None if it was deleted or belongs to another owner."""
         if job_id is None:
             return None
         try:
@@ -74,37 +77,37 @@ class PageActions:
             return None
 
     def cancel(self, owner: str, job_id: str) -> None:
-        """Stop a job, if it is still there."""
+        """Cancel a job, if it still exists."""
         if self.find(owner, job_id) is not None:
             self.context.store.cancel(job_id, owner)
 
     def delete(self, owner: str, job_id: str) -> None:
-        """Remove a job, if it is still there."""
+        """Delete a job, if it still exists."""
         if self.find(owner, job_id) is not None:
             self.context.store.delete(job_id, owner)
 
     def restore(self, video: Path) -> dict[str, Any]:
-        """The `form` that a video was made with, and a `note` where it will not come out the same.
+        """Return the `form` that a video was made with, and a `note` if this server cannot reproduce it.
 
-        Raises WanduetError if the video does not say.
+        Raises WanduetError if the video has no such metadata.
         """
         about = self._uploads.read(video)
         request = _request_of(about)
         model = about.get("model")
         made_by = model.get("name") if isinstance(model, dict) else model
         served = self.context.spec.name
-        its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of several, this one
+        its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of one video
         try:
             made = GenerationRequest.parse(**{**request, **its_own}).model_dump()
         except InvalidRequestError as error:
             raise WanduetError(f"No video was made with these settings: {error.message}") from None
         note = ""
-        if made_by not in (None, served):  # the model is only named: what anybody wrote into a file is never looked up
+        if made_by not in (None, served):  # the model is only named: a file's metadata never causes a look-up
             note = f"It was made with {public_text(str(made_by), NAME_LIMIT)}, this server has {served}."
         return {"form": self.form_of(made), "note": note}
 
     def plan(self, form: Form) -> dict[str, Any]:
-        """What would run where, without loading anything. Raises WanduetError."""
+        """Return the plan for a form, without loading anything. Raises WanduetError."""
         from wanduet.planning.planner import make_plan
 
         fields = {**fields_of(form), "prompt": "a plan"}
@@ -132,7 +135,7 @@ class PageActions:
 
 
 def _request_of(about: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a video's metadata that this version knows. Raises WanduetError where there are none."""
+    """Return the settings in a video's metadata that this version knows. Raises WanduetError if there are none."""
     found = about.get("request")
     if not isinstance(found, dict):
         raise WanduetError("This video does not say how it was made.")

@@ -1,5 +1,6 @@
-"""The web page: Gradio as a client of the job store. It makes no video itself, and every picture and video
-comes from the server's own API.
+"""The web page: Gradio as a client of the job store.
+
+It makes no videos; all pictures and videos come from the server's own API.
 """
 
 import logging
@@ -25,12 +26,12 @@ from wanduet.doors.page.style import CSS
 _gradio_log = logging.getLogger("gradio")
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-MAX_EVENTS = 1000  # that wait in Gradio's queue, of all visitors
+MAX_EVENTS = 1000  # in Gradio's queue, of all visitors together
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 
 
 def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
-    """Put the page at `/` of a server's application."""
+    """Mount the page at `/` of a server's application."""
     _log_failed_events()
     context: ServerContext = app.state.context
     actions = PageActions(context, config)
@@ -52,32 +53,32 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
         css=CSS,
     )
     keep_page_off_api(app)
-    # Innermost: the server's own checks of host, origin and body come before the page's.
+    # Innermost: the server's own checks of host, origin and body run before the page's.
     app.user_middleware.append(Middleware(PageGate, context=context))
     return app
 
 
 def _log_failed_events() -> None:
-    """Gradio prints what went wrong in an event on standard error, with all that the visitor sent."""
+    """Log an event's traceback, which Gradio would print to standard error with all that the visitor sent."""
     logged = SimpleNamespace(print_exc=lambda: _gradio_log.error("an event of the page failed", exc_info=True))
     for module in (queueing, routes, route_utils):
         module.__dict__["traceback"] = logged
 
 
 class Page:
-    """The page's parts, and which handler each event calls."""
+    """The page's components, and the handlers of their events."""
 
     def __init__(self, actions: PageActions) -> None:
         self._actions = actions
         self._events = PageEvents(actions)
 
     def build(self) -> gr.Blocks:
-        """The whole page."""
+        """Build the whole page."""
         with gr.Blocks(title="wanduet", analytics_enabled=False, fill_width=True) as page:
             self._chosen = gr.State(None)
             self._pages = gr.State(1)
             self._shown = gr.State({})
-            self._stored = gr.Textbox(visible=False)  # what the browser remembers, on its way to `recall`
+            self._stored = gr.Textbox(visible=False)  # passes the browser's stored form to `recall`
             self._confirmed = gr.Checkbox(visible=False)
             self._top = gr.HTML(self._events.header(()), elem_id="top", js_on_load=scripts.PULSE)
             with gr.Row(elem_id="desk"):
@@ -113,12 +114,12 @@ class Page:
         self._plan = gr.HTML(elem_id="plan")
         self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
         self._message = gr.HTML(elem_id="message")
-        # Not among the settings: what is folded away is not there, and could not take what is dropped.
+        # Outside of the settings: a collapsed accordion is not rendered, and would not accept a dropped file.
         self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
         self._form: list[Any] = [parts[name] for name in FORM_FIELDS]
 
     def _build_settings(self, start: Form) -> dict[str, Any]:
-        """The components of all fields but the prompt, by name."""
+        """Return the components of all fields except the prompt, by name."""
         limits, parts = self._actions.context.settings.limits, {}
         for row in form_rows():
             with gr.Row() if len(row) > 1 else nullcontext():
@@ -168,7 +169,7 @@ class Page:
         }
         recalled.then(**answer)
         gr.on([part.change for part in form[1:]], **answer, trigger_mode="always_last")
-        # Answers may overtake each other, and those to half a form's events be the last: look once more.
+        # Responses may arrive out of order, so that the last one may be for an earlier form: poll as well.
         gr.Timer(2.0).tick(**answer)
         remember = scripts.storage_script(scripts.REMEMBER, model)
         gr.on([part.change for part in form], None, form, None, js=remember, **QUICK)
@@ -194,7 +195,7 @@ class Page:
 
 
 def _theme() -> gr.themes.Base:
-    """Plain, and with the system's own fonts: nothing is fetched."""
+    """Return a plain theme with the system's fonts: nothing is downloaded."""
     return gr.themes.Base(
         primary_hue="stone",
         secondary_hue="stone",

@@ -1,4 +1,4 @@
-"""What happens on the page at each event: values from the browser in, what changes on the page out."""
+"""Handlers of the page's events: they get values from the browser and return updates of components."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ BUTTONS = ("cancel", "retry", "reseed", "again", "delete")
 
 
 class PageEvents:
-    """Handlers that Gradio calls. It tells each who is asking; nothing is kept here."""
+    """Handlers that Gradio calls with the visitor's request; they keep no state."""
 
     def __init__(self, actions: PageActions) -> None:
         self._actions = actions
 
     def look(self, chosen: str | None, pages: int, shown: dict[str, str], request: gr.Request) -> list[Any]:
-        """Everything that changed since the last look; what did not is left alone, so that a video plays on."""
+        """Return updates of what has changed since the last poll; the rest is skipped, so that a video plays on."""
         owner = self._owner(request)
         jobs, more = self._actions.jobs(owner, pages)
         job = self._actions.find(owner, chosen) or (jobs[0] if jobs else None)
@@ -42,45 +42,45 @@ class PageEvents:
         return [*changed, *buttons, job.id if job else None, {**parts, "buttons": state}]
 
     def submit(self, request: gr.Request, *values: Any) -> tuple[Any, str]:
-        """Put the form into the queue; the last value is the job that is shown now."""
+        """Submit the form; the last of `values` is the id of the job that is displayed now."""
         form, chosen = _form(values), values[-1]
         return self._try(lambda: self._actions.submit(self._owner(request), form), chosen)
 
     def choose(self, pages: int, event: gr.EventData) -> list[Any]:
-        """A card was clicked, or the button for older ones."""
-        told = _told_by(event)
-        return [gr.skip(), pages + 1] if told.get("older") else [str(told.get("id")), gr.skip()]
+        """Handle a click on a card, or on the button for older ones."""
+        data = _event_data(event)
+        return [gr.skip(), pages + 1] if data.get("older") else [str(data.get("id")), gr.skip()]
 
     def stop(self, chosen: str | None, request: gr.Request) -> None:
-        """Cancel the shown job."""
+        """Cancel the displayed job."""
         if chosen is not None:
             self._actions.cancel(self._owner(request), chosen)
 
     def remove(self, confirmed: bool, chosen: str | None, request: gr.Request) -> None:
-        """Delete the shown job, unless the visitor thought better of it."""
+        """Delete the displayed job, if the visitor confirmed it."""
         if confirmed and chosen is not None:
             self._actions.delete(self._owner(request), chosen)
 
     def reuse(self, chosen: str | None, request: gr.Request) -> list[Any]:
-        """The shown job's settings into the form."""
+        """Copy the displayed job's settings to the form."""
         job = self._actions.find(self._owner(request), chosen)
         return [gr.skip()] * len(FORM_FIELDS) if job is None else _values(self._actions.form_of(job.request))
 
     def retry(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
-        """The shown job once more, exactly."""
+        """Submit the displayed job again, with the same seed."""
         return self._repeat(chosen, request, new_seed=False)
 
     def reseed(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
-        """The shown job with another seed; one that is not done yet was a bad seed, and is cancelled."""
+        """Submit the displayed job with a new seed; cancel it first if it has not finished."""
         self.stop(chosen, request)
         return self._repeat(chosen, request, new_seed=True)
 
     def defaults(self) -> list[Any]:
-        """The model's settings; the prompt stays."""
+        """Reset the form to the model's defaults, except the prompt."""
         return [gr.skip(), *_values(self._actions.defaults())[1:]]
 
     def recall(self, remembered: str | None) -> list[Any]:
-        """The form as it was when this browser saw it last; a field that it did not have then is the model's."""
+        """Restore the form that this browser stored; missing fields get the model's defaults."""
         try:
             form = json.loads(remembered or "{}")
         except ValueError:
@@ -90,30 +90,30 @@ class PageEvents:
         return _values({**self._actions.defaults(), **form})
 
     def restore(self, event: gr.EventData) -> list[Any]:
-        """What the server found in the video that was chosen or dropped."""
-        told = _told_by(event)
-        if not isinstance(told.get("form"), dict):
-            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(told.get("error", "")), "bad")]
-        form = {**self._actions.defaults(), **told["form"]}
-        text = f"These are the settings of {told.get('name') or 'that video'}. {told.get('note') or ''}".strip()
+        """Fill the form from the video that was chosen or dropped, which the server has read."""
+        data = _event_data(event)
+        if not isinstance(data.get("form"), dict):
+            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(data.get("error", "")), "bad")]
+        form = {**self._actions.defaults(), **data["form"]}
+        text = f"These are the settings of {data.get('name') or 'that video'}. {data.get('note') or ''}".strip()
         return [*_values(form), views.message(text)]
 
     def example(self, event: gr.EventData) -> str:
-        """An example's text for the prompt."""
-        return str(_told_by(event).get("prompt", ""))
+        """Return an example's text for the prompt."""
+        return str(_event_data(event).get("prompt", ""))
 
     def answer(self, panel: str | None, *values: Any) -> list[Any]:
-        """The presets that the form amounts to, and what the plan says of it; nothing if `panel` is that answer."""
+        """Return the presets that match the form, and the plan for it; skip all if `panel` shows this plan already."""
         form = _form(values)
-        mark = views.mark_of(values[1:])  # the prompt does not matter
+        mark = views.mark_of(values[1:])  # the plan does not depend on the prompt
         if mark in (panel or ""):
             return [gr.skip()] * 4
         presets = self._actions.presets.chosen(form)
         try:
-            told = views.plan_panel(self._actions.plan(form), views.settings_line(form))
+            content = views.plan_panel(self._actions.plan(form), views.settings_line(form))
         except (WanduetError, ApiError) as error:
-            told = views.refusal(error)
-        return [*presets, f"<div {mark}>{told}</div>"]
+            content = views.refusal(error)
+        return [*presets, f"<div {mark}>{content}</div>"]
 
     def _repeat(self, chosen: str | None, request: gr.Request, *, new_seed: bool) -> tuple[Any, str]:
         owner = self._owner(request)
@@ -129,7 +129,7 @@ class PageEvents:
             return chosen, views.refusal(error)
 
     def header(self, jobs: Sequence[StoredJob]) -> str:
-        """The line at the top, over these jobs."""
+        """Return the header for these jobs."""
         context = self._actions.context
         running, waiting = (sum(job.status == status for job in jobs) for status in ("in_progress", "queued"))
         return views.header(context.spec.name, context.worker_ready(), running, waiting, signed_in=context.require_key)
@@ -173,5 +173,5 @@ def _values(form: Form) -> list[Any]:
     return [form[name] for name in FORM_FIELDS]
 
 
-def _told_by(event: gr.EventData) -> dict[str, Any]:
+def _event_data(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}

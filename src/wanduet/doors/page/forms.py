@@ -1,4 +1,4 @@
-"""The page's form: its fields, the model's own values for them, and the presets that set several at once."""
+"""The page's form: its fields, their defaults, and the presets, each of which sets a field."""
 
 import math
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from wanduet.request import REQUEST_FIELDS, RequestField
 
 Form = dict[str, Any]
 
-SIZE = "size"  # WIDTHxHEIGHT, in the place of two fields
-# The form's fields, and the field of a request that each shows, of several the first.
+SIZE = "size"  # WIDTHxHEIGHT, in place of two fields
+# The form's fields, each with the request's field that it shows (the first, if it shows several).
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
-_UNPLACED = 100  # a row behind all that are numbered
+_UNPLACED = 100  # sorts after all fields with a row number
 _LONGEST_NUMBER = 20  # characters
-_MULTIPLE = 16  # of pixels: the VAE's stride times the transformer's patch
-_LENGTHS = (0.6, 1.0, 1.6)  # of the model's own length: 3, 5 and 8 seconds for Wan
-_QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # of the model's own number of steps
+_MULTIPLE = 16  # pixels: the VAE's stride times the transformer's patch size
+_LENGTHS = (0.6, 1.0, 1.6)  # times the model's default length: 3, 5 and 8 seconds for Wan
+_QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # times the model's default number of steps
 
 EXAMPLES = (
     "A red fox walks through fresh snow at dawn, soft light, shallow depth of field",
@@ -31,11 +31,11 @@ SMALL_EXAMPLES = (
     "a blue star spinning on a gray background",
     "a green square growing on a black background",
 )
-_SMALL = 256 * 256  # pixels; below, a model knows shapes and not scenes
+_SMALL = 256 * 256  # pixels; a smaller model is trained on shapes, not scenes
 
 
 class Presets:
-    """What the page's three rows of buttons set. Each maps a label to the value of one field."""
+    """The values of the page's three rows of preset buttons. Each row maps labels to values of one field."""
 
     def __init__(self, defaults: GenerationDefaults) -> None:
         width, height = defaults.width, defaults.height
@@ -56,23 +56,23 @@ class Presets:
         }
 
     def chosen(self, form: Form) -> tuple[str | None, str | None, str | None]:
-        """The labels that a form amounts to: shape, length, quality; None where it is none of them."""
+        """Return the labels of shape, length and quality that match a form; None for a row without a match."""
         rows = self.rows.items()
         found = [next((name for name, value in row.items() if value == form.get(field)), None) for field, row in rows]
         return found[0], found[1], found[2]
 
 
 def default_form(defaults: GenerationDefaults) -> Form:
-    """The model's own settings, else the engine's; "" where neither has one."""
+    """Return the model's defaults, else the engine's; "" for a field without either."""
     found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
     form = {name: "" if value is None else value for name, value in found.items()}
     return form | {SIZE: f"{defaults.width}x{defaults.height}"}
 
 
 def form_of(request: dict[str, Any], defaults: Form) -> Form:
-    """A stored request, or the one in a video's metadata, as the form shows it."""
+    """Convert a stored request, or one in a video's metadata, to a form."""
     form = {**defaults, **{name: request[name] for name in FORM_FIELDS if request.get(name) is not None}}
-    # What may be left empty is a text.
+    # Fields that may be empty are text boxes.
     form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
         form[SIZE] = f"{request['width']}x{request['height']}"
@@ -80,18 +80,18 @@ def form_of(request: dict[str, Any], defaults: Form) -> Form:
 
 
 def fields_of(form: Form) -> dict[str, Any]:
-    """What a client would have sent: nothing where the form is empty, whole numbers where the page made floats."""
+    """Convert a form to the fields of an API request: empty fields are omitted, floats of integer fields converted."""
     fields = {name: form[name] for name in FORM_FIELDS if form.get(name) is not None and str(form[name]).strip()}
     for name, field in FORM_FIELDS.items():
         if field.kind is str and field.default is None and not field.is_required:
-            fields[name] = form.get(name) or ""  # a text that was emptied, not the model's
+            fields[name] = form.get(name) or ""  # keep a text that the visitor cleared, instead of the model's default
         if field.kind is int and isinstance(value := fields.get(name), float) and value.is_integer():
             fields[name] = int(value)
     return fields
 
 
 def form_rows() -> list[list[str]]:
-    """The form's fields but the prompt, as they stand side by side; those without a row last, each alone."""
+    """Return the rows of the form's fields except the prompt; fields without a row number come last, one a row."""
     rows: dict[float, list[str]] = {}
     for number, (name, field) in enumerate(FORM_FIELDS.items()):
         if not field.is_required:
@@ -100,9 +100,9 @@ def form_rows() -> list[list[str]]:
 
 
 def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
-    """Gradio's component for a field that shows `value`, and its arguments: a menu, a switch, a box of text or a slider.
+    """Return the name and the arguments of Gradio's component for a field that shows `value`.
 
-    A number that may be left empty has a box of text.
+    Choices get a menu, booleans a checkbox, texts and numbers that may be empty a text box, other numbers a slider.
     """
     label = field.shown.caption or field.label
     common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
@@ -121,7 +121,10 @@ def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str,
 
 
 def _shapes(width: int, height: int) -> dict[str, str]:
-    """Wide, tall and square, each with about as many pixels as the model's own size where that is not square."""
+    """Return a wide, a tall and a square size.
+
+    Unless the model's default size is square, each has about as many pixels as it.
+    """
     if width == height:
         long, short, side = _down(width * 5 / 3), width, width
     else:

@@ -1,4 +1,4 @@
-"""What stands around the page: who may see it, which of its routes are open, and that it loads nothing from elsewhere."""
+"""Access to the page: login, the Gradio routes that are open, and a policy that forbids other hosts' content."""
 
 import asyncio
 import json
@@ -21,18 +21,18 @@ from wanduet.doors.http.limits import UPLOAD_PATH
 from wanduet.errors import WanduetError
 
 EVENTS_PATH = "/gradio_api/queue/join"
-STREAM_PATHS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")  # answers that last as long as a page is open
+STREAM_PATHS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")  # responses that last as long as a page is open
 LOOK_SECONDS = 0.5
 PULSE_PATH = "/page/pulse"
 COOKIE_SECONDS = 30 * 24 * 3600
-# Everything comes from this server. Gradio's own scripts are inline and compile their templates.
+# Allow content of this server only. Gradio's own scripts are inline and compile templates at run time.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; connect-src 'self'; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 _OURS = ("/v1/", "/health", "/ready", "/metrics", "/openapi.json", "/login")
-# Of Gradio's routes only what the page needs: no proxy, no files by path, no monitoring.
+# The Gradio routes that the page needs: no proxy, no files by path, no monitoring.
 _PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
 _ASSETS = (
     "/static/", "/assets/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/", UPLOAD_PATH, PULSE_PATH,
@@ -40,7 +40,7 @@ _ASSETS = (
     "/gradio_api/reset",
 )  # fmt: skip
 
-_LONGEST_NAME = 255  # bytes of a file's name
+_LONGEST_NAME = 255  # bytes of a file name
 _LARGEST_NUMBER = 2**53
 
 _LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>wanduet</title>
@@ -56,7 +56,7 @@ p{{color:#b91c1c;min-height:1.5em;margin:0}}</style>
 
 
 def add_login(app: FastAPI) -> None:
-    """The routes by which a browser gets its cookie."""
+    """Add the routes that set and delete a browser's cookie."""
 
     @app.get("/login", include_in_schema=False)
     def login() -> HTMLResponse:
@@ -81,7 +81,7 @@ def add_login(app: FastAPI) -> None:
 
 
 def add_pulse(app: FastAPI) -> None:
-    """The route by which an open page notices that its server is gone, another one, or wants a key."""
+    """Add the route that an open page polls, to notice that its server is down, was restarted, or requires a key."""
     started = secrets.token_hex(8)
 
     @app.get(PULSE_PATH, include_in_schema=False)
@@ -90,27 +90,27 @@ def add_pulse(app: FastAPI) -> None:
 
 
 class PageMount(Mount):
-    """The page at `/`, which would otherwise answer for the API what the API has no route or no method for."""
+    """A mount of the page at `/` that leaves the API's paths to the API, also those that no route matches."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Never one of the API's paths."""
+        """Match all paths except the API's."""
         return (Match.NONE, {}) if is_api(scope["path"]) else super().matches(scope)
 
 
 def keep_page_off_api(app: FastAPI) -> None:
-    """Let the application that was mounted last have only what is not the API's."""
+    """Restrict the application that was mounted last to paths outside of the API."""
     mounted = app.router.routes[-1]
     assert isinstance(mounted, Mount)
     app.router.routes[-1] = PageMount(mounted.path, app=mounted.app)
 
 
 def is_api(path: str) -> bool:
-    """Whether a path is the API's and not the page's."""
+    """Return whether a path belongs to the API."""
     return path == "/v1" or path.startswith(_OURS)
 
 
 class PageGate:
-    """Lets a page's visitor in by key, keeps what the page does not need closed, and sets the page's policy."""
+    """Checks a visitor's key, blocks the Gradio routes that the page does not need, and sets the content policy."""
 
     def __init__(self, app: ASGIApp, context: ServerContext) -> None:
         self._app = app
@@ -126,7 +126,7 @@ class PageGate:
         else:
             try:
                 owner = find_owner(self._context, Headers(scope=scope))
-            except WanduetError as error:  # the application's own answers to errors lie behind this
+            except WanduetError as error:  # the application's error handlers run inside of this middleware
                 answer = to_api_error(error)
                 log_failure(error, answer.status, self._context.failures)
                 await answer.response()(scope, receive, send)
@@ -140,7 +140,7 @@ class PageGate:
         if scope["path"] != EVENTS_PATH:
             await self._app(scope, receive, _with_policy(_without_cors(send)))
             return
-        # Gradio reads a file, or fetches an address, for any field that looks like one. The page has none.
+        # Gradio opens a file, or downloads a URL, for any field that looks like one. The page sends none.
         body = await Request(scope, receive).body()
         if _is_strange(body):
             await ApiError(400, "invalid_request", "That is nothing that the page sends.").response()(
@@ -164,7 +164,7 @@ class PageGate:
             await self._run_until_drained(scope, receive, _without_cors(send))
 
     async def _run_until_drained(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Gradio's streams last until the browser goes; a server that ends would wait for it."""
+        """Run one of Gradio's streams, which last until the browser disconnects; end it when the server drains."""
         started = complete = False
 
         async def watching_send(message: Message) -> None:
@@ -196,13 +196,19 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _is_closed(path: str) -> bool:
-    """Whether nothing of the page is at a path: no file has a name so long, and looking for one is an error."""
+    """Return whether the page has no route at a path.
+
+    Names longer than a file system allows are blocked, because looking one up is an error.
+    """
     too_long = any(len(name.encode()) > _LONGEST_NAME for name in path.split("/"))
     return too_long or (path not in _PAGES and not path.startswith(_ASSETS))
 
 
 def _is_strange(body: bytes) -> bool:
-    """Whether an event is none of the page's: no JSON, a file, a number that a browser does not have."""
+    """Return whether the page cannot have sent this event.
+
+    That is invalid JSON, a file, or a number beyond JavaScript's safe integers.
+    """
 
     def walk(value: Any) -> bool:
         if isinstance(value, dict):
@@ -218,7 +224,7 @@ def _is_strange(body: bytes) -> bool:
 
 
 def _without_cors(send: Send) -> Send:
-    """Gradio lets pages of other ports of this machine read it; nobody else's page shall."""
+    """Remove Gradio's CORS headers, which let pages on other ports of this machine read responses."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -235,7 +241,7 @@ def _with_policy(send: Send) -> Send:
             headers = MutableHeaders(scope=message)
             if headers.get("content-type", "").startswith("text/html"):
                 headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "same-origin"  # with none, a form would post as from nowhere
+                headers["Referrer-Policy"] = "same-origin"  # with no-referrer, a form's Origin would be null
         await send(message)
 
     return sending

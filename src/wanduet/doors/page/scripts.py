@@ -1,6 +1,6 @@
-"""The page's own JavaScript: clicks inside its HTML, dropping a video, and living through a restart of the server.
+"""The page's own JavaScript: clicks inside its HTML, dropping a video, and reconnecting after the server restarts.
 
-Each runs once, when the HTML component that it belongs to appears; `element` is that component.
+Each script runs once, when the HTML component that it belongs to is rendered; `element` is that component.
 """
 
 import json
@@ -29,7 +29,7 @@ RESTORE = (
     '<label>choose one<input type="file" accept=".mp4,.mkv,video/*"></label>.</p>'
 )
 
-# A video may be dropped anywhere: beside a target, a browser would leave the page for it.
+# The whole page accepts a dropped video: outside of a drop target, a browser would leave the page to open it.
 RESTORE_CLICKS = """
 const restore = async file => {
   if (!file) return;
@@ -67,8 +67,8 @@ document.addEventListener('drop', event => {
 });
 """
 
-# Gradio's connection does not survive its server. The form is remembered and every job is on the disk, so
-# loading the page again once the server is back loses nothing.
+# Gradio's connection breaks with its server. Reloading the page once the server is back loses nothing: the browser
+# stores the form, and the disk every job.
 PULSE_SECONDS = 2
 PULSE = f"""
 document.addEventListener('keydown', event => {{
@@ -96,8 +96,8 @@ const pulse = async () => {{
 pulse();
 """
 
-# Handlers that run in the browser alone. The form is written only after it was read, or the first values
-# of the components would replace what was remembered. Storage may be forbidden; then nothing is remembered.
+# Handlers that run only in the browser. The form is written only after it was read, since the components' initial
+# values would overwrite the stored ones. If storage is forbidden, nothing is stored.
 REMEMBER = """(...form) => {{
   if (!window.wanduetRecalled) return;
   const named = Object.fromEntries({names}.map((name, i) => [name, form[i]]));
@@ -105,16 +105,16 @@ REMEMBER = """(...form) => {{
 }}"""
 RECALL = """() => {{ try {{ return localStorage.getItem({key}); }} catch (error) {{ return null; }} }}"""
 RECALLED = "() => {{ window.wanduetRecalled = true; }}"
-PRESET = "label => ({values})[label]"  # at once: a click on Generate may follow before a server has answered
-FORGET_REFUSAL = "told => (told || '').includes('message bad') ? '' : told"  # it was about the form as it was
+PRESET = "label => ({values})[label]"  # without the server: a click on Generate may follow at once
+FORGET_REFUSAL = "told => (told || '').includes('message bad') ? '' : told"  # it was about the form before this change
 CONFIRM = "() => [confirm('Delete this video?'), null]"
 
 
 def preset_script(values: Mapping[str, str | int]) -> str:
-    """What a preset's label means, in the browser."""
+    """Return a script that converts a preset's label to its value."""
     return PRESET.format(values=json.dumps(values))
 
 
 def storage_script(script: str, model: str) -> str:
-    """One of the scripts above for a model: what is remembered for one means nothing to another."""
+    """Return one of the scripts above for a model: each model has its own stored form."""
     return script.format(key=json.dumps(f"wanduet-form-{model}"), names=json.dumps(list(FORM_FIELDS)))

@@ -1,4 +1,4 @@
-"""How the page looks: one stylesheet, system fonts, nothing from elsewhere."""
+"""The page's stylesheet: system fonts, nothing from other hosts."""
 
 CSS = """
 .gradio-container > .main, .gradio-container .wrap.sidebar-parent { max-width: none; }

@@ -1,4 +1,4 @@
-"""The page's pieces of HTML: a job in, a text out. Everything that a user wrote is escaped."""
+"""The page's HTML: functions that convert a job to a string. All text that a user wrote is escaped."""
 
 import base64
 import hashlib
@@ -23,14 +23,14 @@ PHASES = {
 
 
 def title(job: StoredJob) -> str:
-    """One word for how a job is."""
+    """Return a job's state in one word."""
     if job.error is not None:
         return "Cancelled" if job.error.code == CANCELLED else "Failed"
     return {"queued": "Waiting", "in_progress": "Running", "completed": "Done"}.get(job.status, job.status)
 
 
 def header(model: str, worker_ready: bool, running: int, waiting: int, *, signed_in: bool = False) -> str:
-    """The line at the top."""
+    """Return the line at the top."""
     state = "ready" if worker_ready else "starting, or no worker runs"
     counts = "".join(f" · {count} {word}" for count, word in ((running, "running"), (waiting, "waiting")) if count)
     dot = "on" if worker_ready else "off"
@@ -41,7 +41,7 @@ def header(model: str, worker_ready: bool, running: int, waiting: int, *, signed
 
 
 def empty_stage(examples: Sequence[str]) -> str:
-    """What stands where the first video will be."""
+    """Return what is displayed before there is a video: examples of prompts."""
     buttons = "".join(
         f'<button type="button" data-prompt="{escape(text, quote=True)}">{escape(text)}</button>' for text in examples
     )
@@ -52,7 +52,7 @@ def empty_stage(examples: Sequence[str]) -> str:
 
 
 def stage(job: StoredJob, preview: bytes | None = None) -> str:
-    """The large picture: what is foreseen while a job runs, then the video itself, or all of them."""
+    """Return the large picture: the preview while a job runs, then its video or videos."""
     kind = ""
     if job.status == "completed":
         numbers = sorted(file.index for file in job.files if file.variant == "video") or [0]
@@ -82,7 +82,7 @@ def _video(job: StoredJob, number: int) -> str:
 
 
 def progress(job: StoredJob | None, ahead: int = 0) -> str:
-    """How far a job is, in a line and a bar; for a finished one, how long it took. `ahead`: jobs before it."""
+    """Return a job's progress as a line and a bar, or the time that it took. `ahead`: number of jobs before it."""
     if job is None:
         return ""
     words, note = title(job), ""
@@ -100,7 +100,7 @@ def progress(job: StoredJob | None, ahead: int = 0) -> str:
 
 
 def details(job: StoredJob | None) -> str:
-    """The prompt and every setting."""
+    """Return the prompt and all settings."""
     if job is None:
         return ""
     request = job.request
@@ -119,7 +119,7 @@ def details(job: StoredJob | None) -> str:
 
 
 def _settings(request: dict[str, Any]) -> dict[str, str]:
-    """A request's settings by the names that people read; none that it has not."""
+    """Return a request's settings by their labels; settings that it does not have are omitted."""
     return {
         "Size": f"{request.get('width')} × {request.get('height')}",
         "Length": _length(request.get("num_frames"), request.get("fps")),
@@ -144,7 +144,7 @@ def _downloads(job: StoredJob) -> str:
 
 
 def gallery(jobs: Sequence[StoredJob], chosen: str | None, *, more: bool = False) -> str:
-    """All videos as cards; a click on one chooses it."""
+    """Return all videos as cards; a click on a card displays its video."""
     if not jobs:
         return '<p class="fine">Your videos will be here, with everything that made them.</p>'
     older = '<button type="button" class="older" data-older>Older videos</button>' if more else ""
@@ -174,26 +174,26 @@ def _short(request: dict[str, Any]) -> list[str]:
 
 
 def message(text: str, kind: str = "") -> str:
-    """A line below the form: an answer, or what is wrong."""
+    """Return a line below the form: a response or an error."""
     return f'<p class="message {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
 def refusal(error: Exception) -> str:
-    """What is wrong, by the names that the page gives to its fields."""
+    """Return an error, with fields named as on the page."""
     if not isinstance(error, InvalidRequestError):
         return message(" ".join(str(error).split()), "bad")
     given = _number(error.given)
     field = REQUEST_FIELDS.get(error.field) or FORM_FIELDS.get(error.field)
     label = error.field if field is None else field.label
     if field is not None and field.shown.within not in (None, error.field):
-        given = f"a {error.field} of {given}"  # the form has it in a field with another
+        given = f"a {error.field} of {given}"  # the form combines the field with another
     if error.nearest is None or error.field == "size":
         return message(f"{label}: {error.allowed}.", "bad")
     return message(f"{label}: {given} does not work, {error.nearest} does.", "bad")
 
 
 def settings_line(form: dict[str, Any]) -> str:
-    """The form in a line, for when everything but the presets is folded away."""
+    """Return the form in one line, for when only the presets are visible."""
     parts = (
         str(form.get("size") or "").replace("x", " × "),
         _length(form.get("num_frames"), form.get("fps")),
@@ -205,12 +205,12 @@ def settings_line(form: dict[str, Any]) -> str:
 
 
 def mark_of(values: Sequence[Any]) -> str:
-    """What an answer to these values carries, so that it is known by what it answers."""
+    """Return an HTML attribute that identifies the values which a response belongs to."""
     return f'data-answers="{hashlib.sha256(repr(tuple(values)).encode()).hexdigest()[:16]}"'
 
 
 def plan_panel(plan: dict[str, Any], line: str) -> str:
-    """The plan's answer: whether it fits, how long it takes, how much memory on which device."""
+    """Return the plan as HTML: whether it fits, the time, and the memory by device."""
     from wanduet.config import format_bytes
 
     rows = ""
@@ -231,7 +231,7 @@ def plan_panel(plan: dict[str, Any], line: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format seconds for people."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -239,7 +239,7 @@ def duration(seconds: float) -> str:
 
 
 def _length(frames: Any, fps: Any) -> str:
-    """How long a video plays; a single frame is a picture."""
+    """Return how long a video plays; a single frame is a picture."""
     if not frames or not fps:
         return ""
     return "1 frame" if frames == 1 else f"{frames / fps:.1f} s"
@@ -250,7 +250,7 @@ def _prompt(job: StoredJob) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as it is; of a real number the digits that count, of a switch a word."""
+    """Format a setting: a float with its significant digits, a boolean as a word."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,1 +1,1 @@
-"""The call of diffusers' pipeline, on this engine."""
+"""diffusers' pipeline call, run by this engine."""

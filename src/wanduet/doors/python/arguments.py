@@ -1,4 +1,4 @@
-"""A call's arguments, checked before anything is loaded. Nothing is silently ignored."""
+"""Checks of a call's arguments before anything is loaded. Nothing is silently ignored."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def check_call(
     output_type: str | None,
     tensors: Sequence[str],
 ) -> None:
-    """Raise ValueError for what this engine has not."""
+    """Raise ValueError for arguments that this engine does not support."""
     if guidance_scale_2 is not None:
         raise ValueError("guidance_scale_2 is for Wan2.2's two transformers; this is Wan2.1.")
     if attention_kwargs:
@@ -30,7 +30,7 @@ def check_call(
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """A count or a size as a whole number, also where a program computed it as a float. Raises ValueError."""
+    """Return a count or size as an int, also if the caller computed it as a float. Raises ValueError."""
     try:
         if value != int(value):
             raise TypeError
@@ -42,7 +42,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_kinds(guidance_scale: Any, generator: Any, **tensors: Any) -> None:
-    """Raise ValueError for arguments that are not what they are called."""
+    """Raise ValueError for arguments of the wrong type."""
     if not isinstance(guidance_scale, SupportsFloat) or isinstance(guidance_scale, str):
         raise ValueError(f"guidance_scale={guidance_scale!r} must be a number.")
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
@@ -55,7 +55,7 @@ def check_kinds(guidance_scale: Any, generator: Any, **tensors: Any) -> None:
 
 
 def rounded_frames(num_frames: int, stride: int) -> int:
-    """The number of frames that is made for one that was asked for."""
+    """Round a frame count as diffusers does, to a multiple of `stride` plus 1; warn if it changes."""
     if num_frames % stride == 1:
         return num_frames
     rounded = max(num_frames // stride * stride + 1, 1)
@@ -69,7 +69,10 @@ def initial_latents(
     given: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """The given latents, or noise as diffusers draws it, float32 `[B, 16, T, h, w]`, on whichever device. Raises ValueError."""
+    """Return the given latents, or noise as diffusers draws it: float32 `[B, 16, T, h, w]`, on any device.
+
+    Raises ValueError.
+    """
     from diffusers.utils.torch_utils import randn_tensor
 
     if given is not None:
@@ -80,6 +83,6 @@ def initial_latents(
         raise ValueError(f"{len(generator)} generators were given for {shape[0]} videos.")
     first = generator[0] if isinstance(generator, list) else generator
     if first is not None and first.device.type == device.type:
-        device = first.device  # `cuda` is the first GPU, but another may be the one that denoises
+        device = first.device  # `cuda` is the first GPU, but another one may denoise
     noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     return noise

@@ -1,4 +1,4 @@
-"""diffusers' calls about memory, speed and progress, and names of diffusers' that `WanPipeline` has not."""
+"""diffusers' calls for memory, speed and progress, and errors for names of diffusers' that `WanPipeline` lacks."""
 
 import difflib
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ _NEW_WEIGHTS = (
 )
 _PARTS = "set the part itself, say pipe.scheduler or pipe.transformer"
 _WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
-# What takes the place of diffusers' names that are not here.
+# What to use instead of diffusers' names that are not supported.
 INSTEAD = {
     **dict.fromkeys(
         ("load_lora_weights", "save_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters",
@@ -47,7 +47,7 @@ INSTEAD = {
 
 
 def refuse(owner: type, name: str) -> NoReturn:
-    """Raise AttributeError that says what takes a name's place, or which name is near it."""
+    """Raise AttributeError that says what to use instead of a name, or which name is similar."""
     if name in INSTEAD:
         raise AttributeError(f"WanPipeline has no {name}: {INSTEAD[name]}.")
     near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(owner), 1)
@@ -55,36 +55,41 @@ def refuse(owner: type, name: str) -> NoReturn:
 
 
 class Named(type):
-    """So that a class method of diffusers', too, is refused with what takes its place."""
+    """Metaclass that refuses diffusers' class methods, too, with what to use instead."""
 
     def __getattr__(cls, name: str) -> Any:
-        """Only for what is not here."""
+        """Called only for names that do not exist."""
         refuse(cls, name)
 
 
 class EngineManaged(metaclass=Named):
-    """Calls that a program makes to save memory or time.
+    """diffusers' calls to save memory or time, which change no result here.
 
-    The engine's plan does both for every call: parts are on a device one after the other, weights wait in host memory and
-    frames are decoded in strips where, and only where, memory asks for it. So these change no result; what they say about
-    devices is taken.
+    The engine's plan does both for every call: if memory requires it, models are on a device one at a time, weights stay
+    in host memory and frames are decoded in row tiles. Only the device that a call names has an effect.
     """
 
     _parts: PipelineParts
     _progress_bar_config: dict[str, Any]
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
-        """Run on that GPU, where one is named; parts are on it one after the other if they do not fit together."""
+        """Run on the given GPU, if any; models are on it one at a time if they do not fit together."""
         self._use_device(gpu_id, device)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        """Run on that GPU, where one is named; blocks wait in host memory if they do not fit (see also `vram_limit`)."""
+        """Run on the given GPU, if any.
+
+        Blocks are offloaded to host memory if they do not fit (see also `vram_limit`).
+        """
         self._use_device(gpu_id, device)
 
     def enable_group_offload(self, onload_device: str | torch.device | None = None, *_: Any, **__: Any) -> None:
-        """Run on `onload_device`; blocks wait in host memory if they do not fit, and are copied beside the computation."""
+        """Run on `onload_device`.
+
+        Blocks that do not fit are offloaded to host memory; their copies overlap with the computation.
+        """
         self._use_device(None, onload_device)
 
     def _use_device(self, gpu_id: int | None, device: str | torch.device | None) -> None:
@@ -97,54 +102,54 @@ class EngineManaged(metaclass=Named):
         self._parts.move(named.type if index is None else device_name(f"{named.type}:{index}"))
 
     def maybe_free_model_hooks(self) -> None:
-        """Nothing is left to free: the engine has no hooks."""
+        """Do nothing: the engine has no hooks."""
 
     def remove_all_hooks(self) -> None:
-        """The engine has no hooks."""
+        """Do nothing: the engine has no hooks."""
 
     def reset_device_map(self) -> None:
-        """Leave devices to the plan again."""
+        """Leave the choice of devices to the plan again."""
         self._parts.configure(devices=None)
 
     def enable_vae_tiling(self, *_: Any, **__: Any) -> None:
-        """Nothing to do: strips of rows, which are exact, are used where memory asks for them."""
+        """Do nothing: the plan uses row tiles, which are exact, if memory requires them."""
 
     def disable_vae_tiling(self) -> None:
-        """Nothing to do: strips change no pixel."""
+        """Do nothing: row tiles change no pixel."""
 
     def enable_vae_slicing(self) -> None:
-        """Nothing to do: videos are decoded one at a time."""
+        """Do nothing: videos are decoded one at a time."""
 
     def disable_vae_slicing(self) -> None:
-        """Nothing to do: videos are decoded one at a time."""
+        """Do nothing: videos are decoded one at a time."""
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Nothing to do: attention never holds its scores."""
+        """Do nothing: attention never materialises its scores."""
 
     def disable_attention_slicing(self) -> None:
-        """Nothing to do: attention is not sliced."""
+        """Do nothing: attention is not sliced."""
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Nothing to do: attention never holds its scores, and the fastest back end is measured."""
+        """Do nothing: attention never materialises its scores, and the fastest back end is chosen by measurement."""
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Nothing to do: see above."""
+        """Do nothing: see `enable_xformers_memory_efficient_attention`."""
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        """A tqdm bar with what `set_progress_bar_config` was given."""
-        from diffusers.utils.logging import tqdm  # as diffusers: silent where its progress bars are turned off
+        """Return a tqdm bar with the arguments of `set_progress_bar_config`."""
+        from diffusers.utils.logging import tqdm  # diffusers' tqdm: silent if its progress bars are disabled
 
         if iterable is None and total is None:
             raise ValueError("Give iterable or total.")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Arguments of the tqdm bar of each call: `disable=True`, `desc="..."`, `leave=False` and so on."""
+        """Set the arguments of each call's tqdm bar: `disable=True`, `desc="..."`, `leave=False` and so on."""
         self._progress_bar_config = kwargs
 
 
 class CallState:
-    """What diffusers' programs and callbacks read of the call that runs, or ran last."""
+    """Attributes of the current or latest call that diffusers' programs and callbacks read."""
 
     _interrupt = False
     _guidance_scale = 5.0
@@ -154,30 +159,30 @@ class CallState:
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call."""
+        """Guidance scale of the call."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the negative prompt takes part."""
+        """Whether the negative prompt is used: guidance scale above 1."""
         return self._guidance_scale > 1.0
 
     @property
     def num_timesteps(self) -> int:
-        """Length of the scheduler's timesteps: more than the steps for one of second order."""
+        """Length of the scheduler's timesteps: more than the number of steps for a second-order scheduler."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """The timestep that is being computed, in the scheduler's dtype."""
+        """The current timestep, in the scheduler's dtype; None outside of the steps."""
         return self._current_timestep
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
-        """As they were given."""
+        """The call's `attention_kwargs`, as given."""
         return self._attention_kwargs
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt = True` in a callback to stop after that step."""
+        """Whether to stop after the current step: a callback sets `_interrupt = True`."""
         return self._interrupt

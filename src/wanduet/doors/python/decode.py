@@ -1,4 +1,4 @@
-"""Latents to frames for `WanPipeline`, in whatever parts memory allows."""
+"""Decodes latents to frames for `WanPipeline`, in tiles that fit into memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ Frames = NDArray[np.uint8]  # [F, H, W, 3]
 
 
 def decode_videos(parts: PipelineParts, latents: Tensor, plan: Plan | None = None) -> list[Frames]:
-    """Normalised latents `[B, 16, T, h, w]` to a video each. `plan`: the call's; made here if it is left out.
+    """Decode normalised latents `[B, 16, T, h, w]` to B videos. `plan` is the call's; None makes one.
 
     Raises OutOfMemoryError, NonFiniteFramesError.
     """
@@ -38,7 +38,10 @@ def _as_array(frames: Iterator[Frames]) -> Frames:
 
 
 def as_output(videos: list[Frames], output_type: str) -> Any:
-    """As diffusers gives frames: `np` `[B, F, H, W, 3]`, `pt` `[B, F, 3, H, W]`, both float32 in 0..1, or `pil` lists."""
+    """Convert videos to diffusers' output.
+
+    `np`: `[B, F, H, W, 3]`; `pt`: `[B, F, 3, H, W]`; both float32 in 0..1. `pil`: a list of PIL images for each video.
+    """
     if output_type == "pil":
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`from wanduet import export_to_video`: diffusers' call, with the engine's own writer."""
+"""`from wanduet import export_to_video`: diffusers' function, with the engine's own video writer."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from wanduet.media.codecs import DEFAULT_QUALITY
 from wanduet.media.video import write_video
 
-USUAL = 5.0  # diffusers' default quality, of 0 to 10: the engine's own default
-ASIDE = 0.5  # of 0..1, at most, which is cut off; more is another scale: -1..1, 0..255
+USUAL = 5.0  # diffusers' default quality on its scale of 0 to 10; corresponds to the engine's default
+ASIDE = 0.5  # floats this far outside of 0..1 are clipped; beyond, the scale is another: -1..1 or 0..255
 
 
 def export_to_video(
@@ -25,10 +25,10 @@ def export_to_video(
 ) -> str:
     """Write one video's frames to a file and return its path.
 
-    `video_frames`: an array `[F, H, W, 3]` (float in 0..1, or uint8), a tensor `[F, 3, H, W]` or `[F, H, W, 3]` of the same
-    values, or a list of such frames or of PIL images. `output_video_path`: `.mp4`, or another ending that `wanduet` writes;
-    None for a new temporary file. `fps`: 1 to 120, a whole number. `quality`: 0 (smallest) to 10 (best).
-    `macro_block_size` has no effect: frames keep their size, but an odd last row or column is cut off.
+    `video_frames`: an array `[F, H, W, 3]` (float in 0..1, or uint8), a tensor `[F, 3, H, W]` or `[F, H, W, 3]` of the
+    same values, or a list of such frames or of PIL images. `output_video_path`: `.mp4`, or another suffix that
+    `wanduet` can write; None creates a temporary file. `fps`: 1 to 120, a whole number. `quality`: 0 (smallest file) to
+    10 (best). `macro_block_size` has no effect: frames keep their size, but an odd last row or column is cropped.
 
     Raises ValueError for frames of another shape and for `bitrate`, InvalidRequestError for `fps`, OutputError.
     """
@@ -51,7 +51,7 @@ def export_to_video(
 
 
 def _quality(quality: float | None) -> int:
-    """Ours is 1 to 100: 0 to 1, 5 to the default, 10 to 100."""
+    """Map diffusers' quality to the engine's 1 to 100: 0 to 1, 5 to the default, 10 to 100."""
     if quality is None:
         return DEFAULT_QUALITY
     ends = (1, DEFAULT_QUALITY) if quality <= USUAL else (DEFAULT_QUALITY, 100)
@@ -59,10 +59,10 @@ def _quality(quality: float | None) -> int:
 
 
 def _frames(given: Any) -> Sequence[NDArray[np.uint8]]:
-    """The frames of one video, each `[H, W, 3]` uint8. Raises ValueError."""
+    """Return one video's frames, each `[H, W, 3]` uint8. Raises ValueError."""
     if not isinstance(given, Iterable) or isinstance(given, str):
         raise ValueError(f"video_frames must be an array, a tensor or a list of frames, not {type(given).__name__}.")
-    if hasattr(given, "detach"):  # a tensor; torch itself may never have been needed
+    if hasattr(given, "detach"):  # a tensor; checked without importing torch
         given = _numpy(given)
     if isinstance(given, np.ndarray) and given.ndim == 5:
         if len(given) != 1:
@@ -79,7 +79,7 @@ def _frames(given: Any) -> Sequence[NDArray[np.uint8]]:
 
 
 def _frame(frame: Any) -> NDArray[np.uint8]:
-    """`[H, W, 3]` uint8 of one frame, whatever it is. Raises ValueError."""
+    """Convert one frame of any supported type to `[H, W, 3]` uint8. Raises ValueError."""
     if hasattr(frame, "convert"):  # a PIL image
         return np.asarray(frame.convert("RGB"), dtype=np.uint8)
     if isinstance(frame, list):

@@ -1,4 +1,4 @@
-"""`WanPipeline.from_pretrained`: diffusers' keywords as settings of the engine. Each is taken, or refused by name."""
+"""`WanPipeline.from_pretrained`: converts diffusers' keywords to engine settings, or refuses them by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from wanduet.weights.diffusers import COMPONENTS, ModelFolder, read_json
 from wanduet.weights.hub import local_model, open_model
 
 MODULES = ("tokenizer", "text_encoder", "vae", "transformer")
-# They change how diffusers reads files, which the engine reads in its own way, with less memory than any of these.
+# They change how diffusers reads files. The engine has its own reader, which needs less memory than any of them.
 WITHOUT_EFFECT = (
     "low_cpu_mem_usage", "disable_mmap", "offload_state_dict", "offload_folder", "load_connected_pipeline", "mirror",
     "use_flashpack", "trust_remote_code",
 )  # fmt: skip
-# What takes the place of a keyword that is not taken.
+# Keywords that are refused, and what to use instead.
 REFUSED = {
     "variant": "the usual files are read, and torch_dtype= converts them",
     "quantization_config": "vram_limit= (bytes) makes weights wait in host memory instead",
@@ -50,17 +50,20 @@ HUB = ("cache_dir", "token", "force_download")
 
 @dataclass
 class Options:
-    """The keywords that were taken."""
+    """The keywords that were accepted, sorted by use."""
 
     modules: dict[str, Any] = field(default_factory=dict)
     scheduler: Any = None
-    engine: dict[str, Any] = field(default_factory=dict)  # of EngineConfig
-    hub: dict[str, Any] = field(default_factory=dict)  # of huggingface_hub.snapshot_download
+    engine: dict[str, Any] = field(default_factory=dict)  # arguments of EngineConfig
+    hub: dict[str, Any] = field(default_factory=dict)  # arguments of huggingface_hub.snapshot_download
     local_files_only: bool = False
 
 
 def read_options(keywords: Mapping[str, Any], dtype: Any, vae_dtype: torch.dtype | None) -> Options:
-    """Sort diffusers' keywords. Raises ValueError for one that is refused, TypeError for one that diffusers has not."""
+    """Sort diffusers' keywords by use.
+
+    Raises ValueError for a keyword that is refused, TypeError for one that diffusers does not have either.
+    """
     found = Options()
     for name, value in keywords.items():
         if name in MODULES:
@@ -89,7 +92,7 @@ def read_options(keywords: Mapping[str, Any], dtype: Any, vae_dtype: torch.dtype
 
 
 def _device_map(value: Any) -> dict[str, Any]:
-    """Where things run; `balanced` and `auto` leave it to the plan, as does None."""
+    """Convert `device_map` to engine settings; None, `balanced` and `auto` leave the choice to the plan."""
     if value in (None, "balanced", "auto"):
         return {}
     if isinstance(value, Mapping):
@@ -98,14 +101,15 @@ def _device_map(value: Any) -> dict[str, Any]:
 
 
 def device_name(device: Any) -> str:
-    """A device as the engine names it, for `cuda:0`, `0`, a torch.device or several in one text."""
+    """Return the engine's name of a device, given as `cuda:0`, `0`, a torch.device or a list in one string."""
     return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 def _dtypes(dtype: Any, vae_dtype: Any) -> dict[str, str]:
-    """`dtype` is the transformer's, or a dict by part, whose `default` is for all that it does not name but the VAE.
+    """Convert dtypes to engine settings.
 
-    Raises ValueError.
+    `dtype` is the transformer's dtype, or a dict by component, whose `default` applies to all components that it does
+    not name except the VAE. Raises ValueError.
     """
     named = dict(dtype) if isinstance(dtype, Mapping) else {"transformer": dtype}
     if unknown := set(named) - {"default", "tokenizer", "scheduler", *COMPONENTS}:
@@ -114,14 +118,17 @@ def _dtypes(dtype: Any, vae_dtype: Any) -> dict[str, str]:
     parts = {"transformer": transformer, "vae": vae_dtype or named.get("vae") or torch.float32}
     text = named.get("text_encoder")
     if text is None and dtype is not None and not isinstance(dtype, Mapping) and dtype_name(dtype) == "float32":
-        text = dtype  # asked for: else a large encoder computes in bfloat16
+        text = dtype  # explicit float32; by default a large encoder computes in bfloat16
     if text is not None:
         parts["text_encoder"] = text
     return {f"{kind}_dtype": dtype_name(value) for kind, value in parts.items()}
 
 
 def opener(config: EngineConfig, options: Options) -> Any:
-    """What finds the model's folder when it is first needed. `cache_dir`, `token` and `force_download` are the hub's."""
+    """Return a function that opens the model's folder once it is needed.
+
+    `cache_dir`, `token` and `force_download` are passed to the hub's client.
+    """
 
     def open_folder() -> ModelFolder | None:
         if config.model in RANDOM_SPECS:
@@ -143,7 +150,7 @@ def _from_hub(config: EngineConfig, options: Options) -> ModelFolder:
                 allow_patterns=[*FILES], **options.hub,
             )
         )  # fmt: skip
-    except Exception as error:  # of several kinds, by what failed: network, rights, name, cache
+    except Exception as error:  # the type depends on what failed: network, permissions, name, cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
             f"{config.model} cannot be fetched: {reason}", hint="Check its name, and token=."
@@ -152,7 +159,10 @@ def _from_hub(config: EngineConfig, options: Options) -> ModelFolder:
 
 
 def load_scheduler(parts: PipelineParts) -> Any:
-    """The checkpoint's own; for random weights the official one. Raises ModelNotFoundError for one of another kind."""
+    """Return the checkpoint's scheduler; for random weights, Wan's official one.
+
+    Raises ModelNotFoundError if it is unusable.
+    """
     import diffusers
 
     folder = None if parts.base is None else parts.base.path / "scheduler"

@@ -1,5 +1,6 @@
-"""One call's denoise, as diffusers' loop does it: with the pipeline's own scheduler object, and a callback that may change
-latents and embeddings between steps.
+"""One call's denoise loop, as in diffusers.
+
+It steps the pipeline's own scheduler object, and calls a callback between steps that may change latents and embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CallbackSettings:
-    """What is called after each step: `progress(done, total)` is ours, `on_step_end` sees the named tensors."""
+    """Functions to call after each step.
+
+    `on_step_end` is diffusers' callback, and gets the named tensors. `progress(done, total)` is not in diffusers.
+    """
 
     on_step_end: Callback | None
     tensors: Sequence[str]
@@ -38,14 +42,14 @@ class CallbackSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A prompt's keys and values, and a copy of the embeddings that they were made of."""
+    """One prompt's cross-attention keys and values, and a copy of the embeddings that they were computed from."""
 
     embeds: Tensor
     context: TextContext
 
 
 class _PipelineSampler(SchedulerSampler):
-    """The scheduler that the pipeline has at each step, which a callback may have replaced."""
+    """Steps the pipeline's current scheduler, which a callback may replace between steps."""
 
     def __init__(self, pipe: "WanPipeline", device: torch.device) -> None:
         self._pipe = pipe
@@ -67,20 +71,23 @@ class PipelineLoop:
         embeds: tuple[Tensor, Tensor | None],
         after: CallbackSettings,
     ) -> None:
-        """`embeds`: prompt's and negative prompt's, `[B, tokens, text_dim]`."""
+        """`embeds`: embeddings of the prompt and of the negative prompt, `[B, tokens, text_dim]`."""
         self.pipe, self.denoiser, self.after = pipe, denoiser, after
-        # Where they are read: what a callback changes in place is then what the next step reads.
+        # Move the embeddings to the device first: the next step then reads what a callback changes in place.
         there = [None if one is None else one.to(denoiser.device, denoiser.dtype) for one in embeds]
         self.embeds: dict[str, Tensor | None] = dict(
             zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
         )
         self.fallback = DenoiseFallback(NO_JOB, denoiser)
-        self.scale = pipe.guidance_scale  # of the call; a callback can switch guidance off, not change it
+        self.scale = pipe.guidance_scale  # fixed for the call: a callback can switch guidance off, not change its scale
         self._known: dict[str, _Known] = {}
         self._step = 0
 
     def __call__(self, latents: Tensor, num_inference_steps: int) -> Tensor:
-        """Latents `[B, 16, T, h, w]` float32 after the last step, or after the one that set `pipe._interrupt`."""
+        """Return latents `[B, 16, T, h, w]` float32 after the last step.
+
+        If a callback sets `pipe._interrupt`, return the latents of that step.
+        """
         pipe = self.pipe
         device = self.denoiser.device
         pipe.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -121,7 +128,7 @@ class PipelineLoop:
         return combine(positive, self._predict(x, timestep, negative), self.scale)
 
     def _predict(self, x: Tensor, timestep: float, text: Text) -> Tensor:
-        # One video at a time: that is what the plan has counted, and long sequences gain nothing together.
+        # One video at a time: the plan's memory is for one, and batching long sequences is no faster.
         times = torch.full((1,), timestep, dtype=torch.float32, device=x.device)
         parts = []
         for index, one in enumerate(x.split(1)):
@@ -130,8 +137,10 @@ class PipelineLoop:
         return torch.cat(parts)
 
     def _text(self, name: str) -> Text | None:
-        """One prompt's keys and values, made anew where its embeddings have changed; of several prompts only the
-        embeddings: their keys and values need far more memory."""
+        """Return one prompt's keys and values, computed again if its embeddings have changed.
+
+        For several prompts, return only the embeddings: their keys and values need far more memory.
+        """
         embeds = self.embeds[name]
         if embeds is None or len(embeds) > 1:
             return embeds
@@ -142,15 +151,15 @@ class PipelineLoop:
         return known.context
 
     def _call_back(self, info: StepInfo) -> Tensor | None:
-        """Other latents to go on with, if the callback gives any."""
+        """Call the callback; return the latents to continue with, or None if it did not replace them."""
         callback = self.after.on_step_end
         if callback is None:
             return None
         available = self.embeds | {"latents": info.latents}
-        timestep = self.timesteps[info.step]  # in the scheduler's own dtype, as diffusers gives it
+        timestep = self.timesteps[info.step]  # in the scheduler's dtype, as in diffusers
         resident = self.denoiser.resident_blocks
         outputs = callback(self.pipe, info.step, timestep, {name: available[name] for name in self.after.tensors}) or {}
-        if self.denoiser.resident_blocks == SWAPPED_OUT != resident:  # the callback has decoded, on this device
+        if self.denoiser.resident_blocks == SWAPPED_OUT != resident:  # the callback's decode swapped it out
             self.denoiser.restream(resident)
         for name in self.embeds:
             if (given := outputs.get(name)) is not None:

@@ -1,7 +1,7 @@
-"""Modules that a diffusers program gives to `WanPipeline`, as weights of the engine's own models.
+"""Uses modules that a program passes to `WanPipeline` as weights of the engine's own models.
 
-A transformer or a VAE of diffusers' is never run: its tensors and its config are read, and the engine computes with a
-copy. So only the plain classes are taken; a subclass, a LoRA or a hook would not take part, and is refused.
+diffusers' transformer or VAE never runs: the engine reads its tensors and config, and computes with a copy. So only the
+plain classes are accepted; a subclass, a LoRA or a hook would have no effect, and is refused.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ MERGE_LORA = (
     "merge a LoRA with diffusers' own pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), then give its "
     "transformer to pipe.transformer or the pipeline to WanPipeline.from_pipe"
 )
-SAMPLES = 32  # of each tensor's numbers, to notice that weights were changed in place
+SAMPLES = 32  # elements sampled from each tensor, to detect in-place changes of weights
 
 
 def unwrapped(module: Any) -> Any:
-    """What `torch.compile` has made a module of, or the module itself."""
-    # Not getattr: another wrapper may hand on what it is asked for, and would be taken for what it wraps.
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
+    # Not getattr: another wrapper may forward attribute access, and would be mistaken for the wrapped module.
     return module._modules.get("_orig_mod", module) if isinstance(module, nn.Module) else module
 
 
 def check_module(kind: str, module: Any) -> None:
-    """Raise TypeError or ValueError, each of one sentence, for a module that the engine cannot compute as it is."""
+    """Raise TypeError or ValueError, with a one-sentence message, for a module that the engine cannot reproduce."""
     import diffusers
 
     name = CLASSES[kind]
@@ -77,7 +77,10 @@ def _spec_of(kind: str, module: Any) -> TransformerSpec | VAESpec:
 
 
 def stamp(module: nn.Module) -> str:
-    """Changes when a module's weights do, also in place: where they lie, their version, and some of their numbers."""
+    """Return a digest that changes with a module's weights, also in place.
+
+    It covers each tensor's address, version counter and dtype, and a sample of its elements.
+    """
     digest = hashlib.sha256()
     for name, tensor in module.state_dict(keep_vars=True).items():
         flat = tensor.detach().reshape(-1)
@@ -88,7 +91,7 @@ def stamp(module: nn.Module) -> str:
 
 
 class ModuleTensors(WeightSource):
-    """A module's tensors in place of those of a component's files."""
+    """A weight source that reads a module's tensors instead of a component's files."""
 
     def __init__(self, kind: str, module: nn.Module) -> None:
         super().__init__(kind)
@@ -99,25 +102,25 @@ class ModuleTensors(WeightSource):
         }
 
     def iterate(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, as they are now."""
+        """Yield the named tensors with their current values."""
         state = self._module.state_dict()
         yield from ((name, state[name]) for name in names if name in state)
 
     def fingerprint(self) -> str:
-        """Of the weights as they are now."""
+        """Return a digest of the current weights."""
         return stamp(self._module)
 
 
 @dataclass(frozen=True)
 class GivenFolder(ModelFolder):
-    """A model folder of which some parts are modules; without a folder, all of them are."""
+    """A model folder in which modules replace some components, or all of them if there is no folder."""
 
     def __post_init__(self) -> None:
-        """Nothing is looked for: the folder was checked when it was opened, or there is none."""
+        """Skip the checks of files: they ran when the folder was opened, or there is no folder."""
 
 
 def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFolder:
-    """A folder with the given modules (`transformer`, `vae`, `text_encoder`) instead of its own parts.
+    """Return a folder in which the given modules (`transformer`, `vae`, `text_encoder`) replace its own components.
 
     Raises ModelNotFoundError for modules that do not fit together.
     """
@@ -140,7 +143,7 @@ def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFo
 
 
 def check_text_encoder(module: Any) -> None:
-    """Raise TypeError for what is no encoder of transformers'."""
+    """Raise TypeError for an object that does not behave as transformers' text encoder."""
     if not (callable(module) and hasattr(module, "parameters") and hasattr(module, "config")):
         raise TypeError(
             f"pipe.text_encoder takes transformers' UMT5EncoderModel, or one with its call, not {type(module).__name__}."
@@ -148,7 +151,7 @@ def check_text_encoder(module: Any) -> None:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise TypeError for what diffusers' own loop could not step."""
+    """Raise TypeError for an object that diffusers' own loop could not step."""
     lacks = [name for name in ("set_timesteps", "set_begin_index", "step") if not hasattr(scheduler, name)]
     if lacks:
         raise TypeError(
@@ -158,7 +161,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def module_dtype(module: Any) -> torch.dtype:
-    """What a module computes in."""
+    """Return the dtype that a module computes in."""
     dtype = getattr(module, "dtype", None)
     if isinstance(dtype, torch.dtype):
         return dtype

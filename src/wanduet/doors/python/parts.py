@@ -1,4 +1,4 @@
-"""What stands behind a `WanPipeline`: settings, the modules it was given, the engine's models made of both."""
+"""The state behind a `WanPipeline`: settings, the modules that replace components, and the engine's models."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -31,27 +31,27 @@ from wanduet.runtime.text_host import PromptEncoder
 from wanduet.weights.diffusers import ModelFolder
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Stands for prompts and embeddings that are not known when memory is planned: of the greatest length.
+# A prompt of maximum length: memory is planned before the actual prompts and embeddings are known.
 ANY_PROMPT = 512 * "-"
 OpenFolder = Callable[[], ModelFolder | None]
 
 
 class PipelineBusyError(RuntimeError):
-    """A pipeline was called, or one of its parts replaced, from inside its own callback."""
+    """A callback called its own pipeline, or replaced one of its components."""
 
 
 class PipelineParts:
-    """Shared by all pipelines that `from_pipe` has made of one. Their calls are made one after the other."""
+    """State shared by a pipeline and all pipelines that `from_pipe` made of it; their calls run one at a time."""
 
     def __init__(self, config: EngineConfig, open_folder: OpenFolder, given: dict[str, Any]) -> None:
-        """`open_folder` finds the model's folder (None for random weights); `given` modules stand in for parts of it.
+        """`open_folder` opens the model's folder (None for random weights); `given` modules replace its components.
 
         Raises ModelNotFoundError, or TypeError and ValueError for a module that cannot be used.
         """
         self.config, self._open = config, open_folder
         self.given: dict[str, Any] = {}
         self._stamps: dict[str, str] = {}
-        self._own: dict[str, EngineConfig] = {}  # settings before a module of that kind was given
+        self._own: dict[str, EngineConfig] = {}  # settings before a module of that kind replaced the component
         self._tokenizer: Any = None
         self._models: Models | None = None
         self._hardware: Hardware | None = None
@@ -63,7 +63,7 @@ class PipelineParts:
                 self.give(kind, module)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Asked by `copy.deepcopy`, `pickle` and what sends objects to other processes. Raises TypeError."""
+        """Raise TypeError: `copy.deepcopy`, `pickle` and inter-process transfer are not supported."""
         raise TypeError(
             "A wanduet pipeline and its parts hold loaded models, which are neither copied nor pickled: use "
             "WanPipeline.from_pipe(pipe) for a second pipeline of the same parts, or from_pretrained in another process."
@@ -71,7 +71,10 @@ class PipelineParts:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """The pipeline for one call; another thread's call waits for its end. Raises PipelineBusyError in a callback."""
+        """Lock the pipeline for one call, after another thread's call has ended.
+
+        Raises PipelineBusyError inside a callback.
+        """
         if self._owner == threading.get_ident():
             raise PipelineBusyError(
                 "This pipeline is in the middle of a call, whose callback cannot call it again or replace its parts: "
@@ -86,24 +89,24 @@ class PipelineParts:
 
     @contextmanager
     def for_use(self) -> Iterator[None]:
-        """As `at_work`, but for what a callback may do too: encode a text, decode latents."""
+        """As `at_work`, but for what a callback may also do: encode text, decode latents."""
         if self._owner == threading.get_ident():
             yield
         else:
             with self.at_work():
                 yield
 
-    # What it is made of.
+    # Components.
 
     def give(self, kind: str, module: Any) -> None:
-        """Use a module from the next call on. What `pipe` has shown of itself, perhaps compiled, and None bring back the
-        model's own, which is loaded when it is needed.
+        """Replace a component from the next call on.
 
-        Raises TypeError or ValueError.
+        None, or the pipeline's own `ShownPart` (also compiled), restores the model's own component, which is loaded
+        when it is needed. Raises TypeError or ValueError.
         """
         module = unwrapped(module)
         if module is not None and module is self.given.get(kind):
-            return  # what was done to it is seen at the next call
+            return  # `refresh` detects changes of its weights at the next call
         owner = owner_of(module)
         if owner is not None and owner is not self:
             raise TypeError(
@@ -132,53 +135,59 @@ class PipelineParts:
             self._drop_for(kind)
 
     def _take_back(self, kind: str, free: bool) -> None:
-        """Use the checkpoint's own part again, as it was; `free`: load it anew."""
+        """Restore the checkpoint's own component and its dtype; `free` unloads it even if it was not replaced."""
         if kind in self.given:
             self.given = {name: module for name, module in self.given.items() if name != kind}
             own, field = self._own.pop(kind), f"{kind}_dtype"
-            if hasattr(own, field):  # a tokenizer has none
+            if hasattr(own, field):  # a tokenizer has no dtype
                 self.config = replace(self.config, **{field: getattr(own, field)})
             self._drop_for(kind)
         elif free:
             self.drop()
 
     def _drop_for(self, kind: str) -> None:
-        """Forget what was made with the part of that kind."""
+        """Unload what depends on a component."""
         if kind == "tokenizer":
             self._text = None
         else:
             self.drop()
 
     def _set_dtype(self, kind: str, module: Any) -> None:
-        """A module keeps the dtype that it has, as in diffusers."""
+        """Keep the dtype that a module has, as in diffusers."""
         if kind != "tokenizer" and (name := DTYPE_NAMES.get(module_dtype(module))):
             changed: dict[str, Any] = {f"{kind}_dtype": name}
             self.config = replace(self.config, **changed)
 
     def with_modules(self, modules: dict[str, Any]) -> "PipelineParts":
-        """The same model with other modules in some places, loaded apart; itself where there are none."""
+        """Return a copy that replaces components by `modules` and loads separately; self if `modules` is empty."""
         if not modules:
             return self
         return PipelineParts(self.config, self._open, self.given | modules)
 
     def configure(self, **changes: Any) -> None:
-        """Other settings from the next call on. Raises ConfigError."""
+        """Change settings from the next call on. Raises ConfigError."""
         with self.at_work():
             config = replace(self.config, **changes)
             if config != self.config:
-                find_placements(config, detect())  # refused now, not in the next call
+                find_placements(config, detect())  # raise now instead of in the next call
                 self.config = config
                 self.drop()
 
     def move(self, device: str) -> None:
-        """Run on a device, or on several. A given VAE goes along, for programs that call it themselves: it is small."""
+        """Run on a device, or on several.
+
+        A VAE that was passed as a module moves too, for programs that call it themselves: it is small.
+        """
         self.configure(devices=device)
         if "vae" in self.given:
             with self.at_work():
                 self.given["vae"].to(device.split(",")[0].split("=")[-1])
 
     def convert(self, dtype: torch.dtype) -> None:
-        """Compute in a dtype, given modules too; a VAE that was not given keeps its own. Raises ValueError."""
+        """Compute in `dtype`, also in modules that replace components; the model's own VAE keeps its dtype.
+
+        Raises ValueError.
+        """
         name = dtype_name(dtype)
         for kind in ("transformer", "vae", "text_encoder"):
             if kind in self.given:
@@ -187,24 +196,24 @@ class PipelineParts:
         self.configure(**changes)
 
     def drop(self) -> None:
-        """Forget what is loaded: it is made anew at the next call."""
+        """Unload the models; the next call loads them again."""
         models, self._models, self._text = self._models, None, None
-        self._hardware = None  # measured anew, with nothing of ours on the devices
+        self._hardware = None  # detect again, once our models no longer occupy the devices
         if models is not None:
             models.unload()
 
-    # What the engine makes of it.
+    # The engine's models.
 
     @property
     def base(self) -> ModelFolder | None:
-        """The model's own folder; None for random weights, and where all parts are given."""
+        """The model's own folder; None for random weights, or if modules replace all components."""
         if self._base is None:
             self._base = (self._open(),)
         return self._base[0]
 
     @property
     def models(self) -> Models:
-        """The engine's models, of the weights that the given modules had at the last `refresh`."""
+        """The engine's models, with the weights that replacing modules had at the last `refresh`."""
         if self._models is None:
             modules = self._modules
             models = Models(self.config)
@@ -218,11 +227,14 @@ class PipelineParts:
 
     @property
     def _modules(self) -> dict[str, Any]:
-        """The given modules whose weights the engine copies."""
+        """The replacing modules whose weights the engine copies."""
         return {kind: module for kind, module in self.given.items() if kind in CLASSES}
 
     def refresh(self) -> None:
-        """Load anew what was given and has changed since: new weights, another dtype. To be called with the lock."""
+        """Unload the models if a replacing module has changed since: new weights, another dtype.
+
+        The caller holds the lock.
+        """
         changed = {kind for kind, module in self._modules.items() if self._stamps.get(kind) != stamp(module)}
         if self._models is not None and changed:
             for kind in changed:
@@ -236,14 +248,14 @@ class PipelineParts:
 
     @property
     def hardware(self) -> Hardware:
-        """The machine as it was before anything was loaded: what is loaded is not taken off twice."""
+        """The hardware before anything was loaded, so that the plan does not subtract loaded models twice."""
         if self._hardware is None:
             self._hardware = detect()
         return self._hardware
 
     @property
     def devices(self) -> tuple[torch.device, torch.device]:
-        """Where the transformer and the VAE would run, before a call's size is known."""
+        """Devices of the transformer and of the VAE, before a call's size is known."""
         place = self._placement()
         return torch.device(place.transformer.name), torch.device(place.vae.name)
 
@@ -251,7 +263,7 @@ class PipelineParts:
         return find_placements(self.config, self.hardware)[0]
 
     def dtype(self, kind: str) -> torch.dtype:
-        """What a part computes in."""
+        """Return the dtype that a component computes in."""
         if kind in self.given and kind != "tokenizer":
             return module_dtype(self.given[kind])
         if kind == "text_encoder":
@@ -260,7 +272,7 @@ class PipelineParts:
         return torch.float32 if name == "auto" else getattr(torch, name)
 
     def text(self, plan: Plan) -> PromptEncoder:
-        """Encodes prompts: with the given encoder or tokenizer, where there is one."""
+        """Return the prompt encoder, with the text encoder or tokenizer that replaces the model's, if any."""
         tokenizer, encoder = self.given.get("tokenizer"), self.given.get("text_encoder")
         if tokenizer is None and encoder is None and (self.base is not None or self.config.model in RANDOM_SPECS):
             return self.models.text(plan.text)
@@ -275,7 +287,7 @@ class PipelineParts:
         return self._text
 
     def tokenizer(self) -> Any:
-        """The given tokenizer, or the checkpoint's as transformers loads it; None for random weights."""
+        """Return the replacing tokenizer, or the checkpoint's as transformers loads it; None for random weights."""
         if "tokenizer" in self.given:
             return self.given["tokenizer"]
         if self._tokenizer is None and self.base is not None:
@@ -288,7 +300,7 @@ class PipelineParts:
     # Planning.
 
     def plan_video(self, height: int, width: int, num_frames: int, guided: bool) -> tuple[ResolvedRequest, Plan]:
-        """Plan a video. Raises ValueError for a size that the model has not, DoesNotFitError."""
+        """Plan a video. Raises ValueError for a size that the model does not support, DoesNotFitError."""
         try:
             request = GenerationRequest.parse(
                 prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
@@ -305,7 +317,7 @@ class PipelineParts:
         return resolved, plan
 
     def _plan(self, request: ResolvedRequest) -> Plan:
-        """Never `parallel`: callback and scheduler are objects of this process, and cannot follow into others."""
+        """Make a plan without strategy `parallel`: other processes cannot share this one's callback and scheduler."""
         plan = make_plan(request, self.models.memory, self.config, self.hardware)
         if plan.strategy != "parallel":
             return plan
@@ -317,7 +329,7 @@ class PipelineParts:
 
 
 def dtype_name(dtype: Any) -> str:
-    """`float32`, `bfloat16` or `float16` for a torch.dtype or its name. Raises ValueError."""
+    """Return `float32`, `bfloat16` or `float16` for a torch.dtype or its name. Raises ValueError."""
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPE_NAMES:
         raise ValueError(f"dtype={dtype} is not supported; one of {', '.join(DTYPE_NAMES.values())}.")
@@ -325,6 +337,6 @@ def dtype_name(dtype: Any) -> str:
 
 
 def owner_of(module: Any) -> PipelineParts | None:
-    """The pipeline's parts that a shown part, perhaps compiled, belongs to; None for any other module."""
-    owner = getattr(unwrapped(module), "__dict__", {}).get("parts")  # not what a wrapper hands on
+    """Return the pipeline state that a `ShownPart`, also compiled, belongs to; None for any other module."""
+    owner = getattr(unwrapped(module), "__dict__", {}).get("parts")  # `__dict__`: wrappers may forward attribute access
     return owner if isinstance(owner, PipelineParts) else None

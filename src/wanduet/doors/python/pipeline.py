@@ -1,7 +1,7 @@
 """`from wanduet import WanPipeline`: diffusers' pipeline call, run by this engine.
 
-Where diffusers and the official code differ, this follows diffusers: the negative prompt is "" by default,
-the schedule is the pipeline's own scheduler object, a frame count is rounded with a warning. What is not supported raises.
+Where diffusers and the official code differ, this follows diffusers: the default negative prompt is "", the schedule is
+the pipeline's scheduler object, a frame count is rounded with a warning. Anything unsupported raises an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ __all__ = ["WanPipeline", "WanPipelineOutput"]
 
 
 class WanPipeline(CallState, EngineManaged):
-    """Text to video with diffusers' `WanPipeline` call. Make one with `from_pretrained`.
+    """Text to video with diffusers' `WanPipeline` call. Construct it with `from_pretrained`.
 
-    Calls of one pipeline, and of those that `from_pipe` made of it, run one after the other, also from several threads. A
-    callback may look at the pipeline, encode a text, decode latents and replace the scheduler, but neither call the pipeline
-    nor replace its other parts: PipelineBusyError. Strategy `parallel` is never planned here, because a callback and a
-    scheduler are objects of this process: two GPUs are shared as `placed`.
+    Calls of one pipeline, and of those that `from_pipe` made of it, run one at a time, also from several threads. A
+    callback may read the pipeline's attributes, encode text, decode latents and replace the scheduler; calling the
+    pipeline or replacing other components raises PipelineBusyError. Strategy `parallel` is never planned here, because
+    the callback and the scheduler are objects of this process: two GPUs are used as `placed`.
     """
 
     _callback_tensor_inputs = CALLBACK_TENSORS
@@ -60,9 +60,9 @@ class WanPipeline(CallState, EngineManaged):
         boundary_ratio: None = None,
         expand_timesteps: bool = False,
     ) -> None:
-        """Of modules of diffusers' and transformers', or of another pipeline's `components`; runs on all GPUs, or `to`.
+        """Construct it from modules of diffusers' and transformers', or from another pipeline's `components`.
 
-        Raises TypeError or ValueError for a module that cannot be used.
+        It runs on all GPUs until `to` is called. Raises TypeError or ValueError for a module that cannot be used.
         """
         if transformer_2 is not None or boundary_ratio is not None or expand_timesteps:
             refuse(type(self), "boundary_ratio")
@@ -97,15 +97,17 @@ class WanPipeline(CallState, EngineManaged):
         data_dir: Path | None = None,
         **keywords: Any,
     ) -> Self:
-        """A pipeline of a folder, hub id or `miniature`; nothing is loaded before it is needed.
+        """Construct a pipeline from a folder, hub id or `miniature`; weights are loaded when they are needed.
 
-        `dtype` (or `torch_dtype`) is the transformer's (None: float32), or a dict by part; the VAE is float32 where neither
-        the dict nor `vae_dtype` names it. `vae`, `transformer`, `text_encoder`, `tokenizer` and `scheduler` replace the model's
-        own and keep their dtypes. Further `keywords` as diffusers': see `diffusers_loading`.
+        `dtype` (or `torch_dtype`) is the transformer's dtype (None: float32), or a dict by component; the VAE is
+        float32 unless the dict or `vae_dtype` names it. `vae`, `transformer`, `text_encoder`, `tokenizer` and
+        `scheduler` replace the model's own components and keep their dtypes. Further `keywords` are diffusers': see
+        `wanduet.doors.python.loading`.
 
-        Ours: `vae_dtype`, and `devices`, `vram_limit` (bytes), `text_encoder_hold` as on the command line.
+        Not in diffusers: `vae_dtype`, and `devices`, `vram_limit` (bytes), `text_encoder_hold` as on the command line.
 
-        Raises ModelNotFoundError, ValueError for what is not taken, TypeError for what diffusers has not either.
+        Raises ModelNotFoundError, ValueError for a keyword that is refused, TypeError for one that diffusers does not
+        have either.
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError("Give dtype or torch_dtype, not both.")
@@ -123,9 +125,9 @@ class WanPipeline(CallState, EngineManaged):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **keywords: Any) -> Self:
-        """A second pipeline of another's parts: of one of ours, which then share what is loaded, or of diffusers' own.
+        """Construct a second pipeline from another one: a WanPipeline, sharing its models, or diffusers' own.
 
-        `keywords` replace parts; `torch_dtype` (or `dtype`) converts, as `to` does.
+        `keywords` replace components; `torch_dtype` (or `dtype`) converts, as `to` does.
         """
         dtype = keywords.pop("torch_dtype", None) or keywords.pop("dtype", None)
         if unknown := sorted(set(keywords) - {*MODULES, "scheduler"}):
@@ -143,10 +145,10 @@ class WanPipeline(CallState, EngineManaged):
         return pipe if dtype is None else pipe.to(dtype=dtype)
 
     def to(self, *args: Any, device: Any = None, dtype: Any = None, silence_dtype_warnings: bool = False) -> Self:
-        """Run on a device from the next call on (`"cuda"`, `0`, or ours: `"cuda:0,cuda:1"`), or in another dtype.
+        """From the next call on, run on a device (`"cuda"`, `0`, or several: `"cuda:0,cuda:1"`), or in another dtype.
 
-        Given modules stay where they are, but for a VAE; the model's own VAE keeps its dtype. Raises ConfigError for
-        a device that this machine has not, ValueError for a dtype.
+        Modules that replace components stay on their device, except a VAE; the model's own VAE keeps its dtype. Raises
+        ConfigError for a device that this machine does not have, ValueError for a dtype.
         """
         if len(args) == 1 and isinstance(args[0], torch.dtype):
             dtypes, devices = [*args, dtype], [device]
@@ -170,15 +172,15 @@ class WanPipeline(CallState, EngineManaged):
         """See `to`."""
         return self.to("cpu")
 
-    # Parts.
+    # Components.
 
     transformer = ReplaceablePart("transformer")
     vae = ReplaceablePart("vae")
-    text_encoder = ReplaceablePart("text_encoder")  # a given one is run as it is, where it is
+    text_encoder = ReplaceablePart("text_encoder")  # a replacing module runs unchanged, on its own device
 
     @property
     def tokenizer(self) -> Any:
-        """The given tokenizer, or the model's as transformers loads it. May be replaced."""
+        """The replacing tokenizer, or the model's as transformers loads it. Assignable."""
         return self._parts.tokenizer()
 
     @tokenizer.setter
@@ -188,7 +190,7 @@ class WanPipeline(CallState, EngineManaged):
 
     @property
     def scheduler(self) -> Any:
-        """The object that is stepped, as in diffusers: what is set on it counts from the next call on."""
+        """The scheduler object that is stepped, as in diffusers: changes of it apply from the next call on."""
         return self._scheduler
 
     @scheduler.setter
@@ -198,7 +200,7 @@ class WanPipeline(CallState, EngineManaged):
 
     @property
     def transformer_2(self) -> None:
-        """Wan2.2's: None."""
+        """None: a second transformer is Wan2.2's."""
         return None
 
     @transformer_2.setter
@@ -208,13 +210,13 @@ class WanPipeline(CallState, EngineManaged):
 
     @property
     def components(self) -> dict[str, Any]:
-        """What `WanPipeline(**components)` takes: a pipeline that shares this one's parts."""
+        """Arguments for `WanPipeline(**components)`, which then shares this pipeline's components."""
         names = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler", "transformer_2")
         return {name: getattr(self, name) for name in names}
 
     @property
     def config(self) -> Any:
-        """The pipeline's own few settings, as diffusers has them."""
+        """The pipeline's own config, as in diffusers."""
         from diffusers.configuration_utils import FrozenDict
 
         model = self._parts.config.model
@@ -222,19 +224,19 @@ class WanPipeline(CallState, EngineManaged):
 
     @property
     def name_or_path(self) -> str:
-        """What the pipeline was made of."""
+        """The model's folder, hub id or name that the pipeline was constructed from."""
         return self._parts.config.model
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer runs."""
+        """Device of the transformer."""
         return self._parts.devices[0]
 
     _execution_device = device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
+        """Dtype that the transformer computes in."""
         return self._parts.dtype("transformer")
 
     @property
@@ -254,13 +256,13 @@ class WanPipeline(CallState, EngineManaged):
 
     @property
     def video_processor(self) -> Any:
-        """diffusers' own, for what `vae.decode` gives."""
+        """diffusers' VideoProcessor, for the output of `vae.decode`."""
         from diffusers.video_processor import VideoProcessor
 
         return VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
     def plan(self, height: int = 480, width: int = 832, num_frames: int = 81, guidance_scale: float = 5.0) -> Plan:
-        """What would run where, with how much memory. Ours. Raises ValueError, DoesNotFitError."""
+        """Return the placement of a call and its memory. Not in diffusers. Raises ValueError, DoesNotFitError."""
         with self._parts.for_use():
             return self._parts.plan_video(height, width, num_frames, guidance_scale > 1.0)[1]
 
@@ -276,8 +278,10 @@ class WanPipeline(CallState, EngineManaged):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As diffusers': embeddings `[B, max_sequence_length, text_dim]` of prompt and negative prompt (None without
-        guidance), each prompt's videos together; what is given as embeddings comes back as it is. Raises ValueError.
+        """Encode prompts as diffusers does. Raises ValueError.
+
+        Returns embeddings `[B, max_sequence_length, text_dim]` of the prompt and of the negative prompt (None without
+        guidance), with each prompt's videos adjacent; embeddings that are passed in are returned unchanged.
         """
         prompts = prompts_of(prompt, prompt_embeds)
         given = prompt_embeds if prompt_embeds is not None else torch.empty(0)
@@ -321,8 +325,11 @@ class WanPipeline(CallState, EngineManaged):
         *,
         progress: Progress | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
-        """As diffusers 0.42's; `progress(done, total)` is ours. Raises ValueError for what it cannot do."""
-        # diffusers' own callback objects say themselves what they want to see.
+        """Generate videos as diffusers 0.42's call does; `progress(done, total)` is an addition.
+
+        Raises ValueError for arguments that are not supported.
+        """
+        # diffusers' callback objects name the tensors that they need.
         seen = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         check_call(guidance_scale_2, attention_kwargs, output_type, seen)
         check_kinds(
@@ -339,7 +346,7 @@ class WanPipeline(CallState, EngineManaged):
         with self._parts.at_work():
             self._parts.refresh()
             spec = self._parts.spec
-            if latents is not None:  # they say the size, as in diffusers
+            if latents is not None:  # their shape sets the size, as in diffusers
                 height, width = (side * spec.vae.spatial_stride for side in latents.shape[-2:])
                 num_frames = (latents.shape[-3] - 1) * spec.vae.temporal_stride + 1
             height, width = whole_number("height", height), whole_number("width", width)
@@ -356,10 +363,10 @@ class WanPipeline(CallState, EngineManaged):
             )  # fmt: skip
             assert positive is not None
             shape = (count * copies, *spec.latent_shape(height, width, num_frames))
-            # As diffusers: where no generator says otherwise, noise is drawn on the device that denoises.
+            # As in diffusers: without a generator, noise is drawn on the device that denoises.
             noise = initial_latents(shape, generator, latents, torch.device(plan.transformer.device))
             models = self._parts.models
-            # The VAE's lock first, as its order asks: a callback may decode.
+            # Take the VAE's lock first, in lock order: a callback may decode.
             with models.locks.take(VAE), models.transformer.use(plan, request, NO_JOB) as denoiser:
                 after = CallbackSettings(callback_on_step_end, seen, progress)
                 loop = PipelineLoop(self, denoiser, (positive, negative), after)
@@ -369,12 +376,12 @@ class WanPipeline(CallState, EngineManaged):
         return WanPipelineOutput(frames) if return_dict else (frames,)
 
     def __getattr__(self, name: str) -> Any:
-        """Only for what is not here: AttributeError that says what takes its place."""
+        """Called only for names that do not exist: raise AttributeError that says what to use instead."""
         refuse(type(self), name)
 
 
 def _others(given: Mapping[str, Any], source: PipelineParts) -> dict[str, Any]:
-    """Those of some modules that are not the source's own already."""
+    """Return the modules in `given` that `source` does not use already."""
     own = source.given | {"tokenizer": source.tokenizer()}
     foreign = {name: m for name, m in given.items() if m is not None and owner_of(m) is not source}
     return {name: module for name, module in foreign.items() if module is not own.get(name)}

@@ -1,7 +1,7 @@
-"""What `pipe.transformer`, `pipe.vae` and `pipe.text_encoder` show where the engine has loaded the model itself.
+"""Stand-ins for `pipe.transformer`, `pipe.vae` and `pipe.text_encoder`, which the engine loads and runs itself.
 
-They know their config, dtype and device, take the calls that ask for less memory or more speed (the engine's plan sees to
-both), and refuse by name what they cannot do. Weights are not among what they show: they wait wherever the plan puts them.
+They have a config, dtype and device, accept diffusers' calls to save memory or time (the engine's plan does both), and
+refuse other calls by name. They do not expose weights, whose location the plan decides.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ NOTHING_TO_DO = (
 
 
 class ShownPart(nn.Module):
-    """One part of a pipeline, as diffusers' programs look at it; without parameters of its own."""
+    """Stand-in for one component of a pipeline, with diffusers' interface but without parameters."""
 
     kind = ""
 
@@ -38,7 +38,7 @@ class ShownPart(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The checkpoint's config, with diffusers' defaults for what it leaves out; entries are attributes too."""
+        """The checkpoint's config, with diffusers' defaults for missing entries; entries are also attributes."""
         import diffusers
         from diffusers.configuration_utils import FrozenDict
 
@@ -48,16 +48,16 @@ class ShownPart(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """Dtype that the component computes in."""
         return self.parts.dtype(self.kind)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; its weights may wait in host memory."""
+        """Device that the component computes on; its weights may be in host memory."""
         return self.parts.devices[0]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Take the dtype; device and memory format are the plan's to choose (see `WanPipeline.to`)."""
+        """Change the dtype; the plan chooses device and memory format (see `WanPipeline.to`)."""
         dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
         if dtypes:
             self.parts.configure(**{f"{self.kind}_dtype": dtype_name(dtypes[0])})
@@ -84,7 +84,7 @@ class ShownPart(nn.Module):
         return self.to(torch.bfloat16)
 
     def num_parameters(self, *_: Any, **__: Any) -> int:
-        """Of the whole part."""
+        """Return the number of the component's parameters."""
         memory = self.parts.models.memory
         shapes = {"transformer": memory.transformer_shapes, "vae": memory.vae_shapes}[self.kind]
         return sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -94,12 +94,14 @@ class ShownPart(nn.Module):
         raise NotImplementedError(self._refusal("call"))
 
     def parameters(self, recurse: bool = True) -> NoReturn:
-        """Raises NotImplementedError: that there are none would be a wrong answer. (`named_parameters` gives none, for
-        diffusers' hooks, which have nothing to do here.)"""
+        """Raises NotImplementedError, because an empty result would be wrong.
+
+        `named_parameters` yields nothing, which suits diffusers' hooks.
+        """
         raise NotImplementedError(self._refusal("parameters"))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freezing has nothing to do; the engine trains nothing. Raises NotImplementedError for True."""
+        """Do nothing for False: the engine does not train. Raises NotImplementedError for True."""
         if requires_grad:
             raise NotImplementedError(self._refusal("gradients"))
         return self
@@ -113,7 +115,7 @@ class ShownPart(nn.Module):
         raise NotImplementedError(self._refusal("load_state_dict"))
 
     def __getattr__(self, name: str) -> Any:
-        """Only for what is not here: calls with nothing to do, or an AttributeError that says what to use."""
+        """Called only for names that do not exist: return a no-op, or raise AttributeError that says what to use."""
         if name in NOTHING_TO_DO:
             return lambda *_, **__: log.info("%s: nothing to do, the engine plans memory and speed itself.", name)
         if name.startswith("_"):
@@ -129,24 +131,29 @@ class ShownPart(nn.Module):
 
 
 class ShownTransformer(ShownPart):
-    """The engine's transformer."""
+    """Stand-in for the engine's transformer."""
 
     kind = "transformer"
 
 
 class ShownVAE(ShownPart):
-    """The engine's VAE: it decodes. Tiling and slicing have no effect: strips are exact, and chosen by the plan."""
+    """Stand-in for the engine's VAE, which decodes.
+
+    Tiling and slicing have no effect: the plan chooses row tiles, which are exact.
+    """
 
     kind = "vae"
 
     @property
     def device(self) -> torch.device:
-        """Where it decodes."""
+        """Device that the VAE decodes on."""
         return self.parts.devices[1]
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        """Latents `[B, 16, T, h, w]`, times the config's `latents_std` and plus `latents_mean`, to video
-        `[B, 3, 4T - 3, H, W]` in -1..1, in steps of 1/127.5, of the latents' dtype and device.
+        """Decode latents `[B, 16, T, h, w]` to video `[B, 3, 4T - 3, H, W]` in -1..1, in steps of 1/127.5.
+
+        `z` is scaled as diffusers does: normalised latents times the config's `latents_std` plus `latents_mean`. The
+        video has the dtype and the device of `z`.
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -162,13 +169,13 @@ class ShownVAE(ShownPart):
 
 
 class ShownTextEncoder(ShownPart):
-    """The engine's text encoder: `pipe.encode_prompt` runs it, on the host."""
+    """Stand-in for the engine's text encoder, which `pipe.encode_prompt` runs on the host."""
 
     kind = "text_encoder"
 
     @property
     def config(self) -> Any:
-        """The checkpoint's config, as transformers has it."""
+        """The checkpoint's config, as in transformers."""
         from transformers import UMT5Config
 
         return UMT5Config(**dataclasses.asdict(self.parts.spec.text_encoder), feed_forward_proj="gated-gelu")
@@ -184,7 +191,7 @@ class ShownTextEncoder(ShownPart):
         return super()._refusal(name)
 
     def num_parameters(self, *_: Any, **__: Any) -> int:
-        """Of the whole part."""
+        """Return the number of the component's parameters."""
         folder = self.parts.base
         return 0 if folder is None else sum(torch.Size(s).numel() for s in folder.text_encoder.shapes.values())
 
@@ -193,22 +200,22 @@ SHOWN = {"transformer": ShownTransformer, "vae": ShownVAE, "text_encoder": Shown
 
 
 class ReplaceablePart:
-    """A pipeline's attribute: the module that was given, or what stands for the engine's own.
+    """Descriptor of a pipeline's component: the module that replaces it, or the stand-in for the engine's own.
 
-    Set to None, or deleted, it is the engine's own again, which is loaded when it is needed.
+    Assigning None, or deleting the attribute, restores the engine's own, which is loaded when it is needed.
     """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def __get__(self, pipe: Any, owner: type) -> Any:
-        """The part; of the class, this descriptor."""
+        """Return the component, or this descriptor if accessed on the class."""
         return self if pipe is None else pipe._parts.given.get(self._kind, pipe._shown[self._kind])
 
     def __set__(self, pipe: Any, module: Any) -> None:
-        """Use a module from the next call on. Raises TypeError or ValueError."""
+        """Replace the component from the next call on. Raises TypeError or ValueError."""
         pipe._parts.give(self._kind, module)
 
     def __delete__(self, pipe: Any) -> None:
-        """See above."""
+        """Restore the engine's own component."""
         pipe._parts.give(self._kind, None)

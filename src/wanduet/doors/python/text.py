@@ -1,4 +1,4 @@
-"""Prompts to embeddings for `WanPipeline`: diffusers' `encode_prompt`, and encoders or tokenizers that a program gives."""
+"""Encodes prompts for `WanPipeline`: diffusers' `encode_prompt`, also with an encoder or tokenizer of the program."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from wanduet.weights.diffusers import ModelFolder
 
 
 class GivenPromptEncoder:
-    """A text encoder of transformers' that is run as it is, where it is: quantised, offloaded or a class of its own."""
+    """Runs a text encoder of transformers' as it is, on its own device: quantised, offloaded or of a custom class."""
 
     def __init__(self, module: Any, tokenizer: Any) -> None:
         self._module, self._tokenizer = module, tokenizer
@@ -29,7 +29,7 @@ class GivenPromptEncoder:
         on_layer: OnLayer | None = None,
         max_tokens: int | None = None,
     ) -> list[PromptEmbeds]:
-        """See PromptEncoder. One text at a time, without padding."""
+        """See PromptEncoder. Encodes one text at a time, without padding."""
         found = []
         for text in map(clean_text, texts):
             if should_cancel is not None and should_cancel():
@@ -48,7 +48,7 @@ class GivenPromptEncoder:
 
     @property
     def _device(self) -> torch.device:
-        """Where its weights are now; hooks that move them move its inputs too."""
+        """Device of its weights now; if hooks move them, they move the inputs too."""
         parameters = (p.device for p in self._module.parameters() if not p.is_meta)
         return next(parameters, torch.device("cpu"))
 
@@ -59,7 +59,7 @@ class _GivenTokenizer(Tokenizer):
 
 
 class _RetokenizedEncoder(CachedPromptEncoder):
-    """The checkpoint's encoder behind another tokenizer; nothing is cached, since the cache knows the checkpoint's only."""
+    """The checkpoint's encoder with another tokenizer; without a cache, whose keys do not include the tokenizer."""
 
     def __init__(self, folder: ModelFolder, plan: Plan, tokenizer: Any) -> None:
         super().__init__(folder, plan.text.dtype, plan.text.residency, None)
@@ -67,19 +67,22 @@ class _RetokenizedEncoder(CachedPromptEncoder):
 
 
 def with_tokenizer(folder: ModelFolder, plan: Plan, tokenizer: Any) -> PromptEncoder:
-    """A folder's text encoder, fed by a given tokenizer of transformers'."""
+    """Return a folder's text encoder, with a tokenizer of transformers' in place of its own."""
     return _RetokenizedEncoder(folder, plan, tokenizer)
 
 
 def encode(encoder: PromptEncoder, texts: list[str], max_tokens: int, copies: int) -> Tensor:
-    """`[len(texts) * copies, max_tokens, text_dim]` float32 on the host, padded with zeros, each text's copies together."""
+    """Encode texts to `[len(texts) * copies, max_tokens, text_dim]` float32 on the host.
+
+    Embeddings are padded with zeros; copies of one text are adjacent.
+    """
     encoded = encoder.encode(texts, max_tokens=max_tokens)
     padded = torch.cat([pad_embeddings(one.embeds, max_tokens) for one in encoded])
     return padded.repeat_interleave(copies, dim=0)
 
 
 def prompts_of(prompt: Any, embeds: Tensor | None) -> list[str] | None:
-    """A call's prompts; None where it gives embeddings. Raises ValueError."""
+    """Return a call's prompts; None if it passes embeddings. Raises ValueError."""
     if prompt is not None and embeds is not None:
         raise ValueError("Give either prompt or prompt_embeds, not both.")
     if prompt is None and embeds is None:
@@ -91,7 +94,7 @@ def prompts_of(prompt: Any, embeds: Tensor | None) -> list[str] | None:
 
 
 def negatives_of(prompt: Any, embeds: Tensor | None, count: int) -> list[str] | None:
-    """The negative prompt of each of `count` prompts; None where embeddings are given. Raises ValueError."""
+    """Return the negative prompt for each of `count` prompts; None if embeddings are passed. Raises ValueError."""
     if prompt is not None and embeds is not None:
         raise ValueError("Give either negative_prompt or negative_prompt_embeds, not both.")
     if embeds is not None:
@@ -106,7 +109,7 @@ def negatives_of(prompt: Any, embeds: Tensor | None, count: int) -> list[str] | 
 
 
 def repeated(given: Tensor, count: int, dim: int, copies: int) -> Tensor:
-    """Given embeddings `[count, tokens, dim]`, each for its videos; themselves where there is one of each.
+    """Repeat embeddings `[count, tokens, dim]` `copies` times each; return them unchanged if `copies` is 1.
 
     Raises ValueError for another shape.
     """
