@@ -22,7 +22,8 @@ MIB = 2**20
 
 
 class ModelCheckpoint:
-    """The checkpoint that an engine's configuration names. Properties read configs and file headers, lazily; no tensors."""
+    """The checkpoint that an engine's configuration names. Properties read configs and file headers, lazily; no
+    tensors."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -91,8 +92,8 @@ class ModelCheckpoint:
             write_verdicts(self.measurements)
 
     def limit_memory(self, device: torch.device) -> None:
-        """Set `--vram-limit` in the device's allocator. Allocations beyond it raise torch.OutOfMemoryError, which starts
-        the out-of-memory fallback."""
+        """Set `--vram-limit` in the device's allocator. Allocations beyond it raise torch.OutOfMemoryError, which
+        starts the out-of-memory fallback."""
         prepare_allocator(device)
         if device.type == "cuda":
             MEMORY_LIMITS.hold(device, self, self.config.vram_limit)

@@ -78,9 +78,10 @@ def _ignore(*_: object) -> None:
 class RunContext:
     """Callbacks from a piece of work to its job. The defaults do nothing, for work without a job.
 
-    `id` is the job's id. `emit` publishes progress. `should_cancel` returns True once the job is cancelled; `wait(seconds)`
-    sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES. `note` records a
-    deviation from the plan, in a few words that go into the video's metadata. All may be called from any thread.
+    `id` is the job's id. `emit` publishes progress. `should_cancel` returns True once the job is cancelled;
+    `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES.
+    `note` records a deviation from the plan, in a few words that go into the video's metadata. All may be called from
+    any thread.
     """
 
     id: str = ""

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 class TransformerHost:
     """Owns the transformer. Methods may be called from any thread.
 
-    The first load also prepares, in a parallel thread, what else the first job needs (imports, decode kernels). An error
-    there is ignored: the code that needs the result repeats the work, and raises the error.
+    The first load also prepares, in a parallel thread, what else the first job needs (imports, decode kernels). An
+    error there is ignored: the code that needs the result repeats the work, and raises the error.
     """
 
     def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost) -> None:
@@ -59,7 +59,8 @@ class TransformerHost:
 
     @contextmanager
     def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[LoadedTransformer]:
-        """Yield the transformer, loaded on its device and set up for the request's shapes. The block has the device's lock.
+        """Yield the transformer, loaded on its device and set up for the request's shapes. The block has the device's
+        lock.
 
         Raises WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
         """

@@ -22,7 +22,8 @@ class DeviceLeases:
 
     @contextmanager
     def take(self, name: str) -> Iterator[None]:
-        """Wait for a lock and keep it for the block. Raises RuntimeError if the order of locking could cause a deadlock."""
+        """Wait for a lock and keep it for the block. Raises RuntimeError if the order of locking could cause a
+        deadlock."""
         mine = self._mine()
         if name not in mine and any(_rank(other) >= _rank(name) for other in mine):
             raise RuntimeError(f"{name!r} must be locked before {', '.join(map(repr, mine))}, not after.")
@@ -35,7 +36,8 @@ class DeviceLeases:
 
     @contextmanager
     def if_idle(self, name: str) -> Iterator[bool]:
-        """Try to lock without waiting. Yield True if that succeeds, and keep the lock for the block; else yield False."""
+        """Try to lock without waiting. Yield True if that succeeds, and keep the lock for the block; else yield
+        False."""
         lock, mine = self._lock(name), self._mine()
         if not lock.acquire(blocking=False):
             yield False

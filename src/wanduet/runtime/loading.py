@@ -51,7 +51,8 @@ class Loading:
     def wait(self, start: Start, context: RunContext) -> LoadedTransformer:
         """Return the transformer: the loaded one, or the result of the running load, or of a new one.
 
-        If the job is cancelled meanwhile, the load goes on for the next job. Raises CancelledError, or the load's error.
+        If the job is cancelled meanwhile, the load goes on for the next job. Raises CancelledError, or the load's
+        error.
         """
         with self._lock:
             if self.loaded is not None:

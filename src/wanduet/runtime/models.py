@@ -58,8 +58,8 @@ class Models:
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:
-        """Yield the VAE, loaded on a device; the block has the locks of both. If the plan swaps the two models, move the
-        transformer's blocks off the device first."""
+        """Yield the VAE, loaded on a device; the block has the locks of both. If the plan swaps the two models, move
+        the transformer's blocks off the device first."""
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
             if not plan.both_resident:
                 self.transformer.evict(device)

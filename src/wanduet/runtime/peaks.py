@@ -1,8 +1,8 @@
 """Peak memory of each job by device, without the peaks of earlier jobs in this process.
 
-Peak counters are per process, and jobs overlap. So when a job begins, the peaks so far are added to all running jobs, and
-the counters are reset. (The counters are PyTorch's and, on Linux, the kernel's for this process. Other readers of these
-counters see the reset, too.)
+Peak counters are per process, and jobs overlap. So when a job begins, the peaks so far are added to all running jobs,
+and the counters are reset. (The counters are PyTorch's and, on Linux, the kernel's for this process. Other readers of
+these counters see the reset, too.)
 """
 
 import sys
@@ -36,11 +36,12 @@ class PeakMemory:
             self._open[job] = {}
 
     def end(self, job: str, elsewhere: Mapping[str, int] | None = None) -> Peaks:
-        """Stop recording. Return the job's peak bytes by device: memory reserved by the allocator on GPUs, resident memory
-        on the host.
+        """Stop recording. Return the job's peak bytes by device: memory reserved by the allocator on GPUs, resident
+        memory on the host.
 
-        `elsewhere`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU, the
-        highest peak of any one process counts. Without a `begin`, return the peaks since the last `begin` of any job.
+        `elsewhere`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU,
+        the highest peak of any one process counts. Without a `begin`, return the peaks since the last `begin` of any
+        job.
         """
         with self._lock:
             peaks = join(self._open.pop(job, {}), look())

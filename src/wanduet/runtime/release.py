@@ -12,13 +12,14 @@ def release_memory() -> None:
     """Free the CUDA allocator's cached blocks, and its cached page-locked host memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        # The page-locked memory of copies to the host. PyTorch has no public name for it, and some versions none at all.
+        # The page-locked memory of copies to the host. PyTorch has no public name for it, and some versions none at
+        # all.
         getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
 def trim_cache(planned: Mapping[str, int]) -> None:
-    """Free cached blocks if a device's allocator has reserved more than the bytes `planned` for the next job, by device.
-    A larger job before may have left them, and they would count in the next job's peak."""
+    """Free cached blocks if a device's allocator has reserved more than the bytes `planned` for the next job, by
+    device. A larger job before may have left them, and they would count in the next job's peak."""
     if torch.cuda.is_available():
         cuda = {name: most for name, most in planned.items() if torch.device(name).type == "cuda"}
         if any(torch.cuda.memory_reserved(name) > most for name, most in cuda.items()):
@@ -26,8 +27,8 @@ def trim_cache(planned: Mapping[str, int]) -> None:
 
 
 def release_models() -> None:
-    """Collect garbage, then call `release_memory`; for use after models were dropped. Python's own collection of reference
-    cycles is triggered by the number of objects, not by gigabytes, and would come too late."""
+    """Collect garbage, then call `release_memory`; for use after models were dropped. Python's own collection of
+    reference cycles is triggered by the number of objects, not by gigabytes, and would come too late."""
     gc.collect()
     release_memory()
 

@@ -48,8 +48,8 @@ class CachedPromptEncoder:
     """A checkpoint's tokenizer and UMT5 encoder with a cache. They are loaded for the first prompt not in the cache."""
 
     def __init__(self, folder: ModelFolder, dtype: str, residency: Residency, cache: Path | None) -> None:
-        """`cache`: the folder for cached embeddings; None disables the cache. Its parent gets `verified.json`, the record of
-        verified weights files."""
+        """`cache`: the folder for cached embeddings; None disables the cache. Its parent gets `verified.json`, the
+        record of verified weights files."""
         self._folder, self._dtype, self._residency, self._cache = folder, dtype, residency, cache
         self._tokenizer: Tokenizer | None = None
         self._encoder: TextEncoder | None = None
@@ -61,7 +61,7 @@ class CachedPromptEncoder:
         on_layer: OnLayer | None = None,
         max_tokens: int | None = None,
     ) -> list[PromptEmbeds]:
-        """See PromptEncoder. All texts that are not in the cache are encoded as one batch."""
+        """See PromptEncoder. All texts that are not in the cache share one pass through the layers."""
         limit = max_tokens or self._folder.spec.text_len
         found = [self._from_cache(text, limit) for text in texts]
         if should_cancel is not None and not all(found) and not finish_unless(should_cancel, _import_libraries):

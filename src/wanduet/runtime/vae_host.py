@@ -93,14 +93,15 @@ class VAEHost:
         self._checkpoint.keep_verdicts()
 
     def choose_tiles(self, device: torch.device, dtype: torch.dtype, may_measure: bool = True) -> None:
-        """Choose the fastest tile sizes for the VAE's convolutions on a device. `may_measure` allows measuring them; pass
-        False if other work runs on the device."""
+        """Choose the fastest tile sizes for the VAE's convolutions on a device. `may_measure` allows measuring them;
+        pass False if other work runs on the device."""
         spec, config = self._checkpoint.spec.vae, self._checkpoint.config
         outputs = {spec.base_dim * factor for factor in spec.dim_mult}
         choose_tiles(device, dtype, outputs, self._checkpoint.measurements, config.tf32, may_measure)
 
     def prepare(self, plan: VAEPlan, request: ResolvedRequest, may_run: bool) -> None:
-        """Compile a decode's kernels, in parallel with other work. It takes half a minute in the first job on a machine.
+        """Compile a decode's kernels, in parallel with other work. It takes half a minute in the first job on a
+        machine.
 
         `may_run` allows running the kernels' check too; pass False if its tensors may not fit on the device.
         """
@@ -123,8 +124,8 @@ class VAEHost:
                 self._vae.use_kernels(without(self._vae.kernels, operation, device))
 
     def evict(self, device: torch.device) -> None:
-        """Move the VAE to the host if it is on `device`. This thread must have that device's lock, so that no decode runs
-        there. On another device the VAE may be in use, and stays."""
+        """Move the VAE to the host if it is on `device`. This thread must have that device's lock, so that no decode
+        runs there. On another device the VAE may be in use, and stays."""
         with self._locks.take(PLACE):
             if self._vae is not None and self._vae.post_quant_conv.weight.device == device:
                 for part in self._vae.decoding_parts:

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Sink = Callable[[Iterator[Frames]], Result]
-"""Consumes all frames of a video, in chunks `[t, H, W, 3]` uint8 whose memory is reused: writes a file or builds an array,
-for example. It is called again, from the first frame on, each time the decode restarts."""
+"""Consumes all frames of a video, in chunks `[t, H, W, 3]` uint8 whose memory is reused: writes a file or builds an
+array, for example. It is called again, from the first frame on, each time the decode restarts."""
 
 
 def decode(

@@ -249,7 +249,8 @@ class Denoising:
 
     def _on_step(self, info: StepInfo, sampler: Sampler, start: int) -> Tensor | None:
         if self.around.mesh is not None:
-            # Every rank computes the same step. Different GPU models may differ in the last bit: keep them from drifting.
+            # Every rank computes the same step. Different GPU models may differ in the last bit: keep them from
+            # drifting.
             broadcast_(info.latents)
         done, now = info.step + 1, time.perf_counter()
         left = info.seconds / (done - start) * (info.num_steps - done)

@@ -35,13 +35,13 @@ class DenoiseFallback:
 
     def __init__(self, context: RunContext, denoiser: LoadedTransformer) -> None:
         self._context, self._denoiser = context, denoiser
-        # A function's generator, not a method's: a method's would refer to this object, and only Python's cyclic garbage
-        # collection would free the model's memory.
+        # A function's generator, not a method's: a method's would refer to this object, and only Python's cyclic
+        # garbage collection would free the model's memory.
         self._remaining = _smaller_denoises(context, denoiser)
 
     def __call__(self, forward: Callable[[], Result]) -> Result:
-        """Return the forward's result. Raises OutOfMemoryError when no smaller form is left, and CancelledError before a
-        retry if the job is cancelled."""
+        """Return the forward's result. Raises OutOfMemoryError when no smaller form is left, and CancelledError before
+        a retry if the job is cancelled."""
         while True:
             try:
                 return forward()
