@@ -100,8 +100,8 @@ class Group:
 
     def decode(self, video: Video, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
         """Yield frames `[1 or 4, H, W, 3]` uint8 of latents `[16, T, h, w]`, assembled from the ranks' rows."""
-        there, job = latents is self._denoised, video.job
-        task = DecodeTask(None if there else latents)
+        on_ranks, job = latents is self._denoised, video.job
+        task = DecodeTask(None if on_ranks else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
         last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row

@@ -120,8 +120,8 @@ class Engine:
         self._check_open()
         resolved = request.resolve(self.models.spec)
         plan = self._plan(resolved)
-        if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
-            plan = alone  # a callback cannot run in the ranks' processes
+        if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:
+            plan = without_group  # a callback cannot run in the ranks' processes
         require_fit(plan, resolved)
         count = resolved.num_videos_per_prompt
         for index in range(count):
@@ -282,10 +282,10 @@ class Engine:
         # After a False, `elsewhere` is not called again. After a True it is called for each further video, and must
         # return True for the last one too. It may first copy the latents to others; in this stage, that delays no
         # denoise.
-        asked = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
+        may_leave = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
         # A video that an earlier run finished has no latents.
-        asked = asked and not any(isinstance(one.latents, VideoResult) for one in waiting)
-        if asked and job.elsewhere is not None and job.elsewhere():
+        may_leave = may_leave and not any(isinstance(one.latents, VideoResult) for one in waiting)
+        if may_leave and job.elsewhere is not None and job.elsewhere():
             if len(waiting) == len(job.videos):
                 self._succeed(job, ())
             return
@@ -352,7 +352,7 @@ def _memory_ran_out(error: BaseException) -> OutOfMemoryError | None:
         where, limit = "The host", "--ram-limit"
     else:
         return None
-    problem = f" ({said})" if (said := str(error).split(". ")[0]) else ""
+    problem = f" ({reason})" if (reason := str(error).split(". ")[0]) else ""
     return OutOfMemoryError(
         f"{where} ran out of memory{problem}.",
         hint=f"Another program may use it: `wanduet doctor` says what is free. {limit} makes a smaller plan; "

@@ -221,7 +221,7 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
         "links": _links(hardware),
         "triton": has_triton(),
         "triton_problem": probe.problem,
-        "triton_probe": _said_of(probe),
+        "triton_probe": _triton_result(probe),
         "plain_kernels": _plain_kernels(hardware),
         "data_folder": data_folder,
         "model": _model(config, progress),
@@ -229,7 +229,7 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
     }
 
 
-def _said_of(probe: Probe) -> str:
+def _triton_result(probe: Probe) -> str:
     """Describe the result of the test whether Triton can build its driver module."""
     if not probe.tried:
         return f"Not tried: {probe.problem or 'no GPU is seen'}."
@@ -303,8 +303,8 @@ def _advice(hardware: Hardware, probe: Probe) -> list[str]:
 def _triton_hint() -> str:
     """Return the command that installs the Triton release required by this PyTorch's metadata."""
     package = "triton-windows" if sys.platform == "win32" else "triton"
-    asked = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
-    release = asked[1] if asked else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    pinned = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
+    release = pinned[1] if pinned else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
     return f'pip install "{package}=={release}.*"' if release else f"pip install {package}"
 
 

@@ -76,22 +76,22 @@ class TransformerHost:
             yield denoiser
 
     def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> LoadedTransformer:
-        start, wanted = self._start(plan, request, context), plan.transformer
-        kind = torch.device(wanted.device), getattr(torch, wanted.dtype)
-        while ((have := self._loading.wait(start, context)).device, have.dtype) != kind:
-            del have  # an earlier job loaded it with another device or dtype
+        start, part = self._start(plan, request, context), plan.transformer
+        kind = torch.device(part.device), getattr(torch, part.dtype)
+        while ((denoiser := self._loading.wait(start, context)).device, denoiser.dtype) != kind:
+            del denoiser  # an earlier job loaded it with another device or dtype
             self._loading.drop()
-        have.memory.retain_copies(not plan.both_resident)
-        if have.resident_blocks != wanted.resident_blocks:
-            have.restream(wanted.resident_blocks)
-        return have
+        denoiser.memory.retain_copies(not plan.both_resident)
+        if denoiser.resident_blocks != part.resident_blocks:
+            denoiser.restream(part.resident_blocks)
+        return denoiser
 
     def evict(self, device: str) -> None:
         """Move the transformer's blocks off a device; the next `use` moves them back."""
         with self._locks.take(device):
-            have = self._loading.loaded
-            if have is not None and have.device == torch.device(device) and have.device.type != "cpu":
-                have.swap_out()
+            denoiser = self._loading.loaded
+            if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
+                denoiser.swap_out()
             release_memory()
 
     def fit_to(self, denoiser: LoadedTransformer, plan: TransformerPlan, request: ResolvedRequest) -> None:
@@ -103,8 +103,8 @@ class TransformerHost:
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # consecutive jobs often have one size
             kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
             checkpoint.keep_verdicts()
-            wish = checkpoint.config.attention
-            choice = choose_attention(denoiser.device, shape, denoiser.dtype, wish, checkpoint.measurements)
+            requested = checkpoint.config.attention
+            choice = choose_attention(denoiser.device, shape, denoiser.dtype, requested, checkpoint.measurements)
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen

@@ -116,7 +116,7 @@ class Surroundings:
 
 
 class Denoising:
-    """One denoise. The constructor prepares noise, predictor and text; calling it runs the loop, with plain kernels
+    """One denoise. The constructor prepares noise, predictor and text; calling it runs the loop, with PyTorch kernels
     again if it gives NaN."""
 
     def __init__(
@@ -145,7 +145,7 @@ class Denoising:
     def __call__(self) -> Tensor:
         """Return latents `[16, T, h, w]` float32 on the host.
 
-        Raises CancelledError (after saving a checkpoint), or NonFiniteLatentsError if plain kernels give NaN too.
+        Raises CancelledError (after saving a checkpoint), or NonFiniteLatentsError if PyTorch kernels give NaN too.
         """
         try:
             return self._run()[0].float().cpu()
@@ -243,8 +243,8 @@ class Denoising:
         return [self._context(pad_embeddings(prompt.embeds, text_len)) for prompt in prompts]
 
     def _context(self, padded: Tensor) -> TextContext:
-        there = padded.to(self.denoiser.device)
-        context: TextContext = self.around.forward(lambda: self.denoiser.transformer.prepare_text(there))
+        on_device = padded.to(self.denoiser.device)
+        context: TextContext = self.around.forward(lambda: self.denoiser.transformer.prepare_text(on_device))
         return context
 
     def _on_step(self, info: StepInfo, sampler: Sampler, start: int) -> Tensor | None:
