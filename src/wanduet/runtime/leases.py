@@ -13,7 +13,8 @@ _RANKS = {GROUP: 0, VAE: 1, PLACE: 3}
 
 
 class DeviceLeases:
-    """A table of reentrant locks by name. A thread must lock in the order above, and at most one device at a time."""
+    """A table of reentrant locks by name. With `take`, a thread locks in the order above and at most one device at a
+    time; `if_idle` never waits, and may be called with any locks."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
