@@ -1,5 +1,5 @@
-"""Engine settings: which model, which devices, how precise, how much memory. Apart from the request,
-because they say how a video is made, not what it shows."""
+"""The engine's settings: model, devices, precision, memory limits. They are separate from the request because they
+determine how a video is made, not what it shows."""
 
 import os
 import re
@@ -22,27 +22,27 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Settings of an engine. `None` and "auto" leave the choice to the plan."""
+    """Settings of an engine. With `None` or "auto", the planner chooses."""
 
-    model: str = DEFAULT_MODEL  # a Diffusers-layout folder, a hub id, `miniature`, `random:1.3b`
+    model: str = DEFAULT_MODEL  # a folder in the Diffusers layout, a hub id, `miniature`, `random:1.3b`
     revision: str | None = None
     strategy: Strategy = "auto"
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
-    speeds: tuple[float, ...] | None = None  # of the devices, relative, for strategy parallel; None: measured
+    speeds: tuple[float, ...] | None = None  # relative speeds of `devices`, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
     text_encoder_hold: TextEncoderHold = "auto"
     tf32: bool = True  # TF32 in the VAE's float32 convolutions (never in the transformer's float32 parts)
-    vram_limit: int | None = None  # bytes a device
+    vram_limit: int | None = None  # bytes per device
     ram_limit: int | None = None  # bytes of host memory
-    attention: str = "auto"  # a back end's name; auto: the fastest measured one
+    attention: str = "auto"  # name of a back end; auto: the fastest one measured
     cache_embeddings: bool = True
-    checkpoint_seconds: float = 15.0  # at most so much of a denoise is lost when the process is killed
+    checkpoint_seconds: float = 15.0  # between checkpoints: what a killed process loses at most
     data_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse nonsense early. Raises ConfigError."""
+        """Check the settings. Raises ConfigError."""
         if not self.model:
             raise ConfigError("The model must not be empty.", hint="Try --model miniature.")
         for name in ("vram_limit", "ram_limit"):
@@ -55,7 +55,7 @@ class EngineConfig:
 
     @property
     def data_folder(self) -> Path:
-        """Where jobs, videos and caches live: `WANDUET_DATA_DIR` or the platform's user data folder."""
+        """The folder for jobs, videos and caches: `data_dir`, `WANDUET_DATA_DIR` or the platform's user data folder."""
         if self.data_dir is not None:
             return self.data_dir
         return Path(os.environ.get("WANDUET_DATA_DIR") or platformdirs.user_data_dir("wanduet", appauthor=False))
@@ -63,18 +63,19 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
-    """What `--devices` asked for: devices in order, and the roles that were named."""
+    """The parsed value of `--devices`: devices in order, and the roles given to them."""
 
     names: tuple[str, ...] = ()
     roles: tuple[tuple[str, str], ...] = ()  # (role, device)
 
     def role(self, name: str) -> str | None:
-        """The device named for a role, if any."""
+        """Return the device given for a role, or None."""
         return dict(self.roles).get(name)
 
 
 def parse_devices(text: str | None) -> DeviceRequest:
-    """Read `cuda:0,cuda:1`, `vae=cuda:0,transformer=cuda:1` or `cpu,cpu`. Raises ConfigError."""
+    """Parse `cuda:0,cuda:1`, `vae=cuda:0,transformer=cuda:1` or `cpu,cpu`; None gives no devices. Raises
+    ConfigError."""
     if text is None or not text.strip():
         return DeviceRequest()
     parts = [part.strip() for part in text.split(",")]
@@ -98,7 +99,8 @@ def parse_devices(text: str | None) -> DeviceRequest:
 
 
 def parse_bytes(text: str | int) -> int:
-    """`24GiB`, `24GB`, `24G`, `512MiB` or plain bytes to bytes. GB means 10**9, G and GiB 2**30."""
+    """Parse `24GiB`, `24GB`, `24G`, `512MiB` or a number of bytes. GB means 10**9, G and GiB 2**30. Raises
+    ConfigError."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE | re.ASCII)
@@ -113,14 +115,14 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people: `3.42 GiB`, `189 MiB`, `52 KiB`."""
+    """Format bytes for people: `3.42 GiB`, `189 MiB`, `52 KiB`."""
     if 0 < count < 2**20:
         return f"{count / 1024:.0f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds for people: `42 s`, `13 min`, `6.2 h`, `13 days`."""
+    """Format seconds for people: `42 s`, `13 min`, `6.2 h`, `13 days`."""
     for unit, length in (("days", 48 * 3600), ("h", 2 * 3600), ("min", 120)):
         if seconds >= length:
             number = seconds / (24 * 3600 if unit == "days" else length / 2)
@@ -129,7 +131,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_speeds(text: str) -> tuple[float, ...]:
-    """`2,1` to numbers. Raises ConfigError."""
+    """Parse `2,1` to numbers. Raises ConfigError."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

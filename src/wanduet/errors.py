@@ -1,13 +1,13 @@
-"""The exceptions a user reads. Each message says what happened and, where known, what to do.
+"""The exceptions that users see. Each message says what happened and, if known, what to do.
 
-`exit_code` is what the command line ends with: 1 the job failed, 2 bad usage, 130 interrupted.
+`exit_code` is the exit status of the command line: 1 the job failed, 2 bad usage, 130 interrupted.
 """
 
 from typing import ClassVar
 
 
 class WanduetError(Exception):
-    """Base of every error wanduet raises on purpose. `code` is the stable machine-readable name."""
+    """Base class of all errors that wanduet raises on purpose. `code` is the stable machine-readable name."""
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "failed"
@@ -22,7 +22,7 @@ class WanduetError(Exception):
 
 
 class InvalidRequestError(WanduetError):
-    """A field is out of its range; nothing was loaded."""
+    """A field of a request has a value that is not allowed; nothing was loaded."""
 
     exit_code = 2
     code = "invalid_request"
@@ -37,14 +37,14 @@ class InvalidRequestError(WanduetError):
 
 
 class ConfigError(WanduetError):
-    """An engine setting (devices, strategy, limits, model name) makes no sense on this machine."""
+    """An engine setting (devices, strategy, limits, model name) is invalid, in general or on this machine."""
 
     exit_code = 2
     code = "invalid_config"
 
 
 class ModelNotFoundError(WanduetError):
-    """The model folder or hub id cannot be found, or is not in the Diffusers layout."""
+    """The model folder or hub id does not exist, or is not a supported model in the Diffusers layout."""
 
     code = "model_not_found"
 
@@ -56,19 +56,19 @@ class WeightsError(WanduetError):
 
 
 class DoesNotFitError(WanduetError):
-    """The plan says the job cannot fit; refused before loading."""
+    """The plan predicts that the job does not fit in memory; nothing was loaded."""
 
     code = "does_not_fit"
 
 
 class OutOfMemoryError(WanduetError):
-    """Memory ran out at run time, in the smallest form that there is."""
+    """Memory ran out at run time, even in the smallest form of the work."""
 
     code = "out_of_memory"
 
 
 class NonFiniteLatentsError(WanduetError):
-    """NaN or infinity appeared in the latents; a video of it would be black."""
+    """The latents contain NaN or infinity; their video would be black."""
 
     code = "non_finite_latents"
 
@@ -81,13 +81,13 @@ class NonFiniteLatentsError(WanduetError):
 
 
 class NonFiniteFramesError(WanduetError):
-    """NaN or infinity appeared in the decode; the frames would be black in places."""
+    """The decoded frames contain NaN or infinity; they would be black in places."""
 
     code = "non_finite_frames"
 
 
 class KernelFailedError(WanduetError):
-    """A fused kernel failed in the middle of a job, though its check had passed; its plain form takes over."""
+    """A fused kernel failed during a job although its check had passed. Its PyTorch implementation replaces it."""
 
     code = "kernel_failed"
 
@@ -97,7 +97,7 @@ class KernelFailedError(WanduetError):
 
 
 class LatentsGoneError(WanduetError):
-    """A worker that only decodes does not find, or cannot read, what another has denoised."""
+    """The latents that another worker denoised are missing or unreadable for a worker that only decodes."""
 
     code = "latents_gone"
 

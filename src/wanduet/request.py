@@ -1,11 +1,11 @@
-"""What a user may ask: one frozen schema that feeds every door (command line, Python, HTTP, page).
+"""The schema of a request: one frozen definition for all interfaces (command line, Python, HTTP, page).
 
-A field is defined here and nowhere else: its limits and its help (`description`) as pydantic has them, and in `Shown`
-what else a door needs to show it. The command line's flags, the body of `POST /v1/videos`, the page's form and the
-tables in docs/ are made from `REQUEST_FIELDS`.
+This is the only definition of a field: its limits and help (`description`) in pydantic's terms, and in `Shown` what an
+interface needs besides to display it. The command line's flags, the body of `POST /v1/videos`, the page's form and the
+tables in docs/ are generated from `REQUEST_FIELDS`.
 
-Fields left at None take the model's defaults in `GenerationRequest.resolve`. Bad values are
-refused here, before any model is loaded, with the nearest allowed value.
+`GenerationRequest.resolve` replaces None by the model's defaults. Invalid values raise an error with the nearest
+allowed value, before any model is loaded.
 """
 
 import random
@@ -32,12 +32,12 @@ SAMPLERS: dict[SamplerName, str] = {
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
-MAX_PROMPT = 8000  # characters of what is typed or sent; the text encoder reads 512 tokens
-LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of a number, by pydantic's names
+MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of numbers, by pydantic's names
 
 
 def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
-    """Python counts True as 1; nobody who sends `true` means a seed of 1."""
+    """Reject booleans, which Python counts as integers: a seed of `true` is a mistake, not 1."""
 
     def check(value: Any) -> Any:
         if isinstance(value, bool):
@@ -53,27 +53,27 @@ Real = Annotated[float, Field(allow_inf_nan=False), _refuse_bool("float_type")]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """How the doors show a field, beyond its name, type, limits and description."""
+    """How the interfaces display a field, besides its name, type, limits and description."""
 
-    label: str | None = None  # on the page; None: made from the name
-    caption: str | None = None  # longer, above the field in the page's form; None: the label
-    detail: str | None = None  # in the page's list of a video's settings; None: the label, "": not listed
-    row: int | None = None  # of the form's settings; fields of one row stand side by side; None: below, alone
-    within: str | None = None  # the field of the form that has several fields of a request
-    span: tuple[float, float] | None = None  # of the form's slider; None: what the limits allow
-    step: float = 1  # of that slider
-    placeholder: str | None = None  # in the form, where nothing is typed
-    aliases: tuple[str, ...] = ()  # further flags
-    limit: str | None = None  # the field of a server's `RequestLimits` that no request may exceed
+    label: str | None = None  # on the page; None: derived from the name
+    caption: str | None = None  # longer label, above the field in the page's form; None: the label
+    detail: str | None = None  # label in the page's list of a video's settings; None: `label`, "": not listed
+    row: int | None = None  # row of the form's settings; fields of one row are side by side; None: below, alone
+    within: str | None = None  # the form's field that combines several fields of a request
+    span: tuple[float, float] | None = None  # range of the form's slider; None: the field's limits
+    step: float = 1  # step of that slider
+    placeholder: str | None = None  # in the form's empty field
+    aliases: tuple[str, ...] = ()  # additional command line flags
+    limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
 
 
 class GenerationRequest(BaseModel):
-    """One prompt and how to make a video of it. Sizes in pixels of the video that comes out."""
+    """One prompt and the settings of its video. Sizes are in pixels of the output video."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[str, Shown(detail="")] = Field(min_length=1, description="What the video shows.")
-    # None: the model's default; "": empty
+    # None: the model's default; "": no negative prompt
     negative_prompt: Annotated[str | None, Shown(row=6, detail="")] = Field(
         default=None, description="What the video should not show; '' for nothing. Default: the model's."
     )
@@ -122,7 +122,7 @@ class GenerationRequest(BaseModel):
 
     @classmethod
     def parse(cls, **values: Any) -> Self:
-        """Build a request; raises InvalidRequestError instead of pydantic's ValidationError."""
+        """Build a request. Raises InvalidRequestError instead of pydantic's ValidationError."""
         try:
             request = cls(**values)
         except ValidationError as error:
@@ -132,7 +132,10 @@ class GenerationRequest(BaseModel):
         return request
 
     def resolve(self, spec: ModelSpec) -> "ResolvedRequest":
-        """Fill every field from the model's defaults and check it against the model's shapes."""
+        """Replace None by the model's defaults and a random seed, and check sizes against the model's shapes.
+
+        Raises InvalidRequestError.
+        """
         values = self.model_dump()
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
@@ -146,7 +149,7 @@ class GenerationRequest(BaseModel):
 
 
 class ResolvedRequest(GenerationRequest):
-    """A request with every field decided; what the engine runs and what the MP4's metadata keeps."""
+    """A request with a value in every field. The engine runs it, and the MP4's metadata contain it."""
 
     negative_prompt: str
     height: int
@@ -157,35 +160,37 @@ class ResolvedRequest(GenerationRequest):
     guidance_scale: float
     flow_shift: float
     seed: int
-    generated_height: int  # what the model makes; rows beyond `height` are cropped
+    generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether each step needs the negative prompt's branch too."""
+        """Whether each step also computes the negative prompt (guidance scale above 1)."""
         return self.guidance_scale > 1.0
 
     @property
     def seconds(self) -> float:
-        """Length of the video."""
+        """Length of the video in seconds."""
         return self.num_frames / self.fps
 
     def as_request(self) -> GenerationRequest:
-        """The same as a request that a user could have typed: resolving it again changes nothing."""
+        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest."""
         names = GenerationRequest.model_fields
         return GenerationRequest(**{k: v for k, v in self.model_dump().items() if k in names})
 
 
 def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
-    """Raises InvalidRequestError for a prompt (field `name`) of more than `most` characters."""
+    """Raise InvalidRequestError if a prompt (field `name`) has more than `most` characters."""
     if len(text) > most:
         raise InvalidRequestError(name, f"{len(text)} characters", f"at most {most} characters")
 
 
 @dataclass(frozen=True, slots=True)
 class RequestField:
-    """A field of a request as the doors read it. `kind`: int, float, bool, str or a Literal; `default`: None where the
-    model or the engine chooses, and for the prompt."""
+    """A field of a request, as the interfaces read it.
+
+    `kind`: int, float, bool, str or a Literal. `default`: None if the model or the engine chooses, and for the prompt.
+    """
 
     name: str
     kind: Any
@@ -197,7 +202,7 @@ class RequestField:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is a whole number or a real one."""
+        """Whether the field is an int or a float."""
         return self.kind in (int, float)
 
     @property
@@ -207,19 +212,19 @@ class RequestField:
 
     @property
     def takes(self) -> str:
-        """What its value is, without its limits."""
+        """The type of its values for people, without the limits."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """The field's name for people."""
         return self.shown.label or self.name.replace("_", " ").capitalize()
 
 
 def _fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
-    kinds = get_type_hints(model)  # without what stands in Annotated
+    kinds = get_type_hints(model)  # without the metadata of Annotated
     found = {}
     for name, field in model.model_fields.items():
         kind = next((k for k in get_args(kinds[name]) if NoneType in get_args(kinds[name]) and k is not NoneType), None)
@@ -240,7 +245,7 @@ REQUEST_FIELDS: Mapping[str, RequestField] = _fields_of(GenerationRequest)
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """`480p`, `720p`, `1080p` or `WIDTHxHEIGHT` to `(height, width)`."""
+    """Parse `480p`, `720p`, `1080p` or `WIDTHxHEIGHT` to `(height, width)` in pixels. Raises InvalidRequestError."""
     name = text.strip().lower()
     if name in RESOLUTIONS:
         return RESOLUTIONS[name]
@@ -252,7 +257,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
-    """The legal frame count nearest to a duration: `stride * n + 1`."""
+    """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
 
 
@@ -281,13 +286,13 @@ def _check_frames(num_frames: int, spec: ModelSpec) -> None:
 
 
 def _explain(error: ValidationError) -> InvalidRequestError:
-    """The first problem of a pydantic error in our words, with the nearest allowed value."""
+    """Convert the first problem of a pydantic error to an InvalidRequestError with the nearest allowed value."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"]) or "request"
     context = first.get("ctx", {})
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
-    given = None if first["type"] == "missing" else first.get("input")  # else the other fields would be shown
+    given = None if first["type"] == "missing" else first.get("input")  # the input would be all other fields
     return InvalidRequestError(name, given, _allowed(first["type"], first["msg"], context), nearest)
 
 

@@ -1,7 +1,7 @@
-"""Reading what a stranger may have made: bounded in size, depth and time, and quoted without harm.
+"""Reading of untrusted files, with limits on size, depth and time, and safe quoting of their content.
 
-A file that is given by name may be a device that never ends, a pipe that nobody fills, a gigabyte of brackets. Whatever
-is read goes through here, and so does what a message quotes of it.
+A file given by name may be an endless device, a pipe without a writer, or a gigabyte of brackets. All reads of such
+files go through this module, and so do quotes of their content in messages.
 """
 
 import codecs
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 QUOTED = 200  # characters of a file's content in a message
-MAX_JSON_BYTES = 64 * 2**20  # the index of a model of thousands of tensors has less than one MiB
-MAX_HEADER_BYTES = 100 * 2**20  # what safetensors itself allows
+MAX_JSON_BYTES = 64 * 2**20  # the index of a model with thousands of tensors has less than one MiB
+MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
 MAX_DEPTH = 64
-_LOOKED_AT = 2**16  # bytes of a file that say what it is
+_LOOKED_AT = 2**16  # bytes read to detect a file's type
 _STARTS = {
     b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"RIFF....WEBP": "a WebP picture", b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture",
@@ -27,26 +27,26 @@ _STARTS = {
 
 
 def cut(value: object, most: int = QUOTED) -> str:
-    """A value as a message quotes it: at most `most` characters and a note of how many there were."""
+    """Return a value as text for a message: at most `most` characters, followed by the full length if it is cut."""
     text = str(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def printable(text: str) -> str:
-    """Text from a file that anybody may have made, without what steers a terminal."""
+    """Return text with unprintable characters except newlines replaced, so that it cannot control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def check_regular(path: Path) -> int:
-    """The size in bytes of a file. Raises OSError if it is not there, or is no plain file: reading a pipe or a device
-    may never end."""
+    """Return the size of a regular file in bytes. Raises OSError if the file is missing or not regular: reading a pipe
+    or a device may never end."""
     return _require_regular(path.stat())
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A plain file, opened for reading bytes. Raises OSError, also for a pipe, a device or a folder."""
-    check_regular(path)  # only then opened: opening a device may do something
-    # Without waiting: opening a pipe, which may have come in between, would wait for a writer.
+    """Open a regular file for reading bytes. Raises OSError, also for a pipe, a device or a folder."""
+    check_regular(path)  # before opening it: opening a device may have effects
+    # Non-blocking: the path may have become a pipe meanwhile, and opening it would wait for a writer.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _require_regular(os.fstat(handle))
@@ -57,14 +57,14 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_file(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a plain file. Raises OSError, also for a file of more than `most` bytes."""
+    """Return the bytes of a regular file. Raises OSError, also if it has more than `most` bytes."""
     with open_regular(path) as file:
         return _read(file, most)
 
 
 def read_stream(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a plain file, or of a pipe that has a writer (`<(command)`). Raises OSError, also for a folder, a
-    device without end, and more than `most` bytes."""
+    """Return the bytes of a regular file, or of a pipe with a writer (`<(command)`). Raises OSError, also for a folder
+    or more than `most` bytes, as of an endless device."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if hasattr(os, "set_blocking"):
         os.set_blocking(handle, True)
@@ -73,8 +73,9 @@ def read_stream(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
-    """JSON without what the standard allows and no program expects: a name twice in one object, NaN, infinity, numbers
-    beyond a float, deeper than `MAX_DEPTH`. With `finite` False such numbers are taken, as Python writes them. Raises ValueError."""
+    """Parse JSON strictly. Raises ValueError, also for duplicate names in an object, NaN, infinity, numbers beyond the
+    range of a float, and nesting deeper than `MAX_DEPTH`. `finite=False` accepts such numbers, as Python writes
+    them."""
     try:
         numbers = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
         value = json.loads(text, object_pairs_hook=_object, **numbers)  # type: ignore[arg-type]
@@ -85,9 +86,9 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
 
 
 def read_safetensors_header(path: Path, most: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """The JSON header of a safetensors file, without its tensors.
+    """Return the JSON header of a safetensors file without reading its tensors.
 
-    Raises OSError, or ValueError for a file that is damaged or of another kind.
+    Raises OSError, or ValueError for a file that is damaged or not in the safetensors format.
     """
     with open_regular(path) as file:
         start = file.read(8)
@@ -106,7 +107,7 @@ def read_safetensors_header(path: Path, most: int = MAX_HEADER_BYTES) -> dict[st
 
 
 def describe_file(path: Path) -> str | None:
-    """What a plain file is that is none of ours, by its first bytes: `a JSON file`; None where they do not say.
+    """Return the type of a regular file by its first bytes, for example `a JSON file`; None if they do not identify it.
 
     Raises OSError.
     """

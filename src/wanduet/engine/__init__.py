@@ -1,1 +1,1 @@
-"""Policy: what runs where, and stages that overlap."""
+"""The engine: runs jobs through overlapping stages, on the devices that the plan names."""

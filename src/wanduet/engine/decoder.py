@@ -1,4 +1,5 @@
-"""An engine that only decodes what others have denoised: the VAE alone, on a card that is too small or too slow for more."""
+"""An engine that only decodes latents which another worker denoised, for a GPU too small or too slow for the
+transformer."""
 
 from wanduet.engine import generate
 from wanduet.engine.job import Job
@@ -10,7 +11,7 @@ from wanduet.request import ResolvedRequest
 
 
 class Decoder(Engine):
-    """Takes jobs whose latents lie beside their output, and ends a job with LatentsGoneError where they do not."""
+    """Decodes jobs whose latents are saved beside their output. A job without them ends with LatentsGoneError."""
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         return make_decode_plan(request, self.models.memory, self.config, self.hardware)

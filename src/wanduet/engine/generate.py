@@ -1,7 +1,7 @@
-"""One video, stage by stage: encode the prompt, denoise, decode and write.
+"""The stages of one video, with its files: encode the prompt, denoise, decode and write.
 
-Each function takes the models, a job or one of its videos, and what the stage before made; the pipeline calls them.
-Whatever was computed is kept until it is on disk: checkpoints during the denoise, latents before the decode.
+Each function takes the models, a job or one of its videos, and the result of the stage before; the pipeline calls them.
+Results are saved until the video is written: checkpoints during the denoise, latents before the decode.
 """
 
 import logging
@@ -35,12 +35,12 @@ from wanduet.stages.denoise import Conditioning, DenoiseTask
 
 log = logging.getLogger(__name__)
 
-# A video at quality 75 takes about a tenth of a bit for each pixel and frame; this is safely above.
+# A video at quality 75 takes about a tenth of a bit per pixel and frame; this is well above.
 BYTES_PER_PIXEL_FRAME = 0.25
 
 
 def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
-    """Text to embeddings, on the CPU (or from the cache)."""
+    """Encode a job's prompts to embeddings on the CPU, or read them from the cache. Warn about truncated prompts."""
     request = job.request
     texts = [request.prompt, *([request.negative_prompt] if request.uses_guidance else [])]
     with job.timed("encode_s"):
@@ -58,7 +58,8 @@ def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
 
 
 def finished_video(models: EngineModels, video: Video) -> VideoResult | None:
-    """The video as an earlier run has finished it with the same settings, where the job goes on from that run."""
+    """Return the video that an earlier run finished with the same settings; None if there is none, or without
+    `resume`."""
     output, kept = video.job.output, video.latents_path
     if not output.resume or not video.path.exists() or (output.save_latents and not kept.exists()):
         return None
@@ -73,7 +74,11 @@ def finished_video(models: EngineModels, video: Video) -> VideoResult | None:
 
 @torch.no_grad()
 def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning) -> Tensor:
-    """Noise to latents `[16, T, h, w]` float32 on the host; kept on disk already."""
+    """Denoise a video, save its latents, and return them: `[16, T, h, w]` float32 on the host.
+
+    With `resume`, return the saved latents of an earlier run if they match. Raises OutputError if they cannot be saved,
+    and the errors of `Strategy.denoise`.
+    """
     if video.job.output.resume and (latents := _kept_latents(models, video)) is not None:
         return latents
     task = _task(models, video, conditioning)
@@ -109,7 +114,11 @@ def _task(models: EngineModels, video: Video, conditioning: Conditioning) -> Den
 
 
 def decode_video(models: EngineModels, video: Video, latents: Tensor) -> VideoResult:
-    """Latents to a finished video file. Running out of memory makes it smaller and slower, not lost."""
+    """Decode latents `[16, T, h, w]` and write the video file. On out-of-memory, decode in smaller parts.
+
+    Remove the saved latents, unless the job keeps them (`save_latents`). Raises the errors of `Strategy.decode`,
+    OutputError.
+    """
     written, provenance = strategy_of(models, video).decode(video, latents, partial(_write, models, video))
     kept = video.latents_path if video.job.output.save_latents else None
     if kept is None:
@@ -137,16 +146,17 @@ def _write(models: EngineModels, video: Video, frames: Iterator[NDArray[np.uint8
 
 
 def bytes_on_disk(request: ResolvedRequest, spec: ModelSpec) -> int:
-    """Room that a video and its latents need, on the safe side."""
+    """Return an upper estimate of the bytes on disk of a request's videos and latents."""
     pixels = request.height * request.width * request.num_frames
     latents = 4 * prod(spec.latent_shape(request.generated_height, request.generated_width, request.num_frames))
     return request.num_videos_per_prompt * int(pixels * BYTES_PER_PIXEL_FRAME + latents)
 
 
 def kept_latents(models: EngineModels, job: Job, any_precision: bool = False) -> tuple[Tensor, ...] | None:
-    """The latents of all of a job's videos where an earlier run left them, so that only the decode is left to do.
+    """Return the saved latents of all videos of a job, `[16, T, h, w]` each, so that only the decode remains; None if
+    any are missing or do not match, or without `resume`.
 
-    With `any_precision` also those that another machine has made with other dtypes than this one would.
+    `any_precision` accepts latents made with other dtypes than this engine would use, by another machine for example.
     """
     if not job.output.resume or not all(video.latents_path.exists() for video in job.videos):
         return None
@@ -160,7 +170,7 @@ def kept_latents(models: EngineModels, job: Job, any_precision: bool = False) ->
 
 
 def _kept_latents(models: EngineModels, video: Video, any_precision: bool = False) -> Tensor | None:
-    """What an earlier run left beside the output, if it belongs to this video."""
+    """Return the latents that an earlier run saved beside the output, if they belong to this video; else None."""
     path = video.latents_path
     if not path.exists():
         return None
@@ -176,7 +186,8 @@ def _kept_latents(models: EngineModels, video: Video, any_precision: bool = Fals
 
 
 def _timed_decode(video: Video, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """Frames as they come, until the job is cancelled. Moves the time spent decoding from write_s to decode_s."""
+    """Yield the frames, and count the time spent decoding them in decode_s instead of write_s. Raises
+    CancelledError."""
     while True:
         video.job.check_cancelled()
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Strategy `parallel`, the engine's side: gives tasks to a group of ranks and gathers what they make.
+"""Strategy `parallel`, the engine's side: sends tasks to a group of ranks and collects the results.
 
-A group lives as long as its plan's devices are asked for. A rank that dies takes the group down; the next
-task starts a new one, and a denoise goes on from its last checkpoint.
+A group stays alive while jobs use the same devices. If a rank dies, the whole group ends; the next task starts a new
+one, and a denoise resumes from its last checkpoint.
 """
 
 import time
@@ -27,41 +27,41 @@ from wanduet.runtime.peaks import add_up, join
 from wanduet.sampling.denoise import StepInfo
 from wanduet.stages.denoise import DenoiseTask
 
-# A collective is given the time of so many predicted steps, if that is more than others get. A GPU's is asked for at the
-# beginning of a forward, and waits until all others have computed theirs, however slow they are.
+# The timeout of a collective is at least this many predicted steps. A GPU's collectives are queued at the beginning of
+# a forward, and wait until all other ranks have computed theirs, however slow they are.
 STEPS_WAITED = 3
-# How often a waiting engine looks whether its job was cancelled, in seconds.
+# Seconds between checks for a cancel while the engine waits for the ranks.
 POLL = 0.2
 
 
 def collective_timeout(plan: Plan, request: ResolvedRequest) -> float:
-    """Seconds that a collective may take in a job."""
+    """Return the timeout of a collective in a job, in seconds."""
     return max(COLLECTIVE_TIMEOUT, STEPS_WAITED * step_seconds(request, plan.prediction.seconds))
 
 
 class Group:
-    """Worker processes for one list of devices."""
+    """The worker processes (ranks) for one list of devices."""
 
     def __init__(self, config: EngineConfig, plan: Plan, timeout_s: float = COLLECTIVE_TIMEOUT) -> None:
-        """Start the processes; they load the model when the first task comes. `timeout_s`: how long a collective may
-        take."""
+        """Start the processes. They load the model at the first task. `timeout_s`: the timeout of a collective, in
+        seconds."""
         self.devices, self.timeout_s = plan.group.ranks, timeout_s
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
-        self._denoised: Tensor | None = None  # last, which the ranks still have
+        self._denoised: Tensor | None = None  # the latents denoised last, which the ranks still have
 
     def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
-        """Whether it has the plan's devices, and the patience for its steps."""
+        """Return whether the group has the plan's devices, and a collective timeout long enough for the request."""
         return self.devices == plan.group.ranks and self.timeout_s >= collective_timeout(plan, request)
 
     def preload(self, plan: Plan, request: ResolvedRequest, job: str) -> None:
-        """Let the ranks load the transformer for a job, by its id; does not wait."""
+        """Make the ranks load the transformer for the job with this id. Does not wait."""
         self._ranks.send(Assignment(plan, request, None, job))
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
-        """Latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.
+        """Return latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.
 
-        If the job is cancelled before the ranks have begun, nothing is waited for: they pass the task over when they
-        have started and loaded, for the next one.
+        If the job is cancelled before the ranks have begun, raise at once: the ranks skip the task once they have
+        started and loaded, and are ready for the next one.
         """
         job = video.job
         job.check_cancelled()
@@ -76,7 +76,7 @@ class Group:
             if cancelled and not begun:
                 raise CancelledError("The job was cancelled.")
             message = self._next(number)
-            if message is not None and not begun:  # they have started, loaded and chosen
+            if message is not None and not begun:  # the ranks have started, loaded and chosen their kernels
                 begun, waited = True, time.perf_counter() - sent
             if isinstance(message, Event):
                 job.emit(message)
@@ -85,7 +85,7 @@ class Group:
             elif isinstance(message, Denoised):
                 video.record.attention = message.attention
                 for event in message.rungs:
-                    if event not in video.record.rungs:  # a group that was started again repeats them
+                    if event not in video.record.rungs:  # a restarted group repeats them
                         video.record.note(event)
                 join(job.rank_peaks, message.peaks)
                 loaded = max(0.0, waited - message.prepare_s)
@@ -99,12 +99,12 @@ class Group:
                 return message.latents
 
     def decode(self, video: Video, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
-        """Frames `[1 or 4, H, W, 3]` of latents `[16, T, h, w]`, put together from the ranks' rows."""
-        there, job = latents is self._denoised, video.job
-        task = DecodeTask(None if there else latents)
+        """Yield frames `[1 or 4, H, W, 3]` uint8 of latents `[16, T, h, w]`, assembled from the ranks' rows."""
+        on_ranks, job = latents is self._denoised, video.job
+        task = DecodeTask(None if on_ranks else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
-        last: dict[int, dict[str, int]] = {}  # peaks of each rank, by where its rows begin
+        last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row
         done = 0
         for frame in range(latents.shape[1]):
             parts = waiting.setdefault(frame, [])
@@ -122,11 +122,11 @@ class Group:
             yield picture
 
     def close(self) -> None:
-        """End every process."""
+        """End all processes."""
         self._ranks.close()
 
     def _next(self, number: int) -> object:
-        """What a rank reports next about that task, or None if nothing comes for a while."""
+        """Return the next report of a rank about task `number`, or None if none arrives within POLL seconds."""
         try:
             item = self._ranks.receive(POLL, number)
         except TimeoutError:
@@ -135,7 +135,7 @@ class Group:
 
 
 class EngineModels(Models):
-    """The models of an engine, and the group of ranks that work for it where a plan asks for one."""
+    """The models of an engine, and its group of ranks if a plan uses strategy `parallel`."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Loads and starts nothing."""
@@ -144,8 +144,8 @@ class EngineModels(Models):
 
     @contextmanager
     def group(self, plan: Plan, request: ResolvedRequest) -> Iterator[Group]:
-        """The processes that share a `parallel` job's work, for one user at a time; started when needed. If the block
-        fails, they may have ended, or be at work on what nobody waits for: the next job starts new ones."""
+        """Yield the group of a `parallel` plan, started if needed. The block has the group's lock. On any error but
+        CancelledError, the group is closed, for its ranks may have ended or still work on the failed task."""
         with self.locks.take(GROUP):
             if self._group is not None and not self._group.suits(plan, request):
                 self.close_group()
@@ -153,30 +153,30 @@ class EngineModels(Models):
                 self._group = Group(self.config, plan, collective_timeout(plan, request))
             try:
                 yield self._group
-            except CancelledError:  # of a task that has a number, by which the ranks skip it
+            except CancelledError:  # the ranks skip a cancelled task by its number
                 raise
             except BaseException:
                 self.close_group()
                 raise
 
     def close_group(self) -> None:
-        """End the group's processes; the next job starts new ones."""
+        """End the group's processes. The next job starts new ones."""
         with self.locks.take(GROUP):
             group, self._group = self._group, None
             if group is not None:
                 group.close()
 
     def preload(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> None:
-        """Start to load the transformer here, or in the ranks, while the text is encoded."""
+        """Start loading the transformer, in this process or in the ranks. Does not wait."""
         if plan.strategy != "parallel":
             self.transformer.preload(plan, request, context)
             return
-        with self.locks.if_idle(GROUP) as idle:  # a group at work has loaded; the text must not wait for it
+        with self.locks.if_idle(GROUP) as idle:  # a busy group has loaded already: do not wait for it
             if idle:
                 with self.group(plan, request) as group:
                     group.preload(plan, request, context.id)
 
     def unload(self) -> None:
-        """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
+        """End the group, drop all models and free their memory at once. No thread may use the models meanwhile."""
         self.close_group()
         super().unload()

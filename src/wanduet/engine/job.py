@@ -1,4 +1,4 @@
-"""A job as its owner sees it: events while it runs, a result, a way to cancel."""
+"""A submitted job: progress events, the result, and cancellation."""
 
 import queue
 import threading
@@ -21,8 +21,13 @@ from wanduet.stages.record import VideoRecord
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """Where and how a job's videos are written. `taken`: the names are the caller's already (`media.names`); else the
-    engine takes them while the job runs, so that no other engine or process writes the same file."""
+    """Where and how a job's videos are written.
+
+    `codec`, `quality`: see `media.video`. `save_latents` keeps the latents beside each video. `resume` reuses
+    checkpoints, latents and videos of earlier runs with the same settings. `taken`: pass True if the caller has
+    reserved the file names (`media.names`); else the engine reserves them while the job runs, so that no other engine
+    or process writes the same file.
+    """
 
     path: Path
     codec: str = "h264"
@@ -32,18 +37,18 @@ class OutputOptions:
     taken: bool = False
 
     def __post_init__(self) -> None:
-        """Take a path that is given as text. It becomes absolute: what the current folder is later does not matter."""
+        """Convert `path` from text if needed, and make it absolute, so that a later change of folder has no effect."""
         path = Path(self.path)
-        with suppress(OSError):  # without a current folder; whoever writes there says so
+        with suppress(OSError):  # the current folder is gone; writing the file raises the error
             path = path.absolute()
         object.__setattr__(self, "path", path)
 
     def video_path(self, index: int, count: int) -> Path:
-        """The path of video `index` of `count`: `name.mp4`, or `name-2.mp4` where there are several."""
+        """Return the path of video `index` of `count`: `name.mp4`, or for several videos `name-1.mp4`, `name-2.mp4`."""
         return self.path if count == 1 else self.path.with_stem(f"{self.path.stem}-{index + 1}")
 
     def latents_path(self, index: int, count: int) -> Path:
-        """Where that video's latents are kept until it is written."""
+        """Return the path of that video's saved latents."""
         return Path(f"{self.video_path(index, count)}.latents.safetensors")
 
 
@@ -60,12 +65,13 @@ class VideoResult:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """A finished job: its videos, how long each phase took, what it used.
+    """A finished job: its videos, seconds by phase, peak memory by device, and warnings.
 
-    Seconds: `verify_s` is the hashing of weights, once on a machine. `load_s` may pass beside `encode_s`. `prepare_s` is what the job waited for kernels to be compiled and attention
-    to be measured; both are kept, so it is long once on a machine.
+    `timings`: `verify_s` is the hashing of weights, once per machine. `load_s` may overlap `encode_s`. `prepare_s` is
+    the wait for kernels to compile and attention to be measured; both results are stored, so it is long only once per
+    machine.
 
-    No videos: the latents are on the disk, and another worker decodes them.
+    `videos` is empty if the decode was left to another worker; the latents are saved then.
     """
 
     videos: tuple[VideoResult, ...]
@@ -76,24 +82,24 @@ class JobResult:
 
 @dataclass(eq=False)
 class Job:
-    """A submitted request. Created by `Engine.submit`; safe to use from any thread.
+    """A submitted request, created by `Engine.submit`. Its methods may be called from any thread.
 
-    `plan` is the one that it was submitted with. What was done instead, where that was necessary, is in `rungs`.
+    `plan` is the plan at submission; `rungs` lists the deviations from it.
     """
 
     request: ResolvedRequest
     plan: Plan
     output: OutputOptions
-    fallback: Plan | None = None  # what to do instead if a group of ranks cannot be kept together
-    on_step: OnStep | None = None  # called after each step, in the denoising thread
-    watch: Watch | None = None  # sees each step, wherever it is made
-    elsewhere: Callable[[], bool] | None = None  # asked when latents are kept: whether another worker decodes them
+    fallback: Plan | None = None  # the plan without a group of ranks, used if the group fails
+    on_step: OnStep | None = None  # called after each step, in the denoising thread; may replace the latents
+    watch: Watch | None = None  # called after each step, also of a group of ranks; only sees the latents
+    elsewhere: Callable[[], bool] | None = None  # called once latents are saved; True: another worker decodes
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     warnings: list[str] = field(default_factory=list)
-    rank_peaks: dict[str, int] = field(default_factory=dict)  # bytes by device that processes of a group had at most
+    rank_peaks: dict[str, int] = field(default_factory=dict)  # peak bytes by device of a group's processes
     created: float = field(default_factory=time.perf_counter)
     videos: "tuple[Video, ...]" = field(init=False)
-    _timings: Timings = field(default_factory=Timings)  # of what is done once for all videos
+    _timings: Timings = field(default_factory=Timings)  # of the work done once for all videos
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _finished: threading.Event = field(default_factory=threading.Event)
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -104,7 +110,7 @@ class Job:
         self.videos = tuple(Video(self, index, self.plan) for index in range(self.request.num_videos_per_prompt))
 
     def cancel(self) -> None:
-        """Ask the job to stop; it ends with CancelledError within a step or a chunk of frames."""
+        """Cancel the job. It ends with CancelledError within one step or one chunk of frames."""
         self._cancelled.set()
 
     @property
@@ -119,25 +125,25 @@ class Job:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds by phase: what is done once, and the sum over all videos."""
+        """Seconds by phase: the work done once for all videos, plus the sum over the videos."""
         return Timings.sum(self._timings, *(video.record.timings for video in self.videos))
 
     @property
     def rungs(self) -> list[str]:
-        """What did not go as planned, video by video."""
+        """The deviations from the plan, video by video."""
         return [event for video in self.videos for event in video.record.rungs]
 
     @property
     def attention(self) -> str | None:
-        """The attention back end of the video that was denoised last."""
+        """The attention back end of the video denoised last."""
         return next((made for video in reversed(self.videos) if (made := video.record.attention) is not None), None)
 
     def events(self) -> Iterator[Event]:
-        """Progress as it happens; ends with the phase `done` or `failed`. Of several consumers each gets some of it, and
-        the end."""
+        """Yield progress events as they happen; the last has phase `done` or `failed`. Several consumers share the
+        events: each gets some of them, and all get the last."""
         while True:
             try:
-                event = self._events.get(timeout=0.5)  # wakes up so that every system delivers a Ctrl-C
+                event = self._events.get(timeout=0.5)  # not for ever: some systems deliver a Ctrl-C only between waits
             except queue.Empty:
                 continue
             is_last = event.phase in ("done", "failed")
@@ -148,7 +154,7 @@ class Job:
                 return
 
     def result(self, timeout: float | None = None) -> JobResult:
-        """Wait for the videos. Raises what the job failed with, or TimeoutError."""
+        """Wait for the result, at most `timeout` seconds (None: no limit). Raises the job's error, or TimeoutError."""
         if not self._finished.wait(timeout):
             raise TimeoutError(f"Job {self.id} has not finished after {timeout} s.")
         if self._error is not None:
@@ -157,14 +163,14 @@ class Job:
         return self._result
 
     def video_path(self, index: int) -> Path:
-        """Where video `index` goes."""
+        """Return the path of video `index`."""
         return self.output.video_path(index, self.request.num_videos_per_prompt)
 
     def latents_path(self, index: int) -> Path:
-        """Where its latents are kept until it is written."""
+        """Return the path of that video's saved latents."""
         return self.output.latents_path(index, self.request.num_videos_per_prompt)
 
-    # The engine's side.
+    # For the engine.
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -173,7 +179,7 @@ class Job:
             yield
 
     def emit(self, event: Event) -> None:
-        """Publish progress."""
+        """Publish a progress event."""
         self._events.put(event)
 
     def check_cancelled(self) -> None:
@@ -183,17 +189,17 @@ class Job:
 
     @cached_property
     def context(self) -> RunContext:
-        """For work that is done once for all videos."""
+        """The context of work done once for all videos."""
         return RunContext(
             self.id, self.emit, self._cancelled.is_set, self.wait, self.add_time, self.videos[0].record.note
         )
 
     def wait(self, seconds: float) -> None:
-        """Wait so long, or until `cancel` is called."""
+        """Wait so many seconds, or until `cancel` is called."""
         self._cancelled.wait(seconds)
 
     def add_time(self, name: str, seconds: float) -> None:
-        """Add to the timings of what is done once for all videos; from any thread."""
+        """Add to a timing of the work done once for all videos; from any thread."""
         self._timings.add(name, seconds)
 
     def succeed(self, result: JobResult) -> None:
@@ -203,7 +209,7 @@ class Job:
         self.emit(Event("done"))
 
     def fail(self, error: BaseException) -> None:
-        """End the job with an error; the first one counts."""
+        """End the job with an error. Does nothing if it has ended."""
         if self.finished:
             return
         self._error = error
@@ -213,57 +219,57 @@ class Job:
 
 
 class Video:
-    """One of a job's videos: its plan, its files, and the record of how it was made. One stage at a time works on it."""
+    """One video of a job: its plan, its files, and the record of how it was made. Only one stage at a time uses it."""
 
     def __init__(self, job: Job, index: int, plan: Plan) -> None:
         self.job, self.index = job, index
-        self.plan = plan  # the job's, until something forces a smaller one
+        self.plan = plan  # the job's, until a fallback replaces it
         # Consecutive videos have consecutive seeds.
         self.record = VideoRecord(index, job.request.seed + index)
-        self.denoised: dict[str, Any] | None = None  # the provenance of latents that were found, not made by this job
+        self.denoised: dict[str, Any] | None = None  # the provenance of reused latents, which another run made
 
     @property
     def id(self) -> str:
-        """The job's."""
+        """The job's id."""
         return self.job.id
 
     @property
     def request(self) -> ResolvedRequest:
-        """The job's."""
+        """The job's request."""
         return self.job.request
 
     @property
     def seed(self) -> int:
-        """Its own."""
+        """The seed of this video."""
         return self.record.seed
 
     @property
     def path(self) -> Path:
-        """Where it goes."""
+        """The path of the video file."""
         return self.job.video_path(self.index)
 
     @property
     def latents_path(self) -> Path:
-        """Where its latents are kept until it is written."""
+        """The path of the saved latents."""
         return self.job.latents_path(self.index)
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds by phase: its own, and what was done once for all of the job's videos."""
+        """Seconds by phase: of this video, plus the work done once for all videos of the job."""
         return Timings.sum(self.job._timings, self.record.timings)
 
     @cached_property
     def context(self) -> RunContext:
-        """For work on this video."""
+        """The context of work on this video."""
         return replace(self.job.context, add_time=self._add_time, note=self.record.note)
 
     def _add_time(self, name: str, seconds: float) -> None:
-        """A model's loading counts for the job, for all videos use it."""
+        """Add to a timing of this video; `load_s` goes to the job's, since all videos use the loaded model."""
         (self.job._timings if name == "load_s" else self.record.timings).add(name, seconds)
 
     def found_latents(self, about: dict[str, Any]) -> None:
-        """Take over what an earlier run says of the latents that it left, for this video's own provenance."""
-        if self.denoised is not None:  # they were found before
+        """Copy the provenance of reused latents into this video's record. `about`: the metadata of the latents file."""
+        if self.denoised is not None:  # copied before
             return
         record, before = self.record, about.get("timings", {})
         self.denoised = about
@@ -272,4 +278,4 @@ class Video:
         record.rungs += [event for event in about.get("rungs", ()) if event not in record.rungs]
         self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
         record.timings.add("denoise_s", before.get("denoise_s", 0.0))
-        self.job._timings.at_least("encode_s", before.get("encode_s", 0.0))  # each video tells the same
+        self.job._timings.at_least("encode_s", before.get("encode_s", 0.0))  # the same in each video's metadata

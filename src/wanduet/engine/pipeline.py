@@ -1,7 +1,7 @@
-"""The engine: jobs go in, videos come out, and three stages work on different jobs at once.
+"""The engine: takes jobs, makes videos, with three stages that work on different jobs at the same time.
 
-While job N is decoded and written, N+1 is denoised and N+2's text is encoded. Stages are threads joined
-by queues of one; each models' lock keeps two stages off one device when the plan says they must not share.
+While job N is decoded and written, N+1 is denoised and the text of N+2 is encoded. The stages are threads connected by
+queues of length one. Device locks (`runtime.leases`) prevent two stages from using one device at a time.
 """
 
 import logging
@@ -42,12 +42,12 @@ from wanduet.stages.denoise import Conditioning
 
 log = logging.getLogger(__name__)
 
-ABANDONED_DAYS = 30  # a denoise that was broken off and not resumed for so long is forgotten
+ABANDONED_DAYS = 30  # checkpoints that are not resumed for this long are deleted
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """What the denoise hands to the decode: one of a job's videos, or the whole of it where it was made before."""
+    """The output of the denoise stage: a video with its latents, or with its result if an earlier run finished it."""
 
     video: Video
     latents: Tensor | VideoResult
@@ -55,24 +55,22 @@ class Denoised:
 
 @dataclass(slots=True)
 class _Decoding:
-    """What the decode has of a job so far; only its thread touches it."""
+    """The state of a job in the decode stage. Only that stage's thread changes `results` and `waiting`."""
 
     results: list[VideoResult] = field(default_factory=list)
-    waiting: list[Denoised] = field(
-        default_factory=list
-    )  # latents that another worker is to decode, until all are there
-    names: Taken = field(default_factory=Taken)  # of its videos, given back when it ends
+    waiting: list[Denoised] = field(default_factory=list)  # for another worker, until all are there
+    names: Taken = field(default_factory=Taken)  # the reserved names of its videos, released when it ends
 
 
 class Engine:
-    """Runs requests on this machine. Models are loaded at the first job and kept until `close`.
+    """Runs requests on this machine. Loads models at the first job and keeps them until `close`.
 
-    Use as a context manager, or call `close`; jobs still running then are cancelled.
+    Use it as a context manager, or call `close`; jobs still running then are cancelled.
 
-    Of the process's settings, those of float32 precision and the allocator's share are set around the work and put back.
-    What stays: PyTorch's CUDA allocator may grow its blocks, and, unless they are set, variables of the environment that
-    say where flash-attn-4 and quack keep kernels (FLASH_ATTENTION_CUTE_DSL_CACHE_*, QUACK_CACHE_DIR). A job that begins
-    resets PyTorch's and the system's counters of peak memory.
+    Of the process's settings, the engine changes float32 precision and the allocator's memory fraction around its work,
+    and restores them. Two changes stay: PyTorch's CUDA allocator uses expandable segments, and, unless they are set,
+    the environment variables for the kernel caches of flash-attn-4 and quack (FLASH_ATTENTION_CUTE_DSL_CACHE_*,
+    QUACK_CACHE_DIR) are set. Each job resets PyTorch's and the system's counters of peak memory when it begins.
     """
 
     def __init__(self, config: EngineConfig, hardware: Hardware | None = None) -> None:
@@ -83,7 +81,7 @@ class Engine:
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
         self._to_decode: queue.Queue[Denoised | None] = queue.Queue(maxsize=1)
-        self._guard = threading.Lock()  # a job is queued before the engine closes, or not at all
+        self._guard = threading.Lock()  # for `_open` and `_closed`: no job is queued after the engine closes
         self._closing = threading.Lock()
         self._open: dict[Job, _Decoding] = {}
         self._threads = [
@@ -94,7 +92,7 @@ class Engine:
         self._closed = False
 
     def plan(self, request: GenerationRequest) -> Plan:
-        """What would run where, without loading anything."""
+        """Return the plan of a request, without loading anything."""
         return self._plan(request.resolve(self.models.spec))
 
     def submit(
@@ -105,13 +103,15 @@ class Engine:
         watch: Watch | None = None,
         elsewhere: Callable[[], bool] | None = None,
     ) -> Job:
-        """Check, plan and queue a request. `on_step` is called after each step and may change the latents; `watch`
-        only sees them, and so may look at what other processes do. `elsewhere` is asked when latents are on the
-        disk; if another worker decodes them, the job ends there, with no videos in its result.
+        """Check, plan and queue a request.
 
-        Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, CancelledError if the
-        engine is closed, also where that happens meanwhile. OutputError also where a job that has not ended, of this
-        engine or of another program, writes one of the files.
+        `on_step` is called after each step and may change the latents; it does not work with a group of ranks. `watch`
+        is called too, but only sees the latents, and works with a group. `elsewhere` is called once the latents are
+        saved; return True to leave the decode to another worker: the job then ends with no videos in its result.
+
+        Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, and CancelledError if the
+        engine is closed or closes meanwhile. It also raises OutputError if an unfinished job, of this engine or of
+        another program, writes one of the files.
         """
         if not isinstance(request, GenerationRequest) or not isinstance(output, OutputOptions):
             raise TypeError(
@@ -120,13 +120,13 @@ class Engine:
         self._check_open()
         resolved = request.resolve(self.models.spec)
         plan = self._plan(resolved)
-        if on_step is not None and (alone := self._fallback(resolved, plan)) is not None:
-            plan = alone  # a callback cannot follow the work into other processes
+        if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:
+            plan = without_group  # a callback cannot run in the ranks' processes
         require_fit(plan, resolved)
         count = resolved.num_videos_per_prompt
         for index in range(count):
             check_place(output.video_path(index, count))
-            check_place(output.latents_path(index, count))  # whose name is longer
+            check_place(output.latents_path(index, count))  # its name is longer
         check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
@@ -145,7 +145,8 @@ class Engine:
         return job
 
     def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
-        """Whether an earlier run has finished all of a request's videos with the settings that this engine would use."""
+        """Return whether an earlier run finished all videos of a request with the settings that this engine would
+        use."""
         resolved = request.resolve(self.models.spec)
         job = Job(resolved, self._plan(resolved), replace(output, resume=True))
         return all(generate.finished_video(self.models, video) is not None for video in job.videos)
@@ -155,7 +156,8 @@ class Engine:
             raise CancelledError("The engine is closed.", hint="Make a new one.")
 
     def _start(self) -> None:
-        """Start the stages. Raises RuntimeError where the system has no more threads; the next job tries again."""
+        """Start the stages' threads once. Raises RuntimeError if the system has no more threads; the next job tries
+        again."""
         if self._started:
             return
         remove_abandoned(self.config.data_folder / "checkpoints", ABANDONED_DAYS)
@@ -165,7 +167,7 @@ class Engine:
         self._started = True
 
     def _check_free(self, job: Job) -> None:
-        """Refuse a job that would write a file which another one writes: one of the two videos would be lost."""
+        """Raise OutputError for a job that writes the same file as another unfinished job: one video would be lost."""
         wanted = _files_of(job)
         for other in self._open:
             if both := wanted.keys() & _files_of(other).keys():
@@ -178,23 +180,24 @@ class Engine:
         return make_plan(request, self.models.memory, self.config, self.hardware)
 
     def _fallback(self, request: ResolvedRequest, plan: Plan) -> Plan | None:
-        """The plan without a group of ranks, where a group was the engine's own idea."""
+        """Return the plan without a group of ranks; None unless the planner chose the group and a fitting plan
+        exists."""
         if plan.strategy != "parallel" or self.config.strategy == "parallel":
             return None
         found = make_plan(request, self.models.memory, replace(self.config, strategy="placed"), self.hardware)
         return found if found.prediction.fits else None
 
     def close(self) -> None:
-        """Cancel what runs, end the threads, give all memory back. Another call, from any thread, waits for the first.
+        """Cancel all jobs, end the threads and free all memory. A second call, from any thread, waits for the first.
 
-        Raises RuntimeError in a callback of a job: that is a thread which must end first.
+        Raises RuntimeError if called by a job's callback: its thread would wait for its own end.
         """
         if threading.current_thread() in self._threads:
             raise RuntimeError("An engine cannot be closed by a callback of its own job; cancel the job there.")
         with self._closing:
             if self._closed:
                 return
-            with self._guard:  # no job is queued behind the None
+            with self._guard:  # no job is queued after the None
                 self._closed = True
                 for job in self._open:
                     job.cancel()
@@ -213,7 +216,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    # The stages. Each ends its thread on None and hands None on. None refers to a job while it waits for the next.
+    # The stages. Each ends on None and passes it on. A stage that waits keeps no reference to its last job.
 
     def _encode(self) -> None:
         while (job := self._to_encode.get()) is not None:
@@ -222,11 +225,11 @@ class Engine:
         self._to_denoise.put(None)
 
     def _encode_job(self, job: Job) -> None:
-        if len(self._open) == 1:  # else the memory is another job's, too
+        if len(self._open) == 1:  # else another job may need the cached memory
             trim_cache({device.name: device.peak for device in job.plan.prediction.devices})
         self.models.peaks.begin(job.id)
         latents = generate.kept_latents(self.models, job)
-        if latents is not None:  # neither text encoder nor transformer is needed
+        if latents is not None:  # skip text encoder and transformer
             self._decode_here(job, latents)
             return
         self.models.checkpoint.verify(job.context)
@@ -244,7 +247,7 @@ class Engine:
     def _denoise_job(self, job: Job, conditioning: Conditioning) -> None:
         plan = job.plan
         for video in job.videos:
-            if plan.strategy != video.plan.strategy:  # the group could not be kept together for the video before
+            if plan.strategy != video.plan.strategy:  # the group failed at the video before
                 video.plan = plan
             self._attempt(job, partial(self._denoise_video, video, conditioning))
             plan = video.plan
@@ -264,7 +267,7 @@ class Engine:
             del item
 
     def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
-        """What was found is not left to another worker again."""
+        """Queue saved latents for this engine's decode; `elsewhere` is not called for them again."""
         job.elsewhere = None
         for video, one in zip(job.videos, latents, strict=True):
             self._to_decode.put(Denoised(video, one))
@@ -272,16 +275,17 @@ class Engine:
     def _decode_video(self, item: Denoised) -> None:
         job = item.video.job
         decoding = self._open.get(job)
-        if decoding is None:  # another of its videos has failed meanwhile
+        if decoding is None:  # another video of this job has failed meanwhile
             return
         waiting, results = decoding.waiting, decoding.results
         waiting.append(item)
-        # Whoever said no once is not asked again; whoever said yes is, for it must still hold at the last video. Asked
-        # here, where the answer, which may first copy the latents to others, keeps no transformer waiting.
-        asked = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
-        # A finished video has no latents to give.
-        asked = asked and not any(isinstance(one.latents, VideoResult) for one in waiting)
-        if asked and job.elsewhere is not None and job.elsewhere():
+        # After a False, `elsewhere` is not called again. After a True it is called for each further video, and must
+        # return True for the last one too. It may first copy the latents to others; in this stage, that delays no
+        # denoise.
+        may_leave = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
+        # A video that an earlier run finished has no latents.
+        may_leave = may_leave and not any(isinstance(one.latents, VideoResult) for one in waiting)
+        if may_leave and job.elsewhere is not None and job.elsewhere():
             if len(waiting) == len(job.videos):
                 self._succeed(job, ())
             return
@@ -303,8 +307,8 @@ class Engine:
         job.succeed(result)
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
-        """Do a stage's work for a job; an error ends that job and leaves the stage ready for the next."""
-        if job.finished:  # another of its videos has failed
+        """Run a stage's work for a job. An error ends that job; the stage goes on with the next."""
+        if job.finished:  # another video of this job has failed
             return
         try:
             job.check_cancelled()
@@ -318,12 +322,12 @@ class Engine:
                 job.fail(shown)
 
     def _clear_away(self, job: Job, error: BaseException, unexpected: bool) -> None:
-        """Nothing of a failure stays on the devices. What nobody expected is logged first, with where it happened, as
-        text: whatever keeps log records would else keep the frames, and the tensors in them."""
+        """Free the device memory that an error's traceback keeps. Log an unexpected error first, with its traceback as
+        text: a log record with the exception itself would keep the frames alive, and the tensors in them."""
         if unexpected and not job.finished:
             log.error("Job %s failed.\n%s", job.id, "".join(traceback.format_exception(error)).rstrip())
         forget_traceback(error)
-        with suppress(Exception):  # a device that has failed cannot even do that
+        with suppress(Exception):  # raises on a failed device
             release_memory()
 
     def _forget(self, job: Job) -> None:
@@ -335,20 +339,20 @@ class Engine:
 
 
 def _files_of(job: Job) -> dict[str, Path]:
-    """What a job writes, by a name that is the same however a path leads there."""
+    """Return a job's files by resolved path, so that different paths to one file are equal."""
     paths = [path for video in job.videos for path in (video.path, video.latents_path)]
     return {os.path.normcase(path.parent.resolve() / path.name): path for path in paths}
 
 
 def _memory_ran_out(error: BaseException) -> OutOfMemoryError | None:
-    """What a user reads where memory ran out and there was nothing smaller to try; None for any other error."""
+    """Convert an out-of-memory error of PyTorch or Python to OutOfMemoryError; return None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         where, limit = "A device", "--vram-limit"
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         where, limit = "The host", "--ram-limit"
     else:
         return None
-    problem = f" ({said})" if (said := str(error).split(". ")[0]) else ""
+    problem = f" ({reason})" if (reason := str(error).split(". ")[0]) else ""
     return OutOfMemoryError(
         f"{where} ran out of memory{problem}.",
         hint=f"Another program may use it: `wanduet doctor` says what is free. {limit} makes a smaller plan; "

@@ -1,8 +1,9 @@
-"""One decode over the ranks of a group: a strip of rows each, one below the other.
+"""One decode over the ranks of a group: each rank decodes a row tile, in order from top to bottom.
 
-The first rank runs the (small) trunk on whole frames, sends what comes of it to all others, and has fewer rows for that. From
-layer to layer a rank sends the rows that it and the one below both read, and goes on; that one computes the same layer at
-the same time, and its device waits for them only. So no row is computed twice, and nobody waits for a whole frame.
+Rank 0 computes the (small) mid block on whole frames, sends its features to all other ranks, and has a smaller tile in
+return. In each layer, a rank sends the halo, the rows that it and the rank below both read, and goes on. The rank below
+computes the same layer at the same time; its device waits only for the halo. So no row is computed twice, and no rank
+waits for a whole frame.
 """
 
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from wanduet.models.vae.tiles import Halo, share_decode
 def decode_share(
     rank: Rank, vae: WanVAE, latents: Tensor, speeds: tuple[float, ...]
 ) -> Iterator[tuple[Rows, Frames]]:  # fmt: skip
-    """This rank's rows of each latent frame's pixels (see `decode_stream`); the faster rank has more of them.
+    """Yield this rank's rows of each latent frame's pixels (see `decode_stream`); faster ranks have more rows.
 
-    All ranks must call this, and go on together. Where the first rank is too slow to run the trunk for all, each runs it;
-    where frames are too small for strips to hand rows on, each computes a halo of its own.
+    `latents`: `[16, T, h, w]`. `speeds`: relative speed of each rank. All ranks must call this and iterate together. If
+    rank 0 is too slow to compute the mid block for all, each rank computes it; if frames are too small to exchange
+    halos, each rank computes its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
     strips, one_trunk = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
@@ -51,41 +53,41 @@ def decode_share(
 
 
 class SentTrunk:
-    """The trunk, whose features go to the other ranks too."""
+    """Computes the mid block and sends its features to other ranks."""
 
     def __init__(self, vae: WanVAE, ranks: tuple[int, ...]) -> None:
         self._vae, self._ranks = vae, ranks
         self._under_way: PendingSend | None = None
 
     def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
-        """As `WanVAE.decode_mid`."""
+        """See `WanVAE.decode_mid`. The send goes on in the background."""
         mid, past = self._vae.decode_mid(z, past)
         self.finish()
         self._under_way = isend(mid.permute(0, 2, 3, 4, 1), *self._ranks)
         return mid, past
 
     def finish(self) -> None:
-        """Wait until all has been sent."""
+        """Wait for the last send."""
         if self._under_way is not None:
             self._under_way.wait()
             self._under_way = None
 
 
 class ReceivedTrunk:
-    """What the first rank's trunk gives."""
+    """Receives the mid block's features from rank 0."""
 
     def __init__(self, vae: WanVAE) -> None:
         self._channels = vae.spec.base_dim * vae.spec.dim_mult[-1]
 
     def __call__(self, z: Tensor, past: FeatureCache) -> tuple[Tensor, FeatureCache]:
-        """As `WanVAE.decode_mid`; remembers nothing."""
+        """See `WanVAE.decode_mid`; the feature cache is not used, and the returned one is None."""
         batch, _, frames, rows, columns = z.shape
         mid = recv((batch, frames, rows, columns, self._channels), z, rank=0)
         return mid.permute(0, 4, 1, 2, 3), None
 
 
 class SentHalo(Halo):
-    """To the rank below."""
+    """The halo that this rank sends to the rank below."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
@@ -93,28 +95,28 @@ class SentHalo(Halo):
         self._under_way: dict[int, PendingSend] = {}
 
     def store(self, index: int, x: Tensor) -> None:
-        """Send rows `[B, C, T, rows, w]`, channels last."""
+        """Send rows `[B, C, T, rows, w]`, in channels-last memory format."""
         before = self._under_way.pop(index, None)
         if before is not None:
             before.wait()
         self._under_way[index] = isend(x.permute(0, 2, 3, 4, 1), self._rank)
 
     def finish(self) -> None:
-        """Wait until all has been sent."""
+        """Wait for all sends."""
         for sending in self._under_way.values():
             sending.wait()
         self._under_way.clear()
 
 
 class ReceivedHalo(Halo):
-    """From the rank above."""
+    """The halo that this rank receives from the rank above."""
 
     def __init__(self, wanted: Rows, rank: int) -> None:
         super().__init__(wanted)
         self._rank = rank
 
     def load(self, index: int, below: Tensor | None, count: int) -> Tensor:
-        """Receive `count` rows, of the frames, channels and columns of those below."""
+        """Receive `count` rows, with the frames, channels and columns of `below` (`[B, C, T, rows, w]`)."""
         assert below is not None, "strips that share work have new rows at each layer"
         batch, channels, frames, _, columns = below.shape
         return recv((batch, frames, count, columns, channels), below, self._rank).permute(0, 4, 1, 2, 3)

@@ -1,7 +1,7 @@
-"""Strategy `parallel`, the ranks' side: every process of a group holds the transformer and a strip of the decode.
+"""Strategy `parallel`, the ranks' side: each process of a group has the transformer, and decodes a row tile.
 
-Each process waits for tasks, does its part with the same code as one device (engine/denoising.py), and
-rank 0 reports. See engine/group.py for the side that gives the tasks.
+Each process waits for tasks and computes its share with the same code as a single device (stages/denoise.py). Rank 0
+reports a denoise; every rank reports its decoded rows. See engine/group.py for the engine's side.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,32 +43,32 @@ from wanduet.stages.record import VideoRecord
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
-    """Decode latents `[16, T, h, w]`, or None for those denoised last, which every rank still has; each takes rows in
-    proportion to its speed."""
+    """Decode latents `[16, T, h, w]`; None means the latents denoised last, which every rank still has. Each rank
+    decodes rows in proportion to its speed."""
 
     latents: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One task with the plan that it runs under."""
+    """One task for the ranks, with its plan."""
 
     plan: Plan
     request: ResolvedRequest
     task: DenoiseTask | DecodeTask | None  # None: only load the transformer
-    job: str = ""  # its id
+    job: str = ""  # the job's id
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """Rank 0's answer to a denoise: latents `[16, T, h, w]`, and what was used."""
+    """Rank 0's report of a denoise: latents `[16, T, h, w]` float32, and how they were made."""
 
-    latents: Tensor | None  # None: it was cancelled
+    latents: Tensor | None  # None: cancelled
     attention: str | None
     rungs: tuple[str, ...]
-    peaks: dict[str, int]  # bytes by device, of all ranks
-    prepare_s: float  # of the task's seconds, what the first rank waited for kernels and attention
-    seconds_of_others: float = 0.0  # that another job has spent on steps which this one went on from
+    peaks: dict[str, int]  # peak bytes by device, of all ranks
+    prepare_s: float  # seconds that rank 0 waited for kernels and attention
+    seconds_of_others: float = 0.0  # seconds that another job spent on the steps before the loaded checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,11 @@ class DecodedRows:
     frame: int
     rows: Rows
     pixels: NDArray[np.uint8]
-    peaks: dict[str, int]  # what this rank had at most so far, in bytes by device
+    peaks: dict[str, int]  # peak bytes by device of this rank so far
 
 
 def work(rank: Rank, config: EngineConfig) -> None:
-    """What each process of the group runs, until it is told None."""
+    """The main loop of each process of a group. Ends when it receives None."""
     torch.set_grad_enabled(False)
     if config.data_folder.is_dir():
         never_make(config.data_folder)
@@ -115,7 +115,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
 
 def _own_plan(plan: Plan, rank: Rank) -> Plan:
     device = str(rank.device)
-    # In here it is one device with all that it holds.
+    # To a rank, the plan is that of a single device, its own.
     return replace(
         plan,
         strategy="single",
@@ -126,7 +126,8 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A rank's part in one denoise: its own plan, the job's id, the video's record, the mesh and each rank's speed."""
+    """A rank's settings for one denoise: its own plan, the job's id, the video's record, the mesh, all ranks'
+    speeds."""
 
     plan: Plan
     job: str
@@ -136,7 +137,7 @@ class _Run:
 
 
 def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor | None:
-    """The latents, the same on every rank; None if it was cancelled."""
+    """Return the latents, the same on every rank; None if the task was cancelled."""
     first, record = rank.index == 0, run.record
 
     def emit(event: Event) -> None:
@@ -145,7 +146,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
 
     folder = models.config.data_folder / "checkpoints"
     checkpoints = Checkpoints(folder, task.digest, atomic_output, task.writer)
-    if rank.cancelled():  # while the ranks started, or worked on another task
+    if rank.cancelled():  # before this rank began the task
         if first:
             rank.report(Denoised(None, None, (), look(), 0.0))
         return None
@@ -167,7 +168,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             seconds_of_others = denoising.seconds_of_others
         except CancelledError:
             latents = None
-        except KernelFailedError as error:  # the others wait for this rank: all begin again, without that kernel
+        except KernelFailedError as error:  # the other ranks wait for this one: the group restarts without that kernel
             denoiser.without_kernel(error.operation)
             models.checkpoint.keep_verdicts()
             raise
@@ -186,15 +187,16 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
 
 
 def _own_peaks(rank: Rank) -> dict[str, int]:
-    """What this process has taken of its device and of the host since its task came."""
+    """Return this process's peak bytes of its device and of the host since its task began."""
     return {name: size for name, size in look().items() if name in ("cpu", str(rank.device))}
 
 
 class ShownSteps:
-    """Reports steps while the next ones are computed: to wait for a step's latents would keep a GPU waiting for the next.
+    """Reports steps in a background thread while the next ones are computed: waiting for a step's latents would stall
+    the GPU.
 
-    One at a time, so that a starter that is slow to read does not fill the memory. Leave it when the steps are over:
-    all have been reported then; after an error, which may mean that a GPU never finishes, nothing is waited for.
+    It queues at most one report, so that a slow reader does not fill the memory. The end of the `with` block waits for
+    all reports; after an error it does not, as a GPU may never finish.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -203,7 +205,7 @@ class ShownSteps:
         self._last: Future[None] | None = None
 
     def __call__(self, info: StepInfo) -> None:
-        """Report it soon. Raises what the report before raised."""
+        """Queue the report of a step. Raises the error of the report before."""
         if self._last is not None:
             self._last.result()
         latents = HostCopy(info.latents)
@@ -217,18 +219,19 @@ class ShownSteps:
 
 
 def _agree(denoiser: LoadedTransformer) -> None:
-    """Let all ranks attend with the same kernel, which each of them has chosen for itself."""
+    """Make all ranks use the same attention back end, chosen from the measurements of each."""
     assert denoiser.chosen is not None
     choice = denoiser.chosen[2]
     denoiser.attend_with(choose_together(all_gather_object((choice.name, choice.table)), denoiser.device))
 
 
 def _share(denoiser: LoadedTransformer, mesh: Mesh, speeds: tuple[float, ...]) -> None:
-    """Give the transformer its part of the sequence, the faster rank more of it; or of what all prompts have in common."""
+    """Install the mesh's sharding in the transformer: a part of the sequence, larger on faster ranks, or with CFG
+    parallelism a part of the work that both prompts share."""
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
-    elif mesh.layout.cfg > 1 and uses_nccl(denoiser.device):  # over the host it would take longer than it saves
+    elif mesh.layout.cfg > 1 and uses_nccl(denoiser.device):  # through the host, the exchange costs more than it saves
         sharding = CfgSharding.from_group(mesh.cfg)
     else:
         return

@@ -1,4 +1,5 @@
-"""A video's metadata, and which of an earlier run's files belong to a video: those that the same settings made."""
+"""A video's metadata, and the checks whether files of an earlier run belong to a video (made with the same
+settings)."""
 
 import hashlib
 import json
@@ -11,8 +12,8 @@ from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import make_provenance, versions
 from wanduet.runtime.models import Models
 
-# What in a video's metadata decides over its pixels. Devices and strategies do not: they differ in the last bits, as
-# kernels do, and a run that was interrupted may go on with others.
+# The metadata that determine a video's pixels. Devices, strategies and kernels are not among them: they differ in the
+# last bits only, and an interrupted run may resume with others.
 _DECISIVE = ("request", "seed", "model", "output")
 _DECISIVE_SETTINGS = (
     "transformer_dtype",
@@ -22,14 +23,15 @@ _DECISIVE_SETTINGS = (
     "vae_dtype",
     "tf32",
 )
-# Of a request, what does not change its latents.
+# The fields of a request that do not change its latents.
 _NOT_IN_LATENTS = ("fps", "num_videos_per_prompt")
 
 
 def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = None) -> str:
-    """What a checkpoint or latents belong to: everything that has a say in the latents, at their precision.
+    """Return the digest of everything that determines a video's latents; the key of its checkpoints and latents.
 
-    With `made`, the metadata of a file, at the precision that it was made with: for who only decodes what others made.
+    `made`: the metadata of a latents file, whose dtypes are used instead of this engine's. Pass it to decode latents
+    from another machine.
     """
     settings = _settings_of_latents(models, video)
     if made is not None:
@@ -47,8 +49,8 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
 
 
 def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
-    """Settings of the engine that have a say in the latents, by more than the last bits."""
-    named = models.config.attention  # one that is approximate is only used by name
+    """Return the engine's settings that change the latents by more than the last bits."""
+    named = models.config.attention  # an approximate back end is only used if the user names it
     return {
         "transformer_dtype": video.plan.transformer.dtype,
         "text_encoder_dtype": video.plan.text.dtype,
@@ -58,7 +60,7 @@ def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
 
 
 def provenance_of(models: Models, video: Video) -> dict[str, Any]:
-    """All that is known of how a video is made, as its metadata holds it; see `make_provenance`."""
+    """Return the metadata of how a video is made; see `make_provenance`."""
     plan, output = video.plan, video.job.output
     of_latents = {"strategy": plan.strategy} | _settings_of_latents(models, video)
     engine = of_latents | {
@@ -67,7 +69,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         "choices": [{"setting": c.setting, "value": c.value} for c in plan.choices],
     }
     engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video.record, name)) is not None}
-    if video.denoised is not None:  # perhaps by another machine
+    if video.denoised is not None:  # the latents may come from another machine
         made = video.denoised.get("engine", {})
         engine |= {name: made[name] for name in of_latents if name in made}
         engine["denoised_on"] = video.denoised.get("hardware", [])
@@ -89,13 +91,14 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
-    """Whether metadata name the weights `about`, wherever they were. Random ones have no hash, but a name."""
+    """Return whether the metadata `made_by` name the same weights as `about`: by hash, or by name for random weights,
+    which have no hash."""
     name = "name" if None in (made_by.get("hash"), about["hash"]) else "hash"
     return bool(made_by.get(name) == about[name])
 
 
 def made_alike(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two videos' metadata tell of the same pixels, but for roundings."""
+    """Return whether the metadata of two videos mean the same pixels, up to rounding."""
     if any(about.get(name) != wanted[name] for name in _DECISIVE):
         return False
     settings = about.get("engine")

@@ -1,8 +1,8 @@
-"""Where a job's time went, stage by stage, beside the least that its work can take on this machine.
+"""Compares the seconds of each stage of a job with the lower bound of its work on this machine.
 
-The least is a roofline's: the floating-point operations at the rate of a large matrix product, or the bytes that must
-move at the rate of a large copy, whichever takes longer. Both rates are measured on the device, not looked up.
-Source of the model: Williams et al., "Roofline", CACM 52(4), 2009.
+The bound is the roofline model's: the time of the floating-point operations at the rate of a large matrix product, or
+of the bytes moved at the rate of a large copy, whichever is longer. Both rates are measured on the device. Source of
+the model: Williams et al., "Roofline", CACM 52(4), 2009.
 """
 
 import statistics
@@ -21,13 +21,13 @@ from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.planning.cost import decode_flop, denoise_flop
 
 RUNS = 3
-SIDE_GPU, SIDE_CPU = 8192, 2048  # of the square matrices that are multiplied
-COPY_GPU, COPY_CPU = 2**30, 2**28  # bytes that are copied
+SIDE_GPU, SIDE_CPU = 8192, 2048  # rows and columns of the multiplied matrices
+COPY_GPU, COPY_CPU = 2**30, 2**28  # copied bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """What a device reaches at best: floating-point operations and bytes read or written, a second."""
+    """The peak rates of a device, per second: floating-point operations, and bytes read or written."""
 
     flop: float
     bytes: float
@@ -35,7 +35,7 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage cannot do without."""
+    """The work of a stage: at least so many floating-point operations and bytes moved, on a device in a dtype."""
 
     flop: float
     bytes: float
@@ -43,15 +43,15 @@ class Work:
     dtype: str
 
     def floor(self, peaks: Peaks) -> float:
-        """Seconds on a device of these peaks."""
+        """Return the lower bound in seconds on a device with these peak rates."""
         return max(self.flop / peaks.flop, self.bytes / peaks.bytes)
 
 
 def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
-    """The work of each stage that computes, by the name of its timing; for all videos of the job.
+    """Return the work of each computing stage, by the name of its timing, summed over the job's videos.
 
-    Bytes are those of the weights, read once a pass, and of what must be kept between passes: a lower bound. A prompt
-    whose embeddings were kept costs nothing.
+    The bytes are a lower bound: the weights, read once per pass, and the decoded pixels. The text encoder is left out
+    if the job spent no time on it.
     """
     request, plan, spec = job.request, job.plan, memory.spec
     size = (request.generated_height, request.generated_width, request.num_frames)
@@ -76,8 +76,9 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
 
 
 def where_it_went(job: Job, memory: ModelMemory) -> list[dict[str, Any]]:
-    """Rows of phase, seconds, share of the whole, and for stages that compute: floating-point operations, bytes, the
-    least seconds they can take here and the share of that least in what they took. Measures the devices."""
+    """Return a row for each phase: seconds and share of the total; for computing stages also the floating-point
+    operations (`tflop`), `gigabytes`, the lower bound in seconds (`floor_s`) and its share of the seconds (`of_floor`).
+    Measures the devices' peak rates."""
     total = job.timings["total_s"] or 1.0
     work = work_of(job, memory)
     peaks = {key: measure_peaks(*key) for key in {(w.device, w.dtype) for w in work.values()}}
@@ -89,7 +90,7 @@ def where_it_went(job: Job, memory: ModelMemory) -> list[dict[str, Any]]:
         if (found := work.get(name)) is not None:
             floor = found.floor(peaks[found.device, found.dtype])
             if name == "encode_s" and seconds < floor:
-                rows.append(row)  # the text was in the cache: nothing of this was done
+                rows.append(row)  # the embeddings came from the cache
                 continue
             row |= {"tflop": round(found.flop / 1e12, 3), "gigabytes": round(found.bytes / 1e9, 3)}
             row |= {"floor_s": round(floor, 3), "of_floor": round(floor / seconds, 3) if seconds else None}
@@ -99,7 +100,8 @@ def where_it_went(job: Job, memory: ModelMemory) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def measure_peaks(device: str, dtype: str) -> Peaks:
-    """The rates of a large matrix product in `dtype` (float32 with TF32, as the VAE computes) and of a large copy."""
+    """Measure the rates of a large matrix product in `dtype` (on a GPU, float32 uses TF32, as in the VAE) and of a
+    large copy. Both are infinite if the device has no memory for the measurement."""
     on = torch.device(device)
     gpu = on.type != "cpu"
     side, size = (SIDE_GPU, COPY_GPU) if gpu else (SIDE_CPU, COPY_CPU)
@@ -110,11 +112,11 @@ def measure_peaks(device: str, dtype: str) -> Peaks:
             source, target = (torch.zeros(size, dtype=torch.uint8, device=on) for _ in range(2))
             return Peaks(flop, 2 * size / _seconds(partial(target.copy_, source), on))
     except torch.OutOfMemoryError:
-        return Peaks(float("inf"), float("inf"))  # no room to measure: no floor is known
+        return Peaks(float("inf"), float("inf"))  # the lower bound becomes 0
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of some runs, after one to warm up."""
+    """Return the median seconds of RUNS runs, after one warm-up run."""
 
     def once() -> float:
         began = time.perf_counter()

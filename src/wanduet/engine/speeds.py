@@ -1,4 +1,4 @@
-"""How fast each rank of a group is, so that the slower one gets less to do."""
+"""Measures the speed of each rank of a group, so that slower ranks get less work."""
 
 import logging
 import statistics
@@ -21,20 +21,21 @@ from wanduet.request import ResolvedRequest
 
 log = logging.getLogger(__name__)
 
-# Speeds that differ by less than this are noise: equal parts are exact in every exchange.
+# Relative differences below this are measurement noise: ranks then get equal parts, which all exchanges support
+# exactly.
 ALIKE = 0.1
-# Where they differ by more, they are measured again, so often in all, and what a rank did best counts: what else ran
-# on a device for a moment must not slow a group down for as long as it lives.
+# Larger differences are measured up to this many times in all, and each rank's best result counts: a short disturbance
+# on one device must not slow down the group for its whole life.
 TRIES = 3
 SIDE_GPU, SIDE_CPU = 4096, 512
-PRODUCTS, GPU_S = 32, 0.4  # between two looks at a GPU's clock; so long that it comes to its power limit
+PRODUCTS, GPU_S = 32, 0.4  # matrix products per timing; seconds of load, long enough for a GPU to reach its power limit
 CPU_RUNS = 8
 
 
 def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]:
-    """Relative speed of every rank, the same answer on each: given, or measured by matrix products, by all at once.
+    """Return the relative speed of every rank, the same on all ranks: `given`, or measured with matrix products.
 
-    All ranks must call this together. Fastest is 1; ranks that are alike all get 1.
+    All ranks must call this together; they measure at the same time. The fastest rank has 1; similar ranks all have 1.
     """
     if given is not None:
         return balanced(given)
@@ -50,7 +51,7 @@ def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]
 
 
 def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
-    """Speeds relative to the fastest; all 1 where they are alike."""
+    """Return the speeds relative to the fastest; all 1 if no difference is larger than ALIKE."""
     fastest = max(speeds)
     relative = tuple(speed / fastest for speed in speeds)
     return relative if min(relative) < 1 - ALIKE else (1.0,) * len(speeds)
@@ -59,9 +60,12 @@ def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
 def suited_layout(
     plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...], link: Link
 ) -> Layout:
-    """What was planned, from no more than the devices' kinds; but one sequence, cut by speed, where the faster half
-    would wait longer for the other's branch of the guidance than for what is exchanged over the ranks' `link`, and there
-    is room for that."""
+    """Return the layout for the measured speeds: the planned one, which assumes only the devices' models, or one
+    sequence split by speed.
+
+    The latter is used instead of CFG parallelism if the faster half of the ranks would wait longer for the other half's
+    guidance branch than for the exchanges of a split sequence over `link`, and the exchange buffers fit in memory.
+    """
     if plan.group.layout.cfg == 1:
         return plan.group.layout
     step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
@@ -69,23 +73,24 @@ def suited_layout(
         return plan.group.layout
     layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
-    # Which the plan has not counted; else a part of the sequence needs no more than a branch on the whole of it.
+    # The plan has not counted the exchange buffers. Apart from them, a part of the sequence for both branches needs no
+    # more memory than one branch on the whole sequence.
     exchanged = buffer_bytes(spec.transformer, shape, plan.transformer.dtype, layout)
     fits = all(device.peak + exchanged <= device.limit_bytes for device in plan.prediction.devices)
     return layout if fits else plan.group.layout
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:
-    """The speeds of the ranks that share this rank's sequence, in their order."""
+    """Return the speeds of the ranks that share this rank's sequence, in rank order."""
     degree = mesh.layout.sequence
     start = mesh.cfg_rank * degree
     return speeds[start : start + degree]
 
 
 def _measure(device: torch.device) -> float:
-    """Matrix products a second: of a GPU under load, by its own clock; of a CPU the best of a few."""
+    """Return matrix products per second: of a GPU under load, by CUDA events; of a CPU, the best of several runs."""
     if device.type == "cuda":
-        # Of random numbers: those of ones take less power, and cards differ most in what their power limit leaves.
+        # Random values: products of ones take less power, and GPUs differ most at their power limit.
         a = torch.randn(SIDE_GPU, SIDE_GPU, device=device, dtype=torch.bfloat16)
         seconds, until = [], time.perf_counter() + GPU_S
         while time.perf_counter() < until:
@@ -96,7 +101,7 @@ def _measure(device: torch.device) -> float:
 
 
 def _on_gpu(a: Tensor) -> float:
-    """Seconds of one product, the mean of several."""
+    """Return the mean seconds of one product over PRODUCTS products."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     began.record()
     for _ in range(PRODUCTS):

@@ -1,4 +1,4 @@
-"""How a plan's strategy makes a video: on this process's devices, or by a group of ranks that falls back to them."""
+"""The execution of a plan's strategy: on this process's devices, or on a group of ranks that falls back to them."""
 
 import logging
 from dataclasses import replace
@@ -24,20 +24,23 @@ GROUP_ATTEMPTS = 3  # how often a group of ranks is started for one video
 
 
 class Strategy(Protocol):
-    """Makes one video; what did not go as planned is in the video's record and plan afterwards."""
+    """Makes one video. Deviations from the plan are recorded in the video's record and plan."""
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
-        """Latents `[16, T, h, w]` float32 on the host.
+        """Denoise a video. Return latents `[16, T, h, w]` float32 on the host.
 
         Raises CancelledError, NonFiniteLatentsError, OutOfMemoryError, WeightsError, RankFailedError.
         """
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
-        """What the sink makes of the latents' frames. Raises CancelledError, NonFiniteFramesError, OutOfMemoryError."""
+        """Decode latents `[16, T, h, w]` into a sink and return the sink's result.
+
+        Raises CancelledError, NonFiniteFramesError, OutOfMemoryError, and the sink's errors.
+        """
 
 
 class LocalStrategy:
-    """One video on the devices of this process: `single` and `placed`."""
+    """Strategies `single` and `placed`: makes a video on the devices of this process."""
 
     def __init__(self, models: EngineModels) -> None:
         self._models = models
@@ -47,7 +50,7 @@ class LocalStrategy:
         models, job, record, context = self._models, video.job, video.record, video.context
         with models.transformer.use(video.plan, video.request, context) as denoiser, context.timed("denoise_s"):
             with models.locks.if_idle(video.plan.vae.device) as idle:
-                if idle:  # else a decode runs there, and shows that its memory is there
+                if idle:  # else a decode is running there, so its memory is allocated already
                     video.plan = reserve_decode(video.plan, video.request, models.memory, context)
             around = Surroundings(record, context, job.on_step, job.watch, DenoiseFallback(context, denoiser))
             denoising = Denoising(task, models.spec, denoiser, checkpoints_of(models, task), around)
@@ -70,14 +73,17 @@ class LocalStrategy:
 
 
 class GroupStrategy:
-    """One video on a group of ranks: `parallel`. Where the group fails, this process goes on, if the plan was the engine's
-    own idea; a decode always does."""
+    """Strategy `parallel`: makes a video on a group of ranks. If the group fails, this process continues: a decode
+    always, a denoise if the job has a fallback plan (the user did not choose `parallel`)."""
 
     def __init__(self, models: EngineModels) -> None:
         self._models, self._local = models, LocalStrategy(models)
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
-        """See Strategy. A group that fails is started again, and goes on from the last checkpoint."""
+        """See Strategy. A failed group is restarted, up to GROUP_ATTEMPTS starts, and resumes from the last checkpoint.
+
+        Raises ConfigError for a job with a step callback.
+        """
         models, job = self._models, video.job
         if job.on_step is not None:
             raise ConfigError("A step callback cannot be used with --strategy parallel.", hint="Use single or placed.")
@@ -87,9 +93,9 @@ class GroupStrategy:
                     return group.denoise(video, task)
             except RankFailedError as error:
                 problem = error
-            job.check_cancelled()  # whoever cancelled does not wait for another group
+            job.check_cancelled()  # do not start another group for a cancelled job
             if job.fallback is not None and not checkpoints_of(models, task).load(own_only=not task.resume):
-                break  # it never got going; no use to wait for its timeout again
+                break  # it failed before its first checkpoint; do not wait for a second timeout
             if attempt < GROUP_ATTEMPTS - 1:
                 log.warning("%s Starting the group again.", problem.message)
                 video.record.note(f"denoise: group started again ({problem.message})")
@@ -101,13 +107,13 @@ class GroupStrategy:
         return self._local.denoise(video, replace(task, digest=video_digest(models, video)))
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
-        """See Strategy. Each rank decodes some rows; one device does it all where the group fails."""
+        """See Strategy. Each rank decodes some rows. If the group fails, one device decodes the whole video."""
         try:
             with self._models.group(video.plan, video.request) as group:
                 try:
                     return sink(group.decode(video, latents))
                 except CancelledError:
-                    self._models.close_group()  # its ranks decode on
+                    self._models.close_group()  # else its ranks would go on decoding
                     raise
         except RankFailedError as error:
             problem = error
@@ -118,10 +124,10 @@ class GroupStrategy:
 
 
 def strategy_of(models: EngineModels, video: Video) -> Strategy:
-    """What a video's plan asks for."""
+    """Return the strategy of a video's plan."""
     return GroupStrategy(models) if video.plan.strategy == "parallel" else LocalStrategy(models)
 
 
 def checkpoints_of(models: EngineModels, task: DenoiseTask) -> Checkpoints:
-    """Where a denoise keeps its checkpoints."""
+    """Return the checkpoints of a denoise task."""
     return Checkpoints(models.config.data_folder / "checkpoints", task.digest, atomic_output, task.writer)

@@ -1,4 +1,4 @@
-"""What can be done besides a whole job: decode kept latents, encode a prompt, look into files, look at the machine."""
+"""Tools besides a whole job: decode saved latents, encode a prompt, inspect files, check the machine."""
 
 import importlib.util
 import re
@@ -40,15 +40,15 @@ from wanduet.weights.hub import local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress
 from wanduet.weights.published import unverified_weights
 
-# For PyTorch's wheels for Windows, which do not ask for it.
+# Triton's release by PyTorch's, for PyTorch's wheels for Windows, whose metadata do not require it.
 TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
-FLASH4_MAJORS = (9, 10)  # of compute capabilities: Hopper and Blackwell's data centre cards
+FLASH4_MAJORS = (9, 10)  # major compute capabilities of data centre GPUs: Hopper and Blackwell
 _INSPECTED = "What can be looked into: videos, and latents and prompt embeddings that wanduet wrote (.safetensors)."
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
 
 def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> JobResult:
-    """Kept latents to the video that they would have become. Raises UnreadableFileError, OutputError."""
+    """Decode a latents file and write the video. Raises UnreadableFileError, OutputError, and errors of the decode."""
     latents, about = load_latents(path)
     models = EngineModels(config)
     try:
@@ -74,7 +74,7 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
         peaks = models.peaks.end(job.id, job.rank_peaks)
         return JobResult((video,), job.timings, peaks, tuple(job.warnings))
     finally:
-        models.unload()  # a group of ranks, where there is one
+        models.unload()  # also ends a group of ranks
 
 
 def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
@@ -87,7 +87,7 @@ def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
 
 
 def _request_for(latents: Tensor, spec: ModelSpec) -> ResolvedRequest:
-    """What latents that say nothing of themselves become: as large and as long as they are."""
+    """Return a request of the latents' size and length, for a file without metadata."""
     _, frames, rows, columns = latents.shape
     stride = spec.vae.spatial_stride
     return GenerationRequest.parse(
@@ -97,7 +97,7 @@ def _request_for(latents: Tensor, spec: ModelSpec) -> ResolvedRequest:
 
 
 def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbeds:
-    """A prompt's embeddings, written to a file."""
+    """Encode a prompt, write its embeddings to a file and return them."""
     check_writable(path)
     models = EngineModels(config)
     request = GenerationRequest.parse(prompt=prompt)
@@ -107,18 +107,18 @@ def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbed
 
 
 def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
-    """What is in a file of ours (latents, embeddings, video), or in the cache for a prompt.
+    """Describe a file that wanduet wrote (latents, embeddings, video), or a prompt's cached embeddings.
 
-    Raises UnreadableFileError.
+    `target`: a path or a prompt. Raises UnreadableFileError.
     """
     path = Path(target)
     try:
         is_file = bool(target) and path.exists()
-    except (OSError, ValueError):  # a prompt that is longer than any file's name
+    except (OSError, ValueError):  # a prompt longer than any file name
         is_file = False
     if not is_file:
         if path.suffix.lower() in FILE_SUFFIXES and not any(c.isspace() for c in path.name):
-            raise UnreadableFileError(f"There is no file {target!r}.")  # not: the model of such a prompt is missing
+            raise UnreadableFileError(f"There is no file {target!r}.")  # rather than treat it as a prompt
         return _inspect_prompt(config, target)
     try:
         return _inspect_file(path)
@@ -158,7 +158,7 @@ def _made_by(path: Path) -> dict[str, Any] | None:
 
 def _inspect_prompt(config: EngineConfig, prompt: str) -> dict[str, Any]:
     if config.model not in RANDOM_SPECS:
-        open_model(config.model, config.revision, fetch=False)  # looking is no reason to fetch gigabytes
+        open_model(config.model, config.revision, fetch=False)  # do not download gigabytes to inspect a prompt
     models = EngineModels(config)
     GenerationRequest.parse(prompt=prompt)
     encoder = models.text(plan_text(models.spec, config))
@@ -189,7 +189,8 @@ def _inspect_embeddings(prompt: PromptEmbeds, path: Path) -> dict[str, Any]:
 
 
 def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """What this machine has, what is missing, and what to do about it. `progress` is called while weights are hashed."""
+    """Report this machine's hardware and software, problems, and advice. `progress` is called while weights are
+    hashed."""
     hardware = detect()
     folder = config.data_folder
     read_verdicts(folder / "measurements")
@@ -220,7 +221,7 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
         "links": _links(hardware),
         "triton": has_triton(),
         "triton_problem": probe.problem,
-        "triton_probe": _said_of(probe),
+        "triton_probe": _triton_result(probe),
         "plain_kernels": _plain_kernels(hardware),
         "data_folder": data_folder,
         "model": _model(config, progress),
@@ -228,15 +229,16 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
     }
 
 
-def _said_of(probe: Probe) -> str:
-    """What came of letting Triton build its driver module."""
+def _triton_result(probe: Probe) -> str:
+    """Describe the result of the test whether Triton can build its driver module."""
     if not probe.tried:
         return f"Not tried: {probe.problem or 'no GPU is seen'}."
     return f"{probe.problem}." if probe.problem else "Triton works: its driver module was built, now or before."
 
 
 def _attention(device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """What was seen of each back end, fastest first, by dtype and shape; errors are relative, against float32."""
+    """Return the measurements of each back end, fastest first, by dtype and shape. Errors are relative, against
+    float32."""
     return [
         {
             "dtype": dtype,
@@ -250,8 +252,8 @@ def _attention(device: torch.device, folder: Path) -> list[dict[str, Any]]:
 
 
 def _not_used(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A sentence for each back end of attention that is installed and failed, on each device."""
-    ours = {backend.name for backend in BACKENDS if backend.package is None}  # PyTorch's own are not for all devices
+    """Return a sentence for each installed attention back end that failed, by device."""
+    ours = {backend.name for backend in BACKENDS if backend.package is None}  # PyTorch's: not for all devices
     failed = {
         (device, name): problem
         for device, rows in tables.items()
@@ -267,7 +269,7 @@ def _not_used(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
-    """By device, the fused kernels that were seen not to work there."""
+    """Return, by device, the operations whose fused kernels failed there."""
     found = {}
     for gpu in hardware.gpus:
         device = torch.device(gpu.name)
@@ -299,15 +301,15 @@ def _advice(hardware: Hardware, probe: Probe) -> list[str]:
 
 
 def _triton_hint() -> str:
-    """What to install, in the release that this PyTorch asks for in its metadata."""
+    """Return the command that installs the Triton release required by this PyTorch's metadata."""
     package = "triton-windows" if sys.platform == "win32" else "triton"
-    asked = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
-    release = asked[1] if asked else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
+    pinned = re.search(r"^triton\W*==\W*(\d+\.\d+)", "\n".join(requires("torch") or ()), re.MULTILINE)
+    release = pinned[1] if pinned else TRITON_OF_TORCH.get(".".join(torch.__version__.split(".")[:2]))
     return f'pip install "{package}=={release}.*"' if release else f"pip install {package}"
 
 
 def _links(hardware: Hardware) -> list[str]:
-    """How GPUs are joined, as nvidia-smi tells it."""
+    """Return the GPU rows of `nvidia-smi topo -m`: how the GPUs are connected."""
     if len(hardware.gpus) < 2 or shutil.which("nvidia-smi") is None:
         return []
     try:
@@ -318,7 +320,7 @@ def _links(hardware: Hardware) -> list[str]:
 
 
 def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
-    """Whether the model is here and whole: configs, headers, hashes."""
+    """Check whether the model is downloaded and complete: configs, headers, hashes."""
     if config.model in RANDOM_SPECS:
         return {"name": config.model, "found": True}
     found: dict[str, Any] = {"name": config.model, "found": False}

@@ -1,4 +1,4 @@
-"""When each stage worked on which job: spans, as Perfetto shows them.
+"""Records when each stage worked on which job, as spans for Perfetto.
 
 Open the file at https://ui.perfetto.dev (nothing is uploaded), or in chrome://tracing.
 """
@@ -20,7 +20,7 @@ MAX_SPANS = 3000  # about 1,000 jobs
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stage's work on one job, in seconds since the trace began."""
+    """One stage's work on one job; `begin` and `end` in seconds since the trace began."""
 
     stage: str
     job: str
@@ -34,11 +34,11 @@ class Trace:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._lock = threading.Lock()
-        self.spans: list[Span] = []  # the newest; a service runs for months
+        self.spans: list[Span] = []  # the newest only: a service runs for months
 
     @contextmanager
     def span(self, stage: str, job: Job) -> Iterator[None]:
-        """Time the block, also when it fails."""
+        """Record the block as a span, also when it fails."""
         begin = time.perf_counter() - self._began
         try:
             yield
@@ -50,7 +50,7 @@ class Trace:
                     del self.spans[:-MAX_SPANS]
 
     def as_chrome(self) -> dict[str, Any]:
-        """The trace in Chrome's JSON format: one row a stage, microseconds."""
+        """Return the trace in Chrome's JSON format: one row per stage, times in microseconds."""
         with self._lock:
             spans = list(self.spans)
         rows = {stage: number for number, stage in enumerate(dict.fromkeys(s.stage for s in spans), start=1)}
@@ -73,6 +73,6 @@ class Trace:
 
 
 def overlap(spans: list[Span], first: str, second: str) -> float:
-    """Seconds in which `first` worked on one job while `second` worked on another."""
+    """Return the seconds in which stage `first` worked on one job while stage `second` worked on another."""
     pairs = ((a, b) for a in spans for b in spans if (a.stage, b.stage) == (first, second) and a.job != b.job)
     return sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a, b in pairs)

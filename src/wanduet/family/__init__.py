@@ -1,1 +1,1 @@
-"""The members of the model family: their shapes and defaults. No torch here."""
+"""The models of the Wan family: their shapes and defaults. Does not import torch."""

@@ -1,7 +1,8 @@
-"""The models' frozen shapes, read from a Diffusers checkpoint's config files. No torch here.
+"""The models' shapes as frozen dataclasses, read from the config files of a Diffusers checkpoint. Does not import
+torch.
 
-A spec is everything that memory planning and meta-initialisation need to know about a model.
-`WAN_1_3B` and `WAN_14B` are the published Wan2.1 text-to-video models.
+A spec contains all that memory planning and initialisation on the meta device need of a model. `WAN_1_3B` and `WAN_14B`
+are the published Wan2.1 text-to-video models.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Self
 from wanduet.errors import ModelNotFoundError
 
 # Channel means and standard deviations of Wan2.1's latents (vae/config.json of the checkpoint).
-# Decoding needs z * std + mean; leaving it out gives wrong colours.
+# The decoder's input is z * std + mean; without it, colours are wrong.
 WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -22,7 +23,7 @@ WAN_LATENTS_STD = (
 )  # fmt: skip
 
 # https://github.com/Wan-Video/Wan2.1, wan/configs/shared_config.py (sample_neg_prompt): the
-# negative prompt that Wan2.1 was tuned with; used when the request leaves it at None.
+# negative prompt that Wan2.1 was tuned with; used if the request's is None.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
@@ -37,7 +38,7 @@ def _pick(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require(component: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a config that asks for an architecture this project does not implement."""
+    """Raise ModelNotFoundError if a config names an architecture that this project does not implement."""
     for key, value in expected.items():
         given = config.get(key, value)
         if given != value:
@@ -49,7 +50,7 @@ def _require(component: str, config: Mapping[str, Any], expected: Mapping[str, A
 
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
-    """Shape of the denoising transformer (transformer/config.json)."""
+    """Shapes of the transformer (transformer/config.json)."""
 
     num_attention_heads: int = 12
     attention_head_dim: int = 128
@@ -70,7 +71,7 @@ class TransformerSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a Diffusers `WanTransformer3DModel` config; refuses image-conditioned variants."""
+        """Read a Diffusers `WanTransformer3DModel` config. Raises ModelNotFoundError for image-conditioned variants."""
         _require(
             "transformer",
             config,
@@ -87,7 +88,7 @@ class TransformerSpec:
 
 @dataclass(frozen=True, slots=True)
 class VAESpec:
-    """Shape of the causal video VAE (vae/config.json). Strides: 8 in space, 4 in time."""
+    """Shapes of the causal video VAE (vae/config.json). Strides: 8 in space, 4 in time."""
 
     base_dim: int = 96
     z_dim: int = 16
@@ -99,17 +100,17 @@ class VAESpec:
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels for one latent row or column."""
+        """Pixels per latent row or column."""
         return int(2 ** (len(self.dim_mult) - 1))
 
     @property
     def temporal_stride(self) -> int:
-        """Frames for one latent frame (the first latent frame gives one frame only)."""
+        """Frames per latent frame (the first latent frame gives only one frame)."""
         return int(2 ** sum(self.temperal_downsample))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a Diffusers `AutoencoderKLWan` config; refuses Wan2.2's residual variant."""
+        """Read a Diffusers `AutoencoderKLWan` config. Raises ModelNotFoundError for Wan2.2's residual variant."""
         _require(
             "vae",
             config,
@@ -121,7 +122,7 @@ class VAESpec:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoderSpec:
-    """Shape of the UMT5 encoder (text_encoder/config.json)."""
+    """Shapes of the UMT5 encoder (text_encoder/config.json)."""
 
     vocab_size: int = 256384
     d_model: int = 4096
@@ -140,42 +141,42 @@ class TextEncoderSpec:
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What a request gets where it leaves a field at None. Sizes in pixels."""
+    """The values for fields of a request that are None. Sizes in pixels."""
 
     height: int = 480
     width: int = 832
     num_frames: int = 81
     fps: int = 16
     num_inference_steps: int = 50
-    # The authors' advice for the 1.3B model (README of Wan-Video/Wan2.1): CFG 6, shift 8 to 12.
+    # The authors' recommendation for the 1.3B model (README of Wan-Video/Wan2.1): CFG 6, shift 8 to 12.
     guidance_scale: float = 6.0
     flow_shift: float = 8.0
     negative_prompt: str = WAN_NEGATIVE_PROMPT
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read `generation_defaults.json`, an optional file of ours at the root of a model folder."""
+        """Read `generation_defaults.json`, an optional file of wanduet's at the root of a model folder."""
         return cls(**_pick(cls, config))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything frozen about one text-to-video model."""
+    """The shapes and defaults of one text-to-video model."""
 
     name: str
     transformer: TransformerSpec = field(default_factory=TransformerSpec)
     vae: VAESpec = field(default_factory=VAESpec)
     text_encoder: TextEncoderSpec = field(default_factory=TextEncoderSpec)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
-    text_len: int = 512  # tokens that cross-attention sees; shorter prompts are zero-padded to it
+    text_len: int = 512  # tokens in cross-attention; shorter prompts are zero-padded to it
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of what the model generates are multiples of this (16 for Wan2.1)."""
+        """The number of which a generated height and width must be multiples (16 for Wan2.1)."""
         return self.vae.spatial_stride * self.transformer.patch_size[1]
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-        """`(channels, frames, rows, columns)` of the latents for a *generated* size in pixels."""
+        """Return `(channels, frames, rows, columns)` of the latents for a *generated* size in pixels."""
         return (
             self.vae.z_dim,
             (num_frames - 1) // self.vae.temporal_stride + 1,
@@ -184,7 +185,7 @@ class ModelSpec:
         )
 
     def num_tokens(self, height: int, width: int, num_frames: int) -> int:
-        """Length of the transformer's sequence for a generated size in pixels."""
+        """Return the length of the transformer's sequence for a generated size in pixels."""
         _, frames, rows, columns = self.latent_shape(height, width, num_frames)
         pt, ph, pw = self.transformer.patch_size
         return (frames // pt) * (rows // ph) * (columns // pw)

@@ -1,1 +1,1 @@
-"""Models on their devices."""
+"""The loaded models and the devices they run on."""

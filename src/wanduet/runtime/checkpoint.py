@@ -1,4 +1,4 @@
-"""A model's checkpoint as an engine sees it: settings, where the weights are, their shapes, whether they are whole."""
+"""The model checkpoint of an engine: its configuration, weights folder, tensor shapes and verification."""
 
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ MIB = 2**20
 
 
 class ModelCheckpoint:
-    """What an engine's configuration names; reads configs and headers only, and these when they are asked for."""
+    """The checkpoint that an engine's configuration names. Properties read configs and file headers, lazily; no
+    tensors."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -30,12 +31,12 @@ class ModelCheckpoint:
 
     @property
     def measurements(self) -> Path:
-        """The folder for what was measured of this machine."""
+        """The folder for measurements of this machine."""
         return self.config.data_folder / "measurements"
 
     @cached_property
     def folder(self) -> ModelFolder | None:
-        """Where the weights are; None for random ones. Raises ModelNotFoundError."""
+        """The folder of the weights; None for random weights. Raises ModelNotFoundError."""
         if self.config.model in RANDOM_SPECS:
             return None
         return open_model(self.config.model, self.config.revision, remember=self._verified)
@@ -47,9 +48,9 @@ class ModelCheckpoint:
 
     @cached_property
     def memory(self) -> ModelMemory:
-        """What the planner computes with: the tensors' shapes. The files' headers are checked against them.
+        """The tensor shapes that the planner predicts memory from, checked against the headers of the weights files.
 
-        Raises WeightsError, before a job has done any work, for files that do not fit their configs.
+        Raises WeightsError, before a job has done any work, if the files do not match their configs.
         """
         with meta_init():
             modules: tuple[nn.Module, ...] = (WanTransformer(self.spec.transformer), WanVAE(self.spec.vae))
@@ -61,14 +62,14 @@ class ModelCheckpoint:
 
     @property
     def about(self) -> dict[str, str | None]:
-        """Name, weights' hash and revision, for provenance."""
+        """The model's name, hash of the weights and revision, for provenance."""
         folder = self.folder
         if folder is None:
             return {"name": self.config.model, "hash": None, "revision": None}
         return {"name": folder.name, "hash": folder.fingerprint, "revision": folder.revision}
 
     def verify(self, context: RunContext | None = None) -> None:
-        """Hash the weights that were not hashed on this machine before; a job shows how far that is.
+        """Hash the weights that were not hashed on this machine before. With a context, emit progress.
 
         Raises WeightsError, or CancelledError if the job is cancelled meanwhile.
         """
@@ -86,18 +87,19 @@ class ModelCheckpoint:
             verify_manifest(self.folder, self._verified, (), show)
 
     def keep_verdicts(self) -> None:
-        """Keep what was seen of kernels for plans and processes to come."""
+        """Store which kernels work on this machine, for later plans and processes."""
         if torch.cuda.is_available():
             write_verdicts(self.measurements)
 
     def limit_memory(self, device: torch.device) -> None:
-        """Let the allocator itself keep `--vram-limit`: beyond it, memory runs out and the work is made smaller."""
+        """Set `--vram-limit` in the device's allocator. Allocations beyond it raise torch.OutOfMemoryError, which
+        starts the out-of-memory fallback."""
         prepare_allocator(device)
         if device.type == "cuda":
             MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
 
     def close(self) -> None:
-        """Put the allocator's limits back."""
+        """Restore the allocators' limits."""
         MEMORY_LIMITS.let_go(self)
 
     @property

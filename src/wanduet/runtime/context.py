@@ -1,4 +1,4 @@
-"""What the code that does a job's work gets of the job: where progress goes, how a cancel is noticed, whose seconds count."""
+"""The job's interface for the code that does its work: progress events, cancellation, timings and notes."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ TIMING_NAMES = ("verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "dec
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of a job: `done` of `total` units of a phase (MiB that are hashed, layers, steps, frames), for one of its videos."""
+    """Progress of a job: `done` of `total` units of a phase (MiB hashed, layers, steps, frames), for video `video`."""
 
     phase: Phase
     done: int = 0
@@ -26,30 +26,30 @@ class Event:
 
 
 class Timings:
-    """Seconds by phase; from any thread."""
+    """Seconds by phase. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(TIMING_NAMES, 0.0)
 
     def __getitem__(self, name: str) -> float:
-        """The seconds of one phase so far."""
+        """Return the seconds of one phase so far."""
         with self._lock:
             return self._seconds[name]
 
     def add(self, name: str, seconds: float) -> None:
-        """Add to one of them."""
+        """Add seconds to one phase."""
         with self._lock:
             self._seconds[name] += seconds
 
     def at_least(self, name: str, seconds: float) -> None:
-        """Raise one of them to a number."""
+        """Raise one phase to `seconds` if it is lower."""
         with self._lock:
             self._seconds[name] = max(self._seconds[name], seconds)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to one of them, also when it fails."""
+        """Add the block's seconds to one phase, also when it fails."""
         began = time.perf_counter()
         try:
             yield
@@ -58,7 +58,7 @@ class Timings:
 
     @staticmethod
     def sum(*parts: "Timings") -> dict[str, float]:
-        """Each of them, over all parts."""
+        """Return the sum of each phase over all parts."""
         copies = []
         for part in parts:
             with part._lock:
@@ -76,11 +76,12 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The ties between a piece of work and the job that it is done for; by default, there is no job.
+    """Callbacks from a piece of work to its job. The defaults do nothing, for work without a job.
 
-    `id` is the job's. `emit` publishes progress. `should_cancel` says whether the job's owner wants it to stop; `wait`
-    sleeps so many seconds, or until then. `add_time(name, seconds)` adds to a timing of TIMING_NAMES. `note` records what
-    did not go as planned, in a few words that go into the video's metadata. All may be called from any thread.
+    `id` is the job's id. `emit` publishes progress. `should_cancel` returns True once the job is cancelled;
+    `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES.
+    `note` records a deviation from the plan, in a few words that go into the video's metadata. All may be called from
+    any thread.
     """
 
     id: str = ""
@@ -91,7 +92,7 @@ class RunContext:
     note: Callable[[str], None] = _ignore
 
     def check_cancelled(self) -> None:
-        """Raise CancelledError if the job's owner wants it to stop."""
+        """Raise CancelledError if the job was cancelled."""
         if self.should_cancel():
             raise CancelledError("The job was cancelled.")
 

@@ -1,4 +1,4 @@
-"""The transformer on its device: loaded once, kept between jobs, its blocks moved away and back, set up for each job."""
+"""The host of the transformer: loads it once, keeps it between jobs, swaps its blocks, and sets it up for each job."""
 
 import logging
 import time
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 
 class TransformerHost:
-    """Holds the transformer. Methods may be called from any thread.
+    """Owns the transformer. Methods may be called from any thread.
 
-    The first load makes ready, in a thread beside it, what else a first job needs; what fails there is done again, and
-    fails, where it is needed.
+    The first load also prepares, in a parallel thread, what else the first job needs (imports, decode kernels). An
+    error there is ignored: the code that needs the result repeats the work, and raises the error.
     """
 
     def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost) -> None:
@@ -54,56 +54,57 @@ class TransformerHost:
         return self._loading.loaded
 
     def preload(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> None:
-        """Start to load the transformer, and all that its first step needs, while the text is encoded."""
+        """Start loading the transformer and all that its first step needs, in the background. Does not wait."""
         self._loading.begin(self._start(plan, request, context), context.id)
 
     @contextmanager
     def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[LoadedTransformer]:
-        """The transformer, on its device for the length of the block, set up for the request's shapes.
+        """Yield the transformer, loaded on its device and set up for the request's shapes. The block has the device's
+        lock.
 
         Raises WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
         """
         device = torch.device(plan.transformer.device)
         with self._locks.take(plan.transformer.device), on_device_of(device):
             began = time.perf_counter()
-            if not plan.both_resident:  # first: there may be no room for its blocks beside the VAE
+            if not plan.both_resident:  # first: the blocks may not fit beside the VAE
                 self._vae.evict(device)
             denoiser = self._loaded(plan, request, context)
             self.fit_to(denoiser, plan.transformer, request)
-            if denoiser.fitted_at > began:  # in this job's time
+            if denoiser.fitted_at > began:  # this job waited for it
                 context.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
             yield denoiser
 
     def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> LoadedTransformer:
-        start, wanted = self._start(plan, request, context), plan.transformer
-        kind = torch.device(wanted.device), getattr(torch, wanted.dtype)
-        while ((have := self._loading.wait(start, context)).device, have.dtype) != kind:
-            del have  # it was loaded for another job, which wanted it otherwise
+        start, part = self._start(plan, request, context), plan.transformer
+        kind = torch.device(part.device), getattr(torch, part.dtype)
+        while ((denoiser := self._loading.wait(start, context)).device, denoiser.dtype) != kind:
+            del denoiser  # an earlier job loaded it with another device or dtype
             self._loading.drop()
-        have.memory.retain_copies(not plan.both_resident)
-        if have.resident_blocks != wanted.resident_blocks:
-            have.restream(wanted.resident_blocks)
-        return have
+        denoiser.memory.retain_copies(not plan.both_resident)
+        if denoiser.resident_blocks != part.resident_blocks:
+            denoiser.restream(part.resident_blocks)
+        return denoiser
 
     def evict(self, device: str) -> None:
-        """Take the transformer's blocks off a device; the next `use` brings them back."""
+        """Move the transformer's blocks off a device; the next `use` moves them back."""
         with self._locks.take(device):
-            have = self._loading.loaded
-            if have is not None and have.device == torch.device(device) and have.device.type != "cpu":
-                have.swap_out()
+            denoiser = self._loading.loaded
+            if denoiser is not None and denoiser.device == torch.device(device) and denoiser.device.type != "cpu":
+                denoiser.swap_out()
             release_memory()
 
     def fit_to(self, denoiser: LoadedTransformer, plan: TransformerPlan, request: ResolvedRequest) -> None:
-        """Kernels and attention for the request's length of sequence."""
+        """Choose kernels and attention for the request's sequence length, and install them in the transformer."""
         checkpoint, t = self._checkpoint, self._checkpoint.spec.transformer
         tokens = checkpoint.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
         heads = (t.num_attention_heads, t.attention_head_dim)
         shape = Shape(tokens, tokens, *heads)
-        if denoiser.chosen is None or denoiser.chosen[0] != shape:  # jobs of one size follow each other
+        if denoiser.chosen is None or denoiser.chosen[0] != shape:  # consecutive jobs often have one size
             kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
             checkpoint.keep_verdicts()
-            wish = checkpoint.config.attention
-            choice = choose_attention(denoiser.device, shape, denoiser.dtype, wish, checkpoint.measurements)
+            requested = checkpoint.config.attention
+            choice = choose_attention(denoiser.device, shape, denoiser.dtype, requested, checkpoint.measurements)
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
@@ -111,38 +112,38 @@ class TransformerHost:
         denoiser.attend_with(choice)
 
     def stop_loading(self) -> None:
-        """Let a load under way end as soon as it can; what waits for it fails with CancelledError. `unload` follows."""
+        """Stop a running load as soon as possible; its waiters get CancelledError. Call `unload` afterwards."""
         self._loading.stop()
 
     def unload(self) -> None:
-        """Give its memory back; nobody may use it meanwhile."""
+        """Free the transformer's memory. No thread may use it meanwhile."""
         self._loading.close()
 
     # One load.
 
     def _start(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Start:
-        """How a load is started; it comes to the transformer, set up for the job.
+        """Return a function that starts a load; its future gives the transformer, set up for the job.
 
-        Imports come after the loading: most of what they do keeps the interpreter to itself.
+        Imports run after the load: they keep the GIL most of the time.
         """
 
         def start(pool: ThreadPoolExecutor) -> Future[LoadedTransformer]:
             loaded = pool.submit(self.load, plan.transformer, context)
             fitted = pool.submit(self._fit, loaded, plan.transformer, request)
-            # Not the futures: they hold the transformer, and the rest may take half a minute.
+            # Events, not the futures: those would keep the transformer alive, and the rest may take half a minute.
             is_loaded, is_fitted = Event(), Event()
             loaded.add_done_callback(lambda _: is_loaded.set())
             fitted.add_done_callback(lambda _: is_fitted.set())
             rest = pool.submit(self._prepare_rest, plan, request, context, (is_loaded, is_fitted))
             SHORT_SWITCHES.begin()
-            rest.add_done_callback(lambda _: SHORT_SWITCHES.end())  # also if the engine is closed before it begins
+            rest.add_done_callback(lambda _: SHORT_SWITCHES.end())  # also if `close` cancels it before it begins
             return fitted
 
         return start
 
     @torch.no_grad()
     def load(self, plan: TransformerPlan, context: RunContext) -> LoadedTransformer:
-        """The transformer as a plan wants it, not yet set up for a request's shapes.
+        """Load the transformer as planned (device, dtype, resident blocks), not yet set up for a request's shapes.
 
         Raises WeightsError, OutOfMemoryError, or CancelledError if the engine is closed meanwhile.
         """
@@ -154,7 +155,7 @@ class TransformerHost:
         else:
             context.add_time("load_s", time.perf_counter() - began)
             return denoiser
-        release_models()  # outside the handler, whose traceback holds what was loaded
+        release_models()  # outside the except block, whose traceback keeps the loaded tensors alive
         raise OutOfMemoryError(
             f"The transformer's weights found too little memory on {plan.device} ({problem}).",
             hint="Other programs may use it: see nvidia-smi, free it or set --vram-limit, and try again.",
@@ -183,7 +184,7 @@ class TransformerHost:
             checkpoint.folder.transformer.load_into(Targets(parameters, self._check_open))
 
     def _host_memory(self, plan: TransformerPlan) -> HostMemory:
-        """Where blocks wait that are not on the device."""
+        """Return the host memory for blocks that are not on the device."""
         if torch.device(plan.device).type != "cuda":
             return HostMemory("plain")
         return HostMemory(plan.offload_memory, self._checkpoint.config.data_folder / "blocks")
@@ -204,13 +205,13 @@ class TransformerHost:
     def _prepare_rest(
         self, plan: Plan, request: ResolvedRequest, context: RunContext, steps: tuple[Event, Event]
     ) -> None:
-        """What the first step and the decode need beside the transformer, after it is loaded and after it is fitted."""
+        """Import the sampler once the transformer is loaded; prepare the decode's kernels once it is set up."""
         is_loaded, is_fitted = steps
         try:
             is_loaded.wait()
             imports = partial(make_sampler, request.sampler, request.flow_shift, 1, torch.device("cpu"))
             finish_unless(context.should_cancel, imports)
-            is_fitted.wait()  # which measures what attention takes
+            is_fitted.wait()  # the setup measures attention: nothing else may run on the device
             if not context.should_cancel():
                 self._vae.prepare(plan.vae, request, may_run=plan.both_resident)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""How long a thread may keep Python's interpreter, and how long an import, while others wait for it."""
+"""Shorter GIL switch intervals while models load, and imports that a cancelled job does not wait for."""
 
 import sys
 import threading
@@ -10,11 +10,11 @@ POLL_SECONDS = 0.05
 
 
 class ShortSwitches:
-    """Between `begin` and `end`, threads take turns at the interpreter ten times as often as Python has them do.
+    """Makes Python switch threads ten times as often between `begin` and `end`.
 
-    Each call into PyTorch gives the interpreter away, and gets it back after another thread's turn. Beside an import or a
-    compiler, which give nothing away of themselves, a loading waits five milliseconds at each of some thousand calls.
-    Several may have begun; the last to end puts the process's own setting back, unless the program has changed it meanwhile.
+    Each call into PyTorch releases the GIL, and gets it back after another thread's switch interval. An import or a
+    compiler releases it only then; beside one, a load waits five milliseconds at each of some thousand calls. Calls may
+    nest: the last `end` restores the process's interval, unless the program has changed it meanwhile.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class ShortSwitches:
         self._before = self._ours = 0.0
 
     def begin(self) -> None:
-        """Turns are short from now on."""
+        """Shorten the switch interval."""
         with self._lock:
             if self._begun == 0:
                 self._before = sys.getswitchinterval()
@@ -32,7 +32,7 @@ class ShortSwitches:
             self._begun += 1
 
     def end(self) -> None:
-        """As before, unless somebody else has begun."""
+        """Restore the switch interval, unless another `begin` has no `end` yet."""
         with self._lock:
             self._begun -= 1
             if self._begun == 0 and sys.getswitchinterval() == self._ours:
@@ -43,17 +43,17 @@ SHORT_SWITCHES = ShortSwitches()
 
 
 def finish_unless(is_unwanted: Callable[[], bool], work: Callable[[], object]) -> bool:
-    """Do work that cannot be stopped, such as an import of seconds, in a thread of its own, and wait for its end.
+    """Run work that cannot be stopped, such as an import of seconds, in its own thread, and wait for it.
 
-    Returns whether it has ended: False as soon as `is_unwanted()`, and the work goes on alone. What it raises is dropped:
-    whoever needs what it makes ready does it again, and meets the same error.
+    Return True once it has ended, False as soon as `is_unwanted()` is True; the work then goes on in its thread. Its
+    exceptions are ignored: the code that needs the result repeats the work, and gets the same error.
     """
 
     def attempt() -> None:
         with suppress(Exception):
             work()
 
-    # No daemon: the interpreter, where it ends in order, waits for an import that would not survive its end.
+    # Not a daemon: at an orderly exit the interpreter waits for it, as an import does not survive the shutdown.
     thread = threading.Thread(target=attempt, name="made-ready")
     thread.start()
     while thread.is_alive():

@@ -1,19 +1,20 @@
-"""Who may use what: all locks of an engine's models, taken in one order, so that no two threads wait for each other."""
+"""All locks of an engine's models, taken in one order, so that threads cannot deadlock."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# In this order; whatever has another name is a device, and comes between VAE and PLACE.
+# In the order of locking. Any other name is a device, and comes between VAE and PLACE.
 GROUP = "group"  # the processes of strategy `parallel`
-VAE = "vae"  # to decode with it
-PLACE = "place of the VAE"  # to load or move it, for as long as that takes
+VAE = "vae"  # for a decode
+PLACE = "place of the VAE"  # while the VAE is loaded or moved
 _DEVICE_RANK = 2
 _RANKS = {GROUP: 0, VAE: 1, PLACE: 3}
 
 
 class DeviceLeases:
-    """A table of reentrant locks by name. A thread takes them in the order above; with two devices it waits for neither."""
+    """A table of reentrant locks by name. With `take`, a thread locks in the order above and at most one device at a
+    time; `if_idle` never waits, and may be called with any locks."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -22,7 +23,8 @@ class DeviceLeases:
 
     @contextmanager
     def take(self, name: str) -> Iterator[None]:
-        """Wait for it, and have it for the length of the block. Raises RuntimeError where that could wait for ever."""
+        """Wait for a lock and keep it for the block. Raises RuntimeError if the order of locking could cause a
+        deadlock."""
         mine = self._mine()
         if name not in mine and any(_rank(other) >= _rank(name) for other in mine):
             raise RuntimeError(f"{name!r} must be locked before {', '.join(map(repr, mine))}, not after.")
@@ -35,7 +37,8 @@ class DeviceLeases:
 
     @contextmanager
     def if_idle(self, name: str) -> Iterator[bool]:
-        """Whether no other thread has it; if so, none has for the length of the block. Waits for nothing."""
+        """Try to lock without waiting. Yield True if that succeeds, and keep the lock for the block; else yield
+        False."""
         lock, mine = self._lock(name), self._mine()
         if not lock.acquire(blocking=False):
             yield False
@@ -48,7 +51,7 @@ class DeviceLeases:
             lock.release()
 
     def _mine(self) -> list[str]:
-        """What this thread has."""
+        """The names that this thread has locked."""
         if not hasattr(self._thread, "names"):
             self._thread.names = []
         names: list[str] = self._thread.names

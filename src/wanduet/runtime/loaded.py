@@ -1,4 +1,4 @@
-"""A transformer that is loaded, and what was chosen for it; it can make room on its device, and give all memory back."""
+"""A loaded transformer with its chosen kernels and attention. It can swap its blocks out and free all its memory."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -14,31 +14,31 @@ from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
 from wanduet.runtime.release import drop_memory
 
-SWAPPED_OUT = -1  # resident blocks of a transformer that made room
+SWAPPED_OUT = -1  # `resident_blocks` after `swap_out`
 
 
 @dataclass(slots=True)
 class LoadedTransformer:
-    """The loaded transformer, and the plan's part that decided how it was loaded."""
+    """The loaded transformer, and the settings it was loaded with."""
 
     transformer: WanTransformer
     device: torch.device
     dtype: torch.dtype
     resident_blocks: int
-    memory: HostMemory  # where blocks wait that are not on the device
+    memory: HostMemory  # for blocks that are not on the device
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
-    chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's length of sequence
+    chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
     loaded_at: float = field(default_factory=time.perf_counter)
-    fitted_at: float = 0.0  # when that was chosen
+    fitted_at: float = 0.0  # when `chosen` was set, by time.perf_counter
 
     def attend_with(self, choice: Choice) -> None:
-        """Use that attention from the next forward on."""
+        """Use this attention from the next forward on."""
         self.attention, self.attention_lse = choice.name, choice.fn_with_lse
         self.transformer.runtime = replace(self.transformer.runtime, attention=choice.fn)
 
     def without_kernel(self, operation: str) -> None:
-        """Compute with an operation's plain form from the next forward on, in later jobs too."""
+        """Use an operation's PyTorch implementation from the next forward on, in later jobs too."""
         kernels = without(self.transformer.runtime.kernels, operation, self.device)
         self.transformer.runtime = replace(self.transformer.runtime, kernels=kernels)
         if self.chosen is not None:
@@ -46,17 +46,17 @@ class LoadedTransformer:
             self.chosen = (shape, kernels, choice)
 
     def restream(self, resident_blocks: int) -> None:
-        """Keep so many blocks on the device."""
+        """Keep `resident_blocks` blocks on the device, and stream the others from the host."""
         stream_blocks(self.transformer, self.device, resident_blocks, self.memory)
         self.resident_blocks = resident_blocks
 
     def swap_out(self) -> None:
-        """Take all blocks off the device, and what they come through: `restream` before it runs again."""
+        """Move all blocks and the streaming buffers off the device. Call `restream` before the next forward."""
         stream_blocks(self.transformer, self.device, 0, self.memory, num_buffers=0)
         self.resident_blocks = SWAPPED_OUT
 
     def free(self) -> None:
-        """Give all memory back, whoever may still refer to the transformer: it cannot run any more."""
+        """Free all memory, even if references to the transformer remain. It cannot run any more."""
         if isinstance(self.transformer.fetch_blocks, BlockStream):
             self.transformer.fetch_blocks.close()
         drop_memory(self.transformer)

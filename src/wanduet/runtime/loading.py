@@ -1,4 +1,4 @@
-"""The one load of the transformer, in threads beside the encoding of a text; shared by all who wait for it."""
+"""The load of the transformer in background threads. There is one at a time; all waiting jobs share it."""
 
 from collections.abc import Callable
 from concurrent.futures import CancelledError as NotBegun
@@ -15,23 +15,24 @@ from wanduet.runtime.release import forget_traceback, release_models
 Start = Callable[[ThreadPoolExecutor], Future[LoadedTransformer]]
 """Starts a load in a pool of two threads."""
 
-# How often who waits for a load looks whether its job was cancelled, in seconds.
+# Seconds between checks for a cancel while a job waits for a load.
 POLL = 0.1
 
 
 class Loading:
-    """The transformer, and at most one load of it at a time, shared by all who wait. Methods are for any thread."""
+    """The transformer and at most one load of it at a time, shared by all waiting jobs. Methods may be called from any
+    thread."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._load: Future[LoadedTransformer] | None = None
-        self._begun_for = ""  # the job
+        self._begun_for = ""  # the id of the job that started `_load`
         self._pool: ThreadPoolExecutor | None = None
         self.loaded: LoadedTransformer | None = None
-        self.stopped = Event()  # whoever loads looks at it now and then
+        self.stopped = Event()  # a load polls it
 
     def begin(self, start: Start, job: str) -> None:
-        """Start to load for a job, by its id, unless the transformer is there or on its way."""
+        """Start a load for the job with this id, unless the transformer is loaded or a load is running."""
         with self._lock:
             if self.loaded is None:
                 self._begin(start, job)
@@ -48,10 +49,10 @@ class Loading:
         return load
 
     def wait(self, start: Start, context: RunContext) -> LoadedTransformer:
-        """The transformer: the one that is there, or what the load under way, or a new one, comes to.
+        """Return the transformer: the loaded one, or the result of the running load, or of a new one.
 
-        A job that is cancelled meanwhile stops to wait, and leaves the load to the next. Raises CancelledError, or what
-        the load raises.
+        If the job is cancelled meanwhile, the load goes on for the next job. Raises CancelledError, or the load's
+        error.
         """
         with self._lock:
             if self.loaded is not None:
@@ -62,7 +63,7 @@ class Loading:
             wait((load,), POLL)
         with self._lock:
             if self._load is load:
-                self._load = None  # also where it has failed: the next job tries again
+                self._load = None  # also after a failure: the next job tries again
                 if not _failed(load):
                     self.loaded = load.result()
         try:
@@ -71,7 +72,7 @@ class Loading:
             raise CancelledError("The engine is closed.") from None
 
     def drop(self) -> None:
-        """Give back the transformer's memory; nobody may use it."""
+        """Free the transformer's memory. No thread may use it."""
         if self.loaded is not None:
             self._free()
             release_models()
@@ -81,15 +82,15 @@ class Loading:
             try:
                 self.loaded.free()
             finally:
-                with self._lock:  # only now: a load that begins at once finds room
+                with self._lock:  # after `free`, so that the next load has its memory
                     self.loaded = None
 
     def stop(self) -> None:
-        """Let a load under way end as soon as it can, and begin none."""
+        """Stop a running load as soon as possible, and start no other."""
         self.stopped.set()
 
     def close(self) -> None:
-        """Stop, wait until nothing loads any more, and free what was loaded. Loads can begin again then."""
+        """Stop, wait until the load has ended, and free the transformer. Afterwards, loads may start again."""
         with self._lock:
             self.stopped.set()
             pool, self._pool = self._pool, None
@@ -110,7 +111,7 @@ def _failed(load: Future[LoadedTransformer]) -> bool:
 
 
 class Targets(dict[str, Tensor]):
-    """The tensors that a load fills, one after another; it stops when `check` raises."""
+    """The tensors that a load fills, by name. Each lookup calls `check`, which raises to stop the load."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], check: Callable[[], None]) -> None:
         super().__init__((name, parameter.data) for name, parameter in parameters.items())

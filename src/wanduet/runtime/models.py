@@ -1,4 +1,4 @@
-"""All models of one engine, each in a host of its own, and who may use which device."""
+"""All models of one engine, each in its own host, and the locks of their devices."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ from wanduet.weights.diffusers import ModelFolder
 
 
 class Models:
-    """A checkpoint, and the hosts of its models. Methods may be called from any thread, but for `unload`."""
+    """A checkpoint and the hosts of its models. Methods except `unload` may be called from any thread."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Loads nothing."""
@@ -31,14 +31,14 @@ class Models:
         self.checkpoint = ModelCheckpoint(config)
         self.locks = DeviceLeases()
         self.peaks = PEAKS
-        # The hosts refer to the checkpoint and not to this object: a circle would keep memory until Python collects it.
+        # The hosts refer to the checkpoint, not to this object: a reference cycle would delay freeing the memory.
         self.vae = VAEHost(self.checkpoint, self.locks)
         self.transformer = TransformerHost(self.checkpoint, self.locks, self.vae)
         self._text: tuple[TextPlan, PromptEncoder] | None = None
 
     @property
     def folder(self) -> ModelFolder | None:
-        """Where the weights are; None for random ones. Raises ModelNotFoundError."""
+        """The folder of the weights; None for random weights. Raises ModelNotFoundError."""
         return self.checkpoint.folder
 
     @property
@@ -53,12 +53,13 @@ class Models:
 
     @property
     def about(self) -> dict[str, str | None]:
-        """Name, weights' hash and revision, for provenance."""
+        """The model's name, hash of the weights and revision, for provenance."""
         return self.checkpoint.about
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:
-        """The VAE, on a device for the length of the block, without the transformer's blocks where the plan has them swap."""
+        """Yield the VAE, loaded on a device; the block has the locks of both. If the plan swaps the two models, move
+        the transformer's blocks off the device first."""
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
             if not plan.both_resident:
                 self.transformer.evict(device)
@@ -66,7 +67,7 @@ class Models:
                 yield vae
 
     def text(self, plan: TextPlan) -> PromptEncoder:
-        """The prompt encoder."""
+        """Return the prompt encoder of a plan, cached until the plan changes."""
         if self._text is None or self._text[0] != plan:
             if self.folder is None:
                 encoder: PromptEncoder = RandomPromptEncoder(self.spec)
@@ -77,10 +78,10 @@ class Models:
         return self._text[1]
 
     def unload(self) -> None:
-        """Drop everything, and give its memory back at once. Nobody may use the models meanwhile."""
+        """Drop all models and free their memory at once. No thread may use the models meanwhile."""
         self._text = None
         for host in (self.transformer, self.vae):
-            with suppress(RuntimeError):  # a device that has failed says so at every call
+            with suppress(RuntimeError):  # a failed device raises at every call
                 host.unload()
         with suppress(RuntimeError):
             release_models()

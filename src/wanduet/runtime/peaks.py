@@ -1,8 +1,8 @@
-"""The most memory that was taken while a job ran, by device: of that job, not of what ran before it in this process.
+"""Peak memory of each job by device, without the peaks of earlier jobs in this process.
 
-Counters of peaks hold for the process, and jobs overlap. So when a job begins, what was seen so far is written down for the
-jobs that run already, and the counters begin anew. (The counters are PyTorch's and, on Linux, the system's for this process;
-a program that reads them itself sees them begin anew, too.)
+Peak counters are per process, and jobs overlap. So when a job begins, the peaks so far are added to all running jobs,
+and the counters are reset. (The counters are PyTorch's and, on Linux, the kernel's for this process. Other readers of
+these counters see the reset, too.)
 """
 
 import sys
@@ -16,18 +16,18 @@ import torch
 from wanduet.planning.host import process_peak_bytes
 
 Peaks = dict[str, int]
-CLEAR = Path("/proc/self/clear_refs")  # "5" lets the system's count of this process's peak begin anew
+CLEAR = Path("/proc/self/clear_refs")  # writing "5" resets the kernel's peak counter of this process
 
 
 class PeakMemory:
-    """Peaks of jobs; those of all engines are in PEAKS. Methods may be called from any thread."""
+    """Memory peaks of the running jobs. All engines of a process share PEAKS. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, Peaks] = {}
 
     def begin(self, job: str) -> None:
-        """From now on, until `end`, what is taken counts for this job."""
+        """Start recording a job's peaks."""
         with self._lock:
             now = look()
             for peaks in self._open.values():
@@ -36,10 +36,12 @@ class PeakMemory:
             self._open[job] = {}
 
     def end(self, job: str, elsewhere: Mapping[str, int] | None = None) -> Peaks:
-        """The job's peak bytes by device: what the allocator had reserved on GPUs, resident memory on the host.
+        """Stop recording. Return the job's peak bytes by device: memory reserved by the allocator on GPUs, resident
+        memory on the host.
 
-        `elsewhere`: what processes of a group have seen (see `add_up`). On the host they add up; a device counts what the
-        one that took most of it had. A job that was never begun gets the peaks since the last that was.
+        `elsewhere`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU,
+        the highest peak of any one process counts. Without a `begin`, return the peaks since the last `begin` of any
+        job.
         """
         with self._lock:
             peaks = join(self._open.pop(job, {}), look())
@@ -48,17 +50,17 @@ class PeakMemory:
         return join(peaks, others)
 
     def forget(self, job: str) -> None:
-        """The job has ended in another way, or `end` was called."""
+        """Stop recording without a result, for a failed job. Does nothing after `end`."""
         with self._lock:
             self._open.pop(job, None)
 
 
 PEAKS = PeakMemory()
-"""The jobs of this process, whose counters every engine sets back."""
+"""The peaks of all jobs of this process: its engines share one set of counters."""
 
 
 def look() -> Peaks:
-    """Peaks of this process since the counters began."""
+    """Return the peak bytes of this process by device since the last `reset`."""
     peaks = {"cpu": process_peak_bytes()}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -68,24 +70,24 @@ def look() -> Peaks:
 
 
 def reset() -> None:
-    """Let the counters of this process begin with what is taken now."""
+    """Reset the peak counters of this process to the current use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     if sys.platform == "linux":
-        with suppress(OSError):  # not allowed in some containers: the host's peak is then that of the process's life
+        with suppress(OSError):  # some containers forbid it: the host's peak is then the process's since its start
             CLEAR.write_text("5")
 
 
 def join(peaks: Peaks, others: Mapping[str, int]) -> Peaks:
-    """`peaks`, raised to those of others where they are higher."""
+    """Raise `peaks` in place to those of `others` where they are higher, and return it."""
     for device, size in others.items():
         peaks[device] = max(peaks.get(device, 0), size)
     return peaks
 
 
 def add_up(said: Sequence[Mapping[str, int]]) -> Peaks:
-    """Of processes with a device each, who share the host."""
+    """Combine the peaks of processes: the sum for the host, which they share, and the maximum for each device."""
     peaks = {"cpu": sum(one.get("cpu", 0) for one in said)}
     for one in said:
         join(peaks, {name: size for name, size in one.items() if name != "cpu"})

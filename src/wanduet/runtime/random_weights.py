@@ -1,4 +1,4 @@
-"""Weights for a model that has none (`random:1.3b`): the true shapes, to plan and to measure with."""
+"""Random weights of a model's shapes (`random:1.3b`), for planning and measuring without a checkpoint."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def randomise(parameters: Mapping[str, Tensor]) -> None:
-    """Random weights of the true shapes: norms of one, small matrices, so that activations stay finite.
+    """Fill parameters in place: norm weights with 1, biases with 0, matrices with small random values, so that
+    activations stay finite.
 
-    The same ones each time, on devices of one kind.
+    The values are the same in each run on devices of one type.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for seed, (name, parameter) in enumerate(sorted(parameters.items())):

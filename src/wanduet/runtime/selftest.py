@@ -1,4 +1,4 @@
-"""A look at loaded weights before they are trusted: one small forward, finite and of a sane size."""
+"""A check of loaded weights: one small forward must give finite values of a plausible magnitude."""
 
 import torch
 
@@ -14,7 +14,8 @@ _HINT = "The weights may be damaged or not belong to their config; fetch them ag
 
 @torch.no_grad()
 def check_transformer(transformer: WanTransformer, text_len: int) -> float:
-    """Standard deviation of the velocity for pure noise and an empty prompt. Raises WeightsError."""
+    """Return the standard deviation of the velocity for pure noise and an empty prompt. Raises WeightsError if it is
+    out of range."""
     spec = transformer.spec
     device = transformer.patch_embedding.weight.device
     rows, columns = (4 * p for p in spec.patch_size[1:])
@@ -28,7 +29,8 @@ def check_transformer(transformer: WanTransformer, text_len: int) -> float:
 
 @torch.no_grad()
 def check_vae(vae: WanVAE) -> float:
-    """Standard deviation of the pixels decoded from one latent frame of noise. Raises WeightsError."""
+    """Return the standard deviation of the pixels decoded from one latent frame of noise. Raises WeightsError if it is
+    out of range."""
     weight = vae.post_quant_conv.weight
     z = torch.randn(1, vae.spec.z_dim, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     pixels, _ = vae.decode_step(z.to(weight.device, weight.dtype), None)

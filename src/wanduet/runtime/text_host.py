@@ -1,4 +1,4 @@
-"""Prompts to embeddings on the CPU, and the cache that saves doing it twice."""
+"""Encodes prompts to embeddings on the CPU, and caches the embeddings on disk."""
 
 import hashlib
 import logging
@@ -21,14 +21,14 @@ from wanduet.weights.hub import verify_manifest
 
 log = logging.getLogger(__name__)
 
-FEED_FORWARD = "gated-gelu"  # UMT5's own; other encoders have other tensors
+FEED_FORWARD = "gated-gelu"  # of UMT5; encoders with another feed-forward have other tensors
 
 ShouldCancel = Callable[[], bool]
 OnLayer = Callable[[int, int], None]  # layers done, layers in all
 
 
 class PromptEncoder(Protocol):
-    """What the engine needs."""
+    """Encodes prompts for the engine."""
 
     def encode(
         self,
@@ -37,14 +37,19 @@ class PromptEncoder(Protocol):
         on_layer: OnLayer | None = None,
         max_tokens: int | None = None,
     ) -> list[PromptEmbeds]:
-        """Embeddings of each text, cut at `max_tokens` (None: the model's limit). Raises CancelledError, WeightsError."""
+        """Return the embeddings of each text, truncated to `max_tokens` (None: the model's limit).
+
+        `should_cancel` returning True stops the work. `on_layer(done, total)` is called after each layer.
+        Raises CancelledError, WeightsError.
+        """
 
 
 class CachedPromptEncoder:
-    """A checkpoint's tokenizer and UMT5 encoder, read when the first prompt comes that is not in the cache."""
+    """A checkpoint's tokenizer and UMT5 encoder with a cache. They are loaded for the first prompt not in the cache."""
 
     def __init__(self, folder: ModelFolder, dtype: str, residency: Residency, cache: Path | None) -> None:
-        """`cache` is the folder of kept embeddings, None for none; checked files are noted beside it."""
+        """`cache`: the folder for cached embeddings; None disables the cache. Its parent gets `verified.json`, the
+        record of verified weights files."""
         self._folder, self._dtype, self._residency, self._cache = folder, dtype, residency, cache
         self._tokenizer: Tokenizer | None = None
         self._encoder: TextEncoder | None = None
@@ -56,7 +61,7 @@ class CachedPromptEncoder:
         on_layer: OnLayer | None = None,
         max_tokens: int | None = None,
     ) -> list[PromptEmbeds]:
-        """See PromptEncoder. Texts that are new pass the encoder together."""
+        """See PromptEncoder. All texts that are not in the cache share one pass through the layers."""
         limit = max_tokens or self._folder.spec.text_len
         found = [self._from_cache(text, limit) for text in texts]
         if should_cancel is not None and not all(found) and not finish_unless(should_cancel, _import_libraries):
@@ -91,7 +96,7 @@ class CachedPromptEncoder:
 
     def _load(self) -> TextEncoder:
         if self._encoder is None:
-            # Before anything is made with them: what damaged weights make would stay in the cache.
+            # Verify before the first use: embeddings from damaged weights would stay in the cache.
             remember = None if self._cache is None else self._cache.parent / "verified.json"
             verify_manifest(self._folder, remember, ("text_encoder", "tokenizer"))
             check_shapes(self._folder)
@@ -106,7 +111,7 @@ class CachedPromptEncoder:
         return self._encoder
 
     def path_of(self, text: str, max_tokens: int | None = None) -> Path | None:
-        """Where the cache keeps a text's embeddings."""
+        """Return the path of a text's embeddings in the cache; None without a cache."""
         if self._cache is None:
             return None
         limit = max_tokens or self._folder.spec.text_len
@@ -119,7 +124,7 @@ class CachedPromptEncoder:
             if path is None or not path.exists():
                 return None
             found = load_embeddings(path)
-        except (UnreadableFileError, OSError) as error:  # it is only a cache
+        except (UnreadableFileError, OSError) as error:  # a damaged entry is encoded again
             log.warning("%s It is made again.", error)
             return None
         fits = found.embeds.shape[1] == self._folder.spec.text_encoder.d_model and found.embeds.shape[0] <= limit
@@ -134,7 +139,7 @@ class CachedPromptEncoder:
 
 
 class RandomPromptEncoder:
-    """Stands in where a model has no text encoder (`random:1.3b`): noise as long as the prompt."""
+    """The prompt encoder of a model without one (`random:1.3b`): noise with one token per word, plus one."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -160,15 +165,15 @@ class RandomPromptEncoder:
 
 
 def _import_libraries() -> None:
-    """What tokenizes and encodes: the first time, that takes seconds."""
+    """Import the libraries of tokenizer and encoder; the first import takes seconds."""
     from transformers import AutoTokenizer, UMT5Config  # noqa: F401
     from transformers.models.umt5.modeling_umt5 import UMT5Block  # noqa: F401
 
 
 def check_shapes(folder: ModelFolder) -> None:
-    """Every tensor that the encoder's config asks for must be there, in its shape, and no other.
+    """Check that the text encoder's files have exactly the tensors of its config, in their shapes.
 
-    Raises WeightsError, or ModelNotFoundError for another kind of encoder.
+    Raises WeightsError, or ModelNotFoundError for another type of encoder.
     """
     kind = folder.config("text_encoder").get("feed_forward_proj", FEED_FORWARD)
     if kind != FEED_FORWARD:
@@ -196,9 +201,9 @@ def check_shapes(folder: ModelFolder) -> None:
 
 
 def check_tied_embedding(folder: ModelFolder) -> None:
-    """A checkpoint that holds the embedding twice must hold the same one: else prompts become noise.
+    """Check that both copies of the embedding are equal, if a checkpoint has two: otherwise prompts become noise.
 
-    (https://github.com/huggingface/diffusers/issues/13105.) Raises WeightsError.
+    (https://github.com/huggingface/diffusers/issues/13105.) Compares a few rows. Raises WeightsError.
     """
     shapes = folder.text_encoder.shapes
     if EMBEDDING in shapes and EMBEDDING_COPY in shapes:

@@ -1,4 +1,4 @@
-"""The VAE's decoder on its device: loaded once, moved where a plan wants it, set up with that device's kernels."""
+"""The host of the VAE's decoder: loads it once, moves it to the planned device, and installs that device's kernels."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from wanduet.runtime.release import drop_memory, release_memory
 
 
 class VAEHost:
-    """Holds the VAE. Methods may be called from any thread, but for `unload`."""
+    """Owns the VAE. Methods except `unload` may be called from any thread."""
 
     def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases) -> None:
         self._checkpoint, self._locks = checkpoint, locks
@@ -37,12 +37,12 @@ class VAEHost:
 
     @contextmanager
     def use(self, device: str, dtype: str, context: RunContext) -> Iterator[WanVAE]:
-        """The VAE, on a device for the length of the block; nobody else has it or that device meanwhile."""
+        """Yield the VAE, loaded on a device. The block has the locks of the VAE and of the device."""
         with self._locks.take(VAE), self._locks.take(device), on_device_of(torch.device(device)):
             yield self.load(device, dtype, context)
 
     def load(self, device: str, dtype: str, context: RunContext = NO_JOB) -> WanVAE:
-        """The VAE's decoder on a device, loaded or moved there."""
+        """Load the VAE's decoder or move it to a device, and return it."""
         with self._locks.take(PLACE):
             return self._load(torch.device(device), getattr(torch, dtype), context)
 
@@ -57,7 +57,7 @@ class VAEHost:
         moved = self._vae.post_quant_conv.weight.device != device
         for part in self._vae.decoding_parts:
             part.to(device, dtype)
-        if moved:  # also to the CPU, where a GPU's kernels must not follow
+        if moved:  # also to the CPU, which cannot run a GPU's kernels
             self._fit_to(device, dtype)
         return self._vae
 
@@ -67,7 +67,7 @@ class VAEHost:
             vae = WanVAE(checkpoint.spec.vae).eval().requires_grad_(False)
         vae.tf32 = checkpoint.config.tf32
         checkpoint.limit_memory(device)
-        for part in vae.decoding_parts:  # the encoder stays without memory
+        for part in vae.decoding_parts:  # the VAE's encoder stays on the meta device
             part.to(dtype).to_empty(device=device)
         parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
         if checkpoint.folder is None:
@@ -93,15 +93,17 @@ class VAEHost:
         self._checkpoint.keep_verdicts()
 
     def choose_tiles(self, device: torch.device, dtype: torch.dtype, may_measure: bool = True) -> None:
-        """Let the VAE's convolutions take the tiles that are fastest on a device. `may_measure`: nothing else runs there."""
+        """Choose the fastest tile sizes for the VAE's convolutions on a device. `may_measure` allows measuring them;
+        pass False if other work runs on the device."""
         spec, config = self._checkpoint.spec.vae, self._checkpoint.config
         outputs = {spec.base_dim * factor for factor in spec.dim_mult}
         choose_tiles(device, dtype, outputs, self._checkpoint.measurements, config.tf32, may_measure)
 
     def prepare(self, plan: VAEPlan, request: ResolvedRequest, may_run: bool) -> None:
-        """Compile a decode's kernels, which takes half a minute at the first job on a machine, beside other work.
+        """Compile a decode's kernels, in parallel with other work. It takes half a minute in the first job on a
+        machine.
 
-        `may_run`: they may also be tried; else what they are tried on may find no room on the device.
+        `may_run` allows running the kernels' check too; pass False if its tensors may not fit on the device.
         """
         device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
         kernels = vae_kernels_to_compile(device, plan.tf32)
@@ -115,15 +117,15 @@ class VAEHost:
                 vae_kernels_for(device, dtype, spec.base_dim, plan.tf32)
 
     def without_kernel(self, operation: str) -> None:
-        """Decode with an operation's plain form from now on."""
+        """Use an operation's PyTorch implementation in all later decodes."""
         with self._locks.take(VAE):
             if self._vae is not None:
                 device = self._vae.post_quant_conv.weight.device
                 self._vae.use_kernels(without(self._vae.kernels, operation, device))
 
     def evict(self, device: torch.device) -> None:
-        """Move the VAE to the host if it is on a device, which this thread has locked: so nobody decodes there. On another
-        one it may be decoding, and stays."""
+        """Move the VAE to the host if it is on `device`. This thread must have that device's lock, so that no decode
+        runs there. On another device the VAE may be in use, and stays."""
         with self._locks.take(PLACE):
             if self._vae is not None and self._vae.post_quant_conv.weight.device == device:
                 for part in self._vae.decoding_parts:
@@ -131,7 +133,7 @@ class VAEHost:
                 release_memory()
 
     def unload(self) -> None:
-        """Give its memory back; nobody may use it meanwhile."""
+        """Free the VAE's memory. No thread may use it meanwhile."""
         vae, self._vae = self._vae, None
         if vae is not None:
             drop_memory(vae)

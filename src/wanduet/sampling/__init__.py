@@ -1,1 +1,1 @@
-"""The denoising loop and what it steps with."""
+"""The denoising loop, guidance, samplers, noise and checkpoints."""

@@ -1,7 +1,8 @@
-"""A denoise on disk: latents and solver history after a step, so that a killed job goes on from there.
+"""Checkpoints of a denoise: latents and the states of sampler and predictor after a step, from which a killed job
+resumes.
 
-One safetensors file a denoise, replaced atomically; the one before is kept beside it until the new one is
-complete. A checksum over the tensors is stored with them; a file that is damaged or holds NaN is ignored.
+Each denoise has one safetensors file, replaced atomically; the previous one is kept beside it. The file has a checksum
+over its tensors. A file that is damaged or contains NaN or infinity is ignored.
 """
 
 import hashlib
@@ -23,33 +24,33 @@ from wanduet.sampling.samplers import State
 
 KEY = "wanduet_checkpoint"
 
-# Yields an empty file beside a path, under a name of its own; when the block ends well, that file is durably at the path.
+# Yields a temporary file beside a path; if the block succeeds, the file is moved to the path and synced to disk.
 Output = Callable[[Path], AbstractContextManager[Path]]
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiseCheckpoint:
-    """Latents `[B, 16, T, h, w]` float32 after `step` steps, and the states of sampler and predictor then."""
+    """Latents `[B, 16, T, h, w]` float32 and the states of sampler and predictor after `step` steps."""
 
     step: int
     latents: Tensor
     sampler_state: State
-    about: dict[str, Any]  # what the checkpoint belongs to: the resolved request, its seed
+    about: dict[str, Any]  # what the checkpoint belongs to: the resolved request, the seed
     record: dict[str, Any] = field(default_factory=dict)  # how the steps were made
-    writer: str = ""  # who made them; `save` writes its own
+    writer: str = ""  # the id of the job that made it; `save` stores that of `Checkpoints` instead
     predictor_state: State = field(default_factory=dict)
 
 
 class Checkpoints:
-    """The checkpoints of one denoise, known by `key`: a digest of all that has a say in the latents.
+    """The checkpoints of one denoise, identified by `key`: a digest of everything that determines the latents.
 
-    Several processes may make the same denoise at once. Each replaces the files atomically, and removes only those
-    that it has written itself, or gone on from.
+    Several processes may run the same denoise at once. Each replaces the files atomically, and removes only files that
+    it wrote or resumed from.
     """
 
     def __init__(self, folder: Path, key: str, output: Output, writer: str = "") -> None:
-        """`output` writes a file atomically (see Output), and may raise OSError or WanduetError. `writer` names whoever
-        makes this denoise; objects with one name own the same files."""
+        """`output` writes a file atomically (see Output), and may raise OSError or WanduetError. `writer` is the id of
+        the job that runs this denoise; objects with the same id own the same files."""
         self.path = folder / f"{key}.safetensors"
         self.previous = folder / f"{key}.previous.safetensors"
         self._output = output
@@ -57,8 +58,10 @@ class Checkpoints:
         self._writer = writer
 
     def save(self, checkpoint: DenoiseCheckpoint) -> bool:
-        """Write durably; the last good checkpoint stays readable at every moment. False, and nothing is written, if it
-        holds NaN or infinity. Raises OSError, or what `output` raises."""
+        """Write a checkpoint and sync it to disk. The last good checkpoint stays readable at every moment.
+
+        Return False, and write nothing, if it contains NaN or infinity. Raises OSError, or the errors of `output`.
+        """
         tensors: dict[str, Tensor] = {"latents": checkpoint.latents.detach().cpu().contiguous()}
         scalars = _flatten("sampler", checkpoint.sampler_state, tensors)
         predictor = _flatten("predictor", checkpoint.predictor_state, tensors)
@@ -76,14 +79,15 @@ class Checkpoints:
         with self._output(self.path) as partial:
             try:
                 save_file(tensors, partial, {KEY: json.dumps(about)})
-            except SafetensorError as error:  # what a full disk becomes on its way through safetensors
+            except SafetensorError as error:  # safetensors raises it for a full disk, too
                 raise OSError(str(error)) from error
-            with suppress(FileNotFoundError):  # there is none yet, or another process has just moved it
+            with suppress(FileNotFoundError):  # there is no checkpoint yet, or another process has just moved it
                 replace_file(self.path, self.previous)
         return True
 
     def load(self, own_only: bool = False) -> DenoiseCheckpoint | None:
-        """The newest checkpoint that is whole and finite, or None; with `own_only` of this writer's."""
+        """Return the newest checkpoint that is undamaged and finite, or None. `own_only` skips those of other
+        writers."""
         for path in (self.path, self.previous):
             checkpoint = _read(path)
             if checkpoint is not None and not (own_only and checkpoint.writer not in self._writers):
@@ -91,20 +95,21 @@ class Checkpoints:
         return None
 
     def adopt(self) -> None:
-        """Let `remove` delete what is here now, too: it is what this denoise goes on from."""
+        """Treat the current files as this denoise's own, so that `remove` deletes them. Call it when resuming from
+        them."""
         self._writers.update(writer for path in (self.path, self.previous) if (writer := _writer_of(path)))
 
     def remove(self) -> None:
-        """Forget this denoise; a folder that cannot be written keeps its files, and another writer's stay."""
+        """Delete the checkpoints of this denoise, except other writers' files. Ignore errors of the file system."""
         for path in (self.path, self.previous):
             with suppress(OSError):
                 writer = _writer_of(path)
-                if writer is None or writer in self._writers:  # nobody can go on from what cannot be read
+                if writer is None or writer in self._writers:  # None: damaged, no job can resume from it
                     path.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path, days: float) -> int:
-    """Delete what nobody came back for in so many days; returns how many files went."""
+    """Delete the files that were not changed for `days` days, and return their number."""
     removed = 0
     for path in folder.glob("*.*") if folder.is_dir() else ():
         with suppress(OSError):
@@ -115,14 +120,14 @@ def remove_abandoned(folder: Path, days: float) -> int:
 
 
 def find_checkpoints(folder: Path) -> list[DenoiseCheckpoint]:
-    """Every whole checkpoint in a folder, newest first."""
+    """Return all undamaged checkpoints in a folder, newest first."""
     paths = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
     found = (_read(path) for path in paths)
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def _flatten(owner: str, state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Move the state's tensors into `tensors`, leaving their names in place."""
+    """Copy the tensors of a state into `tensors`, and return the state with names in place of tensors."""
 
     def visit(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -147,7 +152,7 @@ def _read(path: Path) -> DenoiseCheckpoint | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[KEY])
-            # Copies: Windows neither removes nor replaces a file that is still mapped.
+            # Clone: Windows can neither remove nor replace a file that is still mapped.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         if _digest(tensors) != about["sha256"] or not _finite(tensors):
             return None
@@ -158,11 +163,12 @@ def _read(path: Path) -> DenoiseCheckpoint | None:
         made = about.get("record", {}), about.get("writer", "")
         return DenoiseCheckpoint(int(about["step"]), tensors["latents"], sampler, about["about"], *made, predictor)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-        return None  # RuntimeError: another process has moved the file while it was opened
+        return None  # RuntimeError: another process moved the file while it was being opened
 
 
 def _writer_of(path: Path) -> str | None:
-    """Who wrote a checkpoint; None for a damaged file, "" for one that another process has just moved."""
+    """Return the writer of a checkpoint; None for a damaged file, "" for a missing one (another process may move
+    it)."""
     try:
         with safe_open(path, framework="pt") as file:
             return str(json.loads((file.metadata() or {})[KEY]).get("writer", ""))

@@ -1,4 +1,4 @@
-"""The only denoising loop. It takes a callable for the velocity and knows nothing of models."""
+"""The denoising loop, the only one. It calls a velocity function and does not depend on models."""
 
 import time
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from wanduet.sampling.samplers import Sampler
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
-    """A finished step. `latents` are those after it; `seconds` since the loop began."""
+    """A finished step: the latents after it, `[B, 16, T, h, w]` float32, and the seconds since the loop began."""
 
     step: int  # from 0
     num_steps: int
     timestep: float
-    sigma: float  # share of noise before the step
+    sigma: float  # noise level before the step, 0..1
     latents: Tensor
     seconds: float
 
 
-# May return other latents to go on with, or None.
+# Returns the latents to continue with, or None to keep those of the step.
 OnStep = Callable[[StepInfo], Tensor | None]
-# Only looks on.
+# Only sees the step.
 Watch = Callable[[StepInfo], None]
 
 
@@ -40,11 +40,11 @@ def denoise(
     should_cancel: Callable[[], bool] | None = None,
     start_step: int = 0,
 ) -> Tensor:
-    """Step latents `[B, 16, T, h, w]` float32 through the sampler's schedule from `start_step`.
+    """Step latents `[B, 16, T, h, w]` float32 through the sampler's schedule from `start_step`, and return the result.
 
-    Raises CancelledError between steps when `should_cancel()`, and NonFiniteLatentsError naming the step
-    after which NaN or infinity appeared. That check never makes the host wait for the step it has just
-    launched: it reads the verdict of the step before.
+    Raises CancelledError between steps if `should_cancel()` is True, and NonFiniteLatentsError naming the step after
+    which NaN or infinity appeared. This check never makes the host wait for the step just launched: it reads the result
+    of the check of the step before.
     """
     guard = _FiniteGuard()
     began = time.perf_counter()
@@ -67,18 +67,18 @@ def denoise(
 
 
 class _FiniteGuard:
-    """Asks after each step whether the latents are finite, and reads the answer one step later."""
+    """Starts a check for finite latents after each step, and reads its result one step later."""
 
     def __init__(self) -> None:
         self._pending: tuple[int, HostCopy] | None = None
 
     def watch(self, step: int, latents: Tensor) -> None:
-        """Start the check of this step; raise if the one before failed."""
+        """Start the check of this step. Raises NonFiniteLatentsError if the check of the step before failed."""
         self.finish()
         self._pending = (step, HostCopy(torch.isfinite(latents).all()))
 
     def finish(self) -> None:
-        """Read the pending verdict. Raises NonFiniteLatentsError."""
+        """Read the pending result. Raises NonFiniteLatentsError."""
         if self._pending is None:
             return
         step, verdict = self._pending

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how the prompt's and the negative prompt's velocities make one.
+"""Classifier-free guidance: combines the velocities of the prompt and of the negative prompt.
 
 Source: Ho & Salimans, arXiv 2207.12598: `negative + scale * (positive - negative)`, here in float32.
 """
@@ -13,21 +13,21 @@ from torch import distributed as dist
 from wanduet.distributed.collectives import all_gather
 
 Condition = TypeVar("Condition")
-# As `predictor.Predictor`: what the conditions have in common is the model's to find.
+# See `predictor.Predictor`. It gets all conditions at once, so that a model can share work between them.
 Predict = Callable[[Tensor, float, Sequence[Condition]], Sequence[Tensor]]
 Velocity = Callable[[Tensor, float], Tensor]
 
 
 class Guidance(Protocol):
-    """Velocity of latents at a timestep, whatever it takes."""
+    """Returns the velocity of latents at a timestep."""
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        """Latents `[B, 16, T, h, w]` float32, timestep in 0..1000; velocity of that shape, float32."""
+        """Latents `[B, 16, T, h, w]` float32, timestep in 0..1000. Returns the velocity, float32, of the same shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoGuidance(Generic[Condition]):
-    """The prompt alone: one forward a step."""
+    """The velocity of the prompt alone: one forward per step."""
 
     predict: Predict[Condition]
     positive: Condition
@@ -39,7 +39,7 @@ class NoGuidance(Generic[Condition]):
 
 @dataclass(frozen=True, slots=True)
 class SequentialGuidance(Generic[Condition]):
-    """Both prompts on one device."""
+    """Guidance with both prompts on one device."""
 
     predict: Predict[Condition]
     positive: Condition
@@ -54,9 +54,10 @@ class SequentialGuidance(Generic[Condition]):
 
 @dataclass(frozen=True, slots=True)
 class ParallelGuidance(Generic[Condition]):
-    """One prompt on each of two ranks, which exchange their velocities: bit for bit as in sequence.
+    """Guidance with one prompt on each of two ranks, which exchange velocities. Bit for bit equal to
+    SequentialGuidance.
 
-    Rank 0 of `group` takes the prompt, rank 1 the negative prompt; `condition` is this rank's own.
+    Rank 0 of `group` computes the prompt, rank 1 the negative prompt; `condition` is this rank's prompt.
     """
 
     predict: Predict[Condition]
@@ -72,5 +73,6 @@ class ParallelGuidance(Generic[Condition]):
 
 
 def combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """`negative + scale * (positive - negative)`; the order of operations is part of the promise."""
+    """Return `negative + scale * (positive - negative)`. The order of operations must not change: it keeps results
+    equal bit for bit."""
     return negative + scale * (positive - negative)

@@ -1,13 +1,13 @@
-"""The noise a video starts from."""
+"""The initial noise of a video."""
 
 import torch
 from torch import Tensor
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal float32 of a latent shape, on the host.
+    """Return standard normal noise, float32, of a latent shape, on the host.
 
-    It comes from a CPU generator, so that a seed gives the same video on every GPU and on any number of
-    them. (The official code draws it on the GPU, where it depends on the GPU's generation.)
+    It uses a CPU generator, so that a seed gives the same video on any model and number of GPUs. (The official code
+    uses a GPU generator, whose values depend on the GPU's generation.)
     """
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

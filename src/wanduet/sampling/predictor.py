@@ -1,4 +1,4 @@
-"""What predicts a velocity at each step, and may remember something from one step to the next."""
+"""The predictor of velocities for the denoising loop; it may have a state from step to step."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
@@ -11,17 +11,18 @@ Condition = TypeVar("Condition", contravariant=True)
 
 
 class Predictor(Protocol[Condition]):
-    """Predicts velocities: one transformer, two experts, or one that skips work by what it computed at steps before.
+    """Predicts velocities, with one transformer, two experts, or a cache that skips work by results of earlier steps.
 
-    Its state goes into the checkpoints of a denoise, so that a resumed one makes the same latents. On ranks that share a
-    sequence, the state must be the same on all of them: the checkpoint has the first rank's.
+    Its state is saved in the checkpoints of a denoise, so that a resumed denoise makes the same latents. Ranks that
+    share a sequence must all have the same state: the checkpoint contains rank 0's.
     """
 
     def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[Condition]) -> Sequence[Tensor]:
-        """Velocities float32 of latents `[B, 16, T, h, w]` float32 at a timestep in 0..1000, one for each condition."""
+        """Return one velocity, float32, per condition, for latents `[B, 16, T, h, w]` float32 at a timestep in
+        0..1000."""
 
     def state(self) -> State:
-        """What it needs to go on after the last step: tensors, numbers, texts, and lists of them; {} for nothing."""
+        """Return the state after the last step: tensors, numbers, strings, and lists of them; {} for no state."""
 
     def restore(self, state: State) -> None:
-        """Go on from a state; {} is the one before the first step."""
+        """Restore a state; {} is the state before the first step."""

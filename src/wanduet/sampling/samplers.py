@@ -1,7 +1,7 @@
-"""The solvers that turn noise into latents: diffusers' schedulers behind one small face.
+"""The samplers: diffusers' schedulers behind a small interface.
 
-A sampler can hand out its whole state and take it back, and then continues bit for bit. Latents and
-solver arithmetic are float32.
+A sampler can save and restore its whole state, and then continues bit for bit. Latents and the solver's arithmetic are
+float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,27 +16,27 @@ from wanduet.kernels.precision import NEW_TENSORS
 from wanduet.request import SamplerName
 
 State = dict[str, Any]  # tensors, numbers, lists of either, None
-# What a multistep scheduler remembers between steps (names of diffusers' attributes).
+# The state of a multistep scheduler between steps, by diffusers' attribute names.
 _HISTORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "_step_index")
 
-# Those of them that are tensors like the latents, or lists of such.
+# The attributes of _HISTORY that are tensors of the latents' shape, or lists of them.
 _TENSORS = ("model_outputs", "last_sample")
 
 
 class Sampler(Protocol):
-    """What the denoising loop needs."""
+    """A solver with its schedule, for the denoising loop."""
 
-    timesteps: list[float]  # 1000 (noise) to 0, one a step, as the model takes them
-    sigmas: list[float]  # share of noise before each step, and after the last
+    timesteps: list[float]  # 1000 (noise) to 0, one per step, as the model takes them
+    sigmas: list[float]  # noise level before each step, and after the last, 0..1
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        """The latents after step `index`, all float32."""
+        """Return the latents after step `index`. All tensors are float32 of one shape."""
 
     def state(self) -> State:
-        """What `restore` needs to continue after the steps made so far."""
+        """Return the state after the steps so far, for `restore`."""
 
     def restore(self, state: State) -> None:
-        """Continue where the sampler that gave `state` was."""
+        """Restore a state that `state()` returned, and continue from there."""
 
 
 class SchedulerSampler:
@@ -45,7 +45,7 @@ class SchedulerSampler:
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         self._scheduler = scheduler
         self._device = device
-        scheduler.set_begin_index(0)  # else every step searches its index, which waits for the device
+        scheduler.set_begin_index(0)  # else every step searches for its index, and waits for the device
         self._steps = list(scheduler.timesteps.cpu())
         self.timesteps = [float(t) for t in self._steps]
         self.sigmas = [float(s) for s in scheduler.sigmas]
@@ -61,7 +61,7 @@ class SchedulerSampler:
 
     def restore(self, state: State) -> None:
         """See Sampler."""
-        for name, value in state.items():  # a fresh scheduler lacks some of these attributes
+        for name, value in state.items():  # a new scheduler lacks some of these attributes
             setattr(self._scheduler, name, _to(value, self._device))
 
     def _names(self) -> list[str]:
@@ -69,11 +69,12 @@ class SchedulerSampler:
 
 
 class LinearSampler(SchedulerSampler):
-    """A scheduler of which each step gives sums of what it is given and remembers, each times a number that the schedule
-    alone decides, as most do.
+    """A sampler for schedulers whose steps are linear: each result is a weighted sum of the step's inputs and the
+    scheduler's stored tensors, with weights that depend on the schedule only. Most schedulers are.
 
-    So the scheduler computes with those numbers, on the host, and the device adds up. Its own steps would make the host
-    wait for the device a dozen times (small tensors are copied, equations solved), in which the device runs dry.
+    The scheduler's step runs on the host, on unit vectors, and gives the weights; the device only computes the sums.
+    The scheduler's own step on the device would make the host wait about a dozen times (it copies small tensors and
+    solves equations), and leave the device idle.
     """
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
@@ -82,11 +83,11 @@ class LinearSampler(SchedulerSampler):
         values = [getattr(scheduler, name) for name in names]
         listed = [x for value in values for x in (value if isinstance(value, list) else [value])]
         given = (velocity, latents, *(x for x in listed if x is not None))
-        units = torch.eye(len(given), dtype=torch.float64)[:, None]  # `[1, n]` each: schedulers want a batch
+        units = torch.eye(len(given), dtype=torch.float64)[:, None]  # `[1, n]` each: schedulers need a batch dimension
         waiting = iter(units[2:])
         for name in names:
             setattr(scheduler, name, _each(getattr(scheduler, name), lambda _: next(waiting)))
-        with NEW_TENSORS.at(torch.float32):  # whatever a program has set: a schedule in bfloat16 makes another video
+        with NEW_TENSORS.at(torch.float32):  # not the program's default dtype: bfloat16 schedules change the video
             result = scheduler.step(units[0], self._steps[index], units[1], return_dict=False)[0]
         for name in names:
             setattr(scheduler, name, _each(getattr(scheduler, name), lambda shares: _sum(shares, given)))
@@ -94,7 +95,8 @@ class LinearSampler(SchedulerSampler):
 
 
 def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int, device: torch.device) -> Sampler:
-    """A sampler with its schedule for a number of steps. `flow_shift` moves steps towards high noise."""
+    """Return a sampler with its schedule for a number of steps. A higher `flow_shift` moves steps to higher noise
+    levels."""
     with NEW_TENSORS.at(torch.float32):
         scheduler = _scheduler(name, flow_shift)
         if name == "unipc-official":
@@ -105,10 +107,11 @@ def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int,
 
 
 def official_sigmas(num_inference_steps: int) -> NDArray[np.float64]:
-    """The official code's shares of noise before each step, before the shift: 0.999 towards 0, which is left out.
+    """Return the official code's sigmas before each step, `[num_inference_steps]`, before the shift: from 0.999 towards
+    0, which is excluded.
 
-    diffusers' go from 1 towards 0.001. Source: Wan2.1 wan/utils/fm_solvers_unipc.py (`set_timesteps`; the largest of its
-    1000 training sigmas is 0.999, the smallest 0).
+    Those of diffusers go from 1 towards 0.001. Source: Wan2.1 wan/utils/fm_solvers_unipc.py (`set_timesteps`; the
+    largest of its 1000 training sigmas is 0.999, the smallest 0).
     """
     return np.linspace(0.999, 0.0, num_inference_steps + 1)[:-1]
 
@@ -135,14 +138,15 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor in it changed, in their order."""
+    """Return `value` with `change` applied to every tensor in it, in order."""
     if isinstance(value, list):
         return [_each(item, change) for item in value]
     return change(value) if isinstance(value, Tensor) else value
 
 
 def _sum(shares: Tensor, given: Sequence[Tensor]) -> Tensor:
-    """The tensors times their shares `[1, n]`, added up; a tensor itself where it is the only one."""
+    """Return the sum of the tensors with weights `shares` `[1, n]`; the tensor itself if only one has a weight, of
+    1."""
     terms = [(share, x) for share, x in zip(shares[0].tolist(), given, strict=True) if share != 0.0]
     if [share for share, _ in terms] == [1.0]:
         return terms[0][1]

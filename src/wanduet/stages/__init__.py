@@ -1,1 +1,1 @@
-"""The stages of a job: encode a prompt, denoise, decode. They know neither jobs nor files."""
+"""The stages of a job: denoise and decode. They depend on no job queue and on no output file."""

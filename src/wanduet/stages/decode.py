@@ -1,4 +1,4 @@
-"""Latents to frames on one device: smaller and slower where memory runs out or a kernel fails, not lost."""
+"""Decode latents to frames on one device; on out-of-memory or a failed kernel, retry in a smaller or plainer form."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Sink = Callable[[Iterator[Frames]], Result]
-"""Takes all frames of a video, in chunks `[t, H, W, 3]` uint8 that are reused: a file's writer, or what makes an array of
-them. It is called again, with the first frame, where the decode has to begin again."""
+"""Consumes all frames of a video, in chunks `[t, H, W, 3]` uint8 whose memory is reused: writes a file or builds an
+array, for example. It is called again, from the first frame on, each time the decode restarts."""
 
 
 def decode(
     models: Models, plan: Plan, latents: Tensor, sink: Sink[Result], record: VideoRecord, context: RunContext
 ) -> Result:
-    """Decode latents `[16, T, h, w]` (normalised) into a sink, and return what that returns.
+    """Decode latents `[16, T, h, w]` (normalised) into a sink and return the sink's result.
 
-    It begins again in smaller parts each time that memory runs out, at last on the CPU, and with the plain form of a
-    kernel that failed. Raises OutOfMemoryError when nothing smaller is left, NonFiniteFramesError, CancelledError, and
-    what the sink raises.
+    On out-of-memory, restart with smaller row tiles, finally on the CPU. If a kernel fails, restart with its PyTorch
+    implementation. Raises OutOfMemoryError when no smaller form is left, NonFiniteFramesError, CancelledError, and any
+    error of the sink.
     """
     problem = ""
     for device, mode in decode_modes(plan.vae, context):
-        context.check_cancelled()  # it may have waited for memory
+        context.check_cancelled()  # `decode_modes` may have waited for memory
         if problem:
             log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_tiles, mode.order)
             context.note(f"decode: {mode.order}-major, {mode.num_tiles} strips on {device}")
@@ -55,11 +55,11 @@ def _decode_as(
     sink: Sink[Result],
     run: tuple[VideoRecord, RunContext],
 ) -> Result:
-    """On a device, in a mode; a kernel that fails is replaced by its plain form, and the decode begins again."""
+    """Decode on one device with one tiling. Replace a kernel that fails by its PyTorch implementation and restart."""
     (device, mode), (record, context) = how, run
 
     def show(done: int, total: int) -> None:
-        context.check_cancelled()  # strip by strip, frames come only at the end
+        context.check_cancelled()  # here too: with row tiles, the first frames come only at the end
         context.emit(Event("decode", done, total, record.index))
 
     while True:

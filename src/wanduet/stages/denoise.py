@@ -1,7 +1,7 @@
-"""The denoise of one video on a loaded transformer: in the engine's own process, or in each rank of a group.
+"""Denoise one video on a loaded transformer, in the engine's own process or in each rank of a group.
 
-All that differs between the two is given: where progress goes, how a cancel is noticed, what a forward is
-wrapped in, and the mesh of ranks, if there is one.
+`Surroundings` carries everything that differs between the two: the progress callback, the cancellation check, the
+wrapper around each forward, and the mesh of ranks, if any.
 """
 
 import logging
@@ -41,7 +41,7 @@ Forward = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """The prompt, and the negative prompt where guidance is on, as embeddings."""
+    """Embeddings of the prompt, and of the negative prompt if guidance is on (else None)."""
 
     prompt: PromptEmbeds
     negative: PromptEmbeds | None
@@ -49,9 +49,11 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class DenoiseTask:
-    """What is to be denoised: video `index` of a request. `digest` names its checkpoints, `about` is kept in them.
+    """The input of one denoise: video `index` of a request.
 
-    `writer` is the job's id: with its own checkpoints it always goes on, with another job's only if `resume`.
+    `digest` is the key of its checkpoints; `about` is stored in them. `writer` is the job's id: the denoise always
+    resumes from that job's own checkpoints, and from another job's only if `resume` is True. It saves a checkpoint
+    every `checkpoint_seconds`. `watched` makes rank 0 of a group send each step to the engine's process.
     """
 
     request: ResolvedRequest
@@ -62,14 +64,14 @@ class DenoiseTask:
     writer: str
     resume: bool
     checkpoint_seconds: float
-    watched: bool = False  # by a process that is not the one that makes the steps
+    watched: bool = False
 
 
 TextPredictor = Predictor[TextContext]
 
 
 class TransformerPredictor:
-    """One transformer, which remembers nothing. `forward` runs each forward, and may run it again with less memory."""
+    """Predictor of one transformer, without state. `forward` runs each forward, and may rerun it with less memory."""
 
     def __init__(
         self, denoiser: LoadedTransformer, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]
@@ -95,20 +97,27 @@ class TransformerPredictor:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a denoise runs; `record` says how the video was made."""
+    """The environment of a denoise.
+
+    `record` receives how the video was made. `on_step` may replace the latents after each step; `watch` only sees them.
+    `forward` runs each forward, and may rerun it with less memory. `mesh` is set in a rank of a group. Without
+    `keeps_checkpoints`, the denoise neither loads nor saves checkpoints. `wrap` may wrap the predictor, for example in
+    one that skips work.
+    """
 
     record: VideoRecord
     context: RunContext
     on_step: OnStep | None = None
     watch: Watch | None = None
-    forward: Callable[[Forward], Any] = field(default=lambda run: run())  # may make the work smaller, and run it again
+    forward: Callable[[Forward], Any] = field(default=lambda run: run())
     mesh: Mesh | None = None
     keeps_checkpoints: bool = True
-    wrap: Callable[[TextPredictor], TextPredictor] = field(default=lambda predictor: predictor)  # what skips work
+    wrap: Callable[[TextPredictor], TextPredictor] = field(default=lambda predictor: predictor)
 
 
 class Denoising:
-    """One denoise: its parts are made once, and may be run again after a setback."""
+    """One denoise. The constructor prepares noise, predictor and text; calling it runs the loop, with PyTorch kernels
+    again if it gives NaN."""
 
     def __init__(
         self,
@@ -122,7 +131,7 @@ class Denoising:
         request = task.request
         shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
         with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
-            # About as long as the launches of the text's keys, and outside of Python.
+            # In a thread: it takes about as long as launching the text's key projections, and releases the GIL.
             noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
             self.predictor = around.wrap(TransformerPredictor(denoiser, (1, *shape), around.forward))
             self.contexts = self._contexts(spec.text_len)
@@ -130,13 +139,13 @@ class Denoising:
         self._saved_at = 0.0
         self._last: tuple[int, Tensor] | None = None
         self._began = time.perf_counter()
-        self._before = 0.0  # seconds that went into the steps of a checkpoint which this denoise goes on from
-        self.seconds_of_others = 0.0  # those of them that another job has spent
+        self._before = 0.0  # seconds that the steps before the loaded checkpoint took
+        self.seconds_of_others = 0.0  # the same, if another job made those steps; else 0
 
     def __call__(self) -> Tensor:
-        """Latents `[16, T, h, w]` float32 on the host.
+        """Return latents `[16, T, h, w]` float32 on the host.
 
-        Raises CancelledError (after a checkpoint), or NonFiniteLatentsError if plain kernels give NaN too.
+        Raises CancelledError (after saving a checkpoint), or NonFiniteLatentsError if PyTorch kernels give NaN too.
         """
         try:
             return self._run()[0].float().cpu()
@@ -144,13 +153,13 @@ class Denoising:
             if not self._use_plain_kernels():
                 raise
             problem = error
-        # Outside the handler: its traceback holds the failed run's tensors.
+        # Outside the except block: the traceback there keeps the failed run's tensors alive.
         log.warning("%s Retrying with plain kernels.", problem.message)
         self.around.record.note(f"denoise: plain kernels after NaN at step {problem.step + 1}")
         return self._run()[0].float().cpu()
 
     def _run(self) -> Tensor:
-        """Latents `[1, 16, T, h, w]` on the device, from the last checkpoint if there is one to go on from."""
+        """Return latents `[1, 16, T, h, w]` on the device. Resume from the last checkpoint, if a usable one exists."""
         request, device = self.task.request, self.denoiser.device
         sampler = make_sampler(request.sampler, request.flow_shift, request.num_inference_steps, device)
         start, latents = 0, self.noise.to(device)
@@ -177,11 +186,11 @@ class Denoising:
             raise
 
     def _find_checkpoint(self) -> DenoiseCheckpoint | None:
-        """What to go on from, and in this video's record how that was made."""
+        """Return the checkpoint to resume from, or None. Add how it was made to this video's record."""
         saved = None
         if self.around.keeps_checkpoints:
             saved = self.checkpoints.load(own_only=not self.task.resume)
-        if self.around.mesh is not None:  # all from the same one, though another process may write one meanwhile
+        if self.around.mesh is not None:  # all ranks use rank 0's: another process may write a newer one meanwhile
             saved = all_gather_object(saved)[0]
         if saved is None:
             return None
@@ -207,7 +216,7 @@ class Denoising:
         return 1 if mesh is None else mesh.layout.world_size
 
     def _use_plain_kernels(self) -> bool:
-        """Replace every faster kernel by its plain form; False if there was none."""
+        """Replace every optimised kernel by its PyTorch implementation. Return False if none was in use."""
         runtime = self.denoiser.transformer.runtime
         if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa:
             return False
@@ -225,7 +234,7 @@ class Denoising:
         return SequentialGuidance(self.predictor, positive, negative, scale)
 
     def _contexts(self, text_len: int) -> list[TextContext]:
-        """This process's prompts: both, or the one of its side of the mesh."""
+        """The text contexts that this process needs: both prompts, or with a split CFG only its own branch's."""
         both = self.task.conditioning
         prompts = [p for p in (both.prompt, both.negative) if p is not None]
         mesh = self.around.mesh
@@ -234,13 +243,14 @@ class Denoising:
         return [self._context(pad_embeddings(prompt.embeds, text_len)) for prompt in prompts]
 
     def _context(self, padded: Tensor) -> TextContext:
-        there = padded.to(self.denoiser.device)
-        context: TextContext = self.around.forward(lambda: self.denoiser.transformer.prepare_text(there))
+        on_device = padded.to(self.denoiser.device)
+        context: TextContext = self.around.forward(lambda: self.denoiser.transformer.prepare_text(on_device))
         return context
 
     def _on_step(self, info: StepInfo, sampler: Sampler, start: int) -> Tensor | None:
         if self.around.mesh is not None:
-            # Every rank made the same step; on unlike GPUs it may differ in the last bit, and must not drift.
+            # Every rank computes the same step. Different GPU models may differ in the last bit: keep them from
+            # drifting.
             broadcast_(info.latents)
         done, now = info.step + 1, time.perf_counter()
         left = info.seconds / (done - start) * (info.num_steps - done)
@@ -249,7 +259,7 @@ class Denoising:
             self.around.watch(info)
         replaced = self._call_back(info)
         latents = info.latents if replaced is None else replaced
-        # After the callback: who goes on from here does not call it again for this step.
+        # After the callback: a run that resumes here does not call it again for this step.
         self._last = (done, latents)
         if now - self._saved_at >= self.task.checkpoint_seconds and done < info.num_steps:
             self._save(done, latents, sampler)
@@ -257,7 +267,7 @@ class Denoising:
         return replaced
 
     def _call_back(self, info: StepInfo) -> Tensor | None:
-        """The latents that a callback wants to go on with, also where it has changed them in place; None for the same."""
+        """Call `on_step`. Return the latents if it replaced them or changed them in place, else None."""
         if self.around.on_step is None:
             return None
         before = info.latents._version
@@ -269,12 +279,12 @@ class Denoising:
         return replaced
 
     def _keep_last(self, sampler: Sampler) -> None:
-        """After a cancel: a checkpoint of the last step, so that --resume loses nothing."""
+        """Save a checkpoint of the last step after a cancel, so that --resume loses nothing."""
         if self._last is not None:
             self._save(*self._last, sampler)
 
     def _save(self, step: int, latents: Tensor, sampler: Sampler) -> None:
-        """A checkpoint; a disk that cannot take it costs the checkpoint, not the job."""
+        """Save a checkpoint. If that fails (a full disk, for example), log a warning; the job goes on."""
         if not self.around.keeps_checkpoints:
             return
         video = self.around.record

@@ -1,6 +1,6 @@
-"""What is tried when memory runs out although the plan said it would not: smaller and slower, never lost.
+"""The out-of-memory fallback: if memory runs out despite the plan, retry in smaller and slower forms.
 
-What was done is recorded with the video, so that its metadata says so.
+Each fallback is recorded with the video and appears in its metadata.
 """
 
 import logging
@@ -24,23 +24,24 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Before the last attempt: another program may be about to give its memory back.
+# Before the last attempt: another program may free its memory meanwhile.
 WAIT_SECONDS = 10.0
 SMALLER_DECODES = (Tiling("frame", 4), Tiling("strip", 4), Tiling("strip", 8), Tiling("strip", 16))
 
 
 class DenoiseFallback:
-    """Runs one forward; when memory runs out, makes the work smaller by one step and runs it again. Where a kernel fails, its
-    plain form takes over. No step is lost."""
+    """Runs one forward. On out-of-memory, it reduces memory use by one level and reruns the forward. If a kernel fails,
+    it reruns with the kernel's PyTorch implementation. No denoising step is lost."""
 
     def __init__(self, context: RunContext, denoiser: LoadedTransformer) -> None:
         self._context, self._denoiser = context, denoiser
-        # Not a method's generator: that would refer to this object, and the model's memory would wait for Python's
-        # collection of such circles.
+        # A function's generator, not a method's: a method's would refer to this object, and only Python's cyclic
+        # garbage collection would free the model's memory.
         self._remaining = _smaller_denoises(context, denoiser)
 
     def __call__(self, forward: Callable[[], Result]) -> Result:
-        """The forward's result. Raises OutOfMemoryError when nothing smaller is left, CancelledError before it is tried."""
+        """Return the forward's result. Raises OutOfMemoryError when no smaller form is left, and CancelledError before
+        a retry if the job is cancelled."""
         while True:
             try:
                 return forward()
@@ -54,11 +55,11 @@ class DenoiseFallback:
                 self._context.note(f"denoise: plain {failed.operation} ({failed.reason})")
                 self._denoiser.without_kernel(failed.operation)
                 continue
-            # Outside the handler: its traceback holds the failed forward's tensors.
+            # Outside the except block: the traceback there keeps the failed forward's tensors alive.
             release_memory()
             self._context.check_cancelled()
             smaller = next(self._remaining, None)
-            self._context.check_cancelled()  # it may have waited
+            self._context.check_cancelled()  # the generator may have waited
             if smaller is None:
                 raise OutOfMemoryError(
                     f"The denoise ran out of memory on {self._denoiser.device} in its smallest form ({problem}).",
@@ -69,7 +70,7 @@ class DenoiseFallback:
 
 
 def _smaller_denoises(context: RunContext, denoiser: LoadedTransformer) -> Iterator[str]:
-    """Each is put in place when it is asked for."""
+    """Apply one memory reduction per `next()`, and yield its description."""
     yield "emptied cache"
     transformer = denoiser.transformer
     if transformer.runtime.share_first:
@@ -85,7 +86,7 @@ def _smaller_denoises(context: RunContext, denoiser: LoadedTransformer) -> Itera
 
 
 def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, Tiling]]:
-    """`(device, mode)` to decode with: the plan's, then smaller ones, at last on the CPU."""
+    """Yield `(device, tiling)` to decode with: the plan's, then smaller ones, finally the CPU."""
     yield plan.device, plan.tiling
     smaller = [m for m in SMALLER_DECODES if (m.order == "strip", m.num_tiles) > _size(plan.tiling)]
     for mode in smaller:
@@ -97,28 +98,28 @@ def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, Tili
 
 
 def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, context: RunContext) -> Plan:
-    """Make sure, before the denoise, that the decode will have its memory: take it once, and keep it in the
-    allocator's cache, out of other programs' reach.
+    """Reserve the decode's memory before the denoise: allocate it once and leave it in the allocator's cache, where
+    other programs cannot take it.
 
-    Returns the plan, with a smaller decode where that memory cannot be had.
+    Return the plan, with a smaller decode if that much memory cannot be allocated.
     """
     device = torch.device(plan.vae.device)
-    taking_turns = plan.transformer.device == plan.vae.device and not plan.both_resident
-    if device.type != "cuda" or taking_turns:  # the decode's room is the transformer's until then
+    swapping = plan.transformer.device == plan.vae.device and not plan.both_resident
+    if device.type != "cuda" or swapping:  # until the decode, the transformer occupies that memory
         return plan
     size = (request.generated_height, request.generated_width, request.num_frames)
     for name, mode in decode_modes(plan.vae, context):
         context.check_cancelled()
         if name == "cpu":
-            break  # the decode's own fallback ends there if nothing changes
-        # With the VAE, which is loaded into it at the first job, and never more than planned: at later jobs the VAE and the
-        # libraries' workspaces are there already.
+            break  # leave the plan as it is: the decode's own fallback ends on the CPU too
+        # Includes the VAE's weights, which the first job loads into this memory. Never more than planned: in later jobs
+        # the VAE and the libraries' workspaces are allocated already.
         planned = next(int(one.peak / (1 + LATER_JOBS_SHARE)) for one in plan.prediction.devices if one.name == name)
         needed = memory.decode(size, mode, plan.vae.dtype, name) + memory.vae_weights(plan.vae.dtype)
         needed = min(needed, planned - _allocated_bytes(device))
         try:
-            if needed > _cached_bytes(device):  # of a decode before, perhaps
-                release_memory()  # its pieces would lie unused beside the whole
+            if needed > _cached_bytes(device):  # an earlier decode may have left enough
+                release_memory()  # smaller cached blocks would stay unused beside the new one
                 torch.empty(needed, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             release_memory()
@@ -131,12 +132,12 @@ def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, co
 
 
 def _allocated_bytes(device: torch.device) -> int:
-    """What tensors take."""
+    """Bytes that tensors occupy on the device."""
     return torch.cuda.memory_allocated(device) if torch.cuda.is_available() else 0
 
 
 def _cached_bytes(device: torch.device) -> int:
-    """What the allocator holds and nothing uses."""
+    """Bytes that the allocator has reserved and no tensor uses."""
     if not torch.cuda.is_available():
         return 0
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""How one video was made: what its metadata will say besides the request and the plan."""
+"""The record of how one video was made: its metadata besides the request and the plan."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,11 @@ from wanduet.runtime.context import Timings
 
 @dataclass(eq=False, slots=True)
 class VideoRecord:
-    """One video of a request, and how it was made. One stage at a time works on it, and changes it.
+    """How one video of a request was made. Only one stage at a time changes it.
 
-    `rungs`: what did not go as planned, in the order in which it happened. `attention`, `kernels`, `vae_kernels`: the
-    attention back end and the kernels that were used, as `kernels.select` names them. `changed`: whether a callback has
-    changed the latents. `timings`: its own seconds by phase.
+    `rungs`: the fallbacks and other deviations from the plan, in order. `attention`, `kernels`, `vae_kernels`: the
+    attention back end and the kernels in use, by their names in `kernels.select`. `changed`: whether a callback changed
+    the latents. `timings`: seconds by phase, of this video only.
     """
 
     index: int
@@ -24,5 +24,5 @@ class VideoRecord:
     timings: Timings = field(default_factory=Timings)
 
     def note(self, event: str) -> None:
-        """Record what did not go as planned."""
+        """Record a deviation from the plan."""
         self.rungs.append(event)
