@@ -6,7 +6,7 @@ It steps the pipeline's own scheduler object, and calls a callback between steps
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,8 @@ from wanduet.sampling.guidance import combine
 from wanduet.sampling.samplers import SchedulerSampler
 from wanduet.stages.fallback import DenoiseFallback
 
-if TYPE_CHECKING:
-    from wanduet.doors.python.pipeline import WanPipeline
-
 Text = TextContext | Tensor
-Callback = Callable[["WanPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]  # the first argument is the pipeline
 Progress = Callable[[int, int], None]
 
 
@@ -48,10 +45,36 @@ class _Known:
     context: TextContext
 
 
+class CalledPipeline(Protocol):
+    """What the loop reads of the pipeline that is called, and writes for callbacks that read it."""
+
+    _num_timesteps: int
+    _current_timestep: Tensor | None
+
+    @property
+    def scheduler(self) -> Any:
+        """diffusers' scheduler, which a callback may replace."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """The call's."""
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt is predicted, too; a callback may change it."""
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after the current step."""
+
+    def progress_bar(self, *, total: int | None) -> Any:
+        """A context manager of tqdm's kind."""
+
+
 class _PipelineSampler(SchedulerSampler):
     """Steps the pipeline's current scheduler, which a callback may replace between steps."""
 
-    def __init__(self, pipe: "WanPipeline", device: torch.device) -> None:
+    def __init__(self, pipe: CalledPipeline, device: torch.device) -> None:
         self._pipe = pipe
         super().__init__(pipe.scheduler, device)
 
@@ -66,7 +89,7 @@ class PipelineLoop:
 
     def __init__(
         self,
-        pipe: "WanPipeline",
+        pipe: CalledPipeline,
         denoiser: LoadedTransformer,
         embeds: tuple[Tensor, Tensor | None],
         after: CallbackSettings,
