@@ -31,11 +31,11 @@ def decode_share(
     halos, each rank computes its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
-    strips, one_trunk = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
-    trunk: SentTrunk | ReceivedTrunk | None = None
-    if one_trunk:
+    strips, one_mid = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
+    mid: SentMidBlock | ReceivedMidBlock | None = None
+    if one_mid:
         others = tuple(range(1, rank.world_size))
-        trunk = SentTrunk(vae, others) if rank.index == 0 else ReceivedTrunk(vae)
+        mid = SentMidBlock(vae, others) if rank.index == 0 else ReceivedMidBlock(vae)
     above = below = None
     if strips is None:
         cuts = accumulate(split_lengths(height, speeds), initial=0)
@@ -44,15 +44,15 @@ def decode_share(
         above = ReceivedHalo(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
         below = SentHalo(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
-    for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, trunk)):
+    for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, mid)):
         yield mine, pixels
     if below is not None:
         below.finish()
-    if isinstance(trunk, SentTrunk):
-        trunk.finish()
+    if isinstance(mid, SentMidBlock):
+        mid.finish()
 
 
-class SentTrunk:
+class SentMidBlock:
     """Computes the mid block and sends its features to other ranks."""
 
     def __init__(self, vae: WanVAE, ranks: tuple[int, ...]) -> None:
@@ -73,7 +73,7 @@ class SentTrunk:
             self._under_way = None
 
 
-class ReceivedTrunk:
+class ReceivedMidBlock:
     """Receives the mid block's features from rank 0."""
 
     def __init__(self, vae: WanVAE) -> None:
