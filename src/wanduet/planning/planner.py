@@ -81,8 +81,7 @@ def make_plan(
 
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """Return the plan of a worker that only decodes: the VAE is alone on the device, with the fastest tiling that
-    fits."""
+    """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
     plan = Planner(request, memory, config, hardware).decode_only()
     return replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware).choices_of_decode())
 
