@@ -50,11 +50,11 @@ class CausalConv(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; return `[B, O, T, h', w]` and a `past`.
 
-        `past`: the feature cache that the previous call returned (None: zeros), which is the kt - 1 input frames before
-        x; may be a view. `pads`: zero rows above and below, so h' = h + pads - (kh - 1); the number of columns stays
-        the same. `gamma` `[I, 1, 1, 1]`: convolve `silu(norm(x))`. `residual`, of the result's shape, is added.
-        `out_gamma` `[O, 1, 1, 1]`: return `silu(norm(result))`. `consume`: x may be overwritten. `room`: allocation of
-        the result.
+        `past`: the feature cache that the previous call returned (None: zeros): the kt - 1 frames before x of what is
+        convolved (with `gamma`, after the norm); may be a view. `pads`: zero rows above and below, so h' = h + pads -
+        (kh - 1); the number of columns stays the same. `gamma` `[I, 1, 1, 1]`: convolve `silu(norm(x))`. `residual`, of
+        the result's shape, is added. `out_gamma` `[O, 1, 1, 1]`: return `silu(norm(result))`. `consume`: x may be
+        overwritten. `room`: allocation of the result.
         """
 
 
@@ -208,7 +208,7 @@ def round_to_tf32(weight: Tensor) -> None:
 
 
 def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int, whole: int = 0) -> Tensor:
-    """Allocate `[B, channels, frames, rows, columns]` in memory for at least `whole` rows; channels last if `like`
+    """Allocate `[B, channels, frames, rows, columns]` in memory for `whole` rows or more; channels last if `like`
     is."""
     layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format
     shape = (like.shape[0], channels, frames, max(rows, whole), columns)
