@@ -1,1 +1,1 @@
-"""Operations, each with its plain PyTorch form beside its fused ones."""
+"""Operations of the models: for each the plain PyTorch form, which is the reference, and fused forms."""

@@ -1,4 +1,4 @@
-"""Whether fused kernels compute the right thing: each operation beside its plain form, on short random tensors."""
+"""Checks fused kernels: compares each operation with its plain form on short random tensors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ def largest_error(
     heads: int = 3,
     head_dim: int = 128,
 ) -> float:
-    """Largest relative error of any operation (or of those of `operations`, names of fields) against its plain form, on
-    short random sequences."""
+    """Return the largest relative error of the transformer's kernels against their plain forms, on short sequences.
+
+    `operations`: names of the fields of `Kernels` to check, by default all.
+    """
     samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=heads, head_dim=head_dim)
     errors = []
     for operation in CASES if operations is None else operations:
@@ -40,8 +42,11 @@ def largest_vae_error(
     base_dim: int,
     operations: Iterable[str] | None = None,
 ) -> float:
-    """The same for a VAE's operations (of `VAE_CASES`), at the widths of its decoder's last block but one, in the
-    combinations that it has, so that what is compiled here is used there."""
+    """Return the largest relative error of the VAE's kernels. `operations`: keys of `VAE_CASES`, by default all.
+
+    The cases have the widths and options of the decoder's last block but one, so that the decoder uses the kernels that
+    are compiled here.
+    """
     errors = []
     for operation in VAE_CASES if operations is None else operations:
         draw = _VAESamples(torch.Generator().manual_seed(0), device, dtype, base_dim)
@@ -50,7 +55,7 @@ def largest_vae_error(
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """How far off a result is, as a share of the expected one's length."""
+    """Return the norm of the difference, relative to the norm of `expected`."""
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -60,7 +65,7 @@ def _largest(errors: list[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """Random tensors, the same ones after each restart. Sizes are odd on purpose: masks must work."""
+    """Random tensors, equal after each restart. The sizes are odd, so that masks are checked."""
 
     generator: torch.Generator
     device: torch.device
@@ -82,7 +87,7 @@ class _Samples:
         return torch.randn(shape, generator=self.generator).to(self.device, dtype)
 
     def tokens(self, dtype: torch.dtype) -> Tensor:
-        """`[B, L, C]` as a chunk of a longer sequence: not contiguous over the batch."""
+        """Return `[B, L, C]` as a slice of a longer sequence: not contiguous over the batch."""
         return self.draw(self.batch, self.length + 6, self.width, dtype=dtype)[:, 2:-4]
 
     def row(self) -> Tensor:
@@ -139,7 +144,7 @@ def _text(num_keys: int) -> _Case:
     return case
 
 
-# By the operation that they try. A text of up to 128 keys is seen at once, a longer one in parts, by another kernel.
+# Cases by operation. One kernel processes up to 128 text keys at once, another more keys in blocks.
 CASES: dict[str, tuple[_Case, ...]] = {
     "norm": (_norm,),
     "residual_norm": (_residual_norm, _gated_residual_norm),
@@ -153,7 +158,7 @@ CASES: dict[str, tuple[_Case, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class _VAESamples:
-    """Random clips; sizes are odd on purpose."""
+    """Random clips. The sizes are odd, so that masks are checked."""
 
     generator: torch.Generator
     device: torch.device
@@ -209,7 +214,7 @@ def _double_conv(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
 
 
 def _attend(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
-    qkv = draw(2, 48, 3 * draw.width).chunk(3, dim=-1)  # no whole square of any product
+    qkv = draw(2, 48, 3 * draw.width).chunk(3, dim=-1)  # not a whole tile of any product
     return [relative(kernels.attend(*qkv), VAE_TORCH_KERNELS.attend(*qkv))]
 
 

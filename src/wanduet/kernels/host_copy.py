@@ -1,11 +1,11 @@
-"""A tensor under way to the host, which may go on meanwhile."""
+"""Asynchronous copy of a tensor to the host."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """Begins to copy a tensor to the host, after what has been launched so far; one of the host is taken as it is."""
+    """Starts to copy a tensor to the host, after the kernels launched so far; a tensor on the host is not copied."""
 
     def __init__(self, x: Tensor) -> None:
         self._host, self._copied = x, None
@@ -16,7 +16,7 @@ class HostCopy:
             self._copied.record(torch.cuda.current_stream(x.device))
 
     def wait(self) -> Tensor:
-        """The copy, once it is there; from any thread."""
+        """Wait for the copy and return it; callable from any thread."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host

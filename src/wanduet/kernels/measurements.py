@@ -1,8 +1,8 @@
-"""What was measured on a machine, remembered from one run to the next: attention back ends, and tiles (see `conv_choice`).
+"""Files of measurements on this machine: attention backends, and the VAE's convolution tiles (see `vae.choose`).
 
-A measurement holds as long as driver and installed packages are the same. A failure may have been the moment's (too little
-memory was free, a package that is there now was missing): it holds for a day at most, and is not believed once driver,
-packages or, where memory was short, the free memory have changed.
+A measurement is valid as long as the driver and the installed packages are the same. A failure may be temporary (too
+little free memory, a package that was missing): it is valid for a day at most, until the driver or the packages change
+or, if memory was short, until more memory is free.
 """
 
 import json
@@ -25,18 +25,16 @@ log = logging.getLogger(__name__)
 
 CACHE_FILE = "attention.json"
 FAILURE_S = 24 * 3600.0
-MORE_MEMORY = 1.1  # so many times what was free when memory was short is worth another attempt
-DRIVER = Path(
-    "/proc/driver/nvidia/version"
-)  # Linux; other systems' packages change with their drivers too rarely to ask
+MORE_MEMORY = 1.1  # retry after a memory failure once this factor more memory is free
+DRIVER = Path("/proc/driver/nvidia/version")  # Linux; on other systems a new driver is not noticed, which is rare
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was seen of one back end or tile: median milliseconds, relative error against float32, or why it was dropped.
+    """Result of one backend or tile: median milliseconds, relative error against float32, or the problem.
 
-    `state` says with which driver and packages. Of a failure: `since`, in seconds since 1970, and where memory was short,
-    the bytes that were free then.
+    `state`: identifies the driver and packages. For a failure: `since` in seconds since 1970 and, if memory was short,
+    `free_bytes` at that time.
     """
 
     name: str
@@ -49,7 +47,7 @@ class Timing:
 
     @property
     def usable(self) -> bool:
-        """Whether it computed the right thing."""
+        """Whether it computed the correct result."""
         return self.problem is None
 
 
@@ -57,25 +55,25 @@ Table = tuple[Timing, ...]
 
 
 def stamped(table: Table, device: torch.device) -> Table:
-    """The rows with the state in which they were seen, and failures with their time."""
+    """Return the rows with the machine's current state, and failures with the current time."""
     state, now = machine_state(), time.time()
     return tuple(replace(row, state=state, since=None if row.usable else now) for row in table)
 
 
 def holds(table: Table, device: torch.device) -> bool:
-    """Whether what was seen can be taken for what would be seen now."""
+    """Return True if a table is still valid on this machine."""
     state, now = machine_state(), time.time()
     return all(row.state == state and (row.usable or _still_fails(row, device, now)) for row in table)
 
 
 def _still_fails(row: Timing, device: torch.device, now: float) -> bool:
-    if row.since is None or not 0 <= now - row.since < FAILURE_S:  # a clock that was set back proves nothing
+    if row.since is None or not 0 <= now - row.since < FAILURE_S:  # negative: the clock was set back
         return False
     return row.free_bytes is None or free_bytes(device) <= MORE_MEMORY * row.free_bytes
 
 
 def free_bytes(device: torch.device) -> int:
-    """What could be allocated on a device now."""
+    """Return the bytes that can be allocated on a device now."""
     if device.type != "cuda":
         return sys.maxsize
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -83,7 +81,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def machine_state() -> str:
-    """Changes with the driver and with what is installed beside this package."""
+    """Return a digest of the driver and of the installed packages."""
     return _state_of(tuple(sys.path), _driver())
 
 
@@ -96,7 +94,7 @@ def _driver() -> str:
 
 @lru_cache(maxsize=4)
 def _state_of(folders: tuple[str, ...], driver: str) -> str:
-    """From the names of installed packages' folders, which hold their versions; nothing is imported or read."""
+    """Return the digest, from the names of the packages' metadata folders, which include versions. Reads no files."""
     names = set()
     for folder in folders:
         try:
@@ -107,7 +105,7 @@ def _state_of(folders: tuple[str, ...], driver: str) -> str:
 
 
 def read_all(folder: Path, file: str = CACHE_FILE) -> dict[str, list[dict[str, Any]]]:
-    """All tables of a folder; none where the file is damaged."""
+    """Return all tables of a folder, by key; empty if the file is damaged."""
     try:
         content = json.loads((folder / file).read_text())
     except (OSError, ValueError):
@@ -116,7 +114,7 @@ def read_all(folder: Path, file: str = CACHE_FILE) -> dict[str, list[dict[str, A
 
 
 def read_table(folder: Path | None, key: str, file: str = CACHE_FILE) -> Table | None:
-    """None if nothing usable is kept under `key`: a damaged file only costs a new measurement."""
+    """Return the table stored under `key`; None if there is none or the file is damaged."""
     if folder is None:
         return None
     try:
@@ -127,7 +125,7 @@ def read_table(folder: Path | None, key: str, file: str = CACHE_FILE) -> Table |
 
 
 def write_table(folder: Path | None, key: str, table: Table, file: str = CACHE_FILE) -> None:
-    """Keep a table; a disk that cannot costs the next start a measurement."""
+    """Store a table under `key`. If the disk fails, logs a warning, and the next process measures again."""
     if folder is None:
         return
     try:

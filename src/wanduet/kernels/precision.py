@@ -1,9 +1,9 @@
-"""How precise float32 arithmetic is: settings of PyTorch's that hold for the whole process, set around our work only.
+"""Process-wide PyTorch settings of float32 precision, set only while wanduet computes.
 
-PyTorch asks them when an operation is launched, and has no form of them for one thread or one operation. So whoever
-computes holds them at the value that it needs, and work that needs another value waits for it: two engines of different
-precision in one process each get their own. Afterwards they are as the program has set them. A thread of the program that
-computes in float32 at the same moment has our setting.
+PyTorch reads these settings when it launches an operation, and has none for a single thread or operation. So code that
+computes keeps them at the value that it needs, and code that needs another value waits: two engines of different
+precision can run in one process. Afterwards the program's own values are restored. A thread of the program that
+computes in float32 at the same time uses wanduet's values.
 """
 
 import threading
@@ -19,10 +19,10 @@ Undo = Callable[[], None]
 
 
 class SharedSetting(Generic[Value]):
-    """A setting of the process that work needs at a value: shared by all who need the same, in the order of asking."""
+    """A process-wide setting: threads that need the same value share it, others wait in order of arrival."""
 
     def __init__(self, change: Callable[[Value], Undo]) -> None:
-        """`change` sets it and returns what sets it back."""
+        """`change(value)` sets the setting and returns a function that restores it."""
         self._change = change
         self._condition = threading.Condition()
         self._waiting: deque[object] = deque()
@@ -33,9 +33,9 @@ class SharedSetting(Generic[Value]):
 
     @contextmanager
     def at(self, value: Value) -> Iterator[None]:
-        """The length of the block it has this value. A block within a block of the same thread must want the same.
+        """Keep the setting at `value` inside the block. Nested blocks of a thread must use the same value.
 
-        Raises RuntimeError where it does not: it would wait for itself.
+        Raises RuntimeError for a nested block with another value, which would wait for its own thread.
         """
         outer = getattr(self._mine, "values", ())
         if outer:
@@ -64,7 +64,7 @@ class SharedSetting(Generic[Value]):
                 self._users += 1
             finally:
                 self._waiting.remove(ticket)
-                self._condition.notify_all()  # who is next may want the same
+                self._condition.notify_all()  # the next in the queue may need the same value
 
     def _end(self) -> None:
         with self._condition:
@@ -79,10 +79,10 @@ def _nothing() -> None:
 
 
 def convolutions_use_tf32() -> bool:
-    """Whether PyTorch's float32 convolutions on a GPU round their factors to TF32 at this moment."""
+    """Return True if PyTorch's float32 convolutions on a GPU currently round their operands to TF32."""
     try:
         return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the program has used the newer setting, for convolutions alone
+    except RuntimeError:  # the program uses the newer setting, which is for convolutions only
         conv = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - PyTorch's annotations lack it
         return bool(conv.fp32_precision == "tf32")
 
@@ -126,19 +126,19 @@ def _change_new_tensors(dtype: torch.dtype) -> Undo:
 
 
 CONVOLUTIONS: SharedSetting[bool] = SharedSetting(_change_convolutions)
-"""Whether float32 convolutions on GPUs round their factors to TF32."""
+"""Whether float32 convolutions on GPUs round their operands to TF32."""
 PRODUCTS: SharedSetting[str] = SharedSetting(_change_products)
-"""Of float32 matrix products, as `torch.set_float32_matmul_precision` names it: "highest", or "high" for TF32."""
+"""Precision of float32 matrix products, for `torch.set_float32_matmul_precision`: "highest", or "high" for TF32."""
 
 NEW_TENSORS: SharedSetting[torch.dtype] = SharedSetting(_change_new_tensors)
-"""Of tensors that are made without a word on it, as `torch.set_default_dtype` sets it."""
+"""Dtype of tensors created without a `dtype` argument, for `torch.set_default_dtype`."""
 
 EXACT = "highest"
 
 
 @contextmanager
 def vae_precision(tf32: bool | None) -> Iterator[None]:
-    """The settings of a VAE's step: exact products, and convolutions with TF32 or without it; with None as they are."""
+    """Apply a VAE step's settings: exact products, and convolutions with or without TF32; None changes nothing."""
     if tf32 is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which fused kernels a device gets: Triton's where they work, else the plain PyTorch forms. Each operation is judged alone."""
+"""Selects the kernels of a device, operation by operation: Triton's if they work, else the plain PyTorch forms."""
 
 import importlib.util
 import logging
@@ -18,19 +18,19 @@ from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, remember, remem
 
 log = logging.getLogger(__name__)
 
-# Largest relative error against the plain forms on the same inputs: both round once, at other places.
+# Largest allowed relative error against the plain forms on the same inputs: both round once, but at different places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-TF32_TOLERANCE = 2e-3  # factors of 11 bits, which each form rounds in its own way
+TF32_TOLERANCE = 2e-3  # operands of 11 bits, which the two forms round differently
 
-# Sets of kernels by name, as messages and what is remembered call them.
+# Names of sets of kernels, in messages and in recorded verdicts.
 TRITON, VAE_TRITON, QUACK = "Triton's kernels", "Triton's kernels for the VAE", "quack's products"
-# What a user loses by plain forms; measured without Triton's kernels: 9 to 21 %, by size and card.
+# What plain forms cost the user. Measured without Triton's kernels: 9 to 21 %, depending on size and card.
 COSTS = {
     TRITON: "plain PyTorch runs instead, and the denoise takes up to a fifth longer",
     QUACK: "cuBLAS's products run instead, and the denoise takes a few percent longer",
     VAE_TRITON: "plain PyTorch runs instead: the decode takes longer, and may need more memory than was planned",
 }
-# What is taken over together, by the operation that it is called by.
+# The fields of a set that are replaced together, by the name of their operation.
 _OPERATIONS = {name: (name,) for name in CASES}
 _VAE_OPERATIONS = {name: (name,) for name in VAE_CASES} | {"double_conv": ("double_weight", "double_conv")}
 
@@ -40,11 +40,11 @@ Result = TypeVar("Result")
 
 @PRODUCTS.at(EXACT)
 def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_dim: int = 128) -> Kernels:
-    """The fastest kernels that work on `device` when computing in `dtype`.
+    """Return the fastest kernels that work on `device` in `dtype`.
 
-    Each of Triton's kernels is compiled and compared with its plain form on short sequences before it is trusted; where
-    it does not compile, does not fit or is wrong, the log says so and its plain form is taken. Kernels are compiled for a
-    width: with a model's `heads` and `head_dim`, those are tried, and compiled, that it will use.
+    Each Triton kernel is compiled and compared with its plain form on short sequences. If it does not compile, does not
+    fit in memory or is wrong, a warning is logged and the plain form is used. Kernels are compiled for a width: pass a
+    model's `heads` and `head_dim` to check and compile the kernels that it uses.
     """
 
     def triton() -> Kernels:
@@ -71,7 +71,10 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
 def vae_kernels_for(
     device: torch.device, dtype: torch.dtype, base_dim: int, tf32: bool | None = None
 ) -> VAEKernels:  # fmt: skip
-    """The same for a VAE, with its least number of channels (see `VAESpec`) and its precision (see `WanVAE.tf32`)."""
+    """Return the fastest kernels for a VAE that work on `device` in `dtype`; see `kernels_for`.
+
+    `base_dim`: the VAE's smallest number of channels (see `VAESpec`). `tf32`: its precision (see `WanVAE.tf32`).
+    """
 
     def error(tried: VAEKernels, operation: str) -> float:
         return largest_vae_error(tried, device, dtype, base_dim, (operation,))
@@ -84,7 +87,7 @@ def vae_kernels_for(
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """What a set of kernels is judged by. `operations`: by each one's name, the fields that are taken over with it."""
+    """Checks a set of kernels. `operations`: by operation, the fields that are replaced with it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -92,12 +95,12 @@ class _Check:
     operations: Mapping[str, tuple[str, ...]]
 
     def judged(self, what: str, offered: Callable[[], Set], plain: Set, error: Callable[[Set, str], float]) -> Set:
-        """The offered kernels, but for those that fail on a GPU or are wrong: one sentence in the log says which."""
+        """Return the offered kernels on a GPU, with plain forms for those that fail or are wrong, which it logs."""
         if self.device.type != "cuda":
             return plain
         try:
             faster = offered()
-        except Exception as failure:  # a library that is broken can raise anything
+        except Exception as failure:  # a broken library can raise any exception
             log.info("%s failed.", what, exc_info=failure)
             self._drop(what, dict.fromkeys(self.operations, reason_of(failure)), all_of_them=True)
             return plain
@@ -118,18 +121,18 @@ class _Check:
         return faster if not dropped else replace(kernels, name=f"{faster.name} without {', '.join(dropped)}")
 
     def _problem(self, operation: str, tried: Set, error: Callable[[Set, str], float]) -> str:
-        """Why an operation must not be used; empty if it works."""
+        """Return the reason why an operation must not be used; empty if it works."""
         if operation in (plain_operations(IN_A_JOB, self.device) or ()):
             return "it failed in a job"
         try:
             found = error(tried, operation)
-        except Exception as failure:  # a compiler's failure can be anything
+        except Exception as failure:  # a compiler can raise any exception
             log.info("%s failed.", operation, exc_info=failure)
             return reason_of(failure)
-        return "" if found <= self.tolerance else f"wrong, error {found:.1e}"  # also where that is no number
+        return "" if found <= self.tolerance else f"wrong, error {found:.1e}"  # also if the error is NaN
 
     def _drop(self, what: str, problems: Mapping[str, str], all_of_them: bool) -> None:
-        """Tell of operations that are not used, and remember it for plans."""
+        """Log the operations that are not used, and record them for plans."""
         lasting = [operation for operation, problem in problems.items() if problem != MEMORY_SHORT]
         if lasting or not problems:
             remember(what, self.device, self.dtype, lasting)
@@ -139,7 +142,8 @@ class _Check:
 
 
 def guarded(kernels: Set) -> Set:
-    """The same, whose operations raise KernelFailedError, which names them, where a compiler or a launch fails."""
+    """Return the same kernels, whose operations raise KernelFailedError with their name if compiling or launching
+    fails."""
     operations, plain = _parts(kernels)
     own = {name: getattr(kernels, name) for name in operations}
     forms: dict[str, Any] = {n: _guard(n, run) for n, run in own.items() if run is not getattr(plain, n)}
@@ -147,7 +151,7 @@ def guarded(kernels: Set) -> Set:
 
 
 def _parts(kernels: Kernels | VAEKernels) -> tuple[Mapping[str, tuple[str, ...]], Kernels | VAEKernels]:
-    """A set's operations with the fields that belong to each, and the plain set."""
+    """Return a set's operations, each with its fields, and the plain set."""
     if isinstance(kernels, VAEKernels):
         return _VAE_OPERATIONS, VAE_TORCH_KERNELS
     return _OPERATIONS, TORCH_KERNELS
@@ -159,16 +163,17 @@ def _guard(operation: str, run: Callable[..., Result]) -> Callable[..., Result]:
             return run(*args, **options)
         except torch.OutOfMemoryError:
             raise
-        except Exception as failure:  # a compiler's failure can be anything
+        except Exception as failure:  # a compiler can raise any exception
             log.info("%s failed.", operation, exc_info=failure)
             reason = reason_of(failure)
-        raise KernelFailedError(operation, reason)  # outside the handler, whose traceback holds tensors
+        raise KernelFailedError(operation, reason)  # outside the handler, whose traceback keeps tensors alive
 
     return call
 
 
 def without(kernels: Set, operation: str, device: torch.device) -> Set:
-    """The same with the plain form of an operation that has failed there; it is not tried again."""
+    """Return the same kernels with the plain form of an operation that failed on `device`; record the failure, so that
+    the operation is not tried again."""
     remember_failure(operation, device)
     operations, plain = _parts(kernels)
     forms: dict[str, Any] = {field: getattr(plain, field) for field in operations[operation]}
@@ -176,23 +181,25 @@ def without(kernels: Set, operation: str, device: torch.device) -> Set:
 
 
 def planned_vae_kernels(device: str) -> VAEKernels:
-    """What `vae_kernels_for` will give on a device that need not be here, for a prediction: the plain ones where one of
-    Triton's is known to fail, as those need more memory."""
+    """Predict the result of `vae_kernels_for` on a device, which may be absent.
+
+    If one of Triton's kernels is known to fail, returns the plain kernels, which need more memory.
+    """
     return VAE_TRITON_KERNELS if plans_fused_vae_kernels(device) else VAE_TORCH_KERNELS
 
 
 def plans_fused_vae_kernels(device: str) -> bool:
-    """Whether `vae_kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
+    """Return True if `vae_kernels_for` is expected to return all of Triton's kernels; see `planned_vae_kernels`."""
     return _plans_triton(VAE_TRITON, device)
 
 
 def plans_fused_kernels(device: str) -> bool:
-    """Whether `kernels_for` will give all of Triton's on such a device; see `planned_vae_kernels`."""
+    """Return True if `kernels_for` is expected to return all of Triton's kernels; see `planned_vae_kernels`."""
     return _plans_triton(TRITON, device)
 
 
 def _plans_triton(what: str, name: str) -> bool:
-    """A GPU that is not here is taken to have Triton; of those that are here it is known what worked, or what Triton lacks."""
+    """Assume Triton on an absent GPU; for a present one, use the recorded verdicts or look for what Triton lacks."""
     device = torch.device(name)
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"
@@ -202,17 +209,17 @@ def _plans_triton(what: str, name: str) -> bool:
 
 
 def vae_kernels_to_compile(device: torch.device, tf32: bool | None = None) -> VAEKernels | None:
-    """For a run on the meta device that leaves the kernels of `device` compiled; None where nothing is compiled."""
+    """Return kernels for a run on the meta device that compiles the kernels of `device`; None if none are compiled."""
     return compiling_for(device, tf32) if device.type == "cuda" and has_triton() else None
 
 
 def has_triton() -> bool:
-    """Whether the package is installed."""
+    """Return True if the package `triton` is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def has_quack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether quack-kernels is there, which flash-attn-4 brings, and has products for that GPU."""
+    """Return True if quack-kernels (a dependency of flash-attn-4) is installed and has matrix products for that GPU."""
     if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
@@ -222,7 +229,7 @@ MEMORY_SHORT = "too little memory was free at that moment"
 
 
 def reason_of(problem: Exception, most: int = 160) -> str:
-    """Why a library failed, in one line that a person can read: its kind and the first line of what it says."""
+    """Return a library's failure in one readable line: the exception's type and the first line of its message."""
     if isinstance(problem, torch.OutOfMemoryError):
         return MEMORY_SHORT
     first = (str(problem).strip().splitlines() or [""])[0].strip()

@@ -1,7 +1,7 @@
-"""Whether Triton works on this machine, tried in a process of its own: it builds its driver module, or loads the one it has.
+"""Tests in a separate process whether Triton works on this machine: whether it builds or loads its driver module.
 
-What it builds, in C at its first use, asks for more than can be seen from outside (see `kernel_verdicts.triton_problem`),
-and what fails there can end a process.
+Triton compiles this module from C at first use, which needs more than `verdicts.triton_problem` can check. A failure
+there can terminate the process.
 """
 
 import os
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from wanduet.kernels.select import has_triton
 from wanduet.untrusted import cut, printable
 
-LIMIT_S = 120.0  # of importing Triton from a slow disk, and of a compiler that takes a few seconds
+LIMIT_S = 120.0  # for importing Triton from a slow disk, and for a compiler that takes a few seconds
 
-# The cache folder is tried first: Triton names it in no error.
+# The cache folder is tested first, because Triton's errors do not name it.
 PROGRAM = """
 import os, sys, tempfile
 from triton import knobs
@@ -34,15 +34,18 @@ driver.active.utils
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What was seen. `problem`: a sentence without its full stop; None where Triton works, and where there is no GPU, so that
-    nothing was tried. `hint`: what helps, in sentences; may be empty."""
+    """Result of the test. `tried`: False if nothing was run.
+
+    `problem`: a sentence without its full stop; None if Triton works, or if there is no GPU. `hint`: a remedy, in
+    sentences; may be empty.
+    """
 
     tried: bool
     problem: str | None = None
     hint: str = ""
 
 
-# What the process's last words mean, by what is found in them.
+# Known problems: a pattern in the process's output, the problem, and a hint.
 KNOWN = (
     (
         r"cache folder (.*)$",
@@ -68,17 +71,20 @@ KNOWN = (
 
 
 def probe_triton(limit_s: float = LIMIT_S) -> Probe:
-    """Let Triton build what it needs, in a process that ends, with its compiler, after so many seconds. Needs a GPU."""
+    """Let Triton build its driver module in a process, which is ended with its compiler after `limit_s`.
+
+    Needs a GPU.
+    """
     if not has_triton():
         return Probe(False, "Triton is not installed")
     with tempfile.TemporaryFile(
         "w+", encoding="utf-8", errors="replace"
-    ) as said:  # no pipe: a compiler that hangs would keep it open
+    ) as output:  # not a pipe, which a hanging compiler would keep open
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=output,
             start_new_session=True,
         )
         try:
@@ -87,8 +93,8 @@ def probe_triton(limit_s: float = LIMIT_S) -> Probe:
             return Probe(True, f"Triton was not ready after {limit_s:.0f} s")
         finally:
             _end(process)
-        said.seek(0)
-        return Probe(True) if code == 0 else _explained(said.read(), code)
+        output.seek(0)
+        return Probe(True) if code == 0 else _explained(output.read(), code)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -100,10 +106,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _explained(said: str, code: int) -> Probe:
+def _explained(output: str, code: int) -> Probe:
     for pattern, problem, hint in KNOWN:
-        if found := re.search(pattern, said, re.MULTILINE):
+        if found := re.search(pattern, output, re.MULTILINE):
             return Probe(True, printable(cut(problem.format(*found.groups()))), hint)
-    lines = said.strip().splitlines() or [f"its process ended with {code}"]
-    worst = next((line for line in lines if "error: " in line), lines[-1])  # a compiler's, or what ended the process
+    lines = output.strip().splitlines() or [f"its process ended with {code}"]
+    worst = next((line for line in lines if "error: " in line), lines[-1])  # a compiler's error, or the last line
     return Probe(True, f"Triton does not work here ({printable(cut(worst))})")

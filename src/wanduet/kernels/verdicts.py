@@ -1,7 +1,7 @@
-"""Which fused kernels do not work on this machine: what was seen of them in this process, and, in a file, in earlier ones.
+"""Records which fused kernels do not work on this machine: in this process, and in a file from earlier ones.
 
-So a plan counts with the kernels that will run. What is remembered holds for a day, and as long as driver and installed
-packages are the same.
+Plans use these verdicts, so that they count with the kernels that will run. A verdict is valid as long as the driver
+and the installed packages are the same; one of a failure, for a day at most.
 """
 
 import importlib.util
@@ -24,15 +24,15 @@ from wanduet.kernels.measurements import FAILURE_S, machine_state
 log = logging.getLogger(__name__)
 
 VERDICTS_FILE = "kernels.json"
-IN_A_JOB = "failed in a job"  # in place of a set's name: operations of any set
+IN_A_JOB = "failed in a job"  # used in place of a set's name, for operations of any set
 _LOCK = threading.Lock()
-_PLAIN: dict[str, tuple[str, ...]] = {}  # by `_key`: operations whose plain form runs; none where all work
+_PLAIN: dict[str, tuple[str, ...]] = {}  # by `_key`: operations whose plain form runs; empty if all kernels work
 
 
 def triton_problem() -> str | None:
-    """Why Triton will compile nothing here, as far as can be seen without asking it; None if nothing is missing.
+    """Return why Triton cannot compile here, as far as can be seen without running it; None if nothing is missing.
 
-    It builds a small module in C at first use, and keeps it: where a kernel has worked before, this is not asked.
+    Triton compiles a small C module at first use and caches it; so callers skip this check once a kernel has worked.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -46,27 +46,27 @@ def triton_problem() -> str | None:
 
 
 def plain_operations(what: str, device: torch.device) -> tuple[str, ...] | None:
-    """Those of a set of kernels (`what`) that were seen not to work on a GPU, in any dtype; None if nothing was seen."""
+    """Return the operations of a set (`what`) that do not work on a GPU in some dtype; None if there is no verdict."""
     with _LOCK:
         found = [plain for key, plain in _PLAIN.items() if key.startswith(_key(what, device, ""))]
     return tuple(sorted({name for plain in found for name in plain})) if found else None
 
 
 def remember(what: str, device: torch.device, dtype: torch.dtype, plain: Iterable[str]) -> None:
-    """What was seen of a set of kernels by its check."""
+    """Record the check of a set of kernels (`what`): `plain` are the operations that do not work."""
     with _LOCK:
         _PLAIN[_key(what, device, str(dtype))] = tuple(plain)
 
 
 def remember_failure(operation: str, device: torch.device) -> None:
-    """An operation's kernel failed in the middle of a job, though its check had passed: it is not tried again."""
+    """Record that an operation's kernel failed in a job after its check had passed, so that it is not tried again."""
     with _LOCK:
         key = _key(IN_A_JOB, device, "")
         _PLAIN[key] = tuple(sorted({*_PLAIN.get(key, ()), operation}))
 
 
 def read_verdicts(folder: Path) -> None:
-    """Take what an earlier process has seen; a damaged file says nothing."""
+    """Read the valid verdicts of earlier processes; a damaged file is ignored."""
     try:
         rows = json.loads((folder / VERDICTS_FILE).read_text())
         now = time.time()
@@ -80,7 +80,7 @@ def read_verdicts(folder: Path) -> None:
 
 
 def write_verdicts(folder: Path) -> None:
-    """Keep what is known for the next process; a disk that cannot costs it a check."""
+    """Write the verdicts for later processes. If the disk fails, logs a warning, and the next process checks again."""
     with _LOCK:
         known = dict(_PLAIN)
     rows = {key: {"plain": plain, "state": machine_state(), "since": time.time()} for key, plain in known.items()}
@@ -94,13 +94,13 @@ def write_verdicts(folder: Path) -> None:
 
 
 def forget() -> None:
-    """As a new process begins, for tests."""
+    """Delete all verdicts of this process, for tests."""
     with _LOCK:
         _PLAIN.clear()
 
 
 def _key(what: str, device: torch.device, dtype: str) -> str:
-    """A GPU by its name: equal ones share what was seen. One that is planned for need not be here; nothing was seen of it."""
+    """Return the key of a verdict. GPUs of one model share verdicts; an absent GPU has none."""
     name = str(device)
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         name = torch.cuda.get_device_name(device)

@@ -1,13 +1,13 @@
-"""Tensors that lie side by side in memory, seen as one; copies of rows that do not."""
+"""Concatenated views of tensors that are adjacent in memory; fast copies of strided rows."""
 
 import torch
 from torch import Tensor
 
 
 def side_by_side(first: Tensor, *others: Tensor) -> Tensor | None:
-    """All of them concatenated over dim 0, without a copy; None where they do not lie so in one storage.
+    """Return a view of the tensors concatenated over dim 0; None if they are not adjacent in one storage.
 
-    Looked up at each use, because a module's parameters may be moved apart (`.to()`) at any time.
+    Call this at each use: a module's parameters may be moved to separate memory (`.to()`) at any time.
     """
     storage = first.untyped_storage().data_ptr()
     end = first.data_ptr() + first.nbytes
@@ -23,10 +23,10 @@ def side_by_side(first: Tensor, *others: Tensor) -> Tensor | None:
 
 
 def copy_rows(target: Tensor, source: Tensor) -> None:
-    """`target.copy_(source)` for equal dtypes, eight bytes at a time where that can be.
+    """Do `target.copy_(source)` for equal dtypes, eight bytes at a time if alignment permits.
 
-    PyTorch copies element by element where a tensor's rows do not follow each other: in 16 bits it takes 1.7 times as
-    long (H100, rows of 1,536 bytes).
+    PyTorch copies a tensor with gaps between rows element by element, which takes 1.7 times as long in 16 bits (H100,
+    rows of 1,536 bytes).
     """
     if all(_is_words(x) for x in (target, source)):
         target, source = target.view(torch.int64), source.view(torch.int64)
@@ -34,6 +34,6 @@ def copy_rows(target: Tensor, source: Tensor) -> None:
 
 
 def _is_words(x: Tensor) -> bool:
-    """Whether its rows are whole, aligned words of eight bytes."""
+    """Return True if the rows are whole, aligned words of eight bytes."""
     elements = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
     return x.stride(-1) == 1 and all(n * x.itemsize % 8 == 0 for n in elements)

@@ -1,1 +1,1 @@
-"""What runs where, decided before anything is loaded."""
+"""Decides before weights are loaded which device runs each model, and with which settings."""

@@ -1,6 +1,6 @@
-"""What to offer where a job does not fit: fewer frames, a smaller picture, a slower way to make it.
+"""Alternatives to offer if a job does not fit: fewer frames, a smaller picture, slower settings.
 
-Only names alternatives, least painful first; whether one fits is the plan's business.
+This module lists alternatives, the smallest change first; the planner decides whether one fits.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from wanduet.request import RESOLUTIONS, ResolvedRequest
 
 Kind = Literal["frames", "size", "both", "mode"]
 SHARES = (0.8, 0.6, 0.4, 0.2)  # of the frames
-FEWER = (0.4, 0.1)  # of the frames, where the picture is smaller too
-SMALL_SIZES = ((320, 512), (240, 416))  # beside the presets
-AREAS = (0.5, 0.25, 0.1)  # of the picture, where every known size is larger than it
-LONGEST_SECONDS = 24 * 3600.0  # what takes longer on the CPU is no offer
-SAME_SHAPE = 0.04  # 832x480 is taken for 16:9
+FEWER = (0.4, 0.1)  # of the frames, if the picture is smaller too
+SMALL_SIZES = ((320, 512), (240, 416))  # in addition to the presets
+AREAS = (0.5, 0.25, 0.1)  # of the picture's area, for pictures below every known size
+LONGEST_SECONDS = 24 * 3600.0  # a job that takes longer on the CPU is not offered
+SAME_SHAPE = 0.04  # relative tolerance: 832x480 counts as 16:9
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One other way to ask. `change` names fields and values, as a user would give them."""
+    """One alternative to a request. `change`: the changed fields and their values, as a user would enter them."""
 
     kind: Kind
     change: dict[str, Any]
@@ -36,7 +36,7 @@ class Alternative:
 def alternatives(
     request: ResolvedRequest, config: EngineConfig, spec: ModelSpec, hardware: Hardware
 ) -> Iterator[Alternative]:
-    """Every one is a legal request: what is offered is accepted when it is asked for."""
+    """Yield the alternatives. Each is a valid request: the engine accepts it if the user submits it."""
     sizes = _sizes(request, spec)
     for share in SHARES:
         yield from _asked("frames", request, config, spec, share=share)
@@ -58,7 +58,7 @@ def _asked(
     share: float = 1.0,
     size: tuple[int, int] | None = None,
 ) -> Iterator[Alternative]:
-    """The request with a share of its frames, or another size; nothing where that changes nothing."""
+    """Yield the request with `share` of its frames, or with `size` (height, width); nothing if that changes nothing."""
     change: dict[str, Any] = {}
     stride = spec.vae.temporal_stride
     frames = int((request.num_frames - 1) * share) // stride * stride + 1
@@ -73,7 +73,7 @@ def _asked(
 
 
 def _sizes(request: ResolvedRequest, spec: ModelSpec) -> list[tuple[int, int]]:
-    """Smaller pictures of the request's shape, largest first: known sizes (upright too), else rounded ones."""
+    """Return smaller sizes of about the same aspect ratio, largest first: known sizes (also portrait), else rounded."""
     area, shape, multiple = request.height * request.width, request.width / request.height, spec.size_multiple
     least = -(-16 // multiple) * multiple
     found: list[tuple[int, int]] = []
@@ -105,7 +105,7 @@ def _fits_shape(size: tuple[int, int], shape: float, multiple: int) -> bool:
 def _modes(
     request: ResolvedRequest, config: EngineConfig, spec: ModelSpec, hardware: Hardware
 ) -> Iterator[dict[str, Any]]:
-    """Slower or less exact ways to make the same video, by the engine's settings."""
+    """Yield changes of the engine's settings with which it makes the same video more slowly or less exactly."""
     if config.text_encoder_hold == "resident":
         yield {"text_encoder_hold": "streamed"}
     if config.strategy != "auto":

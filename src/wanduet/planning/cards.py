@@ -1,9 +1,10 @@
-"""GPUs by name: what a plan needs to know of a card that is not here, and what a job's duration is predicted from.
+"""Table of GPUs by name, to plan for cards that are not at hand and to predict the seconds of a job.
 
-`peak` is dense bfloat16 with float32 sums (float16 before Ampere) in TFLOP/s, from the makers' data sheets; GeForce cards
-sum in float32 at half the rate that they advertise, which is counted. `reached` is the share of it that the whole denoise
-reaches. Measured with this engine on an H100 (benchmarks/results/whole_job_480p.json); for GeForce, from the "about 4
-minutes" of an RTX 4090 in the official README of Wan2.1; for other cards assumed alike.
+`peak`: dense bfloat16 products with float32 accumulation (float16 before Ampere) in TFLOP/s, from the makers' data
+sheets. GeForce cards accumulate in float32 at half the advertised rate; the table has the lower one. `reached`: the
+share of `peak` that the whole denoise reaches. Measured with this engine on an H100
+(benchmarks/results/whole_job_480p.json); for GeForce, from the "about 4 minutes" of an RTX 4090 in the official README
+of Wan2.1; for other cards assumed similar.
 """
 
 import re
@@ -17,7 +18,10 @@ HOPPER, GEFORCE, OTHER = 0.69, 0.72, 0.66
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU model. `gib`: the memory that its driver reports, of which a card with error correction keeps some back."""
+    """A GPU model.
+
+    `gib`: memory that the driver reports, in GiB, without what error correction reserves on some cards.
+    """
 
     name: str
     gib: float
@@ -28,12 +32,12 @@ class Card:
 
     @property
     def total_bytes(self) -> int:
-        """Its memory."""
+        """The card's memory, in bytes."""
         return int(self.gib * GIB)
 
     @property
     def rate(self) -> float:
-        """TFLOP/s that the denoise reaches."""
+        """TFLOP/s that the whole denoise reaches."""
         return self.peak * self.reached
 
 
@@ -84,21 +88,22 @@ CARDS = (
     Card("V100", 15.8, (7, 0), 80, 125.0, OTHER),
     Card("V100 32GB", 31.7, (7, 0), 80, 125.0, OTHER),
 )
-# What stands for a card of which only the memory is known: the slowest that is common with so much.
+# The cards assumed if only a memory size is known: the slowest common card of each size.
 TYPICAL = ("RTX 3060 Ti", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 5090", "RTX A6000", "A100", "H200")
 
 
 def card_named(text: str) -> Card | None:
-    """The card that a person or a driver calls so, in any case: `3090`, `RTX 4060 Ti 16GB`, `NVIDIA A100-SXM4-80GB`.
+    """Return the card of a name that users or drivers give it: `3090`, `RTX 4060 Ti 16GB`, `NVIDIA A100-SXM4-80GB`.
 
-    None for names that are not in the table, and for those of notebooks, whose chips are others.
+    Upper and lower case are equal. None for names that are not in the table, and for laptop GPUs, which have other
+    chips.
     """
     key = _key(text)
     return None if "laptop" in key or "maxq" in key else _by_key().get(key)
 
 
 def typical_card(total_bytes: int) -> Card:
-    """What a card of so much memory is assumed to be, at least."""
+    """Return the card to assume, as a lower bound, for a card of which only the memory is known."""
     table = {card.name: card for card in CARDS}
     typical = [table[name] for name in TYPICAL]
     return next((card for card in typical if total_bytes <= card.total_bytes), typical[-1])
@@ -110,17 +115,17 @@ def _by_key() -> dict[str, Card]:
     for card in CARDS:
         for key in (_key(card.name), _key(card.name) + f"{round(card.gib)}gb", _key(card.name).removeprefix("rtx")):
             found.setdefault(key, card)
-    # Sizes that are sold by, where the driver reports less.
+    # Advertised sizes, where the driver reports less.
     for name, size in (("A100", 80), ("H100", 80), ("H200", 141), ("L40S", 48), ("RTX A6000", 48), ("V100", 16)):
         found.setdefault(_key(name) + f"{size}gb", found[_key(name)])
     return found
 
 
 def _key(text: str) -> str:
-    """A name without what says nothing of the chip."""
+    """Return a name without the words that do not identify the chip."""
     text = re.sub(r"\b(nvidia|geforce|tesla|quadro|sxm\d?|hbm\d?e?|generation|blackwell|workstation|server|edition|tensor|core|gpu)\b",
                   " ", text.lower().replace("-", " ").replace("_", " "))  # fmt: skip
-    if "h100" not in text:  # the only one whose chip is another on such a board
+    if "h100" not in text:  # the only card whose PCIe board has a different chip
         text = text.replace("pcie", " ")
     text = re.sub(r"(\d)\s*gi?b\b", r"\1gb", text)
     return re.sub(r"[^a-z0-9]", "", text)

@@ -1,7 +1,7 @@
-"""Why a plan is as it is, one sentence for each setting, from the facts: the plan, what was asked for, what there is.
+"""Explains a plan with one sentence for each setting, from the plan, the request, the configuration and the hardware.
 
-Nothing is decided here. What will be known only when a job runs (which attention is fastest, whether kernels are right) is
-told as such.
+Nothing is decided here. The sentences say so where a fact is known only when a job runs (which attention is fastest,
+whether kernels are correct).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ ASKED = "asked for"
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A plan and all that has decided it; `refused` are the plans for other placements, which came first and do not fit."""
+    """A plan and the facts that decided it; `refused`: plans for better placements, which do not fit."""
 
     plan: Plan
     request: ResolvedRequest
@@ -36,7 +36,7 @@ class Explanation:
     refused: Sequence[Plan] = ()
 
     def choices(self) -> tuple[Choice, ...]:
-        """Of a whole job."""
+        """Return the explained settings of a whole job."""
         plan = self.plan
         found: tuple[Choice, ...] = (
             Choice("strategy", plan.strategy, self._strategy()),
@@ -65,7 +65,7 @@ class Explanation:
         return found + unused_settings(self.plan, self.config)
 
     def choices_of_decode(self) -> tuple[Choice, ...]:
-        """Of a decode alone."""
+        """Return the explained settings of a decode without a denoise."""
         return self._vae_dtype(), self._tf32(), self._decode(), self._kernels("vae_kernels", self._vae)
 
     @property
@@ -217,7 +217,7 @@ class Explanation:
         return "devices of unlike speeds: each has a part of the tokens, the faster one more"
 
     def _attention(self) -> Choice:
-        """What is known of it before a run."""
+        """Explain the attention backend, as far as it is known before a run."""
         plan, wish, device = self.plan, self.config.attention, self._transformer
         auto = wish == "auto"
         if not device.name.startswith("cuda"):
@@ -247,7 +247,7 @@ class Explanation:
         return Choice("attention", wish, f"the fastest that is right of {names}: measured when a job first runs here")
 
     def _is_here(self, device: DeviceInfo) -> bool:
-        """Whether it is this machine's, and not one of another node's or of none."""
+        """Return True if `device` is in this machine, not in another node or in described hardware."""
         index = torch.device(device.name).index or 0
         return (
             not self.hardware.assumed
@@ -277,7 +277,7 @@ class Explanation:
 
 
 def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
-    """Settings that were given and have no effect on this plan, each with why."""
+    """Return the settings that the user gave and that have no effect on this plan, each with the reason."""
     found = []
     is_random = config.model in RANDOM_SPECS
     if config.revision is not None and (is_random or local_model(config.model) is not None):

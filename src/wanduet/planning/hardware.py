@@ -1,4 +1,4 @@
-"""What the machine has: devices, their memory, the host. Also hardware that is not here, for planning."""
+"""The devices and memory of this machine, or of hardware that a text describes, to plan for machines not at hand."""
 
 import os
 import platform
@@ -15,19 +15,19 @@ from wanduet.planning.host import host_memory
 if TYPE_CHECKING:
     from wanduet.distributed.links import Link
 
-# What a CUDA context and its libraries' handles take outside PyTorch's allocator, in bytes. Measured
-# on Hopper with CUDA 13 (see benchmarks/results); counted apart from every prediction.
+# Bytes that a CUDA context and its library handles take outside PyTorch's allocator. Measured on Hopper with CUDA 13
+# (see benchmarks/results). Predictions do not include them.
 CUDA_CONTEXT_BYTES = 600 * 2**20
-MOST_DEVICES = 64  # of one host
+MOST_DEVICES = 64  # per host
 SMALLEST_DEVICE = 64 * 2**20
-ASSUMED = "assumed"  # the name of a host and its devices that are not here
+ASSUMED = "assumed"  # `host` of described hardware (`parse_hardware`)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device. `free_bytes` is what a new process could allocate now."""
+    """One device. `free_bytes`: what a new process can allocate now."""
 
-    name: str  # as torch names it: "cuda:0", "cpu"
+    name: str  # PyTorch's device string: "cuda:0", "cpu"
     model: str
     total_bytes: int
     free_bytes: int
@@ -41,7 +41,7 @@ class DeviceInfo:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether bfloat16 products run on matrix units (Ampere and newer)."""
+        """Whether the device computes bfloat16 products on matrix units (Ampere and newer)."""
         return self.capability >= (8, 0)
 
 
@@ -54,10 +54,10 @@ class Hardware:
     host_free_bytes: int
     cpu_count: int
     host: str = ""
-    link: "Link" = "direct"  # what joins its devices; assumed of those that are not here
+    link: "Link" = "direct"  # the connection between devices; assumed for described hardware
 
     def device(self, name: str) -> DeviceInfo:
-        """A device by name (`cuda` means `cuda:0`). Raises ConfigError if the machine does not have it."""
+        """Return the device of that name; `cuda` means `cuda:0`. Raises ConfigError if the machine does not have it."""
         wanted = name if ":" in name or name in ("cpu", "mps") else f"{name}:0"
         if wanted == "cpu":
             return self.cpu
@@ -69,7 +69,7 @@ class Hardware:
 
     @property
     def assumed(self) -> bool:
-        """Whether it is not this machine's, but what somebody described (`parse_hardware`)."""
+        """Whether the hardware comes from a description (`parse_hardware`), not from this machine."""
         return self.host == ASSUMED
 
     @property
@@ -79,12 +79,12 @@ class Hardware:
 
     @property
     def gpus(self) -> tuple[DeviceInfo, ...]:
-        """The devices that are not the host."""
+        """All devices except the host."""
         return tuple(d for d in self.devices if not d.is_cpu)
 
 
 def detect() -> Hardware:
-    """Look at this machine."""
+    """Return the devices and memory of this machine."""
     import torch
 
     from wanduet.distributed.links import link_between
@@ -106,9 +106,11 @@ def detect() -> Hardware:
 
 
 def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
-    """Hardware that is not here: `2x24GiB`, `RTX 4090`, `2x3090`, `24` (GiB), `24GiB+12GiB`, `h100,ram=32GiB`, `cpu`.
+    """Parse a description of hardware.
 
-    A card of which only the memory is known is taken for a common one with so much (`cards.typical_card`). Raises ConfigError.
+    Examples: `2x24GiB`, `RTX 4090`, `2x3090`, `24` (GiB), `24GiB+12GiB`, `h100,ram=32GiB`, `cpu`.
+    A memory size alone stands for a common card of that size (`cards.typical_card`). Without `ram=`, the host memory is
+    that of `host`, or 32 GiB. Raises ConfigError.
     """
     found: list[tuple[Card, int]] = []
     ram = host.host_total_bytes if host else 32 * 2**30
@@ -130,7 +132,7 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
 
 
 def _assumed_card(text: str) -> tuple[Card, int]:
-    """A card, and its memory in bytes, from its name or its memory. Raises ConfigError."""
+    """Return the card that a name or a memory size describes, and its memory in bytes. Raises ConfigError."""
     if card := card_named(text):
         return card, card.total_bytes
     amount = f"{text}GiB" if re.fullmatch(r"\d{1,3}(\.\d+)?", text, re.ASCII) else text

@@ -1,4 +1,4 @@
-"""Memory of the host: what there is, what is free, and the most that this process has taken."""
+"""Host memory: total and available bytes, and the peak of this process."""
 
 import platform
 from pathlib import Path
@@ -7,7 +7,7 @@ import psutil
 
 
 def host_memory() -> tuple[int, int]:
-    """`(total, available)` bytes of host memory, respecting the limits of a container or a batch system's job."""
+    """Return `(total, available)` bytes of host memory, within the limits of a container or a batch system's job."""
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     for limit, used in _cgroup_limits():
@@ -18,10 +18,10 @@ def host_memory() -> tuple[int, int]:
 
 
 def process_peak_bytes() -> int:
-    """The most memory this process has had resident so far."""
+    """Return the peak resident memory of this process so far, in bytes."""
     if platform.system() == "Windows":
         return int(psutil.Process().memory_info().peak_wset)
-    if platform.system() == "Linux":  # getrusage would count what the starting process had before exec
+    if platform.system() == "Linux":  # getrusage would include the parent process's memory before exec
         with open("/proc/self/status") as file:
             peak = next((line.split()[1] for line in file if line.startswith("VmHWM")), "0")
         return int(peak) * 1024
@@ -31,8 +31,10 @@ def process_peak_bytes() -> int:
 
 
 def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
-    """`(limit, used)` bytes of this process's control group and of those around it. Files that can be thrown out
-    of the page cache count as free."""
+    """Return `(limit, used)` bytes of this process's control group and of its ancestors.
+
+    File pages that the kernel can drop from the page cache count as free.
+    """
     found: list[tuple[int, int]] = []
     for line in _lines(own):
         number, _, rest = line.partition(":")
@@ -43,7 +45,7 @@ def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
         names = (
             ("memory.max", "memory.current") if number == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
-        here = top / path.strip("/")  # in a container the path is often that of the host, which is not seen here
+        here = top / path.strip("/")  # in a container, often the host's path, which is not visible
         for folder in dict.fromkeys([*(p for p in (here, *here.parents) if p.is_relative_to(top)), top]):
             limit, used = ("".join(_lines(folder / name)) for name in names)
             if limit.isdecimal() and used.isdecimal():

@@ -1,4 +1,4 @@
-"""Which device does what: one for all, one for each model, or all together on one video."""
+"""Chooses the devices: one for all models, one for each model, or several that share one video."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,16 +14,18 @@ from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.request import ResolvedRequest
 
 StrategyName = Literal["single", "placed", "parallel"]
-PAIRED = 4  # of many devices, those that are looked at for the two parts
-SEQUENCE_COST = 1.06  # what the exchanges of a shared sequence add between GPUs that write to each other's memory
-# Bytes a second that each of two ranks sends, and receives, where they do not. Assumed: there was no such machine to measure.
-# PCIe 4 x16 carries 25e9 one way, and each byte passes it twice; gloo waits for each copy, and then for the sockets.
+PAIRED = 4  # number of fastest devices that are paired as (transformer, VAE)
+# Relative time of a step whose sequence is split over GPUs that write to each other's memory, because of the exchanges.
+SEQUENCE_COST = 1.06
+# Bytes a second that each of two ranks sends, and receives, where GPUs cannot write to each other's memory. Assumed: no
+# such machine was measured. PCIe 4 x16 carries 25e9 in one direction, and each byte crosses it twice; gloo also waits
+# for each copy, and then for the sockets.
 LINK_RATES = {"host": 5e9, "gloo": 0.7e9}
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where transformer and VAE run; `ranks` are the devices of strategy `parallel`."""
+    """The devices of transformer and VAE; `ranks` are the devices of strategy `parallel`."""
 
     strategy: StrategyName
     transformer: DeviceInfo
@@ -32,14 +34,14 @@ class Placement:
 
     @property
     def shared(self) -> bool:
-        """Whether one device does both."""
+        """Whether one device runs both models."""
         return self.transformer.name == self.vae.name
 
 
 def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement, ...]:
-    """Which device denoises and which decodes, best first: a later one is for where the ones before do not fit.
+    """Return the placements to try, best first: a later one applies if the earlier ones do not fit.
 
-    Raises ConfigError where the wish cannot be met.
+    Raises ConfigError if the hardware does not have what `config` requires.
     """
     asked = parse_devices(config.devices)
     names = asked.names or tuple(d.name for d in hardware.gpus) or ("cpu",)
@@ -54,32 +56,35 @@ def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement
         if not devices[0].is_cpu:
             raise ConfigError("--strategy placed needs two devices.", hint="Name them: --devices cuda:0,cuda:1.")
         return (Placement("placed", devices[0], devices[0]),)
-    alone = sorted(devices, key=lambda d: (rate(d), d.free_bytes), reverse=True)
+    ranked = sorted(devices, key=lambda d: (rate(d), d.free_bytes), reverse=True)
     if config.strategy == "single" or len(devices) == 1:
-        return tuple(Placement("single", device, device) for device in alone)
+        return tuple(Placement("single", device, device) for device in ranked)
     placed = tuple(Placement("placed", transformer, vae) for transformer, vae in _pairs(devices))
     if config.strategy == "placed":
         return placed
-    return placed + tuple(Placement("single", device, device) for device in alone)
+    return placed + tuple(Placement("single", device, device) for device in ranked)
 
 
 def _pairs(devices: tuple[DeviceInfo, ...]) -> tuple[tuple[DeviceInfo, DeviceInfo], ...]:
-    """`(transformer, vae)` devices. The denoise is more than nine tenths of the work: it gets the fastest card."""
+    """Return `(transformer, vae)` devices, best first.
+
+    The denoise is over nine tenths of the work: it gets the fastest.
+    """
 
     def speed(device: DeviceInfo) -> tuple[object, ...]:
         return rate(device), device.capability, device.total_bytes
 
     ranked = sorted(devices, key=speed, reverse=True)[:PAIRED]
     first, second = ranked[:2]
-    if speed(first) == speed(second):  # in the order they were named: the VAE's first
+    if speed(first) == speed(second):  # equal cards: the one that is named first decodes
         first, second = second, first
     return tuple(dict.fromkeys([(first, second), (second, first), *permutations(ranked, 2)]))
 
 
 def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Placement | None:
-    """Several devices for one video; None where that is not what is wanted or not the fastest way.
+    """Return a placement of one video on several devices; None if `config` excludes it or it is not the fastest.
 
-    Raises ConfigError where it was asked for and there is one device.
+    Raises ConfigError if `config.strategy` is `parallel` and there are fewer than two devices, or they have roles.
     """
     asked = parse_devices(config.devices)
     names = asked.names or tuple(d.name for d in hardware.gpus)
@@ -97,15 +102,15 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
     if len({(d.model, d.capability, d.total_bytes) for d in devices}) > 1 or not (
         request.uses_guidance or devices[0].is_cpu
     ):
-        return None  # unlike cards: each gets the part that suits it
+        return None  # cards of different models: each gets the part that suits it
     return Placement("parallel", devices[0], devices[0], devices)
 
 
 def pairs_up(rates: tuple[float, ...], cost: float = SEQUENCE_COST) -> bool:
-    """Whether a branch of the guidance on each half is faster than one sequence cut by speed.
+    """Return True if one guidance branch on each half of the devices is faster than one sequence split over all.
 
-    A pair of branches takes as long as the slower half needs for one; a shared sequence takes `cost` times as long as
-    without its exchanges.
+    `rates`: the speeds of the devices, by which a sequence is split. Two branches take as long as the slower half needs
+    for one of them; a split sequence takes `cost` times as long as it would without its exchanges.
     """
     half = len(rates) // 2
     halves = (sum(rates[:half]), sum(rates[half:]))
@@ -113,14 +118,15 @@ def pairs_up(rates: tuple[float, ...], cost: float = SEQUENCE_COST) -> bool:
 
 
 def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: int, step_s: float, link: Link) -> float:
-    """How many times as long a guided step takes in one sequence over all ranks, for its exchanges, as in two branches
-    of predicted `step_s` seconds; with activations of `item` bytes a value."""
+    """Return how many times longer a guided step takes, because of its exchanges, with one sequence split over all
+    ranks than with two guidance branches. `step_s`: predicted seconds of a step with branches. `item`: bytes of an
+    activation value."""
     if link == "direct":
         return SEQUENCE_COST
     t = spec.transformer
     tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
     whole, pairs = (choose_layout(ranks, t.num_attention_heads, guided) for guided in (False, True))
-    # Each rank has both prompts, or one.
+    # With a split sequence each rank has both prompts, with branches one.
     sent = [prompts * attention_comm_bytes(layout, tokens, t.dim, item) for prompts, layout in ((2, whole), (1, pairs))]
     more = t.num_layers * (sent[0] - sent[1])
     return max(SEQUENCE_COST, 1 + more / LINK_RATES[link] / step_s)

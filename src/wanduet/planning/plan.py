@@ -1,4 +1,4 @@
-"""What runs where: a plan's parts, and what is predicted of it. Plain data; `planning.planner` makes it."""
+"""A plan, its parts and its predictions, as plain data. `planning.planner` makes plans."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,9 +19,9 @@ Residency = Literal["resident", "streamed"]
 class TransformerPlan:
     """How the transformer is loaded and run.
 
-    The first `resident_blocks` of its blocks stay on `device`; the others wait in host memory of the kind
-    `offload_memory`: page-locked, or mapped from a scratch file. `share_first`: with guidance, the first block's
-    self-attention is computed once for both prompts.
+    The first `resident_blocks` blocks stay on `device`; the others are offloaded to host memory of the kind
+    `offload_memory`: page-locked, or mapped from a scratch file. `share_first`: with guidance, compute the first
+    block's self-attention once for both prompts.
     """
 
     device: str
@@ -33,7 +33,7 @@ class TransformerPlan:
 
 @dataclass(frozen=True, slots=True)
 class VAEPlan:
-    """How the VAE decodes: in which row tiles and order (`tiling`), and whether its float32 products may use TF32."""
+    """How the VAE decodes. `tiling`: number and order of its row tiles. `tf32`: its float32 products may use TF32."""
 
     device: str
     dtype: str
@@ -43,7 +43,7 @@ class VAEPlan:
 
 @dataclass(frozen=True, slots=True)
 class TextPlan:
-    """How the text encoder runs on the CPU: with all layers in memory (`resident`), or reading one after another."""
+    """How the text encoder runs on the CPU: `resident` has all layers in memory, `streamed` reads one after another."""
 
     dtype: str
     residency: Residency
@@ -51,7 +51,7 @@ class TextPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """Strategy `parallel`: the device of each rank, and how they divide the work. No ranks: another strategy."""
+    """Strategy `parallel`: the device of each rank, and how ranks divide the work. Other strategies have no ranks."""
 
     ranks: tuple[str, ...] = ()
     layout: Layout = ONE_DEVICE
@@ -59,7 +59,7 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True)
 class DevicePrediction:
-    """What one device holds, and its predicted peak bytes in each phase, beside the CUDA context.
+    """The models on one device, and its predicted peak bytes in each phase, without the CUDA context.
 
     `role`: "vae", "transformer", "text_encoder", joined by "+".
     """
@@ -71,13 +71,13 @@ class DevicePrediction:
 
     @property
     def peak(self) -> int:
-        """The highest phase."""
+        """The highest of the phases' peaks, in bytes."""
         return max(self.phases.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a plan will take: bytes of each device and of the host beside their limits, and seconds."""
+    """The predicted cost of a plan: bytes of each device and of the host, with their limits, and seconds."""
 
     devices: tuple[DevicePrediction, ...]
     host_bytes: int
@@ -91,13 +91,13 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """Highest predicted phase of each device."""
+        """The peak bytes of each device, by name."""
         return {d.name: d.peak for d in self.devices}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One setting that the plan has decided, and why. Its name is that of `wanduet plan --json`."""
+    """One setting of a plan, its value and the reason. `setting` is its name in `wanduet plan --json`."""
 
     setting: str
     value: Any
@@ -106,10 +106,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything the engine needs to know to run a request.
+    """All settings with which the engine runs a request.
 
-    `both_resident`: transformer and VAE stay loaded side by side; else each is taken off the device while the other
-    runs. `choices` and `nearest_that_fits` are for people: why it is so, and what fits instead.
+    `both_resident`: transformer and VAE stay on the device together; if False, each is moved off the device while the
+    other runs. `choices` explains the settings to users; `nearest_that_fits`: settings that fit if the plan does not.
     """
 
     strategy: StrategyName
@@ -123,7 +123,7 @@ class Plan:
     nearest_that_fits: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as `wanduet plan --json` prints it."""
+        """Return the plan as `wanduet plan --json` prints it."""
         predicted, seconds = self.prediction, self.prediction.seconds
         return {
             "fits": predicted.fits,
@@ -145,7 +145,7 @@ class Plan:
 
 
 def require_fit(plan: Plan, request: ResolvedRequest) -> None:
-    """Raise DoesNotFitError, with the nearest settings that fit, if the plan does not."""
+    """Raise DoesNotFitError, which names the nearest settings that fit, if the plan does not fit."""
     predicted = plan.prediction
     if predicted.fits:
         return

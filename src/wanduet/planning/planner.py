@@ -1,7 +1,7 @@
-"""Decides what runs where before anything is loaded: devices, dtypes, offload and the decode's tiling.
+"""Decides before weights are loaded: devices, dtypes, offload and the decode's row tiles.
 
-The peak bytes of every device are predicted for each phase, and the fastest settings taken whose prediction stays below
-the limits. Where nothing fits, the plan names the nearest settings that would.
+The planner predicts the peak bytes of every device in each phase, and takes the fastest settings whose prediction stays
+below the limits. If none do, the plan names the nearest settings that do.
 """
 
 from dataclasses import dataclass, replace
@@ -39,15 +39,15 @@ from wanduet.planning.search import DECODE_MODES, Candidate, candidates, memory_
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
 
-# Kept free on every device beside what is predicted: other programs and allocator fragmentation.
+# Left free on every device in addition to the prediction, for other programs and allocator fragmentation.
 HEADROOM_BYTES = 192 * 2**20
-# By so much an engine's later jobs may exceed its first: the allocator's memory is no longer empty, and what stays between
-# jobs (the VAE, workspaces) lies among what comes and goes. Seen on an H200: 0.5 to 0.9 %.
+# Share by which later jobs of an engine may exceed the first: memory that stays between jobs (the VAE, workspaces)
+# fragments the allocator's pool. Measured on an H200: 0.5 to 0.9 %.
 LATER_JOBS_SHARE = 0.01
-# And by so much more on a rank, where parts of a decode go by measured speed and so are not equal. Seen on two H200: the
-# larger part took 5 to 7 % more than half, the smaller one 10 % less.
+# Additional share on a rank: the ranks' parts of a decode follow their measured speeds and so are not equal. Measured
+# on two H200: the larger part took 5 to 7 % more than half, the smaller one 10 % less.
 RANKS_SHARE = 0.08
-# Python, PyTorch and its libraries, frames on their way to the encoder.
+# Python, PyTorch and its libraries, frames queued for the video encoder.
 HOST_BASE_BYTES = 1200 * 2**20
 NO_GROUP = GroupPlan()
 
@@ -55,18 +55,21 @@ NO_GROUP = GroupPlan()
 def make_plan(
     request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware, *, nearest: bool = True
 ) -> Plan:
-    """The fastest plan that fits, or one that does not (`plan.prediction.fits`); then, with `nearest`, it names the
-    nearest settings that do. Raises ConfigError where the configuration cannot be met on such hardware."""
+    """Return the fastest plan that fits.
+
+    If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
+    that fit. Raises ConfigError if the hardware does not have what `config` requires.
+    """
     planner = Planner(request, memory, config, hardware)
     plan, refused = planner.fastest_that_fits()
     plan = replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
-    only_mode = planner.too_small_for_the_models(plan)  # no smaller video would help
+    only_mode = planner.too_small_for_the_models(plan)  # a smaller video would not fit either
     for other in alternatives(request, config, memory.spec, hardware):
         if other.kind in found or (other.kind == "both" and found) or (only_mode and other.kind != "mode"):
-            continue  # one of each kind, the least painful
+            continue  # only the first of each kind, the smallest change
         candidate, _ = Planner(other.request, memory, other.config, hardware).fastest_that_fits()
         predicted = candidate.prediction
         if predicted.fits:
@@ -78,14 +81,14 @@ def make_plan(
 
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """For a worker that only decodes: the VAE has the device to itself, in the fastest mode that fits."""
+    """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
     plan = Planner(request, memory, config, hardware).decode_only()
     return replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware).choices_of_decode())
 
 
 def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
-    """What the text encoder computes in, and how its weights are kept."""
-    # A few dozen tokens: the time goes into reading weights, so half the bytes are twice as fast.
+    """Choose the dtype and the residency of the text encoder."""
+    # A prompt has a few dozen tokens: reading weights takes most of the time, so half the bytes take half the time.
     small = text_encoder_bytes(spec, "float32", "resident") < GIB
     dtype = config.text_encoder_dtype
     if dtype == "auto":
@@ -97,7 +100,7 @@ def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """The search for one request on one machine."""
+    """Searches the settings for one request on one machine."""
 
     request: ResolvedRequest
     memory: ModelMemory
@@ -125,7 +128,8 @@ class Planner:
         return min(self.config.ram_limit or self.hardware.host_total_bytes, self.hardware.host_free_bytes)
 
     def fastest_that_fits(self) -> tuple[Plan, tuple[Plan, ...]]:
-        """The first plan that fits, or the one that lacks least; and those of better placements that do not fit."""
+        """Return the first plan that fits, or the one that lacks the least device memory; and the plans of better
+        placements, which do not fit."""
         refused: list[Plan] = []
         if self.config.strategy in ("auto", "parallel"):
             shared = parallel_placement(self.request, self.config, self.hardware)
@@ -144,7 +148,7 @@ class Planner:
         return least, (*refused, *(plan for plan in apart if plan is not least))
 
     def decode_only(self) -> Plan:
-        """The fastest decode that fits a device which has nothing else to do."""
+        """Return the fastest decode that fits a device that runs nothing else, or the one that needs least memory."""
         device = find_placements(replace(self.config, strategy="single"), self.hardware)[0].vae
         dtype, name = self._vae_dtype, device.name
         weights = self.memory.vae_weights(dtype)
@@ -170,7 +174,7 @@ class Planner:
         )
 
     def too_small_for_the_models(self, plan: Plan) -> bool:
-        """Whether everything is on the host, and the weights alone are more than it has."""
+        """Return True if all models are on the host and their weights alone exceed its memory."""
         if (plan.transformer.device, plan.vae.device) != ("cpu", "cpu"):
             return False
         text = text_encoder_bytes(self._spec, plan.text.dtype, plan.text.residency)
@@ -178,20 +182,21 @@ class Planner:
         return HOST_BASE_BYTES + text + models > plan.prediction.host_limit_bytes
 
     def _fastest_of(self, place: Placement) -> Plan:
-        """The first candidate of one placement that fits, or the smallest one."""
+        """Return the plan of the first candidate on a placement that fits, or of the one that needs least memory."""
         weights = self.memory.transformer_weights(self.transformer_dtype(place.transformer))
         tried = list(candidates(self.request, self._spec, place, weights))
         smallest = self.plan_of(place, min(tried, key=memory_rank))
         predicted = smallest.prediction
-        all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # there the smallest needs least of the host too
+        all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # then the smallest also needs least host memory
         text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
         least = predicted.host_bytes if all_on_host else HOST_BASE_BYTES + text
         if any(d.peak > d.limit_bytes for d in predicted.devices) or least > predicted.host_limit_bytes:
-            return smallest  # without a look at all the others
+            return smallest  # no other candidate fits either
         return next((plan for one in tried if (plan := self.plan_of(place, one)).prediction.fits), smallest)
 
     def _of_group(self, place: Placement) -> Plan:
-        """Every rank holds the whole transformer, its part of the sequence, and its rows of the decode."""
+        """Return the plan of a group: every rank has the whole transformer, its part of the sequence and its rows of
+        the decode."""
         spec, count = self._spec, len(place.ranks)
         rates = self.config.speeds or tuple(rate(device) for device in place.ranks)
         step_s = step_seconds(self.request, predict_seconds(self.request, spec, place.transformer, place.vae, count))
@@ -206,7 +211,7 @@ class Planner:
         return self.plan_of(place, whole, group)
 
     def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
-        """The plan of one candidate, and what it will take."""
+        """Return the plan of one candidate, with its predictions."""
         transformer = self._transformer_memory(place, candidate, group)
         devices = self._devices(place, candidate, transformer)
         host, offload = self._host(place, candidate, transformer, devices)
@@ -231,7 +236,7 @@ class Planner:
         request, device = self.request, place.transformer
         texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
         positions = sorted(text_positions(text, self._spec.text_len) for text in texts)
-        # Where each prompt has devices of its own, they have the keys of one.
+        # If each prompt has its own devices, they store the text keys and values of one prompt only.
         positions = positions[-1:] if group.layout.cfg > 1 else positions
         return self.memory.transformer(
             self._size,
@@ -246,11 +251,11 @@ class Planner:
     def _devices(
         self, place: Placement, candidate: Candidate, transformer: TransformerMemory
     ) -> tuple[DevicePrediction, ...]:
-        """The predicted peak bytes of each device."""
+        """Predict the peak bytes of each device."""
         vae_weights = self.memory.vae_weights(self._vae_dtype)
         ranks = max(1, len(place.ranks))
         decode = self.memory.decode(self._size, candidate.tiling, self._vae_dtype, place.vae.name, ranks)
-        # The decode's memory is taken once before the denoise (`reserve_decode`), when the text is there already.
+        # The decode's memory is allocated once before the denoise (`reserve_decode`), after the text tensors.
         beside = transformer.weights + transformer.text + transformer.latents + transformer.exchange
         both = candidate.both_resident
         on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
@@ -274,24 +279,24 @@ class Planner:
         transformer: TransformerMemory,
         devices: tuple[DevicePrediction, ...],
     ) -> tuple[int, OffloadMemory]:
-        """Predicted bytes of the host, and the kind of memory that offloaded blocks wait in."""
+        """Predict the bytes of the host, and choose the kind of memory for offloaded blocks."""
         text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
         host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if self._text.residency == "resident" else 0)
-        host += len(place.ranks) * HOST_BASE_BYTES  # processes of their own
+        host += len(place.ranks) * HOST_BASE_BYTES  # each rank is a process
         if self.config.model not in RANDOM_SPECS:
             host += self.memory.loading_host(self.transformer_dtype(place.transformer))
         host += sum(d.peak for d in devices if d.name == "cpu")
         host += self.memory.decode_host(self._size, candidate.tiling, self._vae_dtype, place.vae.name)
         if not candidate.both_resident and not place.vae.is_cpu:
-            host += self.memory.vae_weights(self._vae_dtype)  # the VAE waits there while the transformer has the device
+            host += self.memory.vae_weights(self._vae_dtype)  # swapped out while the transformer runs
         waiting, layers, on_host = 0, self._spec.transformer.num_layers, 0
         if not place.transformer.is_cpu:
-            # Where the models swap, all blocks wait on the host at times.
+            # Unless both models are resident, all blocks are on the host during a decode.
             on_host = layers - candidate.resident_blocks if candidate.both_resident else layers
             waiting = transformer.total_weights * on_host // layers
         if host + waiting <= self._host_limit:
             return host + waiting, "pinned"
-        # Mapped from a scratch file, the system may write blocks out; two at a time are being read.
+        # The operating system may evict blocks that are mapped from a scratch file; two at a time are being read.
         return host + transformer.total_weights * min(on_host, 2) // layers, "mapped"
 
     def _device(self, device: DeviceInfo, role: str, phases: dict[str, int]) -> DevicePrediction:
@@ -302,7 +307,7 @@ class Planner:
         return DevicePrediction(device.name, role, {"encode": 0} | phases, limit)
 
     def transformer_dtype(self, device: DeviceInfo) -> str:
-        """What the transformer computes in on a device."""
+        """Return the dtype in which the transformer computes on a device."""
         if self.config.transformer_dtype != "auto":
             return self.config.transformer_dtype
         if device.is_cpu:

@@ -1,4 +1,4 @@
-"""What a plan may try on one placement, from the fastest settings to the slowest."""
+"""The settings that the planner tries on one placement, fastest first."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -17,7 +17,7 @@ DECODE_MODES = (
 
 
 class Candidate(NamedTuple):
-    """Settings to try; they mean what they mean in `plan.Plan` and its parts."""
+    """Settings to try; the fields are those of `plan.Plan` and its parts."""
 
     resident_blocks: int
     share_first: bool
@@ -26,7 +26,8 @@ class Candidate(NamedTuple):
 
 
 def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weights: int) -> Iterator[Candidate]:
-    """All of them; `weights` are the transformer's bytes, which move for each decode where the models swap."""
+    """Yield all candidates, fastest first. `weights`: bytes of the transformer, which a decode moves off the device and
+    back unless both models are resident."""
     layers = spec.transformer.num_layers
     on_cpu = place.transformer.is_cpu
     resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
@@ -42,7 +43,7 @@ def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weig
 
 
 def memory_rank(candidate: Candidate) -> tuple[bool | int, ...]:
-    """Smaller for settings that need less memory."""
+    """Return a sort key that is smaller for settings that need less memory."""
     tiling = candidate.tiling
     return (
         candidate.resident_blocks,

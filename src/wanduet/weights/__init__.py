@@ -1,1 +1,1 @@
-"""From checkpoint files to tensors on a device."""
+"""Finds, downloads and verifies checkpoint files, and reads their tensors."""

@@ -1,4 +1,4 @@
-"""A model folder in the Diffusers layout: where it is, what its configs say, which files hold its tensors."""
+"""A model folder in the Diffusers layout: its configs, and the files of its weights."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
-# Classes that hold what wanduet runs, as `_class_name` (diffusers) or `architectures` (transformers) says.
+# Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")
 CLASSES = {
     "transformer": {"WanTransformer3DModel"},
@@ -36,8 +36,8 @@ _KINDS = "wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout.
 DEFAULTS_FILE = "generation_defaults.json"
 MANIFEST_FILE = "manifest.json"
 
-# What a config may ask for. A published model has 40 layers at most and a vocabulary of 256,384; a config that asks for
-# 10**9 would be planned, and built without memory, for days.
+# Upper limits of a config's values. Published models have at most 40 layers and a vocabulary of 256,384. With 10**9
+# layers, planning and building on the meta device would take days.
 LARGEST = 2**20
 MOST = {"num_layers": 256, "num_res_blocks": 64, "dim_mult": 64, "patch_size": 16, "z_dim": 1024}
 MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
@@ -47,16 +47,20 @@ Spec = TypeVar("Spec")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """One model on disk. `name` is its hub id, or its folder's own name: it stands in videos and answers; `revision` the hub's commit, where known."""
+    """One model on disk.
+
+    `name`: hub id, or the folder's name; it is written into videos and responses. `revision`: the hub's commit, if
+    known.
+    """
 
     path: Path
     name: str
     revision: str | None = None
-    checked: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # files whose hash was right
+    checked: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # verified files
     checking: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises ModelNotFoundError for a folder that is not there or not in the Diffusers layout."""
+        """Check that the folder exists and is in the Diffusers layout. Raises ModelNotFoundError."""
         if not self.path.is_dir():
             raise ModelNotFoundError(
                 f"There is no folder {self.path}.", hint="Give a folder, a hub id, or `miniature`."
@@ -69,9 +73,9 @@ class ModelFolder:
             )
 
     def check_complete(self) -> None:
-        """Look at every config and at every weights file's header, so that nothing is missed after gigabytes were read.
+        """Check every config and the header of every weights file, so that a problem shows before gigabytes are read.
 
-        Raises ModelNotFoundError for a part that is missing or another model's, WeightsError for a damaged file.
+        Raises ModelNotFoundError for a component that is missing or not supported, WeightsError for a damaged file.
         """
         self._check_kind()
         for path in sorted(self.tokenizer.iterdir()):
@@ -92,7 +96,10 @@ class ModelFolder:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """Everything the configs say. Raises ModelNotFoundError for a config that is missing or not supported."""
+        """The model's specification, from its configs.
+
+        Raises ModelNotFoundError for a missing or unsupported config.
+        """
         self._check_kind()
         transformer = self._component("transformer", TransformerSpec.from_config)
         spec = ModelSpec(
@@ -127,14 +134,14 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What identifies the weights that make the pixels: a digest of transformer and VAE."""
+        """Digest of the transformer's and the VAE's weights and configs, which determine the pixels."""
         both = self.transformer.fingerprint() + self.vae.fingerprint()
         configs = [self.config(component) for component in ("transformer", "vae")]
         return hashlib.sha256((both + json.dumps(configs, sort_keys=True)).encode()).hexdigest()
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """What identifies the text encoder and its tokenizer."""
+        """Digest of the text encoder's weights and config, and of the tokenizer."""
         config = json.dumps(self.config("text_encoder"), sort_keys=True)
         digest = hashlib.sha256((self.text_encoder.fingerprint() + config).encode())
         try:
@@ -146,7 +153,7 @@ class ModelFolder:
         return digest.hexdigest()
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's config.json. Raises ModelNotFoundError."""
+        """Return a component's config.json. Raises ModelNotFoundError."""
         return read_json(self.path / component / "config.json")
 
     def _component(self, name: str, read: Callable[[dict[str, Any]], Spec]) -> Spec:
@@ -156,7 +163,7 @@ class ModelFolder:
         check_pipeline(self.path / "model_index.json", str(self.path))
 
     def _check_class(self, component: str) -> None:
-        """Refuse a component of another class by its own name, not by a list of tensors that do not match."""
+        """Raise ModelNotFoundError for an unsupported class: a clearer message than a list of mismatched tensors."""
         config = self.config(component)
         given = config.get("_class_name", config.get("architectures"))
         names = given if isinstance(given, list) else [given]
@@ -175,7 +182,7 @@ class ModelFolder:
     def _files(self, name: str) -> TensorFiles:
         folder = self.path / name
         usual = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        # The usual name first: a variant (`.fp16.`) or an adapter may lie beside it.
+        # Prefer the usual name: the folder may also have a variant (`.fp16.`) or an adapter.
         indices = _first(folder / f"{usual}.index.json") or sorted(folder.glob("*.safetensors.index.json"))
         if indices and (indices[0].name.startswith(usual) or not (folder / usual).is_file()):
             paths = [folder / file for file in _shards(indices[0])]
@@ -193,10 +200,9 @@ class ModelFolder:
 
 
 def check_pipeline(path: Path, shown: str) -> None:
-    """Refuse a pipeline that is another, or has parts that this engine has not: it would give something else.
+    """Raise ModelNotFoundError for another pipeline or unsupported components, with which the results would be wrong.
 
-    `path` is its model_index.json, which may be missing; `shown` is the model's name in messages. Raises
-    ModelNotFoundError.
+    `path`: its model_index.json, which may be missing. `shown`: the model's name in messages.
     """
     index = read_json(path) if path.exists() else {}
     name = index.get("_class_name", PIPELINES[0])
@@ -211,7 +217,7 @@ def check_pipeline(path: Path, shown: str) -> None:
 
 
 def _layout_hint(path: Path) -> str:
-    """What a folder without a model's subfolders is, and what to give in its place."""
+    """Return a hint for a folder without a model's subfolders: its probable kind, and what to pass instead."""
     from wanduet.weights.names import cache_folder_id, diffusers_name
 
     if (path / "snapshots").is_dir() and (model := cache_folder_id(path)):
@@ -231,7 +237,7 @@ def _first(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names. Raises ModelNotFoundError."""
+    """Return the files that an index names. Raises ModelNotFoundError."""
     weights = read_json(index).get("weight_map", {})
     names = {str(name) for name in weights.values()} if isinstance(weights, dict) else {""}
     if any(not name.endswith(".safetensors") or Path(name).name != name for name in names):
@@ -240,7 +246,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, Any]], Spec]) -> Spec:
-    """A config as a spec, each field of the kind that its default has. Raises ModelNotFoundError."""
+    """Convert a config to a spec, whose fields must have the types of their defaults. Raises ModelNotFoundError."""
     try:
         spec = read(config)
         problems = [_problem(f.name, getattr(spec, f.name), f.default) for f in fields(spec)]  # type: ignore[arg-type]
@@ -252,7 +258,7 @@ def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, An
 
 
 def check_consistent(path: Path, spec: ModelSpec) -> None:
-    """The parts of a model must fit each other. Raises ModelNotFoundError."""
+    """Check that the configs of a model's components agree. Raises ModelNotFoundError."""
     transformer, vae, text = spec.transformer, spec.vae, spec.text_encoder
     rules = {
         "transformer: patch_size must be [1, n, n]": transformer.patch_size
@@ -278,7 +284,7 @@ def check_consistent(path: Path, spec: ModelSpec) -> None:
 
 
 def _problem(name: str, value: object, default: object) -> str | None:
-    """What is wrong with a config's value, going by the default's type; None for nothing."""
+    """Return the problem of a config's value, by its default's type and the limits above; None if there is none."""
     if isinstance(default, tuple):
         kind = type(default[0])
         if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
@@ -306,7 +312,7 @@ def _allowed(kind: type) -> set[type]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelNotFoundError, WeightsError for a Git LFS pointer in its place."""
+    """Read a JSON object from a file. Raises ModelNotFoundError, or WeightsError for a Git LFS pointer."""
     check_pointer(path)
     try:
         value = parse_json(read_file(path).decode("utf-8"), finite=False)

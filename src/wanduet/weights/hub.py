@@ -1,6 +1,6 @@
-"""Models from the hub: found in the cache, or fetched with resume, pinned to a revision and verified.
+"""Opens models from the hub: from its cache, or by a resumable download of one revision, with verification.
 
-huggingface_hub's own settings hold: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_HOME, HF_TOKEN.
+huggingface_hub's own settings apply: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_HOME, HF_TOKEN.
 """
 
 import errno
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Nothing that is not needed (a repository may hold single-file weights too), no pickles.
+# Only the needed files (a repository may also have single-file weights), and no pickles.
 _NEEDED = (
     "*.json", "tokenizer/*.model", "tokenizer/*.txt", *(f"{component}/*.safetensors" for component in COMPONENTS),
 )  # fmt: skip
@@ -42,10 +42,10 @@ _NEEDED = (
 def open_model(
     model: str, revision: str | None = None, *, fetch: bool = True, remember: Path | None = None
 ) -> ModelFolder:
-    """A model by folder, hub id or `miniature`; fetched from the hub if it is not in the cache.
+    """Open a model by folder, hub id or `miniature`; with `fetch`, download it if it is not in the hub's cache.
 
-    `remember` is a file where verified files are noted, so that they are not hashed again when they are loaded.
-    Raises ModelNotFoundError, or WeightsError for a file that is damaged.
+    `remember`: a file that records verified files, so that they are not hashed again when they are loaded.
+    Raises ModelNotFoundError, or WeightsError for a damaged file.
     """
     local = local_model(model)
     if local is not None:
@@ -53,13 +53,13 @@ def open_model(
         return local
     try:
         cached = _cached(model, revision)
-    except (WeightsError, IncompleteModelError) as error:  # half a download is never used
+    except (WeightsError, IncompleteModelError) as error:  # an incomplete download is never used
         if not fetch or is_offline():
             raise
         log.warning("%s It is fetched again.", error.message)
         cached = None
     if cached is not None:
-        if names := unverified_weights(cached.path):  # fetched by another program into a cache without links
+        if names := unverified_weights(cached.path):  # another program filled a cache without links
             shown = f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
             log.warning(
                 "The cache of %s has no hashes of %s: damage would not be noticed. "
@@ -72,20 +72,20 @@ def open_model(
 
 
 def local_model(model: str) -> ModelFolder | None:
-    """The model that a folder's path or `miniature` names; None for a hub id.
+    """Return the model of a folder's path or of `miniature`; None for a hub id.
 
-    Raises ModelNotFoundError for a folder that is no model. Its files are looked at by `ModelFolder.check_complete`.
+    Raises ModelNotFoundError for a folder that is not a model. `ModelFolder.check_complete` checks the files.
     """
     if model == MINIATURE:
         return ModelFolder(Path(__file__).parent.parent / "miniature" / "model", MINIATURE)
     try:
         path = Path(model).expanduser()
         is_folder, is_file = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user's home, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # the name is too long, has an unknown `~user` or a NUL
         raise no_model(model, f" ({str(error)[:200]})") from error
     if is_folder:
-        name = os.path.basename(os.path.abspath(path))  # a link keeps its own
-        return ModelFolder(path.resolve(), name or "model")  # everybody sees this name, so it is no path
+        name = os.path.basename(os.path.abspath(path))  # the name of a link, not of its target
+        return ModelFolder(path.resolve(), name or "model")  # users see this name, so it is not a path
     if is_file:
         raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
@@ -96,12 +96,12 @@ def local_model(model: str) -> ModelFolder | None:
 
 
 class IncompleteModelError(ModelNotFoundError):
-    """Some of a model's files are in the hub's cache, and some are missing."""
+    """Some of a model's files are missing from the hub's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A fetched model, and what was verified: files with a published hash, and their bytes."""
+    """A downloaded model; the number of files verified by a published hash, and their bytes."""
 
     folder: ModelFolder
     num_verified: int
@@ -111,12 +111,11 @@ class Download:
 def download(
     model: str, revision: str | None = None, remember: Path | None = None, progress: Progress | None = None
 ) -> Download:
-    """Fetch a model with huggingface_hub (resumed where it stopped) and check every file.
+    """Download a model with huggingface_hub (which resumes a partial download) and verify every file.
 
-    A file that is not what was published is thrown away and fetched once more. With HF_HUB_OFFLINE the cached
-    model is checked instead. `remember` is a file where good ones are noted; `progress` is called while files
-    are hashed. Raises ModelNotFoundError if it cannot be fetched, WeightsError if a file is still not what was
-    published.
+    A file whose hash differs from the published one is deleted and downloaded once more. With HF_HUB_OFFLINE, the
+    cached model is verified instead. `remember`: a file that records verified files. `progress` is called during
+    hashing. Raises ModelNotFoundError if the download fails, WeightsError if a file is still damaged.
     """
     notes = Notes(remember)
     info, path = _fetch(model, revision)
@@ -142,9 +141,7 @@ def download(
             f"{', '.join(damaged)} of {model} came damaged twice: the hash is not the one that was published.",
             hint="Is a proxy or a mirror (HF_ENDPOINT) in between? What was good is kept.",
         )
-    if set(hashes) - set(
-        published_hashes(path)
-    ):  # a cache of copies, as on Windows without links: note the hashes there
+    if set(hashes) - set(published_hashes(path)):  # a cache without links, as on Windows: write the hashes into it
         write_manifest(
             path, {name: h if len(h) == SHA256_LENGTH else file_sha256(path / name) for name, h in hashes.items()}
         )
@@ -154,10 +151,10 @@ def download(
 def verify_manifest(
     folder: ModelFolder, remember: Path | None, parts: tuple[str, ...] = (), progress: Progress | None = None
 ) -> int:
-    """Check a folder against the hashes that it was published with; returns how many files were hashed.
+    """Verify a folder against its published hashes; return the number of files hashed in this call.
 
-    `parts` are the subfolders to look at, none for the whole model; `progress` is called while files are hashed.
-    Raises WeightsError.
+    `parts`: the subfolders to verify; empty for the whole model. `progress` is called during hashing. Raises
+    WeightsError.
     """
     hashes = published_hashes(folder.path)
     wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}
@@ -166,7 +163,7 @@ def verify_manifest(
 
 
 def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
-    """What the hub says of a model, and its folder; no info in offline mode. Raises ModelNotFoundError."""
+    """Download a model; return the hub's info (None in offline mode) and the folder. Raises ModelNotFoundError."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -181,9 +178,9 @@ def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
         _check_listed(model, info)
         _check_listed_kind(model, info)
         _announce(model, info)
-        # By the name that was asked for, not by the commit: the cache then knows the name without a network.
+        # By `revision`, not by commit, so that the cache can resolve that name without a network.
         path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED)))
-        if path.name != info.sha:  # somebody published in between
+        if path.name != info.sha:  # a new commit was published in between
             info = HfApi().model_info(model, revision=path.name, files_metadata=True)
         return info, path
     except ModelNotFoundError:
@@ -198,7 +195,7 @@ def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
         raise ModelNotFoundError(f"The hub has no model {model!r} (or it is private).") from error
     except HfHubHTTPError as error:
         raise ModelNotFoundError(f"The hub refused {model}: {_first_line(error)}") from error
-    except Exception as error:  # the HTTP client's own errors (no common base over its versions), a full disk
+    except Exception as error:  # errors of the HTTP client (no base class common to all versions), a full disk
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ModelNotFoundError(
             f"There is no folder {model}, and it cannot be fetched from the hub: {_first_line(error)}",
@@ -213,7 +210,7 @@ _AGAIN = (
 
 
 def _check_listed(model: str, info: "ModelInfo") -> None:
-    """Refuse, from the hub's list of files alone, what is no model in the Diffusers layout. Raises ModelNotFoundError."""
+    """Raise ModelNotFoundError if the hub's list of files does not show a model in the Diffusers layout."""
     names = [sibling.rfilename for sibling in info.siblings or ()]
     lacking = [
         part
@@ -231,7 +228,7 @@ def _check_listed(model: str, info: "ModelInfo") -> None:
 
 
 def _check_listed_kind(model: str, info: "ModelInfo") -> None:
-    """Read the few bytes that say which pipeline it is before the gigabytes. Raises ModelNotFoundError."""
+    """Check model_index.json before the download of the weights. Raises ModelNotFoundError for another pipeline."""
     from huggingface_hub import hf_hub_download
 
     if any(sibling.rfilename == "model_index.json" for sibling in info.siblings or ()):
@@ -239,7 +236,7 @@ def _check_listed_kind(model: str, info: "ModelInfo") -> None:
 
 
 def _listed_bytes(model: str) -> int | None:
-    """What fetching a model would take, by the hub's list of its files; None where there is no such model."""
+    """Return the bytes to download for a model, from the hub's list of its files; None if the hub does not list it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -251,14 +248,14 @@ def _listed_bytes(model: str) -> int | None:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Return True if HF_HUB_OFFLINE forbids requests to the hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def _announce(model: str, info: "ModelInfo") -> None:
-    """Say how much will be fetched. Raises ModelNotFoundError where the disk has no room for it."""
+    """Log the size of the download. Raises ModelNotFoundError if the disk has too little space."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -284,7 +281,7 @@ def _announce(model: str, info: "ModelInfo") -> None:
 
 
 def _published(info: "ModelInfo") -> dict[str, str]:
-    """Hash of every file that wanduet needs, as the hub tells them."""
+    """Return the hub's hash of every file that wanduet needs."""
     return {
         sibling.rfilename: sibling.lfs.sha256 if sibling.lfs is not None else str(sibling.blob_id)
         for sibling in info.siblings or ()
@@ -294,7 +291,7 @@ def _published(info: "ModelInfo") -> dict[str, str]:
 
 
 def _throw_away(folder: Path, names: list[str]) -> None:
-    """Remove files and the blobs that they are links to, so that the hub's client fetches them anew."""
+    """Delete files and the blobs that they link to, so that the hub's client downloads them again."""
     for name in names:
         path = folder / name
         blob = path.resolve()
@@ -308,9 +305,9 @@ def _size(folder: Path, names: Mapping[str, str]) -> int:
 
 
 def _cached(model: str, revision: str | None) -> ModelFolder | None:
-    """The hub's cached copy, if it is whole; None if nothing of it is there.
+    """Return the copy in the hub's cache; None if the cache has none of its files.
 
-    Raises IncompleteModelError that names what is missing, WeightsError for a file that is cut off.
+    Raises IncompleteModelError, which names the missing files, or WeightsError for a truncated file.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -319,7 +316,7 @@ def _cached(model: str, revision: str | None) -> ModelFolder | None:
         found = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_NEEDED)))
     except LocalEntryNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # an id that the hub's client refuses, a cache that cannot be read
+    except (OSError, ValueError) as error:  # an id that the hub's client rejects, an unreadable cache
         raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=HINT) from error
     try:
         folder = ModelFolder(found, model, found.name)

@@ -1,7 +1,7 @@
-"""Hashes of every file of a model, so that damaged weights never run.
+"""Verifies a model's files by their hashes, so that damaged weights are never used.
 
-safetensors notices a truncated file and nothing else. Hashing 29 GB takes from half a minute up, so a file that was
-found good is not hashed again until its size or time changes.
+safetensors detects truncated files only. Hashing 29 GB takes half a minute or more, so a verified file is not hashed
+again until its size or modification time changes.
 """
 
 import hashlib
@@ -21,22 +21,23 @@ from wanduet.folders import make_folder, replace_file
 from wanduet.untrusted import check_regular, cut, open_regular
 
 CHUNK = 8 * 2**20
-THREADS = 4  # hashing lets go of the interpreter; more files at once than this only make a disk seek
-# Hexadecimal digits of the two hashes that files are published with on the hub: SHA-256 for large files, git's
-# own SHA-1 of `blob <size>\0<content>` for small ones.
+THREADS = 4  # hashing releases the GIL; more files at once only make a disk seek
+# Number of hexadecimal digits of the two hashes that the hub publishes: SHA-256 for large files, git's SHA-1 of
+# `blob <size>\0<content>` for small ones.
 SHA256_LENGTH, GIT_LENGTH = 64, 40
-_LOCK_SECONDS = 5.0  # how long to wait for another process that writes its notes
+_LOCK_SECONDS = 5.0  # wait so long for another process that writes to the same notes
 
-Progress = Callable[[int, int], None]  # bytes hashed so far, of how many; may raise to stop
+Progress = Callable[[int, int], None]  # called with bytes hashed and total bytes; may raise to stop
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     return _hash(path, "sha256")
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: str = "manifest.json") -> None:
-    """Write `name` in a model folder: relative path to SHA-256 of every file (hashed here unless given)."""
+    """Write `name` in a model folder: the SHA-256 of every file by relative path, computed unless passed in
+    `hashes`."""
     if hashes is None:
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != name)
         hashes = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
@@ -45,7 +46,7 @@ def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """Where files that were found good are noted: `file` for all processes, `known` for this one."""
+    """Records of verified files: `file` is shared by all processes, `known` is of this process."""
 
     file: Path | None = None
     known: MutableMapping[str, str] | None = None
@@ -54,9 +55,10 @@ class Notes:
 def verify(
     folder: Path, hashes: Mapping[str, str], notes: Notes | None = None, progress: Progress | None = None
 ) -> int:
-    """Compare files with their hashes (SHA-256, or git's SHA-1); returns how many were hashed now.
+    """Compare files with their hashes (SHA-256, or git's SHA-1); return the number of files hashed in this call.
 
-    Raises WeightsError that names the files that are bad or missing, and what `progress` raises.
+    Files recorded in `notes` are not hashed again. Raises WeightsError, which names the damaged or missing files, and
+    whatever `progress` raises.
     """
     bad, hashed = find_damaged(folder, hashes, notes, progress)
     if bad:
@@ -72,7 +74,7 @@ def verify(
 def find_damaged(
     folder: Path, hashes: Mapping[str, str], notes: Notes | None = None, progress: Progress | None = None
 ) -> tuple[list[str], int]:
-    """Names of files that do not have their hash or are missing, and how many were hashed now. See `verify`."""
+    """Return the names of damaged or missing files, and the number of files hashed in this call. See `verify`."""
     notes = notes or Notes()
     good = _read(notes.file) | dict(notes.known or {})
     states: dict[str, str] = {}
@@ -106,7 +108,10 @@ _OR_TRUST = "Weights of your own: `wanduet download --model FOLDER --trust` take
 
 
 def _hash_all(files: Mapping[str, tuple[Path, bool]], progress: Progress | None) -> dict[str, str]:
-    """The hash of each file by name, git's where the flag says so; a few files at once. Raises WeightsError."""
+    """Return each file's hash by name, computed in `THREADS` threads; empty for a missing file. Raises WeightsError.
+
+    `files`: by name, the path and whether to compute git's SHA-1.
+    """
     sizes = {name: path.stat().st_size for name, (path, _) in files.items()}
     total, done, guard = sum(sizes.values()), 0, threading.Lock()
     stop = threading.Event()
@@ -134,12 +139,12 @@ def _hash_all(files: Mapping[str, tuple[Path, bool]], progress: Progress | None)
         try:
             return dict(zip(files, pool.map(one, files), strict=True))
         except BaseException:
-            stop.set()  # the others end at their next piece
+            stop.set()  # the other threads end at their next chunk
             raise
 
 
 class _StoppedError(Exception):
-    """Another file's error, or a cancel, has ended the hashing."""
+    """Ends a hashing thread after an error in another one, or after a cancel."""
 
 
 def _hash(path: Path, algorithm: str, start: bytes = b"", count: Callable[[int], None] | None = None) -> str:
@@ -161,7 +166,7 @@ def _read(path: Path | None) -> dict[str, str]:
 
 
 def _write(path: Path, found: Mapping[str, str]) -> None:
-    """Add to the notes; best effort, for without them files are hashed again. Processes add one after the other."""
+    """Add entries to a notes file, under a lock between processes. Errors are ignored: files are then hashed again."""
     with suppress(OSError, Timeout):
         make_folder(path.parent)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS):

@@ -1,4 +1,4 @@
-"""What a user may have meant by a name that is no model: the right form of it, in one sentence."""
+"""Error messages for names that are not models, with the name that the user probably meant."""
 
 import re
 from difflib import get_close_matches
@@ -18,19 +18,23 @@ _URL = re.compile(
     r"(?:https?://[^/]+|huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/.*|\.git|/|\?.*)?"
 )
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-# By hub id; the repositories in the official layout and those of the same weights in the Diffusers layout.
+# Hub ids of the known models in the Diffusers layout; `_OFFICIAL` maps the repository of the same weights in the
+# official layout to each.
 _KNOWN = (DEFAULT_MODEL, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
 _OFFICIAL = {name.removesuffix(SUFFIX): name for name in _KNOWN}
 
 
 def no_model(name: str, reason: str = "") -> ModelNotFoundError:
-    """The error for a name that is neither a folder nor a hub id; its hint is the nearest form that is one."""
+    """Return the error for a name that is neither a folder nor a hub id; its hint suggests the nearest valid name."""
     shown = f"{name[:SHOWN]}{'…' if len(name) > SHOWN else ''}"
     return ModelNotFoundError(f"There is no model {shown!r}{reason}.", hint=_hint(name))
 
 
 def official_layout(model: str, num_bytes: int | None = None) -> ModelNotFoundError:
-    """The error for a model in the layout of Wan's own repository; `num_bytes`: of the same in the Diffusers layout."""
+    """Return the error for a model in the layout of Wan's own repository.
+
+    `num_bytes`: size of its Diffusers version.
+    """
     other = diffusers_name(model)
     known = published_models().get(other)
     size = num_bytes or (known.num_bytes if known else None)
@@ -42,17 +46,17 @@ def official_layout(model: str, num_bytes: int | None = None) -> ModelNotFoundEr
 
 
 def diffusers_name(model: str) -> str:
-    """The hub id that the publisher gives to the same weights in the Diffusers layout."""
+    """Return the hub id under which the publisher has the same weights in the Diffusers layout."""
     return _OFFICIAL.get(model, f"{model}{SUFFIX}")
 
 
 def is_official(model: str) -> bool:
-    """Whether a hub id is known to hold the official layout."""
+    """Return True if a hub id is a known repository in the official layout."""
     return model in _OFFICIAL
 
 
 def cache_folder_id(path: Path) -> str | None:
-    """The hub id of a `models--owner--name` folder of the hub's cache, or of a folder in one."""
+    """Return the hub id of a `models--owner--name` folder of the hub's cache, or of a folder inside one; else None."""
     for part in (path, *path.parents):
         if match := _CACHE_FOLDER.fullmatch(part.name):
             return "/".join(match.groups())

@@ -1,8 +1,8 @@
-"""The hashes that a model's files were published with, wherever the folder came from.
+"""Looks up the published hashes of a model folder's files.
 
-Four sources, the first that says something counts: a `manifest.json` in the folder, the names of the hub cache's
-blobs, the notes that `hf download --local-dir` leaves, and the published models that wanduet knows by heart
-(`published.json`), for a folder that was copied by hand.
+There are four sources, of which the first with an entry is used: a `manifest.json` in the folder; the names of the hub
+cache's blobs; the metadata files that `hf download --local-dir` writes; and `published.json`, wanduet's table of known
+models, for folders that were copied by hand.
 """
 
 import json
@@ -17,8 +17,8 @@ from wanduet.weights.diffusers import MANIFEST_FILE, read_json
 from wanduet.weights.manifest import GIT_LENGTH, SHA256_LENGTH, file_sha256
 
 _HASH = re.compile(rf"[0-9a-f]{{{GIT_LENGTH}}}|[0-9a-f]{{{SHA256_LENGTH}}}")
-_NOTES = Path(".cache/huggingface/download")  # huggingface_hub's folder beside the files of a `--local-dir`
-_CLOCK_STEP = 1.0  # seconds by which a file system's time may be coarser than the clock of the note
+_NOTES = Path(".cache/huggingface/download")  # huggingface_hub's metadata folder in a `--local-dir`
+_CLOCK_STEP = 1.0  # seconds by which a file's time may exceed the time in its metadata: file systems round
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class PublishedFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """A model on the hub: its id and every file by relative path, at one revision."""
+    """A model on the hub: its id, and every file of one revision by relative path."""
 
     model: str
     revision: str
@@ -39,13 +39,13 @@ class PublishedModel:
 
     @property
     def num_bytes(self) -> int:
-        """What fetching all of it takes."""
+        """Size of all files, in bytes."""
         return sum(file.num_bytes for file in self.files.values())
 
 
 @cache
 def published_models() -> Mapping[str, PublishedModel]:
-    """The published models whose files wanduet knows, by hub id."""
+    """Return the models of `published.json` by hub id."""
     content = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return {
         name: PublishedModel(
@@ -58,9 +58,9 @@ def published_models() -> Mapping[str, PublishedModel]:
 
 
 def published_hashes(folder: Path) -> dict[str, str]:
-    """The hash that each of a folder's files should have: SHA-256, or git's SHA-1 for a small file of the hub's cache.
+    """Return the published hash of each file of a folder: SHA-256, or git's SHA-1 for a small file of the hub's cache.
 
-    Empty for a folder of which nothing is known, for example a model of the user's own.
+    Empty for an unknown folder, for example a model that the user trained.
     """
     if (folder / MANIFEST_FILE).exists():
         hashes = read_json(folder / MANIFEST_FILE).get("sha256")
@@ -69,15 +69,15 @@ def published_hashes(folder: Path) -> dict[str, str]:
 
 
 def unverified_weights(folder: Path) -> list[str]:
-    """Names of the files of weights in a folder whose published hash is not known: nobody notices when one is damaged."""
+    """Return the names of a folder's weight files without a known hash: damage to these cannot be detected."""
     hashes = published_hashes(folder)
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*.safetensors")))
     return [name for name in names if name not in hashes]
 
 
 def _cache_links(folder: Path) -> dict[str, str]:
-    """In the hub's cache a file is a link to `blobs/<hash>`."""
-    # Not `resolve`, which fails where links lead in a circle.
+    """Return hashes from the hub's cache, where a file is a link to `blobs/<hash>`."""
+    # Not `Path.resolve`, which raises on circular links.
     links = {
         p.relative_to(folder).as_posix(): Path(os.path.realpath(p)) for p in sorted(folder.rglob("*")) if p.is_symlink()
     }
@@ -87,7 +87,8 @@ def _cache_links(folder: Path) -> dict[str, str]:
 
 
 def _download_notes(folder: Path) -> dict[str, str]:
-    """What `hf download --local-dir` noted of each file: commit, hash, time; not of a file that was changed since."""
+    """Return hashes from the metadata files of `hf download --local-dir` (commit, hash, time), without those of files
+    that were changed later."""
     notes = folder / _NOTES
     found: dict[str, str] = {}
     for note in sorted(notes.rglob("*.metadata")) if notes.is_dir() else ():
@@ -103,10 +104,10 @@ def _download_notes(folder: Path) -> dict[str, str]:
 
 
 def _known_files(folder: Path) -> dict[str, str]:
-    """Those parts of a folder that claim to be a published model's: config equal byte for byte, all files of its sizes.
+    """Return the hashes of components that match a published model: config.json byte for byte, and all file sizes.
 
-    Part by part: whoever trained a transformer of their own may keep the published VAE beside it. A part saved again
-    by diffusers has another config, and so is the user's own.
+    Each component is matched separately, because a user may combine a transformer of their own with the published VAE.
+    A component that diffusers saved again has a different config, so it does not match.
     """
     found: dict[str, str] = {}
     for model in published_models().values():

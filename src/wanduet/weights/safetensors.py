@@ -1,8 +1,8 @@
-"""Safetensors files of one component: what they hold, read from their headers alone, and their tensors.
+"""Reads the safetensors files of one component: their headers, and their tensors.
 
-Files are memory-mapped, one at a time and only while something is read from them, and mapped anew after each
-`MAPPED_BYTES`: what was read stays resident as long as the mapping is there. So reading needs little more host memory than
-what is asked for, whatever the files hold.
+Files are memory-mapped one at a time, only during a read, and mapped again after each `MAPPED_BYTES`, because pages
+that were read stay resident as long as the mapping exists. So reading needs little more host memory than the requested
+tensors, however large the files are.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from wanduet.errors import WeightsError
 from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular, read_safetensors_header
 from wanduet.weights.source import HINT, TensorInfo, WeightSource, some_of
 
-if TYPE_CHECKING:  # configs and headers are read, and refused, before torch is imported
+if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
     import torch
     from torch import Tensor
 
 HEADER_LIMIT = MAX_HEADER_BYTES
-# Bits of one number, by the names that safetensors has.
+# Bits per value, by safetensors' dtype names.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -32,17 +32,17 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-# Bytes hashed at each of a file's sampled places for the fingerprint.
+# Bytes that the fingerprint hashes at each of `SAMPLES` places of a file.
 SAMPLE_BYTES = 65536
 SAMPLES = 16
 MAPPED_BYTES = 256 * 2**20
 
 
 class TensorFiles(WeightSource):
-    """The tensors of a component, over one or several files."""
+    """The tensors of a component, in one or several safetensors files."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
-        """`name` is the component's, for messages. Raises WeightsError for a damaged or truncated file."""
+        """Read the headers. `name`: the component's name in messages. Raises WeightsError for a damaged file."""
         super().__init__(name)
         self.paths = tuple(paths)
         for path in self.paths:
@@ -53,7 +53,7 @@ class TensorFiles(WeightSource):
             self.tensors.update(found)
 
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
-        """The named tensors, file by file, memory-mapped. Raises WeightsError."""
+        """Yield the named tensors file by file, memory-mapped. Raises WeightsError."""
         for path in self.paths:
             wanted = [n for n in names if n in self.tensors and self.tensors[n].file == path]
             if not wanted:
@@ -67,7 +67,7 @@ class TensorFiles(WeightSource):
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
 
     def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """The names in runs that are mapped at a time: together no more than `MAPPED_BYTES`, or one alone."""
+        """Yield groups of names to map together: at most `MAPPED_BYTES` each, or one larger tensor."""
         portion: list[str] = []
         mapped = 0
         for name in names:
@@ -80,25 +80,25 @@ class TensorFiles(WeightSource):
         yield portion
 
     def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
-        """Some rows of a matrix, without reading the others. Raises WeightsError."""
+        """Return the given rows of a tensor in `dtype`, without reading the others. Raises WeightsError."""
         import torch
 
         self.require([name])
         count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
-        if not all(0 <= row < count for row in rows):  # a slice beyond the end would be empty, not an error
+        if not all(0 <= row < count for row in rows):  # a negative row would count from the end
             raise WeightsError(
                 f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
                 "tokenizer and weights do not belong together."
             )
         try:
             with safe_open(self.tensors[name].file, framework="pt") as file:
-                # Not `get_slice`: each slice of its costs some bytes for good (safetensors 0.8). This is mapped too.
+                # Not `get_slice`, which leaks some bytes for each slice (safetensors 0.8). `get_tensor` is mapped too.
                 return file.get_tensor(name)[torch.tensor(rows, dtype=torch.long)].to(dtype)
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
             raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=HINT) from error
 
     def fingerprint(self) -> str:
-        """A digest of every header and of samples of the data; reads a few MiB whatever the files' size."""
+        """Return a digest of every header and of samples of the data; reads a few MiB, however large the files are."""
         digest = hashlib.sha256()
         for path in self.paths:
             size = path.stat().st_size
@@ -116,7 +116,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_pointer(path: Path) -> None:
-    """Raises WeightsError for what git leaves in place of a large file where Git LFS is not installed."""
+    """Raise WeightsError for a Git LFS pointer, which git checks out in place of a large file without LFS."""
     try:
         with open_regular(path) as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
@@ -130,15 +130,15 @@ def check_pointer(path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, without its tensors.
+    """Return the JSON header of a safetensors file; reads no tensors.
 
-    Raises OSError, or ValueError for a file that is damaged or of another kind.
+    Raises OSError, or ValueError for a file that is damaged or has another format.
     """
     return read_safetensors_header(path, HEADER_LIMIT)
 
 
 def _tensors_of(path: Path) -> dict[str, TensorInfo]:
-    """The entries of a file's header, checked against each other and against the file's size."""
+    """Return the entries of a file's header, checked against each other and against the file's size."""
     check_pointer(path)
     try:
         header = read_header(path)
@@ -165,7 +165,8 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
-    """What a header says of one tensor, and the first byte and the one after its last. Raises ValueError and others."""
+    """Return one tensor's header entry, its first byte and the byte after its last. Raises ValueError, LookupError or
+    TypeError for an invalid one."""
     shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if len(shape) > 16 or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
         raise ValueError(f"{cut(name)} has a shape or a place that is none")
@@ -178,7 +179,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, in
 
 
 def _require_side_by_side(places: list[tuple[int, int, str]]) -> int:
-    """Tensors that neither share bytes nor leave some out; where the last ends. Raises ValueError."""
+    """Require that tensors neither overlap nor leave gaps; return the end of the last. Raises ValueError."""
     last = 0
     for begin, end, name in sorted(places):
         if begin != last:

@@ -1,4 +1,4 @@
-"""Where a component's weights come from: what a loader asks of files, of modules, and of any other form of weights."""
+"""Interface between model loaders and sources of weights (safetensors files, modules, other formats)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from wanduet.errors import WeightsError
 from wanduet.untrusted import cut
 
-if TYPE_CHECKING:  # configs and headers are read, and refused, before torch is imported
+if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
     import torch
     from torch import Tensor
 
@@ -18,7 +18,7 @@ HINT = "Fetch the model again with `wanduet download`."
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of a tensor; `dtype` as safetensors names it (`F32`, `BF16`)."""
+    """A tensor's entry in a file header. `dtype`: safetensors' name (`F32`, `BF16`)."""
 
     file: Path
     shape: tuple[int, ...]
@@ -29,37 +29,42 @@ class TensorInfo:
 class WeightSource(ABC):
     """The tensors of one component (transformer, VAE, text encoder), by the names of a Diffusers checkpoint.
 
-    `tensors` says what there is without reading it.
+    `tensors` describes all tensors by name, without reading their data.
     """
 
     def __init__(self, name: str) -> None:
-        """`name` is the component's, for messages."""
+        """`name`: the component's name in messages."""
         self.name = name
         self.tensors: dict[str, TensorInfo] = {}
 
     @abstractmethod
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
-        """Yield the named tensors in the order that is fastest to read; each is valid until the next. Names that are not
-        there are left out. Raises WeightsError."""
+        """Yield `(name, tensor)` in the order that is fastest to read; a tensor is valid until the next one.
+
+        Names that the source does not have are skipped. Raises WeightsError.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identify the weights: another digest for other weights, read from a few MiB at most."""
+        """Return a digest that identifies the weights: different weights have different digests. Reads a few MiB."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by name."""
+        """Shape of every tensor, by name."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, names: Collection[str], dtype: "torch.dtype") -> "dict[str, Tensor]":
-        """Copies of the named tensors in `dtype`; nothing stays mapped. Raises WeightsError for a missing one."""
+        """Return copies of the named tensors in `dtype`; no file stays mapped.
+
+        Raises WeightsError for a missing one.
+        """
         self.require(names)
         return {name: tensor.to(dtype, copy=True) for name, tensor in self.iterate(names)}
 
     def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:
-        """Fill tensors that have their memory already, one by one; dtype and device are the targets'.
+        """Copy the weights into allocated tensors, one by one, converted to the dtype and device of each target.
 
-        Raises WeightsError if `check` does.
+        Raises WeightsError if `check` fails.
         """
         import torch
 
@@ -69,10 +74,11 @@ class WeightSource(ABC):
                 targets[name].copy_(tensor)
 
     def check(self, shapes: "Mapping[str, tuple[int, ...]]", ignore: Collection[str] = ()) -> None:
-        """Compare with the shapes that a model needs, from the headers alone.
+        """Compare the tensors' names and shapes with those that a model needs; reads no data.
 
-        Names must match exactly, but for those in `ignore`. Raises WeightsError that names what is missing,
-        surplus, of another shape, or whole numbers: a quantised checkpoint's, which mean nothing by themselves.
+        Names must match exactly, except those in `ignore`. Raises WeightsError, which names the tensors that are
+        missing, unexpected, of another shape, or of an integer dtype (a quantised checkpoint's integers are useless
+        without scales).
         """
         missing = sorted(set(shapes) - set(self.tensors))
         surplus = sorted(set(self.tensors) - set(shapes) - set(ignore))
@@ -92,13 +98,13 @@ class WeightSource(ABC):
             raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
 
     def require(self, names: Collection[str]) -> None:
-        """Raise WeightsError where some of these tensors are missing."""
+        """Raise WeightsError if any of these tensors are missing."""
         missing = sorted(set(names) - set(self.tensors))
         if missing:
             raise WeightsError(f"The {self.name}'s files lack {some_of(missing)}.", hint=HINT)
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first `most` names of a list as text, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(cut(name) for name in names[:most]) + more

@@ -1,1 +1,1 @@
-"""Attention: back ends, which one is used, cross attention to the text."""
+"""Attention: backends, the choice between them, cross-attention to the text."""

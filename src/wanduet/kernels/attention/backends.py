@@ -1,12 +1,12 @@
-"""Softmax attention back ends behind one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out.
+"""Softmax attention backends with one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out.
 
-Keys and values may be shorter or longer than queries. Inputs may be strided views, with a head's
-channels side by side. `attend_with_lse` also returns the natural logarithm of each query's sum of
-exponentials, `[B, H, L]` float32, with which partial results over parts of the keys can be joined.
+The number of keys and values may differ from that of queries. Inputs may be strided views with contiguous channels of a
+head. `attend_with_lse` also returns the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32, by
+which partial results over parts of the keys are merged.
 
-The back ends call their kernels directly: PyTorch's `sdpa_kernel` switch is global to the process, and
-another thread (the VAE's) may be attending at the same time. Which one runs where is decided by
-measurement in `wanduet.kernels.attention.choose`.
+The backends call their kernels directly, because PyTorch's `sdpa_kernel` switch is global to the process, and another
+thread (the VAE's) may compute attention at the same time. `wanduet.kernels.attention.choose` chooses a backend by
+measurement.
 """
 
 import importlib.util
@@ -27,35 +27,35 @@ from wanduet.kernels.attention import flash4
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Queries a chunk of the plain form: its float32 scores stay below 64 MB at 4096 keys and 4 heads.
+# Queries in a chunk of the plain form: its float32 scores stay below 64 MB with 4096 keys and 4 heads.
 PLAIN_CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One way to compute attention. `exact`: differs from the definition by rounding only."""
+    """One implementation of attention. `exact`: its result differs from the definition by rounding only."""
 
     name: str
     attend: AttentionFn
     attend_with_lse: AttentionLseFn | None
     exact: bool = True
-    package: str | None = None  # the distribution that holds it, where that is not torch
-    capability: tuple[int, int] | None = None  # of the GPUs that it is for, where that is not all
+    package: str | None = None  # the distribution that contains it; None: torch
+    capability: tuple[int, int] | None = None  # of supported GPUs; None: all
 
     @property
     def version(self) -> str:
-        """Of the package that holds it; part of the key under which a measurement is kept."""
+        """Version of its package; part of the key of a stored measurement."""
         return torch.__version__ if self.package is None else version(self.package)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own choice of kernel. Any device, any dtype; the reference for every other back end."""
+    """Attention by PyTorch's choice of kernel, on any device, in any dtype; the reference for all other backends."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention by its definition in float32, a chunk of queries at a time, and its log-sum-exp."""
+    """Return attention by its definition in float32, and its log-sum-exp; computes a chunk of queries at a time."""
     k_BHDL, v_BHLD = k.permute(0, 2, 3, 1).float(), v.transpose(1, 2).float()
     outs, lses = [], []
     for q_chunk in q.split(PLAIN_CHUNK, dim=1):
@@ -95,7 +95,10 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash4(name: str, attend: AttentionLseFn, capability: tuple[int, int] | None = None) -> Backend:
-    """One kernel serves with and without the log-sum-exps: they cost nothing, another kernel seconds to compile."""
+    """Return a backend of flash-attn-4.
+
+    One kernel serves with and without log-sum-exps: these cost nothing, while another kernel takes seconds to compile.
+    """
     return Backend(name, lambda q, k, v: attend(q, k, v)[0], attend, package="flash-attn-4", capability=capability)
 
 
@@ -115,15 +118,16 @@ MODULES = {"flash-attn-4": "flash_attn.cute", "sageattention": "sageattention"}
 
 
 def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> None:
-    """Import what `choose_attention` will try: some libraries take ten seconds, which may pass beside other work.
+    """Import the libraries that `choose_attention` will try. Some take ten seconds, which can overlap with other work.
 
-    `kernels_folder` is where they keep the kernels that they compile. What cannot be imported is found out later.
+    `kernels_folder`: where the libraries cache compiled kernels. Import errors are ignored here; the check reports
+    them.
     """
     if device.type != "cuda":
         return
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kernels_folder))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(kernels_folder / "quack"))  # flash-attn-4 is built on it
+    os.environ.setdefault("QUACK_CACHE_DIR", str(kernels_folder / "quack"))  # flash-attn-4 uses quack
     for backend in available_backends(device).values():
         tried = backend.exact if prefer == "auto" else backend.name == prefer
         if tried and backend.package is not None:
@@ -132,7 +136,7 @@ def import_backends(device: torch.device, prefer: str, kernels_folder: Path) -> 
 
 
 def available_backends(device: torch.device) -> dict[str, Backend]:
-    """The back ends that could run on `device`, by name. That one is listed does not mean that it works there."""
+    """Return the backends that could run on `device`, by name. A listed backend may still fail there."""
     if device.type != "cuda":
         return {SDPA.name: SDPA}
     return {
@@ -145,7 +149,7 @@ def available_backends(device: torch.device) -> dict[str, Backend]:
 
 
 def caution_for(backend: Backend) -> str | None:
-    """What is known against a back end's installed release, which its check cannot see; None if nothing is."""
+    """Return a known problem of a backend's installed release that its check cannot detect; None if there is none."""
     if backend.package != "sageattention" or not version(backend.package).startswith("1."):
         return None
     return (

@@ -1,6 +1,6 @@
-"""Which attention back end a machine uses for a shape: checked for correctness, timed once, remembered.
+"""Chooses the attention backend for a shape on this machine: checks each for correctness and times it once.
 
-The measurement is kept in a file, so that only the first start on a machine pays for it (about a second).
+The measurement is stored in a file, so that only the first start on a machine takes this time (about a second).
 """
 
 import logging
@@ -31,27 +31,27 @@ from wanduet.kernels.select import reason_of
 
 log = logging.getLogger(__name__)
 
-# Largest relative error against float32 that counts as rounding; bf16 gives 3e-3 in every exact kernel.
+# Largest relative error against float32 that counts as rounding; in bf16 every exact kernel has 3e-3.
 EXACT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 APPROXIMATE_TOLERANCE = 8e-2
-CHECK_TOKENS = 330  # no multiple of any kernel's tile
-# Longer sequences rank the back ends as this one does; timing them would only take longer.
+CHECK_TOKENS = 330  # not a multiple of any kernel's tile
+# Longer sequences rank the backends in the same order, and take longer to time.
 TIMED_TOKENS = 32768
 TIMED_RUNS = 3
-# Those within this factor of the fastest are timed again, in turns and for so long that the GPU is at its power limit:
-# cold, kernels that need less power look alike.
+# Backends within this factor of the fastest are timed again, alternately, until the GPU reaches its power limit. On a
+# cold GPU, the kernels that need less power show no advantage.
 CLOSE = 1.05
-SUSTAINED_MS, SUSTAINED_ROUNDS = 500.0, 30  # of each, at most
-# A GPU waits so long for launches before it is timed, and longer where that was too short.
+SUSTAINED_MS, SUSTAINED_ROUNDS = 500.0, 30  # upper limits for each backend
+# Seconds that a GPU sleeps while the calls to time are launched, and the number of attempts if that is too short.
 LAUNCH_S, LAUNCH_TRIES = 0.002, 5
 CYCLES_PER_S = 2e9
-# What a user loses where a package that is installed cannot be used: on an H100, benchmarks/results/transformer_forward.json.
+# What the user loses if an installed package cannot be used. On an H100: benchmarks/results/transformer_forward.json.
 COSTS = {"flash-attn-4": "on a Hopper GPU attention takes up to a fifth longer"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """An attention to choose for: queries and keys in tokens, on one device."""
+    """Shape of an attention on one device; `queries` and `keys` in tokens."""
 
     queries: int
     keys: int
@@ -60,13 +60,13 @@ class Shape:
 
     @property
     def timed(self) -> "Shape":
-        """The shape that is timed in its place: lengths rounded up to half powers of two, at most `TIMED_TOKENS`."""
+        """The shape to time instead: lengths rounded up to half powers of two, at most `TIMED_TOKENS`."""
         return Shape(_bucket(self.queries), _bucket(self.keys), self.heads, self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The back end to use, and what was measured of all (empty where there was nothing to measure)."""
+    """The backend to use, and the measurements of all backends (empty if none were made)."""
 
     name: str
     fn: AttentionFn
@@ -82,11 +82,11 @@ def choose_attention(
     cache_folder: Path | None = None,
     backends: dict[str, Backend] | None = None,
 ) -> Choice:
-    """The fastest exact back end for `shape` on `device`, or the one named by `prefer`.
+    """Return the fastest exact backend for `shape` on `device`, or the one named by `prefer`.
 
-    Every back end is compared with float32 before it may be chosen; what fails is dropped, and the log says so.
-    What was seen is remembered in `cache_folder` (see `kernels.measurements`). Approximate back ends are chosen only by name. `backends` replaces those that are installed.
-    Raises ConfigError if the named one is not there or is wrong here.
+    Every backend is first compared with float32; one that fails is dropped and logged. Measurements are stored in
+    `cache_folder` (see `kernels.measurements`). Approximate backends are used only by name. `backends`: use these
+    instead of the installed ones. Raises ConfigError if the named backend is not available or does not work here.
     """
     found = available_backends(device) if backends is None else backends
     if prefer != "auto":
@@ -105,14 +105,14 @@ def choose_attention(
     log.info("attention for %s: %s of %s", shape, best.name, timed)
     for row in table:
         if not row.usable:
-            _say_unused(row, found[row.name], best.name, known)
+            _log_unused(row, found[row.name], best.name, known)
     return _choice(best, table)
 
 
 def remembered(
     device: torch.device, shape: Shape, dtype: torch.dtype, cache_folder: Path
 ) -> tuple[str, tuple[Timing, ...]] | None:  # fmt: skip
-    """What `choose_attention` would take from memory: the name and the table. None where it would measure."""
+    """Return the name and table that `choose_attention` would read from `cache_folder`; None if it would measure."""
     exact = [backend for backend in available_backends(device).values() if backend.exact]
     table = read_table(cache_folder, _cache_key(device, shape, dtype, exact))
     if table is None or not holds(table, device):
@@ -128,8 +128,10 @@ def _fastest(table: tuple[Timing, ...]) -> str:
 def measured(
     device: torch.device, cache_folder: Path, backends: dict[str, Backend] | None = None
 ) -> dict[tuple[str, str], tuple[Timing, ...]]:
-    """What is kept of such a device and these versions: tables, fastest first, by dtype and by the shape that was timed,
-    as `queries x keys x heads x channels of a head`."""
+    """Return the stored tables for a device's model and the installed versions, fastest first.
+
+    The keys are the dtype and the timed shape, as `queries x keys x heads x channels of a head`.
+    """
     found = available_backends(device) if backends is None else backends
     start = _cache_start(device, [backend for backend in found.values() if backend.exact])
     tables = {}
@@ -141,8 +143,10 @@ def measured(
 
 
 def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torch.device) -> Choice:
-    """What devices that work in step use: the same on all, and fastest where it is slowest. `said`: the name and table
-    of what each would choose. The first's, where nothing is usable on all."""
+    """Choose one backend for all devices of a group: the one that is fastest on the device where it is slowest.
+
+    `said`: for each device, the name and table of its own choice; the first one is used if no backend works on all.
+    """
     chosen = said[0][0]
     if any(name != chosen for name, _ in said):
         tables = [{row.name: _milliseconds(row) for row in table if row.usable} for _, table in said]
@@ -152,14 +156,14 @@ def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torc
 
 
 def measure(backends: Sequence[Backend], device: torch.device, shape: Shape, dtype: torch.dtype) -> tuple[Timing, ...]:
-    """Check and time each back end. Fastest first."""
+    """Check and time each backend; return the rows, fastest first."""
     rows = []
     for backend in backends:
         row = _check(backend, device, shape, dtype)
         if row.usable:
             row = _time(backend, row, device, shape.timed, dtype)
         rows.append(row)
-    rows = _timed_in_turns(rows, {backend.name: backend for backend in backends}, device, shape.timed, dtype)
+    rows = _timed_alternately(rows, {backend.name: backend for backend in backends}, device, shape.timed, dtype)
     return tuple(sorted(rows, key=_milliseconds))
 
 
@@ -184,7 +188,7 @@ def _choice(backend: Backend, table: tuple[Timing, ...] = ()) -> Choice:
 
 @torch.no_grad()
 def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
-    """Compare with float32 on a short sequence, q, k and v being slices of one buffer as in the model."""
+    """Compare a backend with float32 on a short sequence; q, k and v are slices of one buffer, as in the model."""
     small = Shape(CHECK_TOKENS, min(shape.keys, CHECK_TOKENS), shape.heads, shape.head_dim)
     try:
         q, k, v = _random_inputs(small, device, dtype)
@@ -196,7 +200,7 @@ def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dt
             out, lse = backend.attend_with_lse(q, k, v)
             error = _worse(error, _relative(out, expected))
             lse_error = (lse.float() - expected_lse).abs().max().item()
-    except Exception as problem:  # whatever a kernel's library raises
+    except Exception as problem:  # a kernel's library can raise any exception
         return _failure(backend, None, problem, device)
     tolerance = EXACT_TOLERANCE[dtype] if backend.exact else APPROXIMATE_TOLERANCE
     if not error <= tolerance:  # also true for NaN
@@ -208,7 +212,7 @@ def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dt
 
 @torch.no_grad()
 def _time(backend: Backend, row: Timing, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
-    """`row` with the median time at `shape`; dropped if the result is not finite there."""
+    """Return `row` with the median time at `shape`, or with a problem if the result is not finite there."""
     try:
         q, k, v = _random_inputs(shape, device, dtype)
         finite = bool(torch.isfinite(backend.attend(q, k, v)).all())
@@ -225,10 +229,10 @@ def _milliseconds(row: Timing) -> float:
 
 
 @torch.no_grad()
-def _timed_in_turns(
+def _timed_alternately(
     rows: list[Timing], backends: dict[str, Backend], device: torch.device, shape: Shape, dtype: torch.dtype
 ) -> list[Timing]:
-    """The rows, those of close back ends with what they take in turns."""
+    """Return the rows; backends close to the fastest are timed again, alternately."""
     limit = CLOSE * min(map(_milliseconds, rows), default=0.0)
     close = [row for row in rows if row.milliseconds is not None and row.milliseconds <= limit]
     if len(close) < 2:
@@ -239,17 +243,17 @@ def _timed_in_turns(
         for _ in range(min(SUSTAINED_ROUNDS, max(1, round(SUSTAINED_MS / (TIMED_RUNS * limit))))):
             for name, times in seen.items():
                 times += _timed(backends[name].attend, qkv, device)
-    except torch.OutOfMemoryError:  # another program has taken what was there a moment ago
+    except torch.OutOfMemoryError:  # another program has allocated memory since
         return rows
     medians = {name: statistics.median(times) for name, times in seen.items()}
     return [replace(row, milliseconds=medians.get(row.name, row.milliseconds)) for row in rows]
 
 
 def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> list[float]:
-    """Milliseconds of `TIMED_RUNS` calls.
+    """Return the milliseconds of each of `TIMED_RUNS` calls.
 
-    On a GPU they are launched while it waits: other threads load and compile meanwhile, and a back end that is launched
-    by much Python would be charged for waiting for its turn.
+    On a GPU, the calls are launched while it sleeps. Other threads load and compile at the same time; otherwise the
+    timing of a backend that runs much Python to launch would include waits for the GIL.
     """
     if device.type != "cuda":
         return [_host_milliseconds(attend, qkv) for _ in range(TIMED_RUNS)]
@@ -277,7 +281,7 @@ def _host_milliseconds(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor]) 
 
 
 def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v `[1, L, H, D]`; slices of a packed `[1, L, 3 * H * D]` buffer where lengths are equal."""
+    """Return q, k, v `[1, L, H, D]`; if lengths are equal, as slices of a packed `[1, L, 3 * H * D]` buffer."""
     generator = torch.Generator(device).manual_seed(0)
     width = shape.heads * shape.head_dim
 
@@ -302,7 +306,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 
 def _worse(a: float, b: float) -> float:
-    return a if a != a or a > b else b  # NaN is worst
+    return a if a != a or a > b else b  # NaN counts as worst
 
 
 def _failure(backend: Backend, error: float | None, problem: Exception, device: torch.device) -> Timing:
@@ -313,10 +317,10 @@ def _failure(backend: Backend, error: float | None, problem: Exception, device: 
     )  # fmt: skip
 
 
-def _say_unused(row: Timing, backend: Backend, instead: str, known: bool) -> None:
-    """One sentence; for the user's eyes only where it is news, and no matter of course.
+def _log_unused(row: Timing, backend: Backend, instead: str, known: bool) -> None:
+    """Log one sentence: a warning if the failure is new and unexpected, else at level INFO.
 
-    (PyTorch's own back ends are not for all GPUs and dtypes, and say so by failing.)
+    PyTorch's own backends do not support all GPUs and dtypes, and raise an exception then; this is expected.
     """
     news = not known and (backend.package is not None or row.error is not None or "wrong" in (row.problem or ""))
     costs = COSTS.get(backend.package or "")

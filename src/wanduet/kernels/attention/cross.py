@@ -1,8 +1,8 @@
-"""Attention to the text by Triton: a head's few keys stay on the chip while its queries stream past them.
+"""Attention to the text in Triton: a head's few keys stay on the chip while the kernel streams its queries.
 
-Imported lazily, only where Triton is there. A prompt has some hundred keys, so the time goes into reading q and
-writing the result. A general kernel reads q after another one has normed and written it, and sees all 512 positions
-of the padded text, of which most are the same key (see `fused.text_attention`).
+Imported lazily, only if Triton is installed. A prompt has some hundred keys, so reading q and writing the result take
+most of the time. With a general attention kernel, another kernel must first normalise and write q, and attention covers
+all 512 positions of the padded text, most of which have the same key (see `plain.text_attention`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,7 +24,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class TextTile:
-    """What a program computes: queries at a time, keys at a time; `programs` for each multiprocessor."""
+    """Tile of a program: its queries and keys at a time. `programs`: number of programs per multiprocessor."""
 
     queries: int = 64
     keys: int = 128
@@ -34,11 +34,10 @@ class TextTile:
 
 
 def tile_for(num_keys: int, itemsize: int, limit: int) -> TextTile:
-    """The tile for a text of so many keys of `itemsize` bytes a value, heads of 128 channels, within `limit` bytes of
-    shared memory.
+    """Return the tile for `num_keys` text keys of `itemsize` bytes a value, and heads of 128 channels.
 
-    Those for wgmma were measured on an H100. The others are those that take at most 99 KiB and keep every value in a
-    register, as compiled for 8.0 to 12.0 (benchmarks/compile_ahead.py).
+    `limit`: bytes of shared memory of a program. The tile for wgmma was measured on an H100. The others take at most 99
+    KiB and keep every value in a register, as compiled for 8.0 to 12.0 (benchmarks/compile_ahead.py).
     """
     if itemsize == 4:
         return TextTile(32, 32, 4, 2)
@@ -51,7 +50,7 @@ def tile_for(num_keys: int, itemsize: int, limit: int) -> TextTile:
 def _row_factor_kernel(
     q_ptr, factor_ptr, q_batch, q_row, length, eps, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """`1 / sqrt(mean(q**2) + eps)` of each row."""
+    """Write `1 / sqrt(mean(q**2) + eps)` of each row."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -67,8 +66,10 @@ def _text_attention_kernel(
     length, num_keys, scale, last_bias,
     D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every `num_programs(1)`-th tile of one head's queries. `scale` is log2(e) / sqrt(D), `last_bias` the base-2
-    logarithm of how often the last key counts."""
+    """Compute every `num_programs(1)`-th tile of one head's queries.
+
+    `scale`: log2(e) / sqrt(D). `last_bias`: the base-2 logarithm of the number of times that the last key counts.
+    """
     first = tl.program_id(0) * D
     batch = tl.program_id(2).to(tl.int64)
     channel = tl.arange(0, D)
@@ -105,8 +106,8 @@ def _text_attention_kernel(
 
 @triton.jit
 def weigh(scores, values, highest, total, out):
-    """A block of keys more: each query's highest score so far (base 2), sum of exponentials and weighted sum of values
-    (Milakov, arXiv 1805.02867)."""
+    """Add a block of keys: update each query's highest score so far (base 2), sum of exponentials and weighted sum of
+    values (Milakov, arXiv 1805.02867)."""
     higher = tl.maximum(highest, tl.max(scores, 1))
     shrink = tl.exp2(highest - higher)
     weights = tl.exp2(scores - higher[:, None])
@@ -118,7 +119,7 @@ def weigh(scores, values, highest, total, out):
 def _keys_values(
     k_ptr, v_ptr, k_key, v_key, start, num_keys, last_bias, KEYS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """A block of keys and values, and what is added to their scores."""
+    """Load a block of keys and values; return them and the bias of their scores."""
     key = start + tl.arange(0, KEYS)
     channel = tl.arange(0, D)[None, :]
     is_key = key < num_keys
@@ -131,8 +132,8 @@ def _keys_values(
 def text_attention(
     q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int, tile: TextTile | None = None
 ) -> Tensor:
-    """See `fused.text_attention`; in place of q."""
-    if torch.is_grad_enabled() or keys.shape[3] & (keys.shape[3] - 1):  # a block's sides are powers of two
+    """See `plain.text_attention`; overwrites q with the result."""
+    if torch.is_grad_enabled() or keys.shape[3] & (keys.shape[3] - 1):  # a block's sides must be powers of two
         return plain.text_attention(q, weight, eps, keys, values, repeats)
     batch, length, width = q.shape
     num_keys, heads, head_dim = keys.shape[1:]

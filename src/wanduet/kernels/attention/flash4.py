@@ -1,7 +1,7 @@
-"""flash-attn-4's forward kernel, as it is and with a softmax of ours for Hopper.
+"""flash-attn-4's forward kernel, unchanged or with wanduet's softmax for Hopper.
 
-`q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]` in bfloat16 or float16, with a head's channels side by side; out come the
-result `[B, L, H, D]` and the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
+Inputs: `q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]` in bfloat16 or float16, with contiguous channels of a head.
+Outputs: the result `[B, L, H, D]` and the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ _building = Lock()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As the library does it."""
+    """Call the library's own kernel."""
     from flash_attn.cute import flash_attn_func
 
     with torch.cuda.device(q.device):
@@ -27,8 +27,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_steady(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same kernel with a softmax that looks for the largest score in one tile of keys only, and attention once more
-    for those queries, hardly ever any, that need it in all: `wanduet.kernels.attention.flash4_softmax` says why that is exact."""
+    """Call the kernel with a softmax that computes the largest score of the first tile of keys only.
+
+    The rare queries for which this overflows are computed again. `wanduet.kernels.attention.flash4_softmax` explains
+    why the result is exact.
+    """
     from wanduet.kernels.attention.flash4_redo import redo
 
     with torch.cuda.device(q.device):
@@ -46,9 +49,11 @@ def _steady_interface() -> ModuleType:
 
 @cache
 def _build_steady_interface() -> ModuleType:
-    """The library's interface with the softmax replaced in its Hopper kernel: copies of two of its modules, so that its
-    own stay as they are. Compiled kernels are kept beside the library's, in a folder of their own for each version of
-    the softmax."""
+    """Return the library's interface with the softmax of its Hopper kernel replaced.
+
+    The replacement is in copies of two modules, so that the library's own stay unchanged. Compiled kernels are cached
+    next to the library's, in one folder for each version of the softmax.
+    """
     from flash_attn.cute.cache_utils import get_jit_cache
 
     from wanduet.kernels.attention import flash4_softmax
@@ -63,7 +68,7 @@ def _build_steady_interface() -> ModuleType:
 
 
 def _copy_of(name: str) -> ModuleType:
-    """A module executed anew, beside the one that everybody imports."""
+    """Execute a module again and return this copy, separate from the imported module."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
         raise ImportError(f"{name} is not there.")

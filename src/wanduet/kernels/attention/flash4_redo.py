@@ -1,8 +1,10 @@
-"""Attention once more for the queries whose sums left float32's range, by Triton: what `wanduet.kernels.attention.flash4` launches after
-a kernel that does not watch for it (see `wanduet.kernels.attention.flash4_softmax`). Hardly ever is there one, so what counts is how
-fast a program sees that it has nothing to do.
+"""Triton kernel that recomputes attention for the queries whose sums exceeded float32's range.
 
-Imported lazily, only where Triton is there.
+`wanduet.kernels.attention.flash4` launches it after a kernel that does not prevent this (see
+`wanduet.kernels.attention.flash4_softmax`). Such queries are very rare, so the important time is that of a program
+which detects that it has nothing to do.
+
+Imported lazily, only if Triton is installed.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,7 +18,7 @@ from wanduet.kernels.attention.cross import LOG2_E, weigh
 from wanduet.kernels.device import on_device_of
 
 QUERIES, KEYS = 64, 64  # at a time
-LOOKED_AT = 1024  # queries by one program: most have nothing else to do, and fewer of them start and end sooner
+LOOKED_AT = 1024  # queries that a program checks: most programs only check, and fewer programs take less time
 
 
 @triton.jit(do_not_specialize=["length", "num_keys"])  # type: ignore[untyped-decorator]
@@ -26,7 +28,7 @@ def _redo_kernel(
     length, num_keys, scale, LOG2_E: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOOKED_AT: tl.constexpr,
 ):  # fmt: skip
-    """Those of `LOOKED_AT` rows of one head's queries whose log-sum-exp is not finite."""
+    """Recompute those of `LOOKED_AT` queries of one head whose log-sum-exp is not finite."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     lse_ptr += (batch * tl.num_programs(1) + head) * length
     q_ptr += batch * q_batch + head * q_head
@@ -46,7 +48,7 @@ def _redo_kernel(
 
 @triton.jit
 def _left(lse_ptr, row, last):
-    """Which rows' log-sum-exps are not finite, or no number."""
+    """Return a mask of the rows whose log-sum-exp is infinite or NaN."""
     return (tl.abs(tl.load(lse_ptr + row, row < last, 0.0)) < float("inf")) == 0
 
 
@@ -86,9 +88,11 @@ def _redo_rows(
 
 
 def redo(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """The rows of `out` `[B, L, H, D]` and of `lse` `[B, H, L]` float32, contiguous, where that is infinite or no number,
-    in place: attention of `q` `[B, L, H, D]` to `k` and `v` `[B, S, H, D]`, all with a head's channels side by side.
-    Scores that are no number themselves stay so."""
+    """Recompute in place the rows of `out` `[B, L, H, D]` and `lse` `[B, H, L]` whose log-sum-exp is infinite or NaN.
+
+    `q` `[B, L, H, D]`, `k` and `v` `[B, S, H, D]`; the channels of a head are contiguous in all. `lse` is contiguous,
+    in float32. Scores that are NaN give NaN again. Raises ValueError for another layout.
+    """
     batch, length, heads, head_dim = q.shape
     if any(x.stride(-1) != 1 for x in (q, k, v, out)) or not lse.is_contiguous():
         raise ValueError("Attention is computed again where a head's channels lie side by side in memory.")

@@ -1,11 +1,10 @@
-"""Triton forms of `wanduet.kernels.dit.plain`: every tensor read once and written once.
+"""Triton forms of `wanduet.kernels.dit.plain`, which read and write every tensor once.
 
-Imported lazily, only where Triton is there (`wanduet.kernels.select.kernels_for`). Arithmetic is float32
-inside a program, which holds whole rows of channels in registers. Without gradients only; with
-gradients enabled the plain forms run.
+Imported lazily, only if Triton is installed (`wanduet.kernels.select.kernels_for`). A program computes in float32 and
+has whole rows of channels in registers. With gradients enabled, the plain forms run instead.
 
-Bytes moved by what stands between the matrix products, in units of one `[L, C]` tensor in bf16
-(480p: 32,760 x 1536 x 2 B = 0.1006 GB), for each block:
+Bytes moved by the operations between the matrix products of each block, in units of one `[L, C]` tensor in bf16
+(480p: 32,760 x 1536 x 2 B = 0.1006 GB):
 
     operation                         reads            writes        units
     q, k norm + rotation              q, k             q, k              4
@@ -33,7 +32,7 @@ from wanduet.kernels.dit.plain import Kernels
 from wanduet.kernels.dit.rope import Rope
 
 
-# Here and below: no other length, of a video or a prompt, is a kernel to compile again.
+# Lengths are not specialised, here and below, so that another video or prompt does not compile a kernel again.
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _residual_norm_kernel(
     x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr,
@@ -41,7 +40,10 @@ def _residual_norm_kernel(
     length, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """`x += gate * y`; `out = LayerNorm(x) * weight + bias`. `out` may be `y`: rows are read before written."""
+    """Compute `x += gate * y` and `out = LayerNorm(x) * weight + bias`.
+
+    `out` may be `y`: rows are read before written.
+    """
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_i64 = row.to(tl.int64)[:, None]
@@ -71,7 +73,7 @@ def _rms_norm_rotate(
     at, weight_at, mask, in_width, cos, sin, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of the rows at `at`, then the rotation of interleaved pairs, in place."""
+    """Apply RMSNorm to the rows at `at`, then rotate interleaved pairs, in place."""
     x = tl.load(at, mask, 0.0).to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps) * tl.load(weight_at, in_width, 0.0).to(tl.float32)
     if ROTATE:
@@ -87,7 +89,7 @@ def _qk_norm_rope_kernel(
     C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_K: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm over all channels and rotation of q's rows, and of k's where `HAS_K`; angles `[L, HALF]`."""
+    """Apply RMSNorm over all channels and the rotation to q's rows, with `HAS_K` also to k's; angles `[L, HALF]`."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_i64 = row.to(tl.int64)[:, None]
@@ -111,7 +113,7 @@ def _qk_norm_rope_kernel(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """See `fused.norm`."""
+    """See `plain.norm`."""
     if torch.is_grad_enabled():
         return plain.norm(x, weight, bias, eps, dtype)
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -122,7 +124,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 def residual_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `fused.residual_norm`."""
+    """See `plain.residual_norm`."""
     if torch.is_grad_enabled():
         return plain.residual_norm(x, y, gate, weight, bias, eps)
     out = y if out is None else out
@@ -131,7 +133,7 @@ def residual_norm(
 
 
 def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
-    """See `fused.qk_norm_rope`: in place."""
+    """See `plain.qk_norm_rope`; works in place."""
     if torch.is_grad_enabled():
         return plain.qk_norm_rope(qk, weight, eps, num_heads, rope)
     _launch_qk_norm_rope(qk, None, weight, None, eps, rope)
@@ -142,7 +144,7 @@ def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: R
 def qk_norm_rope_pair(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
 ) -> tuple[Tensor, Tensor]:
-    """See `fused.qk_norm_rope_pair`: in place, one launch, the angles read once for both."""
+    """See `plain.qk_norm_rope_pair`; works in place, with one launch that reads the angles once for both."""
     if torch.is_grad_enabled():
         return plain.qk_norm_rope_pair(q, k, q_weight, k_weight, eps, num_heads, rope)
     _launch_qk_norm_rope(q, k, q_weight, k_weight, eps, rope)
@@ -150,7 +152,7 @@ def qk_norm_rope_pair(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `fused.linear_gelu`: bias and tanh-GELU in the product's epilogue (cublasLt `EPILOGUE_GELU_BIAS`)."""
+    """See `plain.linear_gelu`; bias and tanh-GELU run in the product's epilogue (cublasLt `EPILOGUE_GELU_BIAS`)."""
     if torch.is_grad_enabled():
         return plain.linear_gelu(x, weight, bias)
     hidden = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
@@ -162,7 +164,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = No
 def _launch_residual_norm(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
 ) -> None:
-    """x, y, out `[B, L, C]`, any strides over B and L; gate, weight, bias `[B, C]` or `[1, C]`."""
+    """Launch for x, y, out `[B, L, C]`, with any strides over B and L; gate, weight, bias `[B, C]` or `[1, C]`."""
     batch, length, width = x.shape
     read = x if y is None else y
     _require_dense_channels(x, read, out, weight, bias, *(() if gate is None else (gate,)))
@@ -195,13 +197,13 @@ def _launch_qk_norm_rope(
 
 
 def launch_shape(width: int) -> tuple[int, int, int]:
-    """Columns, rows and warps of a program for rows of `width` channels."""
+    """Return the columns, rows and warps of a program for rows of `width` channels."""
     block = triton.next_power_of_2(width)
     return block, max(1, 2048 // block), max(4, min(16, block // 512))
 
 
 def _batch_stride(x: Tensor) -> int:
-    """0 where one row `[1, C]` serves the whole batch."""
+    """Return the stride over the batch; 0 if one row `[1, C]` serves the whole batch."""
     return 0 if x.shape[0] == 1 else x.stride(0)
 
 

@@ -1,12 +1,12 @@
-"""A transformer's matrix products and the element-wise work between them, in as few passes as possible.
+"""The transformer's fused operations: matrix products and the element-wise work between them, in few passes.
 
-`Kernels` is the set of operations that the transformer is given; `TORCH_KERNELS` is the plain PyTorch
-form of each, the reference for every faster one. All arithmetic is float32 inside; results are rounded
-once. With gradients enabled the operations are functional; otherwise they work in place, in chunks of
-tokens, so that no float32 copy of a whole sequence ever exists.
+`Kernels` is the set of operations that the transformer calls; `TORCH_KERNELS` has the plain PyTorch form of each, the
+reference for every faster one. All arithmetic is in float32; results are rounded once. With gradients enabled, the
+operations are functional; otherwise they work in place, in chunks of tokens, so that no float32 copy of a whole
+sequence exists.
 
-Shapes: x `[B, L, C]` float32 residual stream; normed, y `[B, L, C]` in the compute dtype;
-weight, bias, gate `[B, C]` or `[1, C]` float32.
+Shapes: x `[B, L, C]` float32 residual stream; normed, y `[B, L, C]` in the compute dtype; weight, bias, gate `[B, C]`
+or `[1, C]` float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,13 +21,13 @@ from wanduet.kernels.dit.rope import Rope, rotate
 
 LinearFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-# Tokens a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and some ten live at once.
+# Tokens in a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and about ten exist at once.
 CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One implementation of each fused operation. See the functions below for what each computes."""
+    """One implementation of each fused operation. The functions below document what each computes."""
 
     name: str
     norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
@@ -42,7 +42,7 @@ class Kernels:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """`LayerNorm(x) * weight + bias` as `dtype`. Modulation is `weight = 1 + scale, bias = shift`."""
+    """Return `LayerNorm(x) * weight + bias` in `dtype`. Modulation passes `weight = 1 + scale, bias = shift`."""
     if torch.is_grad_enabled():
         return _norm(x, weight, bias, eps).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
@@ -54,7 +54,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 def residual_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`x + gate * y` and its `norm`. Without gradients x is overwritten, and `out`, by default y, with the norm."""
+    """Return `x + gate * y` and its `norm`. Without gradients, the sum overwrites x and the norm `out` (default y)."""
     if torch.is_grad_enabled():
         x = x + (y.float() if gate is None else y.float() * gate[:, None])
         return x, _norm(x, weight, bias, eps).to(y.dtype)
@@ -70,9 +70,9 @@ def residual_norm(
 
 
 def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
-    """RMSNorm over all channels of q or k `[B, L, C]` (may be strided), then the rotation, as `[B, L, H, D]`.
+    """Apply RMSNorm over all channels of q or k `[B, L, C]` (may be strided), then the rotation; return `[B, L, H, D]`.
 
-    The norm spans all heads (wan-facts: before the split). Without gradients the result is in place.
+    The norm spans all heads: Wan applies it before the split into heads. Without gradients, works in place.
     """
     if torch.is_grad_enabled():
         return _qk_norm_rope(qk, weight, eps, num_heads, rope).to(qk.dtype)
@@ -85,12 +85,12 @@ def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: R
 def qk_norm_rope_pair(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` of q and of k, which have the same rotation; one launch where there are kernels."""
+    """Apply `qk_norm_rope` to q and to k, which have the same rotation; fused kernels use one launch."""
     return qk_norm_rope(q, q_weight, eps, num_heads, rope), qk_norm_rope(k, k_weight, eps, num_heads, rope)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """`gelu_tanh(x @ weight.T + bias)`; without gradients in `out` `[B, L, F]`, if it is given."""
+    """Return `gelu_tanh(x @ weight.T + bias)` `[B, L, F]`; without gradients, written into `out` if passed."""
     if torch.is_grad_enabled():
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     hidden = linear(x, weight, bias, out)
@@ -99,7 +99,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = No
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` `[B, L, O]`; without gradients in `out`, if it is given."""
+    """Return `x @ weight.T + bias` `[B, L, O]`; without gradients, written into `out` if passed."""
     if out is None or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     for x_LC, out_LO in zip(x, out, strict=True):
@@ -108,10 +108,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -
 
 
 def text_attention(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
-    """Attention of `qk_norm_rope(q)` `[B, L, C]` to a text's keys and values `[B, S, H, D]`; returns `[B, L, C]`.
+    """Return attention of `qk_norm_rope(q)` `[B, L, C]` to a text's keys and values `[B, S, H, D]`, as `[B, L, C]`.
 
-    The last key and value count `repeats` times: they stand for all of a prompt's padding, which is alike.
-    Without gradients the result is in place of q.
+    The last key and value count `repeats` times: they represent all padding tokens of a prompt, which are equal.
+    Without gradients, overwrites q with the result.
     """
     heads = qk_norm_rope(q, weight, eps, keys.shape[2], None)
     k, v = (torch.cat((x, x[:, -1:].expand(-1, repeats - 1, -1, -1)), dim=1).transpose(1, 2) for x in (keys, values))

@@ -1,8 +1,9 @@
-"""Products with weights by quack-kernels' matrix product for Hopper GPUs, whose epilogue overlaps the next tile's product.
+"""Linear layers with quack-kernels' matrix product for Hopper GPUs, whose epilogue overlaps the next tile's product.
 
-cuBLAS computes the epilogue, GELU above all, while the matrix units wait: beside it the feed-forward's first product takes
-0.89 of the time, those of 1536 by 1536 0.90, the others 0.96 to 0.97 (benchmarks/results/transformer_forward.json). Sums
-are as cuBLAS's, to the last bit without GELU. Imported lazily, only where quack-kernels is there.
+In cuBLAS the matrix units wait for the epilogue, above all for GELU. Relative to cuBLAS, the feed-forward's first
+product takes 0.89 of the time, those of 1536 by 1536 0.90, the others 0.96 to 0.97
+(benchmarks/results/transformer_forward.json). Results equal cuBLAS's to the last bit without GELU. Imported lazily,
+only if quack-kernels is installed.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
 
-ALIGNMENT = 16  # bytes, of what the copy engine reads and writes
+ALIGNMENT = 16  # bytes; required of all tensors that the copy engine reads and writes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
@@ -31,8 +32,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = No
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, activation: str | None, fallback: plain.LinearFn
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)`, in `out` if it is given; `fallback` where gradients are wanted, or the copy engine
-    cannot reach what is to be read or written."""
+    """Return `activation(x @ weight.T + bias)`, written into `out` if passed.
+
+    Calls `fallback` with gradients enabled, or if a tensor is not aligned for the copy engine.
+    """
     if torch.is_grad_enabled():
         return fallback(x, weight, bias, out)
     result = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
@@ -46,7 +49,7 @@ def _product(
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Rows side by side in memory, each of which, and the first, begins where the copy engine can."""
+    """Return True if the last dimension is contiguous and every row is aligned for the copy engine."""
     rows = (stride * x.itemsize % ALIGNMENT == 0 for stride in x.stride()[:-1])
     return (
         x.stride(-1) == 1 and x.shape[-1] * x.itemsize % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0 and all(rows)
@@ -55,7 +58,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 @cache
 def _gemm() -> Callable[..., Any]:
-    """quack's product with two groups of warps in turns: one multiplies while the other is in its epilogue."""
+    """Return quack's product with two alternating groups of warps: one multiplies while the other runs its epilogue."""
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_act
 

@@ -21,12 +21,12 @@ class Rope:
     sin: Tensor
 
     def select(self, tokens: slice) -> "Rope":
-        """The angles of a part of the sequence."""
+        """Return the angles of a part of the sequence."""
         return Rope(self.cos[tokens], self.sin[tokens])
 
 
 def rope_for_grid(grid: tuple[int, int, int], head_dim: int, device: torch.device | str) -> Rope:
-    """Angles for tokens laid out frame by frame, row by row, on a `(frames, rows, columns)` grid.
+    """Return the angles of tokens ordered by frame, row and column on a `(frames, rows, columns)` grid.
 
     Angles are computed in float64 and rounded once, as the official code does.
     """
@@ -36,7 +36,7 @@ def rope_for_grid(grid: tuple[int, int, int], head_dim: int, device: torch.devic
 
 @lru_cache(maxsize=1)
 def _tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines on the host: jobs of one size follow each other."""
+    """Return cosines and sines on the host; cached, because successive jobs often have the same size."""
     spatial_dim = 2 * (head_dim // 6)
     dims = (head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
     angles = []

@@ -1,6 +1,6 @@
-"""The attention of the VAE's middle as matrix products and a softmax, by Triton: what `wanduet.kernels.vae.gpu` launches.
+"""Matrix product and softmax in Triton for the attention of the VAE's mid block; `wanduet.kernels.vae.gpu` uses them.
 
-Imported lazily, only where Triton is there. A compiled kernel serves any number of pixels.
+Imported lazily, only if Triton is installed. A compiled kernel serves any number of pixels.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,9 +17,10 @@ from wanduet.kernels.vae.norm import launch, rounded
 from wanduet.kernels.vae.plain import uses_tf32
 
 SOFTMAX_BLOCK = 4096  # values of a row at a time
-SIDE = 128  # of the square of the product that a program computes
-STRIP_BYTES = 128  # of each factor's rows at a time
-# A product of few squares is cut along what is summed, until it has about so many programs; each sums at least so much.
+SIDE = 128  # of the square tile of a product that a program computes
+STRIP_BYTES = 128  # of each operand's rows at a time
+# A product of few square tiles is split along the summed dimension into about `PROGRAMS` programs in all, each of which
+# sums at least `LEAST_DEPTH` values.
 PROGRAMS, LEAST_DEPTH = 264, 768
 
 
@@ -28,8 +29,8 @@ def _product_kernel(
     x_ptr, weight_ptr, out_ptr, rows, inputs, outputs, depth,
     SIDE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A square of `x @ weight.T` of `[rows, inputs]` and `[outputs, inputs]`, of one of the parts of `depth` inputs that
-    it is cut into: `out` is `[parts, rows, outputs]`."""
+    """Compute a square tile of `x @ weight.T` of `[rows, inputs]` and `[outputs, inputs]`, summed over one part of
+    `depth` inputs. `out` is `[parts, rows, outputs]`."""
     first = tl.program_id(1) * depth
     last = tl.minimum(first + depth, inputs)
     across = tl.cdiv(outputs, SIDE)
@@ -51,7 +52,7 @@ def _product_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _softmax_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, TO_TF32: tl.constexpr):
-    """One row of `count` values; the maximum and the sum are found in one pass (Milakov, arXiv 1805.02867)."""
+    """Compute one row of `count` values, with maximum and sum in one pass (Milakov, arXiv 1805.02867)."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * count
     out_ptr += row * count
@@ -62,7 +63,7 @@ def _softmax_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, TO_TF32: tl.cons
         value = tl.load(x_ptr + start + part, start + part < count, -float("inf"))
         before = largest
         largest = tl.maximum(before, value)
-        safe = tl.where(largest == -float("inf"), 0.0, largest)  # a lane that has seen no value yet
+        safe = tl.where(largest == -float("inf"), 0.0, largest)  # a lane that has read no value yet
         total = total * tl.exp(before - safe) + tl.exp(value - safe)
     most = tl.max(largest, 0)
     factor = 1.0 / tl.sum(total * tl.exp(largest - most), 0)
@@ -73,7 +74,7 @@ def _softmax_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, TO_TF32: tl.cons
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """`x @ weight.T` of `[L, I]` and `[O, I]` into `out` `[L, O]`, which may have another dtype; all contiguous."""
+    """Write `x @ weight.T` of `[L, I]` and `[O, I]` into `out` `[L, O]`, of any dtype; all must be contiguous."""
     (rows, inputs), outputs = x.shape, len(weight)
     squares = triton.cdiv(rows, SIDE) * triton.cdiv(outputs, SIDE)
     parts = max(1, min(PROGRAMS // squares, inputs // LEAST_DEPTH))
@@ -91,7 +92,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor, compile_for: torch.device | 
 
 
 def softmax(scores: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """Of each row of float32 scores `[L, S]` into `out`, which may be the scores themselves; both contiguous."""
+    """Write the softmax of each row of float32 scores `[L, S]` into `out`, which may be `scores`; both contiguous."""
     launch(
         _softmax_kernel, (len(scores),), scores.device, compile_for, scores, out, scores.shape[1],
         BLOCK=SOFTMAX_BLOCK, TO_TF32=uses_tf32(out.dtype),

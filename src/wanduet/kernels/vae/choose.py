@@ -1,8 +1,8 @@
-"""Which tile the VAE's convolutions take on a GPU without wgmma: measured once on a machine, and remembered.
+"""Chooses the tile of the VAE's convolutions on a GPU without wgmma: measures once on a machine and stores the result.
 
-`conv.offered_tiles` names those that come into question. Each gives the result of the first to the last bit, which is
-compared here; so a decode's frames do not depend on the choice, and ranks may each choose for themselves. None needs more
-memory outside a multiprocessor than another: a plan does not depend on it either.
+`conv.offered_tiles` lists the candidates. Each must give the first one's result to the last bit, which is checked here;
+so a decode's frames do not depend on the choice, and each rank may choose independently. All need the same device
+memory, so plans do not depend on the choice either.
 """
 
 import logging
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHOICES_FILE = "convolutions.json"
-# What is timed: one frame of so many columns, as a 480p video has at that width, and of so many rows that the first tile
-# fills the GPU so often. A launch takes a few milliseconds.
+# The timed frame: columns of a 480p video at each width (number of channels), and as many rows as fill the GPU `WAVES`
+# times with the first tile. A launch takes a few milliseconds.
 COLUMNS = {384: 208, 192: 416, 96: 832}
 WAVES = 3
 TIMED_ROUNDS = 5
@@ -37,7 +37,7 @@ _CHOSEN: dict[_Key, str] = {}
 
 
 def chosen_tile(device: torch.device, width: int | None, dtype: torch.dtype) -> str | None:
-    """The name of the tile that was chosen for a width of `TILES`; None if none was, and the first is taken."""
+    """Return the name of the tile chosen for a width of `TILES`; None if none was chosen and the first applies."""
     return None if width is None else _CHOSEN.get((device, width, dtype, uses_tf32(dtype)))
 
 
@@ -49,11 +49,11 @@ def choose_tiles(
     tf32: bool | None = None,
     may_measure: bool = True,
 ) -> None:
-    """From now on convolutions with so many output channels take the tile that is fastest on a GPU.
+    """Choose the fastest tile on a GPU for convolutions with these numbers of output channels (`outputs`).
 
-    What was measured is kept in `folder`. `may_measure`: else only what is kept there is used; a GPU that computes
-    something else would be measured wrongly. `tf32`: see `WanVAE.tf32`. Needs Triton; does nothing on a CPU, in Triton's
-    interpreter, and on a GPU for which only one tile comes into question.
+    Measurements are stored in `folder`. `may_measure`: False uses stored measurements only, because measuring is wrong
+    on a GPU that computes something else. `tf32`: see `WanVAE.tf32`. Needs Triton; does nothing on a CPU, in Triton's
+    interpreter, and on a GPU with only one candidate.
     """
     if device.type != "cuda":
         return
@@ -76,7 +76,7 @@ def choose_tiles(
 
 
 def _table(tiles: "Sequence[Tile]", key: _Key, folder: Path, may_measure: bool) -> Table | None:
-    """What is remembered, or is measured now."""
+    """Return the stored table, or measure; None if there is none and `may_measure` is False."""
     device, width, dtype, tf32 = key
     names = ",".join(tile.name for tile in tiles)
     kept_as = f"{torch.cuda.get_device_name(device)}|{width}|{dtype}{' as TF32' * tf32}|{names}"
@@ -92,13 +92,13 @@ def _table(tiles: "Sequence[Tile]", key: _Key, folder: Path, may_measure: bool) 
 
 
 def forget() -> None:
-    """As a new process begins, for tests."""
+    """Delete all choices of this process, for tests."""
     _CHOSEN.clear()
 
 
 @torch.no_grad()
 def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: torch.device) -> Table:
-    """Try each tile on a convolution of `width` channels, and time those that compute what the first does, in turns."""
+    """Check each tile on a convolution of `width` channels; time alternately those with the first one's result."""
     dropped: list[Timing] = []
     times: dict[str, list[float]] = {}
     sample: _Sample | None = None
@@ -112,7 +112,7 @@ def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: tor
                 times[tile.name] = []
             else:
                 dropped.append(Timing(tile.name, None, None, "its results are not those of the first"))
-        except Exception as problem:  # a compiler's failure can be anything
+        except Exception as problem:  # a compiler can raise any exception
             log.info("Tile %s failed.", tile.name, exc_info=problem)
             short = isinstance(problem, torch.OutOfMemoryError)
             free = free_bytes(device) if short else None
@@ -124,7 +124,7 @@ def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: tor
 
 
 class _Sample:
-    """A convolution as a decode has it, on random values."""
+    """A convolution as in a decode, on random values."""
 
     def __init__(self, first: "Tile", width: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -140,12 +140,12 @@ class _Sample:
         self._weight = draw(width, width, 3, 3, 3).div_((27 * width) ** 0.5)
 
     def results(self, tile: "Tile") -> list[Tensor]:
-        """In all forms that a tile has: with a norm where it has all channels of a pixel."""
+        """Return the results of all forms of a tile: also with a norm, if the tile has all channels of a pixel."""
         plain = self.with_residual(tile)
         return [plain, self._convolved(tile, None, self._gamma)] if tile.channels >= self._width else [plain]
 
     def with_residual(self, tile: "Tile") -> Tensor:
-        """The form that all tiles have."""
+        """Return the result with a residual, the form that all tiles have."""
         return self._convolved(tile, self._x, None)
 
     def _convolved(self, tile: "Tile", residual: Tensor | None, gamma: Tensor | None) -> Tensor:
@@ -157,7 +157,7 @@ class _Sample:
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call."""
+    """Return the milliseconds of a call."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()

@@ -1,9 +1,9 @@
-"""A causal convolution that reads past frames, border and residual where they lie, as one Triton kernel.
+"""A causal convolution in one Triton kernel, which reads past frames, borders and residual without copying them first.
 
-Imported lazily, only where Triton is there. An implicit matrix product over channels-last tensors: a program
-takes a run of one output frame's pixels and some output channels, and adds up taps x input channels in one
-fixed order. So a pixel's value does not depend on how the frame is cut, to the last bit, and no padded copy of the
-input ever exists.
+Imported lazily, only if Triton is installed. An implicit matrix product over channels-last tensors: a program takes
+some pixels of one output frame and some output channels, and adds up taps x input channels in one fixed order. So a
+pixel's value does not depend, to the last bit, on how the frame is divided into row tiles, and no padded copy of the
+input exists.
 
 Source of the method: implicit GEMM as in cuDNN (Chetlur et al., arXiv 1410.0759, section 3).
 """
@@ -25,19 +25,19 @@ from wanduet.kernels.vae.choose import chosen_tile
 from wanduet.kernels.vae.norm import EPS, launch, silu_rounded
 from wanduet.kernels.vae.plain import uses_tf32
 
-UNIT = 16  # values; what Triton must know a distance to be a multiple of, to load 16 bytes at once
-RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system keeps for each program
+UNIT = 16  # values; Triton loads 16 bytes at once only if distances are known multiples of this
+RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system reserves for each program
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program computes: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
+    """Tile of a program: pixels x (`first` + `second`) output channels, `depth` input channels at a time.
 
-    Channels are cut in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192)
-    are not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
-    instead of the other way round. `rows`: the pixels are of so many rows of the frame, so that the neighbours that they
-    have in common are read once; with 1 they are a run of pixels, which may go on in the next row. `square`: a run adds up
-    its taps in the order that several rows have, too (see `near`). `cost`: how long a program takes, beside one of another tile.
+    Channels are split in two parts because a block's sides must be powers of two, and the VAE's widths (96, 192) are
+    not: 96 = 64 + 32. `second` may be 0. `swap`: channels are the rows of the matrix product and pixels its columns,
+    instead of the reverse. `rows`: the number of rows of the frame that the pixels span, so that common neighbours are
+    read once; with 1, the pixels are a run that may continue in the next row. `square`: a run adds up its taps in the
+    order of tiles with several rows (see `near`). `cost`: time of a program relative to other tiles.
     """
 
     pixels: int
@@ -53,7 +53,7 @@ class Tile:
 
     @property
     def name(self) -> str:
-        """Its sides, by which a choice is remembered."""
+        """The tile's sides; identifies it in stored choices."""
         return f"{self.pixels}x({self.first}+{self.second})"
 
     @property
@@ -62,36 +62,39 @@ class Tile:
         return self.first + self.second
 
     def near(self, kh: int, kw: int) -> int:
-        """How many of a kernel's taps are added up before the next channels are: a frame's or a row's."""
+        """Return the number of taps that are added up before the next input channels: those of a frame or of a row."""
         return kh * kw if self.square or self.rows > 1 else kw
 
     def programs(self, height: int, width: int) -> int:
-        """How many programs a frame's pixels take."""
+        """Return the number of programs for a frame's pixels."""
         if self.rows == 1:
             return triton.cdiv(height * width, self.pixels)
         return triton.cdiv(height, self.rows) * triton.cdiv(width, self.pixels // self.rows)
 
     def waves(self, size: tuple[int, int, int, int], processors: int, itemsize: int, limit: int) -> int:
-        """How often a GPU's `processors` are filled, `limit` bytes of shared memory each, to compute that many images, rows,
-        columns and output channels: the last time takes as long as the others, full or not."""
+        """Return the number of waves of programs on a GPU; the last one takes as long as the others, full or not.
+
+        `size`: images, rows, columns, output channels. `processors`: multiprocessors, each with `limit` bytes of shared
+        memory.
+        """
         images, height, width, outputs = size
         programs = images * self.programs(height, width) * triton.cdiv(outputs, self.channels)
         return int(triton.cdiv(programs, processors * max(1, limit // self.shared_memory(itemsize, limit))))
 
     def shared_memory(self, itemsize: int, limit: int) -> int:
-        """Bytes of the inputs and weights under way, in values of `itemsize` bytes, where a program may have `limit`.
+        """Return the bytes of pipelined inputs and weights, in values of `itemsize` bytes; a program may use `limit`.
 
-        Where matrix units read from registers, what is multiplied has left shared memory: one stage less lies there.
+        If matrix units read from registers, the stage being multiplied is not in shared memory: one stage less.
         """
         stages = self.stages if limit >= WGMMA_SHARED_MEMORY else self.stages - 1
         return stages * (self.pixels + self.channels) * self.depth * itemsize
 
     def is_twice_in(self, itemsize: int, limit: int) -> bool:
-        """Whether two programs have room beside each other on a multiprocessor, one of which may have `limit` bytes."""
+        """Return True if a multiprocessor has room for two programs at a time; a single one may use `limit` bytes."""
         return 2 * (self.shared_memory(itemsize, limit) + RESERVED) <= limit + RESERVED
 
 
-# Sizes and the way to the past differ from strip to strip: a kernel compiled for each would only take longer to start.
+# Sizes and the distance to the past frames differ between row tiles; specialising on them would only add compile time.
 @triton.jit(do_not_specialize=["to_past", "length", "height", "width", "out_height", "out_width", "top", "left"])  # type: ignore[untyped-decorator]
 def _convolution_kernel(
     x_ptr, to_past: tl.int64, weight_ptr, bias_ptr, residual_ptr, gamma_ptr, out_ptr,
@@ -105,9 +108,9 @@ def _convolution_kernel(
     TO_TF32: tl.constexpr, PRECISION: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
     SWAP: tl.constexpr, ROWS: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
-    `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left` are the padding above and before; from the
-    first value of x to the first of the past it is `to_past * UNIT` values. `norm_scale` is sqrt(C_OUT)."""
+    """Compute output `[B, length, out_height, out_width, C_OUT]` of input `[B, length, height, width, C_IN]`; weight
+    `[C_OUT, KT, KH, KW, C_IN]`, contiguous. `top` and `left`: padding above and before. `to_past * UNIT`: distance in
+    values from the first value of x to the first of the past frames. `norm_scale`: sqrt(C_OUT)."""
     groups = tl.cdiv(C_OUT, FIRST + SECOND)
     first_channel = (tl.program_id(0) % groups) * (FIRST + SECOND)
     place = tl.program_id(0) // groups
@@ -139,11 +142,11 @@ def _convolution_kernel(
         two_at = two[:, None] * (taps * C_IN) + part[None, :]
         is_two = two[:, None] < C_OUT
 
-    # Innermost are the NEAR taps that read the same values for neighbours in the tile: they come from the L1 cache.
+    # The innermost NEAR taps read the same values for neighbouring pixels of the tile, which come from the L1 cache.
     for index in range(taps * steps):
         tap = (index // (NEAR * steps)) * NEAR + index % NEAR
         channel = ((index // NEAR) % steps) * DEPTH
-        # Frames before the first of x lie in the past, the oldest first.
+        # Frames before the first of x are in the past frames, oldest first.
         source = frame + tap // (KH * KW) - (KT - 1)
         in_row = row + (tap // KW) % KH - top
         in_column = column + tap % KW - left
@@ -151,7 +154,7 @@ def _convolution_kernel(
         at = source.to(tl.int64) * x_frame
         rows_at, columns_at = x_row, x_column
         if KT > 1:
-            # Sums, not tl.where, nor two pointers: Triton must see that all are multiples of 16 values.
+            # Sums, not tl.where or two pointers, so that Triton sees that all distances are multiples of 16 values.
             new = (source >= 0).to(tl.int32)
             at = new * at + (1 - new) * (to_past + (source + KT - 1).to(tl.int64) * past_frame)
             rows_at = new * x_row + (1 - new) * past_row
@@ -179,7 +182,7 @@ def _convolution_kernel(
     sum_one = _completed(sum_one, residual_at, bias_ptr, one, is_pixel, C_OUT, HAS_RESIDUAL)
     if SECOND:
         sum_two = _completed(sum_two, residual_at, bias_ptr, two, is_pixel, C_OUT, HAS_RESIDUAL)
-    if HAS_NORM:  # all channels of a pixel are here
+    if HAS_NORM:  # the program has all channels of a pixel
         squares = tl.sum(sum_one * sum_one, 1)
         if SECOND:
             squares += tl.sum(sum_two * sum_two, 1)
@@ -194,7 +197,7 @@ def _convolution_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
-    """Values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]`, added to the total."""
+    """Add values `[PIXELS, DEPTH]` times weights `[channels, DEPTH]` to the total."""
     if SWAP:
         total = tl.dot(weights, tl.trans(values), total, input_precision=PRECISION)
     else:
@@ -206,7 +209,7 @@ def _multiplied(values, weights, total, PRECISION: tl.constexpr, SWAP: tl.conste
 def _completed(
     total, residual_at, bias_ptr, channel, is_pixel, C_OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):  # fmt: skip
-    """The sum with bias and residual; zero where there is no channel."""
+    """Add bias and residual to the total; channels beyond C_OUT stay zero."""
     total += tl.load(bias_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)[None, :]
     if HAS_RESIDUAL:
         mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
@@ -216,14 +219,14 @@ def _completed(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm_silu(value, factor, gamma_ptr, channel, C_OUT: tl.constexpr, TO_TF32: tl.constexpr):
-    """`silu(value * factor * gamma)`."""
+    """Return `silu(value * factor * gamma)`."""
     gamma = tl.load(gamma_ptr + channel, channel < C_OUT, 0.0).to(tl.float32)
     return silu_rounded(value * factor[:, None] * gamma[None, :], TO_TF32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(total, out_at, channel, is_pixel, C_OUT: tl.constexpr):
-    """Round once, and write."""
+    """Round once and write."""
     mask = is_pixel[:, None] & (channel[None, :] < C_OUT)
     tl.store(out_at[:, None] + channel[None, :], total.to(out_at.dtype.element_ty), mask)
 
@@ -240,15 +243,15 @@ def convolve(
     tile: Tile | None = None,
     compile_for: torch.device | None = None,
 ) -> bool:
-    """Convolve `x` `[B, I, T, h, w]` into `out` `[B, O, T, h', w']`.
+    """Convolve `x` `[B, I, T, h, w]` into `out` `[B, O, T, h', w']`; return True if the result is normalised (`gamma`).
 
-    Channels lie side by side in all tensors. `weight` `[O, I, kt, kh, kw]` in channels-last memory;
-    `past` the kt - 1 frames before x, or None for zeros; `pads` zero rows above and zero columns before x (below
-    and after it there are as many as the shape of `out` asks for). `residual` is added before the one rounding. Factors of float32 products are rounded to TF32 where
-    PyTorch's own convolutions do that (see `kernels.precision`).
+    Channels must be contiguous in all tensors, else raises ValueError. `weight` `[O, I, kt, kh, kw]` in channels-last
+    memory. `past`: the kt - 1 frames before x, or None for zeros. `pads`: zero rows above and zero columns before x;
+    the shape of `out` determines those below and after. `residual` is added before the result is rounded once. Operands
+    of float32 products are rounded to TF32 if PyTorch's own convolutions do so (see `kernels.precision`).
 
-    With `gamma` `[O, 1, 1, 1]` the result is `silu(norm(result))`. Only a tile that has all channels of a pixel can do
-    that; whether it was done is returned. `compile_for`: nothing is computed, the kernel is compiled for that device.
+    `gamma` `[O, 1, 1, 1]`: write `silu(norm(result))`, which only a tile with all channels of a pixel can compute.
+    `compile_for`: compute nothing, compile the kernel for that device.
     """
     if any(y.shape[1] > 1 and y.stride(1) != 1 for y in (x, past, residual, out) if y is not None):
         raise ValueError("Channels must lie side by side.")
@@ -257,13 +260,13 @@ def convolve(
     device = compile_for or x.device
     tiles = (tile,) if tile else offered_tiles(inputs, outputs, x.itemsize, shared_memory(device))
     normed = gamma is not None and tiles[0].channels >= outputs
-    if normed:  # whatever is chosen: rounded before its norm a result would be another
+    if normed:  # whichever is chosen: rounding before the norm would change the result
         tiles = tuple(tile for tile in tiles if tile.channels >= outputs)
     chosen = chosen_tile(device, width_of(outputs, x.itemsize), x.dtype)
     if compile_for is None:
         tiles = (_fastest(_named(tiles, chosen), out, device),)
-    elif chosen is not None:  # else all of them: which is taken will be measured
-        tiles = _named(tiles, chosen)  # all with these sides: another part of a frame may take another
+    elif chosen is not None:  # else compile all, between which a measurement will choose
+        tiles = _named(tiles, chosen)  # all with these sides: parts of a frame may use different ones
     if past is None and kt > 1:
         past = _zeros_before(x)
     before = x if past is None else past
@@ -288,9 +291,10 @@ def convolve(
 
 @lru_cache
 def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
-    """Tiles for a convolution of these widths in values of `itemsize` bytes, within `limit` bytes of shared memory.
+    """Return the tiles for a convolution in values of `itemsize` bytes, within `limit` bytes of shared memory.
 
-    All of them have as many channels and add up in the same order: a result does not depend on which is taken, to the last bit.
+    `inputs`, `outputs`: numbers of channels. All tiles have the same number of channels and the same order of
+    summation: the result is the same to the last bit.
     """
     depth = max(16, min(triton.next_power_of_2(inputs), 128 // itemsize))  # 128 bytes of a pixel at a time
     tiles: tuple[Tile, ...] = (Tile(128, max(16, min(128, triton.next_power_of_2(outputs))), 0, depth, 4, 3),)
@@ -303,11 +307,12 @@ def tiles_for(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Til
 
 @lru_cache
 def offered_tiles(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple[Tile, ...]:
-    """`tiles_for`, and on a GPU without wgmma smaller ones, of which a multiprocessor has room for two at a time.
+    """Return `tiles_for` and, on a GPU without wgmma, smaller tiles: a multiprocessor has room for two at a time.
 
-    `TILES` were measured on a GPU with wgmma. Which one is taken is measured (see `conv_choice`). A smaller one adds up the
-    same taps and channels in the same order, as its depth, its `near` and its `swap` are those of the first. With a norm
-    it must have all channels of a pixel, and the order of their squares is the compiler's: the measurement compares.
+    `TILES` were measured on a GPU with wgmma; `vae.choose` measures which to use on another. A smaller tile adds up the
+    same taps and channels in the same order, because it has the depth, the `near` and the `swap` of the first. With a
+    norm, a tile must have all channels of a pixel, and the compiler determines the order of their squares: the
+    measurement compares results.
     """
     tiles = tiles_for(inputs, outputs, itemsize, limit)
     if limit >= WGMMA_SHARED_MEMORY or width_of(outputs, itemsize) is None:
@@ -317,12 +322,12 @@ def offered_tiles(inputs: int, outputs: int, itemsize: int, limit: int) -> tuple
 
 
 def width_of(outputs: int, itemsize: int) -> int | None:
-    """The width of `TILES` that serves so many output channels; None if none does."""
+    """Return the width of `TILES` for a number of output channels; None if there is none."""
     return next((width for width, size in TILES if outputs % width == 0 and itemsize <= size), None)
 
 
 def _named(tiles: tuple[Tile, ...], name: str | None) -> tuple[Tile, ...]:
-    """Those with these sides; where none has them, those with the sides of the first."""
+    """Return the tiles with these sides; if none has them, those with the sides of the first."""
     return tuple(t for t in tiles if t.name == name) or tuple(t for t in tiles if t.name == tiles[0].name)
 
 
@@ -334,7 +339,7 @@ def _within(tile: Tile, itemsize: int, limit: int) -> Tile:
 
 
 def _fastest(tiles: tuple[Tile, ...], out: Tensor, device: torch.device) -> Tile:
-    """Of tiles that give the same, by how often each fills the device to compute `out` `[B, O, T, h, w]`."""
+    """Return the tile, of equal results, with the fewest waves x cost to compute `out` `[B, O, T, h, w]`."""
     if len(tiles) == 1:
         return tiles[0]
     batch, channels, frames, height, width = out.shape
@@ -343,12 +348,12 @@ def _fastest(tiles: tuple[Tile, ...], out: Tensor, device: torch.device) -> Tile
     return min(tiles, key=lambda tile: tile.waves(size, *fill) * tile.cost)
 
 
-# By what the number of output channels is a multiple of, and bytes of a value at most; the first that holds.
+# Keys: a divisor of the number of output channels, and the largest size of a value in bytes; the first match is used.
 # Measured on an H100: benchmarks/convolutions.py.
 TILES = {
     (384, 2): (Tile(128, 128, 64, 64, 8, 3),),
-    # The deepest of the larger layers: half a 480p frame fills an H100 three times with runs of pixels, and with squares
-    # begins a fourth time, as their last row of tiles is half empty.
+    # The deepest of the larger layers. Half a 480p frame takes three waves on an H100 with runs of pixels, and a fourth
+    # with squares, because their last row of tiles is half empty.
     (384, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8), Tile(128, 128, 64, 32, 8, 3, square=True, cost=1.08)),
     (192, 2): (Tile(128, 128, 64, 64, 8, 3, swap=True, rows=8),),
     (192, 4): (Tile(128, 128, 64, 32, 8, 3, rows=8),),
@@ -359,11 +364,14 @@ SMALL_CHANNELS = ((64, 32), (128, 0))  # of tiles for GPUs without wgmma
 
 
 def _zeros_before(x: Tensor) -> Tensor:
-    """Past frames of zeros, as those before the first are: one pixel in memory. With it a kernel serves the first frame and
-    all others, where one that asks what there is would be compiled twice, or be slower at each frame (3 % of a decode)."""
+    """Return past frames of zeros, as before the first frame: one pixel in memory, expanded.
+
+    With it, one kernel serves the first frame and all others. A kernel that distinguishes them would be compiled twice,
+    or be slower at each frame (3 % of a decode).
+    """
     return x.new_zeros(x.shape[1]).as_strided(x.shape, (0, 1, 0, 0, 0))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Of batch, frame, row and column."""
+    """Return the strides of batch, frame, row and column."""
     return x.stride(0), x.stride(2), x.stride(3), x.stride(4)

@@ -1,8 +1,8 @@
-"""The VAE's operations as GPUs do them, by Triton. Here is what they allocate; the kernels are in norm.py,
-conv.py and attention.py, imported only where they run. On the meta device nothing runs, so that memory
-can be predicted on a machine that has no Triton.
+"""The VAE's operations on GPUs, in Triton. This module allocates; the kernels are in norm.py, conv.py and attention.py,
+which are imported only where they run. On the meta device no kernel runs, so that memory can be predicted on a machine
+without Triton.
 
-They want weights in channels-last memory, and give results in it.
+Weights must be in channels-last memory; results are too.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,10 @@ def causal_conv(
     room: Room = NO_ROOM,
     compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `plain.CausalConv`. Its past is of x's rows, without padding. `compile_for`: see `compiling_for`."""
+    """See `plain.CausalConv`.
+
+    The past frames have the rows of x, without padding. `compile_for`: see `compiling_for`.
+    """
     if torch.is_grad_enabled():
         return plain.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
     x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
@@ -48,17 +51,17 @@ def causal_conv(
     done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
     if out_gamma is not None and not done:
         _norm_silu(out, out_gamma, out, compile_for)
-    if x.shape[2] < frames:  # the new past is partly the old one
+    if x.shape[2] < frames:  # the new past includes frames of the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
     return whole, x[:, :, x.shape[2] - frames :]
 
 
 def double_weight(weight: Tensor) -> Tensor:
-    """`[4, O, I, 2, 2]` of `[O, I, 3, 3]`: what the kernel is for the four pixels that a pixel becomes.
+    """Return `[4, O, I, 2, 2]` of a kernel `[O, I, 3, 3]`: one kernel for each of the four pixels that a pixel becomes.
 
-    Of the three doubled rows around a doubled row two are the same one: their weights add up, and four taps are left
-    of nine (sums in float32, rounded once). First the upper two pixels, of each pair the left one first.
+    Two of the three doubled rows under the kernel are equal, likewise two columns. So their weights are added, and four
+    of nine taps remain (sums in float32, rounded once). Order: upper left, upper right, lower left, lower right.
     """
     kernels = [
         _halved(_halved(weight.float(), 2, lower), 3, right) for lower in (False, True) for right in (False, True)
@@ -66,11 +69,11 @@ def double_weight(weight: Tensor) -> Tensor:
     four = torch.stack(kernels).to(weight.dtype)
     if uses_tf32(four.dtype):
         round_to_tf32(four)
-    return four.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # channels side by side
+    return four.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # contiguous channels
 
 
 def _halved(weight: Tensor, dim: int, second: bool) -> Tensor:
-    """Two taps of three along an axis, for the first or the second of the two pixels that were one."""
+    """Reduce three taps along an axis to two, for the first or the second of the two pixels that a pixel becomes."""
     before, here, after = weight.unbind(dim)
     return torch.stack((before + here, after) if second else (before, here + after), dim)
 
@@ -83,11 +86,11 @@ def double_conv(
     out: Tensor,
     compile_for: torch.device | None = None,
 ) -> None:
-    """See `plain.DoubleConv`: the doubled image is never there."""
+    """See `plain.DoubleConv`. Never allocates the doubled image."""
     x = _channels_last(x)
     for index, kernel in enumerate(weight):
         lower, right = divmod(index, 2)
-        # Without padding above the first row is a lower one, and needs its own row and the next.
+        # Without padding above, the first output row is a lower one, which needs its own input row and the next.
         first = lower if pads[0] else 1 - lower
         corner = int(bool(pads[0]) and not lower), 1 - right
         part = out[:, :, :, first::2, right::2]
@@ -95,9 +98,9 @@ def double_conv(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = None) -> Tensor:
-    """See `plain.attend`: as matrix products, scores and their sums in float32.
+    """See `plain.attend`. Uses matrix products, with scores and their sums in float32.
 
-    (PyTorch's fused kernels know no heads as wide as this one, and use no matrix units for float32.)
+    PyTorch's fused kernels do not support a head of this width, and do not use matrix units for float32.
     """
     if torch.is_grad_enabled():
         return plain.attend(q, k, v)
@@ -125,14 +128,14 @@ Result = TypeVar("Result")
 
 
 def _channels_last(x: Some) -> Some:
-    """With channels side by side: itself, but for what enters the VAE."""
+    """Return x with contiguous channels; only the VAE's input is copied."""
     if x is None or x.stride(1) == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None) -> None:
-    """`norm.norm_silu`, where there is something to compute."""
+    """Call `norm.norm_silu`, except on the meta device without `compile_for`."""
     if x.device.type != "meta" or compile_for is not None:
         from wanduet.kernels.vae.norm import norm_silu
 
@@ -150,7 +153,7 @@ def _convolve(
     gamma: Tensor | None,
     compile_for: torch.device | None,
 ) -> bool:
-    """`conv.convolve`, where there is something to convolve."""
+    """Call `conv.convolve`, except on the meta device without `compile_for`."""
     if x.device.type == "meta" and compile_for is None:
         return True
     from wanduet.kernels.vae.conv import convolve
@@ -160,10 +163,10 @@ def _convolve(
 
 
 def compiling_for(device: torch.device, tf32: bool | None = None) -> VAEKernels:
-    """Kernels for a run on the meta device, which computes nothing but leaves every kernel compiled for `device`: what a
-    real run with the same shapes and precision would wait for. `tf32`: see `WanVAE.tf32`.
+    """Return kernels for a run on the meta device that computes nothing but compiles every kernel for `device`.
 
-    The process's precision is set for one operation at a time, not for all the time that compiling takes.
+    A real run with the same shapes and precision then does not wait for the compiler. `tf32`: see `WanVAE.tf32`. The
+    process-wide precision is set for one operation at a time, not for the whole run.
     """
 
     def compiled(operation: Callable[..., Result]) -> Callable[..., Result]:

@@ -1,7 +1,8 @@
-"""`silu(norm(x))` of the VAE in one pass, by Triton: what `wanduet.kernels.vae.gpu` launches.
+"""The VAE's `silu(norm(x))` in one pass, in Triton. `wanduet.kernels.vae.gpu` launches it.
 
-Imported lazily, only where Triton is there. For channels-last tensors, where a pixel's channels lie side by side: one
-program takes some pixels with all their channels. The plain form needs seven passes over x, this one reads x once.
+Imported lazily, only if Triton is installed. For channels-last tensors, in which the channels of a pixel are
+contiguous: one program takes some pixels with all their channels. The plain form needs seven passes over x; this kernel
+reads x once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,15 +16,15 @@ from torch import Tensor
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.vae.plain import uses_tf32
 
-# Values a program holds: pixels x channels. More would spill registers, fewer would not hide latency.
+# Values in a program: pixels x channels. More would spill registers, fewer would not hide latency.
 VALUES = 4096
 EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rounded(x, TO_TF32: tl.constexpr):
-    """With `TO_TF32` x in float32 rounded to the nearest number of 11 bits: what only matrix products read, whose units
-    would cut the other bits off, and every result would be a little too small."""
+    """With `TO_TF32`, round float32 x to the nearest number of 11 bits, for values that only matrix products read: the
+    matrix units would truncate the other bits, which makes every result slightly too small."""
     if TO_TF32:
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
@@ -31,7 +32,7 @@ def rounded(x, TO_TF32: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def silu_rounded(x, TO_TF32: tl.constexpr):
-    """`silu(x)` in float32, rounded for a matrix product."""
+    """Return `silu(x)` in float32, rounded for a matrix product."""
     return rounded(x * tl.sigmoid(x), TO_TF32)
 
 
@@ -41,7 +42,10 @@ def _norm_silu_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr, EPS: tl.constexpr,
     TO_TF32: tl.constexpr,
 ):  # fmt: skip
-    """Some of a frame's `count` pixels, which lie `x_pixel` values apart, and in `out` C; `scale` is sqrt(C)."""
+    """Compute some of a frame's `count` pixels, which are `x_pixel` values apart in x and C in `out`.
+
+    `scale`: sqrt(C).
+    """
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     frame = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -58,8 +62,8 @@ def _norm_silu_kernel(
 
 
 def launch(kernel, grid, device: torch.device, compile_for: torch.device | None, *args, **options) -> None:
-    """Run a kernel on a device, or only compile it for another. Multiplications and additions are fused, as versions of
-    Triton before 3.10 do unasked."""
+    """Run a kernel on `device`, or only compile it for `compile_for`. Multiplications and additions are fused, which is
+    the default of Triton before 3.10."""
     with on_device_of(compile_for or device):
         if compile_for is None:
             kernel[grid](*args, enable_fp_fusion=True, **options)
@@ -68,9 +72,10 @@ def launch(kernel, grid, device: torch.device, compile_for: torch.device | None,
 
 
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device | None = None) -> None:
-    """See `plain.norm_silu`: of `[B, C, T, h, w]` into `out`, channels last; it may be x itself.
+    """Write `plain.norm_silu` of x `[B, C, T, h, w]` into `out`, both channels last; `out` may be x.
 
-    The rows of a frame follow each other without gaps (they may be some of a frame's rows), in `out` the pixels too.
+    The rows of a frame must follow each other without gaps (they may be some of a frame's rows); in `out` the pixels
+    too. Raises ValueError otherwise.
     """
     batch, channels, frames, height, width = x.shape
     if height > 1 and x.stride(3) != width * x.stride(4):

@@ -1,7 +1,7 @@
-"""What the VAE does in one step each: a causal convolution with norm, past and residual; a doubling of the image.
+"""The VAE's fused operations: causal convolution with norm, past frames and residual; convolution of a doubled image.
 
-`VAEKernels` is the set of operations that the VAE is given; `VAE_TORCH_KERNELS` is the plain PyTorch form of each,
-the reference for every faster one. With gradients enabled nothing is computed in place.
+`VAEKernels` is the set of operations that the VAE calls; `VAE_TORCH_KERNELS` has the plain PyTorch form of each, the
+reference for every faster one. With gradients enabled, nothing is computed in place.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from wanduet.kernels.precision import convolutions_use_tf32
 
-SCORES_BYTES = 64 * 2**20  # of the middle's attention at a time
+SCORES_BYTES = 64 * 2**20  # of the mid block's attention scores at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How a result's rows lie in memory: below `above` rows with nothing in them yet, in memory for `whole` rows (or for
-    so many as there are): where tensors follow each other that differ by a row, each finds room where one before was."""
+    """How to allocate a result: with `above` uninitialised rows above it, in memory for at least `whole` rows.
+
+    Successive tensors whose heights differ by a row then have equal sizes, so each fits in the memory of an earlier
+    one.
+    """
 
     above: int = 0
     whole: int = 0
@@ -30,7 +33,7 @@ NO_ROOM = Room()
 
 
 class CausalConv(Protocol):
-    """A convolution over time and space that sees the past."""
+    """A convolution over time and space that is causal in time."""
 
     def __call__(
         self,
@@ -45,23 +48,24 @@ class CausalConv(Protocol):
         out_gamma: Tensor | None = None,
         room: Room = NO_ROOM,
     ) -> tuple[Tensor, Tensor]:
-        """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; returns `[B, O, T, h', w]` and a new past.
+        """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; return `[B, O, T, h', w]` and a `past`.
 
-        With `gamma` `[I, 1, 1, 1]` it is the convolution of `silu(norm(x))`. `past` is what the call before
-        returned (None: zeros): the kt - 1 frames before x of what is convolved; it may be a view. `pads` zero
-        rows above and below, so h' = h + pads - (kh - 1); columns keep their number. `residual`, of the result's
-        shape, is added. With `out_gamma` `[O, 1, 1, 1]` what is returned is `silu(norm(result))`. `consume`: x is
-        not needed any more and may be overwritten. The result comes with `room`.
+        `past`: the feature cache that the previous call returned (None: zeros): the kt - 1 frames before x of what is
+        convolved (with `gamma`, after the norm); may be a view. `pads`: zero rows above and below, so h' = h + pads -
+        (kh - 1); the number of columns stays the same. `gamma` `[I, 1, 1, 1]`: convolve `silu(norm(x))`. `residual`, of
+        the result's shape, is added. `out_gamma` `[O, 1, 1, 1]`: return `silu(norm(result))`. `consume`: x may be
+        overwritten. `room`: allocation of the result.
         """
 
 
 class DoubleConv(Protocol):
-    """A convolution over an image of which rows and columns count twice."""
+    """A convolution of an image whose rows and columns are doubled."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
-        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by its nearest neighbours, with a kernel `[O, I, 3, 3]`.
+        """Convolve `x` `[B, I, T, h, w]`, doubled to 2h x 2w by nearest neighbours, with a kernel `[O, I, 3, 3]`.
 
-        `weight` is what `double_weight` made of that kernel. Written into `out` `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference.
+        `weight`: what `double_weight` returns for that kernel. The result is written into `out`
+        `[B, O, T, 2h + pads - (kh - 1), 2w]`, which may be a view. For inference only.
         """
 
 
@@ -71,23 +75,23 @@ class VAEKernels:
 
     name: str
     causal_conv: CausalConv
-    double_weight: Callable[[Tensor], Tensor] | None  # of a kernel `[O, I, 3, 3]`, once; None: the kernel itself
+    double_weight: Callable[[Tensor], Tensor] | None  # converts a kernel `[O, I, 3, 3]` once; None: no conversion
     double_conv: DoubleConv
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """`silu(x / |x| * sqrt(C) * gamma)` of `[B, C, ...]`, the norm over channels in float32."""
+    """Return `silu(x / |x| * sqrt(C) * gamma)` of x `[B, C, ...]`, with the norm over channels in float32."""
     normalized = F.normalize(x.float(), dim=1).to(x.dtype) * (x.shape[1] ** 0.5) * gamma
     return F.silu(normalized, inplace=not torch.is_grad_enabled())
 
 
 def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: int, gamma: Tensor | None) -> Tensor:
-    """The input of a causal convolution, written once: `frames` past frames, then `x`, with zero rows.
+    """Return the input of a causal convolution: `frames` past frames, then `x`, with zero rows; writes it once.
 
-    x `[B, C, T, h, w]`; past `[B, C, frames, h + pads, w]` or None (zeros); pads zero rows above and below.
-    With `gamma` `[C, 1, 1, 1]` the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`,
-    laid out in memory as x is.
+    x `[B, C, T, h, w]`; `past` `[B, C, frames, h + pads, w]` or None (zeros); `pads`: zero rows above and below. With
+    `gamma` `[C, 1, 1, 1]`, the new frames are `norm_silu(x, gamma)`. Returns `[B, C, frames + T, h + pads, w]`, in the
+    memory layout of x.
     """
     top, bottom = pads
     if torch.is_grad_enabled():
@@ -109,7 +113,7 @@ def causal_input(x: Tensor, past: Tensor | None, pads: tuple[int, int], frames: 
     if gamma is None:
         inside.copy_(x)
     else:
-        for frame in range(length):  # one frame at a time: the temporaries stay small
+        for frame in range(length):  # one frame at a time, to keep the temporaries small
             inside[:, :, frame : frame + 1].copy_(norm_silu(x[:, :, frame : frame + 1], gamma))
     return out
 
@@ -132,9 +136,9 @@ def causal_conv(
     out_gamma: Tensor | None = None,
     room: Room = NO_ROOM,
 ) -> tuple[Tensor, Tensor]:
-    """See CausalConv: PyTorch's convolution of an input that `causal_input` writes."""
+    """See CausalConv. Runs PyTorch's convolution on the output of `causal_input`."""
     frames = weight.shape[2] - 1
-    # A frame whole in height lets the convolution pad; else its border rows are written as zeros.
+    # With equal pads, as of a whole frame, the convolution pads the rows; else `causal_input` writes zero rows.
     native = min(pads) if pads[0] == pads[1] else 0
     padded = causal_input(x, past, (0, 0) if native else pads, frames, gamma)
     out = _conv3d(padded, weight, bias, native, weight.shape[4] // 2)
@@ -148,8 +152,8 @@ def causal_conv(
 
 
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int) -> Tensor:
-    """With so many zero rows and columns on each side."""
-    if x.device.type == "meta" and x.stride(1) == 1:  # PyTorch's meta form forgets the layout, a GPU keeps it
+    """Convolve with `rows` and `columns` zero rows and columns on each side."""
+    if x.device.type == "meta" and x.stride(1) == 1:  # PyTorch's meta form loses the layout, which a GPU keeps
         outputs, _, kt, kh, kw = weight.shape
         sizes = (x.shape[2] + 1 - kt, x.shape[3] + 2 * rows + 1 - kh, x.shape[4] + 2 * columns + 1 - kw)
         return empty_clip(x, outputs, *sizes)
@@ -157,13 +161,13 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor, rows: int, columns: int) ->
 
 
 def double_conv(x: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int], out: Tensor) -> None:
-    """See DoubleConv. One frame at a time: the doubled input is a decode's largest tensor."""
+    """See DoubleConv. Converts one frame at a time, because the doubled input is a decode's largest tensor."""
     for index, image in enumerate(x.unbind(2)):
         out[:, :, index] = double_image_conv(image, weight, bias, pads)
 
 
 def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[int, int]) -> Tensor:
-    """The same for one image `[B, I, h, w]`; differentiable."""
+    """Do `double_conv` for one image `[B, I, h, w]` and return the result; differentiable."""
     top, bottom = pads
     wide = F.interpolate(image, scale_factor=2.0, mode="nearest-exact")
     if top != bottom:
@@ -172,18 +176,19 @@ def double_image_conv(image: Tensor, weight: Tensor, bias: Tensor, pads: tuple[i
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of one head in images `[N, L, C]`; returns that shape."""
+    """Return softmax attention with one head within images `[N, L, C]`, in the same shape."""
     keys, values = k.unsqueeze(1), v.unsqueeze(1)
     outs = [F.scaled_dot_product_attention(rows.unsqueeze(1), keys, values).squeeze(1) for rows in query_parts(q)]
-    if q.is_meta:  # the parts that were left out
+    if q.is_meta:  # the parts that `query_parts` omits
         outs.append(torch.empty_like(q[:, sum(out.shape[1] for out in outs) :]))
     return torch.cat(outs, dim=1)
 
 
 def query_parts(q: Tensor) -> tuple[Tensor, ...]:
-    """Queries `[N, L, C]` in parts, so that what writes out the scores of all L keys needs a bounded memory.
+    """Split queries `[N, L, C]` into parts, so that a part's scores against all L keys need bounded memory.
 
-    There are as many as the pixels squared. On the meta device only those that show what all need: four, and the rest.
+    The number of scores grows with the square of the pixels. On the meta device, returns only as many parts as show the
+    memory of all: four, and the last.
     """
     length = q.shape[1]
     rows = max(1, SCORES_BYTES // (4 * q.shape[0] * length))
@@ -193,17 +198,18 @@ def query_parts(q: Tensor) -> tuple[Tensor, ...]:
 
 
 def uses_tf32(dtype: torch.dtype) -> bool:
-    """Whether factors in this dtype are rounded to TF32: where PyTorch's own convolutions do that."""
+    """Return True if operands of this dtype are rounded to TF32: if PyTorch's own convolutions do so."""
     return dtype == torch.float32 and convolutions_use_tf32()
 
 
 def round_to_tf32(weight: Tensor) -> None:
-    """Round float32 values in place to the nearest numbers of 11 bits. A second time changes nothing."""
+    """Round float32 values in place to the nearest numbers of 11 bits. Idempotent."""
     weight.view(torch.int32).add_(0x1000).bitwise_and_(-0x2000)
 
 
 def empty_clip(like: Tensor, channels: int, frames: int, rows: int, columns: int, whole: int = 0) -> Tensor:
-    """`[B, channels, frames, rows, columns]`, channels last where `like` is; in memory for `whole` rows, if that is more."""
+    """Allocate `[B, channels, frames, rows, columns]` in memory for `whole` rows or more; channels last if `like`
+    is."""
     layout = torch.channels_last_3d if like.stride(1) == 1 < like.shape[1] else torch.contiguous_format
     shape = (like.shape[0], channels, frames, max(rows, whole), columns)
     clip = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
