@@ -100,7 +100,8 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         torch.backends.cudnn.benchmark = False
         if not ON_GPU:
             continue
-        from wanduet.kernels.vae.conv import Tile, convolve
+        from wanduet.kernels.vae.conv import convolve
+        from wanduet.kernels.vae.conv_tiles import Tile
 
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from wanduet.kernels import measurements
 from wanduet.kernels.measurements import Timing
 from wanduet.kernels.vae import choose as conv_choice
-from wanduet.kernels.vae.choose import CHOICES_FILE, choose_tiles, chosen_tile, measure
+from wanduet.kernels.vae import conv_tiles
+from wanduet.kernels.vae.choose import CHOICES_FILE, choose_tiles, measure
+from wanduet.kernels.vae.conv_tiles import chosen_tile
 
 pytest.importorskip("triton")
 
@@ -54,7 +56,7 @@ def products_in_order(convolutions, monkeypatch) -> None:
 def test_smaller_tiles_are_offered_where_two_of_them_fit(convolutions, itemsize) -> None:
     def names(width: int, limit: int) -> list[str]:
         offered = convolutions.offered_tiles(width, width, itemsize, limit)
-        today = convolutions.tiles_for(width, width, itemsize, limit)
+        today = conv_tiles.tiles_for(width, width, itemsize, limit)
         assert offered[: len(today)] == today
         return [tile.name for tile in offered[len(today) :]]
 

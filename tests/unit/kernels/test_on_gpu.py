@@ -112,7 +112,7 @@ def test_a_convolution_is_right_and_does_not_depend_on_the_cut(width: int, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [96, 192, 384])
 def test_every_tile_that_is_offered_gives_the_same_to_the_last_bit(width: int, dtype: torch.dtype) -> None:
-    from wanduet.kernels.vae.conv import offered_tiles
+    from wanduet.kernels.vae.conv_tiles import offered_tiles
 
     tiles = {t.name: t for t in reversed(offered_tiles(width, width, dtype.itemsize, shared_memory(DEVICE)))}
     if len(tiles) == 1:

@@ -10,7 +10,7 @@ import torch
 
 from wanduet.family.specs import VAESpec
 from wanduet.footprint.vae import decode_bytes
-from wanduet.kernels.vae import gpu, plain
+from wanduet.kernels.vae import conv_tiles, gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
@@ -154,7 +154,7 @@ def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) ->
     for swap in (False, True):
         out = clip(outputs, 1, 4, 5)
         first, second = (64, 32) if outputs == 96 else (64, 0)
-        tile = convolutions.Tile(16, first, second, 16, 4, 2, swap)
+        tile = conv_tiles.Tile(16, first, second, 16, 4, 2, swap)
         assert convolutions.convolve(x, None, weight, bias, (1, 1), None, out, gamma, tile)
         results.append(out)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
@@ -168,7 +168,7 @@ def test_tiles_of_several_rows_give_the_same(convolutions, has_past) -> None:
     results = []
     for number, square in ((1, False), (1, True), (2, False), (4, False)):
         out = clip(40, 2, 5, 7)
-        tile = convolutions.Tile(16, 64, 0, 16, 4, 2, rows=number, square=square)
+        tile = conv_tiles.Tile(16, 64, 0, 16, 4, 2, rows=number, square=square)
         assert convolutions.convolve(x, past, weight, bias, (1, 1), residual, out, gamma, tile)
         results.append(out)
     for other in results[1:]:
@@ -241,7 +241,7 @@ def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024, 64 * 1024])
 def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_memory) -> None:
-    for tile in convolutions.tiles_for(inputs, outputs, itemsize, shared_memory):
+    for tile in conv_tiles.tiles_for(inputs, outputs, itemsize, shared_memory):
         assert tile.shared_memory(itemsize, shared_memory) <= shared_memory
         assert min(tile.pixels, tile.depth) >= 16
         assert tile.stages >= 2
@@ -252,7 +252,7 @@ def test_tiles_fit_every_card(convolutions, inputs, outputs, itemsize, shared_me
 def test_runs_of_pixels_are_taken_where_they_spare_a_gpu_a_wave(convolutions, monkeypatch) -> None:
     monkeypatch.setattr(convolutions, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(convolutions, "shared_memory", lambda device: 227 * 1024)
-    tiles = convolutions.tiles_for(384, 384, 4, 227 * 1024)
+    tiles = conv_tiles.tiles_for(384, 384, 4, 227 * 1024)
     rows_of_tile = {}
     for rows in (56, 60, 64, 120):  # 3 waves; 4 in squares, 3 in runs; 4; 6
         out = torch.empty(1, 384, 2, rows, 208, device="meta")
@@ -261,7 +261,7 @@ def test_runs_of_pixels_are_taken_where_they_spare_a_gpu_a_wave(convolutions, mo
 
 
 def test_all_tiles_of_a_width_add_up_in_the_same_order(convolutions) -> None:
-    for tiles in convolutions.TILES.values():
+    for tiles in conv_tiles.TILES.values():
         assert len({(t.channels, t.depth, t.swap, t.near(3, 3)) for t in tiles}) == 1
 
 

@@ -1,6 +1,6 @@
 """Chooses the tile of the VAE's convolutions on a GPU without wgmma: measures once on a machine and stores the result.
 
-`conv.offered_tiles` lists the candidates. Each must give the first one's result to the last bit, which is checked here;
+`conv_tiles.offered_tiles` lists the candidates. Each must give the first one's result to the last bit, which is checked here;
 so a decode's frames do not depend on the choice, and each rank may choose independently. All need the same device
 memory, so plans do not depend on the choice either.
 """
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +18,8 @@ from torch import Tensor
 from wanduet.kernels.device import multiprocessors, shared_memory
 from wanduet.kernels.measurements import Table, Timing, free_bytes, holds, read_table, stamped, write_table
 from wanduet.kernels.precision import vae_precision
+from wanduet.kernels.vae.conv_tiles import CHOSEN, Key, Tile, offered_tiles, width_of
 from wanduet.kernels.vae.plain import uses_tf32
-
-if TYPE_CHECKING:
-    from wanduet.kernels.vae.conv import Tile
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +29,6 @@ CHOICES_FILE = "convolutions.json"
 COLUMNS = {384: 208, 192: 416, 96: 832}
 WAVES = 3
 TIMED_ROUNDS = 5
-_Key = tuple[torch.device, int, torch.dtype, bool]
-_CHOSEN: dict[_Key, str] = {}
-
-
-def chosen_tile(device: torch.device, width: int | None, dtype: torch.dtype) -> str | None:
-    """Return the name of the tile chosen for a width of `TILES`; None if none was chosen and the first applies."""
-    return None if width is None else _CHOSEN.get((device, width, dtype, uses_tf32(dtype)))
 
 
 def choose_tiles(
@@ -59,8 +49,6 @@ def choose_tiles(
         return
     import triton
 
-    from wanduet.kernels.vae.conv import offered_tiles, width_of
-
     if triton.knobs.runtime.interpret:
         return
     widths = {width for count in outputs if (width := width_of(count, dtype.itemsize)) is not None}
@@ -69,13 +57,13 @@ def choose_tiles(
             key = (device, width, dtype, uses_tf32(dtype))
             offered = offered_tiles(width, width, dtype.itemsize, shared_memory(device))
             tiles = tuple({tile.name: tile for tile in reversed(offered)}.values())[::-1]
-            if len(tiles) > 1 and key not in _CHOSEN:
+            if len(tiles) > 1 and key not in CHOSEN:
                 table = _table(tiles, key, folder, may_measure)
                 if table is not None:
-                    _CHOSEN[key] = min(table, key=_milliseconds).name
+                    CHOSEN[key] = min(table, key=_milliseconds).name
 
 
-def _table(tiles: "Sequence[Tile]", key: _Key, folder: Path, may_measure: bool) -> Table | None:
+def _table(tiles: Sequence[Tile], key: Key, folder: Path, may_measure: bool) -> Table | None:
     """Return the stored table, or measure; None if there is none and `may_measure` is False."""
     device, width, dtype, tf32 = key
     names = ",".join(tile.name for tile in tiles)
@@ -93,11 +81,11 @@ def _table(tiles: "Sequence[Tile]", key: _Key, folder: Path, may_measure: bool) 
 
 def forget() -> None:
     """Delete all choices of this process, for tests."""
-    _CHOSEN.clear()
+    CHOSEN.clear()
 
 
 @torch.no_grad()
-def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: torch.device) -> Table:
+def measure(tiles: Sequence[Tile], width: int, dtype: torch.dtype, device: torch.device) -> Table:
     """Check each tile on a convolution of `width` channels; time alternately those with the first one's result."""
     dropped: list[Timing] = []
     times: dict[str, list[float]] = {}
@@ -126,7 +114,7 @@ def measure(tiles: "Sequence[Tile]", width: int, dtype: torch.dtype, device: tor
 class _Sample:
     """A convolution as in a decode, on random values."""
 
-    def __init__(self, first: "Tile", width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, first: Tile, width: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -139,16 +127,16 @@ class _Sample:
         self._x, self._bias, self._gamma = draw(1, width, 1, rows, columns), draw(width), draw(width, 1, 1, 1)
         self._weight = draw(width, width, 3, 3, 3).div_((27 * width) ** 0.5)
 
-    def results(self, tile: "Tile") -> list[Tensor]:
+    def results(self, tile: Tile) -> list[Tensor]:
         """Return the results of all forms of a tile: also with a norm, if the tile has all channels of a pixel."""
         plain = self.with_residual(tile)
         return [plain, self._convolved(tile, None, self._gamma)] if tile.channels >= self._width else [plain]
 
-    def with_residual(self, tile: "Tile") -> Tensor:
+    def with_residual(self, tile: Tile) -> Tensor:
         """Return the result with a residual, the form that all tiles have."""
         return self._convolved(tile, self._x, None)
 
-    def _convolved(self, tile: "Tile", residual: Tensor | None, gamma: Tensor | None) -> Tensor:
+    def _convolved(self, tile: Tile, residual: Tensor | None, gamma: Tensor | None) -> Tensor:
         from wanduet.kernels.vae.conv import convolve
 
         out = torch.empty_like(self._x)
