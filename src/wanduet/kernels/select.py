@@ -14,7 +14,15 @@ from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.precision import EXACT, PRODUCTS, convolutions_use_tf32, vae_precision
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS, compiling_for
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
-from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, remember, remember_failure, triton_problem
+from wanduet.kernels.verdicts import (
+    IN_A_JOB,
+    MEMORY_SHORT,
+    plain_operations,
+    reason_of,
+    remember,
+    remember_failure,
+    triton_problem,
+)
 
 log = logging.getLogger(__name__)
 
@@ -223,15 +231,3 @@ def has_quack(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype.itemsize != 2 or importlib.util.find_spec("quack") is None:
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-MEMORY_SHORT = "too little memory was free at that moment"
-
-
-def reason_of(problem: Exception, most: int = 160) -> str:
-    """Return a library's failure in one readable line: the exception's type and the first line of its message."""
-    if isinstance(problem, torch.OutOfMemoryError):
-        return MEMORY_SHORT
-    first = (str(problem).strip().splitlines() or [""])[0].strip()
-    text = f"{type(problem).__name__}: {first}" if first else type(problem).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 VERDICTS_FILE = "kernels.json"
 IN_A_JOB = "failed in a job"  # used in place of a set's name, for operations of any set
+MEMORY_SHORT = "too little memory was free at that moment"
 _LOCK = threading.Lock()
 _PLAIN: dict[str, tuple[str, ...]] = {}  # by `_key`: operations whose plain form runs; empty if all kernels work
 
@@ -105,3 +106,12 @@ def _key(what: str, device: torch.device, dtype: str) -> str:
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         name = torch.cuda.get_device_name(device)
     return f"{what}|{name}|{dtype}"
+
+
+def reason_of(problem: Exception, most: int = 160) -> str:
+    """Return a library's failure in one readable line: the exception's type and the first line of its message."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return MEMORY_SHORT
+    first = (str(problem).strip().splitlines() or [""])[0].strip()
+    text = f"{type(problem).__name__}: {first}" if first else type(problem).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

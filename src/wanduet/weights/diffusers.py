@@ -20,7 +20,9 @@ from wanduet.family.specs import (
     TransformerSpec,
     VAESpec,
 )
-from wanduet.untrusted import cut, parse_json, read_file
+from wanduet.untrusted import cut, read_file
+from wanduet.weights.json_files import read_json
+from wanduet.weights.names import cache_folder_id, diffusers_name
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
 
@@ -34,7 +36,6 @@ CLASSES = {
 }
 _KINDS = "wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout."
 DEFAULTS_FILE = "generation_defaults.json"
-MANIFEST_FILE = "manifest.json"
 
 # Upper limits of a config's values. Published models have at most 40 layers and a vocabulary of 256,384. With 10**9
 # layers, planning and building on the meta device would take days.
@@ -218,8 +219,6 @@ def check_pipeline(path: Path, shown: str) -> None:
 
 def _layout_hint(path: Path) -> str:
     """Return a hint for a folder without a model's subfolders: its probable kind, and what to pass instead."""
-    from wanduet.weights.names import cache_folder_id, diffusers_name
-
     if (path / "snapshots").is_dir() and (model := cache_folder_id(path)):
         return f"It is a folder of the hub's cache; give the hub id: --model {model}"
     if path.name in (*COMPONENTS, "tokenizer", "scheduler") and (path.parent / "model_index.json").is_file():
@@ -309,17 +308,3 @@ def _problem(name: str, value: object, default: object) -> str | None:
 
 def _allowed(kind: type) -> set[type]:
     return {int, float} if kind is float else {kind}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises ModelNotFoundError, or WeightsError for a Git LFS pointer."""
-    check_pointer(path)
-    try:
-        value = parse_json(read_file(path).decode("utf-8"), finite=False)
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path} is missing.", hint="The folder must be in the Diffusers layout.") from None
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {cut(getattr(error, 'strerror', None) or error)}.") from error
-    if not isinstance(value, dict):
-        raise ModelNotFoundError(f"{path} is no JSON object.")
-    return value

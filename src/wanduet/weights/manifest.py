@@ -24,6 +24,7 @@ CHUNK = 8 * 2**20
 THREADS = 4  # hashing releases the GIL; more files at once only make a disk seek
 # Number of hexadecimal digits of the two hashes that the hub publishes: SHA-256 for large files, git's SHA-1 of
 # `blob <size>\0<content>` for small ones.
+MANIFEST_FILE = "manifest.json"
 SHA256_LENGTH, GIT_LENGTH = 64, 40
 _LOCK_SECONDS = 5.0  # wait so long for another process that writes to the same notes
 
@@ -35,7 +36,7 @@ def file_sha256(path: Path) -> str:
     return _hash(path, "sha256")
 
 
-def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: str = "manifest.json") -> None:
+def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None, name: str = MANIFEST_FILE) -> None:
     """Write `name` in a model folder: the SHA-256 of every file by relative path, computed unless passed in
     `hashes`."""
     if hashes is None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from wanduet.weights.diffusers import MANIFEST_FILE, read_json
-from wanduet.weights.manifest import GIT_LENGTH, SHA256_LENGTH, file_sha256
+from wanduet.weights.json_files import read_json
+from wanduet.weights.manifest import GIT_LENGTH, MANIFEST_FILE, SHA256_LENGTH, file_sha256
 
 _HASH = re.compile(rf"[0-9a-f]{{{GIT_LENGTH}}}|[0-9a-f]{{{SHA256_LENGTH}}}")
 _NOTES = Path(".cache/huggingface/download")  # huggingface_hub's metadata folder in a `--local-dir`

@@ -13,8 +13,9 @@ from wanduet.doors.python.modules import check_scheduler
 from wanduet.doors.python.parts import PipelineParts, dtype_name
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.specs import RANDOM_SPECS
-from wanduet.weights.diffusers import COMPONENTS, ModelFolder, read_json
+from wanduet.weights.diffusers import COMPONENTS, ModelFolder
 from wanduet.weights.hub import local_model, open_model
+from wanduet.weights.json_files import read_json
 
 MODULES = ("tokenizer", "text_encoder", "vae", "transformer")
 # They change how diffusers reads files. The engine has its own reader, which needs less memory than any of them.

@@ -27,7 +27,7 @@ from wanduet.kernels.attention.backends import (
 )
 from wanduet.kernels.measurements import Timing, free_bytes, holds, read_all, read_table, stamped, write_table
 from wanduet.kernels.precision import EXACT, PRODUCTS
-from wanduet.kernels.select import reason_of
+from wanduet.kernels.verdicts import reason_of
 
 log = logging.getLogger(__name__)
 
