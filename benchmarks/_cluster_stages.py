@@ -257,7 +257,7 @@ class Stages:
         job = held.lease.job
         self.latents.add(job.id)
         self.counts["denoised"] += 1
-        if self.store.decodes_elsewhere(job):
+        if self.store.has_decoder(job):
             self.store.release(held.lease, DECODE + demand_of(job.request))
             self.counts["left"] += 1
             for other, member in self.members.items():

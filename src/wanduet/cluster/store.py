@@ -151,7 +151,7 @@ class ClusterStore(JobStore):
                     return lease
         return None
 
-    def decodes_elsewhere(self, job: StoredJob) -> bool:
+    def has_decoder(self, job: StoredJob) -> bool:
         """Return whether to leave a job's decode to a decoder. If none takes it, a replica takes it back."""
         fits = self._decoder_fits
         if fits is None:

@@ -43,7 +43,7 @@ def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
     """Encode a job's prompts to embeddings on the CPU, or read them from the cache. Warn about truncated prompts."""
     request = job.request
     texts = [request.prompt, *([request.negative_prompt] if request.uses_guidance else [])]
-    with job.timed("encode_s"):
+    with job.context.timed("encode_s"):
         job.emit(Event("encode", 0, 1))
         encoded = models.text(job.plan.text).encode(
             texts, lambda: job.cancelled, lambda done, total: job.emit(Event("encode", done, total))

@@ -84,8 +84,8 @@ class Group:
                 job.watch(message)
             elif isinstance(message, Denoised):
                 video.record.attention = message.attention
-                for event in message.rungs:
-                    if event not in video.record.rungs:  # a restarted group repeats them
+                for event in message.notes:
+                    if event not in video.record.notes:  # a restarted group repeats them
                         video.record.note(event)
                 join(job.rank_peaks, message.peaks)
                 loaded = max(0.0, waited - message.prepare_s)

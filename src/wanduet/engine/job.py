@@ -5,7 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +93,7 @@ class Job:
     fallback: Plan | None = None  # the plan without a group of ranks, used if the group fails
     on_step: OnStep | None = None  # called after each step, in the denoising thread; may replace the latents
     watch: Watch | None = None  # called after each step, also of a group of ranks; only sees the latents
-    elsewhere: Callable[[], bool] | None = None  # called once latents are saved; True: another worker decodes
+    leave_decode: Callable[[], bool] | None = None  # called once latents are saved; True: another worker decodes
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     warnings: list[str] = field(default_factory=list)
     rank_peaks: dict[str, int] = field(default_factory=dict)  # peak bytes by device of a group's processes
@@ -131,7 +131,7 @@ class Job:
     @property
     def rungs(self) -> list[str]:
         """The deviations from the plan, video by video."""
-        return [event for video in self.videos for event in video.record.rungs]
+        return [event for video in self.videos for event in video.record.notes]
 
     @property
     def attention(self) -> str | None:
@@ -171,12 +171,6 @@ class Job:
         return self.output.latents_path(index, self.request.num_videos_per_prompt)
 
     # For the engine.
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to a timing, also when it fails."""
-        with self._timings.timed(name):
-            yield
 
     def emit(self, event: Event) -> None:
         """Publish a progress event."""
@@ -275,7 +269,7 @@ class Video:
         self.denoised = about
         record.attention = about.get("attention")
         record.changed = bool(about.get("engine", {}).get("callback"))
-        record.rungs += [event for event in about.get("rungs", ()) if event not in record.rungs]
+        record.notes += [event for event in about.get("rungs", ()) if event not in record.notes]
         self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
         record.timings.add("denoise_s", before.get("denoise_s", 0.0))
         self.job._timings.at_least("encode_s", before.get("encode_s", 0.0))  # the same in each video's metadata

@@ -101,12 +101,12 @@ class Engine:
         output: OutputOptions,
         on_step: OnStep | None = None,
         watch: Watch | None = None,
-        elsewhere: Callable[[], bool] | None = None,
+        leave_decode: Callable[[], bool] | None = None,
     ) -> Job:
         """Check, plan and queue a request.
 
         `on_step` is called after each step and may change the latents; it does not work with a group of ranks. `watch`
-        is called too, but only sees the latents, and works with a group. `elsewhere` is called once the latents are
+        is called too, but only sees the latents, and works with a group. `leave_decode` is called once the latents are
         saved; return True to leave the decode to another worker: the job then ends with no videos in its result.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, and CancelledError if the
@@ -130,7 +130,7 @@ class Engine:
         check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, elsewhere)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, leave_decode)
         with self._guard:
             self._check_open()
             self._check_free(job)
@@ -267,8 +267,8 @@ class Engine:
             del item
 
     def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
-        """Queue saved latents for this engine's decode; `elsewhere` is not called for them again."""
-        job.elsewhere = None
+        """Queue saved latents for this engine's decode; `leave_decode` is not called for them again."""
+        job.leave_decode = None
         for video, one in zip(job.videos, latents, strict=True):
             self._to_decode.put(Denoised(video, one))
 
@@ -279,13 +279,13 @@ class Engine:
             return
         waiting, results = decoding.waiting, decoding.results
         waiting.append(item)
-        # After a False, `elsewhere` is not called again. After a True it is called for each further video, and must
+        # After a False, `leave_decode` is not called again. After a True it is called for each further video, and must
         # return True for the last one too. It may first copy the latents to others; in this stage, that delays no
         # denoise.
-        may_leave = job.elsewhere is not None and (item.video.index == 0 or len(waiting) > 1)
+        may_leave = job.leave_decode is not None and (item.video.index == 0 or len(waiting) > 1)
         # A video that an earlier run finished has no latents.
         may_leave = may_leave and not any(isinstance(one.latents, VideoResult) for one in waiting)
-        if may_leave and job.elsewhere is not None and job.elsewhere():
+        if may_leave and job.leave_decode is not None and job.leave_decode():
             if len(waiting) == len(job.videos):
                 self._succeed(job, ())
             return

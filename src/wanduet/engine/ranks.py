@@ -65,7 +65,7 @@ class Denoised:
 
     latents: Tensor | None  # None: cancelled
     attention: str | None
-    rungs: tuple[str, ...]
+    notes: tuple[str, ...]
     peaks: dict[str, int]  # peak bytes by device, of all ranks
     prepare_s: float  # seconds that rank 0 waited for kernels and attention
     seconds_of_others: float = 0.0  # seconds that another job spent on the steps before the loaded checkpoint
@@ -177,7 +177,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
         report = Denoised(
             latents,
             denoiser.attention,
-            tuple(record.rungs),
+            tuple(record.notes),
             peaks,
             record.timings["prepare_s"],
             seconds_of_others,

@@ -112,7 +112,7 @@ class Attempt:
         request = GenerationRequest.parse(**self._lease.job.request)
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, self._store.files.preview_path(self._lease.job.id), request)
-        running = self._engine.submit(request, output, watch=watcher, elsewhere=self._decodes_elsewhere)
+        running = self._engine.submit(request, output, watch=watcher, leave_decode=self._leaves_decode)
         try:
             result, steps = self._follow(running, request.num_videos_per_prompt)
         except BaseException:
@@ -153,11 +153,11 @@ class Attempt:
                 before = event.video, event.done
         return running.result(), steps
 
-    def _decodes_elsewhere(self) -> bool:
+    def _leaves_decode(self) -> bool:
         """Whether another worker is there to decode, and finds the latents where it looks."""
         job = self._lease.job
         try:
-            return self._store.decodes_elsewhere(job) and self._store.files.keep(job.id)
+            return self._store.has_decoder(job) and self._store.files.keep(job.id)
         except SQLAlchemyError as error:
             self._log.warning("the job store cannot be reached", error=type(error).__name__)
             return False

@@ -46,11 +46,11 @@ class VideoEngine(Protocol):
         output: "OutputOptions",
         *,
         watch: Watcher | None = None,
-        elsewhere: Callable[[], bool] | None = None,
+        leave_decode: Callable[[], bool] | None = None,
     ) -> RunningJob:
         """Start a job; its videos go where `output` says. With `resume`, go on from what is there.
 
-        `elsewhere` is asked when latents are kept: if it says yes, they are left to another worker's decode and
+        `leave_decode` is asked when latents are kept: if it says yes, they are left to another worker's decode and
         the result has no videos.
         """
 

@@ -263,7 +263,7 @@ class JobStore:
         with self._write() as connection:
             statements.commit(connection, lease, endings.BACK_IN_THE_QUEUE | changed)
 
-    def decodes_elsewhere(self, job: StoredJob) -> bool:
+    def has_decoder(self, job: StoredJob) -> bool:
         """Whether another worker is there to decode the job's latents. On one machine, none is."""
         return False
 

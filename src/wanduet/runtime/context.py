@@ -47,15 +47,6 @@ class Timings:
         with self._lock:
             self._seconds[name] = max(self._seconds[name], seconds)
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to one phase, also when it fails."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - began)
-
     @staticmethod
     def sum(*parts: "Timings") -> dict[str, float]:
         """Return the sum of each phase over all parts."""

@@ -63,8 +63,7 @@ class Models:
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
             if not plan.both_resident:
                 self.transformer.evict(device)
-            with self.vae.use(device, plan.vae.dtype, context) as vae:
-                yield vae
+            yield self.vae.load(device, plan.vae.dtype, context)
 
     def text(self, plan: TextPlan) -> PromptEncoder:
         """Return the prompt encoder of a plan, cached until the plan changes."""

@@ -35,17 +35,17 @@ class PeakMemory:
             reset()
             self._open[job] = {}
 
-    def end(self, job: str, elsewhere: Mapping[str, int] | None = None) -> Peaks:
+    def end(self, job: str, of_ranks: Mapping[str, int] | None = None) -> Peaks:
         """Stop recording. Return the job's peak bytes by device: memory reserved by the allocator on GPUs, resident
         memory on the host.
 
-        `elsewhere`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU,
+        `of_ranks`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU,
         the highest peak of any one process counts. Without a `begin`, return the peaks since the last `begin` of any
         job.
         """
         with self._lock:
             peaks = join(self._open.pop(job, {}), look())
-        others = dict(elsewhere or {})
+        others = dict(of_ranks or {})
         peaks["cpu"] += others.pop("cpu", 0)
         return join(peaks, others)
 

@@ -1,8 +1,6 @@
 """The host of the VAE's decoder: loads it once, moves it to the planned device, and installs that device's kernels."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -34,12 +32,6 @@ class VAEHost:
     def loaded(self) -> WanVAE | None:
         """The VAE, if it is loaded."""
         return self._vae
-
-    @contextmanager
-    def use(self, device: str, dtype: str, context: RunContext) -> Iterator[WanVAE]:
-        """Yield the VAE, loaded on a device. The block has the locks of the VAE and of the device."""
-        with self._locks.take(VAE), self._locks.take(device), on_device_of(torch.device(device)):
-            yield self.load(device, dtype, context)
 
     def load(self, device: str, dtype: str, context: RunContext = NO_JOB) -> WanVAE:
         """Load the VAE's decoder or move it to a device, and return it."""

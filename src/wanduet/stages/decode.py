@@ -33,43 +33,35 @@ def decode(
     implementation. Raises OutOfMemoryError when no smaller form is left, NonFiniteFramesError, CancelledError, and any
     error of the sink.
     """
+
+    def show(done: int, total: int) -> None:
+        context.check_cancelled()  # tile by tile, frames come only at the end
+        context.emit(Event("decode", done, total, record.index))
+
+    def attempt(device: str, tiling: Tiling) -> Result:
+        """Decode in one way; replace a kernel that fails by its plain form, and begin again."""
+        while True:
+            try:
+                with models.decoder(plan, device, context) as vae:
+                    record.vae_kernels = vae.kernels.name
+                    return sink(decode_stream(vae, latents, tiling, show))
+            except KernelFailedError as error:
+                failed = error
+            context.check_cancelled()
+            log.warning("%s Decoding with its plain form.", failed.message)
+            context.note(f"decode: plain {failed.operation} ({failed.reason})")
+            models.vae.without_kernel(failed.operation)
+
     problem = ""
-    for device, mode in decode_modes(plan.vae, context):
+    for device, tiling in decode_modes(plan.vae, context):
         context.check_cancelled()  # `decode_modes` may have waited for memory
         if problem:
-            log.warning("Out of memory while decoding; going on with %d strips, %s-major.", mode.num_tiles, mode.order)
-            context.note(f"decode: {mode.order}-major, {mode.num_tiles} strips on {device}")
+            message = "Out of memory while decoding; going on with %d strips, %s-major."
+            log.warning(message, tiling.num_tiles, tiling.order)
+            context.note(f"decode: {tiling.order}-major, {tiling.num_tiles} strips on {device}")
         try:
-            return _decode_as(models, plan, latents, (device, mode), sink, (record, context))
+            return attempt(device, tiling)
         except torch.OutOfMemoryError as error:
             problem = str(error).split(". ")[0]
         models.transformer.evict(device)
     raise OutOfMemoryError(f"Decoding ran out of memory in its smallest form ({problem}).")
-
-
-def _decode_as(
-    models: Models,
-    plan: Plan,
-    latents: Tensor,
-    how: tuple[str, Tiling],
-    sink: Sink[Result],
-    run: tuple[VideoRecord, RunContext],
-) -> Result:
-    """Decode on one device with one tiling. Replace a kernel that fails by its PyTorch implementation and restart."""
-    (device, mode), (record, context) = how, run
-
-    def show(done: int, total: int) -> None:
-        context.check_cancelled()  # here too: with row tiles, the first frames come only at the end
-        context.emit(Event("decode", done, total, record.index))
-
-    while True:
-        try:
-            with models.decoder(plan, device, context) as vae:
-                record.vae_kernels = vae.kernels.name
-                return sink(decode_stream(vae, latents, mode, show))
-        except KernelFailedError as error:
-            failed = error
-        context.check_cancelled()
-        log.warning("%s Decoding with its plain form.", failed.message)
-        context.note(f"decode: plain {failed.operation} ({failed.reason})")
-        models.vae.without_kernel(failed.operation)

@@ -203,7 +203,7 @@ class Denoising:
         if saved.writer != self.task.writer:
             self.seconds_of_others = self._before
             for event in record.get("rungs", ()):
-                if event not in video.rungs:
+                if event not in video.notes:
                     video.note(event)
             devices, attention = (record.get(name) for name in ("devices", "attention"))
             if (devices, attention) != (self._devices, self.denoiser.attention):
@@ -289,17 +289,23 @@ class Denoising:
             return
         video = self.around.record
         record = {
-            "rungs": video.rungs,
+            "rungs": video.notes,
             "changed": video.changed,
             "devices": self._devices,
             "attention": self.denoiser.attention,
             "denoise_s": round(self._before + time.perf_counter() - self._began, 3),
         }
         try:
-            states, task = (sampler.state(), self.predictor.state()), self.task
-            if not self.checkpoints.save(
-                DenoiseCheckpoint(step, latents, states[0], task.about, record, task.writer, states[1])
-            ):
+            checkpoint = DenoiseCheckpoint(
+                step,
+                latents,
+                sampler.state(),
+                self.task.about,
+                record,
+                self.task.writer,
+                predictor_state=self.predictor.state(),
+            )
+            if not self.checkpoints.save(checkpoint):
                 log.warning("After step %d there is NaN or infinity: the checkpoint before it is kept.", step)
         except (OSError, OutputError) as error:
             log.warning("The checkpoint after step %d could not be written: %s", step, error)

@@ -9,14 +9,14 @@ from wanduet.runtime.context import Timings
 class VideoRecord:
     """How one video of a request was made. Only one stage at a time changes it.
 
-    `rungs`: the fallbacks and other deviations from the plan, in order. `attention`, `kernels`, `vae_kernels`: the
+    `notes`: the fallbacks and other deviations from the plan, in order. `attention`, `kernels`, `vae_kernels`: the
     attention back end and the kernels in use, by their names in `kernels.select`. `changed`: whether a callback changed
     the latents. `timings`: seconds by phase, of this video only.
     """
 
     index: int
     seed: int
-    rungs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     attention: str | None = None
     kernels: str | None = None
     vae_kernels: str | None = None
@@ -25,4 +25,4 @@ class VideoRecord:
 
     def note(self, event: str) -> None:
         """Record a deviation from the plan."""
-        self.rungs.append(event)
+        self.notes.append(event)

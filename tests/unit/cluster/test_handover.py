@@ -155,7 +155,7 @@ def test_what_a_decoder_died_on_is_a_whole_job_again_and_its_late_commit_is_refu
     assert [one.demand for one in store.waiting()] == [DEMAND]
     again = store.claim("replica", 30.0)
     assert (again.job.id, again.job.crashes) == (job_id, 1)
-    assert not store.decodes_elsewhere(again.job)
+    assert not store.has_decoder(again.job)
     with pytest.raises(StaleLeaseError):
         store.complete(lease, [])
     assert store.complete(again, []).status == "completed"

@@ -19,10 +19,10 @@ from wanduet.runtime.models import Models
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}
 
 
-def run(engine: Engine, path: Path, elsewhere: Callable[[], bool] | None = None, **changes: object) -> JobResult:
+def run(engine: Engine, path: Path, leave_decode: Callable[[], bool] | None = None, **changes: object) -> JobResult:
     request = GenerationRequest(**({"prompt": "a red circle on a black background"} | SMALL | changes))
     output = OutputOptions(path, codec="ffv1", save_latents=True, resume=True)
-    return engine.submit(request, output, elsewhere=elsewhere).result(120)
+    return engine.submit(request, output, leave_decode=leave_decode).result(120)
 
 
 def pixels(result: JobResult) -> list[FrameHashes]:

@@ -82,10 +82,10 @@ class FakeJob:
         output: Output,
         watch: Any,
         pace: "Pace | None" = None,
-        elsewhere: Callable[[], bool] | None = None,
+        leave_decode: Callable[[], bool] | None = None,
     ) -> None:
         self.data, self.request, self.output, self.watch = data, request, output, watch
-        self.elsewhere = elsewhere
+        self.leave_decode = leave_decode
         self.pace = pace or (lambda job, step: time.sleep(STEP_SECONDS))
         self.cancelled = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -160,7 +160,7 @@ class FakeJob:
             self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
         if word == "orphan":
             write_atomically(self.output.path.with_name("deaths"), number.encode())
-        if self.elsewhere is not None and self.elsewhere():
+        if self.leave_decode is not None and self.leave_decode():
             self._note(f"{name} left")
             return Result((), {"denoise_s": 1.0, "total_s": 1.0}, {"cpu": 123})
         videos = []
@@ -239,9 +239,9 @@ class FakeEngine:
         self.jobs: deque[FakeJob] = deque(maxlen=100)
 
     def submit(
-        self, request: GenerationRequest, output: Any, watch: Any = None, elsewhere: Callable[[], bool] | None = None
+        self, request: GenerationRequest, output: Any, watch: Any = None, leave_decode: Callable[[], bool] | None = None
     ) -> FakeJob:
-        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace, elsewhere))
+        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace, leave_decode))
         return self.jobs[-1]
 
 

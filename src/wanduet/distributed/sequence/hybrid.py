@@ -1,6 +1,6 @@
 """Sequence parallelism over several ranks: Ulysses, ring attention, or both. Exact, for any length.
 
-Where ranks can write to each other's memory, p2p/exchange.py exchanges keys and values, or heads; elsewhere collectives
+Where ranks can write to each other's memory, p2p/exchange.py exchanges keys and values, or heads; otherwise, collectives
 exchange heads.
 
 Every rank has a run of consecutive tokens. Nothing is padded: lengths differ by a token where the number of ranks does
