@@ -9,8 +9,10 @@ from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import h11
 import pytest
 from listening import WAIT, Answer, Listening, listening, request
 from structlog.testing import capture_logs
@@ -254,6 +256,25 @@ def test_nonsense_in_the_middle_of_an_answer_ends_the_connection(serve: Any, cap
                     pass
         assert server.ask("GET", "/health").status == 200
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("answer_begun", [False, True])
+def test_after_nonsense_nothing_more_is_sent_though_the_connection_is_not_lost_yet(answer_begun: bool) -> None:
+    """Between the close and the loop's report of it, the application goes on."""
+    connection = object.__new__(listen.Connection)
+    connection.conn = h11.Connection(h11.SERVER)
+    connection.conn.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.conn.next_event()
+    if answer_begun:
+        connection.conn.send(h11.Response(status_code=200, headers=[]))
+    connection.cycle = SimpleNamespace(response_complete=False, disconnected=False)  # type: ignore[assignment]
+    done: list[str] = []
+    connection.transport = SimpleNamespace(  # type: ignore[assignment]
+        write=lambda data: done.append("write"), close=lambda: done.append("close"), abort=lambda: done.append("abort")
+    )
+    connection.send_400_response("nonsense")
+    assert done == (["abort"] if answer_begun else ["write", "close"])
+    assert connection.cycle.disconnected
 
 
 def test_a_server_that_ends_does_not_wait_for_half_a_request(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

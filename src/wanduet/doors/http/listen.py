@@ -102,6 +102,9 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer invalid HTTP with 400; if another response is in progress, only close the connection."""
+        if self.cycle is not None and self.answering:
+            # At once: until the loop reports the lost connection, the application may send, which h11 now refuses.
+            self.cycle.disconnected = True
         if self._refuse(400, "invalid_request", msg):
             self.transport.close()
         else:
