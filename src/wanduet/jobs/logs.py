@@ -15,7 +15,7 @@ import structlog
 
 
 def configure_logs() -> None:
-    """Set up structlog for this process; for entry points."""
+    """Set up structlog for this process; for entry points. A later call replaces all that an earlier one set up."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -24,7 +24,7 @@ def configure_logs() -> None:
             structlog.processors.JSONRenderer(),
         ],
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # a cached logger would stay with what was set up when it first wrote
     )
     engine = logging.getLogger("wanduet")  # the engine logs with the standard library
     engine.handlers[:] = [_ToStructlog()]

@@ -28,3 +28,23 @@ def test_errors_of_the_engine_and_of_threads_are_lines_with_places_and_no_messag
     for line in (engine, thread):
         assert line["where"][-1].endswith(" fail")
     assert "secret" not in done.stderr
+
+
+TWICE = """
+import contextlib, io, structlog
+from wanduet.jobs.logs import configure_logs
+log = structlog.get_logger()
+for stream in (io.StringIO(), io.StringIO()):
+    with contextlib.redirect_stderr(stream):
+        configure_logs()
+    log.info("a line")
+    assert stream.getvalue().count("a line") == 1
+with structlog.testing.capture_logs() as lines:
+    log.info("captured")
+assert [line["event"] for line in lines] == ["captured"]
+assert "captured" not in stream.getvalue()
+"""
+
+
+def test_a_logger_that_has_written_follows_what_is_set_up_later() -> None:
+    subprocess.run([sys.executable, "-c", TWICE], check=True)
