@@ -32,6 +32,8 @@ SAMPLERS: dict[SamplerName, str] = {
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
 MAX_SEED = 2**63 - 1
+DEFAULT_STRENGTH = 0.8  # of a request with an input video
+INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of numbers, by pydantic's names
 
@@ -65,6 +67,7 @@ class Shown:
     placeholder: str | None = None  # in the form's empty field
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
+    is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
 
 
 class GenerationRequest(BaseModel):
@@ -119,6 +122,18 @@ class GenerationRequest(BaseModel):
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
     ] = Field(default=1, ge=1, le=64, description="Number of videos, with consecutive seeds.")
+    # A path, or in the records of a made video "sha256:" and the file's hash
+    input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
+        default=None,
+        min_length=1,
+        description="A video to start from, instead of noise. Size and number of frames follow it by default.",
+    )
+    strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05)] = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
+    )
 
     @classmethod
     def parse(cls, **values: Any) -> Self:
@@ -131,12 +146,14 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("prompt", request.prompt, "a text that is not empty")
         return request
 
-    def resolve(self, spec: ModelSpec) -> "ResolvedRequest":
+    def resolve(self, spec: ModelSpec, source: "SourceVideo | None" = None) -> "ResolvedRequest":
         """Replace None by the model's defaults and a random seed, and check sizes against the model's shapes.
 
-        Raises InvalidRequestError.
+        `source`: what `input_video` is, if that is a path. `media.input_video.resolve` reads it.
+
+        Raises InvalidRequestError, and ValueError for a path without a source.
         """
-        values = self.model_dump()
+        values = self.model_dump() | self._of_input(spec, source)
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
@@ -146,6 +163,51 @@ class GenerationRequest(BaseModel):
             values[f"generated_{side}"] = _generated_side(side, values[side], spec)
         _check_frames(values["num_frames"], spec)
         return ResolvedRequest(**values)
+
+    def _of_input(self, spec: ModelSpec, source: "SourceVideo | None") -> dict[str, Any]:
+        """Return the fields that follow from the input video: its hash, and defaults that are not given."""
+        if self.input_video is None:
+            if self.strength is not None:
+                raise InvalidRequestError("strength", self.strength, "only together with input_video")
+            return {"input_sha256": None}
+        found: dict[str, Any] = {"strength": DEFAULT_STRENGTH if self.strength is None else self.strength}
+        if self.input_video.startswith(INPUT_HASH):
+            return found | {"input_sha256": self.input_video.removeprefix(INPUT_HASH)}
+        if source is None:
+            raise ValueError("The input video has not been read.")
+        defaults, stride = spec.defaults, spec.vae.temporal_stride
+        most = source.frames_at(self.fps or defaults.fps)
+        if self.num_frames is None:
+            found["num_frames"] = (min(most, defaults.num_frames) - 1) // stride * stride + 1
+        elif self.num_frames > most:
+            nearest = (most - 1) // stride * stride + 1
+            raise InvalidRequestError("num_frames", self.num_frames, f"at most the input video's {most}", nearest)
+        if self.height is None and self.width is None:
+            area = defaults.height * defaults.width
+            found["height"], found["width"] = source.size_like(area, spec.size_multiple)
+        return found | {"input_sha256": source.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceVideo:
+    """What is known of an input video once its file has been looked through.
+
+    `height` and `width` are those of the picture as it is shown, in pixels; `seconds` is its length.
+    """
+
+    sha256: str
+    height: int
+    width: int
+    seconds: float
+
+    def frames_at(self, fps: float) -> int:
+        """The number of frames, at least 1, at so many a second."""
+        return max(1, round(self.seconds * fps))
+
+    def size_like(self, area: int, multiple: int) -> tuple[int, int]:
+        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`."""
+        height = max(1, round((area * self.height / self.width) ** 0.5 / multiple)) * multiple
+        return height, max(1, round(area / height / multiple)) * multiple
 
 
 class ResolvedRequest(GenerationRequest):
@@ -162,6 +224,27 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
+    input_sha256: str | None = None  # of the input video's file
+
+    @property
+    def num_denoising_steps(self) -> int:
+        """How many of the schedule's steps are run, its last: with an input video, the share `strength` of them."""
+        if self.strength is None:
+            return self.num_inference_steps
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)  # as in diffusers
+
+    @property
+    def uses_input(self) -> bool:
+        """Whether the result depends on the pictures of an input video; with strength 1 it does not."""
+        return self.input_video is not None and self.num_denoising_steps < self.num_inference_steps
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the fields as records of a video have them: an input video by its hash, not by its path. The fields
+        of an input video are left out if there is none."""
+        values = self.model_dump(exclude={"input_sha256"})
+        if self.input_video is None:
+            return {name: value for name, value in values.items() if name not in ("input_video", "strength")}
+        return values | {"input_video": f"{INPUT_HASH}{self.input_sha256}"}
 
     @property
     def uses_guidance(self) -> bool:
@@ -176,7 +259,7 @@ class ResolvedRequest(GenerationRequest):
     def as_request(self) -> GenerationRequest:
         """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest."""
         names = GenerationRequest.model_fields
-        return GenerationRequest(**{k: v for k, v in self.model_dump().items() if k in names})
+        return GenerationRequest(**{k: v for k, v in self.recorded().items() if k in names})
 
 
 def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:

@@ -105,7 +105,7 @@ def _task(models: EngineModels, video: Video, conditioning: Conditioning) -> Den
         video.index,
         conditioning,
         video_digest(models, video),
-        about={"request": job.request.model_dump(), "seed": video.seed, "model": models.about},
+        about={"request": job.request.recorded(), "seed": video.seed, "model": models.about},
         writer=job.id,
         resume=job.output.resume,
         checkpoint_seconds=models.config.checkpoint_seconds,

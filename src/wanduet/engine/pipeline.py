@@ -29,6 +29,7 @@ from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
+from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
 from wanduet.media.video import VideoSpec
 from wanduet.planning.hardware import Hardware, detect
@@ -93,7 +94,7 @@ class Engine:
 
     def plan(self, request: GenerationRequest) -> Plan:
         """Return the plan of a request, without loading anything."""
-        return self._plan(request.resolve(self.models.spec))
+        return self._plan(resolve(request, self.models.spec))
 
     def submit(
         self,
@@ -118,7 +119,7 @@ class Engine:
                 "submit takes a GenerationRequest and OutputOptions, for example OutputOptions('clip.mp4')."
             )
         self._check_open()
-        resolved = request.resolve(self.models.spec)
+        resolved = resolve(request, self.models.spec)
         plan = self._plan(resolved)
         if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:
             plan = without_group  # a callback cannot run in the ranks' processes
@@ -147,7 +148,7 @@ class Engine:
     def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
         """Return whether an earlier run finished all videos of a request with the settings that this engine would
         use."""
-        resolved = request.resolve(self.models.spec)
+        resolved = resolve(request, self.models.spec)
         job = Job(resolved, self._plan(resolved), replace(output, resume=True))
         return all(generate.finished_video(self.models, video) is not None for video in job.videos)
 

@@ -38,7 +38,7 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
         before = made.get("engine", {})
         settings = {name: before.get(name) for name in settings}
     about = {
-        "request": {k: v for k, v in video.request.model_dump().items() if k not in _NOT_IN_LATENTS},
+        "request": {k: v for k, v in video.request.recorded().items() if k not in _NOT_IN_LATENTS},
         "index": video.index,
         "model": models.about,
         "text_encoder": None if models.folder is None else models.folder.text_fingerprint,

@@ -53,7 +53,7 @@ def make_provenance(
         {
             "schema": SCHEMA_VERSION,
             "created_at": created_at.astimezone(UTC).isoformat(timespec="seconds"),
-            "request": request.model_dump(),
+            "request": request.recorded(),
             "seed": seed,
             "model": model,
             "engine": engine,

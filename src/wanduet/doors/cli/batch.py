@@ -18,6 +18,7 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, OutputError, WanduetError
 from wanduet.media.files import check_writable
+from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken
 from wanduet.planning.plan import require_fit
 from wanduet.request import GenerationRequest
@@ -39,7 +40,7 @@ def run_batch(
     check_writable(options.path / "video.mp4")
     with ExitStack() as names, Engine(config) as engine:
         for request in requests:
-            require_fit(engine.plan(request), request.resolve(engine.models.spec))
+            require_fit(engine.plan(request), resolve(request, engine.models.spec))
         batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()
         while waiting or work:
@@ -130,7 +131,7 @@ def _outcome(job: Job, output: Place) -> dict[str, Any]:
 
 def _made_before(request: GenerationRequest, found: Begun, engine: Engine, output: Place) -> dict[str, Any]:
     """Return the result of a request whose videos an earlier run has made."""
-    resolved = request.resolve(engine.models.spec)
+    resolved = resolve(request, engine.models.spec)
     paths = [
         found.options.video_path(index, resolved.num_videos_per_prompt)
         for index in range(resolved.num_videos_per_prompt)

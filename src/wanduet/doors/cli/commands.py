@@ -30,6 +30,7 @@ from wanduet.errors import (
 from wanduet.family.specs import RANDOM_SPECS
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.files import UnreadableFileError
+from wanduet.media.input_video import resolve
 from wanduet.media.latents import load_latents
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
@@ -65,7 +66,7 @@ def run_generate(
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
-        resolved = request.resolve(models.spec)
+        resolved = resolve(request, models.spec)
         plan = make_plan(resolved, models.memory, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
@@ -134,7 +135,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    plan = make_plan(request.resolve(models.spec), models.memory, config, machine)
+    plan = make_plan(resolve(request, models.spec), models.memory, config, machine)
     return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
 
 
@@ -298,7 +299,7 @@ def predicted(plan: Plan) -> dict[str, int]:
 
 def settings(request: ResolvedRequest) -> dict[str, Any]:
     """Return all resolved fields."""
-    return request.model_dump()
+    return request.recorded()
 
 
 def _announce(job: Job, config: EngineConfig) -> None:

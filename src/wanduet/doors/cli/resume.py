@@ -10,6 +10,7 @@ from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.media.codecs import find_codec
 from wanduet.media.files import UnreadableFileError
+from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, is_taken, names_for, take
 from wanduet.media.read import read_metadata
 from wanduet.request import GenerationRequest
@@ -36,7 +37,7 @@ def with_seed(request: GenerationRequest, seed: int | None) -> GenerationRequest
 
 def seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> int | None:
     """Return the seed that an interrupted run of a request drew; None if there is no such run."""
-    resolved = request.resolve(engine.models.spec)
+    resolved = resolve(request, engine.models.spec)
     count = resolved.num_videos_per_prompt
     candidates: list[Mapping[str, Any]] = []
     for index in range(count):
@@ -86,8 +87,8 @@ def _seed(about: Mapping[str, Any], request: GenerationRequest, engine: Engine) 
     fields = about.get("request")
     if not isinstance(fields, Mapping) or about.get("model") != engine.models.about:
         return None
-    wanted = request.resolve(engine.models.spec).model_dump(exclude={"seed"})
+    wanted = resolve(request, engine.models.spec).recorded()
     seed = fields.get("seed")
-    if {k: v for k, v in fields.items() if k != "seed"} != wanted or type(seed) is not int:
+    if dict(fields) | {"seed": None} != wanted | {"seed": None} or type(seed) is not int:
         return None
     return seed if request.seed in (None, seed) else None

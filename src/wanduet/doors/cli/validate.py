@@ -10,6 +10,7 @@ from wanduet.doors.cli.options import VideoFlags, decoded, typed_request
 from wanduet.doors.cli.places import Place
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
+from wanduet.media.input_video import resolve
 from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, parse_json, read_stream
 
@@ -25,7 +26,7 @@ def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> Gener
     spec = known_spec(config.model)
     request = video.request(prompt, spec)
     if spec is not None:
-        request.resolve(spec)
+        resolve(request, spec)
     return request
 
 
@@ -80,7 +81,7 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
         try:
             request = _request(row, video, json_only, spec)
             if spec is not None:
-                request.resolve(spec)
+                resolve(request, spec)
         except InvalidRequestError as error:
             error.message = f"{file}, line {number}: {error.message}"
             raise

@@ -13,6 +13,7 @@ from wanduet.doors.http.uploads import MetadataReader
 from wanduet.doors.page.forms import Form, Presets, default_form, fields_of, form_of
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
+from wanduet.media.input_video import resolve
 from wanduet.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class PageActions:
         request = to_request(fields, self.context.spec, self.context.settings.limits)
         with self._planning:
             models, hardware = self._machine
-            return make_plan(request.resolve(models.spec), models.memory, self._config, hardware).as_dict()
+            return make_plan(resolve(request, models.spec), models.memory, self._config, hardware).as_dict()
 
     def _submit(self, owner: str, fields: dict[str, Any]) -> StoredJob:
         self.context.check_accepting()
