@@ -267,7 +267,8 @@ class ResolvedRequest(GenerationRequest):
         return self.num_frames / self.fps
 
     def as_request(self) -> GenerationRequest:
-        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest."""
+        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest, in which an input
+        video is named by its hash."""
         names = GenerationRequest.model_fields
         return GenerationRequest(**{k: v for k, v in self.recorded().items() if k in names})
 

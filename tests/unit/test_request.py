@@ -32,7 +32,9 @@ def test_any_values_give_a_request_or_an_error_that_names_a_field(values: dict) 
         assert problem.field in problem.message
         return
     assert isinstance(request, ResolvedRequest)
-    assert request.as_request().resolve(WAN_1_3B) == request  # resolving again changes nothing
+    again = request.as_request().resolve(WAN_1_3B)  # changes nothing, but names an input video by its hash
+    assert again == request.model_copy(update={"input_video": again.input_video})
+    assert again.recorded() == request.recorded()
     assert (request.num_frames - 1) % 4 == 0
     assert request.generated_height % 16 == request.generated_width % 16 == 0
     assert 0 <= request.generated_height - request.height < 16

@@ -118,30 +118,38 @@ def _at_rate(clip: "_Clip", count: int, fps: Fraction) -> Iterator[Any]:
 class _Clip:
     """The video stream of an open file. Times are in seconds of the file's own clock.
 
-    `end`, `num_packets`: of the packets so far, when the last picture is no longer shown, and their number.
+    `num_packets`: the number of pictures in the packets so far.
     """
 
     def __init__(self, path: Path, file: Any, container: Any) -> None:
         self.path, self.file, self.container = path, file, container
         self.stream = _choose_stream(path, container)
-        self.end, self.num_packets = Fraction(0), 0
+        self.num_packets = 0
+        self._end = 0  # in ticks
         self._decoder = _decoder(self.stream)
+        self._orientation: _Orientation | None = None
         self._converters: dict[Any, ToRGB] = {}
         self._tick = self.stream.time_base or Fraction(1, 1000)
         rate = self.stream.average_rate or self.stream.guessed_rate
         self._interval = 1 / rate if rate else Fraction(0)
+        self._frame_ticks = round(self._interval / self._tick)
         # AVI has no presentation times, and FFmpeg's guesses are wrong with B-frames: frames get the packets' times in
         # ascending order.
         self._is_in_order = container.format.name == "avi"
+
+    @property
+    def end(self) -> Fraction:
+        """When the last picture of the packets so far is no longer shown."""
+        return Fraction(self._end * self._tick)
 
     def packets(self) -> Iterator[Any]:
         """Yield the packets with pictures, and None at the end."""
         for packet in packets(self.container, self.stream):
             if packet.size:  # an empty one repeats a picture, but means the end to a decoder
                 packet.pts = packet.dts if self._is_in_order or packet.pts is None else packet.pts
-                end = self._time_of(packet) + self.duration_of(packet)
                 if not packet.is_discard:  # which is decoded, but cut out of the video
-                    self.end = max(self.end, end) if self.num_packets else end
+                    end = (packet.pts or 0) + (packet.duration or self._frame_ticks)
+                    self._end = max(self._end, end) if self.num_packets else end
                     self.num_packets += 1
                 yield packet
         yield None
@@ -187,7 +195,13 @@ class _Clip:
         """Height and width of a frame in square pixels, upright."""
         ratio = self.stream.sample_aspect_ratio or 1
         height, width = frame.height, max(1, round(frame.width * ratio))
-        return (width, height) if _Orientation.of(frame).transposed else (height, width)
+        return (width, height) if self._orientation_of(frame).transposed else (height, width)
+
+    def _orientation_of(self, frame: Any) -> "_Orientation":
+        # Of the first frame only: reading it makes a circle of references, and so a leak until the next collection.
+        if self._orientation is None:
+            self._orientation = _Orientation.of(frame)
+        return self._orientation
 
     def picture(self, frame: Any, size: tuple[int, int]) -> Frame:
         """Return a frame as RGB `[H, W, 3]` of a height and width: scaled to cover them, and cropped."""
@@ -195,7 +209,7 @@ class _Clip:
         shown_height, shown_width = self.shown_size(frame)
         scale = max(Fraction(height, shown_height), Fraction(width, shown_width))
         covering = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
-        orientation = _Orientation.of(frame)
+        orientation = self._orientation_of(frame)
         rgb = self._rgb(frame, covering[::-1] if orientation.transposed else covering)
         rgb = orientation.upright(rgb)
         top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
