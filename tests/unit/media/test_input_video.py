@@ -19,6 +19,7 @@ from wanduet.media.read import read_frames as decoded_frames
 from wanduet.media.video import write_video
 from wanduet.request import GenerationRequest
 
+QUIET = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "8"}}
 LOSSLESS = {"crf": "0", "qp": "0", "x265-params": "log-level=none:lossless=1", "preset": "ultrafast"}
 PATCHES = [
     (255, 0, 0),
@@ -78,7 +79,7 @@ def test_any_video_is_read(tmp_path, name, codec, pixel_format) -> None:
         codec,
         pixel_format,
         rate=rate,
-        codec_options={"preset": "8"} if "av1" in codec else {},
+        codec_options=QUIET.get(codec, {}),
     )
     source = read_source(path)
     assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -293,7 +294,7 @@ def test_a_stream_may_change_its_size(tmp_path) -> None:
     [
         ((1, 1), "a.mp4", "libx264", "yuv420p"), ((1, 2), "a.mp4", "libx264", "yuv420p"),
         ((5, 1), "a.mp4", "libx264", "yuv420p"), ((6, 2), "a.mkv", "libx264", "yuv444p"),
-        ((9, 1), "a.mp4", "libx265", "yuv420p10le"), ((1, 1), "a.webm", "libvpx-vp9", "yuv420p"),
+        ((9, 1), "a.mkv", "libx265", "yuv420p10le"), ((1, 1), "a.webm", "libvpx-vp9", "yuv420p"),
         ((1, 1), "a.mov", "prores_ks", "yuv422p10le"), ((5, 2), "a.avi", "mjpeg", "yuvj420p"),
     ],
 )  # fmt: skip
@@ -304,7 +305,8 @@ def test_colours_come_out_as_the_file_states_them(tmp_path, size, tags, name, co
         "libx264": LOSSLESS,
         "libx265": LOSSLESS,
     }
-    path = encode(tmp_path / name, patches(), codec, pixel_format, tags=tags, codec_options=quality.get(codec, {}))
+    # x265 gives fewer frames than its delay undefined timestamps.
+    path = encode(tmp_path / name, patches(8), codec, pixel_format, tags=tags, codec_options=quality.get(codec, {}))
     assert np.abs(middles(first_frame(path, size)) - PATCHES).max() <= 4
 
 
