@@ -97,7 +97,7 @@ class Weight:
             # Multiplied, not divided: CUDA divides by a number less exactly.
             scale = (exact.abs().amax(1, keepdim=True) * (1 / LARGEST)).clamp_min_(torch.finfo(torch.float32).tiny)
             self.scale[rows] = scale
-            self.data[rows] = exact.div_(scale).round_()
+            self.data[rows] = (exact / scale).round_()  # not in place: `exact` may be the source
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
