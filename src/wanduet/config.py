@@ -32,7 +32,7 @@ class EngineConfig:
     speeds: tuple[float, ...] | None = None  # relative speeds of `devices`, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     # How the matrices of the transformer's blocks are in memory; products are computed in transformer_dtype in any case.
-    # auto: in transformer_dtype. bf16: 16 bits. q8: 8 bits and a scale for each row (kernels/dit/weight.py).
+    # auto: in transformer_dtype. bf16: in at most 16 bits. q8: 8 bits and a scale for each row (kernels/dit/weight.py).
     weights: Weights = "auto"
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"

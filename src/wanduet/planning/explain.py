@@ -296,7 +296,7 @@ def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
     if config.revision is not None and (is_random or local_model(config.model) is not None):
         found.append(Choice("revision", config.revision, "without effect: the model is not on the hub"))
     if config.weights != plan.transformer.weights:
-        why = f"without effect: the transformer computes in {plan.transformer.dtype}"
+        why = f"without effect: the transformer computes in {plan.transformer.dtype}, which is as small"
         found.append(Choice("weights", config.weights, why))
     if config.vram_limit is not None and all(device.name == "cpu" for device in plan.prediction.devices):
         found.append(Choice("vram_limit", config.vram_limit, "without effect: no GPU is used"))

@@ -86,7 +86,13 @@ def test_bytes_are_those_of_the_tensors() -> None:
 def test_a_matrix_in_the_dtype_of_the_product_is_used_as_it_is() -> None:
     matrix = normal(8, 8)
     assert Weight(matrix).dense(torch.float32) is matrix
-    assert format_of("auto", torch.float32) is format_of("bf16", torch.bfloat16) is None
+
+
+def test_a_format_that_is_no_smaller_is_not_used() -> None:
+    assert format_of("auto", torch.float32) is None
+    assert format_of("bf16", torch.bfloat16) is format_of("bf16", torch.float16) is None
+    assert format_of("bf16", torch.float32) is FORMATS["bf16"]
+    assert format_of("q8", torch.float16) is format_of("q8", torch.float32) is FORMATS["q8"]
 
 
 @torch.no_grad()

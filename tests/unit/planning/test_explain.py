@@ -101,7 +101,7 @@ CLAIMS: dict[str, Claim] = {
             c.plan.transformer.dtype,
         )
     ),
-    r"without effect: the transformer computes in bfloat16": lambda c, x, m: (
+    r"without effect: the transformer computes in bfloat16, which is as small": lambda c, x, m: (
         x.value == c.config.weights == "bf16" and c.plan.transformer.dtype == "bfloat16"
     ),
     r"asked for; (\w+) stands for both devices": lambda c, x, m: (

@@ -39,10 +39,10 @@ FORMATS = {one.name: one for one in (WeightFormat("bf16", torch.bfloat16), Weigh
 def format_of(name: str, dtype: torch.dtype) -> WeightFormat | None:
     """Return the format that `EngineConfig.weights` names, in a model that computes in `dtype`.
 
-    None if matrices are in memory as products take them: for "auto", and for a format that is `dtype` itself.
+    None if matrices are in memory as products take them: for "auto", and for a format that is no smaller than `dtype`.
     """
     named = FORMATS.get(name)
-    return None if named is None or named.dtype == dtype else named
+    return None if named is None or named.dtype.itemsize >= dtype.itemsize else named
 
 
 @dataclass(frozen=True, slots=True)
