@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from wanduet.config import GIB, EngineConfig
+from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.footprint.phases import (
@@ -60,9 +60,10 @@ def make_plan(
     If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
     that fit. Raises ConfigError if the hardware does not have what `config` requires.
     """
+    memory = replace(memory, weights=config.weights)
     planner = Planner(request, memory, config, hardware)
     plan, refused = planner.fastest_that_fits()
-    plan = replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware, refused).choices())
+    plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
@@ -82,8 +83,8 @@ def make_plan(
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
     """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
-    plan = Planner(request, memory, config, hardware).decode_only()
-    return replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware).choices_of_decode())
+    plan = Planner(request, replace(memory, weights=config.weights), config, hardware).decode_only()
+    return replace(plan, choices=Explanation(plan, request, memory, config, hardware).choices_of_decode())
 
 
 def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
@@ -166,7 +167,7 @@ class Planner:
         host += self.memory.decode_host(self._size, mode, dtype, name)
         return Plan(
             "single",
-            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True),
+            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True, self._weights(device)),
             VAEPlan(name, dtype, mode, self.config.tf32),
             self._text,
             both_resident=True,
@@ -238,6 +239,7 @@ class Planner:
                 candidate.resident_blocks,
                 offload,
                 candidate.share_first,
+                self._weights(place.transformer),
             ),
             VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
@@ -327,6 +329,9 @@ class Planner:
         if not device.is_cpu:
             phases = {phase: int(size * (1 + LATER_JOBS_SHARE)) for phase, size in phases.items()}
         return DevicePrediction(device.name, role, {"encode": 0} | phases, limit)
+
+    def _weights(self, device: DeviceInfo) -> Weights:
+        return self.memory.format_name(self.transformer_dtype(device))
 
     def transformer_dtype(self, device: DeviceInfo) -> str:
         """Return the dtype in which the transformer computes on a device."""

@@ -92,6 +92,18 @@ def was_asked(c: Case, choice: Choice, _: re.Match) -> bool:
 
 CLAIMS: dict[str, Claim] = {
     r"asked for": lambda c, x, m: was_asked(c, x, m) and getattr(c.config, x.setting) == x.value,
+    r"asked for: the transformer takes (.+) instead of (.+); its products are computed in (\w+)": lambda c, x, m: (
+        x.value == c.config.weights == c.plan.transformer.weights
+        and m.groups()
+        == (
+            format_bytes(c.memory.transformer_weights(m[3])),
+            format_bytes(replace(c.memory, weights="auto").transformer_weights(m[3])),
+            c.plan.transformer.dtype,
+        )
+    ),
+    r"without effect: the transformer computes in bfloat16, which is as small": lambda c, x, m: (
+        x.value == c.config.weights == "bf16" and c.plan.transformer.dtype == "bfloat16"
+    ),
     r"asked for; (\w+) stands for both devices": lambda c, x, m: (
         c.config.strategy == "placed" and c.plan.vae.device == c.plan.transformer.device == m[1]
     ),
@@ -316,6 +328,8 @@ GRID = [
     ("2x24GiB", {"devices": "cuda:0,cuda:1", "speeds": (3.0, 1.0), "strategy": "placed"}, 5.0, {}),
     ("cpu", {"model": "miniature", "text_encoder_hold": "streamed"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cpu,transformer=cuda:0"}, 5.0, {}),
+    ("24GiB", {"weights": "q8", "vram_limit": int(2.5 * GIB)}, 5.0, {}),
+    ("24GiB", {"weights": "bf16"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cuda:0,transformer=cpu"}, 5.0, {}),
 ]
 
@@ -325,7 +339,7 @@ INPUT = {"input_video": "sha256:0", "strength": 0.5}
 
 def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict, **given) -> Case:
     config = EngineConfig(**{"model": "random:1.3b"} | changes)
-    memory = memories[config.model]
+    memory = replace(memories[config.model], weights=config.weights)
     hardware = parse_hardware(f"{machine},ram=32GiB")
     hardware = replace(hardware, devices=tuple(replace(d, **gpus) for d in hardware.devices))
     request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale, **given)

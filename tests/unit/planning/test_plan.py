@@ -76,6 +76,22 @@ def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
     assert refused.value.hint
 
 
+def test_8_bit_weights_take_half_the_memory_wherever_they_are(memory) -> None:
+    full, small = (plan(memory, "1x24GiB", weights=name).prediction for name in ("auto", "q8"))
+    saved = memory.transformer_weights("bfloat16") - replace(memory, weights="q8").transformer_weights("bfloat16")
+    assert 0.48 < saved / memory.transformer_weights("bfloat16") < 0.5
+    dense = 8960 * 1536 * 2  # a product converts one matrix at a time
+    before, after = (one.devices[0].phases["denoise"] for one in (full, small))
+    assert before - after == pytest.approx(1.01 * (saved - dense), abs=4)
+    settings_ = {"vram_limit": int(2.5 * GIB)}
+    full, small = (plan(memory, "1x24GiB", weights=name, **settings_) for name in ("auto", "q8"))
+    assert full.transformer.resident_blocks <= small.transformer.resident_blocks
+    assert small.prediction.host_bytes < full.prediction.host_bytes - 0.3 * saved
+    on_host = [plan(memory, "cpu", weights=name).prediction.host_bytes for name in ("auto", "bf16", "q8")]
+    assert on_host == sorted(on_host, reverse=True)
+    assert len(set(on_host)) == 3
+
+
 def test_host_memory_counts_too(memory) -> None:
     assert not plan(memory, "1x24GiB", ram_limit=GIB).prediction.fits
     assert plan(memory, "1x24GiB", ram_limit=4 * GIB).prediction.fits  # nothing is streamed there

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from wanduet.config import DType, EngineConfig, format_seconds
+from wanduet.config import DType, EngineConfig, Weights, format_seconds
 from wanduet.doors.cli.commands import announce, rounded
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_output, take_output
@@ -151,6 +151,7 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
         config = replace(config, **_model_here(file, made_by, config))
     for name, allowed in (
         ("transformer_dtype", get_args(DType)),
+        ("weights", get_args(Weights)),
         ("vae_dtype", get_args(DType)),
         ("tf32", (True, False)),
     ):
