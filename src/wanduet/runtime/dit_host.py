@@ -86,6 +86,10 @@ class TransformerHost:
             denoiser.restream(part.resident_blocks)
         return denoiser
 
+    def settle(self, context: RunContext) -> None:
+        """Wait until no load of the transformer is running; starts none. Raises CancelledError."""
+        self._loading.settle(context)
+
     def evict(self, device: str) -> None:
         """Move the transformer's blocks off a device; the next `use` moves them back."""
         with self._locks.take(device):
