@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import diffusers
@@ -85,9 +86,10 @@ def test_latents_of_each_scheduler_and_strength(oracle, pipe, name, strength) ->
     counts = []
     for each in (oracle, pipe):
         each.scheduler = SCHEDULERS[name]()
-    call = {"negative_prompt": ["blue", "red"], "strength": strength}
-    compare(oracle, pipe, pictures(), ["a heart", "a star"], **call)
-    compare(oracle, pipe, pictures(), ["a heart", "a star"], **call)  # what the first call has left behind does no harm
+    count = 1 if name == "heun" else 2  # diffusers' Heun cannot add noise for two prompts
+    prompts, call = ["a heart", "a star"][:count], {"negative_prompt": ["blue", "red"][:count], "strength": strength}
+    compare(oracle, pipe, pictures(), prompts, **call)
+    compare(oracle, pipe, pictures(), prompts, **call)  # what the first call has left behind does no harm
     for each in (oracle, pipe):
         counts.append((each.num_timesteps, each.scheduler.timesteps.tolist(), each.scheduler.step_index))
     assert counts[0] == counts[1]
@@ -96,7 +98,7 @@ def test_latents_of_each_scheduler_and_strength(oracle, pipe, name, strength) ->
 def test_each_strength_makes_another_video(pipe) -> None:
     """So that the comparison above could fail."""
     made = [run(pipe, pictures(), strength=strength) for strength in (0.3, 0.8, 1.0)]
-    assert all((a - b).abs().max() > 0.1 for a, b in zip(made, made[1:], strict=False))
+    assert all((a - b).abs().max() > 0.1 for a, b in itertools.pairwise(made))
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt"])
@@ -177,7 +179,7 @@ def test_a_vae_that_is_set_encodes(oracle, random_model, tmp_path) -> None:
     pipe = wanduet.WanVideoToVideoPipeline.from_pretrained(random_model, data_dir=tmp_path)
     pipe.set_progress_bar_config(disable=True)
     before = run(pipe, pictures())
-    vae.encoder.conv_out.weight.data.mul_(2.0)
+    vae.encoder.conv_out.weight.data.mul_(20.0)
     oracle.vae = pipe.vae = vae
     after = compare(oracle, pipe, pictures())
     assert (before - after).abs().max() > 0.1

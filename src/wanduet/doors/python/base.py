@@ -276,10 +276,3 @@ def _others(given: Mapping[str, Any], source: PipelineParts) -> dict[str, Any]:
     own = source.given | {"tokenizer": source.tokenizer()}
     foreign = {name: m for name, m in given.items() if m is not None and owner_of(m) is not source}
     return {name: module for name, module in foreign.items() if module is not own.get(name)}
-
-
-def _others(given: Mapping[str, Any], source: PipelineParts) -> dict[str, Any]:
-    """Return the modules in `given` that `source` does not use already."""
-    own = source.given | {"tokenizer": source.tokenizer()}
-    foreign = {name: m for name, m in given.items() if m is not None and owner_of(m) is not source}
-    return {name: module for name, module in foreign.items() if module is not own.get(name)}

@@ -1,5 +1,7 @@
 """Reads the videos of a `WanVideoToVideoPipeline` call, and encodes them to latents."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from wanduet.doors.python.arguments import CallArguments
 from wanduet.doors.python.parts import PipelineParts
-from wanduet.meta.init import meta_init
-from wanduet.models.vae.model import WanVAE
+from wanduet.models.vae.encode import InputFrames
 from wanduet.planning.plan import Plan
+from wanduet.runtime.context import NO_JOB
+from wanduet.stages.encode_video import encode_video
+from wanduet.stages.record import VideoRecord
 
 # How far pixels may be outside of -1..1, as resizing makes them; beyond, the scale is another: 0..255.
 ASIDE = 1.0
@@ -48,11 +52,19 @@ def _described(video: Any) -> str:
 
 
 def encode_videos(parts: PipelineParts, videos: Tensor, plan: Plan) -> Tensor:
-    """Encode videos `[V, 3, 4n + 1, H, W]` in -1..1 to normalised latents `[V, 16, n + 1, h, w]` float32 on the host."""
-    folder = parts.models.folder
-    assert folder is not None
-    with meta_init():
-        vae = WanVAE(parts.spec.vae).eval()
-    vae.to_empty(device=plan.vae.device).to(getattr(torch, plan.vae.dtype))
-    folder.vae.load_into({name: p.data for name, p in vae.named_parameters()})
-    return torch.cat([vae.encode(one[None].to(plan.vae.device)).float().cpu() for one in videos])
+    """Encode videos `[V, 3, 4n + 1, H, W]` in -1..1 to normalised latents `[V, 16, n + 1, h, w]` float32 on the host.
+
+    Raises OutOfMemoryError, NonFiniteFramesError.
+    """
+    stride = parts.spec.vae.temporal_stride
+
+    def chunks(video: Tensor) -> Iterator[InputFrames]:
+        first, rest = video.permute(1, 2, 3, 0).cpu().split([1, video.shape[1] - 1])
+        yield from (chunk.numpy() for chunk in (first, *rest.split(stride)) if len(chunk))
+
+    return torch.stack(
+        [
+            encode_video(parts.models, plan, partial(chunks, video), VideoRecord(index, 0), NO_JOB)
+            for index, video in enumerate(videos)
+        ]
+    )

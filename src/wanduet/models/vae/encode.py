@@ -4,22 +4,25 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.errors import NonFiniteFramesError
 from wanduet.kernels.host_copy import HostCopy
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.stream import HINT, Frames
+from wanduet.models.vae.stream import HINT
+
+InputFrames = NDArray[np.uint8] | NDArray[np.float32]  # [t, H, W, 3]; floats are in -1..1
 
 
 @torch.no_grad()
 def encode_stream(
-    vae: WanVAE, frames: Iterable[Frames], num_tiles: int = 1, on_frames: Callable[[int], None] | None = None
+    vae: WanVAE, frames: Iterable[InputFrames], num_tiles: int = 1, on_frames: Callable[[int], None] | None = None
 ) -> Tensor:
     """Encode RGB frames to normalised latents `[16, T, h, w]`, float32 on the host: the mode of the posterior.
 
-    `frames` yields `[t, H, W, 3]` uint8, first one frame, then four at a time; H and W are multiples of 8. A chunk's
+    `frames` yields `[t, H, W, 3]` uint8, or float32 in -1..1, first one frame, then four at a time; H and W are multiples of 8. A chunk's
     memory may be reused once the next one is requested. `num_tiles`: the encoder's layers run in that many row tiles,
     which gives the same latents with less memory. `on_frames(done)` is called with the number of frames encoded so far.
     May run in any thread, one video at a time for each `vae`. Raises ValueError for chunks of another number of frames
@@ -51,14 +54,16 @@ def encode_stream(
         vae.reuse_caches(False)
 
 
-def _pixels(vae: WanVAE, chunk: Frames) -> Tensor:
-    """Frames `[t, H, W, 3]` uint8 to pixels `[1, 3, t, H, W]` in [-1, 1], on the VAE's device in its dtype."""
+def _pixels(vae: WanVAE, chunk: InputFrames) -> Tensor:
+    """Frames `[t, H, W, 3]` to pixels `[1, 3, t, H, W]` in [-1, 1], on the VAE's device in its dtype."""
     weight = vae.quant_conv.weight
     frames = torch.from_numpy(np.ascontiguousarray(chunk))
     if weight.is_cuda:  # otherwise the copy would wait for all work queued on the device
         frames = frames.pin_memory()
     pixels = frames.to(weight.device, non_blocking=True).permute(3, 0, 1, 2)[None]
-    return pixels.float().div_(127.5).sub_(1.0).to(weight.dtype)
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float().div_(127.5).sub_(1.0)
+    return pixels.to(weight.dtype)
 
 
 def _arrived(copying: HostCopy) -> Tensor:
