@@ -16,7 +16,7 @@ import torch
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.family.specs import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
-from wanduet.footprint.vae import decode_bytes, decode_host_bytes
+from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
@@ -111,8 +111,20 @@ class ModelMemory:
         return mapped + largest * DTYPE_BYTES[dtype]
 
     def vae_weights(self, dtype: str) -> int:
-        """Bytes of the VAE's decoder; text-to-video does not load its encoder."""
+        """Bytes of the VAE's decoder."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
+
+    def vae_encoder_weights(self, dtype: str) -> int:
+        """Bytes of the VAE's encoder, which is loaded only while an input video is encoded."""
+        return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.encodes(name))
+
+    def encode(self, size: Size, num_tiles: int, dtype: str) -> int:
+        """Bytes of encoding an input video in `num_tiles` row tiles on a device, without weights."""
+        return encode_bytes(self.spec.vae, size, num_tiles, getattr(torch, dtype))
+
+    def encode_host(self, size: Size) -> int:
+        """Bytes of host memory for encoding an input video on a device."""
+        return encode_host_bytes(self.spec.vae, size)
 
     def decode(self, size: Size, tiling: Tiling, dtype: str, device: str, ranks: int = 1) -> int:
         """Bytes of decoding on a device, without weights; on each of several devices that share it, if `ranks` > 1."""

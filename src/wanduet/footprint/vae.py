@@ -1,15 +1,19 @@
-"""Bytes that a decode needs beside the VAE's weights, measured by running the decode on the meta device."""
+"""Bytes that a decode or an encode needs beside the VAE's weights, measured by running it on the meta device."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 
+from wanduet.family.specs import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.arena_size import TRACED_STEPS, TRACING, DecodeShape, meta_vae, tile_cache_bytes
+from wanduet.models.vae.encode import encode_stream
 from wanduet.models.vae.halo_offload import PIECE_BYTES, page_locked_bytes
 from wanduet.models.vae.rows import WHOLE_FRAMES, Rows, split_rows
-from wanduet.models.vae.stream import DecodePart, decode_stream
+from wanduet.models.vae.stream import DecodePart, Frames, decode_stream
 from wanduet.models.vae.tiles import share_decode
 
 # Library workspaces and the allocator's pages, by bytes of a value: measured, benchmarks/memory_grid.py.
@@ -40,8 +44,41 @@ def decode_bytes(shape: DecodeShape, ranks: int = 1) -> int:
                 pass
         reserved = footprint.reserved + sum(buffer.nbytes for buffer in vae.buffers())  # prepared weights
     if shape.kernels is VAE_TORCH_KERNELS:
-        return int(reserved * (1 + CUDNN_SHARE)) + CUDNN_BYTES
+        return _with_cudnn(reserved)
     return reserved + WORKSPACE_BYTES[shape.dtype.itemsize]
+
+
+@lru_cache(maxsize=256)
+def encode_bytes(spec: VAESpec, size: tuple[int, int, int], num_tiles: int, dtype: torch.dtype) -> int:
+    """Peak bytes of `encode_stream`, without weights, as the CUDA allocator reserves them.
+
+    `size`: height and width in pixels, frames. `num_tiles`: the number of row tiles.
+    """
+    height, width, num_frames = size
+    chunk = np.empty((spec.temporal_stride, height, width, 3), np.uint8)
+
+    def frames() -> Iterator[Frames]:
+        yield chunk[:1]
+        for _ in range(min(TRACED_STEPS, (num_frames - 1) // spec.temporal_stride + 1) - 1):
+            yield chunk
+
+    with TRACING:
+        vae = meta_vae(spec, dtype, VAE_TORCH_KERNELS)
+        with Footprint() as footprint:
+            encode_stream(vae, frames(), num_tiles)
+        return _with_cudnn(footprint.reserved)
+
+
+def encode_host_bytes(spec: VAESpec, size: tuple[int, int, int]) -> int:
+    """Bytes of host memory during an encode: three chunks of frames (read, waiting, copied), and the latents twice.
+    `size`: see `encode_bytes`."""
+    height, width, num_frames = size
+    latents = spec.z_dim * (height // spec.spatial_stride) * (width // spec.spatial_stride) * 4
+    return 3 * spec.temporal_stride * height * width * 3 + 2 * latents * (num_frames // spec.temporal_stride + 1)
+
+
+def _with_cudnn(reserved: int) -> int:
+    return int(reserved * (1 + CUDNN_SHARE)) + CUDNN_BYTES
 
 
 def decode_host_bytes(shape: DecodeShape) -> int:

@@ -58,6 +58,8 @@ class Explanation:
                     "first_self_attention", "shared" if plan.transformer.share_first else "apart", self._share_first()
                 ),
             )
+        if self.request.uses_input:
+            found += (self._encode(),)
         if plan.group.ranks:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
@@ -183,6 +185,13 @@ class Explanation:
             return Choice("decode", value, "what needs least memory")
         fastest = (mode.order, mode.num_tiles) == ("frame", 1)
         return Choice("decode", value, "whole frames, the fastest way" if fastest else "no faster way to decode fits")
+
+    def _encode(self) -> Choice:
+        count = self.plan.vae.encode_tiles
+        value = f"{count} {'strip' if count == 1 else 'strips'}"
+        if not self.plan.prediction.fits:
+            return Choice("encode", value, "what needs least memory")
+        return Choice("encode", value, "whole frames, the fastest way" if count == 1 else "fewer strips do not fit")
 
     def _keep_both(self) -> str:
         plan = self.plan

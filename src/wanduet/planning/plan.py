@@ -140,7 +140,8 @@ class Plan:
             "host_bytes": predicted.host_bytes,
             "host_limit_bytes": predicted.host_limit_bytes,
             "choices": [{"setting": c.setting, "value": c.value, "why": c.why} for c in self.choices],
-            "predicted_seconds": {
+            "predicted_seconds": ({"encode": round(seconds.encode, 1)} if seconds.encode else {})
+            | {
                 "denoise": round(seconds.denoise, 1),
                 "decode": round(seconds.decode, 1),
                 "total": round(seconds.total, 1),

@@ -35,7 +35,7 @@ from wanduet.planning.plan import (
     TransformerPlan,
     VAEPlan,
 )
-from wanduet.planning.search import DECODE_MODES, Candidate, candidates, memory_rank
+from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates, memory_rank
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
 
@@ -211,7 +211,15 @@ class Planner:
         return self.plan_of(place, whole, group)
 
     def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
-        """Return the plan of one candidate, with its predictions."""
+        """Return the plan of one candidate, with its predictions. An input video is encoded in the fewest row tiles
+        that fit."""
+        for num_tiles in ENCODE_TILES if self.request.uses_input else (1,):
+            plan = self._predicted(place, candidate._replace(encode_tiles=num_tiles), group)
+            if plan.prediction.fits:
+                break
+        return plan
+
+    def _predicted(self, place: Placement, candidate: Candidate, group: GroupPlan) -> Plan:
         transformer = self._transformer_memory(place, candidate, group)
         devices = self._devices(place, candidate, transformer)
         host, offload = self._host(place, candidate, transformer, devices)
@@ -225,7 +233,7 @@ class Planner:
                 offload,
                 candidate.share_first,
             ),
-            VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32),
+            VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
             candidate.both_resident,
             Prediction(devices, host, self._host_limit, seconds),
@@ -260,6 +268,12 @@ class Planner:
         both = candidate.both_resident
         on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
         on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
+        if self.request.uses_input:
+            # Of the decoder and the transformer, an earlier job or the load may have left the weights there.
+            on_transformer["encode"] = transformer.weights + transformer.exchange if both else transformer.swapped_out
+            encoder = self.memory.vae_encoder_weights(self._vae_dtype)
+            encode = self.memory.encode(self._size, candidate.encode_tiles, self._vae_dtype)
+            on_vae["encode"] = vae_weights + encoder + encode
         together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
         if place.ranks:
             phases = {phase: int(size * (1 + RANKS_SHARE)) for phase, size in together.items()}
@@ -287,6 +301,8 @@ class Planner:
             host += self.memory.loading_host(self.transformer_dtype(place.transformer))
         host += sum(d.peak for d in devices if d.name == "cpu")
         host += self.memory.decode_host(self._size, candidate.tiling, self._vae_dtype, place.vae.name)
+        if self.request.uses_input:
+            host += self.memory.encode_host(self._size)
         if not candidate.both_resident and not place.vae.is_cpu:
             host += self.memory.vae_weights(self._vae_dtype)  # swapped out while the transformer runs
         waiting, layers, on_host = 0, self._spec.transformer.num_layers, 0
