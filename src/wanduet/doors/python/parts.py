@@ -33,8 +33,7 @@ from wanduet.weights.diffusers import ModelFolder
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # A prompt of maximum length: memory is planned before the actual prompts and embeddings are known.
 ANY_PROMPT = 512 * "-"
-# An input video, whose pictures are used at any strength below 1.
-ANY_INPUT = {"input_video": f"{INPUT_HASH}{64 * '0'}", "strength": 0.5}
+ANY_INPUT = f"{INPUT_HASH}{64 * '0'}"  # stands for an input video
 OpenFolder = Callable[[], ModelFolder | None]
 
 
@@ -311,7 +310,7 @@ class PipelineParts:
         try:
             request = GenerationRequest.parse(
                 prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
-                guidance_scale=5.0 if guided else 1.0, seed=0, **(ANY_INPUT if encodes else {}),
+                guidance_scale=5.0 if guided else 1.0, seed=0, input_video=ANY_INPUT if encodes else None,
             )  # fmt: skip
             resolved = request.resolve(self.models.spec)
         except InvalidRequestError as error:
