@@ -122,9 +122,9 @@ class ModelMemory:
         """Bytes of encoding an input video in `num_tiles` row tiles on a device, without weights."""
         return encode_bytes(self.spec.vae, size, num_tiles, getattr(torch, dtype))
 
-    def encode_host(self, size: Size) -> int:
-        """Bytes of host memory for encoding an input video on a device."""
-        return encode_host_bytes(self.spec.vae, size)
+    def encode_host(self, size: Size, num_tiles: int, dtype: str) -> int:
+        """Bytes of host memory for encoding an input video in `num_tiles` row tiles on a device."""
+        return encode_host_bytes(self.spec.vae, size, num_tiles, getattr(torch, dtype))
 
     def decode(self, size: Size, tiling: Tiling, dtype: str, device: str, ranks: int = 1) -> int:
         """Bytes of decoding on a device, without weights; on each of several devices that share it, if `ranks` > 1."""

@@ -213,11 +213,17 @@ class Planner:
     def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
         """Return the plan of one candidate, with its predictions. An input video is encoded in the fewest row tiles
         that fit."""
-        for num_tiles in ENCODE_TILES if self.request.uses_input else (1,):
-            plan = self._predicted(place, candidate._replace(encode_tiles=num_tiles), group)
-            if plan.prediction.fits:
-                break
-        return plan
+
+        def in_tiles(count: int) -> Plan:
+            return self._predicted(place, candidate._replace(encode_tiles=count), group)
+
+        fastest = in_tiles(1)
+        if fastest.prediction.fits or not self.request.uses_input:
+            return fastest
+        smallest = in_tiles(ENCODE_TILES[-1])
+        if not smallest.prediction.fits:
+            return smallest
+        return next((plan for count in ENCODE_TILES[1:-1] if (plan := in_tiles(count)).prediction.fits), smallest)
 
     def _predicted(self, place: Placement, candidate: Candidate, group: GroupPlan) -> Plan:
         transformer = self._transformer_memory(place, candidate, group)
@@ -302,7 +308,7 @@ class Planner:
         host += sum(d.peak for d in devices if d.name == "cpu")
         host += self.memory.decode_host(self._size, candidate.tiling, self._vae_dtype, place.vae.name)
         if self.request.uses_input:
-            host += self.memory.encode_host(self._size)
+            host += self.memory.encode_host(self._size, candidate.encode_tiles, self._vae_dtype)
         if not candidate.both_resident and not place.vae.is_cpu:
             host += self.memory.vae_weights(self._vae_dtype)  # swapped out while the transformer runs
         waiting, layers, on_host = 0, self._spec.transformer.num_layers, 0

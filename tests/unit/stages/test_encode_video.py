@@ -63,6 +63,9 @@ def test_progress_and_seconds_are_reported(models, plan, whole) -> None:
     assert torch.equal(again, whole)
     assert (whole.dtype, whole.shape) == (torch.float32, models.spec.latent_shape(32, 48, 9))
     assert [(e.phase, e.done, e.total) for e in events] == [("encode_video", n, 9) for n in (1, 5, 9)]
+    in_strips = replace(plan, vae=replace(plan.vae, encode_tiles=2))
+    assert torch.allclose(encode(models, in_strips, emit=events.append), whole, atol=1e-5)
+    assert [event.done for event in events[3:]] == [0, 2, 4, 5, 7, 9]
     assert Timings.sum(timings)["encode_video_s"] > 0
     assert "encode_video_s" not in Timings.sum(Timings())
 
@@ -72,8 +75,8 @@ def test_a_decode_is_the_same_after_an_encode_and_no_encoder_stays(models, plan,
         return np.concatenate([chunk.copy() for chunk in decode_stream(models.vae.load("cpu", "float32"), whole)])
 
     before, encoders = decode(), []
-    step = WanVAE.encode_step
-    monkeypatch.setattr(WanVAE, "encode_step", lambda self, *a: encoders.append(self) or step(self, *a))
+    rows = WanVAE.encode_rows
+    monkeypatch.setattr(WanVAE, "encode_rows", lambda self, *a: encoders.append(self) or rows(self, *a))
     encode(models, plan)
     assert np.array_equal(decode(), before)
     assert {sum(p.numel() for p in vae.parameters() if not p.is_meta) for vae in encoders} == {0}
@@ -82,19 +85,19 @@ def test_a_decode_is_the_same_after_an_encode_and_no_encoder_stays(models, plan,
 
 def test_out_of_memory_takes_more_tiles_then_the_cpu(models, plan, whole, monkeypatch) -> None:
     on_a_gpu = replace(plan, vae=replace(plan.vae, device="meta"))  # meta stands for a GPU
-    step, asked = WanVAE.encode_step, []
+    rows, asked = WanVAE.encode_rows, []
 
-    def only_on_the_cpu(self, pixels, feature_cache, num_tiles):
-        asked.append(num_tiles)
+    def only_on_the_cpu(self, pixels, *values):
         if pixels.is_meta:
+            asked.append(values[1].count)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return step(self, pixels, feature_cache, num_tiles)
+        return rows(self, pixels, *values)
 
-    monkeypatch.setattr(WanVAE, "encode_step", only_on_the_cpu)
+    monkeypatch.setattr(WanVAE, "encode_rows", only_on_the_cpu)
     monkeypatch.setattr("wanduet.runtime.selftest.check_vae_encoder", lambda _: 1.0)
     record = VideoRecord(0, 0)
     assert torch.allclose(encode(models, on_a_gpu, record), whole, atol=1e-5)
-    assert asked == [1, 2, 4, 8, 16, 16, 8, 8, 8]
+    assert asked == [4, 2, 1, 1, 1, 1]  # of 4 latent rows
     assert record.notes[0] == "encode_video: 2 strips on meta"
     assert record.notes[-1] == "encode_video: 8 strips on cpu"
 
@@ -103,7 +106,7 @@ def test_memory_that_never_suffices_is_an_error(models, plan, monkeypatch) -> No
     def never(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(WanVAE, "encode_step", never)
+    monkeypatch.setattr(WanVAE, "encode_rows", never)
     with pytest.raises(OutOfMemoryError, match="input video ran out of memory"):
         encode(models, plan)
 
@@ -145,14 +148,15 @@ def test_other_chunks_are_refused(models, plan, counts) -> None:
         encode(models, plan, given=lambda: (VIDEO[:count] for count in counts))
 
 
-def test_what_is_not_finite_is_no_result(models, plan, monkeypatch) -> None:
-    step = WanVAE.encode_step
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_result(models, plan, monkeypatch, value) -> None:
+    mid = WanVAE.encode_mid
 
     def poisoned(self, *values):
-        moments, feature_cache = step(self, *values)
-        return moments * float("nan"), feature_cache
+        moments, feature_cache = mid(self, *values)
+        return moments * value, feature_cache
 
-    monkeypatch.setattr(WanVAE, "encode_step", poisoned)
+    monkeypatch.setattr(WanVAE, "encode_mid", poisoned)
     monkeypatch.setattr("wanduet.runtime.selftest.check_vae_encoder", lambda _: 1.0)
     with pytest.raises(NonFiniteFramesError):
         encode(models, plan)
