@@ -176,7 +176,7 @@ class TransformerHost:
         if checkpoint.folder is not None:
             self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
-        return LoadedTransformer(transformer, device, dtype, plan.resident_blocks, context.memory)
+        return LoadedTransformer(spec, transformer, device, dtype, plan.resident_blocks, context.memory)
 
     def _fill(self, parameters: dict[str, nn.Parameter]) -> None:
         """Write the checkpoint's weights, or random ones, into parameters."""
