@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import OutOfMemoryError
-from wanduet.models.vae.encode import InputFrames, encode_stream
+from wanduet.models.vae.encode import Frames, encode_stream
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import Event, RunContext
 from wanduet.runtime.models import Models
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def encode_video(
     models: Models,
     plan: Plan,
-    frames: Callable[[], Iterator[InputFrames]],
+    frames: Callable[[], Iterator[Frames]],
     record: VideoRecord,
     context: RunContext,
     num_frames: int = 0,

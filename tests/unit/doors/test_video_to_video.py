@@ -41,7 +41,7 @@ def latents(pipe, video: Any = VIDEO, **call: Any) -> torch.Tensor:
     [
         ({"video": Image.new("RGB", (32, 32))}, "picture"), ({"video": FLOATS[0]}, "picture"),
         ({"video": torch.zeros(3, 32, 32)}, "picture"), ({"video": "clip.mp4"}, "not str"),
-        ({"video": tuple(VIDEO)}, "not tuple"), ({"video": []}, "empty"), ({"video": ["a.png"]}, "cannot be read"),
+        ({"video": tuple(VIDEO)}, "not tuple"), ({"video": []}, "no frames"), ({"video": ["a.png"]}, "cannot be read"),
         ({"video": FLOATS[..., :1]}, "3 colour channels"), ({"video": np.uint8(FLOATS + 200)}, r"0\.\.1"),
         ({"video": FLOATS * float("nan")}, r"0\.\.1"), ({"video": [FLOATS, FLOATS[:1]]}, "cannot be read"),
         ({"video": [VIDEO] * 3, "prompt": ["a", "b"]}, "3 videos were given for 2 prompts"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanduet.doors.python.arguments import CallArguments
 from wanduet.doors.python.parts import PipelineParts
-from wanduet.models.vae.encode import InputFrames
+from wanduet.models.vae.encode import Frames
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import NO_JOB
 from wanduet.stages.encode_video import encode_video
@@ -30,10 +30,11 @@ def read_videos(processor: Any, video: Any, call: CallArguments) -> Tensor:
         raise ValueError("Give video or latents.")
     if hasattr(video, "convert") or (isinstance(video, np.ndarray | Tensor) and video.ndim < 4):
         raise ValueError("video must be a video, not a picture: image to video needs another model of the family.")
-    if not isinstance(video, list | np.ndarray | Tensor) or len(video) == 0:
-        raise ValueError(
-            f"video must be frames, as a list of PIL images, an array or a tensor, not {_described(video)}."
-        )
+    if not isinstance(video, list | np.ndarray | Tensor):
+        kind = type(video).__name__
+        raise ValueError(f"video must be frames, as a list of PIL images, an array or a tensor, not {kind}.")
+    if len(video) == 0:
+        raise ValueError("video has no frames.")
     try:
         pixels: Tensor = processor.preprocess_video(video, height=call.height, width=call.width).float()
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:  # depends on the type
@@ -47,10 +48,6 @@ def read_videos(processor: Any, video: Any, call: CallArguments) -> Tensor:
     return pixels
 
 
-def _described(video: Any) -> str:
-    return "empty" if isinstance(video, list | np.ndarray | Tensor) else type(video).__name__
-
-
 def encode_videos(parts: PipelineParts, videos: Tensor, plan: Plan) -> Tensor:
     """Encode videos `[V, 3, 4n + 1, H, W]` in -1..1 to normalised latents `[V, 16, n + 1, h, w]` float32 on the host.
 
@@ -58,7 +55,7 @@ def encode_videos(parts: PipelineParts, videos: Tensor, plan: Plan) -> Tensor:
     """
     stride = parts.spec.vae.temporal_stride
 
-    def chunks(video: Tensor) -> Iterator[InputFrames]:
+    def chunks(video: Tensor) -> Iterator[Frames]:
         first, rest = video.permute(1, 2, 3, 0).cpu().split([1, video.shape[1] - 1])
         yield from (chunk.numpy() for chunk in (first, *rest.split(stride)) if len(chunk))
 

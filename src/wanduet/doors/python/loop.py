@@ -79,7 +79,7 @@ class _PipelineSampler(SchedulerSampler):
         """`first`: index of the timestep to begin with."""
         self._pipe = pipe
         super().__init__(pipe.scheduler, device)
-        pipe.scheduler.set_begin_index(first)
+        self.begin_at(first)
         self._steps, self.timesteps, self.sigmas = (x[first:] for x in (self._steps, self.timesteps, self.sigmas))
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:

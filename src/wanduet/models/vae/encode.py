@@ -20,21 +20,21 @@ from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.stream import HINT
 
-InputFrames = NDArray[np.uint8] | NDArray[np.float32]  # [t, H, W, 3]; floats are in -1..1
+Frames = NDArray[np.uint8] | NDArray[np.float32]  # [t, H, W, 3]; floats are in -1..1
 OnEncoded = Callable[[int], None]
 
 
 @torch.no_grad()
 def encode_stream(
-    vae: WanVAE, frames: Iterable[InputFrames], num_tiles: int = 1, on_frames: OnEncoded | None = None
+    vae: WanVAE, frames: Iterable[Frames], num_tiles: int = 1, on_frames: OnEncoded | None = None
 ) -> Tensor:
     """Encode RGB frames to normalised latents `[16, T, h, w]`, float32 on the host: the mode of the posterior.
 
-    `frames` yields `[t, H, W, 3]` uint8, or float32 in -1..1, first one frame, then four at a time; H and W are multiples
-    of 8. A chunk's memory may be reused once the next one is requested. `num_tiles`: the number of row tiles; the latents are the same
-    for each. `on_frames(done)` is called after each step, `done` is the finished work in frames. May run in any thread,
-    one video at a time for each `vae`. Raises ValueError for chunks of another number of frames or for none,
-    NonFiniteFramesError for NaN or infinity.
+    `frames` yields `[t, H, W, 3]` uint8, or float32 in -1..1, first one frame, then four at a time; H and W are
+    multiples of 8. A chunk's memory may be reused once the next one is requested. `num_tiles`: the number of row tiles;
+    the latents are the same for each. `on_frames(done)` is called after each step, `done` is the finished work in
+    frames. May run in any thread, one video at a time for each `vae`. Raises ValueError for chunks of another number of
+    frames or for none, NonFiniteFramesError for NaN or infinity.
     """
     chunks = _checked(frames, vae.spec.temporal_stride)
     first = next(chunks, None)
@@ -63,9 +63,9 @@ class _Encode:
         self._features: list[list[Tensor]] = []  # on the host, of each step: of the tiles that are done
         self._num_frames = 0
 
-    def run(self, chunks: Iterable[InputFrames]) -> Tensor:
+    def run(self, chunks: Iterable[Frames]) -> Tensor:
         """The latents. All tiles but the last keep their features on the host."""
-        kept: list[InputFrames] = []
+        kept: list[Frames] = []
         above: HaloOffload | None = None
         if len(self.tiles) > 1:
             chunks = _kept(chunks, kept)
@@ -75,7 +75,7 @@ class _Encode:
             chunks, above = kept, below
         return self._lowest(chunks, above)
 
-    def _upper(self, number: int, chunks: Iterable[InputFrames], above: HaloOffload | None, below: HaloOffload) -> None:
+    def _upper(self, number: int, chunks: Iterable[Frames], above: HaloOffload | None, below: HaloOffload) -> None:
         """Run a tile on all frames; its features and its halo for the tile below go to the host."""
         copy: AsyncCopy | None = None
         for step, features in self._run_tile(number, chunks, above, below):
@@ -89,7 +89,7 @@ class _Encode:
             self._features[step].append(copy.target)
         below.finish()
 
-    def _lowest(self, chunks: Iterable[InputFrames], above: HaloOffload | None) -> Tensor:
+    def _lowest(self, chunks: Iterable[Frames], above: HaloOffload | None) -> Tensor:
         """Run the last tile on all frames and the mid block after each step. Returns the latents."""
         latents: list[Tensor] = []
         mid_cache: FeatureCache = None
@@ -110,7 +110,7 @@ class _Encode:
         return torch.cat([*latents, _arrived(before)], dim=1)
 
     def _run_tile(
-        self, number: int, chunks: Iterable[InputFrames], above: HaloOffload | None, below: HaloOffload | None
+        self, number: int, chunks: Iterable[Frames], above: HaloOffload | None, below: HaloOffload | None
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield each step and its features `[1, C, 1, rows, w]` of a tile."""
         feature_cache: FeatureCache = None
@@ -129,7 +129,7 @@ class _Encode:
         if above is not None:
             above.finish()
 
-    def _pixels(self, chunk: InputFrames) -> Tensor:
+    def _pixels(self, chunk: Frames) -> Tensor:
         """Frames `[t, H, W, 3]` to pixels `[1, 3, t, H, W]` in [-1, 1], on the VAE's device in its dtype."""
         frames = torch.from_numpy(np.ascontiguousarray(chunk))
         if self.device.type == "cuda":  # otherwise the copy would wait for all work queued on the device
@@ -140,7 +140,7 @@ class _Encode:
         return pixels.to(self.dtype)
 
 
-def _checked(frames: Iterable[InputFrames], stride: int) -> Iterator[InputFrames]:
+def _checked(frames: Iterable[Frames], stride: int) -> Iterator[Frames]:
     """The same chunks. Raises ValueError for one of another number of frames than 1, then `stride`."""
     expected = 1
     for chunk in frames:
@@ -150,7 +150,7 @@ def _checked(frames: Iterable[InputFrames], stride: int) -> Iterator[InputFrames
         expected = stride
 
 
-def _kept(chunks: Iterable[InputFrames], into: list[InputFrames]) -> Iterator[InputFrames]:
+def _kept(chunks: Iterable[Frames], into: list[Frames]) -> Iterator[Frames]:
     """Copies of the chunks, which are also added to `into`."""
     for chunk in chunks:
         into.append(chunk.copy())
