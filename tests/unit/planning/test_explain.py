@@ -19,7 +19,7 @@ from wanduet.planning.hardware import Hardware, parse_hardware
 from wanduet.planning.placement import Placement, find_placements
 from wanduet.planning.plan import Choice, Plan
 from wanduet.planning.planner import Planner, make_decode_plan, make_plan
-from wanduet.planning.search import DECODE_MODES, Candidate, candidates
+from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
 
@@ -181,9 +181,13 @@ CLAIMS: dict[str, Claim] = {
     r"every device decodes its rows of each frame; should the others be lost, one goes on (\w+)-major, (\d+) strips":
         lambda c, x, m: (c.plan.vae.tiling.order, c.plan.vae.tiling.num_tiles) == (m[1], int(m[2])) and bool(c.plan.group.ranks),
     r"what needs least memory": lambda c, x, m: not c.plan.prediction.fits and (
-        c.plan.vae.tiling == DECODE_MODES[-1] if x.setting == "decode" else not c.plan.transformer.share_first
+        {"decode": c.plan.vae.tiling == DECODE_MODES[-1], "encode": c.plan.vae.encode_tiles == ENCODE_TILES[-1]}
+        .get(x.setting, not c.plan.transformer.share_first)
     ),
-    r"whole frames, the fastest way": lambda c, x, m: c.plan.vae.tiling == DECODE_MODES[0] and c.plan.prediction.fits,
+    r"whole frames, the fastest way": lambda c, x, m: c.plan.prediction.fits and (
+        c.plan.vae.encode_tiles == 1 if x.setting == "encode" else c.plan.vae.tiling == DECODE_MODES[0]
+    ),
+    r"fewer strips do not fit": lambda c, x, m: c.plan.prediction.fits and not fewer_strips_fit(c),
     r"no faster way to decode fits": lambda c, x, m: c.plan.prediction.fits and not any(
         c.fits_as(c.plan.transformer.resident_blocks, c.plan.transformer.share_first, keep, mode)
         for keep, mode in c.faster_decodes((c.plan.both_resident,))
@@ -224,6 +228,13 @@ CLAIMS: dict[str, Claim] = {
         on_cuda(c.vae if x.setting == "vae_kernels" else c.transformer) and c.hardware.assumed
     ),
 }  # fmt: skip
+
+
+def fewer_strips_fit(c: Case) -> bool:
+    fewer = ENCODE_TILES[ENCODE_TILES.index(c.plan.vae.encode_tiles) - 1]
+    (device,) = c.plan.prediction.devices
+    now, then = (c.memory.encode((480, 832, 81), count, "float32") for count in (c.plan.vae.encode_tiles, fewer))
+    return device.phases["encode"] + then - now <= device.limit_bytes
 
 
 def sharing(c: Case, text: str) -> bool:
@@ -309,12 +320,15 @@ GRID = [
 ]
 
 
-def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict) -> Case:
+INPUT = {"input_video": "sha256:0", "strength": 0.5}
+
+
+def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict, **given) -> Case:
     config = EngineConfig(**{"model": "random:1.3b"} | changes)
     memory = memories[config.model]
     hardware = parse_hardware(f"{machine},ram=32GiB")
     hardware = replace(hardware, devices=tuple(replace(d, **gpus) for d in hardware.devices))
-    request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale)
+    request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale, **given)
     request = request.resolve(memory.spec)
     return Case(make_plan(request, memory, config, hardware, nearest=False), request, memory, config, hardware)
 
@@ -323,6 +337,8 @@ def test_every_sentence_of_a_plan_is_true(memories) -> None:
     met: set[str] = set()
     for machine, changes, scale, gpus in GRID:
         met |= check(case_of(memories, machine, changes, scale, gpus))
+    for machine in ("24GiB", "6GiB", "1GiB"):
+        met |= check(case_of(memories, machine, {}, 5.0, {}, **INPUT))
     rare = {p for p in CLAIMS if p not in met}
     assert len(rare) <= 4, rare  # else the grid no longer comes to most of the sentences
 

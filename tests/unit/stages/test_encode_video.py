@@ -1,12 +1,15 @@
 """An input video becomes latents: in bounded memory, beside a decoder that stays as it is, in smaller forms if need be."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from wanduet.config import EngineConfig
 from wanduet.errors import CancelledError, NonFiniteFramesError, OutOfMemoryError, WeightsError
@@ -18,9 +21,11 @@ from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.context import Event, RunContext, Timings
+from wanduet.runtime.dit_host import TransformerHost
 from wanduet.runtime.models import Models
 from wanduet.stages.encode_video import encode_video
 from wanduet.stages.record import VideoRecord
+from wanduet.weights.hub import open_model
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
 
@@ -160,6 +165,38 @@ def test_what_is_not_finite_is_no_result(models, plan, monkeypatch, value) -> No
     monkeypatch.setattr("wanduet.runtime.selftest.check_vae_encoder", lambda _: 1.0)
     with pytest.raises(NonFiniteFramesError):
         encode(models, plan)
+
+
+def test_an_encode_waits_for_the_transformer_s_load_and_then_moves_it_away(models, plan, monkeypatch) -> None:
+    read, may_load, seen = TransformerHost._read, threading.Event(), []
+
+    def late(self, plan):
+        assert may_load.wait(60)
+        return read(self, plan)
+
+    monkeypatch.setattr(TransformerHost, "_read", late)
+    monkeypatch.setattr(models.transformer, "evict", lambda _: seen.append(models.transformer.loaded is not None))
+    request = GenerationRequest(prompt="x", height=32, width=48, num_frames=9).resolve(models.spec)
+    swapping = replace(plan, both_resident=False)
+    models.transformer.preload(swapping, request, RunContext())
+    with pytest.raises(CancelledError):
+        encode(models, swapping, should_cancel=iter([False, False, True]).__next__)
+    thread = threading.Thread(target=encode, args=(models, swapping))
+    thread.start()
+    may_load.set()
+    thread.join(60)
+    assert seen == [True]
+
+
+def test_a_checkpoint_without_an_encoder_is_refused(tmp_path) -> None:
+    folder = Path(shutil.copytree(open_model("miniature").path, tmp_path / "model"))
+    (folder / "manifest.json").unlink()
+    (file,) = (folder / "vae").glob("*.safetensors")
+    save_file({name: x for name, x in load_file(file).items() if not WanVAE.encodes(name)}, file)
+    models = Models(EngineConfig(model=str(folder), devices="cpu", data_dir=tmp_path / "data"))
+    for needs in (lambda: models.memory, models.vae.encoder("cpu", "float32").__enter__):
+        with pytest.raises(WeightsError, match=r"missing: encoder\.\S+ .*and \d+ more"):
+            needs()
 
 
 def test_damaged_weights_are_noticed(models, plan, monkeypatch) -> None:
