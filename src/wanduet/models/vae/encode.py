@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.errors import NonFiniteFramesError
@@ -17,8 +18,9 @@ from wanduet.kernels.host_copy import HostCopy
 from wanduet.models.vae.halo_offload import AsyncCopy, HaloOffload, HostTransfer
 from wanduet.models.vae.layers import FeatureCache
 from wanduet.models.vae.model import WanVAE
-from wanduet.models.vae.stream import HINT, Frames
+from wanduet.models.vae.stream import HINT
 
+Frames = NDArray[np.uint8] | NDArray[np.float32]  # [t, H, W, 3]; floats are in -1..1
 OnEncoded = Callable[[int], None]
 
 
@@ -28,11 +30,11 @@ def encode_stream(
 ) -> Tensor:
     """Encode RGB frames to normalised latents `[16, T, h, w]`, float32 on the host: the mode of the posterior.
 
-    `frames` yields `[t, H, W, 3]` uint8, first one frame, then four at a time; H and W are multiples of 8. A chunk's
-    memory may be reused once the next one is requested. `num_tiles`: the number of row tiles; the latents are the same
-    for each. `on_frames(done)` is called after each step, `done` is the finished work in frames. May run in any thread,
-    one video at a time for each `vae`. Raises ValueError for chunks of another number of frames or for none,
-    NonFiniteFramesError for NaN or infinity.
+    `frames` yields `[t, H, W, 3]` uint8, or float32 in -1..1, first one frame, then four at a time; H and W are
+    multiples of 8. A chunk's memory may be reused once the next one is requested. `num_tiles`: the number of row tiles;
+    the latents are the same for each. `on_frames(done)` is called after each step, `done` is the finished work in
+    frames. May run in any thread, one video at a time for each `vae`. Raises ValueError for chunks of another number of
+    frames or for none, NonFiniteFramesError for NaN or infinity.
     """
     chunks = _checked(frames, vae.spec.temporal_stride)
     first = next(chunks, None)
@@ -128,12 +130,14 @@ class _Encode:
             above.finish()
 
     def _pixels(self, chunk: Frames) -> Tensor:
-        """Frames `[t, H, W, 3]` uint8 to pixels `[1, 3, t, H, W]` in [-1, 1], on the VAE's device in its dtype."""
+        """Frames `[t, H, W, 3]` to pixels `[1, 3, t, H, W]` in [-1, 1], on the VAE's device in its dtype."""
         frames = torch.from_numpy(np.ascontiguousarray(chunk))
         if self.device.type == "cuda":  # otherwise the copy would wait for all work queued on the device
             frames = frames.pin_memory()
         pixels = frames.to(self.device, non_blocking=True).permute(3, 0, 1, 2)[None]
-        return pixels.float().div_(127.5).sub_(1.0).to(self.dtype)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float().div_(127.5).sub_(1.0)
+        return pixels.to(self.dtype)
 
 
 def _checked(frames: Iterable[Frames], stride: int) -> Iterator[Frames]:
