@@ -68,9 +68,6 @@ def read_source(path: Path) -> SourceVideo:
         if clip.container.format.name == "gif" and clip.num_packets == 1:
             _refuse_picture(path, "a GIF picture without animation")
         height, width = clip.shown_size(first)
-        if max(height, width) > MAX_PROPORTION * min(height, width):
-            _refuse(path, f"its pictures have {width}x{height} pixels; the longer side may be at most {MAX_PROPORTION} "
-                    "times the shorter; crop it")  # fmt: skip
         return SourceVideo(_hash(clip.file), height, width, max(0.0, float(clip.end - start)))
 
 
@@ -218,9 +215,12 @@ class _Clip:
         return min(self._tick, interval / 4) if interval > self._tick else Fraction(0)
 
     def shown_size(self, frame: Any) -> tuple[int, int]:
-        """Height and width of a frame in square pixels, upright."""
+        """Return the height and width of a frame in square pixels, upright. Raises InvalidRequestError."""
         ratio = self.stream.sample_aspect_ratio or 1
         height, width = frame.height, max(1, round(frame.width * ratio))
+        if max(height, width) > MAX_PROPORTION * min(height, width):  # scaled to cover a size, they would be huge
+            _refuse(self.path, f"its pictures have {width}x{height} pixels; the longer side may be at most "
+                    f"{MAX_PROPORTION} times the shorter; crop it")  # fmt: skip
         return (width, height) if self._orientation_of(frame).transposed else (height, width)
 
     def _orientation_of(self, frame: Any) -> "_Orientation":
@@ -230,7 +230,7 @@ class _Clip:
         return self._orientation
 
     def picture(self, frame: Any, size: tuple[int, int]) -> Frame:
-        """Return a frame as RGB `[H, W, 3]` of a height and width: scaled to cover them, and cropped."""
+        """Return a frame as RGB `[H, W, 3]` of height and width `size`: scaled to cover it, and cropped."""
         height, width = size
         shown_height, shown_width = self.shown_size(frame)
         scale = max(Fraction(height, shown_height), Fraction(width, shown_width))
@@ -259,7 +259,7 @@ class _Clip:
 
 @dataclass(frozen=True, slots=True)
 class _Orientation:
-    """How a stored picture is brought upright: first transposed, then flipped."""
+    """How a stored picture is shown upright: first transposed, then flipped."""
 
     transposed: bool = False
     flipped_rows: bool = False
