@@ -84,7 +84,8 @@ class Sweeper:
 
     def _arrives(self, entry: Entry) -> bool:
         """Whether an entry may be an input that was stored just now, before its job."""
-        return entry[1] == f"{entry[0]}.{INPUT}" and self._clock() - submitted_at(entry[0]) < ARRIVAL_SECONDS
+        is_input = entry[1].startswith(f"{entry[0]}.{INPUT}")  # or a partial file of one
+        return is_input and self._clock() - submitted_at(entry[0]) < ARRIVAL_SECONDS
 
     def _take(self, unwanted: list[Entry], known: int, unknown: int, unknown_too: bool) -> int:
         if unknown > known + SPARED and not unknown_too:

@@ -68,7 +68,7 @@ class ReceivedFile:
     def _write(self, data: bytes) -> None:
         if self._file is None:
             self._receiver.check_room()
-            self._file = os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb")
+            self._file = open(self.path, "xb", opener=_open_private)  # noqa: SIM115  # closed by `_finish` or `discard`
         self._size += len(data)
         limit = self._receiver.context.settings.max_input_bytes
         if self._size > limit:
@@ -151,6 +151,10 @@ class InputFiles:
             return replace(source, sha256=file.sha256)  # a process that reads an untrusted file is not trusted
 
         return await to_thread.run_sync(to_request, values, spec, limits, look, limiter=self.context.readers)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _second(name: str, first: str) -> ApiError:
