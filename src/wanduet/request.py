@@ -176,15 +176,20 @@ class GenerationRequest(BaseModel):
         if source is None:
             raise ValueError("The input video has not been read.")
         defaults, stride = spec.defaults, spec.vae.temporal_stride
-        most = source.frames_at(self.fps or defaults.fps)
+        length = source.frames_at(self.fps or defaults.fps)
+        most = (length - 1) // stride * stride + 1
         if self.num_frames is None:
-            found["num_frames"] = (min(most, defaults.num_frames) - 1) // stride * stride + 1
+            found["num_frames"] = min(most, defaults.num_frames)
         elif self.num_frames > most:
-            nearest = (most - 1) // stride * stride + 1
-            raise InvalidRequestError("num_frames", self.num_frames, f"at most the input video's {most}", nearest)
+            allowed = f"at most {most}, as the input video has {length} at this frame rate"
+            raise InvalidRequestError("num_frames", self.num_frames, allowed, most)
+        multiple = spec.size_multiple
         if self.height is None and self.width is None:
-            area = defaults.height * defaults.width
-            found["height"], found["width"] = source.size_like(area, spec.size_multiple)
+            found["height"], found["width"] = source.size_like(defaults.height * defaults.width, multiple)
+        elif self.height is None and self.width is not None:
+            found["height"] = _rounded(self.width * source.height / source.width, multiple)
+        elif self.width is None and self.height is not None:
+            found["width"] = _rounded(self.height * source.width / source.height, multiple)
         return found | {"input_sha256": source.sha256}
 
 
@@ -205,9 +210,14 @@ class SourceVideo:
         return max(1, round(self.seconds * fps))
 
     def size_like(self, area: int, multiple: int) -> tuple[int, int]:
-        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`."""
-        height = max(1, round((area * self.height / self.width) ** 0.5 / multiple)) * multiple
-        return height, max(1, round(area / height / multiple)) * multiple
+        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`.
+
+        The same for a portrait as for the picture on its side, and square for a square.
+        """
+        low, high = sorted((self.height, self.width))
+        shorter = _rounded((area * low / high) ** 0.5, multiple)
+        longer = shorter if low == high else _rounded(area / shorter, multiple)
+        return (shorter, longer) if self.height <= self.width else (longer, shorter)
 
 
 class ResolvedRequest(GenerationRequest):
@@ -257,7 +267,8 @@ class ResolvedRequest(GenerationRequest):
         return self.num_frames / self.fps
 
     def as_request(self) -> GenerationRequest:
-        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest."""
+        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest, in which an input
+        video is named by its hash."""
         names = GenerationRequest.model_fields
         return GenerationRequest(**{k: v for k, v in self.recorded().items() if k in names})
 
@@ -344,6 +355,10 @@ def parse_resolution(text: str) -> tuple[int, int]:
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
     """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(1, round(side / multiple)) * multiple
 
 
 def _generated_side(name: str, side: int, spec: ModelSpec) -> int:
