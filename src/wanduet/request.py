@@ -300,6 +300,8 @@ class RequestField:
     @property
     def takes(self) -> str:
         """The type of its values for people, without the limits."""
+        if self.shown.is_file:
+            return "a file"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
