@@ -7,23 +7,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanduet.config import EngineConfig
+from wanduet.config import EngineConfig, format_bytes
 from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.public import NAME_LIMIT, public_text
 from wanduet.doors.http.schemas import to_request
-from wanduet.doors.http.uploads import MetadataReader
+from wanduet.doors.http.uploads import MetadataReader, SourceReader
+from wanduet.doors.http.videos import find_input
 from wanduet.doors.page.clips import SAME_INPUT, Clip
 from wanduet.doors.page.forms import FILE_FIELDS, SIZE, Form, Presets, clips_of, default_form, fields_of, form_of
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
-from wanduet.media.input_video import read_source
-from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest, SourceVideo
+from wanduet.request import INPUT_HASH, GenerationRequest, SourceVideo
 
 if TYPE_CHECKING:
     from wanduet.planning.hardware import Hardware
     from wanduet.runtime.models import Models
 
 PAGE_CARDS = 60  # videos in the gallery, and how many more each click on "Older videos" shows
+_A_FILE = "this file"  # in place of its path, which only the browser knows
 
 
 class PageActions:
@@ -46,12 +47,11 @@ class PageActions:
 
     def follow(self, form: Form, name: str, clip: Clip) -> Form:
         """Return the form with an input video, whose proportions and length its size and frames follow."""
-        form = {**form, name: clip}
         with suppress(WanduetError):  # a frame rate that is not allowed: the plan says so
-            fps = fields_of(form).get("fps")
-            request = self._with_sources(GenerationRequest.parse(prompt="x", fps=fps), form)
-            form |= {SIZE: f"{request.width}x{request.height}", "num_frames": request.num_frames}
-        return form
+            fields = {"prompt": "x", "fps": fields_of(form).get("fps"), name: _A_FILE}
+            request = GenerationRequest.parse(**fields).resolve(self.context.spec, clip.source)
+            form = {**form, SIZE: f"{request.width}x{request.height}", "num_frames": request.num_frames}
+        return {**form, name: clip}
 
     def submit(self, owner: str, form: Form) -> StoredJob:
         """Submit the form as a job; the browser submits one with a file of its own, see `outgoing`.
@@ -121,16 +121,16 @@ class PageActions:
 
         Raises WanduetError if it can be used for neither.
         """
+        found: dict[str, Any] = {}
+        with suppress(WanduetError):
+            found = self._settings_of(video)
         try:
-            source: dict[str, Any] = {"source": asdict(self._read_source(video))}
+            return found | {"source": asdict(self._read_source(video))}
         except InvalidRequestError as error:
-            source = {"error": f"This file {error.allowed}."}
-        try:
-            return self._settings_of(video) | source
-        except WanduetError:
-            if "source" in source:
-                return source
-            raise
+            text = f"{error.allowed[0].upper()}{error.allowed[1:]}."
+            if not found:
+                raise WanduetError(text) from None
+            return found | {"error": text}
 
     def plan(self, form: Form) -> dict[str, Any]:
         """Return the plan for a form, without loading anything. Raises WanduetError."""
@@ -139,7 +139,7 @@ class PageActions:
         request = self._request({**fields_of(form), "prompt": "a plan"}, form)
         with self._planning:
             models, hardware = self._machine
-            return make_plan(request, models.memory, self._config, hardware).as_dict()
+            return make_plan(request.resolve(models.spec), models.memory, self._config, hardware).as_dict()
 
     def _checked(self, form: Form) -> dict[str, Any]:
         if not str(form.get("prompt") or "").strip():
@@ -167,32 +167,35 @@ class PageActions:
     def _submit(self, owner: str, fields: dict[str, Any], first: StoredJob | None) -> StoredJob:
         """Submit an API request; `first` is the job whose stored input it starts from."""
         self.context.check_accepting()
-        inputs = {} if first is None else {name: first.request[name] for name in FILE_FIELDS if first.request.get(name)}
+        inputs = {} if first is None else {name: first.request.get(name) for name in FILE_FIELDS}
+        source = None if first is None else find_input(first, self.context)
         wanted = to_request({**fields, **inputs}, self.context.spec, self.context.settings.limits)
-        new = NewJob(owner, self.context.spec.name, wanted.model_dump(), model_hash=self.context.settings.model_hash)
-        return self.context.store.submit(new, self.context.settings.queue).job
+        request, model_hash = wanted.model_dump(exclude_none=True), self.context.settings.model_hash
+        new = NewJob(owner, self.context.spec.name, request, model_hash=model_hash)
+        return self.context.store.submit(new, self.context.settings.queue, source).job
 
     def _first_of(self, owner: str, form: Form) -> StoredJob | None:
         """Return the job whose stored input the form starts from. Raises WanduetError if it was deleted."""
         for clip in clips_of(form).values():
             if (job := self.find(owner, clip.job)) is None:
-                raise WanduetError("The video with this input was deleted. Choose the input video again.")
+                raise WanduetError("The video that had this input was deleted. Choose the input video again.")
             return job
         return None
 
-    def _request(self, fields: dict[str, Any], form: Form) -> ResolvedRequest:
-        """Convert an API request to an engine's, with the form's input videos as they were read."""
-        marks = {name: f"{INPUT_HASH}{clip.sha256}" for name, clip in clips_of(form).items()}
-        request = to_request({**fields, **marks}, self.context.spec, self.context.settings.limits)
-        return self._with_sources(request, form)
-
-    def _with_sources(self, request: GenerationRequest, form: Form) -> ResolvedRequest:
-        sources = {name: clip.source for name, clip in clips_of(form).items() if clip.source is not None}
-        request = request.model_copy(update=dict.fromkeys(sources, "a file"))
-        return request.resolve(self.context.spec, next(iter(sources.values()), None))
+    def _request(self, fields: dict[str, Any], form: Form) -> GenerationRequest:
+        """`to_request`, with what has been read of the form's input videos."""
+        clips = clips_of(form)
+        marks = {name: f"{INPUT_HASH}{clip.job}" if clip.source is None else _A_FILE for name, clip in clips.items()}
+        source = next((clip.source for clip in clips.values() if clip.source is not None), None)
+        look = None if source is None else lambda: source
+        return to_request({**fields, **marks}, self.context.spec, self.context.settings.limits, look)
 
     def _read_source(self, video: Path) -> SourceVideo:
-        return read_source(video)
+        limit = self.context.settings.max_input_bytes
+        if video.stat().st_size > limit:
+            allowed = f"this server takes a video of at most {format_bytes(limit)}"
+            raise InvalidRequestError(FILE_FIELDS[0], _A_FILE, allowed)
+        return SourceReader().read(video, FILE_FIELDS[0], _A_FILE)
 
     @cached_property
     def _uploads(self) -> MetadataReader:

@@ -202,7 +202,7 @@ def refusal(error: Exception) -> str:
 def sent_refusal(text: str, param: str | None) -> str:
     """Return the API's error for what the browser submitted, with its field named as on the page."""
     field = REQUEST_FIELDS.get(param or "")
-    words = text.rpartition(" is not allowed: ")[2]
+    words = text.rpartition(" is not allowed: ")[2].removeprefix(f"{param}: ")
     return message(words if field is None else f"{field.label}: {words}", "bad")
 
 
