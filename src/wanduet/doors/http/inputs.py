@@ -7,6 +7,7 @@ gets a copy of its own when it is stored. It is read only in a process of its ow
 import hashlib
 import os
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +25,6 @@ from wanduet.errors import InvalidRequestError
 from wanduet.jobs.keeper import AttemptSettings
 from wanduet.request import INPUT_HASH, GenerationRequest, SourceVideo
 
-PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")  # how pictures begin
-PICTURE_BRANDS = (b"ftypavif", b"ftypheic", b"ftypmif1")  # at byte 4
-_PICTURE_TEXT = "This is a picture. Image to video needs another member of the family; this model starts from a video."
-
 log = structlog.get_logger(__name__)
 
 
@@ -43,8 +40,13 @@ class ReceivedFile:
         self._hash = hashlib.sha256()
         self._file: IO[bytes] | None = None
 
+    @property
+    def sha256(self) -> str:
+        """The hash of what has arrived so far."""
+        return self._hash.hexdigest()
+
     def __str__(self) -> str:
-        return f"{INPUT_HASH}{self._hash.hexdigest()}"
+        return f"{INPUT_HASH}{self.sha256}"
 
     async def write(self, data: bytes) -> None:
         """As in `bodies.FilePart`. Raises ApiError (413, 507), and QueueFullError before the first byte is stored."""
@@ -79,11 +81,6 @@ class ReceivedFile:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        with self.path.open("rb") as file:
-            start = file.read(12)
-        is_webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
-        if start.startswith(PICTURES) or start[4:] in PICTURE_BRANDS or is_webp:
-            raise ApiError(400, "unsupported", _PICTURE_TEXT, param=self.field)
 
     def discard(self) -> None:
         """Delete the file."""
@@ -150,7 +147,8 @@ class InputFiles:
         values = {name: str(file.path) if value is file else value for name, value in fields.items()}
 
         def look() -> SourceVideo:
-            return SourceReader().read(file.path, file.field, file.filename)
+            source = SourceReader().read(file.path, file.field, file.filename)
+            return replace(source, sha256=file.sha256)  # a process that reads an untrusted file is not trusted
 
         return await to_thread.run_sync(to_request, values, spec, limits, look, limiter=self.context.readers)
 

@@ -18,6 +18,7 @@ PHASES = {
     "verify": "Checking the weights",
     "load": "Loading the model",
     "encode": "Reading the prompt",
+    "encode_video": "Reading the input video",
     "denoise": "Denoising",
     "decode": "Decoding",
 }
