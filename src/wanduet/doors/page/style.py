@@ -110,11 +110,13 @@ h2 { font-size: 1.05rem !important; font-weight: 650 !important; margin: 1rem 0 
 .clip video { grid-column: 1; width: 7rem; height: 4.375rem; object-fit: contain; background: #000; border-radius: 4px;
   margin: 0; }
 .clip div { grid-column: 2; min-width: 0; overflow-wrap: anywhere; } .clip p { margin: 0 0 .25rem; }
-.clip button { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .25rem .625rem; margin: .25rem
-  .375rem 0 0; background: var(--button-secondary-background-fill); color: var(--body-text-color); cursor: pointer; }
+.clip .uses { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .375rem; margin: 0; }
+.clip button { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .25rem .625rem; margin: 0;
+  font-size: .8125rem; font-weight: 400; background: var(--button-secondary-background-fill);
+  color: var(--body-text-color); cursor: pointer; }
 .clip button:hover, .clip button:focus-visible { border-color: var(--color-accent); }
-.clip .leave { grid-column: 3; border: 0; margin: 0; padding: 0 .375rem; background: none; font-size: 1.125rem;
-  line-height: 1.25; color: var(--quiet); }
+.clip .leave { grid-column: 3; grid-row: 1; border-color: transparent; padding: 0 .375rem; background: none;
+  font-size: 1.125rem; line-height: 1.25; color: var(--quiet); }
 
 body.dropping::after, body.reading::after, body.sending::after { content: "Drop a video to start from it, or to use its
  settings"; position: fixed; inset: 0; z-index: 9999; display: grid; place-items: center; font-size: 1.25rem; color: #fff;

@@ -220,7 +220,7 @@ def clip(chosen: Clip | None) -> str:
     """Return the input video that the form starts from, with a way to remove it."""
     if chosen is None:
         return no_clip()
-    return _clip(chosen, f"<p>Starts from the pictures of <b>{escape(chosen.name)}</b></p>{_about(chosen)}", "Remove")
+    return _clip(chosen, f"<p>Starts from the pictures of <b>{escape(chosen.name)}</b></p>{_about(chosen)}")
 
 
 def offer(found: Offer) -> str:
@@ -229,14 +229,14 @@ def offer(found: Offer) -> str:
     uses |= {"settings": "Use its settings"} if found.form is not None else {}
     buttons = "".join(f'<button type="button" data-use="{use}">{words}</button>' for use, words in uses.items())
     about = _about(found.clip) if found.clip else f'<p class="fine">{escape(found.error)}</p>'
-    return _clip(found.clip, f"<p><b>{escape(found.name)}</b></p>{about}<p>{buttons}</p>", "Close")
+    return _clip(found.clip, f"<p><b>{escape(found.name)}</b></p>{about}", f'<p class="uses">{buttons}</p>')
 
 
-def _clip(shown: Clip | None, text: str, leave: str) -> str:
+def _clip(shown: Clip | None, text: str, uses: str = "") -> str:
     # The browser has the file: a script sets the picture.
     picture = f'<video data-clip="{shown.sha256}" muted autoplay loop playsinline></video>' if shown else ""
-    button = f'<button type="button" class="leave" data-use="remove" aria-label="{leave}" title="{leave}">×</button>'
-    return f'<div class="clip" role="group" aria-label="Input video">{picture}<div>{text}</div>{button}</div>'
+    leave = '<button type="button" class="leave" data-use="remove" aria-label="Remove" title="Remove">×</button>'
+    return f'<div class="clip" role="group" aria-label="Input video">{picture}<div>{text}</div>{leave}{uses}</div>'
 
 
 def _about(shown: Clip) -> str:
