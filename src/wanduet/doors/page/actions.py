@@ -184,7 +184,7 @@ class PageActions:
 
     def _request(self, fields: dict[str, Any], form: Form) -> GenerationRequest:
         """`to_request`, with what has been read of the form's input videos."""
-        clips = clips_of(form)
+        clips = clips_of(form)  # a stored one is named by its job: nothing depends on its hash here
         marks = {name: f"{INPUT_HASH}{clip.job}" if clip.source is None else _A_FILE for name, clip in clips.items()}
         source = next((clip.source for clip in clips.values() if clip.source is not None), None)
         look = None if source is None else lambda: source
