@@ -64,10 +64,12 @@ class Shown:
     within: str | None = None  # the form's field that combines several fields of a request
     span: tuple[float, float] | None = None  # range of the form's slider; None: the field's limits
     step: float = 1  # step of that slider
+    start: float | None = None  # where that slider starts, for a field without a default
     placeholder: str | None = None  # in the form's empty field
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
+    needs: str | None = None  # the field without which this one is not allowed
 
 
 class GenerationRequest(BaseModel):
@@ -128,11 +130,13 @@ class GenerationRequest(BaseModel):
         min_length=1,
         description="A video to start from, instead of noise. Size and number of frames follow it by default.",
     )
-    strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05)] = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
+    strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05, start=DEFAULT_STRENGTH, needs="input_video")] = (
+        Field(
+            default=None,
+            ge=0.0,
+            le=1.0,
+            description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
+        )
     )
 
     @classmethod

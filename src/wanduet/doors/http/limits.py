@@ -44,7 +44,7 @@ class BodyLimits:
     def on_disk(self, path: str, is_form: bool) -> int:
         """Return how many bytes of a body may be written to disk instead of kept in memory."""
         if path == UPLOAD_PATH:
-            return MAX_UPLOAD_BYTES
+            return max(MAX_UPLOAD_BYTES, self.max_file_bytes)
         return self.max_file_bytes if path == CREATE_PATH and is_form else 0
 
     def bytes_at(self, path: str) -> int:

@@ -108,7 +108,7 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
             raise InvalidRequestError("prompt", fields.get("prompt"), "a text that is not empty") from None
         source = await run_in_threadpool(context.store.get, source_id, owner)
         wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
-        file = await run_in_threadpool(_input_of, source, context)
+        file = await run_in_threadpool(find_input, source, context)
         new = NewJob(
             owner,
             _check_source(source, context),
@@ -250,7 +250,7 @@ async def _submit(context: ServerContext, new: NewJob, source: FilePath | None) 
         context.metrics.count_submission(new.owner, outcome)
 
 
-def _input_of(job: StoredJob, context: ServerContext) -> FilePath | None:
+def find_input(job: StoredJob, context: ServerContext) -> FilePath | None:
     """Return the video that a job starts from, if it does. Raises ApiError if it is gone."""
     path = next((context.store.files.path(file.name) for file in job.inputs), None)
     if path is None and job.request.get("input_video") is not None:
