@@ -17,7 +17,7 @@ def set_format(transformer: WanTransformer, format: WeightFormat) -> None:
     for module in transformer.modules():
         if isinstance(module, Linear):
             meta = torch.empty(module.weight.shape, dtype=format.dtype, device="meta")
-            module.weight = nn.Parameter(meta, requires_grad=False)
+            module.weight, module.has_format = nn.Parameter(meta, requires_grad=False), True
             if format.scaled:
                 scale = torch.empty(module.out_features, 1, dtype=torch.float32, device="meta")
                 module.weight_scale = nn.Parameter(scale, requires_grad=False)

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wanduet.models.dit.linear import Linear
 from wanduet.models.dit.model import Block, WanTransformer
 
 # Offsets are multiples of this many bytes, as cudaMalloc aligns.
@@ -130,11 +131,17 @@ def allocate_packed(
     """Give a transformer on the meta device uninitialised memory, with packed blocks.
 
     A loader then fills it, tensor by tensor, by `parameter.data.copy_(tensor)`. Large products get `dtype`, the rest
-    float32 (`WanTransformer.parameter_dtype`); a parameter that is not float32 on the meta device has a format of its own
-    and retains it. `allocate` allocates each block's buffer, by default on `device`.
+    float32 (`WanTransformer.parameter_dtype`); matrices with a format of their own retain it. `allocate` allocates each
+    block's buffer, by default on `device`.
     """
+    formatted = {
+        f"{name}.{part}"
+        for name, module in transformer.named_modules()
+        if isinstance(module, Linear) and module.has_format
+        for part in ("weight", "weight_scale")
+    }
     for name, parameter in transformer.named_parameters():
-        if parameter.is_meta and parameter.dtype == torch.float32:
+        if parameter.is_meta and name not in formatted:
             parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, dtype))
     for index, block in enumerate(_blocks(transformer)):
         layout = BlockLayout.of(block)

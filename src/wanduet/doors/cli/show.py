@@ -35,7 +35,9 @@ def show(value: Mapping[str, Any]) -> None:
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
     console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
-    phases = [p for p in ("encode", "denoise", "decode") if p != "encode" or any(d["phases"][p] for d in plan["devices"])]
+    phases = [
+        p for p in ("encode", "denoise", "decode") if p != "encode" or any(d["phases"][p] for d in plan["devices"])
+    ]
     table = _table("device", "role", *phases, "may use")
     for device in plan["devices"]:
         cells = [format_bytes(device["phases"].get(phase, 0)) for phase in phases]

@@ -7,9 +7,13 @@ from wanduet.kernels.dit.weight import Weight
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a matrix in any `WeightFormat`; `weight_scale` `[O, 1]` float32 is None for one without scales."""
+    """`nn.Linear` with a matrix in any `WeightFormat`; `weight_scale` `[O, 1]` float32 is None for one without scales.
+
+    `has_format`: whether the matrix has another format than the dtype that its model computes in.
+    """
 
     weight_scale: nn.Parameter | None
+    has_format = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
