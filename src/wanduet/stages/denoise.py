@@ -19,6 +19,7 @@ from wanduet.distributed.mesh import Mesh
 from wanduet.errors import CancelledError, NonFiniteLatentsError, OutputError
 from wanduet.family.specs import ModelSpec
 from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.call import Step
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.media.embeddings import PromptEmbeds
 from wanduet.models.dit.model import TextContext
@@ -80,11 +81,13 @@ class TransformerPredictor:
         self._denoiser, self._forward = denoiser, forward
         self._rope = denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
 
-    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
         """See Predictor."""
-        steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
+        timestep = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self._denoiser.transformer, self._rope
-        velocities: list[Tensor] = self._forward(lambda: transformer.forward_cfg(latents, steps, conditions, rope))
+        velocities: list[Tensor] = self._forward(
+            lambda: transformer.forward_cfg(latents, timestep, conditions, rope, step)
+        )
         return velocities
 
     def state(self) -> State:

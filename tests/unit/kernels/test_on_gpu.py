@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from wanduet.kernels import select
 from wanduet.kernels.attention.backends import available_backends, plain_with_lse
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
 from wanduet.kernels.device import shared_memory
 from wanduet.kernels.vae import choose, gpu
@@ -80,7 +81,8 @@ def test_the_largest_score_may_be_in_any_tile_of_keys(keys: int) -> None:
     q[:, ::2] += torch.linspace(0, 9, 165, device=DEVICE, dtype=torch.bfloat16)[:, None, None]
     expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
     q[0, 7, 1] = float("nan")
-    for out, lse in (backend.attend_with_lse(q, k, v), (backend.attend(q, k, v), expected_lse)):
+    call = AttentionCall((1, 1, keys))
+    for out, lse in (backend.attend_with_lse(q, k, v, call), (backend.attend(q, k, v, call), expected_lse)):
         assert out[0, 7, 1].isnan().all()
         out[0, 7, 1], lse[0, 1, 7] = expected[0, 7, 1].to(out.dtype), expected_lse[0, 1, 7]
         assert out.isfinite().all()
