@@ -81,7 +81,7 @@ class NonFiniteLatentsError(WanduetError):
 
 
 class NonFiniteFramesError(WanduetError):
-    """The decoded frames contain NaN or infinity; they would be black in places."""
+    """The VAE gave NaN or infinity: decoded frames would be black in places, an encoded video's latents useless."""
 
     code = "non_finite_frames"
 

@@ -8,6 +8,7 @@ import codecs
 import json
 import math
 import os
+import re
 import stat
 import struct
 from io import BufferedReader
@@ -19,10 +20,13 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of a model with thousands of tensors ha
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
 MAX_DEPTH = 64
 _LOOKED_AT = 2**16  # bytes read to detect a file's type
+# Patterns; a HEIC or AVIF sequence has other names in the same place.
 _STARTS = {
-    b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
-    b"RIFF....WEBP": "a WebP picture", b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture",
-    b"GGUF": "a GGUF file of weights", b"PK\3\4": "a ZIP archive, as PyTorch's .pt and .pth are", b"%PDF": "a PDF",
+    rb"\x89PNG\r\n": "a PNG picture", rb"\xff\xd8\xff": "a JPEG picture", rb"GIF8": "a GIF picture",
+    rb"RIFF....WEBP": "a WebP picture", rb"II\*\0|MM\0\*": "a TIFF picture", rb"BM....\0\0\0\0": "a BMP picture",
+    rb"....ftyp(hei[cxms]|mif[12])": "a HEIC picture", rb"....ftypavif": "an AVIF picture",
+    rb"ID3|\xff[\xe3\xf2\xf3\xfa\xfb]|RIFF....WAVE|fLaC": "a sound file",
+    rb"GGUF": "a GGUF file of weights", rb"PK\x03\x04": "a ZIP archive, as PyTorch's .pt and .pth are", rb"%PDF": "a PDF",
 }  # fmt: skip
 
 
@@ -114,7 +118,7 @@ def describe_file(path: Path) -> str | None:
     with open_regular(path) as file:
         start = file.read(_LOOKED_AT)
     for mark, kind in _STARTS.items():
-        if start.startswith(mark) or (start[:4] + b"...." + start[8:]).startswith(mark):
+        if re.match(mark, start, re.DOTALL):
             return kind
     try:
         read_safetensors_header(path)

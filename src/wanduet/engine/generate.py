@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -31,7 +32,7 @@ from wanduet.media.read import read_metadata
 from wanduet.media.video import WrittenVideo, write_video
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import Event
-from wanduet.stages.denoise import Conditioning, DenoiseTask
+from wanduet.stages.task import Conditions, DenoiseTask
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,19 @@ log = logging.getLogger(__name__)
 BYTES_PER_PIXEL_FRAME = 0.25
 
 
-def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
-    """Encode a job's prompts to embeddings on the CPU, or read them from the cache. Warn about truncated prompts."""
+def encode(models: EngineModels, job: Job) -> Conditions:
+    """Encode what a job's videos are conditioned on: its prompts, and the video that it starts from, if any.
+
+    Raises the errors of `Strategy.encode_video`.
+    """
+    conditions = _encode_prompts(models, job)
+    if not job.request.uses_input:
+        return conditions
+    return replace(conditions, video=strategy_of(models, job.videos[0]).encode_video(job.videos[0]))
+
+
+def _encode_prompts(models: EngineModels, job: Job) -> Conditions:
+    """Encode prompts to embeddings on the CPU, or read them from the cache. Warn about truncated prompts."""
     request = job.request
     texts = [request.prompt, *([request.negative_prompt] if request.uses_guidance else [])]
     with job.context.timed("encode_s"):
@@ -54,7 +66,7 @@ def encode_prompt(models: EngineModels, job: Job) -> Conditioning:
             job.warnings.append(f"{name} is longer than {models.spec.text_len} tokens; cut off: {one.cut!r}")
     if not encoded[0].text:
         job.warnings.append("Nothing is left of the prompt once entities and spaces are cleaned: it says nothing.")
-    return Conditioning(encoded[0], encoded[1] if request.uses_guidance else None)
+    return Conditions(encoded[0], encoded[1] if request.uses_guidance else None)
 
 
 def finished_video(models: EngineModels, video: Video) -> VideoResult | None:
@@ -73,7 +85,7 @@ def finished_video(models: EngineModels, video: Video) -> VideoResult | None:
 
 
 @torch.no_grad()
-def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning) -> Tensor:
+def denoise_video(models: EngineModels, video: Video, conditions: Conditions) -> Tensor:
     """Denoise a video, save its latents, and return them: `[16, T, h, w]` float32 on the host.
 
     With `resume`, return the saved latents of an earlier run if they match. Raises OutputError if they cannot be saved,
@@ -81,7 +93,7 @@ def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning
     """
     if video.job.output.resume and (latents := _kept_latents(models, video)) is not None:
         return latents
-    task = _task(models, video, conditioning)
+    task = _task(models, video, conditions)
     checkpoints = checkpoints_of(models, task)
     if task.resume:
         checkpoints.adopt()
@@ -98,12 +110,12 @@ def denoise_video(models: EngineModels, video: Video, conditioning: Conditioning
     return latents
 
 
-def _task(models: EngineModels, video: Video, conditioning: Conditioning) -> DenoiseTask:
+def _task(models: EngineModels, video: Video, conditions: Conditions) -> DenoiseTask:
     job = video.job
     return DenoiseTask(
         job.request,
         video.index,
-        conditioning,
+        conditions,
         video_digest(models, video),
         about={"request": job.request.recorded(), "seed": video.seed, "model": models.about},
         writer=job.id,

@@ -15,7 +15,7 @@ from torch import Tensor
 from wanduet.config import EngineConfig
 from wanduet.distributed.launch import COLLECTIVE_TIMEOUT, RankGroup
 from wanduet.engine.job import Video
-from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, work
+from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, EncodedVideo, EncodeVideoTask, work
 from wanduet.errors import CancelledError
 from wanduet.planning.cost import step_seconds
 from wanduet.planning.plan import Plan
@@ -25,7 +25,7 @@ from wanduet.runtime.leases import GROUP
 from wanduet.runtime.models import Models
 from wanduet.runtime.peaks import add_up, join
 from wanduet.sampling.denoise import StepInfo
-from wanduet.stages.denoise import DenoiseTask
+from wanduet.stages.task import DenoiseTask
 
 # The timeout of a collective is at least this many predicted steps. A GPU's collectives are queued at the beginning of
 # a forward, and wait until all other ranks have computed theirs, however slow they are.
@@ -56,6 +56,25 @@ class Group:
     def preload(self, plan: Plan, request: ResolvedRequest, job: str) -> None:
         """Make the ranks load the transformer for the job with this id. Does not wait."""
         self._ranks.send(Assignment(plan, request, None, job))
+
+    def encode_video(self, video: Video) -> Tensor:
+        """Return normalised latents `[16, T, h, w]` float32 of the request's input video. Raises as `denoise` does."""
+        job = video.job
+        number = self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
+        while True:
+            if job.cancelled:
+                self._ranks.cancel(number)  # the ranks skip it, or stop between two chunks of frames
+                raise CancelledError("The job was cancelled.")
+            message = self._next(number)
+            if isinstance(message, Event):
+                job.emit(message)
+            elif isinstance(message, EncodedVideo):
+                for event in message.notes:
+                    video.record.note(event)
+                join(job.rank_peaks, message.peaks)
+                if message.latents is None:
+                    raise CancelledError("The job was cancelled.")
+                return message.latents
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """Return latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.

@@ -39,7 +39,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
-from wanduet.stages.denoise import Conditioning
+from wanduet.stages.task import Conditions
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Engine:
         self.models = EngineModels(config)
         self.trace = Trace()
         self._to_encode: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._to_denoise: queue.Queue[tuple[Job, Conditioning] | None] = queue.Queue(maxsize=1)
+        self._to_denoise: queue.Queue[tuple[Job, Conditions] | None] = queue.Queue(maxsize=1)
         self._to_decode: queue.Queue[Denoised | None] = queue.Queue(maxsize=1)
         self._guard = threading.Lock()  # for `_open` and `_closed`: no job is queued after the engine closes
         self._closing = threading.Lock()
@@ -236,8 +236,8 @@ class Engine:
         self.models.checkpoint.verify(job.context)
         with self.trace.span("encode", job):
             self.models.preload(job.plan, job.request, job.context)
-            conditioning = generate.encode_prompt(self.models, job)
-        self._to_denoise.put((job, conditioning))
+            conditions = generate.encode(self.models, job)
+        self._to_denoise.put((job, conditions))
 
     def _denoise(self) -> None:
         while (item := self._to_denoise.get()) is not None:
@@ -245,21 +245,21 @@ class Engine:
             del item
         self._to_decode.put(None)
 
-    def _denoise_job(self, job: Job, conditioning: Conditioning) -> None:
+    def _denoise_job(self, job: Job, conditions: Conditions) -> None:
         plan = job.plan
         for video in job.videos:
             if plan.strategy != video.plan.strategy:  # the group failed at the video before
                 video.plan = plan
-            self._attempt(job, partial(self._denoise_video, video, conditioning))
+            self._attempt(job, partial(self._denoise_video, video, conditions))
             plan = video.plan
 
-    def _denoise_video(self, video: Video, conditioning: Conditioning) -> None:
+    def _denoise_video(self, video: Video, conditions: Conditions) -> None:
         finished = generate.finished_video(self.models, video)
         if finished is not None:
             self._to_decode.put(Denoised(video, finished))
             return
         with self.trace.span("denoise", video.job):
-            latents = generate.denoise_video(self.models, video, conditioning)
+            latents = generate.denoise_video(self.models, video, conditions)
         self._to_decode.put(Denoised(video, latents))
 
     def _decode(self) -> None:

@@ -27,6 +27,7 @@ from wanduet.folders import never_make
 from wanduet.kernels.attention.choose import choose_together
 from wanduet.kernels.host_copy import HostCopy
 from wanduet.media.files import atomic_output
+from wanduet.media.input_video import frames_of
 from wanduet.models.vae.rows import Rows
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
@@ -37,8 +38,10 @@ from wanduet.runtime.peaks import add_up, look, reset
 from wanduet.runtime.release import trim_cache
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
-from wanduet.stages.denoise import DenoiseTask, Denoising, Surroundings
+from wanduet.stages.denoise import denoise
+from wanduet.stages.encode_video import encode_video
 from wanduet.stages.record import VideoRecord
+from wanduet.stages.task import DenoiseTask, StepHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,26 @@ class DecodeTask:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeVideoTask:
+    """Encode the request's input video, on rank 0: the file is read on the same host."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedVideo:
+    """Rank 0's report of an encode: normalised latents `[16, T, h, w]` float32 on the host."""
+
+    latents: Tensor | None  # None: cancelled
+    notes: tuple[str, ...]
+    peaks: dict[str, int]  # peak bytes by device of this rank
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """One task for the ranks, with its plan."""
 
     plan: Plan
     request: ResolvedRequest
-    task: DenoiseTask | DecodeTask | None  # None: only load the transformer
+    task: EncodeVideoTask | DenoiseTask | DecodeTask | None  # None: only load the transformer
     job: str = ""  # the job's id
 
 
@@ -101,6 +118,9 @@ def work(rank: Rank, config: EngineConfig) -> None:
         plan, request = _own_plan(assignment.plan, rank), assignment.request
         if assignment.task is None:
             models.transformer.preload(plan, request, RunContext(assignment.job))
+        elif isinstance(assignment.task, EncodeVideoTask):
+            if rank.index == 0:
+                _encode_video(rank, models, plan, assignment)
         elif isinstance(assignment.task, DecodeTask):
             latents = denoised if assignment.task.latents is None else assignment.task.latents
             assert latents is not None
@@ -136,6 +156,17 @@ class _Run:
     speeds: tuple[float, ...]
 
 
+def _encode_video(rank: Rank, models: Models, plan: Plan, assignment: Assignment) -> None:
+    record = VideoRecord(0, assignment.request.seed)
+    context = RunContext(assignment.job, rank.report, rank.cancelled, note=record.note)
+    latents: Tensor | None
+    try:
+        latents = encode_video(models, plan, frames_of(assignment.request), record, context)
+    except CancelledError:
+        latents = None
+    rank.report(EncodedVideo(latents, tuple(record.notes), _own_peaks(rank)))
+
+
 def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor | None:
     """Return the latents, the same on every rank; None if the task was cancelled."""
     first, record = rank.index == 0, run.record
@@ -150,22 +181,14 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
         if first:
             rank.report(Denoised(None, None, (), look(), 0.0))
         return None
-    seconds_of_others = 0.0
     context = RunContext(run.job, emit, add_time=record.timings.add, note=record.note)
     with models.transformer.use(run.plan, task.request, context) as denoiser, ShownSteps(rank) as shown:
         _agree(denoiser)
         _share(denoiser, run.mesh, run.speeds)
-        around = Surroundings(
-            record,
-            replace(context, should_cancel=rank.cancelled),
-            watch=shown if first and task.watched else None,
-            mesh=run.mesh,
-            keeps_checkpoints=first,
-        )
+        hooks = StepHooks(watch=shown if first and task.watched else None)
+        context = replace(context, should_cancel=rank.cancelled)
         try:
-            denoising = Denoising(task, models.spec, denoiser, checkpoints, around)
-            latents = denoising()
-            seconds_of_others = denoising.seconds_of_others
+            latents = denoise(task, denoiser, checkpoints if first else None, hooks, record, context)
         except CancelledError:
             latents = None
         except KernelFailedError as error:  # the other ranks wait for this one: the group restarts without that kernel
@@ -180,7 +203,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             tuple(record.notes),
             peaks,
             record.timings["prepare_s"],
-            seconds_of_others,
+            record.timings["denoise_s"],
         )
         rank.report(report)
     return latents
@@ -228,6 +251,7 @@ def _agree(denoiser: LoadedTransformer) -> None:
 def _share(denoiser: LoadedTransformer, mesh: Mesh, speeds: tuple[float, ...]) -> None:
     """Install the mesh's sharding in the transformer: a part of the sequence, larger on faster ranks, or with CFG
     parallelism a part of the work that both prompts share."""
+    denoiser.mesh = mesh
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))

@@ -12,10 +12,13 @@ from wanduet.engine.job import Video
 from wanduet.engine.record import video_digest
 from wanduet.errors import CancelledError, ConfigError, NonFiniteFramesError, OutOfMemoryError
 from wanduet.media.files import atomic_output
+from wanduet.media.input_video import frames_of
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.stages.decode import Sink, decode
-from wanduet.stages.denoise import DenoiseTask, Denoising, Surroundings
-from wanduet.stages.fallback import DenoiseFallback, reserve_decode
+from wanduet.stages.denoise import denoise
+from wanduet.stages.encode_video import encode_video
+from wanduet.stages.fallback import reserve_decode
+from wanduet.stages.task import DenoiseTask, StepHooks
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,12 @@ GROUP_ATTEMPTS = 3  # how often a group of ranks is started for one video
 
 class Strategy(Protocol):
     """Makes one video. Deviations from the plan are recorded in the video's record and plan."""
+
+    def encode_video(self, video: Video) -> Tensor:
+        """Encode the input video of a request. Return normalised latents `[16, T, h, w]` float32 on the host.
+
+        Raises CancelledError, InvalidRequestError (the file has changed), NonFiniteFramesError, OutOfMemoryError.
+        """
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """Denoise a video. Return latents `[16, T, h, w]` float32 on the host.
@@ -45,6 +54,11 @@ class LocalStrategy:
     def __init__(self, models: EngineModels) -> None:
         self._models = models
 
+    def encode_video(self, video: Video) -> Tensor:
+        """See Strategy."""
+        frames = frames_of(video.request)
+        return encode_video(self._models, video.plan, frames, video.record, video.context)
+
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """See Strategy."""
         models, job, record, context = self._models, video.job, video.record, video.context
@@ -52,11 +66,9 @@ class LocalStrategy:
             with models.locks.if_idle(video.plan.vae.device) as idle:
                 if idle:  # else a decode is running there, so its memory is allocated already
                     video.plan = reserve_decode(video.plan, video.request, models.memory, context)
-            around = Surroundings(record, context, job.on_step, job.watch, DenoiseFallback(context, denoiser))
-            denoising = Denoising(task, models.spec, denoiser, checkpoints_of(models, task), around)
-            latents = denoising()
+            hooks = StepHooks(job.on_step, job.watch)
+            latents = denoise(task, denoiser, checkpoints_of(models, task), hooks, record, context)
             record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
-        context.add_time("denoise_s", denoising.seconds_of_others)
         return latents
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
@@ -78,6 +90,18 @@ class GroupStrategy:
 
     def __init__(self, models: EngineModels) -> None:
         self._models, self._local = models, LocalStrategy(models)
+
+    def encode_video(self, video: Video) -> Tensor:
+        """See Strategy. Rank 0 encodes; if the group fails, this process does."""
+        try:
+            with self._models.group(video.plan, video.request) as group, video.context.timed("encode_video_s"):
+                return group.encode_video(video)
+        except RankFailedError as error:
+            problem = error
+        video.job.check_cancelled()
+        log.warning("%s Encoding the input video without a group.", problem.message)
+        video.record.note(f"encode_video: without a group ({problem.message})")
+        return self._local.encode_video(video)
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """See Strategy. A failed group is restarted, up to GROUP_ATTEMPTS starts, and resumes from the last checkpoint.

@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # the engine brings torch, which a process that only looks af
 log = structlog.get_logger(__name__)
 
 # Progress in percent at the start and end of each phase, by the phases' shares of a 50-step video.
-SPANS = {"verify": (0.0, 0.0), "load": (0.0, 2.0), "encode": (2.0, 5.0), "denoise": (5.0, 90.0), "decode": (90.0, 99.0)}
+SPANS = {
+    "verify": (0.0, 0.0),
+    "load": (0.0, 2.0),
+    "encode": (2.0, 5.0),
+    "encode_video": (5.0, 5.0),
+    "denoise": (5.0, 90.0),
+    "decode": (90.0, 99.0),
+}
 _BEATS = 5  # renewals in a lease's length: four may fail before another worker takes the job
 
 

@@ -29,7 +29,7 @@ _MATRIX_UNSPECIFIED = 2
 _HD_HEIGHT = 720
 # swscale's RGB is off by up to 2.7 levels on solid colours without the full-chroma flags, by 0.7 with them.
 # bitexact makes its result the same on every CPU.
-_SCALER_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+_SCALER_FLAGS = "+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 # H.264 places the chroma sample of a 2x2 block at its left edge; swscale's default is the middle.
 CHROMA_SITE = "left"
 
@@ -136,12 +136,14 @@ class ToVideoFrame:
 
 
 class ToRGB:
-    """Converts the `av.VideoFrame`s of one video to RGB `[H, W, 3]` by their colour tags.
+    """Converts the `av.VideoFrame`s of one video to RGB `[H, W, 3]` by their colour tags, or to RGBA.
 
-    As in players, video without tags is BT.709 from 720 rows up, BT.601 below.
+    As in players, video without tags is BT.709 from 720 rows up, BT.601 below. `size`, height and width: also scales.
     """
 
-    def __init__(self, first: Any) -> None:
+    def __init__(self, first: Any, size: tuple[int, int] | None = None, pixel_format: str = "rgb24") -> None:
+        height, width = size or (first.height, first.width)
+        scaling = "" if (height, width) == (first.height, first.width) else f"w={width}:h={height}:"
         matrix = "auto"
         if int(first.colorspace) == _MATRIX_UNSPECIFIED and not first.format.is_rgb:
             matrix = "bt709" if first.height >= _HD_HEIGHT else "bt601"
@@ -149,7 +151,8 @@ class ToRGB:
             f"video_size={first.width}x{first.height}:pix_fmt={first.format.name}:time_base=1/1"
             f":colorspace={int(first.colorspace)}:range={int(first.color_range)}"
         )
-        self._graph = _scale_graph(source, f"in_color_matrix={matrix}:out_range=pc:", "rgb24")
+        options = f"{scaling}in_color_matrix={matrix}:out_range=pc:"
+        self._graph = _scale_graph(source, options, pixel_format, "lanczos" if scaling else "bicubic")
 
     def __call__(self, frame: Any) -> Frame:
         """Convert one frame."""
@@ -157,13 +160,13 @@ class ToRGB:
         return cast(Frame, self._graph.pull().to_ndarray())
 
 
-def _scale_graph(source: str, colours: str, pixel_format: str) -> Any:
-    """A filter graph that converts colours. PyAV's own reformatter cannot set the chroma location."""
+def _scale_graph(source: str, options: str, pixel_format: str, method: str = "bicubic") -> Any:
+    """A filter graph that converts colours, and scales if `options` has a size. PyAV's own reformatter cannot set the chroma location."""
     graph = av.filter.Graph()
     graph.threads = 1
     steps = (
         graph.add("buffer", source),
-        graph.add("scale", colours + _SCALER_FLAGS),
+        graph.add("scale", f"{options}flags={method}{_SCALER_FLAGS}"),
         graph.add("format", f"pix_fmts={pixel_format}"),
         graph.add("buffersink"),
     )

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 
@@ -18,8 +18,7 @@ from wanduet.media.files import UnreadableFileError
 from wanduet.media.truncation import promised_bytes
 from wanduet.untrusted import check_regular, cut, describe_file, open_regular, read_safetensors_header
 
-# Only these containers, and no files that they refer to: a playlist could name any file or address.
-_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,matroska,webm"}
+_CONTAINERS = "mov,mp4,matroska,webm"
 # A file of latents or embeddings has one tensor, and metadata of about a prompt's size.
 _HEADER_LIMIT = 16 * 2**20
 # Fail after reading so much without a picture; an uncompressed picture of the largest size takes 0.8 GiB.
@@ -46,7 +45,7 @@ def read_frames(path: Path | str) -> Iterator[Frame]:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         convert: ToRGB | None = None
-        for packet in _packets(container):
+        for packet in packets(container, stream):
             for frame in packet.decode():
                 convert = convert or ToRGB(frame)
                 yield convert(frame)
@@ -58,7 +57,7 @@ def probe(path: Path | str) -> dict[str, Any]:
     with _open_video(path) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        count = sum(1 for packet in _packets(container) if packet.size)
+        count = sum(1 for packet in packets(container, stream) if packet.size)
         fps = stream.average_rate or stream.guessed_rate  # both may be unknown for a damaged file
         return {
             "container": container.format.name,
@@ -167,9 +166,23 @@ class _Bounded(io.BufferedIOBase):
         return True
 
 
-def _packets(container: Any) -> Iterator[Any]:
-    """The packets of the video stream, and a last, empty one that flushes the decoder."""
-    for packet in container.demux(container.streams.video[0]):
+def open_container(file: BufferedReader, containers: str, **options: str) -> Any:
+    """Open a file with PyAV, for `packets`. `containers`: the names of the allowed ones, separated by commas.
+
+    Files that it refers to are not opened: a playlist could name any file or address.
+    """
+    options |= {"protocol_whitelist": "none", "format_whitelist": containers}
+    return av.open(_Bounded(file), "r", options=options, io_open=_refuse_other_files)
+
+
+def _refuse_other_files(*_: Any) -> NoReturn:
+    raise PermissionError("A video's file may not open others.")
+
+
+def packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the packets of one stream, and a last, empty one that flushes the decoder. Raises OSError if a gigabyte of
+    the file has none."""
+    for packet in container.demux(stream):
         container.file.file.left = _MOST_WITHOUT_A_PACKET
         yield packet
 
@@ -193,7 +206,7 @@ def _open_video(path: Path) -> Iterator[Any]:
     """Open a container; all errors inside the context are raised as UnreadableFileError."""
     try:
         _require_whole(path)
-        with open_regular(path) as file, av.open(_Bounded(file), "r", options=_OPEN_OPTIONS) as container:
+        with open_regular(path) as file, open_container(file, _CONTAINERS) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise UnreadableFileError(f"{path} holds no video that can be read.")
             yield container

@@ -33,12 +33,17 @@ class TransformerPlan:
 
 @dataclass(frozen=True, slots=True)
 class VAEPlan:
-    """How the VAE decodes. `tiling`: number and order of its row tiles. `tf32`: its float32 products may use TF32."""
+    """How the VAE decodes, and encodes an input video.
+
+    `tiling`: number and order of the decode's row tiles. `tf32`: its float32 products may use TF32. `encode_tiles`: the
+    number of an encode's row tiles.
+    """
 
     device: str
     dtype: str
     tiling: Tiling
     tf32: bool
+    encode_tiles: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ DECODE_MODES = (
     *(Tiling("frame", strips) for strips in (1, 2, 4)),
     *(Tiling("strip", strips) for strips in (2, 3, 4, 6, 8, 12, 16)),
 )
+ENCODE_TILES = (1, 2, 4, 8, 16)
 
 
 class Candidate(NamedTuple):

@@ -9,8 +9,10 @@ from typing import Literal
 
 from wanduet.errors import CancelledError
 
-Phase = Literal["verify", "load", "encode", "denoise", "decode", "done", "failed"]
+Phase = Literal["verify", "load", "encode", "encode_video", "denoise", "decode", "done", "failed"]
 TIMING_NAMES = ("verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
+# Only in the timings of jobs that have the phase.
+RARE_TIMING_NAMES = ("encode_video_s",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Timings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds = dict.fromkeys(TIMING_NAMES, 0.0)
+        self._seconds = dict.fromkeys((*TIMING_NAMES, *RARE_TIMING_NAMES), 0.0)
 
     def __getitem__(self, name: str) -> float:
         """Return the seconds of one phase so far."""
@@ -49,12 +51,13 @@ class Timings:
 
     @staticmethod
     def sum(*parts: "Timings") -> dict[str, float]:
-        """Return the sum of each phase over all parts."""
+        """Return the sum of each phase over all parts; of RARE_TIMING_NAMES only those that are not 0."""
         copies = []
         for part in parts:
             with part._lock:
                 copies.append(dict(part._seconds))
-        return {name: sum(copy[name] for copy in copies) for name in TIMING_NAMES}
+        sums = {name: sum(copy[name] for copy in copies) for name in (*TIMING_NAMES, *RARE_TIMING_NAMES)}
+        return {name: seconds for name, seconds in sums.items() if seconds or name in TIMING_NAMES}
 
 
 def _never() -> bool:
@@ -70,7 +73,8 @@ class RunContext:
     """Callbacks from a piece of work to its job. The defaults do nothing, for work without a job.
 
     `id` is the job's id. `emit` publishes progress. `should_cancel` returns True once the job is cancelled;
-    `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES.
+    `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES or
+    RARE_TIMING_NAMES.
     `note` records a deviation from the plan, in a few words that go into the video's metadata. All may be called from
     any thread.
     """

@@ -86,6 +86,10 @@ class TransformerHost:
             denoiser.restream(part.resident_blocks)
         return denoiser
 
+    def settle(self, context: RunContext) -> None:
+        """Wait until no load of the transformer is running; starts none. Raises CancelledError."""
+        self._loading.settle(context)
+
     def evict(self, device: str) -> None:
         """Move the transformer's blocks off a device; the next `use` moves them back."""
         with self._locks.take(device):
@@ -172,7 +176,7 @@ class TransformerHost:
         if checkpoint.folder is not None:
             self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
-        return LoadedTransformer(transformer, device, dtype, plan.resident_blocks, context.memory)
+        return LoadedTransformer(spec, transformer, device, dtype, plan.resident_blocks, context.memory)
 
     def _fill(self, parameters: dict[str, nn.Parameter]) -> None:
         """Write the checkpoint's weights, or random ones, into parameters."""

@@ -7,9 +7,11 @@ import torch
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, stream_blocks
-from wanduet.kernels.attention.backends import AttentionLseFn
+from wanduet.distributed.mesh import Mesh
+from wanduet.family.specs import ModelSpec
+from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
-from wanduet.kernels.dit.plain import Kernels
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
 from wanduet.runtime.release import drop_memory
@@ -19,13 +21,15 @@ SWAPPED_OUT = -1  # `resident_blocks` after `swap_out`
 
 @dataclass(slots=True)
 class LoadedTransformer:
-    """The loaded transformer, and the settings it was loaded with."""
+    """The loaded transformer, and the settings it was loaded with. `mesh`: the ranks that share its work, if any."""
 
+    spec: ModelSpec
     transformer: WanTransformer
     device: torch.device
     dtype: torch.dtype
     resident_blocks: int
     memory: HostMemory  # for blocks that are not on the device
+    mesh: Mesh | None = None
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
@@ -44,6 +48,15 @@ class LoadedTransformer:
         if self.chosen is not None:
             shape, _, choice = self.chosen
             self.chosen = (shape, kernels, choice)
+
+    def use_plain_kernels(self) -> bool:
+        """Use PyTorch's implementation of every operation until the next job. Return False if all are in use already."""
+        runtime = self.transformer.runtime
+        if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa:
+            return False
+        self.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa)
+        self.attention = "sdpa"
+        return True
 
     def restream(self, resident_blocks: int) -> None:
         """Keep `resident_blocks` blocks on the device, and stream the others from the host."""

@@ -71,6 +71,17 @@ class Loading:
         except NotBegun:
             raise CancelledError("The engine is closed.") from None
 
+    def settle(self, context: RunContext) -> None:
+        """Wait until no load is running. A failure is left for the next `wait` to raise. Raises CancelledError."""
+        with self._lock:
+            load = self._load
+        while load is not None and not load.done():
+            context.check_cancelled()
+            wait((load,), POLL)
+        with self._lock:
+            if load is not None and self._load is load and not _failed(load):
+                self._load, self.loaded = None, load.result()
+
     def drop(self) -> None:
         """Free the transformer's memory. No thread may use it."""
         if self.loaded is not None:

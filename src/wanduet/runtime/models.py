@@ -65,6 +65,22 @@ class Models:
                 self.transformer.evict(device)
             yield self.vae.load(device, plan.vae.dtype, context)
 
+    @contextmanager
+    def encoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:
+        """Yield a VAE with only its encoder loaded, on a device, for the block, which has the locks of both. If the
+        plan swaps the two models, move the transformer's blocks off the device first.
+
+        Where the transformer is being loaded, wait for that: its blocks may have to be moved, and attention is being
+        measured. Raises WeightsError, or CancelledError if the job is cancelled meanwhile.
+        """
+        with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
+            if plan.transformer.device == device:
+                self.transformer.settle(context)
+            if not plan.both_resident:
+                self.transformer.evict(device)
+            with self.vae.encoder(device, plan.vae.dtype, context) as vae:
+                yield vae
+
     def text(self, plan: TextPlan) -> PromptEncoder:
         """Return the prompt encoder of a plan, cached until the plan changes."""
         if self._text is None or self._text[0] != plan:

@@ -37,6 +37,16 @@ def check_vae(vae: WanVAE) -> float:
     return _check("VAE", float(pixels.float().std()), (1e-4, 1.0))
 
 
+@torch.no_grad()
+def check_vae_encoder(vae: WanVAE) -> float:
+    """Return the standard deviation of the posterior's mode, not normalised, for one frame of noise. Raises
+    WeightsError if it is out of range."""
+    weight, side = vae.quant_conv.weight, 4 * vae.spec.spatial_stride
+    noise = torch.rand(1, 3, 1, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    mode = vae.encode_moments((2 * noise - 1).to(weight.device, weight.dtype)).chunk(2, dim=1)[0]
+    return _check("VAE's encoder", float(mode.float().std()), (1e-4, 100.0))
+
+
 def _check(name: str, std: float, sane: tuple[float, float]) -> float:
     if not sane[0] <= std <= sane[1]:  # also true for NaN
         raise WeightsError(f"The {name}'s self-test failed: its output's deviation is {std:.3g}.", hint=_HINT)

@@ -1,6 +1,9 @@
-"""The host of the VAE's decoder: loads it once, moves it to the planned device, and installs that device's kernels."""
+"""The host of the VAE. It loads the decoder once, moves it to the planned device, and installs that device's kernels.
+The encoder is loaded only for as long as a video is encoded."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,7 +44,7 @@ class VAEHost:
     def _load(self, device: torch.device, dtype: torch.dtype, context: RunContext) -> WanVAE:
         if self._vae is None:
             began = time.perf_counter()
-            self._vae = self._read(device, dtype)
+            self._vae = self._read(device, dtype, encodes=False)
             loaded = time.perf_counter()
             self._fit_to(device, dtype)
             context.add_time("load_s", loaded - began)
@@ -53,36 +56,57 @@ class VAEHost:
             self._fit_to(device, dtype)
         return self._vae
 
-    def _read(self, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    @contextmanager
+    def encoder(self, device: str, dtype: str, context: RunContext = NO_JOB) -> Iterator[WanVAE]:
+        """Yield a VAE with only its encoder loaded, with PyTorch's kernels, and free it after the block. A loaded
+        decoder stays as it is. Raises WeightsError."""
+        on = torch.device(device)
+        began = time.perf_counter()
+        vae = self._read(on, getattr(torch, dtype), encodes=True)
+        self._lay_out(vae, on)
+        context.add_time("load_s", time.perf_counter() - began)
+        try:
+            yield vae
+        finally:
+            drop_memory(vae)
+            release_memory()
+
+    def _read(self, device: torch.device, dtype: torch.dtype, encodes: bool) -> WanVAE:
+        """Return a VAE with only its encoder or its decoder loaded; the other stays on the meta device."""
         checkpoint = self._checkpoint
         with meta_init():
             vae = WanVAE(checkpoint.spec.vae).eval().requires_grad_(False)
         vae.tf32 = checkpoint.config.tf32
         checkpoint.limit_memory(device)
-        for part in vae.decoding_parts:  # the VAE's encoder stays on the meta device
+        needed = vae.encodes if encodes else vae.decodes
+        for part in vae.encoding_parts if encodes else vae.decoding_parts:
             part.to(dtype).to_empty(device=device)
-        parameters = {name: p for name, p in vae.named_parameters() if vae.decodes(name)}
+        parameters = {name: p for name, p in vae.named_parameters() if needed(name)}
         if checkpoint.folder is None:
             randomise(parameters)
         else:
             checkpoint.verify()
-            rest = [name for name, _ in vae.named_parameters() if not vae.decodes(name)]
+            rest = [name for name, _ in vae.named_parameters() if not needed(name)]
             checkpoint.folder.vae.load_into({n: p.data for n, p in parameters.items()}, ignore=rest)
-            selftest.check_vae(vae)
+            (selftest.check_vae_encoder if encodes else selftest.check_vae)(vae)
         return vae
 
     def _fit_to(self, device: torch.device, dtype: torch.dtype) -> None:
         assert self._vae is not None
         config, spec = self._checkpoint.config, self._checkpoint.spec.vae
-        if device.type == "cuda":
-            self._vae.channels_last()
-            if config.tf32:
-                self._vae.round_to_tf32()
+        self._lay_out(self._vae, device)
         kernels = vae_kernels_for(device, dtype, spec.base_dim, config.tf32)
         if kernels.causal_conv is VAE_TRITON_KERNELS.causal_conv:
             self.choose_tiles(device, dtype)
         self._vae.use_kernels(guarded(kernels))
         self._checkpoint.keep_verdicts()
+
+    def _lay_out(self, vae: WanVAE, device: torch.device) -> None:
+        """Store a VAE's weights in the form in which a device computes."""
+        if device.type == "cuda":
+            vae.channels_last()
+            if self._checkpoint.config.tf32:
+                vae.round_to_tf32()
 
     def choose_tiles(self, device: torch.device, dtype: torch.dtype, may_measure: bool = True) -> None:
         """Choose the fastest tile sizes for the VAE's convolutions on a device. `may_measure` allows measuring them;

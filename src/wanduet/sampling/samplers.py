@@ -29,6 +29,9 @@ class Sampler(Protocol):
     timesteps: list[float]  # 1000 (noise) to 0, one per step, as the model takes them
     sigmas: list[float]  # noise level before each step, and after the last, 0..1
 
+    def begin_at(self, step: int) -> None:
+        """Leave out the steps before `step`. Call it before the first step only."""
+
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """Return the latents after step `index`. All tensors are float32 of one shape."""
 
@@ -49,6 +52,10 @@ class SchedulerSampler:
         self._steps = list(scheduler.timesteps.cpu())
         self.timesteps = [float(t) for t in self._steps]
         self.sigmas = [float(s) for s in scheduler.sigmas]
+
+    def begin_at(self, step: int) -> None:
+        """See Sampler."""
+        self._scheduler.set_begin_index(step)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """See Sampler."""

@@ -15,6 +15,7 @@ from wanduet.footprint.phases import ModelMemory
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.plan import Plan, VAEPlan
 from wanduet.planning.planner import LATER_JOBS_SHARE
+from wanduet.planning.search import ENCODE_TILES
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
@@ -95,6 +96,18 @@ def decode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, Tili
         context.wait(WAIT_SECONDS)
         yield plan.device, SMALLER_DECODES[-1]
         yield "cpu", Tiling("strip", 8)
+
+
+def encode_modes(plan: VAEPlan, context: RunContext) -> Iterator[tuple[str, int]]:
+    """Yield `(device, number of row tiles)` to encode with: the plan's, then smaller ones, finally the CPU."""
+    yield plan.device, plan.encode_tiles
+    for num_tiles in ENCODE_TILES:
+        if num_tiles > plan.encode_tiles:
+            yield plan.device, num_tiles
+    if plan.device != "cpu":
+        context.wait(WAIT_SECONDS)
+        yield plan.device, ENCODE_TILES[-1]
+        yield "cpu", 8
 
 
 def reserve_decode(plan: Plan, request: ResolvedRequest, memory: ModelMemory, context: RunContext) -> Plan:

@@ -26,8 +26,9 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.models import Models
 from wanduet.runtime.release import forget_traceback
-from wanduet.stages.denoise import Denoising, TransformerPredictor
+from wanduet.stages.denoise import _Denoise
 from wanduet.stages.fallback import DenoiseFallback
+from wanduet.stages.predict import TransformerPredictor
 
 REQUEST = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 5}
 STRATEGIES = {
@@ -176,7 +177,7 @@ def test_memory_goes_even_where_somebody_holds_the_model(single, tmp_path) -> No
 def test_a_denoise_leaves_no_circle_of_references(single, tmp_path, monkeypatch) -> None:
     """Python would collect one when it has counted enough objects, whatever gigabytes hang on it."""
     seen: list[weakref.ref[Any]] = []
-    for kind in (Denoising, DenoiseFallback):
+    for kind in (_Denoise, DenoiseFallback):
         whole = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, _w=whole: seen.append(weakref.ref(self)) or _w(self, *a))
     with Engine(single) as engine:
@@ -395,7 +396,7 @@ def test_a_device_that_fails_at_every_call_does_not_stop_a_stage(single, tmp_pat
     with Engine(single) as engine:
         with monkeypatch.context() as patch:
             patch.setattr("wanduet.engine.pipeline.release_memory", fails)
-            patch.setattr(generate, "encode_prompt", lambda *_: 1 / 0)
+            patch.setattr(generate, "encode", lambda *_: 1 / 0)
             for number in range(2):
                 with pytest.raises(ZeroDivisionError):
                     begin(engine, tmp_path / f"{number}.mkv").result(60)

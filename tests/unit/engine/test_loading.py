@@ -72,7 +72,7 @@ def test_a_job_that_fails_leaves_the_load_to_the_next(begin, loads, monkeypatch)
             assert loads.begun.wait(60)
             raise OutputError("The disk is full.")
 
-        patch.setattr("wanduet.engine.generate.encode_prompt", fail)
+        patch.setattr("wanduet.engine.generate.encode", fail)
         with pytest.raises(OutputError):
             begin("a").result(60)
     following = begin("b")
@@ -178,7 +178,7 @@ def test_close_ends_a_load_between_two_tensors(config, tmp_path, monkeypatch) ->
             yield item
 
     monkeypatch.setattr(TensorFiles, "iterate", slowed)
-    monkeypatch.setattr("wanduet.engine.generate.encode_prompt", lambda *_: go_on.wait(60))
+    monkeypatch.setattr("wanduet.engine.generate.encode", lambda *_: go_on.wait(60))
     engine = Engine(config)
     job = engine.submit(GenerationRequest(**SMALL), OutputOptions(tmp_path / "a.mkv", "ffv1"))
     assert reached.wait(60)

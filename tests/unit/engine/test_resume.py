@@ -5,7 +5,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from wanduet.planning.plan import VAEPlan
 from wanduet.request import GenerationRequest
 from wanduet.runtime import dit_host
 from wanduet.runtime.context import RunContext
+from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.samplers import make_sampler
-from wanduet.stages.denoise import Denoising, Surroundings, TextPredictor
+from wanduet.stages.predict import TextPredictor, TransformerPredictor
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
 Run = Callable[..., Job]
@@ -243,7 +243,7 @@ def test_nan_ends_the_job_and_a_resume_goes_on_before_it(run, poisoned) -> None:
 def test_nan_is_tried_again_on_plain_kernels_from_the_last_good_step(run, poisoned, monkeypatch) -> None:
     whole = frames(run("whole"))
     interrupt(run, 5)  # another run's steps are not taken for it
-    monkeypatch.setattr(Denoising, "_use_plain_kernels", lambda self: poisoned(-1) or True)
+    monkeypatch.setattr(LoadedTransformer, "use_plain_kernels", lambda self: poisoned(-1) or True)
     poisoned(3)
     job, steps = steps_of(run)
     assert steps == [0, 1, 2, 3, 3, 4, 5]
@@ -254,7 +254,7 @@ def test_nan_is_tried_again_on_plain_kernels_from_the_last_good_step(run, poison
 def test_a_cancel_before_the_plain_kernels_run_keeps_the_last_good_step(run, poisoned, monkeypatch) -> None:
     whole = frames(run("whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(Denoising, "_use_plain_kernels", lambda self: run.cancel() or True)
+        patch.setattr(LoadedTransformer, "use_plain_kernels", lambda self: run.cancel() or True)
         poisoned(3)
         with pytest.raises(CancelledError):
             run()
@@ -360,7 +360,7 @@ def test_attention_is_given_the_step_also_by_a_denoise_that_goes_on(run, monkeyp
 
 def test_a_predictor_that_remembers_goes_on_from_a_checkpoint_to_the_same_latents(run, monkeypatch) -> None:
     plain = frames(run("plain", save_latents=True))
-    monkeypatch.setattr("wanduet.engine.strategies.Surroundings", partial(Surroundings, wrap=EverySecondStep))
+    monkeypatch.setattr("wanduet.stages.denoise.make_predictor", lambda *a: EverySecondStep(TransformerPredictor(*a)))
     whole = frames(run("whole", save_latents=True))
     assert whole != plain
 

@@ -14,6 +14,7 @@ LABELS = {
     "verify": "Checking MiB",
     "load": "Loading",
     "encode": "Text encoder",
+    "encode_video": "Input video",
     "denoise": "Denoising",
     "decode": "Decoding",
 }

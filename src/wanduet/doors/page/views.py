@@ -17,6 +17,7 @@ PHASES = {
     "verify": "Checking the weights",
     "load": "Loading the model",
     "encode": "Reading the prompt",
+    "encode_video": "Reading the input video",
     "denoise": "Denoising",
     "decode": "Decoding",
 }

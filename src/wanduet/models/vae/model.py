@@ -257,6 +257,16 @@ class WanVAE(nn.Module):
 
     # Encoding.
 
+    @staticmethod
+    def encodes(name: str) -> bool:
+        """Whether encoding needs the parameter of this name."""
+        return name.startswith(("encoder.", "quant_conv."))
+
+    @property
+    def encoding_parts(self) -> tuple[nn.Module, ...]:
+        """The modules that encoding needs."""
+        return self.encoder, self.quant_conv
+
     def encode_step(
         self, frames: Tensor, feature_cache: FeatureCache, num_tiles: int = 1
     ) -> tuple[Tensor, FeatureCache]:

@@ -27,7 +27,7 @@ from wanduet.models.vae.tiles import Halo
 Frames = NDArray[np.uint8]  # [t, H, W, 3]
 OnFrames = Callable[[int, int], None]
 DecodeMid = Callable[[Tensor, FeatureCache], tuple[Tensor, FeatureCache]]  # as WanVAE.decode_mid
-_HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
+HINT = "Try --vae-dtype float32, or check the weights with `wanduet doctor`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class _FrameCopy:
         if self.copied is not None:
             self.copied.synchronize()
         if not all(bool(one.wait()) for one in self.finite):
-            raise NonFiniteFramesError("The VAE gave NaN or infinity instead of a picture.", hint=_HINT)
+            raise NonFiniteFramesError("The VAE gave NaN or infinity instead of a picture.", hint=HINT)
         array: Frames = self.host.numpy()
         return array
 
