@@ -191,12 +191,17 @@ class Rank:
         """Wait for the next message of the parent process and return it."""
         return self.mailbox.receive()
 
+    def cancelled_alone(self) -> bool:
+        """Return whether the task of the message received last is cancelled, as far as this rank knows; not a
+        collective, so for tasks of one rank only."""
+        return self.mailbox.task in self.mailbox.cancelled
+
     def cancelled(self) -> bool:
         """Return whether the task of the message received last is cancelled; the same on all ranks.
 
         This is a collective: all ranks must call it together, once in a step.
         """
-        flag = torch.tensor([self.mailbox.task in self.mailbox.cancelled], dtype=torch.int32)
+        flag = torch.tensor([self.cancelled_alone()], dtype=torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 

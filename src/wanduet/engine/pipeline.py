@@ -29,7 +29,7 @@ from wanduet.engine.trace import Trace
 from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
-from wanduet.media.input_video import resolve
+from wanduet.media.input_video import check_is_file, resolve
 from wanduet.media.names import Taken, take_given
 from wanduet.media.video import VideoSpec
 from wanduet.planning.hardware import Hardware, detect
@@ -119,6 +119,7 @@ class Engine:
                 "submit takes a GenerationRequest and OutputOptions, for example OutputOptions('clip.mp4')."
             )
         self._check_open()
+        check_is_file(request)
         resolved = resolve(request, self.models.spec)
         plan = self._plan(resolved)
         if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:

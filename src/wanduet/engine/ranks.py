@@ -158,10 +158,11 @@ class _Run:
 
 def _encode_video(rank: Rank, models: Models, plan: Plan, assignment: Assignment) -> None:
     record = VideoRecord(0, assignment.request.seed)
-    context = RunContext(assignment.job, rank.report, rank.cancelled, note=record.note)
+    context = RunContext(assignment.job, rank.report, rank.cancelled_alone, note=record.note)
     latents: Tensor | None
     try:
-        latents = encode_video(models, plan, frames_of(assignment.request), record, context)
+        request = assignment.request
+        latents = encode_video(models, plan, frames_of(request), record, context, request.num_frames)
     except CancelledError:
         latents = None
     rank.report(EncodedVideo(latents, tuple(record.notes), _own_peaks(rank)))

@@ -57,7 +57,7 @@ class LocalStrategy:
     def encode_video(self, video: Video) -> Tensor:
         """See Strategy."""
         frames = frames_of(video.request)
-        return encode_video(self._models, video.plan, frames, video.record, video.context)
+        return encode_video(self._models, video.plan, frames, video.record, video.context, video.request.num_frames)
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
         """See Strategy."""

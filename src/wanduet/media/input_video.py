@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -75,8 +75,35 @@ def read_source(path: Path) -> SourceVideo:
             _refuse(path, f"its pictures have {width}x{height} pixels; the longer side may be at most {MAX_PROPORTION} "
                     "times the shorter; crop it")  # fmt: skip
         length = end - clip.time_of(first)
-        clip.file.seek(0)
-        return SourceVideo(hashlib.file_digest(clip.file, "sha256").hexdigest(), height, width, float(max(length, 0)))
+        return SourceVideo(_hash(clip.file), height, width, float(max(length, 0)))
+
+
+def frames_of(request: ResolvedRequest) -> Callable[[], Iterator[NDArray[np.uint8]]]:
+    """Return a function that reads the frames of a request's input video from the start, see `read_frames`.
+
+    Reading raises InvalidRequestError if the file is not the one that it was when the request was resolved.
+    """
+    path, size = Path(request.input_video or ""), (request.generated_height, request.generated_width)
+
+    def frames() -> Iterator[NDArray[np.uint8]]:
+        with _open(path) as clip:
+            if _hash(clip.file) != request.input_sha256:
+                _refuse(path, "it has changed since it was given; give it again")
+        yield from read_frames(path, size, request.num_frames, request.fps)
+
+    return frames
+
+
+def check_is_file(request: GenerationRequest) -> None:
+    """Raise InvalidRequestError if the input video is named by a hash, as in the records of a video."""
+    if request.input_video is not None and request.input_video.startswith(INPUT_HASH):
+        wanted = "the path of that file: a record of a video has only its hash"
+        raise InvalidRequestError("input_video", request.input_video[:20] + "...", wanted)
+
+
+def _hash(file: Any) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_frames(path: Path, size: tuple[int, int], num_frames: int, fps: float) -> Iterator[NDArray[np.uint8]]:
