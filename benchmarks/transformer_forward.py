@@ -36,6 +36,7 @@ from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.choose import Choice, Shape, choose_attention
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, text_attention
 from wanduet.kernels.dit.rope import Rope
+from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.select import kernels_for
 from wanduet.models.dit.model import TextContext, WanTransformer
 from wanduet.planning.cost import attention_flop, product_flop
@@ -147,7 +148,7 @@ def section_kernels(report: Report) -> None:
             report.add("kernels", op=name, form=kernels.name, ms=round(ms, 4), tb_per_s=units * unit / ms / 1e9)
         up = torch.randn(ffn, width, device=DEVICE, dtype=BF16) / width**0.5
         bias = torch.randn(ffn, device=DEVICE, dtype=BF16)
-        ms = timed(partial(kernels.linear_gelu, y, up, bias), 10, 3) * 1e3
+        ms = timed(partial(kernels.linear_gelu, y, Weight(up), bias), 10, 3) * 1e3
         report.add(
             "kernels", op="linear_gelu", form=kernels.name, ms=round(ms, 4), tflops=2 * length * width * ffn / ms / 1e9
         )
@@ -156,7 +157,7 @@ def section_kernels(report: Report) -> None:
         w = torch.randn(outer, inner, device=DEVICE, dtype=BF16) / inner**0.5
         b = torch.randn(outer, device=DEVICE, dtype=BF16)
         for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
-            ms = timed(partial(kernels.linear, a[None], w, b, None), 10, 3) * 1e3
+            ms = timed(partial(kernels.linear, a[None], Weight(w), b, None), 10, 3) * 1e3
             tflops = 2 * length * inner * outer / ms / 1e9
             report.add("kernels", op=f"product {name}", form=kernels.name, ms=round(ms, 4), tflops=tflops)
 

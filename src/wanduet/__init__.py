@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from wanduet.config import EngineConfig
     from wanduet.doors.python.export import export_to_video
     from wanduet.doors.python.pipeline import WanPipeline
+    from wanduet.doors.python.video_to_video import WanVideoToVideoPipeline
     from wanduet.engine.job import Job, OutputOptions
     from wanduet.engine.pipeline import Engine
     from wanduet.errors import WanduetError
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Engine", "EngineConfig", "GenerationRequest", "Job", "OutputOptions", "WanPipeline", "WanduetError", "export_to_video",
+    "Engine", "EngineConfig", "GenerationRequest", "Job", "OutputOptions", "WanPipeline", "WanVideoToVideoPipeline",
+    "WanduetError", "export_to_video",
 ]  # fmt: skip
 
 _HOME = {
@@ -23,6 +25,7 @@ _HOME = {
     "Job": "wanduet.engine.job",
     "OutputOptions": "wanduet.engine.job",
     "WanPipeline": "wanduet.doors.python.pipeline",
+    "WanVideoToVideoPipeline": "wanduet.doors.python.video_to_video",
     "WanduetError": "wanduet.errors",
     "export_to_video": "wanduet.doors.python.export",
 }

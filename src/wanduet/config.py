@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import platformdirs
 
@@ -14,6 +14,7 @@ from wanduet.family.specs import DEFAULT_MODEL
 
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Weights = Literal["auto", "bf16", "q8"]
 TextEncoderHold = Literal["auto", "resident", "streamed"]
 ROLES = ("vae", "transformer", "text_encoder")
 
@@ -30,6 +31,9 @@ class EngineConfig:
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
     speeds: tuple[float, ...] | None = None  # relative speeds of `devices`, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    # How the matrices of the transformer's blocks are in memory; products are computed in transformer_dtype in any case.
+    # auto: in transformer_dtype. bf16: in at most 16 bits. q8: 8 bits and a scale for each row (kernels/dit/weight.py).
+    weights: Weights = "auto"
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
     text_encoder_hold: TextEncoderHold = "auto"
@@ -49,6 +53,11 @@ class EngineConfig:
             limit = getattr(self, name)
             if limit is not None and limit <= 0:
                 raise ConfigError(f"{name}={limit} leaves no memory.", hint="Examples: 24GiB, 11.5GiB, 800MiB.")
+        if self.weights not in get_args(Weights):
+            raise ConfigError(
+                f"weights={self.weights!r} is no format of weights in memory.",
+                hint=f"Formats: {', '.join(get_args(Weights))}. fp8 would take as many bytes as q8, and is less precise.",
+            )
         devices = parse_devices(self.devices)
         if self.speeds is not None and (min(self.speeds, default=0) <= 0 or len(self.speeds) != len(devices.names)):
             raise ConfigError(f"speeds={self.speeds} must be a positive number for each of --devices.")

@@ -64,10 +64,12 @@ class Shown:
     within: str | None = None  # the form's field that combines several fields of a request
     span: tuple[float, float] | None = None  # range of the form's slider; None: the field's limits
     step: float = 1  # step of that slider
+    start: float | None = None  # where that slider starts, for a field without a default
     placeholder: str | None = None  # in the form's empty field
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
+    needs: str | None = None  # the field without which this one is not allowed
 
 
 class GenerationRequest(BaseModel):
@@ -128,11 +130,13 @@ class GenerationRequest(BaseModel):
         min_length=1,
         description="A video to start from, instead of noise. Size and number of frames follow it by default.",
     )
-    strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05)] = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
+    strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05, start=DEFAULT_STRENGTH, needs="input_video")] = (
+        Field(
+            default=None,
+            ge=0.0,
+            le=1.0,
+            description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
+        )
     )
 
     @classmethod
@@ -176,15 +180,20 @@ class GenerationRequest(BaseModel):
         if source is None:
             raise ValueError("The input video has not been read.")
         defaults, stride = spec.defaults, spec.vae.temporal_stride
-        most = source.frames_at(self.fps or defaults.fps)
+        length = source.frames_at(self.fps or defaults.fps)
+        most = (length - 1) // stride * stride + 1
         if self.num_frames is None:
-            found["num_frames"] = (min(most, defaults.num_frames) - 1) // stride * stride + 1
+            found["num_frames"] = min(most, defaults.num_frames)
         elif self.num_frames > most:
-            nearest = (most - 1) // stride * stride + 1
-            raise InvalidRequestError("num_frames", self.num_frames, f"at most the input video's {most}", nearest)
+            allowed = f"at most {most}, as the input video has {length} at this frame rate"
+            raise InvalidRequestError("num_frames", self.num_frames, allowed, most)
+        multiple = spec.size_multiple
         if self.height is None and self.width is None:
-            area = defaults.height * defaults.width
-            found["height"], found["width"] = source.size_like(area, spec.size_multiple)
+            found["height"], found["width"] = source.size_like(defaults.height * defaults.width, multiple)
+        elif self.height is None and self.width is not None:
+            found["height"] = _rounded(self.width * source.height / source.width, multiple)
+        elif self.width is None and self.height is not None:
+            found["width"] = _rounded(self.height * source.width / source.height, multiple)
         return found | {"input_sha256": source.sha256}
 
 
@@ -205,9 +214,14 @@ class SourceVideo:
         return max(1, round(self.seconds * fps))
 
     def size_like(self, area: int, multiple: int) -> tuple[int, int]:
-        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`."""
-        height = max(1, round((area * self.height / self.width) ** 0.5 / multiple)) * multiple
-        return height, max(1, round(area / height / multiple)) * multiple
+        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`.
+
+        The same for a portrait as for the picture on its side, and square for a square.
+        """
+        low, high = sorted((self.height, self.width))
+        shorter = _rounded((area * low / high) ** 0.5, multiple)
+        longer = shorter if low == high else _rounded(area / shorter, multiple)
+        return (shorter, longer) if self.height <= self.width else (longer, shorter)
 
 
 class ResolvedRequest(GenerationRequest):
@@ -257,7 +271,8 @@ class ResolvedRequest(GenerationRequest):
         return self.num_frames / self.fps
 
     def as_request(self) -> GenerationRequest:
-        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest."""
+        """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest, in which an input
+        video is named by its hash."""
         names = GenerationRequest.model_fields
         return GenerationRequest(**{k: v for k, v in self.recorded().items() if k in names})
 
@@ -296,6 +311,8 @@ class RequestField:
     @property
     def takes(self) -> str:
         """The type of its values for people, without the limits."""
+        if self.shown.is_file:
+            return "a file"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
@@ -342,6 +359,10 @@ def parse_resolution(text: str) -> tuple[int, int]:
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
     """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(1, round(side / multiple)) * multiple
 
 
 def _generated_side(name: str, side: int, spec: ModelSpec) -> int:

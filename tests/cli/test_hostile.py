@@ -78,7 +78,7 @@ def test_metadata_of_wrong_kinds(refused, work: Path, change: dict) -> None:
     assert "x.safetensors" in refused("decode", "x.safetensors")
 
 
-@pytest.mark.parametrize("name", ["transformer_dtype", "vae_dtype"])
+@pytest.mark.parametrize("name", ["transformer_dtype", "weights", "vae_dtype"])
 @pytest.mark.parametrize("value", ["float8", "load", "__class__", "x" * 100_000, 5])
 def test_a_precision_that_does_not_exist(refused, work: Path, name: str, value: object) -> None:
     about = {"request": {"prompt": "x", "num_frames": 1, "height": 16, "width": 16}, "seed": 1}

@@ -106,6 +106,7 @@ def test_a_value_out_of_range_names_field_and_what_is_allowed(wanduet, flags: st
         ("--ram-limit 0", "no memory"),
         ("--attention nonsense", "sdpa"),
         ("--transformer-dtype int8", "bfloat16"),
+        ("--weights fp8", "q8"),
         ("--checkpoint-seconds -1", "0 or more"),
     ],
 )
@@ -204,6 +205,7 @@ def test_every_option_has_a_flag_a_variable_and_a_setting(
         "resolution": ("32x32", "48x48", "64x64"), "sampler": ("euler", "unipc", "dpm++2m"),
         "strategy": ("single", "placed", "parallel"), "text_encoder_hold": ("resident", "streamed", "auto"),
         **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), ("float32", "bfloat16", "float16")),
+        "weights": ("q8", "bf16", "auto"),
         **dict.fromkeys(("tf32", "cache_embeddings"), ("true", "false", "true")),
     }  # fmt: skip
     flag, variable, setting = special.get(option.name, ("32", "48", "64"))

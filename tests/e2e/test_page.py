@@ -208,6 +208,7 @@ def test_settings_from_a_video_that_is_chosen_or_dropped(page: Any, video: Path)
         }""",
         data,
     )
+    page.get_by_role("button", name="Use its settings").click()
     page.get_by_text("These are the settings of fox.mp4.").wait_for()
     prompt_becomes(page, PROMPT)
     page.locator("#plan").get_by_text("32 × 32 · 0.3 s · 2 steps · seed 11").wait_for()
@@ -215,12 +216,43 @@ def test_settings_from_a_video_that_is_chosen_or_dropped(page: Any, video: Path)
 
     page.get_by_label("Prompt", exact=True).fill("something else")
     page.locator(".upload input").set_input_files(video)
+    page.get_by_role("button", name="Use its settings").click()
     prompt_becomes(page, PROMPT)
     page.get_by_text("All settings").click()
     page.wait_for_function("[...document.querySelectorAll('textarea')].some(area => area.value === 'blur')")
 
     page.locator(".upload input").set_input_files({"name": "x.mp4", "mimeType": "video/mp4", "buffer": b"no video"})
-    page.locator("#message .bad").wait_for()
+    page.get_by_text("it must be a video file").wait_for()
+
+
+def test_start_from_the_pictures_of_a_video(page: Any, served: Server, video: Path) -> None:
+    describe(page, "a blue star spinning on a gray background", Steps=4)
+    strength = page.get_by_label("number input for Strength")
+    assert not strength.is_visible(), "it means nothing without an input video"
+    page.locator(".upload input").set_input_files(video)
+    page.get_by_role("button", name="Start from its pictures").click()
+    page.get_by_text("Starts from the pictures of fox.mp4").wait_for()
+    page.wait_for_function("document.querySelector('.clip video').readyState >= 2")
+    page.locator("#plan").get_by_text("96 × 96 · 0.3 s · 4 steps · starts from fox.mp4").wait_for()
+    strength.fill("0.5")
+    strength.press("Tab")
+    shot(page, "page-input")
+    first = generate(page)
+    play(page)
+    shown_settings = page.locator(".details dl").inner_text()
+    assert "Strength\n0.5" in shown_settings
+    assert "Made from\nan input video" in shown_settings
+
+    page.get_by_role("button", name="Remove").click()
+    strength.wait_for(state="hidden")
+    page.get_by_role("button", name="Use these settings").click()
+    page.get_by_text("Starts from the pictures of the same input video").wait_for()
+    strength.wait_for()
+    page.locator("#plan").get_by_text("starts from the same input video").wait_for()
+    second = generate(page)
+    settings = [served.get(job)["settings"] for job in (first, second)]
+    assert settings[0] == settings[1]
+    assert (settings[0]["strength"], settings[0]["input_video"][:7]) == (0.5, "sha256:")
 
 
 def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None:

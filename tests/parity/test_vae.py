@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from wanduet.family.specs import VAESpec
+from wanduet.models.vae.encode import encode_stream
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, split_rows
 from wanduet.models.vae.tiles import Halo
@@ -63,6 +64,17 @@ def test_encode_equals_diffusers(oracle, vae, shape) -> None:
     expected = oracle.encode(video, return_dict=False)[0]
     assert relative(vae.encode_moments(video), expected.parameters) < 1e-5
     assert relative(denormalize(oracle, vae.encode(video)), expected.mode()) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 9])
+def test_streamed_encode_equals_diffusers(oracle, vae, num_tiles: int) -> None:
+    frames = torch.randint(0, 256, (13, 72, 24, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    chunks = (chunk.numpy() for chunk in (frames[:1], *frames[1:].split(4)))
+    got = encode_stream(vae, chunks, num_tiles)
+    video = frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
+    assert relative(denormalize(oracle, got[None]), oracle.encode(video).latent_dist.mode()) < 1e-5
+    assert relative(got, vae.encode(video)[0]) < 1e-5
 
 
 def test_training_gives_the_same_and_has_gradients(oracle, vae) -> None:

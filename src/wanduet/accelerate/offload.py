@@ -50,8 +50,10 @@ def allocate_streamed(
     """Allocate a transformer as `allocate_packed` does, with the blocks that will be offloaded in host memory."""
     streamed = streamed_indices(len(transformer.blocks), num_resident)
 
-    def allocate(index: int, size: int, dtype: torch.dtype) -> Tensor:
-        return memory.allocate(size, dtype) if index in streamed else torch.empty(size, dtype=dtype, device=device)
+    def allocate(index: int, size: int) -> Tensor:
+        if index in streamed:
+            return memory.allocate(size, torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
     place: Allocate = allocate
     allocate_packed(transformer, device, dtype, place)
@@ -166,14 +168,13 @@ class BlockStream:
 
     def _move(self, index: int, block: Block, layout: BlockLayout, before: Tensor | None) -> Tensor:
         """Move a block from its buffer `before`, if it was packed, to one on the other side, which is returned."""
-        dtype = block.attn1.to_q.weight.dtype
         if index in self._order:
             retained = self.memory.copies.pop(index, None)
             if retained is not None:
                 return retained
-            flat = self.memory.allocate(layout.size, dtype)
+            flat = self.memory.allocate(layout.size, torch.uint8)
         else:
-            flat = torch.empty(layout.size, dtype=dtype, device=self.device)
+            flat = torch.empty(layout.size, dtype=torch.uint8, device=self.device)
         pack_block(block, flat)
         if before is not None and self.memory.retains_copies and index not in self._order:
             self.memory.copies[index] = before

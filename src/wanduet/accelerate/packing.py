@@ -1,8 +1,8 @@
 """Packs a block's large parameters into one flat buffer, of which they become views.
 
 Then q, k and v are computed by one matrix product (their weights are adjacent), and one copy moves a block between host
-and device. Names and `state_dict` stay the same. No other state is kept: whether a block is packed is determined from
-its parameters' addresses.
+and device. The buffer is of bytes, because parameters may have different dtypes. Names and `state_dict` stay the same. No
+other state is kept: whether a block is packed is determined from its parameters' addresses.
 """
 
 from collections.abc import Callable
@@ -14,30 +14,37 @@ from torch import Tensor, nn
 
 from wanduet.models.dit.model import Block, WanTransformer
 
-# Offsets are multiples of this many elements: 256 bytes in bf16, as cudaMalloc aligns.
-ALIGNMENT = 128
+# Offsets are multiples of this many bytes, as cudaMalloc aligns.
+ALIGNMENT = 256
 # Parameters without gaps between them, in this order.
 ADJACENT = (
     tuple(f"attn1.to_{part}.weight" for part in "qkv"),
+    tuple(f"attn1.to_{part}.weight_scale" for part in "qkv"),
     tuple(f"attn1.to_{part}.bias" for part in "qkv"),
 )
 
-Allocate = Callable[[int, int, torch.dtype], Tensor]
-"""Allocates a flat buffer from (block index, number of elements, dtype)."""
+Allocate = Callable[[int, int], Tensor]
+"""Allocates a flat uint8 buffer from (block index, number of bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The place of one parameter in a block's buffer; `offset` in elements."""
+    """The place of one parameter in a block's buffer; `offset` in bytes."""
 
     name: str
     offset: int
     shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """The places of a block's large parameters in its buffer of `size` elements."""
+    """The places of a block's large parameters in its buffer of `size` bytes."""
 
     parts: tuple[Part, ...]
     size: int
@@ -45,20 +52,22 @@ class BlockLayout:
     @classmethod
     def of(cls, block: Block) -> "BlockLayout":
         """The layout of a block, which may be on any device, including meta."""
-        shapes = {name: p.shape for name, p in block.named_parameters() if is_large(name)}
-        others = [(name,) for name in shapes if not any(name in group for group in ADJACENT)]
+        large = {name: p for name, p in block.named_parameters() if is_large(name)}
+        others = [(name,) for name in large if not any(name in group for group in ADJACENT)]
         parts: list[Part] = []
         offset = 0
         for group in (*ADJACENT, *others):
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
             for name in group:
-                parts.append(Part(name, offset, shapes[name]))
-                offset += shapes[name].numel()
+                if name in large:
+                    parts.append(Part(name, offset, large[name].shape, large[name].dtype))
+                    offset += parts[-1].num_bytes
         return cls(tuple(parts), offset)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' values as views of a flat buffer `[size]`, in the order of `parts`."""
-        return [flat[part.offset : part.offset + part.shape.numel()].view(part.shape) for part in self.parts]
+        """The parameters' values as views of a flat uint8 buffer `[size]`, in the order of `parts`."""
+        bytes_of = (flat[part.offset : part.offset + part.num_bytes] for part in self.parts)
+        return [view.view(part.dtype).view(part.shape) for view, part in zip(bytes_of, self.parts, strict=True)]
 
 
 def is_large(name: str) -> bool:
@@ -73,14 +82,14 @@ def large_parameters(block: Block, layout: BlockLayout) -> list[nn.Parameter]:
 
 
 def packed_buffer(block: Block) -> Tensor | None:
-    """The flat buffer `[size]` of which a block's large parameters are views; None if they are not packed."""
+    """The flat uint8 buffer `[size]` of which a block's large parameters are views; None if they are not packed."""
     layout = BlockLayout.of(block)
     parameters = large_parameters(block, layout)
     first = parameters[0].data
     storage = first.untyped_storage()
-    if storage.nbytes() < layout.size * first.itemsize:
+    if storage.nbytes() < layout.size:
         return None
-    flat: Tensor = torch.empty(0, dtype=first.dtype, device=first.device)
+    flat: Tensor = torch.empty(0, dtype=torch.uint8, device=first.device)
     flat.set_(storage, 0, (layout.size,), (1,))
     for parameter, view in zip(parameters, layout.views(flat), strict=True):
         if parameter.data_ptr() != view.data_ptr() or parameter.dtype != view.dtype:
@@ -89,7 +98,7 @@ def packed_buffer(block: Block) -> Tensor | None:
 
 
 def pack_block(block: Block, flat: Tensor) -> None:
-    """Copy a block's large parameters into `flat` `[size]` and make them views of it."""
+    """Copy a block's large parameters into `flat` `[size]` uint8 and make them views of it."""
     layout = BlockLayout.of(block)
     for parameter, view in zip(large_parameters(block, layout), layout.views(flat), strict=True):
         view.copy_(parameter.data)
@@ -101,9 +110,8 @@ def pack_blocks(transformer: WanTransformer) -> None:
     """Pack every block on its device, one after the other, so that only one block's weights exist twice."""
     for block in _blocks(transformer):
         if packed_buffer(block) is None:
-            weight = block.attn1.to_q.weight
-            flat = torch.empty(BlockLayout.of(block).size, dtype=weight.dtype, device=weight.device)
-            pack_block(block, flat)
+            device = block.attn1.to_q.weight.device
+            pack_block(block, torch.empty(BlockLayout.of(block).size, dtype=torch.uint8, device=device))
 
 
 @torch.no_grad()
@@ -111,10 +119,8 @@ def move_packed(transformer: WanTransformer, device: torch.device) -> None:
     """Move a transformer to a device and pack its blocks. (`.to` would give each parameter memory of its own.)"""
     for block in _blocks(transformer):
         flat = packed_buffer(block)
-        weight = block.attn1.to_q.weight
         if flat is None or flat.device != device:
-            size = BlockLayout.of(block).size
-            pack_block(block, torch.empty(size, dtype=weight.dtype, device=device))
+            pack_block(block, torch.empty(BlockLayout.of(block).size, dtype=torch.uint8, device=device))
     transformer.to(device)  # the remaining parameters; those already there are not copied
 
 
@@ -124,20 +130,23 @@ def allocate_packed(
     """Give a transformer on the meta device uninitialised memory, with packed blocks.
 
     A loader then fills it, tensor by tensor, by `parameter.data.copy_(tensor)`. Large products get `dtype`, the rest
-    float32 (`WanTransformer.parameter_dtype`). `allocate` allocates each block's buffer, by default on `device`.
+    float32 (`WanTransformer.parameter_dtype`); a parameter that is not float32 on the meta device has a format of its own
+    and retains it. `allocate` allocates each block's buffer, by default on `device`.
     """
+    for name, parameter in transformer.named_parameters():
+        if parameter.is_meta and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(WanTransformer.parameter_dtype(name, dtype))
     for index, block in enumerate(_blocks(transformer)):
         layout = BlockLayout.of(block)
         if allocate is None:
-            flat = torch.empty(layout.size, dtype=dtype, device=device)
+            flat = torch.empty(layout.size, dtype=torch.uint8, device=device)
         else:
-            flat = allocate(index, layout.size, dtype)
+            flat = allocate(index, layout.size)
         for part, view in zip(layout.parts, layout.views(flat), strict=True):
             _replace(block, part.name, view)
     for name, parameter in list(transformer.named_parameters()):
         if parameter.is_meta:
-            stored = WanTransformer.parameter_dtype(name, dtype)
-            _replace(transformer, name, torch.empty(parameter.shape, dtype=stored, device=device))
+            _replace(transformer, name, torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,18 +1,20 @@
 """How a transformer without memory becomes one that runs: a list of passes, each over the unchanged model.
 
 Source of the idea: gpt-fast (meta device, quantise, load with assign, shard, compile). What a pass must know of the plan
-stands in `LoadContext`; a new one (a quantised format, a merged LoRA) is a row of `PIPELINE`.
+stands in `LoadContext`; a new one (a merged LoRA) is a row of `PIPELINE`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from wanduet.accelerate.formats import load_targets, set_format
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.accelerate.packing import allocate_packed
+from wanduet.kernels.dit.weight import Weight, WeightFormat
 from wanduet.models.dit.model import WanTransformer
 
 
@@ -20,14 +22,16 @@ from wanduet.models.dit.model import WanTransformer
 class LoadContext:
     """Where the transformer goes and in what dtype; how many blocks stay on the device, and what memory the others wait in.
 
-    `fill` writes the weights into parameters that have their memory, by name.
+    `fill` writes the weights into parameters and matrices that have their memory, by name. `format`: of the blocks'
+    matrices, if they are not in `dtype`.
     """
 
     device: torch.device
     dtype: torch.dtype
     resident_blocks: int
     memory: HostMemory
-    fill: Callable[[dict[str, nn.Parameter]], None]
+    fill: Callable[[dict[str, Tensor | Weight]], None]
+    format: WeightFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,13 @@ def _offloads(model: WanTransformer, context: LoadContext) -> bool:
     return context.resident_blocks < len(model.blocks)
 
 
+def _set_format(model: WanTransformer, context: LoadContext) -> None:
+    assert context.format is not None
+    set_format(model, context.format)
+
+
 PIPELINE = (
+    Pass("set format", lambda model, context: context.format is not None, _set_format),
     Pass(
         "allocate packed",  # q, k and v adjacent in memory, so that they are one product
         lambda model, context: not _offloads(model, context),
@@ -56,7 +66,7 @@ PIPELINE = (
             model, context.device, context.dtype, context.resident_blocks, context.memory
         ),
     ),
-    Pass("load", lambda model, context: True, lambda model, context: context.fill(dict(model.named_parameters()))),
+    Pass("load", lambda model, context: True, lambda model, context: context.fill(load_targets(model))),
     Pass(
         "offload",
         _offloads,

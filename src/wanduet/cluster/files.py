@@ -1,6 +1,6 @@
 """Jobs' files where every node can read them: in a shared folder, or in an object store through fsspec.
 
-    STORAGE/videos/<name>                  published files
+    STORAGE/videos/<name>                  published files, and the videos that jobs start from
     STORAGE/work/<job>/<name>              an attempt's files so far: latents, videos, its result
     STORAGE/work/<job>/checkpoints/<name>  the engine's checkpoints
     STORAGE/work/<job>/embeddings/<name>   embeddings that an encoder made before the first attempt
@@ -23,7 +23,7 @@ import structlog
 from wanduet.cluster.storage_place import StoragePlace
 from wanduet.errors import ConfigError, OutputError
 from wanduet.jobs.files import PUBLISHED_NAME, JobFiles, older
-from wanduet.jobs.records import OutputFile, is_job_id
+from wanduet.jobs.records import INPUT, OutputFile, is_job_id
 from wanduet.media.files import PARTIAL_SUFFIX, atomic_output
 
 log = structlog.get_logger(__name__)
@@ -131,7 +131,11 @@ class StoredFiles(JobFiles):
     def _written(self, job_id: str) -> list[tuple[str, Path]]:
         """Return names in the store and files of a job, the result last, so that a stored result implies all others."""
         work = self.work_path(job_id).parent
-        found = [(path.name, path) for path in work.glob("*") if path.is_file() and PARTIAL_SUFFIX not in path.name]
+        found = [
+            (path.name, path)
+            for path in work.glob("*")
+            if path.is_file() and path.name != INPUT and PARTIAL_SUFFIX not in path.name
+        ]
         for key in self._keys(job_id):
             paths = (self.folder / "checkpoints").glob(f"{key}.safetensors")
             found += [(f"checkpoints/{path.name}", path) for path in paths]
@@ -183,6 +187,28 @@ class StoredFiles(JobFiles):
         """Publish locally and to the store. Raises OutputError."""
         return self._published(super().publish_bytes(job_id, token, index, variant, data))
 
+    def add_input(self, job_id: str, source: Path) -> OutputFile:
+        """Store locally and in the store. Raises OutputError."""
+        return self._published(super().add_input(job_id, source))
+
+    def bring_input(self, job_id: str) -> Path | None:
+        """Fetch the input into the attempt's folder, which is deleted from this disk at its end; None if it is missing.
+
+        Raises what the store's client raises after some tries.
+        """
+        path = self.work_path(job_id).with_name(INPUT)
+        for left in reversed(range(TRIES)):
+            try:
+                self._get(f"{self._root}/videos/{job_id}.{INPUT}", path)
+                return path
+            except FileNotFoundError:
+                return None
+            except Exception:
+                if not left:
+                    raise
+                time.sleep(LOOK_SECONDS)
+        return None
+
     def _published(self, file: OutputFile) -> OutputFile:
         path = self.videos / file.name
         for left in reversed(range(TRIES)):
@@ -223,7 +249,7 @@ class StoredFiles(JobFiles):
     # Deleting.
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete published files, here and in the store."""
+        """Delete published files and jobs' inputs, here and in the store."""
         found = list(names)
         super().remove(found)
         for name in found:

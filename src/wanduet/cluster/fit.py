@@ -21,7 +21,7 @@ from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan, plan_text
-from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
 
 # Streaming blocks from host memory slows a replica by up to this factor, which the plan's seconds omit.
 STREAMING_COST = 1.15
@@ -152,10 +152,11 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
     Raises InvalidRequestError for sizes that the model refuses.
     """
     try:
-        size, steps, branches, videos = demand.split("/")
+        size, steps, branches, videos, *given = demand.split("/")
+        strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")
         numbers = [None if text == "-" else int(text) for text in (height, width, frames, steps, branches, videos)]
-    except ValueError:
+    except (ValueError, TypeError):
         raise InvalidRequestError("demand", demand, "it must be what `demand_of` makes") from None
     default = spec.defaults.guidance_scale
     scale = {None: None, 1: 1.0, 2: default if default > 1.0 else 5.0}[numbers[4]]
@@ -167,6 +168,8 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
         num_inference_steps=numbers[3],
         guidance_scale=scale,
         num_videos_per_prompt=numbers[5] or 1,
+        input_video=f"{INPUT_HASH}-" if given else None,
+        strength=strength,
         seed=0,
     )
     return request.resolve(spec)

@@ -21,7 +21,7 @@ from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of
+from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of, submitted_at
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 
@@ -308,7 +308,7 @@ class ClusterStore(JobStore):
         query = _WAITING if alone else _WAITING_UNBLAMED
         # Job ids begin with the milliseconds of submission, so the query needs only the index.
         return tuple(
-            Waiting(owner, demand, priority, first, int(first[6:18], 16) / 1000, count)
+            Waiting(owner, demand, priority, first, submitted_at(first), count)
             for owner, demand, priority, first, count in connection.execute(query, statements.of_model(model))
         )
 

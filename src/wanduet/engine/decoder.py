@@ -7,7 +7,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import LatentsGoneError
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_decode_plan
-from wanduet.request import ResolvedRequest
+from wanduet.request import GenerationRequest, ResolvedRequest
 
 
 class Decoder(Engine):
@@ -15,6 +15,9 @@ class Decoder(Engine):
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         return make_decode_plan(request, self.models.memory, self.config, self.hardware)
+
+    def _check_input(self, request: GenerationRequest) -> None:
+        """The latents need no input video: a request may name it by its hash, as records do."""
 
     def _encode_job(self, job: Job) -> None:
         latents = generate.kept_latents(self.models, job, any_precision=True)

@@ -119,7 +119,7 @@ class Engine:
                 "submit takes a GenerationRequest and OutputOptions, for example OutputOptions('clip.mp4')."
             )
         self._check_open()
-        check_is_file(request)
+        self._check_input(request)
         resolved = resolve(request, self.models.spec)
         plan = self._plan(resolved)
         if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:
@@ -152,6 +152,10 @@ class Engine:
         resolved = resolve(request, self.models.spec)
         job = Job(resolved, self._plan(resolved), replace(output, resume=True))
         return all(generate.finished_video(self.models, video) is not None for video in job.videos)
+
+    def _check_input(self, request: GenerationRequest) -> None:
+        """Raise InvalidRequestError if the pictures of an input video are needed, and are not there."""
+        check_is_file(request)
 
     def _check_open(self) -> None:
         if self._closed:

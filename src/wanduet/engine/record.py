@@ -22,7 +22,10 @@ _DECISIVE_SETTINGS = (
     "callback",
     "vae_dtype",
     "tf32",
+    "weights",
 )
+# Settings that are recorded only if they are not the default, so that digests of earlier versions stay valid.
+_IF_SET = ("weights",)
 # The fields of a request that do not change its latents.
 _NOT_IN_LATENTS = ("fps", "num_videos_per_prompt")
 
@@ -36,7 +39,8 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
     settings = _settings_of_latents(models, video)
     if made is not None:
         before = made.get("engine", {})
-        settings = {name: before.get(name) for name in settings}
+        settings = {name: before.get(name) for name in settings if name not in _IF_SET}
+        settings |= {name: before[name] for name in _IF_SET if name in before}
     about = {
         "request": {k: v for k, v in video.request.recorded().items() if k not in _NOT_IN_LATENTS},
         "index": video.index,
@@ -51,12 +55,13 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
 def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
     """Return the engine's settings that change the latents by more than the last bits."""
     named = models.config.attention  # an approximate back end is only used if the user names it
+    weights = video.plan.transformer.weights
     return {
         "transformer_dtype": video.plan.transformer.dtype,
         "text_encoder_dtype": video.plan.text.dtype,
         "approximate_attention": named if any(one.name == named and not one.exact for one in BACKENDS) else None,
         "callback": video.job.on_step is not None,
-    }
+    } | ({} if weights == "auto" else {"weights": weights})
 
 
 def provenance_of(models: Models, video: Video) -> dict[str, Any]:
@@ -71,7 +76,8 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
     engine |= {name: used for name in ("kernels", "vae_kernels") if (used := getattr(video.record, name)) is not None}
     if video.denoised is not None:  # the latents may come from another machine
         made = video.denoised.get("engine", {})
-        engine |= {name: made[name] for name in of_latents if name in made}
+        engine = {name: value for name, value in engine.items() if name not in _IF_SET}
+        engine |= {name: made[name] for name in (*of_latents, *_IF_SET) if name in made}
         engine["denoised_on"] = video.denoised.get("hardware", [])
         if not is_same_model(made_by := video.denoised.get("model", {}), models.about):
             engine["denoised_by"] = made_by
@@ -103,4 +109,4 @@ def made_alike(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     settings = about.get("engine")
     if not isinstance(settings, Mapping):
         return False
-    return all(settings.get(name) == wanted["engine"][name] for name in _DECISIVE_SETTINGS)
+    return all(settings.get(name) == wanted["engine"].get(name) for name in _DECISIVE_SETTINGS)

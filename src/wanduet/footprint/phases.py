@@ -13,10 +13,12 @@ from typing import Literal
 
 import torch
 
+from wanduet.config import Weights
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.family.specs import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
-from wanduet.footprint.vae import decode_bytes, decode_host_bytes
+from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
+from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
@@ -75,12 +77,14 @@ class DenoiseShape:
 class ModelMemory:
     """Predicts the memory of a model from its spec and the shapes of its tensors (from the checkpoint's headers).
 
-    Dtypes are given by name ("float32", "bfloat16", "float16"), devices as "cpu" or "cuda:0".
+    Dtypes are given by name ("float32", "bfloat16", "float16"), devices as "cpu" or "cuda:0". `weights`: the format of the
+    transformer's matrices, as in `EngineConfig`.
     """
 
     spec: ModelSpec
     transformer_shapes: Shapes
     vae_shapes: Shapes
+    weights: Weights = "auto"
 
     def transformer(
         self, denoise: DenoiseShape, resident_blocks: int, device: str, share_first: bool = True
@@ -99,13 +103,15 @@ class ModelMemory:
         activations = forward_bytes(
             ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
         )
+        activations += self._dense_bytes(dtype)
         latents, exchange = 10 * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES
         return TransformerMemory(total, weights, text, activations, latents, exchange, swapped_out)
 
     def transformer_weights(self, dtype: str) -> int:
         """Bytes of all weights of a transformer that computes in `dtype`."""
-        return sum(_parameter_bytes(n, s, dtype) for n, s in self.transformer_shapes.items())
+        format = self._format(dtype)
+        return sum(_parameter_bytes(n, s, dtype, format) for n, s in self.transformer_shapes.items())
 
     def loading_host(self, dtype: str) -> int:
         """Bytes of host memory for reading the transformer's weights, without their destination.
@@ -118,8 +124,20 @@ class ModelMemory:
         return mapped + largest * DTYPE_BYTES[dtype]
 
     def vae_weights(self, dtype: str) -> int:
-        """Bytes of the VAE's decoder; text-to-video does not load its encoder."""
+        """Bytes of the VAE's decoder."""
         return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.decodes(name))
+
+    def vae_encoder_weights(self, dtype: str) -> int:
+        """Bytes of the VAE's encoder, which is loaded only while an input video is encoded."""
+        return sum(prod(s) * DTYPE_BYTES[dtype] for name, s in self.vae_shapes.items() if WanVAE.encodes(name))
+
+    def encode(self, size: Size, num_tiles: int, dtype: str) -> int:
+        """Bytes of encoding an input video in `num_tiles` row tiles on a device, without weights."""
+        return encode_bytes(self.spec.vae, size, num_tiles, getattr(torch, dtype))
+
+    def encode_host(self, size: Size, num_tiles: int, dtype: str) -> int:
+        """Bytes of host memory for encoding an input video in `num_tiles` row tiles on a device."""
+        return encode_host_bytes(self.spec.vae, size, num_tiles, getattr(torch, dtype))
 
     def decode(self, size: Size, tiling: Tiling, dtype: str, device: str, ranks: int = 1) -> int:
         """Bytes of decoding on a device, without weights; on each of several devices that share it, if `ranks` > 1."""
@@ -135,10 +153,25 @@ class ModelMemory:
     def _decode_shape(self, size: Size, tiling: Tiling, dtype: str, device: str) -> DecodeShape:
         return DecodeShape(self.spec.vae, *size, tiling, getattr(torch, dtype), planned_vae_kernels(device))
 
+    def format_name(self, dtype: str) -> Weights:
+        """Return the format of the blocks' matrices in a transformer that computes in `dtype`; "auto": in that dtype."""
+        return "auto" if self._format(dtype) is None else self.weights
+
+    def _format(self, dtype: str) -> WeightFormat | None:
+        return format_of(self.weights, getattr(torch, dtype))
+
+    def _dense_bytes(self, dtype: str) -> int:
+        """Bytes of the largest matrix in `dtype`, if a product has to convert it first; one exists at a time."""
+        if self._format(dtype) is None:
+            return 0
+        spec = self.spec.transformer
+        return max(3 * spec.dim, spec.ffn_dim) * spec.dim * DTYPE_BYTES[dtype]  # q, k and v are one matrix
+
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters, those of the large products; tables and norms stay resident."""
         block = {n: s for n, s in self.transformer_shapes.items() if n.startswith("blocks.0.")}
-        return sum(prod(s) * DTYPE_BYTES[dtype] for n, s in block.items() if ".to_" in n or ".ffn." in n)
+        format = self._format(dtype)
+        return sum(_parameter_bytes(n, s, dtype, format) for n, s in block.items() if ".to_" in n or ".ffn." in n)
 
 
 def text_positions(text: str, text_len: int) -> int:
@@ -164,5 +197,7 @@ def text_encoder_bytes(spec: ModelSpec, dtype: str, residency: Literal["resident
     return layer * item + mapped + activations
 
 
-def _parameter_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
+def _parameter_bytes(name: str, shape: tuple[int, ...], dtype: str, format: WeightFormat | None) -> int:
+    if format is not None and WanTransformer.is_block_matrix(name):
+        return format.num_bytes(shape)
     return prod(shape) * WanTransformer.parameter_dtype(name, getattr(torch, dtype)).itemsize

@@ -4,6 +4,7 @@ Two threads: the attempt's own follows the engine; the LeaseKeeper's renews the 
 notices that the job was cancelled, deleted or given to another worker.
 """
 
+import hashlib
 import json
 import sqlite3
 import threading
@@ -28,11 +29,20 @@ from wanduet.jobs.hooks import EngineHooks, RunningJob, VideoEngine
 from wanduet.jobs.keeper import AttemptSettings, LeaseKeeper
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.prompts import forget_prompts
-from wanduet.jobs.records import DECODE, JobError, Lease, OutputFile, StaleLeaseError, UnknownJobError, demand_of
+from wanduet.jobs.records import (
+    DECODE,
+    InputLostError,
+    JobError,
+    Lease,
+    OutputFile,
+    StaleLeaseError,
+    UnknownJobError,
+    demand_of,
+)
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.watchdog import FOREVER, Activity, Patience, Watchdog
 from wanduet.media.files import write_atomically
-from wanduet.request import GenerationRequest
+from wanduet.request import INPUT_HASH, GenerationRequest
 
 if TYPE_CHECKING:  # the engine imports torch, which a process that only manages jobs does not load
     from wanduet.engine.job import JobResult
@@ -112,7 +122,8 @@ class Attempt:
         request = GenerationRequest.parse(**self._lease.job.request)
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, self._store.files.preview_path(self._lease.job.id), request)
-        running = self._engine.submit(request, output, watch=watcher, leave_decode=self._leaves_decode)
+        given = self._with_input(request)
+        running = self._engine.submit(given, output, watch=watcher, leave_decode=self._leaves_decode)
         try:
             result, steps = self._follow(running, request.num_videos_per_prompt)
         except BaseException:
@@ -137,6 +148,21 @@ class Attempt:
         # After a kill from here on, the next attempt finds this file and the videos and only publishes them.
         write_atomically(self._outcome_path, json.dumps(outcome).encode())
         return outcome
+
+    def _with_input(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request with its input video's path in place of the hash. Raises InputLostError."""
+        if request.input_video is None or self._settings.gives_back:  # a worker that only decodes needs no input
+            return request
+        path = self._store.files.bring_input(self._lease.job.id)
+        if path is None:
+            raise InputLostError("The video that this job starts from is missing.", hint="Upload it again.")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if request.input_video != f"{INPUT_HASH}{found}":
+            raise InputLostError(
+                "The video that this job starts from has changed since it was uploaded.", hint="Upload it again."
+            )
+        return request.model_copy(update={"input_video": str(path)})
 
     def _follow(self, running: RunningJob, videos: int) -> tuple["JobResult", int]:
         """Wait for the engine's job. Returns its result and its number of steps, raises the error it failed with."""

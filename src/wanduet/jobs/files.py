@@ -4,6 +4,8 @@
     DATA/work/<job>/video.mp4     what an attempt writes, and the next attempt resumes
     DATA/work/<job>/preview.webp, checkpoints.json    the preview; which of DATA/checkpoints belong to the job
     DATA/videos/<job>.<token>-0.mp4, .webp, .jpg    published files of a completed job
+    DATA/videos/<job>.input       the video that a job starts from, as it was uploaded; kept as long as the job
+    DATA/uploads/<random>         an upload, until its job is stored
     DATA/workers/<worker>.lock    locked by a living worker
     DATA/store-id, DATA/trash     see `jobs.places`
 
@@ -15,7 +17,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,14 +27,15 @@ from pathlib import Path
 from wanduet.errors import OutputError
 from wanduet.folders import make_folder, sync_folder
 from wanduet.jobs.places import FolderPlace, Place
-from wanduet.jobs.records import OutputFile, is_job_id
+from wanduet.jobs.records import INPUT, OutputFile, is_job_id
 from wanduet.media.files import atomic_output, output_error, write_atomically
 
 EXTENSIONS = {"video": ".mp4", "thumbnail": ".webp", "spritesheet": ".jpg"}
 
 PRIVATE_FOLDER = 0o700  # other users must not read prompts and videos; an existing folder keeps its mode
 _CHECKPOINT = re.compile(r"[0-9a-f]{16,64}")
-PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.(?P<token>\d+)-\d+\.(mp4|webp|jpg)")
+PUBLISHED_NAME = re.compile(r"video_[0-9a-f]{32}\.((?P<token>\d+)-\d+\.(mp4|webp|jpg)|input)")
+UPLOAD_SECONDS = 3600.0  # an upload to which nothing was written for so long is a killed server's
 
 
 class JobFiles:
@@ -42,7 +47,8 @@ class JobFiles:
         self.videos = self.folder / "videos"
         self.work = self.folder / "work"
         self.workers = self.folder / "workers"
-        for path in (self.folder, self.videos, self.work, self.workers):
+        self.uploads = self.folder / "uploads"
+        for path in (self.folder, self.videos, self.work, self.workers, self.uploads):
             try:
                 make_folder(path, PRIVATE_FOLDER)
             except OSError as error:
@@ -89,18 +95,7 @@ class JobFiles:
 
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Publish a finished video; the work file stays until `discard_work`. Raises OutputError."""
-        target = self._target(job_id, token, index, "video")
-        try:
-            target.unlink(missing_ok=True)  # left by an earlier try under the same lease
-            try:
-                os.link(source, target)
-                sync_folder(self.videos)
-            except OSError:  # a file system without hard links
-                with atomic_output(target) as partial:
-                    shutil.copyfile(source, partial)
-            return OutputFile("video", index, target.name, target.stat().st_size)
-        except OSError as error:
-            raise output_error(target, error) from error
+        return OutputFile("video", index, *self._link(source, self._target(job_id, token, index, "video")))
 
     def publish_bytes(self, job_id: str, token: int, index: int, variant: str, data: bytes) -> OutputFile:
         """Publish a thumbnail or sprite sheet under its final name. Raises OutputError."""
@@ -108,8 +103,28 @@ class JobFiles:
         write_atomically(target, data)
         return OutputFile(variant, index, target.name, len(data))
 
+    def add_input(self, job_id: str, source: Path) -> OutputFile:
+        """Store the video that a job starts from, which must be on the disk; `source` stays. Raises OutputError."""
+        return OutputFile(INPUT, 0, *self._link(source, self.videos / _input_name(job_id)))
+
+    def bring_input(self, job_id: str) -> Path | None:
+        """The video that a job starts from, on this machine's disk while the attempt runs; None if it is missing."""
+        return self.path(_input_name(job_id))
+
+    def new_upload(self) -> Path:
+        """A name for a file that is received; it is deleted if nothing is written to it for UPLOAD_SECONDS."""
+        return self.uploads / secrets.token_hex(16)
+
+    def discard_uploads(self) -> None:
+        """Delete what servers that were killed were receiving."""
+        with suppress(OSError), os.scandir(self.uploads) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > UPLOAD_SECONDS:
+                        os.unlink(entry.path)
+
     def path(self, name: str) -> Path | None:
-        """A published file by its stored name; None if there is none, or it is not a plain file inside the folder."""
+        """A published file or a job's input by its stored name; None if there is none, or it is not a plain file inside the folder."""
         if not PUBLISHED_NAME.fullmatch(name):
             return None
         path = self.videos / name
@@ -135,7 +150,7 @@ class JobFiles:
         return None
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete published files; ignores those that do not exist."""
+        """Delete published files and jobs' inputs; ignores those that do not exist."""
         for name in names:
             if PUBLISHED_NAME.fullmatch(name):
                 with suppress(OSError):
@@ -189,6 +204,20 @@ class JobFiles:
     def _checkpoints_note(self, job_id: str) -> Path:
         return self.work_path(job_id).with_name("checkpoints.json")
 
+    def _link(self, source: Path, target: Path) -> tuple[str, int]:
+        """Give a file another name, by a copy if need be; returns that name and its bytes. Raises OutputError."""
+        try:
+            target.unlink(missing_ok=True)  # left by an earlier try under the same lease
+            try:
+                os.link(source, target)
+                sync_folder(self.videos)
+            except OSError:  # a file system without hard links
+                with atomic_output(target) as partial:
+                    shutil.copyfile(source, partial)
+            return target.name, target.stat().st_size
+        except OSError as error:
+            raise output_error(target, error) from error
+
     def _target(self, job_id: str, token: int, index: int, variant: str) -> Path:
         if not is_job_id(job_id):
             raise ValueError("not a job id")
@@ -200,8 +229,14 @@ def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
     for name in names:
         token = tokens.get(name.partition(".")[0])
         match = PUBLISHED_NAME.fullmatch(name)
-        if token is not None and match is not None and int(match["token"]) < token:
+        if token is not None and match is not None and match["token"] and int(match["token"]) < token:
             yield name
+
+
+def _input_name(job_id: str) -> str:
+    if not is_job_id(job_id):
+        raise ValueError("not a job id")
+    return f"{job_id}.{INPUT}"
 
 
 def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:

@@ -17,6 +17,7 @@ CANCELLED = "cancelled"
 WORKER_CRASHED = "worker_crashed"
 MODEL_CHANGED = "model_changed"
 WAITING = "waiting"  # phase of a queued job that no worker can take; also the key of the reason in its report
+INPUT = "input"  # variant of the video that a job starts from, among its files
 DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
@@ -34,7 +35,7 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file of a finished job: `name` in the videos folder, made by the server; `index` of the video in the job."""
+    """One file of a job: `name` in the videos folder, made by the server; `index` of the video in the job."""
 
     variant: str
     index: int
@@ -78,6 +79,11 @@ class StoredJob:
     def finished(self) -> bool:
         """Whether the job is completed, failed or cancelled."""
         return self.status not in OPEN_STATUSES
+
+    @property
+    def inputs(self) -> tuple[OutputFile, ...]:
+        """Those of its files that were there before its first attempt: none, or the video that it starts from."""
+        return tuple(file for file in self.files if file.variant == INPUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +192,12 @@ class IdempotencyError(WanduetError):
     code: ClassVar[str] = "idempotency_key_reused"
 
 
+class InputLostError(WanduetError):
+    """The video that a job starts from is missing, or is not the one that was stored with the job."""
+
+    code: ClassVar[str] = "input_lost"
+
+
 class UnknownJobError(WanduetError):
     """There is no such job, or it belongs to another owner."""
 
@@ -246,10 +258,16 @@ def make_id(now: float, newest: str | None) -> str:
     return f"video_{moment:012x}{secrets.token_hex(10)}"
 
 
+def submitted_at(job_id: str) -> float:
+    """When the job was submitted, by its id, in Unix seconds."""
+    return int(job_id[6:18], 16) / 1000
+
+
 def demand_of(request: dict[str, Any]) -> str:
     """The fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
-    `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default.
+    `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
+    with an input video, `/STRENGTH` follows.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -257,7 +275,9 @@ def demand_of(request: dict[str, Any]) -> str:
     height, width, frames, steps, branches, videos = (
         "-" if number is None else number for number in (*numbers, branches, request.get("num_videos_per_prompt", 1))
     )
-    return f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
+    demand = f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
+    strength = request.get("strength")
+    return demand if request.get("input_video") is None else f"{demand}/{'-' if strength is None else f'{strength:g}'}"
 
 
 def is_job_id(text: str) -> bool:

@@ -51,11 +51,11 @@ class Retention:
         return self.delete(ids)
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest jobs until published files fit into `max_bytes`, at most `ROUND`; returns how many."""
+        """Delete the oldest finished jobs until all files fit into `max_bytes`, at most `ROUND`; returns how many."""
         with self._read() as connection:
             total = connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes)).where(_HAS_FILES)) or 0
             excess = total - max_bytes
-            query = sa.select(jobs.c.id, jobs.c.files_bytes).where(_HAS_FILES).order_by(jobs.c.id).limit(ROUND)
+            query = sa.select(jobs.c.id, jobs.c.files_bytes).where(_HAS_FILES, _CLOSED).order_by(jobs.c.id).limit(ROUND)
             rows = connection.execute(query).all() if excess > 0 else []
         before = accumulate((row.files_bytes for row in rows), initial=0)
         over = takewhile(lambda one: one[1] < excess, zip(rows, before, strict=False))

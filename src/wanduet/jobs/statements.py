@@ -6,7 +6,8 @@ form than a database takes to run it. Their parameters have names that differ fr
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +25,8 @@ from wanduet.jobs.records import (
     StaleLeaseError,
     StoredJob,
     UnknownJobError,
+    demand_of,
+    make_id,
 )
 from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
 
@@ -35,7 +38,7 @@ _LOOKED_UP = jobs.c.id.in_(_ASKED)
 _SCANNED = (jobs.c.id + "").in_(_ASKED)  # an expression without an index, which forces a scan
 
 NEWEST = sa.select(state.c.newest_id).with_for_update()
-INSERT = sa.insert(jobs).returning(jobs)
+_INSERT = sa.insert(jobs).returning(jobs)
 
 _COUNTED = sa.func.count()
 _OPEN = sa.select(_COUNTED.filter(jobs.c.owner == sa.bindparam("owner")), _COUNTED).where(
@@ -153,6 +156,27 @@ def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerpr
     if row is not None and row.fingerprint != fingerprint:
         raise IdempotencyError("This idempotency key was used for another request.")
     return None if row is None else to_job(row)
+
+
+def new_id(connection: sa.Connection, newest: str | None, now: float) -> str:
+    """An id for a job, which later ones exceed; `newest` is what NEWEST returned."""
+    job_id = make_id(now, newest)
+    connection.execute(sa.update(state).values(newest_id=job_id))
+    return job_id
+
+
+def insert(connection: sa.Connection, new: NewJob, files: Sequence[OutputFile], added: Values) -> StoredJob:
+    """Insert a queued job; `added` has its `id`, `fingerprint` and `created_at`, `files` its inputs."""
+    values = {
+        **asdict(new),
+        **added,
+        "status": "queued",
+        "demand": demand_of(new.request),
+        "files": [asdict(file) for file in files],
+        "files_bytes": sum(file.num_bytes for file in files),
+        "report": {},
+    }
+    return to_job(connection.execute(_INSERT, values).one())
 
 
 def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":

@@ -9,7 +9,7 @@ only for display and for retention.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,6 +29,7 @@ from wanduet.jobs.records import (
     OPEN_STATUSES,
     WORKER_CRASHED,
     ForeignDatabaseError,
+    IdempotencyError,
     JobError,
     Lease,
     Limits,
@@ -38,15 +39,14 @@ from wanduet.jobs.records import (
     OutputFile,
     Page,
     Pulse,
+    QueueFullError,
     Statistics,
     Status,
     StoredJob,
     Submitted,
-    demand_of,
-    make_id,
 )
 from wanduet.jobs.retention import Retention, delete_rows, remove_files
-from wanduet.jobs.schema import SERIAL, jobs, state
+from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.sweep import Sweeper
 from wanduet.jobs.writers import WriterQueue
 
@@ -83,7 +83,7 @@ class JobStore:
         # SQLite admits one writer and makes the others poll; a queue of this process's threads is fair and faster.
         self.writers = WriterQueue(LOCK_SECONDS, alone=file is not None)
         self._retention = Retention(files, self.database, (self._read, self._write), clock)
-        self._sweepers = [Sweeper(place, self._read) for place in files.places]
+        self._sweepers = [Sweeper(place, self._read, clock) for place in files.places]
 
     def close(self) -> None:
         """Close the connections."""
@@ -92,33 +92,32 @@ class JobStore:
 
     # For clients.
 
-    def submit(self, new: NewJob, limits: Limits | None = None) -> Submitted:
-        """Store a job. On return it is on the disk.
+    def submit(self, new: NewJob, limits: Limits | None = None, source: Path | None = None) -> Submitted:
+        """Store a job, and before it a copy of the video `source` that it starts from. On return both are on the disk.
 
-        Raises QueueFullError (nothing stored) or IdempotencyError (the key belongs to another request).
+        Raises QueueFullError (nothing stored), IdempotencyError (the key belongs to another request), or OutputError if
+        the copy cannot be stored.
         """
-        fingerprint = new.fingerprint or statements.fingerprint(new)
+        if source is None:
+            return self._insert(new, limits or Limits())
         with self._write() as connection:
-            # The row lock serialises submissions on a database server.
-            newest = connection.scalar(statements.NEWEST)
-            known = statements.find_by_key(connection, new.owner, new.idempotency_key, fingerprint)
-            if known is not None:
-                return Submitted(known, created=False)
-            statements.check_limits(connection, new.owner, limits or Limits())
-            job_id = make_id(self._clock(), newest)
-            connection.execute(sa.update(state).values(newest_id=job_id))
-            values = {
-                **asdict(new),
-                "fingerprint": fingerprint,
-                "id": job_id,
-                "status": "queued",
-                "demand": demand_of(new.request),
-                "created_at": self._clock(),
-                "files": [],
-                "report": {},
-            }
-            row = connection.execute(statements.INSERT, values).one()
-        return Submitted(statements.to_job(row), created=True)
+            job_id = statements.new_id(connection, connection.scalar(statements.NEWEST), self._clock())
+        file = self.files.add_input(job_id, source)
+        try:
+            done = self._insert(new, limits or Limits(), job_id, [file])
+        except (QueueFullError, IdempotencyError):  # after another error it may be stored: a sweep knows later
+            self.files.remove([file.name])
+            raise
+        if not done.created:
+            self.files.remove([file.name])
+        return done
+
+    def check_room(self, owner: str, key: str | None, limits: Limits) -> None:
+        """Raise QueueFullError if `submit` would; not for an idempotency key that is in use."""
+        same = sa.and_(jobs.c.owner == owner, jobs.c.idempotency_key == key)
+        with self._read() as connection:
+            if key is None or connection.scalar(sa.select(jobs.c.id).where(same)) is None:
+                statements.check_limits(connection, owner, limits)
 
     def find_by_key(self, owner: str, key: str, fingerprint: str) -> StoredJob | None:
         """The job that `submit` stored under an idempotency key, if it still exists.
@@ -238,7 +237,7 @@ class JobStore:
         It may be repeated after an error that leaves the outcome unknown.
         """
         now = self._clock()
-        values = endings.completed(files, report or {}, now, self._expiry(now))
+        values = endings.completed([*files, *lease.job.inputs], report or {}, now, self._expiry(now))
         with self._write() as connection:
             row = statements.update_held(connection, lease, values)
             if row is None:
@@ -332,6 +331,7 @@ class JobStore:
         except ForeignDatabaseError as error:
             log.error("nothing is swept", reason=error.message)
             return 0
+        self.files.discard_uploads()
         if not self.sweeping:
             fold_log(self.database)  # deletions during another connection's read are still in the log
         removed = sum(one.round(unknown_too=unknown_too) for one in self._sweepers if one.midway or not self.sweeping)
@@ -370,6 +370,21 @@ class JobStore:
         self._presence.check()
         with self.database.connect() as connection, connection.begin():
             yield connection
+
+    def _insert(
+        self, new: NewJob, limits: Limits, job_id: str | None = None, files: Sequence[OutputFile] = ()
+    ) -> Submitted:
+        fingerprint = new.fingerprint or statements.fingerprint(new)
+        with self._write() as connection:
+            newest = connection.scalar(statements.NEWEST)  # its row lock serialises submissions on a database server
+            known = statements.find_by_key(connection, new.owner, new.idempotency_key, fingerprint)
+            if known is not None:
+                return Submitted(known, created=False)
+            statements.check_limits(connection, new.owner, limits)
+            now = self._clock()
+            job_id = job_id or statements.new_id(connection, newest, now)
+            added = {"id": job_id, "fingerprint": fingerprint, "created_at": now}
+            return Submitted(statements.insert(connection, new, files, added), created=True)
 
     def _has_queued(self) -> bool:
         with self._read() as connection:

@@ -16,6 +16,7 @@ import structlog
 from wanduet.jobs import statements
 from wanduet.jobs.database import find_damage
 from wanduet.jobs.places import TRASH_DAYS, Entry, Place
+from wanduet.jobs.records import INPUT, submitted_at
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +24,7 @@ BATCH = 300  # entries that are looked up at once
 ROUND_BATCHES = 10  # batches in a round, so that a round does not delay the queue
 LARGEST_HEAP = 500  # entries that one pass removes
 SPARED = 20  # unknown entries that are moved even if no entry is known
+ARRIVAL_SECONDS = 3600.0  # for so long, an input of an unknown job may be one whose row is about to be stored
 
 Read = Callable[[], AbstractContextManager[sa.Connection]]
 
@@ -30,10 +32,11 @@ Read = Callable[[], AbstractContextManager[sa.Connection]]
 class Sweeper:
     """Sweeps one place. Any thread may call `round`, which continues where the last call ended."""
 
-    def __init__(self, place: Place, read: Read) -> None:
-        """`read` opens a transaction of the job database."""
+    def __init__(self, place: Place, read: Read, clock: Callable[[], float]) -> None:
+        """`read` opens a transaction of the job database; `clock` returns Unix seconds."""
         self._place = place
         self._read = read
+        self._clock = clock
         self._guard = threading.Lock()
         self._pass: Iterator[int | None] | None = None
 
@@ -71,12 +74,18 @@ class Sweeper:
             with self._read() as connection:
                 wanted = statements.wanted_names(connection, ids)
                 gone = statements.deleted_among(connection, ids - wanted.keys())
+            batch = tuple(one for one in batch if one[0] in wanted or one[0] in gone or not self._arrives(one))
             known += sum(job_id in wanted for job_id, _ in batch)
             unknown += sum(job_id not in wanted and job_id not in gone for job_id, _ in batch)
             unwanted += [one for one in batch if _is_unwanted(one, wanted)][: LARGEST_HEAP - len(unwanted)]
         removed = self._take(unwanted, known, unknown, unknown_too) if unwanted else 0
         self._place.empty_trash(TRASH_DAYS)
         yield removed
+
+    def _arrives(self, entry: Entry) -> bool:
+        """Whether an entry may be an input that was stored just now, before its job."""
+        is_input = entry[1].startswith(f"{entry[0]}.{INPUT}")  # or a partial file of one
+        return is_input and self._clock() - submitted_at(entry[0]) < ARRIVAL_SECONDS
 
     def _take(self, unwanted: list[Entry], known: int, unknown: int, unknown_too: bool) -> int:
         if unknown > known + SPARED and not unknown_too:

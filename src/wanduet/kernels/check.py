@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
+from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Filter, Fused, VAEKernels
 
 
@@ -124,13 +125,13 @@ def _qk_pair(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
 
 
 def _linear(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
-    weight = s.draw(s.width, s.width, dtype=s.dtype) / s.width**0.5
+    weight = Weight(s.draw(s.width, s.width, dtype=s.dtype) / s.width**0.5)
     x, bias, out = s.tokens(s.dtype), s.draw(s.width, dtype=s.dtype), s.tokens(s.dtype)
     return kernels.linear(x, weight, bias, None), kernels.linear(x, weight, bias, out)
 
 
 def _linear_gelu(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
-    weight = s.draw(2 * s.width, s.width, dtype=s.dtype) / s.width**0.5
+    weight = Weight(s.draw(2 * s.width, s.width, dtype=s.dtype) / s.width**0.5)
     x, bias = s.tokens(s.dtype), s.draw(2 * s.width, dtype=s.dtype)
     out = torch.empty(*x.shape[:2], 2 * s.width, dtype=s.dtype, device=x.device)
     return kernels.linear_gelu(x, weight, bias, None), kernels.linear_gelu(x, weight, bias, out)

@@ -5,6 +5,7 @@ hold their pictures themselves.
 """
 
 import hashlib
+import heapq
 import os
 import re
 import struct
@@ -28,9 +29,10 @@ from wanduet.media.truncation import promised_bytes
 from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest, SourceVideo
 from wanduet.untrusted import cut, describe_file, open_regular
 
-MAX_PIXELS = 8192 * 8192  # of one frame
+MAX_SIDE = 8192  # of a square frame; the longer side of others may be longer
 MAX_PROPORTION = 16  # of the longer to the shorter side
 DECODER_THREADS = 4  # each needs memory for a frame
+_MAX_PIXELS = str(MAX_SIDE**2)
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,mxf"
 _MISSING_AT_THE_END = 1  # seconds for which the last frame is repeated, if the container promised more
 _CONVERT = "convert it to MP4 with H.264, for example with HandBrake or ffmpeg"
@@ -59,23 +61,14 @@ def read_source(path: Path) -> SourceVideo:
     Raises InvalidRequestError of the field `input_video`.
     """
     with _open(path) as clip:
-        first, end, count = None, Fraction(0), 0
-        for packet in clip.packets():
-            if packet is not None:
-                count += 1
-                end = max(end, clip.end_of(packet))
-            if first is None:
-                first = next(iter(clip.decode(packet)), None)
-        if first is None:
-            _refuse(path, f"none of its pictures can be decoded; {_CONVERT}")
-        if clip.is_gif and count == 1:
+        packets_left = clip.packets()
+        start, first = next(clip.frames(packets_left))
+        for _ in packets_left:
+            pass  # the header's length may be wrong or missing
+        if clip.container.format.name == "gif" and clip.num_packets == 1:
             _refuse_picture(path, "a GIF picture without animation")
         height, width = clip.shown_size(first)
-        if max(height, width) > MAX_PROPORTION * min(height, width):
-            _refuse(path, f"its pictures have {width}x{height} pixels; the longer side may be at most {MAX_PROPORTION} "
-                    "times the shorter; crop it")  # fmt: skip
-        length = end - clip.time_of(first)
-        return SourceVideo(_hash(clip.file), height, width, float(max(length, 0)))
+        return SourceVideo(_hash(clip.file), height, width, max(0.0, float(clip.end - start)))
 
 
 def frames_of(request: ResolvedRequest) -> Callable[[], Iterator[NDArray[np.uint8]]]:
@@ -115,7 +108,7 @@ def read_frames(path: Path, size: tuple[int, int], num_frames: int, fps: float) 
     """
     with _open(path) as clip:
         chunk: list[Frame] = []
-        room, shown, picture = 1, None, None
+        room, shown = 1, None
         for frame in _at_rate(clip, num_frames, Fraction(fps)):
             if frame is not shown:
                 shown, picture = frame, clip.picture(frame, size)
@@ -129,7 +122,7 @@ def read_frames(path: Path, size: tuple[int, int], num_frames: int, fps: float) 
 
 def _at_rate(clip: "_Clip", count: int, fps: Fraction) -> Iterator[Any]:
     """Yield the frame that is shown at each of `count` moments."""
-    frames = clip.frames()
+    frames = clip.frames(clip.packets())
     start, current = next(frames)
     now, (later, following) = start, next(frames, (None, None))
     for moment in (start + index / fps for index in range(count)):
@@ -145,55 +138,73 @@ def _at_rate(clip: "_Clip", count: int, fps: Fraction) -> Iterator[Any]:
         yield current
 
 
-@dataclass(frozen=True, slots=True)
 class _Clip:
-    """The video stream of an open file. Times are in seconds of the file's own clock."""
+    """The video stream of an open file. Times are in seconds of the file's own clock.
 
-    path: Path
-    file: Any
-    container: Any
-    stream: Any
-    decoder: Any
-    converters: dict[Any, ToRGB]
+    `num_packets`: the number of pictures in the packets so far.
+    """
+
+    def __init__(self, path: Path, file: Any, container: Any) -> None:
+        self.path, self.file, self.container = path, file, container
+        self.stream = _choose_stream(path, container)
+        self.num_packets = 0
+        self._end = 0  # in ticks
+        self._decoder = _decoder(self.stream)
+        self._orientation: _Orientation | None = None
+        self._converters: dict[Any, ToRGB] = {}
+        self._tick = self.stream.time_base or Fraction(1, 1000)
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        self._interval = 1 / rate if rate else Fraction(0)
+        self._frame_ticks = round(self._interval / self._tick)
+        # AVI has no presentation times, and FFmpeg's guesses are wrong with B-frames: frames get the packets' times in
+        # ascending order.
+        self._is_in_order = container.format.name == "avi"
 
     @property
-    def is_gif(self) -> bool:
-        return self.container.format.name == "gif"
+    def end(self) -> Fraction:
+        """When the last picture of the packets so far is no longer shown."""
+        return Fraction(self._end * self._tick)
 
     def packets(self) -> Iterator[Any]:
-        """Yield the packets with pictures that are shown, and None at the end."""
+        """Yield the packets with pictures, and None at the end."""
         for packet in packets(self.container, self.stream):
             if packet.size:  # an empty one repeats a picture, but means the end to a decoder
+                packet.pts = packet.dts if self._is_in_order or packet.pts is None else packet.pts
+                if not packet.is_discard:  # which is decoded, but cut out of the video
+                    end = (packet.pts or 0) + (packet.duration or self._frame_ticks)
+                    self._end = max(self._end, end) if self.num_packets else end
+                    self.num_packets += 1
                 yield packet
         yield None
 
-    def decode(self, packet: Any) -> list[Any]:
-        """Decode a packet; None: what the decoder still has. Damaged pictures are left out, as in players."""
-        with suppress(av.FFmpegError):
-            return list(self.decoder.decode(packet))
-        return []
-
-    def frames(self) -> Iterator[tuple[Fraction, Any]]:
+    def frames(self, of_packets: Iterator[Any]) -> Iterator[tuple[Fraction, Any]]:
         """Yield frames and the times at which they are shown, which never decrease. There is at least one."""
         now: Fraction | None = None
-        for packet in self.packets():
-            for frame in self.decode(packet):
-                time = self.time_of(frame, now)
+        times: list[int] = []
+        for packet in of_packets:
+            if self._is_in_order and packet is not None and packet.pts is not None:
+                heapq.heappush(times, packet.pts)
+            for frame in self._decode(packet):
+                frame.pts = heapq.heappop(times) if times else frame.pts
+                time = self._time_of(frame, now)
                 now = time if now is None else max(now, time)
                 yield now, frame
         if now is None:
-            _refuse(self.path, f"none of its pictures can be decoded; {_CONVERT}")
+            _refuse(self.path, f"none of its pictures can be decoded, or they have more than {MAX_SIDE}x{MAX_SIDE} "
+                    f"pixels; {_CONVERT}")  # fmt: skip
 
-    def time_of(self, item: Any, before: Fraction | None = None) -> Fraction:
+    def _decode(self, packet: Any) -> list[Any]:
+        """Decode a packet; None: what the decoder still has. Damaged pictures are left out, as in players."""
+        with suppress(av.FFmpegError):
+            return list(self._decoder.decode(packet))
+        return []
+
+    def _time_of(self, item: Any, before: Fraction | None = None) -> Fraction:
         """When a frame or packet is shown; if it does not say, a frame after `before`."""
         ticks = item.dts if item.pts is None else item.pts
         if ticks is not None:
-            return ticks * self._tick
+            return Fraction(ticks * self._tick)
         return Fraction(0) if before is None else before + self._interval
-
-    def end_of(self, packet: Any) -> Fraction:
-        """When a packet's picture is no longer shown."""
-        return self.time_of(packet) + self.duration_of(packet)
 
     def duration_of(self, item: Any) -> Fraction:
         """How long a frame or packet is shown."""
@@ -203,28 +214,28 @@ class _Clip:
         """How far the rounding to ticks may shift frames at this interval; times in units of frames are exact."""
         return min(self._tick, interval / 4) if interval > self._tick else Fraction(0)
 
-    @property
-    def _tick(self) -> Fraction:
-        return self.stream.time_base or Fraction(1, 1000)
-
-    @property
-    def _interval(self) -> Fraction:
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        return 1 / rate if rate else Fraction(0)
-
     def shown_size(self, frame: Any) -> tuple[int, int]:
-        """Height and width of a frame in square pixels, upright."""
+        """Return the height and width of a frame in square pixels, upright. Raises InvalidRequestError."""
         ratio = self.stream.sample_aspect_ratio or 1
         height, width = frame.height, max(1, round(frame.width * ratio))
-        return (width, height) if _Orientation.of(frame).transposed else (height, width)
+        if max(height, width) > MAX_PROPORTION * min(height, width):  # scaled to cover a size, they would be huge
+            _refuse(self.path, f"its pictures have {width}x{height} pixels; the longer side may be at most "
+                    f"{MAX_PROPORTION} times the shorter; crop it")  # fmt: skip
+        return (width, height) if self._orientation_of(frame).transposed else (height, width)
+
+    def _orientation_of(self, frame: Any) -> "_Orientation":
+        # Of the first frame only: reading it makes a circle of references, and so a leak until the next collection.
+        if self._orientation is None:
+            self._orientation = _Orientation.of(frame)
+        return self._orientation
 
     def picture(self, frame: Any, size: tuple[int, int]) -> Frame:
-        """Return a frame as RGB `[H, W, 3]` of a height and width: scaled to cover them, and cropped."""
+        """Return a frame as RGB `[H, W, 3]` of height and width `size`: scaled to cover it, and cropped."""
         height, width = size
         shown_height, shown_width = self.shown_size(frame)
         scale = max(Fraction(height, shown_height), Fraction(width, shown_width))
         covering = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
-        orientation = _Orientation.of(frame)
+        orientation = self._orientation_of(frame)
         rgb = self._rgb(frame, covering[::-1] if orientation.transposed else covering)
         rgb = orientation.upright(rgb)
         top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
@@ -239,15 +250,16 @@ class _Clip:
     def _converted(self, frame: Any, size: tuple[int, int], pixel_format: str) -> Frame:
         tags = int(frame.colorspace), int(frame.color_range)
         key = frame.width, frame.height, frame.format.name, tags, size, pixel_format  # a stream may change them
-        if key not in self.converters:
-            self.converters.clear() if len(self.converters) > 1 else None
-            self.converters[key] = ToRGB(frame, size, pixel_format)
-        return self.converters[key](frame)
+        if key not in self._converters:
+            if len(self._converters) > 1:
+                self._converters.clear()
+            self._converters[key] = ToRGB(frame, size, pixel_format)
+        return self._converters[key](frame)
 
 
 @dataclass(frozen=True, slots=True)
 class _Orientation:
-    """How a stored picture is brought upright: first transposed, then flipped."""
+    """How a stored picture is shown upright: first transposed, then flipped."""
 
     transposed: bool = False
     flipped_rows: bool = False
@@ -292,9 +304,8 @@ def _open(path: Path) -> Iterator[_Clip]:
         _refuse_addresses(path)
         with open_regular(path) as file:
             _check_kind(path, file)
-            with open_container(file, _CONTAINERS, max_pixels=str(MAX_PIXELS)) as container:
-                stream = _choose_stream(path, container)
-                yield _Clip(path, file, container, stream, _decoder(stream), {})
+            with open_container(file, _CONTAINERS, max_pixels=_MAX_PIXELS) as container:
+                yield _Clip(path, file, container)
     except (FileNotFoundError, NotADirectoryError):
         _refuse(path, "there is no such file; it must be the path of a video file")
     except (ValueError, av.FFmpegError):  # ValueError: also NUL in the path
@@ -337,15 +348,10 @@ def _check_kind(path: Path, file: Any) -> None:
 
 def _choose_stream(path: Path, container: Any) -> Any:
     stream = container.streams.best("video")
-    cover = av.stream.Disposition.attached_pic
-    if stream is None or stream.disposition & cover:
-        if any(other.type == "video" and not other.disposition & cover for other in container.streams):
-            _refuse(path, f"its pictures are compressed by a method that cannot be read; {_CONVERT}")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
         _refuse(path, "it has no pictures, only sound or other data; it must be a video file")
-    context = stream.codec_context
-    if context.width * context.height > MAX_PIXELS:
-        _refuse(path, f"its pictures have {context.width}x{context.height} pixels; the most is {MAX_PIXELS // 2**20} "
-                "million; make it smaller")  # fmt: skip
+    if stream.codec_context is None:
+        _refuse(path, f"its pictures are compressed by a method that cannot be read; {_CONVERT}")
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all
@@ -359,6 +365,6 @@ def _decoder(stream: Any) -> Any:
     if name in av.codecs_available and stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
         decoder = av.CodecContext.create(name, "r")
         decoder.extradata = stream.codec_context.extradata
-    decoder.options = decoder.options | {"max_pixels": str(MAX_PIXELS)}
+    decoder.options = decoder.options | {"max_pixels": _MAX_PIXELS}
     decoder.thread_count, decoder.thread_type = DECODER_THREADS, "AUTO"
     return decoder

@@ -1,5 +1,6 @@
 """Reads videos that wanduet wrote: frames, properties, hashes, metadata."""
 
+import errno
 import hashlib
 import io
 import os
@@ -154,7 +155,10 @@ class _Bounded(io.BufferedIOBase):
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # a damaged file's negative place: libavformat's error, without PyAV's traceback
+            return -errno.EINVAL
 
     def tell(self) -> int:
         return self._file.tell()

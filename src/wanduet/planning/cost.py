@@ -31,6 +31,8 @@ HOPPER_DECODE_SHARE, DECODE_SHARE = 0.31, 0.2
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent pixel. Measured: 275 for 21 latent frames of 60x104 (480x832).
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
+# Operations to encode a video, as a share of those to decode it: counted, with Wan2.1's VAE.
+ENCODE_SHARE = 0.6
 # Share of the decode's time that each further row tile adds: 3 to 7 % at 480p, 1.5 to 3 at 720p, 1 to 2 at 1080p
 # (benchmarks/results/whole_job_*.json, H100).
 CUT_SHARE = 0.03
@@ -50,15 +52,16 @@ PROMPT_TOKENS = 80  # of a detailed prompt; the negative prompt is encoded once 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Predicted seconds of each phase."""
+    """Predicted seconds of each phase; `encode`: of encoding an input video."""
 
     denoise: float
     decode: float
+    encode: float = 0.0
 
     @property
     def total(self) -> float:
-        """Denoise and decode; encoding the text and writing the video overlap with them or are small."""
-        return self.denoise + self.decode
+        """All phases; encoding the text and writing the video overlap with them or are small."""
+        return self.encode + self.denoise + self.decode
 
 
 def forward_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
@@ -79,7 +82,7 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
-    """Return the floating-point operations of all steps of all videos of a job on one device.
+    """Return the floating-point operations of all denoising steps of all videos of a job on one device.
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
@@ -88,20 +91,21 @@ def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     step = forward_flop(t, tokens, spec.text_len)
     if request.uses_guidance:
         step += step - 4 * tokens * t.dim * (2 * t.dim + tokens)  # q, k, v, out; scores and values
-    return request.num_videos_per_prompt * request.num_inference_steps * step
+    return request.num_videos_per_prompt * request.num_denoising_steps * step
 
 
 def predict_seconds(
     request: ResolvedRequest, spec: ModelSpec, transformer: DeviceInfo, vae: DeviceInfo, ranks: int = 1
 ) -> Seconds:
-    """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode."""
+    """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode, one encodes."""
     denoise = denoise_flop(request, spec) / (rate(transformer) * 1e12)
-    return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks)
+    encode = video_encode_seconds(request, spec, vae) if request.uses_input else 0.0
+    return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks, encode)
 
 
 def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:
     """Return the seconds of one step of one video, with guidance, from the job's predicted `seconds`."""
-    return seconds.denoise / (request.num_videos_per_prompt * request.num_inference_steps)
+    return seconds.denoise / (request.num_videos_per_prompt * max(1, request.num_denoising_steps))
 
 
 def encode_seconds(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> tuple[float, float]:
@@ -116,6 +120,12 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
     """Predict the seconds to decode all videos of a job on one device."""
     size = (request.generated_height, request.generated_width, request.num_frames)
     return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
+
+
+def video_encode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
+    """Predict the seconds to encode the input video, once for all videos of a job, on one device."""
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    return ENCODE_SHARE * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def cut_seconds(request: ResolvedRequest, decode: float, mode: Tiling) -> float:

@@ -5,13 +5,13 @@ whether kernels are correct).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from wanduet.config import EngineConfig, format_bytes, parse_devices
+from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
-from wanduet.footprint.phases import text_encoder_bytes
+from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
 from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
@@ -30,10 +30,15 @@ class Explanation:
 
     plan: Plan
     request: ResolvedRequest
-    spec: ModelSpec
+    memory: ModelMemory
     config: EngineConfig
     hardware: Hardware
     refused: Sequence[Plan] = ()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shapes."""
+        return self.memory.spec
 
     def choices(self) -> tuple[Choice, ...]:
         """Return the explained settings of a whole job."""
@@ -58,6 +63,10 @@ class Explanation:
                     "first_self_attention", "shared" if plan.transformer.share_first else "apart", self._share_first()
                 ),
             )
+        if plan.transformer.weights != "auto":
+            found += (Choice("weights", plan.transformer.weights, self._weights()),)
+        if self.request.uses_input:
+            found += (self._encode(),)
         if plan.group.ranks:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
@@ -115,6 +124,12 @@ class Explanation:
         return (
             "this GPU has no bfloat16 matrix units" if known else "this GPU is not known to have bfloat16 matrix units"
         )
+
+    def _weights(self) -> str:
+        dtype = self.plan.transformer.dtype
+        names: tuple[Weights, ...] = (self.plan.transformer.weights, "auto")
+        stored, dense = (format_bytes(replace(self.memory, weights=name).transformer_weights(dtype)) for name in names)
+        return f"{ASKED}: the transformer takes {stored} instead of {dense}; its products are computed in {dtype}"
 
     def _vae_dtype(self) -> Choice:
         why = ASKED
@@ -183,6 +198,13 @@ class Explanation:
             return Choice("decode", value, "what needs least memory")
         fastest = (mode.order, mode.num_tiles) == ("frame", 1)
         return Choice("decode", value, "whole frames, the fastest way" if fastest else "no faster way to decode fits")
+
+    def _encode(self) -> Choice:
+        count = self.plan.vae.encode_tiles
+        value = f"{count} {'strip' if count == 1 else 'strips'}"
+        if not self.plan.prediction.fits:
+            return Choice("encode", value, "what needs least memory")
+        return Choice("encode", value, "whole frames, the fastest way" if count == 1 else "fewer strips do not fit")
 
     def _keep_both(self) -> str:
         plan = self.plan
@@ -282,6 +304,9 @@ def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
     is_random = config.model in RANDOM_SPECS
     if config.revision is not None and (is_random or local_model(config.model) is not None):
         found.append(Choice("revision", config.revision, "without effect: the model is not on the hub"))
+    if config.weights != plan.transformer.weights:
+        why = f"without effect: the transformer computes in {plan.transformer.dtype}, which is as small"
+        found.append(Choice("weights", config.weights, why))
     if config.vram_limit is not None and all(device.name == "cpu" for device in plan.prediction.devices):
         found.append(Choice("vram_limit", config.vram_limit, "without effect: no GPU is used"))
     if config.speeds is not None and not plan.group.ranks:

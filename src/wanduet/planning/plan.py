@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wanduet.config import format_bytes, format_seconds
+from wanduet.config import Weights, format_bytes, format_seconds
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.errors import DoesNotFitError
 from wanduet.models.vae.rows import Tiling
@@ -21,7 +21,8 @@ class TransformerPlan:
 
     The first `resident_blocks` blocks stay on `device`; the others are offloaded to host memory of the kind
     `offload_memory`: page-locked, or mapped from a scratch file. `share_first`: with guidance, compute the first
-    block's self-attention once for both prompts.
+    block's self-attention once for both prompts. `weights`: the format of the blocks' matrices in memory, as in
+    `EngineConfig`; "auto" if they are in `dtype`.
     """
 
     device: str
@@ -29,6 +30,7 @@ class TransformerPlan:
     resident_blocks: int
     offload_memory: OffloadMemory
     share_first: bool
+    weights: Weights = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ class Plan:
             "host_bytes": predicted.host_bytes,
             "host_limit_bytes": predicted.host_limit_bytes,
             "choices": [{"setting": c.setting, "value": c.value, "why": c.why} for c in self.choices],
-            "predicted_seconds": {
+            "predicted_seconds": ({"encode": round(seconds.encode, 1)} if seconds.encode else {})
+            | {
                 "denoise": round(seconds.denoise, 1),
                 "decode": round(seconds.decode, 1),
                 "total": round(seconds.total, 1),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from wanduet.config import GIB, EngineConfig
+from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.footprint.phases import (
@@ -36,7 +36,7 @@ from wanduet.planning.plan import (
     TransformerPlan,
     VAEPlan,
 )
-from wanduet.planning.search import DECODE_MODES, Candidate, candidates, memory_rank
+from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates, memory_rank
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
 
@@ -61,9 +61,10 @@ def make_plan(
     If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
     that fit. Raises ConfigError if the hardware does not have what `config` requires.
     """
+    memory = replace(memory, weights=config.weights)
     planner = Planner(request, memory, config, hardware)
     plan, refused = planner.fastest_that_fits()
-    plan = replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware, refused).choices())
+    plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
@@ -83,8 +84,8 @@ def make_plan(
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
     """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
-    plan = Planner(request, memory, config, hardware).decode_only()
-    return replace(plan, choices=Explanation(plan, request, memory.spec, config, hardware).choices_of_decode())
+    plan = Planner(request, replace(memory, weights=config.weights), config, hardware).decode_only()
+    return replace(plan, choices=Explanation(plan, request, memory, config, hardware).choices_of_decode())
 
 
 def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
@@ -167,7 +168,7 @@ class Planner:
         host += self.memory.decode_host(self._size, mode, dtype, name)
         return Plan(
             "single",
-            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True),
+            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True, self._weights(device)),
             VAEPlan(name, dtype, mode, self.config.tf32),
             self._text,
             both_resident=True,
@@ -212,7 +213,21 @@ class Planner:
         return self.plan_of(place, whole, group)
 
     def plan_of(self, place: Placement, candidate: Candidate, group: GroupPlan = NO_GROUP) -> Plan:
-        """Return the plan of one candidate, with its predictions."""
+        """Return the plan of one candidate, with its predictions. An input video is encoded in the fewest row tiles
+        that fit."""
+
+        def in_tiles(count: int) -> Plan:
+            return self._predicted(place, candidate._replace(encode_tiles=count), group)
+
+        fastest = in_tiles(1)
+        if fastest.prediction.fits or not self.request.uses_input:
+            return fastest
+        smallest = in_tiles(ENCODE_TILES[-1])
+        if not smallest.prediction.fits:
+            return smallest
+        return next((plan for count in ENCODE_TILES[1:-1] if (plan := in_tiles(count)).prediction.fits), smallest)
+
+    def _predicted(self, place: Placement, candidate: Candidate, group: GroupPlan) -> Plan:
         transformer = self._transformer_memory(place, candidate, group)
         devices = self._devices(place, candidate, transformer)
         host, offload = self._host(place, candidate, transformer, devices)
@@ -225,8 +240,9 @@ class Planner:
                 candidate.resident_blocks,
                 offload,
                 candidate.share_first,
+                self._weights(place.transformer),
             ),
-            VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32),
+            VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
             candidate.both_resident,
             Prediction(devices, host, self._host_limit, seconds),
@@ -254,6 +270,12 @@ class Planner:
         both = candidate.both_resident
         on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
         on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
+        if self.request.uses_input:
+            # Of the decoder and the transformer, an earlier job or the load may have left the weights there.
+            on_transformer["encode"] = transformer.weights + transformer.exchange if both else transformer.swapped_out
+            encoder = self.memory.vae_encoder_weights(self._vae_dtype)
+            encode = self.memory.encode(self._size, candidate.encode_tiles, self._vae_dtype)
+            on_vae["encode"] = vae_weights + encoder + encode
         together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
         if place.ranks:
             phases = {phase: int(size * (1 + RANKS_SHARE)) for phase, size in together.items()}
@@ -281,6 +303,8 @@ class Planner:
             host += self.memory.loading_host(self.transformer_dtype(place.transformer))
         host += sum(d.peak for d in devices if d.name == "cpu")
         host += self.memory.decode_host(self._size, candidate.tiling, self._vae_dtype, place.vae.name)
+        if self.request.uses_input:
+            host += self.memory.encode_host(self._size, candidate.encode_tiles, self._vae_dtype)
         if not candidate.both_resident and not place.vae.is_cpu:
             host += self.memory.vae_weights(self._vae_dtype)  # swapped out while the transformer runs
         waiting, layers, on_host = 0, self._spec.transformer.num_layers, 0
@@ -299,6 +323,9 @@ class Planner:
         if not device.is_cpu:
             phases = {phase: int(size * (1 + LATER_JOBS_SHARE)) for phase, size in phases.items()}
         return DevicePrediction(device.name, role, {"encode": 0} | phases, limit)
+
+    def _weights(self, device: DeviceInfo) -> Weights:
+        return self.memory.format_name(self.transformer_dtype(device))
 
     def transformer_dtype(self, device: DeviceInfo) -> str:
         """Return the dtype in which the transformer computes on a device."""

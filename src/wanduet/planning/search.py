@@ -24,6 +24,7 @@ class Candidate(NamedTuple):
     share_first: bool
     both_resident: bool
     tiling: Tiling
+    encode_tiles: int = 1
 
 
 def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weights: int) -> Iterator[Candidate]:

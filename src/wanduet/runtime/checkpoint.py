@@ -58,7 +58,7 @@ class ModelCheckpoint:
         if self.folder is not None:
             self.folder.transformer.check(shapes[0])
             self.folder.vae.check(shapes[1])
-        return ModelMemory(self.spec, *shapes)
+        return ModelMemory(self.spec, shapes[0], shapes[1], self.config.weights)
 
     @property
     def about(self) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from functools import partial
 from threading import Event
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.passes import LoadContext, run_passes
@@ -17,6 +17,7 @@ from wanduet.errors import CancelledError, OutOfMemoryError
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.device import on_device_of
+from wanduet.kernels.dit.weight import Weight, format_of
 from wanduet.kernels.select import guarded, kernels_for
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import Runtime, WanTransformer
@@ -171,21 +172,23 @@ class TransformerHost:
         checkpoint.limit_memory(device)
         with meta_init():
             transformer = WanTransformer(spec.transformer).eval().requires_grad_(False)
-        context = LoadContext(device, dtype, plan.resident_blocks, self._host_memory(plan), self._fill)
+        context = LoadContext(
+            device, dtype, plan.resident_blocks, self._host_memory(plan), self._fill, format_of(plan.weights, dtype)
+        )
         run_passes(transformer, context)
         if checkpoint.folder is not None:
             self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
         return LoadedTransformer(spec, transformer, device, dtype, plan.resident_blocks, context.memory)
 
-    def _fill(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Write the checkpoint's weights, or random ones, into parameters."""
+    def _fill(self, targets: dict[str, Tensor | Weight]) -> None:
+        """Write the checkpoint's weights, or random ones, into parameters and matrices."""
         checkpoint = self._checkpoint
         if checkpoint.folder is None:
-            randomise(parameters)
+            randomise(targets)
         else:
             checkpoint.verify()
-            checkpoint.folder.transformer.load_into(Targets(parameters, self._check_open))
+            checkpoint.folder.transformer.load_into(Targets(targets, self._check_open))
 
     def _host_memory(self, plan: TransformerPlan) -> HostMemory:
         """Return the host memory for blocks that are not on the device."""

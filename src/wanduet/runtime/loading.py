@@ -1,16 +1,15 @@
 """The load of the transformer in background threads. There is one at a time; all waiting jobs share it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError as NotBegun
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event, Lock
-
-from torch import Tensor, nn
 
 from wanduet.errors import CancelledError
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.release import forget_traceback, release_models
+from wanduet.weights.source import Target
 
 Start = Callable[[ThreadPoolExecutor], Future[LoadedTransformer]]
 """Starts a load in a pool of two threads."""
@@ -121,13 +120,13 @@ def _failed(load: Future[LoadedTransformer]) -> bool:
     return load.done() and (load.cancelled() or load.exception() is not None)
 
 
-class Targets(dict[str, Tensor]):
-    """The tensors that a load fills, by name. Each lookup calls `check`, which raises to stop the load."""
+class Targets(dict[str, Target]):
+    """What a load fills, by name. Each lookup calls `check`, which raises to stop the load."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], check: Callable[[], None]) -> None:
-        super().__init__((name, parameter.data) for name, parameter in parameters.items())
+    def __init__(self, targets: Mapping[str, Target], check: Callable[[], None]) -> None:
+        super().__init__(targets)
         self._check = check
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Target:
         self._check()
         return super().__getitem__(name)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import OutOfMemoryError
-from wanduet.models.vae.encode import encode_stream
-from wanduet.models.vae.stream import Frames
+from wanduet.models.vae.encode import Frames, encode_stream
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import Event, RunContext
 from wanduet.runtime.models import Models
@@ -28,7 +27,7 @@ def encode_video(
 ) -> Tensor:
     """Encode frames to normalised latents `[16, T, h, w]`, float32 on the host.
 
-    `frames` returns chunks of uint8 frames as `encode_stream` takes them. It is called again, for the first frame on,
+    `frames` returns chunks of frames as `encode_stream` takes them. It is called again, for the first frame on,
     each time the encode restarts. `num_frames`: how many there are, for the progress events; 0 if unknown.
 
     On out-of-memory, restart with more row tiles, finally on the CPU. Raises OutOfMemoryError when no smaller form is

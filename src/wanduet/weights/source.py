@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import cut
@@ -24,6 +24,19 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int = 0
+
+
+class Target(Protocol):
+    """What a weight is loaded into: an allocated tensor, or a matrix that is converted to its format."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        ...
+
+    def copy_(self, source: "Tensor", /) -> object:
+        """Write a weight of this shape, of any floating dtype."""
+        ...
 
 
 class WeightSource(ABC):
@@ -61,8 +74,8 @@ class WeightSource(ABC):
         self.require(names)
         return {name: tensor.to(dtype, copy=True) for name, tensor in self.iterate(names)}
 
-    def load_into(self, targets: "Mapping[str, Tensor]", ignore: Collection[str] = ()) -> None:
-        """Copy the weights into allocated tensors, one by one, converted to the dtype and device of each target.
+    def load_into(self, targets: Mapping[str, Target], ignore: Collection[str] = ()) -> None:
+        """Copy the weights into allocated tensors, one by one, converted to the format and device of each target.
 
         Raises WeightsError if `check` fails.
         """

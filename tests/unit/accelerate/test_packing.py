@@ -40,7 +40,7 @@ def test_packed_blocks_are_views_of_one_buffer_with_the_same_values(model) -> No
         large = [p for name, p in block.named_parameters() if packing.is_large(name)]
         assert len(large) == 20
         assert {p.untyped_storage().data_ptr() for p in large} == {flat.data_ptr()}
-        assert sum(p.numel() for p in large) <= flat.numel() < sum(p.numel() for p in large) + 20 * packing.ALIGNMENT
+        assert sum(p.nbytes for p in large) <= flat.nbytes < sum(p.nbytes for p in large) + 20 * packing.ALIGNMENT
     torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_allocated_on_meta_and_filled_by_a_loader(model, dtype) -> None:
         assert parameter.dtype == WanTransformer.parameter_dtype(name, dtype)
         assert not parameter.requires_grad
         parameter.data.copy_(weights[name])
-    assert all(packed_buffer(block).dtype == dtype for block in fresh.blocks)
+    assert all(packed_buffer(block) is not None for block in fresh.blocks)
     bound = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(output(fresh), output(model), rtol=bound, atol=bound)
 
@@ -99,8 +99,8 @@ def test_blocks_are_allocated_where_the_caller_says(model) -> None:
         fresh = WanTransformer(SPEC)
     given = {}
 
-    def allocate(index: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        given[index] = torch.full((size,), float(index), dtype=dtype)
+    def allocate(index: int, size: int) -> torch.Tensor:
+        given[index] = torch.full((size // 4,), float(index)).view(torch.uint8)
         return given[index]
 
     allocate_packed(fresh, CPU, torch.float32, allocate)

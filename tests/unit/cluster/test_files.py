@@ -3,6 +3,7 @@
 The store is a folder behind fsspec; each "node" has a data folder of its own and sees nothing of the others'.
 """
 
+import hashlib
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
-from fake_engine import FakeEngine, content, journal
+from fake_engine import FakeEngine, FakeJob, Pace, content, journal
 
 from wanduet.cluster import files as cluster_files
 from wanduet.cluster.files import StoredFiles, open_files
@@ -22,7 +23,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, OutputError
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import ForeignDatabaseError, NewJob
+from wanduet.jobs.records import ForeignDatabaseError, NewJob, StoredJob
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
 
@@ -60,8 +61,8 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def run(store: JobStore, until: Callable[[], object]) -> None:
-    runner = Runner(store, FakeEngine(EngineConfig(data_dir=store.files.folder)), FAST, hooks=FakeEngine.hooks)
+def run(store: JobStore, until: Callable[[], object], pace: Pace | None = None) -> None:
+    runner = Runner(store, FakeEngine(EngineConfig(data_dir=store.files.folder), pace), FAST, hooks=FakeEngine.hooks)
     thread = threading.Thread(target=runner.run)
     thread.start()
     end = time.monotonic() + 60
@@ -236,3 +237,67 @@ def test_what_cannot_be_copied_is_not_kept_for_others(cluster: Cluster, monkeypa
 
 def refuse(path: Path, name: str) -> None:
     raise OSError("no room")
+
+
+CLIP = b"not really a video" * 100
+
+
+def submit_with_input(store: JobStore, steps: int) -> StoredJob:
+    clip = store.files.new_upload()
+    clip.write_bytes(CLIP)
+    digest = f"sha256:{hashlib.sha256(CLIP).hexdigest()}"
+    request = {"prompt": "a cat", "num_inference_steps": steps, "seed": 7, "input_video": digest, "strength": 0.5}
+    return store.submit(NewJob("ann", "m", request), None, clip).job
+
+
+def test_an_input_is_found_by_a_worker_on_another_node(cluster: Cluster) -> None:
+    with closing(cluster.node("server")) as server, closing(cluster.node("b")) as b:
+        job = submit_with_input(server, 2)
+        assert cluster.stored("videos") == [f"videos/{job.id}.input"]
+        assert not list(server.files.videos.iterdir())
+        given = []
+
+        def pace(running: FakeJob, step: int) -> None:
+            path = Path(running.request.input_video)
+            time.sleep(3 * cluster_files.LOOK_SECONDS)  # in which the attempt's files are copied
+            given.append((path.read_bytes(), path.is_relative_to(b.files.work), cluster.stored("work")))
+
+        run(b, lambda: b.get(job.id).finished, pace)
+        assert b.get(job.id).status == "completed"
+        assert [one[:2] for one in given] == [(CLIP, True)] * 2
+        assert not any(name.endswith("input") for one in given for name in one[2]), "it is there already"
+        assert list(b.files.work.iterdir()) == [], "nothing is left on the node's disk"
+        path = server.files.path(job.inputs[0].name)  # for a remix
+        assert path is not None
+        assert path.read_bytes() == CLIP
+        server.delete(job.id)
+        assert cluster.stored() == []
+
+
+def test_an_input_that_the_store_has_lost_fails_its_job(cluster: Cluster) -> None:
+    with closing(cluster.node("server")) as server, closing(cluster.node("b")) as b:
+        job = submit_with_input(server, 2)
+        (cluster.folder / "storage" / "videos" / job.inputs[0].name).unlink()
+        run(b, lambda: b.get(job.id).finished)
+        error = b.get(job.id).error
+        assert error is not None
+        assert (error.code, b.get(job.id).attempts) == ("input_lost", 1)
+
+
+def test_an_input_is_fetched_again_while_the_store_is_away(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(cluster.node("server")) as server:
+        job = submit_with_input(server, 2)
+        get, refusals = StoredFiles._get, [OSError("reset"), OSError("reset")]
+
+        def refuse(self: StoredFiles, remote: str, path: Path) -> None:
+            if refusals:
+                raise refusals.pop()
+            get(self, remote, path)
+
+        monkeypatch.setattr(StoredFiles, "_get", refuse)
+        path = server.files.bring_input(job.id)
+        assert path is not None
+        assert path.read_bytes() == CLIP
+        refusals.extend(OSError("reset") for _ in range(cluster_files.TRIES))
+        with pytest.raises(OSError, match="reset"):
+            server.files.bring_input(job.id)

@@ -36,15 +36,16 @@ def shape(gpus: str) -> Shape:
     st.sampled_from([None, 1.0, 6.0]),
     st.sampled_from([None, 7]),
     st.sampled_from([1, 3]),
+    st.sampled_from([(None, None), ("sha256:0", None), ("sha256:0", 0.0), ("sha256:0", 0.37), ("sha256:0", 1.0)]),
 )
-def test_a_demand_says_everything_that_memory_and_time_depend_on(size, frames, scale, steps, videos) -> None:
+def test_a_demand_says_everything_that_memory_and_time_depend_on(size, frames, scale, steps, videos, given) -> None:
     request = GenerationRequest(
         prompt="a cat", height=size[0], width=size[1], num_frames=frames, guidance_scale=scale,
-        num_inference_steps=steps, num_videos_per_prompt=videos, seed=5,
+        num_inference_steps=steps, num_videos_per_prompt=videos, seed=5, input_video=given[0], strength=given[1],
     )  # fmt: skip
     said, meant = parse_demand(demand_of(request.model_dump()), WAN_1_3B), request.resolve(WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
-                 "num_videos_per_prompt"):  # fmt: skip
+                 "num_videos_per_prompt", "num_denoising_steps", "uses_input"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
 
 
@@ -73,8 +74,9 @@ def test_a_job_that_no_plan_can_be_made_for_goes_anywhere_and_fails_there(models
     fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
     assert fitter.on(shape("1x24GiB"))("481x833x80/50/2/1").fits
     assert fitter.on(shape("1x24GiB"))("").fits
-    with pytest.raises(InvalidRequestError):
-        parse_demand("nonsense", WAN_1_3B)
+    for demand in ("nonsense", f"{SMALL}/x", f"{SMALL}/2", f"{SMALL}/0.5/0.5"):
+        with pytest.raises(InvalidRequestError):
+            parse_demand(demand, WAN_1_3B)
 
 
 def test_part_of_an_uneven_node_is_as_small_as_its_smallest_card() -> None:

@@ -17,16 +17,22 @@ from wanduet.request import REQUEST_FIELDS, GenerationRequest, RequestField
 
 # One field of each kind, as they would stand in request.py.
 MORE = """
-    strength: Annotated[Real | None, Shown(label="Force", aliases=("--force",), limit="videos")] = Field(
+    novelty: Annotated[Real | None, Shown(label="Force", aliases=("--force",), limit="videos")] = Field(
         default=None, ge=0, le=1, description="How much of the noise is new."
     )
     overlap: Annotated[Whole, Shown(limit="videos")] = Field(default=2, ge=1, le=8, description="Rows shared by tiles.")
     look: Literal["plain", "film"] = Field(default="plain", description="The grain of the picture.")
     tiled: bool = Field(default=False, description="Denoise in tiles.")
     style: str | None = Field(default=None, description="Words for every prompt.")
+    mask: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
+        default=None, min_length=1, description="A video of what stays."
+    )
+    feather: Annotated[Real | None, Shown(span=(0, 8), step=0.5, start=2, needs="mask")] = Field(
+        default=None, ge=0, le=64, description="How soft the mask's border is. In pixels."
+    )
 """
-NEW = ("strength", "overlap", "look", "tiled", "style")
-VALUES = {"strength": 0.5, "overlap": 3, "look": "film", "tiled": True, "style": "in oil"}
+NEW = ("novelty", "overlap", "look", "tiled", "style")
+VALUES = {"novelty": 0.5, "overlap": 3, "look": "film", "tiled": True, "style": "in oil"}
 
 
 @pytest.fixture
@@ -60,11 +66,12 @@ def test_a_new_field_is_a_flag_with_its_help(changed: ModuleType, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["wanduet"])
     reference = app.generate_docs(output_format="markdown", recursive=True)
     for flags, words in (
-        ("--strength, --force FLOAT", "How much of the noise is new."),
+        ("--novelty, --force FLOAT", "How much of the noise is new."),
         ("--overlap INT", "Rows shared by tiles."),
         ("--look CHOICE", "The grain of the picture. *[choices: plain, film]*"),
         ("--tiled, --no-tiled", "Denoise in tiles."),
         ("--style STR", "Words for every prompt."),
+        ("--mask STR", "A video of what stays."),
     ):
         assert f"* `{flags}`: {words}" in reference
 
@@ -80,11 +87,11 @@ def test_what_is_typed_for_a_new_field_is_in_the_request(changed: ModuleType, tm
     assert {name: getattr(request, name) for name in NEW} == VALUES
     assert bound.arguments["video"].request("x").model_fields_set == {"prompt", *NEW}
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a", "strength": 0.25}\n{"prompt": "b"}\n')
+    file.write_text('{"prompt": "a", "novelty": 0.25}\n{"prompt": "b"}\n')
     first, second = read_batch(file, bound.arguments["video"], EngineConfig(model="random:1.3b"))
-    assert (first.strength, second.strength, first.look) == (0.25, 0.5, "film")  # type: ignore[attr-defined]
+    assert (first.novelty, second.novelty, first.look) == (0.25, 0.5, "film")  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequestError, match="at most 1"):
-        replace(bound.arguments["video"], strength=2).request("x")
+        replace(bound.arguments["video"], novelty=2).request("x")
 
 
 def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
@@ -93,15 +100,15 @@ def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
     properties = CreateVideo.model_json_schema()["properties"]
     kinds = {name: {one["type"] for one in properties[name]["anyOf"]} - {"null"} for name in NEW}
     assert kinds == {
-        "strength": {"number"}, "overlap": {"integer"}, "look": {"string"}, "tiled": {"boolean"}, "style": {"string"},
+        "novelty": {"number"}, "overlap": {"integer"}, "look": {"string"}, "tiled": {"boolean"}, "style": {"string"},
     }  # fmt: skip
     in_a_form = {name: str(value) for name, value in VALUES.items()}
     for body in (VALUES, in_a_form):
         request = to_request({"prompt": "x", **body}, WAN_1_3B, RequestLimits())
         assert {name: getattr(request, name) for name in NEW} == VALUES
-    assert to_request({"prompt": "x"}, WAN_1_3B, RequestLimits()).strength is None  # type: ignore[attr-defined]
+    assert to_request({"prompt": "x"}, WAN_1_3B, RequestLimits()).novelty is None  # type: ignore[attr-defined]
     for field, words in (
-        ({"strength": "much"}, "strength='much' is not allowed: a number"),
+        ({"novelty": "much"}, "novelty='much' is not allowed: a number"),
         ({"overlap": 5}, "this server takes at most 4"),
         ({"look": "odd"}, "one of 'plain' or 'film'"),
         ({"style": "\0"}, "Unicode"),
@@ -133,9 +140,9 @@ def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with
 
     defaults = default_form(WAN_1_3B.defaults)
     assert {name: defaults[name] for name in NEW} == {
-        "strength": "", "overlap": 2, "look": "plain", "tiled": False, "style": "",
+        "novelty": "", "overlap": 2, "look": "plain", "tiled": False, "style": "",
     }  # fmt: skip
-    form = {**defaults, "prompt": "x", **VALUES, "strength": "0.5", "overlap": 3.0}
+    form = {**defaults, "prompt": "x", **VALUES, "novelty": "0.5", "overlap": 3.0}
     request = to_request(fields_of(form), WAN_1_3B, RequestLimits()).model_dump()
     assert {name: request[name] for name in NEW} == VALUES
     assert form_of(request, defaults) == {**form, "seed": str(request["seed"])}
@@ -146,8 +153,59 @@ def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with
     older = {name: value for name, value in request.items() if name not in NEW}
     assert "Force" not in views.details(StoredJob("video_" + "0" * 32, "local", "m", older, "completed"))
     with pytest.raises(InvalidRequestError) as refused:
-        to_request(fields_of({**form, "strength": "7"}), WAN_1_3B, RequestLimits())
+        to_request(fields_of({**form, "novelty": "7"}), WAN_1_3B, RequestLimits())
     assert "Force: 7 does not work, 1 does." in views.refusal(refused.value)
+
+
+def test_a_new_file_is_a_part_of_the_servers_form_and_no_field_of_its_json(changed: ModuleType) -> None:
+    from wanduet.doors.http.schemas import CreateVideo, form_schema, json_schema
+
+    part = form_schema(CreateVideo)["properties"]["mask"]
+    assert (part["type"], part["format"]) == ("string", "binary")
+    assert "mask" not in json_schema(CreateVideo)["properties"]
+
+
+def test_a_new_file_is_uploaded_on_the_page_and_what_needs_it_goes_with_it(changed: ModuleType) -> None:
+    from wanduet.doors.http.schemas import RequestLimits
+    from wanduet.doors.page import views
+    from wanduet.doors.page.clips import Clip
+    from wanduet.doors.page.forms import (
+        FILE_FIELDS,
+        FORM_FIELDS,
+        clips_of,
+        default_form,
+        fields_of,
+        form_of,
+        form_rows,
+        needing,
+        widget,
+    )
+    from wanduet.jobs.records import StoredJob
+
+    start = default_form(WAN_1_3B.defaults)
+    assert FILE_FIELDS == ("input_video", "mask")
+    assert needing("mask") == ["feather"]
+    assert {"mask", "feather"}.isdisjoint(name for row in form_rows() for name in row), "they are no settings"
+    kind, slider = widget(FORM_FIELDS["feather"], start["feather"], RequestLimits())
+    assert (kind, slider["minimum"], slider["maximum"], slider["value"], slider["visible"]) == (
+        "Slider",
+        0,
+        8,
+        2,
+        False,
+    )
+    assert slider["info"] == "How soft the mask's border is."
+    assert widget(FORM_FIELDS["mask"], start["mask"], RequestLimits()) == ("State", {"value": None}), "not a text box"
+    form = {**start, "prompt": "x", "mask": Clip("mask.mp4")}
+    assert (clips_of(start), clips_of(form)) == ({}, {"mask": form["mask"]})
+    assert "feather" not in fields_of(start)
+    assert fields_of(form)["feather"] == 2
+    assert "mask" not in fields_of(form), "the browser sends it"
+    request = {"prompt": "x", "mask": "sha256:0", "feather": 3.5}
+    assert form_of(request, start)["mask"] is None, "a file is not taken from its name"
+    details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
+    assert "<dt>Feather</dt><dd>3.5</dd>" in details
+    assert "<dt>Made from</dt><dd>a mask</dd>" in details
 
 
 def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
@@ -158,7 +216,7 @@ def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     table = make.with_field_table("<!-- fields -->\n<!-- /fields -->\n")
-    assert "| `strength` | a number, at least 0, at most 1 | How much of the noise is new. |" in table
+    assert "| `novelty` | a number, at least 0, at most 1 | How much of the noise is new. |" in table
     assert "| `look` | one of plain, film | The grain of the picture. |" in table
 
 

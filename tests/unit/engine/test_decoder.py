@@ -1,8 +1,10 @@
 """Latents that are left to another worker become the video that they would have become where they were made."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from wanduet.config import GIB, EngineConfig
@@ -11,6 +13,7 @@ from wanduet.engine.job import JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import LatentsGoneError
 from wanduet.media.read import FrameHashes, frame_hashes
+from wanduet.media.video import write_video
 from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_decode_plan, make_plan
 from wanduet.request import GenerationRequest
@@ -45,6 +48,17 @@ def test_what_is_left_is_decoded_elsewhere_to_the_same_video_without_a_transform
     assert about["attention"] == before["attention"]
     assert about["engine"]["transformer_dtype"] == before["engine"]["transformer_dtype"]
     assert made.timings["denoise_s"] == pytest.approx(left.timings["denoise_s"], abs=0.001)
+
+
+def test_a_decoder_needs_no_input_video(engine: Engine, config: EngineConfig, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mkv"
+    write_video([np.zeros((9, 32, 48, 3), np.uint8)], clip, codec="ffv1", quality=None, size=(32, 48), metadata={})
+    run(engine, tmp_path / "left.mkv", lambda: True, input_video=str(clip))
+    digest = f"sha256:{hashlib.sha256(clip.read_bytes()).hexdigest()}"
+    clip.unlink()
+    with Decoder(config) as decoder:
+        (made,) = run(decoder, tmp_path / "left.mkv", input_video=digest, strength=0.8).videos
+    assert made.provenance["request"]["input_video"] == digest
 
 
 def test_what_was_said_of_the_prompt_is_not_forgotten(engine: Engine, config: EngineConfig, tmp_path: Path) -> None:

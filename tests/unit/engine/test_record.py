@@ -26,6 +26,7 @@ CHANGES = {
     "size": {"height": 48},
     "frames": {"num_frames": 9},
     "transformer's precision": {"transformer_dtype": "bfloat16"},
+    "weights' format": {"weights": "q8"},
     "text encoder's precision": {"text_encoder_dtype": "bfloat16"},
     "approximate attention": {"attention": "sageattention"},
     "model": {"model": "random:1.3b"},
@@ -77,10 +78,32 @@ def test_who_only_decodes_takes_latents_of_another_precision(config) -> None:
     assert video_digest(others, here.videos[0], made) == video_digest(models, job.videos[0])
 
 
+@pytest.mark.parametrize(("made_as", "decoded_as"), [("q8", "auto"), ("auto", "q8")])
+def test_who_only_decodes_takes_latents_of_another_format(config, made_as, decoded_as) -> None:
+    models, job = job_of(config, weights=made_as)
+    made = provenance_of(models, job.videos[0])
+    others, here = job_of(config, weights=decoded_as)
+    assert video_digest(others, here.videos[0], made) == video_digest(models, job.videos[0])
+    here.videos[0].denoised = made
+    assert provenance_of(others, here.videos[0])["engine"].get("weights") == made["engine"].get("weights")
+
+
+def test_a_format_that_is_the_transformer_s_dtype_changes_nothing(config) -> None:
+    same = [digest_of(config, transformer_dtype="bfloat16", weights=name) for name in ("auto", "bf16")]
+    assert same[0] == same[1] != digest_of(config, transformer_dtype="float32", weights="bf16")
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"vae_dtype": "bfloat16"}, {"tf32": False}, {"transformer_dtype": "bfloat16"}, {"fps": 8}, {"seed": 4}],
-    ids=["vae", "tf32", "transformer", "fps", "seed"],
+    [
+        {"vae_dtype": "bfloat16"},
+        {"tf32": False},
+        {"transformer_dtype": "bfloat16"},
+        {"weights": "q8"},
+        {"fps": 8},
+        {"seed": 4},
+    ],
+    ids=["vae", "tf32", "transformer", "weights", "fps", "seed"],
 )
 def test_a_video_of_other_settings_is_another_video(config, changes) -> None:
     (models, job), (others, other) = job_of(config), job_of(config, **changes)

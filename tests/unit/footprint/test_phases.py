@@ -1,14 +1,19 @@
 """Bytes that are planned with: the text's, the decode's on the host."""
 
+import numpy as np
 import pytest
+import torch
 
 from wanduet.distributed.mesh import Layout
 from wanduet.family.specs import WAN_1_3B, VAESpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.phases import text_positions
-from wanduet.footprint.vae import decode_host_bytes
+from wanduet.footprint.vae import CUDNN_BYTES, CUDNN_SHARE, decode_host_bytes, encode_bytes, encode_host_bytes
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.meta.trace import Footprint
 from wanduet.models.text.tokenizer import Tokenizer
-from wanduet.models.vae.arena_size import DecodeShape
+from wanduet.models.vae.arena_size import DecodeShape, meta_vae
+from wanduet.models.vae.encode import encode_stream
 from wanduet.models.vae.rows import Tiling
 from wanduet.weights.hub import open_model
 
@@ -32,6 +37,39 @@ def test_tile_major_takes_host_memory_for_each_frame_and_frame_major_does_not() 
     grown = needed(161, "strip") - needed(81, "strip")
     # Each step also adds the halo: the last rows of the inputs of 13 layers.
     assert 2 < (grown - pixels) / (steps * mid_features) < 8
+
+
+@pytest.mark.parametrize("num_tiles", [1, 5])
+def test_an_encode_takes_what_is_planned_for_any_number_of_frames(num_tiles, monkeypatch) -> None:
+    spec = VAESpec(base_dim=32, num_res_blocks=1)
+    size = (640, 640)
+    vae = meta_vae(spec, torch.float32, VAE_TORCH_KERNELS)
+    whole = vae.encode_tiles(size[0], num_tiles)
+    monkeypatch.setattr(type(vae), "encode_tiles", lambda *_: AllTiles(whole))
+    chunk = np.empty((4, *size, 3), np.uint8)
+    with Footprint() as footprint:
+        encode_stream(vae, (chunk[:count] for count in (1, 4, 4, 4, 4)), num_tiles)
+    monkeypatch.undo()
+    planned = encode_bytes(spec, (*size, 81), num_tiles, torch.float32)
+    assert (planned - CUDNN_BYTES) / (1 + CUDNN_SHARE) == pytest.approx(footprint.reserved, rel=0.02)
+    assert planned <= encode_bytes(spec, (*size, 81), 1, torch.float32)
+
+
+class AllTiles(list):
+    """Tiles of which a prediction does not leave any out."""
+
+    def __getitem__(self, index):
+        return self if isinstance(index, slice) else super().__getitem__(index)
+
+
+def test_an_encode_in_tiles_keeps_frames_and_features_on_the_host() -> None:
+    def needed(frames: int, num_tiles: int) -> int:
+        return encode_host_bytes(VAESpec(), (480, 832, frames), num_tiles, torch.float32)
+
+    latents, pixels, features = 20 * 16 * 60 * 104 * 4, 80 * 480 * 832 * 3, 20 * 384 * 60 * 104 * 4
+    assert needed(161, 1) - needed(81, 1) == 2 * latents
+    grown = needed(161, 2) - needed(81, 2) - 2 * latents - pixels
+    assert 2 * features < grown < 16 * features  # the halos come on top
 
 
 def test_ranks_are_planned_with_what_they_exchange() -> None:

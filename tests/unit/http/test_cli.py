@@ -46,6 +46,16 @@ def test_list_show_cancel_and_remove(wanduet: Any, store: JobStore, job_id: str)
     assert "No jobs" in wanduet("jobs", "list")
 
 
+def test_the_video_that_a_job_starts_from_is_shown(wanduet: Any, store: JobStore, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"video")
+    request = {"prompt": "x", "input_video": "sha256:0", "strength": 0.5}
+    job = store.submit(NewJob("local", "m", request), None, clip).job
+    shown = json.loads(wanduet("jobs", "show", job.id, "--json"))
+    assert shown["request"] == request
+    assert [Path(path).read_bytes() for path in shown["files"]] == [b"video"]
+
+
 def test_a_list_can_be_read_and_copied_from(wanduet: Any, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     jobs = [store.submit(NewJob("local", "m", {"prompt": f"{n} \x1b[2J {'x' * 99}"})).job for n in range(3)]

@@ -1,10 +1,13 @@
 """The protocol as the real `openai` client speaks it, over a socket, with a worker that only counts."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from fake_engine import FakeEngine, content
@@ -14,6 +17,7 @@ from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import QueueFullError, Submitted
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
+from wanduet.media.video import write_video
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -24,6 +28,7 @@ def served(make_api: Any, store: JobStore) -> Iterator[Any]:
     api = make_api()
     server = uvicorn.Server(uvicorn.Config(api.app, port=0, log_config=None, lifespan="off"))
     engine = FakeEngine(EngineConfig(data_dir=store.files.folder))
+    api.engine = engine
     settings = RunnerSettings(attempt=AttemptSettings(poll_seconds=0.01, progress_seconds=0.01))
     runner = Runner(store, engine, settings, hooks=engine.hooks)
     threads = [threading.Thread(target=server.run), threading.Thread(target=runner.run)]
@@ -59,6 +64,18 @@ def test_create_and_poll_then_download_every_variant(client: Any) -> None:
     assert client.videos.download_content(video.id).read() == content("a red circle", 5)
     for variant, start in (("thumbnail", b"webp"), ("spritesheet", b"jpeg")):
         assert client.videos.download_content(video.id, variant=variant).read().startswith(start)
+
+
+def test_a_video_to_start_from(client: Any, served: Any, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_video([np.zeros((9, 32, 64, 3), np.uint8)], clip)
+    extra = {"strength": 0.5, "num_inference_steps": 2}
+    with clip.open("rb") as file:
+        video = client.videos.create(prompt="red", size="64x32", input_reference=file, extra_body=extra)
+    assert video.settings["input_video"] == f"sha256:{hashlib.sha256(clip.read_bytes()).hexdigest()}"
+    assert (video.settings["num_frames"], video.settings["strength"]) == (9, 0.5)
+    assert client.videos.poll(video.id, poll_interval_ms=20).status == "completed"
+    assert Path(served.engine.jobs[0].request.input_video).read_bytes() == clip.read_bytes()
 
 
 def test_list_with_paging_while_deleting(client: Any) -> None:

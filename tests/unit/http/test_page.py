@@ -22,9 +22,10 @@ from wanduet.doors.page import views
 from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.forms import Presets, default_form
 from wanduet.doors.page.routes import PageGate
-from wanduet.errors import WanduetError
+from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.specs import GenerationDefaults
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
+from wanduet.request import SourceVideo
 
 REQUEST = {
     "prompt": "<script>alert(1)</script> & 'co\"",
@@ -113,7 +114,7 @@ def test_what_is_wrong_is_told_by_the_pages_own_names(actions: PageActions, fiel
     assert words in views.refusal(told.value)
 
 
-def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     form = {**actions.defaults(), "prompt": "x", "num_videos_per_prompt": 3.0}
     job = actions.submit("local", form)
     assert job.request["num_videos_per_prompt"] == 3
@@ -122,7 +123,9 @@ def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.
     assert "<dd>5, 6, 7</dd>" in views.details(replace(job, report={"seeds": [5, 6, 7]}))
     about = {"request": job.request, "seed": 6}
     monkeypatch.setattr("wanduet.doors.http.uploads.MetadataReader.read", lambda *_: about)
-    restored = actions.restore(Path("second.mp4"))["form"]
+    monkeypatch.setattr("wanduet.doors.http.uploads.SourceReader.read", lambda *_: SourceVideo("0" * 64, 480, 832, 5.0))
+    (tmp_path / "second.mp4").write_bytes(b"x")
+    restored = actions.read(tmp_path / "second.mp4")["form"]
     assert (restored["seed"], restored["num_videos_per_prompt"]) == ("6", 1), "this one, and not its sisters"
 
 
@@ -169,10 +172,15 @@ def test_of_a_strangers_video_only_the_settings_are_taken(
 
 
 @pytest.fixture
-def restoring(api: Api, tmp_path: Path) -> TestClient:
-    """A client of a page that only restores settings."""
+def restoring(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A client of a page that only reads videos, of which none has pictures."""
+
+    def refuse(*_: Any) -> None:
+        raise InvalidRequestError("input_video", "x", "it has no pictures")
+
+    monkeypatch.setattr("wanduet.doors.http.uploads.SourceReader.read", refuse)
     actions = PageActions(api.context, EngineConfig(model="miniature", data_dir=tmp_path))
-    add_restore(api.app, actions.restore)
+    add_restore(api.app, actions.read)
     return api.http
 
 
@@ -218,7 +226,7 @@ def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
     form = {**actions.defaults(), "prompt": "a fox", "num_frames": 33.0, "seed": " 5 ", "size": "480x832"}
     job = actions.submit("local", form)
     assert (job.request["height"], job.request["width"], job.request["num_frames"]) == (832, 480, 33)
-    assert actions.form_of(job.request) == {**form, "num_frames": 33, "seed": "5"}
+    assert actions.form_of(job) == {**form, "num_frames": 33, "seed": "5"}
     drawn = actions.submit("local", {**form, "seed": ""})
     assert drawn.request["seed"] is not None
     assert [one.id for one in actions.jobs("local")[0]] == [drawn.id, job.id]

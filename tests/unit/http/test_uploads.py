@@ -1,6 +1,7 @@
 """Videos that people send: whatever is in them, the server lives and says what is wrong."""
 
 import errno
+import hashlib
 import os
 import random
 import signal
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from wanduet.doors.http.errors import ApiError
-from wanduet.doors.http.uploads import MAX_ANSWER_BYTES, MetadataReader
-from wanduet.errors import WanduetError
+from wanduet.doors.http.uploads import MAX_ANSWER_BYTES, MetadataReader, SourceReader
+from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.video import write_video
 
@@ -32,6 +33,32 @@ def test_what_made_a_video_is_read(tmp_path: Path, video: bytes) -> None:
     path = tmp_path / "video.mp4"
     path.write_bytes(video)
     assert MetadataReader().read(path) == ABOUT
+
+
+def test_what_a_request_starts_from_is_read(tmp_path: Path, video: bytes) -> None:
+    path = tmp_path / "0123"
+    path.write_bytes(video)
+    found = SourceReader().read(path, "input_video", "clip.mp4")
+    assert (found.height, found.width, found.sha256) == (32, 32, hashlib.sha256(video).hexdigest())
+    assert found.seconds == pytest.approx(5 / 16)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(InvalidRequestError, match=r"fox\.png.*picture; image to video needs another model") as refused:
+        SourceReader().read(path, "input_reference", "fox.png")
+    assert refused.value.field == "input_reference"
+    assert path.name not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["{'source': {}}", "{'source': 3}", "{}", "{'source': {'sha256': '', 'height': -1, 'width': 1, 'seconds': 1}}",
+     "{'source': {'sha256': '', 'height': 'x', 'width': 1, 'seconds': 1}}"],
+)  # fmt: skip
+def test_a_parser_that_is_taken_over_says_nothing_impossible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    name = program(tmp_path, "hostile_parser", f"import json\nprint(json.dumps({answer}))", monkeypatch)
+    with pytest.raises(InvalidRequestError, match=r"clip\.mp4"):
+        SourceReader(module=name).read(tmp_path / "video", "input_video", "clip.mp4")
 
 
 def test_damaged_files_are_told_apart_from_none(tmp_path: Path, video: bytes) -> None:

@@ -12,6 +12,7 @@ from wanduet.kernels.attention.backends import available_backends, plain_with_ls
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
 from wanduet.kernels.device import shared_memory
+from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae import choose, gpu
 from wanduet.kernels.vae.plain import Filter, Fused
 
@@ -37,8 +38,8 @@ def test_quack_s_products_are_cublas_s_to_the_last_bit() -> None:
         draw = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
         x, weight, bias = draw(2, rows, inner), draw(outer, inner) / inner**0.5, draw(outer)
         out = draw(2, rows + 3, outer)[:, :rows]
-        assert torch.equal(quack.linear(x, weight, bias, out), plain.linear(x, weight, bias))
-        got, expected = quack.linear_gelu(x, weight, bias), plain.linear_gelu(x, weight, bias)
+        assert torch.equal(quack.linear(x, Weight(weight), bias, out), plain.linear(x, Weight(weight), bias))
+        got, expected = quack.linear_gelu(x, Weight(weight), bias), plain.linear_gelu(x, Weight(weight), bias)
         assert (got.double() - expected.double()).norm() / expected.double().norm() < 4e-3
 
 
@@ -48,7 +49,7 @@ def test_the_gelu_of_the_epilogue_is_the_tanh_form() -> None:
 
     x, weight, bias = torch.randn(1, 300, 64), torch.randn(96, 64) / 8, torch.randn(96)
     hidden = F.linear(x.double(), weight.double(), bias.double())
-    got = linear_gelu(*(t.to(DEVICE) for t in (x, weight, bias))).double().cpu()
+    got = linear_gelu(x.to(DEVICE), Weight(weight.to(DEVICE)), bias.to(DEVICE)).double().cpu()
     tanh_error = (got - F.gelu(hidden, approximate="tanh")).abs().max().item()
     erf_error = (got - F.gelu(hidden)).abs().max().item()
     assert tanh_error < 1e-5 < erf_error

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from wanduet.kernels.dit import plain, quack
+from wanduet.kernels.dit.weight import Weight
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def draw(batch: int = 2, width: int = 16) -> tuple[torch.Tensor, torch.Tensor, t
 def test_each_of_a_batch_is_a_product(seen, name: str, given: bool) -> None:
     x, weight, bias = draw()
     out = torch.zeros(2, 9, 24)[:, 1:8] if given else None
-    got = getattr(quack, name)(x, weight, bias, out)
-    torch.testing.assert_close(got, getattr(plain, name)(x, weight, bias), rtol=1e-5, atol=1e-6)
+    got = getattr(quack, name)(x, Weight(weight), bias, out)
+    torch.testing.assert_close(got, getattr(plain, name)(x, Weight(weight), bias), rtol=1e-5, atol=1e-6)
     assert got is out or not given
     assert seen == [(7, 16), (7, 16)]
 
@@ -43,7 +44,7 @@ def test_each_of_a_batch_is_a_product(seen, name: str, given: bool) -> None:
 @pytest.mark.parametrize("name", ["linear", "linear_gelu"])
 def test_with_gradients_the_plain_forms_run(seen, name: str) -> None:
     x, weight, bias = draw()
-    getattr(quack, name)(x, weight.requires_grad_(), bias, None).sum().backward()
+    getattr(quack, name)(x, Weight(weight.requires_grad_()), bias, None).sum().backward()
     assert weight.grad is not None
     assert seen == []
 
@@ -51,10 +52,10 @@ def test_with_gradients_the_plain_forms_run(seen, name: str) -> None:
 @torch.no_grad()
 def test_what_the_copy_engine_cannot_reach_is_computed_plainly(seen) -> None:
     x, weight, bias = draw(width=18)  # rows of 72 bytes
-    torch.testing.assert_close(quack.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(quack.linear(x, Weight(weight), bias), F.linear(x, weight, bias))
     x, weight, bias = draw()
     moved = torch.randn(x.numel() + 1)[1:].view(x.shape)  # begins at byte 4
-    torch.testing.assert_close(quack.linear(moved, weight, bias), F.linear(moved, weight, bias))
+    torch.testing.assert_close(quack.linear(moved, Weight(weight), bias), F.linear(moved, weight, bias))
     apart = torch.randn(2, 7, 32)[..., ::2]
-    torch.testing.assert_close(quack.linear(apart, weight, bias), F.linear(apart, weight, bias))
+    torch.testing.assert_close(quack.linear(apart, Weight(weight), bias), F.linear(apart, weight, bias))
     assert seen == []

@@ -12,6 +12,7 @@ from wanduet.kernels import check as kernel_checks
 from wanduet.kernels import select, verdicts
 from wanduet.kernels.dit import quack
 from wanduet.kernels.dit.plain import TORCH_KERNELS
+from wanduet.kernels.dit.weight import Weight
 
 CUDA = torch.device("cuda", 0)
 
@@ -50,7 +51,7 @@ def test_kernels_are_tried_at_the_model_s_width(monkeypatch) -> None:
         widths.add(x.shape[-1])
         return TORCH_KERNELS.norm(x, *rest)
 
-    def project(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+    def project(x: torch.Tensor, weight: Weight, *rest: object) -> torch.Tensor:
         widths.add(x.shape[-1])
         return TORCH_KERNELS.linear(x, weight, *rest)
 

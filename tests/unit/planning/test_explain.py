@@ -19,7 +19,7 @@ from wanduet.planning.hardware import Hardware, parse_hardware
 from wanduet.planning.placement import Placement, find_placements
 from wanduet.planning.plan import Choice, Plan
 from wanduet.planning.planner import Planner, make_decode_plan, make_plan
-from wanduet.planning.search import DECODE_MODES, Candidate, candidates
+from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
 
@@ -92,6 +92,18 @@ def was_asked(c: Case, choice: Choice, _: re.Match) -> bool:
 
 CLAIMS: dict[str, Claim] = {
     r"asked for": lambda c, x, m: was_asked(c, x, m) and getattr(c.config, x.setting) == x.value,
+    r"asked for: the transformer takes (.+) instead of (.+); its products are computed in (\w+)": lambda c, x, m: (
+        x.value == c.config.weights == c.plan.transformer.weights
+        and m.groups()
+        == (
+            format_bytes(c.memory.transformer_weights(m[3])),
+            format_bytes(replace(c.memory, weights="auto").transformer_weights(m[3])),
+            c.plan.transformer.dtype,
+        )
+    ),
+    r"without effect: the transformer computes in bfloat16, which is as small": lambda c, x, m: (
+        x.value == c.config.weights == "bf16" and c.plan.transformer.dtype == "bfloat16"
+    ),
     r"asked for; (\w+) stands for both devices": lambda c, x, m: (
         c.config.strategy == "placed" and c.plan.vae.device == c.plan.transformer.device == m[1]
     ),
@@ -181,9 +193,13 @@ CLAIMS: dict[str, Claim] = {
     r"every device decodes its rows of each frame; should the others be lost, one goes on (\w+)-major, (\d+) strips":
         lambda c, x, m: (c.plan.vae.tiling.order, c.plan.vae.tiling.num_tiles) == (m[1], int(m[2])) and bool(c.plan.group.ranks),
     r"what needs least memory": lambda c, x, m: not c.plan.prediction.fits and (
-        c.plan.vae.tiling == DECODE_MODES[-1] if x.setting == "decode" else not c.plan.transformer.share_first
+        {"decode": c.plan.vae.tiling == DECODE_MODES[-1], "encode": c.plan.vae.encode_tiles == ENCODE_TILES[-1]}
+        .get(x.setting, not c.plan.transformer.share_first)
     ),
-    r"whole frames, the fastest way": lambda c, x, m: c.plan.vae.tiling == DECODE_MODES[0] and c.plan.prediction.fits,
+    r"whole frames, the fastest way": lambda c, x, m: c.plan.prediction.fits and (
+        c.plan.vae.encode_tiles == 1 if x.setting == "encode" else c.plan.vae.tiling == DECODE_MODES[0]
+    ),
+    r"fewer strips do not fit": lambda c, x, m: c.plan.prediction.fits and not fewer_strips_fit(c),
     r"no faster way to decode fits": lambda c, x, m: c.plan.prediction.fits and not any(
         c.fits_as(c.plan.transformer.resident_blocks, c.plan.transformer.share_first, keep, mode)
         for keep, mode in c.faster_decodes((c.plan.both_resident,))
@@ -224,6 +240,13 @@ CLAIMS: dict[str, Claim] = {
         on_cuda(c.vae if x.setting == "vae_kernels" else c.transformer) and c.hardware.assumed
     ),
 }  # fmt: skip
+
+
+def fewer_strips_fit(c: Case) -> bool:
+    fewer = ENCODE_TILES[ENCODE_TILES.index(c.plan.vae.encode_tiles) - 1]
+    (device,) = c.plan.prediction.devices
+    now, then = (c.memory.encode((480, 832, 81), count, "float32") for count in (c.plan.vae.encode_tiles, fewer))
+    return device.phases["encode"] + then - now <= device.limit_bytes
 
 
 def sharing(c: Case, text: str) -> bool:
@@ -305,16 +328,21 @@ GRID = [
     ("2x24GiB", {"devices": "cuda:0,cuda:1", "speeds": (3.0, 1.0), "strategy": "placed"}, 5.0, {}),
     ("cpu", {"model": "miniature", "text_encoder_hold": "streamed"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cpu,transformer=cuda:0"}, 5.0, {}),
+    ("24GiB", {"weights": "q8", "vram_limit": int(2.5 * GIB)}, 5.0, {}),
+    ("24GiB", {"weights": "bf16"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cuda:0,transformer=cpu"}, 5.0, {}),
 ]
 
 
-def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict) -> Case:
+INPUT = {"input_video": "sha256:0", "strength": 0.5}
+
+
+def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict, **given) -> Case:
     config = EngineConfig(**{"model": "random:1.3b"} | changes)
-    memory = memories[config.model]
+    memory = replace(memories[config.model], weights=config.weights)
     hardware = parse_hardware(f"{machine},ram=32GiB")
     hardware = replace(hardware, devices=tuple(replace(d, **gpus) for d in hardware.devices))
-    request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale)
+    request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale, **given)
     request = request.resolve(memory.spec)
     return Case(make_plan(request, memory, config, hardware, nearest=False), request, memory, config, hardware)
 
@@ -323,6 +351,8 @@ def test_every_sentence_of_a_plan_is_true(memories) -> None:
     met: set[str] = set()
     for machine, changes, scale, gpus in GRID:
         met |= check(case_of(memories, machine, changes, scale, gpus))
+    for machine in ("24GiB", "6GiB", "1GiB"):
+        met |= check(case_of(memories, machine, {}, 5.0, {}, **INPUT))
     rare = {p for p in CLAIMS if p not in met}
     assert len(rare) <= 4, rare  # else the grid no longer comes to most of the sentences
 

@@ -23,8 +23,10 @@ def memory() -> ModelMemory:
     return Models(EngineConfig(model="random:1.3b")).memory
 
 
-def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, **settings_) -> Plan:
-    request = GenerationRequest(prompt="x", height=size[0], width=size[1], num_frames=frames).resolve(memory.spec)
+def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, strength=None, **settings_) -> Plan:
+    given = {} if strength is None else {"input_video": "sha256:0", "strength": strength}
+    request = GenerationRequest(prompt="x", height=size[0], width=size[1], num_frames=frames, **given)
+    request = request.resolve(memory.spec)
     machine = parse_hardware(f"{hardware},ram=32GiB")
     return make_plan(request, memory, EngineConfig(model="random:1.3b", **settings_), machine)
 
@@ -72,6 +74,22 @@ def test_less_memory_means_slower_settings_then_a_refusal(memory) -> None:
     with pytest.raises(DoesNotFitError, match="cuda:0 needs") as refused:
         require_fit(tiny, request)
     assert refused.value.hint
+
+
+def test_8_bit_weights_take_half_the_memory_wherever_they_are(memory) -> None:
+    full, small = (plan(memory, "1x24GiB", weights=name).prediction for name in ("auto", "q8"))
+    saved = memory.transformer_weights("bfloat16") - replace(memory, weights="q8").transformer_weights("bfloat16")
+    assert 0.48 < saved / memory.transformer_weights("bfloat16") < 0.5
+    dense = 8960 * 1536 * 2  # a product converts one matrix at a time
+    before, after = (one.devices[0].phases["denoise"] for one in (full, small))
+    assert before - after == pytest.approx(1.01 * (saved - dense), abs=4)
+    settings_ = {"vram_limit": int(2.5 * GIB)}
+    full, small = (plan(memory, "1x24GiB", weights=name, **settings_) for name in ("auto", "q8"))
+    assert full.transformer.resident_blocks <= small.transformer.resident_blocks
+    assert small.prediction.host_bytes < full.prediction.host_bytes - 0.3 * saved
+    on_host = [plan(memory, "cpu", weights=name).prediction.host_bytes for name in ("auto", "bf16", "q8")]
+    assert on_host == sorted(on_host, reverse=True)
+    assert len(set(on_host)) == 3
 
 
 def test_host_memory_counts_too(memory) -> None:
@@ -135,6 +153,34 @@ def test_seconds_come_from_the_work(memory) -> None:
     assert 150 < seconds.denoise < 900  # a 3090 needs about ten minutes
     assert plan(memory, "2x24GiB").prediction.seconds.denoise == pytest.approx(seconds.denoise / 2)
     assert plan(memory, "1x24GiB", frames=161).prediction.seconds.denoise > 2 * seconds.denoise
+
+
+def test_an_input_video_is_planned_for(memory) -> None:
+    without, found, tight = (
+        plan(memory, "1x24GiB"),
+        plan(memory, "1x24GiB", strength=0.5),
+        plan(memory, "4GiB", strength=0.5),
+    )
+    assert (without.vae.encode_tiles, found.vae.encode_tiles) == (1, 1)
+    assert tight.prediction.fits
+    assert tight.vae.encode_tiles > 1
+    assert without.prediction.devices[0].phases["encode"] == 0
+    needed = memory.encode((480, 832, 81), 1, "float32") + memory.vae_encoder_weights("float32")
+    assert found.prediction.devices[0].phases["encode"] > needed + memory.transformer_weights("bfloat16")
+    assert found.prediction.host_bytes > without.prediction.host_bytes
+    before, after = without.as_dict()["predicted_seconds"], found.as_dict()["predicted_seconds"]
+    assert after["denoise"] == pytest.approx(before["denoise"] / 2, rel=1e-3)
+    assert 0 < after["encode"] < after["decode"]
+    assert after["total"] == pytest.approx(after["encode"] + after["denoise"] + after["decode"], abs=0.2)
+    assert plan(memory, "1x24GiB", strength=1.0).as_dict() == without.as_dict()  # its pictures are not used
+    assert plan(memory, "2x24GiB", strength=0.0).prediction.seconds.denoise == 0
+
+
+def test_an_encode_on_the_vae_s_own_device_leaves_the_other_s_as_it_is(memory) -> None:
+    found = plan(memory, "2x24GiB", strategy="placed", strength=0.5)
+    phases = {device.role: device.phases for device in found.prediction.devices}
+    assert phases["vae"]["encode"] > memory.encode((480, 832, 81), found.vae.encode_tiles, "float32")
+    assert phases["transformer"]["encode"] < phases["transformer"]["denoise"]
 
 
 def test_a_decode_that_would_not_have_its_memory_is_planned_smaller(memory, monkeypatch) -> None:

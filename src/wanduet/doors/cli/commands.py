@@ -1,15 +1,11 @@
 """The implementations of the commands: each returns what is printed. Imported only when a command runs."""
 
-import re
 import sys
-import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from wanduet.config import DType, EngineConfig, format_seconds
-from wanduet.doors.cli.options import EngineFlags
+from wanduet.config import EngineConfig
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
@@ -29,12 +25,9 @@ from wanduet.errors import (
 )
 from wanduet.family.specs import RANDOM_SPECS
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
-from wanduet.media.files import UnreadableFileError
 from wanduet.media.input_video import resolve
-from wanduet.media.latents import load_latents
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
-from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.miniature.vocabulary import is_in_world
 from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
@@ -42,7 +35,7 @@ from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
-from wanduet.untrusted import cut, printable
+from wanduet.untrusted import printable
 from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
@@ -85,7 +78,7 @@ def run_generate(
         if options.resume and begun is None and request.seed is None:
             request = with_seed(request, _interrupted_seed(request, options, engine))
         job = engine.submit(request, replace(options, taken=True))
-        _announce(job, config)
+        announce(job, config)
         follow(job)
         try:
             result = job.result()
@@ -178,94 +171,6 @@ def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, An
     return {"output": output.shown(path), "text": embeds.text, "tokens": embeds.embeds.shape[0], "cut": embeds.cut}
 
 
-def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
-    """Decode saved latents to a video."""
-    about = load_latents(latents)[1]
-    config = _config_of(latents, flags, about)
-    options = OutputOptions(output.path, codec, quality, save_latents=True)
-    if output.is_folder:
-        prompt = str(_part(about, "request").get("prompt") or latents.stem)
-        options, names = free_output(options, prompt, over_latents=True)
-    else:
-        names = take_output(options, 1)
-    with names:
-        result = tools.decode_latents(config, latents, options)
-    video = result.videos[0]
-    return {
-        "output": output.shown(video.path),
-        "seed": video.seed,
-        "num_frames": video.num_frames,
-        "timings": _rounded(result.timings),
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "warnings": list(result.warnings),
-    }
-
-
-def run_verify(video: Path, flags: EngineFlags, max_steps: int) -> dict[str, Any]:
-    """Make a video again and compare frame hashes.
-
-    Raises UnreadableFileError, also if the video's metadata claims more than `max_steps` steps: size and length can be
-    checked against the file, steps cannot.
-    """
-    about = read_metadata(video)
-    if "denoised_by" in _part(about, "engine"):
-        raise UnreadableFileError(
-            f"{video} was decoded from latents that another model or program made, so it cannot be made again."
-        )
-    (request, quality), facts = _request_of(video, about), probe(video)
-    for side in ("width", "height"):  # before spending hours on an untrusted file's claims
-        if getattr(request, side) not in (None, facts[side]):
-            raise UnreadableFileError(
-                f"{video} was not made as it says, or was edited: its {side} is {facts[side]}, not {getattr(request, side)}."
-            )
-    if (steps := request.num_inference_steps or 0) > max_steps:
-        raise UnreadableFileError(
-            f"{video} says that it was made in {steps} steps, more than the {max_steps} that are made again.",
-            hint=f"If that is true and worth the time: --max-steps {steps}.",
-        )
-    expected = frame_hashes(video)
-    if len(expected.frames) < (request.num_frames or 0):
-        raise UnreadableFileError(
-            f"{video} is cut off, or was edited: it has {len(expected.frames)} of {request.num_frames} frames."
-        )
-    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
-        path = Path(folder) / f"again{video.suffix}"
-        try:
-            job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))
-        except InvalidRequestError as error:
-            raise UnreadableFileError(f"{video} cannot have been made as it says: {error.message}") from error
-        _announce(job, engine.config)
-        seconds = format_seconds(job.plan.prediction.seconds.total)
-        print(f"Making it again takes about {seconds} here; Ctrl-C stops it.", file=sys.stderr)
-        follow(job)
-        job.result()
-        again = frame_hashes(path)
-        now = engine.models.about
-    pairs = zip(expected.frames, again.frames, strict=False)
-    different = [i for i, (a, b) in enumerate(pairs) if a != b]
-    return {
-        "video": str(video),
-        "equal": expected.digest == again.digest,
-        "num_frames": len(expected.frames),
-        "different_frames": different,
-        "model_equal": _part(about, "model").get("hash") == now["hash"],
-        "versions_then": about.get("versions"),
-        "versions_now": versions(),
-    }
-
-
-def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:
-    """Return the request and the quality in a video's metadata, which is untrusted. Raises UnreadableFileError."""
-    fields = {k: v for k, v in _part(about, "request").items() if k in GenerationRequest.model_fields}
-    seed, quality = about.get("seed"), _part(about, "output").get("quality")
-    if type(seed) is not int or type(quality) not in (int, type(None)):
-        raise UnreadableFileError(f"{video} does not say which seed and quality made it.")
-    try:
-        return GenerationRequest.parse(**(fields | {"seed": seed, "num_videos_per_prompt": 1})), quality
-    except InvalidRequestError as error:
-        raise UnreadableFileError(f"{video} does not say which request made it: {error.message}") from error
-
-
 def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
     """Return a finished job as `generate --json` prints it."""
     request = job.request
@@ -281,7 +186,7 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
         "latents": [output.shown(v.latents_path) for v in result.videos if v.latents_path is not None],
         "settings": settings(request),
         "plan": job.plan.as_dict(),
-        "timings": _rounded(result.timings),
+        "timings": rounded(result.timings),
         "peak_memory_bytes": result.peak_memory_bytes,
         "predicted_peak_bytes": predicted(job.plan),
         "attention": job.attention,
@@ -302,7 +207,8 @@ def settings(request: ResolvedRequest) -> dict[str, Any]:
     return request.recorded()
 
 
-def _announce(job: Job, config: EngineConfig) -> None:
+def announce(job: Job, config: EngineConfig) -> None:
+    """Print what is about to be made, on stderr."""
     r = job.request
     if config.model == MINIATURE and not is_in_world(r.prompt):
         job.warnings.append(
@@ -316,6 +222,8 @@ def _announce(job: Job, config: EngineConfig) -> None:
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
+    if r.input_video is not None:
+        steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 
@@ -325,73 +233,6 @@ def shown(prompt: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
 
 
-def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> EngineConfig:
-    """Return the flags' settings, with the model and the precision that made a file unless flags set them.
-
-    The file is untrusted: it may only select a model that wanduet knows by name and that is downloaded already. Its
-    metadata never causes a download or the reading of a folder. Raises UnreadableFileError, ModelNotFoundError.
-    """
-    config, unset = flags.config(), EngineFlags()
-    engine, made_by = _part(about, "engine"), _part(about, "model")
-    if not flags.names_model:
-        config = replace(config, **_model_here(file, made_by, config))
-    for name, allowed in (
-        ("transformer_dtype", get_args(DType)),
-        ("vae_dtype", get_args(DType)),
-        ("tf32", (True, False)),
-    ):
-        value = engine.get(name)
-        if value is None or getattr(flags, name) != getattr(unset, name):
-            continue
-        if type(value) is not type(getattr(unset, name)) or value not in allowed:
-            raise UnreadableFileError(
-                f"{file} says that it was made with {name}={cut(repr(value))}, which does not exist.",
-                hint=f"Say another with --{name.replace('_', '-')}.",
-            )
-        config = replace(config, **{name: value})
-    return config
-
-
-def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) -> dict[str, Any]:
-    """Return name and revision of the model that a file names, else of the default model, if known and downloaded.
-
-    Raises ModelNotFoundError.
-    """
-    name, revision = made_by.get("name"), config.revision
-    if name is None:
-        try:
-            open_model(config.model, revision, fetch=False)
-        except ModelNotFoundError as error:
-            raise ModelNotFoundError(
-                f"{file} does not say which model made it, and {config.model} is not here.",
-                hint="Name the model with --model.",
-            ) from error
-        return {}
-    if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
-        return {"model": name}
-    if not isinstance(name, str) or name not in PUBLISHED:
-        raise ModelNotFoundError(
-            f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
-            hint="If you trust that model, name it with --model.",
-        )
-    said = made_by.get("revision")
-    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
-        revision = said
-    try:
-        open_model(name, revision, fetch=False)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{file} says that it was made by {name}, which is not here.",
-            hint=f"Let it be fetched: --model {name}{'' if revision is None else f' --revision {revision}'}",
-        ) from error
-    return {"model": name, "revision": revision}
-
-
-def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return one object of a file's untrusted metadata; an empty mapping if it has none."""
-    value = about.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _rounded(timings: dict[str, float]) -> dict[str, float]:
+def rounded(timings: dict[str, float]) -> dict[str, float]:
+    """Return seconds by phase, to the millisecond."""
     return {name: round(seconds, 3) for name, seconds in timings.items()}

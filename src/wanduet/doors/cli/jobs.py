@@ -60,6 +60,9 @@ class ServerFlags:
     max_pixels: Annotated[int, Parameter(help="Largest size of a video, height times width.")] = 1920 * 1088
     max_frames: Annotated[int, Parameter(help="Longest video.")] = 401
     max_steps: Annotated[int, Parameter(help="Most denoising steps.")] = 200
+    max_input_video: Annotated[str, Parameter(help="Largest file of a video to start from, for example 1GiB.")] = (
+        "256MiB"
+    )
     retention_days: Annotated[float | None, Parameter(help="Delete finished videos after so many days.")] = None
     disk_limit: Annotated[
         str | None, Parameter(help="Delete the oldest videos when all take more than this, for example 50GiB.")
@@ -82,6 +85,7 @@ class ServerFlags:
             allowed_origins=self.allowed_origin,
             queue=Limits(self.max_queue, self.max_queue_per_key),
             limits=RequestLimits(pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps),
+            max_input_bytes=parse_bytes(self.max_input_video),
         )
 
     def runner(self) -> "RunnerSettings":

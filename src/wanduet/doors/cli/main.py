@@ -211,7 +211,7 @@ def decode(
     ```
     """
     check_output(output, codec, quality)
-    from wanduet.doors.cli.commands import run_decode
+    from wanduet.doors.cli.made import run_decode
 
     emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
 
@@ -263,6 +263,10 @@ def verify(
     max_steps: Annotated[
         int, Parameter(help="Most denoising steps that the video may say it took.", converter=whole)
     ] = 200,
+    input_video: Annotated[
+        Path | None,
+        Parameter(help="The video that it was made from, if it was: a video's metadata have only its hash."),
+    ] = None,
     engine: EngineFlags = OTHER,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -272,9 +276,9 @@ def verify(
     wanduet verify cat.mp4
     ```
     """
-    from wanduet.doors.cli.commands import run_verify
+    from wanduet.doors.cli.made import run_verify
 
-    found = run_verify(video, engine, max_steps)
+    found = run_verify(video, engine, max_steps, input_video)
     emit(found, json_)
     if not found["equal"]:
         raise SystemExit(1)

@@ -35,15 +35,14 @@ def show(value: Mapping[str, Any]) -> None:
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
     console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
-    table = _table("device", "role", "denoise", "decode", "may use")
+    phases = [p for p in ("encode", "denoise", "decode") if p != "encode" or any(d["phases"][p] for d in plan["devices"])]
+    table = _table("device", "role", *phases, "may use")
     for device in plan["devices"]:
-        phases = device["phases"]
-        cells = [format_bytes(phases.get(phase, 0)) for phase in ("denoise", "decode")]
+        cells = [format_bytes(device["phases"].get(phase, 0)) for phase in phases]
         name = " ".join((device["name"], plan.get("hardware", {}).get(device["name"], ""))).strip()
         table.add_row(name, device["role"], *cells, format_bytes(device["limit_bytes"]))
-    table.add_row(
-        "host", "text encoder, frames", "", format_bytes(plan["host_bytes"]), format_bytes(plan["host_limit_bytes"])
-    )
+    cells = [*[""] * (len(phases) - 1), format_bytes(plan["host_bytes"])]
+    table.add_row("host", "text encoder, frames", *cells, format_bytes(plan["host_limit_bytes"]))
     console.print(table)
     choices = _table("setting", "value", "why")
     for choice in plan["choices"]:

@@ -1,8 +1,11 @@
-"""Parse the fields of a JSON or form body: UTF-8 only, each name once, truncated bodies refused."""
+"""Parse the fields of a JSON or form body: UTF-8 only, each name once, truncated bodies refused.
+
+A form's files are not kept in memory: their bytes are given to a `FilePart` as they arrive.
+"""
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from fastapi import Request
@@ -10,19 +13,42 @@ from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from wanduet.doors.http.errors import ApiError
+from wanduet.doors.http.errors import ApiError, too_long
 
 MAX_FIELDS = 64
 MAX_PART_BYTES = 2**20
 MULTIPART, URLENCODED = "multipart/form-data", "application/x-www-form-urlencoded"
 
 
-async def read_fields(request: Request) -> dict[str, Any]:
-    """Return the fields of a request's body; text fields of a form stay strings. Raises ApiError (400, 415)."""
+class FilePart(Protocol):
+    """Receives a file of a form."""
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes. May raise ApiError."""
+
+    async def seek(self, offset: int) -> None:
+        """Called once, with 0, after the last byte. May raise ApiError."""
+
+
+class FileParts(Protocol):
+    """Decides which files of a form are taken."""
+
+    max_text_bytes: int  # of the form's text fields together
+
+    def begin(self, name: str, filename: str) -> FilePart:
+        """Called in the event loop when a file begins. Raises ApiError to refuse it."""
+
+
+async def read_fields(request: Request, files: FileParts | None = None) -> dict[str, Any]:
+    """Return the fields of a request's body; text fields of a form stay strings.
+
+    The value of a file is what `files.begin` returned for it; without `files`, none is taken. Raises ApiError (400, 413,
+    415), and what `files` raises.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == MULTIPART:
-            return await _read_multipart(request)
+            return await _read_multipart(request, files)
         if kind == URLENCODED:
             return _read_urlencoded(await request.body())
         if kind in ("application/json", ""):
@@ -58,35 +84,55 @@ def _read_urlencoded(body: bytes) -> dict[str, Any]:
 
 
 class _Form(MultiPartParser):
-    """Starlette's form parser, but strict: it refuses truncated forms and bytes that are not UTF-8."""
+    """Starlette's form parser, but strict: it refuses truncated forms, long texts and bytes that are not UTF-8."""
 
     ended = False
+    files: FileParts | None = None
+    _text_bytes = 0
+
+    def on_headers_finished(self) -> None:
+        """Let `files` take a file, in place of the parser's temporary file."""
+        super().on_headers_finished()
+        part = self._current_part
+        if part.file is None:
+            return
+        name = _utf8(part.field_name)
+        if self.files is None:
+            raise no_file(name)
+        part.file.file.close()
+        part.file = self.files.begin(name, part.file.filename or "")  # type: ignore[assignment]  # only these methods
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Limit the length of all texts together."""
+        if self._current_part.file is None and self.files is not None:
+            self._text_bytes += end - start
+            if self._text_bytes > self.files.max_text_bytes:
+                raise too_long(f"A form's text fields may have {self.files.max_text_bytes} bytes at most.")
+        super().on_part_data(data, start, end)
 
     def on_end(self) -> None:
         """Record that the parser has read the closing boundary."""
         self.ended = True
 
 
-async def _read_multipart(request: Request) -> dict[str, Any]:
+async def _read_multipart(request: Request, files: FileParts | None) -> dict[str, Any]:
     # Latin-1 maps every byte to one character, so that the bytes can be decoded strictly as UTF-8 afterwards.
     kept = Headers({"content-type": f"{request.headers['content-type']}; charset=latin-1"})
-    parser = _Form(kept, request.stream(), max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES)
+    parser = _Form(kept, request.stream(), max_fields=MAX_FIELDS, max_part_size=MAX_PART_BYTES)
+    parser.files = files
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "it is not valid."
         raise _refused(f"The form cannot be read: {reason}") from None
-    try:
-        if not parser.ended:
-            raise _refused("The form ended too early.")
-        pairs = [(_utf8(name), _utf8(value) if isinstance(value, str) else None) for name, value in form.multi_items()]
-    finally:
-        await form.close()
-    for name, value in pairs:
-        if value is None:
-            text = "Files are not taken: the model makes videos from text alone."
-            raise ApiError(400, "unsupported", text, param=name)
-    return _once(pairs)
+    if not parser.ended:
+        raise _refused("The form ended too early.")
+    return _once((_utf8(name), _utf8(value) if isinstance(value, str) else value) for name, value in form.multi_items())
+
+
+def no_file(name: str) -> ApiError:
+    """Return the error for a file under a name that takes none."""
+    return ApiError(400, "unsupported", f"{name} takes no file.", param=name)
 
 
 def _utf8(text: str) -> str:

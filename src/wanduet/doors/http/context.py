@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from anyio import CapacityLimiter
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
@@ -22,8 +23,9 @@ from wanduet.jobs.store import JobStore
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
 DRAIN_RETRY_SECONDS = 15
-MAX_UPLOADS = 4  # at one time: each costs temporary files and a process
+MAX_UPLOADS = 4  # at one time: each costs disk space and a process
 UPLOAD_SHARE = 2  # of `MAX_UPLOADS`, for one key
+UPLOAD_THREADS = 2  # that write uploads, and that wait for processes which read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 2**20
+    max_input_bytes: int = 2**28  # of the video that a video is made from
     max_submissions: int = 256
     max_streams: int = 64
     max_streams_per_key: int = 16
@@ -83,6 +86,8 @@ class ServerContext:
         self.submissions = Gate(settings.max_submissions, "submissions")
         self.streams = Gate(min(settings.max_streams, third), "event streams", settings.max_streams_per_key)
         self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each page has two streams
+        # Separate thread limits: uploads must not occupy the threads of the routes.
+        self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def check_accepting(self) -> None:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from wanduet.doors.http.public import NAME_LIMIT, public_text, sendable
-from wanduet.errors import InvalidRequestError, WanduetError
+from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import IdempotencyError, QueueFullError, UnknownJobError
 
@@ -96,6 +96,17 @@ def unavailable(code: str, message: str, retry_after: int, status: int = 503) ->
     return ApiError(status, code, message, kind=kind, headers={"Retry-After": str(retry_after)})
 
 
+def too_long(message: str, param: str | None = None) -> ApiError:
+    """Return the error for a body, or a part of one, that is too long."""
+    return ApiError(413, "body_too_large", message, param=param)
+
+
+def no_space() -> ApiError:
+    """Return the error for a file that cannot be written into the data folder."""
+    text = "The server's data folder is full or cannot be written; nothing was stored."
+    return unavailable("no_space", text, QUEUE_RETRY_SECONDS, 507)
+
+
 def to_api_error(error: Exception) -> ApiError:
     """Convert any exception to an error response; unknown exceptions become a 500 without internal details."""
     match error:
@@ -110,6 +121,8 @@ def to_api_error(error: Exception) -> ApiError:
         case QueueFullError():
             text = f"{error.message} {error.hint}"
             return unavailable(error.code, text, QUEUE_RETRY_SECONDS, 429 if error.personal else 503)
+        case OutputError():
+            return no_space()
         case RequestValidationError():
             return _bad_parameter(error)
         case HTTPException():

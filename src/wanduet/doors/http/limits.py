@@ -12,15 +12,17 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wanduet.doors.http.errors import ApiError, unavailable
+from wanduet.doors.http.bodies import MULTIPART
+from wanduet.doors.http.errors import ApiError, too_long, unavailable
 from wanduet.doors.http.gates import Gate
 
 UPLOAD_PATH = "/page/settings"  # the page's upload of a video, to read its settings
+CREATE_PATH = "/v1/videos"  # a form for this route may have a video
 MAX_UPLOAD_BYTES = 2**28
 MAX_PAGE_BYTES = 2**18  # Gradio takes a hundred times as long to parse a body as the API
 MAX_LOGIN_BYTES = 2**13
 MAX_BYTES_AT_ONCE = 2**26  # total of all bodies in memory
-MAX_UPLOADS_AT_ONCE = 2**29  # total bytes of all uploads in the temporary folder
+MAX_UPLOADS_AT_ONCE = 2**29  # total bytes of all uploads that are written to disk
 MIN_RATE = 2**14  # bytes a second: a body at this rate times out only after LONGEST_BODY_SECONDS
 LONGEST_BODY_SECONDS = 600.0
 DRAIN_BODY_SECONDS = 5.0  # while draining, later bodies are refused: the server is about to end
@@ -37,11 +39,18 @@ class BodyLimits:
 
     max_bytes: int = 2**20
     seconds: float = 20.0
+    max_file_bytes: int = 0  # of a file in a form, beside `max_bytes` of text
+
+    def on_disk(self, path: str, is_form: bool) -> int:
+        """Return how many bytes of a body may be written to disk instead of kept in memory."""
+        if path == UPLOAD_PATH:
+            return max(MAX_UPLOAD_BYTES, self.max_file_bytes)
+        return self.max_file_bytes if path == CREATE_PATH and is_form else 0
 
     def bytes_at(self, path: str) -> int:
-        """Return the maximum body size for a route, in bytes."""
+        """Return how many bytes of a body may be kept in memory."""
         if path == UPLOAD_PATH:
-            return MAX_UPLOAD_BYTES
+            return 0
         if path.startswith("/gradio_api/"):
             return min(MAX_PAGE_BYTES, self.max_bytes)
         return min(MAX_LOGIN_BYTES, self.max_bytes) if path == "/login" else self.max_bytes
@@ -74,22 +83,24 @@ class LimitBodies:
         self._limits = limits
         self._draining = draining
         self._memory = _Budget(MAX_BYTES_AT_ONCE)
-        self._uploads = _Budget(MAX_UPLOADS_AT_ONCE)
+        self._disk = _Budget(max(MAX_UPLOADS_AT_ONCE, 2 * (limits.max_file_bytes + limits.max_bytes)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
-        limit = self._limits.bytes_at(path)
+        path, headers = scope["path"], Headers(scope=scope)
+        in_memory = self._limits.bytes_at(path)
+        is_form = headers.get("content-type", "").partition(";")[0].strip().lower() == MULTIPART
+        limit = in_memory + self._limits.on_disk(path, is_form)
         try:
-            _check_length(Headers(scope=scope), limit)
+            _check_length(headers, limit)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        budget = self._uploads if path == UPLOAD_PATH else self._memory
-        body = _Body(receive, limit, self._limits.seconds, budget, self._draining)
+        share = _Share(self._memory, self._disk, in_memory)
+        body = _Body(receive, limit, self._limits.seconds, share, self._draining)
         try:
             await self._run(body, scope, send)
         finally:
@@ -175,21 +186,41 @@ class _Budget:
         self._counted -= size
 
 
+class _Share:
+    """What one body takes of two budgets: of `memory` for its first `in_memory` bytes, of `disk` for the rest."""
+
+    def __init__(self, memory: _Budget, disk: _Budget, in_memory: int) -> None:
+        self._budgets = memory, disk
+        self._left = in_memory
+        self._taken = [0, 0]
+
+    def take(self, size: int) -> None:
+        """Raises ApiError (503)."""
+        first = min(size, self._left)
+        self._left -= first
+        for index, part in enumerate((first, size - first)):
+            self._budgets[index].take(part)
+            self._taken[index] += part
+
+    def give_back(self) -> None:
+        for budget, taken in zip(self._budgets, self._taken, strict=True):
+            budget.give(taken)
+        self._taken = [0, 0]
+
+
 class _Body:
     """One request's body while it arrives. `error` is set once the body is refused."""
 
-    def __init__(
-        self, receive: Receive, limit: int, seconds: float, budget: _Budget, draining: threading.Event
-    ) -> None:
+    def __init__(self, receive: Receive, limit: int, seconds: float, share: _Share, draining: threading.Event) -> None:
         self._receive = receive
         self._limit = limit
         self._seconds = seconds
-        self._budget = budget
+        self._share = share
         self._draining = draining
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._drain_began: float | None = None
-        self._seen = self._counted = 0
+        self._seen = 0
         self._complete = False
         self.error: ApiError | None = None
 
@@ -208,17 +239,15 @@ class _Body:
         return message
 
     def forget(self) -> None:
-        """Release the body's bytes from the budget."""
-        self._budget.give(self._counted)
-        self._counted = 0
+        """Release the body's bytes from the budgets."""
+        self._share.give_back()
 
     def _count(self, message: Message) -> None:
         size = len(message.get("body", b""))
         self._seen += size
         if self._seen > self._limit:
             raise _too_long(self._limit)
-        self._budget.take(size)
-        self._counted += size
+        self._share.take(size)
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
 
     async def _next(self) -> Message:
@@ -254,4 +283,4 @@ def _check_length(headers: Headers, limit: int) -> None:
 
 
 def _too_long(limit: int) -> ApiError:
-    return ApiError(413, "body_too_large", f"A request's body may have {limit} bytes at most.")
+    return too_long(f"A request's body may have {limit} bytes at most.")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from wanduet.request import (
     REQUEST_FIELDS,
     GenerationRequest,
     RequestField,
+    SourceVideo,
     check_prompt_length,
     frames_for_seconds,
     parse_resolution,
@@ -52,6 +53,7 @@ class _ProtocolFields(BaseModel):
     model: str | None = None
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
+    input_reference: str | None = Field(default=None, description="Another name for `input_video`.")
 
 
 # The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
@@ -66,6 +68,10 @@ CreateVideo = create_model(
     __doc__="The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings.",
     **_SETTINGS,
 )
+# Fields that take a file, by their names and the protocol's own name for one of them.
+FILES = {name: name for name, field in REQUEST_FIELDS.items() if field.shown.is_file} | {
+    "input_reference": "input_video"
+}
 NUMBERS = {name: field.takes for name, field in REQUEST_FIELDS.items() if field.is_number}
 NUMBERS |= {"seconds": f"a number of seconds from 0 to {MAX_SECONDS:g}"}
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,4})?", re.ASCII)
@@ -152,10 +158,31 @@ def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
 
 
-def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -> GenerationRequest:
+def form_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a form, in which files are binary parts."""
+    schema = model.model_json_schema()
+    for name in FILES.keys() & schema["properties"].keys():
+        about = {key: value for key, value in schema["properties"][name].items() if key in ("title", "description")}
+        schema["properties"][name] = {**about, "type": "string", "format": "binary"}
+    return schema
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a JSON body, which has no files."""
+    schema = model.model_json_schema()
+    schema["properties"] = {name: about for name, about in schema["properties"].items() if name not in FILES}
+    return schema
+
+
+def to_request(
+    fields: dict[str, Any],
+    spec: ModelSpec,
+    limits: RequestLimits,
+    look: Callable[[], SourceVideo] | None = None,
+) -> GenerationRequest:
     """Convert a body (without `model`) to a request with every field resolved, including the seed.
 
-    Raises InvalidRequestError, which names the field.
+    `look` reads an input video whose path is in the body. Raises InvalidRequestError, which names the field.
     """
     values = {name: value for name, value in fields.items() if value is not None}
     check_names(values, CreateVideo)
@@ -167,7 +194,8 @@ def to_request(fields: dict[str, Any], spec: ModelSpec, limits: RequestLimits) -
     _take_seconds(values, fps, spec)
     _take_size(values)
     try:
-        request = GenerationRequest.parse(**values).resolve(spec)
+        parsed = GenerationRequest.parse(**values)
+        request = parsed.resolve(spec, None if look is None else look())
     except InvalidRequestError as error:
         smaller = _beyond(values, limits).get(error.field)
         if smaller is None or (smaller.field == error.field and _is_at_least(smaller.nearest, error.nearest)):
@@ -198,7 +226,7 @@ def _is_at_least(limit: object, other: object) -> bool:
 
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
-    """Return a digest of a body, before a seed is drawn; the same for a form as for JSON."""
+    """Return a digest of a body, before a seed is drawn; the same for a form as for JSON. Files count by their hashes."""
     plain = {name: str(value) for name, value in fields.items() if value is not None}
     text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

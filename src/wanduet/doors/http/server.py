@@ -90,7 +90,9 @@ def create_app(
     _add_service_routes(app)
     # Middleware added last runs first. Middleware that a page adds runs after these.
     app.add_middleware(
-        LimitBodies, limits=BodyLimits(settings.max_body_bytes, settings.body_seconds), draining=context.draining
+        LimitBodies,
+        limits=BodyLimits(settings.max_body_bytes, settings.body_seconds, settings.max_input_bytes),
+        draining=context.draining,
     )
     app.add_middleware(Guard, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
     app.add_middleware(LimitRequests, gate=context.requests)

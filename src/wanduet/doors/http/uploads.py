@@ -1,6 +1,7 @@
 """Reads uploaded videos in a short-lived subprocess, so that a broken file cannot crash or stall the server.
 
-`python -m wanduet.doors.http.uploads VIDEO` prints the video's provenance, or an error, as JSON.
+`python -m wanduet.doors.http.uploads VIDEO about` prints the video's provenance, or an error, as JSON; with `source`
+instead of `about`, it prints what a request that starts from the video needs to know of it.
 """
 
 import json
@@ -9,34 +10,40 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from wanduet.doors.http.errors import unavailable
-from wanduet.errors import WanduetError
+from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.jobs.child import child_environment, module_command
 from wanduet.media.files import UnreadableFileError
+from wanduet.request import SourceVideo
 
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS = {"about": 15.0, "source": 60.0}
 MAX_MEMORY_BYTES = 2 * 2**30  # of address space; libraries reserve more than they use
 MAX_ANSWER_BYTES = 2**20
 START_RETRY_SECONDS = 5
 _MODULE = "wanduet.doors.http.uploads"
 
 
-class MetadataReader:
-    """Reads the provenance of untrusted videos. Callers limit how many are read at one time."""
+class _Reader:
+    """Reads untrusted videos. Callers limit how many are read at one time.
 
-    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS, module: str = _MODULE) -> None:
-        self._timeout = timeout_seconds
+    A process that takes longer than `timeout_seconds` is killed.
+    """
+
+    question = ""
+
+    def __init__(self, timeout_seconds: float | None = None, module: str = _MODULE) -> None:
+        self._timeout = TIMEOUT_SECONDS[self.question] if timeout_seconds is None else timeout_seconds
         self._command = module_command(module)
 
-    def read(self, video: Path) -> dict[str, Any]:
-        """Return a video's provenance.
+    def _ask(self, video: Path) -> dict[str, Any]:
+        """Return the process's answer: the `question`'s, or None and an `error`.
 
-        Raises WanduetError if it has none or cannot be read, ApiError if no process starts.
-
-        A process that takes longer than `timeout_seconds` is killed.
+        Raises UnreadableFileError if there is no such answer, ApiError if no process starts.
         """
         status, text = self._run(video)
         if status is None:
@@ -45,12 +52,9 @@ class MetadataReader:
         if status == 0:
             with suppress(ValueError, RecursionError):
                 found = json.loads(text)
-        if not isinstance(found, dict) or not isinstance(found.get("about"), dict | None):
+        if not isinstance(found, dict) or not isinstance(found.get(self.question), dict | None):
             raise UnreadableFileError(f"{video} cannot be read: it is damaged, or no video.")
-        if found.get("about") is None:
-            raise UnreadableFileError(str(found.get("error")))
-        about: dict[str, Any] = found["about"]
-        return about
+        return found
 
     def _run(self, video: Path) -> tuple[int | None, bytes]:
         """Return the process's exit status (None if it was killed for exceeding the timeout) and its output."""
@@ -61,7 +65,7 @@ class MetadataReader:
         nothing, pipe = subprocess.DEVNULL, subprocess.PIPE  # a pipe also works where the temporary folder is full
         try:
             process = subprocess.Popen(
-                [*self._command, str(video)], stdin=nothing, stdout=pipe, stderr=nothing, env=environment
+                [*self._command, str(video), self.question], stdin=nothing, stdout=pipe, stderr=nothing, env=environment
             )
         except OSError:  # no memory for a process, or no file descriptors for its pipe
             why = "No process can be started to read the file just now."
@@ -84,7 +88,54 @@ class MetadataReader:
         return (None if too_late.is_set() else status), text
 
 
-def _limit_this_process() -> None:
+class MetadataReader(_Reader):
+    """Reads the provenance of untrusted videos."""
+
+    question = "about"
+
+    def read(self, video: Path) -> dict[str, Any]:
+        """Return a video's provenance.
+
+        Raises WanduetError if it has none or cannot be read, ApiError if no process starts.
+        """
+        found = self._ask(video)
+        if found.get("about") is None:
+            raise UnreadableFileError(str(found.get("error")))
+        about: dict[str, Any] = found["about"]
+        return about
+
+
+class SourceReader(_Reader):
+    """Reads what a request that starts from a video needs to know of it."""
+
+    question = "source"
+
+    def read(self, video: Path, field: str, filename: str) -> SourceVideo:
+        """Return the size, length and hash of a video, a client's `filename`.
+
+        Raises InvalidRequestError of the request's `field`, ApiError if no process starts.
+        """
+        try:
+            found = self._ask(video)
+        except UnreadableFileError:
+            raise InvalidRequestError(field, filename, "it is damaged, too long, or no video") from None
+        if found.get("source") is None:
+            raise InvalidRequestError(field, filename, str(found.get("error")).replace(str(video), "this file"))
+        try:
+            return _parse_source(found["source"])
+        except (TypeError, ValueError):
+            raise InvalidRequestError(field, filename, "it is damaged") from None
+
+
+def _parse_source(values: dict[str, Any]) -> SourceVideo:
+    """Check an answer's values: a process that reads an untrusted file is not trusted. Raises TypeError, ValueError."""
+    source = SourceVideo(**values)
+    if not (0 < source.height < inf and 0 < source.width < inf and 0 <= source.seconds < inf):
+        raise ValueError("impossible values")
+    return source
+
+
+def _limit_this_process(seconds: float) -> None:
     if sys.platform == "win32":
         return
     import resource
@@ -92,7 +143,7 @@ def _limit_this_process() -> None:
     os.nice(10)  # lower priority than the server and its worker
     limits = {
         resource.RLIMIT_AS: MAX_MEMORY_BYTES,
-        resource.RLIMIT_CPU: int(TIMEOUT_SECONDS),
+        resource.RLIMIT_CPU: int(seconds),
         resource.RLIMIT_FSIZE: MAX_ANSWER_BYTES,
         resource.RLIMIT_CORE: 0,
     }
@@ -103,14 +154,27 @@ def _limit_this_process() -> None:
 
 def main() -> None:
     """Run the short-lived process."""
-    _limit_this_process()
+    video, question = Path(sys.argv[1]), sys.argv[2]
+    _limit_this_process(TIMEOUT_SECONDS[question])
+    try:
+        answer: dict[str, Any] = {question: _about(video) if question == "about" else _source(video)}
+    except InvalidRequestError as error:
+        answer = {question: None, "error": error.allowed}
+    except WanduetError as error:
+        answer = {question: None, "error": error.message}
+    print(json.dumps(answer))
+
+
+def _about(video: Path) -> dict[str, Any]:
     from wanduet.media.read import read_metadata
 
-    try:
-        answer: dict[str, Any] = {"about": read_metadata(Path(sys.argv[1]))}
-    except WanduetError as error:
-        answer = {"about": None, "error": error.message}
-    print(json.dumps(answer))
+    return read_metadata(video)
+
+
+def _source(video: Path) -> dict[str, Any]:
+    from wanduet.media.input_video import read_source
+
+    return asdict(read_source(video))
 
 
 if __name__ == "__main__":

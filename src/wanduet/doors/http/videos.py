@@ -1,6 +1,7 @@
 """The routes of `/v1/videos`: the OpenAI videos protocol, extended by cancel and events."""
 
 import unicodedata
+from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -9,11 +10,12 @@ from pydantic import BaseModel, ValidationError
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from wanduet.doors.http.bodies import read_fields
+from wanduet.doors.http.bodies import MULTIPART, read_fields
 from wanduet.doors.http.context import ServerContext, get_context, get_owner
 from wanduet.doors.http.errors import ApiError, ErrorBody
 from wanduet.doors.http.events import VideoStream
 from wanduet.doors.http.files import answer_file
+from wanduet.doors.http.inputs import InputFiles
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.schemas import (
     CreateVideo,
@@ -23,6 +25,8 @@ from wanduet.doors.http.schemas import (
     VideoList,
     check_names,
     fingerprint,
+    form_schema,
+    json_schema,
     to_request,
     to_video,
 )
@@ -49,43 +53,46 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         422: "An idempotency key came again with another request.",
         429: "Your quota is used up; nothing was stored.",
         503: "Not now; nothing was stored.",
+        507: "The data folder is full; nothing was stored.",
     }.items()
 }
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=_ERRORS)
 
 
 def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
-    content = {kind: {"schema": model.model_json_schema()} for kind in kinds}
+    content = {kind: {"schema": form_schema(model) if kind == MULTIPART else json_schema(model)} for kind in kinds}
     key = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": MAX_KEY}}
     return {"requestBody": {"required": True, "content": content}, "parameters": [key]}
 
 
-@router.post("", response_model=Video, openapi_extra=_body(CreateVideo, "multipart/form-data", "application/json"))
+@router.post("", response_model=Video, openapi_extra=_body(CreateVideo, MULTIPART, "application/json"))
 async def create_video(request: Request, context: Context, owner: Owner) -> Video:
     """Put a video into the queue. When this answers with success, the job is on the disk."""
-    fields = await read_fields(request)  # first: a body that arrives slowly must not occupy a place
-    await run_in_threadpool(get_owner, request)  # check again: a body takes time, and keys are revoked at once
-    with context.submissions.enter():
-        context.check_accepting()
-        key, given = _key(request), fingerprint(fields)
-        if (known := await _repeated(context, owner, key, given)) is not None:
-            return known
-        model = _check_model(fields.pop("model", None), context)
-        wanted = to_request(fields, context.spec, context.settings.limits)
-        new = NewJob(
-            owner,
-            model,
-            wanted.model_dump(),
-            idempotency_key=key,
-            fingerprint=given,
-            model_hash=context.settings.model_hash,
-        )
-        return await _submit(context, new)
+    key = _key(request)
+    with InputFiles(context, request, owner, key) as files:
+        fields = await read_fields(request, files)  # first: a body that arrives slowly must not occupy a place
+        await run_in_threadpool(get_owner, request)  # check again: a body takes time, and keys are revoked at once
+        with context.submissions.enter():
+            context.check_accepting()
+            file, given = files.take(fields), fingerprint(fields)
+            if (known := await _repeated(context, owner, key, given)) is not None:
+                return known
+            model = _check_model(fields.pop("model", None), context)
+            wanted = await files.resolve(fields)
+            new = NewJob(
+                owner,
+                model,
+                wanted.model_dump(exclude_none=True),
+                idempotency_key=key,
+                fingerprint=given,
+                model_hash=context.settings.model_hash,
+            )
+            return await _submit(context, new, None if file is None else file.path)
 
 
 @router.post("/{video_id}/remix", response_model=Video, openapi_extra=_body(RemixVideo, "application/json"))
 async def remix_video(video_id: VideoId, request: Request, context: Context, owner: Owner) -> Video:
-    """Put a video into the queue that differs from another one only in its prompt."""
+    """Put a video into the queue that differs from another one only in its prompt; it has the same input video."""
     fields = await read_fields(request)
     await run_in_threadpool(get_owner, request)
     with context.submissions.enter():
@@ -101,16 +108,17 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
             raise InvalidRequestError("prompt", fields.get("prompt"), "a text that is not empty") from None
         source = await run_in_threadpool(context.store.get, source_id, owner)
         wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
+        file = await run_in_threadpool(find_input, source, context)
         new = NewJob(
             owner,
             _check_source(source, context),
-            wanted.model_dump(),
+            wanted.model_dump(exclude_none=True),
             idempotency_key=key,
             remixed_from=source.id,
             fingerprint=given,
             model_hash=context.settings.model_hash,
         )
-        return await _submit(context, new)
+        return await _submit(context, new, file)
 
 
 @router.get("", response_model=VideoList)
@@ -232,14 +240,22 @@ async def _repeated(context: ServerContext, owner: str, key: str | None, given: 
     return to_video(job)
 
 
-async def _submit(context: ServerContext, new: NewJob) -> Video:
+async def _submit(context: ServerContext, new: NewJob, source: FilePath | None) -> Video:
     outcome = "refused"
     try:
-        done = await run_in_threadpool(context.store.submit, new, context.settings.queue)
+        done = await run_in_threadpool(context.store.submit, new, context.settings.queue, source)
         outcome = "stored" if done.created else "repeated"
         return to_video(done.job)
     finally:
         context.metrics.count_submission(new.owner, outcome)
+
+
+def find_input(job: StoredJob, context: ServerContext) -> FilePath | None:
+    """Return the video that a job starts from, if it does. Raises ApiError if it is gone."""
+    path = next((context.store.files.path(file.name) for file in job.inputs), None)
+    if path is None and job.request.get("input_video") is not None:
+        raise ApiError(404, "not_found", "The input video of that video is gone. Upload it again.", param="video_id")
+    return path
 
 
 def _find(context: ServerContext, video_id: str, owner: str) -> StoredJob:

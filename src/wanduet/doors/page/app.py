@@ -19,7 +19,7 @@ from wanduet.doors.http.restore import add_restore
 from wanduet.doors.page import scripts, views
 from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.events import PageEvents
-from wanduet.doors.page.forms import FORM_FIELDS, SIZE, Form, form_rows, widget
+from wanduet.doors.page.forms import FILE_FIELDS, FORM_FIELDS, SIZE, Form, form_rows, needing, widget
 from wanduet.doors.page.routes import PageGate, add_login, add_pulse, keep_page_off_api
 from wanduet.doors.page.style import CSS
 
@@ -37,7 +37,7 @@ def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
     actions = PageActions(context, config)
     add_login(app)
     add_pulse(app)
-    add_restore(app, actions.restore)
+    add_restore(app, actions.read)
     app = gr.mount_gradio_app(
         app,
         Page(actions).build(),
@@ -71,6 +71,7 @@ class Page:
     def __init__(self, actions: PageActions) -> None:
         self._actions = actions
         self._events = PageEvents(actions)
+        self._panels: dict[str, gr.HTML] = {}  # of input videos, by field
 
     def build(self) -> gr.Blocks:
         """Build the whole page."""
@@ -79,6 +80,7 @@ class Page:
             self._pages = gr.State(1)
             self._shown = gr.State({})
             self._stored = gr.Textbox(visible=False)  # passes the browser's stored form to `recall`
+            self._outgoing = gr.Textbox(visible=False)  # what the browser submits, and the answer
             self._confirmed = gr.Checkbox(visible=False)
             self._top = gr.HTML(self._events.header(()), elem_id="top", js_on_load=scripts.PULSE)
             with gr.Row(elem_id="desk"):
@@ -101,6 +103,9 @@ class Page:
             placeholder=presets.examples[0],
             autofocus=True,
         )
+        parts = {"prompt": prompt}
+        for name in FILE_FIELDS:
+            parts |= self._build_clip(name, start)
         shape, length, quality = presets.chosen(start)
         with gr.Row(elem_id="presets"):
             self._presets = [
@@ -109,25 +114,32 @@ class Page:
                 gr.Radio(list(presets.qualities), value=quality, label="Quality", min_width=120),
             ]
         with gr.Accordion("All settings", open=False, elem_id="settings"):
-            parts = {"prompt": prompt, **self._build_settings(start)}
+            parts |= self._build_settings(start)
             self._reset = gr.Button("Model's defaults", size="sm")
         self._plan = gr.HTML(elem_id="plan")
         self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
         self._message = gr.HTML(elem_id="message")
-        # Outside of the settings: a collapsed accordion is not rendered, and would not accept a dropped file.
-        self._restore = gr.HTML(scripts.RESTORE, js_on_load=scripts.RESTORE_CLICKS)
         self._form: list[Any] = [parts[name] for name in FORM_FIELDS]
 
     def _build_settings(self, start: Form) -> dict[str, Any]:
-        """Return the components of all fields except the prompt, by name."""
-        limits, parts = self._actions.context.settings.limits, {}
+        """Return the components of the settings, by name."""
+        parts: dict[str, Any] = {}
         for row in form_rows():
             with gr.Row() if len(row) > 1 else nullcontext():
                 for name in row:
-                    field, value = FORM_FIELDS[name], start[name]
-                    kind, arguments = self._size(value) if name == SIZE else widget(field, value, limits)
-                    parts[name] = getattr(gr, kind)(**arguments)
+                    parts[name] = self._build_field(name, start)
         return parts
+
+    def _build_clip(self, name: str, start: Form) -> dict[str, Any]:
+        """Return the components of an input video and of the fields that need it, by name."""
+        script = scripts.CLIP + (scripts.DROP if name == FILE_FIELDS[0] else "")
+        self._panels[name] = gr.HTML(views.no_clip(), js_on_load=script)
+        return {part: self._build_field(part, start) for part in (name, *needing(name))}
+
+    def _build_field(self, name: str, start: Form) -> Any:
+        limits, value = self._actions.context.settings.limits, start[name]
+        kind, arguments = self._size(value) if name == SIZE else widget(FORM_FIELDS[name], value, limits)
+        return getattr(gr, kind)(**arguments)
 
     def _size(self, value: str) -> tuple[str, dict[str, Any]]:
         common = {"label": FORM_FIELDS[SIZE].label, "value": value, "min_width": 120}
@@ -181,7 +193,9 @@ class Page:
 
         result = [chosen, self._message]
         for event in (self._generate.click, form[0].submit):
-            event(on.submit, [*form, chosen], result, **PRIVATE).then(**look)
+            submitted = event(on.submit, [*form, chosen], [*result, self._outgoing], **PRIVATE)
+            sent = submitted.then(None, self._outgoing, self._outgoing, js=scripts.SEND, **PRIVATE)
+            sent.then(on.sent, self._outgoing, result, **PRIVATE).then(**look)
         self._retry.click(on.retry, chosen, result, **PRIVATE).then(**look)
         self._reseed.click(on.reseed, chosen, result, **PRIVATE).then(**look)
         self._cancel.click(on.stop, chosen, None, **PRIVATE).then(**look)
@@ -191,7 +205,10 @@ class Page:
         self._stage.click(on.example, None, form[0], **PRIVATE)
         self._again.click(on.reuse, chosen, form, **PRIVATE)
         self._reset.click(on.defaults, None, form, **PRIVATE)
-        self._restore.click(on.restore, None, [*form, self._message], **PRIVATE)
+        for name, panel in self._panels.items():
+            offer, needs = gr.State(None), [by_name[other] for other in needing(name)]
+            panel.click(on.use(name), [offer, *form], [offer, panel, self._message, *form], **PRIVATE)
+            by_name[name].change(on.show_clip(name), [by_name[name], offer], [panel, *needs], **PRIVATE)
 
 
 def _theme() -> gr.themes.Base:

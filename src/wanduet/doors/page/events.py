@@ -11,7 +11,8 @@ from wanduet.doors.http.context import find_owner
 from wanduet.doors.http.errors import ApiError
 from wanduet.doors.page import views
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.forms import FORM_FIELDS, Form
+from wanduet.doors.page.clips import Clip, Offer, offer_of
+from wanduet.doors.page.forms import FILE_FIELDS, FORM_FIELDS, Form, needing
 from wanduet.errors import WanduetError
 from wanduet.jobs.records import OPEN_STATUSES, StoredJob
 
@@ -41,10 +42,27 @@ class PageEvents:
         buttons = [gr.skip()] * len(BUTTONS) if shown.get("buttons") == state else _buttons(job)
         return [*changed, *buttons, job.id if job else None, {**parts, "buttons": state}]
 
-    def submit(self, request: gr.Request, *values: Any) -> tuple[Any, str]:
-        """Submit the form; the last of `values` is the id of the job that is displayed now."""
+    def submit(self, request: gr.Request, *values: Any) -> tuple[Any, str, str]:
+        """Submit the form; the last of `values` is the id of the job that is displayed now.
+
+        If the browser has the form's file, return as JSON what the browser submits with it.
+        """
         form, chosen = _form(values), values[-1]
-        return self._try(lambda: self._actions.submit(self._owner(request), form), chosen)
+        try:
+            outgoing = self._actions.outgoing(form)
+        except (WanduetError, ApiError) as error:
+            return chosen, views.refusal(error), ""
+        if outgoing is not None:
+            return chosen, "", json.dumps(outgoing)
+        return *self._try(lambda: self._actions.submit(self._owner(request), form), chosen), ""
+
+    def sent(self, answer: str) -> list[Any]:
+        """Display the job that the browser has submitted, or why it was refused; skip if it has submitted nothing."""
+        told = json.loads(answer or "{}")
+        if told.get("id"):
+            return [str(told["id"]), ""]
+        text, param = str(told.get("message") or ""), told.get("param")
+        return [gr.skip(), views.sent_refusal(text, param) if text else gr.skip()]
 
     def choose(self, pages: int, event: gr.EventData) -> list[Any]:
         """Handle a click on a card, or on the button for older ones."""
@@ -64,7 +82,7 @@ class PageEvents:
     def reuse(self, chosen: str | None, request: gr.Request) -> list[Any]:
         """Copy the displayed job's settings to the form."""
         job = self._actions.find(self._owner(request), chosen)
-        return [gr.skip()] * len(FORM_FIELDS) if job is None else _values(self._actions.form_of(job.request))
+        return _unchanged() if job is None else _values(self._actions.form_of(job))
 
     def retry(self, chosen: str | None, request: gr.Request) -> tuple[Any, str]:
         """Submit the displayed job again, with the same seed."""
@@ -76,8 +94,9 @@ class PageEvents:
         return self._repeat(chosen, request, new_seed=True)
 
     def defaults(self) -> list[Any]:
-        """Reset the form to the model's defaults, except the prompt."""
-        return [gr.skip(), *_values(self._actions.defaults())[1:]]
+        """Reset the form's settings to the model's defaults: not the prompt, and not the input video."""
+        kept = dict.fromkeys(["prompt", *FILE_FIELDS], gr.skip())
+        return _values(self._actions.defaults() | kept)
 
     def recall(self, remembered: str | None) -> list[Any]:
         """Restore the form that this browser stored; missing fields get the model's defaults."""
@@ -86,17 +105,45 @@ class PageEvents:
         except ValueError:
             form = None
         if not form or not isinstance(form, dict):
-            return [gr.skip()] * len(FORM_FIELDS)
-        return _values({**self._actions.defaults(), **form})
+            return _unchanged()
+        return _values({**self._actions.defaults(), **form, **dict.fromkeys(FILE_FIELDS)})
 
-    def restore(self, event: gr.EventData) -> list[Any]:
-        """Fill the form from the video that was chosen or dropped, which the server has read."""
-        data = _event_data(event)
-        if not isinstance(data.get("form"), dict):
-            return [*[gr.skip()] * len(FORM_FIELDS), views.message(str(data.get("error", "")), "bad")]
-        form = {**self._actions.defaults(), **data["form"]}
-        text = f"These are the settings of {data.get('name') or 'that video'}. {data.get('note') or ''}".strip()
-        return [*_values(form), views.message(text)]
+    def use(self, field: str) -> Callable[..., list[Any]]:
+        """Return the handler of the panel for an input video: of a file that was read, and of its buttons.
+
+        It returns the offer that is displayed, the panel, the message, and the form.
+        """
+
+        def handle(event: gr.EventData, shown: Offer | None, *values: Any) -> list[Any]:
+            data, form = _event_data(event), _form(values)
+            if isinstance(data.get("read"), dict):
+                found = offer_of(data["read"])
+                if found.form is None and found.clip is None:
+                    error = views.message(found.error, "bad")
+                    return [None, views.clip(form[field]) + error, gr.skip(), *_unchanged()]
+                return [found, views.offer(found), gr.skip(), *_unchanged()]
+            if shown is None:
+                return [None, views.clip(None), gr.skip(), *_values(form | {field: None})]
+            message: Any = gr.skip()
+            if data.get("use") == "settings" and shown.form is not None:
+                form = {**self._actions.defaults(), **shown.form, **dict.fromkeys(FILE_FIELDS)}
+                message = views.message(f"These are the settings of {shown.name}. {shown.note}".strip())
+            elif data.get("use") == "start" and shown.clip is not None:
+                form = self._actions.follow(form, field, shown.clip)
+            return [None, views.clip(form[field]), message, *_values(form)]
+
+        return handle
+
+    def show_clip(self, field: str) -> Callable[[Clip | None, Offer | None], list[Any]]:
+        """Return the handler that displays the form's input video, unless another one is offered, and the fields that
+        need one.
+        """
+
+        def handle(clip: Clip | None, shown: Offer | None) -> list[Any]:
+            panel = gr.skip() if shown is not None else views.clip(clip)
+            return [panel, *[gr.update(visible=clip is not None) for _ in needing(field)]]
+
+        return handle
 
     def example(self, event: gr.EventData) -> str:
         """Return an example's text for the prompt."""
@@ -171,6 +218,10 @@ def _form(values: Sequence[Any]) -> Form:
 
 def _values(form: Form) -> list[Any]:
     return [form[name] for name in FORM_FIELDS]
+
+
+def _unchanged() -> list[Any]:
+    return [gr.skip()] * len(FORM_FIELDS)
 
 
 def _event_data(event: gr.EventData) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanduet.doors.http.schemas import RequestLimits
+from wanduet.doors.page.clips import Clip
 from wanduet.family.specs import GenerationDefaults
 from wanduet.request import REQUEST_FIELDS, RequestField
 
@@ -15,6 +16,7 @@ SIZE = "size"  # WIDTHxHEIGHT, in place of two fields
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
+FILE_FIELDS = tuple(name for name, field in FORM_FIELDS.items() if field.shown.is_file)  # their values are `Clip`s
 _UNPLACED = 100  # sorts after all fields with a row number
 _LONGEST_NUMBER = 20  # characters
 _MULTIPLE = 16  # pixels: the VAE's stride times the transformer's patch size
@@ -63,26 +65,31 @@ class Presets:
 
 
 def default_form(defaults: GenerationDefaults) -> Form:
-    """Return the model's defaults, else the engine's; "" for a field without either."""
+    """Return the model's defaults, else the engine's; "" for a field without either, None for a file."""
     found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
+    found |= {name: field.shown.start for name, field in FORM_FIELDS.items() if field.shown.start is not None}
     form = {name: "" if value is None else value for name, value in found.items()}
-    return form | {SIZE: f"{defaults.width}x{defaults.height}"}
+    return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}"}
 
 
-def form_of(request: dict[str, Any], defaults: Form) -> Form:
-    """Convert a stored request, or one in a video's metadata, to a form."""
+def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] | None = None) -> Form:
+    """Convert a stored request, or one in a video's metadata, to a form. `files`: the form's input files, by field."""
     form = {**defaults, **{name: request[name] for name in FORM_FIELDS if request.get(name) is not None}}
     # Fields that may be empty are text boxes.
     form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
         form[SIZE] = f"{request['width']}x{request['height']}"
-    return form
+    return form | dict.fromkeys(FILE_FIELDS) | dict(files or {})
 
 
 def fields_of(form: Form) -> dict[str, Any]:
-    """Convert a form to the fields of an API request: empty fields are omitted, floats of integer fields converted."""
-    fields = {name: form[name] for name in FORM_FIELDS if form.get(name) is not None and str(form[name]).strip()}
-    for name, field in FORM_FIELDS.items():
+    """Convert a form to the fields of an API request, without its files.
+
+    Empty fields and those that need a missing one are omitted, floats of integer fields converted.
+    """
+    known = {name: field for name, field in FORM_FIELDS.items() if _applies(field, form)}
+    fields = {name: form[name] for name in known if form.get(name) is not None and str(form[name]).strip()}
+    for name, field in known.items():
         if field.kind is str and field.default is None and not field.is_required:
             fields[name] = form.get(name) or ""  # keep a text that the visitor cleared, instead of the model's default
         if field.kind is int and isinstance(value := fields.get(name), float) and value.is_integer():
@@ -90,11 +97,28 @@ def fields_of(form: Form) -> dict[str, Any]:
     return fields
 
 
+def clips_of(form: Form) -> dict[str, Clip]:
+    """Return the form's input files, by field."""
+    return {name: form[name] for name in FILE_FIELDS if form.get(name)}
+
+
+def needing(name: str) -> list[str]:
+    """Return the fields that are allowed only together with this one."""
+    return [other for other, field in FORM_FIELDS.items() if field.shown.needs == name]
+
+
+def _applies(field: RequestField, form: Form) -> bool:
+    return not field.shown.is_file and (field.shown.needs is None or bool(form.get(field.shown.needs)))
+
+
 def form_rows() -> list[list[str]]:
-    """Return the rows of the form's fields except the prompt; fields without a row number come last, one a row."""
+    """Return the rows of the form's settings; fields without a row number come last, one a row.
+
+    The prompt, the files and what belongs to them are no settings.
+    """
     rows: dict[float, list[str]] = {}
     for number, (name, field) in enumerate(FORM_FIELDS.items()):
-        if not field.is_required:
+        if not (field.is_required or field.shown.is_file or field.shown.needs):
             rows.setdefault(field.shown.row or _UNPLACED + number, []).append(name)
     return [rows[number] for number in sorted(rows)]
 
@@ -102,10 +126,15 @@ def form_rows() -> list[list[str]]:
 def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments of Gradio's component for a field that shows `value`.
 
-    Choices get a menu, booleans a checkbox, texts and numbers that may be empty a text box, other numbers a slider.
+    Files get an upload (a value that the server keeps while the page is open, shown by a panel), choices a menu,
+    booleans a checkbox, texts and numbers that may be empty a text box, other numbers a slider.
     """
+    if field.shown.is_file:
+        return "State", {"value": value}
     label = field.shown.caption or field.label
     common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
+    if field.shown.needs:  # below what it needs, not among the settings
+        common |= {"info": field.help.partition(". ")[0].removesuffix(".") + ".", "visible": False}
     if field.choices:
         return "Dropdown", common | {"choices": list(field.choices)}
     if field.kind is bool:

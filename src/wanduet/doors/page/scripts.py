@@ -24,32 +24,44 @@ element.addEventListener('click', event => {
 });
 """
 
-RESTORE = (
-    '<p class="fine upload">Drop a video on this page to use its settings, or '
-    '<label>choose one<input type="file" accept=".mp4,.mkv,video/*"></label>.</p>'
-)
-
-# The whole page accepts a dropped video: outside of a drop target, a browser would leave the page to open it.
-RESTORE_CLICKS = """
-const restore = async file => {
+# The whole page accepts a dropped video: outside of a drop target, a browser would leave the page to open it. Files
+# stay in the browser, by their hashes, until one is submitted.
+CLIP = """
+const files = window.wanduetFiles = window.wanduetFiles || new Map();
+const read = async file => {
   if (!file) return;
   document.body.classList.add('reading');
   let told = {error: 'This file cannot be read.'};
   try {
     const answer = await fetch('/page/settings', {method: 'POST', body: file});
     if (answer.ok || answer.status === 400) told = await answer.json();
-    else if (answer.status === 413) told = {error: 'This file is too large for a video of ours.'};
+    else if (answer.status === 413) told = {error: 'This file is too large.'};
     else if (answer.status >= 429) told = {error: (await answer.json()).error.message + ' Try again later.'};
   } catch (error) {
     told = {error: 'The server does not answer.'};
   }
   document.body.classList.remove('reading');
-  trigger('click', {...told, name: file.name});
+  const hash = told.source && told.source.sha256;
+  if (hash && !files.has(hash)) files.set(hash, {file, url: URL.createObjectURL(file)});
+  trigger('click', {read: {...told, name: file.name}});
 };
+const show = () => element.querySelectorAll('video[data-clip]:not([src])').forEach(video => {
+  const kept = files.get(video.dataset.clip);
+  if (!kept) return video.remove();
+  video.onerror = () => video.remove();
+  video.src = kept.url;
+});
+new MutationObserver(show).observe(element, {childList: true, subtree: true});
+element.addEventListener('click', event => {
+  const button = event.target.closest('[data-use]');
+  if (button) trigger('click', {use: button.dataset.use});
+});
 element.addEventListener('change', event => {
-  restore(event.target.files && event.target.files[0]);
+  read(event.target.files && event.target.files[0]);
   event.target.value = '';
 });
+"""
+DROP = """
 const isFile = event => event.dataTransfer && [...event.dataTransfer.types].includes('Files');
 document.addEventListener('dragover', event => {
   if (!isFile(event)) return;
@@ -63,7 +75,7 @@ document.addEventListener('drop', event => {
   if (!isFile(event)) return;
   event.preventDefault();
   document.body.classList.remove('dropping');
-  restore(event.dataTransfer.files[0]);
+  read(event.dataTransfer.files[0]);
 });
 """
 
@@ -105,6 +117,27 @@ REMEMBER = """(...form) => {{
 }}"""
 RECALL = """() => {{ try {{ return localStorage.getItem({key}); }} catch (error) {{ return null; }} }}"""
 RECALLED = "() => {{ window.wanduetRecalled = true; }}"
+SEND = """async outgoing => {
+  if (!outgoing) return '';
+  const {fields, files} = JSON.parse(outgoing);
+  const body = new FormData();
+  Object.entries(fields).forEach(([name, value]) => body.append(name, value));
+  for (const [name, hash] of Object.entries(files)) {
+    const kept = window.wanduetFiles && window.wanduetFiles.get(hash);
+    if (!kept) return JSON.stringify({message: 'Choose the video again.', param: name});
+    body.append(name, kept.file, kept.file.name);
+  }
+  document.body.classList.add('sending');
+  try {
+    const answer = await fetch('/v1/videos', {method: 'POST', body});
+    const told = await answer.json();
+    return JSON.stringify(answer.ok ? {id: told.id} : {message: told.error.message, param: told.error.param});
+  } catch (error) {
+    return JSON.stringify({message: 'The video could not be sent: the server does not answer, or the file changed.'});
+  } finally {
+    document.body.classList.remove('sending');
+  }
+}"""
 PRESET = "label => ({values})[label]"  # without the server: a click on Generate may follow at once
 FORGET_REFUSAL = "told => (told || '').includes('message bad') ? '' : told"  # it was about the form before this change
 CONFIRM = "() => [confirm('Delete this video?'), null]"

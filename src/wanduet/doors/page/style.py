@@ -105,9 +105,23 @@ h2 { font-size: 1.05rem !important; font-weight: 650 !important; margin: 1rem 0 
 .older { display: block; margin: 1.25rem auto 0; padding: .375rem 1rem; border-radius: 8px; font-size: .875rem;
   background: var(--button-secondary-background-fill); cursor: pointer; }
 
-body.dropping::after, body.reading::after { content: "Drop a video to use its settings"; position: fixed; inset: 0;
-  z-index: 9999; display: grid; place-items: center; font-size: 1.25rem; color: #fff; background: rgb(28 25 23 / .72); }
-body.reading::after { content: "Reading the video"; }
+.clip { display: grid; grid-template-columns: auto 1fr auto; gap: .75rem; align-items: start; font-size: .875rem;
+  padding: .5rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.clip video { grid-column: 1; width: 7rem; height: 4.375rem; object-fit: contain; background: #000; border-radius: 4px;
+  margin: 0; }
+.clip div { grid-column: 2; min-width: 0; overflow-wrap: anywhere; } .clip p { margin: 0 0 .25rem; }
+.clip .uses { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .375rem; margin: 0; }
+.clip button { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .25rem .625rem; margin: 0;
+  font-size: .8125rem; font-weight: 400; background: var(--button-secondary-background-fill);
+  color: var(--body-text-color); cursor: pointer; }
+.clip button:hover, .clip button:focus-visible { border-color: var(--color-accent); }
+.clip .leave { grid-column: 3; grid-row: 1; border-color: transparent; padding: 0 .375rem; background: none;
+  font-size: 1.125rem; line-height: 1.25; color: var(--quiet); }
+
+body.dropping::after, body.reading::after, body.sending::after { content: "Drop a video to start from it, or to use its
+ settings"; position: fixed; inset: 0; z-index: 9999; display: grid; place-items: center; font-size: 1.25rem; color: #fff;
+  background: rgb(28 25 23 / .72); }
+body.reading::after { content: "Reading the video"; } body.sending::after { content: "Sending the video"; }
 body.offline::before { content: "The server does not answer. This page goes on by itself when it is back."; position: fixed;
   inset: 0 0 auto; z-index: 9999; padding: .5rem 1rem; text-align: center; font-size: .875rem; color: #fff;
   background: #b45309; }

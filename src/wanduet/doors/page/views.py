@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from wanduet.doors.http.public import public_error
-from wanduet.doors.page.forms import FORM_FIELDS
+from wanduet.doors.page.clips import Clip, Offer
+from wanduet.doors.page.forms import FORM_FIELDS, clips_of
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.records import CANCELLED, StoredJob
 from wanduet.request import REQUEST_FIELDS
@@ -121,15 +122,21 @@ def details(job: StoredJob | None) -> str:
 
 def _settings(request: dict[str, Any]) -> dict[str, str]:
     """Return a request's settings by their labels; settings that it does not have are omitted."""
-    return {
-        "Size": f"{request.get('width')} × {request.get('height')}",
-        "Length": _length(request.get("num_frames"), request.get("fps")),
-        "Frames": f"{request.get('num_frames')} at {request.get('fps')} a second",
-    } | {
-        field.label if field.shown.detail is None else field.shown.detail: _value(request[name])
-        for name, field in REQUEST_FIELDS.items()
-        if field.shown.detail != "" and request.get(name) is not None
-    }
+    files = [field.label.lower() for name, field in REQUEST_FIELDS.items() if field.shown.is_file and request.get(name)]
+    made_from = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in files)
+    return (
+        {
+            "Size": f"{request.get('width')} × {request.get('height')}",
+            "Length": _length(request.get("num_frames"), request.get("fps")),
+            "Frames": f"{request.get('num_frames')} at {request.get('fps')} a second",
+        }
+        | {
+            field.label if field.shown.detail is None else field.shown.detail: _value(request[name])
+            for name, field in REQUEST_FIELDS.items()
+            if field.shown.detail != "" and request.get(name) is not None
+        }
+        | ({"Made from": made_from} if made_from else {})
+    )
 
 
 def _downloads(job: StoredJob) -> str:
@@ -193,12 +200,58 @@ def refusal(error: Exception) -> str:
     return message(f"{label}: {given} does not work, {error.nearest} does.", "bad")
 
 
+def sent_refusal(text: str, param: str | None) -> str:
+    """Return the API's error for what the browser submitted, with its field named as on the page."""
+    field = REQUEST_FIELDS.get(param or "")
+    words = text.rpartition(" is not allowed: ")[2].removeprefix(f"{param}: ")
+    return message(words if field is None else f"{field.label}: {words}", "bad")
+
+
+def no_clip(error: str = "") -> str:
+    """Return the line that asks for a video to start from, and why the one that was chosen is of no use."""
+    return (
+        '<p class="fine upload">Drop a video on this page, or <label>choose one<input type="file" '
+        'accept="video/*,.mkv"></label>, to start from its pictures or to use its settings.</p>'
+        f"{message(error, 'bad')}"
+    )
+
+
+def clip(chosen: Clip | None) -> str:
+    """Return the input video that the form starts from, with a way to remove it."""
+    if chosen is None:
+        return no_clip()
+    return _clip(chosen, f"<p>Starts from the pictures of <b>{escape(chosen.name)}</b></p>{_about(chosen)}")
+
+
+def offer(found: Offer) -> str:
+    """Return what can be done with a video that was dropped."""
+    uses = {"start": "Start from its pictures"} if found.clip else {}
+    uses |= {"settings": "Use its settings"} if found.form is not None else {}
+    buttons = "".join(f'<button type="button" data-use="{use}">{words}</button>' for use, words in uses.items())
+    about = _about(found.clip) if found.clip else f'<p class="fine">{escape(found.error)}</p>'
+    return _clip(found.clip, f"<p><b>{escape(found.name)}</b></p>{about}", f'<p class="uses">{buttons}</p>')
+
+
+def _clip(shown: Clip | None, text: str, uses: str = "") -> str:
+    # The browser has the file: a script sets the picture.
+    picture = f'<video data-clip="{shown.sha256}" muted autoplay loop playsinline></video>' if shown else ""
+    leave = '<button type="button" class="leave" data-use="remove" aria-label="Remove" title="Remove">×</button>'
+    return f'<div class="clip" role="group" aria-label="Input video">{picture}<div>{text}</div>{leave}{uses}</div>'
+
+
+def _about(shown: Clip) -> str:
+    if (source := shown.source) is None:
+        return ""
+    return f'<p class="fine">{source.width} × {source.height} · {source.seconds:.1f} s</p>'
+
+
 def settings_line(form: dict[str, Any]) -> str:
     """Return the form in one line, for when only the presets are visible."""
     parts = (
         str(form.get("size") or "").replace("x", " × "),
         _length(form.get("num_frames"), form.get("fps")),
         f"{_number(form.get('num_inference_steps'))} steps",
+        f"starts from {next(iter(clips.values())).name}" if (clips := clips_of(form)) else "",
         f"seed {form['seed']}" if form.get("seed") else "a new seed",
         f"{form['num_videos_per_prompt']:g} videos" if (form.get("num_videos_per_prompt") or 1) > 1 else "",
     )

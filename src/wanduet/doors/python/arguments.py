@@ -2,31 +2,80 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
+from wanduet.doors.python.loop import Callback, CallbackSettings, Progress
+from wanduet.doors.python.text import negatives_of, prompts_of
+
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 log = logging.getLogger(__name__)
 
 
-def check_call(
-    guidance_scale_2: float | None,
-    attention_kwargs: dict[str, Any] | None,
-    output_type: str | None,
-    tensors: Sequence[str],
-) -> None:
-    """Raise ValueError for arguments that this engine does not support."""
-    if guidance_scale_2 is not None:
-        raise ValueError("guidance_scale_2 is for Wan2.2's two transformers; this is Wan2.1.")
-    if attention_kwargs:
-        raise ValueError(f"attention_kwargs={attention_kwargs} are not supported (LoRA scales, for example).")
-    if output_type not in (None, "np", "pil", "pt", "latent"):
-        raise ValueError(f"output_type={output_type!r} is not supported: np, pil, pt or latent.")
-    unknown = [name for name in tensors if name not in CALLBACK_TENSORS]
-    if unknown:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
+@dataclass(kw_only=True, slots=True)
+class CallArguments:
+    """The arguments that the calls of both pipelines take, as in diffusers, and what follows from them.
+
+    Raises ValueError for arguments that this engine does not support.
+    """
+
+    prompt: InitVar[Any]
+    negative_prompt: InitVar[Any]
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_videos_per_prompt: InitVar[Any]
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: Tensor | None
+    prompt_embeds: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    output_type: str | None
+    return_dict: bool
+    attention_kwargs: dict[str, Any] | None
+    callback_on_step_end: InitVar[Callback | None]
+    callback_on_step_end_tensor_inputs: InitVar[Sequence[str]]
+    max_sequence_length: int
+    progress: InitVar[Progress | None]
+
+    prompts: list[str] | None = field(init=False)  # None: the call has embeddings
+    negatives: list[str] | None = field(init=False)  # None: the call has embeddings, or no guidance
+    count: int = field(init=False)  # of prompts
+    copies: int = field(init=False)  # videos of each prompt
+    after: CallbackSettings = field(init=False)
+
+    def __post_init__(
+        self, prompt: Any, negative_prompt: Any, num_videos_per_prompt: Any, callback: Any, tensors: Any, progress: Any
+    ) -> None:
+        """Check the arguments."""
+        # diffusers' callback objects name the tensors that they need.
+        self.after = CallbackSettings(callback, getattr(callback, "tensor_inputs", tensors) or (), progress)
+        if self.attention_kwargs:
+            raise ValueError(f"attention_kwargs={self.attention_kwargs} are not supported (LoRA scales, for example).")
+        if self.output_type not in (None, "np", "pil", "pt", "latent"):
+            raise ValueError(f"output_type={self.output_type!r} is not supported: np, pil, pt or latent.")
+        if unknown := [name for name in self.after.tensors if name not in CALLBACK_TENSORS]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} are not among {CALLBACK_TENSORS}.")
+        embeds = {"prompt_embeds": self.prompt_embeds, "negative_prompt_embeds": self.negative_prompt_embeds}
+        check_kinds(self.guidance_scale, self.generator, latents=self.latents, **embeds)
+        for name in ("max_sequence_length", "num_inference_steps"):
+            setattr(self, name, whole_number(name, getattr(self, name), 1))
+        for name in ("height", "width"):
+            setattr(self, name, whole_number(name, getattr(self, name)))
+        copies = num_videos_per_prompt
+        self.copies = 1 if copies is None else whole_number("num_videos_per_prompt", copies, 1)
+        self.prompts = prompts_of(prompt, self.prompt_embeds)
+        self.count = len(self.prompts) if self.prompts is not None else len(self.prompt_embeds)  # type: ignore[arg-type]
+        negatives = negatives_of(negative_prompt, self.negative_prompt_embeds, self.count)
+        self.negatives = negatives if self.is_guided else None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is used at the first step."""
+        return self.guidance_scale > 1.0
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -39,6 +88,13 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and value < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
     return int(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return a number of 0 to 1. Raises ValueError."""
+    if not isinstance(value, SupportsFloat) or isinstance(value, str | bool) or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{name}={value!r} must be a number of 0 to 1.")
+    return float(value)
 
 
 def check_kinds(guidance_scale: Any, generator: Any, **tensors: Any) -> None:

@@ -1,4 +1,4 @@
-"""diffusers' calls for memory, speed and progress, and errors for names of diffusers' that `WanPipeline` lacks."""
+"""diffusers' calls for memory, speed and progress, and errors for names of diffusers' that the pipelines lack."""
 
 import difflib
 from typing import Any, NoReturn
@@ -14,7 +14,8 @@ _NEW_WEIGHTS = (
     "wanduet writes no weights: copy the model's folder, or give diffusers' own pipeline to WanPipeline.from_pipe"
 )
 _PARTS = "set the part itself, say pipe.scheduler or pipe.transformer"
-_WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
+WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
+_NO_IMAGES = "it makes videos of texts and of videos, not of images"
 # What to use instead of diffusers' names that are not supported.
 INSTEAD = {
     **dict.fromkeys(
@@ -27,13 +28,15 @@ INSTEAD = {
     "push_to_hub": _NEW_WEIGHTS,
     "download": "use `wanduet download --model ID`, or from_pretrained, which fetches what is missing",
     "from_single_file": "use from_pretrained with a folder or hub id in the Diffusers layout",
-    "load_ip_adapter": "it makes videos of texts, not of images",
-    "image_encoder": "it makes videos of texts, not of images",
-    "image_processor": "it makes videos of texts, and gives frames by video_processor",
-    "encode_image": "it makes videos of texts, not of images",
-    "boundary_ratio": _WAN22,
+    "load_ip_adapter": _NO_IMAGES,
+    "image_encoder": _NO_IMAGES,
+    "image_processor": "frames are converted by video_processor",
+    "encode_image": _NO_IMAGES,
+    "boundary_ratio": WAN22,
+    "transformer_2": WAN22,
     "enable_freeu": "FreeU is for UNets",
     "check_inputs": "the call itself checks its arguments",
+    "get_timesteps": "the call itself applies strength=",
     "prepare_latents": "the call draws them with generator=, or takes yours with latents=",
     "_get_t5_prompt_embeds": "use encode_prompt",
     "register_modules": _PARTS,
@@ -49,9 +52,9 @@ INSTEAD = {
 def refuse(owner: type, name: str) -> NoReturn:
     """Raise AttributeError that says what to use instead of a name, or which name is similar."""
     if name in INSTEAD:
-        raise AttributeError(f"WanPipeline has no {name}: {INSTEAD[name]}.")
+        raise AttributeError(f"{owner.__name__} has no {name}: {INSTEAD[name]}.")
     near = [] if name.startswith("__") else difflib.get_close_matches(name, dir(owner), 1)
-    raise AttributeError(f"WanPipeline has no attribute {name!r}" + (f"; is {near[0]!r} meant?" if near else "."))
+    raise AttributeError(f"{owner.__name__} has no attribute {name!r}" + (f"; is {near[0]!r} meant?" if near else "."))
 
 
 class Named(type):

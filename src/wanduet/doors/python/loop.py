@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wanduet.doors.python.schedule import Schedule, with_noise
 from wanduet.errors import CancelledError
 from wanduet.kernels.attention.call import Step
 from wanduet.models.dit.model import TextContext
@@ -75,9 +76,12 @@ class CalledPipeline(Protocol):
 class _PipelineSampler(SchedulerSampler):
     """Steps the pipeline's current scheduler, which a callback may replace between steps."""
 
-    def __init__(self, pipe: CalledPipeline, device: torch.device) -> None:
+    def __init__(self, pipe: CalledPipeline, device: torch.device, first: int) -> None:
+        """`first`: index of the timestep to begin with."""
         self._pipe = pipe
         super().__init__(pipe.scheduler, device)
+        self.begin_at(first)
+        self._steps, self.timesteps, self.sigmas = (x[first:] for x in (self._steps, self.timesteps, self.sigmas))
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """See Sampler."""
@@ -106,21 +110,27 @@ class PipelineLoop:
         self.scale = pipe.guidance_scale  # fixed for the call: a callback can switch guidance off, not change its scale
         self._known: dict[str, _Known] = {}
 
-    def __call__(self, latents: Tensor, num_inference_steps: int) -> Tensor:
+    def __call__(self, noise: Tensor, schedule: Schedule, source: Tensor | None = None) -> Tensor:
         """Return latents `[B, 16, T, h, w]` float32 after the last step.
 
-        If a callback sets `pipe._interrupt`, return the latents of that step.
+        `noise`: the latents to begin with; with `source`, latents of videos `[B, 16, T, h, w]`, the noise that is added
+        to them. If a callback sets `pipe._interrupt`, return the latents of that step.
         """
         pipe = self.pipe
         device = self.denoiser.device
-        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
-        self.timesteps = pipe.scheduler.timesteps
+        num_steps, first = schedule.set(pipe.scheduler, device)
+        self.timesteps = pipe.scheduler.timesteps[first:]
         pipe._num_timesteps = len(self.timesteps)
-        sampler = _PipelineSampler(pipe, device)
+        sampler = _PipelineSampler(pipe, device, first)
+        latents = noise.to(device)
+        if source is not None:
+            source = source.to(device)
+            times = self.timesteps[:1].repeat(len(latents))
+            latents = with_noise(pipe.scheduler, source, latents, times) if num_steps else source
         self.rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
         order = getattr(pipe.scheduler, "order", 1)
         last = [latents]
-        with pipe.progress_bar(total=num_inference_steps) as bar:
+        with pipe.progress_bar(total=num_steps) as bar:
 
             def on_step(info: StepInfo) -> Tensor | None:
                 changed = self._call_back(info)

@@ -1,4 +1,4 @@
-"""The state behind a `WanPipeline`: settings, the modules that replace components, and the engine's models."""
+"""The state behind a pipeline: settings, the modules that replace components, and the engine's models."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit
 from wanduet.planning.planner import make_plan, plan_text
-from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import PromptEncoder
 from wanduet.weights.diffusers import ModelFolder
@@ -33,6 +33,7 @@ from wanduet.weights.diffusers import ModelFolder
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # A prompt of maximum length: memory is planned before the actual prompts and embeddings are known.
 ANY_PROMPT = 512 * "-"
+ANY_INPUT = f"{INPUT_HASH}{64 * '0'}"  # stands for an input video
 OpenFolder = Callable[[], ModelFolder | None]
 
 
@@ -299,12 +300,17 @@ class PipelineParts:
 
     # Planning.
 
-    def plan_video(self, height: int, width: int, num_frames: int, guided: bool) -> tuple[ResolvedRequest, Plan]:
-        """Plan a video. Raises ValueError for a size that the model does not support, DoesNotFitError."""
+    def plan_video(
+        self, height: int, width: int, num_frames: int, guided: bool, encodes: bool = False
+    ) -> tuple[ResolvedRequest, Plan]:
+        """Plan a video; `encodes`: also the encoding of an input video of its size.
+
+        Raises ValueError for a size that the model does not support, DoesNotFitError.
+        """
         try:
             request = GenerationRequest.parse(
                 prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
-                guidance_scale=5.0 if guided else 1.0, seed=0,
+                guidance_scale=5.0 if guided else 1.0, seed=0, input_video=ANY_INPUT if encodes else None,
             )  # fmt: skip
             resolved = request.resolve(self.models.spec)
         except InvalidRequestError as error:

@@ -9,7 +9,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a denoise: its index in the whole schedule, from 0, and its timestep, 0..1000."""
+    """A step of a denoise: its index in the sampler's schedule, from 0, and its timestep, 0..1000."""
 
     index: int
     timestep: float

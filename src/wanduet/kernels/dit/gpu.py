@@ -30,6 +30,7 @@ from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import Kernels
 from wanduet.kernels.dit.rope import Rope
+from wanduet.kernels.dit.weight import Weight
 
 
 # Lengths are not specialised, here and below, so that another video or prompt does not compile a kernel again.
@@ -151,13 +152,14 @@ def qk_norm_rope_pair(
     return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """See `plain.linear_gelu`; bias and tanh-GELU run in the product's epilogue (cublasLt `EPILOGUE_GELU_BIAS`)."""
     if torch.is_grad_enabled():
         return plain.linear_gelu(x, weight, bias)
     hidden = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
+    matrix = weight.dense(x.dtype)
     for x_LC, hidden_LF in zip(x, hidden, strict=True):
-        torch.ops.aten._addmm_activation.out(bias, x_LC, weight.t(), use_gelu=True, out=hidden_LF)
+        torch.ops.aten._addmm_activation.out(bias, x_LC, matrix.t(), use_gelu=True, out=hidden_LF)
     return hidden
 
 

@@ -6,7 +6,7 @@ operations are functional; otherwise they work in place, in chunks of tokens, so
 sequence exists.
 
 Shapes: x `[B, L, C]` float32 residual stream; normed, y `[B, L, C]` in the compute dtype; weight, bias, gate `[B, C]`
-or `[1, C]` float32.
+or `[1, C]` float32. The weight of a linear layer is a `Weight`, in any format.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.kernels.dit.rope import Rope, rotate
+from wanduet.kernels.dit.weight import Weight
 
-LinearFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+LinearFn: TypeAlias = Callable[[Tensor, Weight, Tensor, Tensor | None], Tensor]
 
 # Tokens in a chunk of the plain forms: each float32 temporary is 12 MB at width 1536, and about ten exist at once.
 CHUNK_TOKENS = 2048
@@ -89,21 +90,22 @@ def qk_norm_rope_pair(
     return qk_norm_rope(q, q_weight, eps, num_heads, rope), qk_norm_rope(k, k_weight, eps, num_heads, rope)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """Return `gelu_tanh(x @ weight.T + bias)` `[B, L, F]`; without gradients, written into `out` if passed."""
     if torch.is_grad_enabled():
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        return F.gelu(F.linear(x, weight.dense(x.dtype), bias), approximate="tanh")
     hidden = linear(x, weight, bias, out)
     torch.ops.aten.gelu_(hidden, approximate="tanh")
     return hidden
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias` `[B, L, O]`; without gradients, written into `out` if passed."""
+    matrix = weight.dense(x.dtype)
     if out is None or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
+        return F.linear(x, matrix, bias)
     for x_LC, out_LO in zip(x, out, strict=True):
-        torch.addmm(bias, x_LC, weight.t(), out=out_LO)
+        torch.addmm(bias, x_LC, matrix.t(), out=out_LO)
     return out
 
 

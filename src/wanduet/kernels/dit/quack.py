@@ -15,22 +15,23 @@ from torch import Tensor
 
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
+from wanduet.kernels.dit.weight import Weight
 
 ALIGNMENT = 16  # bytes; required of all tensors that the copy engine reads and writes
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """See `plain.linear`."""
     return _product(x, weight, bias, out, None, plain.linear)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """See `plain.linear_gelu`."""
     return _product(x, weight, bias, out, "gelu_tanh_approx", plain.linear_gelu)
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None, activation: str | None, fallback: plain.LinearFn
+    x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None, activation: str | None, fallback: plain.LinearFn
 ) -> Tensor:
     """Return `activation(x @ weight.T + bias)`, written into `out` if passed.
 
@@ -38,13 +39,14 @@ def _product(
     """
     if torch.is_grad_enabled():
         return fallback(x, weight, bias, out)
-    result = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
-    if not all(map(_is_aligned, (x, weight, bias, result))):
-        return fallback(x, weight, bias, out)
+    result = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
+    matrix = weight.dense(x.dtype)
+    if not all(map(_is_aligned, (x, matrix, bias, result))):
+        return fallback(x, Weight(matrix), bias, out)
     multiply = _gemm()
     with on_device_of(x):
         for x_LC, result_LO in zip(x, result, strict=True):
-            multiply(x_LC, weight.t(), bias=bias, activation=activation, postact_out=result_LO)
+            multiply(x_LC, matrix.t(), bias=bias, activation=activation, postact_out=result_LO)
     return result
 
 

@@ -5,7 +5,7 @@ products (`kernels`), the attention function (`attention`) and the way a sequenc
 are passed in by a `Runtime`; the model does not depend on which ones they are.
 
 Precision, as in the official code: the residual stream, norms, modulation, gates, time embedding, patch embedding and
-head are float32; the large matrix products run in the dtype of their weights.
+head are float32; the large matrix products run in the dtype of their biases, whatever the format of their weights.
 
 Letters in names: B batch, L tokens on this device, C width, S text positions, H heads, D channels a head.
 """
@@ -24,9 +24,11 @@ from wanduet.kernels.attention.backends import AttentionFn, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
+from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.views import side_by_side
 from wanduet.models.dit.embeddings import ConditionEmbedder, PatchGrid
+from wanduet.models.dit.linear import Linear
 from wanduet.models.dit.workspace import Workspace
 
 
@@ -102,14 +104,14 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Sequential(Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
     def project_qkv(self, n_BLC: Tensor, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before their norms; computed by one product if the weights are adjacent in memory."""
         linears = (self.to_q, self.to_k, self.to_v)
-        weight = side_by_side(*(linear.weight for linear in linears))
+        weight = Weight.adjacent(*(linear.stored for linear in linears))
         bias = side_by_side(*(linear.bias for linear in linears))
         if weight is None or bias is None or torch.is_grad_enabled():
             q, k, v = (
@@ -164,7 +166,7 @@ class Attention(nn.Module):
 
     def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None, run: Runtime) -> Tensor:
         """The output projection `[B, L, C]`; written into `out_BLC`, if given and gradients are disabled."""
-        return _project(heads_BLC, cast(nn.Linear, self.to_out[0]), out_BLC, run)
+        return _project(heads_BLC, cast(Linear, self.to_out[0]), out_BLC, run)
 
 
 class _Up(nn.Module):
@@ -172,7 +174,7 @@ class _Up(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
+        self.proj = Linear(dim, ffn_dim)
 
 
 class FeedForward(nn.Module):
@@ -180,12 +182,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(_Up(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
+        self.net = nn.Sequential(_Up(dim, ffn_dim), nn.Identity(), Linear(ffn_dim, dim))
 
     def forward(self, n_BLC: Tensor, run: Runtime, workspace: Workspace) -> Tensor:
         """`[B, L, C]` to `[B, L, C]`; with gradients disabled, the result overwrites `n_BLC`."""
-        up, down = cast(_Up, self.net[0]).proj, cast(nn.Linear, self.net[2])
-        hidden = run.kernels.linear_gelu(n_BLC, up.weight, up.bias, workspace.part(n_BLC, up.out_features))
+        up, down = cast(_Up, self.net[0]).proj, cast(Linear, self.net[2])
+        hidden = run.kernels.linear_gelu(n_BLC, up.stored, up.bias, workspace.part(n_BLC, up.out_features))
         return _project(hidden, down, n_BLC, run)
 
 
@@ -276,12 +278,17 @@ class WanTransformer(nn.Module):
         Source: the official code's amp.autocast(float32) around time MLP, modulation and head.
         """
         large = ".to_" in name or ".ffn." in name or "text_embedder" in name
-        return dtype if large else torch.float32
+        return dtype if large and not name.endswith(".weight_scale") else torch.float32
+
+    @staticmethod
+    def is_block_matrix(name: str) -> bool:
+        """Whether a parameter is the matrix of a `Linear`, which may be in another format (kernels/dit/weight.py)."""
+        return name.startswith("blocks.") and name.endswith(".weight") and (".to_" in name or ".ffn." in name)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the large matrix products."""
-        return next(iter(self._blocks())).attn1.to_q.weight.dtype
+        return next(iter(self._blocks())).attn1.to_q.bias.dtype
 
     def _blocks(self) -> Iterable[Block]:
         return (cast(Block, block) for block in self.blocks)
@@ -410,5 +417,5 @@ class WanTransformer(nn.Module):
         return grid.unpatchify(patches, self.spec.out_channels, out)
 
 
-def _project(x: Tensor, linear: nn.Linear, out: Tensor | None, run: Runtime) -> Tensor:
-    return run.kernels.linear(x, linear.weight, linear.bias, out)
+def _project(x: Tensor, linear: Linear, out: Tensor | None, run: Runtime) -> Tensor:
+    return run.kernels.linear(x, linear.stored, linear.bias, out)

@@ -267,30 +267,53 @@ class WanVAE(nn.Module):
         """The modules that encoding needs."""
         return self.encoder, self.quant_conv
 
+    def encode_rows(
+        self,
+        frames: Tensor,
+        feature_cache: FeatureCache,
+        wanted: Rows,
+        above: Halo | None = None,
+        below: Halo | None = None,
+    ) -> tuple[Tensor, FeatureCache]:
+        """One frame (a video's first) or four `[B, 3, T, H, W]` to features `[B, C, 1, rows, w]` before the mid block,
+        of the rows `wanted` (of h).
+
+        `above`, `below`: halos shared with the tiles above and below, see `run_rows`.
+        """
+        layers = cast(list[Layer], self.encoder.local_layers)
+        with vae_precision(self.tf32):
+            return run_rows(layers, frames, feature_cache, wanted, above, below)
+
+    def encode_mid(self, features: Tensor, feature_cache: FeatureCache) -> tuple[Tensor, FeatureCache]:
+        """Features of whole frames `[B, C, 1, h, w]` to moments `[B, 32, 1, h, w]`: mean and log-variance, not
+        normalised."""
+        with vae_precision(self.tf32):
+            moments, feature_cache = self.encoder.mid(features, feature_cache, Rows.whole(features.shape[-2]))
+            return self.quant_conv(moments), feature_cache
+
     def encode_step(
         self, frames: Tensor, feature_cache: FeatureCache, num_tiles: int = 1
     ) -> tuple[Tensor, FeatureCache]:
-        """One frame (a video's first) or four `[B, 3, T, H, W]` to moments `[B, 32, 1, h, w]`.
+        """One frame (a video's first) or four `[B, 3, T, H, W]` to moments `[B, 32, 1, h, w]`, see `encode_mid`.
 
-        The moments are mean and log-variance, not normalised. The local layers run in `num_tiles` row tiles.
+        The local layers run in `num_tiles` row tiles.
         """
-        with vae_precision(self.tf32):
-            return self._encode_step(frames, feature_cache, num_tiles)
-
-    def _encode_step(self, frames: Tensor, feature_cache: FeatureCache, num_tiles: int) -> tuple[Tensor, FeatureCache]:
         mid_cache, tile_caches = feature_cache or (None, None)
-        height = frames.shape[-2] // self.spec.spatial_stride
-        layers, features, caches = cast(list[Layer], self.encoder.local_layers), [], []
+        features, caches = [], []
         above: Halo | None = None
-        for index, wanted in enumerate(split_rows(Rows.whole(height), [1.0] * num_tiles)):
-            cache, below = tile_caches[index] if tile_caches else None, Halo(wanted)
-            x, cache = run_rows(layers, frames, cache, wanted, above, below)
+        for index, wanted in enumerate(self.encode_tiles(frames.shape[-2], num_tiles)):
+            below = Halo(wanted)
+            x, cache = self.encode_rows(frames, tile_caches[index] if tile_caches else None, wanted, above, below)
             features.append(x)
             caches.append(cache)
             above = below
         x = torch.cat(features, dim=3) if len(features) > 1 else features[0]
-        moments, mid_cache = self.encoder.mid(x, mid_cache, Rows.whole(height))
-        return self.quant_conv(moments), (mid_cache, tuple(caches))
+        moments, mid_cache = self.encode_mid(x, mid_cache)
+        return moments, (mid_cache, tuple(caches))
+
+    def encode_tiles(self, height: int, num_tiles: int) -> list[Rows]:
+        """The latent rows of each of at most `num_tiles` row tiles of a frame of `height` pixels, top to bottom."""
+        return split_rows(Rows.whole(height // self.spec.spatial_stride), [1.0] * num_tiles)
 
     def encode_moments(self, video: Tensor, num_tiles: int = 1) -> Tensor:
         """A video `[B, 3, 4n + 1, H, W]` to moments `[B, 32, n + 1, h, w]`, see `encode_step`."""
