@@ -18,7 +18,7 @@ from wanduet.cluster.autoscaler import ScaleSettings, Start
 from wanduet.cluster.controller import Controller
 from wanduet.cluster.encoder import AHEAD, TOGETHER
 from wanduet.cluster.fit import Fitter
-from wanduet.cluster.handover import DECODER, TakeBack
+from wanduet.cluster.handover import DECODER, Handover, TakeBack
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, Shape
 from wanduet.cluster.store import ClusterStore
@@ -62,7 +62,7 @@ class Member:
     """A replica, decoder or encoder."""
 
     view: ReplicaView
-    take_back: TakeBack
+    handover: Handover
     held: list[Held] = field(default_factory=list)
     works: bool = False  # the GPU, or the encoder
     texts: list[Held] = field(default_factory=list)  # that its own encoder has still to do
@@ -86,9 +86,7 @@ class Stages:
     def __post_init__(self) -> None:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
-        self.store = ClusterStore(
-            JobFiles(self.folder), clock=lambda: EPOCH + self.now, decoder_fits=lambda shape, demand: True
-        )
+        self.store = ClusterStore(JobFiles(self.folder), clock=lambda: EPOCH + self.now)
         self.up = {one.id: one for one in self.machines}
         self.members: dict[str, Member] = {}
         self.gone: list[Gone] = []
@@ -125,7 +123,8 @@ class Stages:
     def start(self, start: Start) -> None:
         name = f"r{self.counts['started']}"
         self.counts["started"] += 1
-        self.members[name] = Member(ReplicaView(name, start.node, start.shape), TakeBack(monotonic=lambda: self.now))
+        handover = Handover(lambda shape, demand: True, TakeBack(monotonic=lambda: self.now))
+        self.members[name] = Member(ReplicaView(name, start.node, start.shape), handover)
         self.at(START * self.draw.uniform(0.7, 1.5), lambda: self.ready(name))
 
     def drain(self, replica: str) -> None:
@@ -173,7 +172,7 @@ class Stages:
         while len(one.held) < HELD:
             fit_of = self.fitter.on(one.view.shape)
             self.store._fit_of, self.store._devices = fit_of, one.view.shape.gpus
-            self.store._take_back = one.take_back if one.view.shape.stage == "all" else None
+            self.store._handover = one.handover if one.view.shape.stage == "all" else None
             lease = self.store.claim(f"elsewhere.{name}", 1e9, alone=not one.held)
             if lease is None:
                 break
@@ -257,6 +256,7 @@ class Stages:
         job = held.lease.job
         self.latents.add(job.id)
         self.counts["denoised"] += 1
+        self.store._handover = one.handover
         if self.store.has_decoder(job):
             self.store.release(held.lease, DECODE + demand_of(job.request))
             self.counts["left"] += 1

@@ -19,6 +19,7 @@ import torch
 from _common import DEVICE, ON_GPU, TINY, Report, relative_error, timed
 
 from wanduet.kernels.vae import plain
+from wanduet.kernels.vae.plain import Epilogue, Filter, Fused
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def measure(dtype: torch.dtype, report: Report) -> None:
         weight = torch.randn(shape.outputs, shape.inputs, 3, 3, 3, generator=generator, device=DEVICE, dtype=dtype)
         weight = (weight / (27 * shape.inputs) ** 0.5).to(memory_format=torch.channels_last_3d)
         bias = torch.randn(shape.outputs, generator=generator, device=DEVICE, dtype=dtype)
+        filter = Filter(weight, bias, (1, 1))
         joined = torch.cat((past, x), dim=2)
-        library = partial(plain.causal_conv, x, past, weight, bias, (1, 1), residual=residual)
+        library = partial(plain.causal_conv, x, past, filter, Fused(residual=residual))
         expected = library()[0]
 
         def add(
@@ -105,7 +107,7 @@ def measure(dtype: torch.dtype, report: Report) -> None:
 
         for sides in tiles(shape, dtype):
             out = torch.full_like(residual, float("nan"))
-            run = partial(convolve, x, past, weight, bias, (1, 1), residual, out, tile=Tile(*sides))
+            run = partial(convolve, x, past, filter, Epilogue(out, residual), tile=Tile(*sides))
             label = f"ours {sides[0]}x({sides[1]}+{sides[2]})x{sides[3]} /{sides[4]} /{sides[5]} rows {sides[7]} swap {sides[6]}{' square' * len(sides[8:])}"
             try:
                 run()

@@ -20,6 +20,7 @@ from wanduet.accelerate.packing import allocate_packed
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.footprint.phases import DenoiseShape
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
 from wanduet.models.dit.model import Runtime, WanTransformer
@@ -73,7 +74,8 @@ def denoise(report: Report) -> None:
                     continue  # what there is to see, without the minutes these take
                 clear_memory()
                 seconds = one_step((height, width, frames), resident)
-                memory = MODELS.memory.transformer((height, width, frames), "bfloat16", TEXTS, resident, str(DEVICE))
+                shape = DenoiseShape((height, width, frames), "bfloat16", TEXTS)
+                memory = MODELS.memory.transformer(shape, resident, str(DEVICE))
                 row(
                     report,
                     "denoise",

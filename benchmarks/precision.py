@@ -86,7 +86,9 @@ def forward(report: Report, options: argparse.Namespace) -> None:
 def denoised(predict: Predict, latents: torch.Tensor, steps: int) -> torch.Tensor:
     """Latents after a whole denoise with guidance."""
     sampler = make_sampler("unipc", SHIFT, steps, DEVICE)
-    both = SequentialGuidance(lambda x, t, prompts: [predict(x, t, prompt) for prompt in prompts], 0, 1, SCALE)
+    both = SequentialGuidance(
+        lambda x, step, prompts: [predict(x, step.timestep, prompt) for prompt in prompts], 0, 1, SCALE
+    )
     return denoise(both, latents, sampler)
 
 

@@ -562,7 +562,7 @@ def test_doctor_shows_what_attention_took(wanduet, tmp_path: Path, monkeypatch: 
     from wanduet.kernels.triton_probe import Probe
     from wanduet.planning.hardware import DeviceInfo
 
-    wrong = Backend("wrong", lambda q, k, v: q * 0, None)
+    wrong = Backend("wrong", lambda q, k, v, call: q * 0, None)
     backends = {"sdpa": SDPA, "other": Backend("other", SDPA.attend, None), "wrong": wrong}
     for module in (tools, choose):
         monkeypatch.setattr(module, "available_backends", lambda device: backends)

@@ -127,7 +127,7 @@ LIMITED = """
 import os, resource, sys
 import numpy as np
 from wanduet.errors import OutputError
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 path, what, limits = sys.argv[1], sys.argv[2], [int(x) for x in sys.argv[3].split(",")]
 frames = np.random.default_rng(0).integers(0, 256, (12, 64, 96, 3), dtype=np.uint8)
 outcomes = []
@@ -139,7 +139,7 @@ for limit in limits:
             from wanduet.media.latents import save_latents
             save_latents(path, torch.zeros(16, 3, 32, 32), {"seed": 1})
         else:
-            write_video(frames, path, codec=what, metadata={"seed": 1})
+            write_video(frames, path, VideoSpec(64, 96, codec=what), {"seed": 1})
         outcomes.append("written")
     except OutputError as error:
         assert open(path, "rb").read() == b"old" and len(os.listdir(os.path.dirname(path))) == 1, limit
@@ -159,7 +159,7 @@ def test_file_size_limit_at_every_point(tmp_path, what, name) -> None:
     if what == "latents":
         save_latents(path, torch.zeros(16, 3, 32, 32), {"seed": 1})
     else:
-        write_video(frames(), path, codec=what, metadata={"seed": 1})
+        write_video(frames(), path, VideoSpec(64, 96, codec=what), {"seed": 1})
     size = path.stat().st_size
     limits = sorted({*range(0, size, max(1, size // 40)), size - 1})
     path.write_bytes(b"old")
@@ -177,17 +177,18 @@ import os, sys
 import numpy as np
 from wanduet.errors import OutputError
 from wanduet.media.read import probe
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 path, codec, quality = sys.argv[1], sys.argv[2], 100 if sys.argv[2] == "h264" else None
 open(path, "wb").write(b"old")
 noise = np.random.default_rng(0).integers(0, 256, (96, 64, 96, 3), dtype=np.uint8)
+spec = VideoSpec(64, 96, codec=codec, quality=quality)
 try:
-    write_video(noise, path, codec=codec, quality=quality)
+    write_video(noise, path, spec)
 except OutputError as error:
     print(error)
 assert open(path, "rb").read() == b"old"
 assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
-write_video(0 * noise, path, codec=codec, quality=quality)
+write_video(0 * noise, path, spec)
 print(probe(path)["num_frames"])
 """
 

@@ -15,6 +15,7 @@ from wanduet.doors.http.server import create_app
 from wanduet.family.specs import WAN_1_3B
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
+from wanduet.kernels.attention.call import Step
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
@@ -64,9 +65,9 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
         draw = torch.Generator().manual_seed(11)
         texts = [transformer.prepare_text(torch.randn(1, 12, 128, generator=draw)) for _ in range(2)]
 
-        def predict(latents: Tensor, timestep: float, texts: Any) -> list[Tensor]:
+        def predict(latents: Tensor, step: Step, texts: Any) -> list[Tensor]:
             with torch.no_grad():
-                return transformer.forward_cfg(latents, torch.tensor([timestep]), texts, rope)
+                return transformer.forward_cfg(latents, torch.tensor([step.timestep]), texts, rope)
 
         sampler = make_sampler("unipc", 3.0, 3, CPU)
         return denoise(SequentialGuidance(predict, *texts, 3.0), initial_noise(shape, 11), sampler)

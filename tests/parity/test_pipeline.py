@@ -149,18 +149,20 @@ def test_every_parameter_by_position(oracle, pipe) -> None:
 
 
 def test_several_videos_need_no_more_activations_than_one(pipe, monkeypatch) -> None:
-    """Each step is of one video: what the plan has counted."""
+    """Each step is of one video: what the plan has counted. The transformer is given the step."""
     from wanduet.models.dit.model import WanTransformer
 
-    forward_cfg, batches = WanTransformer.forward_cfg, []
+    forward_cfg, batches, steps = WanTransformer.forward_cfg, [], []
 
-    def counted(self, latents, *rest, **named):
+    def counted(self, latents, timestep, texts, rope, step):
         batches.append(len(latents))
-        return forward_cfg(self, latents, *rest, **named)
+        steps.append((step.index, step.timestep == timestep.item()))
+        return forward_cfg(self, latents, timestep, texts, rope, step)
 
     monkeypatch.setattr(WanTransformer, "forward_cfg", counted)
     pipe(["a", "b", "c"], **(CALL | {"num_inference_steps": 2}), output_type="latent")
     assert set(batches) == {1}
+    assert sorted(set(steps)) == [(0, True), (1, True)]
 
 
 def test_interrupt_keeps_what_was_made(oracle, pipe) -> None:

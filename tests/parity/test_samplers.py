@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from wanduet.kernels.attention.call import Step
 from wanduet.media.files import atomic_output
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import denoise
@@ -27,8 +28,8 @@ def official(shift: float, steps: int) -> tuple[list[float], list[int]]:
     return shifted, [int(1000 * sigma) for sigma in shifted]
 
 
-def velocity(x: torch.Tensor, timestep: float) -> torch.Tensor:
-    return torch.sin(3 * x) * 0.7 + x * (timestep / 1000) - 0.2
+def velocity(x: torch.Tensor, step: Step) -> torch.Tensor:
+    return torch.sin(3 * x) * 0.7 + x * (step.timestep / 1000) - 0.2
 
 
 def noise() -> torch.Tensor:
@@ -43,7 +44,7 @@ def test_equals_diffusers(name: str, steps: int, shift: float) -> None:
     scheduler.set_timesteps(steps)
     expected = noise()
     for t in scheduler.timesteps:
-        expected = scheduler.step(velocity(expected, float(t)), t, expected, return_dict=False)[0]
+        expected = scheduler.step(velocity(expected, Step(0, float(t))), t, expected, return_dict=False)[0]
     sampler = make_sampler(name, shift, steps, CPU)
     assert len(sampler.timesteps) == steps
     assert sampler.sigmas[-1] == 0.0
@@ -73,7 +74,7 @@ def test_unipc_official_solves_as_unipc_does_on_its_own_grid() -> None:
     scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0.0, 9, dtype=torch.float64)[:-1].numpy())
     expected = noise()
     for t in scheduler.timesteps:
-        expected = scheduler.step(velocity(expected, float(t)), t, expected, return_dict=False)[0]
+        expected = scheduler.step(velocity(expected, Step(0, float(t))), t, expected, return_dict=False)[0]
     got = denoise(velocity, noise(), make_sampler("unipc-official", 5.0, 8, CPU))
     assert (got - expected).abs().max() <= 5e-6 * expected.abs().max()
 
@@ -85,7 +86,7 @@ def test_any_scheduler_steps_as_it_does_itself(name: str) -> None:
     for each in (scheduler, own):
         each.set_timesteps(8)
     for t in scheduler.timesteps:
-        expected = scheduler.step(velocity(expected, float(t)), t, expected, return_dict=False)[0]
+        expected = scheduler.step(velocity(expected, Step(0, float(t))), t, expected, return_dict=False)[0]
     assert torch.equal(denoise(velocity, noise(), SchedulerSampler(own, CPU)), expected)
 
 

@@ -16,13 +16,15 @@ from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.family.specs import TransformerSpec
-from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.backends import plain_with_lse, sdpa
+from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.models.dit.model import Runtime, WanTransformer
 from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
 
 SPEC = TransformerSpec(
     num_attention_heads=4, attention_head_dim=24, ffn_dim=128, num_layers=3, text_dim=32, freq_dim=32
 )
+STEP = Step(3, 731.0)
 Case = tuple[Layout, tuple[int, int, int, int], tuple[float, ...] | None]
 
 # Latents' batch, frames, rows, columns; tokens are frames x rows/2 x columns/2.
@@ -64,6 +66,33 @@ def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     latents = torch.randn(batch, 16, frames, rows, columns)
     return latents, torch.tensor([731.0, 12.0][:batch]), torch.randn(batch, 7, SPEC.text_dim)
+
+
+class Recorder:
+    """An attention backend that keeps its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[AttentionCall, tuple[Tensor, Tensor, Tensor]]] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        self.calls.append((call, (q.clone(), k.clone(), v.clone())))
+        return sdpa(q, k, v)
+
+    def attend_with_lse(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        self.calls.append((call, (q.clone(), k.clone(), v.clone())))
+        return plain_with_lse(q, k, v)
+
+    def check(self, whole: "Recorder") -> None:
+        """That the calls name what they get of the q, k and v of one device."""
+        blocks = [qkv for _, qkv in whole.calls]
+        for call, (q, k, v) in self.calls:
+            assert (call.grid, call.step) == (whole.calls[0][0].grid, STEP)
+            heads = slice(call.first_head, call.first_head + q.shape[2])
+            starts = (call.first_query, call.first_key, call.first_key)
+            for x, of_block, first in zip((q, k, v), blocks[call.block], starts, strict=True):
+                torch.testing.assert_close(x, of_block[:, first : first + x.shape[1], heads], rtol=1e-4, atol=1e-4)
+        if self.calls:  # a rank of a ring may have no tokens
+            assert {call.block for call, _ in self.calls} == set(range(SPEC.num_layers))
 
 
 class FilePeerMemory:
@@ -111,9 +140,15 @@ def forward_sharded(rank: Rank, cases: list[Case], folder: Path | None = None) -
             for number, (layout, mesh) in enumerate(meshes.items())
         }
     for layout, shape, shares in cases:
-        made.runtime = Runtime(sharding=SequenceSharding(meshes[layout], shares=shares))
+        here, whole = Recorder(), Recorder()
+        given = [x.to(rank.device) for x in inputs(shape)]
         with torch.no_grad():
-            outputs.append(made(*(x.to(rank.device) for x in inputs(shape))).cpu())
+            made.runtime = Runtime(attention=whole.attend)
+            made(*given, step=STEP)
+            sharding = SequenceSharding(meshes[layout], here.attend_with_lse, shares)
+            made.runtime = Runtime(attention=here.attend, sharding=sharding)
+            outputs.append(made(*given, step=STEP).cpu())
+        here.check(whole)
     if folder is not None:
         assert all(mesh.peer_memory.used == (layout.ulysses > 1) for layout, mesh in meshes.items())
     return outputs
@@ -124,15 +159,15 @@ def guided(rank: Rank) -> tuple[Tensor, Tensor]:
     latents, _, positive = inputs(ODD)
     negative = torch.randn_like(positive)
 
-    def predict(latents: Tensor, timestep: float, texts: Sequence[Tensor]) -> list[Tensor]:
-        return [made(latents, torch.tensor([timestep]), text) for text in texts]
+    def predict(latents: Tensor, step: Step, texts: Sequence[Tensor]) -> list[Tensor]:
+        return [made(latents, torch.tensor([step.timestep]), text) for text in texts]
 
     mesh = rank.mesh(Layout(cfg=2, ulysses=rank.world_size // 2))
     made.runtime = Runtime(sharding=SequenceSharding(mesh))
     with torch.no_grad():
         own = (positive, negative)[mesh.cfg_rank]
-        parallel = ParallelGuidance(predict, own, 5.0, mesh.cfg)(latents, 500.0)
-        return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, 500.0)
+        parallel = ParallelGuidance(predict, own, 5.0, mesh.cfg)(latents, Step(0, 500.0))
+        return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, Step(0, 500.0))
 
 
 def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:
@@ -141,18 +176,15 @@ def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:
     for shape in (EVEN, BATCH, FEW):
         made, (latents, steps, text) = model(), inputs(shape)
         text = text.roll(rank.index, 1)  # a prompt of its own
+        whole, here = Recorder(), Recorder()
+        made.runtime = Runtime(attention=whole.attend)
         with torch.no_grad():
-            alone = made(latents, steps, text)
-        heads: list[int] = []
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, heads: list[int] = heads) -> Tensor:
-            heads.append(q.shape[2])
-            return sdpa(q, k, v)
-
+            alone = made(latents, steps, text, step=STEP)
         sharding = CfgSharding.from_group(rank.mesh(Layout(cfg=rank.world_size)).cfg)
-        made.runtime = Runtime(attention=attention, sharding=sharding)
+        made.runtime = Runtime(attention=here.attend, sharding=sharding)
         with torch.no_grad():
-            results.append((made(latents, steps, text), alone, heads))
+            results.append((made(latents, steps, text, step=STEP), alone, [q.shape[2] for _, (q, _, _) in here.calls]))
+        here.check(whole)
     return results
 
 

@@ -6,6 +6,7 @@ other, and a replica that sees it wait for too long takes it itself.
 
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from wanduet.cluster.scheduler import Waiting
@@ -34,6 +35,18 @@ class TakeBack:
             return found
         early = {one.job_id for one in left if now - self._seen[one.job_id] < self._seconds}
         return [one for one in found if one.job_id not in early]
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """How a replica that does whole jobs divides their decodes with decoders.
+
+    `fits(shape, demand)` returns whether a decode demand fits a decoder's shape; `take_back` keeps the replica from
+    taking decodes that decoders will do.
+    """
+
+    fits: Callable[[str, str], bool]
+    take_back: TakeBack = field(default_factory=TakeBack)
 
 
 def leaves_decode(job: StoredJob, decoders: Collection[str], queued: int, fits: Callable[[str], bool]) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from wanduet.cluster.files import open_files
 from wanduet.cluster.fit import NOWHERE, Fit, FitOf, Fitter
-from wanduet.cluster.handover import DECODER, TakeBack
+from wanduet.cluster.handover import DECODER, Handover
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
 from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
@@ -70,8 +70,7 @@ class Replica:
             fit_of=fit_of,
             devices=order.shape.gpus,
             patience_seconds=settings.patience_seconds,
-            decoder_fits=_decoder_fits(fitter) if whole else None,
-            take_back=TakeBack() if whole else None,
+            handover=Handover(_decoder_fits(fitter)) if whole else None,
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )

@@ -5,7 +5,7 @@ and stages. No job depends on their content.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from wanduet.cluster import scheduler
 from wanduet.cluster.autoscaler import Backlog
 from wanduet.cluster.fit import FitOf
-from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
+from wanduet.cluster.handover import Handover, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.database import OPEN_SECONDS
@@ -112,8 +112,7 @@ class ClusterStore(JobStore):
     """A job store whose `claim` takes jobs that fit a replica, in the scheduler's order.
 
     `fit_of` predicts what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
-    `decoder_fits` tells whether a decode demand fits a decoder's shape (None: this process leaves no decodes to
-    others); `take_back` keeps a replica that does whole jobs from taking decodes that decoders will do.
+    `handover`: pass it to a replica that does whole jobs and may leave decodes to decoders.
     """
 
     def __init__(
@@ -124,16 +123,14 @@ class ClusterStore(JobStore):
         fit_of: FitOf | None = None,
         devices: int = 1,
         patience_seconds: float = PATIENCE_SECONDS,
-        decoder_fits: Callable[[str, str], bool] | None = None,
-        take_back: TakeBack | None = None,
+        handover: Handover | None = None,
         **options: Any,
     ) -> None:
         super().__init__(files, url, **options)
         self._fit_of = fit_of
         self._devices = devices
         self._patience = patience_seconds
-        self._decoder_fits = decoder_fits
-        self._take_back = take_back
+        self._handover = handover
         self._create_tables()
 
     def claim(
@@ -153,10 +150,9 @@ class ClusterStore(JobStore):
 
     def has_decoder(self, job: StoredJob) -> bool:
         """Return whether to leave a job's decode to a decoder. If none takes it, a replica takes it back."""
-        fits = self._decoder_fits
-        if fits is None:
+        if self._handover is None:
             return False
-        decoders = self.decoders()
+        fits, decoders = self._handover.fits, self.decoders()
         if not decoders:
             return False
         with self._read() as connection:
@@ -301,8 +297,8 @@ class ClusterStore(JobStore):
             # A single owner is first, whatever its share.
             alike = len({one.owner for one in waiting}) == 1
             rows = [] if alike else connection.execute(sa.select(shares)).all()
-        if self._take_back is not None:
-            waiting = tuple(self._take_back(waiting, self.decoders))
+        if self._handover is not None:
+            waiting = tuple(self._handover.take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}
         return scheduler.order(
             waiting, known, fit_of, self._clock(), devices=self._devices, patience_seconds=self._patience

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from wanduet.distributed.interrupts import IgnoreSigint
-from wanduet.distributed.rank import Cancel, Command, Failure, Message, Result, dumps, rank_main
+from wanduet.distributed.rank import Cancel, Command, Failure, Member, Message, Result, dumps, rank_main
 from wanduet.errors import ConfigError, WanduetError
 
 # The longest time that a collective may take, in seconds, if the caller does not know how long a step takes.
@@ -98,7 +98,7 @@ class RankGroup:
                 self._from_ranks.append(from_rank)
                 process = context.Process(
                     target=IgnoreSigint(rank_main),
-                    args=(index, self.devices, rendezvous, timeout_s, incoming, outgoing, work, args),
+                    args=(Member(index, self.devices, rendezvous, timeout_s), incoming, outgoing, work, args),
                     name=f"wanduet-rank-{index}",
                     daemon=True,
                 )

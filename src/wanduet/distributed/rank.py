@@ -206,11 +206,22 @@ class Rank:
         return bool(flag.item())
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a worker process needs to join its group.
+
+    It is rank `index`, on `devices[index]`; the ranks meet at the URL `rendezvous`. A collective may take `timeout_s`
+    seconds.
+    """
+
+    index: int
+    devices: tuple[str, ...]
+    rendezvous: str
+    timeout_s: float
+
+
 def rank_main(
-    index: int,
-    devices: tuple[str, ...],
-    rendezvous: str,
-    timeout_s: float,
+    member: Member,
     incoming: "Connection[Any, Any]",
     outgoing: "Connection[Any, Any]",
     work: Callable[..., object],
@@ -218,7 +229,7 @@ def rank_main(
 ) -> None:
     """Run a worker process: join the process group, run `work(rank, *args)`, and send the result or the failure.
 
-    `rendezvous` is the URL at which the ranks meet. The other parameters are those of `RankGroup`.
+    `incoming` and `outgoing` are its pipes from and to the parent process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes; the parent handles it
     if hasattr(signal, "SIGHUP"):
@@ -229,8 +240,8 @@ def rank_main(
     mailbox.start()
     try:
         _use_loopback()
-        all_devices = [torch.device(name) for name in devices]
-        device = all_devices[index]
+        all_devices = [torch.device(name) for name in member.devices]
+        device = all_devices[member.index]
         if device.type == "cpu":
             ranks_on_cpu = sum(other.type == "cpu" for other in all_devices)
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks_on_cpu))
@@ -238,8 +249,9 @@ def rank_main(
             torch.cuda.set_device(device)
         link = link_between(all_devices)
         configure_nccl(link)
-        _init_process_group(index, len(devices), device, rendezvous, timeout_s)
-        mailbox.send(Result(work(Rank(index, len(devices), device, timeout_s, mailbox, link), *args)))
+        _init_process_group(member, device)
+        rank = Rank(member.index, len(all_devices), device, member.timeout_s, mailbox, link)
+        mailbox.send(Result(work(rank, *args)))
     except BaseException as error:
         mailbox.send(Failure.from_exception(error))
         sys.stderr.flush()
@@ -249,16 +261,16 @@ def rank_main(
     dist.destroy_process_group()
 
 
-def _init_process_group(index: int, size: int, device: torch.device, rendezvous: str, timeout_s: float) -> None:
+def _init_process_group(member: Member, device: torch.device) -> None:
     nccl = uses_nccl(device)
     # A decode's rows are sent one after the other on purpose.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
-        init_method=rendezvous,
-        rank=index,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
+        init_method=member.rendezvous,
+        rank=member.index,
+        world_size=len(member.devices),
+        timeout=timedelta(seconds=member.timeout_s),
         device_id=device if nccl else None,
     )
 

@@ -29,7 +29,7 @@ from wanduet.family.specs import ModelSpec
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
-from wanduet.media.video import WrittenVideo, write_video
+from wanduet.media.video import VideoSpec, WrittenVideo, write_video
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import Event
 from wanduet.stages.task import Conditions, DenoiseTask
@@ -148,11 +148,8 @@ def _write(models: EngineModels, video: Video, frames: Iterator[NDArray[np.uint8
         written = write_video(
             _timed_decode(video, frames),
             video.path,
-            fps=request.fps,
-            codec=output.codec,
-            quality=output.quality,
-            size=(request.height, request.width),
-            metadata=provenance,
+            VideoSpec(request.height, request.width, request.fps, output.codec, output.quality),
+            provenance,
         )
     return written, provenance
 

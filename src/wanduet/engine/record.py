@@ -9,7 +9,7 @@ from typing import Any
 
 from wanduet.engine.job import Video
 from wanduet.kernels.attention.backends import BACKENDS
-from wanduet.media.provenance import make_provenance, versions
+from wanduet.media.provenance import Making, make_provenance, versions
 from wanduet.runtime.models import Models
 
 # The metadata that determine a video's pixels. Devices, strategies and kernels are not among them: they differ in the
@@ -81,19 +81,18 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         engine["denoised_on"] = video.denoised.get("hardware", [])
         if not is_same_model(made_by := video.denoised.get("model", {}), models.about):
             engine["denoised_by"] = made_by
-    return {"output": {"codec": output.codec, "quality": output.quality}} | make_provenance(
-        video.request,
-        seed=video.seed,
-        model=models.about,
-        engine=engine,
-        versions=versions(),
-        created_at=datetime.now(UTC),
+    making = Making(
+        video.seed,
+        models.about,
+        engine,
         hardware=[d.name for d in plan.prediction.devices],
         attention=video.record.attention,
         timings={k: round(v, 3) for k, v in video.timings.items() if v},
         rungs=video.record.notes,
         warnings=video.job.warnings,
     )
+    made = make_provenance(video.request, making, versions(), datetime.now(UTC))
+    return {"output": {"codec": output.codec, "quality": output.quality}} | made
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.distributed.p2p.exchange import p2p_buffer_bytes
 from wanduet.family.specs import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.kernels.dit.rope import Rope
 from wanduet.meta.init import meta_init
@@ -110,7 +111,7 @@ def _forward(model: WanTransformer, shape: ForwardShape) -> int:
     return footprint.reserved
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Allocates what every fused attention does: its output, and the log-sum-exp in float32."""
     torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

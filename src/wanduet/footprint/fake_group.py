@@ -17,9 +17,10 @@ from wanduet.distributed.p2p.exchange import p2p_exchange
 from wanduet.distributed.p2p.memory import PeerMemory
 from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import HEAD_GROUPS
-from wanduet.distributed.sequence.ring import ring_attention_loop
+from wanduet.distributed.sequence.ring import RingAttention
 from wanduet.distributed.sequence.ulysses import PendingAllToAll, UlyssesAttention
 from wanduet.kernels.attention.backends import AttentionFn, AttentionLseFn
+from wanduet.kernels.attention.call import AttentionCall
 
 
 class TracedSharding(CfgSharding):
@@ -44,27 +45,30 @@ class TracedSharding(CfgSharding):
         ranks = self._layout.sequence
         return x if ranks == 1 else torch.cat([x] * ranks, dim=dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
         """Run `attention` on tensors of the shapes that the exchanges give; the values mean nothing."""
         ulysses, ring = self._layout.ulysses, self._layout.ring
 
-        def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def local_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             if ring == 1:
-                return attention(q, k, v)
-            return ring_attention_loop(q, k, v, [q.shape[1]] * ring, _with_lse(attention), 0, lambda kv, next_kv: ())
+                return attention(q, k, v, call)
+            ranks = RingAttention([q.shape[1]] * ring, 0, lambda kv, next_kv: ())
+            return ranks.attend(q, k, v, _with_lse(attention), call)
 
         if ulysses == 1:
-            return local_attention(q, k, v)
+            return local_attention(q, k, v, call)
         lengths = (q.shape[1],) * ulysses
         if self._memory is not None:
-            return p2p_exchange(self._layout, self._memory, lengths, 0).attend(q, k, v, local_attention)
+            return p2p_exchange(self._layout, self._memory, lengths, 0).attend(q, k, v, local_attention, call)
         by_collectives = _FakeUlysses(cast(dist.ProcessGroup, None), lengths, 0)
-        return by_collectives.attend(q, k, v, local_attention, HEAD_GROUPS if ring == 1 else 1)
+        return by_collectives.attend(q, k, v, local_attention, call, HEAD_GROUPS if ring == 1 else 1)
 
-    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+    def attend_first_block(
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
+    ) -> Tensor:
         """Share the heads with ranks of other prompts if the layout does; otherwise `attend`."""
-        shared = self._ranks > 1
-        return super().attend_first_block(q, k, v, attention) if shared else self.attend(q, k, v, attention)
+        attend = super().attend_first_block if self._ranks > 1 else self.attend
+        return attend(q, k, v, attention, call)
 
 
 class FakePeerMemory:
@@ -117,8 +121,8 @@ class _FakeUlysses(UlyssesAttention):
 def _with_lse(attention: AttentionFn) -> AttentionLseFn:
     """Return `attention` with a log-sum-exp of its own, allocated and not initialised."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out = attention(q, k, v)
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        out = attention(q, k, v, call)
         return out, torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
 
     return attend

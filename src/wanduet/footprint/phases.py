@@ -61,6 +61,19 @@ class TransformerMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class DenoiseShape:
+    """What is denoised: videos of `size`, in `dtype` by name, on each rank of a layout.
+
+    `texts`: the positions of each prompt of a rank, see `text_positions`.
+    """
+
+    size: Size
+    dtype: str
+    texts: Sequence[int]
+    layout: Layout = ONE_DEVICE
+
+
+@dataclass(frozen=True, slots=True)
 class ModelMemory:
     """Predicts the memory of a model from its spec and the shapes of its tensors (from the checkpoint's headers).
 
@@ -74,25 +87,19 @@ class ModelMemory:
     weights: Weights = "auto"
 
     def transformer(
-        self,
-        size: Size,
-        dtype: str,
-        texts: Sequence[int],
-        resident_blocks: int,
-        device: str,
-        share_first: bool = True,
-        layout: Layout = ONE_DEVICE,
+        self, denoise: DenoiseShape, resident_blocks: int, device: str, share_first: bool = True
     ) -> TransformerMemory:
         """Memory of denoising on each of a layout's ranks, with `resident_blocks` of the blocks kept on the device.
 
-        `texts`: the positions of each prompt, see `text_positions`. `share_first`: see `models.dit.model.Runtime`.
+        `share_first`: see `models.dit.model.Runtime`.
         """
+        dtype, texts, layout = denoise.dtype, denoise.texts, denoise.layout
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
         total = self.transformer_weights(dtype)
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
-        prompts, shape = len(texts) if share_first else 1, self.spec.latent_shape(*size)
+        prompts, shape = len(texts) if share_first else 1, self.spec.latent_shape(*denoise.size)
         activations = forward_bytes(
             ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
         )

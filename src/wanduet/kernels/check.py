@@ -10,7 +10,7 @@ from torch import Tensor
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.dit.weight import Weight
-from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Filter, Fused, VAEKernels
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def _causal_conv(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
     x, residual = draw(1, width, 3, 5, 7), draw(1, width, 3, 4, 7)
     norm, after = draw(width, 1, 1, 1), draw(width, 1, 1, 1)
     before = draw(1, width, 2, 5, 7)
-    past = kernels.causal_conv(before, None, weight, bias, (1, 0), out_gamma=after)[1].clone()
+    past = kernels.causal_conv(before, None, Filter(weight, bias, (1, 0)), Fused(out_gamma=after))[1].clone()
     plain = F.pad(past, (0, 0, 1, 0)) if past.shape[3] == 5 else past  # the plain form's past has the zero rows
     errors = []
     for pads, mine, theirs, added, out_gamma in (
@@ -196,9 +196,9 @@ def _causal_conv(kernels: VAEKernels, draw: _VAESamples) -> list[float]:
         ((0, 1), None, None, residual, None),
     ):
         for gamma in (norm, None):
-            inputs = (weight, bias, pads, gamma, added)
-            got, _ = kernels.causal_conv(x.clone(), clone(mine), *inputs, consume=True, out_gamma=out_gamma)
-            expected, _ = VAE_TORCH_KERNELS.causal_conv(x.clone(), clone(theirs), *inputs, out_gamma=out_gamma)
+            filter, fused = Filter(weight, bias, pads), Fused(gamma, added, out_gamma, consume=True)
+            got, _ = kernels.causal_conv(x.clone(), clone(mine), filter, fused)
+            expected, _ = VAE_TORCH_KERNELS.causal_conv(x.clone(), clone(theirs), filter, fused)
             errors.append(relative(got, expected))
     return errors
 

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -29,40 +29,43 @@ _PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
-def make_provenance(
-    request: ResolvedRequest,
-    *,
-    seed: int,
-    model: Mapping[str, Any],
-    engine: Mapping[str, Any],
-    versions: Mapping[str, str],
-    created_at: datetime,
-    hardware: Sequence[str] = (),
-    attention: str | None = None,
-    timings: Mapping[str, float] | None = None,
-    rungs: Sequence[str] = (),
-    warnings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Collect one video's provenance as JSON values, from the arguments alone.
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How one video was made.
 
     `seed` is this video's own (the request's plus its index). `model` has `name`, `hash`, `revision`; `engine` the
-    settings and the plan's choices; `rungs` the out-of-memory fallbacks that were used; `timings` the seconds of the
-    phases that are finished when the file is opened.
+    settings and the plan's choices; `hardware` the devices' names; `rungs` the out-of-memory fallbacks that were used;
+    `timings` the seconds of the phases that are finished when the file is opened.
     """
+
+    seed: int
+    model: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    hardware: Sequence[str] = ()
+    attention: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    rungs: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def make_provenance(
+    request: ResolvedRequest, making: Making, versions: Mapping[str, str], created_at: datetime
+) -> dict[str, Any]:
+    """Collect one video's provenance as JSON values, from the arguments alone."""
     plain = _plain(
         {
             "schema": SCHEMA_VERSION,
             "created_at": created_at.astimezone(UTC).isoformat(timespec="seconds"),
             "request": request.recorded(),
-            "seed": seed,
-            "model": model,
-            "engine": engine,
-            "attention": attention,
-            "hardware": list(hardware),
+            "seed": making.seed,
+            "model": making.model,
+            "engine": making.engine,
+            "attention": making.attention,
+            "hardware": list(making.hardware),
             "versions": versions,
-            "timings": timings or {},
-            "rungs": list(rungs),
-            "warnings": list(warnings),
+            "timings": making.timings,
+            "rungs": list(making.rungs),
+            "warnings": list(making.warnings),
         }
     )
     assert isinstance(plain, dict)

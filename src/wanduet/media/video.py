@@ -38,6 +38,7 @@ QUEUE_BYTES = 64 * 2**20
 MIN_QUEUE_FRAMES = 4
 KEYFRAME_SECONDS = 2  # distance of keyframes, which a player seeks to
 MAX_FPS = 120
+DEFAULT_CODEC = "h264"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class VideoSpec:
     height: int
     width: int
     fps: int = 16
-    codec: str = "h264"
+    codec: str = DEFAULT_CODEC
     quality: int | None = None
 
     def __post_init__(self) -> None:
@@ -93,27 +94,22 @@ class WrittenVideo:
 def write_video(
     frames: Iterable[NDArray[np.uint8]],
     path: Path | str,
-    *,
-    fps: int = 16,
-    codec: str = "h264",
-    quality: int | None = None,
-    size: tuple[int, int] | None = None,
+    spec: VideoSpec | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> WrittenVideo:
     """Encode RGB frames (`[H, W, 3]` or chunks `[t, H, W, 3]`, uint8) as they come and put the file at `path`.
 
-    `size` is `(height, width)` of the video; larger frames are cropped at the bottom and right. `metadata` is a
-    provenance dict. After an error, from `frames` or from the encoder, `path` is unchanged. Raises InvalidRequestError,
+    `spec`: by default the first frame's size, and `VideoSpec`'s own defaults; larger frames than its size are cropped at
+    the bottom and right. `metadata` is a provenance dict. After an error, from `frames` or from the encoder, `path` is unchanged. Raises InvalidRequestError,
     OutputError, or ValueError for frames of the wrong shape.
     """
     path = Path(path)
-    container_for(path, codec)
+    container_for(path, DEFAULT_CODEC if spec is None else spec.codec)
     writer: VideoWriter | None = None
     try:
         for chunk in frames:
             if writer is None:
-                height, width = size or (chunk.shape[-3], chunk.shape[-2])
-                writer = VideoWriter(path, VideoSpec(height, width, fps, codec, quality), metadata)
+                writer = VideoWriter(path, spec or VideoSpec(chunk.shape[-3], chunk.shape[-2]), metadata)
             writer.write(chunk)
         if writer is None:
             raise ValueError("There are no frames to write.")

@@ -151,7 +151,10 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, strides: Sequence[int], pads: Sequence[int], gaps: Sequence[int],
     transposed: bool, *_: Any,
 ) -> Any:  # fmt: skip
-    """Channels last if input or weight is, as cuDNN does. (PyTorch's meta implementation leaves it open.)"""
+    """Channels last if input or weight is, as cuDNN does. (PyTorch's meta implementation leaves it open.)
+
+    The parameters are those of `aten::convolution`, which calls it.
+    """
     if transposed or x.ndim != weight.ndim:
         return NotImplemented
     sizes = zip(x.shape[2:], weight.shape[2:], strides, pads, gaps, strict=True)

@@ -13,6 +13,7 @@ from wanduet.distributed.mesh import choose_layout
 from wanduet.family.specs import RANDOM_SPECS, ModelSpec
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
+    DenoiseShape,
     ModelMemory,
     Size,
     TransformerMemory,
@@ -254,15 +255,8 @@ class Planner:
         positions = sorted(text_positions(text, self._spec.text_len) for text in texts)
         # If each prompt has its own devices, they store the text keys and values of one prompt only.
         positions = positions[-1:] if group.layout.cfg > 1 else positions
-        return self.memory.transformer(
-            self._size,
-            self.transformer_dtype(device),
-            positions,
-            candidate.resident_blocks,
-            device.name,
-            candidate.share_first,
-            group.layout,
-        )
+        shape = DenoiseShape(self._size, self.transformer_dtype(device), positions, group.layout)
+        return self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
 
     def _devices(
         self, place: Placement, candidate: Candidate, transformer: TransformerMemory

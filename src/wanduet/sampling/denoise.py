@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.kernels.attention.call import Step
 from wanduet.kernels.host_copy import HostCopy
 from wanduet.sampling.guidance import Velocity
 from wanduet.sampling.samplers import Sampler
@@ -53,7 +54,7 @@ def denoise(
         if should_cancel is not None and should_cancel():
             raise CancelledError(f"Cancelled before denoising step {step + 1} of {num_steps}.")
         timestep = sampler.timesteps[step]
-        latents = sampler.step(velocity(latents, timestep), step, latents)
+        latents = sampler.step(velocity(latents, Step(step, timestep)), step, latents)
         guard.watch(step, latents)
         if on_step is not None:
             seconds = time.perf_counter() - began

@@ -11,18 +11,19 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wanduet.distributed.collectives import all_gather
+from wanduet.kernels.attention.call import Step
 
 Condition = TypeVar("Condition")
 # See `predictor.Predictor`. It gets all conditions at once, so that a model can share work between them.
-Predict = Callable[[Tensor, float, Sequence[Condition]], Sequence[Tensor]]
-Velocity = Callable[[Tensor, float], Tensor]
+Predict = Callable[[Tensor, Step, Sequence[Condition]], Sequence[Tensor]]
+Velocity = Callable[[Tensor, Step], Tensor]
 
 
 class Guidance(Protocol):
-    """Returns the velocity of latents at a timestep."""
+    """Returns the velocity of latents at a step."""
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        """Latents `[B, 16, T, h, w]` float32, timestep in 0..1000. Returns the velocity, float32, of the same shape."""
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
+        """Latents `[B, 16, T, h, w]` float32 to their velocity, float32, of the same shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,9 @@ class NoGuidance(Generic[Condition]):
     predict: Predict[Condition]
     positive: Condition
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """See Guidance."""
-        return self.predict(latents, timestep, (self.positive,))[0]
+        return self.predict(latents, step, (self.positive,))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class SequentialGuidance(Generic[Condition]):
     negative: Condition
     scale: float
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """See Guidance."""
-        positive, negative = self.predict(latents, timestep, (self.positive, self.negative))
+        positive, negative = self.predict(latents, step, (self.positive, self.negative))
         return combine(positive, negative, self.scale)
 
 
@@ -65,9 +66,9 @@ class ParallelGuidance(Generic[Condition]):
     scale: float
     group: dist.ProcessGroup
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """See Guidance."""
-        (own,) = self.predict(latents, timestep, (self.condition,))
+        (own,) = self.predict(latents, step, (self.condition,))
         positive, negative = all_gather(own, self.group)
         return combine(positive, negative, self.scale)
 

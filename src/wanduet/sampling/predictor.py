@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from wanduet.kernels.attention.call import Step
 from wanduet.sampling.samplers import State
 
 Condition = TypeVar("Condition", contravariant=True)
@@ -17,9 +18,8 @@ class Predictor(Protocol[Condition]):
     share a sequence must all have the same state: the checkpoint contains rank 0's.
     """
 
-    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[Condition]) -> Sequence[Tensor]:
-        """Return one velocity, float32, per condition, for latents `[B, 16, T, h, w]` float32 at a timestep in
-        0..1000."""
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Condition]) -> Sequence[Tensor]:
+        """Return one velocity, float32, per condition, for latents `[B, 16, T, h, w]` float32 before a step."""
 
     def state(self) -> State:
         """Return the state after the last step: tensors, numbers, strings, and lists of them; {} for no state."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanduet.kernels.attention.call import Step
 from wanduet.models.dit.model import TextContext
 from wanduet.models.text.umt5 import pad_embeddings
 from wanduet.runtime.context import RunContext
@@ -34,11 +35,13 @@ class TransformerPredictor:
         self._denoiser, self._forward = denoiser, forward
         self._rope = denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
 
-    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
         """See Predictor."""
-        steps = torch.full((1,), timestep, dtype=torch.float32, device=latents.device)
+        timestep = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self._denoiser.transformer, self._rope
-        velocities: list[Tensor] = self._forward(lambda: transformer.forward_cfg(latents, steps, conditions, rope))
+        velocities: list[Tensor] = self._forward(
+            lambda: transformer.forward_cfg(latents, timestep, conditions, rope, step)
+        )
         return velocities
 
     def state(self) -> State:

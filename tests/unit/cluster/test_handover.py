@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 from fake_engine import FakeEngine, journal, postgres_url
 
 from wanduet.cluster.fit import Fit
-from wanduet.cluster.handover import TakeBack, leaves_decode, ready_decoders
+from wanduet.cluster.handover import Handover, TakeBack, leaves_decode, ready_decoders
 from wanduet.cluster.scheduler import Waiting
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import EngineConfig
@@ -53,9 +53,7 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., ClusterStore]]:
 
 
 def replica(open_store, **options: object) -> ClusterStore:
-    return open_store(
-        **{"fit_of": whole, "decoder_fits": lambda shape, demand: True, "take_back": TakeBack(), **options}
-    )
+    return open_store(**{"fit_of": whole, "handover": Handover(lambda shape, demand: True), **options})
 
 
 def run(store: ClusterStore, until: Callable[[], object], **attempt: object) -> None:

@@ -13,6 +13,7 @@ from wanduet.distributed.p2p.copies import GpuPeerMemory
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.call import AttentionCall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +55,7 @@ def attend_all_ways(rank: Rank) -> tuple[bool, list[tuple[bool, float]]]:
                 )
                 if way.overlaps_projections:
                     v, k, q = (send_qkv(way, index, x) for index, x in ((2, v), (1, k), (0, q)))
-                results.append(way.attend(q, k, v, sdpa).clone())
+                results.append(way.attend(q, k, v, sdpa, AttentionCall((1, 1, q.shape[1]))).clone())
                 way.gather_sequence(results[-1], 1)
             equal &= all(torch.equal(result, results[0]) for result in results)
             q, k, v = (x.unflatten(-1, (HEADS, CHANNELS)) for x in whole.float().chunk(3, dim=-1))

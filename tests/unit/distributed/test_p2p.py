@@ -19,6 +19,7 @@ from wanduet.distributed.p2p.exchange import P2PExchange, p2p_buffer_bytes, p2p_
 from wanduet.distributed.p2p.keys import P2PAllGatherKV
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.call import AttentionCall
 
 TIMEOUT = 10.0
 
@@ -105,12 +106,16 @@ def part(x: Tensor, lengths: tuple[int, ...], rank: int) -> Tensor:
 
 class SlowAttention:
     """Attention as on a GPU: its inputs are overwritten while it runs if a rank writes too early, and the memory of its
-    results may be reused once nothing refers to them."""
+    results may be reused once nothing refers to them. Its calls must name the parts of `whole` that they get."""
 
-    def __init__(self) -> None:
-        self.made: list[Tensor] = []
+    def __init__(self, whole: list[tuple[Tensor, ...]]) -> None:
+        self.whole, self.made = whole, []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        heads = slice(call.first_head, call.first_head + q.shape[2])
+        starts = (call.first_query, call.first_key, call.first_key)
+        for x, all_of_it, first in zip((q, k, v), self.whole[call.block], starts, strict=True):
+            assert torch.equal(x, all_of_it[:, first : first + x.shape[1], heads])
         half = q.shape[1] // 2
         first = sdpa(q[:, :half], k, v)
         time.sleep(random.choice((0, 0.003)))
@@ -146,7 +151,7 @@ def test_every_block_is_attention_of_the_whole_sequence(
 
     def work(rank: int, memory: DelayedPeerMemory) -> list[Tensor]:
         exchange = exchange_of(memory, lengths, rank, always_ulysses)
-        results, attention = [], SlowAttention()
+        results, attention = [], SlowAttention(qkv)
         for number, block in enumerate(qkv):
             own = [part(x, lengths, rank).clone() for x in block]
             for index in order:
@@ -155,7 +160,7 @@ def test_every_block_is_attention_of_the_whole_sequence(
                     buffer.copy_(own[index].flatten(2))
                     own[index] = buffer.unflatten(2, split)
                 exchange.send_qkv(index, own[index])
-            result = exchange.attend(own[0], own[1], own[2], attention)
+            result = exchange.attend(own[0], own[1], own[2], attention, AttentionCall((1, 1, sum(lengths)), number))
             attention.reuse(result)
             for x in own:
                 x.fill_(torch.nan)
@@ -183,7 +188,7 @@ def test_jobs_of_other_lengths_share_the_buffer(always_ulysses: bool) -> None:
             exchange = exchange_of(memory, lengths, rank, always_ulysses)
             for index in range(3):
                 exchange.send_qkv(index, own[index])
-            results.append(exchange.attend(own[0], own[1], own[2], sdpa).clone())
+            results.append(exchange.attend(own[0], own[1], own[2], sdpa, AttentionCall((1, 1, sum(lengths)))).clone())
             memory.machine.barrier.wait(TIMEOUT)  # as the gather at the end of every forward
         return results
 
@@ -199,7 +204,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 heads"):
         exchange_of(memory, (5, 5), 0, always_ulysses=True).send_qkv(0, x)
     with pytest.raises(ConfigError, match="3 heads"):
-        exchange_of(memory, (5, 5), 0, always_ulysses=True).attend(x, x, x, sdpa)
+        exchange_of(memory, (5, 5), 0, always_ulysses=True).attend(x, x, x, sdpa, AttentionCall((1, 1, 10)))
 
 
 def test_the_buffer_has_the_size_of_what_it_receives() -> None:

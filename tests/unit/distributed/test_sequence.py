@@ -13,6 +13,9 @@ from wanduet.distributed.sequence.ring import _MergedAttention
 from wanduet.distributed.sequence.ulysses import UlyssesAttention
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import plain_with_lse, sdpa
+from wanduet.kernels.attention.call import AttentionCall
+
+CALL = AttentionCall((1, 1, 5))
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +34,17 @@ def qkv(length: int, heads: int = 4) -> list[torch.Tensor]:
 def test_one_rank_is_the_identity(mesh: Mesh) -> None:
     sharding, (q, k, v) = SequenceSharding(mesh), qkv(5)
     assert torch.equal(sharding.shard_sequence(q, 1), q)
-    assert torch.equal(sharding.attend(q, k, v, sdpa), sdpa(q, k, v))
+    assert torch.equal(sharding.attend(q, k, v, sdpa, CALL), sdpa(q, k, v))
     assert torch.equal(sharding.gather_sequence(q, 1), q)
 
 
 def test_a_part_of_another_sequence_is_refused(mesh: Mesh) -> None:
     sharding = SequenceSharding(mesh)
     with pytest.raises(ValueError, match="5 tokens"):
-        sharding.attend(*qkv(5), sdpa)
+        sharding.attend(*qkv(5), sdpa, CALL)
     sharding.shard_sequence(torch.empty(1, 7, 2), 1)
     with pytest.raises(ValueError, match="5 tokens"):
-        sharding.attend(*qkv(5), sdpa)
+        sharding.attend(*qkv(5), sdpa, CALL)
     with pytest.raises(ValueError, match="5 tokens"):
         sharding.gather_sequence(torch.empty(1, 5, 2), 1)
 
@@ -50,7 +53,7 @@ def test_gradients_are_refused(mesh: Mesh) -> None:
     sharding, (q, k, v) = SequenceSharding(mesh), qkv(5)
     sharding.shard_sequence(q, 1)
     with pytest.raises(RuntimeError, match="gradients"):
-        sharding.attend(q.requires_grad_(), k, v, sdpa)
+        sharding.attend(q.requires_grad_(), k, v, sdpa, CALL)
 
 
 def test_what_does_not_fit_the_mesh_is_refused(mesh: Mesh) -> None:
@@ -61,7 +64,7 @@ def test_what_does_not_fit_the_mesh_is_refused(mesh: Mesh) -> None:
     with pytest.raises(ConfigError, match="shares"):
         SequenceSharding(mesh, shares=(0.0,))
     with pytest.raises(ConfigError, match="3 heads"):
-        UlyssesAttention(mesh.ulysses, (5, 5), 0).attend(*qkv(5, heads=3), sdpa, 1)
+        UlyssesAttention(mesh.ulysses, (5, 5), 0).attend(*qkv(5, heads=3), sdpa, CALL, 1)
 
 
 def test_a_ring_needs_the_log_sum_exp(mesh: Mesh) -> None:

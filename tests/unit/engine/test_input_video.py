@@ -16,7 +16,7 @@ from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.media.input_video import read_frames
 from wanduet.media.latents import load_latents
 from wanduet.media.read import read_metadata
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 from wanduet.request import GenerationRequest
 from wanduet.sampling.checkpoint import find_checkpoints
 from wanduet.sampling.denoise import StepInfo
@@ -39,7 +39,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = np.repeat(np.stack((rows * 4, columns * 4, rows + columns), -1)[None].astype(np.uint8), 9, 0)
     for index in range(9):
         frames[index, 8:20, 4 + 3 * index : 16 + 3 * index] = (230, 40, 30)
-    write_video([frames], path, fps=16, codec="ffv1", quality=None, size=(32, 48), metadata={})
+    write_video([frames], path, VideoSpec(32, 48, codec="ffv1"), {})
     return path
 
 
@@ -118,7 +118,7 @@ def test_an_interrupted_job_resumes_bit_for_bit(run: Run, clip: Path, engine: En
 def test_another_input_does_not_resume_from_it(run: Run, clip: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.mkv"
     frames = np.full((9, 32, 48, 3), 90, np.uint8)
-    write_video([frames], other, fps=16, codec="ffv1", quality=None, size=(32, 48), metadata={})
+    write_video([frames], other, VideoSpec(32, 48, codec="ffv1"), {})
     first = latents(run("same", input_video=str(clip), strength=0.6))
     seen: list[int] = []
     second = run("same", lambda info: seen.append(info.step), resume=True, input_video=str(other), strength=0.6)

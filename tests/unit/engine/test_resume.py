@@ -17,15 +17,20 @@ from wanduet.engine import generate
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.kernels.attention.backends import plain_with_lse, sdpa
+from wanduet.kernels.attention.call import AttentionCall, Step
+from wanduet.kernels.attention.choose import Choice
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
 from wanduet.models.dit.model import WanTransformer
 from wanduet.planning.plan import VAEPlan
 from wanduet.request import GenerationRequest
+from wanduet.runtime import dit_host
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
+from wanduet.sampling.samplers import make_sampler
 from wanduet.stages.predict import TextPredictor, TransformerPredictor
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
@@ -320,9 +325,9 @@ class EverySecondStep:
         self.predictor = predictor
         self.restore({})
 
-    def __call__(self, latents: Tensor, timestep: float, conditions: Sequence[Any]) -> Sequence[Tensor]:
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Any]) -> Sequence[Tensor]:
         if self.step % 2 == 0:
-            self.last = list(self.predictor(latents, timestep, conditions))
+            self.last = list(self.predictor(latents, step, conditions))
         self.step += 1
         return self.last
 
@@ -331,6 +336,26 @@ class EverySecondStep:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.step, self.last = state.get("step", 0), state.get("last", [])
+
+
+def test_attention_is_given_the_step_also_by_a_denoise_that_goes_on(run, monkeypatch) -> None:
+    calls: list[AttentionCall] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return sdpa(q, k, v)
+
+    recorded = Choice("recorded", attention, plain_with_lse)
+    monkeypatch.setattr(dit_host, "choose_attention", lambda *_: recorded)  # once for each size
+    interrupt(run, 4, num_frames=1)
+    before = len(calls)
+    job, _ = steps_of(run, resume=True, num_frames=1)
+    request = job.request
+    sampler = make_sampler(request.sampler, request.flow_shift, 6, torch.device("cpu"))
+    steps = [Step(index, timestep) for index, timestep in enumerate(sampler.timesteps)]
+    assert list(dict.fromkeys(call.step for call in calls)) == steps
+    assert calls[before].step == steps[4]
+    assert {call.grid for call in calls} == {(1, 2, 2)}
 
 
 def test_a_predictor_that_remembers_goes_on_from_a_checkpoint_to_the_same_latents(run, monkeypatch) -> None:

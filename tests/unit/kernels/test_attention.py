@@ -11,11 +11,13 @@ from wanduet.kernels import measurements
 from wanduet.kernels.attention import backends
 from wanduet.kernels.attention import choose as attention_choice
 from wanduet.kernels.attention.backends import Backend, available_backends, plain_with_lse, sdpa
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, choose_together, measured
 from wanduet.kernels.measurements import CACHE_FILE, Timing
 
 CPU = torch.device("cpu")
 SHAPE = Shape(queries=64, keys=64, heads=2, head_dim=16)
+CALL = AttentionCall((1, 1, 64))
 
 
 class Spy:
@@ -25,13 +27,13 @@ class Spy:
         self.calls, self.spoil, self.slow = 0, spoil, slow
         self.backend = Backend(name, self.attend, self.attend_with_lse if lse else None, exact=exact)
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, call):
         self.calls += 1
         if self.slow:
             time.sleep(self.slow)
         return self.spoil(sdpa(q, k, v))
 
-    def attend_with_lse(self, q, k, v):
+    def attend_with_lse(self, q, k, v, call):
         out, lse = plain_with_lse(q, k, v)
         return self.spoil(out), lse
 
@@ -126,8 +128,8 @@ def test_the_fastest_is_chosen(slow_sdpa) -> None:
     assert choice.name == "fast"
     assert [row.name for row in choice.table] == ["fast", "sdpa", "slow"]
     q = torch.randn(1, 4, 2, 16)
-    torch.testing.assert_close(choice.fn(q, q, q), sdpa(q, q, q))
-    torch.testing.assert_close(choice.fn_with_lse(q, q, q), plain_with_lse(q, q, q))
+    torch.testing.assert_close(choice.fn(q, q, q, CALL), sdpa(q, q, q))
+    torch.testing.assert_close(choice.fn_with_lse(q, q, q, CALL), plain_with_lse(q, q, q))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,7 +174,7 @@ def test_one_that_raises_is_dropped_in_one_line(slow_sdpa, caplog, monkeypatch, 
 
 def test_a_wrong_log_sum_exp_is_found(slow_sdpa, caplog) -> None:
     spy = Spy("halved")
-    spy.backend = Backend("halved", spy.attend, lambda q, k, v: (sdpa(q, k, v), plain_with_lse(q, k, v)[1] / 2))
+    spy.backend = Backend("halved", spy.attend, lambda q, k, v, call: (sdpa(q, k, v), plain_with_lse(q, k, v)[1] / 2))
     assert choose(spy).name == "sdpa"
     assert "wrong log-sum-exp" in caplog.text
 
@@ -224,7 +226,7 @@ class Failing(Spy):
 
     problem: Exception | None = None
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, call):
         self.calls += 1
         if self.problem is not None:
             raise self.problem

@@ -17,6 +17,7 @@ from wanduet.kernels.vae import choose as conv_choice
 from wanduet.kernels.vae import conv_tiles
 from wanduet.kernels.vae.choose import CHOICES_FILE, choose_tiles, measure
 from wanduet.kernels.vae.conv_tiles import chosen_tile
+from wanduet.kernels.vae.plain import Epilogue, Filter
 
 pytest.importorskip("triton")
 
@@ -76,7 +77,7 @@ def test_every_tile_gives_the_same_to_the_last_bit(convolutions, products_in_ord
     tiles = convolutions.offered_tiles(40, outputs, dtype.itemsize, SMALL_CARD)
     results = [torch.empty_like(out) for _ in tiles]
     for tile, result in zip(tiles, results, strict=True):
-        convolutions.convolve(x, None, weight, torch.zeros(outputs), (1, 1), None, result, None, tile)
+        convolutions.convolve(x, None, Filter(weight, torch.zeros(outputs), (1, 1)), Epilogue(result), tile)
     assert len({tile.name for tile in tiles}) > 1
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -89,16 +90,15 @@ def test_tiles_that_fail_or_give_something_else_are_dropped(convolutions, monkey
 
     def convolve(*args) -> None:
         given = parameters.bind(*args).arguments
-        tile, residual, gamma = given["tile"], given["residual"], given["gamma"]
+        tile, filter, epilogue = given["tile"], given["filter"], given["epilogue"]
+        residual, gamma = epilogue.residual, epilogue.gamma
         assert (residual is None) != (gamma is None)
         if tile is broken:
             raise RuntimeError("no such tile")
         if tile is short:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         off = 1.001 if tile is wrong or (tile is wrong_norm and gamma is not None) else 1.0
-        given["out"].copy_(
-            off * F.conv3d(given["x"][:, :8], given["weight"][:, :8, -1:], given["bias"], padding=(0, 1, 1))
-        )
+        epilogue.out.copy_(off * F.conv3d(given["x"][:, :8], filter.weight[:, :8, -1:], filter.bias, padding=(0, 1, 1)))
 
     monkeypatch.setattr(convolutions, "convolve", convolve)
     monkeypatch.setattr(conv_choice, "_timed", lambda run, device: times[run.args[0].name])
@@ -188,7 +188,8 @@ def test_a_choice_is_what_is_compiled_and_launched(convolutions, measured, tmp_p
             x, weight = (one.to(memory_format=torch.channels_last_3d) for one in (x, weight))
             gamma = torch.empty(width, 1, 1, 1) if has_norm else None
             out = torch.empty_like(x)
-            convolutions.convolve(x, None, weight, x[0, :, 0, 0, 0], (1, 1), None, out, gamma, compile_for=compile_for)
+            filter = Filter(weight, x[0, :, 0, 0, 0], (1, 1))
+            convolutions.convolve(x, None, filter, Epilogue(out, None, gamma), compile_for=compile_for)
         return list(launched)
 
     all_of_them = ["128x(64+32)", SMALL, "128x(128+64)", *([] if has_norm else [SMALL])]

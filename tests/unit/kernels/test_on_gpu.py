@@ -9,10 +9,12 @@ import torch.nn.functional as F
 
 from wanduet.kernels import select
 from wanduet.kernels.attention.backends import available_backends, plain_with_lse
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
 from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae import choose, gpu
+from wanduet.kernels.vae.plain import Filter, Fused
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -81,7 +83,8 @@ def test_the_largest_score_may_be_in_any_tile_of_keys(keys: int) -> None:
     q[:, ::2] += torch.linspace(0, 9, 165, device=DEVICE, dtype=torch.bfloat16)[:, None, None]
     expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
     q[0, 7, 1] = float("nan")
-    for out, lse in (backend.attend_with_lse(q, k, v), (backend.attend(q, k, v), expected_lse)):
+    call = AttentionCall((1, 1, keys))
+    for out, lse in (backend.attend_with_lse(q, k, v, call), (backend.attend(q, k, v, call), expected_lse)):
         assert out[0, 7, 1].isnan().all()
         out[0, 7, 1], lse[0, 1, 7] = expected[0, 7, 1].to(out.dtype), expected_lse[0, 1, 7]
         assert out.isfinite().all()
@@ -99,13 +102,16 @@ def test_a_convolution_is_right_and_does_not_depend_on_the_cut(width: int, dtype
     x, past, residual = draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52), draw(1, width, 2, 40, 52)
     weight = draw(width, width, 3, 3, 3) / (27 * width) ** 0.5
     bias = torch.randn(width, device=DEVICE, dtype=dtype)
-    whole, _ = gpu.causal_conv(x, past, weight, bias, (1, 1), residual=residual)
+    whole, _ = gpu.causal_conv(x, past, Filter(weight, bias, (1, 1)), Fused(residual=residual))
     source = torch.cat((past, x), dim=2).double()
     expected = F.conv3d(source, weight.double(), bias.double(), padding=(0, 1, 1)) + residual.double()
     assert (whole.double() - expected).norm() / expected.norm() < bound
     rows = slice(11, 30)
     part, _ = gpu.causal_conv(
-        x[..., rows, :], past[..., rows, :], weight, bias, (0, 0), residual=residual[..., 12:29, :]
+        x[..., rows, :],
+        past[..., rows, :],
+        Filter(weight, bias, (0, 0)),
+        Fused(residual=residual[..., 12:29, :]),
     )
     assert torch.equal(part, whole[..., 12:29, :])
 

@@ -12,7 +12,7 @@ from wanduet.family.specs import VAESpec
 from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.vae import conv_tiles, gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
-from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Epilogue, Filter, Fused
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.arena_size import DecodeShape, compile_decode
 from wanduet.models.vae.halo_offload import HostTransfer
@@ -58,16 +58,16 @@ def test_a_norm_equals_the_plain_form(convolutions, channels) -> None:
 def test_a_pixel_of_zeros_stays_zero() -> None:
     x, (weight, bias), gamma = clip(8, 1, 2, 2) * 0, convolution(8, 16, (3, 3, 3)), torch.ones(16, 1, 1, 1)
     with torch.no_grad():
-        got, _ = gpu.causal_conv(x, None, weight, bias * 0, (1, 1), gamma[:8], out_gamma=gamma)
+        got, _ = gpu.causal_conv(x, None, Filter(weight, bias * 0, (1, 1)), Fused(gamma[:8], out_gamma=gamma))
     assert not got.any()
 
 
 def test_other_layouts_are_brought_into_this_one() -> None:
     x, gamma, (weight, bias) = torch.randn(1, 8, 1, 3, 4), torch.randn(8, 1, 1, 1), convolution(8, 16, (3, 3, 3))
     with torch.no_grad():
-        got, _ = gpu.causal_conv(x, None, weight, bias, (1, 1), gamma)
+        got, _ = gpu.causal_conv(x, None, Filter(weight, bias, (1, 1)), Fused(gamma))
         assert got.stride(1) == 1
-        expected, _ = plain.causal_conv(x, None, weight, bias, (1, 1), gamma)
+        expected, _ = plain.causal_conv(x, None, Filter(weight, bias, (1, 1)), Fused(gamma))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -85,12 +85,13 @@ def test_a_convolution_equals_the_plain_form(inputs, outputs, pads, has_past, ha
     past = clip(inputs, 2, 4, 3) if has_past else None
     gamma = torch.randn(inputs, 1, 1, 1) if has_norm else None
     residual = clip(outputs, 2, 4 + sum(pads) - 2, 3) if has_residual else None
+    filter = Filter(weight, bias, pads)
     with torch.no_grad():
-        got, left = gpu.causal_conv(x.clone(), past, weight, bias, pads, gamma, residual, consume=True)
+        got, left = gpu.causal_conv(x.clone(), past, filter, Fused(gamma, residual, consume=True))
         padded = None
         if past is not None:  # the plain form writes border rows where the convolution does not pad
             padded = past if pads[0] == pads[1] else torch.nn.functional.pad(past, (0, 0, *pads))
-        expected, _ = plain.causal_conv(x, padded, weight, bias, pads, gamma, residual)
+        expected, _ = plain.causal_conv(x, padded, filter, Fused(gamma, residual))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         kept = x if gamma is None else plain.norm_silu(x, gamma)
         torch.testing.assert_close(left, kept, rtol=1e-5, atol=1e-6)
@@ -102,9 +103,10 @@ def test_a_norm_of_the_result_equals_the_plain_form(outputs, has_residual) -> No
     torch.manual_seed(0)
     x, (weight, bias), gamma = clip(8, 2, 4, 3), convolution(8, outputs, (3, 3, 3)), torch.randn(outputs, 1, 1, 1)
     residual = clip(outputs, 2, 4, 3) if has_residual else None
+    filter, fused = Filter(weight, bias, (1, 1)), Fused(residual=residual, out_gamma=gamma)
     with torch.no_grad():
-        got, _ = gpu.causal_conv(x, None, weight, bias, (1, 1), residual=residual, out_gamma=gamma)
-        expected, _ = plain.causal_conv(x, None, weight, bias, (1, 1), residual=residual, out_gamma=gamma)
+        got, _ = gpu.causal_conv(x, None, filter, fused)
+        expected, _ = plain.causal_conv(x, None, filter, fused)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -155,7 +157,7 @@ def test_channels_as_rows_of_the_product_give_the_same(convolutions, outputs) ->
         out = clip(outputs, 1, 4, 5)
         first, second = (64, 32) if outputs == 96 else (64, 0)
         tile = conv_tiles.Tile(16, first, second, 16, 4, 2, swap)
-        assert convolutions.convolve(x, None, weight, bias, (1, 1), None, out, gamma, tile)
+        assert convolutions.convolve(x, None, Filter(weight, bias, (1, 1)), Epilogue(out, None, gamma), tile)
         results.append(out)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -169,7 +171,7 @@ def test_tiles_of_several_rows_give_the_same(convolutions, has_past) -> None:
     for number, square in ((1, False), (1, True), (2, False), (4, False)):
         out = clip(40, 2, 5, 7)
         tile = conv_tiles.Tile(16, 64, 0, 16, 4, 2, rows=number, square=square)
-        assert convolutions.convolve(x, past, weight, bias, (1, 1), residual, out, gamma, tile)
+        assert convolutions.convolve(x, past, Filter(weight, bias, (1, 1)), Epilogue(out, residual, gamma), tile)
         results.append(out)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
@@ -193,8 +195,8 @@ def test_a_step_of_one_frame_keeps_a_frame_of_the_past() -> None:
     torch.manual_seed(0)
     x, past, (weight, bias) = clip(8, 1, 3, 2), clip(8, 2, 3, 2), convolution(8, 16, (3, 1, 1))
     with torch.no_grad():
-        got, left = gpu.causal_conv(x, past, weight, bias, (0, 0))
-        expected, _ = plain.causal_conv(x, past, weight, bias, (0, 0))
+        got, left = gpu.causal_conv(x, past, Filter(weight, bias, (0, 0)))
+        expected, _ = plain.causal_conv(x, past, Filter(weight, bias, (0, 0)))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(left, torch.cat((past[:, :, 1:], x), dim=2))
 
@@ -231,8 +233,8 @@ def test_a_pixel_does_not_depend_on_how_the_frame_is_cut() -> None:
     torch.manual_seed(0)
     x, past, (weight, bias) = clip(8, 2, 9, 5), clip(8, 2, 9, 5), convolution(8, 16, (3, 3, 3))
     with torch.no_grad():
-        whole, _ = gpu.causal_conv(x, past, weight, bias, (1, 1))
-        part, _ = gpu.causal_conv(x[..., 2:7, :], past[..., 2:7, :], weight, bias, (0, 0))
+        whole, _ = gpu.causal_conv(x, past, Filter(weight, bias, (1, 1)))
+        part, _ = gpu.causal_conv(x[..., 2:7, :], past[..., 2:7, :], Filter(weight, bias, (0, 0)))
     # To the last bit on a GPU (tests marked gpu); the interpreter's matrix products round by a row's place.
     torch.testing.assert_close(part, whole[..., 3:6, :], rtol=1e-5, atol=1e-6)
 
@@ -270,7 +272,7 @@ def test_every_tile_that_may_be_taken_is_compiled_beforehand(convolutions, monke
     monkeypatch.setattr(convolutions, "launch", lambda *args, **options: compiled.append(options["ROWS"]))
     x, out = (torch.empty(1, 384, 1, 60, 104, device="meta").to(memory_format=torch.channels_last_3d) for _ in range(2))
     weight, bias = torch.empty(384, 384, 3, 3, 3, device="meta"), torch.empty(384, device="meta")
-    convolutions.convolve(x, None, weight, bias, (1, 1), None, out, compile_for=torch.device("cpu"))
+    convolutions.convolve(x, None, Filter(weight, bias, (1, 1)), Epilogue(out), compile_for=torch.device("cpu"))
     assert compiled == [8, 1]
 
 
@@ -278,7 +280,7 @@ def test_other_layouts_are_refused_where_they_would_be_misread(convolutions) -> 
     x, weight = clip(16, 1, 4, 4), clip(16, 1, 1, 1).expand(16, -1, -1, -1, -1)
     other = torch.empty(1, 16, 1, 4, 4)
     with pytest.raises(ValueError, match="side by side"):
-        convolutions.convolve(x, None, weight, torch.zeros(16), (0, 0), None, other)
+        convolutions.convolve(x, None, Filter(weight, torch.zeros(16), (0, 0)), Epilogue(other))
 
 
 def test_a_copy_on_the_host_keeps_its_layout() -> None:

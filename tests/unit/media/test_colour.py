@@ -8,7 +8,7 @@ import pytest
 
 from wanduet.media.codecs import CODECS, ToRGB, ToVideoFrame
 from wanduet.media.read import read_frames
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 
 SOLID = [tuple(c) for c in itertools.product((0, 128, 255), repeat=3)] + [(200, 60, 20), (13, 77, 201), (250, 240, 10)]
 KR, KG, KB = 0.2126, 0.7152, 0.0722  # ITU-R BT.709-6, 3.2
@@ -38,7 +38,7 @@ def solid_frames() -> np.ndarray:
 
 @pytest.mark.parametrize(("codec", "name"), [("h264", "a.mp4"), ("av1", "a.mp4"), ("vp9", "a.webm")])
 def test_solid_colours_are_stored_as_bt709(tmp_path, codec, name) -> None:
-    path = write_video(solid_frames(), tmp_path / name, codec=codec, quality=100).path
+    path = write_video(solid_frames(), tmp_path / name, VideoSpec(64, 64, codec=codec, quality=100)).path
     got, expected = stored(path), bt709(np.array(SOLID))
     assert np.abs(got - expected).mean() < 0.5
     assert np.abs(got - expected).max() < 2.0
@@ -49,7 +49,7 @@ def test_solid_colours_are_stored_as_bt709(tmp_path, codec, name) -> None:
 @pytest.mark.parametrize(("codec", "name"), [("h264", "a.mp4"), ("av1", "a.mp4"), ("vp9", "a.webm")])
 def test_solid_colours_come_back(tmp_path, codec, name) -> None:
     frames = solid_frames()
-    path = write_video(frames, tmp_path / name, codec=codec, quality=100).path
+    path = write_video(frames, tmp_path / name, VideoSpec(64, 64, codec=codec, quality=100)).path
     got = np.stack(list(read_frames(path))).astype(int)
     assert got.shape == frames.shape
     assert np.abs(got - frames).mean() < 1.0
@@ -62,7 +62,7 @@ def test_gradient_comes_back(tmp_path, quality) -> None:
     picture = np.zeros((64, 256, 3))
     picture[..., 0], picture[..., 1], picture[..., 2] = ramp, 255 - np.abs(2 * ramp - 255), ramp[::-1]
     frames = picture.astype(np.uint8)[None].repeat(5, 0)
-    got = np.stack(list(read_frames(write_video(frames, tmp_path / "a.mp4", quality=quality).path)))
+    got = np.stack(list(read_frames(write_video(frames, tmp_path / "a.mp4", VideoSpec(64, 256, quality=quality)).path)))
     assert np.abs(got.astype(int) - frames).mean() < 2.0
 
 

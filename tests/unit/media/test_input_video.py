@@ -16,7 +16,7 @@ from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import WAN_1_3B
 from wanduet.media.input_video import read_frames, read_source, resolve
 from wanduet.media.read import read_frames as decoded_frames
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 from wanduet.request import GenerationRequest
 
 QUIET = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "8"}}
@@ -312,7 +312,7 @@ def test_colours_come_out_as_the_file_states_them(tmp_path, size, tags, name, co
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "av1"])
 def test_colours_of_a_video_of_ours(tmp_path, codec) -> None:
-    path = write_video(patches(5), tmp_path / "a.mkv", codec=codec, quality=100).path
+    path = write_video(patches(5), tmp_path / "a.mkv", VideoSpec(64, 128, codec=codec, quality=100)).path
     for size in ((64, 128), (32, 64)):
         assert np.abs(middles(first_frame(path, size)) - PATCHES).max() <= 3
 

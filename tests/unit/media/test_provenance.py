@@ -15,9 +15,19 @@ from wanduet.family.specs import WAN_1_3B
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import save_latents
-from wanduet.media.provenance import from_json, make_provenance, summary, tags, title, to_json, versions, x264_version
+from wanduet.media.provenance import (
+    Making,
+    from_json,
+    make_provenance,
+    summary,
+    tags,
+    title,
+    to_json,
+    versions,
+    x264_version,
+)
 from wanduet.media.read import probe, read_metadata
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 from wanduet.request import GenerationRequest, ResolvedRequest
 
 NASTY = "She said \"hi\"\\n'quoted'\n\ttab\r\n = ; # \x00\x1b[31m <b>&amp;</b> 猫がいる 🐈‍⬛ ünï " + "长" * 1200
@@ -28,15 +38,17 @@ def resolved(prompt: str = "a cat") -> ResolvedRequest:
     return GenerationRequest.parse(prompt=prompt, seed=7, num_frames=5, height=64, width=96).resolve(WAN_1_3B)
 
 
-def made(prompt: str = "a cat", **more) -> dict:
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def made(prompt: str = "a cat", created_at: datetime = MOMENT, **more) -> dict:
     values = {
         "seed": 8,
         "model": {"name": "Wan2.1-T2V-1.3B", "hash": "sha256:ab", "revision": None},
         "engine": {"strategy": "single", "transformer_dtype": torch.bfloat16},
-        "versions": {"wanduet": "0.1.0", "torch": "2.13.0"},
-        "created_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     }
-    return make_provenance(resolved(prompt), **(values | more))
+    versions = {"wanduet": "0.1.0", "torch": "2.13.0"}
+    return make_provenance(resolved(prompt), Making(**(values | more)), versions, created_at)
 
 
 def test_holds_all_that_is_needed_to_make_it_again() -> None:
@@ -80,7 +92,7 @@ def test_metadata_survives_each_container(tmp_path, prompt, name) -> None:
         save_latents(path, torch.zeros(16, 2, 8, 12), expected)
     else:
         codec = {".mkv": "ffv1", ".webm": "vp9"}.get(path.suffix, "h264")
-        write_video(np.zeros((2, 64, 96, 3), np.uint8), path, codec=codec, metadata=expected)
+        write_video(np.zeros((2, 64, 96, 3), np.uint8), path, VideoSpec(64, 96, codec=codec), expected)
         assert probe(path)["num_frames"] == 2
     got = read_metadata(path)
     assert (got.pop("latents_sha256", None) is not None) == (path.suffix == ".safetensors")

@@ -9,7 +9,7 @@ import pytest
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.media.truncation import promised_bytes
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 
 KINDS = [("h264", ".mp4"), ("vp9", ".webm"), ("ffv1", ".mkv")]
 
@@ -18,7 +18,7 @@ KINDS = [("h264", ".mp4"), ("vp9", ".webm"), ("ffv1", ".mkv")]
 def test_a_video_that_was_cut_off_anywhere_is_named(tmp_path: Path, codec: str, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
-    write_video(frames, path, codec=codec, metadata={"seed": 1})
+    write_video(frames, path, VideoSpec(32, 32, codec=codec), {"seed": 1})
     data = path.read_bytes()
     assert promised_bytes(io.BytesIO(data)) == len(data)
     assert promised_bytes(io.BytesIO(data + b"\0\0\0")) == len(data)  # what a mail program adds

@@ -23,7 +23,7 @@ def names(folder) -> list[str]:
 
 
 def test_frames_and_timestamps_are_exact(tmp_path, moving) -> None:
-    result = write_video(moving(33), tmp_path / "a.mp4", fps=16)
+    result = write_video(moving(33), tmp_path / "a.mp4")
     assert result.num_frames == 33
     assert result.num_bytes == result.path.stat().st_size
     with av.open(str(result.path)) as container:
@@ -47,7 +47,7 @@ def test_probe(tmp_path, moving) -> None:
 )
 def test_each_codec_in_its_containers(tmp_path, moving, codec, name) -> None:
     frames = moving(9)
-    path = write_video(frames, tmp_path / name, codec=codec).path
+    path = write_video(frames, tmp_path / name, VideoSpec(*frames.shape[1:3], codec=codec)).path
     facts = probe(path)
     assert (facts["codec"], facts["num_frames"], facts["fps"]) == (codec, 9, 16.0)
     got = np.stack(list(read_frames(path))).astype(int)
@@ -56,7 +56,7 @@ def test_each_codec_in_its_containers(tmp_path, moving, codec, name) -> None:
 
 def test_ffv1_is_lossless(tmp_path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (7, 48, 80, 3), dtype=np.uint8)
-    path = write_video(frames, tmp_path / "a.mkv", codec="ffv1").path
+    path = write_video(frames, tmp_path / "a.mkv", VideoSpec(*frames.shape[1:3], codec="ffv1")).path
     assert np.array_equal(np.stack(list(read_frames(path))), frames)
     hashes = frame_hashes(path)
     assert hashes.frames == tuple(hash_frame(frame) for frame in frames)
@@ -65,9 +65,9 @@ def test_ffv1_is_lossless(tmp_path) -> None:
 
 def test_one_changed_pixel_changes_the_digest(tmp_path, moving) -> None:
     frames = moving(5)
-    before = frame_hashes(write_video(frames, tmp_path / "a.mkv", codec="ffv1").path)
+    before = frame_hashes(write_video(frames, tmp_path / "a.mkv", VideoSpec(*frames.shape[1:3], codec="ffv1")).path)
     frames[3, 10, 10, 1] ^= 1
-    after = frame_hashes(write_video(frames, tmp_path / "b.mkv", codec="ffv1").path)
+    after = frame_hashes(write_video(frames, tmp_path / "b.mkv", VideoSpec(*frames.shape[1:3], codec="ffv1")).path)
     assert [a == b for a, b in zip(before.frames, after.frames, strict=True)] == [True, True, True, False, True]
     assert before.digest != after.digest
 
@@ -78,9 +78,11 @@ def test_one_changed_pixel_changes_the_digest(tmp_path, moving) -> None:
 def test_same_frames_same_bytes(tmp_path, moving, codec, name) -> None:
     metadata = {"request": {"prompt": "waves"}, "seed": 1}
     frames = moving(20)
-    first = write_video(frames, tmp_path / f"a.{name}", codec=codec, metadata=metadata).path
+    first = write_video(frames, tmp_path / f"a.{name}", VideoSpec(*frames.shape[1:3], codec=codec), metadata).path
     chunks = [frames[:1], frames[1:5], frames[5], frames[6:]]  # other chunks, and a slower caller
-    second = write_video(_slowly(chunks), tmp_path / f"b.{name}", codec=codec, metadata=metadata).path
+    second = write_video(
+        _slowly(chunks), tmp_path / f"b.{name}", VideoSpec(*frames.shape[1:3], codec=codec), metadata
+    ).path
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -92,7 +94,7 @@ def _slowly(chunks):
 
 def test_encoder_settings_do_not_depend_on_the_machine(tmp_path, moving) -> None:
     """x264 writes its settings into the stream; with another number of threads the bytes would differ."""
-    data = write_video(moving(3, 256, 256), tmp_path / "a.mp4", quality=60).path.read_bytes()
+    data = write_video(moving(3, 256, 256), tmp_path / "a.mp4", VideoSpec(256, 256, quality=60)).path.read_bytes()
     settings = data[data.index(b"x264 - core") :][:900]
     for setting in (f" threads={ENCODER_THREADS} ".encode(), b" sliced_threads=0 ", b" crf=24.0 ", b" keyint=32 "):
         assert setting in settings, setting
@@ -105,7 +107,7 @@ def test_index_comes_before_the_frames(tmp_path, moving) -> None:
 
 def test_crop_keeps_the_top_left(tmp_path, moving) -> None:
     frames = moving(3, 80, 96)
-    path = write_video(frames, tmp_path / "a.mkv", codec="ffv1", size=(72, 90)).path
+    path = write_video(frames, tmp_path / "a.mkv", VideoSpec(72, 90, codec="ffv1")).path
     assert np.array_equal(np.stack(list(read_frames(path))), frames[:, :72, :90])
 
 
@@ -113,7 +115,7 @@ def test_1080_rows_of_1088(tmp_path) -> None:
     """1080 is no multiple of a macroblock: H.264 pads it, and players must not see the padding."""
     frames = np.zeros((2, 1088, 1920, 3), np.uint8)
     frames[:, :1080] = (200, 60, 20)
-    path = write_video(frames, tmp_path / "a.mp4", size=(1080, 1920)).path
+    path = write_video(frames, tmp_path / "a.mp4", VideoSpec(1080, 1920)).path
     got = next(read_frames(path))
     assert got.shape == (1080, 1920, 3)
     assert np.abs(got[-1].astype(int) - (200, 60, 20)).max() <= 3
@@ -123,7 +125,7 @@ def test_quality_trades_size_for_error(tmp_path, moving) -> None:
     frames = moving(9, 128, 128)
     sizes, errors = [], []
     for quality in (1, 25, 50, 75, 100):
-        result = write_video(frames, tmp_path / "a.mp4", quality=quality)
+        result = write_video(frames, tmp_path / "a.mp4", VideoSpec(128, 128, quality=quality))
         sizes.append(result.num_bytes)
         errors.append(np.abs(np.stack(list(read_frames(result.path))).astype(int) - frames).mean())
     assert sizes == sorted(sizes)
@@ -133,8 +135,8 @@ def test_quality_trades_size_for_error(tmp_path, moving) -> None:
 
 
 def test_odd_number_of_frames_per_second_is_exact(tmp_path, moving) -> None:
-    assert probe(write_video(moving(4), tmp_path / "a.mp4", fps=1).path)["duration_s"] == 4
-    assert probe(write_video(moving(4), tmp_path / "b.mp4", fps=120).path)["fps"] == 120
+    assert probe(write_video(moving(4), tmp_path / "a.mp4", VideoSpec(64, 96, 1)).path)["duration_s"] == 4
+    assert probe(write_video(moving(4), tmp_path / "b.mp4", VideoSpec(64, 96, 120)).path)["fps"] == 120
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_wrong_extension_is_refused_before_a_frame_is_taken(tmp_path, name, code
         yield
 
     with pytest.raises(InvalidRequestError) as caught:
-        write_video(never(), tmp_path / name, codec=codec)
+        write_video(never(), tmp_path / name, VideoSpec(64, 96, codec=codec))
     assert caught.value.nearest == nearest
 
 

@@ -6,6 +6,7 @@ import torch
 from wanduet.distributed.sequence.sharding import NoSharding
 from wanduet.family.specs import TransformerSpec
 from wanduet.kernels.attention.backends import sdpa
+from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.models.dit.model import TextContext, WanTransformer
 
 SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
@@ -115,14 +116,32 @@ def test_the_first_self_attention_serves_all_prompts(model, given) -> None:
     latents, timestep, embeds = given
     calls = []
 
-    def attention(q, k, v):
-        calls.append(len(q))
+    def attention(q, k, v, call):
+        calls.append(call)
         return sdpa(q, k, v)
 
     model.runtime = dataclasses.replace(model.runtime, attention=attention)
     text = model.prepare_text(embeds), model.prepare_text(embeds * 2)
-    model.forward_cfg(latents, timestep, text, model.prepare_rope(latents.shape, latents.device))
-    assert len(calls) == 2 * SPEC.num_layers - 1
+    rope = model.prepare_rope(latents.shape, latents.device)
+    model.forward_cfg(latents, timestep, text, rope, Step(7, 400.0))
+    assert calls == [AttentionCall((3, 3, 4), block, Step(7, 400.0)) for block in (0, 1, 1)]
+    calls.clear()
+    model(latents, timestep, text[0])
+    assert calls == [AttentionCall((3, 3, 4), block) for block in (0, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [0, 1])
+def test_attention_may_act_by_block(model, given, block) -> None:
+    usual = model(*given)
+    skips = lambda q, k, v, call: v * 0 if call.block == block else sdpa(q, k, v)  # noqa: E731
+    model.runtime = dataclasses.replace(model.runtime, attention=skips)
+    got = model(*given)
+    model.runtime = dataclasses.replace(model.runtime, attention=sdpa)
+    values = model.blocks[block].attn1.to_v
+    values.weight.zero_(), values.bias.zero_()
+    assert torch.equal(got, model(*given))
+    assert not torch.equal(got, usual)
 
 
 @torch.no_grad()
@@ -135,11 +154,11 @@ def test_what_is_sent_ahead_is_what_is_attended_to(model, given) -> None:
         def send_qkv(self, index: int, x: torch.Tensor) -> None:
             sent.append((index, x.clone()))
 
-        def attend(self, q, k, v, attention):
+        def attend(self, q, k, v, attention, call):
             assert [index for index, _ in sent] == [2, 1, 0]
             assert all(torch.equal(x, (q, k, v)[index]) for index, x in sent)
             sent.clear()
-            return super().attend(q, k, v, attention)
+            return super().attend(q, k, v, attention, call)
 
         attend_first_block = attend
 

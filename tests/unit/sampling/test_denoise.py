@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.kernels.attention.call import Step
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import NoGuidance, SequentialGuidance
 from wanduet.sampling.noise import initial_noise
@@ -20,8 +21,8 @@ def test_non_finite_latents_are_named_at_their_step(bad: float, step: int) -> No
     sampler = make_sampler("euler", 3.0, 5, CPU)
     seen = []
 
-    def velocity(x, timestep):
-        return x * bad if timestep == sampler.timesteps[step] else x
+    def velocity(x, now):
+        return x * bad if now == Step(step, sampler.timesteps[step]) else x
 
     with pytest.raises(NonFiniteLatentsError) as caught:
         denoise(velocity, start(), sampler, on_step=lambda info: seen.append(info.step))
@@ -50,10 +51,10 @@ def test_a_callback_may_replace_the_latents() -> None:
 
 
 def test_guidance_formula() -> None:
-    predict = lambda x, t, conditions: [x * c + t for c in conditions]  # noqa: E731
+    predict = lambda x, t, conditions: [x * c + t.timestep for c in conditions]  # noqa: E731
     x = start()
-    assert torch.equal(NoGuidance(predict, 2.0)(x, 1.0), x * 2 + 1)
-    guided = SequentialGuidance(predict, 3.0, -1.0, 5.0)(x, 0.0)
+    assert torch.equal(NoGuidance(predict, 2.0)(x, Step(0, 1.0)), x * 2 + 1)
+    guided = SequentialGuidance(predict, 3.0, -1.0, 5.0)(x, Step(0, 0.0))
     torch.testing.assert_close(guided, -x + 5 * (3 * x + x))
 
 

@@ -13,6 +13,7 @@ from wanduet.distributed.p2p.heads import P2PUlysses, ulysses_buffer_bytes
 from wanduet.distributed.p2p.keys import P2PAllGatherKV, kv_buffer_bytes
 from wanduet.distributed.p2p.memory import PeerMemory
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 
 
 class P2PExchange(Protocol):
@@ -28,11 +29,11 @@ class P2PExchange(Protocol):
         Call this once for each of them before `attend`.
         """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, call: AttentionCall) -> Tensor:
         """Return attention of this rank's queries with all heads, `[1, this rank's L, H, D]`.
 
         q, k and v must have been passed to `send_qkv`. `local_attention` is called one or more times, with some queries
-        and all ranks' keys and values of the same heads.
+        and all ranks' keys and values of the same heads. `call` describes the attention of all ranks.
         """
 
 

@@ -28,6 +28,7 @@ from wanduet.distributed.p2p.memory import PeerMemory, signal_all
 from wanduet.distributed.sequence.ulysses import heads_per_rank
 from wanduet.distributed.split import other_ranks, rank_slice
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.views import copy_rows
 
 # Channels 0, 1 and 2 signal that q, k and v have arrived, 3 that results have, 4 and 5 that k and v have been read.
@@ -67,10 +68,10 @@ class P2PUlysses:
             self.memory.copy(theirs, self._whole(rank, index, x_BLHD)[:, rank_slice(self.lengths, self.rank)])
             self.memory.signal(rank, index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, call: AttentionCall) -> Tensor:
         """See P2PExchange. The result is a view of the buffer, valid until the next call."""
         heads = heads_per_rank(q, len(self.lengths))
-        mine = slice(self.rank * heads, (self.rank + 1) * heads)
+        mine, call = slice(self.rank * heads, (self.rank + 1) * heads), call.part(head=self.rank * heads)
         whole_q, whole_k, whole_v = (self._whole(self.rank, index, q) for index in range(3))
         stays = [(whole_k, k), (whole_v, v), *([(whole_q, q)] if self.single_call else [])]
         for whole_BLHD, x_BLHD in stays:
@@ -78,9 +79,9 @@ class P2PUlysses:
         for rank, index in product(other_ranks(len(self.lengths), self.rank), READ_CHANNELS):
             self.memory.wait(rank, index)
         if self.single_call:
-            results = self._attend_all(whole_q, whole_k, whole_v, local_attention)
+            results = self._attend_all(whole_q, whole_k, whole_v, local_attention, call)
         else:
-            results = self._attend_by_rank(q[:, :, mine], whole_q, whole_k, whole_v, local_attention)
+            results = self._attend_by_rank(q[:, :, mine], whole_q, whole_k, whole_v, local_attention, call)
         sent: list[Tensor] = []  # keeps the results' memory from being reused before the copies are done
         for rank, rows, result_BLHD in results:
             sent.append(result_BLHD.contiguous())
@@ -95,7 +96,7 @@ class P2PUlysses:
         return self._out(self.rank, q)
 
     def _attend_by_rank(
-        self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn
+        self, own_BLHD: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
     ) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the rank whose queries were attended with, the slice of its tokens, and the result.
 
@@ -104,22 +105,25 @@ class P2PUlysses:
         length = own_BLHD.shape[1]
         deferred = length - min(MAX_DEFERRED_QUERIES, length // 4)
 
-        def attend(q_BLHD: Tensor) -> Tensor:
-            return attention(q_BLHD, k, v) if q_BLHD.numel() else q_BLHD
+        first = rank_slice(self.lengths, self.rank).start
 
-        yield self.rank, slice(0, deferred), attend(own_BLHD[:, :deferred])
+        def attend(q_BLHD: Tensor, first_query: int) -> Tensor:
+            return attention(q_BLHD, k, v, call.part(query=first_query)) if q_BLHD.numel() else q_BLHD
+
+        yield self.rank, slice(0, deferred), attend(own_BLHD[:, :deferred], first)
         for rank in other_ranks(len(self.lengths), self.rank):
             self.memory.wait(rank, 0)
-            yield rank, slice(None), attend(q[:, rank_slice(self.lengths, rank)])
-        yield self.rank, slice(deferred, length), attend(own_BLHD[:, deferred:])
+            rows = rank_slice(self.lengths, rank)
+            yield rank, slice(None), attend(q[:, rows], rows.start)
+        yield self.rank, slice(deferred, length), attend(own_BLHD[:, deferred:], first + deferred)
 
     def _attend_all(
-        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
     ) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the same as `_attend_by_rank`, from one call with all queries."""
         for rank in other_ranks(len(self.lengths), self.rank):
             self.memory.wait(rank, 0)
-        out_BLHD = attention(q, k, v)
+        out_BLHD = attention(q, k, v, call)
         for rank in (*other_ranks(len(self.lengths), self.rank), self.rank):
             yield rank, slice(None), out_BLHD[:, rank_slice(self.lengths, rank)]
 

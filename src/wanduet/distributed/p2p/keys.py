@@ -23,6 +23,7 @@ from torch import Size, Tensor
 from wanduet.distributed.p2p.memory import PeerMemory, signal_all
 from wanduet.distributed.split import other_ranks, rank_slice
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.views import copy_rows
 
 KEYS, VALUES = 1, 2  # the indices of k and v, and the channels that signal their arrival
@@ -56,7 +57,7 @@ class P2PAllGatherKV:
             self.memory.copy(x_BLHD, self._own_rows(rank, index, x_BLHD))
             self.memory.signal(rank, index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, call: AttentionCall) -> Tensor:
         """See P2PExchange."""
         for index, x_BLHD in ((KEYS, k), (VALUES, v)):
             own_BLHD = self._own_rows(self.rank, index, x_BLHD)
@@ -65,7 +66,8 @@ class P2PAllGatherKV:
         for rank, index in product(other_ranks(len(self.lengths), self.rank), READ_CHANNELS):
             self.memory.wait(rank, index)
         whole_k, whole_v = (self._whole(self.rank, index, q) for index in (KEYS, VALUES))
-        out_BLHD = local_attention(q, whole_k, whole_v) if q.numel() else q
+        own = call.part(query=rank_slice(self.lengths, self.rank).start)
+        out_BLHD = local_attention(q, whole_k, whole_v, own) if q.numel() else q
         self.memory.wait_copies()  # the caller may overwrite what was sent
         self._signal_read()
         return out_BLHD

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from wanduet.distributed.collectives import all_gather
 from wanduet.distributed.sequence.sharding import NoSharding
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 
 # The result is gathered in this many chunks of tokens, so that the receive buffers stay small.
 CHUNKS = 8
@@ -40,16 +41,18 @@ class CfgSharding(NoSharding):
         """Create the sharding for this rank of `group`."""
         return cls(dist.get_world_size(group), dist.get_rank(group), partial(all_gather, group=group))
 
-    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return `attention(q, k, v)`, of which this rank computes its share of the heads.
+    def attend_first_block(
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
+    ) -> Tensor:
+        """Return `attention(q, k, v, call)`, of which this rank computes its share of the heads.
 
         If the number of ranks does not divide the heads, every rank computes all of them.
         """
         heads = q.shape[2] // self._ranks
         if heads * self._ranks != q.shape[2]:
-            return attention(q, k, v)
+            return attention(q, k, v, call)
         mine = slice(self._rank * heads, (self._rank + 1) * heads)
-        own_BLHD = attention(q[:, :, mine], k[:, :, mine], v[:, :, mine])
+        own_BLHD = attention(q[:, :, mine], k[:, :, mine], v[:, :, mine], call.part(head=mine.start))
         out_BLRHD = torch.empty(q.shape, dtype=q.dtype, device=q.device).unflatten(2, (self._ranks, heads))
         length = -(-q.shape[1] // CHUNKS)
         for own, out in zip(own_BLHD.split(length, dim=1), out_BLRHD.split(length, dim=1), strict=True):

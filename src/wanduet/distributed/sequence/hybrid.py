@@ -20,11 +20,12 @@ from torch import distributed as dist
 
 from wanduet.distributed.mesh import Mesh
 from wanduet.distributed.p2p.exchange import P2PExchange, p2p_exchange
-from wanduet.distributed.sequence.ring import ring_attention
+from wanduet.distributed.sequence.ring import RingAttention
 from wanduet.distributed.sequence.ulysses import UlyssesAttention
 from wanduet.distributed.split import rank_slice, split_lengths
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import AttentionFn, AttentionLseFn, plain_with_lse
+from wanduet.kernels.attention.call import AttentionCall
 
 # Heads are exchanged in this many groups: while one group is attended to, the next is being exchanged.
 HEAD_GROUPS = 2
@@ -112,8 +113,9 @@ class SequenceSharding:
             exchange.send_qkv(index, x)
             self._sent.add(index)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return attention of this rank's queries to the whole sequence; all `[B, L, H, D]`, any dtype.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
+        """Return attention of this rank's queries to the whole sequence, which `call` describes; all `[B, L, H, D]`, any
+        dtype.
 
         Raises ValueError if the queries have another length than this rank's part of the sequence sharded last,
         ConfigError if the mesh's Ulysses degree does not divide the heads, RuntimeError if gradients are required.
@@ -123,28 +125,33 @@ class SequenceSharding:
             raise RuntimeError("A sharded sequence is for inference: gradients do not pass through its exchanges.")
         layout = self.mesh.layout
         ring_lengths = [sum(self._lengths[r * layout.ulysses : (r + 1) * layout.ulysses]) for r in range(layout.ring)]
+        # The queries of the ranks of this rank's Ulysses group.
+        call = call.part(query=sum(self._lengths[: self._rank - self._ulysses_rank]))
 
-        def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def local_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             if layout.ring == 1:
-                return attention(q, k, v)
+                return attention(q, k, v, call)
             assert self._attention_lse is not None
-            return ring_attention(q, k, v, ring_lengths, self._attention_lse, self.mesh.ring)
+            ring = RingAttention.from_group(self.mesh.ring, ring_lengths)
+            return ring.attend(q, k, v, self._attention_lse, call)
 
         if layout.ulysses == 1:
-            return local_attention(q, k, v)
+            return local_attention(q, k, v, call)
         exchange = self._p2p_exchange(q)
         if exchange is None:
             ulysses = UlyssesAttention(self.mesh.ulysses, self._ulysses_lengths, self._ulysses_rank)
-            return ulysses.attend(q, k, v, local_attention, self._head_groups)
+            return ulysses.attend(q, k, v, local_attention, call, self._head_groups)
         for index, x in ((2, v), (1, k), (0, q)):
             if index not in self._sent:
                 self.send_qkv(index, x)
         self._sent.clear()
-        return exchange.attend(q, k, v, local_attention)
+        return exchange.attend(q, k, v, local_attention, call)
 
-    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return `attend(q, k, v, attention)`."""
-        return self.attend(q, k, v, attention)
+    def attend_first_block(
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
+    ) -> Tensor:
+        """Return `attend(q, k, v, attention, call)`."""
+        return self.attend(q, k, v, attention, call)
 
     def _p2p_exchange(self, x: Tensor) -> P2PExchange | None:
         """Return the exchange by peer memory; None if the mesh has none, or for a batch larger than one."""

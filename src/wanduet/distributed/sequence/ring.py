@@ -6,55 +6,57 @@ Letters in names: B batch, L tokens, H heads, D channels of a head.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from wanduet.distributed.split import rank_slice
 from wanduet.kernels.attention.backends import AttentionLseFn
+from wanduet.kernels.attention.call import AttentionCall
 
 SendRecv = Callable[[Tensor, Tensor], Sequence[dist.Work]]
 """Starts to send the first tensor to the next rank, and to receive the second from the rank before."""
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention_lse: AttentionLseFn, group: dist.ProcessGroup
-) -> Tensor:
-    """Return attention of this rank's queries to all ranks' keys and values; all `[B, L, H, D]` of one dtype.
+@dataclass(frozen=True, slots=True)
+class RingAttention:
+    """Attention over a ring of ranks. `lengths` are their numbers of tokens; this is rank `rank`."""
 
-    `lengths` are the numbers of tokens of the ranks of `group`. Partial results are merged in float32; the result has
-    the dtype of `q`.
-    """
-    return ring_attention_loop(q, k, v, lengths, attention_lse, dist.get_rank(group), partial(_send_recv, group=group))
+    lengths: Sequence[int]
+    rank: int
+    send_recv: SendRecv
 
+    @classmethod
+    def from_group(cls, group: dist.ProcessGroup, lengths: Sequence[int]) -> Self:
+        """Create it for this rank of `group`."""
+        return cls(lengths, dist.get_rank(group), partial(_send_recv, group=group))
 
-def ring_attention_loop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    attention_lse: AttentionLseFn,
-    rank: int,
-    send_recv: SendRecv,
-) -> Tensor:
-    """Return `ring_attention`, with `send_recv` as the transport.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_lse: AttentionLseFn, call: AttentionCall) -> Tensor:
+        """Return attention of this rank's queries to all ranks' keys and values; all `[B, L, H, D]` of one dtype.
 
-    The next keys and values arrive while the current ones are attended to; at most two parts are in memory.
-    """
-    size = len(lengths)
-    kv = torch.stack((k, v))
-    merged = _MergedAttention()
-    for step in range(size):
-        next_length, last = lengths[(rank - step - 1) % size], step == size - 1
-        next_kv = kv.new_empty((2, kv.shape[1], 0 if last else next_length, *kv.shape[3:]))
-        works = [] if last else send_recv(kv, next_kv)
-        if kv.numel() and q.numel():
-            merged.add(*attention_lse(q, kv[0], kv[1]))
-        for work in works:
-            work.wait()
-        kv = next_kv
-    return merged.result(q)
+        `call` describes the attention of these queries to all keys. Partial results are merged in float32; the result
+        has the dtype of `q`. The next keys and values arrive while the current ones are attended to; at most two parts
+        are in memory.
+        """
+        size = len(self.lengths)
+        kv = torch.stack((k, v))
+        merged = _MergedAttention()
+        for step in range(size):
+            source, last = (self.rank - step) % size, step == size - 1
+            next_length = 0 if last else self.lengths[source - 1]
+            next_kv = kv.new_empty((2, kv.shape[1], next_length, *kv.shape[3:]))
+            works = [] if last else self.send_recv(kv, next_kv)
+            if kv.numel() and q.numel():
+                own = call.part(key=rank_slice(self.lengths, source).start)
+                merged.add(*attention_lse(q, kv[0], kv[1], own))
+            for work in works:
+                work.wait()
+            kv = next_kv
+        return merged.result(q)
 
 
 def _send_recv(kv: Tensor, next_kv: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:

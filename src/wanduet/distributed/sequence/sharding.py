@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 
 
 class Sharding(Protocol):
@@ -32,10 +33,15 @@ class Sharding(Protocol):
     def send_qkv(self, index: int, x: Tensor) -> None:
         """Start to send q (index 0), k (1) or v (2) `[B, L, H, D]` of the next `attend`."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return attention of this rank's queries to the whole sequence; all `[B, L, H, D]`."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
+        """Return attention of this rank's queries to the whole sequence; all `[B, L, H, D]`.
 
-    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        `call` describes the attention of all ranks; `attention` gets the part of it that it computes.
+        """
+
+    def attend_first_block(
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
+    ) -> Tensor:
         """Return `attend` for the first block. Its inputs do not depend on the prompt yet, so that ranks with different
         prompts may share the work."""
 
@@ -63,10 +69,12 @@ class NoSharding:
     def send_qkv(self, index: int, x: Tensor) -> None:
         """Do nothing."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return `attention(q, k, v)`."""
-        return attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
+        """Return `attention(q, k, v, call)`."""
+        return attention(q, k, v, call)
 
-    def attend_first_block(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        """Return `attention(q, k, v)`."""
-        return attention(q, k, v)
+    def attend_first_block(
+        self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall
+    ) -> Tensor:
+        """Return `attention(q, k, v, call)`."""
+        return attention(q, k, v, call)

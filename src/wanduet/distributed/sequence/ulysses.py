@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import AttentionFn
+from wanduet.kernels.attention.call import AttentionCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,17 @@ class UlyssesAttention:
     lengths: Sequence[int]
     rank: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, groups: int) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, local_attention: AttentionFn, call: AttentionCall, groups: int
+    ) -> Tensor:
         """Return attention of this rank's queries with all heads; all tensors are `[B, this rank's L, H, D]`.
 
-        `local_attention` is called once for each of `groups` groups of heads, with the whole sequence. Raises
-        ConfigError if the number of ranks does not divide the heads.
+        `local_attention` is called once for each of `groups` groups of heads, with the whole sequence, which
+        `call` describes. Raises ConfigError if the number of ranks does not divide the heads.
         """
         ranks = len(self.lengths)
-        head_slices = even_slices(heads_per_rank(q, ranks), groups)
+        heads_each = heads_per_rank(q, ranks)
+        head_slices = even_slices(heads_each, groups)
         out_BLHD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out_BLPHD = out_BLHD.unflatten(2, (ranks, -1))
         pending_qkv = [self._scatter_heads((q, k, v), head_slices[0])]
@@ -56,7 +60,8 @@ class UlyssesAttention:
             if index + 1 < len(head_slices):
                 pending_qkv.append(self._scatter_heads((q, k, v), head_slices[index + 1]))
             whole = self._unpack_qkv(pending_qkv.pop(0).wait(), q, head_slices[index])
-            pending_out.append(self._scatter_tokens(local_attention(*whole)))
+            own = call.part(head=self.rank * heads_each + head_slices[index].start)
+            pending_out.append(self._scatter_tokens(local_attention(*whole, own)))
         for heads, pending in zip(head_slices, pending_out, strict=True):
             received_PBLHD = pending.wait().view(ranks, *q.shape[:2], heads.stop - heads.start, q.shape[3])
             out_BLPHD[:, :, :, heads] = received_PBLHD.permute(1, 2, 0, 3, 4)
@@ -73,14 +78,16 @@ class UlyssesAttention:
         received = [count * per_token for count in self.lengths]
         return self._all_to_all(sent_PBL3HD.flatten(), received, [length * per_token] * ranks)
 
-    def _unpack_qkv(self, received: Tensor, like_BLHD: Tensor, heads: slice) -> tuple[Tensor, ...]:
+    def _unpack_qkv(self, received: Tensor, like_BLHD: Tensor, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v `[B, all ranks' L, heads, D]`, as `_scatter_heads` received them; views if B is 1."""
         batch, channels, count = like_BLHD.shape[0], like_BLHD.shape[3], heads.stop - heads.start
         if batch == 1:
-            return received.view(1, sum(self.lengths), 3, count, channels).unbind(2)
+            q, k, v = received.view(1, sum(self.lengths), 3, count, channels).unbind(2)
+            return q, k, v
         parts = received.split([3 * length * _numel_per_token(like_BLHD, heads) for length in self.lengths])
         views = [part.view(batch, n, 3, count, channels) for part, n in zip(parts, self.lengths, strict=True)]
-        return torch.cat(views, dim=1).unbind(2)
+        q, k, v = torch.cat(views, dim=1).unbind(2)
+        return q, k, v
 
     def _scatter_tokens(self, x_BLHD: Tensor) -> PendingAllToAll:
         """Exchange this rank's heads of all tokens for all heads of this rank's tokens."""

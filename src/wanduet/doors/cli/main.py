@@ -50,7 +50,7 @@ app = App(
 )
 
 
-@app.command
+@app.command  # each flag is a parameter
 def generate(
     prompt: str,
     *,
@@ -85,7 +85,7 @@ def generate(
     emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
 
 
-@app.command
+@app.command  # each flag is a parameter
 def batch(
     file: Path,
     *,

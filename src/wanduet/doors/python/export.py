@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanduet.media.codecs import DEFAULT_QUALITY
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 
 USUAL = 5.0  # diffusers' default quality on its scale of 0 to 10; corresponds to the engine's default
 ASIDE = 0.5  # floats this far outside of 0..1 are clipped; beyond, the scale is another: -1..1 or 0..255
@@ -44,9 +44,9 @@ def export_to_video(
     height, width = frames[0].shape[:2]
     if height < 2 or width < 2:
         raise ValueError(f"Frames of {width}x{height} are too small for a video.")
-    size = (height // 2 * 2, width // 2 * 2)
+    spec = VideoSpec(height // 2 * 2, width // 2 * 2, int(fps), quality=_quality(quality))
     path = _temporary() if output_video_path is None else Path(output_video_path)
-    write_video(frames, path, fps=int(fps), quality=_quality(quality), size=size)
+    write_video(frames, path, spec)
     return str(path if output_video_path is None else output_video_path)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanduet.doors.python.schedule import Schedule, with_noise
 from wanduet.errors import CancelledError
+from wanduet.kernels.attention.call import Step
 from wanduet.models.dit.model import TextContext
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.loaded import SWAPPED_OUT, LoadedTransformer
@@ -108,7 +109,6 @@ class PipelineLoop:
         self.fallback = DenoiseFallback(NO_JOB, denoiser)
         self.scale = pipe.guidance_scale  # fixed for the call: a callback can switch guidance off, not change its scale
         self._known: dict[str, _Known] = {}
-        self._step = 0
 
     def __call__(self, noise: Tensor, schedule: Schedule, source: Tensor | None = None) -> Tensor:
         """Return latents `[B, 16, T, h, w]` float32 after the last step.
@@ -133,12 +133,11 @@ class PipelineLoop:
         with pipe.progress_bar(total=num_steps) as bar:
 
             def on_step(info: StepInfo) -> Tensor | None:
-                self._step = info.step + 1
                 changed = self._call_back(info)
                 last[0] = info.latents if changed is None else changed
                 if self.after.progress is not None:
                     self.after.progress(info.step + 1, info.num_steps)
-                if self._step % order == 0 or self._step == info.num_steps:
+                if (info.step + 1) % order == 0 or info.step + 1 == info.num_steps:
                     bar.update()
                 return changed
 
@@ -149,24 +148,24 @@ class PipelineLoop:
             finally:
                 pipe._current_timestep = None
 
-    def _velocity(self, x: Tensor, timestep: float) -> Tensor:
+    def _velocity(self, x: Tensor, step: Step) -> Tensor:
         pipe = self.pipe
-        pipe._current_timestep = self.timesteps[self._step]
+        pipe._current_timestep = self.timesteps[step.index]
         text = self._text("prompt_embeds")
         assert text is not None
-        positive = self._predict(x, timestep, text)
+        positive = self._predict(x, step, text)
         negative = self._text("negative_prompt_embeds") if pipe.do_classifier_free_guidance else None
         if negative is None:
             return positive
-        return combine(positive, self._predict(x, timestep, negative), self.scale)
+        return combine(positive, self._predict(x, step, negative), self.scale)
 
-    def _predict(self, x: Tensor, timestep: float, text: Text) -> Tensor:
+    def _predict(self, x: Tensor, step: Step, text: Text) -> Tensor:
         # One video at a time: the plan's memory is for one, and batching long sequences is no faster.
-        times = torch.full((1,), timestep, dtype=torch.float32, device=x.device)
+        times = torch.full((1,), step.timestep, dtype=torch.float32, device=x.device)
         parts = []
         for index, one in enumerate(x.split(1)):
             own = text if isinstance(text, TextContext) else text[index : index + 1]
-            parts.append(self.fallback(partial(self.denoiser.transformer, one, times, own, self.rope)))
+            parts.append(self.fallback(partial(self.denoiser.transformer, one, times, own, self.rope, step)))
         return torch.cat(parts)
 
     def _text(self, name: str) -> Text | None:

@@ -1,4 +1,4 @@
-"""Softmax attention backends with one signature: q, k, v `[B, L, H, D]` in, `[B, L, H, D]` out.
+"""Softmax attention backends with one signature: q, k, v `[B, L, H, D]` and an `AttentionCall` in, `[B, L, H, D]` out.
 
 The number of keys and values may differ from that of queries. Inputs may be strided views with contiguous channels of a
 head. `attend_with_lse` also returns the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32, by
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.kernels.attention import flash4
+from wanduet.kernels.attention.call import AttentionCall
 
-AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+AttentionLseFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionCall], tuple[Tensor, Tensor]]
 
 # Queries in a chunk of the plain form: its float32 scores stay below 64 MB with 4096 keys and 4 heads.
 PLAIN_CHUNK = 1024
@@ -48,13 +49,13 @@ class Backend:
         return torch.__version__ if self.package is None else version(self.package)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = None) -> Tensor:
     """Attention by PyTorch's choice of kernel, on any device, in any dtype; the reference for all other backends."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
-def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def plain_with_lse(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = None) -> tuple[Tensor, Tensor]:
     """Return attention by its definition in float32, and its log-sum-exp; computes a chunk of queries at a time."""
     k_BHDL, v_BHLD = k.permute(0, 2, 3, 1).float(), v.transpose(1, 2).float()
     outs, lses = [], []
@@ -65,28 +66,28 @@ def plain_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 
 
-def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, lse: bool = True) -> tuple[Tensor, Tensor]:
     out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
     )
     return out.transpose(1, 2), sums.flatten(2) if lse else sums  # [B, H, L, 1]
 
 
-def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     out, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     )
     return out.transpose(1, 2), sums
 
 
-def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, lse: bool = True) -> tuple[Tensor, Tensor]:
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, lse: bool = True) -> tuple[Tensor, Tensor]:
     out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, lse
     )
     return out.transpose(1, 2), sums[..., : q.shape[1]]  # padded to a multiple of 32
 
 
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sage(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     from sageattention import sageattn
 
     with torch.cuda.device(q.device):
@@ -99,15 +100,17 @@ def _flash4(name: str, attend: AttentionLseFn, capability: tuple[int, int] | Non
 
     One kernel serves with and without log-sum-exps: these cost nothing, while another kernel takes seconds to compile.
     """
-    return Backend(name, lambda q, k, v: attend(q, k, v)[0], attend, package="flash-attn-4", capability=capability)
+    return Backend(
+        name, lambda q, k, v, call: attend(q, k, v, call)[0], attend, package="flash-attn-4", capability=capability
+    )
 
 
 SDPA = Backend("sdpa", sdpa, plain_with_lse)
 BACKENDS: tuple[Backend, ...] = (
     SDPA,
-    Backend("sdpa_cudnn", lambda q, k, v: _sdpa_cudnn(q, k, v, False)[0], _sdpa_cudnn),
-    Backend("sdpa_flash", lambda q, k, v: _sdpa_flash(q, k, v)[0], _sdpa_flash),
-    Backend("sdpa_efficient", lambda q, k, v: _sdpa_efficient(q, k, v, False)[0], _sdpa_efficient),
+    Backend("sdpa_cudnn", lambda q, k, v, call: _sdpa_cudnn(q, k, v, call, lse=False)[0], _sdpa_cudnn),
+    Backend("sdpa_flash", lambda q, k, v, call: _sdpa_flash(q, k, v, call)[0], _sdpa_flash),
+    Backend("sdpa_efficient", lambda q, k, v, call: _sdpa_efficient(q, k, v, call, lse=False)[0], _sdpa_efficient),
     _flash4("flash-attn-4", flash4.attend),
     _flash4("flash-attn-4-steady", flash4.attend_steady, capability=(9, 0)),
     Backend("sageattention", _sage, None, exact=False, package="sageattention"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log2
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ from wanduet.kernels.attention.backends import (
     caution_for,
     plain_with_lse,
 )
+from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.measurements import Timing, free_bytes, holds, read_all, read_table, stamped, write_table
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.verdicts import reason_of
 
 log = logging.getLogger(__name__)
+
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, AttentionCall]
 
 # Largest relative error against float32 that counts as rounding; in bf16 every exact kernel has 3e-3.
 EXACT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
@@ -191,13 +195,13 @@ def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dt
     """Compare a backend with float32 on a short sequence; q, k and v are slices of one buffer, as in the model."""
     small = Shape(CHECK_TOKENS, min(shape.keys, CHECK_TOKENS), shape.heads, shape.head_dim)
     try:
-        q, k, v = _random_inputs(small, device, dtype)
+        q, k, v, call = _random_inputs(small, device, dtype)
         with PRODUCTS.at(EXACT):
             expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
-        error = _relative(backend.attend(q, k, v), expected)
+        error = _relative(backend.attend(q, k, v, call), expected)
         lse_error = 0.0
         if backend.attend_with_lse is not None:
-            out, lse = backend.attend_with_lse(q, k, v)
+            out, lse = backend.attend_with_lse(q, k, v, call)
             error = _worse(error, _relative(out, expected))
             lse_error = (lse.float() - expected_lse).abs().max().item()
     except Exception as problem:  # a kernel's library can raise any exception
@@ -214,9 +218,9 @@ def _check(backend: Backend, device: torch.device, shape: Shape, dtype: torch.dt
 def _time(backend: Backend, row: Timing, device: torch.device, shape: Shape, dtype: torch.dtype) -> Timing:
     """Return `row` with the median time at `shape`, or with a problem if the result is not finite there."""
     try:
-        q, k, v = _random_inputs(shape, device, dtype)
-        finite = bool(torch.isfinite(backend.attend(q, k, v)).all())
-        times = _timed(backend.attend, (q, k, v), device)
+        inputs = _random_inputs(shape, device, dtype)
+        finite = bool(torch.isfinite(backend.attend(*inputs)).all())
+        times = _timed(backend.attend, inputs, device)
     except Exception as problem:
         return _failure(backend, row.error, problem, device)
     if not finite:
@@ -239,24 +243,24 @@ def _timed_alternately(
         return rows
     seen: dict[str, list[float]] = {row.name: [] for row in close}
     try:
-        qkv = _random_inputs(shape, device, dtype)
+        inputs = _random_inputs(shape, device, dtype)
         for _ in range(min(SUSTAINED_ROUNDS, max(1, round(SUSTAINED_MS / (TIMED_RUNS * limit))))):
             for name, times in seen.items():
-                times += _timed(backends[name].attend, qkv, device)
+                times += _timed(backends[name].attend, inputs, device)
     except torch.OutOfMemoryError:  # another program has allocated memory since
         return rows
     medians = {name: statistics.median(times) for name, times in seen.items()}
     return [replace(row, milliseconds=medians.get(row.name, row.milliseconds)) for row in rows]
 
 
-def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torch.device) -> list[float]:
+def _timed(attend: AttentionFn, inputs: Inputs, device: torch.device) -> list[float]:
     """Return the milliseconds of each of `TIMED_RUNS` calls.
 
     On a GPU, the calls are launched while it sleeps. Other threads load and compile at the same time; otherwise the
     timing of a backend that runs much Python to launch would include waits for the GIL.
     """
     if device.type != "cuda":
-        return [_host_milliseconds(attend, qkv) for _ in range(TIMED_RUNS)]
+        return [_host_milliseconds(attend, inputs) for _ in range(TIMED_RUNS)]
     stream, wait_s = torch.cuda.current_stream(device), LAUNCH_S
     for _ in range(LAUNCH_TRIES):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
@@ -264,7 +268,7 @@ def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torc
         torch.cuda._sleep(int(wait_s * CYCLES_PER_S))
         events[0].record(stream)
         for event in events[1:]:
-            attend(*qkv)
+            attend(*inputs)
             event.record(stream)
         launched_s = time.perf_counter() - began
         events[-1].synchronize()
@@ -274,14 +278,17 @@ def _timed(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], device: torc
     return [float(before.elapsed_time(after)) for before, after in pairwise(events)]
 
 
-def _host_milliseconds(attend: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor]) -> float:
+def _host_milliseconds(attend: AttentionFn, inputs: Inputs) -> float:
     start = time.perf_counter()
-    attend(*qkv)
+    attend(*inputs)
     return (time.perf_counter() - start) * 1e3
 
 
-def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v `[1, L, H, D]`; if lengths are equal, as slices of a packed `[1, L, 3 * H * D]` buffer."""
+def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Return q, k, v `[1, L, H, D]`; if lengths are equal, as slices of a packed `[1, L, 3 * H * D]` buffer.
+
+    The call is that of a video of one row.
+    """
     generator = torch.Generator(device).manual_seed(0)
     width = shape.heads * shape.head_dim
 
@@ -293,7 +300,7 @@ def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tu
         q, k, v = draw(shape.queries, 3)
     else:
         (q,), (k, v) = draw(shape.queries, 1), (draw(shape.keys, 1)[0], draw(shape.keys, 1)[0])
-    return q, k, v
+    return q, k, v, AttentionCall((1, 1, shape.keys))
 
 
 def _bucket(length: int) -> int:

@@ -129,9 +129,7 @@ def _keys_values(
     return k, v, bias
 
 
-def text_attention(
-    q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int, tile: TextTile | None = None
-) -> Tensor:
+def text_attention(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:
     """See `plain.text_attention`; overwrites q with the result."""
     if torch.is_grad_enabled() or keys.shape[3] & (keys.shape[3] - 1):  # a block's sides must be powers of two
         return plain.text_attention(q, weight, eps, keys, values, repeats)
@@ -139,7 +137,7 @@ def text_attention(
     num_keys, heads, head_dim = keys.shape[1:]
     if any(x.stride(-1) != 1 or x.stride(-2) != head_dim for x in (keys, values)) or q.stride(-1) != 1:
         raise ValueError("Attention to the text needs heads and channels that lie side by side in memory.")
-    tile = tile or tile_for(num_keys, q.itemsize, shared_memory(q.device))
+    tile = tile_for(num_keys, q.itemsize, shared_memory(q.device))
     block = min(tile.keys, max(16, triton.next_power_of_2(num_keys)))
     rows = max(1, 4096 // triton.next_power_of_2(width))
     factor = q.new_empty((batch, length), dtype=torch.float32)

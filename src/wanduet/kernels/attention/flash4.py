@@ -14,10 +14,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from wanduet.kernels.attention.call import AttentionCall
+
 _building = Lock()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = None) -> tuple[Tensor, Tensor]:
     """Call the library's own kernel."""
     from flash_attn.cute import flash_attn_func
 
@@ -26,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attend_steady(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend_steady(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = None) -> tuple[Tensor, Tensor]:
     """Call the kernel with a softmax that computes the largest score of the first tile of keys only.
 
     The rare queries for which this overflows are computed again. `wanduet.kernels.attention.flash4_softmax` explains

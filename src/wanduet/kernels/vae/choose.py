@@ -19,7 +19,7 @@ from wanduet.kernels.device import multiprocessors, shared_memory
 from wanduet.kernels.measurements import Table, Timing, free_bytes, holds, read_table, stamped, write_table
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae.conv_tiles import CHOSEN, Key, Tile, offered_tiles, width_of
-from wanduet.kernels.vae.plain import uses_tf32
+from wanduet.kernels.vae.plain import Epilogue, Filter, uses_tf32
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ class _Sample:
         from wanduet.kernels.vae.conv import convolve
 
         out = torch.empty_like(self._x)
-        convolve(self._x, None, self._weight, self._bias, (1, 1), residual, out, gamma, tile)
+        filter = Filter(self._weight, self._bias, (1, 1))
+        convolve(self._x, None, filter, Epilogue(out, residual, gamma), tile)
         return out
 
 

@@ -20,7 +20,7 @@ from wanduet.kernels.device import multiprocessors, shared_memory
 from wanduet.kernels.precision import convolutions_use_tf32
 from wanduet.kernels.vae.conv_tiles import Tile, chosen_tile, offered_tiles, width_of
 from wanduet.kernels.vae.norm import EPS, launch, silu_rounded
-from wanduet.kernels.vae.plain import uses_tf32
+from wanduet.kernels.vae.plain import Epilogue, Filter, uses_tf32
 
 UNIT = 16  # values; Triton loads 16 bytes at once only if distances are known multiples of this
 
@@ -165,25 +165,21 @@ def _store(total, out_at, channel, is_pixel, C_OUT: tl.constexpr):
 def convolve(
     x: Tensor,
     past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    pads: tuple[int, int],
-    residual: Tensor | None,
-    out: Tensor,
-    gamma: Tensor | None = None,
+    filter: Filter,
+    epilogue: Epilogue,
     tile: Tile | None = None,
     compile_for: torch.device | None = None,
 ) -> bool:
-    """Convolve `x` `[B, I, T, h, w]` into `out` `[B, O, T, h', w']`; return True if the result is normalised (`gamma`).
+    """Convolve `x` `[B, I, T, h, w]` into `epilogue.out`; return True if the result is normalised (`epilogue.gamma`),
+    which only a tile with all channels of a pixel can compute.
 
-    Channels must be contiguous in all tensors, else raises ValueError. `weight` `[O, I, kt, kh, kw]` in channels-last
-    memory. `past`: the kt - 1 frames before x, or None for zeros. `pads`: zero rows above and zero columns before x;
-    the shape of `out` determines those below and after. `residual` is added before the result is rounded once. Operands
-    of float32 products are rounded to TF32 if PyTorch's own convolutions do so (see `kernels.precision`).
-
-    `gamma` `[O, 1, 1, 1]`: write `silu(norm(result))`, which only a tile with all channels of a pixel can compute.
-    `compile_for`: compute nothing, compile the kernel for that device.
+    Channels must be contiguous in all tensors, else raises ValueError; the weight is brought into channels-last memory.
+    `past`: the kt - 1 frames before x, or None for zeros. `filter.pads`: zero rows above and zero columns before x; the
+    shape of `out` determines those below and after. Operands of float32 products are rounded to TF32 if PyTorch's own
+    convolutions do so (see `kernels.precision`). `compile_for`: compute nothing, compile the kernel for that device.
     """
+    weight = filter.weight.contiguous(memory_format=torch.channels_last_3d)
+    out, residual, gamma = epilogue.out, epilogue.residual, epilogue.gamma
     if any(y.shape[1] > 1 and y.stride(1) != 1 for y in (x, past, residual, out) if y is not None):
         raise ValueError("Channels must lie side by side.")
     outputs, inputs, kt, kh, kw = weight.shape
@@ -208,9 +204,9 @@ def convolve(
         programs = tile.programs(*out.shape[3:]) * triton.cdiv(outputs, tile.channels)
         launch(
             _convolution_kernel, (programs, length, batch), x.device, compile_for,
-            x, to_past // unit, weight, bias, added, gamma if normed else bias, out,
+            x, to_past // unit, weight, filter.bias, added, gamma if normed else filter.bias, out,
             *_strides(x), *_strides(before), *_strides(added), *_strides(out),
-            length, height, width, out.shape[3], out.shape[4], *pads, float(outputs**0.5),
+            length, height, width, out.shape[3], out.shape[4], *filter.pads, float(outputs**0.5),
             C_IN=inputs, C_OUT=outputs, KT=kt, KH=kh, KW=kw, UNIT=unit,
             HAS_RESIDUAL=residual is not None, HAS_NORM=normed, EPS=EPS, TO_TF32=uses_tf32(x.dtype),
             PRECISION="tf32" if convolutions_use_tf32() else "ieee",

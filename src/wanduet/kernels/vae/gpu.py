@@ -13,19 +13,26 @@ from torch import Tensor
 
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae import plain
-from wanduet.kernels.vae.plain import NO_ROOM, Room, VAEKernels, empty_clip, query_parts, round_to_tf32, uses_tf32
+from wanduet.kernels.vae.plain import (
+    NO_ROOM,
+    NOT_FUSED,
+    Epilogue,
+    Filter,
+    Fused,
+    Room,
+    VAEKernels,
+    empty_clip,
+    query_parts,
+    round_to_tf32,
+    uses_tf32,
+)
 
 
 def causal_conv(
     x: Tensor,
     past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    pads: tuple[int, int],
-    gamma: Tensor | None = None,
-    residual: Tensor | None = None,
-    consume: bool = False,
-    out_gamma: Tensor | None = None,
+    filter: Filter,
+    fused: Fused = NOT_FUSED,
     room: Room = NO_ROOM,
     compile_for: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,23 +41,26 @@ def causal_conv(
     The past frames have the rows of x, without padding. `compile_for`: see `compiling_for`.
     """
     if torch.is_grad_enabled():
-        return plain.causal_conv(x, past, weight, bias, pads, gamma, residual, consume, out_gamma, room)
-    x, past, residual = _channels_last(x), _channels_last(past), _channels_last(residual)
-    if gamma is not None:
+        return plain.causal_conv(x, past, filter, fused, room)
+    x, past = _channels_last(x), _channels_last(past)
+    if fused.gamma is not None:
         whole_rows = (x.stride(3), x.stride(4)) == (x.shape[4] * x.shape[1], x.shape[1])
         normed = (
-            x if consume and whole_rows else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
+            x
+            if fused.consume and whole_rows
+            else empty_clip(x, x.shape[1], x.shape[2], x.shape[3], x.shape[4], room.whole)
         )
-        _norm_silu(x, gamma, normed, compile_for)
+        _norm_silu(x, fused.gamma, normed, compile_for)
         x = normed
+    weight, above = filter.weight, filter.pads[0]
     frames = weight.shape[2] - 1
-    rows = x.shape[3] + sum(pads) - (weight.shape[3] - 1)
+    rows = x.shape[3] + sum(filter.pads) - (weight.shape[3] - 1)
     whole = empty_clip(x, weight.shape[0], x.shape[2], room.above + rows, x.shape[4], room.whole)
     out = whole[:, :, :, room.above :]
-    corner = pads[0], weight.shape[4] // 2
-    done = _convolve(x, past, weight, bias, corner, residual, out, out_gamma, compile_for)
-    if out_gamma is not None and not done:
-        _norm_silu(out, out_gamma, out, compile_for)
+    corner = Filter(weight, filter.bias, (above, weight.shape[4] // 2))
+    done = _convolve(x, past, corner, Epilogue(out, _channels_last(fused.residual), fused.out_gamma), compile_for)
+    if fused.out_gamma is not None and not done:
+        _norm_silu(out, fused.out_gamma, out, compile_for)
     if x.shape[2] < frames:  # the new past includes frames of the old one
         before = empty_clip(x, x.shape[1], frames, *x.shape[3:]).zero_() if past is None else past
         x = torch.cat((before, x), dim=2)
@@ -94,7 +104,7 @@ def double_conv(
         first = lower if pads[0] else 1 - lower
         corner = int(bool(pads[0]) and not lower), 1 - right
         part = out[:, :, :, first::2, right::2]
-        _convolve(x, None, kernel.unsqueeze(2), bias, corner, None, part, None, compile_for)
+        _convolve(x, None, Filter(kernel.unsqueeze(2), bias, corner), Epilogue(part), compile_for)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, compile_for: torch.device | None = None) -> Tensor:
@@ -143,23 +153,14 @@ def _norm_silu(x: Tensor, gamma: Tensor, out: Tensor, compile_for: torch.device 
 
 
 def _convolve(
-    x: Tensor,
-    past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    corner: tuple[int, int],
-    residual: Tensor | None,
-    out: Tensor,
-    gamma: Tensor | None,
-    compile_for: torch.device | None,
+    x: Tensor, past: Tensor | None, filter: Filter, epilogue: Epilogue, compile_for: torch.device | None
 ) -> bool:
     """Call `conv.convolve`, except on the meta device without `compile_for`."""
     if x.device.type == "meta" and compile_for is None:
         return True
     from wanduet.kernels.vae.conv import convolve
 
-    weight = weight.contiguous(memory_format=torch.channels_last_3d)
-    return convolve(x, past, weight, bias, corner, residual, out, gamma, compile_for=compile_for)
+    return convolve(x, past, filter, epilogue, compile_for=compile_for)
 
 
 def compiling_for(device: torch.device, tf32: bool | None = None) -> VAEKernels:

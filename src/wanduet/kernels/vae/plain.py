@@ -32,29 +32,57 @@ class Room:
 NO_ROOM = Room()
 
 
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A convolution's weight `[O, I, kt, kh, kw]` and bias `[O]`, and its zero `pads`: rows above and below x.
+
+    (For `conv.convolve`: rows above and columns before x.)
+    """
+
+    weight: Tensor
+    bias: Tensor
+    pads: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What is done together with a convolution of x.
+
+    `gamma` `[I, 1, 1, 1]`: convolve `silu(norm(x))`. `residual`, of the result's shape, is added to the result, of which
+    `out_gamma` `[O, 1, 1, 1]` then makes `silu(norm(result))`. `consume`: x may be overwritten.
+    """
+
+    gamma: Tensor | None = None
+    residual: Tensor | None = None
+    out_gamma: Tensor | None = None
+    consume: bool = False
+
+
+NOT_FUSED = Fused()
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What a convolution kernel does with its sums: add `residual`, round once, and write to `out` `[B, O, T, h', w']`.
+
+    With `gamma` `[O, 1, 1, 1]`, it writes `silu(norm(result))` if it can.
+    """
+
+    out: Tensor
+    residual: Tensor | None = None
+    gamma: Tensor | None = None
+
+
 class CausalConv(Protocol):
     """A convolution over time and space that is causal in time."""
 
     def __call__(
-        self,
-        x: Tensor,
-        past: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        pads: tuple[int, int],
-        gamma: Tensor | None = None,
-        residual: Tensor | None = None,
-        consume: bool = False,
-        out_gamma: Tensor | None = None,
-        room: Room = NO_ROOM,
+        self, x: Tensor, past: Tensor | None, filter: Filter, fused: Fused = NOT_FUSED, room: Room = NO_ROOM
     ) -> tuple[Tensor, Tensor]:
-        """Convolve `x` `[B, I, T, h, w]` with `weight` `[O, I, kt, kh, kw]`; return `[B, O, T, h', w]` and a `past`.
+        """Convolve `x` `[B, I, T, h, w]`; return `[B, O, T, h', w]`, h' = h + pads - (kh - 1), and a `past`.
 
         `past`: the feature cache that the previous call returned (None: zeros): the kt - 1 frames before x of what is
-        convolved (with `gamma`, after the norm); may be a view. `pads`: zero rows above and below, so h' = h + pads -
-        (kh - 1); the number of columns stays the same. `gamma` `[I, 1, 1, 1]`: convolve `silu(norm(x))`. `residual`, of
-        the result's shape, is added. `out_gamma` `[O, 1, 1, 1]`: return `silu(norm(result))`. `consume`: x may be
-        overwritten. `room`: allocation of the result.
+        convolved (with `fused.gamma`, after the norm); may be a view. `room`: allocation of the result.
         """
 
 
@@ -125,27 +153,20 @@ def _norm_silu_in_place(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def causal_conv(
-    x: Tensor,
-    past: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    pads: tuple[int, int],
-    gamma: Tensor | None = None,
-    residual: Tensor | None = None,
-    consume: bool = False,
-    out_gamma: Tensor | None = None,
-    room: Room = NO_ROOM,
+    x: Tensor, past: Tensor | None, filter: Filter, fused: Fused = NOT_FUSED, room: Room = NO_ROOM
 ) -> tuple[Tensor, Tensor]:
     """See CausalConv. Runs PyTorch's convolution on the output of `causal_input`."""
+    weight, pads = filter.weight, filter.pads
     frames = weight.shape[2] - 1
     # With equal pads, as of a whole frame, the convolution pads the rows; else `causal_input` writes zero rows.
     native = min(pads) if pads[0] == pads[1] else 0
-    padded = causal_input(x, past, (0, 0) if native else pads, frames, gamma)
-    out = _conv3d(padded, weight, bias, native, weight.shape[4] // 2)
-    if residual is not None:
-        out = out + residual if torch.is_grad_enabled() else out.add_(residual)
-    if out_gamma is not None:
-        out = norm_silu(out, out_gamma) if torch.is_grad_enabled() else _norm_silu_in_place(out, out_gamma)
+    padded = causal_input(x, past, (0, 0) if native else pads, frames, fused.gamma)
+    out = _conv3d(padded, weight, filter.bias, native, weight.shape[4] // 2)
+    if fused.residual is not None:
+        out = out + fused.residual if torch.is_grad_enabled() else out.add_(fused.residual)
+    if fused.out_gamma is not None:
+        normed = norm_silu if torch.is_grad_enabled() else _norm_silu_in_place
+        out = normed(out, fused.out_gamma)
     if room.above:
         out = F.pad(out, (0, 0, room.above, 0))
     return out, padded[:, :, padded.shape[2] - frames :]

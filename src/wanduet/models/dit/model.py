@@ -11,7 +11,7 @@ Letters in names: B batch, L tokens on this device, C width, S text positions, H
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wanduet.distributed.sequence.sharding import NoSharding, Sharding
 from wanduet.family.specs import TransformerSpec
 from wanduet.kernels.attention.backends import AttentionFn, sdpa
+from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.dit.weight import Weight
@@ -87,6 +88,16 @@ class Residual:
         return pending
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddedStep:
+    """A forward's timestep, embedded as `time` `[B, C]` and projected to `modulation` `[B, 6, C]`, both float32, and its
+    first block's attention call."""
+
+    time: Tensor
+    modulation: Tensor
+    call: AttentionCall
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm over all channels of q and k."""
 
@@ -110,10 +121,12 @@ class Attention(nn.Module):
             q, k, v = run.kernels.linear(n_BLC, weight, bias, workspace.whole).chunk(3, dim=-1)
         return q, k, v
 
-    def attend_self(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, first: bool) -> Tensor:
+    def attend_self(
+        self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall
+    ) -> Tensor:
         """Self-attention's heads `[B, L, C]`, before the output projection, of `residual.pending`, which is popped.
 
-        `first`: this is the first block.
+        `call`: of this block.
         """
         if run.sharding.overlaps_projections:
             q_BLHD, k_BLHD, v_BLHD = self.send_qkv(residual.pop_pending(), rope, run, workspace)
@@ -123,8 +136,8 @@ class Attention(nn.Module):
                 q, k, self.norm_q.weight, self.norm_k.weight, self.eps, self.num_heads, rope
             )
             v_BLHD = v.unflatten(-1, (self.num_heads, -1))
-        attend = run.sharding.attend_first_block if first else run.sharding.attend
-        return attend(q_BLHD, k_BLHD, v_BLHD, run.attention).flatten(2)
+        attend = run.sharding.attend_first_block if call.block == 0 else run.sharding.attend
+        return attend(q_BLHD, k_BLHD, v_BLHD, run.attention, call).flatten(2)
 
     def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation; each is sent to its devices before the next is computed."""
@@ -202,9 +215,9 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time_B6C).unbind(1)
         return Modulation(1 + scale, shift, gate, 1 + ffn_scale, ffn_shift, ffn_gate)
 
-    def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, first: bool) -> None:
+    def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall) -> None:
         """Replace `residual.pending` with its self-attention: the part of a block that does not depend on the text."""
-        heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, first)
+        heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, call)
         residual.pending = self.attn1.project_out(heads_BLC, workspace.part(heads_BLC, heads_BLC.shape[2]), run)
 
     def forward(
@@ -302,21 +315,29 @@ class WanTransformer(nn.Module):
         return Rope(shard(rope.cos, 0), shard(rope.sin, 0))
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text: Tensor | TextContext, rope: Rope | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextContext,
+        rope: Rope | None = None,
+        step: Step | None = None,
     ) -> Tensor:
         """Predict the velocity `[B, 16, T, h, w]` float32 of latents of that shape.
 
         `timestep` `[B]` in 0..1000; `text`: embeddings `[B, text_len, text_dim]`, or the result of `prepare_text`;
-        `rope`: the result of `prepare_rope`, by default computed here.
+        `rope`: the result of `prepare_rope`, by default computed here. `step` is passed on to the attention function,
+        for which `timestep` would have to be copied to the host.
         """
         if isinstance(text, Tensor):
             text = self.prepare_text(text)
         if rope is None:
             rope = self.prepare_rope(latents.shape, latents.device)
-        return self.forward_cfg(latents, timestep, (text,), rope)[0]
+        return self.forward_cfg(latents, timestep, (text,), rope, step)[0]
 
     @PRODUCTS.at(EXACT)
-    def forward_cfg(self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope) -> list[Tensor]:
+    def forward_cfg(
+        self, latents: Tensor, timestep: Tensor, texts: Sequence[TextContext], rope: Rope, step: Step | None = None
+    ) -> list[Tensor]:
         """Predict a velocity, as `forward` does, for each of several prompts (classifier-free guidance has two).
 
         Equal bit for bit to one `forward` a prompt, but the first block's self-attention, which does not depend on the
@@ -325,6 +346,7 @@ class WanTransformer(nn.Module):
         velocities: list[Tensor] = []
         # Results are allocated before temporary tensors, which then fit into the same holes for each prompt.
         grid = PatchGrid.of(latents.shape, self.spec.patch_size)
+        call = AttentionCall(grid.tokens, step=step)
         outs: list[Tensor | None] = [None] * len(texts)
         if not torch.is_grad_enabled():
             shape = (latents.shape[0], self.spec.out_channels, *latents.shape[2:])
@@ -337,7 +359,7 @@ class WanTransformer(nn.Module):
             del x_BLC
             keep = self.runtime.share_first and text is not texts[-1]
             n_BLC, first_attention = self.run_blocks(
-                residual, (time_BC, time_B6C), text, rope, workspace, keep_first=keep
+                residual, EmbeddedStep(time_BC, time_B6C, call), text, rope, workspace, keep_first=keep
             )
             del residual  # frees its memory for the next prompt's
             velocities.append(self.head(n_BLC, grid, out))
@@ -356,7 +378,7 @@ class WanTransformer(nn.Module):
     def run_blocks(
         self,
         residual: Residual,
-        time: tuple[Tensor, Tensor],
+        step: EmbeddedStep,
         text: TextContext,
         rope: Rope,
         workspace: Workspace,
@@ -365,14 +387,12 @@ class WanTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run all blocks; returns the head's modulated norm `[B, L, C]` of the result. Overwrites `residual`.
 
-        `time`: the embedded timestep `[B, C]` and `[B, 6, C]`. If `residual.pending` is set, it is the first block's
-        self-attention, which is not computed again. With `keep_first`, a copy of that is returned too, for the same
-        latents with another text; else None.
+        If `residual.pending` is set, it is the first block's self-attention, which is not computed again. With
+        `keep_first`, a copy of that is returned too, for the same latents with another text; else None.
         """
-        time_BC, time_B6C = time
-        modulations = [block.modulation(time_B6C) for block in self._blocks()]
+        modulations = [block.modulation(step.modulation) for block in self._blocks()]
         norms = [(mod.attn_weight, mod.attn_bias) for mod in modulations]
-        shift, scale = (self.scale_shift_table.float() + time_BC[:, None]).unbind(1)
+        shift, scale = (self.scale_shift_table.float() + step.time[:, None]).unbind(1)
         norms.append((1 + scale, shift))
         run, dtype = self.runtime, self.compute_dtype
         first_attention = torch.empty_like(residual.x, dtype=dtype) if keep_first else None
@@ -381,7 +401,7 @@ class WanTransformer(nn.Module):
             residual.pending = run.kernels.norm(residual.x, *norms[0], self.spec.eps, dtype)
         for index, block in enumerate(self.fetch_blocks()):
             if index > 0 or not attended:
-                block.attend(residual, rope, run, workspace, first=index == 0)
+                block.attend(residual, rope, run, workspace, replace(step.call, block=index))
             if index == 0 and first_attention is not None and residual.pending is not None:
                 first_attention.copy_(residual.pending)
             keys_values = (text.keys[index], text.values[index], text.repeats)

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.kernels.vae.plain import NO_ROOM, VAE_TORCH_KERNELS, Room, VAEKernels, double_image_conv, empty_clip
+from wanduet.kernels.vae.plain import (
+    NO_ROOM,
+    NOT_FUSED,
+    VAE_TORCH_KERNELS,
+    Filter,
+    Fused,
+    Room,
+    VAEKernels,
+    double_image_conv,
+    empty_clip,
+)
 from wanduet.models.vae.arena import Arena, copy_frames
 from wanduet.models.vae.rows import Rows
 
@@ -79,24 +89,14 @@ class CausalConv3d(nn.Conv3d, CachingLayer):
         x: Tensor,
         feature_cache: FeatureCache,
         rows: Rows,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
-        consume: bool = False,
-        out_norm: RMSNorm | None = None,
+        fused: Fused = NOT_FUSED,
         room: Room = NO_ROOM,
     ) -> Step:
-        """Convolve `x` `[B, in, T, h, w]`; with `norm`, convolve `silu(norm(x))`. Returns `[B, out, T, h', w]`.
-
-        `residual`, of the result's shape, is added. With `out_norm` the result is `silu(out_norm(result))`.
-        `consume`: x may be overwritten.
-        """
+        """Convolve `x` `[B, in, T, h, w]`, with what is `fused`, to `[B, out, T, h', w]`."""
         spatial = self.kernel_size[1] == 3
         pads = rows.padding if spatial else (0, 0)
-        gamma, out_gamma = (None if n is None else n.gamma for n in (norm, out_norm))
         assert self.bias is not None
-        out, last = self.kernels.causal_conv(
-            x, feature_cache, self.weight, self.bias, pads, gamma, residual, consume, out_gamma, room
-        )
+        out, last = self.kernels.causal_conv(x, feature_cache, Filter(self.weight, self.bias, pads), fused, room)
         feature_cache = self.next_cache(last, feature_cache) if self.kernel_size[0] > 1 else None
         return out, feature_cache, (rows.narrowed() if spatial else rows).extended_above(room.above)
 
@@ -118,12 +118,13 @@ class ResidualBlock(nn.Module):
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
         cache1, cache2 = feature_cache or (None, None)
         within = Room(0, room.whole)
-        h, cache1, inner = self.conv1.step(x, cache1, rows, self.norm1, out_norm=self.norm2, room=within)
+        norms = Fused(self.norm1.gamma, out_gamma=self.norm2.gamma)
+        h, cache1, inner = self.conv1.step(x, cache1, rows, norms, within)
         outer = inner.narrowed()
         shortcut = rows.crop(x, outer)
         if isinstance(self.conv_shortcut, CausalConv3d):
             shortcut, _, _ = self.conv_shortcut.step(shortcut, None, outer, room=within)
-        h, cache2, outer = self.conv2.step(h, cache2, inner, residual=shortcut, room=room)
+        h, cache2, outer = self.conv2.step(h, cache2, inner, Fused(residual=shortcut), room)
         return h, (cache1, cache2), outer
 
 
@@ -243,7 +244,7 @@ class NormedConv:
 
     def step(self, x: Tensor, feature_cache: FeatureCache, rows: Rows, room: Room = NO_ROOM) -> Step:
         """`[B, in, T, h, w]` to `[B, out, T, h', w]`."""
-        return self.conv.step(x, feature_cache, rows, self.norm, consume=True, room=room)
+        return self.conv.step(x, feature_cache, rows, Fused(self.norm.gamma, consume=True), room)
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, feature_cache: FeatureCache, rows: Rows) -> Step:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wanduet.family.specs import VAESpec
 from wanduet.kernels.precision import vae_precision
-from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels, round_to_tf32
+from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Fused, VAEKernels, round_to_tf32
 from wanduet.models.vae.arena import Arena
 from wanduet.models.vae.layers import (
     AttentionBlock,
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         """Mid block and output convolution: features `[B, C, T, h, w]` of whole frames to `[B, 2 z_dim, T, h, w]`."""
         mid_cache, out_cache = feature_cache or (None, None)
         x, mid_cache, rows = self.mid_block.step(x, mid_cache, rows)
-        x, out_cache, _ = self.conv_out.step(x, out_cache, rows, self.norm_out)
+        x, out_cache, _ = self.conv_out.step(x, out_cache, rows, Fused(self.norm_out.gamma))
         return x, (mid_cache, out_cache)
 
 
