@@ -23,7 +23,8 @@ from wanduet.engine.pipeline import Engine
 from wanduet.footprint.phases import DenoiseShape
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest

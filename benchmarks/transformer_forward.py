@@ -34,7 +34,7 @@ from wanduet.engine.roofline import measure_peaks
 from wanduet.family.specs import TransformerSpec
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.choose import Choice, Shape, choose_attention
-from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, text_attention
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm, text_attention
 from wanduet.kernels.dit.rope import Rope
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.select import kernels_for
@@ -132,12 +132,13 @@ def section_kernels(report: Report) -> None:
     rope = Rope(*(torch.randn(length, half, device=DEVICE) for _ in range(2)))
     q, k, _ = qkv.chunk(3, dim=-1)
     heads, unit = SPEC.num_attention_heads, y.nbytes
+    norm, qk_norm = Norm(row, row, 1e-6), QKNorm(1e-6, heads, rope)
     text = [torch.randn(1, TRUE_TOKENS[0] + 1, heads, 2 * half, device=DEVICE, dtype=BF16) for _ in range(2)]
     for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
         cases: dict[str, tuple[int, Callable[[], object]]] = {
-            "norm": (3, lambda k_=kernels: k_.norm(x, row, row, 1e-6, BF16)),
-            "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, row, row, 1e-6)),
-            "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], 1e-6, heads, rope)),
+            "norm": (3, lambda k_=kernels: k_.norm(x, norm, BF16)),
+            "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, norm)),
+            "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], qk_norm)),
             "text_attention": (
                 2,
                 lambda k_=kernels: k_.text_attention(y, row[0], 1e-6, *text, TEXT_LEN - TRUE_TOKENS[0]),

@@ -44,7 +44,8 @@ from wanduet.family.specs import WAN_1_3B, ModelSpec
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.rows import Rows, split_rows
 from wanduet.models.vae.stream import DecodePart, decode_stream
 from wanduet.request import GenerationRequest

@@ -18,7 +18,8 @@ from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.family.specs import TransformerSpec
 from wanduet.kernels.attention.backends import plain_with_lse, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
 
 SPEC = TransformerSpec(

@@ -91,7 +91,7 @@ class ModelMemory:
     ) -> TransformerMemory:
         """Memory of denoising on each of a layout's ranks, with `resident_blocks` of the blocks kept on the device.
 
-        `share_first`: see `models.dit.model.Runtime`.
+        `share_first`: see `models.dit.block.Runtime`.
         """
         dtype, texts, layout = denoise.dtype, denoise.texts, denoise.layout
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]
