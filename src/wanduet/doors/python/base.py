@@ -57,7 +57,7 @@ class PipelineBase(CallState, EngineManaged):
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # diffusers' keywords, and the engine's
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -232,7 +232,7 @@ class PipelineBase(CallState, EngineManaged):
             guided = guidance_scale > 1.0
             return self._parts.plan_video(height, width, num_frames, guided, self._encodes_video)[1]
 
-    def encode_prompt(
+    def encode_prompt(  # diffusers' parameters
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None = None,
