@@ -20,9 +20,11 @@ from wanduet.jobs.records import (
     Limits,
     ModelId,
     NewJob,
+    Order,
     OutputFile,
     QueueFullError,
     StaleLeaseError,
+    Status,
     StoredJob,
     UnknownJobError,
     demand_of,
@@ -145,6 +147,21 @@ def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock:
     if row is None:
         raise UnknownJobError(job_id)
     return row
+
+
+def by_age(order: Order, owner: str | None, status: Status | None, after: str | None) -> "sa.Select[Any]":
+    """Select jobs from the oldest ("asc") or the newest ("desc") on.
+
+    `owner` and `status`: only those jobs, None for all. `after`: only jobs that follow the one of that id.
+    """
+    query = sa.select(jobs).order_by(jobs.c.id if order == "asc" else jobs.c.id.desc())
+    if owner is not None:
+        query = query.where(jobs.c.owner == owner)
+    if status is not None:
+        query = query.where(jobs.c.status == status)
+    if after is not None:
+        query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
+    return query
 
 
 def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerprint: str) -> StoredJob | None:
