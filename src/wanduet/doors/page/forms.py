@@ -7,7 +7,8 @@ from typing import Any
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.page.clips import Clip
 from wanduet.family.specs import GenerationDefaults
-from wanduet.request import REQUEST_FIELDS, RequestField
+from wanduet.request import REQUEST_FIELDS
+from wanduet.request_fields import RequestField
 
 Form = dict[str, Any]
 
