@@ -81,8 +81,10 @@ def test_bytes_are_planned_as_they_are_allocated_before_any_weight_is_read(memor
     large = sum(part.num_bytes for part in BlockLayout.of(block).parts)
     gaps = packed_buffer(block).nbytes - large
     assert 0 <= gaps < 30 * 256
-    denoise = DenoiseShape((16, 16, 1), dtype, [9])
-    resident, none = (planned.transformer(denoise, blocks, "cpu").weights for blocks in (SPEC.num_layers, 0))
+    resident, none = (
+        planned.transformer(DenoiseShape((16, 16, 1), dtype, [9]), blocks, "cpu").weights
+        for blocks in (SPEC.num_layers, 0)
+    )
     assert resident - none == (SPEC.num_layers - 2) * large  # all but those in the two buffers
 
 
@@ -132,9 +134,9 @@ def test_a_forward_takes_what_is_planned(memory, monkeypatch, frames: int, fused
     """The forward itself is traced with 8-bit weights, q, k and v as one matrix; the plan adds its largest matrix."""
     monkeypatch.setattr("wanduet.footprint.phases.plans_fused_kernels", lambda _: fused)
     shape = dit.ForwardShape(SPEC, (16, frames, 60, 104), 512, "bfloat16", fused)
-    denoise = DenoiseShape((480, 832, 4 * frames - 3), "bfloat16", [9])
+    denoised = DenoiseShape((480, 832, 4 * frames - 3), "bfloat16", [9])
     planned, dense = (
-        replace(memory, weights=name).transformer(denoise, 5, "cuda:0").activations for name in ("q8", "auto")
+        replace(memory, weights=name).transformer(denoised, 5, "cuda:0").activations for name in ("q8", "auto")
     )
     assert planned - dense == 3 * SPEC.dim * SPEC.dim * 2
 
