@@ -23,7 +23,7 @@ from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import GIB, EngineConfig
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, Lease, NewJob, StaleLeaseError, demand_of
 from wanduet.jobs.worker import WorkerSettings

@@ -40,7 +40,8 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.trace import overlap
-from wanduet.family.specs import WAN_1_3B, ModelSpec
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents

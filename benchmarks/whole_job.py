@@ -21,7 +21,7 @@ from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, ran
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.select import planned_vae_kernels
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS

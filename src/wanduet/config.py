@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import platformdirs
 
 from wanduet.errors import ConfigError
-from wanduet.family.specs import DEFAULT_MODEL
+from wanduet.family.registry import DEFAULT_MODEL
 
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]

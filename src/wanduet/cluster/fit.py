@@ -14,7 +14,8 @@ from wanduet.cluster.shapes import Node, Shape, Stage
 from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.jobs.records import DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds

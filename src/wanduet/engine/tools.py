@@ -19,7 +19,8 @@ from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.record import is_same_model
 from wanduet.errors import InvalidRequestError, OutputError, WanduetError
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import BACKENDS, available_backends
 from wanduet.kernels.attention.choose import measured
 from wanduet.kernels.select import TRITON, VAE_TRITON, has_triton

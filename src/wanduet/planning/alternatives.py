@@ -9,7 +9,7 @@ from math import sqrt
 from typing import Any, Literal
 
 from wanduet.config import EngineConfig
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import predict_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.request import RESOLUTIONS, ResolvedRequest

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from wanduet.family.specs import ModelSpec, TransformerSpec
+from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
 from wanduet.planning.hardware import DeviceInfo

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered

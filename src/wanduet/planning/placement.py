@@ -8,7 +8,7 @@ from wanduet.config import EngineConfig, parse_devices
 from wanduet.distributed.links import Link, attention_comm_bytes
 from wanduet.distributed.mesh import choose_layout
 from wanduet.errors import ConfigError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import rate
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.request import ResolvedRequest

@@ -10,7 +10,8 @@ from typing import Any
 
 from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
     DenoiseShape,

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wanduet.config import EngineConfig
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import MEMORY_LIMITS, prepare_allocator
 from wanduet.kernels.verdicts import read_verdicts, write_verdicts

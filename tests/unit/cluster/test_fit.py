@@ -11,7 +11,7 @@ from wanduet.cluster.fit import Fitter, parse_demand
 from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import DECODE, demand_of
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest

@@ -143,7 +143,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     with extra("server"):
         from wanduet.doors.http import server as http_server
     from wanduet.doors.http.security import check_bind
-    from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.family.registry import RANDOM_SPECS
     from wanduet.jobs.worker import WorkerSettings
     from wanduet.weights.hub import open_model
 

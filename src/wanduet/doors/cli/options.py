@@ -15,7 +15,9 @@ from cyclopts.config import Toml
 
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, Weights, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.family.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
+from wanduet.family.registry import DEFAULT_MODEL
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import (
     REQUEST_FIELDS,
     GenerationRequest,

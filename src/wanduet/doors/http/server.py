@@ -26,7 +26,7 @@ from wanduet.doors.http.listen import DRAIN_SECONDS, Announce, Server, listen
 from wanduet.doors.http.metrics import CountRequests, WorkerView
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.security import AnswerHead, Guard, check_bind
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.folders import never_make
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.library_logs import configure_library_logs

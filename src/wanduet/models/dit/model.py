@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanduet.distributed.sequence.sharding import NoSharding, Sharding
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 from wanduet.kernels.attention.backends import AttentionFn, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
