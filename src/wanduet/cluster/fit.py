@@ -136,10 +136,10 @@ class Fitter:
         beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
         if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
             return beside, inf
-        read, work = encode_seconds(spec, text.dtype, self.encoder_hold(node.host_bytes))
+        read, work = encode_seconds(spec, text.dtype, self.encoder_residency(node.host_bytes))
         return beside, read + work / cores
 
-    def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
+    def encoder_residency(self, host_bytes: int) -> Literal["resident", "streamed"]:
         """Return where a dedicated encoder keeps the weights: in memory if there is enough."""
         text = plan_text(self._memory.spec, self._config)
         needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, text.dtype, "resident")

@@ -190,7 +190,7 @@ def _kept_latents(models: EngineModels, video: Video, any_precision: bool = Fals
         return None
     if about.get("digest") != video_digest(models, video, about if any_precision else None):
         return None
-    video.found_latents(about)
+    video.reuse_latents(about)
     return latents
 
 

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 
 class Housekeeper:
-    """Maintains one store; several may run at the same time. Call `turn` a few times in each lease's length.
+    """Maintains one store; several may run at the same time. Call `run_once` a few times in each lease's length.
 
     `tidy_seconds`: pause between two rounds of retention. `max_bytes`: limit of published files (None: no limit).
     """
@@ -37,7 +37,7 @@ class Housekeeper:
         self._watch = LeaseWatch(store.files.workers, monotonic)
         self._tidied: float | None = None
 
-    def turn(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
+    def run_once(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
         """Check all leases once; returns how many jobs were taken from dead workers.
 
         `dead`: workers known to have ended. `lost`: workers that ended with their machine, which does not count as a

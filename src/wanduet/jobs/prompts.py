@@ -35,13 +35,13 @@ class PromptIndex:
 
     def forget(self, requests: Iterable[Mapping[str, Any]]) -> int:
         """Delete the entries of the requests' prompts; returns how many were deleted."""
-        asked = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
-        entries = self._read() if any(asked) else {}
+        prompts = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
+        entries = self._read() if any(prompts) else {}
         if not entries:
             return 0
         from wanduet.models.text.tokenizer import clean_text
 
-        texts = {_digest(clean_text(text)) for text in asked if isinstance(text, str) and text}
+        texts = {_digest(clean_text(text)) for text in prompts if isinstance(text, str) and text}
         removed = 0
         for name, (_, digest) in entries.items():
             if digest is None or digest in texts:  # an unreadable entry is useless and may contain any prompt

@@ -118,7 +118,7 @@ class WorkerProcess:
             process = self._process
         if process is not None:
             with suppress(OSError):
-                _ask_to_drain(process)
+                _signal_drain(process)
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -234,7 +234,7 @@ def _how(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {-status}"
 
 
-def _ask_to_drain(process: "subprocess.Popen[bytes]") -> None:
+def _signal_drain(process: "subprocess.Popen[bytes]") -> None:
     if sys.platform != "win32":
         process.terminate()
     elif process.stdin is not None:  # Windows: `terminate` would kill it, but it drains at the end of its input

@@ -31,7 +31,7 @@ class Telemetry:
         self._period = period_seconds
         self._written: float | None = None
 
-    def tell(self) -> None:
+    def publish(self) -> None:
         """Measure and write, at most once in `period_seconds`."""
         now = time.monotonic()
         if self._written is not None and now - self._written < self._period:

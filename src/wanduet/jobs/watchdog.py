@@ -96,7 +96,7 @@ class Watchdog:
         self.settings = settings or HangSettings()
         self._beat = beat
         self._file: BinaryIO | None = None  # the beat, kept open: a process without a free descriptor says so in it
-        self._said: str | None = None
+        self._written: str | None = None
         self._end = end or end_process
         self._monotonic = monotonic
         self._looked = monotonic()
@@ -115,7 +115,7 @@ class Watchdog:
         """Stop the thread."""
         self._stopping.set()
 
-    def turned(self, waits_for: str | None = None) -> None:
+    def iterated(self, waits_for: str | None = None) -> None:
         """The process's loop has gone round, and takes no jobs just now because of `waits_for`."""
         self._loop.expect(self.settings.loop_seconds, waits_for)
 
@@ -158,11 +158,11 @@ class Watchdog:
 
     def _say(self, waits_for: str | None) -> None:
         """Write into the beat file, in its first line, what is waited for. Raises OSError."""
-        if self._file is not None and waits_for != self._said:
+        if self._file is not None and waits_for != self._written:
             self._file.seek(0)
             self._file.write(f"{' '.join((waits_for or '').split())}\n".encode())
             self._file.truncate()
-            self._said = waits_for
+            self._written = waits_for
 
     def _run(self) -> None:
         with ExitStack() as files:

@@ -97,11 +97,11 @@ class ModelCheckpoint:
         starts the out-of-memory fallback."""
         prepare_allocator(device)
         if device.type == "cuda":
-            MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
+            MEMORY_LIMITS.register(device, self, self.config.vram_limit)
 
     def close(self) -> None:
         """Restore the allocators' limits."""
-        MEMORY_LIMITS.let_go(self)
+        MEMORY_LIMITS.unregister(self)
 
     @property
     def _verified(self) -> Path:

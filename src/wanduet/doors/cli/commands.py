@@ -189,7 +189,7 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "predicted_peak_bytes": predicted(job.plan),
         "attention": job.attention,
-        "rungs": job.rungs,
+        "rungs": job.notes,
         "warnings": list(result.warnings),
         "versions": versions(),
     }

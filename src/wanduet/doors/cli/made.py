@@ -188,9 +188,9 @@ def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) ->
             f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
             hint="If you trust that model, name it with --model.",
         )
-    said = made_by.get("revision")
-    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
-        revision = said
+    recorded = made_by.get("revision")
+    if revision is None and isinstance(recorded, str) and re.fullmatch(r"[0-9a-f]{40}", recorded):
+        revision = recorded
     try:
         open_model(name, revision, fetch=False)
     except ModelNotFoundError as error:
