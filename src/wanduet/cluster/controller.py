@@ -160,7 +160,7 @@ class Controller:
             leader.release()
             self._fleet.close()
 
-    def keep_house(self) -> None:
+    def run_housekeeping(self) -> None:
         """Release the jobs of dead workers until drained.
 
         Runs in a thread of its own, so that a blocked call to Ray does not stop it.

@@ -180,7 +180,7 @@ class Attempt:
         return running.result(), steps
 
     def _leaves_decode(self) -> bool:
-        """Whether another worker is there to decode, and finds the latents where it looks."""
+        """Return True if another worker will decode, and can read the latents."""
         job = self._lease.job
         try:
             return self._store.has_decoder(job) and self._store.files.keep(job.id)
@@ -257,7 +257,7 @@ class Attempt:
             except UnknownJobError:
                 unwanted = self._store.was_deleted(
                     self._lease.job.id
-                )  # not found is not enough: an index may be damaged
+                )  # a row that is not found proves nothing: an index may be damaged
                 forget_prompts(
                     self._store.files.folder, [self._lease.job]
                 )  # this attempt may have cached the prompt after the deletion

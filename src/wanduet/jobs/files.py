@@ -159,7 +159,7 @@ class JobFiles:
     def remove_older(self, job_id: str, token: int) -> None:
         """Delete files published by attempts with a smaller token, which were killed before their commit.
 
-        If such an attempt still runs, its commit is refused, so nobody will ask for its files.
+        If such an attempt still runs, its commit is refused, so its files are never served.
         """
         self.remove_older_of({job_id: token})
 

@@ -48,10 +48,10 @@ class VideoEngine(Protocol):
         watch: Watcher | None = None,
         leave_decode: Callable[[], bool] | None = None,
     ) -> RunningJob:
-        """Start a job; its videos go where `output` says. With `resume`, go on from what is there.
+        """Start a job that writes its videos to `output`; if `output.resume` is True, continue from what exists there.
 
-        `leave_decode` is asked when latents are kept: if it says yes, they are left to another worker's decode and
-        the result has no videos.
+        `leave_decode`: called once the latents are saved; return True to leave the decode to another worker. The
+        result then has no videos.
         """
 
 
@@ -91,7 +91,7 @@ def engine_model(engine: Any) -> ModelId | None:
 
 
 def identify(models: Any) -> ModelId:
-    """The same for the engine's models alone (`runtime.models.Models`)."""
+    """Return the public name and the hash of loaded models (`runtime.models.Models`)."""
     return ModelId(models.spec.name, models.about["hash"])
 
 

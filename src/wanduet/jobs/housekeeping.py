@@ -38,7 +38,7 @@ class Housekeeper:
         self._tidied: float | None = None
 
     def run_once(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
-        """Check all leases once; returns how many jobs were taken from dead workers.
+        """Check all leases once; return how many jobs were taken from dead workers.
 
         `dead`: workers known to have ended. `lost`: workers that ended with their machine, which does not count as a
         crash of their jobs. If one of them still runs, its token is stale and its commits are refused: a wrong report

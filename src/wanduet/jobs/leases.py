@@ -79,7 +79,7 @@ class WorkerLock:
 
     def release(self) -> None:
         """Release the lock; the worker's leases are dead from now on."""
-        # Only the lock, not the file: a free lock tells a watcher at once that the leases are dead.
+        # Only the lock, not the file: a free lock shows watchers at once that the leases are dead.
         self._lock.release()
 
 
@@ -137,7 +137,7 @@ def beat_path(folder: Path, supervisor: str) -> Path:
 
 
 def read_beat(path: Path) -> str | None:
-    """What the worker that touches a beat file waits for; None if it does not wait, or nobody can read it."""
+    """Return what the worker of a heartbeat file waits for; None if it does not wait, or the file cannot be read."""
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """Deletes finished jobs that are expired, or whose files exceed the disk limit, up to `ROUND` at a time.
 
 A round is one short transaction that deletes the jobs and records their ids as deleted; then their files are deleted.
-After a kill in between, a sweep finds the files and knows from the ids that nobody needs them.
+After a kill in between, a sweep finds the files and knows from the ids that they are not needed.
 """
 
 from collections.abc import Callable, Sequence

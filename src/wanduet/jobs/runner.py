@@ -129,7 +129,7 @@ class Runner:
             log.info("worker ended", worker=lock.worker)
 
     def _try_iteration(self, worker: str) -> bool:
-        """As `_iterate`, but if the database cannot be reached, waits for increasing times."""
+        """As `_iterate`; if the database cannot be reached, wait, longer each time."""
         try:
             busy = self._iterate(worker)
         except SQLAlchemyError as error:
@@ -143,7 +143,7 @@ class Runner:
         return busy
 
     def _iterate(self, worker: str) -> bool:
-        """Run one round of the loop; True if a job was started, so that there may be more."""
+        """Run one iteration of the loop; return True if it started a job, so that there may be more."""
         model = self._model()
         if self._settings.housekeeping:
             self._housekeeper.run_once()

@@ -33,9 +33,9 @@ from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
 Values = dict[str, Any]
 SIZE_STEP = 100
 
-_ASKED: sa.BindParameter[Any] = sa.bindparam("asked", expanding=True)
-_LOOKED_UP = jobs.c.id.in_(_ASKED)
-_SCANNED = (jobs.c.id + "").in_(_ASKED)  # an expression without an index, which forces a scan
+_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_LOOKED_UP = jobs.c.id.in_(_IDS)
+_SCANNED = (jobs.c.id + "").in_(_IDS)  # an expression without an index, which forces a scan
 
 NEWEST = sa.select(state.c.newest_id).with_for_update()
 _INSERT = sa.insert(jobs).returning(jobs)
@@ -119,16 +119,16 @@ def wanted_names(
     """
     query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(_SCANNED if by_scan else _LOOKED_UP)
     found: dict[str, Collection[str] | None] = {}
-    for asked in _filled(job_ids):
-        for row in connection.execute(query, {"asked": asked}):
+    for ids in _filled(job_ids):
+        for row in connection.execute(query, {"ids": ids}):
             found[row.id] = None if row.status in OPEN_STATUSES else {file["name"] for file in row.files}
     return found
 
 
 def deleted_among(connection: sa.Connection, job_ids: Collection[str]) -> set[str]:
     """Those of the ids whose jobs were deleted recently."""
-    query = sa.select(deleted.c.id).where(deleted.c.id.in_(_ASKED))
-    return {job_id for asked in _filled(job_ids) for job_id in connection.scalars(query, {"asked": asked})}
+    query = sa.select(deleted.c.id).where(deleted.c.id.in_(_IDS))
+    return {job_id for ids in _filled(job_ids) for job_id in connection.scalars(query, {"ids": ids})}
 
 
 def _filled(job_ids: Collection[str]) -> list[list[str]]:
@@ -298,5 +298,5 @@ def count_stages(connection: sa.Connection, waited: float, report: Values) -> No
 
 def fingerprint(new: NewJob) -> str:
     """A digest of the request, to distinguish a repetition from a different request under the same key."""
-    asked = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(asked.encode()).hexdigest()
+    content = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()

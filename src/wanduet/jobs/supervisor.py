@@ -160,7 +160,7 @@ class WorkerProcess:
         with self._guard:
             if self._is_ending():
                 return "the server stops"
-            # Nothing is written to the pipe: end of input tells the worker that this process is gone.
+            # Nothing is written to the pipe: its end shows the worker that this process has ended.
             # A session of its own: Ctrl-C in a terminal is for this process, which then drains the worker.
             process = subprocess.Popen(
                 self._arguments,

@@ -312,5 +312,5 @@ def test_housekeeping_outlives_what_nobody_thought_of(bench: Bench, monkeypatch:
 
     monkeypatch.setattr(Housekeeper, "run_once", fail_once)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    bench.controller.keep_house()
+    bench.controller.run_housekeeping()
     assert len(turns) == 2

@@ -183,13 +183,13 @@ def test_a_worker_that_is_drained_in_the_middle_of_its_turn_takes_nothing_more(
     def until_it_is_put_back(self: Housekeeper) -> None:
         run_once(self)
         if len(journal(store.files.folder)) == 5:
-            in_a_turn.set()
+            in_an_iteration.set()
             wait(lambda: store.get(job_id).status == "queued")
 
-    in_a_turn = threading.Event()
+    in_an_iteration = threading.Event()
     monkeypatch.setattr(Housekeeper, "run_once", until_it_is_put_back)
     with running(store, pace=Turnstile(5)):
-        assert in_a_turn.wait(120)
+        assert in_an_iteration.wait(120)
     assert store.get(job_id).attempts == 1
 
 

@@ -112,7 +112,7 @@ OURS, ENGINE, ALONE = ServerFlags(), EngineFlags(), ClusterFlags()
 
 
 def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: ClusterFlags = ALONE) -> None:
-    """Serve the OpenAI videos protocol, and the web page at /, until told to stop.
+    """Serve the OpenAI videos protocol, and the web page at /, until it is stopped.
 
     ```sh
     wanduet serve --model miniature

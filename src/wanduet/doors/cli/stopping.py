@@ -56,7 +56,7 @@ class StopSignals:
             print_failure("The limit of CPU time is reached (SIGXCPU).", "cancelled", as_json=False)
         if self.answered:
             self._late += 1
-            if self._late > 1:  # nobody reads the output, which blocks
+            if self._late > 1:  # writing blocks if the reader of the output has stopped
                 os._exit(self.exit_code)
             return
         if self._first is None:

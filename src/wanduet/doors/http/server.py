@@ -1,6 +1,6 @@
 """`wanduet serve`: the OpenAI videos protocol over the durable job store.
 
-The server holds neither model nor queue: it validates, stores and shows jobs. A separate worker process makes the
+The server loads no model and has no queue in memory: it validates, stores and shows jobs. A separate worker process makes the
 videos; the server restarts it when it dies.
 """
 
