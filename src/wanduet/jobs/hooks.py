@@ -56,8 +56,9 @@ class VideoEngine(Protocol):
 
 
 def engine_output(path: Path, resume: bool) -> "OutputOptions":
-    """The engine's output options for a job. Latents are saved, so that an attempt after the denoise only decodes; they
-    are deleted with the work folder.
+    """Return the engine's output options for a job.
+
+    Latents are saved, so that an attempt after the denoise only decodes; they are deleted with the work folder.
     """
     from wanduet.engine.job import OutputOptions
 
@@ -65,28 +66,28 @@ def engine_output(path: Path, resume: bool) -> "OutputOptions":
 
 
 def video_previews(path: Path) -> dict[str, bytes]:
-    """The thumbnail (WebP) and sprite sheet (JPEG) of a finished video."""
+    """Return the thumbnail (WebP) and sprite sheet (JPEG) of a finished video."""
     from wanduet.media.preview import spritesheet, thumbnail
 
     return {"thumbnail": thumbnail(path), "spritesheet": spritesheet(path)}
 
 
 def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
-    """A callback that writes previews of the denoise to `path`."""
+    """Return a callback that writes previews of the denoise to `path`."""
     from wanduet.previews.watch import watch_job
 
     return watch_job(engine.models, engine.config.data_folder, path, request)
 
 
 def checkpoint_keys(engine: Any, running: Any) -> list[str]:
-    """The keys under which the engine saves a job's checkpoints."""
+    """Return the keys under which the engine saves a job's checkpoints."""
     from wanduet.engine.record import video_digest
 
     return [video_digest(engine.models, video) for video in running.videos]
 
 
 def engine_model(engine: Any) -> ModelId | None:
-    """The engine's model: its public name and a hash of its weights, a few MiB of which are read."""
+    """Return the engine's model: its public name and a hash of its weights, a few MiB of which are read."""
     return identify(engine.models)
 
 
@@ -96,7 +97,7 @@ def identify(models: Any) -> ModelId:
 
 
 def predicted_seconds(running: Any) -> dict[str, float]:
-    """The plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
+    """Return the plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
     seconds, request = running.plan.prediction.seconds, running.request
     steps = max(1, request.num_denoising_steps * request.num_videos_per_prompt)
     return {"denoise": seconds.denoise / steps, "decode": seconds.decode}

@@ -175,7 +175,7 @@ class Runner:
         return True
 
     def _model(self) -> ModelId | None:
-        """The model for which jobs are claimed; None for any model.
+        """Return the model for which jobs are claimed; None for any model.
 
         None also if the weights cannot be read: each job then fails with that error.
         """

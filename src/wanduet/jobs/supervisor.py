@@ -67,7 +67,7 @@ class WorkerProcess:
         self.hangs = 0
 
     def _command(self, settings: WorkerSettings) -> list[str]:
-        """The module that the process runs, followed by its arguments."""
+        """Return the module that the process runs, followed by its arguments."""
         return ["wanduet.jobs.worker", settings.to_json()]
 
     @property
@@ -112,7 +112,7 @@ class WorkerProcess:
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> int | None:
-        """Drain the worker, kill it after `timeout` seconds; returns its exit status, None if no process ran."""
+        """Drain the worker, kill it after `timeout` seconds; return its exit status, None if no process ran."""
         self._stopping.set()
         with self._guard:  # no process is started from here on
             process = self._process
@@ -156,7 +156,7 @@ class WorkerProcess:
             self._reason = f"{what}; another is starting"
 
     def _run_once(self) -> str:
-        """Start the process and watch it until it ends; returns how it ended."""
+        """Start the process and watch it until it ends; return how it ended."""
         with self._guard:
             if self._is_ending():
                 return "the server stops"
@@ -220,7 +220,7 @@ class WorkerProcess:
 
 
 def _is_stopped(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether a child is stopped by a signal such as SIGSTOP. False if that cannot be determined."""
+    """Return whether a child is stopped by a signal such as SIGSTOP. False if that cannot be determined."""
     if sys.platform != "linux":
         return False
     try:

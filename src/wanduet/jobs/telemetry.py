@@ -50,7 +50,7 @@ class Telemetry:
 
 
 def read_memory(folder: Path) -> dict[tuple[str, str, str], int]:
-    """Bytes by (host, device, kind), summed over living workers."""
+    """Return bytes by (host, device, kind), summed over living workers."""
     found: Counter[tuple[str, str, str]] = Counter()
     for worker, device, kind, size in _entries(folder):
         key = (worker.split(".")[0], device, kind)

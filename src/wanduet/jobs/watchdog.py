@@ -194,7 +194,7 @@ class Patience:
         self._last: tuple[int, int, float] | None = None  # video, steps done, when
 
     def after(self, event: "Event") -> float:
-        """Seconds that the event after `event` may take."""
+        """Return the seconds that the event after `event` may take."""
         settings, now = self._settings, self._monotonic()
         if event.phase != "denoise":
             self._last = None
@@ -218,7 +218,7 @@ def end_process() -> None:
 
 
 def _where_threads_are() -> dict[str, list[str]]:
-    """Each thread's stack, innermost frame last; locations only, as variables may contain prompts."""
+    """Return each thread's stack, innermost frame last; locations only, as variables may contain prompts."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         names.get(ident, str(ident)): [
