@@ -12,7 +12,7 @@ from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.family.spec import TransformerSpec
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint import dit
-from wanduet.footprint.phases import ModelMemory
+from wanduet.footprint.phases import DenoiseShape, ModelMemory
 from wanduet.kernels.dit.plain import TORCH_KERNELS, linear
 from wanduet.kernels.dit.weight import FORMATS, Weight, format_of
 from wanduet.meta.init import meta_init
@@ -91,7 +91,8 @@ def test_bytes_are_planned_as_they_are_allocated_before_any_weight_is_read(memor
     gaps = packed_buffer(block).nbytes - large
     assert 0 <= gaps < 30 * 256
     resident, none = (
-        planned.transformer((16, 16, 1), dtype, [9], blocks, "cpu").weights for blocks in (SPEC.num_layers, 0)
+        planned.transformer(DenoiseShape((16, 16, 1), dtype, [9]), blocks, "cpu").weights
+        for blocks in (SPEC.num_layers, 0)
     )
     assert resident - none == (SPEC.num_layers - 2) * large  # all but those in the two buffers
 
@@ -142,9 +143,9 @@ def test_a_forward_takes_what_is_planned(memory, monkeypatch, frames: int, fused
     """The forward itself is traced with 8-bit weights, q, k and v as one matrix; the plan adds its largest matrix."""
     monkeypatch.setattr("wanduet.footprint.phases.plans_fused_kernels", lambda _: fused)
     shape = dit.ForwardShape(SPEC, (16, frames, 60, 104), 512, "bfloat16", fused)
+    denoised = DenoiseShape((480, 832, 4 * frames - 3), "bfloat16", [9])
     planned, dense = (
-        replace(memory, weights=name).transformer((480, 832, 4 * frames - 3), "bfloat16", [9], 5, "cuda:0").activations
-        for name in ("q8", "auto")
+        replace(memory, weights=name).transformer(denoised, 5, "cuda:0").activations for name in ("q8", "auto")
     )
     assert planned - dense == 3 * SPEC.dim * SPEC.dim * 2
 

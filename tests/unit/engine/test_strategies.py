@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,12 @@ def alone(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     run(replace(config, **STRATEGIES["single"]), folder / "guided.mkv")
     run(replace(config, **STRATEGIES["single"]), folder / "plain.mkv", guidance_scale=1.0)
+    run(replace(config, **STRATEGIES["single"]), folder / "from_video.mkv", **from_video(folder))
     return folder
+
+
+def from_video(folder: Path) -> dict[str, Any]:
+    return {"input_video": str(folder / "guided.mkv"), "strength": 0.5, "seed": 6}
 
 
 def test_placed_gives_the_same_bits(config, alone, tmp_path) -> None:
@@ -82,8 +88,13 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
             GenerationRequest(**(REQUEST | {"guidance_scale": 1.0})),
             OutputOptions(tmp_path / "b.mkv", "ffv1", save_latents=True),
         )
+        other = engine.submit(
+            GenerationRequest(**(REQUEST | from_video(alone))),
+            OutputOptions(tmp_path / "c.mkv", "ffv1", save_latents=True),
+        )
         guided.result(120)
         plain.result(120)
+        assert other.result(120).timings["encode_video_s"] > 0
     assert (guided.plan.group.layout.cfg, plain.plan.group.layout.sequence) == (2, 2)
     # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
     # a little lower than the first's.
@@ -92,7 +103,11 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         assert job.rank_peaks["cpu"] > 2 * 64 * 2**20
         assert job.rank_peaks["cpu"] < job.result().peak_memory_bytes["cpu"] <= own + job.rank_peaks["cpu"]
         assert job.result().timings["prepare_s"] >= 0.0
-    for here, there in (("a", "guided"), ("b", "plain")):  # one may be denoised before the other is decoded
+    for here, there in (
+        ("a", "guided"),
+        ("b", "plain"),
+        ("c", "from_video"),
+    ):  # one may be denoised before the other is decoded
         made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
         assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()
         assert_looks_the_same(made, expected)
