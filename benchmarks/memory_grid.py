@@ -155,7 +155,7 @@ def limited(report: Report) -> None:
             report.add(
                 "limited", size=f"{width}x{height}x{frames}", card_gib=gib, steps=steps, predicted=predicted, measured=found,
                 resident_blocks=job.plan.transformer.resident_blocks, decode=f"{job.plan.vae.tiling.order}-{job.plan.vae.tiling.num_tiles}",
-                rungs=job.rungs, **{name: round(value, 2) for name, value in result.timings.items()},
+                rungs=job.notes, **{name: round(value, 2) for name, value in result.timings.items()},
             )  # fmt: skip
     if ON_GPU:
         torch.cuda.set_per_process_memory_fraction(1.0)

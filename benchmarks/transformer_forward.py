@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.accelerate.packing import allocate_packed
 from wanduet.engine.roofline import measure_peaks
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.choose import Choice, Shape, choose_attention
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm, text_attention
@@ -42,10 +43,12 @@ from wanduet.models.dit.model import TextContext, WanTransformer
 from wanduet.planning.cost import attention_flop, product_flop
 
 BF16 = torch.bfloat16
-SPEC = TransformerSpec()
+SPEC = WAN_1_3B.transformer
 TEXT_LEN, TRUE_TOKENS = 512, (80, 126)  # of a prompt, and of the default negative prompt
 if TINY:
-    SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=3, text_dim=32)
+    SPEC = replace(
+        WAN_1_3B.transformer, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=3, text_dim=32
+    )
     TEXT_LEN, TRUE_TOKENS = 9, (3, 5)
 ROWS_OF_PROFILE = 16
 

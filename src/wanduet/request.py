@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
 
 SamplerName = Literal["unipc", "unipc-official", "dpm++2m", "euler"]

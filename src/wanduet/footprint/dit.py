@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.distributed.p2p.exchange import p2p_buffer_bytes
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm

@@ -15,7 +15,7 @@ import torch
 
 from wanduet.config import Weights
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
 from wanduet.kernels.dit.weight import WeightFormat, format_of

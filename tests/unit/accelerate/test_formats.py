@@ -9,7 +9,8 @@ from wanduet.accelerate.formats import set_format
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.packing import BlockLayout, pack_blocks, packed_buffer
 from wanduet.accelerate.passes import LoadContext, run_passes
-from wanduet.family.specs import ModelSpec, TransformerSpec, VAESpec
+from wanduet.family.spec import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint import dit
 from wanduet.footprint.phases import DenoiseShape, ModelMemory
 from wanduet.kernels.dit.plain import TORCH_KERNELS, linear
@@ -17,7 +18,15 @@ from wanduet.kernels.dit.weight import FORMATS, Weight, format_of
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 
-SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=5, text_dim=32, freq_dim=32)
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    num_layers=5,
+    text_dim=32,
+    freq_dim=32,
+)
 CPU = torch.device("cpu")
 
 
@@ -55,7 +64,7 @@ def output(model: WanTransformer) -> torch.Tensor:
 def memory() -> ModelMemory:
     with meta_init():
         shapes = {name: tuple(p.shape) for name, p in WanTransformer(SPEC).named_parameters()}
-    return ModelMemory(ModelSpec("small", transformer=SPEC, vae=VAESpec()), shapes, {})
+    return ModelMemory(replace(WAN_1_3B, name="small", transformer=SPEC), shapes, {})
 
 
 def test_only_the_blocks_matrices_are_in_8_bits() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import wanduet.request
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import REQUEST_FIELDS, GenerationRequest
 from wanduet.request_fields import RequestField
 

@@ -217,7 +217,7 @@ def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(config, alone, 
                     killed = True
                     os.kill(engine.models._group._ranks._processes[1].pid, signal.SIGKILL)
         job.result(120)
-    assert any("started again" in rung for rung in job.rungs)
+    assert any("started again" in note for note in job.notes)
     again = steps[steps.index(2) + 1 :]
     assert again[-1] == 4
     expected = latents(alone / "guided.mkv")
@@ -243,7 +243,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
     monkeypatch.setattr(Group, "preload", lambda *_: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
-    assert job.rungs[-1].startswith("denoise: without a group")
+    assert job.notes[-1].startswith("denoise: without a group")
     assert job.plan.strategy == "parallel"  # what was planned; the video tells what was done
     assert read_metadata(tmp_path / "a.mkv")["engine"]["strategy"] == "placed"
     assert frame_hashes(tmp_path / "a.mkv").digest == frame_hashes(alone / "guided.mkv").digest

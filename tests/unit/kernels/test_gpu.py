@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
 from wanduet.accelerate.packing import pack_blocks
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import Norm, QKNorm
 from wanduet.kernels.dit.rope import rope_for_grid
@@ -135,8 +136,14 @@ def test_attention_to_the_text_of_an_odd_width_is_the_plain_form(kernels) -> Non
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_whole_transformer_gives_the_same_with_them(kernels, packed: bool) -> None:
     """Where a block's tensors lie in its scratch is as on a GPU, guidance and shared first attention included."""
-    spec = TransformerSpec(
-        num_attention_heads=2, attention_head_dim=32, ffn_dim=300, num_layers=3, text_dim=32, freq_dim=32
+    spec = replace(
+        WAN_1_3B.transformer,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        ffn_dim=300,
+        num_layers=3,
+        text_dim=32,
+        freq_dim=32,
     )
     model = WanTransformer(spec).eval().requires_grad_(False)
     if packed:

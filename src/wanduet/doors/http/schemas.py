@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.jobs.records import StoredJob
 from wanduet.request import (
     MAX_PROMPT,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.distributed.sequence.sharding import NoSharding, Sharding
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 from wanduet.kernels.attention.backends import AttentionFn, sdpa
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.kernels.dit.plain import Norm
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
