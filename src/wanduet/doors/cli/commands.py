@@ -40,6 +40,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
+APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
 
 
 def run_generate(
@@ -174,7 +175,10 @@ def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, An
 def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
     """Return a finished job as `generate --json` prints it."""
     request = job.request
-    videos = [{"output": output.shown(v.path), "seed": v.seed} for v in result.videos]
+    made = [{name: v.provenance[name] for name in APPROXIMATED if name in v.provenance} for v in result.videos]
+    videos = [
+        {"output": output.shown(v.path), "seed": v.seed} | one for v, one in zip(result.videos, made, strict=True)
+    ]
     return {
         "output": videos[0]["output"],
         "seed": request.seed,
@@ -193,6 +197,7 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
         "rungs": job.rungs,
         "warnings": list(result.warnings),
         "versions": versions(),
+        **made[0],
     }
 
 
