@@ -61,7 +61,8 @@ class StepCache(Generic[Condition]):
         """`agree` makes all ranks of a group decide alike: it returns the first rank's decision. `device`: the
         latents'."""
         self._predictor, self._rule, self._agree, self._device = predictor, rule, agree, device
-        self.restore({})
+        self._last: Computed | None = None
+        self.skipped: list[int] = []  # indices in the schedule
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Condition]) -> Sequence[Tensor]:
         """See Predictor. The first condition is the prompt, by which a rule decides for all."""
@@ -85,7 +86,7 @@ class StepCache(Generic[Condition]):
         """See Predictor."""
         state = {name: _moved(value, self._device) for name, value in state.items()}
         self._last = Computed(state["latents"], state["velocities"]) if "latents" in state else None
-        self.skipped: list[int] = state.get("skipped", [])  # indices in the schedule
+        self.skipped = state.get("skipped", [])
         self._predictor.restore(state)
         self._rule.restore(state)
 
@@ -123,7 +124,9 @@ class EasyCache:
         """`num_steps`: of the schedule, of which a run makes those from `first_step` on."""
         self._threshold = threshold
         self._may_skip = range(first_step + EASYCACHE_FIRST, num_steps - 1)
-        self.restore({})
+        self._before: Tensor | None = None  # the latents of the step before
+        self._rate: Tensor | None = None
+        self._error = 0.0
 
     def skips(self, step: int, latents: Tensor, last: Computed | None) -> bool:
         """See Rule."""
@@ -146,9 +149,7 @@ class EasyCache:
 
     def restore(self, state: State) -> None:
         """See Rule."""
-        self._before: Tensor | None = state.get("before")  # the latents of the step before
-        self._rate: Tensor | None = state.get("rate")
-        self._error: float = state.get("error", 0.0)
+        self._before, self._rate, self._error = state.get("before"), state.get("rate"), state.get("error", 0.0)
 
 
 def make_rule(request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[Tensor], Tensor]) -> Rule | None:
