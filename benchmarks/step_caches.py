@@ -1,6 +1,6 @@
 """What step caches and the guidance gate cost on the miniature: forwards, and the loss against its own exact videos.
 
-    PYTHONPATH=src python benchmarks/step_caches.py [--steps 50] [--prompts 4]
+    PYTHONPATH=src python benchmarks/step_caches.py [--steps 50] [--prompts 3]
 
 It shows the order of the rules, not their loss on a large model. The miniature has no published constants. MagCache's and
 TeaCache's are calibrated here by an exact run of another prompt: ratios of `velocity - latents`, which is what is reused,
@@ -32,20 +32,18 @@ PROMPTS = (
     "a red circle moving left on a black background",
     "a blue star spinning on a gray background",
     "a green square growing on a black background",
-    "a yellow triangle falling on a navy background",
     "a purple heart bouncing on a white background",
-    "an orange disc rising on a brown background",
 )
 CALIBRATION = "a white square moving right on a blue background"
 SHIFT = 3.0
+SIZE = {"height": 64, "width": 64, "num_frames": 17}
 ROWS: tuple[dict[str, Any], ...] = (
-    *({"step_cache": f"easycache:{threshold}"} for threshold in (0.02, 0.05, 0.1, 0.2)),
-    *({"step_cache": f"magcache:{threshold}"} for threshold in (0.04, 0.12, 0.13, 0.24)),
+    *({"step_cache": f"easycache:{threshold}"} for threshold in (0.02, 0.05, 0.1)),
+    *({"step_cache": f"magcache:{threshold}"} for threshold in (0.04, 0.12, 0.24)),
     *({"step_cache": f"teacache:{threshold}"} for threshold in (0.05, 0.1, 0.2)),
     {"guidance_gate": 0.5},
     {"guidance_gate": 0.7},
     {"step_cache": "easycache:0.05", "guidance_gate": 0.7},
-    {"step_cache": "magcache:0.12", "guidance_gate": 0.7},
 )
 
 
@@ -61,7 +59,7 @@ class Made:
 def make(engine: Engine, folder: str, **fields: Any) -> Made:
     """Run one job."""
     output = OutputOptions(Path(folder) / "a.mkv", "ffv1", save_latents=True)
-    video = engine.submit(GenerationRequest(seed=7, flow_shift=SHIFT, **fields), output).result().videos[0]
+    video = engine.submit(GenerationRequest(seed=7, flow_shift=SHIFT, **SIZE, **fields), output).result().videos[0]
     frames = np.stack(list(read_frames(video.path))).astype(np.float64)
     return Made(load_latents(video.latents_path)[0], frames, video.provenance.get("forwards"))
 
@@ -73,7 +71,8 @@ def recorded(calls: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
 
     def forward(self: WanTransformer, latents: Tensor, timestep: Tensor, *given: Any) -> Any:
         velocities = whole(self, latents, timestep, *given)
-        calls.append((latents, velocities[0], self.condition_embedder.embed_time(timestep)[0][0]))
+        if not latents.is_meta:  # else the planner counts bytes
+            calls.append((latents, velocities[0], self.condition_embedder.embed_time(timestep)[0][0]))
         return velocities
 
     WanTransformer.forward_cfg = forward  # type: ignore[method-assign]
@@ -86,8 +85,10 @@ def recorded(calls: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
 def calibrate(engine: Engine, folder: str) -> StepCacheTable:
     """The miniature's constants, from one exact run."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    make(engine, folder, prompt=CALIBRATION, num_inference_steps=1)  # the self-test of the weights has its own forwards
     with recorded(calls):
         make(engine, folder, prompt=CALIBRATION, num_inference_steps=50, sampler="unipc-official")
+    assert len(calls) == 50
     sizes = [(velocity - latents).norm(dim=1) for latents, velocity, _ in calls]
     ratios = [1.0, *(float((after / before).mean()) for before, after in pairwise(sizes))]
     changes = [
@@ -106,14 +107,15 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 def measure(report: Report, engine: Engine, folder: str, prompts: Sequence[str], steps: int) -> None:
     """All rows, each against the exact video of the same prompt and seed: median and worst over the prompts."""
     exact = [make(engine, folder, prompt=prompt, num_inference_steps=steps) for prompt in prompts]
-    for row in ROWS:
-        made = [make(engine, folder, prompt=prompt, num_inference_steps=steps, **row) for prompt in prompts]
+    for row in ({"num_inference_steps": steps // 2}, *ROWS):
+        row = {"num_inference_steps": steps} | row
+        made = [make(engine, folder, prompt=prompt, **row) for prompt in prompts]
         errors = [relative_error(one.latents, other.latents) for one, other in zip(made, exact, strict=True)]
         ratios = [psnr(one.frames, other.frames) for one, other in zip(made, exact, strict=True)]
         report.add(
             "miniature",
             **row,
-            forwards=statistics.median(one.forwards or 0 for one in made),
+            forwards=statistics.median(one.forwards or 2 * row["num_inference_steps"] for one in made),
             of=2 * steps,
             latents_error_median=round(statistics.median(errors), 5),
             latents_error_worst=round(max(errors), 5),
@@ -125,7 +127,7 @@ def measure(report: Report, engine: Engine, folder: str, prompts: Sequence[str],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=14 if TINY else 50)
-    parser.add_argument("--prompts", type=int, default=1 if TINY else 4)
+    parser.add_argument("--prompts", type=int, default=1 if TINY else 3)
     options = parser.parse_args()
     report = Report("step_caches_miniature")
     with tempfile.TemporaryDirectory() as folder, Engine(EngineConfig(model="miniature", devices="cpu")) as engine:
