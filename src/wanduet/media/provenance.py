@@ -152,6 +152,8 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("guidance_scale", "guidance {:g}"),
         ("flow_shift", "shift {:g}"),
         ("sampler", "{}"),
+        ("step_cache", "step cache {}"),
+        ("guidance_gate", "guidance up to {} of the steps"),
     ):
         if name in request:
             parts.append(label.format(request[name]))

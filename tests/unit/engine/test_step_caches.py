@@ -187,7 +187,7 @@ def test_after_the_gate_a_step_is_one_forward(run: Run, forwards: list[int]) -> 
     assert torch.equal(latents(never), latents(alone))
 
 
-def test_weights_that_are_streamed_or_apart_make_the_same(run: Run, engine: Engine) -> None:
+def test_devices_apart_make_the_same(run: Run, engine: Engine) -> None:
     expected = latents(run("single", **CACHED))
     with Engine(replace(engine.config, devices="vae=cpu,transformer=cpu")) as other:
         placed = run("placed", other, **CACHED)

@@ -24,6 +24,7 @@ from wanduet.errors import (
     WanduetError,
 )
 from wanduet.family.specs import RANDOM_SPECS
+from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
@@ -229,6 +230,10 @@ def announce(job: Job, config: EngineConfig) -> None:
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
     if r.input_video is not None:
         steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
+    if r.step_cache != OFF:
+        steps += f" with step cache {r.step_cache}"
+    if r.guidance_gate < 1:
+        steps += f", of which {r.num_guided_steps} guided"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 
