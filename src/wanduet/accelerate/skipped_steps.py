@@ -22,8 +22,8 @@ from wanduet.sampling.samplers import make_sampler, official_sigmas
 # MagCache leaves this share of the run's steps, its first, as they are. The paper's.
 RETENTION_SHARE = 0.2
 # By threshold, the share that EasyCache computes of the steps in which it may skip: at 0.05 from the published speed-up
-# of 2.54 (arXiv 2507.02860), else as it falls on a small model (benchmarks/results/step_caches_miniature.json).
-EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.35), (0.05, 0.22), (0.1, 0.1), (0.2, 0.05))
+# of 2.54 (arXiv 2507.02860), else as measured on the miniature (benchmarks/results/step_caches_miniature.json).
+EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.44), (0.05, 0.22), (0.1, 0.13))
 EASYCACHE_FIRST = 10  # steps of a run that EasyCache always computes, beside the last
 
 
@@ -62,11 +62,15 @@ class Forwards:
             computed = [step for step in range(first, first + steps) if step not in skipped]
             before = sum(step < first + guided for step in computed)
             return cls(before, len(computed) - before, exact)
-        always = min(steps, EASYCACHE_FIRST if setting.name == "easycache" else 1)
+        always = EASYCACHE_FIRST if setting.name == "easycache" else 1
         share = _interpolated(_shares(setting, spec), setting.threshold)
-        computed_guided = min(guided, always) + share * max(0, guided - always)
-        total = min(steps, always + 1 + share * (steps - always - 1))
-        return cls(computed_guided, max(0.0, total - computed_guided), exact, is_estimate=True)
+
+        def among_first(count: int) -> float:
+            return min(count, always) + share * max(0, count - always)
+
+        total = among_first(steps - 1) + 1  # the last is always computed
+        before = total if guided == steps else among_first(guided)
+        return cls(before, total - before, exact, is_estimate=True)
 
 
 def forwards_made(request: ResolvedRequest, skipped: Sequence[int]) -> int:

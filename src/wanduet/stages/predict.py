@@ -13,6 +13,7 @@ from torch import Tensor
 from wanduet.accelerate.step_cache import StepCache, make_rule
 from wanduet.distributed.collectives import broadcast_
 from wanduet.kernels.attention.call import Step
+from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.media.embeddings import PromptEmbeds
 from wanduet.models.dit.model import TextContext
 from wanduet.models.text.umt5 import pad_embeddings
@@ -75,6 +76,7 @@ def make_predictor(
     if mesh is not None and mesh.layout.cfg > 1:
         predictor = PairedPredictor(predictor, mesh.cfg)
 
+    @PRODUCTS.at(EXACT)
     def embed_time(timesteps: Tensor) -> Tensor:
         return denoiser.transformer.condition_embedder.embed_time(timesteps.to(device))[0].cpu()
 
