@@ -69,8 +69,8 @@ class Forwards:
             return min(count, always) + share * max(0, count - always)
 
         total = among_first(steps - 1) + 1  # the last is always computed
-        before = total if guided == steps else among_first(guided)
-        return cls(before, total - before, exact, is_estimate=True)
+        of_guided = total if guided == steps else among_first(guided)
+        return cls(of_guided, total - of_guided, exact, is_estimate=True)
 
 
 def forwards_made(request: ResolvedRequest, skipped: Sequence[int]) -> int:
