@@ -141,7 +141,8 @@ def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str,
     if field.kind is bool:
         return "Checkbox", common
     if field.kind is str:
-        return "Textbox", {"label": label, "value": value, "lines": 2, "max_lines": 6}
+        lines = field.shown.lines
+        return "Textbox", {"label": label, "value": value, "lines": lines, "max_lines": 3 * lines}
     low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
     largest = [most for most in (high, limits.of(field)) if most is not None]
     if value == "" or low is None or not largest:
