@@ -19,14 +19,7 @@ from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.specs import ModelSpec
-
-SamplerName = Literal["unipc", "unipc-official", "dpm++2m", "euler"]
-SAMPLERS: dict[SamplerName, str] = {
-    "unipc": "UniPC of order 2 with diffusers' noise levels (1 to 0.001 before the shift)",
-    "unipc-official": "the same with the official code's noise levels (0.999 to 0 before the shift)",
-    "dpm++2m": "DPM-Solver++ of order 2, multistep",
-    "euler": "Euler steps",
-}
+from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 
 # (height, width); 1080p is generated as 1088 rows and cropped.
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
@@ -70,6 +63,7 @@ class Shown:
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
     needs: str | None = None  # the field without which this one is not allowed
+    replaces: tuple[str, ...] = ()  # the fields that follow from this one, and are not given together with it
 
 
 class GenerationRequest(BaseModel):
@@ -108,9 +102,18 @@ class GenerationRequest(BaseModel):
         le=100.0,
         description="Higher values spend more steps on the layout, lower ones on details.",
     )
-    sampler: Annotated[SamplerName, Shown(row=3)] = Field(
-        default="unipc",
-        description="The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + ".",
+    sampler: Annotated[SamplerName | None, Shown(row=3)] = Field(
+        default=None,
+        description="The solver: "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items())
+        + ". Default: the model's, unipc for Wan2.1.",
+    )
+    timesteps: Annotated[
+        Timesteps | None, Shown(placeholder="1000,757,522", replaces=("num_inference_steps", "flow_shift"))
+    ] = Field(
+        default=None,
+        description="The steps' timesteps, decreasing from 1000 (noise) towards 0, in place of a number of steps and a "
+        f"shift; with the sampler {' or '.join(TIMESTEP_SAMPLERS)}. Default: none, or those of few-step weights.",
     )
     seed: Annotated[Whole | None, Shown(row=1, placeholder="a new one each time")] = Field(
         default=None,
@@ -161,6 +164,7 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
+        values |= resolved_schedule(self.model_dump(), spec.defaults)
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
         for side in ("height", "width"):
@@ -234,7 +238,8 @@ class ResolvedRequest(GenerationRequest):
     fps: int
     num_inference_steps: int
     guidance_scale: float
-    flow_shift: float
+    flow_shift: float  # without effect if there are timesteps
+    sampler: SamplerName
     seed: int
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
@@ -253,9 +258,11 @@ class ResolvedRequest(GenerationRequest):
         return self.input_video is not None and self.num_denoising_steps < self.num_inference_steps
 
     def recorded(self) -> dict[str, Any]:
-        """Return the fields as records of a video have them: an input video by its hash, not by its path. The fields
-        of an input video are left out if there is none."""
-        values = self.model_dump(exclude={"input_sha256"})
+        """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
+        effect are left out: those of an input video if there is none; the timesteps, or the shift that they replace."""
+        values = self.model_dump(exclude={"input_sha256", "timesteps" if self.timesteps is None else "flow_shift"})
+        if self.timesteps is not None:
+            values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:
             return {name: value for name, value in values.items() if name not in ("input_video", "strength")}
         return values | {"input_video": f"{INPUT_HASH}{self.input_sha256}"}
@@ -287,7 +294,8 @@ def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
 class RequestField:
     """A field of a request, as the interfaces read it.
 
-    `kind`: int, float, bool, str or a Literal. `default`: None if the model or the engine chooses, and for the prompt.
+    `kind`: int, float, bool, str, a Literal or `tuple[float, ...]`. `default`: None if the model or the engine chooses,
+    and for the prompt.
     """
 
     name: str
@@ -304,6 +312,11 @@ class RequestField:
         return self.kind in (int, float)
 
     @property
+    def is_list(self) -> bool:
+        """Whether the field is a list of numbers. Where there are no lists, it is text, see `schedule.joined`."""
+        return get_origin(self.kind) is tuple
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The allowed values of a Literal; else ()."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
@@ -315,6 +328,8 @@ class RequestField:
             return "a file"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.is_list:
+            return "a list of numbers"
         return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
 
     @property
@@ -342,6 +357,11 @@ def _fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
 
 
 REQUEST_FIELDS: Mapping[str, RequestField] = _fields_of(GenerationRequest)
+
+
+def exclude(one: str, other: str) -> bool:
+    """Return whether two fields are not given together, because one replaces the other."""
+    return any(a in REQUEST_FIELDS and b in REQUEST_FIELDS[a].shown.replaces for a, b in ((one, other), (other, one)))
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -392,7 +412,7 @@ def _check_frames(num_frames: int, spec: ModelSpec) -> None:
 def _explain(error: ValidationError) -> InvalidRequestError:
     """Convert the first problem of a pydantic error to an InvalidRequestError with the nearest allowed value."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"]) or "request"
+    name = str(first["loc"][0]) if first["loc"] else "request"  # an entry of a list counts as its field
     context = first.get("ctx", {})
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
@@ -416,6 +436,8 @@ def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
             return "a whole number"
         case "float_parsing" | "float_type":
             return "a number"
+        case "tuple_type":
+            return "a list of numbers"
         case "finite_number":
             return "a finite number"
         case _:

@@ -152,6 +152,8 @@ class GenerationDefaults:
     guidance_scale: float = 6.0
     flow_shift: float = 8.0
     negative_prompt: str = WAN_NEGATIVE_PROMPT
+    sampler: str = "unipc"
+    timesteps: tuple[float, ...] = ()  # of weights that are distilled for these steps only
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

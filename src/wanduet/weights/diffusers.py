@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanduet.errors import ModelNotFoundError
+from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
+from wanduet.family.distilled import PIPELINES as FEW_STEP_PIPELINES
+from wanduet.family.distilled import FewStep, by_name, by_pipeline, by_tensors
 from wanduet.family.specs import (
     WAN_1_3B,
     WAN_14B,
@@ -20,9 +23,10 @@ from wanduet.family.specs import (
     TransformerSpec,
     VAESpec,
 )
+from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
 
@@ -73,6 +77,23 @@ class ModelFolder:
                 hint=_layout_hint(self.path),
             )
 
+    @cached_property
+    def few_step(self) -> FewStep | None:
+        """What is known of the weights if they are distilled for few steps: by their tensors, the folder's name or its
+        pipeline. None for other weights.
+
+        Raises ModelNotFoundError if they need what wanduet does not have.
+        """
+        tensors: Iterable[str] = ()
+        with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
+            tensors = self.transformer.tensors
+        index = self.path / "model_index.json"
+        pipeline = read_json(index).get("_class_name") if index.exists() else None
+        found = by_tensors(tensors) or by_name(self.name) or by_pipeline(pipeline)
+        if found is not None:
+            check_needs(str(self.path), found)
+        return found
+
     def check_complete(self) -> None:
         """Check every config and the header of every weights file, so that a problem shows before gigabytes are read.
 
@@ -86,6 +107,7 @@ class ModelFolder:
                 f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
             )
         missing: list[ModelNotFoundError] = []
+        _ = self.few_step  # raises for weights that need a module of their own, clearer than a list of its tensors
         for component in COMPONENTS:
             self._check_class(component)
             try:
@@ -176,9 +198,15 @@ class ModelFolder:
 
     def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
         path = self.path / DEFAULTS_FILE
+        few_step = {} if self.few_step is None else self.few_step.defaults()
         if path.exists():
-            return _understood(path, read_json(path), GenerationDefaults.from_config)
-        return WAN_14B.defaults if transformer == WAN_14B.transformer else WAN_1_3B.defaults
+            defaults = _understood(path, few_step | read_json(path), GenerationDefaults.from_config)
+            try:
+                GenerationRequest.parse(prompt="-", sampler=defaults.sampler, timesteps=defaults.timesteps or None)
+            except InvalidRequestError as error:
+                raise ModelNotFoundError(f"{path} is not understood: {error.message}") from None
+            return defaults
+        return replace(WAN_14B.defaults if transformer == WAN_14B.transformer else WAN_1_3B.defaults, **few_step)
 
     def _files(self, name: str) -> TensorFiles:
         folder = self.path / name
@@ -207,7 +235,7 @@ def check_pipeline(path: Path, shown: str) -> None:
     """
     index = read_json(path) if path.exists() else {}
     name = index.get("_class_name", PIPELINES[0])
-    if name not in PIPELINES:
+    if name not in (*PIPELINES, *FEW_STEP_PIPELINES):
         raise ModelNotFoundError(
             f"{shown} is a {cut(name)}; wanduet runs a WanPipeline (text to video) only.", hint=_KINDS
         )
@@ -285,8 +313,8 @@ def check_consistent(path: Path, spec: ModelSpec) -> None:
 def _problem(name: str, value: object, default: object) -> str | None:
     """Return the problem of a config's value, by its default's type and the limits above; None if there is none."""
     if isinstance(default, tuple):
-        kind = type(default[0])
-        if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
+        kind = type(default[0]) if default else float
+        if not isinstance(value, tuple) or (default and not value) or {type(v) for v in value} - _allowed(kind):
             return f"{name} must be a list of {kind.__name__}"
         if len(value) > (MOST_FLOATS if kind is float else MOST_ENTRIES):
             return f"{name} has too many entries: {len(value)}"

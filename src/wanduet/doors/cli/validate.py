@@ -11,7 +11,7 @@ from wanduet.doors.cli.places import Place
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
 from wanduet.media.input_video import resolve
-from wanduet.request import GenerationRequest
+from wanduet.request import GenerationRequest, exclude
 from wanduet.untrusted import cut, parse_json, read_stream
 
 # Published models whose shapes are known without their files, and the random models with the same shapes.
@@ -129,4 +129,5 @@ def _request(row: Row, video: VideoFlags, json_only: bool, spec: ModelSpec | Non
     if not isinstance(fields, dict):
         raise InvalidRequestError("file", str(row)[:80], "one JSON object a line")
     common = video.request("-", spec).model_dump(exclude_unset=True, exclude={"prompt"})
-    return typed_request(**(common | fields))
+    kept = {name: value for name, value in common.items() if not any(exclude(name, other) for other in fields)}
+    return typed_request(**(kept | fields))
