@@ -29,9 +29,9 @@ def joined(values: Sequence[float]) -> str:
 
 
 def _split(value: Any) -> Any:
-    """Split a text: forms, flags and spreadsheets have no lists."""
+    """Split a text, `1000,757` or `[1000, 757]`: forms, flags and spreadsheets have no lists."""
     if isinstance(value, str):
-        return value.split(",")
+        return value.strip().removeprefix("[").removesuffix("]").split(",")
     if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):
         raise PydanticKnownError("float_type")
     return value

@@ -24,7 +24,7 @@ def resolved(spec: ModelSpec = WAN_1_3B, **fields: Any) -> ResolvedRequest:
     return GenerationRequest.parse(prompt="x", seed=1, **fields).resolve(spec)
 
 
-@pytest.mark.parametrize("given", ["1000,757,522", " 1000, 757.0 ,522", [1000, 757, 522], LIST])
+@pytest.mark.parametrize("given", ["1000,757,522", " 1000, 757.0 ,522", "[1000, 757, 522]", [1000, 757, 522], LIST])
 def test_a_list_and_its_text_mean_the_same(given: Any) -> None:
     request = resolved(timesteps=given, sampler="euler")
     assert request.timesteps == LIST
