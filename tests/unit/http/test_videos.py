@@ -43,8 +43,11 @@ def test_create_from_json_and_from_a_plain_form(api: Any) -> None:
 
 def test_timesteps_are_a_text_in_a_form_and_a_list_in_json(api: Any) -> None:
     few = {"sampler": "renoise", "guidance_scale": 1}
-    made = api.create(timesteps=[1000, 757, 522], **few)
-    form = {"prompt": "x", "timesteps": "1000,757,522", **{name: str(value) for name, value in few.items()}}
+    once = {"Idempotency-Key": "the same"}
+    body = {"prompt": "x", "timesteps": [1000, 757, 522], "seed": 1, **few}
+    made = api.http.post("/v1/videos", json=body, headers=once).json()
+    form = {name: str(value) for name, value in body.items()} | {"timesteps": "1000,757,522"}
+    assert api.http.post("/v1/videos", data=form, headers=once).json()["id"] == made["id"]
     for video in (made, api.http.post("/v1/videos", data=form).json()):
         settings = video["settings"]
         assert (settings["timesteps"], settings["num_inference_steps"]) == ([1000, 757, 522], 3)

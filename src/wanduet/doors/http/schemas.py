@@ -227,7 +227,11 @@ def _is_at_least(limit: object, other: object) -> bool:
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
     """Return a digest of a body, before a seed is drawn; the same for a form as for JSON. Files count by their hashes."""
-    plain = {name: str(value) for name, value in fields.items() if value is not None}
+    plain = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in fields.items()
+        if value is not None
+    }
     text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
