@@ -112,8 +112,8 @@ class GenerationRequest(BaseModel):
         Timesteps | None, Shown(placeholder="1000,757,522", replaces=("num_inference_steps", "flow_shift"))
     ] = Field(
         default=None,
-        description="The steps' timesteps, decreasing from 1000 (noise) towards 0, in place of a number of steps and a "
-        f"shift; with the sampler {' or '.join(TIMESTEP_SAMPLERS)}. Default: none, or those of few-step weights.",
+        description="The timesteps of the steps, for example 1000,757,522: from 1000 (noise) towards 0, in place of a number "
+        f"of steps and a shift; with the sampler {' or '.join(TIMESTEP_SAMPLERS)}. Default: none, or those of few-step weights.",
     )
     seed: Annotated[Whole | None, Shown(row=1, placeholder="a new one each time")] = Field(
         default=None,

@@ -155,7 +155,7 @@ def by_name(name: str) -> FewStep | None:
 
 
 def by_tensors(names: Iterable[str]) -> FewStep | None:
-    """Return the few-step weights that have transformer tensors of these names; None if all have them."""
+    """Return the few-step weights that have transformer tensors of these names; None for other weights."""
     listed = list(names)
     return next((one for one in FEW_STEP if any(key in name for key in one.keys for name in listed)), None)
 
