@@ -228,9 +228,9 @@ class Simulation:
             self.leave(replica, lost=True)
         self.at(OUTAGE, lambda: self.nodes_up.__setitem__(name, node))
 
-    def turn(self) -> None:
+    def reconcile(self) -> None:
         began = time.perf_counter()
-        self.controller.turn()
+        self.controller.reconcile()
         self.controller.tidy()
         self.turn_seconds.append(time.perf_counter() - began)
         self.gpu_seconds["up"] += TICK * sum(len(node.devices) for node in self.nodes_up.values())
@@ -238,7 +238,7 @@ class Simulation:
             if one.view.state == "ready" and one.lease is None and not one.polls and self.queued():
                 self.wake(name, 0.25)
         if self.counts["completions"] < self.jobs:
-            self.at(TICK, self.turn)
+            self.at(TICK, self.reconcile)
 
     def queued(self) -> bool:
         return self.counts["completions"] + sum(o.lease is not None for o in self.replicas.values()) < self.counts["in"]
@@ -272,7 +272,7 @@ class Simulation:
             heapq.heappush(self.events, (moment, -self.jobs + self.counts["in"], self.arrive))
         for _ in range(FAILURES):
             self.at(self.draw.uniform(0.1, 0.9) * moment, self.fail_node)
-        self.at(0.0, self.turn)
+        self.at(0.0, self.reconcile)
         began = time.perf_counter()
         while self.events and self.counts["completions"] < self.jobs:
             self.now, _, event = heapq.heappop(self.events)

@@ -23,7 +23,7 @@ from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.config import GIB, EngineConfig
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, Lease, NewJob, StaleLeaseError, demand_of
 from wanduet.jobs.worker import WorkerSettings
@@ -315,8 +315,8 @@ class Stages:
             self.leave(member, lost=True)
         self.at(OUTAGE, lambda: self.up.__setitem__(name, failed))
 
-    def turn(self) -> None:
-        self.controller.turn()
+    def reconcile(self) -> None:
+        self.controller.reconcile()
         self.controller.tidy()
         for name, one in tuple(self.members.items()):
             if one.view.state == "ready" and len(one.held) < HELD:
@@ -324,7 +324,7 @@ class Stages:
         told = self.store.stages()
         self.verdict, self.predicted = told.get("reason", ""), told.get("jobs_an_hour", 0.0)
         if self.counts["completions"] < self.jobs:
-            self.at(TICK, self.turn)
+            self.at(TICK, self.reconcile)
 
     # Sums.
 
@@ -345,7 +345,7 @@ class Stages:
         expected = 3600 * self.jobs / max(1.0, self._together())
         for _ in range(self.failures):
             self.at(self.draw.uniform(0.1, 0.9) * expected, self.fail_node)
-        self.at(0.0, self.turn)
+        self.at(0.0, self.reconcile)
         while self.events and self.counts["completions"] < self.jobs:
             self.now, _, event = heapq.heappop(self.events)
             event()

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.spec import VAESpec
 from wanduet.kernels.device import prepare_allocator
 from wanduet.kernels.select import vae_kernels_for
 from wanduet.models.vae.model import WanVAE

@@ -104,7 +104,7 @@ def use(settings: dict[str, Any], jobs: int, folder: Path, tell: bool) -> None:
                     d.name: {k: round(v / MIB, 1) for k, v in d.phases.items()} for d in job.plan.prediction.devices
                 }
                 row = {"job": number + 1, "strategy": job.plan.strategy, "predicted_mib": predicted}
-                row |= {"peak_mib": measured, "told_mib": _mib(result.peak_memory_bytes), "rungs": job.rungs}
+                row |= {"peak_mib": measured, "told_mib": _mib(result.peak_memory_bytes), "rungs": job.notes}
                 print("   ", json.dumps(row), flush=True)
         cancelled = engine.submit(GenerationRequest(**REQUEST), OutputOptions(folder / "cancelled.mp4"))
         cancelled.cancel()

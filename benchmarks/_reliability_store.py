@@ -208,7 +208,7 @@ def retention(folder: Path, count: int) -> dict[str, Any]:
         swept = False
         while not swept:
             round_began = time.perf_counter()
-            keeper.turn()
+            keeper.run_once()
             lease = store.claim("w", 30.0)
             waits.append(time.perf_counter() - round_began)
             assert lease is not None, "the queue stands still"

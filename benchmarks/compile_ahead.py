@@ -153,7 +153,7 @@ def resources(cubin: bytes) -> tuple[int | None, int | None]:
 def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Decodes in each order, whole and in strips; `brief`: whole ones of 480p and of the odd size, whose kernels are all
     that there are but for a few variants of the attention's products."""
-    from wanduet.family.specs import VAESpec
+    from wanduet.family.wan21 import WAN_1_3B
     from wanduet.kernels.vae.gpu import compiling_for
     from wanduet.models.vae.arena_size import compile_decode
     from wanduet.models.vae.rows import Tiling
@@ -164,14 +164,14 @@ def decodes(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[],
             name = f"decode {width}x{height}, {plan.order}-major, {plan.num_tiles} strips"
 
             def decode(height: int = height, width: int = width, plan: Tiling = plan) -> None:
-                compile_decode(VAESpec(), height, width, plan, dtype, compiling_for(GPU))
+                compile_decode(WAN_1_3B.vae, height, width, plan, dtype, compiling_for(GPU))
 
             yield name, decode
 
 
 def forwards(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """A forward with texts of many lengths, what prepares a text, the check before use, and the repair of attention."""
-    from wanduet.family.specs import WAN_1_3B, WAN_14B
+    from wanduet.family.wan21 import WAN_1_3B, WAN_14B
     from wanduet.kernels import check as kernel_checks
     from wanduet.kernels.attention import flash4_redo
     from wanduet.kernels.dit import plain

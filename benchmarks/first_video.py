@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from _common import DEVICE, TINY, Report
 from safetensors.torch import save_file
 from torch import nn
 
-from wanduet.family.specs import WAN_1_3B, TransformerSpec, VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 
@@ -43,8 +43,8 @@ HIDDEN = ("triton", "flash_attn", "quack")  # what compiles, from an eager run
 TRANSFORMER, VAE = WAN_1_3B.transformer, WAN_1_3B.vae
 if TINY:
     SIZES = {"480p": (64, 96, 9)}
-    TRANSFORMER = TransformerSpec(num_attention_heads=2, ffn_dim=96, num_layers=2, text_dim=32)
-    VAE = VAESpec(base_dim=8, num_res_blocks=1)
+    TRANSFORMER = replace(WAN_1_3B.transformer, num_attention_heads=2, ffn_dim=96, num_layers=2, text_dim=32)
+    VAE = replace(WAN_1_3B.vae, base_dim=8, num_res_blocks=1)
 
 
 def write_model(folder: Path) -> None:

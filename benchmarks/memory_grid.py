@@ -23,7 +23,8 @@ from wanduet.engine.pipeline import Engine
 from wanduet.footprint.phases import DenoiseShape
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.request import GenerationRequest
@@ -154,7 +155,7 @@ def limited(report: Report) -> None:
             report.add(
                 "limited", size=f"{width}x{height}x{frames}", card_gib=gib, steps=steps, predicted=predicted, measured=found,
                 resident_blocks=job.plan.transformer.resident_blocks, decode=f"{job.plan.vae.tiling.order}-{job.plan.vae.tiling.num_tiles}",
-                rungs=job.rungs, **{name: round(value, 2) for name, value in result.timings.items()},
+                rungs=job.notes, **{name: round(value, 2) for name, value in result.timings.items()},
             )  # fmt: skip
     if ON_GPU:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,22 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from _common import TINY, Report
 from safetensors.torch import save_file
 
-from wanduet.family.specs import TextEncoderSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.text.umt5 import EMBEDDING, FINAL_NORM, TextEncoder
 from wanduet.planning.host import process_peak_bytes
 from wanduet.weights.safetensors import TensorFiles
 
 SPEC = (
-    TextEncoderSpec(vocab_size=600, d_model=64, d_kv=8, d_ff=96, num_layers=3, num_heads=8)
+    replace(WAN_1_3B.text_encoder, vocab_size=600, d_model=64, d_kv=8, d_ff=96, num_layers=3, num_heads=8)
     if TINY
-    else TextEncoderSpec()
+    else WAN_1_3B.text_encoder
 )
 CONFIG = asdict(SPEC) | {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "model_type": "umt5"}
 LAYERS_A_FILE = 5

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.accelerate.packing import allocate_packed
 from wanduet.engine.roofline import measure_peaks
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.choose import Choice, Shape, choose_attention
-from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, text_attention
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm, text_attention
 from wanduet.kernels.dit.rope import Rope
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.select import kernels_for
@@ -42,10 +43,12 @@ from wanduet.models.dit.model import TextContext, WanTransformer
 from wanduet.planning.cost import attention_flop, product_flop
 
 BF16 = torch.bfloat16
-SPEC = TransformerSpec()
+SPEC = WAN_1_3B.transformer
 TEXT_LEN, TRUE_TOKENS = 512, (80, 126)  # of a prompt, and of the default negative prompt
 if TINY:
-    SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=3, text_dim=32)
+    SPEC = replace(
+        WAN_1_3B.transformer, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=3, text_dim=32
+    )
     TEXT_LEN, TRUE_TOKENS = 9, (3, 5)
 ROWS_OF_PROFILE = 16
 
@@ -132,12 +135,13 @@ def section_kernels(report: Report) -> None:
     rope = Rope(*(torch.randn(length, half, device=DEVICE) for _ in range(2)))
     q, k, _ = qkv.chunk(3, dim=-1)
     heads, unit = SPEC.num_attention_heads, y.nbytes
+    norm, qk_norm = Norm(row, row, 1e-6), QKNorm(1e-6, heads, rope)
     text = [torch.randn(1, TRUE_TOKENS[0] + 1, heads, 2 * half, device=DEVICE, dtype=BF16) for _ in range(2)]
     for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
         cases: dict[str, tuple[int, Callable[[], object]]] = {
-            "norm": (3, lambda k_=kernels: k_.norm(x, row, row, 1e-6, BF16)),
-            "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, row, row, 1e-6)),
-            "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], 1e-6, heads, rope)),
+            "norm": (3, lambda k_=kernels: k_.norm(x, norm, BF16)),
+            "residual_norm": (6, lambda k_=kernels: k_.residual_norm(x, y, row, norm)),
+            "qk_norm_rope_pair": (4, lambda k_=kernels: k_.qk_norm_rope_pair(q, k, row[0], row[0], qk_norm)),
             "text_attention": (
                 2,
                 lambda k_=kernels: k_.text_attention(y, row[0], 1e-6, *text, TEXT_LEN - TRUE_TOKENS[0]),

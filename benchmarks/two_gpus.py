@@ -40,11 +40,13 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.rank_decode import decode_share
 from wanduet.engine.trace import overlap
-from wanduet.family.specs import WAN_1_3B, ModelSpec
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.select import kernels_for
 from wanduet.media.latents import load_latents
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.rows import Rows, split_rows
 from wanduet.models.vae.stream import DecodePart, decode_stream
 from wanduet.request import GenerationRequest
@@ -112,7 +114,7 @@ def both(bench: Bench, report: Report, section: str, guidance: float, sizes: Seq
                     section, size=size, strategy=strategy, devices=devices, layout=layout, attention=job.attention,
                     denoise_s=round(timings["denoise_s"], 3), step_s=round(timings["denoise_s"] / bench.options.steps, 4),
                     forward_s=round(timings["denoise_s"] / forwards, 4), decode_s=round(timings["decode_s"], 3),
-                    rungs=job.rungs,
+                    rungs=job.notes,
                 )  # fmt: skip
         *alone, shared = seconds
         ratios = {
@@ -139,7 +141,7 @@ def unequal(bench: Bench, report: Report) -> None:
     for guidance, (way, speeds) in product((6.0, 1.0), (("parts alike", (1.0, 1.0)), ("by measured speed", None))):
         with rival(DEVICES[1]), bench.engine("parallel", speeds=speeds) as engine:
             job, timings = bench.run(engine, bench.request(size, guidance), "unequal")
-        report.add("unequal", size=size, guidance=guidance, way=way, rungs=job.rungs,
+        report.add("unequal", size=size, guidance=guidance, way=way, rungs=job.notes,
                    step_s=round(timings["denoise_s"] / bench.options.steps, 4), decode_s=round(timings["decode_s"], 3))  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def whole(bench: Bench, report: Report) -> None:
     with bench.engine("parallel") as engine:
         bench.run(engine, bench.request(size, 6.0, steps=2), "warm", runs=1)
         job, timings = bench.run(engine, bench.request(size, 6.0, steps=steps), "whole", runs=1)
-    report.add("whole", size=size, steps=steps, attention=job.attention, rungs=job.rungs,
+    report.add("whole", size=size, steps=steps, attention=job.attention, rungs=job.notes,
                **{key: round(value, 3) for key, value in timings.items()})  # fmt: skip
 
 

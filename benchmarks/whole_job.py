@@ -21,7 +21,7 @@ from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, ran
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.select import planned_vae_kernels
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
@@ -84,7 +84,7 @@ def jobs(report: Report, section: str, options: argparse.Namespace, limit: int |
             report.add(section, run=name, size=options.size, steps=steps, step_s=step_s, **timings,
                        attention=job.attention)  # fmt: skip
             report.add(f"{section} memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
-                       host_gib=round(result.peak_memory_bytes["cpu"] / 2**30, 2), rungs=job.rungs,
+                       host_gib=round(result.peak_memory_bytes["cpu"] / 2**30, 2), rungs=job.notes,
                        resident_blocks=job.plan.transformer.resident_blocks, decode_mode=asdict(job.plan.vae.tiling),
                        keep_both=job.plan.both_resident)  # fmt: skip
 

@@ -54,7 +54,8 @@ def _with_table(page: str, name: str, rows: Iterator[str]) -> str:
 
 
 def _field_rows() -> Iterator[str]:
-    from wanduet.request import LIMITS, REQUEST_FIELDS
+    from wanduet.request import REQUEST_FIELDS
+    from wanduet.request_fields import LIMITS
 
     yield "| field | takes | |"
     yield "|---|---|---|"

@@ -10,12 +10,12 @@ from typing import Literal, get_args
 import platformdirs
 
 from wanduet.errors import ConfigError
-from wanduet.family.specs import DEFAULT_MODEL
+from wanduet.family.registry import DEFAULT_MODEL
 
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Weights = Literal["auto", "bf16", "q8"]
-TextEncoderHold = Literal["auto", "resident", "streamed"]
+TextEncoderResidency = Literal["auto", "resident", "streamed"]
 ROLES = ("vae", "transformer", "text_encoder")
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class EngineConfig:
     weights: Weights = "auto"
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
-    text_encoder_hold: TextEncoderHold = "auto"
+    text_encoder_hold: TextEncoderResidency = "auto"
     tf32: bool = True  # TF32 in the VAE's float32 convolutions (never in the transformer's float32 parts)
     vram_limit: int | None = None  # bytes per device
     ram_limit: int | None = None  # bytes of host memory

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import GenerationDefaults
+from wanduet.family.spec import GenerationDefaults
 
 SamplerName = Literal["unipc", "unipc-official", "dpm++2m", "euler", "renoise"]
 SAMPLERS: dict[SamplerName, str] = {

@@ -26,7 +26,7 @@ from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import Limits
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.worker import WorkerSettings
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.watchdog import HangSettings
 data, queue, hangs = Path(sys.argv[1]), int(sys.argv[2]), HangSettings(**json.loads(sys.argv[3]))
 config = EngineConfig(data_dir=data)

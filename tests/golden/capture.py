@@ -341,7 +341,7 @@ def numbers(job: "wanduet.Job") -> Json:
     return {
         "strategy": job.plan.strategy,
         "seeds": [video.seed for video in result.videos],
-        "rungs": job.rungs,
+        "rungs": job.notes,
         "latents": summary(latents),
         "frames": summary(frames),
     }

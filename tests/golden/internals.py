@@ -12,7 +12,7 @@ from wanduet.accelerate.offload import stream_blocks
 from wanduet.accelerate.packing import allocate_packed
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.http.server import create_app
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.store import JobStore
 from wanduet.kernels.attention.call import Step

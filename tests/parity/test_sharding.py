@@ -15,14 +15,21 @@ from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank
 from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.backends import plain_with_lse, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
 
-SPEC = TransformerSpec(
-    num_attention_heads=4, attention_head_dim=24, ffn_dim=128, num_layers=3, text_dim=32, freq_dim=32
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=4,
+    attention_head_dim=24,
+    ffn_dim=128,
+    num_layers=3,
+    text_dim=32,
+    freq_dim=32,
 )
 STEP = Step(3, 731.0)
 Case = tuple[Layout, tuple[int, int, int, int], tuple[float, ...] | None]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 
 SMALL = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=192, num_layers=3, text_dim=48, freq_dim=64)
@@ -20,7 +20,7 @@ def oracle(seed: int = 0, **changes: object) -> WanTransformer3DModel:
 
 
 def ours(reference: WanTransformer3DModel) -> WanTransformer:
-    model = WanTransformer(TransformerSpec.from_config(reference.config))
+    model = WanTransformer(WAN_1_3B.transformer.with_config(reference.config))
     model.load_state_dict(reference.state_dict(), strict=True)
     return model.eval()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.vae.encode import encode_stream
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows, split_rows
@@ -29,7 +29,7 @@ def oracle(request) -> AutoencoderKLWan:
 
 @pytest.fixture(scope="module")
 def vae(oracle) -> WanVAE:
-    model = WanVAE(VAESpec.from_config(oracle.config))
+    model = WanVAE(WAN_1_3B.vae.with_config(oracle.config))
     model.load_state_dict(oracle.state_dict(), strict=True)
     return model.eval()
 

@@ -14,7 +14,7 @@ from wanduet.doors.cli.commands import run_plan
 from wanduet.doors.cli.fetch import run_download
 from wanduet.engine import tools
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 from wanduet.request import GenerationRequest

@@ -1,5 +1,7 @@
 """The training's faster forms compute what the engine's modules compute."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from tools.miniature import whole_clip
 from tools.miniature.sample import encoder_of
 from tools.miniature.training import Trainer, orthogonal
 from tools.miniature.velocity import TEXT_TOKENS, embed_text, run_block, velocity
-from wanduet.family.specs import TransformerSpec, VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 
@@ -18,7 +20,7 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float = 2e-5) -> bool:
 
 def test_whole_clips_equal_steps() -> None:
     torch.manual_seed(0)
-    vae = WanVAE(VAESpec(base_dim=8, num_res_blocks=1)).requires_grad_(False)
+    vae = WanVAE(replace(WAN_1_3B.vae, base_dim=8, num_res_blocks=1)).requires_grad_(False)
     video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
     assert close(whole_clip.encode_moments(vae, video), vae.encode_moments(video))
     z = torch.randn(2, 16, 3, 4, 4)
@@ -28,8 +30,14 @@ def test_whole_clips_equal_steps() -> None:
 @pytest.mark.parametrize("count", [1, 7, TEXT_TOKENS])
 def test_few_text_positions_equal_all(count) -> None:
     torch.manual_seed(1)
-    spec = TransformerSpec(
-        num_attention_heads=2, attention_head_dim=24, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2
+    spec = replace(
+        WAN_1_3B.transformer,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
     )
     model = WanTransformer(spec).requires_grad_(False)
     latents, times = torch.randn(2, 16, 2, 4, 6), torch.tensor([900.0, 30.0])

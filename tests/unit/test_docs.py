@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "wanduet"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[CS]*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Flags of other programs that the pages name.
@@ -85,6 +86,21 @@ def test_links_and_pictures_are_there(name: str) -> None:
             titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in slugs, target
+
+
+def test_the_map_of_the_code_names_what_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = {path for path in re.findall(r"`([\w./-]+)`", text) if "/" in path or path.endswith(".py")}
+    assert len(paths) > 40
+    assert [path for path in sorted(paths) if not any((top / path).exists() for top in (PACKAGE, ROOT))] == []
+
+
+def test_the_map_of_the_code_has_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = set(re.findall(r"\w+", text.split("## The rooms")[1].split("```")[1]))
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert len(parts) > 15
+    assert parts - {"__init__", "__main__"} - rooms == set()
 
 
 def test_the_reference_of_the_command_line_is_up_to_date(make: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B, GenerationDefaults, ModelSpec
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.schedule import few_step_warnings, joined
 
 LIST = (1000.0, 757.0, 522.0)
 FEW_STEP = replace(
     WAN_1_3B,
-    defaults=GenerationDefaults(
-        sampler="renoise", timesteps=LIST, num_inference_steps=3, guidance_scale=1.0, flow_shift=8.0
+    defaults=replace(
+        WAN_1_3B.defaults, sampler="renoise", timesteps=LIST, num_inference_steps=3, guidance_scale=1.0, flow_shift=8.0
     ),
 )
 

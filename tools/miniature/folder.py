@@ -1,7 +1,7 @@
 """The miniature's shapes, and how its parts are written in the Diffusers layout."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tools.miniature.prompts import corpus
-from wanduet.family.specs import GenerationDefaults, TextEncoderSpec, TransformerSpec, VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 
 FOLDER = Path(__file__).parents[2] / "src" / "wanduet" / "miniature" / "model"
 NUM_FRAMES, SIZE = 33, 96
 
-VAE_SPEC = VAESpec(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-TRANSFORMER_SPEC = TransformerSpec(
-    num_attention_heads=8, attention_head_dim=32, text_dim=128, freq_dim=128, ffn_dim=896, num_layers=6
+VAE_SPEC = replace(WAN_1_3B.vae, base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+TRANSFORMER_SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=8,
+    attention_head_dim=32,
+    text_dim=128,
+    freq_dim=128,
+    ffn_dim=896,
+    num_layers=6,
 )
-TEXT_ENCODER_SPEC = TextEncoderSpec(vocab_size=640, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
-DEFAULTS = GenerationDefaults(
-    height=SIZE, width=SIZE, num_frames=NUM_FRAMES, num_inference_steps=20,
+TEXT_ENCODER_SPEC = replace(
+    WAN_1_3B.text_encoder, vocab_size=640, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4
+)
+DEFAULTS = replace(
+    WAN_1_3B.defaults, height=SIZE, width=SIZE, num_frames=NUM_FRAMES, num_inference_steps=20,
     guidance_scale=3.0, flow_shift=3.0, negative_prompt="",
 )  # fmt: skip
 

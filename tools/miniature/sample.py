@@ -14,7 +14,7 @@ from tools.miniature import folder as files
 from tools.miniature.detector import ATTRIBUTES, detect
 from tools.miniature.prompts import describe
 from tools.miniature.world import held_out_combinations
-from wanduet.family.specs import TransformerSpec, VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
 
@@ -32,13 +32,13 @@ class Parts:
 
 def read_model(folder: Path, device: str, only_vae: bool = False) -> Parts:
     """Read a folder that `folder.py` wrote."""
-    vae = WanVAE(VAESpec.from_config(json.loads((folder / "vae" / "config.json").read_text())))
+    vae = WanVAE(WAN_1_3B.vae.with_config(json.loads((folder / "vae" / "config.json").read_text())))
     vae.load_state_dict(files.read_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     vae.to(device).eval().requires_grad_(False)
     if only_vae:
         return Parts(vae, None, None, folder, device)
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    transformer = WanTransformer(TransformerSpec.from_config(config))
+    transformer = WanTransformer(WAN_1_3B.transformer.with_config(config))
     transformer.load_state_dict(files.read_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     return Parts(vae, transformer.to(device).eval(), encoder_of(folder, device).eval(), folder, device)
 

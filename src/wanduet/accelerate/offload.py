@@ -30,7 +30,8 @@ from wanduet.accelerate.packing import (
     pack_block,
     packed_buffer,
 )
-from wanduet.models.dit.model import Block, WanTransformer
+from wanduet.models.dit.block import Block
+from wanduet.models.dit.model import WanTransformer
 
 
 def streamed_indices(num_blocks: int, num_resident: int) -> tuple[int, ...]:

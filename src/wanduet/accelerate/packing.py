@@ -12,8 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wanduet.models.dit.block import Block
 from wanduet.models.dit.linear import Linear
-from wanduet.models.dit.model import Block, WanTransformer
+from wanduet.models.dit.model import WanTransformer
 
 # Offsets are multiples of this many bytes, as cudaMalloc aligns.
 ALIGNMENT = 256

@@ -67,7 +67,7 @@ class Leadership:
         self._database = database
         self._connection: sa.Connection | None = None
 
-    def held(self) -> bool:
+    def acquire(self) -> bool:
         """Acquire the lock, or check that it is still owned; always True on SQLite, which only one machine uses."""
         if self._database.dialect.name != "postgresql":
             return True
@@ -146,21 +146,21 @@ class Controller:
         leader = Leadership(self._store.database)
         try:
             while not self._draining.is_set():
-                self.watchdog.turned()
-                if leader.held():
-                    self._try(self.turn)
+                self.watchdog.iterated()
+                if leader.acquire():
+                    self._try(self.reconcile)
                 # `drain` may be called by a signal handler, which must not take a lock: poll the flag instead of
                 # waiting for it.
                 end = self._monotonic() + self._settings.tick_seconds
                 while not self._draining.is_set() and (left := end - self._monotonic()) > 0:
                     time.sleep(min(0.1, left))
-            if leader.held():
+            if leader.acquire():
                 self._end_all()
         finally:
             leader.release()
             self._fleet.close()
 
-    def keep_house(self) -> None:
+    def run_housekeeping(self) -> None:
         """Release the jobs of dead workers until drained.
 
         Runs in a thread of its own, so that a blocked call to Ray does not stop it.
@@ -175,7 +175,7 @@ class Controller:
     def tidy(self) -> None:
         """Release the jobs of workers that are reported dead, or whose leases show it."""
         dead = dict(self._dead)
-        self._housekeeper.turn(
+        self._housekeeper.run_once(
             dead=[worker for worker, lost in dead.items() if not lost],
             lost=[worker for worker, lost in dead.items() if lost],
         )
@@ -184,7 +184,7 @@ class Controller:
         if self._model is not None:
             self._model_watch.look(self._model)
 
-    def turn(self) -> Changes:
+    def reconcile(self) -> Changes:
         """Compare jobs and replicas once, and make the changes."""
         replicas, gone = self._fleet.poll()
         for one in gone:

@@ -54,7 +54,7 @@ class Encoder:
             raise WanduetError(f"{config.model} has no text encoder.")
         self._spec = models.spec
         dtype = plan_text(models.spec, config).dtype
-        residency = Fitter(models.memory, config).encoder_hold(order.shape.host_bytes)
+        residency = Fitter(models.memory, config).encoder_residency(order.shape.host_bytes)
         self._encoder = CachedPromptEncoder(models.folder, dtype, residency, config.data_folder / "embeddings")
         self._store = ClusterStore(
             open_files(config.data_folder, order.settings.storage), order.database_url, connections=REPLICA_CONNECTIONS
@@ -88,7 +88,7 @@ class Encoder:
             while not self._draining.is_set():
                 pause = LOOK_SECONDS
                 try:
-                    if self.turn():
+                    if self.run_once():
                         self._idle_since, pause = time.monotonic(), 0.0
                 except SQLAlchemyError as error:
                     log.warning("the job store cannot be reached", error=type(error).__name__)
@@ -102,7 +102,7 @@ class Encoder:
             self._lock.release()
             self._store.close()
 
-    def turn(self) -> bool:
+    def run_once(self) -> bool:
         """Encode new prompts at the head of the queue; return whether there were any.
 
         Raises CancelledError while draining.

@@ -14,7 +14,8 @@ from wanduet.cluster.shapes import Node, Shape, Stage
 from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.jobs.records import DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds
@@ -135,10 +136,10 @@ class Fitter:
         beside = max(read + work / cores, replicas * work / cores)  # while one reads, others compute
         if node.wish != "encode" or node.devices or not self._config.cache_embeddings:
             return beside, inf
-        read, work = encode_seconds(spec, text.dtype, self.encoder_hold(node.host_bytes))
+        read, work = encode_seconds(spec, text.dtype, self.encoder_residency(node.host_bytes))
         return beside, read + work / cores
 
-    def encoder_hold(self, host_bytes: int) -> Literal["resident", "streamed"]:
+    def encoder_residency(self, host_bytes: int) -> Literal["resident", "streamed"]:
         """Return where a dedicated encoder keeps the weights: in memory if there is enough."""
         text = plan_text(self._memory.spec, self._config)
         needed = HOST_BASE_BYTES + text_encoder_bytes(self._memory.spec, text.dtype, "resident")

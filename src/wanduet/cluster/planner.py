@@ -26,7 +26,7 @@ class StagePlanner:
         self._current = StagePlan(reason="together: until a choice has stood for a minute")
         self._demand: str | None = None
         self._wanted: tuple[dict[str, Stage], float] | None = None  # a new choice, and since when
-        self._asked: tuple[object, StagePlan] | None = None
+        self._last: tuple[object, StagePlan] | None = None
         self._nodes: tuple[Node, ...] = ()
         self._kinds: dict[Node, list[Node]] = {}  # nodes by their kind: a node without id and name
         self._fitter = fitter
@@ -44,7 +44,7 @@ class StagePlanner:
         demands = {one.demand.removeprefix(DECODE): one for one in backlog}
         if demands:
             self._demand = max(demands, key=lambda demand: self._work(demand, demands[demand].count))
-        plan = self._ask(self._demand or reference, frozenset(demands), reference)
+        plan = self._find_plan(self._demand or reference, frozenset(demands), reference)
         if self._may_follow(plan, {node.id for node in here}):
             self._current, self._wanted = plan, None
         return self._current
@@ -59,11 +59,11 @@ class StagePlanner:
             self._wanted = (new, self._monotonic())
         return self._monotonic() - self._wanted[1] >= SETTLE_SECONDS
 
-    def _ask(self, demand: str, demands: frozenset[str], reference: str) -> StagePlan:
+    def _find_plan(self, demand: str, demands: frozenset[str], reference: str) -> StagePlan:
         before = self._current.stages
         question = (self._nodes, demand, demands, reference, tuple(sorted(before.items())))
-        if self._asked is not None and self._asked[0] == question:
-            return self._asked[1]
+        if self._last is not None and self._last[0] == question:
+            return self._last[1]
         costs: dict[str, NodeCosts] = {}
         for kind, nodes in self._kinds.items():
             same = self._costs(kind, demand)
@@ -83,7 +83,7 @@ class StagePlanner:
                 break
             needed |= more
         plan = replace(plan, needed=needed)
-        self._asked = (question, plan)
+        self._last = (question, plan)
         return plan
 
     def _for_minimum(self, stages: Mapping[str, Stage], reference: str) -> frozenset[str]:

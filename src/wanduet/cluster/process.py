@@ -70,7 +70,7 @@ def run_controller(settings: ClusterSettings, url: str) -> None:
     controller.watchdog = watchdog
     drain_on_signals(controller)  # after Ray has installed its handlers
     threading.Thread(target=drain_at_end_of_input, args=(controller,), name="parent-watch", daemon=True).start()
-    threading.Thread(target=controller.keep_house, name="housekeeping", daemon=True).start()
+    threading.Thread(target=controller.run_housekeeping, name="housekeeping", daemon=True).start()
     controller.run()
     store.close()
     watchdog.stop()

@@ -288,7 +288,7 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
 
     The probe runs in a subprocess, so that it leaves no memory allocated.
     """
-    from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.family.registry import RANDOM_SPECS
     from wanduet.weights.hub import open_model
 
     if model not in RANDOM_SPECS:

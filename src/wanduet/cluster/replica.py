@@ -143,7 +143,7 @@ def prepare_process(threads: int) -> None:
 
 
 def _decoder_fits(fitter: Fitter) -> Callable[[str, str], bool]:
-    """Return a function that tells whether a demand fits a decoder, given the name of its shape."""
+    """Return a function that returns whether a demand fits a decoder, given the name of its shape."""
 
     def fits(shape: str, demand: str) -> bool:
         devices = declared_devices(shape.removesuffix(DECODER))

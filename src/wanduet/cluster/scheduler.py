@@ -5,7 +5,7 @@ Every replica computes the order itself, so there is no scheduler process that c
 1. *Priority*, as on one machine.
 2. *Fairness between owners*: start-time fair queueing (Goyal, Vin, Cheng 1996). Each claim charges its owner the job's
    predicted device-seconds in virtual time; the owner with the smallest start tag goes first. Owners do not accumulate
-   credit while they submit nothing, and do not pay for capacity that nobody else wanted.
+   credit while they submit nothing, and do not pay for capacity that no other owner wanted.
 3. *Between one owner's jobs*, the highest response ratio: waited time over predicted time, plus one (Brinch Hansen
    1971). Small jobs pass big ones, and a big one's ratio grows until it is next.
 4. A job that has waited longer than `patience_seconds`, and ten times as long as it will take, is ordered by age alone,

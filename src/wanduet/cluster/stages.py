@@ -43,7 +43,7 @@ class Costs:
 class NodeCosts:
     """What one node could do: whole jobs on `replicas`, decodes of `decode` seconds on each of `decoders`, or encoding.
 
-    `encode`: seconds between two new prompts on each of its replicas; `encode_alone`: on an encoder.
+    `encode`: seconds between two new prompts on each of its replicas; `encode_dedicated`: on an encoder.
     """
 
     name: str = field(compare=False)
@@ -52,7 +52,7 @@ class NodeCosts:
     decoders: int = 0
     decode: float = inf
     encode: float = 0.0
-    encode_alone: float = inf
+    encode_dedicated: float = inf
 
     def rates(self, left: float) -> tuple[float, float]:
         """Return jobs a second with texts encoded here, and how many more with texts that an encoder encodes."""
@@ -70,7 +70,7 @@ class NodeCosts:
     @property
     def encodes(self) -> float:
         """Prompts a second, as an encoder."""
-        return 1.0 / self.encode_alone if isfinite(self.encode_alone) else 0.0
+        return 1.0 / self.encode_dedicated if isfinite(self.encode_dedicated) else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class Rank:
         """Wait for the next message of the parent process and return it."""
         return self.mailbox.receive()
 
-    def cancelled_alone(self) -> bool:
+    def cancelled_locally(self) -> bool:
         """Return whether the task of the message received last is cancelled, as far as this rank knows; not a
         collective, so for tasks of one rank only."""
         return self.mailbox.task in self.mailbox.cancelled
@@ -201,7 +201,7 @@ class Rank:
 
         This is a collective: all ranks must call it together, once in a step.
         """
-        flag = torch.tensor([self.cancelled_alone()], dtype=torch.int32)
+        flag = torch.tensor([self.cancelled_locally()], dtype=torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -25,7 +25,7 @@ from wanduet.engine.strategies import checkpoints_of, strategy_of
 from wanduet.errors import (
     OutputError,
 )
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import load_latents, save_latents
 from wanduet.media.read import read_metadata
@@ -190,7 +190,7 @@ def _kept_latents(models: EngineModels, video: Video, any_precision: bool = Fals
         return None
     if about.get("digest") != video_digest(models, video, about if any_precision else None):
         return None
-    video.found_latents(about)
+    video.reuse_latents(about)
     return latents
 
 

@@ -84,7 +84,7 @@ class JobResult:
 class Job:
     """A submitted request, created by `Engine.submit`. Its methods may be called from any thread.
 
-    `plan` is the plan at submission; `rungs` lists the deviations from it.
+    `plan` is the plan at submission; `notes` lists the deviations from it.
     """
 
     request: ResolvedRequest
@@ -129,7 +129,7 @@ class Job:
         return Timings.sum(self._timings, *(video.record.timings for video in self.videos))
 
     @property
-    def rungs(self) -> list[str]:
+    def notes(self) -> list[str]:
         """The deviations from the plan, video by video."""
         return [event for video in self.videos for event in video.record.notes]
 
@@ -261,7 +261,7 @@ class Video:
         """Add to a timing of this video; `load_s` goes to the job's, since all videos use the loaded model."""
         (self.job._timings if name == "load_s" else self.record.timings).add(name, seconds)
 
-    def found_latents(self, about: dict[str, Any]) -> None:
+    def reuse_latents(self, about: dict[str, Any]) -> None:
         """Copy the provenance of reused latents into this video's record. `about`: the metadata of the latents file."""
         if self.denoised is not None:  # copied before
             return

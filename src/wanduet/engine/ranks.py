@@ -158,7 +158,7 @@ class _Run:
 
 def _encode_video(rank: Rank, models: Models, plan: Plan, assignment: Assignment) -> None:
     record = VideoRecord(0, assignment.request.seed)
-    context = RunContext(assignment.job, rank.report, rank.cancelled_alone, note=record.note)
+    context = RunContext(assignment.job, rank.report, rank.cancelled_locally, note=record.note)
     latents: Tensor | None
     try:
         request = assignment.request

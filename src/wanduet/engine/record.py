@@ -88,7 +88,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         hardware=[d.name for d in plan.prediction.devices],
         attention=video.record.attention,
         timings={k: round(v, 3) for k, v in video.timings.items() if v},
-        rungs=video.record.notes,
+        notes=video.record.notes,
         warnings=video.job.warnings,
     )
     made = make_provenance(video.request, making, versions(), datetime.now(UTC))

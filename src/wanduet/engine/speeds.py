@@ -11,7 +11,7 @@ from wanduet.distributed.collectives import all_gather
 from wanduet.distributed.links import Link
 from wanduet.distributed.mesh import Layout, Mesh, choose_layout
 from wanduet.distributed.rank import Rank
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import buffer_bytes
 from wanduet.footprint.phases import DTYPE_BYTES
 from wanduet.planning.cost import step_seconds

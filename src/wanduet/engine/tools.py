@@ -19,14 +19,15 @@ from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.record import is_same_model
 from wanduet.errors import InvalidRequestError, OutputError, WanduetError
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import BACKENDS, available_backends
 from wanduet.kernels.attention.choose import measured
 from wanduet.kernels.select import TRITON, VAE_TRITON, has_triton
 from wanduet.kernels.triton_probe import Probe, probe_triton
 from wanduet.kernels.verdicts import IN_A_JOB, plain_operations, read_verdicts
 from wanduet.media.codecs import CONTAINERS
-from wanduet.media.embeddings import PromptEmbeds, holds_embeddings, load_embeddings, save_embeddings
+from wanduet.media.embeddings import PromptEmbeds, contains_embeddings, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
@@ -61,7 +62,7 @@ def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> J
     check_writable(output.path, generate.bytes_on_disk(request, models.spec))
     plan = make_plan(request, models.memory, config, detect())
     job = Job(request.model_copy(update={"num_videos_per_prompt": 1}), plan, output)
-    job.videos[0].found_latents(about)
+    job.videos[0].reuse_latents(about)
     if (made_by := about.get("model")) is not None and not is_same_model(made_by, models.about):
         job.warnings.append(
             f"The latents were made by the model {printable(cut(made_by.get('name')))}. {models.about['name']}, which decodes "
@@ -130,7 +131,7 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
 def _inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
-    if holds_embeddings(path):
+    if contains_embeddings(path):
         return _inspect_embeddings(load_embeddings(path), path)
     latents, about = load_latents(path)
     channels = latents.float().flatten(1)

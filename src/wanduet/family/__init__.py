@@ -1,1 +1,1 @@
-"""The models of the Wan family: their shapes and defaults. Does not import torch."""
+"""The Wan family: the shapes and defaults of its members, by name. Does not import torch."""

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.distributed.p2p.exchange import p2p_buffer_bytes
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.attention.call import AttentionCall
-from wanduet.kernels.dit.plain import TORCH_KERNELS
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm
 from wanduet.kernels.dit.rope import Rope
 from wanduet.meta.init import meta_init
 from wanduet.meta.trace import Footprint, meta_empty
-from wanduet.models.dit.model import Runtime, TextContext, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import TextContext, WanTransformer
 
 TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept between blocks
 # Beyond this many tokens the peak is linear in them: it is traced at two lengths and extrapolated.
@@ -117,20 +118,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _norm(x: Tensor, parameters: Norm, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
 def _residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return x, y if out is None else out
 
 
-def _qk_norm_rope_pair(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
-) -> tuple[Tensor, Tensor]:
-    return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
+def _qk_norm_rope_pair(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, norm: QKNorm) -> tuple[Tensor, Tensor]:
+    return q.unflatten(-1, (norm.num_heads, -1)), k.unflatten(-1, (norm.num_heads, -1))
 
 
 def _attend_text(q: Tensor, weight: Tensor, eps: float, keys: Tensor, values: Tensor, repeats: int) -> Tensor:

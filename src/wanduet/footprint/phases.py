@@ -15,7 +15,7 @@ import torch
 
 from wanduet.config import Weights
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
 from wanduet.kernels.dit.weight import WeightFormat, format_of
@@ -91,7 +91,7 @@ class ModelMemory:
     ) -> TransformerMemory:
         """Memory of denoising on each of a layout's ranks, with `resident_blocks` of the blocks kept on the device.
 
-        `share_first`: see `models.dit.model.Runtime`.
+        `share_first`: see `models.dit.block.Runtime`.
         """
         dtype, texts, layout = denoise.dtype, denoise.texts, denoise.layout
         t, item = self.spec.transformer, DTYPE_BYTES[dtype]

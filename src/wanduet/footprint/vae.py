@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.spec import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
 from wanduet.meta.trace import Footprint, meta_empty
 from wanduet.models.vae.arena_size import TRACED_STEPS, TRACING, DecodeShape, meta_vae, tile_cache_bytes

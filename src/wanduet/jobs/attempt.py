@@ -180,7 +180,7 @@ class Attempt:
         return running.result(), steps
 
     def _leaves_decode(self) -> bool:
-        """Whether another worker is there to decode, and finds the latents where it looks."""
+        """Return True if another worker will decode, and can read the latents."""
         job = self._lease.job
         try:
             return self._store.has_decoder(job) and self._store.files.keep(job.id)
@@ -201,7 +201,7 @@ class Attempt:
         return self._work.with_name("result.json")
 
     def _saved_outcome(self) -> dict[str, Any] | None:
-        """The outcome of an earlier attempt that was killed after its last video; None if there is still work to do."""
+        """Return the outcome of an earlier attempt that was killed after its last video; None if work is left."""
         if self._lease.job.attempts < 2:
             return None
         try:
@@ -257,7 +257,7 @@ class Attempt:
             except UnknownJobError:
                 unwanted = self._store.was_deleted(
                     self._lease.job.id
-                )  # not found is not enough: an index may be damaged
+                )  # a row that is not found proves nothing: an index may be damaged
                 forget_prompts(
                     self._store.files.folder, [self._lease.job]
                 )  # this attempt may have cached the prompt after the deletion
@@ -345,7 +345,7 @@ class Attempt:
                 return
 
     def _give_up(self, error: SQLAlchemyError) -> NoReturn:
-        """The database refuses this commit for good: fail the job with that as the reason, if it accepts that."""
+        """Fail the job because the database refuses its commit for good, if the database accepts at least that."""
         self._log.error("what came of the job cannot be stored", **describe_error(error))
         reason = JobError("not_stored", f"The job database refused what came of the job ({type(error).__name__}).")
         with suppress(SQLAlchemyError):
@@ -354,7 +354,7 @@ class Attempt:
 
 
 def _is_device_lost(error: BaseException) -> bool:
-    """Whether this is an error after which every further call to the device fails in this process."""
+    """Return whether this is an error after which every further call to the device fails in this process."""
     lost = type(error).__name__ == "AcceleratorError" or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )
@@ -362,7 +362,7 @@ def _is_device_lost(error: BaseException) -> bool:
 
 
 def _is_short_of_threads(error: BaseException) -> bool:
-    """Whether a thread could not be started, for lack of threads or memory."""
+    """Return whether a thread could not be started, for lack of threads or memory."""
     return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
@@ -372,7 +372,7 @@ _PASSING = {5, 6, 7, 9, 10, 13, 14, 15, 17}
 
 
 def _is_permanent(error: SQLAlchemyError) -> bool:
-    """Whether repeating a commit that failed with this error is useless."""
+    """Return whether repeating a commit that failed with this error is useless."""
     if not isinstance(error, DBAPIError):
         return isinstance(
             error, StatementError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of this package, without the current folder on the module path."""
+    """Return the command that runs a module of this package, without the current folder on the module path."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 

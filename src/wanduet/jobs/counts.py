@@ -7,7 +7,7 @@ from wanduet.jobs.schema import jobs, stages
 
 
 def count_jobs(connection: sa.Connection, owner: str | None, now: float) -> Statistics:
-    """The queue at `now` (Unix seconds), and the summed seconds of all completed jobs by stage.
+    """Return the queue at `now` (Unix seconds), and the summed seconds of all completed jobs by stage.
 
     With `owner`, only that owner's jobs are counted, and the sums, which are not kept by owner, are left out.
     """

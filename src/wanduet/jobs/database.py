@@ -50,7 +50,7 @@ def open_database(url: str, connections: int = 10) -> sa.Engine:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of a SQLite database; None for any other kind of database. Raises ConfigError."""
+    """Return the file of a SQLite database; None for any other kind of database. Raises ConfigError."""
     parsed = _parse(url)
     if parsed.get_backend_name() != "sqlite":
         return None
@@ -61,7 +61,7 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def public_name(url: str) -> str:
-    """A database's address without its password and query."""
+    """Return a database's address without its password and query."""
     return str(sqlite_path(url) or _parse(url).set(query={}).render_as_string(hide_password=True))
 
 
@@ -148,7 +148,7 @@ def fold_log(database: sa.Engine) -> None:
 
 
 def find_damage(connection: sa.Connection) -> str | None:
-    """The first fault in a SQLite file, indexes included; None if it is sound. Reads the whole file."""
+    """Return the first fault in a SQLite file, indexes included; None if it is sound. Reads the whole file."""
     if connection.dialect.name != "sqlite":
         return None
     found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
@@ -184,7 +184,7 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 
 def _name_error(context: ExceptionContext) -> StoreBrokenError | None:
-    """The store's error for a driver error that an operator must fix; None leaves the driver error as it is."""
+    """Return the store's error for a driver error that an operator must fix; None leaves the driver error as it is."""
     error = context.original_exception
     url = context.engine.url if context.engine is not None else None
     name = "" if url is None else public_name(url.render_as_string(hide_password=False))

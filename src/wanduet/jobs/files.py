@@ -62,17 +62,17 @@ class JobFiles:
         return f"sqlite:///{self.folder / 'jobs.sqlite3'}"
 
     def work_path(self, job_id: str) -> Path:
-        """The video file that attempts of a job write. Raises ValueError if `job_id` is not a job id."""
+        """Return the video file that attempts of a job write. Raises ValueError if `job_id` is not a job id."""
         if not is_job_id(job_id):
             raise ValueError("not a job id")
         return self.work / job_id / "video.mp4"
 
     def preview_path(self, job_id: str) -> Path:
-        """The preview file of a running job. Raises ValueError if `job_id` is not a job id."""
+        """Return the preview file of a running job. Raises ValueError if `job_id` is not a job id."""
         return self.work_path(job_id).with_name("preview.webp")
 
     def preview(self, job_id: str) -> bytes | None:
-        """The preview of a job, an animated WebP; None if there is none."""
+        """Return the preview of a job, an animated WebP; None if there is none."""
         try:
             return self.preview_path(job_id).read_bytes()
         except OSError:
@@ -108,11 +108,11 @@ class JobFiles:
         return OutputFile(INPUT, 0, *self._link(source, self.videos / _input_name(job_id)))
 
     def bring_input(self, job_id: str) -> Path | None:
-        """The video that a job starts from, on this machine's disk while the attempt runs; None if it is missing."""
+        """Return a job's input video, on this machine's disk while the attempt runs; None if it is missing."""
         return self.path(_input_name(job_id))
 
     def new_upload(self) -> Path:
-        """A name for a file that is received; it is deleted if nothing is written to it for UPLOAD_SECONDS."""
+        """Return a name for a file that is received; it is deleted if nothing is written to it for UPLOAD_SECONDS."""
         return self.uploads / secrets.token_hex(16)
 
     def discard_uploads(self) -> None:
@@ -124,7 +124,7 @@ class JobFiles:
                         os.unlink(entry.path)
 
     def path(self, name: str) -> Path | None:
-        """A published file or a job's input by its stored name; None if there is none, or it is not a plain file inside the folder."""
+        """Return a published file or a job's input by its stored name; None unless it is a plain file in the folder."""
         if not PUBLISHED_NAME.fullmatch(name):
             return None
         path = self.videos / name
@@ -133,14 +133,14 @@ class JobFiles:
         return path
 
     def free_bytes(self) -> float:
-        """Free space of the disk; infinite if it cannot be determined."""
+        """Return the free bytes of the disk; infinite if it cannot be determined."""
         try:
             return shutil.disk_usage(self.folder).free
         except OSError:
             return math.inf
 
     def find_no_room(self, num_bytes: int) -> str | None:
-        """Why `num_bytes` cannot be written: too little free space, or a failed write. None if they can."""
+        """Return why `num_bytes` cannot be written: too little free space, or a failed write. None if they can."""
         if self.free_bytes() < num_bytes:
             return f"fewer than {num_bytes} bytes are free"
         try:
@@ -159,7 +159,7 @@ class JobFiles:
     def remove_older(self, job_id: str, token: int) -> None:
         """Delete files published by attempts with a smaller token, which were killed before their commit.
 
-        If such an attempt still runs, its commit is refused, so nobody will ask for its files.
+        If such an attempt still runs, its commit is refused, so its files are never served.
         """
         self.remove_older_of({job_id: token})
 
@@ -225,7 +225,7 @@ class JobFiles:
 
 
 def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
-    """Those of the published names whose token is smaller than their job's in `tokens`."""
+    """Return those of the published names whose token is smaller than their job's in `tokens`."""
     for name in names:
         token = tokens.get(name.partition(".")[0])
         match = PUBLISHED_NAME.fullmatch(name)
@@ -240,7 +240,7 @@ def _input_name(job_id: str) -> str:
 
 
 def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:
-    """Names of the files `STEM.*` in a folder, scanned one by one: `Path.glob` would read all names into memory."""
+    """Yield names of files `STEM.*` in a folder, one by one: `Path.glob` would read all names into memory."""
     if stems:
         wanted = frozenset(stems)
         with suppress(OSError), os.scandir(folder) as entries:

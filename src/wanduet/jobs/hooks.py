@@ -48,16 +48,17 @@ class VideoEngine(Protocol):
         watch: Watcher | None = None,
         leave_decode: Callable[[], bool] | None = None,
     ) -> RunningJob:
-        """Start a job; its videos go where `output` says. With `resume`, go on from what is there.
+        """Start a job that writes its videos to `output`; if `output.resume` is True, continue from what exists there.
 
-        `leave_decode` is asked when latents are kept: if it says yes, they are left to another worker's decode and
-        the result has no videos.
+        `leave_decode`: called once the latents are saved; return True to leave the decode to another worker. The
+        result then has no videos.
         """
 
 
 def engine_output(path: Path, resume: bool) -> "OutputOptions":
-    """The engine's output options for a job. Latents are saved, so that an attempt after the denoise only decodes; they
-    are deleted with the work folder.
+    """Return the engine's output options for a job.
+
+    Latents are saved, so that an attempt after the denoise only decodes; they are deleted with the work folder.
     """
     from wanduet.engine.job import OutputOptions
 
@@ -65,38 +66,38 @@ def engine_output(path: Path, resume: bool) -> "OutputOptions":
 
 
 def video_previews(path: Path) -> dict[str, bytes]:
-    """The thumbnail (WebP) and sprite sheet (JPEG) of a finished video."""
+    """Return the thumbnail (WebP) and sprite sheet (JPEG) of a finished video."""
     from wanduet.media.preview import spritesheet, thumbnail
 
     return {"thumbnail": thumbnail(path), "spritesheet": spritesheet(path)}
 
 
 def step_previews(engine: Any, path: Path, request: GenerationRequest) -> Watcher:
-    """A callback that writes previews of the denoise to `path`."""
+    """Return a callback that writes previews of the denoise to `path`."""
     from wanduet.previews.watch import watch_job
 
     return watch_job(engine.models, engine.config.data_folder, path, request)
 
 
 def checkpoint_keys(engine: Any, running: Any) -> list[str]:
-    """The keys under which the engine saves a job's checkpoints."""
+    """Return the keys under which the engine saves a job's checkpoints."""
     from wanduet.engine.record import video_digest
 
     return [video_digest(engine.models, video) for video in running.videos]
 
 
 def engine_model(engine: Any) -> ModelId | None:
-    """The engine's model: its public name and a hash of its weights, a few MiB of which are read."""
+    """Return the engine's model: its public name and a hash of its weights, a few MiB of which are read."""
     return identify(engine.models)
 
 
 def identify(models: Any) -> ModelId:
-    """The same for the engine's models alone (`runtime.models.Models`)."""
+    """Return the public name and the hash of loaded models (`runtime.models.Models`)."""
     return ModelId(models.spec.name, models.about["hash"])
 
 
 def predicted_seconds(running: Any) -> dict[str, float]:
-    """The plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
+    """Return the plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
     seconds, request = running.plan.prediction.seconds, running.request
     steps = max(1, request.num_denoising_steps * request.num_videos_per_prompt)
     return {"denoise": seconds.denoise / steps, "decode": seconds.decode}

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 
 class Housekeeper:
-    """Maintains one store; several may run at the same time. Call `turn` a few times in each lease's length.
+    """Maintains one store; several may run at the same time. Call `run_once` a few times in each lease's length.
 
     `tidy_seconds`: pause between two rounds of retention. `max_bytes`: limit of published files (None: no limit).
     """
@@ -37,8 +37,8 @@ class Housekeeper:
         self._watch = LeaseWatch(store.files.workers, monotonic)
         self._tidied: float | None = None
 
-    def turn(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
-        """Check all leases once; returns how many jobs were taken from dead workers.
+    def run_once(self, dead: Collection[str] = (), lost: Collection[str] = ()) -> int:
+        """Check all leases once; return how many jobs were taken from dead workers.
 
         `dead`: workers known to have ended. `lost`: workers that ended with their machine, which does not count as a
         crash of their jobs. If one of them still runs, its token is stale and its commits are refused: a wrong report

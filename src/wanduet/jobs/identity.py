@@ -93,7 +93,7 @@ def _give_id(files: JobFiles, database: sa.Engine, name: str) -> str:
 
 
 def _knows(connection: sa.Connection, place: Place) -> bool | None:
-    """Whether a database knows most of the jobs whose files are in a place; None if there are no files."""
+    """Return whether a database knows most of the jobs whose files are in a place; None if there are no files."""
     ids = iter({job_id for job_id, _ in islice(place.entries(), _LOOKED_AT)})
     known = unknown = 0
     while batch := list(islice(ids, _BATCH)):

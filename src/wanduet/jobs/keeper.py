@@ -13,7 +13,7 @@ from wanduet.jobs.logs import describe_error
 from wanduet.jobs.records import Lease, StaleLeaseError
 from wanduet.jobs.store import JobStore
 
-if TYPE_CHECKING:  # the engine brings torch, which a process that only looks after jobs does without
+if TYPE_CHECKING:  # the engine imports torch, which a process that only manages jobs does not load
     from wanduet.runtime.context import Event
 
 log = structlog.get_logger(__name__)

@@ -79,7 +79,7 @@ class WorkerLock:
 
     def release(self) -> None:
         """Release the lock; the worker's leases are dead from now on."""
-        # Only the lock, not the file: a free lock tells a watcher at once that the leases are dead.
+        # Only the lock, not the file: a free lock shows watchers at once that the leases are dead.
         self._lock.release()
 
 
@@ -111,7 +111,7 @@ class SupervisorLock:
 
 
 def outlived_by_supervisor(folder: Path, worker: str) -> bool:
-    """Whether a dead worker's supervisor is alive. True if that cannot be determined."""
+    """Return whether a dead worker's supervisor is alive. True if that cannot be determined."""
     host, *rest = worker.split(".")
     if len(rest) != 3 or host != _host() or "/" in worker or "\\" in worker:
         return True
@@ -120,24 +120,24 @@ def outlived_by_supervisor(folder: Path, worker: str) -> bool:
 
 
 def is_dead(folder: Path, worker: str) -> bool:
-    """Whether a worker of this machine and this data folder has ended. False if that cannot be determined."""
+    """Return whether a worker of this machine and this data folder has ended. False if that cannot be determined."""
     if worker.split(".")[0] != _host() or "/" in worker or "\\" in worker:
         return False
     return _is_free(folder / f"{worker}.lock")
 
 
 def live_workers(folder: Path) -> list[str]:
-    """The names of this data folder's workers that run on this machine."""
+    """Return the names of this data folder's workers that run on this machine."""
     return [path.name.removesuffix(".lock") for path in folder.glob(f"{_host()}.*.lock") if not _is_free(path)]
 
 
 def beat_path(folder: Path, supervisor: str) -> Path:
-    """The heartbeat file: a supervisor's worker touches it while it makes progress."""
+    """Return the heartbeat file: a supervisor's worker touches it while it makes progress."""
     return folder / f"{_host()}.{supervisor}.beat"
 
 
 def read_beat(path: Path) -> str | None:
-    """What the worker that touches a beat file waits for; None if it does not wait, or nobody can read it."""
+    """Return what the worker of a heartbeat file waits for; None if it does not wait, or the file cannot be read."""
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
     except OSError:
@@ -160,7 +160,7 @@ class BeatWatch:
         self._quiet = 0.0
 
     def quiet(self) -> float:
-        """Look at the file; returns for how many seconds of the watcher's running time it was unchanged."""
+        """Look at the file; return for how many seconds of the watcher's running time it was unchanged."""
         now = self._monotonic()
         try:
             seen = self._path.stat().st_mtime_ns

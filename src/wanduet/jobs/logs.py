@@ -67,7 +67,7 @@ _PLACE = re.compile(r'^\s*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
-    """The loggable parts of an unexpected error: its type, and the locations of its and its causes' tracebacks.
+    """Return the loggable parts of an unexpected error: its type, and the locations of its and its causes' tracebacks.
 
     Messages and variables are left out, as they may contain a prompt. A rank process's report counts as a cause.
     """

@@ -50,7 +50,7 @@ class Mark:
     database: str
 
     def to_json(self) -> bytes:
-        """The content of `store-id`."""
+        """Return the content of `store-id`."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
@@ -75,19 +75,19 @@ class Place(Protocol):
         """Read the mark; None if there is none. Raises OutputError."""
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
-        """Write the mark if there is none, or with `replace`; returns the one that is there afterwards."""
+        """Write the mark if there is none, or with `replace`; return the one that is there afterwards."""
 
     def entries(self) -> Iterator[Entry]:
-        """All files and folders that are named after a job's id. Raises OSError, UnreachablePlaceError."""
+        """Return all files and folders that are named after a job's id. Raises OSError, UnreachablePlaceError."""
 
     def remove(self, entries: Iterable[Entry]) -> int:
-        """Delete entries; returns how many were deleted."""
+        """Delete entries; return how many were deleted."""
 
     def throw_away(self, entries: Iterable[Entry]) -> tuple[int, str]:
-        """Move entries to the trash; returns how many were moved, and the target."""
+        """Move entries to the trash; return how many were moved, and the target."""
 
     def empty_trash(self, days: float) -> int:
-        """Delete what has been in the trash for `days`; returns how many sweeps' folders were deleted."""
+        """Delete what has been in the trash for `days`; return how many sweeps' folders were deleted."""
 
 
 class FolderPlace:
@@ -199,12 +199,12 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def new_heap() -> str:
-    """A name for a folder in the trash, made of the time."""
+    """Return a name for a folder in the trash, made of the time."""
     return f"{datetime.now(UTC).strftime(CLOCK_FORMAT)}-{secrets.token_hex(2)}"
 
 
 def is_old(heap: str, days: float) -> bool:
-    """Whether a folder in the trash is at least `days` old. False for names that `new_heap` did not make."""
+    """Return whether a folder in the trash is at least `days` old. False for names that `new_heap` did not make."""
     try:
         made = datetime.strptime(heap.partition("-")[0], CLOCK_FORMAT).replace(tzinfo=UTC)
     except ValueError:

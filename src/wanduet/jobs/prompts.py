@@ -18,7 +18,7 @@ _LONGEST_HEADER = 2**20
 
 
 def forget_prompts(folder: Path, jobs: Iterable[StoredJob]) -> int:
-    """Delete the cached embeddings of the jobs' prompts from a data folder; returns how many were deleted.
+    """Delete the cached embeddings of the jobs' prompts from a data folder; return how many were deleted.
 
     If another job has the same prompt, it is encoded again when that job runs.
     """
@@ -34,14 +34,14 @@ class PromptIndex:
         self._digests: dict[str, tuple[int, bytes | None]] = {}  # by file name: modification time, digest of the text
 
     def forget(self, requests: Iterable[Mapping[str, Any]]) -> int:
-        """Delete the entries of the requests' prompts; returns how many were deleted."""
-        asked = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
-        entries = self._read() if any(asked) else {}
+        """Delete the entries of the requests' prompts; return how many were deleted."""
+        prompts = [request.get(name) for request in requests for name in ("prompt", "negative_prompt")]
+        entries = self._read() if any(prompts) else {}
         if not entries:
             return 0
         from wanduet.models.text.tokenizer import clean_text
 
-        texts = {_digest(clean_text(text)) for text in asked if isinstance(text, str) and text}
+        texts = {_digest(clean_text(text)) for text in prompts if isinstance(text, str) and text}
         removed = 0
         for name, (_, digest) in entries.items():
             if digest is None or digest in texts:  # an unreadable entry is useless and may contain any prompt

@@ -248,7 +248,7 @@ class ForeignDatabaseError(ConfigError):
 
 
 def make_id(now: float, newest: str | None) -> str:
-    """A job id that sorts after `newest` and cannot be guessed: 48 bits of milliseconds, 80 random bits.
+    """Return a job id that sorts after `newest` and cannot be guessed: 48 bits of milliseconds, 80 random bits.
 
     Ids grow even if the clock is set back, so lists and the queue keep their order.
     """
@@ -264,7 +264,7 @@ def submitted_at(job_id: str) -> float:
 
 
 def demand_of(request: dict[str, Any]) -> str:
-    """The fields of a request that determine its memory and time, as a short text by which the queue is grouped.
+    """Return the fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
     `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
     with an input video, `/STRENGTH` follows.
@@ -281,5 +281,5 @@ def demand_of(request: dict[str, Any]) -> str:
 
 
 def is_job_id(text: str) -> bool:
-    """Whether a text has the form of a job id. Only such texts may become part of a file name."""
+    """Return whether a text has the form of a job id. Only such texts may become part of a file name."""
     return _ID.fullmatch(text) is not None

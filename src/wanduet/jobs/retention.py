@@ -1,7 +1,7 @@
 """Deletes finished jobs that are expired, or whose files exceed the disk limit, up to `ROUND` at a time.
 
 A round is one short transaction that deletes the jobs and records their ids as deleted; then their files are deleted.
-After a kill in between, a sweep finds the files and knows from the ids that nobody needs them.
+After a kill in between, a sweep finds the files and knows from the ids that they are not needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,14 +44,14 @@ class Retention:
         self._prompts = PromptIndex(files.folder)
 
     def expire(self) -> int:
-        """Delete expired jobs, at most `ROUND`; returns how many were deleted."""
+        """Delete expired jobs, at most `ROUND`; return how many were deleted."""
         query = sa.select(jobs.c.id).where(jobs.c.expires_at <= self._clock(), _CLOSED)
         with self._read() as connection:
             ids = connection.scalars(query.order_by(jobs.c.expires_at).limit(ROUND)).all()
         return self.delete(ids)
 
     def trim(self, max_bytes: int) -> int:
-        """Delete the oldest finished jobs until all files fit into `max_bytes`, at most `ROUND`; returns how many."""
+        """Delete the oldest finished jobs until all files fit into `max_bytes`, at most `ROUND`; return how many."""
         with self._read() as connection:
             total = connection.scalar(sa.select(sa.func.sum(jobs.c.files_bytes)).where(_HAS_FILES)) or 0
             excess = total - max_bytes
@@ -62,7 +62,7 @@ class Retention:
         return self.delete([row.id for row, _ in over])
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete finished jobs with their files and prompts; returns how many of them existed."""
+        """Delete finished jobs with their files and prompts; return how many of them existed."""
         if not ids:
             return 0
         with self._read() as connection:
@@ -78,7 +78,7 @@ class Retention:
         return len(rows)
 
     def forget_deleted(self) -> int:
-        """Delete the records of jobs deleted long ago, at most `ROUND`; returns how many."""
+        """Delete the records of jobs deleted long ago, at most `ROUND`; return how many."""
         long_ago = self._clock() - REMEMBERED_SECONDS
         some = sa.select(deleted.c.id).where(deleted.c.deleted_at < long_ago).limit(ROUND)
         with self._read() as connection:
@@ -90,7 +90,7 @@ class Retention:
 
 
 def delete_rows(connection: sa.Connection, which: sa.ColumnElement[bool], now: float) -> "Sequence[sa.Row[Any]]":
-    """Delete jobs and record their ids as deleted; returns the columns that `remove_files` needs."""
+    """Delete jobs and record their ids as deleted; return the columns that `remove_files` needs."""
     needed = (jobs.c.id, jobs.c.status, jobs.c.files, jobs.c.attempts, jobs.c.token)
     gone: sa.Executable = sa.delete(jobs).where(which).returning(*needed)
     rows = connection.execute(gone).all()

@@ -110,13 +110,13 @@ class Runner:
         telemetry = Telemetry(self._store.files.workers, lock.worker, lambda: self._hooks.measure_memory(self._engine))
         try:
             while not self._draining.is_set():
-                self._watchdog.turned(self._waits_for)
-                busy = self._try_turn(lock.worker)
-                telemetry.tell()
+                self._watchdog.iterated(self._waits_for)
+                busy = self._try_iteration(lock.worker)
+                telemetry.publish()
                 if not busy:
                     self._pause()
             while self._attempts:
-                self._watchdog.turned()
+                self._watchdog.iterated()
                 self._pause()
             if self._engine_lost:
                 raise WanduetError("A device failed for good in this process.", hint="Its jobs go on in another one.")
@@ -128,25 +128,25 @@ class Runner:
             lock.release()
             log.info("worker ended", worker=lock.worker)
 
-    def _try_turn(self, worker: str) -> bool:
-        """As `_turn`, but if the database cannot be reached, waits for increasing times."""
+    def _try_iteration(self, worker: str) -> bool:
+        """As `_iterate`; if the database cannot be reached, wait, longer each time."""
         try:
-            busy = self._turn(worker)
+            busy = self._iterate(worker)
         except SQLAlchemyError as error:
             log.warning("the job store cannot be reached", error=type(error).__name__)
             self._waits_for = "the worker cannot reach the job database, and waits for it"
-            self._watchdog.turned(self._waits_for)
+            self._watchdog.iterated(self._waits_for)
             self._pause(self._polls)
             self._polls = min(2 * self._polls, _MOST_POLLS)
             return False
         self._polls, self._waits_for = 1, None
         return busy
 
-    def _turn(self, worker: str) -> bool:
-        """Run one round of the loop; True if a job was started, so that there may be more."""
+    def _iterate(self, worker: str) -> bool:
+        """Run one iteration of the loop; return True if it started a job, so that there may be more."""
         model = self._model()
         if self._settings.housekeeping:
-            self._housekeeper.turn()
+            self._housekeeper.run_once()
             if model is not None:
                 self._model_watch.look(model)
         running = tuple(self._attempts.values())
@@ -175,7 +175,7 @@ class Runner:
         return True
 
     def _model(self) -> ModelId | None:
-        """The model for which jobs are claimed; None for any model.
+        """Return the model for which jobs are claimed; None for any model.
 
         None also if the weights cannot be read: each job then fails with that error.
         """

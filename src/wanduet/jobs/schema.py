@@ -96,7 +96,7 @@ STAGE_NAMES = ("queue_s", "load_s", "encode_s", "denoise_s", "decode_s", "write_
 
 
 def is_current(connection: sa.Connection) -> bool:
-    """Whether the tables exist in this version's form. Raises ConfigError if a newer version made them."""
+    """Return whether the tables exist in this version's form. Raises ConfigError if a newer version made them."""
     if not sa.inspect(connection).has_table("state"):
         return False
     version = connection.scalar(sa.select(state.c.version))

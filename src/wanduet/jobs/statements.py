@@ -20,9 +20,11 @@ from wanduet.jobs.records import (
     Limits,
     ModelId,
     NewJob,
+    Order,
     OutputFile,
     QueueFullError,
     StaleLeaseError,
+    Status,
     StoredJob,
     UnknownJobError,
     demand_of,
@@ -33,9 +35,9 @@ from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
 Values = dict[str, Any]
 SIZE_STEP = 100
 
-_ASKED: sa.BindParameter[Any] = sa.bindparam("asked", expanding=True)
-_LOOKED_UP = jobs.c.id.in_(_ASKED)
-_SCANNED = (jobs.c.id + "").in_(_ASKED)  # an expression without an index, which forces a scan
+_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_LOOKED_UP = jobs.c.id.in_(_IDS)
+_SCANNED = (jobs.c.id + "").in_(_IDS)  # an expression without an index, which forces a scan
 
 NEWEST = sa.select(state.c.newest_id).with_for_update()
 _INSERT = sa.insert(jobs).returning(jobs)
@@ -113,31 +115,31 @@ def to_job(row: "sa.Row[Any]") -> StoredJob:
 def wanted_names(
     connection: sa.Connection, job_ids: Collection[str], *, by_scan: bool = False
 ) -> dict[str, Collection[str] | None]:
-    """Names of published files by job; None for an open job. Jobs that do not exist are left out.
+    """Return the names of published files by job; None for an open job. Jobs that do not exist are left out.
 
     `by_scan`: read the whole table without its indexes, which may be damaged.
     """
     query = sa.select(jobs.c.id, jobs.c.status, jobs.c.files).where(_SCANNED if by_scan else _LOOKED_UP)
     found: dict[str, Collection[str] | None] = {}
-    for asked in _filled(job_ids):
-        for row in connection.execute(query, {"asked": asked}):
+    for ids in _filled(job_ids):
+        for row in connection.execute(query, {"ids": ids}):
             found[row.id] = None if row.status in OPEN_STATUSES else {file["name"] for file in row.files}
     return found
 
 
 def deleted_among(connection: sa.Connection, job_ids: Collection[str]) -> set[str]:
-    """Those of the ids whose jobs were deleted recently."""
-    query = sa.select(deleted.c.id).where(deleted.c.id.in_(_ASKED))
-    return {job_id for asked in _filled(job_ids) for job_id in connection.scalars(query, {"asked": asked})}
+    """Return those of the ids whose jobs were deleted recently."""
+    query = sa.select(deleted.c.id).where(deleted.c.id.in_(_IDS))
+    return {job_id for ids in _filled(job_ids) for job_id in connection.scalars(query, {"ids": ids})}
 
 
 def _filled(job_ids: Collection[str]) -> list[list[str]]:
-    """The ids padded to a multiple of `SIZE_STEP`, so that drivers cache few statements; no list without ids."""
+    """Return the ids padded to a multiple of `SIZE_STEP`, so that drivers cache few statements; no list without ids."""
     return [[*job_ids, *[""] * (-len(job_ids) % SIZE_STEP)]] if job_ids else []
 
 
 def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock: bool = False) -> "sa.Row[Any]":
-    """One job's row; with `owner`, only if it is theirs. Raises UnknownJobError."""
+    """Return one job's row; with `owner`, only if it is theirs. Raises UnknownJobError."""
     query = sa.select(jobs).where(jobs.c.id == job_id)
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
@@ -147,8 +149,23 @@ def find_row(connection: sa.Connection, job_id: str, owner: str | None, *, lock:
     return row
 
 
+def by_age(order: Order, owner: str | None, status: Status | None, after: str | None) -> "sa.Select[Any]":
+    """Select jobs from the oldest ("asc") or the newest ("desc") on.
+
+    `owner` and `status`: only those jobs, None for all. `after`: only jobs that follow the one of that id.
+    """
+    query = sa.select(jobs).order_by(jobs.c.id if order == "asc" else jobs.c.id.desc())
+    if owner is not None:
+        query = query.where(jobs.c.owner == owner)
+    if status is not None:
+        query = query.where(jobs.c.status == status)
+    if after is not None:
+        query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
+    return query
+
+
 def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerprint: str) -> StoredJob | None:
-    """The job stored under an idempotency key, if any. Raises IdempotencyError if its request was different."""
+    """Return the job stored under an idempotency key, if any. Raises IdempotencyError if its request was different."""
     if key is None:
         return None
     same = sa.and_(jobs.c.owner == owner, jobs.c.idempotency_key == key)
@@ -159,7 +176,7 @@ def find_by_key(connection: sa.Connection, owner: str, key: str | None, fingerpr
 
 
 def new_id(connection: sa.Connection, newest: str | None, now: float) -> str:
-    """An id for a job, which later ones exceed; `newest` is what NEWEST returned."""
+    """Return an id for a job, which later ones exceed; `newest` is what NEWEST returned."""
     job_id = make_id(now, newest)
     connection.execute(sa.update(state).values(newest_id=job_id))
     return job_id
@@ -185,7 +202,7 @@ def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values:
 
 
 def taking(which: sa.ColumnElement[bool]) -> sa.Update:
-    """A statement for `take`: gives one queued job to a worker, with a new token."""
+    """Return a statement for `take`, which gives one queued job to a worker, with a new token."""
     return (
         sa.update(jobs)
         .where(which, jobs.c.status == "queued")
@@ -232,21 +249,21 @@ TAKE_FIRST_UNBLAMED = taking(sa.and_(jobs.c.id == _FIRST, jobs.c.crashes == 0))
 
 
 def of_model(model: ModelId | None) -> Values:
-    """The parameters of a statement with OF_MODEL; None: any model."""
+    """Return the parameters of a statement with OF_MODEL; None: any model."""
     return {"served_name": None if model is None else model.name, "served_hash": (model and model.hash) or ""}
 
 
 def take(
     connection: sa.Connection, statement: sa.Update, worker: str, lease_seconds: float, now: float, **which: Any
 ) -> Lease | None:
-    """Run a statement of `taking`; None if it finds no queued job."""
+    """Run a statement of `taking`; return None if it finds no queued job."""
     parameters = {"worker": worker, "lease_seconds": lease_seconds, "now": now, **which}
     row = connection.execute(statement, parameters).one_or_none()
     return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
 
 
 def held(lease: Lease) -> Values:
-    """The parameters of a statement with the fencing condition."""
+    """Return the parameters of a statement with the fencing condition."""
     return {"held_id": lease.job.id, "held_token": lease.token, "held_worker": lease.worker}
 
 
@@ -268,12 +285,12 @@ def commit(
 
 
 def stale(lease: Lease) -> StaleLeaseError:
-    """The error for a worker that lost its job."""
+    """Return the error for a worker that lost its job."""
     return StaleLeaseError(f"Worker {lease.worker} no longer holds job {lease.job.id} (token {lease.token}).")
 
 
 def check_limits(connection: sa.Connection, owner: str, limits: Limits) -> None:
-    """Raises QueueFullError if one more open job would exceed a limit."""
+    """Raise QueueFullError if one more open job would exceed a limit."""
     if limits == Limits():
         return
     mine, everybodys = connection.execute(_OPEN, {"owner": owner}).one()
@@ -297,6 +314,6 @@ def count_stages(connection: sa.Connection, waited: float, report: Values) -> No
 
 
 def fingerprint(new: NewJob) -> str:
-    """A digest of the request, to distinguish a repetition from a different request under the same key."""
-    asked = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(asked.encode()).hexdigest()
+    """Return a digest of the request, to distinguish a repetition from a different request under the same key."""
+    content = json.dumps([new.model, new.request, new.remixed_from], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()

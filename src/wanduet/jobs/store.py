@@ -143,15 +143,9 @@ class JobStore:
     ) -> Page:
         """A page of jobs by age, newest first by default, starting after the id `after`. `limit` is 1 to 100."""
         limit = min(max(limit, 1), MAX_PAGE)
-        query = sa.select(jobs).order_by(jobs.c.id if order == "asc" else jobs.c.id.desc()).limit(limit + 1)
-        if owner is not None:
-            query = query.where(jobs.c.owner == owner)
-        if status is not None:
-            query = query.where(jobs.c.status == status)
-        if after is not None:
-            query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
+        query = statements.by_age(order, owner, status, after)
         with self._read() as connection:
-            found = connection.execute(query).all()
+            found = connection.execute(query.limit(limit + 1)).all()
         return Page(tuple(statements.to_job(row) for row in found[:limit]), len(found) > limit)
 
     def cancel(self, job_id: str, owner: str | None = None) -> StoredJob:

@@ -67,7 +67,7 @@ class WorkerProcess:
         self.hangs = 0
 
     def _command(self, settings: WorkerSettings) -> list[str]:
-        """The module that the process runs, followed by its arguments."""
+        """Return the module that the process runs, followed by its arguments."""
         return ["wanduet.jobs.worker", settings.to_json()]
 
     @property
@@ -112,13 +112,13 @@ class WorkerProcess:
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> int | None:
-        """Drain the worker, kill it after `timeout` seconds; returns its exit status, None if no process ran."""
+        """Drain the worker, kill it after `timeout` seconds; return its exit status, None if no process ran."""
         self._stopping.set()
         with self._guard:  # no process is started from here on
             process = self._process
         if process is not None:
             with suppress(OSError):
-                _ask_to_drain(process)
+                _signal_drain(process)
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -156,11 +156,11 @@ class WorkerProcess:
             self._reason = f"{what}; another is starting"
 
     def _run_once(self) -> str:
-        """Start the process and watch it until it ends; returns how it ended."""
+        """Start the process and watch it until it ends; return how it ended."""
         with self._guard:
             if self._is_ending():
                 return "the server stops"
-            # Nothing is written to the pipe: end of input tells the worker that this process is gone.
+            # Nothing is written to the pipe: its end shows the worker that this process has ended.
             # A session of its own: Ctrl-C in a terminal is for this process, which then drains the worker.
             process = subprocess.Popen(
                 self._arguments,
@@ -220,7 +220,7 @@ class WorkerProcess:
 
 
 def _is_stopped(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether a child is stopped by a signal such as SIGSTOP. False if that cannot be determined."""
+    """Return whether a child is stopped by a signal such as SIGSTOP. False if that cannot be determined."""
     if sys.platform != "linux":
         return False
     try:
@@ -234,7 +234,7 @@ def _how(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {-status}"
 
 
-def _ask_to_drain(process: "subprocess.Popen[bytes]") -> None:
+def _signal_drain(process: "subprocess.Popen[bytes]") -> None:
     if sys.platform != "win32":
         process.terminate()
     elif process.stdin is not None:  # Windows: `terminate` would kill it, but it drains at the end of its input

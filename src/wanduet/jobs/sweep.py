@@ -62,7 +62,7 @@ class Sweeper:
             return found or 0
 
     def _look(self, unknown_too: bool) -> Iterator[int | None]:
-        """One pass over the place: yields None after each round, at the end the number of removed entries."""
+        """Run one pass over the place; yield None after each round, and at the end the number of removed entries."""
         entries = iter(self._place.entries())
         unwanted: list[Entry] = []
         known = unknown = batches = 0
@@ -83,7 +83,7 @@ class Sweeper:
         yield removed
 
     def _arrives(self, entry: Entry) -> bool:
-        """Whether an entry may be an input that was stored just now, before its job."""
+        """Return whether an entry may be an input that was stored just now, before its job."""
         is_input = entry[1].startswith(f"{entry[0]}.{INPUT}")  # or a partial file of one
         return is_input and self._clock() - submitted_at(entry[0]) < ARRIVAL_SECONDS
 

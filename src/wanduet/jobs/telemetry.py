@@ -31,7 +31,7 @@ class Telemetry:
         self._period = period_seconds
         self._written: float | None = None
 
-    def tell(self) -> None:
+    def publish(self) -> None:
         """Measure and write, at most once in `period_seconds`."""
         now = time.monotonic()
         if self._written is not None and now - self._written < self._period:
@@ -50,7 +50,7 @@ class Telemetry:
 
 
 def read_memory(folder: Path) -> dict[tuple[str, str, str], int]:
-    """Bytes by (host, device, kind), summed over living workers."""
+    """Return bytes by (host, device, kind), summed over living workers."""
     found: Counter[tuple[str, str, str]] = Counter()
     for worker, device, kind, size in _entries(folder):
         key = (worker.split(".")[0], device, kind)

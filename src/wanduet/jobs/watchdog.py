@@ -1,11 +1,11 @@
 """Ends its own process when it hangs: a driver call that does not return, a loop that makes no progress.
 
-Whoever started the process then starts another, and the jobs go on from their checkpoints. A process that cannot even
-run this thread (it was stopped, or something keeps Python's lock) no longer touches its beat file, which its
-supervisor watches from outside (`jobs.leases.BeatWatch`). That file also says what the process waits for, where it
-waits for something that it needs and the system does not give.
+The supervisor then starts another process, and the jobs continue from their checkpoints. A process that cannot even run
+this thread (it was stopped, or a call never releases the GIL) no longer touches its heartbeat file, which its supervisor
+watches (`jobs.leases.BeatWatch`). That file also says what the process waits for, if it lacks something that it needs,
+such as the database.
 
-Each look adds a bounded time, so that a pause of the whole machine does not count as a hang.
+Each check adds a bounded time, so that a pause of the whole machine does not count as a hang.
 """
 
 import math
@@ -38,11 +38,11 @@ class HangSettings:
     """How many seconds a worker may make no progress before it counts as hung and is ended.
 
     The supervisor checks two limits: `stopped_seconds`, how long a signal may stop the process, and `beat_seconds`
-    between two touches of the heartbeat file. The watchdog checks the others: `start_seconds` until the first round of
-    the worker's loop, `loop_seconds` between two rounds, `step_seconds` between two denoising steps, `phase_seconds`
+    between two touches of the heartbeat file. The watchdog checks the others: `start_seconds` until the first iteration of
+    the worker's loop, `loop_seconds` between two iterations, `step_seconds` between two denoising steps, `phase_seconds`
     between any other two events of a job (loading and hashing weights, encoding text on a CPU, compiling kernels). If a
     job's steps are predicted or measured to be long, it gets `factor` times their duration if that is more.
-    `look_seconds`: between two looks of the watchdog.
+    `look_seconds`: between two checks of the watchdog.
     """
 
     stopped_seconds: float = 10.0
@@ -62,11 +62,13 @@ class Activity:
         self.settings = settings
         self._clock = clock
         self._state = (clock(), allowed)  # one assignment: always read together
-        self.waits_for: str | None = None  # why it gets nothing done just now
+        self.waits_for: str | None = None  # why it makes no progress; None if it does
 
     def expect(self, seconds: float, waits_for: str | None = None) -> None:
-        """It went on; the next sign comes within so many seconds (infinity: nobody can say). With `waits_for`, it gets
-        nothing done until then, for that reason."""
+        """Record progress; the next report is due within `seconds` (inf: no deadline).
+
+        `waits_for`: why there is no progress until then.
+        """
         self.waits_for = waits_for
         self._state = (self._clock(), seconds)
 
@@ -78,8 +80,8 @@ class Activity:
 
 
 class Watchdog:
-    """Looks after a process's loop and its jobs, touches `beat`, and writes into it what the process waits for. Nothing
-    happens before `start`.
+    """Watches a process's loop and its jobs. It touches the heartbeat file `beat`, and writes into it what the process
+    waits for. It does nothing before `start`.
 
     The process hangs if its loop makes no progress, or if none of its jobs does: one of several may wait for another's
     stage. `end` ends the process and does not return.
@@ -95,8 +97,8 @@ class Watchdog:
     ) -> None:
         self.settings = settings or HangSettings()
         self._beat = beat
-        self._file: BinaryIO | None = None  # the beat, kept open: a process without a free descriptor says so in it
-        self._said: str | None = None
+        self._file: BinaryIO | None = None  # kept open: a process without free file descriptors can still write into it
+        self._written: str | None = None
         self._end = end or end_process
         self._monotonic = monotonic
         self._looked = monotonic()
@@ -115,13 +117,13 @@ class Watchdog:
         """Stop the thread."""
         self._stopping.set()
 
-    def turned(self, waits_for: str | None = None) -> None:
-        """The process's loop has gone round, and takes no jobs just now because of `waits_for`."""
+    def iterated(self, waits_for: str | None = None) -> None:
+        """Record an iteration of the process's loop. `waits_for`: why it takes no jobs now."""
         self._loop.expect(self.settings.loop_seconds, waits_for)
 
     @property
     def waits_for(self) -> str | None:
-        """Why the process gets nothing done just now: its loop, or each of its jobs, waits. None if something goes on."""
+        """Why the process makes no progress: its loop waits, or each of its jobs does. None if it makes progress."""
         with self._guard:
             jobs = [activity.waits_for for activity in self._jobs.values()]
         return self._loop.waits_for or (jobs[0] if all(jobs) and jobs else None)
@@ -139,7 +141,7 @@ class Watchdog:
             self._jobs.pop(job_id, None)
 
     def look(self) -> str | None:
-        """Look once; returns what hangs, None if nothing does."""
+        """Check once; return what hangs, None if nothing does."""
         now = self._monotonic()
         self._now += min(max(0.0, now - self._looked), 2 * self.settings.look_seconds)
         self._looked = now
@@ -147,7 +149,7 @@ class Watchdog:
             with suppress(OSError):
                 self._beat.touch()
             with suppress(OSError):
-                self._say(self.waits_for)
+                self._write_reason(self.waits_for)
         if self._loop.overdue > 0:
             return "the worker's loop stands still"
         with self._guard:
@@ -156,13 +158,13 @@ class Watchdog:
             return f"no sign of progress from {', '.join(jobs)}"
         return None
 
-    def _say(self, waits_for: str | None) -> None:
-        """Write into the beat file, in its first line, what is waited for. Raises OSError."""
-        if self._file is not None and waits_for != self._said:
+    def _write_reason(self, waits_for: str | None) -> None:
+        """Write what the process waits for into the first line of the heartbeat file. Raises OSError."""
+        if self._file is not None and waits_for != self._written:
             self._file.seek(0)
             self._file.write(f"{' '.join((waits_for or '').split())}\n".encode())
             self._file.truncate()
-            self._said = waits_for
+            self._written = waits_for
 
     def _run(self) -> None:
         with ExitStack() as files:
@@ -192,7 +194,7 @@ class Patience:
         self._last: tuple[int, int, float] | None = None  # video, steps done, when
 
     def after(self, event: "Event") -> float:
-        """Seconds that the event after `event` may take."""
+        """Return the seconds that the event after `event` may take."""
         settings, now = self._settings, self._monotonic()
         if event.phase != "denoise":
             self._last = None
@@ -216,7 +218,7 @@ def end_process() -> None:
 
 
 def _where_threads_are() -> dict[str, list[str]]:
-    """Each thread's stack, innermost frame last; locations only, as variables may contain prompts."""
+    """Return each thread's stack, innermost frame last; locations only, as variables may contain prompts."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         names.get(ident, str(ident)): [

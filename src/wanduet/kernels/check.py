@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
+from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Filter, Fused, VAEKernels
@@ -102,26 +102,26 @@ _Case = Callable[[Kernels, _Samples], tuple[Tensor, ...]]
 
 
 def _norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
-    return (kernels.norm(s.tokens(torch.float32), s.row(), s.row()[:1], 1e-6, s.dtype),)
+    return (kernels.norm(s.tokens(torch.float32), Norm(s.row(), s.row()[:1], 1e-6), s.dtype),)
 
 
 def _residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     x, y = s.tokens(torch.float32), s.tokens(s.dtype)
-    return kernels.residual_norm(x, y, None, s.row()[:1], s.row()[:1], 1e-6, None)
+    return kernels.residual_norm(x, y, None, Norm(s.row()[:1], s.row()[:1], 1e-6), None)
 
 
 def _gated_residual_norm(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     x, y = s.tokens(torch.float32), s.tokens(s.dtype)
-    return kernels.residual_norm(x, y, s.row(), s.row(), s.row(), 1e-6, torch.empty_like(y))
+    return kernels.residual_norm(x, y, s.row(), Norm(s.row(), s.row(), 1e-6), torch.empty_like(y))
 
 
 def _qk(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
-    return (kernels.qk_norm_rope(s.tokens(s.dtype), s.draw(s.width), 1e-6, s.heads, None),)
+    return (kernels.qk_norm_rope(s.tokens(s.dtype), s.draw(s.width), QKNorm(1e-6, s.heads)),)
 
 
 def _qk_pair(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:
     q, k, _ = s.draw(s.batch, s.length, 3 * s.width, dtype=s.dtype).chunk(3, dim=-1)
-    return kernels.qk_norm_rope_pair(q, k, s.draw(s.width), s.draw(s.width), 1e-6, s.heads, s.rope())
+    return kernels.qk_norm_rope_pair(q, k, s.draw(s.width), s.draw(s.width), QKNorm(1e-6, s.heads, s.rope()))
 
 
 def _linear(kernels: Kernels, s: _Samples) -> tuple[Tensor, ...]:

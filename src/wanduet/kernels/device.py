@@ -82,7 +82,7 @@ class MemoryLimits:
         self._owners: dict[torch.device, MutableMapping[object, int | None]] = {}  # weak keys: drops deleted owners
         self._before: dict[torch.device, float] = {}
 
-    def hold(self, device: torch.device, owner: object, limit: int | None) -> None:
+    def register(self, device: torch.device, owner: object, limit: int | None) -> None:
         """Register `owner` on a CUDA device, with a limit in bytes or None for no limit."""
         with self._lock:
             if not self._owners.get(device):
@@ -90,7 +90,7 @@ class MemoryLimits:
             self._owners.setdefault(device, WeakKeyDictionary())[owner] = limit
             self._apply(device)
 
-    def let_go(self, owner: object) -> None:
+    def unregister(self, owner: object) -> None:
         """Remove `owner` from all devices."""
         with self._lock:
             for device, owners in self._owners.items():

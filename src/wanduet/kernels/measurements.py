@@ -60,7 +60,7 @@ def stamped(table: Table, device: torch.device) -> Table:
     return tuple(replace(row, state=state, since=None if row.usable else now) for row in table)
 
 
-def holds(table: Table, device: torch.device) -> bool:
+def is_valid(table: Table, device: torch.device) -> bool:
     """Return True if a table is still valid on this machine."""
     state, now = machine_state(), time.time()
     return all(row.state == state and (row.usable or _still_fails(row, device, now)) for row in table)

@@ -70,7 +70,7 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
     return found
 
 
-def holds_embeddings(path: Path | str) -> bool:
+def contains_embeddings(path: Path | str) -> bool:
     """Whether a file's header says that it contains embeddings, which may be damaged nevertheless."""
     try:
         return _KEY in _metadata(Path(path))

@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.read import open_container, packets
 from wanduet.media.truncation import promised_bytes

@@ -35,7 +35,7 @@ class Making:
     """How one video was made.
 
     `seed` is this video's own (the request's plus its index). `model` has `name`, `hash`, `revision`; `engine` the
-    settings and the plan's choices; `hardware` the devices' names; `rungs` the out-of-memory fallbacks that were used;
+    settings and the plan's choices; `hardware` the devices' names; `notes` how the run deviated from its plan, such as out-of-memory fallbacks (`rungs` in the JSON);
     `timings` the seconds of the phases that are finished when the file is opened.
     """
 
@@ -45,7 +45,7 @@ class Making:
     hardware: Sequence[str] = ()
     attention: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-    rungs: Sequence[str] = ()
+    notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
 
@@ -65,7 +65,7 @@ def make_provenance(
             "hardware": list(making.hardware),
             "versions": versions,
             "timings": making.timings,
-            "rungs": list(making.rungs),
+            "rungs": list(making.notes),
             "warnings": list(making.warnings),
         }
     )

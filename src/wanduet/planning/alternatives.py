@@ -9,7 +9,7 @@ from math import sqrt
 from typing import Any, Literal
 
 from wanduet.config import EngineConfig
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import predict_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.request import RESOLUTIONS, ResolvedRequest
@@ -39,17 +39,17 @@ def alternatives(
     """Yield the alternatives. Each is a valid request: the engine accepts it if the user submits it."""
     sizes = _sizes(request, spec)
     for share in SHARES:
-        yield from _asked("frames", request, config, spec, share=share)
+        yield from _reduced("frames", request, config, spec, share=share)
     for size in sizes:
-        yield from _asked("size", request, config, spec, size=size)
+        yield from _reduced("size", request, config, spec, size=size)
     for size in sizes:
         for share in FEWER:
-            yield from _asked("both", request, config, spec, share=share, size=size)
+            yield from _reduced("both", request, config, spec, share=share, size=size)
     for change in _modes(request, config, spec, hardware):
         yield Alternative("mode", change, request, replace(config, **change))
 
 
-def _asked(
+def _reduced(
     kind: Kind,
     request: ResolvedRequest,
     config: EngineConfig,

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from wanduet.family.specs import ModelSpec, TransformerSpec
+from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
 from wanduet.planning.hardware import DeviceInfo
@@ -108,12 +108,12 @@ def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:
     return seconds.denoise / (request.num_videos_per_prompt * max(1, request.num_denoising_steps))
 
 
-def encode_seconds(spec: ModelSpec, dtype: str, hold: Literal["resident", "streamed"]) -> tuple[float, float]:
+def encode_seconds(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> tuple[float, float]:
     """Predict the encoding of an uncached prompt: seconds to read the weights, and core-seconds of arithmetic."""
     t = spec.text_encoder
     parameters = t.num_layers * (4 * t.d_model * t.num_heads * t.d_kv + 3 * t.d_model * t.d_ff)
     item = 4 if dtype == "float32" else 2
-    return parameters * item / READ_RATES[hold], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[dtype]
+    return parameters * item / READ_RATES[residency], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[dtype]
 
 
 def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:

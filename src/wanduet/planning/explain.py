@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
@@ -21,7 +22,7 @@ from wanduet.planning.plan import Choice, Plan
 from wanduet.request import ResolvedRequest
 from wanduet.weights.hub import local_model
 
-ASKED = "asked for"
+REQUESTED = "asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Explanation:
             self._tf32(),
             Choice("text_encoder_hold", plan.text.residency, self._text_encoder()),
             Choice("resident_blocks", plan.transformer.resident_blocks, self._resident()),
-            Choice("block_hold", plan.transformer.offload_memory, self._block_hold()),
+            Choice("block_hold", plan.transformer.offload_memory, self._block_residency()),
             self._decode(),
             Choice("keep_both", plan.both_resident, self._keep_both()),
             self._attention(),
@@ -86,12 +87,12 @@ class Explanation:
         return self.hardware.device(self.plan.vae.device)
 
     def _strategy(self) -> str:
-        plan, asked = self.plan, parse_devices(self.config.devices)
-        if asked.roles:
-            return "--devices names " + ", ".join(f"{role}={device}" for role, device in asked.roles)
+        plan, devices = self.plan, parse_devices(self.config.devices)
+        if devices.roles:
+            return "--devices names " + ", ".join(f"{role}={device}" for role, device in devices.roles)
         if self.config.strategy != "auto":
             on_cpu = plan.strategy == "placed" and plan.transformer.device == plan.vae.device
-            return f"{ASKED}; {plan.vae.device} stands for both devices" if on_cpu else ASKED
+            return f"{REQUESTED}; {plan.vae.device} stands for both devices" if on_cpu else REQUESTED
         if plan.group.ranks:
             return f"{len(plan.group.ranks)} devices of one kind make one video together: {self._sharing()}"
         if not plan.prediction.fits and self.refused:
@@ -101,7 +102,7 @@ class Explanation:
             return f"{plan.transformer.device} denoises while {plan.vae.device} decodes{together}"
         if self.refused:
             return "the work in parts on several devices does not fit, and on this one it does"
-        if asked.names:
+        if devices.names:
             return f"{plan.transformer.device} is the only device that --devices names"
         return "there is no GPU" if self._transformer.is_cpu else f"{plan.transformer.device} is the only GPU"
 
@@ -115,7 +116,7 @@ class Explanation:
     def _transformer_dtype(self) -> str:
         device = self._transformer
         if self.config.transformer_dtype != "auto":
-            return ASKED
+            return REQUESTED
         if device.is_cpu:
             return "the most precise, and the default on a CPU"
         if device.has_bfloat16:
@@ -129,10 +130,10 @@ class Explanation:
         dtype = self.plan.transformer.dtype
         names: tuple[Weights, ...] = (self.plan.transformer.weights, "auto")
         stored, dense = (format_bytes(replace(self.memory, weights=name).transformer_weights(dtype)) for name in names)
-        return f"{ASKED}: the transformer takes {stored} instead of {dense}; its products are computed in {dtype}"
+        return f"{REQUESTED}: the transformer takes {stored} instead of {dense}; its products are computed in {dtype}"
 
     def _vae_dtype(self) -> Choice:
-        why = ASKED
+        why = REQUESTED
         if self.config.vae_dtype == "auto":
             faster = "; bfloat16 decodes faster at a small loss" if self._vae.has_bfloat16 else ""
             why = f"the most precise, and the default{faster}"
@@ -149,16 +150,18 @@ class Explanation:
         elif plan.vae.tf32:
             why = "the VAE's float32 convolutions round their factors to TF32"
         else:
-            why = f"{ASKED}: the VAE's float32 convolutions are exact"
+            why = f"{REQUESTED}: the VAE's float32 convolutions are exact"
         return Choice("tf32", plan.vae.tf32, why)
 
     def _text_encoder(self) -> str:
         if self.config.text_encoder_hold != "auto":
-            return ASKED
+            return REQUESTED
         if self.config.model in RANDOM_SPECS:
             return "its memory is counted as with published weights; random ones have no text encoder"
         dtype = self.plan.text.dtype
-        whole, part = (format_bytes(text_encoder_bytes(self.spec, dtype, hold)) for hold in ("resident", "streamed"))
+        whole, part = (
+            format_bytes(text_encoder_bytes(self.spec, dtype, residency)) for residency in ("resident", "streamed")
+        )
         if self.plan.text.residency == "resident":
             return f"small: {whole} of host memory hold all of it"
         return f"read layer by layer from its files, which takes {part} of host memory instead of {whole}"
@@ -175,7 +178,7 @@ class Explanation:
             return "all blocks fit on every device" if plan.group.ranks else "all blocks fit on the device"
         return f"{layers - plan.transformer.resident_blocks} come from host memory as they are needed: no larger number that is tried fits"
 
-    def _block_hold(self) -> str:
+    def _block_residency(self) -> str:
         plan, device = self.plan, self._transformer
         if device.is_cpu:
             return "without effect: the transformer runs in host memory"
@@ -246,17 +249,17 @@ class Explanation:
             if auto:
                 return Choice("attention", SDPA.name, f"PyTorch's own, the only one on {device.name}")
             refused = "" if wish == SDPA.name else f", but not there on {device.name}: the job will be refused"
-            return Choice("attention", wish, ASKED + refused)
+            return Choice("attention", wish, REQUESTED + refused)
         if not self._is_here(device):
             seen = "checked" if not auto else "the fastest that is right: checked and measured"
-            return Choice("attention", wish, f"{'' if auto else ASKED + ': '}{seen} when a job first runs there")
+            return Choice("attention", wish, f"{'' if auto else REQUESTED + ': '}{seen} when a job first runs there")
         on = torch.device(device.name)
         backends = available_backends(on)
         if not auto:
             there = (
                 "checked before it is used" if wish in backends else "but not available here: the job will be refused"
             )
-            return Choice("attention", wish, f"{ASKED}, {there}")
+            return Choice("attention", wish, f"{REQUESTED}, {there}")
         found = remembered(
             on, self._shape(), getattr(torch, plan.transformer.dtype), self.config.data_folder / "measurements"
         )

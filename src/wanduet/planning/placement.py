@@ -8,7 +8,7 @@ from wanduet.config import EngineConfig, parse_devices
 from wanduet.distributed.links import Link, attention_comm_bytes
 from wanduet.distributed.mesh import choose_layout
 from wanduet.errors import ConfigError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import rate
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.request import ResolvedRequest
@@ -43,10 +43,10 @@ def find_placements(config: EngineConfig, hardware: Hardware) -> tuple[Placement
 
     Raises ConfigError if the hardware does not have what `config` requires.
     """
-    asked = parse_devices(config.devices)
-    names = asked.names or tuple(d.name for d in hardware.gpus) or ("cpu",)
+    requested = parse_devices(config.devices)
+    names = requested.names or tuple(d.name for d in hardware.gpus) or ("cpu",)
     devices = tuple(hardware.device(name) for name in names)
-    vae, transformer = asked.role("vae"), asked.role("transformer")
+    vae, transformer = requested.role("vae"), requested.role("transformer")
     if vae or transformer:
         first, second = hardware.device(vae or transformer or ""), hardware.device(transformer or vae or "")
         shared = first.name == second.name and not first.is_cpu
@@ -86,18 +86,18 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
 
     Raises ConfigError if `config.strategy` is `parallel` and there are fewer than two devices, or they have roles.
     """
-    asked = parse_devices(config.devices)
-    names = asked.names or tuple(d.name for d in hardware.gpus)
+    requested = parse_devices(config.devices)
+    names = requested.names or tuple(d.name for d in hardware.gpus)
     devices = tuple(hardware.device(name) for name in names)
-    asked_for = config.strategy == "parallel"
-    if len(devices) < 2 or asked.roles:
-        if asked_for:
+    is_required = config.strategy == "parallel"
+    if len(devices) < 2 or requested.roles:
+        if is_required:
             raise ConfigError(
                 "--strategy parallel needs at least two devices, without roles.",
                 hint="Examples: --devices cuda:0,cuda:1, or cpu,cpu to try it without a GPU.",
             )
         return None
-    if asked_for:
+    if is_required:
         return Placement("parallel", devices[0], devices[0], devices)
     if len({(d.model, d.capability, d.total_bytes) for d in devices}) > 1 or not (
         request.uses_guidance or devices[0].is_cpu

@@ -10,7 +10,8 @@ from typing import Any
 
 from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
     DenoiseShape,
@@ -318,8 +319,8 @@ class Planner:
         return host + transformer.total_weights * min(on_host, 2) // layers, "mapped"
 
     def _device(self, device: DeviceInfo, role: str, phases: dict[str, int]) -> DevicePrediction:
-        free, asked = max(0, device.free_bytes - HEADROOM_BYTES), self.config.vram_limit
-        limit = free if asked is None or device.is_cpu else min(asked, free)
+        free, wanted = max(0, device.free_bytes - HEADROOM_BYTES), self.config.vram_limit
+        limit = free if wanted is None or device.is_cpu else min(wanted, free)
         if not device.is_cpu:
             phases = {phase: int(size * (1 + LATER_JOBS_SHARE)) for phase, size in phases.items()}
         return DevicePrediction(device.name, role, {"encode": 0} | phases, limit)

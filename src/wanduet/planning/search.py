@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cost import cut_seconds, decode_seconds, swap_seconds
 from wanduet.planning.placement import Placement

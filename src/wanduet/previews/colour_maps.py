@@ -7,7 +7,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from wanduet.family.specs import WAN_1_3B, ModelSpec
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.media.codecs import Frame
 from wanduet.untrusted import parse_json, read_file
 

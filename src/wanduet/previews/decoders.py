@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanduet.family.specs import WAN_1_3B, ModelSpec
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.media.codecs import Frame
 from wanduet.meta.init import meta_init
 from wanduet.models.vae.preview_decoder import LATENT_CHANNELS, PreviewDecoder

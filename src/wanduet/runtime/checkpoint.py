@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wanduet.config import EngineConfig
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import MEMORY_LIMITS, prepare_allocator
 from wanduet.kernels.verdicts import read_verdicts, write_verdicts
@@ -96,11 +97,11 @@ class ModelCheckpoint:
         starts the out-of-memory fallback."""
         prepare_allocator(device)
         if device.type == "cuda":
-            MEMORY_LIMITS.hold(device, self, self.config.vram_limit)
+            MEMORY_LIMITS.register(device, self, self.config.vram_limit)
 
     def close(self) -> None:
         """Restore the allocators' limits."""
-        MEMORY_LIMITS.let_go(self)
+        MEMORY_LIMITS.unregister(self)
 
     @property
     def _verified(self) -> Path:

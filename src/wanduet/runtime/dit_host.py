@@ -20,7 +20,8 @@ from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit.weight import Weight, format_of
 from wanduet.kernels.select import guarded, kernels_for
 from wanduet.meta.init import meta_init
-from wanduet.models.dit.model import Runtime, WanTransformer
+from wanduet.models.dit.block import Runtime
+from wanduet.models.dit.model import WanTransformer
 from wanduet.planning.plan import Plan, TransformerPlan
 from wanduet.request import ResolvedRequest
 from wanduet.runtime import selftest

@@ -8,7 +8,7 @@ import torch
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, stream_blocks
 from wanduet.distributed.mesh import Mesh
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels

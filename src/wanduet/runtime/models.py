@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from wanduet.config import EngineConfig
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import on_device_of
 from wanduet.models.vae.model import WanVAE

@@ -86,9 +86,9 @@ def join(peaks: Peaks, others: Mapping[str, int]) -> Peaks:
     return peaks
 
 
-def add_up(said: Sequence[Mapping[str, int]]) -> Peaks:
+def add_up(reports: Sequence[Mapping[str, int]]) -> Peaks:
     """Combine the peaks of processes: the sum for the host, which they share, and the maximum for each device."""
-    peaks = {"cpu": sum(one.get("cpu", 0) for one in said)}
-    for one in said:
+    peaks = {"cpu": sum(one.get("cpu", 0) for one in reports)}
+    for one in reports:
         join(peaks, {name: size for name, size in one.items() if name != "cpu"})
     return peaks

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from wanduet.errors import CancelledError, ModelNotFoundError, OutputError, WeightsError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +14,18 @@ from typing import Any, TypeVar
 from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
 from wanduet.family.distilled import PIPELINES as FEW_STEP_PIPELINES
 from wanduet.family.distilled import FewStep, by_name, by_pipeline, by_tensors
-from wanduet.family.specs import (
-    WAN_1_3B,
-    WAN_14B,
+from wanduet.family.registry import defaults_for
+from wanduet.family.spec import (
+    SUPPORTED,
     GenerationDefaults,
     ModelSpec,
     TextEncoderSpec,
     TransformerSpec,
     VAESpec,
+    check_consistent,
+    value_problems,
 )
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.json_files import read_json
@@ -38,16 +41,9 @@ CLASSES = {
     "vae": {"AutoencoderKLWan"},
     "text_encoder": {"UMT5EncoderModel", "UMT5ForConditionalGeneration", "UMT5Model"},
 }
-_KINDS = "wanduet runs Wan2.1 text-to-video checkpoints in the Diffusers layout."
 DEFAULTS_FILE = "generation_defaults.json"
 
-# Upper limits of a config's values. Published models have at most 40 layers and a vocabulary of 256,384. With 10**9
-# layers, planning and building on the meta device would take days.
-LARGEST = 2**20
-MOST = {"num_layers": 256, "num_res_blocks": 64, "dim_mult": 64, "patch_size": 16, "z_dim": 1024}
-MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
-
-Spec = TypeVar("Spec")
+Spec = TypeVar("Spec", TransformerSpec, VAESpec, TextEncoderSpec, GenerationDefaults)
 
 
 @dataclass(frozen=True)
@@ -124,13 +120,14 @@ class ModelFolder:
         Raises ModelNotFoundError for a missing or unsupported config.
         """
         self._check_kind()
-        transformer = self._component("transformer", TransformerSpec.from_config)
+        transformer = self._component("transformer", WAN_1_3B.transformer)
         spec = ModelSpec(
             self.name,
             transformer=transformer,
-            vae=self._component("vae", VAESpec.from_config),
-            text_encoder=self._component("text_encoder", TextEncoderSpec.from_config),
+            vae=self._component("vae", WAN_1_3B.vae),
+            text_encoder=self._component("text_encoder", WAN_1_3B.text_encoder),
             defaults=self._defaults(transformer),
+            text_len=WAN_1_3B.text_len,
         )
         check_consistent(self.path, spec)
         return spec
@@ -179,8 +176,8 @@ class ModelFolder:
         """Return a component's config.json. Raises ModelNotFoundError."""
         return read_json(self.path / component / "config.json")
 
-    def _component(self, name: str, read: Callable[[dict[str, Any]], Spec]) -> Spec:
-        return _understood(self.path / name / "config.json", self.config(name), read)
+    def _component(self, name: str, known: Spec) -> Spec:
+        return _with_config(known, self.path / name / "config.json", self.config(name))
 
     def _check_kind(self) -> None:
         check_pipeline(self.path / "model_index.json", str(self.path))
@@ -193,20 +190,20 @@ class ModelFolder:
         if given and not set(map(str, names)) & CLASSES[component]:
             raise ModelNotFoundError(
                 f"{self.path / component / 'config.json'}: this is a {cut(names[0])}, which wanduet does not run.",
-                hint=_KINDS,
+                hint=SUPPORTED,
             )
 
     def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
         path = self.path / DEFAULTS_FILE
         few_step = {} if self.few_step is None else self.few_step.defaults()
         if path.exists():
-            defaults = _understood(path, few_step | read_json(path), GenerationDefaults.from_config)
+            defaults = _with_config(WAN_1_3B.defaults, path, few_step | read_json(path))
             try:
                 GenerationRequest.parse(prompt="-", sampler=defaults.sampler, timesteps=defaults.timesteps or None)
             except InvalidRequestError as error:
                 raise ModelNotFoundError(f"{path} is not understood: {error.message}") from None
             return defaults
-        return replace(WAN_14B.defaults if transformer == WAN_14B.transformer else WAN_1_3B.defaults, **few_step)
+        return replace(defaults_for(transformer), **few_step)
 
     def _files(self, name: str) -> TensorFiles:
         folder = self.path / name
@@ -237,12 +234,12 @@ def check_pipeline(path: Path, shown: str) -> None:
     name = index.get("_class_name", PIPELINES[0])
     if name not in (*PIPELINES, *FEW_STEP_PIPELINES):
         raise ModelNotFoundError(
-            f"{shown} is a {cut(name)}; wanduet runs a WanPipeline (text to video) only.", hint=_KINDS
+            f"{shown} is a {cut(name)}; wanduet runs a WanPipeline (text to video) only.", hint=SUPPORTED
         )
     for part in ("transformer_2", "image_encoder"):
         value = index.get(part)
         if isinstance(value, list) and any(item is not None for item in value):
-            raise ModelNotFoundError(f"{path}: {part} is not supported ({cut(name)}).", hint=_KINDS)
+            raise ModelNotFoundError(f"{path}: {part} is not supported ({cut(name)}).", hint=SUPPORTED)
 
 
 def _layout_hint(path: Path) -> str:
@@ -272,67 +269,13 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _understood(path: Path, config: dict[str, Any], read: Callable[[dict[str, Any]], Spec]) -> Spec:
-    """Convert a config to a spec, whose fields must have the types of their defaults. Raises ModelNotFoundError."""
+def _with_config(known: Spec, path: Path, config: dict[str, Any]) -> Spec:
+    """Return a member's spec with the entries of a config from `path`. Raises ModelNotFoundError."""
     try:
-        spec = read(config)
-        problems = [_problem(f.name, getattr(spec, f.name), f.default) for f in fields(spec)]  # type: ignore[arg-type]
+        spec = known.with_config(config)
+        problems = value_problems(spec, known)
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelNotFoundError(f"{path} is not understood: {cut(error)}.") from error
-    if found := [problem for problem in problems if problem]:
-        raise ModelNotFoundError(f"{path} is not understood: {'; '.join(found)}.")
+    if problems:
+        raise ModelNotFoundError(f"{path} is not understood: {'; '.join(problems)}.")
     return spec
-
-
-def check_consistent(path: Path, spec: ModelSpec) -> None:
-    """Check that the configs of a model's components agree. Raises ModelNotFoundError."""
-    transformer, vae, text = spec.transformer, spec.vae, spec.text_encoder
-    rules = {
-        "transformer: patch_size must be [1, n, n]": transformer.patch_size
-        == (1, transformer.patch_size[-1], transformer.patch_size[-1]),
-        "transformer: attention_head_dim must be even, at least 6": transformer.attention_head_dim % 2 == 0
-        and transformer.attention_head_dim >= 6,
-        "transformer: in_channels and out_channels must be the vae's z_dim": transformer.in_channels
-        == transformer.out_channels
-        == vae.z_dim,
-        "transformer: text_dim must be the text encoder's d_model": transformer.text_dim == text.d_model,
-        "vae: temperal_downsample needs one entry less than dim_mult": len(vae.temperal_downsample)
-        == len(vae.dim_mult) - 1,
-        "vae: latents_mean and latents_std need one entry for each of z_dim": len(vae.latents_mean)
-        == len(vae.latents_std)
-        == vae.z_dim,
-        "vae: latents_std must be above 0": all(std > 0 for std in vae.latents_std),
-    }
-    if broken := [rule for rule, holds in rules.items() if not holds]:
-        raise ModelNotFoundError(
-            f"The configs of {path} do not fit together: {'; '.join(broken)}.",
-            hint=_KINDS,
-        )
-
-
-def _problem(name: str, value: object, default: object) -> str | None:
-    """Return the problem of a config's value, by its default's type and the limits above; None if there is none."""
-    if isinstance(default, tuple):
-        kind = type(default[0]) if default else float
-        if not isinstance(value, tuple) or (default and not value) or {type(v) for v in value} - _allowed(kind):
-            return f"{name} must be a list of {kind.__name__}"
-        if len(value) > (MOST_FLOATS if kind is float else MOST_ENTRIES):
-            return f"{name} has too many entries: {len(value)}"
-        numbers = [] if kind is bool else list(value)
-        lowest = None if kind is float else 1
-    elif isinstance(default, bool) or not isinstance(default, int | float):
-        if type(value) is not type(default):
-            return f"{name} must be of type {type(default).__name__}"
-        return f"{name} is too long" if isinstance(value, str) and len(value) > MOST_CHARACTERS else None
-    else:
-        if type(value) not in _allowed(type(default)):
-            return f"{name} must be a number, not {cut(repr(value))}"
-        numbers, lowest = [value], 0 if isinstance(default, float) else 1
-    most = MOST.get(name, LARGEST)
-    if any(not -most <= n <= most or (lowest is not None and n < lowest) for n in numbers):
-        return f"{name}={cut(repr(value))} is out of range"
-    return None
-
-
-def _allowed(kind: type) -> set[type]:
-    return {int, float} if kind is float else {kind}

@@ -7,7 +7,7 @@ from pathlib import Path
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.distilled import ORDINARY, FewStep, by_name
-from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS
+from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
 MINIATURE = "miniature"
@@ -19,10 +19,8 @@ _URL = re.compile(
     r"(?:https?://[^/]+|huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/.*|\.git|/|\?.*)?"
 )
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-# Hub ids of the known models in the Diffusers layout; `_OFFICIAL` maps the repository of the same weights in the
-# official layout to each.
-_KNOWN = (DEFAULT_MODEL, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
-_OFFICIAL = {name.removesuffix(SUFFIX): name for name in _KNOWN}
+# The repository in the official layout: the hub id of the same weights in the Diffusers layout.
+_OFFICIAL = {name.removesuffix(SUFFIX): name for name in RANDOM_NAMES}
 
 
 def no_model(name: str, reason: str = "") -> ModelNotFoundError:
@@ -89,7 +87,7 @@ def cache_folder_id(path: Path) -> str | None:
 def _hint(name: str) -> str:
     if (match := _URL.fullmatch(name)) and not HUB_ID.fullmatch(name):
         return f"Give the hub id alone: --model {match.group(1)}"
-    by_last_part = {known.split("/")[1].lower(): known for known in (*_KNOWN, *_OFFICIAL)}
+    by_last_part = {known.split("/")[1].lower(): known for known in (*RANDOM_NAMES, *_OFFICIAL)}
     by_last_part |= {known: known for known in (MINIATURE, *RANDOM_SPECS)}
     if near := get_close_matches(name.rpartition("/")[2].lower()[:SHOWN], by_last_part, 1, 0.75):
         meant = by_last_part[near[0]]

@@ -9,15 +9,24 @@ from wanduet.accelerate.formats import set_format
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.packing import BlockLayout, pack_blocks, packed_buffer
 from wanduet.accelerate.passes import LoadContext, run_passes
-from wanduet.family.specs import ModelSpec, TransformerSpec, VAESpec
+from wanduet.family.spec import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint import dit
-from wanduet.footprint.phases import ModelMemory
+from wanduet.footprint.phases import DenoiseShape, ModelMemory
 from wanduet.kernels.dit.plain import TORCH_KERNELS, linear
 from wanduet.kernels.dit.weight import FORMATS, Weight, format_of
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 
-SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=5, text_dim=32, freq_dim=32)
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    num_layers=5,
+    text_dim=32,
+    freq_dim=32,
+)
 CPU = torch.device("cpu")
 
 
@@ -55,7 +64,7 @@ def output(model: WanTransformer) -> torch.Tensor:
 def memory() -> ModelMemory:
     with meta_init():
         shapes = {name: tuple(p.shape) for name, p in WanTransformer(SPEC).named_parameters()}
-    return ModelMemory(ModelSpec("small", transformer=SPEC, vae=VAESpec()), shapes, {})
+    return ModelMemory(replace(WAN_1_3B, name="small", transformer=SPEC), shapes, {})
 
 
 def test_only_the_blocks_matrices_are_in_8_bits() -> None:
@@ -82,7 +91,8 @@ def test_bytes_are_planned_as_they_are_allocated_before_any_weight_is_read(memor
     gaps = packed_buffer(block).nbytes - large
     assert 0 <= gaps < 30 * 256
     resident, none = (
-        planned.transformer((16, 16, 1), dtype, [9], blocks, "cpu").weights for blocks in (SPEC.num_layers, 0)
+        planned.transformer(DenoiseShape((16, 16, 1), dtype, [9]), blocks, "cpu").weights
+        for blocks in (SPEC.num_layers, 0)
     )
     assert resident - none == (SPEC.num_layers - 2) * large  # all but those in the two buffers
 
@@ -133,9 +143,9 @@ def test_a_forward_takes_what_is_planned(memory, monkeypatch, frames: int, fused
     """The forward itself is traced with 8-bit weights, q, k and v as one matrix; the plan adds its largest matrix."""
     monkeypatch.setattr("wanduet.footprint.phases.plans_fused_kernels", lambda _: fused)
     shape = dit.ForwardShape(SPEC, (16, frames, 60, 104), 512, "bfloat16", fused)
+    denoised = DenoiseShape((480, 832, 4 * frames - 3), "bfloat16", [9])
     planned, dense = (
-        replace(memory, weights=name).transformer((480, 832, 4 * frames - 3), "bfloat16", [9], 5, "cuda:0").activations
-        for name in ("q8", "auto")
+        replace(memory, weights=name).transformer(denoised, 5, "cuda:0").activations for name in ("q8", "auto")
     )
     assert planned - dense == 3 * SPEC.dim * SPEC.dim * 2
 

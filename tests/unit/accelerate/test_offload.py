@@ -1,6 +1,7 @@
 import copy
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,18 @@ from wanduet.accelerate import host_memory
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks, streamed_indices
 from wanduet.accelerate.packing import pack_blocks, packed_buffer
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 
-SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=5, text_dim=32, freq_dim=32)
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    num_layers=5,
+    text_dim=32,
+    freq_dim=32,
+)
 CPU = torch.device("cpu")
 
 

@@ -1,5 +1,6 @@
 """Block streaming with real copies and streams. `pytest -m gpu`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,12 @@ import torch
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
 from wanduet.accelerate.packing import allocate_packed, move_packed, packed_buffer
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
-SPEC = TransformerSpec(num_attention_heads=4, ffn_dim=2048, num_layers=6, text_dim=64)
+SPEC = replace(WAN_1_3B.transformer, num_attention_heads=4, ffn_dim=2048, num_layers=6, text_dim=64)
 
 
 def fresh() -> WanTransformer:

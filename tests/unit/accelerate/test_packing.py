@@ -6,12 +6,20 @@ import torch
 
 from wanduet.accelerate import packing
 from wanduet.accelerate.packing import BlockLayout, allocate_packed, move_packed, pack_blocks, packed_buffer
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.dit.plain import TORCH_KERNELS, linear
 from wanduet.kernels.views import side_by_side
 from wanduet.models.dit.model import WanTransformer
 
-SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    num_layers=2,
+    text_dim=32,
+    freq_dim=32,
+)
 CPU = torch.device("cpu")
 
 

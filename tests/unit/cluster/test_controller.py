@@ -91,32 +91,32 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_a_job_brings_a_replica_and_idleness_takes_it_away(bench: Bench) -> None:
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert bench.fleet.live == {}
     bench.submit()
-    bench.controller.turn()
-    bench.controller.turn()
+    bench.controller.reconcile()
+    bench.controller.reconcile()
     assert [(one["id"], one["node"], one["state"]) for one in bench.store.replicas()] == [("r0", "one", "ready")]
     bench.store.complete(bench.store.claim("worker-r0", 30.0), [])
     one = bench.fleet.live["r0"]
     bench.fleet.live["r0"] = ReplicaView("r0", "n1", one.shape, "ready", one.worker, (), 1e6)
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert bench.fleet.live == {}
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_dead_worker_gives_its_job_up_at_once_and_a_lost_node_is_not_the_jobs_fault(bench: Bench, lost: bool) -> None:
     job = bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     for _ in range(5):  # more often than a job may crash at one place
         assert bench.store.claim("worker-r0", 1e6) is not None
         bench.fleet.lose("r0", lost=lost)
-        bench.controller.turn()
+        bench.controller.reconcile()
         bench.controller.tidy()
         if bench.store.get(job).finished:
             break
         assert bench.store.get(job).status == "queued"
-        bench.controller.turn()
+        bench.controller.reconcile()
     assert bench.store.get(job).status == ("queued" if lost else "failed")
 
 
@@ -124,29 +124,29 @@ def test_a_node_where_replicas_fail_rests_longer_each_time(bench: Bench) -> None
     bench.submit()
     pause = FIRST_PAUSE
     for _ in range(3):
-        bench.controller.turn()
+        bench.controller.reconcile()
         bench.fleet.lose("r0", failed=True)
-        bench.controller.turn()
+        bench.controller.reconcile()
         bench.now += pause - 1
-        bench.controller.turn()
+        bench.controller.reconcile()
         assert bench.fleet.live == {}
         assert bench.store.waiting()[0].count == 1  # its node is there: it fits somewhere, and waits
         bench.now += 2
         pause *= 2
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert list(bench.fleet.live) == ["r0"]
 
 
 def test_what_fits_no_node_is_refused_after_a_while_and_not_while_no_node_is_there(bench: Bench) -> None:
     huge, small = bench.submit(height=9984), bench.submit()
     nodes, bench.fleet.all_nodes = bench.fleet.all_nodes, []
-    bench.controller.turn()
+    bench.controller.reconcile()
     bench.now += 1000
     bench.fleet.all_nodes = nodes
-    bench.controller.turn()  # from now on it is known to fit nothing
+    bench.controller.reconcile()  # from now on it is known to fit nothing
     assert bench.store.get(huge).status == "queued"
     bench.now += 1000
-    bench.controller.turn()
+    bench.controller.reconcile()
     found = bench.store.get(huge)
     assert found.error is not None
     assert (found.status, found.error.code) == ("failed", "does_not_fit")
@@ -158,27 +158,27 @@ def test_a_job_waits_for_the_node_that_it_fits_while_that_is_away(bench: Bench) 
     large = Node("n2", "two", declared_devices("1x80GiB"), 2**36, 8)
     bench.fits = lambda shape, demand: not demand.startswith("9984") or shape.name == "1x80GiB"
     bench.fleet.all_nodes.append(large)
-    bench.controller.turn()
+    bench.controller.reconcile()
     job = bench.submit(height=9984)
     bench.fleet.all_nodes.remove(large)
     for _ in range(20):
-        bench.controller.turn()
+        bench.controller.reconcile()
         bench.now += 1000
     assert bench.store.get(job).status == "queued"
     bench.fleet.all_nodes.append(large)
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert [one.node for one in bench.fleet.live.values()] == ["n2"]
     bench.fleet.all_nodes.remove(large)
     bench.fleet.live.clear()
     for _ in range(200):  # more than a day
-        bench.controller.turn()
+        bench.controller.reconcile()
         bench.now += 1000
     assert bench.store.get(job).status == "failed"
 
 
 def test_the_end_drains_every_replica(tmp_path: Path) -> None:
     bench = Bench(tmp_path, minimum=2)
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert len(bench.fleet.live) == 2
     bench.controller.drain()
     bench.controller.run()
@@ -189,19 +189,19 @@ def test_the_end_drains_every_replica(tmp_path: Path) -> None:
 def test_of_two_controllers_one_leads_until_its_connection_is_gone(bench: Bench) -> None:
     database = bench.store.database
     first, second = Leadership(database), Leadership(database)
-    assert first.held()
+    assert first.acquire()
     if database.dialect.name == "sqlite":  # one machine's: nobody competes
-        assert second.held()
+        assert second.acquire()
         return
-    assert not second.held()
-    assert first.held()
+    assert not second.acquire()
+    assert first.acquire()
     with database.connect() as connection:
         holders = sa.text(f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE objid = {LEADER_LOCK} AND granted")
         assert connection.execute(holders).scalars().all() == [True]
-    assert second.held()
-    assert not first.held()
+    assert second.acquire()
+    assert not first.acquire()
     second.release()
-    assert first.held()
+    assert first.acquire()
     first.release()
 
 
@@ -227,17 +227,17 @@ def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> 
     bench.fleet.all_nodes = [Node("n1", "one", (), 2**36, 8, computes=False)]
     bench.fits = lambda shape, demand: False
     job = bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     for reason in (bench.store.stages()["trouble"], bench.store.get(job).waits_for):
         assert "want GPUs" in reason
         assert "--devices cpu" in reason
         assert "wanduet.io/gpus" in reason
     late = bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert bench.store.get(late).waits_for is not None
     bench.fleet.all_nodes.append(Node("n2", "two", declared_devices("1x24GiB"), 2**36, 8))
     bench.fits = lambda shape, demand: bool(shape.gpus)
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert bench.store.stages()["trouble"] is None
     assert [bench.store.get(one).waits_for for one in (job, late)] == [None, None]
     assert [bench.store.get(one).status for one in (job, late)] == ["queued", "queued"]
@@ -246,9 +246,9 @@ def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> 
 def test_without_gpus_for_long_jobs_fail_with_what_to_do(bench: Bench) -> None:
     bench.fleet.all_nodes = [Node("n1", "one", (), 2**36, 8, computes=False)]
     job = bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     bench.now += 1000
-    bench.controller.turn()
+    bench.controller.reconcile()
     found = bench.store.get(job)
     assert found.error is not None
     assert (found.status, found.error.code, found.waits_for) == ("failed", "does_not_fit", None)
@@ -257,7 +257,7 @@ def test_without_gpus_for_long_jobs_fail_with_what_to_do(bench: Bench) -> None:
 
 def test_a_job_that_fits_no_node_says_so_while_it_waits_for_one(bench: Bench) -> None:
     huge, small = bench.submit(height=9984), bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert "fits no node" in bench.store.get(huge).waits_for
     assert bench.store.get(small).waits_for is None
     assert bench.store.stages()["trouble"] is None
@@ -288,14 +288,14 @@ def test_each_trouble_has_its_sentence(change: dict[str, object], says: str | No
 def test_jobs_of_another_model_bring_no_replica_and_fail_with_a_reason(tmp_path: Path) -> None:
     bench = Bench(tmp_path, model=ModelId("m", "1" * 64))
     other = bench.store.submit(NewJob("ann", "other", dict(REQUEST), model_hash="2" * 64)).job.id
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert bench.fleet.live == {}
     for _ in range(100):
         bench.now += 1.0
         bench.controller.tidy()
     assert bench.store.get(other).error.code == "model_changed"
     bench.submit()
-    bench.controller.turn()
+    bench.controller.reconcile()
     assert list(bench.fleet.live) == ["r0"]
     bench.store.close()
 
@@ -310,7 +310,7 @@ def test_housekeeping_outlives_what_nobody_thought_of(bench: Bench, monkeypatch:
         bench.controller.drain()
         return 0
 
-    monkeypatch.setattr(Housekeeper, "turn", fail_once)
+    monkeypatch.setattr(Housekeeper, "run_once", fail_once)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    bench.controller.keep_house()
+    bench.controller.run_housekeeping()
     assert len(turns) == 2

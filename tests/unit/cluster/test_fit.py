@@ -11,7 +11,7 @@ from wanduet.cluster.fit import Fitter, parse_demand
 from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import DECODE, demand_of
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
@@ -111,12 +111,12 @@ def test_the_text_is_slow_on_a_host_that_many_replicas_share_and_quick_on_an_enc
     one, eight = (Node("n", "n", declared_devices(f"{count}x80GiB"), 2**38, 8) for count in (1, 8))
     alone = Node("c", "c", (), 2**36, 32, computes=False, wish="encode")
     costs = [fitter.node_costs(node, SMALL, 1) for node in (one, eight, alone)]
-    assert 0 < costs[2].encode_alone < costs[0].encode < costs[1].encode
-    assert [cost.encode_alone for cost in costs[:2]] == [inf, inf]
+    assert 0 < costs[2].encode_dedicated < costs[0].encode < costs[1].encode
+    assert [cost.encode_dedicated for cost in costs[:2]] == [inf, inf]
     assert costs[2].replicas == 0
-    assert fitter.encoder_hold(2**36) == "resident"
-    assert fitter.encoder_hold(2**33) == "streamed"
+    assert fitter.encoder_residency(2**36) == "resident"
+    assert fitter.encoder_residency(2**33) == "streamed"
     unlabelled = fitter.node_costs(replace(alone, wish=None), SMALL)
     cacheless = Fitter(models.memory, EngineConfig(cache_embeddings=False)).node_costs(alone, SMALL)
     random = Fitter(models.memory, EngineConfig(model="random:1.3b")).node_costs(alone, SMALL)
-    assert [cost.encode_alone for cost in (unlabelled, cacheless, random)] == [inf] * 3
+    assert [cost.encode_dedicated for cost in (unlabelled, cacheless, random)] == [inf] * 3

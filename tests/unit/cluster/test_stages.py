@@ -15,7 +15,7 @@ def card(denoise: float, decode: float, count: int = 1, name: str = "card", **op
 
 
 def encoder(seconds: float = 1.0) -> NodeCosts:
-    return NodeCosts("cpu", 0, Costs(inf, inf), encode_alone=seconds)
+    return NodeCosts("cpu", 0, Costs(inf, inf), encode_dedicated=seconds)
 
 
 FAST = card(2.0, 2.5, name="fast")

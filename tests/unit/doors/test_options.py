@@ -8,7 +8,8 @@ from wanduet.config import EngineConfig
 from wanduet.doors.cli.options import EngineFlags, VideoFlags, whole
 from wanduet.doors.cli.validate import early_request, known_spec, read_batch
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.family.specs import DEFAULT_MODEL, WAN_1_3B, GenerationDefaults, VAESpec
+from wanduet.family.registry import DEFAULT_MODEL
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 
 
@@ -68,7 +69,7 @@ def test_shapes_known_without_the_hub() -> None:
 
 def test_seconds_are_those_of_the_model() -> None:
     slow = replace(
-        WAN_1_3B, defaults=GenerationDefaults(fps=8), vae=replace(VAESpec(), temperal_downsample=(True,) * 3)
+        WAN_1_3B, defaults=replace(WAN_1_3B.defaults, fps=8), vae=replace(WAN_1_3B.vae, temperal_downsample=(True,) * 3)
     )
     assert VideoFlags(seconds=2).request("x", slow).num_frames == 17
     assert VideoFlags(seconds=2, fps=4).request("x", slow).num_frames == 9

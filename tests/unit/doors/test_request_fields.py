@@ -12,8 +12,9 @@ import pytest
 
 import wanduet.request
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B
-from wanduet.request import REQUEST_FIELDS, GenerationRequest, RequestField
+from wanduet.family.wan21 import WAN_1_3B
+from wanduet.request import REQUEST_FIELDS, GenerationRequest
+from wanduet.request_fields import RequestField
 
 # One field of each kind, as they would stand in request.py.
 MORE = """

@@ -13,7 +13,7 @@ from wanduet.engine.job import JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import LatentsGoneError
 from wanduet.media.read import FrameHashes, frame_hashes
-from wanduet.media.video import write_video
+from wanduet.media.video import VideoSpec, write_video
 from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_decode_plan, make_plan
 from wanduet.request import GenerationRequest
@@ -52,7 +52,7 @@ def test_what_is_left_is_decoded_elsewhere_to_the_same_video_without_a_transform
 
 def test_a_decoder_needs_no_input_video(engine: Engine, config: EngineConfig, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mkv"
-    write_video([np.zeros((9, 32, 48, 3), np.uint8)], clip, codec="ffv1", quality=None, size=(32, 48), metadata={})
+    write_video([np.zeros((9, 32, 48, 3), np.uint8)], clip, VideoSpec(32, 48, codec="ffv1"), {})
     run(engine, tmp_path / "left.mkv", lambda: True, input_video=str(clip))
     digest = f"sha256:{hashlib.sha256(clip.read_bytes()).hexdigest()}"
     clip.unlink()

@@ -259,8 +259,8 @@ def test_out_of_memory_while_denoising_repeats_the_forward(submit, monkeypatch, 
     monkeypatch.setattr(WanTransformer, "forward_cfg", sometimes)
     job = submit("tight")
     assert digest(job) == whole
-    assert len(job.rungs) == times
-    assert read_metadata(job.result().videos[0].path)["rungs"] == job.rungs
+    assert len(job.notes) == times
+    assert read_metadata(job.result().videos[0].path)["rungs"] == job.notes
 
 
 def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) -> None:
@@ -277,7 +277,7 @@ def test_out_of_memory_while_decoding_goes_down_the_ladder(submit, monkeypatch) 
     monkeypatch.setattr(WanVAE, "decode_rows", small_only)
     job = submit("tight")
     job.result(60)
-    assert job.rungs[0].startswith("decode: frame-major, 4 strips")
+    assert job.notes[0].startswith("decode: frame-major, 4 strips")
     assert heights[0] == 32
     monkeypatch.undo()
     assert len(whole) == 64

@@ -1,5 +1,6 @@
 """A decode over several ranks against one on its own, float32 on the CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ import torch
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.rank import Rank
 from wanduet.engine.rank_decode import SentHalo, decode_share
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Rows
 from wanduet.models.vae.stream import decode_stream
 from wanduet.models.vae.tiles import share_work
 
-SPEC = VAESpec(base_dim=8, num_res_blocks=1)
+SPEC = replace(WAN_1_3B.vae, base_dim=8, num_res_blocks=1)
 Case = tuple[tuple[int, int, int], tuple[float, ...]]  # latent frames, rows and columns; speeds
 TALL, LOW = (3, 24, 3), (3, 3, 4)
 CASES: dict[int, list[Case]] = {

@@ -247,7 +247,7 @@ def test_nan_is_tried_again_on_plain_kernels_from_the_last_good_step(run, poison
     poisoned(3)
     job, steps = steps_of(run)
     assert steps == [0, 1, 2, 3, 3, 4, 5]
-    assert job.rungs == ["denoise: plain kernels after NaN at step 4"]
+    assert job.notes == ["denoise: plain kernels after NaN at step 4"]
     assert frames(job) == whole
 
 
@@ -406,7 +406,7 @@ def test_each_video_tells_what_happened_to_it_and_the_job_the_sum(run, monkeypat
     job = run(num_videos_per_prompt=2)
     first, second = (video.provenance for video in job.result().videos)
     assert first["rungs"] == []
-    assert second["rungs"] == job.rungs == ["denoise: emptied cache"]
+    assert second["rungs"] == job.notes == ["denoise: emptied cache"]
     timings = job.result().timings
     for name in ("denoise_s", "decode_s"):
         parts = [video.record.timings[name] for video in job.videos]
@@ -433,7 +433,7 @@ def test_a_resumed_video_tells_of_the_run_before_too(run, monkeypatch) -> None:
         interrupt(run, 4)
     before = run.jobs[-1].timings["denoise_s"]
     resumed = run(resume=True)
-    assert resumed.rungs == ["denoise: emptied cache"]
+    assert resumed.notes == ["denoise: emptied cache"]
     assert resumed.timings["denoise_s"] > 0.5 * before
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,13 @@ def alone(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     run(replace(config, **STRATEGIES["single"]), folder / "guided.mkv")
     run(replace(config, **STRATEGIES["single"]), folder / "plain.mkv", guidance_scale=1.0)
+    run(replace(config, **STRATEGIES["single"]), folder / "from_video.mkv", **from_video(folder))
     run(replace(config, **STRATEGIES["single"]), folder / "few.mkv", **FEW_STEPS)
     return folder
+
+
+def from_video(folder: Path) -> dict[str, Any]:
+    return {"input_video": str(folder / "guided.mkv"), "strength": 0.5, "seed": 6}
 
 
 def test_placed_gives_the_same_bits(config, alone, tmp_path) -> None:
@@ -84,11 +90,16 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
             GenerationRequest(**(REQUEST | {"guidance_scale": 1.0})),
             OutputOptions(tmp_path / "b.mkv", "ffv1", save_latents=True),
         )
+        other = engine.submit(
+            GenerationRequest(**(REQUEST | from_video(alone))),
+            OutputOptions(tmp_path / "c.mkv", "ffv1", save_latents=True),
+        )
         few = engine.submit(
-            GenerationRequest(**(REQUEST | FEW_STEPS)), OutputOptions(tmp_path / "c.mkv", "ffv1", save_latents=True)
+            GenerationRequest(**(REQUEST | FEW_STEPS)), OutputOptions(tmp_path / "d.mkv", "ffv1", save_latents=True)
         )
         guided.result(120)
         plain.result(120)
+        assert other.result(120).timings["encode_video_s"] > 0
         few.result(120)
     assert (guided.plan.group.layout.cfg, plain.plan.group.layout.sequence) == (2, 2)
     # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
@@ -101,7 +112,8 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
     for here, there in (
         ("a", "guided"),
         ("b", "plain"),
-        ("c", "few"),
+        ("c", "from_video"),
+        ("d", "few"),
     ):  # one may be denoised before the other is decoded
         made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
         assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()
@@ -212,7 +224,7 @@ def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(config, alone, 
                     killed = True
                     os.kill(engine.models._group._ranks._processes[1].pid, signal.SIGKILL)
         job.result(120)
-    assert any("started again" in rung for rung in job.rungs)
+    assert any("started again" in note for note in job.notes)
     again = steps[steps.index(2) + 1 :]
     assert again[-1] == 4
     expected = latents(alone / "guided.mkv")
@@ -238,7 +250,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
     monkeypatch.setattr(Group, "preload", lambda *_: None)
     monkeypatch.setattr(Group, "close", lambda self: None)
     job = run(replace(config, devices="cpu,cpu"), tmp_path / "a.mkv")
-    assert job.rungs[-1].startswith("denoise: without a group")
+    assert job.notes[-1].startswith("denoise: without a group")
     assert job.plan.strategy == "parallel"  # what was planned; the video tells what was done
     assert read_metadata(tmp_path / "a.mkv")["engine"]["strategy"] == "placed"
     assert frame_hashes(tmp_path / "a.mkv").digest == frame_hashes(alone / "guided.mkv").digest

@@ -1,11 +1,13 @@
 """Bytes that are planned with: the text's, the decode's on the host."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from wanduet.distributed.mesh import Layout
-from wanduet.family.specs import WAN_1_3B, VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.phases import text_positions
 from wanduet.footprint.vae import CUDNN_BYTES, CUDNN_SHARE, decode_host_bytes, encode_bytes, encode_host_bytes
@@ -30,7 +32,7 @@ def test_a_short_prompt_is_planned_short() -> None:
 
 def test_tile_major_takes_host_memory_for_each_frame_and_frame_major_does_not() -> None:
     def needed(frames: int, order: str) -> int:
-        return decode_host_bytes(DecodeShape(VAESpec(), 480, 832, frames, Tiling(order, 2)))
+        return decode_host_bytes(DecodeShape(WAN_1_3B.vae, 480, 832, frames, Tiling(order, 2)))
 
     assert needed(81, "frame") == needed(161, "frame") < 12 * 2**20
     steps, mid_features, pixels = 20, 384 * 60 * 104 * 4, 80 * 480 * 832 * 3
@@ -41,7 +43,7 @@ def test_tile_major_takes_host_memory_for_each_frame_and_frame_major_does_not() 
 
 @pytest.mark.parametrize("num_tiles", [1, 5])
 def test_an_encode_takes_what_is_planned_for_any_number_of_frames(num_tiles, monkeypatch) -> None:
-    spec = VAESpec(base_dim=32, num_res_blocks=1)
+    spec = replace(WAN_1_3B.vae, base_dim=32, num_res_blocks=1)
     size = (640, 640)
     vae = meta_vae(spec, torch.float32, VAE_TORCH_KERNELS)
     whole = vae.encode_tiles(size[0], num_tiles)
@@ -64,7 +66,7 @@ class AllTiles(list):
 
 def test_an_encode_in_tiles_keeps_frames_and_features_on_the_host() -> None:
     def needed(frames: int, num_tiles: int) -> int:
-        return encode_host_bytes(VAESpec(), (480, 832, frames), num_tiles, torch.float32)
+        return encode_host_bytes(WAN_1_3B.vae, (480, 832, frames), num_tiles, torch.float32)
 
     latents, pixels, features = 20 * 16 * 60 * 104 * 4, 80 * 480 * 832 * 3, 20 * 384 * 60 * 104 * 4
     assert needed(161, 1) - needed(81, 1) == 2 * latents

@@ -6,7 +6,7 @@ from fastapi.testclient import TestClient
 
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.http.server import create_app
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import Lease, OutputFile, StoredJob
 from wanduet.jobs.store import JobStore
 

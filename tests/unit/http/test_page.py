@@ -23,7 +23,7 @@ from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.forms import Presets, default_form, fields_of
 from wanduet.doors.page.routes import PageGate
 from wanduet.errors import InvalidRequestError, WanduetError
-from wanduet.family.specs import GenerationDefaults
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
 from wanduet.request import SourceVideo
 
@@ -107,7 +107,9 @@ def test_timesteps_in_the_form_replace_the_number_of_steps_and_the_shift(actions
 
 
 def test_the_form_of_few_step_weights() -> None:
-    few = GenerationDefaults(sampler="renoise", timesteps=(1000.0, 757.0), num_inference_steps=2, guidance_scale=1.0)
+    few = replace(
+        WAN_1_3B.defaults, sampler="renoise", timesteps=(1000.0, 757.0), num_inference_steps=2, guidance_scale=1.0
+    )
     form = default_form(few)
     assert (form["sampler"], form["timesteps"]) == ("renoise", "1000,757")
     assert fields_of(form)["timesteps"] == "1000,757"
@@ -205,17 +207,17 @@ def restoring(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Test
 
 
 def test_presets_follow_from_the_model() -> None:
-    wan = Presets(GenerationDefaults())
+    wan = Presets(WAN_1_3B.defaults)
     assert wan.shapes == {"Wide": "832x480", "Tall": "480x832", "Square": "624x624"}
     assert wan.lengths == {"3 s": 49, "5 s": 81, "8 s": 129}
     assert wan.qualities == {"Draft": 20, "Standard": 50, "Fine": 75}
-    form = default_form(GenerationDefaults())
+    form = default_form(WAN_1_3B.defaults)
     assert wan.chosen(form) == ("Wide", "5 s", "Standard")
     assert wan.chosen({**form, "size": "640x640", "num_frames": 5}) == (None, None, "Standard")
-    small = Presets(GenerationDefaults(height=96, width=96, num_frames=33, num_inference_steps=20))
+    small = Presets(replace(WAN_1_3B.defaults, height=96, width=96, num_frames=33, num_inference_steps=20))
     assert small.shapes == {"Wide": "160x96", "Tall": "96x160", "Square": "96x96"}
     assert small.lengths == {"1 s": 17, "2 s": 33, "3 s": 49}
-    tiny = Presets(GenerationDefaults(height=16, width=16, num_frames=1, num_inference_steps=1))
+    tiny = Presets(replace(WAN_1_3B.defaults, height=16, width=16, num_frames=1, num_inference_steps=1))
     assert tiny.lengths == {"1 s": 17}
     assert tiny.qualities == {"Draft": 1, "Standard": 1, "Fine": 2}
 

@@ -349,7 +349,7 @@ def test_metrics(api: Any) -> None:
 def test_a_keys_metrics_are_its_own(keys: KeyRing, make_api: Any, store: JobStore) -> None:
     ann, bob = bearer(keys.add("ann")), bearer(keys.add("bob"))
     api = make_api(keys=keys)
-    Telemetry(store.files.workers, "elsewhere.1.a", lambda: {"cuda:0": {"allocated": 1}}).tell()
+    Telemetry(store.files.workers, "elsewhere.1.a", lambda: {"cuda:0": {"allocated": 1}}).publish()
     for prompt in ("x", "y"):
         api.http.post("/v1/videos", json={"prompt": prompt}, headers=ann)
     api.store.fail(api.claim(), JobError("out_of_memory", "x"))
@@ -379,7 +379,7 @@ def test_a_keys_metrics_are_its_own(keys: KeyRing, make_api: Any, store: JobStor
 def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
     assert "wanduet_device_memory_bytes{" not in api.http.get("/metrics").text
     told = {"cuda:0": {"allocated": 3 * 2**30, "reserved": 4 * 2**30}}
-    Telemetry(api.store.files.workers, "elsewhere.1.a", lambda: told).tell()
+    Telemetry(api.store.files.workers, "elsewhere.1.a", lambda: told).publish()
     text = api.http.get("/metrics").text
     assert 'wanduet_device_memory_bytes{device="cuda:0",host="elsewhere",kind="allocated"} 3.221225472e+09' in text
 

@@ -227,7 +227,7 @@ def test_an_error_in_the_loop_puts_running_jobs_back_unblamed(
         return True
 
     monkeypatch.setattr(Runner, "_has_room", break_down)
-    monkeypatch.setattr(type(runner._housekeeper), "turn", lambda self: break_down(self) and 0)
+    monkeypatch.setattr(type(runner._housekeeper), "run_once", lambda self: break_down(self) and 0)
     with pytest.raises(RuntimeError):
         runner.run()
     wait(lambda: store.get(job_id).status == "queued")

@@ -44,7 +44,7 @@ def test_a_round_is_small_and_the_queue_goes_on_between_two(tmp_path: Path) -> N
         keeper = Housekeeper(store, max_crashes=3, tidy_seconds=3600.0)
         left = []
         for _ in range(3):  # as a worker's loop does
-            keeper.turn()
+            keeper.run_once()
             left.append(store.statistics().by_status.get("completed", 0))
             assert store.claim("w", 30.0) is not None
         assert left == [5, 2, 0]
@@ -56,11 +56,11 @@ def test_after_the_last_round_it_rests(tmp_path: Path) -> None:
     with closing(aged(tmp_path, 4)) as store:
         keeper = Housekeeper(store, max_crashes=3, tidy_seconds=3600.0)
         for _ in range(2):
-            keeper.turn()
+            keeper.run_once()
         assert store.list().jobs == ()
         orphan = store.files.videos / f"video_{'0' * 32}.1-0.mp4"
         orphan.write_bytes(b"x")
-        keeper.turn()
+        keeper.run_once()
         assert orphan.exists(), "not before its time"
 
 
@@ -185,7 +185,7 @@ def test_retention_that_meets_damage_does_not_stop_the_queue(store: JobStore, mo
 
     store.submit(NEW)
     monkeypatch.setattr(store, "expire", damaged)
-    Housekeeper(store, max_crashes=3).turn()
+    Housekeeper(store, max_crashes=3).run_once()
     assert store.claim("w", 30.0) is not None
 
 

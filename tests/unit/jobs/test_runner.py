@@ -178,18 +178,18 @@ def test_drain_puts_the_job_back_and_the_next_worker_goes_on(store: JobStore) ->
 def test_a_worker_that_is_drained_in_the_middle_of_its_turn_takes_nothing_more(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, turn = submit(store, steps=20), Housekeeper.turn
+    job_id, run_once = submit(store, steps=20), Housekeeper.run_once
 
     def until_it_is_put_back(self: Housekeeper) -> None:
-        turn(self)
+        run_once(self)
         if len(journal(store.files.folder)) == 5:
-            in_a_turn.set()
+            in_an_iteration.set()
             wait(lambda: store.get(job_id).status == "queued")
 
-    in_a_turn = threading.Event()
-    monkeypatch.setattr(Housekeeper, "turn", until_it_is_put_back)
+    in_an_iteration = threading.Event()
+    monkeypatch.setattr(Housekeeper, "run_once", until_it_is_put_back)
     with running(store, pace=Turnstile(5)):
-        assert in_a_turn.wait(120)
+        assert in_an_iteration.wait(120)
     assert store.get(job_id).attempts == 1
 
 

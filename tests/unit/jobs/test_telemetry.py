@@ -23,7 +23,7 @@ TWO = {"cuda:0": {"allocated": 5, "reserved": 7, "used": 9}, "cuda:1": {"allocat
 def test_what_living_workers_tell_is_summed_by_device(tmp_path: Path) -> None:
     locks = [WorkerLock(tmp_path) for _ in range(3)]
     for lock in locks:
-        Telemetry(tmp_path, lock.worker, lambda: TWO).tell()
+        Telemetry(tmp_path, lock.worker, lambda: TWO).publish()
     host = locks[0].worker.split(".")[0]
     locks[2].release()
     assert read_memory(tmp_path) == {
@@ -40,7 +40,7 @@ def test_what_living_workers_tell_is_summed_by_device(tmp_path: Path) -> None:
 
 
 def test_a_worker_of_another_machine_is_gone_when_its_file_is_old(tmp_path: Path) -> None:
-    Telemetry(tmp_path, "elsewhere.1.a", lambda: TWO).tell()
+    Telemetry(tmp_path, "elsewhere.1.a", lambda: TWO).publish()
     assert read_memory(tmp_path)["elsewhere", "cuda:0", "used"] == 9
     then = time.time() - STALE_SECONDS - 1
     os.utime(tmp_path / "elsewhere.1.a.memory", (then, then))
@@ -51,9 +51,9 @@ def test_nothing_is_told_where_nothing_is_measured_or_too_soon(tmp_path: Path) -
     asked: list[int] = []
     telemetry = Telemetry(tmp_path, "w", lambda: asked.append(1) or {}, period_seconds=1000.0)
     for _ in range(3):
-        telemetry.tell()
+        telemetry.publish()
     assert (asked, list(tmp_path.iterdir())) == ([1], [])
-    Telemetry(tmp_path / "missing", "w", lambda: TWO).tell()
+    Telemetry(tmp_path / "missing", "w", lambda: TWO).publish()
 
 
 def test_a_runner_tells_while_it_works_and_not_after(store: JobStore) -> None:

@@ -32,7 +32,7 @@ class Bench:
     def after(self, seconds: float) -> str | None:
         for _ in range(math.ceil(seconds)):
             self.clock.now += 1.0
-            self.watchdog.turned()
+            self.watchdog.iterated()
             if (what := self.watchdog.look()) is not None:
                 return what
         return None
@@ -68,9 +68,9 @@ def test_the_beat_says_what_a_process_waits_for_that_gets_nothing_done(tmp_path:
     says("it waits for a disk that is full")
     other.expect(600.0)  # it goes on
     says(None)
-    watchdog.turned("it waits")
+    watchdog.iterated("it waits")
     says("it waits")
-    watchdog.turned()
+    watchdog.iterated()
     says(None)
     watchdog.stop()
     assert read_beat(tmp_path / "of nobody") is None
@@ -91,7 +91,7 @@ def test_a_pause_of_the_whole_machine_is_no_hang() -> None:
     bench.watchdog.add("a").expect(600.0)
     for _ in range(100):
         bench.clock.now += 3600.0
-        bench.watchdog.turned()
+        bench.watchdog.iterated()
         assert bench.watchdog.look() is None
 
 
@@ -107,7 +107,7 @@ def test_a_loop_that_stands_still_is_found_though_no_job_runs() -> None:
         return None
 
     assert looks(SETTINGS.start_seconds - 1) is None, "weights may have to come from far away"
-    watchdog.turned()
+    watchdog.iterated()
     assert looks(SETTINGS.loop_seconds - 1) is None
     assert "loop" in (looks(2) or "")
 

@@ -81,30 +81,30 @@ def fraction(monkeypatch) -> dict[str, float]:
 def test_a_limit_of_memory_lasts_as_long_as_who_asked_for_it(fraction, theirs) -> None:
     limits, first, second, free = devices.MemoryLimits(), Owner(), Owner(), Owner()
     fraction["share"] = theirs
-    limits.hold(GPU, first, 20)
+    limits.register(GPU, first, 20)
     assert fraction["share"] == 0.2
-    limits.hold(GPU, second, 30)  # both run in one process, which needs both
+    limits.register(GPU, second, 30)  # both run in one process, which needs both
     assert fraction["share"] == 0.5
-    limits.hold(GPU, second, 40)  # another device plan of the same engine
+    limits.register(GPU, second, 40)  # another device plan of the same engine
     assert fraction["share"] == 0.6
-    limits.hold(GPU, free, None)  # one engine's limit is no other's
+    limits.register(GPU, free, None)  # one engine's limit is no other's
     assert fraction["share"] == theirs
-    limits.let_go(free)
+    limits.unregister(free)
     assert fraction["share"] == 0.6
-    limits.let_go(first)
+    limits.unregister(first)
     assert fraction["share"] == 0.4
-    limits.let_go(second)
+    limits.unregister(second)
     assert fraction["share"] == theirs
-    limits.let_go(second)
+    limits.unregister(second)
 
 
 def test_a_limit_is_never_above_the_program_s_own_and_dies_with_its_owner(fraction) -> None:
     limits, owner = devices.MemoryLimits(), Owner()
     fraction["share"] = 0.5
-    limits.hold(GPU, owner, 80)
+    limits.register(GPU, owner, 80)
     assert fraction["share"] == 0.5
     del owner
-    limits.hold(GPU, other := Owner(), 30)
+    limits.register(GPU, other := Owner(), 30)
     assert fraction["share"] == 0.3
-    limits.let_go(other)
+    limits.unregister(other)
     assert fraction["share"] == 0.5

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
 from wanduet.accelerate.packing import pack_blocks
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.dit import plain
+from wanduet.kernels.dit.plain import Norm, QKNorm
 from wanduet.kernels.dit.rope import rope_for_grid
 from wanduet.models.dit.model import WanTransformer
 
@@ -41,10 +43,10 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("rows_of_weight", [1, 2])
 def test_norm(kernels, dtype, width: int, rows_of_weight: int) -> None:
     x = 3 + torch.randn(2, 9, width)
-    weight, bias = torch.randn(2, rows_of_weight, width)
-    got = kernels.norm(x, weight, bias, EPS, dtype)
+    parameters = Norm(*torch.randn(2, rows_of_weight, width), EPS)
+    got = kernels.norm(x, parameters, dtype)
     assert got.dtype == dtype
-    torch.testing.assert_close(got, plain.norm(x, weight, bias, EPS, dtype), **tolerance(dtype))
+    torch.testing.assert_close(got, plain.norm(x, parameters, dtype), **tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,13 +55,12 @@ def test_norm(kernels, dtype, width: int, rows_of_weight: int) -> None:
 def test_residual_norm_on_a_chunk_of_tokens(kernels, dtype, gated: bool, width: int) -> None:
     x, y = torch.randn(2, 21, width), torch.randn(2, 21, width).to(dtype)
     gate, weight, bias = torch.randn(3, 2, width)
+    norm = Norm(weight[:1], bias, EPS)
     results = []
     for implementation in (kernels, plain):
         a, b = x.clone(), y.clone()
         rows = slice(3, 20)
-        a_rows, b_rows = implementation.residual_norm(
-            a[:, rows], b[:, rows], gate if gated else None, weight[:1], bias, EPS
-        )
+        a_rows, b_rows = implementation.residual_norm(a[:, rows], b[:, rows], gate if gated else None, norm)
         assert a_rows.data_ptr() == a[:, rows].data_ptr()
         assert b_rows.data_ptr() == b[:, rows].data_ptr()
         results.append((a, b))
@@ -77,35 +78,37 @@ def test_q_and_k_of_a_packed_buffer(kernels, dtype, heads: int, head_dim: int, r
     width = heads * head_dim
     packed = torch.randn(2, 10, 3 * width).to(dtype)
     q_weight, k_weight = torch.randn(2, width)
-    rope = rope_for_grid((1, 2, 5), head_dim, "cpu") if rotated else None
+    norm = QKNorm(EPS, heads, rope_for_grid((1, 2, 5), head_dim, "cpu") if rotated else None)
     got, expected = packed.clone(), packed.clone()
     q, k, _ = got.chunk(3, dim=-1)
-    q_heads, k_heads = kernels.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, heads, rope)
+    q_heads, k_heads = kernels.qk_norm_rope_pair(q, k, q_weight, k_weight, norm)
     assert q_heads.shape == k_heads.shape == (2, 10, heads, head_dim)
     assert q_heads.data_ptr() == got.data_ptr()
     q, k, _ = expected.chunk(3, dim=-1)
-    plain.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, heads, rope)
+    plain.qk_norm_rope_pair(q, k, q_weight, k_weight, norm)
     torch.testing.assert_close(got, expected, **tolerance(dtype))
     assert torch.equal(got[..., 2 * width :], packed[..., 2 * width :])
 
 
 def test_one_of_q_and_k(kernels) -> None:
     q, weight = torch.randn(1, 7, 96), torch.randn(96)
-    rope = rope_for_grid((7, 1, 1), 32, "cpu")
-    expected = plain.qk_norm_rope(q.clone(), weight, EPS, 3, rope)
-    torch.testing.assert_close(kernels.qk_norm_rope(q, weight, EPS, 3, rope), expected, rtol=1e-5, atol=1e-5)
+    norm = QKNorm(EPS, 3, rope_for_grid((7, 1, 1), 32, "cpu"))
+    expected = plain.qk_norm_rope(q.clone(), weight, norm)
+    torch.testing.assert_close(kernels.qk_norm_rope(q, weight, norm), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_with_gradients_the_plain_forms_run(kernels) -> None:
     x = torch.randn(1, 4, 32, requires_grad=True)
     with torch.enable_grad():
-        kernels.residual_norm(x, x * 2, None, torch.ones(1, 32), torch.zeros(1, 32), EPS)[1].square().sum().backward()
+        norm = Norm(torch.ones(1, 32), torch.zeros(1, 32), EPS)
+        kernels.residual_norm(x, x * 2, None, norm)[1].square().sum().backward()
     assert x.grad is not None
 
 
 def test_channels_that_are_apart_are_refused(kernels) -> None:
+    norm = Norm(torch.ones(1, 32), torch.zeros(1, 32), EPS)
     with pytest.raises(ValueError, match="side by side"):
-        kernels.norm(torch.randn(1, 4, 64)[..., ::2], torch.ones(1, 32), torch.zeros(1, 32), EPS, torch.float32)
+        kernels.norm(torch.randn(1, 4, 64)[..., ::2], norm, torch.float32)
 
 
 @pytest.mark.parametrize(("num_keys", "repeats"), [(1, 5), (37, 1), (37, 400), (130, 3)])
@@ -133,8 +136,14 @@ def test_attention_to_the_text_of_an_odd_width_is_the_plain_form(kernels) -> Non
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_whole_transformer_gives_the_same_with_them(kernels, packed: bool) -> None:
     """Where a block's tensors lie in its scratch is as on a GPU, guidance and shared first attention included."""
-    spec = TransformerSpec(
-        num_attention_heads=2, attention_head_dim=32, ffn_dim=300, num_layers=3, text_dim=32, freq_dim=32
+    spec = replace(
+        WAN_1_3B.transformer,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        ffn_dim=300,
+        num_layers=3,
+        text_dim=32,
+        freq_dim=32,
     )
     model = WanTransformer(spec).eval().requires_grad_(False)
     if packed:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from wanduet.kernels.dit import plain
+from wanduet.kernels.dit.plain import Norm, QKNorm
 from wanduet.kernels.dit.rope import rope_for_grid, rotate
 from wanduet.kernels.dit.weight import Weight
 
@@ -21,8 +22,8 @@ def test_norm_is_a_modulated_layer_norm() -> None:
     x, scale, shift = torch.randn(2, 9, 32), torch.randn(2, 32), torch.randn(2, 32)
     expected = F.layer_norm(x, (32,), eps=EPS) * (1 + scale[:, None]) + shift[:, None]
     with torch.no_grad():
-        torch.testing.assert_close(plain.norm(x, 1 + scale, shift, EPS, torch.float32), expected)
-    torch.testing.assert_close(plain.norm(x, 1 + scale, shift, EPS, torch.float32), expected)
+        torch.testing.assert_close(plain.norm(x, Norm(1 + scale, shift, EPS), torch.float32), expected)
+    torch.testing.assert_close(plain.norm(x, Norm(1 + scale, shift, EPS), torch.float32), expected)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -30,11 +31,11 @@ def test_in_place_equals_functional(gated: bool) -> None:
     x, y = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
     gate, weight, bias = torch.randn(3, 2, 32)
     before = x.clone(), y.clone()
-    expected = plain.residual_norm(x, y, gate if gated else None, weight, bias, EPS)
+    expected = plain.residual_norm(x, y, gate if gated else None, Norm(weight, bias, EPS))
     assert torch.equal(x, before[0])
     assert torch.equal(y, before[1])
     with torch.no_grad():
-        got = plain.residual_norm(x, y, gate if gated else None, weight, bias, EPS)
+        got = plain.residual_norm(x, y, gate if gated else None, Norm(weight, bias, EPS))
     assert got[0] is x
     assert got[1] is y
     torch.testing.assert_close(got, expected)
@@ -49,10 +50,10 @@ def test_q_and_k_are_normed_over_all_heads_and_rotated() -> None:
         rotate(F.rms_norm(x, (48,), w, EPS).unflatten(-1, (2, 24)), rope) for x, w in ((q, q_weight), (k, k_weight))
     ]
     torch.testing.assert_close(
-        plain.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, 2, rope), tuple(expected), rtol=1e-5, atol=1e-5
+        plain.qk_norm_rope_pair(q, k, q_weight, k_weight, QKNorm(EPS, 2, rope)), tuple(expected), rtol=1e-5, atol=1e-5
     )
     with torch.no_grad():
-        got = plain.qk_norm_rope_pair(q, k, q_weight, k_weight, EPS, 2, rope)
+        got = plain.qk_norm_rope_pair(q, k, q_weight, k_weight, QKNorm(EPS, 2, rope))
     torch.testing.assert_close(got, tuple(expected), rtol=1e-5, atol=1e-5)
     assert got[0].data_ptr() == packed.data_ptr()
 

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.precision import CONVOLUTIONS, EXACT, PRODUCTS, SharedSetting, convolutions_use_tf32, vae_precision
 from wanduet.models.vae.model import WanVAE
 
@@ -129,7 +130,7 @@ def test_two_vaes_of_different_precision_that_work_at_once_each_get_theirs() -> 
     """As two engines' are, in threads; the program's own setting is a third."""
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
-    spec = VAESpec(base_dim=8, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    spec = replace(WAN_1_3B.vae, base_dim=8, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     seen: dict[bool, set[tuple[bool, str]]] = {True: set(), False: set()}
     started = threading.Barrier(2)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.vae import conv_tiles, gpu, plain
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
@@ -309,7 +309,7 @@ def test_a_few_parts_of_the_queries_show_what_all_need(monkeypatch, dtype) -> No
 def test_memory_is_predicted_where_there_is_no_triton(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     peaks = [
-        decode_bytes(DecodeShape(VAESpec(), 480, 832, 9, kernels=kernels))
+        decode_bytes(DecodeShape(WAN_1_3B.vae, 480, 832, 9, kernels=kernels))
         for kernels in (VAE_TORCH_KERNELS, VAE_TRITON_KERNELS)
     ]
     assert peaks[0] > peaks[1] > 2**30
@@ -352,7 +352,7 @@ def launched(monkeypatch, convolutions) -> dict[bool, set[tuple[object, ...]]]:
 def test_a_whole_decode_gives_the_same_frames_by_kernels_that_can_be_compiled_beforehand(launched, plan) -> None:
     """Beforehand: by a run on the meta device, of other sizes, as a kernel depends on neither rows nor columns."""
     torch.manual_seed(2)
-    spec = VAESpec(base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
+    spec = replace(WAN_1_3B.vae, base_dim=8, num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(True,))
     vae = WanVAE(spec).eval().requires_grad_(False)
     latents = torch.randn(16, 3, 4, 3)
     expected = [chunk.copy() for chunk in decode_stream(vae, latents, plan)]
@@ -372,7 +372,7 @@ def test_the_check_before_use_compiles_nothing_that_the_decode_does_not_need(lau
     base_dim = 8
     assert largest_vae_error(VAE_TRITON_KERNELS, torch.device("cpu"), torch.float32, base_dim) < 1e-5
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(base_dim=base_dim), 64, 80, Tiling(), torch.float32, kernels)
+    compile_decode(replace(WAN_1_3B.vae, base_dim=base_dim), 64, 80, Tiling(), torch.float32, kernels)
     assert len(launched[False]) > 5
     assert launched[False] <= launched[True]
 
@@ -394,5 +394,5 @@ def test_few_kernels_are_compiled_for_a_decode(monkeypatch, convolutions) -> Non
     for module in (norms, convolutions, attention):
         monkeypatch.setattr(module, "launch", record)
     kernels = gpu.compiling_for(torch.device("cpu"))
-    compile_decode(VAESpec(), 480, 832, Tiling(), torch.float32, kernels)
+    compile_decode(WAN_1_3B.vae, 480, 832, Tiling(), torch.float32, kernels)
     assert 20 < len(compiled) <= 24

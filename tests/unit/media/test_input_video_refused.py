@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.media.clips import H, W, encode, greys
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.media.input_video import read_frames, read_source, resolve
 from wanduet.request import GenerationRequest
 

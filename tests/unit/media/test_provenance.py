@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.media import provenance
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.latents import save_latents
@@ -53,7 +53,7 @@ def made(prompt: str = "a cat", created_at: datetime = MOMENT, **more) -> dict:
 
 def test_holds_all_that_is_needed_to_make_it_again() -> None:
     found = made(
-        hardware=["NVIDIA H100"], attention="flash", timings={"denoise_s": 1.5}, rungs=("strips",), warnings=["cut"]
+        hardware=["NVIDIA H100"], attention="flash", timings={"denoise_s": 1.5}, notes=("strips",), warnings=["cut"]
     )
     assert ResolvedRequest(**found["request"]).as_request().resolve(WAN_1_3B) == resolved()
     assert found["schema"] == 1

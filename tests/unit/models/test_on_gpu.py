@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.select import vae_kernels_for
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda", 0)
 @torch.no_grad()
 def test_any_cut_gives_the_same_frames(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    vae = WanVAE(VAESpec()).to(DEVICE, dtype).eval().requires_grad_(False)
+    vae = WanVAE(WAN_1_3B.vae).to(DEVICE, dtype).eval().requires_grad_(False)
     vae.channels_last()
     vae.use_kernels(vae_kernels_for(DEVICE, dtype, vae.spec.base_dim))
     latents = torch.randn(16, 6, 45, 60)

@@ -1,15 +1,24 @@
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
 from wanduet.distributed.sequence.sharding import NoSharding
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.models.dit.model import TextContext, WanTransformer
 
-SPEC = TransformerSpec(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32, freq_dim=32)
+SPEC = replace(
+    WAN_1_3B.transformer,
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    num_layers=2,
+    text_dim=32,
+    freq_dim=32,
+)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """Streamed decoding: the same bytes as a whole decode, in every order and cut; memory as predicted."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from wanduet.errors import NonFiniteFramesError
-from wanduet.family.specs import VAESpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes
 from wanduet.meta.trace import Footprint
 from wanduet.models.vae.arena import Arena
@@ -17,7 +18,7 @@ from wanduet.models.vae.model import WanVAE, to_uint8
 from wanduet.models.vae.rows import Rows, Tiling
 from wanduet.models.vae.stream import DecodePart, decode_stream
 
-SPEC = VAESpec(base_dim=8, num_res_blocks=1)
+SPEC = replace(WAN_1_3B.vae, base_dim=8, num_res_blocks=1)
 WHOLE = Tiling()
 
 
@@ -158,7 +159,7 @@ def test_footprint_knows_what_holes_cost() -> None:
 
 def test_a_prediction_does_not_depend_on_what_was_predicted_before() -> None:
     # A size that no other test asks for: the second time, what the first one traced is known.
-    twice = [decode_bytes.__wrapped__(DecodeShape(VAESpec(), 496, 832, 81)) for _ in range(2)]
+    twice = [decode_bytes.__wrapped__(DecodeShape(WAN_1_3B.vae, 496, 832, 81)) for _ in range(2)]
     assert twice[0] == twice[1]
 
 
@@ -175,7 +176,7 @@ def test_predictions_in_several_threads_are_those_of_one() -> None:
 
 def test_a_rank_of_several_needs_less_than_one_alone_and_more_than_its_tile() -> None:
     def predict(ranks: int, tiling: Tiling = WHOLE) -> int:
-        return decode_bytes(DecodeShape(VAESpec(), 480, 832, 81, tiling), ranks)
+        return decode_bytes(DecodeShape(WAN_1_3B.vae, 480, 832, 81, tiling), ranks)
 
     assert predict(1, Tiling("strip", 3)) < predict(2) < predict(1)
     assert predict(4) < predict(2)
@@ -204,7 +205,7 @@ def test_offloaded_halos_are_as_large_as_predicted(vae, monkeypatch) -> None:
 
 def test_prediction_does_not_grow_with_frames_and_shrinks_with_tiles() -> None:
     def predict(frames: int, order: str, num_tiles: int) -> int:
-        return decode_bytes(DecodeShape(VAESpec(), 480, 832, frames, Tiling(order, num_tiles)))
+        return decode_bytes(DecodeShape(WAN_1_3B.vae, 480, 832, frames, Tiling(order, num_tiles)))
 
     assert predict(81, "frame", 1) == predict(801, "frame", 1)
     assert predict(81, "frame", 4) < 0.9 * predict(81, "frame", 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from wanduet.config import GIB, EngineConfig
 from wanduet.errors import ConfigError, DoesNotFitError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.planning.alternatives import alternatives
 from wanduet.planning.hardware import Hardware, parse_hardware

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from tools.miniature.world import render, sample_clips
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.vae.model import WanVAE
 from wanduet.previews.colour_maps import COLOURS_FILE, LatentToRGB, find_colours
 from wanduet.weights.hub import open_model

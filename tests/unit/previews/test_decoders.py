@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad, relu
 
 from wanduet.errors import WeightsError
-from wanduet.family.specs import WAN_1_3B, WAN_14B
+from wanduet.family.wan21 import WAN_1_3B, WAN_14B
 from wanduet.models.vae.preview_decoder import PreviewDecoder
 from wanduet.previews.decoders import doublings_for, find_decoder
 

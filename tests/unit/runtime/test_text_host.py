@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wanduet.errors import CancelledError, WeightsError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.umt5 import TextEncoder

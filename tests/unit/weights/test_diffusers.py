@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.manifest import Notes, file_sha256, find_damaged, verify, write_manifest
 

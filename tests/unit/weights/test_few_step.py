@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.distilled import FEW_STEP, FewStep, by_name, by_tensors
-from wanduet.family.specs import WAN_1_3B
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.weights.diffusers import ModelFolder

@@ -129,13 +129,13 @@ def _outcome(job: Job, output: Place) -> dict[str, Any]:
         return {"prompt": job.request.prompt, "error": str(error)}
 
 
-def _made_before(request: GenerationRequest, found: Begun, engine: Engine, output: Place) -> dict[str, Any]:
+def _made_before(request: GenerationRequest, begun: Begun, engine: Engine, output: Place) -> dict[str, Any]:
     """Return the result of a request whose videos an earlier run has made."""
     resolved = resolve(request, engine.models.spec)
     paths = [
-        found.options.video_path(index, resolved.num_videos_per_prompt)
+        begun.options.video_path(index, resolved.num_videos_per_prompt)
         for index in range(resolved.num_videos_per_prompt)
     ]
-    videos = [{"output": output.shown(path), "seed": found.seed + index} for index, path in enumerate(paths)]
+    videos = [{"output": output.shown(path), "seed": begun.seed + index} for index, path in enumerate(paths)]
     fields = {name: getattr(resolved, name) for name in ("width", "height", "num_frames", "fps")}
-    return {"output": videos[0]["output"], "seed": found.seed, **fields, "videos": videos, "made_before": True}
+    return {"output": videos[0]["output"], "seed": begun.seed, **fields, "videos": videos, "made_before": True}

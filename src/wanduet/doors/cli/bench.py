@@ -61,7 +61,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "attention": job.attention,
             "kernels": job.videos[-1].record.kernels,  # None for jobs on several ranks
             "vae_kernels": job.videos[-1].record.vae_kernels,
-            "rungs": job.rungs,
+            "rungs": job.notes,
             "profile": where_it_went(job, engine.models.memory),
             "versions": versions(),
         }

@@ -126,7 +126,7 @@ def status(*, data_dir: DataDir = None, database_url: Database = None, json_: Js
 
 @cluster_app.command
 def drain(node: str, *, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
-    """Empty a node: its jobs are checkpointed and go on elsewhere; nothing starts there until `undrain`.
+    """Empty a node: its jobs are checkpointed and continue on other nodes; nothing starts there until `undrain`.
 
     Parameters
     ----------

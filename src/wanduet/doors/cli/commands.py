@@ -10,7 +10,6 @@ from wanduet.doors.cli.outputs import free_file, free_output, likely_output, tak
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
 from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
-from wanduet.doors.cli.validate import PUBLISHED
 from wanduet.engine import tools
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -23,7 +22,7 @@ from wanduet.errors import (
     OutputError,
     WanduetError,
 )
-from wanduet.family.specs import RANDOM_SPECS
+from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
@@ -151,10 +150,10 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
     try:
         open_model(config.model, config.revision, fetch=False)
     except ModelNotFoundError:
-        if config.model not in PUBLISHED:
+        if config.model not in RANDOM_NAMES:
             raise
         print(f"{config.model} is not fetched yet; its published shapes are used.", file=sys.stderr)
-        return replace(config, model=PUBLISHED[config.model], revision=None)
+        return replace(config, model=RANDOM_NAMES[config.model], revision=None)
     return config
 
 
@@ -191,7 +190,7 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "predicted_peak_bytes": predicted(job.plan),
         "attention": job.attention,
-        "rungs": job.rungs,
+        "rungs": job.notes,
         "warnings": list(result.warnings),
         "versions": versions(),
     }

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 
 from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError
-from wanduet.family.specs import RANDOM_SPECS
+from wanduet.family.registry import RANDOM_SPECS
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import download, is_offline, local_model, verify_manifest
 from wanduet.weights.manifest import Progress, write_manifest

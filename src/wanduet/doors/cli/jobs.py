@@ -112,7 +112,7 @@ OURS, ENGINE, ALONE = ServerFlags(), EngineFlags(), ClusterFlags()
 
 
 def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: ClusterFlags = ALONE) -> None:
-    """Serve the OpenAI videos protocol, and the web page at /, until told to stop.
+    """Serve the OpenAI videos protocol, and the web page at /, until it is stopped.
 
     ```sh
     wanduet serve --model miniature
@@ -143,7 +143,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     with extra("server"):
         from wanduet.doors.http import server as http_server
     from wanduet.doors.http.security import check_bind
-    from wanduet.family.specs import RANDOM_SPECS
+    from wanduet.family.registry import RANDOM_SPECS
     from wanduet.jobs.worker import WorkerSettings
     from wanduet.weights.hub import open_model
 

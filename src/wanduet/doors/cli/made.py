@@ -14,7 +14,6 @@ from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
-from wanduet.doors.cli.validate import PUBLISHED
 from wanduet.engine import tools
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -22,7 +21,7 @@ from wanduet.errors import (
     InvalidRequestError,
     ModelNotFoundError,
 )
-from wanduet.family.specs import RANDOM_SPECS
+from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.input_video import read_source
 from wanduet.media.latents import load_latents
@@ -184,14 +183,14 @@ def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) ->
         return {}
     if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
         return {"model": name}
-    if not isinstance(name, str) or name not in PUBLISHED:
+    if not isinstance(name, str) or name not in RANDOM_NAMES:
         raise ModelNotFoundError(
             f"{file} says that it was made by the model {printable(cut(repr(name)))}, which only you can know.",
             hint="If you trust that model, name it with --model.",
         )
-    said = made_by.get("revision")
-    if revision is None and isinstance(said, str) and re.fullmatch(r"[0-9a-f]{40}", said):
-        revision = said
+    recorded = made_by.get("revision")
+    if revision is None and isinstance(recorded, str) and re.fullmatch(r"[0-9a-f]{40}", recorded):
+        revision = recorded
     try:
         open_model(name, revision, fetch=False)
     except ModelNotFoundError as error:

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.config import Toml
 
-from wanduet.config import DType, EngineConfig, Strategy, TextEncoderHold, Weights, parse_bytes, parse_speeds
+from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, Weights, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
-from wanduet.family.specs import DEFAULT_MODEL, WAN_1_3B, ModelSpec
+from wanduet.family.registry import DEFAULT_MODEL
+from wanduet.family.spec import ModelSpec
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import (
     REQUEST_FIELDS,
     GenerationRequest,
@@ -184,7 +186,7 @@ class EngineFlags:
     vae_dtype: Annotated[DType, Parameter(help="What the VAE computes in. Default: float32.")] = "auto"
     text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
     text_encoder_hold: Annotated[
-        TextEncoderHold, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
+        TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
     ] = "auto"
     tf32: Annotated[
         bool, Parameter(help="Allow TF32 in the VAE's float32 convolutions: faster, slightly less precise.")

@@ -56,7 +56,7 @@ class StopSignals:
             print_failure("The limit of CPU time is reached (SIGXCPU).", "cancelled", as_json=False)
         if self.answered:
             self._late += 1
-            if self._late > 1:  # nobody reads the output, which blocks
+            if self._late > 1:  # writing blocks if the reader of the output has stopped
                 os._exit(self.exit_code)
             return
         if self._first is None:
@@ -66,15 +66,15 @@ class StopSignals:
         print_failure("Stopped at once.", "cancelled", self.as_json)
         os._exit(self.exit_code)  # threads may be in a step that takes minutes
 
-    def unraisable(self, found: "UnraisableHookArgs") -> None:
+    def unraisable(self, hook_args: "UnraisableHookArgs") -> None:
         """Handle exceptions that the interpreter cannot raise (`sys.unraisablehook`).
 
         A signal's KeyboardInterrupt is lost if it is raised in a finalizer or in a weak reference's callback; the
         signal is raised again after AGAIN_SECONDS.
         """
         number = self._first
-        if number is None or self.answered or not issubclass(found.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(found)
+        if number is None or self.answered or not issubclass(hook_args.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(hook_args)
             return
         self._first = None
         again = threading.Timer(AGAIN_SECONDS, self._come_again, (number,))

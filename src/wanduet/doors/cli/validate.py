@@ -9,13 +9,11 @@ from wanduet.config import EngineConfig
 from wanduet.doors.cli.options import VideoFlags, decoded, typed_request
 from wanduet.doors.cli.places import Place
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
-from wanduet.family.specs import DEFAULT_MODEL, RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS, find_spec
+from wanduet.family.spec import ModelSpec
 from wanduet.media.input_video import resolve
 from wanduet.request import GenerationRequest, exclude
 from wanduet.untrusted import cut, parse_json, read_stream
-
-# Published models whose shapes are known without their files, and the random models with the same shapes.
-PUBLISHED = {DEFAULT_MODEL: "random:1.3b", "Wan-AI/Wan2.1-T2V-14B-Diffusers": "random:14b"}
 
 
 def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> GenerationRequest:
@@ -32,10 +30,9 @@ def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> Gener
 
 def known_spec(model: str) -> ModelSpec | None:
     """Return a model's shapes if they are known without the hub; else None. Raises ModelNotFoundError."""
-    name = PUBLISHED.get(model, model)
-    if name in RANDOM_SPECS:
-        return RANDOM_SPECS[name]
-    if name.startswith("random:"):
+    if spec := find_spec(model):
+        return spec
+    if model.startswith("random:"):
         raise ModelNotFoundError(f"There is no model {model!r}.", hint=f"Random ones: {', '.join(RANDOM_SPECS)}.")
     from wanduet.weights.hub import local_model
 

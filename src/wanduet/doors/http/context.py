@@ -16,7 +16,7 @@ from wanduet.doors.http.keys import LOCAL_OWNER, KeyRing
 from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.http.security import is_loopback
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore

@@ -31,7 +31,7 @@ class VideoStream(EventSourceResponse):
 
     def __init__(self, context: ServerContext, headers: Headers, owner: str, job: StoredJob) -> None:
         self._context = context
-        self._asked = headers
+        self._request_headers = headers
         self._owner = owner
         self._place = context.streams.enter(None if owner == LOCAL_OWNER else owner)  # one owner without keys: no share
         self._place.__enter__()
@@ -82,7 +82,7 @@ class VideoStream(EventSourceResponse):
 
     def _may_see(self) -> bool:
         try:
-            return find_owner(self._context, self._asked) == self._owner
+            return find_owner(self._context, self._request_headers) == self._owner
         except WanduetError:  # an unreadable key file grants no access
             return False
 

@@ -24,13 +24,13 @@ def answer_file(path: Path, request: Request, media_type: str, filename: str, he
 
     Raises FileNotFoundError, or ApiError (416) for a range outside of the file.
     """
-    status, asked = path.stat(), request.headers
+    status, sent = path.stat(), request.headers
     answer = _File(path, headers=dict(headers), media_type=media_type, filename=filename, stat_result=status)
-    if _names(asked.get("if-none-match"), answer.headers["etag"]):
+    if _names(sent.get("if-none-match"), answer.headers["etag"]):
         kept = {name: answer.headers[name] for name in ("etag", "last-modified", *map(str.lower, headers))}
         return Response(status_code=304, headers=kept)
-    current = asked.get("if-range") in (None, answer.headers["etag"], answer.headers["last-modified"])
-    parts = read_ranges(asked.get("range")) if request.method == "GET" and current else []
+    current = sent.get("if-range") in (None, answer.headers["etag"], answer.headers["last-modified"])
+    parts = read_ranges(sent.get("range")) if request.method == "GET" and current else []
     answer.parts = [part[0] for part in parts if _lies_within(part, status.st_size)]
     if parts and not answer.parts:
         text = f"The file has {status.st_size} bytes."

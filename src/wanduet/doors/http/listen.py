@@ -50,7 +50,7 @@ log = structlog.get_logger(__name__)
 class Connection(H11Protocol):
     """Uvicorn's connection, with timeouts for idle and slow clients."""
 
-    waits_since = 0.0  # since when it waits for a request, or for the rest of a body that nobody reads
+    waits_since = 0.0  # since when it waits for a request, or for the rest of a body that is not read
     _paused = False  # writing is paused until the client has read what was sent
     _stall: tuple[float, int] | None = None  # since when the client reads nothing, and the bytes that were unread then
 

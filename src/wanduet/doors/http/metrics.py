@@ -102,10 +102,10 @@ class _StoreCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the numbers of jobs from the store."""
-        found = self._store.statistics(self._owner)
-        yield from _jobs(found)
+        statistics = self._store.statistics(self._owner)
+        yield from _jobs(statistics)
         if self._owner is None:
-            yield from _stages(found)
+            yield from _stages(statistics)
             yield _device_memory(read_memory(self._store.files.workers))
 
 
@@ -122,31 +122,33 @@ class _WorkerCollector(Collector):
         yield GaugeMetricFamily("wanduet_worker_ready", "1 while some worker takes jobs, else 0.", ready)
 
 
-def _jobs(found: Statistics) -> Iterator[Metric]:
+def _jobs(statistics: Statistics) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("wanduet_jobs", "Jobs in the store by status.", labels=["status"])
     for status in STATUSES:
-        jobs.add_metric([status], found.by_status.get(status, 0))
+        jobs.add_metric([status], statistics.by_status.get(status, 0))
     yield jobs
     failures = GaugeMetricFamily("wanduet_failed_jobs", "Failed jobs in the store by code.", labels=["code"])
-    for code, count in sorted(found.failures.items()):
+    for code, count in sorted(statistics.failures.items()):
         failures.add_metric([code], count)
     yield failures
-    yield GaugeMetricFamily("wanduet_queue_oldest_seconds", "How long the oldest queued job waits.", found.oldest_wait)
+    yield GaugeMetricFamily(
+        "wanduet_queue_oldest_seconds", "How long the oldest queued job waits.", statistics.oldest_wait
+    )
     memory = GaugeMetricFamily(
         "wanduet_peak_memory_bytes", "Peak memory of the newest completed job by device.", labels=["device"]
     )
-    for device, peak in sorted(found.peak_memory_bytes.items()):
+    for device, peak in sorted(statistics.peak_memory_bytes.items()):
         memory.add_metric([device], peak)
     yield memory
 
 
-def _stages(found: Statistics) -> Iterator[Metric]:
+def _stages(statistics: Statistics) -> Iterator[Metric]:
     seconds = CounterMetricFamily("wanduet_stage_seconds", "Seconds by stage of all completed jobs.", labels=["stage"])
     counts = CounterMetricFamily("wanduet_stage_jobs", "Completed jobs that went through a stage.", labels=["stage"])
-    step_seconds, steps = found.stages.get(STEPS, (0.0, 0))
+    step_seconds, steps = statistics.stages.get(STEPS, (0.0, 0))
     yield CounterMetricFamily("wanduet_denoise_steps", "Denoising steps of all completed jobs.", steps)
     yield CounterMetricFamily("wanduet_denoise_steps_seconds", "Seconds that these steps took.", step_seconds)
-    for stage, (total, count) in sorted(found.stages.items()):
+    for stage, (total, count) in sorted(statistics.stages.items()):
         if stage == STEPS:
             continue
         name = stage.removesuffix("_s")
@@ -155,13 +157,13 @@ def _stages(found: Statistics) -> Iterator[Metric]:
     yield from (seconds, counts)
 
 
-def _device_memory(found: Mapping[tuple[str, str, str], int]) -> Metric:
+def _device_memory(sizes: Mapping[tuple[str, str, str], int]) -> Metric:
     memory = GaugeMetricFamily(
         "wanduet_device_memory_bytes",
         "Memory of the workers' devices just now: allocated and reserved by the workers, used by everybody.",
         labels=["host", "device", "kind"],
     )
-    for labels, size in sorted(found.items()):
+    for labels, size in sorted(sizes.items()):
         memory.add_metric(labels, size)
     return memory
 

@@ -13,18 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.jobs.records import StoredJob
 from wanduet.request import (
     MAX_PROMPT,
     REQUEST_FIELDS,
     GenerationRequest,
-    RequestField,
     SourceVideo,
     check_prompt_length,
     frames_for_seconds,
     parse_resolution,
 )
+from wanduet.request_fields import RequestField
 
 MAX_SECONDS = 3600.0
 

@@ -1,6 +1,6 @@
 """`wanduet serve`: the OpenAI videos protocol over the durable job store.
 
-The server holds neither model nor queue: it validates, stores and shows jobs. A separate worker process makes the
+The server loads no model and has no queue in memory: it validates, stores and shows jobs. A separate worker process makes the
 videos; the server restarts it when it dies.
 """
 
@@ -26,7 +26,7 @@ from wanduet.doors.http.listen import DRAIN_SECONDS, Announce, Server, listen
 from wanduet.doors.http.metrics import CountRequests, WorkerView
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.security import AnswerHead, Guard, check_bind
-from wanduet.family.specs import ModelSpec
+from wanduet.family.spec import ModelSpec
 from wanduet.folders import never_make
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.library_logs import configure_library_logs

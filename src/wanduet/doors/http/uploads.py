@@ -40,7 +40,7 @@ class _Reader:
         self._timeout = TIMEOUT_SECONDS[self.question] if timeout_seconds is None else timeout_seconds
         self._command = module_command(module)
 
-    def _ask(self, video: Path) -> dict[str, Any]:
+    def _query(self, video: Path) -> dict[str, Any]:
         """Return the process's answer: the `question`'s, or None and an `error`.
 
         Raises UnreadableFileError if there is no such answer, ApiError if no process starts.
@@ -48,13 +48,13 @@ class _Reader:
         status, text = self._run(video)
         if status is None:
             raise UnreadableFileError(f"{video} takes too long to be read.")
-        found: Any = None
+        answer: Any = None
         if status == 0:
             with suppress(ValueError, RecursionError):
-                found = json.loads(text)
-        if not isinstance(found, dict) or not isinstance(found.get(self.question), dict | None):
+                answer = json.loads(text)
+        if not isinstance(answer, dict) or not isinstance(answer.get(self.question), dict | None):
             raise UnreadableFileError(f"{video} cannot be read: it is damaged, or no video.")
-        return found
+        return answer
 
     def _run(self, video: Path) -> tuple[int | None, bytes]:
         """Return the process's exit status (None if it was killed for exceeding the timeout) and its output."""
@@ -98,10 +98,10 @@ class MetadataReader(_Reader):
 
         Raises WanduetError if it has none or cannot be read, ApiError if no process starts.
         """
-        found = self._ask(video)
-        if found.get("about") is None:
-            raise UnreadableFileError(str(found.get("error")))
-        about: dict[str, Any] = found["about"]
+        answer = self._query(video)
+        if answer.get("about") is None:
+            raise UnreadableFileError(str(answer.get("error")))
+        about: dict[str, Any] = answer["about"]
         return about
 
 
@@ -116,13 +116,13 @@ class SourceReader(_Reader):
         Raises InvalidRequestError of the request's `field`, ApiError if no process starts.
         """
         try:
-            found = self._ask(video)
+            answer = self._query(video)
         except UnreadableFileError:
             raise InvalidRequestError(field, filename, "it is damaged, too long, or no video") from None
-        if found.get("source") is None:
-            raise InvalidRequestError(field, filename, str(found.get("error")).replace(str(video), "this file"))
+        if answer.get("source") is None:
+            raise InvalidRequestError(field, filename, str(answer.get("error")).replace(str(video), "this file"))
         try:
-            return _parse_source(found["source"])
+            return _parse_source(answer["source"])
         except (TypeError, ValueError):
             raise InvalidRequestError(field, filename, "it is damaged") from None
 

@@ -199,8 +199,8 @@ class Page:
         self._retry.click(on.retry, chosen, result, **PRIVATE).then(**look)
         self._reseed.click(on.reseed, chosen, result, **PRIVATE).then(**look)
         self._cancel.click(on.stop, chosen, None, **PRIVATE).then(**look)
-        asked = [self._confirmed, chosen]
-        self._delete.click(on.remove, asked, None, js=scripts.CONFIRM, **PRIVATE).then(**look)
+        inputs = [self._confirmed, chosen]
+        self._delete.click(on.remove, inputs, None, js=scripts.CONFIRM, **PRIVATE).then(**look)
         self._gallery.click(on.choose, self._pages, [chosen, self._pages], **PRIVATE).then(**look)
         self._stage.click(on.example, None, form[0], **PRIVATE)
         self._again.click(on.reuse, chosen, form, **PRIVATE)

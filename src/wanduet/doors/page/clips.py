@@ -40,22 +40,22 @@ class Offer:
     error: str = ""
 
 
-def offer_of(told: dict[str, Any]) -> Offer:
+def offer_of(answer: dict[str, Any]) -> Offer:
     """Convert what the browser repeats of the server's answer; parts that the server cannot have sent are left out."""
-    name = public_text(str(told.get("name") or "that video"), NAME_LIMIT)
-    form, source = told.get("form"), _source_of(told.get("source"))
+    name = public_text(str(answer.get("name") or "that video"), NAME_LIMIT)
+    form, source = answer.get("form"), _source_of(answer.get("source"))
     return Offer(
         name,
         form if isinstance(form, dict) else None,
-        str(told.get("note") or ""),
+        str(answer.get("note") or ""),
         None if source is None else Clip(name, source),
-        str(told.get("error") or ""),
+        str(answer.get("error") or ""),
     )
 
 
-def _source_of(told: Any) -> SourceVideo | None:
+def _source_of(answer: Any) -> SourceVideo | None:
     try:
-        source = SourceVideo(**told)
+        source = SourceVideo(**answer)
         sides_fit = all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in (source.height, source.width))
         seconds_fit = math.isfinite(source.seconds) and 0 <= source.seconds <= _LONGEST_SECONDS
         is_hash = len(source.sha256) == 64 and set(source.sha256) <= set("0123456789abcdef")

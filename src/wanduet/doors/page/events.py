@@ -58,10 +58,10 @@ class PageEvents:
 
     def sent(self, answer: str) -> list[Any]:
         """Display the job that the browser has submitted, or why it was refused; skip if it has submitted nothing."""
-        told = json.loads(answer or "{}")
-        if told.get("id"):
-            return [str(told["id"]), ""]
-        text, param = str(told.get("message") or ""), told.get("param")
+        reply = json.loads(answer or "{}")
+        if reply.get("id"):
+            return [str(reply["id"]), ""]
+        text, param = str(reply.get("message") or ""), reply.get("param")
         return [gr.skip(), views.sent_refusal(text, param) if text else gr.skip()]
 
     def choose(self, pages: int, event: gr.EventData) -> list[Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.page.clips import Clip
-from wanduet.family.specs import GenerationDefaults
-from wanduet.request import REQUEST_FIELDS, RequestField
+from wanduet.family.spec import GenerationDefaults
+from wanduet.request import REQUEST_FIELDS
+from wanduet.request_fields import RequestField
 from wanduet.schedule import joined
 
 Form = dict[str, Any]

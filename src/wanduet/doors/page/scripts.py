@@ -31,19 +31,19 @@ const files = window.wanduetFiles = window.wanduetFiles || new Map();
 const read = async file => {
   if (!file) return;
   document.body.classList.add('reading');
-  let told = {error: 'This file cannot be read.'};
+  let reply = {error: 'This file cannot be read.'};
   try {
     const answer = await fetch('/page/settings', {method: 'POST', body: file});
-    if (answer.ok || answer.status === 400) told = await answer.json();
-    else if (answer.status === 413) told = {error: 'This file is too large.'};
-    else if (answer.status >= 429) told = {error: (await answer.json()).error.message + ' Try again later.'};
+    if (answer.ok || answer.status === 400) reply = await answer.json();
+    else if (answer.status === 413) reply = {error: 'This file is too large.'};
+    else if (answer.status >= 429) reply = {error: (await answer.json()).error.message + ' Try again later.'};
   } catch (error) {
-    told = {error: 'The server does not answer.'};
+    reply = {error: 'The server does not answer.'};
   }
   document.body.classList.remove('reading');
-  const hash = told.source && told.source.sha256;
+  const hash = reply.source && reply.source.sha256;
   if (hash && !files.has(hash)) files.set(hash, {file, url: URL.createObjectURL(file)});
-  trigger('click', {read: {...told, name: file.name}});
+  trigger('click', {read: {...reply, name: file.name}});
 };
 const show = () => element.querySelectorAll('video[data-clip]:not([src])').forEach(video => {
   const kept = files.get(video.dataset.clip);
@@ -94,9 +94,9 @@ const pulse = async () => {{
     const answer = await fetch('/page/pulse', {{signal: AbortSignal.timeout(10000)}});
     if (answer.status === 401) return location.assign('/login');
     if (!answer.ok) throw new Error(answer.status);
-    const told = await answer.json();
-    if (started !== null && started !== told.started) return location.reload();
-    started = told.started;
+    const reply = await answer.json();
+    if (started !== null && started !== reply.started) return location.reload();
+    started = reply.started;
     document.body.classList.remove('offline');
   }} catch (error) {{
     document.body.classList.add('offline');
@@ -130,8 +130,8 @@ SEND = """async outgoing => {
   document.body.classList.add('sending');
   try {
     const answer = await fetch('/v1/videos', {method: 'POST', body});
-    const told = await answer.json();
-    return JSON.stringify(answer.ok ? {id: told.id} : {message: told.error.message, param: told.error.param});
+    const reply = await answer.json();
+    return JSON.stringify(answer.ok ? {id: reply.id} : {message: reply.error.message, param: reply.error.param});
   } catch (error) {
     return JSON.stringify({message: 'The video could not be sent: the server does not answer, or the file changed.'});
   } finally {
@@ -139,7 +139,7 @@ SEND = """async outgoing => {
   }
 }"""
 PRESET = "label => ({values})[label]"  # without the server: a click on Generate may follow at once
-FORGET_REFUSAL = "told => (told || '').includes('message bad') ? '' : told"  # it was about the form before this change
+FORGET_REFUSAL = "text => (text || '').includes('message bad') ? '' : text"  # it was about the form before this change
 CONFIRM = "() => [confirm('Delete this video?'), null]"
 
 

@@ -224,13 +224,13 @@ def clip(chosen: Clip | None) -> str:
     return _clip(chosen, f"<p>Starts from the pictures of <b>{escape(chosen.name)}</b></p>{_about(chosen)}")
 
 
-def offer(found: Offer) -> str:
+def offer(dropped: Offer) -> str:
     """Return what can be done with a video that was dropped."""
-    uses = {"start": "Start from its pictures"} if found.clip else {}
-    uses |= {"settings": "Use its settings"} if found.form is not None else {}
+    uses = {"start": "Start from its pictures"} if dropped.clip else {}
+    uses |= {"settings": "Use its settings"} if dropped.form is not None else {}
     buttons = "".join(f'<button type="button" data-use="{use}">{words}</button>' for use, words in uses.items())
-    about = _about(found.clip) if found.clip else f'<p class="fine">{escape(found.error)}</p>'
-    return _clip(found.clip, f"<p><b>{escape(found.name)}</b></p>{about}", f'<p class="uses">{buttons}</p>')
+    about = _about(dropped.clip) if dropped.clip else f'<p class="fine">{escape(dropped.error)}</p>'
+    return _clip(dropped.clip, f"<p><b>{escape(dropped.name)}</b></p>{about}", f'<p class="uses">{buttons}</p>')
 
 
 def _clip(shown: Clip | None, text: str, uses: str = "") -> str:

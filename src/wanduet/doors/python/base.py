@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from wanduet.config import EngineConfig, TextEncoderHold
+from wanduet.config import EngineConfig, TextEncoderResidency
 from wanduet.doors.python.arguments import CALLBACK_TENSORS
 from wanduet.doors.python.calls import WAN22, CallState, EngineManaged, refuse
 from wanduet.doors.python.loading import MODULES, device_name, load_scheduler, opener, read_options
@@ -57,7 +57,7 @@ class PipelineBase(CallState, EngineManaged):
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # diffusers' keywords, and the engine's
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -66,7 +66,7 @@ class PipelineBase(CallState, EngineManaged):
         revision: str | None = None,
         vae_dtype: torch.dtype | None = None,
         devices: str | None = None,
-        text_encoder_hold: TextEncoderHold = "auto",
+        text_encoder_hold: TextEncoderResidency = "auto",
         vram_limit: int | None = None,
         data_dir: Path | None = None,
         **keywords: Any,
@@ -232,7 +232,7 @@ class PipelineBase(CallState, EngineManaged):
             guided = guidance_scale > 1.0
             return self._parts.plan_video(height, width, num_frames, guided, self._encodes_video)[1]
 
-    def encode_prompt(
+    def encode_prompt(  # diffusers' parameters
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None = None,

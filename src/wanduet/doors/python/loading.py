@@ -12,7 +12,7 @@ from wanduet.config import EngineConfig
 from wanduet.doors.python.modules import check_scheduler
 from wanduet.doors.python.parts import PipelineParts, dtype_name
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.specs import RANDOM_SPECS
+from wanduet.family.registry import RANDOM_SPECS
 from wanduet.weights.diffusers import COMPONENTS, ModelFolder
 from wanduet.weights.hub import local_model, open_model
 from wanduet.weights.json_files import read_json

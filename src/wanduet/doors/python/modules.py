@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.errors import WanduetError
-from wanduet.family.specs import ModelSpec, TextEncoderSpec, TransformerSpec, VAESpec
+from wanduet.family.spec import TransformerSpec, VAESpec, check_consistent
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.model import WanVAE
-from wanduet.weights.diffusers import ModelFolder, check_consistent
+from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.source import TensorInfo, WeightSource
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
@@ -70,8 +71,8 @@ def check_module(kind: str, module: Any) -> None:
 def _spec_of(kind: str, module: Any) -> TransformerSpec | VAESpec:
     try:
         if kind == "transformer":
-            return TransformerSpec.from_config(module.config)
-        return VAESpec.from_config(module.config)
+            return WAN_1_3B.transformer.with_config(module.config)
+        return WAN_1_3B.vae.with_config(module.config)
     except WanduetError as error:
         raise ValueError(f"pipe.{kind} is not of a Wan2.1 text-to-video model: {error.message}") from None
 
@@ -126,7 +127,7 @@ def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFo
     """
     path = Path("given to WanPipeline") if base is None else base.path
     made = GivenFolder(path, "given modules" if base is None else base.name, None if base is None else base.revision)
-    spec = ModelSpec("given modules") if base is None else base.spec
+    spec = replace(WAN_1_3B, name="given modules") if base is None else base.spec
     for kind in CLASSES:
         if (module := modules.get(kind)) is not None:
             changed: dict[str, Any] = {kind: _spec_of(kind, module)}
@@ -135,7 +136,7 @@ def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFo
         elif base is not None:
             made.__dict__[kind] = getattr(base, kind)
     if (encoder := modules.get("text_encoder")) is not None and hasattr(encoder, "config"):
-        spec = replace(spec, text_encoder=TextEncoderSpec.from_config(encoder.config.to_dict()))
+        spec = replace(spec, text_encoder=WAN_1_3B.text_encoder.with_config(encoder.config.to_dict()))
     check_consistent(path, spec)
     both = json.dumps([made.transformer.fingerprint(), made.vae.fingerprint(), str(spec)])
     made.__dict__.update(spec=spec, fingerprint=hashlib.sha256(both.encode()).hexdigest())

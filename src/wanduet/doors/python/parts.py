@@ -20,7 +20,8 @@ from wanduet.doors.python.modules import (
 )
 from wanduet.doors.python.text import GivenPromptEncoder, with_tokenizer
 from wanduet.errors import InvalidRequestError
-from wanduet.family.specs import RANDOM_SPECS, ModelSpec
+from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.spec import ModelSpec
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit

@@ -22,7 +22,7 @@ class WanPipeline(PipelineBase):
 
     _optional_components = ("transformer_2",)
 
-    def __init__(
+    def __init__(  # diffusers' parameters
         self,
         tokenizer: Any,
         text_encoder: Any,
@@ -58,7 +58,7 @@ class WanPipeline(PipelineBase):
         return type(super().config)(super().config | {"boundary_ratio": None, "expand_timesteps": False})
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # diffusers' parameters, and `progress`
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,

@@ -32,7 +32,7 @@ class WanVideoToVideoPipeline(PipelineBase):
         self._construct(given, scheduler)
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # diffusers' parameters, and `progress`
         self,
         video: Any = None,
         prompt: str | list[str] | None = None,

@@ -27,7 +27,7 @@ from wanduet.kernels.attention.backends import (
     plain_with_lse,
 )
 from wanduet.kernels.attention.call import AttentionCall
-from wanduet.kernels.measurements import Timing, free_bytes, holds, read_all, read_table, stamped, write_table
+from wanduet.kernels.measurements import Timing, free_bytes, is_valid, read_all, read_table, stamped, write_table
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.verdicts import reason_of
 
@@ -100,7 +100,7 @@ def choose_attention(
         return _choice(exact[0])
     key = _cache_key(device, shape, dtype, exact)
     table = read_table(cache_folder, key)
-    known = table is not None and holds(table, device)
+    known = table is not None and is_valid(table, device)
     if table is None or not known:
         table = stamped(measure(exact, device, shape, dtype), device)
         write_table(cache_folder, key, table)
@@ -119,7 +119,7 @@ def remembered(
     """Return the name and table that `choose_attention` would read from `cache_folder`; None if it would measure."""
     exact = [backend for backend in available_backends(device).values() if backend.exact]
     table = read_table(cache_folder, _cache_key(device, shape, dtype, exact))
-    if table is None or not holds(table, device):
+    if table is None or not is_valid(table, device):
         return None
     return _fastest(table), table
 
@@ -146,14 +146,14 @@ def measured(
     return tables
 
 
-def choose_together(said: Sequence[tuple[str, tuple[Timing, ...]]], device: torch.device) -> Choice:
+def choose_together(choices: Sequence[tuple[str, tuple[Timing, ...]]], device: torch.device) -> Choice:
     """Choose one backend for all devices of a group: the one that is fastest on the device where it is slowest.
 
-    `said`: for each device, the name and table of its own choice; the first one is used if no backend works on all.
+    `choices`: for each device, the name and table of its own choice; the first one is used if no backend works on all.
     """
-    chosen = said[0][0]
-    if any(name != chosen for name, _ in said):
-        tables = [{row.name: _milliseconds(row) for row in table if row.usable} for _, table in said]
+    chosen = choices[0][0]
+    if any(name != chosen for name, _ in choices):
+        tables = [{row.name: _milliseconds(row) for row in table if row.usable} for _, table in choices]
         common = [name for name in tables[0] if all(name in table for table in tables)]
         chosen = min(common, key=lambda name: max(table[name] for table in tables), default=chosen)
     return _choice(available_backends(device)[chosen])

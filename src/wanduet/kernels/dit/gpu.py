@@ -28,8 +28,7 @@ from torch import Tensor
 from wanduet.kernels.attention.cross import text_attention
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
-from wanduet.kernels.dit.plain import Kernels
-from wanduet.kernels.dit.rope import Rope
+from wanduet.kernels.dit.plain import Kernels, Norm, QKNorm
 from wanduet.kernels.dit.weight import Weight
 
 
@@ -113,43 +112,41 @@ def _qk_norm_rope_kernel(
         _rms_norm_rotate(k_at, k_weight_ptr + col, mask, in_width, cos, sin, eps, C, BLOCK, ROWS, ROTATE)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def norm(x: Tensor, parameters: Norm, dtype: torch.dtype) -> Tensor:
     """See `plain.norm`."""
     if torch.is_grad_enabled():
-        return plain.norm(x, weight, bias, eps, dtype)
+        return plain.norm(x, parameters, dtype)
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    _launch_residual_norm(x, None, None, weight, bias, eps, out)
+    _launch_residual_norm(x, None, None, parameters, out)
     return out
 
 
 def residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `plain.residual_norm`."""
     if torch.is_grad_enabled():
-        return plain.residual_norm(x, y, gate, weight, bias, eps)
+        return plain.residual_norm(x, y, gate, norm)
     out = y if out is None else out
-    _launch_residual_norm(x, y, gate, weight, bias, eps, out)
+    _launch_residual_norm(x, y, gate, norm, out)
     return x, out
 
 
-def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, num_heads: int, rope: Rope | None) -> Tensor:
+def qk_norm_rope(qk: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
     """See `plain.qk_norm_rope`; works in place."""
     if torch.is_grad_enabled():
-        return plain.qk_norm_rope(qk, weight, eps, num_heads, rope)
-    _launch_qk_norm_rope(qk, None, weight, None, eps, rope)
-    heads: Tensor = qk.unflatten(-1, (num_heads, -1))
+        return plain.qk_norm_rope(qk, weight, norm)
+    _launch_qk_norm_rope(qk, None, weight, None, norm)
+    heads: Tensor = qk.unflatten(-1, (norm.num_heads, -1))
     return heads
 
 
-def qk_norm_rope_pair(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_heads: int, rope: Rope | None
-) -> tuple[Tensor, Tensor]:
+def qk_norm_rope_pair(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, norm: QKNorm) -> tuple[Tensor, Tensor]:
     """See `plain.qk_norm_rope_pair`; works in place, with one launch that reads the angles once for both."""
     if torch.is_grad_enabled():
-        return plain.qk_norm_rope_pair(q, k, q_weight, k_weight, eps, num_heads, rope)
-    _launch_qk_norm_rope(q, k, q_weight, k_weight, eps, rope)
-    return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
+        return plain.qk_norm_rope_pair(q, k, q_weight, k_weight, norm)
+    _launch_qk_norm_rope(q, k, q_weight, k_weight, norm)
+    return q.unflatten(-1, (norm.num_heads, -1)), k.unflatten(-1, (norm.num_heads, -1))
 
 
 def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = None) -> Tensor:
@@ -163,11 +160,10 @@ def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = No
     return hidden
 
 
-def _launch_residual_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
-) -> None:
-    """Launch for x, y, out `[B, L, C]`, with any strides over B and L; gate, weight, bias `[B, C]` or `[1, C]`."""
+def _launch_residual_norm(x: Tensor, y: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor) -> None:
+    """Launch for x, y, out `[B, L, C]`, with any strides over B and L; gate `[B, C]` or `[1, C]`."""
     batch, length, width = x.shape
+    weight, bias = norm.weight, norm.bias
     read = x if y is None else y
     _require_dense_channels(x, read, out, weight, bias, *(() if gate is None else (gate,)))
     block, rows, warps = launch_shape(width)
@@ -176,15 +172,14 @@ def _launch_residual_norm(
             x, read, out, weight if gate is None else gate, weight, bias,
             x.stride(0), x.stride(1), read.stride(0), read.stride(1), out.stride(0), out.stride(1),
             0 if gate is None else _batch_stride(gate), _batch_stride(weight), _batch_stride(bias),
-            length, eps,
+            length, norm.eps,
             C=width, BLOCK=block, ROWS=rows, HAS_Y=y is not None, HAS_GATE=gate is not None, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _launch_qk_norm_rope(
-    q: Tensor, k: Tensor | None, q_weight: Tensor, k_weight: Tensor | None, eps: float, rope: Rope | None
-) -> None:
+def _launch_qk_norm_rope(q: Tensor, k: Tensor | None, q_weight: Tensor, k_weight: Tensor | None, norm: QKNorm) -> None:
     batch, length, width = q.shape
+    rope = norm.rope
     second = q if k is None else k
     _require_dense_channels(q, second, q_weight)
     cos, sin = (q_weight, q_weight) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
@@ -192,7 +187,7 @@ def _launch_qk_norm_rope(
     with on_device_of(q):
         _qk_norm_rope_kernel[(triton.cdiv(length, rows), batch)](
             q, second, q_weight, q_weight if k_weight is None else k_weight, cos, sin,
-            q.stride(0), q.stride(1), second.stride(0), second.stride(1), length, eps,
+            q.stride(0), q.stride(1), second.stride(0), second.stride(1), length, norm.eps,
             C=width, HALF=cos.shape[-1], BLOCK=block, ROWS=rows, HAS_K=k is not None, ROTATE=rope is not None,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

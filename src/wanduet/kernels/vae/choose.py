@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wanduet.kernels.device import multiprocessors, shared_memory
-from wanduet.kernels.measurements import Table, Timing, free_bytes, holds, read_table, stamped, write_table
+from wanduet.kernels.measurements import Table, Timing, free_bytes, is_valid, read_table, stamped, write_table
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae.conv_tiles import CHOSEN, Key, Tile, offered_tiles, width_of
 from wanduet.kernels.vae.plain import Epilogue, Filter, uses_tf32
@@ -69,7 +69,7 @@ def _table(tiles: Sequence[Tile], key: Key, folder: Path, may_measure: bool) -> 
     names = ",".join(tile.name for tile in tiles)
     kept_as = f"{torch.cuda.get_device_name(device)}|{width}|{dtype}{' as TF32' * tf32}|{names}"
     table = read_table(folder, kept_as, CHOICES_FILE)
-    if table is not None and holds(table, device):
+    if table is not None and is_valid(table, device):
         return table
     if not may_measure:
         return None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanduet.family.specs import TransformerSpec
+from wanduet.family.spec import TransformerSpec
 
 
 @dataclass(frozen=True, slots=True)

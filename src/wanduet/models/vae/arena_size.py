@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.spec import VAESpec
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.meta.init import meta_init
 from wanduet.meta.trace import Footprint, meta_empty

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wanduet.family.specs import VAESpec
+from wanduet.family.spec import VAESpec
 from wanduet.kernels.precision import vae_precision
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Fused, VAEKernels, round_to_tf32
 from wanduet.models.vae.arena import Arena

@@ -1,0 +1,19 @@
+"""Models that are known by name, without their files."""
+
+from wanduet.family import wan21
+from wanduet.family.spec import GenerationDefaults, ModelSpec, TransformerSpec
+
+MEMBERS = wan21.MEMBERS
+DEFAULT_MODEL = MEMBERS[0].hub_id
+RANDOM_SPECS = {member.random_name: member.spec for member in MEMBERS}
+RANDOM_NAMES = {member.hub_id: member.random_name for member in MEMBERS}  # published hub id: random model of its shapes
+
+
+def find_spec(model: str) -> ModelSpec | None:
+    """Return the spec of a published hub id or of a random model's name; None for any other name."""
+    return RANDOM_SPECS.get(RANDOM_NAMES.get(model, model))
+
+
+def defaults_for(transformer: TransformerSpec) -> GenerationDefaults:
+    """Return the defaults of the member with these shapes; of the default model if there is none."""
+    return next((m.spec.defaults for m in MEMBERS if m.spec.transformer == transformer), MEMBERS[0].spec.defaults)

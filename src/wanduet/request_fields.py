@@ -1,0 +1,100 @@
+"""What the interfaces read of a request's fields: `RequestField`, and `Shown`, how a field is displayed.
+
+The fields themselves are in `wanduet.request`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of numbers, by pydantic's names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """How the interfaces display a field, besides its name, type, limits and description."""
+
+    label: str | None = None  # on the page; None: derived from the name
+    caption: str | None = None  # longer label, above the field in the page's form; None: the label
+    detail: str | None = None  # label in the page's list of a video's settings; None: `label`, "": not listed
+    row: int | None = None  # row of the form's settings; fields of one row are side by side; None: below, alone
+    within: str | None = None  # the form's field that combines several fields of a request
+    span: tuple[float, float] | None = None  # range of the form's slider; None: the field's limits
+    step: float = 1  # step of that slider
+    start: float | None = None  # where that slider starts, for a field without a default
+    placeholder: str | None = None  # in the form's empty field
+    aliases: tuple[str, ...] = ()  # additional command line flags
+    limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
+    is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
+    needs: str | None = None  # the field without which this one is not allowed
+    replaces: tuple[str, ...] = ()  # the fields that follow from this one, and are not given together with it
+
+
+@dataclass(frozen=True, slots=True)
+class RequestField:
+    """A field of a request, as the interfaces read it.
+
+    `kind`: int, float, bool, str, a Literal or `tuple[float, ...]`. `default`: None if the model or the engine chooses,
+    and for the prompt.
+    """
+
+    name: str
+    kind: Any
+    is_required: bool
+    default: Any
+    limits: Mapping[str, float]  # by pydantic's names: ge, gt, le, lt
+    help: str
+    shown: Shown
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the field is an int or a float."""
+        return self.kind in (int, float)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the field is a list of numbers. Where there are no lists, it is text, see `schedule.joined`."""
+        return get_origin(self.kind) is tuple
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed values of a Literal; else ()."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def takes(self) -> str:
+        """The type of its values for people, without the limits."""
+        if self.shown.is_file:
+            return "a file"
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.is_list:
+            return "a list of numbers"
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
+
+    @property
+    def label(self) -> str:
+        """The field's name for people."""
+        return self.shown.label or self.name.replace("_", " ").capitalize()
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
+    """Read the fields of a request from its model, by their names."""
+    kinds = get_type_hints(model)  # without the metadata of Annotated
+    found = {}
+    for name, field in model.model_fields.items():
+        kind = next((k for k in get_args(kinds[name]) if NoneType in get_args(kinds[name]) and k is not NoneType), None)
+        limits = {key: getattr(one, key) for one in field.metadata for key in LIMITS if hasattr(one, key)}
+        found[name] = RequestField(
+            name=name,
+            kind=kind or kinds[name],
+            is_required=field.is_required(),
+            default=None if field.is_required() else field.default,
+            limits=limits,
+            help=field.description or "",
+            shown=next((one for one in field.metadata if isinstance(one, Shown)), Shown()),
+        )
+    return found
