@@ -21,7 +21,7 @@ from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import SequentialGuidance
-from wanduet.sampling.samplers import make_sampler
+from wanduet.sampling.samplers import Schedule, make_sampler
 
 Predict = Callable[[torch.Tensor, float, int], torch.Tensor]  # latents, timestep, which of two prompts
 SIZE, SCALE, SHIFT = "480p", 6.0, 8.0
@@ -85,7 +85,7 @@ def forward(report: Report, options: argparse.Namespace) -> None:
 
 def denoised(predict: Predict, latents: torch.Tensor, steps: int) -> torch.Tensor:
     """Latents after a whole denoise with guidance."""
-    sampler = make_sampler("unipc", SHIFT, steps, DEVICE)
+    sampler = make_sampler(Schedule("unipc", SHIFT, steps), 0, DEVICE)
     both = SequentialGuidance(
         lambda x, step, prompts: [predict(x, step.timestep, prompt) for prompt in prompts], 0, 1, SCALE
     )

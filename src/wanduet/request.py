@@ -21,14 +21,7 @@ from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
 from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
-
-SamplerName = Literal["unipc", "unipc-official", "dpm++2m", "euler"]
-SAMPLERS: dict[SamplerName, str] = {
-    "unipc": "UniPC of order 2 with diffusers' noise levels (1 to 0.001 before the shift)",
-    "unipc-official": "the same with the official code's noise levels (0.999 to 0 before the shift)",
-    "dpm++2m": "DPM-Solver++ of order 2, multistep",
-    "euler": "Euler steps",
-}
+from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 
 # (height, width); 1080p is generated as 1088 rows and cropped.
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
@@ -90,9 +83,18 @@ class GenerationRequest(BaseModel):
         le=100.0,
         description="Higher values spend more steps on the layout, lower ones on details.",
     )
-    sampler: Annotated[SamplerName, Shown(row=3)] = Field(
-        default="unipc",
-        description="The solver: " + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items()) + ".",
+    sampler: Annotated[SamplerName | None, Shown(row=3)] = Field(
+        default=None,
+        description="The solver: "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in SAMPLERS.items())
+        + ". Default: the model's, unipc for Wan2.1.",
+    )
+    timesteps: Annotated[
+        Timesteps | None, Shown(placeholder="1000,757,522", replaces=("num_inference_steps", "flow_shift"))
+    ] = Field(
+        default=None,
+        description="The timesteps of the steps, for example 1000,757,522: from 1000 (noise) towards 0, in place of a number "
+        f"of steps and a shift; with the sampler {' or '.join(TIMESTEP_SAMPLERS)}. Default: none, or those of few-step weights.",
     )
     seed: Annotated[Whole | None, Shown(row=1, placeholder="a new one each time")] = Field(
         default=None,
@@ -154,6 +156,7 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
+        values |= resolved_schedule(self.model_dump(), spec.defaults)
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
         for side in ("height", "width"):
@@ -163,7 +166,7 @@ class GenerationRequest(BaseModel):
         values["step_cache"] = OFF if setting is None else str(setting)
         resolved = ResolvedRequest(**values)
         if setting is not None:
-            check_steps(setting, resolved.num_denoising_steps)
+            check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
         if resolved.guidance_gate < 1 and not resolved.uses_guidance:
             raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
         return resolved
@@ -234,7 +237,8 @@ class ResolvedRequest(GenerationRequest):
     fps: int
     num_inference_steps: int
     guidance_scale: float
-    flow_shift: float
+    flow_shift: float  # without effect if there are timesteps
+    sampler: SamplerName
     seed: int
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
@@ -273,6 +277,11 @@ class ResolvedRequest(GenerationRequest):
         of an input video are left out if there is none, and those of approximations if they are off."""
         off = {name for name, value in (("step_cache", OFF), ("guidance_gate", 1.0)) if getattr(self, name) == value}
         values = self.model_dump(exclude={"input_sha256"} | off)
+        """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
+        effect are left out: those of an input video if there is none; the timesteps, or the shift that they replace."""
+        values = self.model_dump(exclude={"input_sha256", "timesteps" if self.timesteps is None else "flow_shift"})
+        if self.timesteps is not None:
+            values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:
             return {name: value for name, value in values.items() if name not in ("input_video", "strength")}
         return values | {"input_video": f"{INPUT_HASH}{self.input_sha256}"}
@@ -301,6 +310,11 @@ def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
 
 
 REQUEST_FIELDS: Mapping[str, RequestField] = fields_of(GenerationRequest)
+
+
+def exclude(one: str, other: str) -> bool:
+    """Return whether two fields are not given together, because one replaces the other."""
+    return any(a in REQUEST_FIELDS and b in REQUEST_FIELDS[a].shown.replaces for a, b in ((one, other), (other, one)))
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -351,7 +365,7 @@ def _check_frames(num_frames: int, spec: ModelSpec) -> None:
 def _explain(error: ValidationError) -> InvalidRequestError:
     """Convert the first problem of a pydantic error to an InvalidRequestError with the nearest allowed value."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"]) or "request"
+    name = str(first["loc"][0]) if first["loc"] else "request"  # an entry of a list counts as its field
     context = first.get("ctx", {})
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
@@ -375,6 +389,8 @@ def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
             return "a whole number"
         case "float_parsing" | "float_type":
             return "a number"
+        case "tuple_type":
+            return "a list of numbers"
         case "finite_number":
             return "a finite number"
         case _:

@@ -31,13 +31,15 @@ class Shown:
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
     lines: int = 2  # height of the form's box for a text
     needs: str | None = None  # the field without which this one is not allowed
+    replaces: tuple[str, ...] = ()  # the fields that follow from this one, and are not given together with it
 
 
 @dataclass(frozen=True, slots=True)
 class RequestField:
     """A field of a request, as the interfaces read it.
 
-    `kind`: int, float, bool, str or a Literal. `default`: None if the model or the engine chooses, and for the prompt.
+    `kind`: int, float, bool, str, a Literal or `tuple[float, ...]`. `default`: None if the model or the engine chooses,
+    and for the prompt.
     """
 
     name: str
@@ -54,6 +56,11 @@ class RequestField:
         return self.kind in (int, float)
 
     @property
+    def is_list(self) -> bool:
+        """Whether the field is a list of numbers. Where there are no lists, it is text, see `schedule.joined`."""
+        return get_origin(self.kind) is tuple
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The allowed values of a Literal; else ()."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
@@ -65,6 +72,8 @@ class RequestField:
             return "a file"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.is_list:
+            return "a list of numbers"
         return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[self.kind]
 
     @property

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from wanduet.errors import OutputError
+from wanduet.media.provenance import summary
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.media.video import write_video
 
@@ -368,6 +369,26 @@ def test_batch(wanduet, work: Path) -> None:
     assert len({v["output"] for v in videos}) == 3
     assert all((work / v["output"]).exists() for v in videos)
     assert ran.json["failed"] == 0
+
+
+def test_videos_at_given_timesteps_and_their_verification(wanduet, work: Path) -> None:
+    few = {"prompt": CIRCLE, "timesteps": [1000, 757, 522]}
+    lines = [few | {"sampler": "renoise"}, few | {"sampler": "euler", "timesteps": "900,300"}]
+    (work / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = [*TINY[:2], *TINY[4:], "--flow-shift", "5", "--guidance-scale", "1"]  # the lines replace the shift
+    ran = wanduet("batch", "prompts.jsonl", *size, "--json")
+    assert ran.code == 0
+    first, second = (work / video["output"] for video in ran.json["videos"])
+    requests = [read_metadata(path)["request"] for path in (first, second)]
+    assert [(one["timesteps"], one["num_inference_steps"]) for one in requests] == [
+        ([1000, 757, 522], 3),
+        ([900, 300], 2),
+    ]
+    assert all("flow_shift" not in one for one in requests)
+    assert "3 steps, guidance 1, timesteps 1000,757,522, renoise" in summary(read_metadata(first))
+    again = wanduet("verify", str(first), "--json")
+    assert again.json["equal"] is True
+    assert "3 steps of renoise at 1000,757,522" in again.err
 
 
 def test_a_batch_goes_on_with_what_is_missing(wanduet, work: Path) -> None:

@@ -69,6 +69,11 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path: Path, arguments: list[
         ("--guidance-scale -1", "guidance_scale", "at least 0"),
         ("--flow-shift 0", "flow_shift", "more than 0"),
         ("--flow-shift inf", "flow_shift", "finite"),
+        ("--timesteps 1000,757", "timesteps", "only with the sampler euler or renoise"),
+        ("--timesteps 757,1000 --sampler euler", "timesteps", "each must be less"),
+        ("--timesteps 1001 --sampler euler", "timesteps", "at most 1000"),
+        ("--timesteps 1000,757 --sampler euler --steps 3", "num_inference_steps", "there are 2 timesteps"),
+        ("--timesteps 1000,757 --sampler renoise --flow-shift 8", "flow_shift", "leave it out"),
         ("--seed -1", "seed", "at least 0"),
         ("--seed 9223372036854775808", "seed", "at most 9223372036854775807"),
         ("--num-videos-per-prompt 65", "num_videos_per_prompt", "at most 64"),
@@ -189,6 +194,20 @@ def test_the_same_order_where_one_thing_is_said_in_two_ways(
         monkeypatch.setenv(f"WANDUET_{name}", text)
     settings = wanduet(*DRY, *flags.split()).json["settings"]
     assert (settings["height"], settings["width"], settings["num_frames"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "steps"),
+    [
+        ("--timesteps 1000,757", "steps = 20\nflow_shift = 5", [1000.0, 757.0]),
+        ("--steps 20", 'timesteps = "1000,757"', 20),
+        ("--flow-shift 5", 'timesteps = "1000,757"\nsteps = 20', 20),
+    ],
+)
+def test_a_flag_overrules_the_files_schedule(wanduet, work: Path, flags: str, file: str, steps: object) -> None:
+    (work / "wanduet.toml").write_text(f"{file}\nsampler = 'euler'\n")
+    settings = wanduet(*DRY, *flags.split()).json["settings"]
+    assert settings.get("timesteps", settings["num_inference_steps"]) == steps
 
 
 def test_both_ways_in_one_source_are_refused(wanduet, work: Path) -> None:

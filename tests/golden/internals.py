@@ -23,7 +23,7 @@ from wanduet.models.vae.stream import decode_stream
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import SequentialGuidance
 from wanduet.sampling.noise import initial_noise
-from wanduet.sampling.samplers import make_sampler
+from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
@@ -69,7 +69,7 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
             with torch.no_grad():
                 return transformer.forward_cfg(latents, torch.tensor([step.timestep]), texts, rope)
 
-        sampler = make_sampler("unipc", 3.0, 3, CPU)
+        sampler = make_sampler(Schedule("unipc", 3.0, 3), 0, CPU)
         return denoise(SequentialGuidance(predict, *texts, 3.0), initial_noise(shape, 11), sampler)
     finally:
         stream.close()

@@ -8,7 +8,7 @@ from wanduet.kernels.attention.call import Step
 from wanduet.media.files import atomic_output
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 from wanduet.sampling.denoise import denoise
-from wanduet.sampling.samplers import SchedulerSampler, make_sampler
+from wanduet.sampling.samplers import Schedule, SchedulerSampler, make_sampler
 
 CPU = torch.device("cpu")
 NAMES = ("unipc", "dpm++2m", "euler")
@@ -45,7 +45,7 @@ def test_equals_diffusers(name: str, steps: int, shift: float) -> None:
     expected = noise()
     for t in scheduler.timesteps:
         expected = scheduler.step(velocity(expected, Step(0, float(t))), t, expected, return_dict=False)[0]
-    sampler = make_sampler(name, shift, steps, CPU)
+    sampler = make_sampler(Schedule(name, shift, steps), 0, CPU)
     assert len(sampler.timesteps) == steps
     assert sampler.sigmas[-1] == 0.0
     got = denoise(velocity, noise(), sampler)
@@ -55,7 +55,7 @@ def test_equals_diffusers(name: str, steps: int, shift: float) -> None:
 @pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
 def test_unipc_official_has_the_grid_of_the_official_code(steps: int, shift: float) -> None:
-    sampler = make_sampler("unipc-official", shift, steps, CPU)
+    sampler = make_sampler(Schedule("unipc-official", shift, steps), 0, CPU)
     sigmas, timesteps = official(shift, steps)
     assert sampler.sigmas == pytest.approx([*sigmas, 0.0], abs=1e-6)
     # A product like 857.9999 and one like 858.0001 are cut to two numbers; float64 and float32 may differ there.
@@ -64,7 +64,7 @@ def test_unipc_official_has_the_grid_of_the_official_code(steps: int, shift: flo
 
 
 def test_the_two_grids_of_unipc_differ() -> None:
-    ours, official_grid = (make_sampler(name, 8.0, 50, CPU) for name in ("unipc", "unipc-official"))
+    ours, official_grid = (make_sampler(Schedule(name, 8.0, 50), 0, CPU) for name in ("unipc", "unipc-official"))
     differences = [a - b for a, b in zip(ours.timesteps, official_grid.timesteps, strict=True)]
     assert 1 <= max(map(abs, differences)) <= 10
 
@@ -75,7 +75,7 @@ def test_unipc_official_solves_as_unipc_does_on_its_own_grid() -> None:
     expected = noise()
     for t in scheduler.timesteps:
         expected = scheduler.step(velocity(expected, Step(0, float(t))), t, expected, return_dict=False)[0]
-    got = denoise(velocity, noise(), make_sampler("unipc-official", 5.0, 8, CPU))
+    got = denoise(velocity, noise(), make_sampler(Schedule("unipc-official", 5.0, 8), 0, CPU))
     assert (got - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
@@ -93,13 +93,13 @@ def test_any_scheduler_steps_as_it_does_itself(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_restored_at_every_step_continues_bit_for_bit(name: str, tmp_path) -> None:
     steps = 7
-    expected = denoise(velocity, noise(), make_sampler(name, 5.0, steps, CPU))
-    sampler = make_sampler(name, 5.0, steps, CPU)
+    expected = denoise(velocity, noise(), make_sampler(Schedule(name, 5.0, steps), 0, CPU))
+    sampler = make_sampler(Schedule(name, 5.0, steps), 0, CPU)
     store = Checkpoints(tmp_path, "job", atomic_output)
 
     def save(info) -> None:
         store.save(DenoiseCheckpoint(info.step + 1, info.latents, sampler.state(), {"prompt": "x"}))
-        resumed = make_sampler(name, 5.0, steps, CPU)
+        resumed = make_sampler(Schedule(name, 5.0, steps), 0, CPU)
         saved = store.load()
         assert saved is not None
         resumed.restore(saved.sampler_state)

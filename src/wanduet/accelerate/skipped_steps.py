@@ -16,8 +16,8 @@ import torch
 
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import StepCacheSetting, StepCacheTable, table_of
-from wanduet.request import ResolvedRequest, SamplerName
-from wanduet.sampling.samplers import make_sampler, official_sigmas
+from wanduet.request import ResolvedRequest
+from wanduet.sampling.samplers import Schedule, make_sampler, official_sigmas
 
 # MagCache leaves this share of the run's steps, its first, as they are. The paper's.
 RETENTION_SHARE = 0.2
@@ -86,7 +86,7 @@ def magcache_steps(request: ResolvedRequest, spec: ModelSpec) -> frozenset[int]:
     assert setting is not None
     assert table is not None
     first = request.first_step
-    sigmas, _ = schedule_of(request.sampler, request.flow_shift, request.num_inference_steps)
+    sigmas, _ = levels_of(Schedule.of(request))
     threshold, run = setting.threshold, sigmas[first : request.num_inference_steps]
     # The pairs that the paper recommends.
     most = 2 if threshold <= 0.12 else 4 if threshold < 0.24 else 6
@@ -144,11 +144,9 @@ def teacache_skips(embeddings: torch.Tensor, coefficients: Sequence[float], thre
 
 
 @lru_cache(maxsize=64)
-def schedule_of(
-    sampler: SamplerName, flow_shift: float, num_inference_steps: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def levels_of(schedule: Schedule) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return a schedule's noise levels, before each step and after the last, and its timesteps."""
-    made = make_sampler(sampler, flow_shift, num_inference_steps, torch.device("cpu"))
+    made = make_sampler(schedule, 0, torch.device("cpu"))
     return tuple(made.sigmas), tuple(made.timesteps)
 
 

@@ -40,6 +40,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
+from wanduet.schedule import few_step_warnings
 from wanduet.stages.task import Conditions
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class Engine:
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, leave_decode)
+        job.warnings += few_step_warnings(resolved.model_dump(), self.models.spec.defaults)
         with self._guard:
             self._check_open()
             self._check_free(job)

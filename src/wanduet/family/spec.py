@@ -132,6 +132,8 @@ class GenerationDefaults:
     guidance_scale: float
     flow_shift: float
     negative_prompt: str
+    sampler: str
+    timesteps: tuple[float, ...]  # those that few-step weights are distilled for; () for other weights
 
     def with_config(self, config: Mapping[str, Any]) -> Self:
         """Return these defaults with the entries of `generation_defaults.json`.
@@ -240,8 +242,8 @@ def _require(component: str, config: Mapping[str, Any], expected: Mapping[str, A
 def _problem(name: str, value: object, known: object) -> str | None:
     """Return the problem of a config's value, by the type of `known` and the limits above; None if there is none."""
     if isinstance(known, tuple):
-        kind = type(known[0])
-        if not isinstance(value, tuple) or not value or {type(v) for v in value} - _allowed(kind):
+        kind = type(known[0]) if known else float
+        if not isinstance(value, tuple) or (known and not value) or {type(v) for v in value} - _allowed(kind):
             return f"{name} must be a list of {kind.__name__}"
         if len(value) > (MOST_FLOATS if kind is float else MOST_ENTRIES):
             return f"{name} has too many entries: {len(value)}"

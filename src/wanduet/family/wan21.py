@@ -37,7 +37,7 @@ WAN_1_3B = ModelSpec(
     GenerationDefaults(
         height=480, width=832, num_frames=81, fps=16, num_inference_steps=50,
         # The authors' recommendation for the 1.3B model (README of Wan-Video/Wan2.1): CFG 6, shift 8 to 12.
-        guidance_scale=6.0, flow_shift=8.0, negative_prompt=NEGATIVE_PROMPT,
+        guidance_scale=6.0, flow_shift=8.0, negative_prompt=NEGATIVE_PROMPT, sampler="unipc", timesteps=(),
     ),
     text_len=512,
 )  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wanduet.request import ResolvedRequest
+from wanduet.schedule import joined
 from wanduet.untrusted import parse_json
 
 SCHEMA_VERSION = 1
@@ -151,12 +152,14 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("num_inference_steps", "{} steps"),
         ("guidance_scale", "guidance {:g}"),
         ("flow_shift", "shift {:g}"),
+        ("timesteps", "timesteps {}"),
         ("sampler", "{}"),
         ("step_cache", "step cache {}"),
         ("guidance_gate", "guidance up to {} of the steps"),
     ):
         if name in request:
-            parts.append(label.format(request[name]))
+            value = request[name]
+            parts.append(label.format(joined(value) if isinstance(value, list) else value))
     return ", ".join(part for part in parts if part)
 
 

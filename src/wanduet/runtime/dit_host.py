@@ -34,7 +34,7 @@ from wanduet.runtime.loading import Loading, Start, Targets
 from wanduet.runtime.random_weights import randomise
 from wanduet.runtime.release import release_memory, release_models
 from wanduet.runtime.vae_host import VAEHost
-from wanduet.sampling.samplers import make_sampler
+from wanduet.sampling.samplers import Schedule, make_sampler
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class TransformerHost:
         is_loaded, is_fitted = steps
         try:
             is_loaded.wait()
-            imports = partial(make_sampler, request.sampler, request.flow_shift, 1, torch.device("cpu"))
+            imports = partial(make_sampler, Schedule(request.sampler, request.flow_shift, 1), 0, torch.device("cpu"))
             finish_unless(context.should_cancel, imports)
             is_fitted.wait()  # the setup measures attention: nothing else may run on the device
             if not context.should_cancel():

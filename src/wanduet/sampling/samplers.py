@@ -1,11 +1,12 @@
-"""The samplers: diffusers' schedulers behind a small interface.
+"""The samplers: diffusers' schedulers, and one of our own, behind a small interface.
 
 A sampler can save and restore its whole state, and then continues bit for bit. Latents and the solver's arithmetic are
 float32.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.kernels.precision import NEW_TENSORS
-from wanduet.request import SamplerName
+from wanduet.request import ResolvedRequest
+from wanduet.sampling.renoise import RenoiseSampler, shifted_timesteps
+from wanduet.schedule import SamplerName
 
 State = dict[str, Any]  # tensors, numbers, lists of either, None
 # The state of a multistep scheduler between steps, by diffusers' attribute names.
@@ -28,6 +31,7 @@ class Sampler(Protocol):
 
     timesteps: list[float]  # 1000 (noise) to 0, one per step, as the model takes them
     sigmas: list[float]  # noise level before each step, and after the last, 0..1
+    init_noise_sigma: float  # the standard deviation of the noise to begin with, unless there is an input video
 
     def begin_at(self, step: int) -> None:
         """Leave out the steps before `step`. Call it before the first step only."""
@@ -42,8 +46,26 @@ class Sampler(Protocol):
         """Restore a state that `state()` returned, and continue from there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A solver and its steps: at the `timesteps`, or if they are None, `num_inference_steps` of them, of which a higher
+    `flow_shift` moves more to higher noise levels."""
+
+    sampler: SamplerName
+    flow_shift: float
+    num_inference_steps: int
+    timesteps: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, request: ResolvedRequest) -> Self:
+        """Return the schedule of a request, also of those steps that its input video leaves out."""
+        return cls(request.sampler, request.flow_shift, request.num_inference_steps, request.timesteps)
+
+
 class SchedulerSampler:
     """A diffusers scheduler as a `Sampler`. `scheduler` must have its timesteps set."""
+
+    init_noise_sigma = 1.0
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         self._scheduler = scheduler
@@ -101,15 +123,19 @@ class LinearSampler(SchedulerSampler):
         return _sum(result, given)
 
 
-def make_sampler(name: SamplerName, flow_shift: float, num_inference_steps: int, device: torch.device) -> Sampler:
-    """Return a sampler with its schedule for a number of steps. A higher `flow_shift` moves steps to higher noise
-    levels."""
+def make_sampler(schedule: Schedule, seed: int, device: torch.device) -> Sampler:
+    """Return a new sampler. `seed`: that of the video, for the noise that some samplers add between steps."""
+    name, steps, timesteps = schedule.sampler, schedule.num_inference_steps, schedule.timesteps
+    if name == "renoise":
+        return RenoiseSampler(timesteps or shifted_timesteps(schedule.flow_shift, steps), seed, device)
     with NEW_TENSORS.at(torch.float32):
-        scheduler = _scheduler(name, flow_shift)
-        if name == "unipc-official":
-            scheduler.set_timesteps(sigmas=official_sigmas(num_inference_steps), device="cpu")
+        scheduler = _scheduler(name, schedule.flow_shift if timesteps is None else 1.0)
+        if timesteps is not None:  # only with Euler: the multistep solvers have no such argument
+            scheduler.set_timesteps(sigmas=[t / 1000 for t in timesteps], timesteps=list(timesteps), device="cpu")
+        elif name == "unipc-official":
+            scheduler.set_timesteps(sigmas=official_sigmas(steps), device="cpu")
         else:
-            scheduler.set_timesteps(num_inference_steps, device="cpu")
+            scheduler.set_timesteps(steps, device="cpu")
     return LinearSampler(scheduler, device)
 
 

@@ -13,7 +13,7 @@ from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
 from wanduet.sampling.noise import initial_noise
-from wanduet.sampling.samplers import Sampler, make_sampler
+from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
 from wanduet.stages.predict import forward_of, make_guidance, make_predictor, skipped_steps
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.resume import CheckpointKeeper
@@ -79,7 +79,7 @@ class _Denoise:
     def __call__(self) -> Tensor:
         """Resume from the last checkpoint, if a usable one exists."""
         request, device = self.task.request, self.denoiser.device
-        sampler = make_sampler(request.sampler, request.flow_shift, request.num_inference_steps, device)
+        sampler = make_sampler(Schedule.of(request), request.seed + self.task.index, device)
         start, latents = self.task.first_step, self._start(sampler).to(device)
         sampler.begin_at(start)
         self.predictor.restore({})
@@ -110,7 +110,7 @@ class _Denoise:
         with noise of that step's level (rectified flow: `(1 - sigma) * video + sigma * noise`)."""
         video = self.task.conditions.video
         if video is None:
-            return self.noise
+            return self.noise * sampler.init_noise_sigma
         sigma = sampler.sigmas[self.task.first_step]
         return self.noise * sigma + video[None] * (1.0 - sigma)
 

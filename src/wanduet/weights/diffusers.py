@@ -4,12 +4,16 @@ import hashlib
 import json
 import os
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanduet.errors import ModelNotFoundError
+from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
+from wanduet.family.distilled import PIPELINES as FEW_STEP_PIPELINES
+from wanduet.family.distilled import FewStep, by_name, by_pipeline, by_tensors
 from wanduet.family.registry import defaults_for
 from wanduet.family.spec import (
     SUPPORTED,
@@ -22,9 +26,10 @@ from wanduet.family.spec import (
     value_problems,
 )
 from wanduet.family.wan21 import WAN_1_3B
+from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
 
@@ -68,6 +73,23 @@ class ModelFolder:
                 hint=_layout_hint(self.path),
             )
 
+    @cached_property
+    def few_step(self) -> FewStep | None:
+        """What is known of the weights if they are distilled for few steps: by their tensors, the folder's name or its
+        pipeline. None for other weights.
+
+        Raises ModelNotFoundError if they need what wanduet does not have.
+        """
+        tensors: Iterable[str] = ()
+        with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
+            tensors = self.transformer.tensors
+        index = self.path / "model_index.json"
+        pipeline = read_json(index).get("_class_name") if index.exists() else None
+        found = by_tensors(tensors) or by_name(self.name) or by_pipeline(pipeline)
+        if found is not None:
+            check_needs(str(self.path), found)
+        return found
+
     def check_complete(self) -> None:
         """Check every config and the header of every weights file, so that a problem shows before gigabytes are read.
 
@@ -81,6 +103,7 @@ class ModelFolder:
                 f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
             )
         missing: list[ModelNotFoundError] = []
+        _ = self.few_step  # raises for weights that need a module of their own, clearer than a list of its tensors
         for component in COMPONENTS:
             self._check_class(component)
             try:
@@ -172,9 +195,15 @@ class ModelFolder:
 
     def _defaults(self, transformer: TransformerSpec) -> GenerationDefaults:
         path = self.path / DEFAULTS_FILE
+        few_step = {} if self.few_step is None else self.few_step.defaults()
         if path.exists():
-            return _with_config(WAN_1_3B.defaults, path, read_json(path))
-        return defaults_for(transformer)
+            defaults = _with_config(WAN_1_3B.defaults, path, few_step | read_json(path))
+            try:
+                GenerationRequest.parse(prompt="-", sampler=defaults.sampler, timesteps=defaults.timesteps or None)
+            except InvalidRequestError as error:
+                raise ModelNotFoundError(f"{path} is not understood: {error.message}") from None
+            return defaults
+        return replace(defaults_for(transformer), **few_step)
 
     def _files(self, name: str) -> TensorFiles:
         folder = self.path / name
@@ -203,7 +232,7 @@ def check_pipeline(path: Path, shown: str) -> None:
     """
     index = read_json(path) if path.exists() else {}
     name = index.get("_class_name", PIPELINES[0])
-    if name not in PIPELINES:
+    if name not in (*PIPELINES, *FEW_STEP_PIPELINES):
         raise ModelNotFoundError(
             f"{shown} is a {cut(name)}; wanduet runs a WanPipeline (text to video) only.", hint=SUPPORTED
         )

@@ -25,7 +25,16 @@ from wanduet.weights.manifest import (
     verify,
     write_manifest,
 )
-from wanduet.weights.names import HINT, HUB_ID, MINIATURE, diffusers_name, is_official, no_model, official_layout
+from wanduet.weights.names import (
+    HINT,
+    HUB_ID,
+    MINIATURE,
+    check_few_step,
+    diffusers_name,
+    is_official,
+    no_model,
+    official_layout,
+)
 from wanduet.weights.published import published_hashes, unverified_weights
 
 if TYPE_CHECKING:
@@ -87,11 +96,13 @@ def local_model(model: str) -> ModelFolder | None:
         name = os.path.basename(os.path.abspath(path))  # the name of a link, not of its target
         return ModelFolder(path.resolve(), name or "model")  # users see this name, so it is not a path
     if is_file:
+        check_few_step(path.name)
         raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
         raise no_model(model)
     if is_official(model):
         raise official_layout(model)
+    check_few_step(model)
     return None
 
 
@@ -117,6 +128,7 @@ def download(
     cached model is verified instead. `remember`: a file that records verified files. `progress` is called during
     hashing. Raises ModelNotFoundError if the download fails, WeightsError if a file is still damaged.
     """
+    check_few_step(model)
     notes = Notes(remember)
     info, path = _fetch(model, revision)
     if info is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
+from wanduet.family.distilled import ORDINARY, FewStep, by_name
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
@@ -41,6 +42,28 @@ def official_layout(model: str, num_bytes: int | None = None) -> ModelNotFoundEr
         hint=f"The same weights in the layout it reads: --model {other}"
         + (f" ({format_bytes(size)} to fetch)." if size else "."),
     )
+
+
+def check_few_step(model: str) -> None:
+    """Raise ModelNotFoundError if a hub id or a file's name means few-step weights that wanduet does not run."""
+    known = by_name(model)
+    if known is None:
+        return
+    check_needs(model, known)
+    if known.published:
+        raise ModelNotFoundError(
+            f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not read.",
+            hint=f"A folder in the Diffusers layout is what is needed, such as {ORDINARY}.",
+        )
+
+
+def check_needs(shown: str, known: FewStep) -> None:
+    """Raise ModelNotFoundError if few-step weights need what wanduet does not have. `shown`: their name in messages."""
+    if known.needs:
+        raise ModelNotFoundError(
+            f"{shown} has few-step weights ({known.name}) that need {known.needs}, which wanduet does not have.",
+            hint=f"Few-step weights that it runs: {ORDINARY}.",
+        )
 
 
 def diffusers_name(model: str) -> str:

@@ -24,7 +24,7 @@ from wanduet.family.step_caches import StepCacheSetting, table_of
 from wanduet.family.wan21 import WAN_1_3B, WAN_14B
 from wanduet.kernels.attention.call import Step
 from wanduet.request import GenerationRequest, ResolvedRequest
-from wanduet.sampling.samplers import make_sampler, official_sigmas
+from wanduet.sampling.samplers import Schedule, make_sampler, official_sigmas
 
 CPU = torch.device("cpu")
 SMALL = replace(WAN_1_3B, name="small", transformer=replace(WAN_1_3B.transformer, num_layers=2, num_attention_heads=2))
@@ -54,7 +54,7 @@ class Curve:
 
 def denoise(rule: Rule | None, steps: int, first: int = 0, stop: int | None = None, states: Any = None) -> Any:
     """Latents before each step of a run and after the last, the predictor, the states of sampler and predictor."""
-    curve, sampler = Curve(), make_sampler("unipc", 8.0, steps, CPU)
+    curve, sampler = Curve(), make_sampler(Schedule("unipc", 8.0, steps), 0, CPU)
     predictor: Any = curve if rule is None else StepCache(curve, rule, bool, CPU)
     sampler.begin_at(first)
     latents = torch.randn((1, 4, 3, 4, 4), generator=torch.Generator().manual_seed(1))
@@ -93,7 +93,7 @@ def easycache_as_published(path: list[Tensor], velocities: dict[int, Tensor], th
 @pytest.mark.parametrize("threshold", [0.01, 0.05, 0.2])
 def test_easycache_decides_as_published(threshold: float) -> None:
     path, predictor, computed, _ = denoise(EasyCache(threshold, 0, 50), 50)
-    sampler = make_sampler("unipc", 8.0, 50, CPU)
+    sampler = make_sampler(Schedule("unipc", 8.0, 50), 0, CPU)
     velocities = {
         index: Curve()(path[index], Step(index, sampler.timesteps[index]), (1.0,))[0] for index in set(computed)
     }
@@ -184,7 +184,7 @@ def test_magcache_computes_as_many_as_published(spec: ModelSpec, threshold: floa
 @pytest.mark.parametrize("sampler", ["unipc-official", "unipc"])
 def test_magcache_reads_its_table_as_it_is_on_the_steps_that_it_was_made_for(spec: ModelSpec, sampler: Any) -> None:
     table = table_of(spec.transformer)
-    sigmas = make_sampler(sampler, table.flow_shift, 50, CPU).sigmas[:50]
+    sigmas = make_sampler(Schedule(sampler, table.flow_shift, 50), 0, CPU).sigmas[:50]
     tolerance = 1e-6 if sampler == "unipc-official" else 0.02
     assert ratios_at(table, sigmas) == pytest.approx(table.ratios, abs=tolerance)
     for name, forwards in (("magcache", 50), ("magcache:0.24", 36)):
@@ -252,7 +252,7 @@ def test_teacache_watches_the_time_embedding_of_the_run_s_steps() -> None:
 
     found = request(step_cache="teacache:1", num_inference_steps=20, input_video="sha256:0", strength=0.5)
     rule = make_rule(found, WAN_1_3B, embed)
-    assert seen[0].tolist() == pytest.approx(make_sampler("unipc", 8.0, 20, CPU).timesteps[10:])
+    assert seen[0].tolist() == pytest.approx(make_sampler(Schedule("unipc", 8.0, 20), 0, CPU).timesteps[10:])
     x = torch.zeros(1)
     skipped = [step for step in range(20) if rule.skips(step, x, None)]
     assert skipped
@@ -303,6 +303,7 @@ def test_a_default_threshold_is_the_model_s() -> None:
             "off",
         ),
         ({"guidance_gate": 0.5, "guidance_scale": 1.0}, WAN_1_3B, "1 without guidance", 1),
+        ({"step_cache": "easycache", "sampler": "renoise"}, WAN_1_3B, "off with the sampler renoise", "off"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: Any, spec: ModelSpec, allowed: str, nearest: object) -> None:

@@ -25,6 +25,9 @@ MORE = """
     look: Literal["plain", "film"] = Field(default="plain", description="The grain of the picture.")
     tiled: bool = Field(default=False, description="Denoise in tiles.")
     style: str | None = Field(default=None, description="Words for every prompt.")
+    marks: Annotated[Timesteps | None, Shown(label="Key frames", replaces=("overlap",))] = Field(
+        default=None, description="Where frames are kept."
+    )
     mask: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
         default=None, min_length=1, description="A video of what stays."
     )
@@ -34,6 +37,7 @@ MORE = """
 """
 NEW = ("novelty", "overlap", "look", "tiled", "style")
 VALUES = {"novelty": 0.5, "overlap": 3, "look": "film", "tiled": True, "style": "in oil"}
+LISTED, LIST = "900,2.5", (900.0, 2.5)  # of `marks`, which replaces `overlap`
 
 
 @pytest.fixture
@@ -72,6 +76,7 @@ def test_a_new_field_is_a_flag_with_its_help(changed: ModuleType, monkeypatch: p
         ("--look CHOICE", "The grain of the picture. *[choices: plain, film]*"),
         ("--tiled, --no-tiled", "Denoise in tiles."),
         ("--style STR", "Words for every prompt."),
+        ("--marks STR", "Where frames are kept."),
         ("--mask STR", "A video of what stays."),
     ):
         assert f"* `{flags}`: {words}" in reference
@@ -91,6 +96,11 @@ def test_what_is_typed_for_a_new_field_is_in_the_request(changed: ModuleType, tm
     file.write_text('{"prompt": "a", "novelty": 0.25}\n{"prompt": "b"}\n')
     first, second = read_batch(file, bound.arguments["video"], EngineConfig(model="random:1.3b"))
     assert (first.novelty, second.novelty, first.look) == (0.25, 0.5, "film")  # type: ignore[attr-defined]
+    file.write_text('{"prompt": "a", "marks": [900, 2.5]}\n{"prompt": "b", "marks": "900,2.5"}\n{"prompt": "c"}\n')
+    made = read_batch(file, bound.arguments["video"], EngineConfig(model="random:1.3b"))
+    lists = [(one.marks, one.overlap) for one in made]  # type: ignore[attr-defined]
+    assert lists == [(LIST, 2), (LIST, 2), (None, 3)], "a line's field replaces the flag"
+    assert replace(bound.arguments["video"], marks=LISTED).request("x").marks == LIST
     with pytest.raises(InvalidRequestError, match="at most 1"):
         replace(bound.arguments["video"], novelty=2).request("x")
 
@@ -108,9 +118,14 @@ def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
         request = to_request({"prompt": "x", **body}, WAN_1_3B, RequestLimits())
         assert {name: getattr(request, name) for name in NEW} == VALUES
     assert to_request({"prompt": "x"}, WAN_1_3B, RequestLimits()).novelty is None  # type: ignore[attr-defined]
+    assert {one["type"] for one in properties["marks"]["anyOf"]} == {"array", "string", "null"}
+    for given in (LISTED, list(LIST)):
+        marked = to_request({"prompt": "x", "marks": given}, WAN_1_3B, RequestLimits())
+        assert marked.marks == LIST  # type: ignore[attr-defined]
     for field, words in (
         ({"novelty": "much"}, "novelty='much' is not allowed: a number"),
         ({"overlap": 5}, "this server takes at most 4"),
+        ({"marks": [1, 2]}, "marks=[1, 2] is not allowed: each must be less than the one before"),
         ({"look": "odd"}, "one of 'plain' or 'film'"),
         ({"style": "\0"}, "Unicode"),
     ):
@@ -128,6 +143,7 @@ def test_a_new_field_is_in_the_pages_form(changed: ModuleType) -> None:
     assert {arguments["label"]: kind for kind, arguments in map(parts.get, NEW)} == {
         "Force": "Textbox", "Overlap": "Slider", "Look": "Dropdown", "Tiled": "Checkbox", "Style": "Textbox",
     }  # fmt: skip
+    assert parts["marks"][0] == "Textbox"
     slider, menu = parts["overlap"][1], parts["look"][1]
     assert [slider[name] for name in ("minimum", "maximum", "value")] == [1, 4, 2]
     assert (menu["choices"], menu["value"]) == (["plain", "film"], "plain")
@@ -147,6 +163,13 @@ def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with
     request = to_request(fields_of(form), WAN_1_3B, RequestLimits()).model_dump()
     assert {name: request[name] for name in NEW} == VALUES
     assert form_of(request, defaults) == {**form, "seed": str(request["seed"])}
+    listed = {**form, "marks": LISTED}
+    assert "overlap" not in fields_of(listed), "it is replaced"
+    marked = to_request(fields_of(listed), WAN_1_3B, RequestLimits()).model_dump()
+    assert form_of(marked, defaults)["marks"] == LISTED
+    assert form_of(request, {**defaults, "marks": LISTED})["marks"] == "", "the model's default was not used"
+    marked_details = views.details(StoredJob("video_" + "0" * 32, "local", "m", marked, "completed"))
+    assert "<dt>Key frames</dt><dd>900, 2.5</dd>" in marked_details
     details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
     assert "<dt>Force</dt><dd>0.5</dd>" in details
     assert "<dt>Look</dt><dd>film</dd>" in details
@@ -219,6 +242,7 @@ def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
     table = make.with_field_table("<!-- fields -->\n<!-- /fields -->\n")
     assert "| `novelty` | a number, at least 0, at most 1 | How much of the noise is new. |" in table
     assert "| `look` | one of plain, film | The grain of the picture. |" in table
+    assert "| `marks` | a list of numbers | Where frames are kept. |" in table
 
 
 @pytest.mark.parametrize("field", REQUEST_FIELDS.values(), ids=lambda field: field.name)

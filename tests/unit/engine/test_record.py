@@ -58,6 +58,16 @@ def test_whatever_changes_the_latents_is_another_denoise(config, change) -> None
     assert digest_of(config, on_step, **CHANGES[change]) != digest_of(config)
 
 
+def test_the_sampler_and_its_timesteps_are_part_of_a_denoise(config) -> None:
+    lists, samplers = ((900, 500), (900, 400)), ("euler", "renoise")
+    made = {
+        digest_of(config, sampler=name, timesteps=values, num_inference_steps=2)
+        for name in samplers
+        for values in lists
+    }
+    assert len(made) == 4
+
+
 @pytest.mark.parametrize(
     "changes", [{"fps": 8}, {"num_videos_per_prompt": 3}, {"vae_dtype": "bfloat16"}, {"tf32": False}, {"devices": "vae=cpu,transformer=cpu"}],
     ids=["fps", "more videos", "vae", "tf32", "placed"],

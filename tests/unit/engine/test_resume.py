@@ -30,7 +30,7 @@ from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints, find_checkpoints
 from wanduet.sampling.denoise import StepInfo
-from wanduet.sampling.samplers import make_sampler
+from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.stages.predict import TextPredictor, TransformerPredictor
 
 SMALL = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 3}
@@ -351,7 +351,7 @@ def test_attention_is_given_the_step_also_by_a_denoise_that_goes_on(run, monkeyp
     before = len(calls)
     job, _ = steps_of(run, resume=True, num_frames=1)
     request = job.request
-    sampler = make_sampler(request.sampler, request.flow_shift, 6, torch.device("cpu"))
+    sampler = make_sampler(Schedule.of(request), 0, torch.device("cpu"))
     steps = [Step(index, timestep) for index, timestep in enumerate(sampler.timesteps)]
     assert list(dict.fromkeys(call.step for call in calls)) == steps
     assert calls[before].step == steps[4]

@@ -27,6 +27,7 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
+FEW_STEPS = {"guidance_scale": 1.0, "sampler": "renoise", "timesteps": (900, 500), "num_inference_steps": 2}
 STRATEGIES = {
     "single": {"strategy": "single", "devices": "cpu"},
     "placed": {"devices": "vae=cpu,transformer=cpu"},
@@ -65,6 +66,7 @@ def alone(config, tmp_path_factory) -> Path:
     run(replace(config, **STRATEGIES["single"]), folder / "guided.mkv")
     run(replace(config, **STRATEGIES["single"]), folder / "plain.mkv", guidance_scale=1.0)
     run(replace(config, **STRATEGIES["single"]), folder / "from_video.mkv", **from_video(folder))
+    run(replace(config, **STRATEGIES["single"]), folder / "few.mkv", **FEW_STEPS)
     return folder
 
 
@@ -92,9 +94,13 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
             GenerationRequest(**(REQUEST | from_video(alone))),
             OutputOptions(tmp_path / "c.mkv", "ffv1", save_latents=True),
         )
+        few = engine.submit(
+            GenerationRequest(**(REQUEST | FEW_STEPS)), OutputOptions(tmp_path / "d.mkv", "ffv1", save_latents=True)
+        )
         guided.result(120)
         plain.result(120)
         assert other.result(120).timings["encode_video_s"] > 0
+        few.result(120)
     assert (guided.plan.group.layout.cfg, plain.plan.group.layout.sequence) == (2, 2)
     # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
     # a little lower than the first's.
@@ -107,6 +113,7 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         ("a", "guided"),
         ("b", "plain"),
         ("c", "from_video"),
+        ("d", "few"),
     ):  # one may be denoised before the other is decoded
         made, expected = tmp_path / f"{here}.mkv", alone / f"{there}.mkv"
         assert (latents(made) - latents(expected)).abs().max() <= 1e-5 * latents(expected).abs().max()

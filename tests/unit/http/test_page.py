@@ -20,7 +20,7 @@ from wanduet.doors.http.keys import KeyRing
 from wanduet.doors.http.restore import add_restore
 from wanduet.doors.page import views
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.forms import Presets, default_form
+from wanduet.doors.page.forms import Presets, default_form, fields_of
 from wanduet.doors.page.routes import PageGate
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.wan21 import WAN_1_3B
@@ -94,6 +94,28 @@ def test_the_form_in_a_line() -> None:
     form = {"size": "832x480", "num_frames": 81, "fps": 16, "num_inference_steps": 50, "seed": ""}
     assert views.settings_line(form) == "832 × 480 · 5.1 s · 50 steps · a new seed"
     assert views.settings_line({**form, "num_frames": 1, "seed": "0"}) == "832 × 480 · 1 frame · 50 steps · seed 0"
+
+
+def test_timesteps_in_the_form_replace_the_number_of_steps_and_the_shift(actions: PageActions) -> None:
+    form = {**actions.defaults(), "prompt": "x", "sampler": "euler", "timesteps": "1000, 757"}
+    job = actions.submit("local", form)
+    assert (job.request["timesteps"], job.request["num_inference_steps"]) == ([1000, 757], 2)
+    assert "timesteps 1000, 757 ·" in views.settings_line(form)
+    again = actions.form_of(job)
+    assert again["timesteps"] == "1000,757"
+    assert actions.submit("local", again).request == job.request
+
+
+def test_the_form_of_few_step_weights() -> None:
+    few = replace(
+        WAN_1_3B.defaults, sampler="renoise", timesteps=(1000.0, 757.0), num_inference_steps=2, guidance_scale=1.0
+    )
+    form = default_form(few)
+    assert (form["sampler"], form["timesteps"]) == ("renoise", "1000,757")
+    assert fields_of(form)["timesteps"] == "1000,757"
+    assert "num_inference_steps" not in fields_of(form)
+    assert fields_of({**form, "timesteps": ""})["num_inference_steps"] == 2
+    assert Presets(few).qualities == {"Standard": 2}
 
 
 @pytest.mark.parametrize(

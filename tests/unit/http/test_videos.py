@@ -41,6 +41,29 @@ def test_create_from_json_and_from_a_plain_form(api: Any) -> None:
     assert answer.json()["settings"]["num_frames"] == 17
 
 
+def test_timesteps_are_a_text_in_a_form_and_a_list_in_json(api: Any) -> None:
+    few = {"sampler": "renoise", "guidance_scale": 1}
+    once = {"Idempotency-Key": "the same"}
+    body = {"prompt": "x", "timesteps": [1000, 757, 522], "seed": 1, **few}
+    made = api.http.post("/v1/videos", json=body, headers=once).json()
+    form = {name: str(value) for name, value in body.items()} | {"timesteps": "1000,757,522"}
+    assert api.http.post("/v1/videos", data=form, headers=once).json()["id"] == made["id"]
+    for video in (made, api.http.post("/v1/videos", data=form).json()):
+        settings = video["settings"]
+        assert (settings["timesteps"], settings["num_inference_steps"]) == ([1000, 757, 522], 3)
+        assert "flow_shift" not in settings
+    assert "timesteps" not in api.create()["settings"]
+    again = api.http.post(f"/v1/videos/{made['id']}/remix", json={"prompt": "y"}).json()
+    assert again["settings"] == made["settings"]
+    for body, param in (
+        ({"timesteps": [1000, 757]}, "timesteps"),
+        ({"timesteps": [1000, 757], "sampler": "euler", "flow_shift": 3}, "flow_shift"),
+        ({"timesteps": list(range(1000, 799, -1)), "sampler": "euler"}, "num_inference_steps"),  # a server's limit
+    ):
+        answer = api.http.post("/v1/videos", json={"prompt": "x", **body})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize(
     ("given", "frames"), [("5", 81), (5, 81), (5.0, 81), ("1", 17), ("0.1", 1), ("0", 1), ("2.1", 33)]
 )

@@ -6,7 +6,7 @@ from wanduet.kernels.attention.call import Step
 from wanduet.sampling.denoise import denoise
 from wanduet.sampling.guidance import NoGuidance, SequentialGuidance
 from wanduet.sampling.noise import initial_noise
-from wanduet.sampling.samplers import make_sampler
+from wanduet.sampling.samplers import Schedule, make_sampler
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def start() -> torch.Tensor:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [0, 2, 4])
 def test_non_finite_latents_are_named_at_their_step(bad: float, step: int) -> None:
-    sampler = make_sampler("euler", 3.0, 5, CPU)
+    sampler = make_sampler(Schedule("euler", 3.0, 5), 0, CPU)
     seen = []
 
     def velocity(x, now):
@@ -36,7 +36,7 @@ def test_cancel_is_between_steps() -> None:
         denoise(
             lambda x, t: x,
             start(),
-            make_sampler("unipc", 3.0, 9, CPU),
+            make_sampler(Schedule("unipc", 3.0, 9), 0, CPU),
             on_step=lambda info: seen.append(info.step),
             should_cancel=lambda: len(seen) == 3,
         )
@@ -45,7 +45,10 @@ def test_cancel_is_between_steps() -> None:
 
 def test_a_callback_may_replace_the_latents() -> None:
     end = denoise(
-        lambda x, t: x * 0, start(), make_sampler("euler", 3.0, 3, CPU), on_step=lambda i: i.latents * 0 + i.step
+        lambda x, t: x * 0,
+        start(),
+        make_sampler(Schedule("euler", 3.0, 3), 0, CPU),
+        on_step=lambda i: i.latents * 0 + i.step,
     )
     assert torch.equal(end, torch.full_like(end, 2.0))
 

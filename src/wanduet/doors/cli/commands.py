@@ -35,6 +35,7 @@ from wanduet.planning.plan import Plan
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
+from wanduet.schedule import joined
 from wanduet.untrusted import printable
 from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
@@ -227,6 +228,8 @@ def announce(job: Job, config: EngineConfig) -> None:
     size = f"{r.width}x{r.height}, {r.num_frames} frame{'s' * (r.num_frames > 1)} ({r.seconds:.1f} s)"
     where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
+    if r.timesteps is not None:
+        steps = f"{steps} at {joined(r.timesteps)}"
     if r.input_video is not None:
         steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
     if r.step_cache != OFF:

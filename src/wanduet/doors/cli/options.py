@@ -50,7 +50,15 @@ def parse_settings(path: Path) -> dict[str, Any]:
 
 
 # Pairs of flags that set the same thing.
-ALTERNATIVES = (({"resolution"}, {"height", "width"}), ({"seconds"}, {"num-frames"}))
+ALTERNATIVES = (
+    ({"resolution"}, {"height", "width"}),
+    ({"seconds"}, {"num-frames"}),
+    *(
+        ({name.replace("_", "-")}, {other.replace("_", "-")})
+        for name, field in REQUEST_FIELDS.items()
+        for other in field.shown.replaces
+    ),
+)
 _RANKS = {"cli": 0, "env": 1}  # the source of a settings file's tokens is its path
 
 
@@ -95,7 +103,7 @@ def _video_flags() -> Iterator[tuple[str, Any, None]]:
         if not field.is_required:
             converter = whole if field.kind is int else None
             flag = Parameter(help=field.help, alias=field.shown.aliases, converter=converter)
-            yield name, Annotated[field.kind, flag] | None, None
+            yield name, Annotated[str if field.is_list else field.kind, flag] | None, None
         yield from ((shorthand, kind | None, None) for after, shorthand, kind in _SHORTHANDS if after == name)
 
 

@@ -12,7 +12,7 @@ from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.registry import RANDOM_SPECS, find_spec
 from wanduet.family.spec import ModelSpec
 from wanduet.media.input_video import resolve
-from wanduet.request import GenerationRequest
+from wanduet.request import GenerationRequest, exclude
 from wanduet.untrusted import cut, parse_json, read_stream
 
 
@@ -126,4 +126,5 @@ def _request(row: Row, video: VideoFlags, json_only: bool, spec: ModelSpec | Non
     if not isinstance(fields, dict):
         raise InvalidRequestError("file", str(row)[:80], "one JSON object a line")
     common = video.request("-", spec).model_dump(exclude_unset=True, exclude={"prompt"})
-    return typed_request(**(common | fields))
+    kept = {name: value for name, value in common.items() if not any(exclude(name, other) for other in fields)}
+    return typed_request(**(kept | fields))

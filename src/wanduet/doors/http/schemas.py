@@ -58,7 +58,7 @@ class _ProtocolFields(BaseModel):
 
 # The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
 _SETTINGS: dict[str, Any] = {
-    name: (str | None if field.choices else field.kind | None, None)
+    name: (list[float] | str | None if field.is_list else str | None if field.choices else field.kind | None, None)
     for name, field in REQUEST_FIELDS.items()
     if not field.is_required
 }
@@ -227,7 +227,11 @@ def _is_at_least(limit: object, other: object) -> bool:
 
 def fingerprint(fields: dict[str, Any], remixed_from: str | None = None) -> str:
     """Return a digest of a body, before a seed is drawn; the same for a form as for JSON. Files count by their hashes."""
-    plain = {name: str(value) for name, value in fields.items() if value is not None}
+    plain = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in fields.items()
+        if value is not None
+    }
     text = json.dumps([plain, remixed_from], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

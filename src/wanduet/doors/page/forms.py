@@ -9,6 +9,7 @@ from wanduet.doors.page.clips import Clip
 from wanduet.family.spec import GenerationDefaults
 from wanduet.request import REQUEST_FIELDS
 from wanduet.request_fields import RequestField
+from wanduet.schedule import joined
 
 Form = dict[str, Any]
 
@@ -20,6 +21,7 @@ for _field in REQUEST_FIELDS.values():
 FILE_FIELDS = tuple(name for name, field in FORM_FIELDS.items() if field.shown.is_file)  # their values are `Clip`s
 _UNPLACED = 100  # sorts after all fields with a row number
 _LONGEST_NUMBER = 20  # characters
+_LONGEST_LIST = 2000
 _MULTIPLE = 16  # pixels: the VAE's stride times the transformer's patch size
 _LENGTHS = (0.6, 1.0, 1.6)  # times the model's default length: 3, 5 and 8 seconds for Wan
 _QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # times the model's default number of steps
@@ -51,6 +53,8 @@ class Presets:
         self.lengths = {f"{length} s": 4 * round(length * defaults.fps / 4) + 1 for length in lengths}
         steps = defaults.num_inference_steps
         self.qualities = {name: max(1, round(steps * share)) for name, share in _QUALITIES.items()}
+        if defaults.timesteps:  # few-step weights have one quality
+            self.qualities = {"Standard": steps}
         # By the field that a row sets.
         self.rows: dict[str, Mapping[str, str | int]] = {
             SIZE: self.shapes,
@@ -69,13 +73,17 @@ def default_form(defaults: GenerationDefaults) -> Form:
     """Return the model's defaults, else the engine's; "" for a field without either, None for a file."""
     found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
     found |= {name: field.shown.start for name, field in FORM_FIELDS.items() if field.shown.start is not None}
-    form = {name: "" if value is None else value for name, value in found.items()}
+    form = {name: shown_value(value) for name, value in found.items()}
     return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}"}
 
 
 def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] | None = None) -> Form:
     """Convert a stored request, or one in a video's metadata, to a form. `files`: the form's input files, by field."""
-    form = {**defaults, **{name: request[name] for name in FORM_FIELDS if request.get(name) is not None}}
+    given = {name: shown_value(request[name]) for name in FORM_FIELDS if request.get(name) is not None}
+    # What a field replaces was used instead of it, so the model's default of that field was not.
+    replaced = {name: given.keys() & set(field.shown.replaces) for name, field in FORM_FIELDS.items()}
+    unused = {name: "" for name, others in replaced.items() if others and name not in given}
+    form = {**defaults, **given, **unused}
     # Fields that may be empty are text boxes.
     form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
@@ -83,10 +91,18 @@ def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] |
     return form | dict.fromkeys(FILE_FIELDS) | dict(files or {})
 
 
+def shown_value(value: Any) -> Any:
+    """Return a value as the form has it: "" for None, a list of numbers as text."""
+    if value is None:
+        return ""
+    return joined(value) if isinstance(value, list | tuple) else value
+
+
 def fields_of(form: Form) -> dict[str, Any]:
     """Convert a form to the fields of an API request, without its files.
 
-    Empty fields and those that need a missing one are omitted, floats of integer fields converted.
+    Empty fields, those that need a missing one and those that another one replaces are omitted, floats of integer
+    fields converted.
     """
     known = {name: field for name, field in FORM_FIELDS.items() if _applies(field, form)}
     fields = {name: form[name] for name in known if form.get(name) is not None and str(form[name]).strip()}
@@ -109,7 +125,8 @@ def needing(name: str) -> list[str]:
 
 
 def _applies(field: RequestField, form: Form) -> bool:
-    return not field.shown.is_file and (field.shown.needs is None or bool(form.get(field.shown.needs)))
+    given = {name for name, other in FORM_FIELDS.items() if field.name in other.shown.replaces and form.get(name)}
+    return not (field.shown.is_file or given) and (field.shown.needs is None or bool(form.get(field.shown.needs)))
 
 
 def form_rows() -> list[list[str]]:
@@ -128,7 +145,7 @@ def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str,
     """Return the name and the arguments of Gradio's component for a field that shows `value`.
 
     Files get an upload (a value that the server keeps while the page is open, shown by a panel), choices a menu,
-    booleans a checkbox, texts and numbers that may be empty a text box, other numbers a slider.
+    booleans a checkbox, texts, lists and numbers that may be empty a text box, other numbers a slider.
     """
     if field.shown.is_file:
         return "State", {"value": value}
@@ -143,6 +160,8 @@ def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str,
     if field.kind is str:
         lines = field.shown.lines
         return "Textbox", {"label": label, "value": value, "lines": lines, "max_lines": 3 * lines}
+    if field.is_list:
+        return "Textbox", common | {"max_length": _LONGEST_LIST, "placeholder": field.shown.placeholder}
     low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
     largest = [most for most in (high, limits.of(field)) if most is not None]
     if value == "" or low is None or not largest:

@@ -13,6 +13,7 @@ from wanduet.doors.page.forms import FORM_FIELDS, clips_of
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.records import CANCELLED, StoredJob
 from wanduet.request import REQUEST_FIELDS
+from wanduet.schedule import joined
 
 PHASES = {
     "verify": "Checking the weights",
@@ -250,7 +251,9 @@ def settings_line(form: dict[str, Any]) -> str:
     parts = (
         str(form.get("size") or "").replace("x", " × "),
         _length(form.get("num_frames"), form.get("fps")),
-        f"{_number(form.get('num_inference_steps'))} steps",
+        f"timesteps {listed}"
+        if (listed := form.get("timesteps"))
+        else f"{_number(form.get('num_inference_steps'))} steps",
         f"starts from {next(iter(clips.values())).name}" if (clips := clips_of(form)) else "",
         f"seed {form['seed']}" if form.get("seed") else "a new seed",
         f"{form['num_videos_per_prompt']:g} videos" if (form.get("num_videos_per_prompt") or 1) > 1 else "",
@@ -304,9 +307,11 @@ def _prompt(job: StoredJob) -> str:
 
 
 def _value(value: Any) -> str:
-    """Format a setting: a float with its significant digits, a boolean as a word."""
+    """Format a setting: a float with its significant digits, a boolean as a word, a list with spaces."""
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return joined(value).replace(",", ", ")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

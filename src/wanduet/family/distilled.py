@@ -1,0 +1,165 @@
+"""Wan2.1 text-to-video weights that are distilled for few steps: how to recognise them, and how they are run.
+
+Such weights run without guidance, and only at the timesteps that they were distilled for. Sources: the model cards and
+the inference code of each project.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import atan, tan
+from typing import Any
+
+_DMD = (1000.0, 757.0, 522.0)
+_SHIFT_5 = (1000.0, 937.5, 2500 / 3, 625.0)  # 4 even steps with a shift of 5
+# rCM's angles a mean the noise level sin(a) / (sin(a) + cos(a)).
+_RCM = tuple(1000 * tan(angle) / (1 + tan(angle)) for angle in (atan(80), 1.5, 1.4, 1.0))
+_ORIGINAL = "in the original layout"
+_PICKLE = "a .pt file with the original names"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewStep:
+    """Few-step weights of one project, all run in the same way.
+
+    `repositories`: hub ids, of which the last part is also recognised as a folder's name. `files`: names of single
+    files. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
+    weights do not have. `needs`: what the weights do not run without and wanduet does not have. `published`: the form of
+    the published files, if wanduet does not read it. `size`: height, width and number of frames of the training videos.
+    """
+
+    name: str
+    sampler: str
+    timesteps: tuple[float, ...]
+    flow_shift: float | None = None  # for another number of steps; None: that of the weights they were made from
+    size: tuple[int, int, int] | None = None
+    repositories: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    pipelines: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    needs: str = ""
+    published: str = ""
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the fields of `GenerationDefaults` that differ from the model's that the weights were made from."""
+        found: dict[str, Any] = {
+            "sampler": self.sampler,
+            "timesteps": self.timesteps,
+            "num_inference_steps": len(self.timesteps),
+            "guidance_scale": 1.0,
+        }
+        if self.flow_shift is not None:
+            found["flow_shift"] = self.flow_shift
+        if self.size is not None:
+            found |= dict(zip(("height", "width", "num_frames"), self.size, strict=True))
+        return found
+
+
+FEW_STEP = (
+    FewStep(
+        name="FastWan",
+        sampler="renoise",
+        timesteps=_DMD,
+        flow_shift=8.0,
+        size=(448, 832, 61),
+        repositories=(
+            "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+            "FastVideo/FastWan2.1-T2V-14B-Diffusers",
+            "FastVideo/FastWan2.1-T2V-14B-480P-Diffusers",
+        ),
+        keys=(".to_gate_compress.",),
+        needs="video sparse attention (VSA) with its gates",
+    ),
+    FewStep(
+        name="FastWan with ordinary attention",
+        sampler="renoise",
+        timesteps=_DMD,
+        flow_shift=8.0,
+        repositories=(
+            "FastVideo/FastWan-QAD-1.3B",
+            "FastVideo/FastWan-QAD-FP8-1.3B",
+            "FastVideo/FastWan-QAD-1.3B-SA2",
+        ),
+        pipelines=("WanDMDPipeline",),
+    ),
+    FewStep(
+        name="CausVid",
+        sampler="renoise",
+        timesteps=_DMD,
+        flow_shift=8.0,
+        repositories=("tianweiy/CausVid",),
+        published=_PICKLE,
+    ),
+    FewStep(
+        name="Self-Forcing",
+        sampler="renoise",
+        timesteps=_SHIFT_5,
+        flow_shift=5.0,
+        repositories=("gdhe17/Self-Forcing",),
+        files=("self_forcing_dmd.pt",),
+        needs="causal attention over chunks of 3 latent frames, with the keys and values of earlier chunks",
+        published=_PICKLE,
+    ),
+    FewStep(
+        name="LightX2V NVFP4",
+        sampler="euler",
+        timesteps=_SHIFT_5,
+        flow_shift=5.0,
+        repositories=("lightx2v/Wan-NVFP4",),
+        files=("wan2.1_t2v_1_3b_nvfp4_lightx2v_4step.safetensors",),
+        keys=(".weight_global_scale", ".input_absmax"),
+        needs="weights in NVFP4",
+        published=_ORIGINAL,
+    ),
+    FewStep(
+        name="LightX2V 14B",
+        sampler="euler",
+        timesteps=_SHIFT_5,
+        flow_shift=5.0,
+        repositories=("lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",),
+        published=_ORIGINAL,
+    ),
+    FewStep(
+        name="rCM",
+        sampler="renoise",
+        timesteps=_RCM,
+        size=(480, 832, 77),
+        files=("rCM_Wan2.1_T2V_1.3B_480p.pt",),
+        published=_PICKLE,
+    ),
+    FewStep(
+        name="TurboWan",
+        sampler="renoise",
+        timesteps=_RCM,
+        size=(480, 832, 77),
+        repositories=(
+            "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P",
+            "TurboDiffusion/TurboWan2.1-T2V-14B-480P",
+            "TurboDiffusion/TurboWan2.1-T2V-14B-720P",
+            "IPostYellow/TurboWan2.1-T2V-1.3B-Diffusers",
+        ),
+        keys=(".proj_l.",),
+        needs="sparse-linear attention (SLA)",
+    ),
+)
+PIPELINES = tuple(pipeline for one in FEW_STEP for pipeline in one.pipelines)
+ORDINARY = "FastVideo/FastWan-QAD-1.3B"  # few-step weights that run here
+
+
+def by_name(name: str) -> FewStep | None:
+    """Return the few-step weights of a hub id, or of a folder's or file's name; None for other names."""
+    last = name.rpartition("/")[2].lower()
+    for one in FEW_STEP:
+        if last in (known.rpartition("/")[2].lower() for known in (*one.repositories, *one.files)):
+            return one
+    return None
+
+
+def by_tensors(names: Iterable[str]) -> FewStep | None:
+    """Return the few-step weights that have transformer tensors of these names; None for other weights."""
+    listed = list(names)
+    return next((one for one in FEW_STEP if any(key in name for key in one.keys for name in listed)), None)
+
+
+def by_pipeline(name: object) -> FewStep | None:
+    """Return the few-step weights of a `_class_name` in model_index.json; None for other pipelines."""
+    return next((one for one in FEW_STEP if name in one.pipelines), None)
