@@ -223,7 +223,7 @@ def announce(job: Job, config: EngineConfig) -> None:
     where = f"transformer on {job.plan.transformer.device}, VAE on {job.plan.vae.device}"
     steps = f"{r.num_inference_steps} step{'s' * (r.num_inference_steps > 1)} of {r.sampler}"
     if r.input_video is not None:
-        steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
+        steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(Path(r.input_video).name)}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 
