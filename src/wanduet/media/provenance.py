@@ -150,6 +150,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("guidance_scale", "guidance {:g}"),
         ("flow_shift", "shift {:g}"),
         ("sampler", "{}"),
+        ("strength", "strength {:g} over an input video"),
     ):
         if name in request:
             parts.append(label.format(request[name]))

@@ -210,6 +210,7 @@ def test_every_strategy_makes_the_same(run: Run, clip: Path, config: EngineConfi
         run.changed["engine"] = other  # type: ignore[attr-defined]
         shared = run("shared", **settings)
     assert shared.plan.strategy == strategy
+    assert shared.timings["encode_video_s"] > 0
     assert torch.allclose(latents(single), latents(shared), atol=2e-5)
 
 
