@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -153,7 +154,8 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("strength", "strength {:g} over an input video"),
     ):
         if name in request:
-            parts.append(label.format(request[name]))
+            with suppress(ValueError, TypeError):  # another type in a stranger's file
+                parts.append(label.format(request[name]))
     return ", ".join(part for part in parts if part)
 
 
