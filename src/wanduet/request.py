@@ -123,7 +123,8 @@ class GenerationRequest(BaseModel):
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
         default=None,
         min_length=1,
-        description="A video to start from, instead of noise. Size and number of frames follow it by default.",
+        description="A video to start from, instead of noise. Size and number of frames follow it by default; it is cropped "
+        "to other proportions.",
     )
     strength: Annotated[Real | None, Shown(span=(0, 1), step=0.05, start=DEFAULT_STRENGTH, needs="input_video")] = (
         Field(
@@ -175,7 +176,9 @@ class GenerationRequest(BaseModel):
         """Return the fields that follow from the input video: its hash, and defaults that are not given."""
         if self.input_video is None:
             if self.strength is not None:
-                raise InvalidRequestError("strength", self.strength, "only together with input_video")
+                raise InvalidRequestError(
+                    "strength", self.strength, "only together with input_video, the video to start from"
+                )
             return {"input_sha256": None}
         found: dict[str, Any] = {"strength": DEFAULT_STRENGTH if self.strength is None else self.strength}
         if self.input_video.startswith(INPUT_HASH):

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
+from wanduet.doors.cli import batch
+
 CIRCLE = "a red circle moving left on a black background"
 SMALL = ("--model", "miniature", "--resolution", "48x32", "--steps", "4")
 
@@ -63,3 +67,29 @@ def test_a_batch_may_name_an_input_for_each_line(wanduet, work: Path) -> None:
     ran = wanduet("batch", "lines.jsonl", *SMALL, "--json")
     assert ran.code == 0, ran.err
     assert len(list(work.glob("*.mp4"))) == 3
+
+
+def test_an_input_that_goes_while_a_batch_runs_fails_its_own_line_only(
+    wanduet, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanduet("generate", CIRCLE, *SMALL, "--num-frames", "5", "-o", "a.mp4", "--json")
+    chosen = batch.free_output
+
+    def delete_and_choose(options, prompt, *rest, **how):
+        (work / "a.mp4").unlink(missing_ok=True)
+        return chosen(options, prompt, *rest, **how)
+
+    monkeypatch.setattr(batch, "free_output", delete_and_choose)
+    line = '{"prompt": "a red circle", "num_frames": 5}\n'
+    (work / "lines.jsonl").write_text(line + '{"prompt": "a blue square", "input_video": "a.mp4"}\n' + line)
+    ran = wanduet("batch", "lines.jsonl", *SMALL, "--json")
+    assert ran.code == 1
+    assert ["error" in one for one in ran.json["videos"]] == [False, True, False]
+    assert "no such file" in ran.json["videos"][1]["error"]
+
+
+def test_bench_counts_only_the_steps_that_are_made_and_shows_the_encode(wanduet, work: Path) -> None:
+    wanduet("generate", CIRCLE, *SMALL, "--num-frames", "5", "-o", "a.mp4", "--json")
+    ran = wanduet("bench", *SMALL, "--input-video", "a.mp4", "--strength", "0.25", "--runs", "1", "--json").json
+    assert ran["timings"]["encode_video_s"] > 0
+    assert ran["seconds_per_step"] == pytest.approx(ran["timings"]["denoise_s"], abs=1e-4)  # one of four

@@ -46,8 +46,15 @@ def encode(models: EngineModels, job: Job) -> Conditions:
     Raises the errors of `Strategy.encode_video`.
     """
     conditions = _encode_prompts(models, job)
-    if not job.request.uses_input:
+    request = job.request
+    if not request.uses_input:
         return conditions
+    if not request.num_denoising_steps:
+        share = f"{request.num_inference_steps} step{'s' * (request.num_inference_steps > 1)}"
+        job.warnings.append(
+            f"strength {request.strength:g} of {share} leaves no step to make: the video is the input video, encoded and "
+            "decoded. A higher strength or more steps change it."
+        )
     return replace(conditions, video=strategy_of(models, job.videos[0]).encode_video(job.videos[0]))
 
 

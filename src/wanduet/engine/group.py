@@ -61,6 +61,7 @@ class Group:
         """Return normalised latents `[16, T, h, w]` float32 of the request's input video. Raises as `denoise` does."""
         job = video.job
         number = self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
+        sent = time.perf_counter()
         while True:
             if job.cancelled:
                 self._ranks.cancel(number)  # the ranks skip it, or stop between two chunks of frames
@@ -72,6 +73,9 @@ class Group:
                 for event in message.notes:
                     video.record.note(event)
                 join(job.rank_peaks, message.peaks)
+                video.context.add_time("encode_video_s", message.seconds)
+                # Before it, the ranks have started and loaded.
+                video.context.add_time("load_s", max(0.0, time.perf_counter() - sent - message.seconds))
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
                 return message.latents

@@ -133,6 +133,7 @@ class Engine:
         count = resolved.num_videos_per_prompt
         for index in range(count):
             check_place(output.video_path(index, count))
+            _spare_input(resolved, output.video_path(index, count))
             check_place(output.latents_path(index, count))  # its name is longer
         check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
@@ -348,6 +349,16 @@ class Engine:
             decoding = self._open.pop(job, None)
         if decoding is not None:
             decoding.names.release()
+
+
+def _spare_input(request: ResolvedRequest, path: Path) -> None:
+    """Raise OutputError if a video at `path` would replace the one that the request starts from."""
+    with suppress(OSError):  # one of them does not exist
+        if request.input_video is not None and os.path.samefile(path, request.input_video):
+            raise OutputError(
+                f"Cannot write {path}: it is the video to start from, which would be lost.",
+                hint="Choose another place with --output.",
+            )
 
 
 def _files_of(job: Job) -> dict[str, Path]:

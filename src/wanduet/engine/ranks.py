@@ -64,6 +64,7 @@ class EncodedVideo:
     latents: Tensor | None  # None: cancelled
     notes: tuple[str, ...]
     peaks: dict[str, int]  # peak bytes by device of this rank
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +160,16 @@ class _Run:
 
 def _encode_video(rank: Rank, models: Models, plan: Plan, assignment: Assignment) -> None:
     record = VideoRecord(0, assignment.request.seed)
-    context = RunContext(assignment.job, rank.report, rank.cancelled_locally, note=record.note)
+    context = RunContext(
+        assignment.job, rank.report, rank.cancelled_locally, add_time=record.timings.add, note=record.note
+    )
     latents: Tensor | None
     try:
         request = assignment.request
         latents = encode_video(models, plan, frames_of(request), record, context, request.num_frames)
     except CancelledError:
         latents = None
-    rank.report(EncodedVideo(latents, tuple(record.notes), _own_peaks(rank)))
+    rank.report(EncodedVideo(latents, tuple(record.notes), _own_peaks(rank), record.timings["encode_video_s"]))
 
 
 def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor | None:

@@ -94,7 +94,7 @@ class GroupStrategy:
     def encode_video(self, video: Video) -> Tensor:
         """See Strategy. Rank 0 encodes; if the group fails, this process does."""
         try:
-            with self._models.group(video.plan, video.request) as group, video.context.timed("encode_video_s"):
+            with self._models.group(video.plan, video.request) as group:
                 return group.encode_video(video)
         except RankFailedError as error:
             problem = error

@@ -164,6 +164,15 @@ class Attempt:
             )
         return request.model_copy(update={"input_video": str(path)})
 
+    def _of_input(self, error: InvalidRequestError) -> WanduetError:
+        """Return the error for an input video that the engine cannot read: it is lost, or else damaged, which nobody saw
+        when it was uploaded."""
+        try:
+            self._with_input(GenerationRequest.parse(**self._lease.job.request))
+        except InputLostError as lost:
+            return lost
+        return InvalidRequestError(error.field, "the uploaded file", error.allowed)
+
     def _follow(self, running: RunningJob, videos: int) -> tuple["JobResult", int]:
         """Wait for the engine's job. Returns its result and its number of steps, raises the error it failed with."""
         self._keeper.watch(running)
@@ -269,6 +278,8 @@ class Attempt:
         if self._settings.gives_back:
             whole = demand_of(self._lease.job.request)
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
+        if isinstance(error, InvalidRequestError) and error.field == "input_video":
+            error = self._of_input(error)
         if error.__cause__ is not None or bool(
             getattr(error, "details", "")
         ):  # a rank's traceback, or the error behind this one

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,11 +49,15 @@ _YUV_MATRICES = (1, 4, 5, 6, 7, _MATRIX_BT2020)  # those that the scaler knows
 def resolve(request: GenerationRequest, spec: ModelSpec) -> ResolvedRequest:
     """`GenerationRequest.resolve`, which for an input video reads its size, length and hash first.
 
+    The path becomes absolute: it is read again later, and the current folder may have changed by then.
+
     Raises InvalidRequestError, also for a file that is not a video.
     """
-    path = request.input_video
-    source = None if path is None or path.startswith(INPUT_HASH) else read_source(Path(path))
-    return request.resolve(spec, source)
+    if request.input_video is None or request.input_video.startswith(INPUT_HASH):
+        return request.resolve(spec)
+    path = Path(request.input_video)
+    source = read_source(path)
+    return request.model_copy(update={"input_video": str(_absolute(path))}).resolve(spec, source)
 
 
 def read_source(path: Path) -> SourceVideo:
@@ -78,13 +83,7 @@ def frames_of(request: ResolvedRequest) -> Callable[[], Iterator[NDArray[np.uint
     """
     path, size = Path(request.input_video or ""), (request.generated_height, request.generated_width)
 
-    def frames() -> Iterator[NDArray[np.uint8]]:
-        with _open(path) as clip:
-            if _hash(clip.file) != request.input_sha256:
-                _refuse(path, "it has changed since it was given; give it again")
-        yield from read_frames(path, size, request.num_frames, request.fps)
-
-    return frames
+    return partial(read_frames, path, size, request.num_frames, request.fps, request.input_sha256)
 
 
 def check_is_file(request: GenerationRequest) -> None:
@@ -95,18 +94,26 @@ def check_is_file(request: GenerationRequest) -> None:
 
 
 def _hash(file: Any) -> str:
+    place = file.tell()
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(place)  # where FFmpeg goes on
+    return found
 
 
-def read_frames(path: Path, size: tuple[int, int], num_frames: int, fps: float) -> Iterator[NDArray[np.uint8]]:
+def read_frames(
+    path: Path, size: tuple[int, int], num_frames: int, fps: float, sha256: str | None = None
+) -> Iterator[NDArray[np.uint8]]:
     """Yield the first `num_frames` frames at `fps` a second, `[t, H, W, 3]` uint8 of height and width `size`, first
     one frame, then four at a time.
 
     Frame i is the one shown i/fps seconds after the first. Pictures of other proportions are cropped, around the centre.
-    Reads and decodes no more of the file than that needs. Raises InvalidRequestError of the field `input_video`.
+    Decodes no more of the file than that needs, and without `sha256` reads no more. Raises InvalidRequestError of the
+    field `input_video`, also for a file with another hash than `sha256`.
     """
     with _open(path) as clip:
+        if sha256 is not None and _hash(clip.file) != sha256:
+            _refuse(path, "it has changed since it was given; give it again")
         chunk: list[Frame] = []
         room, shown = 1, None
         for frame in _at_rate(clip, num_frames, Fraction(fps)):
@@ -302,6 +309,7 @@ def _open(path: Path) -> Iterator[_Clip]:
     """Open a video file; errors of the file inside the context are raised as InvalidRequestError."""
     try:
         _refuse_addresses(path)
+        path = _absolute(path)
         with open_regular(path) as file:
             _check_kind(path, file)
             with open_container(file, _CONTAINERS, max_pixels=_MAX_PIXELS) as container:
@@ -312,6 +320,13 @@ def _open(path: Path) -> Iterator[_Clip]:
         _refuse(path, f"it is damaged, or not a video of a known kind; {_CONVERT}")
     except OSError as error:
         _refuse(path, f"{cut(error.strerror or error)}; it must be a video file that can be read")
+
+
+def _absolute(path: Path) -> Path:
+    """Expand `~/x`, which no shell expands in the environment, in a settings file or after `=`."""
+    with suppress(OSError, RuntimeError):  # no current folder, no such user: opening the file raises the error
+        return path.expanduser().absolute()
+    return path
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:

@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -156,10 +157,12 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("sampler", "{}"),
         ("step_cache", "step cache {}"),
         ("guidance_gate", "guidance up to {} of the steps"),
+        ("strength", "strength {:g} over an input video"),
     ):
         if name in request:
             value = request[name]
-            parts.append(label.format(joined(value) if isinstance(value, list) else value))
+            with suppress(ValueError, TypeError):  # another type in a stranger's file
+                parts.append(label.format(joined(value) if isinstance(value, list) else value))
     return ", ".join(part for part in parts if part)
 
 

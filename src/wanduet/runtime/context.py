@@ -10,9 +10,12 @@ from typing import Literal
 from wanduet.errors import CancelledError
 
 Phase = Literal["verify", "load", "encode", "encode_video", "denoise", "decode", "done", "failed"]
-TIMING_NAMES = ("verify_s", "load_s", "prepare_s", "encode_s", "denoise_s", "decode_s", "write_s", "total_s")
 # Only in the timings of jobs that have the phase.
 RARE_TIMING_NAMES = ("encode_video_s",)
+_IN_ORDER = (
+    "verify_s", "load_s", "prepare_s", "encode_s", "encode_video_s", "denoise_s", "decode_s", "write_s", "total_s",
+)  # fmt: skip
+TIMING_NAMES = tuple(name for name in _IN_ORDER if name not in RARE_TIMING_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Timings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds = dict.fromkeys((*TIMING_NAMES, *RARE_TIMING_NAMES), 0.0)
+        self._seconds = dict.fromkeys(_IN_ORDER, 0.0)
 
     def __getitem__(self, name: str) -> float:
         """Return the seconds of one phase so far."""
@@ -56,7 +59,7 @@ class Timings:
         for part in parts:
             with part._lock:
                 copies.append(dict(part._seconds))
-        sums = {name: sum(copy[name] for copy in copies) for name in (*TIMING_NAMES, *RARE_TIMING_NAMES)}
+        sums = {name: sum(copy[name] for copy in copies) for name in _IN_ORDER}
         return {name: seconds for name, seconds in sums.items() if seconds or name in TIMING_NAMES}
 
 

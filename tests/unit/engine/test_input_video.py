@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
+from wanduet.doors.cli import resume
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.errors import CancelledError, InvalidRequestError
+from wanduet.errors import CancelledError, InvalidRequestError, OutputError
+from wanduet.media import input_video
 from wanduet.media.input_video import read_frames
 from wanduet.media.latents import load_latents
 from wanduet.media.read import read_metadata
@@ -76,6 +79,8 @@ def test_strength_0_gives_the_input_encoded_and_decoded(run: Run, clip: Path) ->
     with models.encoder(job.plan, "cpu", job.context) as loaded:
         expected = loaded.encode(pixels)[0]
     assert torch.allclose(latents(job), expected, atol=1e-5)
+    (note,) = job.result().warnings
+    assert note.startswith("strength 0 of 5 steps leaves no step to make")
 
 
 def test_what_comes_out_is_nearer_the_lower_the_strength(run: Run, clip: Path) -> None:
@@ -93,6 +98,9 @@ def test_only_the_schedules_last_steps_are_made(run: Run, clip: Path) -> None:
     shown = [(event.done, event.total) for event in job.events() if event.phase == "denoise"]
     assert shown[0] == (0, 2)
     assert shown[-1] == (2, 2)
+    result = job.result()
+    assert result.warnings == ()
+    assert list(result.timings)[-5:] == ["encode_video_s", "denoise_s", "decode_s", "write_s", "total_s"]
 
 
 def test_an_interrupted_job_resumes_bit_for_bit(run: Run, clip: Path, engine: Engine, tmp_path: Path) -> None:
@@ -160,6 +168,37 @@ def test_a_file_that_changes_after_the_submission_is_refused(
         mine.write_bytes(clip.read_bytes() + b"\0")
     with pytest.raises(InvalidRequestError, match="changed"):
         job.result(60)
+
+
+def test_a_relative_path_stays_the_same_file_in_another_folder(
+    run: Run, clip: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clip.parent)
+    with engine.models.locks.take("vae"):  # the encode waits
+        request = GenerationRequest(**SMALL | {"input_video": clip.name, "strength": 0.2})
+        job = engine.submit(request, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        monkeypatch.chdir(tmp_path)
+    assert job.result(60).videos[0].path.exists()
+
+
+def test_an_output_that_would_replace_the_input_is_refused(run: Run, clip: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine-2.mkv"
+    mine.write_bytes(clip.read_bytes())
+    with pytest.raises(OutputError, match="would be lost"):
+        run("mine", input_video=str(mine), num_videos_per_prompt=2)
+    assert mine.read_bytes() == clip.read_bytes()
+
+
+def test_a_resume_reads_its_input_once_however_many_checkpoints_there_are(
+    clip: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, hashed = [], input_video._hash
+    monkeypatch.setattr(input_video, "_hash", lambda file: read.append(file.name) or hashed(file))
+    others = [SimpleNamespace(about={"request": {}, "model": engine.models.about})] * 20
+    monkeypatch.setattr(resume, "find_checkpoints", lambda folder: others)
+    request = GenerationRequest(**SMALL | {"input_video": str(clip)})
+    assert resume.seed_of_interrupted(request, OutputOptions(tmp_path / "a.mkv"), engine) is None
+    assert len(read) == 1
 
 
 def test_placed_makes_the_same_bits(run: Run, clip: Path, config: EngineConfig) -> None:

@@ -128,6 +128,17 @@ def test_what_the_reader_refuses_is_named_by_the_clients_name(api: Api, monkeypa
     assert_nothing_is_left(api)
 
 
+def test_a_strange_file_name_hides_no_reason(api: Api) -> None:
+    for name, shown in (("grüße 猫.mp4", "grüße 猫.mp4"), ("n" * 3000 + ".mp4", "nnn…"), ("a\n\x1b[2J.mp4", "a")):
+        answer = api.http.post("/v1/videos", data={"prompt": "x"}, files={"input_video": (name, b"")})
+        message = error_of(answer)["message"]
+        assert shown in message
+        assert "the file is empty" in message
+        assert message.isprintable()
+    latin = BEGIN + b'name="input_video"; filename="gr\xfc.mp4"\r\n\r\n\r\n--b--\r\n'
+    assert "gr\ufffd.mp4" in error_of(api.http.post("/v1/videos", content=latin, headers=FORM))["message"]
+
+
 def test_fields_are_checked_before_the_file_is_looked_through(api: Api, looked: list[bytes]) -> None:
     for fields in ({"strength": "1.5"}, {"sampler": "x"}, {"prompt": ""}, {"nothing": "1"}, {"model": "sora"}):
         assert error_of(send(api, **fields), 404 if "model" in fields else 400)["param"] in fields

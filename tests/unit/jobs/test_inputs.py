@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import finish_job
+from fake_engine import FakeEngine, finish_job
 from sqlalchemy.exc import OperationalError
 from test_runner import QUICK, finished, running
 
-from wanduet.errors import OutputError
+from wanduet.errors import InvalidRequestError, OutputError
 from wanduet.jobs import files as job_files
 from wanduet.jobs import sweep as sweeping
 from wanduet.jobs.records import (
@@ -88,6 +88,25 @@ def test_without_its_file_a_job_fails_at_once(
     assert (done.status, done.error.code, done.attempts) == ("failed", "input_lost", 1)
     assert word in done.error.message
     assert not engine.jobs
+
+
+@pytest.mark.parametrize(("harm", "code"), [(Path.unlink, "input_lost"), (Path.exists, "invalid_request")])
+def test_a_file_that_the_engine_cannot_read_is_lost_or_the_clients(
+    store: JobStore, clip: Path, harm: Callable[[Path], Any], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(store, clip)
+
+    def refuse(self: Any, request: Any, *rest: Any, **more: Any) -> None:
+        harm(path := Path(request.input_video))
+        raise InvalidRequestError("input_video", path.name, "there are no pictures in it")
+
+    monkeypatch.setattr(FakeEngine, "submit", refuse)
+    with running(store):
+        done = finished(store, job.id)
+    assert done.error is not None
+    assert (done.status, done.error.code, done.attempts) == ("failed", code, 1)
+    assert job.id not in done.error.message
+    assert ("no pictures" in done.error.message) == (code == "invalid_request")
 
 
 def test_the_file_is_on_the_disk_before_its_job_is_seen(

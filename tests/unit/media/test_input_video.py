@@ -14,6 +14,7 @@ import pytest
 from tests.unit.media.clips import H, W, encode, greys
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
+from wanduet.media import input_video
 from wanduet.media.input_video import read_frames, read_source, resolve
 from wanduet.media.read import read_frames as decoded_frames
 from wanduet.media.video import VideoSpec, write_video
@@ -194,6 +195,31 @@ def test_what_an_edit_cuts_out_is_not_shown(tmp_path, first, after) -> None:
     path.write_bytes(data[:place] + struct.pack(">Ii", (after - first) * 40, start) + data[place + 8 :])
     assert read_source(path).frames_at(25) == after - first
     assert numbers(read_frames(path, (H, W), after - first, 25)) == list(range(first, after))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gives_the_frames_of_its_hash(tmp_path, monkeypatch) -> None:
+    path, other = encode(tmp_path / "a.mp4", greys(9)), encode(tmp_path / "b.mp4", greys(9)[::-1])
+    hashed = input_video._hash
+
+    def replaced_after(file) -> str:
+        found = hashed(file)
+        other.replace(path)
+        return found
+
+    sha256 = read_source(path).sha256
+    monkeypatch.setattr(input_video, "_hash", replaced_after)
+    assert numbers(read_frames(path, (H, W), 9, 16, sha256)) == list(range(9))
+
+
+def test_a_path_in_the_home_folder_is_read_without_a_shell(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = encode(tmp_path / "a.mp4", greys(5))
+    assert read_source(Path("~/a.mp4")) == read_source(path)
+    resolved = resolve(GenerationRequest(prompt="x", input_video="~/a.mp4"), WAN_1_3B)
+    assert resolved.input_video == str(path)
+    with pytest.raises(InvalidRequestError, match="no such file"):
+        read_source(Path("~nobody-of-this-name/a.mp4"))
 
 
 def test_frames_are_freed_as_they_are_read(tmp_path) -> None:

@@ -122,6 +122,11 @@ def test_tags_for_players() -> None:
     assert set(tags({"note": 1})) == {"software", "wanduet"}
 
 
+def test_a_summary_names_the_strength_and_skips_what_is_of_another_type() -> None:
+    request = {"strength": 0.5, "width": 32, "height": 16, "guidance_scale": "high", "flow_shift": None}
+    assert summary({"request": request, "model": {"name": "m"}}) == "m, 32x16, strength 0.5 over an input video"
+
+
 def test_file_without_metadata_is_said_to_have_none(tmp_path) -> None:
     path = write_video(np.zeros((2, 64, 96, 3), np.uint8), tmp_path / "a.mp4").path
     with pytest.raises(UnreadableFileError, match="says nothing about how it was made"):

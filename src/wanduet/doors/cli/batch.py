@@ -16,7 +16,7 @@ from wanduet.doors.cli.progress import follow
 from wanduet.doors.cli.resume import Begun, seed_of_interrupted, take_begun, with_seed
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.errors import CancelledError, OutputError, WanduetError
+from wanduet.errors import CancelledError, WanduetError
 from wanduet.media.files import check_writable
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken
@@ -90,7 +90,8 @@ class _Batch:
     passed: list[Path] = field(default_factory=list)  # output paths of the requests so far
 
     def begin(self, request: GenerationRequest) -> _Work:
-        """Choose and lock a request's names, and submit it; if they cannot be written, only this request fails."""
+        """Choose and lock a request's names, and submit it; an error (its input video is gone, for example) fails only
+        this request."""
         work = _Work(shown(request.prompt))
         count = request.num_videos_per_prompt
         try:
@@ -111,7 +112,9 @@ class _Batch:
             elif self.options.resume and request.seed is None:
                 request = with_seed(request, seed_of_interrupted(request, named, self.engine))
             work.job = self.engine.submit(request, replace(named, taken=True))
-        except OutputError as error:
+        except CancelledError:
+            raise
+        except WanduetError as error:
             work.names.release()
             work.outcome = {"prompt": request.prompt, "error": str(error)}
         return work

@@ -16,7 +16,6 @@ from wanduet.engine.roofline import where_it_went
 from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.media.provenance import versions
 from wanduet.request import GenerationRequest
-from wanduet.runtime.context import TIMING_NAMES
 
 MOST_RUNS = 100
 
@@ -42,9 +41,10 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
                 raise CancelledError("Interrupted.")
             timings.append({name: round(seconds, 4) for name, seconds in result.timings.items()})
         measured = timings[1:]
-        medians = {name: round(statistics.median(one[name] for one in measured), 4) for name in TIMING_NAMES}
+        medians = {name: round(statistics.median(one[name] for one in measured), 4) for name in measured[0]}
         resolved, plan, hardware = job.request, job.plan, engine.hardware
         made = resolved.num_videos_per_prompt
+        steps = made * max(1, resolved.num_denoising_steps)
         return {
             "model": config.model,
             "settings": settings(resolved),
@@ -53,7 +53,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
             "timings": medians,
             "first_run": timings[0],
             "runs": measured,
-            "seconds_per_step": round(medians["denoise_s"] / (made * resolved.num_inference_steps), 5),
+            "seconds_per_step": round(medians["denoise_s"] / steps, 5),
             "decoded_frames_per_second": round(made * resolved.num_frames / max(medians["decode_s"], 1e-9), 2),
             "peak_memory_bytes": result.peak_memory_bytes,
             "predicted_peak_bytes": predicted(plan),

@@ -231,7 +231,7 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.timesteps is not None:
         steps = f"{steps} at {joined(r.timesteps)}"
     if r.input_video is not None:
-        steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
+        steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(Path(r.input_video).name)}"
     if r.step_cache != OFF:
         steps += f" with step cache {r.step_cache}"
     if r.guidance_gate < 1:

@@ -37,15 +37,15 @@ def with_seed(request: GenerationRequest, seed: int | None) -> GenerationRequest
 
 def seed_of_interrupted(request: GenerationRequest, options: OutputOptions, engine: Engine) -> int | None:
     """Return the seed that an interrupted run of a request drew; None if there is no such run."""
-    resolved = resolve(request, engine.models.spec)
-    count = resolved.num_videos_per_prompt
+    wanted = _wanted(request, engine)
+    count = request.num_videos_per_prompt
     candidates: list[Mapping[str, Any]] = []
     for index in range(count):
         for path in (options.latents_path(index, count), options.video_path(index, count)):
             with suppress(UnreadableFileError):
                 candidates.append(read_metadata(path))
     candidates += [checkpoint.about for checkpoint in find_checkpoints(engine.config.data_folder / "checkpoints")]
-    return next((seed for about in candidates if (seed := _seed(about, request, engine)) is not None), None)
+    return next((seed for about in candidates if (seed := wanted.seed_in(about)) is not None), None)
 
 
 def take_begun(
@@ -55,6 +55,7 @@ def take_begun(
 
     It looks under the names derived from the prompt, and skips names in `passed` or locked by another run.
     """
+    wanted = _wanted(request, engine)
     count = request.num_videos_per_prompt
     for path in names_for(folder.path, request.prompt, find_codec(folder.codec).extensions[0]):
         named = replace(folder, path=path)
@@ -67,7 +68,7 @@ def take_begun(
             return None
         if set(videos) & set(passed):
             continue
-        seeds = {_seed_in(file, request, engine) for file in there or latents}
+        seeds = {wanted.seed_of(file) for file in there or latents}
         seed = seeds.pop() if len(seeds) == 1 else None
         if seed is not None and (names := take(videos)) is not None:
             complete = len(there) == count and engine.is_finished(with_seed(request, seed), named)
@@ -75,20 +76,32 @@ def take_begun(
     return None
 
 
-def _seed_in(path: Path, request: GenerationRequest, engine: Engine) -> int | None:
-    try:
-        return _seed(read_metadata(path), request, engine)
-    except UnreadableFileError:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A request, resolved once: that reads its whole input video."""
+
+    fields: Mapping[str, Any]  # as in a video's metadata; the seed is not compared
+    seed: int | None  # the one that the user gave
+    model: Mapping[str, Any]
+
+    def seed_in(self, about: Mapping[str, Any]) -> int | None:
+        """Return the seed in a file's metadata if it is of this request and this model; else None."""
+        fields = about.get("request")
+        if not isinstance(fields, Mapping) or about.get("model") != self.model:
+            return None
+        seed = fields.get("seed")
+        if dict(fields) | {"seed": None} != self.fields or type(seed) is not int:
+            return None
+        return seed if self.seed in (None, seed) else None
+
+    def seed_of(self, path: Path) -> int | None:
+        """Return the seed of a file, see `seed_in`."""
+        try:
+            return self.seed_in(read_metadata(path))
+        except UnreadableFileError:
+            return None
 
 
-def _seed(about: Mapping[str, Any], request: GenerationRequest, engine: Engine) -> int | None:
-    """Return the seed in a file's metadata if it is of this request and this model; else None."""
-    fields = about.get("request")
-    if not isinstance(fields, Mapping) or about.get("model") != engine.models.about:
-        return None
-    wanted = resolve(request, engine.models.spec).recorded()
-    seed = fields.get("seed")
-    if dict(fields) | {"seed": None} != wanted | {"seed": None} or type(seed) is not int:
-        return None
-    return seed if request.seed in (None, seed) else None
+def _wanted(request: GenerationRequest, engine: Engine) -> _Wanted:
+    fields = resolve(request, engine.models.spec).recorded() | {"seed": None}
+    return _Wanted(fields, request.seed, engine.models.about)

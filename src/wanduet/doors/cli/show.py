@@ -64,7 +64,7 @@ def _show_video(console: Console, done: Mapping[str, Any]) -> None:
     if prepared >= LONG_PREPARING_S:
         console.print(f"Prepared in {prepared:.0f} s, once on this machine: kernels and what attention takes are kept.")
     for row in done.get("profile", ()):
-        line = f"  {row['phase']:<8} {row['seconds']:8.2f} s {row['share']:6.1%}"
+        line = f"  {row['phase']:<12} {row['seconds']:8.2f} s {row['share']:6.1%}"
         if row.get("floor_s") and row["of_floor"]:
             line += f"   at least {row['floor_s']:.2f} s here ({row['tflop']:,.2f} TFLOP, {row['gigabytes']:,.2f} GB)"
             line += f": {row['of_floor']:.0%} of what the device can do"

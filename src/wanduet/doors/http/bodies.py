@@ -100,7 +100,8 @@ class _Form(MultiPartParser):
         if self.files is None:
             raise no_file(name)
         part.file.file.close()
-        part.file = self.files.begin(name, part.file.filename or "")  # type: ignore[assignment]  # only these methods
+        filename = (part.file.filename or "").encode("latin-1").decode(errors="replace")
+        part.file = self.files.begin(name, filename)  # type: ignore[assignment]  # only these methods
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         """Limit the length of all texts together."""

@@ -19,6 +19,7 @@ from wanduet.config import format_bytes
 from wanduet.doors.http.bodies import no_file
 from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.errors import ApiError, no_space, too_long
+from wanduet.doors.http.public import NAME_LIMIT, sendable
 from wanduet.doors.http.schemas import FILES, to_request
 from wanduet.doors.http.uploads import SourceReader
 from wanduet.errors import InvalidRequestError
@@ -118,7 +119,7 @@ class InputFiles:
             raise _second(name, self._taken.field)
         self.context.check_accepting()
         self._exit.enter_context(self.context.uploads.enter(self._owner))
-        self._taken = ReceivedFile(name, filename, self.context.store.files.new_upload(), self)
+        self._taken = ReceivedFile(name, sendable(filename, NAME_LIMIT), self.context.store.files.new_upload(), self)
         self._exit.callback(self._taken.discard)
         return self._taken
 
