@@ -8,6 +8,7 @@ tables in docs/ are generated from `REQUEST_FIELDS`.
 allowed value, before any model is loaded.
 """
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
+from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
 from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 
@@ -106,6 +108,17 @@ class GenerationRequest(BaseModel):
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
     ] = Field(default=1, ge=1, le=64, description="Number of videos, with consecutive seeds.")
+    step_cache: Annotated[str, Shown(row=7, lines=1)] = Field(
+        default=OFF,
+        description="Skip the transformer in steps that change little: easycache, magcache or teacache (the last two for "
+        "Wan2.1 1.3B and 14B), and after a colon a threshold, for example easycache:0.05. Faster, and another video.",
+    )
+    guidance_gate: Annotated[Real, Shown(row=7, span=(0, 1), step=0.05)] = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="The share of the steps that are guided: after it, guidance is off, and a step takes half the time.",
+    )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
         default=None,
@@ -149,7 +162,14 @@ class GenerationRequest(BaseModel):
         for side in ("height", "width"):
             values[f"generated_{side}"] = _generated_side(side, values[side], spec)
         _check_frames(values["num_frames"], spec)
-        return ResolvedRequest(**values)
+        setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
+        values["step_cache"] = OFF if setting is None else str(setting)
+        resolved = ResolvedRequest(**values)
+        if setting is not None:
+            check_steps(setting, resolved.num_denoising_steps)
+        if resolved.guidance_gate < 1 and not resolved.uses_guidance:
+            raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
+        return resolved
 
     def _of_input(self, spec: ModelSpec, source: "SourceVideo | None") -> dict[str, Any]:
         """Return the fields that follow from the input video: its hash, and defaults that are not given."""
@@ -232,14 +252,33 @@ class ResolvedRequest(GenerationRequest):
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)  # as in diffusers
 
     @property
+    def first_step(self) -> int:
+        """The index in the schedule of the first step that is run; an input video is less noisy than those before it."""
+        return self.num_inference_steps - self.num_denoising_steps
+
+    @property
+    def num_guided_steps(self) -> int:
+        """How many of the steps that are run, its first, also compute the negative prompt."""
+        steps = math.ceil(round(self.guidance_gate * self.num_denoising_steps, 6))
+        return steps if self.uses_guidance else 0
+
+    @property
+    def approximates(self) -> bool:
+        """Whether the video is made with less work than the model asks for, at a loss."""
+        return self.step_cache != OFF or self.guidance_gate < 1
+
+    @property
     def uses_input(self) -> bool:
         """Whether the result depends on the pictures of an input video; with strength 1 it does not."""
         return self.input_video is not None and self.num_denoising_steps < self.num_inference_steps
 
     def recorded(self) -> dict[str, Any]:
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
-        effect are left out: those of an input video if there is none; the timesteps, or the shift that they replace."""
-        values = self.model_dump(exclude={"input_sha256", "timesteps" if self.timesteps is None else "flow_shift"})
+        effect are left out: those of an input video if there is none, those of approximations that are off, and the
+        timesteps or the shift that they replace."""
+        off = {name for name, value in (("step_cache", OFF), ("guidance_gate", 1.0)) if getattr(self, name) == value}
+        unused = "timesteps" if self.timesteps is None else "flow_shift"
+        values = self.model_dump(exclude={"input_sha256", unused} | off)
         if self.timesteps is not None:
             values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:

@@ -29,6 +29,7 @@ class Shown:
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
+    lines: int = 2  # height of the form's box for a text
     needs: str | None = None  # the field without which this one is not allowed
     replaces: tuple[str, ...] = ()  # the fields that follow from this one, and are not given together with it
 

@@ -20,7 +20,7 @@ from wanduet.kernels.attention.backends import plain_with_lse, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.models.dit.block import Runtime
 from wanduet.models.dit.model import WanTransformer
-from wanduet.sampling.guidance import ParallelGuidance, SequentialGuidance
+from wanduet.sampling.guidance import PairedPredictor, SequentialGuidance
 
 SPEC = replace(
     WAN_1_3B.transformer,
@@ -172,8 +172,8 @@ def guided(rank: Rank) -> tuple[Tensor, Tensor]:
     mesh = rank.mesh(Layout(cfg=2, ulysses=rank.world_size // 2))
     made.runtime = Runtime(sharding=SequenceSharding(mesh))
     with torch.no_grad():
-        own = (positive, negative)[mesh.cfg_rank]
-        parallel = ParallelGuidance(predict, own, 5.0, mesh.cfg)(latents, Step(0, 500.0))
+        own = [text if rank_of_it == mesh.cfg_rank else None for rank_of_it, text in enumerate((positive, negative))]
+        parallel = SequentialGuidance(PairedPredictor(predict, mesh.cfg), *own, 5.0)(latents, Step(0, 500.0))
         return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, Step(0, 500.0))
 
 

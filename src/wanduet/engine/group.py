@@ -103,6 +103,7 @@ class Group:
                 job.watch(message)
             elif isinstance(message, Denoised):
                 video.record.attention = message.attention
+                video.record.skipped_steps = list(message.skipped_steps)
                 for event in message.notes:
                     if event not in video.record.notes:  # a restarted group repeats them
                         video.record.note(event)

@@ -26,7 +26,8 @@ from wanduet.engine import generate
 from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions, Video, VideoResult
 from wanduet.engine.trace import Trace
-from wanduet.errors import CancelledError, OutOfMemoryError, OutputError, WanduetError
+from wanduet.errors import CancelledError, InvalidRequestError, OutOfMemoryError, OutputError, WanduetError
+from wanduet.family.step_caches import OFF
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
 from wanduet.media.input_video import check_is_file, resolve
@@ -122,6 +123,9 @@ class Engine:
         self._check_open()
         self._check_input(request)
         resolved = resolve(request, self.models.spec)
+        if on_step is not None and resolved.step_cache != OFF:
+            allowed = f"{OFF} with on_step, which may change the latents that a step cache compares"
+            raise InvalidRequestError("step_cache", resolved.step_cache, allowed, OFF)
         plan = self._plan(resolved)
         if on_step is not None and (without_group := self._fallback(resolved, plan)) is not None:
             plan = without_group  # a callback cannot run in the ranks' processes

@@ -86,6 +86,7 @@ class Denoised:
     peaks: dict[str, int]  # peak bytes by device, of all ranks
     prepare_s: float  # seconds that rank 0 waited for kernels and attention
     seconds_of_others: float = 0.0  # seconds that another job spent on the steps before the loaded checkpoint
+    skipped_steps: tuple[int, ...] = ()  # see VideoRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             peaks,
             record.timings["prepare_s"],
             record.timings["denoise_s"],
+            tuple(record.skipped_steps),
         )
         rank.report(report)
     return latents

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
@@ -91,8 +92,17 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         notes=video.record.notes,
         warnings=video.job.warnings,
     )
-    made = make_provenance(video.request, making, versions(), datetime.now(UTC))
+    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | forwards_of(video)
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
+
+
+def forwards_of(video: Video) -> dict[str, Any]:
+    """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), if its
+    request asks for an approximation."""
+    if not video.request.approximates:
+        return {}
+    skipped = video.record.skipped_steps
+    return {"forwards": forwards_made(video.request, skipped), "skipped_steps": list(skipped)}
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.engine.job import Job
 from wanduet.footprint.phases import DTYPE_BYTES, ModelMemory, text_encoder_bytes
 from wanduet.kernels.device import on_device_of
@@ -56,7 +57,7 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
     request, plan, spec = job.request, job.plan, memory.spec
     size = (request.generated_height, request.generated_width, request.num_frames)
     videos, ranks = request.num_videos_per_prompt, max(1, len(plan.group.ranks))
-    passes = videos * request.num_denoising_steps * (2 if request.uses_guidance else 1)
+    passes = videos * Forwards.of(request, spec).count
     weights = memory.transformer_weights(plan.transformer.dtype)
     vae_bytes = memory.vae_weights(plan.vae.dtype) * spec.latent_shape(*size)[1]
     pixels = 3 * size[0] * size[1] * size[2]

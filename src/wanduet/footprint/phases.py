@@ -48,7 +48,7 @@ class TransformerMemory:
     weights: int  # resident weights, streaming buffers included
     text: int  # cross-attention keys and values of every prompt
     activations: int  # peak of one forward
-    latents: int  # latents, sampler history, velocities
+    latents: int  # latents, sampler history, velocities, what a step cache keeps
     exchange: int  # part of the activations: the buffer kept between forwards by ranks that share a sequence
     swapped_out: (
         int  # what stays on the device while the transformer is swapped out for the decode: small weights, workspaces
@@ -64,13 +64,15 @@ class TransformerMemory:
 class DenoiseShape:
     """What is denoised: videos of `size`, in `dtype` by name, on each rank of a layout.
 
-    `texts`: the positions of each prompt of a rank, see `text_positions`.
+    `texts`: the positions of each prompt of a rank, see `text_positions`. `kept_latents`: the tensors of the latents' size
+    that a step cache keeps.
     """
 
     size: Size
     dtype: str
     texts: Sequence[int]
     layout: Layout = ONE_DEVICE
+    kept_latents: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,12 @@ class ModelMemory:
         streamed_blocks = max(0, t.num_layers - resident_blocks - STREAM_BUFFERS)
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
-        prompts, shape = len(texts) if share_first else 1, self.spec.latent_shape(*denoise.size)
+        prompts, shape = len(texts) if share_first and layout.cfg == 1 else 1, self.spec.latent_shape(*denoise.size)
         activations = forward_bytes(
             ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
         )
         activations += self._dense_bytes(dtype)
-        latents, exchange = 10 * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
+        latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES
         return TransformerMemory(total, weights, text, activations, latents, exchange, swapped_out)
 

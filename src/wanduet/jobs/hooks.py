@@ -97,10 +97,11 @@ def identify(models: Any) -> ModelId:
 
 
 def predicted_seconds(running: Any) -> dict[str, float]:
-    """Return the plan's prediction in seconds: of one denoising step (`denoise`) and of the whole decode (`decode`)."""
+    """Return the plan's prediction in seconds: of one denoising step in which nothing is skipped (`denoise`), and of the whole
+    decode (`decode`)."""
     seconds, request = running.plan.prediction.seconds, running.request
     steps = max(1, request.num_denoising_steps * request.num_videos_per_prompt)
-    return {"denoise": seconds.denoise / steps, "decode": seconds.decode}
+    return {"denoise": max(seconds.step, seconds.denoise / steps), "decode": seconds.decode}
 
 
 def device_memory(engine: Any) -> dict[str, dict[str, int]]:

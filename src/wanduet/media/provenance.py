@@ -23,7 +23,7 @@ TITLE_LENGTH = 120
 MAX_LENGTH = 4 * 2**20  # characters of JSON; usual files have some thousand
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
-    **dict.fromkeys(("rungs", "warnings", "hardware"), list),
+    **dict.fromkeys(("rungs", "warnings", "hardware", "skipped_steps"), list),
     **dict.fromkeys(("attention", "created_at", "digest"), str | None),
 }
 _PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
@@ -117,6 +117,8 @@ def from_json(text: str) -> dict[str, Any]:
     numbers = value.get("timings", {}).values()
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
         raise ValueError("its timings are no numbers")
+    if not all(type(step) is int for step in value.get("skipped_steps", ())):
+        raise ValueError("its skipped steps are no numbers")
     words = [word for name in ("rungs", "warnings") for word in value.get(name, ())]
     if not all(isinstance(word, str) for word in words):
         raise ValueError("its rungs and warnings are no texts")
@@ -152,6 +154,8 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("flow_shift", "shift {:g}"),
         ("timesteps", "timesteps {}"),
         ("sampler", "{}"),
+        ("step_cache", "step cache {}"),
+        ("guidance_gate", "guidance up to {} of the steps"),
     ):
         if name in request:
             value = request[name]

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
@@ -52,11 +53,13 @@ PROMPT_TOKENS = 80  # of a detailed prompt; the negative prompt is encoded once 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Predicted seconds of each phase; `encode`: of encoding an input video."""
+    """Predicted seconds of each phase; `encode`: of encoding an input video. `step`: of one step of one video in which
+    nothing is skipped."""
 
     denoise: float
     decode: float
     encode: float = 0.0
+    step: float = 0.0
 
     @property
     def total(self) -> float:
@@ -82,30 +85,40 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
-    """Return the floating-point operations of all denoising steps of all videos of a job on one device.
+    """Return the floating-point operations of all denoising steps of all videos of a job on one device, predicted if
+    steps are skipped (`accelerate.skipped_steps`).
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
+    forwards = Forwards.of(request, spec)
+    plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
+    return request.num_videos_per_prompt * (forwards.guided_steps * guided + forwards.plain_steps * plain)
+
+
+def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> float:
+    """Return the floating-point operations of one computed step of one video, with guidance or without."""
     size = (request.generated_height, request.generated_width, request.num_frames)
     t, tokens = spec.transformer, spec.num_tokens(*size)
     step = forward_flop(t, tokens, spec.text_len)
-    if request.uses_guidance:
+    if is_guided:
         step += step - 4 * tokens * t.dim * (2 * t.dim + tokens)  # q, k, v, out; scores and values
-    return request.num_videos_per_prompt * request.num_denoising_steps * step
+    return step
 
 
 def predict_seconds(
     request: ResolvedRequest, spec: ModelSpec, transformer: DeviceInfo, vae: DeviceInfo, ranks: int = 1
 ) -> Seconds:
     """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode, one encodes."""
-    denoise = denoise_flop(request, spec) / (rate(transformer) * 1e12)
+    per_second = rate(transformer) * 1e12
+    denoise, step = denoise_flop(request, spec), step_flop(request, spec, request.uses_guidance)
     encode = video_encode_seconds(request, spec, vae) if request.uses_input else 0.0
-    return Seconds(denoise / ranks, decode_seconds(request, spec, vae) / ranks, encode)
+    decode = decode_seconds(request, spec, vae) / ranks
+    return Seconds(denoise / per_second / ranks, decode, encode, step / per_second / ranks)
 
 
 def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:
-    """Return the seconds of one step of one video, with guidance, from the job's predicted `seconds`."""
-    return seconds.denoise / (request.num_videos_per_prompt * max(1, request.num_denoising_steps))
+    """Return the seconds of one step of one video, of those that take longest, from the job's predicted `seconds`."""
+    return max(seconds.step, seconds.denoise / (request.num_videos_per_prompt * max(1, request.num_denoising_steps)))
 
 
 def encode_seconds(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
+from wanduet.family.step_caches import OFF
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
@@ -68,6 +69,7 @@ class Explanation:
             found += (Choice("weights", plan.transformer.weights, self._weights()),)
         if self.request.uses_input:
             found += (self._encode(),)
+        found += self._approximations()
         if plan.group.ranks:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
@@ -208,6 +210,20 @@ class Explanation:
         if not self.plan.prediction.fits:
             return Choice("encode", value, "what needs least memory")
         return Choice("encode", value, "whole frames, the fastest way" if count == 1 else "fewer strips do not fit")
+
+    def _approximations(self) -> tuple[Choice, ...]:
+        request, forwards, found = self.request, self.plan.prediction.forwards, []
+        if forwards is None:
+            return ()
+        count = f"{REQUESTED}: {forwards.count} of {forwards.exact_count} forwards a video"
+        if forwards.is_estimate:
+            count += " by estimate, as the latents decide" if "easycache" in request.step_cache else " by estimate"
+        if request.step_cache != OFF:
+            found.append(Choice("step_cache", request.step_cache, f"{count}; the video differs from the exact one"))
+        if request.guidance_gate < 1:
+            steps = f"guidance is off after {request.num_guided_steps} of {request.num_denoising_steps} steps"
+            found.append(Choice("guidance_gate", request.guidance_gate, f"{count}; {steps}"))
+        return tuple(found)
 
     def _keep_both(self) -> str:
         plan = self.plan

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.config import Weights, format_bytes, format_seconds
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.errors import DoesNotFitError
@@ -84,12 +85,16 @@ class DevicePrediction:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The predicted cost of a plan: bytes of each device and of the host, with their limits, and seconds."""
+    """The predicted cost of a plan: bytes of each device and of the host, with their limits, and seconds.
+
+    `forwards`: of the transformer for one video, if the request asks for an approximation.
+    """
 
     devices: tuple[DevicePrediction, ...]
     host_bytes: int
     host_limit_bytes: int
     seconds: Seconds
+    forwards: Forwards | None = None
 
     @property
     def fits(self) -> bool:
@@ -132,6 +137,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as `wanduet plan --json` prints it."""
         predicted, seconds = self.prediction, self.prediction.seconds
+        forwards = {} if predicted.forwards is None else {"predicted_forwards": predicted.forwards.as_dict()}
         return {
             "fits": predicted.fits,
             "strategy": self.strategy,
@@ -148,6 +154,7 @@ class Plan:
                 "decode": round(seconds.decode, 1),
                 "total": round(seconds.total, 1),
             },
+            **forwards,
             "nearest_that_fits": list(self.nearest_that_fits),
         }
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from wanduet.accelerate.skipped_steps import Forwards
+from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
 from wanduet.family.registry import RANDOM_SPECS
@@ -121,6 +123,10 @@ class Planner:
     @cached_property
     def _text(self) -> TextPlan:
         return plan_text(self._spec, self.config)
+
+    @cached_property
+    def _forwards(self) -> Forwards | None:
+        return Forwards.of(self.request, self._spec) if self.request.approximates else None
 
     @cached_property
     def _vae_dtype(self) -> str:
@@ -246,7 +252,7 @@ class Planner:
             VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
             candidate.both_resident,
-            Prediction(devices, host, self._host_limit, seconds),
+            Prediction(devices, host, self._host_limit, seconds, self._forwards),
             group,
         )
 
@@ -254,9 +260,10 @@ class Planner:
         request, device = self.request, place.transformer
         texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
         positions = sorted(text_positions(text, self._spec.text_len) for text in texts)
-        # If each prompt has its own devices, they store the text keys and values of one prompt only.
-        positions = positions[-1:] if group.layout.cfg > 1 else positions
-        shape = DenoiseShape(self._size, self.transformer_dtype(device), positions, group.layout)
+        # If each prompt has its own devices, they store the text keys and values of one prompt only; of both if all
+        # devices go on with the prompt after the guidance gate.
+        positions = positions[-1:] if group.layout.cfg > 1 and request.guidance_gate == 1 else positions
+        shape = DenoiseShape(self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request))
         return self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
 
     def _devices(

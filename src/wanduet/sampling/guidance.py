@@ -12,6 +12,8 @@ from torch import distributed as dist
 
 from wanduet.distributed.collectives import all_gather
 from wanduet.kernels.attention.call import Step
+from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.samplers import State
 
 Condition = TypeVar("Condition")
 # See `predictor.Predictor`. It gets all conditions at once, so that a model can share work between them.
@@ -40,37 +42,50 @@ class NoGuidance(Generic[Condition]):
 
 @dataclass(frozen=True, slots=True)
 class SequentialGuidance(Generic[Condition]):
-    """Guidance with both prompts on one device."""
+    """Guidance by both prompts, up to step `gate` of the schedule (None: always). From that step on, only the prompt is
+    predicted, so a step is one forward."""
 
     predict: Predict[Condition]
     positive: Condition
     negative: Condition
     scale: float
+    gate: int | None = None
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """See Guidance."""
+        if self.gate is not None and step.index >= self.gate:
+            return self.predict(latents, step, (self.positive,))[0]
         positive, negative = self.predict(latents, step, (self.positive, self.negative))
         return combine(positive, negative, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelGuidance(Generic[Condition]):
-    """Guidance with one prompt on each of two ranks, which exchange velocities. Bit for bit equal to
-    SequentialGuidance.
+class PairedPredictor(Generic[Condition]):
+    """Predictor of two prompts on two ranks: rank 0 of `group` computes the first, rank 1 the second, and they exchange
+    velocities. Both get both velocities, bit for bit those that one device would compute.
 
-    Rank 0 of `group` computes the prompt, rank 1 the negative prompt; `condition` is this rank's prompt.
+    A rank does not read the other's condition of a pair. A single condition is computed by both ranks alike.
     """
 
-    predict: Predict[Condition]
-    condition: Condition
-    scale: float
+    predictor: Predictor[Condition]
     group: dist.ProcessGroup
 
-    def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        """See Guidance."""
-        (own,) = self.predict(latents, step, (self.condition,))
-        positive, negative = all_gather(own, self.group)
-        return combine(positive, negative, self.scale)
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Condition]) -> Sequence[Tensor]:
+        """See Predictor. Raises ValueError for more than two conditions."""
+        if len(conditions) == 1:
+            return self.predictor(latents, step, conditions)
+        if len(conditions) != 2:
+            raise ValueError(f"{len(conditions)} prompts cannot be shared by two ranks.")
+        (own,) = self.predictor(latents, step, (conditions[dist.get_rank(self.group)],))
+        return all_gather(own, self.group)
+
+    def state(self) -> State:
+        """See Predictor."""
+        return self.predictor.state()
+
+    def restore(self, state: State) -> None:
+        """See Predictor."""
+        self.predictor.restore(state)
 
 
 def combine(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
-from wanduet.stages.predict import forward_of, make_guidance, make_predictor
+from wanduet.stages.predict import forward_of, make_guidance, make_predictor, skipped_steps
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.resume import CheckpointKeeper
 from wanduet.stages.task import DenoiseTask, StepHooks
@@ -71,8 +71,8 @@ class _Denoise:
             # In a thread: it takes about as long as launching the text's key projections, and releases the GIL.
             noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
             forward = forward_of(denoiser, context)
-            self.predictor = make_predictor(denoiser, (1, *shape), forward)
-            self.guidance = make_guidance(self.predictor, task.conditions, request.guidance_scale, denoiser, forward)
+            self.predictor = make_predictor(denoiser, (1, *shape), forward, request)
+            self.guidance = make_guidance(self.predictor, task.conditions, request, denoiser, forward)
             self.noise = noise.result()
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
 
@@ -102,6 +102,7 @@ class _Denoise:
         except CancelledError:
             self.kept.save_last()
             raise
+        self.record.skipped_steps = skipped_steps(self.predictor)
         return latents[0].float().cpu()
 
     def _start(self, sampler: Sampler) -> Tensor:

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanduet.accelerate.step_cache import StepCache, make_rule
+from wanduet.distributed.collectives import broadcast_
 from wanduet.kernels.attention.call import Step
+from wanduet.kernels.precision import EXACT, PRODUCTS
+from wanduet.media.embeddings import PromptEmbeds
 from wanduet.models.dit.model import TextContext
 from wanduet.models.text.umt5 import pad_embeddings
+from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
-from wanduet.sampling.guidance import Guidance, NoGuidance, ParallelGuidance, SequentialGuidance
+from wanduet.sampling.guidance import Guidance, NoGuidance, PairedPredictor, SequentialGuidance
 from wanduet.sampling.predictor import Predictor
 from wanduet.sampling.samplers import State
 from wanduet.stages.fallback import DenoiseFallback
@@ -59,37 +64,68 @@ def forward_of(denoiser: LoadedTransformer, context: RunContext) -> Callable[[Fo
 
 
 def make_predictor(
-    denoiser: LoadedTransformer, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]
+    denoiser: LoadedTransformer,
+    latent_shape: tuple[int, ...],
+    forward: Callable[[Forward], Any],
+    request: ResolvedRequest,
 ) -> TextPredictor:
-    """Return the predictor of a denoise, see `TransformerPredictor`."""
-    return TransformerPredictor(denoiser, latent_shape, forward)
+    """Return the predictor of a denoise: `TransformerPredictor`, whose two prompts are computed by two ranks where a group
+    divides them, and whose steps are skipped by the request's step cache, if it has one."""
+    predictor: TextPredictor = TransformerPredictor(denoiser, latent_shape, forward)
+    mesh, device = denoiser.mesh, denoiser.device
+    if mesh is not None and mesh.layout.cfg > 1:
+        predictor = PairedPredictor(predictor, mesh.cfg)
+
+    @PRODUCTS.at(EXACT)
+    def embed_time(timesteps: Tensor) -> Tensor:
+        return denoiser.transformer.condition_embedder.embed_time(timesteps.to(device))[0].cpu()
+
+    rule = make_rule(request, denoiser.spec, embed_time)
+    if rule is None:
+        return predictor
+    return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, device)
+
+
+def skipped_steps(predictor: TextPredictor) -> list[int]:
+    """Return the steps that a predictor has skipped so far, as indices in the schedule."""
+    return list(predictor.skipped) if isinstance(predictor, StepCache) else []
 
 
 def make_guidance(
     predictor: TextPredictor,
     conditions: Conditions,
-    scale: float,
+    request: ResolvedRequest,
     denoiser: LoadedTransformer,
     forward: Callable[[Forward], Any],
 ) -> Guidance:
     """Project the prompts' embeddings to the keys and values that this process needs, and return the guidance.
 
-    Where a group of ranks divides the two prompts, each rank needs only its own.
+    Where a group of ranks divides the two prompts, each rank needs only its own, until the guidance gate: after it, all
+    ranks compute the prompt. (That is no faster than one rank, but all ranks have the latents of each step.)
     """
-    prompts = [p.embeds for p in (conditions.prompt, conditions.negative) if p is not None]
 
-    def context(embeds: Tensor) -> TextContext:
-        padded = pad_embeddings(embeds, denoiser.spec.text_len).to(denoiser.device)
+    def context(prompt: PromptEmbeds) -> TextContext:
+        padded = pad_embeddings(prompt.embeds, denoiser.spec.text_len).to(denoiser.device)
         projected: TextContext = forward(lambda: denoiser.transformer.prepare_text(padded))
         return projected
 
-    mesh = denoiser.mesh
-    if len(prompts) == 1:
-        return NoGuidance(predictor, context(prompts[0]))
+    prompt, negative, scale, mesh = conditions.prompt, conditions.negative, request.guidance_scale, denoiser.mesh
+    if negative is None:
+        return NoGuidance(predictor, context(prompt))
+    gate = request.first_step + request.num_guided_steps if request.guidance_gate < 1 else None
     if mesh is not None and mesh.layout.cfg > 1:
-        return ParallelGuidance(predictor, context(prompts[mesh.cfg_rank]), scale, mesh.cfg)
-    positive, negative = map(context, prompts)
-    return SequentialGuidance(predictor, positive, negative, scale)
+        own = context((prompt, negative)[mesh.cfg_rank])
+        # Of the pair, a rank reads its own only, so that may stand in for the other.
+        first = context(prompt) if gate is not None and mesh.cfg_rank == 1 else own
+        return SequentialGuidance(predictor, first, own, scale, gate)
+    return SequentialGuidance(predictor, context(prompt), context(negative), scale, gate)
+
+
+def _as_rank_0(decision: bool) -> bool:
+    """Return rank 0's decision; all ranks must call this together."""
+    flag = torch.tensor([decision], dtype=torch.int32)
+    broadcast_(flag)
+    return bool(flag.item())
 
 
 def _run(forward: Forward) -> Any:

@@ -45,7 +45,7 @@ class DenoiseTask:
     @property
     def first_step(self) -> int:
         """The schedule's steps before this one are left out: an input video is less noisy than they expect."""
-        return self.request.num_inference_steps - self.request.num_denoising_steps
+        return self.request.first_step
 
 
 @dataclass(frozen=True, slots=True)

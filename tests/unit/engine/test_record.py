@@ -25,6 +25,8 @@ CHANGES = {
     "sampler": {"sampler": "euler"},
     "size": {"height": 48},
     "frames": {"num_frames": 9},
+    "step cache": {"step_cache": "easycache", "num_inference_steps": 12},
+    "guidance gate": {"guidance_gate": 0.5},
     "transformer's precision": {"transformer_dtype": "bfloat16"},
     "weights' format": {"weights": "q8"},
     "text encoder's precision": {"text_encoder_dtype": "bfloat16"},

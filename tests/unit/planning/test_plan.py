@@ -23,8 +23,11 @@ def memory() -> ModelMemory:
     return Models(EngineConfig(model="random:1.3b")).memory
 
 
-def plan(memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, strength=None, **settings_) -> Plan:
+def plan(
+    memory: ModelMemory, hardware: str, size=(480, 832), frames: int = 81, strength=None, fields=None, **settings_
+) -> Plan:
     given = {} if strength is None else {"input_video": "sha256:0", "strength": strength}
+    given |= fields or {}
     request = GenerationRequest(prompt="x", height=size[0], width=size[1], num_frames=frames, **given)
     request = request.resolve(memory.spec)
     machine = parse_hardware(f"{hardware},ram=32GiB")
@@ -153,6 +156,37 @@ def test_seconds_come_from_the_work(memory) -> None:
     assert 150 < seconds.denoise < 900  # a 3090 needs about ten minutes
     assert plan(memory, "2x24GiB").prediction.seconds.denoise == pytest.approx(seconds.denoise / 2)
     assert plan(memory, "1x24GiB", frames=161).prediction.seconds.denoise > 2 * seconds.denoise
+
+
+def test_skipped_steps_are_planned_for(memory) -> None:
+    """Forwards, seconds and memory; a latent of 81 frames at 480p has 8 MB."""
+    exact = plan(memory, "2x24GiB", strategy="placed")
+    assert exact.prediction.forwards is None
+    for cache, gate, count, kept in (
+        ("magcache", 1, 50, 3),
+        ("magcache", 0.5, 40, 3),
+        ("easycache", 1, 39, 4),
+        ("off", 0.5, 75, 0),
+    ):
+        found = plan(memory, "2x24GiB", strategy="placed", fields={"step_cache": cache, "guidance_gate": gate})
+        shown = found.as_dict()
+        assert shown["predicted_forwards"] == {"count": count, "of": 100, "is_estimate": cache == "easycache"}
+        assert found.prediction.seconds.denoise == pytest.approx(
+            exact.prediction.seconds.denoise * count / 100, rel=0.02
+        )
+        assert found.prediction.seconds.step == exact.prediction.seconds.step
+        device = found.transformer.device
+        more = found.prediction.peak_bytes[device] - exact.prediction.peak_bytes[device]
+        assert more == pytest.approx(kept * 21 * 60 * 104 * 16 * 4 * 1.01, abs=2)
+        why = {choice["setting"]: choice["why"] for choice in shown["choices"]}
+        assert f"{count} of 100 forwards" in why["step_cache" if cache != "off" else "guidance_gate"]
+
+
+def test_a_gate_needs_both_prompts_on_each_of_two_cards(memory) -> None:
+    exact, gated = plan(memory, "2x24GiB"), plan(memory, "2x24GiB", fields={"guidance_gate": 0.5})
+    assert exact.group.layout.cfg == gated.group.layout.cfg == 2
+    text = gated.prediction.peak_bytes["cuda:0"] - exact.prediction.peak_bytes["cuda:0"]
+    assert 0 < text <= 512 * 2 * 30 * 1536 * 2 * 1.1
 
 
 def test_an_input_video_is_planned_for(memory) -> None:

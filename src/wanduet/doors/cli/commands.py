@@ -23,6 +23,7 @@ from wanduet.errors import (
     WanduetError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
+from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
@@ -40,6 +41,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
+APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
 
 
 def run_generate(
@@ -174,7 +176,10 @@ def run_encode(prompt: str, config: EngineConfig, output: Place) -> dict[str, An
 def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
     """Return a finished job as `generate --json` prints it."""
     request = job.request
-    videos = [{"output": output.shown(v.path), "seed": v.seed} for v in result.videos]
+    made = [{name: v.provenance[name] for name in APPROXIMATED if name in v.provenance} for v in result.videos]
+    videos = [
+        {"output": output.shown(v.path), "seed": v.seed} | one for v, one in zip(result.videos, made, strict=True)
+    ]
     return {
         "output": videos[0]["output"],
         "seed": request.seed,
@@ -193,6 +198,7 @@ def report(job: Job, result: JobResult, output: Place) -> dict[str, Any]:
         "rungs": job.notes,
         "warnings": list(result.warnings),
         "versions": versions(),
+        **made[0],
     }
 
 
@@ -226,6 +232,10 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps = f"{steps} at {joined(r.timesteps)}"
     if r.input_video is not None:
         steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(r.input_video)}"
+    if r.step_cache != OFF:
+        steps += f" with step cache {r.step_cache}"
+    if r.guidance_gate < 1:
+        steps += f", of which {r.num_guided_steps} guided"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 

@@ -158,7 +158,8 @@ def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str,
     if field.kind is bool:
         return "Checkbox", common
     if field.kind is str:
-        return "Textbox", {"label": label, "value": value, "lines": 2, "max_lines": 6}
+        lines = field.shown.lines
+        return "Textbox", {"label": label, "value": value, "lines": lines, "max_lines": 3 * lines}
     if field.is_list:
         return "Textbox", common | {"max_length": _LONGEST_LIST, "placeholder": field.shown.placeholder}
     low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
