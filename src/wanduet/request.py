@@ -276,13 +276,12 @@ class ResolvedRequest(GenerationRequest):
         return self.input_video is not None and self.num_denoising_steps < self.num_inference_steps
 
     def recorded(self) -> dict[str, Any]:
-        """Return the fields as records of a video have them: an input video by its hash, not by its path. The fields
-        of an input video are left out if there is none, and those of approximations if they are off."""
-        off = {name for name, value in (("step_cache", OFF), ("guidance_gate", 1.0)) if getattr(self, name) == value}
-        values = self.model_dump(exclude={"input_sha256"} | off)
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
-        effect are left out: those of an input video if there is none; the timesteps, or the shift that they replace."""
-        values = self.model_dump(exclude={"input_sha256", "timesteps" if self.timesteps is None else "flow_shift"})
+        effect are left out: those of an input video if there is none, those of approximations that are off, and the
+        timesteps or the shift that they replace."""
+        off = {name for name, value in (("step_cache", OFF), ("guidance_gate", 1.0)) if getattr(self, name) == value}
+        unused = "timesteps" if self.timesteps is None else "flow_shift"
+        values = self.model_dump(exclude={"input_sha256", unused} | off)
         if self.timesteps is not None:
             values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:
