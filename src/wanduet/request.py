@@ -166,7 +166,7 @@ class GenerationRequest(BaseModel):
         values["step_cache"] = OFF if setting is None else str(setting)
         resolved = ResolvedRequest(**values)
         if setting is not None:
-            check_steps(setting, resolved.num_denoising_steps)
+            check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
         if resolved.guidance_gate < 1 and not resolved.uses_guidance:
             raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
         return resolved

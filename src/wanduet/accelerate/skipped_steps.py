@@ -86,7 +86,7 @@ def magcache_steps(request: ResolvedRequest, spec: ModelSpec) -> frozenset[int]:
     assert setting is not None
     assert table is not None
     first = request.first_step
-    sigmas, _ = schedule_of(Schedule.of(request))
+    sigmas, _ = levels_of(Schedule.of(request))
     threshold, run = setting.threshold, sigmas[first : request.num_inference_steps]
     # The pairs that the paper recommends.
     most = 2 if threshold <= 0.12 else 4 if threshold < 0.24 else 6
@@ -144,7 +144,7 @@ def teacache_skips(embeddings: torch.Tensor, coefficients: Sequence[float], thre
 
 
 @lru_cache(maxsize=64)
-def schedule_of(schedule: Schedule) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def levels_of(schedule: Schedule) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return a schedule's noise levels, before each step and after the last, and its timesteps."""
     made = make_sampler(schedule, 0, torch.device("cpu"))
     return tuple(made.sigmas), tuple(made.timesteps)

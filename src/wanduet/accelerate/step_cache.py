@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from wanduet.accelerate.skipped_steps import EASYCACHE_FIRST, magcache_steps, schedule_of, teacache_skips
+from wanduet.accelerate.skipped_steps import EASYCACHE_FIRST, levels_of, magcache_steps, teacache_skips
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import StepCacheSetting, table_of
 from wanduet.kernels.attention.call import Step
@@ -167,7 +167,7 @@ def make_rule(request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[T
         return KnownSteps(magcache_steps(request, spec))
     table = table_of(spec.transformer)
     assert table is not None
-    _, timesteps = schedule_of(Schedule.of(request))
+    _, timesteps = levels_of(Schedule.of(request))
     embeddings = embed_time(torch.tensor(timesteps[first:total], dtype=torch.float32))
     skips = teacache_skips(embeddings, table.coefficients, setting.threshold)
     return KnownSteps([first + index for index, skip in enumerate(skips) if skip])

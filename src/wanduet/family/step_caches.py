@@ -114,8 +114,11 @@ def table_of(spec: TransformerSpec) -> StepCacheTable | None:
     return TABLES.get((spec.num_layers, spec.dim))
 
 
-def check_steps(setting: StepCacheSetting, steps: int) -> None:
-    """Raise InvalidRequestError if a run has too few steps for a step cache."""
+def check_steps(setting: StepCacheSetting, steps: int, sampler: str) -> None:
+    """Raise InvalidRequestError if a run has too few steps for a step cache, or steps that it cannot skip."""
+    if sampler == "renoise":
+        allowed = f"{OFF} with the sampler renoise, whose steps each begin from new noise"
+        raise InvalidRequestError("step_cache", str(setting), allowed, OFF)
     fewest = FEWEST_STEPS[setting.name]
     if steps < fewest:
         allowed = f"{OFF} for fewer than {fewest} steps, as too little would be computed; this run has {steps}"

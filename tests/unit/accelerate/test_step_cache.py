@@ -303,6 +303,7 @@ def test_a_default_threshold_is_the_model_s() -> None:
             "off",
         ),
         ({"guidance_gate": 0.5, "guidance_scale": 1.0}, WAN_1_3B, "1 without guidance", 1),
+        ({"step_cache": "easycache", "sampler": "renoise"}, WAN_1_3B, "off with the sampler renoise", "off"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given: Any, spec: ModelSpec, allowed: str, nearest: object) -> None:
