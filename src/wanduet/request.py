@@ -108,12 +108,12 @@ class GenerationRequest(BaseModel):
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
     ] = Field(default=1, ge=1, le=64, description="Number of videos, with consecutive seeds.")
-    step_cache: Annotated[str, Shown(row=7, lines=1)] = Field(
+    step_cache: Annotated[str, Shown(row=7, lines=1, off=OFF)] = Field(
         default=OFF,
         description="Skip the transformer in steps that change little: easycache, magcache or teacache (the last two for "
         "Wan2.1 1.3B and 14B), and after a colon a threshold, for example easycache:0.05. Faster, and another video.",
     )
-    guidance_gate: Annotated[Real, Shown(row=7, span=(0, 1), step=0.05)] = Field(
+    guidance_gate: Annotated[Real, Shown(row=7, off=1.0, span=(0, 1), step=0.05)] = Field(
         default=1.0,
         ge=0.0,
         le=1.0,

@@ -28,6 +28,7 @@ class Shown:
     placeholder: str | None = None  # in the form's empty field
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
+    off: str | float | None = None  # a value with which the field does nothing, and is not listed
     is_file: bool = False  # the value is a file's path; a server takes the file itself, as a part of a form
     lines: int = 2  # height of the form's box for a text
     needs: str | None = None  # the field without which this one is not allowed

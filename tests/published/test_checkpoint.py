@@ -214,7 +214,6 @@ def test_a_missing_tokenizer_is_told_before_gigabytes_are_hashed(folder: Path, t
 @pytest.mark.parametrize(
     ("file", "values", "words"),
     [
-        ("model_index.json", {"_class_name": "WanDMDPipeline"}, "is a WanDMDPipeline"),
         ("model_index.json", {"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline"),
         ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "is a WanVACETransformer3DModel"),
         ("vae/config.json", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL"),

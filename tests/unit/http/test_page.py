@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from api import CONTENT, Api
 from fastapi.testclient import TestClient
+from page_jobs import JOB
 from structlog.testing import capture_logs
 from test_limits import check_keys, check_refusals
 
@@ -27,20 +28,6 @@ from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
 from wanduet.request import SourceVideo
 
-REQUEST = {
-    "prompt": "<script>alert(1)</script> & 'co\"",
-    "negative_prompt": "<i>none</i>",
-    "width": 832,
-    "height": 480,
-    "num_frames": 81,
-    "fps": 16,
-    "num_inference_steps": 50,
-    "guidance_scale": 6.0,
-    "flow_shift": 8.0,
-    "sampler": "unipc",
-    "seed": 7,
-}
-JOB = StoredJob("video_" + "0" * 32, "local", "m", REQUEST, "queued")
 STATES = [
     JOB,
     replace(JOB, status="in_progress", phase="denoise", progress=42.4, seconds_left=75.0),

@@ -1,6 +1,7 @@
 """A video that is dropped on the page: its settings, or its pictures, from which the next one starts."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import av
 import numpy as np
 import pytest
 from api import Api
-from test_page import JOB, REQUEST
+from page_jobs import JOB, REQUEST
 
 from wanduet.config import EngineConfig
 from wanduet.doors.http.context import ServerSettings
@@ -147,6 +148,7 @@ def test_without_an_input_video_there_is_no_strength(actions: PageActions) -> No
     details = views.details(job)
     assert "Strength" not in details
     assert "Made from" not in details
+    assert not {"Step cache", "Guidance gate"} & set(re.findall("<dt>(.*?)</dt>", details))  # they are off
 
 
 def test_a_jobs_input_and_strength_are_listed() -> None:

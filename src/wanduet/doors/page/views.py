@@ -122,7 +122,7 @@ def details(job: StoredJob | None) -> str:
 
 
 def _settings(request: dict[str, Any]) -> dict[str, str]:
-    """Return a request's settings by their labels; settings that it does not have are omitted."""
+    """Return a request's settings by their labels; settings that it does not have, or that are off, are omitted."""
     files = [field.label.lower() for name, field in REQUEST_FIELDS.items() if field.shown.is_file and request.get(name)]
     made_from = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in files)
     return (
@@ -134,7 +134,7 @@ def _settings(request: dict[str, Any]) -> dict[str, str]:
         | {
             field.label if field.shown.detail is None else field.shown.detail: _value(request[name])
             for name, field in REQUEST_FIELDS.items()
-            if field.shown.detail != "" and request.get(name) is not None
+            if field.shown.detail != "" and request.get(name) not in (None, field.shown.off)
         }
         | ({"Made from": made_from} if made_from else {})
     )
