@@ -14,7 +14,7 @@ still a valid state of the same job. So no lock is needed: at worst some steps a
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -197,30 +197,20 @@ class StoredFiles(JobFiles):
         Raises what the store's client raises after some tries.
         """
         path = self.work_path(job_id).with_name(INPUT)
-        for left in reversed(range(TRIES)):
-            try:
-                self._get(f"{self._root}/videos/{job_id}.{INPUT}", path)
-                return path
-            except FileNotFoundError:
-                return None
-            except Exception:
-                if not left:
-                    raise
-                time.sleep(LOOK_SECONDS)
-        return None
+        try:
+            _try_again(lambda: self._get(f"{self._root}/videos/{job_id}.{INPUT}", path))
+        except FileNotFoundError:
+            return None
+        return path
 
     def _published(self, file: OutputFile) -> OutputFile:
         path = self.videos / file.name
-        for left in reversed(range(TRIES)):
-            try:
-                self._put(path, f"videos/{file.name}")
-                break
-            except Exception as error:
-                if not left:
-                    path.unlink(missing_ok=True)
-                    raise OutputError(f"{file.name} cannot be stored ({type(error).__name__}).") from error
-                time.sleep(LOOK_SECONDS)
-        path.unlink(missing_ok=True)  # the process that serves it fetches it
+        try:
+            _try_again(lambda: self._put(path, f"videos/{file.name}"))
+        except Exception as error:
+            raise OutputError(f"{file.name} cannot be stored ({type(error).__name__}).") from error
+        finally:
+            path.unlink(missing_ok=True)  # the process that serves it fetches it
         return file
 
     def path(self, name: str) -> Path | None:
@@ -286,3 +276,16 @@ class StoredFiles(JobFiles):
     def _get(self, remote: str, path: Path) -> None:
         with atomic_output(path) as partial:
             self._fs.get_file(remote, str(partial))
+
+
+def _try_again(copy: Callable[[], object]) -> None:
+    """Copy a file, up to TRIES times: the store's client may raise anything for a moment. A missing file stays missing."""
+    for _ in range(TRIES - 1):
+        try:
+            copy()
+            return
+        except FileNotFoundError:
+            raise
+        except Exception:
+            time.sleep(LOOK_SECONDS)
+    copy()
