@@ -11,7 +11,6 @@ allowed value, before any model is loaded.
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,10 +21,12 @@ from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
 from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
+from wanduet.source_video import SourceVideo
 
 # (height, width); 1080p is generated as 1088 rows and cropped.
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080
+SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
@@ -146,7 +147,7 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("prompt", request.prompt, "a text that is not empty")
         return request
 
-    def resolve(self, spec: ModelSpec, source: "SourceVideo | None" = None) -> "ResolvedRequest":
+    def resolve(self, spec: ModelSpec, source: SourceVideo | None = None) -> "ResolvedRequest":
         """Replace None by the model's defaults and a random seed, and check sizes against the model's shapes.
 
         `source`: what `input_video` is, if that is a path. `media.input_video.resolve` reads it.
@@ -160,8 +161,11 @@ class GenerationRequest(BaseModel):
         values |= resolved_schedule(self.model_dump(), spec.defaults)
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
-        for side in ("height", "width"):
-            values[f"generated_{side}"] = _generated_side(side, values[side], spec)
+        for side in sorted(SIDES, key=lambda side: getattr(self, side) is None):  # those that are given first
+            try:
+                values[f"generated_{side}"] = _generated_side(side, values[side], spec)
+            except InvalidRequestError as error:
+                raise self._by_what_was_given(error, values, spec.size_multiple) from None
         _check_frames(values["num_frames"], spec)
         setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
         values["step_cache"] = OFF if setting is None else str(setting)
@@ -172,7 +176,7 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
         return resolved
 
-    def _of_input(self, spec: ModelSpec, source: "SourceVideo | None") -> dict[str, Any]:
+    def _of_input(self, spec: ModelSpec, source: SourceVideo | None) -> dict[str, Any]:
         """Return the fields that follow from the input video: its hash, and defaults that are not given."""
         if self.input_video is None:
             if self.strength is not None:
@@ -193,41 +197,23 @@ class GenerationRequest(BaseModel):
         elif self.num_frames > most:
             allowed = f"at most {most}, as the input video has {length} at this frame rate"
             raise InvalidRequestError("num_frames", self.num_frames, allowed, most)
-        multiple = spec.size_multiple
-        if self.height is None and self.width is None:
-            found["height"], found["width"] = source.size_like(defaults.height * defaults.width, multiple)
-        elif self.height is None and self.width is not None:
-            found["height"] = _rounded(self.width * source.height / source.width, multiple)
-        elif self.width is None and self.height is not None:
-            found["width"] = _rounded(self.height * source.width / source.height, multiple)
+        found |= source.sizes(self.height, self.width, defaults.height * defaults.width, spec.size_multiple)
         return found | {"input_sha256": source.sha256}
 
-
-@dataclass(frozen=True, slots=True)
-class SourceVideo:
-    """What is known of an input video once its file has been looked through.
-
-    `height` and `width` are those of the picture as it is shown, in pixels; `seconds` is its length.
-    """
-
-    sha256: str
-    height: int
-    width: int
-    seconds: float
-
-    def frames_at(self, fps: float) -> int:
-        """The number of frames, at least 1, at so many a second."""
-        return max(1, round(self.seconds * fps))
-
-    def size_like(self, area: int, multiple: int) -> tuple[int, int]:
-        """Height and width of about `area` pixels in the picture's proportions, each a multiple of `multiple`.
-
-        The same for a portrait as for the picture on its side, and square for a square.
-        """
-        low, high = sorted((self.height, self.width))
-        shorter = _rounded((area * low / high) ** 0.5, multiple)
-        longer = shorter if low == high else _rounded(area / shorter, multiple)
-        return (shorter, longer) if self.height <= self.width else (longer, shorter)
+    def _by_what_was_given(
+        self, error: InvalidRequestError, values: Mapping[str, Any], multiple: int
+    ) -> InvalidRequestError:
+        """Return an error of a side; one that follows from the input video's proportions names what it follows from."""
+        if getattr(self, error.field) is not None or self.input_video is None:
+            return error
+        allowed = (
+            f"{error.field} would be {error.given} in the input video's proportions, and {error.allowed} are allowed"
+        )
+        given = next((side for side in SIDES if getattr(self, side) is not None), None)
+        if given is None or not isinstance(error.nearest, int):
+            return InvalidRequestError("input_video", self.input_video, allowed)
+        nearest = values[given] * error.nearest // values[error.field] // multiple * multiple
+        return InvalidRequestError(given, values[given], allowed, max(nearest, multiple))
 
 
 class ResolvedRequest(GenerationRequest):
@@ -334,10 +320,6 @@ def parse_resolution(text: str) -> tuple[int, int]:
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
     """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
-
-
-def _rounded(side: float, multiple: int) -> int:
-    return max(1, round(side / multiple)) * multiple
 
 
 def _generated_side(name: str, side: int, spec: ModelSpec) -> int:

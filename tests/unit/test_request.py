@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
-from wanduet.request import GenerationRequest, ResolvedRequest, SourceVideo, frames_for_seconds, parse_resolution
+from wanduet.request import GenerationRequest, ResolvedRequest, frames_for_seconds, parse_resolution
+from wanduet.source_video import SourceVideo
 
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
 CLIP = SourceVideo("ab" * 32, 1080, 1920, 10.0)
@@ -38,6 +39,21 @@ def test_any_values_give_a_request_or_an_error_that_names_a_field(values: dict) 
     assert (request.num_frames - 1) % 4 == 0
     assert request.generated_height % 16 == request.generated_width % 16 == 0
     assert 0 <= request.generated_height - request.height < 16
+
+
+def test_a_side_that_follows_from_the_input_video_is_refused_by_what_it_follows_from() -> None:
+    clip = SourceVideo("ab" * 32, 1920, 1080, 10.0)  # a portrait
+    with pytest.raises(InvalidRequestError, match=r"height would be 21\d+ in the input video's proportions") as caught:
+        GenerationRequest.parse(prompt="x", input_video="0", width=12000).resolve(WAN_1_3B, clip)
+    assert caught.value.field == "width"
+    nearest = GenerationRequest.parse(prompt="x", input_video="0", width=caught.value.nearest).resolve(WAN_1_3B, clip)
+    assert 16300 < nearest.height <= 16384
+    with pytest.raises(InvalidRequestError, match="width would be") as caught:
+        GenerationRequest.parse(prompt="x", input_video="0").resolve(WAN_1_3B, SourceVideo("ab" * 32, 1, 10000, 10.0))
+    assert caught.value.field == "input_video"
+    both = {"width": 29142}  # too large, and so is the height that follows
+    with pytest.raises(InvalidRequestError, match="width=29142") as caught:
+        GenerationRequest.parse(prompt="x", input_video="0", **both).resolve(WAN_1_3B, CLIP)
 
 
 def test_defaults_are_the_models() -> None:

@@ -27,7 +27,8 @@ from wanduet.family.spec import ModelSpec
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.read import open_container, packets
 from wanduet.media.truncation import promised_bytes
-from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest, SourceVideo
+from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
+from wanduet.source_video import SourceVideo
 from wanduet.untrusted import cut, describe_file, open_regular
 
 MAX_SIDE = 8192  # of a square frame; the longer side of others may be longer

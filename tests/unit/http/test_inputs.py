@@ -18,7 +18,7 @@ from wanduet.errors import InvalidRequestError
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
-from wanduet.request import SourceVideo
+from wanduet.source_video import SourceVideo
 
 CLIP = b"\x00\x01\r\n--b" * 4000  # has what looks like a form's boundary
 HASH = hashlib.sha256(CLIP).hexdigest()

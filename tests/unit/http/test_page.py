@@ -26,7 +26,7 @@ from wanduet.doors.page.routes import PageGate
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
-from wanduet.request import SourceVideo
+from wanduet.source_video import SourceVideo
 
 STATES = [
     JOB,

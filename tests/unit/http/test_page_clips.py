@@ -20,7 +20,8 @@ from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.clips import Clip, Offer, offer_of
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.media.input_video import read_source
-from wanduet.request import ResolvedRequest, SourceVideo
+from wanduet.request import ResolvedRequest
+from wanduet.source_video import SourceVideo
 
 SOURCE = SourceVideo("ab" * 32, 720, 960, 2.5)
 CLIP = Clip("fox.mp4", SOURCE)

@@ -24,7 +24,8 @@ from wanduet.doors.http.schemas import FILES, to_request
 from wanduet.doors.http.uploads import SourceReader
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.keeper import AttemptSettings
-from wanduet.request import INPUT_HASH, GenerationRequest, SourceVideo
+from wanduet.request import INPUT_HASH, GenerationRequest
+from wanduet.source_video import SourceVideo
 
 log = structlog.get_logger(__name__)
 

@@ -19,12 +19,12 @@ from wanduet.request import (
     MAX_PROMPT,
     REQUEST_FIELDS,
     GenerationRequest,
-    SourceVideo,
     check_prompt_length,
     frames_for_seconds,
     parse_resolution,
 )
 from wanduet.request_fields import RequestField
+from wanduet.source_video import SourceVideo
 
 MAX_SECONDS = 3600.0
 

@@ -19,7 +19,7 @@ from wanduet.doors.http.errors import unavailable
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.jobs.child import child_environment, module_command
 from wanduet.media.files import UnreadableFileError
-from wanduet.request import SourceVideo
+from wanduet.source_video import SourceVideo
 
 TIMEOUT_SECONDS = {"about": 15.0, "source": 60.0}
 MAX_MEMORY_BYTES = 2 * 2**30  # of address space; libraries reserve more than they use

@@ -17,7 +17,8 @@ from wanduet.doors.page.clips import SAME_INPUT, Clip
 from wanduet.doors.page.forms import FILE_FIELDS, SIZE, Form, Presets, clips_of, default_form, fields_of, form_of
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
-from wanduet.request import INPUT_HASH, GenerationRequest, SourceVideo
+from wanduet.request import INPUT_HASH, GenerationRequest
+from wanduet.source_video import SourceVideo
 
 if TYPE_CHECKING:
     from wanduet.planning.hardware import Hardware

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanduet.doors.http.public import NAME_LIMIT, public_text
-from wanduet.request import SourceVideo
+from wanduet.source_video import SourceVideo
 
 SAME_INPUT = "the same input video"
 _LONGEST_SIDE = 2**15  # pixels
