@@ -411,6 +411,7 @@ def deny_peer_access(folder: Path) -> None:
 
 
 def main() -> None:
+    global DEVICES
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2 if TINY else 8)
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES))
@@ -418,7 +419,6 @@ def main() -> None:
     parser.add_argument("--without-peer-access", action="store_true", help="as where a driver denies it")
     parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
     options = parser.parse_args()
-    global DEVICES
     DEVICES = options.devices
     if not TINY and torch.cuda.device_count() < len(DEVICES):
         print(f"# nothing is measured: this machine has {torch.cuda.device_count()} GPUs (TINY=1 tries it on the CPU)")
