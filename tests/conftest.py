@@ -46,6 +46,7 @@ def _only_what_a_file_makes_is_looked_through() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)  # there are tests to run without pytest-xdist, on a machine with a GPU
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What module fixtures hold is built once: servers, models, a cluster.
 

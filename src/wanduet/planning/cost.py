@@ -32,8 +32,9 @@ HOPPER_DECODE_SHARE, DECODE_SHARE = 0.31, 0.2
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent pixel. Measured: 275 for 21 latent frames of 60x104 (480x832).
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
-# Operations to encode a video, as a share of those to decode it: counted, with Wan2.1's VAE.
-ENCODE_SHARE = 0.6
+# Time to encode a video, as a share of that to decode it. On a CPU as many operations are counted, with Wan2.1's VAE. A GPU
+# encodes with plain kernels: measured on an H200 at 480p, reading the file included (benchmarks/results/variants.json).
+ENCODE_SHARE_CPU, ENCODE_SHARE_GPU = 0.6, 1.2
 # Share of the decode's time that each further row tile adds: 3 to 7 % at 480p, 1.5 to 3 at 720p, 1 to 2 at 1080p
 # (benchmarks/results/whole_job_*.json, H100).
 CUT_SHARE = 0.03
@@ -138,7 +139,8 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
 def video_encode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
     """Predict the seconds to encode the input video, once for all videos of a job, on one device."""
     size = (request.generated_height, request.generated_width, request.num_frames)
-    return ENCODE_SHARE * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
+    share = ENCODE_SHARE_CPU if vae.is_cpu else ENCODE_SHARE_GPU
+    return share * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def cut_seconds(request: ResolvedRequest, decode: float, mode: Tiling) -> float:
