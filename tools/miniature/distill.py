@@ -193,7 +193,13 @@ def distill(folder: Path, out: Path, device: str, minutes: float, options: argpa
     """Train for `minutes` of wall time in all, the compilation included; write transformer/ and training.json."""
     began = time.perf_counter()
     work = Distillation(folder, device, options.batch, options.pool, options.eager)
-    for _ in range(FIRST if device == "cuda" else 1):
+    try:
+        work.refresh(own=0.0)
+    except Exception:  # a machine without a C compiler, for example
+        traceback.print_exc()
+        work.block = run_block
+        _log(began, "the block is not compiled")
+    for _ in range(FIRST - 1 if device == "cuda" else 1):
         work.refresh(own=0.0)
     _log(began, f"{work.made} paths; errors of the teacher without guidance {work.errors()}")
     trainer = Trainer(
@@ -272,9 +278,10 @@ def compare(parts: Parts, fast: Parts, began: float) -> None:
 def install(source: Path, target: Path = files.FAST_FOLDER) -> None:
     """Copy a distilled transformer to the bundled `miniature-fast`, and write what belongs to it and its manifest."""
     files.write_fast_static(target)
-    for name in ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "training.json"):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+    shutil.copytree(source / "transformer", target / "transformer", dirs_exist_ok=True)
+    found = [source / name for name in ("training.json", "evaluation.json")]
+    training, evaluation = (json.loads(path.read_text()) if path.exists() else {} for path in found)
+    files.write_json(target / "training.json", training | {"evaluation": evaluation})
     write_manifest(target)
 
 
