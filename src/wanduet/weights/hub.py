@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -165,13 +165,23 @@ def verify_manifest(
 ) -> int:
     """Verify a folder against its published hashes; return the number of files hashed in this call.
 
-    `parts`: the subfolders to verify; empty for the whole model. `progress` is called during hashing. Raises
-    WeightsError.
+    `parts`: the subfolders to verify; empty for the whole model, with the parts that it shares with another. `progress`
+    is called during hashing. Raises WeightsError.
     """
-    hashes = published_hashes(folder.path)
-    wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}
+    wanted = {
+        folder.path: _hashes_of(folder.path, [part for part in parts if part not in folder.parts] if parts else None)
+    }
+    for part, path in folder.parts.items():
+        if not parts or part in parts:
+            wanted.setdefault(path.parent, {}).update(_hashes_of(path.parent, [path.name]))
     with folder.checking:
-        return verify(folder.path, wanted, Notes(remember, folder.checked), progress)
+        return sum(verify(path, hashes, Notes(remember, folder.checked), progress) for path, hashes in wanted.items())
+
+
+def _hashes_of(folder: Path, parts: Collection[str] | None) -> dict[str, str]:
+    """Return the published hashes of the files in some subfolders; None for all files."""
+    hashes = published_hashes(folder)
+    return {name: value for name, value in hashes.items() if parts is None or name.split("/")[0] in parts}
 
 
 def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
