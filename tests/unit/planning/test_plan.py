@@ -204,7 +204,7 @@ def test_an_input_video_is_planned_for(memory) -> None:
     assert found.prediction.host_bytes > without.prediction.host_bytes
     before, after = without.as_dict()["predicted_seconds"], found.as_dict()["predicted_seconds"]
     assert after["denoise"] == pytest.approx(before["denoise"] / 2, rel=1e-3)
-    assert 0 < after["encode"] < after["decode"]
+    assert 0 < after["encode"] < 2 * after["decode"]
     assert after["total"] == pytest.approx(after["encode"] + after["denoise"] + after["decode"], abs=0.2)
     assert plan(memory, "1x24GiB", strength=1.0).as_dict() == without.as_dict()  # its pictures are not used
     assert plan(memory, "2x24GiB", strength=0.0).prediction.seconds.denoise == 0
