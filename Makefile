@@ -11,6 +11,7 @@ install: $(VENV)/.dev
 
 demo: $(VENV)/.runtime
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature
+	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature-fast
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(PYTEST_FLAGS)

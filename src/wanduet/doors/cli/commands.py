@@ -38,7 +38,7 @@ from wanduet.runtime.models import Models
 from wanduet.schedule import joined
 from wanduet.untrusted import printable
 from wanduet.weights.hub import open_model
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
 APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
@@ -216,7 +216,7 @@ def settings(request: ResolvedRequest) -> dict[str, Any]:
 def announce(job: Job, config: EngineConfig) -> None:
     """Print what is about to be made, on stderr."""
     r = job.request
-    if config.model == MINIATURE and not is_in_world(r.prompt):
+    if config.model in BUNDLED and not is_in_world(r.prompt):
         job.warnings.append(
             "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
             "goes beyond its world. Try: a red circle moving left on a black background."
