@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanduet.kernels.attention.cross import LOG2_E, weigh
 from wanduet.kernels.attention.sparse import KeyLists
-from wanduet.kernels.device import WGMMA_SHARED_MEMORY, on_device_of, shared_memory
+from wanduet.kernels.device import on_device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,16 @@ class ListTile:
     queries: int = 128
     keys: int = 64
     warps: int = 8
-    stages: int = 2
+    stages: int = 3
 
 
-def tile_for(itemsize: int, limit: int) -> ListTile:
-    """Return the tile for values of `itemsize` bytes. `limit`: bytes of shared memory of a program.
+def tile_for(itemsize: int) -> ListTile:
+    """Return the tile for values of `itemsize` bytes.
 
-    With heads of 128 channels, the default takes 96 KiB and keeps its values in registers, as compiled for 8.0 to 12.0
-    (tests/compiled).
+    With heads of 128 channels, the default takes 96 KiB of shared memory and keeps its values in registers, as compiled
+    for 8.0 to 12.0 (tests/compiled).
     """
-    if itemsize == 4:
-        return ListTile(64, 32, 4, 2)
-    return ListTile(stages=3) if limit >= WGMMA_SHARED_MEMORY else ListTile()
+    return ListTile(64, 32, 4, 2) if itemsize == 4 else ListTile()
 
 
 @triton.jit(do_not_specialize=["length", "num_keys", "entries"])  # type: ignore[untyped-decorator]
@@ -115,7 +113,7 @@ def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Ten
     batch, length, heads, head_dim = q.shape
     if any(x.stride(-1) != 1 for x in (q, k, v)) or not (lists.index.is_contiguous() and lists.count.is_contiguous()):
         raise ValueError("Sparse attention needs a head's channels, and the entries of a list, side by side in memory.")
-    tile = tile_for(q.itemsize, shared_memory(q.device))
+    tile = tile_for(q.itemsize)
     queries, keys = (
         max(16, min(most, triton.next_power_of_2(size)))
         for most, size in ((tile.queries, lists.query_size), (tile.keys, lists.key_size))
