@@ -15,27 +15,23 @@ import math
 import torch
 from torch import Tensor
 
+from wanduet.family.sparsity import kept_blocks
 from wanduet.kernels.attention.sparse import BLOCK, KeyLists, runs_triton
 
 
-def pooled_lists(q: Tensor, k: Tensor, share: float, first_query: int = 0) -> KeyLists:
-    """Return lists of the share (0..1) of key blocks with the highest scores, at least one; `BLOCK` tokens a block.
+def pooled_lists(q: Tensor, k: Tensor, share: float, block: int = BLOCK, first_query: int = 0) -> KeyLists:
+    """Return lists of the share (0..1) of key blocks with the highest scores, at least one; `block` tokens a block.
 
     `q` `[B, L, H, D]` are the queries from token `first_query` on, `k` `[B, S, H, D]` the keys of all tokens. The key
     blocks of a block's own tokens are always kept.
     """
-    scores = block_scores(pool_blocks(q, BLOCK), pool_blocks(k, BLOCK))
-    own = [first_query // BLOCK, *([first_query // BLOCK + 1] if first_query % BLOCK else [])]
+    scores = block_scores(pool_blocks(q, block), pool_blocks(k, block))
+    own = [first_query // block, *([first_query // block + 1] if first_query % block else [])]
     for offset in own:
         if offset < scores.shape[-1]:
             scores.diagonal(offset, -2, -1).fill_(torch.inf)
     kept = max(kept_blocks(share, scores.shape[-1]), min(len(own), scores.shape[-1]))
-    return KeyLists(*highest_blocks(scores, kept))
-
-
-def kept_blocks(share: float, blocks: int) -> int:
-    """Return how many of `blocks` key blocks are kept, at least one."""
-    return min(blocks, max(1, math.ceil(round(share * blocks, 6))))
+    return KeyLists(*highest_blocks(scores, kept), block, block)
 
 
 def pool_blocks(x: Tensor, size: int, starts: Tensor | None = None) -> Tensor:

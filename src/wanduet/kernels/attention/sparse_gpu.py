@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.kernels.attention.cross import LOG2_E, weigh
-from wanduet.kernels.attention.sparse import KeyLists
 from wanduet.kernels.device import on_device_of
 
 
@@ -108,8 +107,8 @@ def _listed_kernel(
     tl.store(lse_ptr + row, (highest + tl.log2(total)) / LOG2_E, row < stop)
 
 
-def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
-    """See `sparse.sparse_attention_with_lse`. Raises ValueError for a layout that it cannot read."""
+def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists) -> tuple[Tensor, Tensor]:
+    """See `sparse.sparse_attention_with_lse`; `lists` are `sparse.KeyLists`. Raises ValueError for a layout that it cannot read."""
     batch, length, heads, head_dim = q.shape
     if any(x.stride(-1) != 1 for x in (q, k, v)) or not (lists.index.is_contiguous() and lists.count.is_contiguous()):
         raise ValueError("Sparse attention needs a head's channels, and the entries of a list, side by side in memory.")
