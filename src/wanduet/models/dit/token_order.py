@@ -68,7 +68,7 @@ def _strands(grid: tuple[int, int, int], axis: int, cell: tuple[int, ...]) -> Te
     evenly."""
     token = torch.arange(math.prod(grid)).view(grid).movedim(axis, 0)
     rows, columns = (_cuts(size, side) for size, side in zip(token.shape[1:], cell, strict=True))
-    strands = []
+    strands: list[Tensor] = []
     for row, (top, bottom) in enumerate(rows):
         for left, right in columns if row % 2 == 0 else reversed(columns):
             strand = token[:, top:bottom, left:right]
