@@ -23,8 +23,8 @@ def _pool_kernel(
     x_ptr, starts_ptr, out_ptr, x_batch, x_row, x_head, length,
     D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, STARTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of one block of tokens of one head."""
-    block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Write the mean of one block of tokens of one head. Programs that run together read the same tokens' heads."""
+    head, block, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if STARTS:
         start, stop = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
     else:
@@ -38,7 +38,7 @@ def _pool_kernel(
         at = batch * x_batch + head * x_head + token.to(tl.int64)[:, None] * x_row + channel[None, :]
         total += tl.load(x_ptr + at, (token < stop)[:, None] & is_channel[None, :], 0.0).to(tl.float32)
     mean = tl.sum(total, 0) / (stop - start).to(tl.float32)
-    out_ptr += ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + block) * D
+    out_ptr += ((batch * tl.num_programs(0) + head) * tl.num_programs(1) + block) * D
     tl.store(out_ptr + channel, mean, is_channel)
 
 
@@ -48,7 +48,7 @@ def pool_blocks(x: Tensor, size: int, starts: Tensor | None) -> Tensor:
     blocks = triton.cdiv(length, size) if starts is None else starts.shape[0] - 1
     out = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
     with on_device_of(x):
-        _pool_kernel[(blocks, heads, batch)](
+        _pool_kernel[(heads, blocks, batch)](
             x, x if starts is None else starts, out, *x.stride()[:3], length,
             D=head_dim, BLOCK=triton.next_power_of_2(head_dim), SIZE=size, STARTS=starts is not None, TOKENS=TOKENS,
             num_warps=4,
