@@ -61,8 +61,8 @@ def compile_for(capability: int, lists: bool, tiles: bool) -> list[Any]:
             cut = KeyLists(ints(1, 12, 624), ints(1, 12, 624, 125), 64, 64, ints(625), ints(625))
             sparse_gpu.attend_listed(q, k, v, cut)
         if lists:
-            means = key_lists_gpu.pool_blocks(q, 128, None)
-            key_lists_gpu.highest_blocks(key_lists_gpu.block_scores(means, means), 128)
+            moments = key_lists_gpu.block_moments(q, 128, (1.0, 1.0, True))
+            key_lists_gpu.highest_blocks(key_lists_gpu.block_scores(moments, moments), 128)
     return [asdict(row) | {"fits": row.fits} for row in recorder.rows]
 
 

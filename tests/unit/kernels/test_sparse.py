@@ -126,6 +126,22 @@ def test_pooled_blocks_are_means_of_their_tokens(key_lists_gpu, starts: list[int
     torch.testing.assert_close(key_lists_gpu.pool_blocks(x, 64, given), expected)
 
 
+def test_moments_of_blocks(key_lists_gpu) -> None:
+    x = torch.randn(2, 130, 6, 24)[:, :, ::2]
+    parts = [x[:, 0:64], x[:, 64:128], x[:, 128:130]]
+    mean = torch.stack([part.mean(1) for part in parts], dim=2)
+    square = torch.stack([part.square().mean(1) for part in parts], dim=2)
+    variance = torch.stack([part.var(1, correction=0) for part in parts], dim=2)
+    for moments, expected in (
+        (key_lists.Moments(0.5, 3.0), (mean * 0.5, square * 3.0)),
+        (key_lists.Moments(centred=True), (mean, variance)),
+    ):
+        whole = torch.cat(expected, dim=-1)
+        torch.testing.assert_close(key_lists.block_moments(x, 64, moments), whole, rtol=1e-4, atol=1e-5)
+        given = moments.mean, moments.square, moments.centred
+        torch.testing.assert_close(key_lists_gpu.block_moments(x, 64, given), whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("columns", "kept"), [(37, 9), (16, 16), (300, 1)])
 def test_highest_scores_are_kept_in_ascending_order(key_lists_gpu, columns: int, kept: int) -> None:
     torch.manual_seed(1)
@@ -162,6 +178,22 @@ def test_the_blocks_that_matter_are_listed() -> None:
     assert lists.index.shape == (1, 1, 7, 2)
     assert lists.index[0, 0, [0, 1, 5]].tolist() == [[0, 4], [1, 6], [0, 5]]
     assert all(m in row for m, row in enumerate(lists.index[0, 0].tolist()))
+
+
+def test_more_of_the_attention_is_read_than_by_means_alone() -> None:
+    """Blocks of unlike keys, one of which may match, and a last block of few keys."""
+    torch.manual_seed(4)
+    q, k, v = torch.randn(3, 1, 16 * 12 + 3, 2, 16)
+    k *= torch.linspace(0.1, 2.5, 13).repeat_interleave(16)[: k.shape[1], None, None]
+    dense = sparse.sparse_attention_with_lse(q, k, v, key_lists.pooled_lists(q, k, 1.0, 16))[1]
+    scores = key_lists.block_scores(key_lists.pool_blocks(q, 16), key_lists.pool_blocks(k, 16))
+    scores.diagonal(0, -2, -1).fill_(torch.inf)
+    by_means = KeyLists(*key_lists.highest_blocks(scores, 4), 16, 16)
+    read = [
+        float((sparse.sparse_attention_with_lse(q, k, v, lists)[1] - dense).exp().mean())
+        for lists in (key_lists.pooled_lists(q, k, 0.3, 16), by_means)
+    ]
+    assert read[0] > read[1] + 0.1
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

@@ -20,10 +20,12 @@ SIDE, DEPTH = 32, 32  # of a tile of `block_scores`, and its channels at a time
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _pool_kernel(
-    x_ptr, starts_ptr, out_ptr, x_batch, x_row, x_head, length,
+    x_ptr, starts_ptr, out_ptr, x_batch, x_row, x_head, length, mean_factor, square_factor,
     D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, STARTS: tl.constexpr, TOKENS: tl.constexpr,
+    SQUARES: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of one block of tokens of one head. Programs that run together read the same tokens' heads."""
+    """Write the mean of one block of tokens of one head and, with `SQUARES`, the second moment behind it. Programs that run
+    together read the same tokens' heads."""
     head, block, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if STARTS:
         start, stop = tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)
@@ -33,25 +35,46 @@ def _pool_kernel(
     channel = tl.arange(0, BLOCK)
     is_channel = channel < D
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    squares = tl.zeros((TOKENS, BLOCK), tl.float32)
     for first in tl.static_range(0, SIZE, TOKENS):
         token = start + first + tl.arange(0, TOKENS)
         at = batch * x_batch + head * x_head + token.to(tl.int64)[:, None] * x_row + channel[None, :]
-        total += tl.load(x_ptr + at, (token < stop)[:, None] & is_channel[None, :], 0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / (stop - start).to(tl.float32)
-    out_ptr += ((batch * tl.num_programs(0) + head) * tl.num_programs(1) + block) * D
-    tl.store(out_ptr + channel, mean, is_channel)
+        x = tl.load(x_ptr + at, (token < stop)[:, None] & is_channel[None, :], 0.0).to(tl.float32)
+        total += x
+        if SQUARES:
+            squares += x * x
+    count = (stop - start).to(tl.float32)
+    mean = tl.sum(total, 0) / count
+    out_ptr += ((batch * tl.num_programs(0) + head) * tl.num_programs(1) + block) * (2 * D if SQUARES else D)
+    tl.store(out_ptr + channel, mean * mean_factor, is_channel)
+    if SQUARES:
+        square = tl.sum(squares, 0) / count
+        if CENTRED:
+            square -= mean * mean
+        tl.store(out_ptr + D + channel, square * square_factor, is_channel)
 
 
 def pool_blocks(x: Tensor, size: int, starts: Tensor | None) -> Tensor:
     """See `key_lists.pool_blocks`; the channels of a head must be contiguous."""
+    return _pool(x, size, starts, None)
+
+
+def block_moments(x: Tensor, size: int, moments: tuple[float, float, bool]) -> Tensor:
+    """See `key_lists.block_moments`; the channels of a head must be contiguous."""
+    return _pool(x, size, None, moments)
+
+
+def _pool(x: Tensor, size: int, starts: Tensor | None, moments: tuple[float, float, bool] | None) -> Tensor:
     batch, length, heads, head_dim = x.shape
     blocks = triton.cdiv(length, size) if starts is None else starts.shape[0] - 1
-    out = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
+    mean, square, centred = moments or (1.0, 1.0, False)
+    width = head_dim if moments is None else 2 * head_dim
+    out = x.new_empty((batch, heads, blocks, width), dtype=torch.float32)
     with on_device_of(x):
         _pool_kernel[(heads, blocks, batch)](
-            x, x if starts is None else starts, out, *x.stride()[:3], length,
+            x, x if starts is None else starts, out, *x.stride()[:3], length, mean, square,
             D=head_dim, BLOCK=triton.next_power_of_2(head_dim), SIZE=size, STARTS=starts is not None, TOKENS=TOKENS,
-            num_warps=4,
+            SQUARES=moments is not None, CENTRED=centred, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -58,7 +58,7 @@ def sparse_bytes(shape: Shape, share: float, block: int, is_cpu: bool) -> int:
     included."""
     tokens, heads, head_dim = shape.keys, shape.heads, shape.head_dim
     blocks = -(-tokens // block)
-    lists = heads * blocks * (8 * head_dim + 4 * blocks + 4 * kept_blocks(share, blocks) + 4)
+    lists = heads * blocks * (16 * head_dim + 4 * blocks + 4 * kept_blocks(share, blocks) + 4)
     order = 16 * tokens
     if not is_cpu:
         return lists + order
