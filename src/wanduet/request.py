@@ -121,7 +121,7 @@ class GenerationRequest(BaseModel):
         le=1.0,
         description="The share of the steps that are guided: after it, guidance is off, and a step takes half the time.",
     )
-    sparse: Annotated[Real, Shown(row=7, off=ALL, span=(0, 1), step=0.05)] = Field(
+    sparse: Annotated[Real, Shown(row=7, off=ALL, span=(0.05, 1), step=0.05)] = Field(
         default=ALL,
         gt=0.0,
         le=1.0,
