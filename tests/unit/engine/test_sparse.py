@@ -77,7 +77,7 @@ def test_steps_after_the_first_quarter_are_sparse_in_all_blocks_but_the_first(
         seen.append(given[3])
         return plain_listed(*given)
 
-    monkeypatch.setattr(sparse_steps, "plain_listed", spy)
+    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", spy))
     sparse_steps.choose_listed.cache_clear()
     job = run(engine, tmp_path / "a.mkv", **SPARSE)
     sparse_steps.choose_listed.cache_clear()

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from wanduet.errors import ConfigError
 from wanduet.kernels.attention import key_lists, sparse
 from wanduet.kernels.attention.backends import plain_with_lse
 from wanduet.kernels.attention.sparse import KeyLists, plain_listed
+from wanduet.kernels.attention.sparse_steps import ListedBackend, choose_listed
 
 
 def ints(*values: int) -> Tensor:
@@ -211,3 +213,24 @@ def test_all_blocks_are_the_dense_attention() -> None:
     torch.testing.assert_close(
         sparse.sparse_attention_with_lse(q, k, v, key_lists.pooled_lists(q, k, 1.0)), plain_with_lse(q, k, v)
     )
+
+
+def test_a_kernel_that_fails_or_is_wrong_is_not_used(caplog) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("no such card")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
+        return plain_with_lse(q, k, v)
+
+    def reads_behind_the_end(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % lists.key_size)) for x in (k, v))
+        return plain_listed(q, k, v, lists)
+
+    wrong = tuple(ListedBackend(one.__name__, one) for one in (fails, dense, reads_behind_the_end))
+    where = torch.device("cpu"), torch.float32, 16, 16
+    right = ListedBackend("right", plain_listed)
+    assert choose_listed(*where, (*wrong, right)) is right
+    assert [record.args[0] for record in caplog.records] == [one.name for one in wrong]
+    with pytest.raises(ConfigError, match="wrong result"):
+        choose_listed(*where, wrong)
+    assert choose_listed(*where).name == "plain"

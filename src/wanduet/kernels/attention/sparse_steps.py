@@ -1,5 +1,6 @@
 """Self-attention that is sparse from a step on, and the kernel that it uses on a device."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from wanduet.kernels.attention.backends import AttentionFn, available_backends
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import EXACT_TOLERANCE, Shape
 from wanduet.kernels.attention.key_lists import highest_blocks, pooled_lists
-from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, plain_listed, runs_triton
+from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, plain_listed
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.verdicts import reason_of
 
@@ -29,6 +30,9 @@ class ListedBackend:
 
     name: str
     attend: ListedFn
+
+
+PLAIN = ListedBackend("plain", plain_listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,38 +71,44 @@ def sparse_bytes(shape: Shape, share: float, block: int, is_cpu: bool) -> int:
 
 
 @lru_cache
-def choose_listed(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> ListedBackend:
+def choose_listed(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: int,
+    backends: tuple[ListedBackend, ...] | None = None,
+) -> ListedBackend:
     """Return the fastest kernel of sparse attention that works on `device`: flash-attn-4's on Hopper, Triton's on other
-    GPUs, the plain form on the CPU.
+    GPUs, the plain form on the CPU. `backends`: try these instead, in order.
 
-    Each is first compared with the definition on a short sequence. Raises ConfigError if none works on a GPU.
+    On a GPU, each is first compared with the definition on a short sequence. Raises ConfigError if none works.
     """
-    if device.type != "cuda":
-        return ListedBackend("plain", plain_listed)
+    if backends is None and device.type != "cuda":
+        return PLAIN
     problem = "Triton is not installed"
-    for name, attend in _on_gpu(device, block):
+    for backend in _on_gpu(device, block) if backends is None else backends:
         try:
-            problem = _problem(attend, device, dtype, head_dim, block)
+            problem = _problem(backend.attend, device, dtype, head_dim, block)
         except Exception as failure:  # a kernel's library can raise any exception
-            log.info("Sparse attention by %s failed.", name, exc_info=failure)
+            log.info("Sparse attention by %s failed.", backend.name, exc_info=failure)
             problem = reason_of(failure)
         if not problem:
-            return ListedBackend(name, attend)
-        log.warning("Sparse attention by %s is not used: %s.", name, problem)
+            return backend
+        log.warning("Sparse attention by %s is not used: %s.", backend.name, problem)
     raise ConfigError(f"Sparse attention does not work on {device}: {problem}.", hint="Leave --sparse out.")
 
 
-def _on_gpu(device: torch.device, block: int) -> list[tuple[str, ListedFn]]:
+def _on_gpu(device: torch.device, block: int) -> tuple[ListedBackend, ...]:
     """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys."""
-    found: list[tuple[str, ListedFn]] = []
+    found: list[ListedBackend] = []
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     if is_hopper and block % flash4.QUERIES == 0 and "flash-attn-4" in available_backends(device):
-        found.append(("flash-attn-4", flash4.attend_listed))
-    if runs_triton(torch.empty(0, device=device)):
+        found.append(ListedBackend("flash-attn-4", flash4.attend_listed))
+    if importlib.util.find_spec("triton") is not None:
         from wanduet.kernels.attention import sparse_gpu
 
-        found.append(("triton", sparse_gpu.attend_listed))
-    return found
+        found.append(ListedBackend("triton", sparse_gpu.attend_listed))
+    return tuple(found)
 
 
 @torch.no_grad()
