@@ -60,7 +60,12 @@ def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Ten
     sizes_fit = lists.query_size % QUERIES == 0 and lists.key_size % KEYS == 0 and lists.key_size <= MOST_KEYS
     if any(x is not None for x in starts) or not sizes_fit:
         raise ValueError(f"blocks of {lists.query_size} queries and {lists.key_size} keys are not supported")
-    blocks = BlockSparseTensorsTorch(lists.count, lists.index, block_size=(lists.query_size, lists.key_size))
+    none = torch.zeros_like(
+        lists.count
+    )  # the kernel also reads lists of blocks that no query masks: here they are empty
+    blocks = BlockSparseTensorsTorch(
+        lists.count, lists.index, none, lists.index, block_size=(lists.query_size, lists.key_size)
+    )
     with torch.cuda.device(q.device):
         out, lse = flash_attn_func(q, k, v, block_sparse_tensors=blocks, return_lse=True)
     return out, lse
