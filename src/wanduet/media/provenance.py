@@ -157,6 +157,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("sampler", "{}"),
         ("step_cache", "step cache {}"),
         ("guidance_gate", "guidance up to {} of the steps"),
+        ("sparse", "{:g} of the keys"),
         ("strength", "strength {:g} over an input video"),
     ):
         if name in request:

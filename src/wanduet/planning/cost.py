@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanduet.accelerate.skipped_steps import Forwards
+from wanduet.family.sparsity import first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
@@ -87,13 +88,24 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     """Return the floating-point operations of all denoising steps of all videos of a job on one device, predicted if
-    steps are skipped (`accelerate.skipped_steps`).
+    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse.
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
     forwards = Forwards.of(request, spec)
     plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
-    return request.num_videos_per_prompt * (forwards.guided_steps * guided + forwards.plain_steps * plain)
+    flop = forwards.guided_steps * guided + forwards.plain_steps * plain
+    return request.num_videos_per_prompt * (flop - forwards.count * sparse_flop(request, spec))
+
+
+def sparse_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
+    """Return the floating-point operations that sparse attention leaves out of a forward, on average over all steps. The
+    first block's attention is not sparse."""
+    t, steps = spec.transformer, request.num_denoising_steps
+    tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
+    left_out = 1 - kept_share(request.sparse, tokens)
+    sparse_steps = request.first_step + steps - first_sparse_step(request.first_step, steps)
+    return 4.0 * (t.num_layers - 1) * tokens * tokens * t.dim * left_out * sparse_steps / max(1, steps)
 
 
 def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> float:

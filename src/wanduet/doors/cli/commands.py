@@ -23,6 +23,7 @@ from wanduet.errors import (
     WanduetError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
+from wanduet.family.sparsity import ALL, first_sparse_step
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
@@ -236,6 +237,9 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps += f" with step cache {r.step_cache}"
     if r.guidance_gate < 1:
         steps += f", of which {r.num_guided_steps} guided"
+    if r.sparse < ALL:
+        first = first_sparse_step(r.first_step, r.num_denoising_steps)
+        steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 
