@@ -41,7 +41,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
+APPROXIMATED = ("forwards", "skipped_steps", "price")  # of a video's metadata, see `engine.record`
 
 
 def run_generate(
