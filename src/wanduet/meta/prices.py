@@ -57,7 +57,9 @@ class Subject:
         schedule = ("flow_shift",) if request.timesteps is None else ("timesteps",)
         values = {name: getattr(request, name) for name in (*kept, *schedule) if name not in approximations}
         versions = tuple((name, _version(name)) for name in _PACKAGES)
-        return cls(about["hash"] or str(about["name"]), card, tuple(engine.items()), tuple(sorted(values.items())), versions)
+        return cls(
+            about["hash"] or str(about["name"]), card, tuple(engine.items()), tuple(sorted(values.items())), versions
+        )
 
     @property
     def key(self) -> str:
@@ -84,6 +86,11 @@ class Prices:
         `settings`: resolved fields, as `approximations_of` returns them.
         """
         return summarise(list(self.rows.get(settings_key(settings), {}).values()))
+
+    def costs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return all sets of approximations, fewer steps and controls that were measured, each with its price."""
+        priced = [(json.loads(key), self.of(json.loads(key))) for key in self.rows]
+        return [(settings, price) for settings, price in priced if price is not None]
 
 
 def approximations_of(request: ResolvedRequest) -> dict[str, Any]:
@@ -144,6 +151,24 @@ def price_of(folder: Path, subject: Subject, settings: Mapping[str, Any]) -> dic
     return None if prices is None else prices.of(settings)
 
 
+def in_words(price: Mapping[str, Any]) -> str:
+    """Return a price in one line, for people: medians, and the worst of the prompts in brackets."""
+    forms = {
+        "latents_error": ("latents differ by {:.1%}", "{:.1%}"),
+        "psnr": ("PSNR {:.1f} dB", "{:.1f}"),
+        "ssim": ("SSIM {:.3f}", "{:.3f}"),
+        "st_lpips": ("ST-LPIPS {:.4f}", "{:.4f}"),
+        "jod": ("JOD {:.2f}", "{:.2f}"),
+    }
+    measures = [
+        f"{form.format(found['median'])} (worst {short.format(found['worst'])})"
+        for name, (form, short) in forms.items()
+        if (found := price.get(name)) is not None
+    ]
+    prompts = f"over {price['prompts']} prompt{'s' * (price['prompts'] > 1)}"
+    return f"{price['forwards']:g} forwards, {price['seconds']:.3g} s; {', '.join(measures)}; {prompts}"
+
+
 def card_of(models: Iterable[str]) -> str:
     """Return the card of a subject, from the names of the devices that share the work."""
     names = sorted(models)
@@ -160,6 +185,8 @@ def _read(folder: Path) -> dict[str, Prices]:
 
 
 def _is_whole(one: Any) -> bool:
+    if not all(isinstance(json.loads(key), dict) for key in one["rows"]):
+        return False
     rows = [row for of_set in one["rows"].values() for row in of_set.values()]
     names = ("forwards", "seconds", *MEASURES)
     return isinstance(one["about"], dict) and all(

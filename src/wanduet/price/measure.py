@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -48,7 +47,9 @@ class Measurement:
         if not 1 <= count <= prompts.MOST:
             raise InvalidRequestError("prompts", count, f"1 to {prompts.MOST}", min(max(count, 1), prompts.MOST))
         if request.input_video is not None:
-            raise InvalidRequestError("input_video", request.input_video, "nothing: prices are of videos made from noise")
+            raise InvalidRequestError(
+                "input_video", request.input_video, "nothing: prices are of videos made from noise"
+            )
         self.config, self._engine = config, Engine(config)
         self.spec = self._engine.models.spec
         self.is_miniature = config.model == MINIATURE
@@ -109,11 +110,16 @@ class Measurement:
                 continue
             if weights is not None:
                 self._load(weights)
-            self._make(of_few_steps(self._exact(0)), "warm-up", lambda share: show("warming up", 0.0, total))
+            self._warm_up(show, total)
             for number in range(len(self._prompts)):
                 self._run_prompt(number, some, show, total)
         if not self.videos_left:
             shutil.rmtree(self._videos, ignore_errors=True)
+
+    def _warm_up(self, show: Show, total: float) -> None:
+        """Make a video that is not measured: with it, the models are loaded and kernels chosen."""
+        done = total - self.seconds_left
+        self._make(of_few_steps(self._exact(0)), "warm-up", lambda _: show("warming up", done, total))
 
     def _run_prompt(self, number: int, some: list[Measured], show: Show, total: float) -> None:
         left = [one for one in some if number in self._left(one)]
@@ -186,7 +192,9 @@ class Measurement:
         try:
             store_prices(self.folder, self.subject, self.prices)
         except OSError as error:
-            raise OutputError(f"What was measured cannot be kept in {self.folder}: {error.strerror or error}.") from error
+            raise OutputError(
+                f"What was measured cannot be kept in {self.folder}: {error.strerror or error}."
+            ) from error
 
     # What is measured.
 
@@ -196,7 +204,10 @@ class Measurement:
 
     def _by_key(self) -> dict[str, Measured]:
         """Return the different variants; a named speed may be an accelerator alone."""
-        return {one.key: one for one in reversed(self.measured)}
+        found: dict[str, Measured] = {}
+        for one in self.measured:
+            found.setdefault(one.key, one)
+        return found
 
     def _left(self, one: Measured) -> list[int]:
         rows: Mapping[str, Any] = self.prices.rows.get(one.key, {})
@@ -212,7 +223,8 @@ class Measurement:
     def _about(self) -> dict[str, Any]:
         subject = asdict(self.subject)
         about = {name: dict(subject[name]) for name in ("engine", "request", "versions")}
-        return about | {"name": self._engine.models.about["name"], "model": subject["model"], "card": subject["card"]}
+        named = {"name": self._engine.models.about["name"], "spec": self.spec.name}
+        return named | {"model": subject["model"], "card": subject["card"]} | about
 
     @property
     def has_random_weights(self) -> bool:

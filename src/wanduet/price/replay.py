@@ -61,9 +61,7 @@ class Replay:
 class _Follower:
     """One set of approximations along the exact trajectory."""
 
-    def __init__(
-        self, request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[Tensor], Tensor]) -> None:
         self._scale = request.guidance_scale if request.uses_guidance else None
         self._recorded = _Recorded()
         rule = make_rule(request, spec, embed_time)

@@ -31,10 +31,16 @@ def report(measurement: Measurement) -> dict[str, Any]:
     for kind in ("rungs", "accelerators", "fewer_steps"):
         named = "speed" if kind == "rungs" else "name"
         of_kind = _unique([one for one in measurement.measured if one.variant.kind == kind])
-        found[kind] = [{named: one.variant.name, "settings": dict(one.settings)} | _row(measurement, one) for one in of_kind]
+        found[kind] = [
+            {named: one.variant.name, "settings": dict(one.settings)} | _row(measurement, one) for one in of_kind
+        ]
     controls = [one for one in measurement.measured if one.variant.kind == "controls"]
     found["controls"] = {one.variant.name: _row(measurement, one) or None for one in controls}
-    found |= {"refused": measurement.refused, "notes": _notes(measurement, found["controls"]), "all_versions": versions()}
+    found |= {
+        "refused": measurement.refused,
+        "notes": _notes(measurement, found["controls"]),
+        "all_versions": versions(),
+    }
     return found
 
 

@@ -57,7 +57,9 @@ class STLPIPS:
             name = f"net.slice{index + 1}"
             if index and blur is not None:
                 x = self._halved(F.max_pool2d(x, 3, 1), f"{name}.{blur}")
-            x = F.conv2d(x, self._state[f"{name}.{number}.weight"], self._state[f"{name}.{number}.bias"], padding=padding)
+            x = F.conv2d(
+                x, self._state[f"{name}.{number}.weight"], self._state[f"{name}.{number}.bias"], padding=padding
+            )
             if not index:
                 x = self._halved(x, f"{name}.{blur}")
             x = x.relu()
