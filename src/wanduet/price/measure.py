@@ -227,6 +227,11 @@ class Measurement:
         return named | {"model": subject["model"], "card": subject["card"]} | about
 
     @property
+    def made_of(self) -> dict[str, Any]:
+        """The prompts, and the seed of the first; each further prompt has the next seed."""
+        return {"prompts": list(self._prompts), "seed": self.request.seed}
+
+    @property
     def has_random_weights(self) -> bool:
         """Whether the losses mean nothing."""
         return self.config.model in RANDOM_SPECS

@@ -27,7 +27,7 @@ NO_FLOOR = "bf16_floor is not measured: this plan has no other exact kernels."
 
 def report(measurement: Measurement) -> dict[str, Any]:
     """Return all rows: of each named speed, each accelerator alone, fewer steps, and the controls."""
-    found: dict[str, Any] = dict(measurement.prices.about)
+    found: dict[str, Any] = dict(measurement.prices.about) | measurement.made_of
     for kind in ("rungs", "accelerators", "fewer_steps"):
         named = "speed" if kind == "rungs" else "name"
         of_kind = _unique([one for one in measurement.measured if one.variant.kind == kind])

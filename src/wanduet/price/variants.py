@@ -83,13 +83,13 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
 def possible(
     variants: Sequence[Variant], exact: GenerationRequest, spec: ModelSpec
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Return the variants that the model can run, and for each other one, by name, the sentence that refuses it."""
+    """Return the variants that the model can run, and for each other one, by name, what is allowed instead."""
     found, refused = [], {}
     for variant in variants:
         try:
             resolved = variant.request(exact).resolve(spec)
         except InvalidRequestError as error:
-            refused[variant.name] = error.message
+            refused[variant.name] = error.allowed
             continue
         found.append(Measured(variant, variant.settings(resolved)))
     return found, refused

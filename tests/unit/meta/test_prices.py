@@ -71,7 +71,8 @@ def test_what_a_price_does_not_depend_on(stored: Path, other: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    "other", [{"height": 720}, {"num_frames": 49}, {"num_inference_steps": 30}, {"guidance_scale": 4.0}, {"sampler": "euler"}]
+    "other",
+    [{"height": 720}, {"num_frames": 49}, {"num_inference_steps": 30}, {"guidance_scale": 4.0}, {"sampler": "euler"}],
 )
 def test_what_a_price_depends_on(stored: Path, other: dict[str, Any]) -> None:
     assert find_prices(stored, subject(**other)) is None
@@ -93,7 +94,9 @@ def test_measurements_of_other_versions_are_not_shown(stored: Path) -> None:
     assert find_prices(stored, other) is not None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"about": 1, "rows": {"{}": {"0": {"seconds": "x"}}}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": 1}', '{"a": {"about": 1, "rows": {"{}": {"0": {"seconds": "x"}}}}}']
+)
 def test_a_damaged_file_says_nothing_and_is_replaced(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     assert find_prices(tmp_path, subject()) is None

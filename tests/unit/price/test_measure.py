@@ -160,7 +160,11 @@ def test_what_is_not_measured_has_no_price(config: EngineConfig, found: dict[str
 
 def test_two_at_once_would_slow_each_other_down(config: EngineConfig) -> None:
     other = TINY.model_copy(update={"num_inference_steps": 3})
-    with Measurement(config, TINY, 1), pytest.raises(ConfigError, match="Another `wanduet price`"), Measurement(config, other, 1):
+    with (
+        Measurement(config, TINY, 1),
+        pytest.raises(ConfigError, match="Another `wanduet price`"),
+        Measurement(config, other, 1),
+    ):
         pass
 
 

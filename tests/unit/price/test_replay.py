@@ -14,7 +14,9 @@ STEPS = 14
 
 
 def request(**fields: Any) -> ResolvedRequest:
-    return GenerationRequest(prompt="x", seed=1, num_inference_steps=STEPS, guidance_scale=3.0, **fields).resolve(WAN_1_3B)
+    return GenerationRequest(prompt="x", seed=1, num_inference_steps=STEPS, guidance_scale=3.0, **fields).resolve(
+        WAN_1_3B
+    )
 
 
 def test_the_gate_and_a_cache_along_an_exact_run() -> None:
@@ -22,7 +24,9 @@ def test_the_gate_and_a_cache_along_an_exact_run() -> None:
     change = torch.randn(STEPS, 3, 1, 2, 3, 4, 4, generator=generator).cumsum(0) / 20
     steps = torch.randn(3, 1, 2, 3, 4, 4, generator=generator) + change  # latents, and the velocities of both prompts
     replay = Replay(
-        {"gate": request(guidance_gate=0.5), "cache": request(step_cache="easycache:1.0")}, WAN_1_3B, lambda: lambda t: t
+        {"gate": request(guidance_gate=0.5), "cache": request(step_cache="easycache:1.0")},
+        WAN_1_3B,
+        lambda: lambda t: t,
     )
     for count in (5, STEPS):  # the run begins again after five steps, as it does after NaN
         for index, (latents, *velocities) in enumerate(steps[:count]):

@@ -21,9 +21,10 @@ def run_price(request: GenerationRequest, config: EngineConfig, prompts: int) ->
     """
     check_attention(config)
     with Measurement(config, request, prompts) as measurement:
-        refused = [f"{name}: {sentence}" for name, sentence in measurement.refused.items()]
-        for sentence in (*refused, *missing()):
-            print(f"Left out: {sentence}", file=sys.stderr)
+        for name, allowed in measurement.refused.items():
+            print(f"Left out: {name}; allowed is {allowed}.", file=sys.stderr)
+        for sentence in missing():
+            print(sentence, file=sys.stderr)
         _announce(measurement)
         console = Console(stderr=True)
         columns = (TextColumn("{task.description:<40}"), BarColumn(), TimeRemainingColumn())
@@ -39,10 +40,14 @@ def run_price(request: GenerationRequest, config: EngineConfig, prompts: int) ->
 
 def _announce(measurement: Measurement) -> None:
     videos, r = measurement.videos_left, measurement.request
-    size = f"{r.width}x{r.height}, {r.num_frames} frames, {r.num_inference_steps} steps"
+    numbers = {"frame": r.num_frames, "step": r.num_inference_steps}
+    size = ", ".join([f"{r.width}x{r.height}", *(f"{n} {name}{'s' * (n > 1)}" for name, n in numbers.items())])
     if not videos:
         print(f"{size}: all is measured.", file=sys.stderr)
         return
     seconds = format_seconds(measurement.seconds_left)
-    print(f"{size}: {videos} videos to make, about {seconds} once the model is loaded.", file=sys.stderr)
+    print(
+        f"{size}: {videos} video{'s' * (videos > 1)} to make, about {seconds} once the model is loaded.",
+        file=sys.stderr,
+    )
     print("Ctrl-C stops it; the same command goes on where it stopped.", file=sys.stderr)

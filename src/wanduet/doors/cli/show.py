@@ -97,16 +97,17 @@ def _show_batch(console: Console, batch: Mapping[str, Any]) -> None:
 
 
 def _show_prices(console: Console, prices: Mapping[str, Any]) -> None:
-    console.print(f"{prices['name']} on {prices['card']}: median of the prompts, and the worst")
-    table = _table("", "forwards", "seconds", "latents differ by", "PSNR, dB", "SSIM", "ST-LPIPS", "JOD")
-    forms = {"latents_error": "{:.1%}", "psnr": "{:.1f}", "ssim": "{:.3f}", "st_lpips": "{:.4f}", "jod": "{:.2f}"}
+    console.print(f"{prices['name']} on {prices['card']}: the median of the prompts, then the worst")
+    forms = {"latents_error": "{:.1%}", "psnr": "{:.1f}", "st_lpips": "{:.3f}", "jod": "{:.2f}"}
+    heads = ("", "forwards", "seconds", "latents off", "PSNR, dB", "ST-LPIPS", "JOD")
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None)
     rows = [(row.get("speed") or row["name"], row) for kind in KINDS for row in prices[kind]]
     for name, row in (*rows, *prices["controls"].items()):
         if not row or "seconds" not in row:
             continue
         found = [(form, row.get(measure)) for measure, form in forms.items()]
         cells = [
-            "" if one is None else f"{form.format(one['median'])} · {form.format(one['worst'])}" for form, one in found
+            "" if one is None else f"{form.format(one['median'])} {form.format(one['worst'])}" for form, one in found
         ]
         table.add_row(name, f"{row['forwards']:g}", f"{row['seconds']:.3g}", *cells)
     console.print(table)
