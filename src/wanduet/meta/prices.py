@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wanduet.folders import make_folder, replace_file
-from wanduet.request import REQUEST_FIELDS, ResolvedRequest
+from wanduet.request import REQUEST_FIELDS, GenerationRequest, ResolvedRequest
 
 FILE = "prices.json"
 # Fields with a value that switches them off, which name approximations instead of being one.
@@ -98,6 +98,13 @@ def approximations_of(request: ResolvedRequest) -> dict[str, Any]:
     fields = {name: field.shown.off for name, field in REQUEST_FIELDS.items() if field.shown.off is not None}
     values = {name: getattr(request, name) for name in fields if name not in _NAMES_OF_SETS}
     return {name: value for name, value in values.items() if value != fields[name]}
+
+
+def exact(request: GenerationRequest) -> GenerationRequest:
+    """Return a request without its approximations."""
+    approximate = {name for name, field in REQUEST_FIELDS.items() if field.shown.off is not None}
+    names = approximate.union(_NAMES_OF_SETS).intersection(GenerationRequest.model_fields)
+    return request.model_copy(update={name: GenerationRequest.model_fields[name].default for name in names})
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

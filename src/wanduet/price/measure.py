@@ -19,7 +19,7 @@ from wanduet.engine.record import subject_of
 from wanduet.errors import ConfigError, InvalidRequestError, OutputError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.media.files import UnreadableFileError, check_writable
-from wanduet.meta.prices import Prices, approximations_of, find_prices, store_prices
+from wanduet.meta.prices import Prices, approximations_of, exact, find_prices, store_prices
 from wanduet.planning.plan import require_fit
 from wanduet.price import prompts
 from wanduet.price.compare import Made, Measures
@@ -55,8 +55,7 @@ class Measurement:
         self.is_miniature = config.model == MINIATURE
         self._prompts = prompts.prompts_for(self.is_miniature, count)
         asked = approximations_of(request.resolve(self.spec))
-        off = {name: GenerationRequest.model_fields[name].default for name in asked}
-        self._base = request.model_copy(update=off | {"num_videos_per_prompt": 1})
+        self._base = exact(request).model_copy(update={"num_videos_per_prompt": 1})
         self.request = self._exact(0).resolve(self.spec)
         plan = self._engine.plan(self._exact(0))
         require_fit(plan, self.request)
@@ -131,11 +130,11 @@ class Measurement:
             done, seconds = total - self.seconds_left, self._seconds[one.key]
             return lambda share: show(f"{name}: {one.variant.name}", done + share * seconds, total)
 
-        exact = self._exact_video(number, progress(self._by_key()["{}"]))
+        reference = self._exact_video(number, progress(self._by_key()["{}"]))
         for one in left:
             if number in self._left(one):  # the exact one is not
                 made = self._variant(one, number, progress(one))
-                self._store(one.key, number, made, exact)
+                self._store(one.key, number, made, reference)
 
     def _exact_video(self, number: int, progress: Callable[[float], None]) -> Made:
         """Return the exact video of a prompt; make it, unless its latents were kept."""
@@ -149,14 +148,14 @@ class Measurement:
             if one.settings and set(one.settings) <= set(REPLAYED)
         }
         replay = Replay(replayed, self.spec, self._time_embedder)
-        exact = make(self._engine, request, path, progress, replay)
+        made = make(self._engine, request, path, progress, replay)
         errors = {name: {str(number): one} for name, one in replay.errors().items() if one}
         before = self.prices.velocity_errors
         self.prices = replace(
             self.prices, velocity_errors=dict(before) | {k: {**before.get(k, {}), **v} for k, v in errors.items()}
         )
-        self._store(key, number, exact, exact)
-        return exact
+        self._store(key, number, made, made)
+        return made
 
     def _variant(self, one: Measured, number: int, progress: Callable[[float], None]) -> Made | None:
         request, path = one.variant.request(self._exact(number)), self._videos / "variant"
@@ -181,11 +180,11 @@ class Measurement:
         assert loaded is not None, "called during a denoise"
         return time_embedder(loaded)
 
-    def _store(self, key: str, number: int, made: Made | None, exact: Made) -> None:
+    def _store(self, key: str, number: int, made: Made | None, reference: Made) -> None:
         row: dict[str, Any] = {}
         if made is not None:
             row = {"forwards": made.forwards, "seconds": made.seconds}
-            row |= self._measures(made, exact, self.request.fps)
+            row |= self._measures(made, reference, self.request.fps)
         rows = dict(self.prices.rows)
         rows[key] = {**rows.get(key, {}), str(number): row}
         self.prices = replace(self.prices, rows=rows)

@@ -15,6 +15,7 @@ from wanduet.meta.prices import (
     all_prices,
     approximations_of,
     card_of,
+    exact,
     find_prices,
     in_words,
     price_of,
@@ -83,6 +84,8 @@ def test_what_a_price_depends_on(stored: Path, other: dict[str, Any]) -> None:
 def test_only_approximations_have_a_price(stored: Path) -> None:
     assert approximations_of(request()) == {}
     assert approximations_of(request(step_cache="easycache", guidance_gate=0.5)) == CACHED | {"guidance_gate": 0.5}
+    asked = GenerationRequest(prompt="x", seed=1, num_frames=9, guidance_gate=0.5, **CACHED)
+    assert exact(asked) == GenerationRequest(prompt="x", seed=1, num_frames=9)
     assert price_of(stored, subject(), approximations_of(request())) is None
     assert price_of(stored, subject(), approximations_of(request(**CACHED))) is not None
 
