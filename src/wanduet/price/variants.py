@@ -76,7 +76,9 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     if asked:
         found.append(Variant("accelerators", "as asked", asked))
     fewer = sorted({max(1, round(share * steps)) for share in SHARES} - {steps}, reverse=True)
-    found += [Variant("fewer_steps", f"{count} step{'s' * (count > 1)}", {"num_inference_steps": count}) for count in fewer]
+    found += [
+        Variant("fewer_steps", f"{count} step{'s' * (count > 1)}", {"num_inference_steps": count}) for count in fewer
+    ]
     return [*found, Variant("controls", BF16_FLOOR), Variant("controls", ANOTHER_SEED)]
 
 

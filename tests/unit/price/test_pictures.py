@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wanduet.price import jod, st_lpips
+from wanduet.price.compare import Made, Measures, missing
 from wanduet.price.pictures import psnr, ssim
 
 CPU = torch.device("cpu")
@@ -59,3 +60,22 @@ def test_jod_is_that_of_its_package() -> None:
     for (*size, fps), expected in JODS.items():
         assert metric(clip(*size, 0.15), clip(*size, 0.0), fps) == pytest.approx(expected, abs=2e-5)
     assert metric(clip(32, 32, 2, 0.0), clip(32, 32, 2, 0.0), 16) == 10.0
+
+
+def test_without_the_packages_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in (st_lpips, jod):
+        monkeypatch.setattr(one, "PACKAGE", "a_package_that_is_not_there")
+    latents = torch.ones(1, 2, 2, 2)
+    exact = Made(latents, clip(16, 32, 1, 0.0), 1.0, 2)
+    found = Measures(CPU)(Made(1.1 * latents, clip(16, 32, 1, 0.1), 1.0, 2), exact, 16)
+    assert found["latents_error"] == pytest.approx(0.1)
+    assert (found["st_lpips"], found["jod"]) == (None, None)
+    assert 10 < found["psnr"] < 50
+    assert ["wanduet[price]" in missing()[0], "cvvdp" in missing()[1]] == [True, True]
+
+
+@pytest.mark.skipif(st_lpips.weights_file() is None, reason="the weights of stlpips_pytorch are not installed")
+def test_frames_that_are_too_small_for_the_network_have_no_distance() -> None:
+    made = Made(torch.ones(1, 2, 2, 2), clip(16, 32, 1, 0.0), 1.0, 2)
+    assert Measures(CPU)(made, made, 16)["st_lpips"] is None
+    assert Measures(CPU)(made, made, 16)["latents_error"] == 0
