@@ -102,7 +102,8 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
     )
     made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | forwards_of(video)
     if video.request.approximates:
-        made["price"] = measured_price(models, plan, video.request)
+        price = measured_price(models, plan, video.request)
+        made |= {"price": made.get("price") if price is None else price}
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
 
 

@@ -21,6 +21,7 @@ from wanduet.meta.prices import (
     price_of,
     settings_key,
     store_prices,
+    worst_of,
 )
 from wanduet.request import GenerationRequest, ResolvedRequest
 
@@ -45,7 +46,7 @@ def subject(**fields: Any) -> Subject:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    about = {"versions": dict(subject().versions), "name": "mine"}
+    about = {"versions": dict(subject().versions), "name": "mine", "model": "abc"}
     store_prices(tmp_path, subject(), Prices(about, ROWS))
     return tmp_path
 
@@ -107,6 +108,16 @@ def test_a_damaged_file_says_nothing_and_is_replaced(tmp_path: Path, text: str) 
     store_prices(tmp_path, subject(), Prices({}, ROWS))
     assert len(json.loads((tmp_path / FILE).read_text())) == 1
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_the_worst_of_a_model_over_all_its_sizes(stored: Path) -> None:
+    other, about = subject(height=720), {"versions": dict(subject().versions), "name": "mine", "model": "abc"}
+    row = {"forwards": 1, "seconds": 1.0, "psnr": 20.0}
+    store_prices(stored, other, Prices(about, {settings_key(CACHED): {"0": row}}))
+    assert worst_of(stored, "abc", CACHED, "psnr") == 20.0
+    assert worst_of(stored, "abc", CACHED, "latents_error") == 0.03
+    assert worst_of(stored, "abc", CACHED, "st_lpips") is None
+    assert worst_of(stored, "another", CACHED, "psnr") is None
 
 
 def test_a_card_is_named_by_its_devices() -> None:

@@ -136,8 +136,9 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     resolved = resolve(request, models.spec)
     plan = make_plan(resolved, models.memory, config, machine)
     found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
-    if hardware is None and resolved.approximates:
-        found["price"] = measured_price(models, plan, resolved)
+    if resolved.approximates:
+        price = None if hardware is not None else measured_price(models, plan, resolved)
+        found |= {"price": found.get("price") if price is None else price}
     return found
 
 

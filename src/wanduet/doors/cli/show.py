@@ -54,7 +54,7 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for choice in plan["choices"]:
         choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
     console.print(choices)
-    if plan.get("price"):
+    if "prompts" in (plan.get("price") or {}):  # measured
         console.print(f"Measured here: {in_words(plan['price'])}")
     for nearest in plan["nearest_that_fits"]:
         change = ", ".join(f"{k}={v}" for k, v in nearest.items() if not k.startswith("predicted"))
