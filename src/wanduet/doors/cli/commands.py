@@ -13,6 +13,7 @@ from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
 from wanduet.engine import tools
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.engine.record import measured_price
 from wanduet.engine.roofline import where_it_went
 from wanduet.errors import (
     CancelledError,
@@ -29,6 +30,7 @@ from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
+from wanduet.meta.prices import in_words
 from wanduet.miniature.vocabulary import is_in_world
 from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
@@ -42,7 +44,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
+APPROXIMATED = ("forwards", "skipped_steps", "price")  # of a video's metadata, see `engine.record`
 
 
 def run_generate(
@@ -82,6 +84,7 @@ def run_generate(
             request = with_seed(request, _interrupted_seed(request, options, engine))
         job = engine.submit(request, replace(options, taken=True))
         announce(job, config)
+        _say_price(measured_price(engine.models, job.plan, job.request), job.request)
         follow(job)
         try:
             result = job.result()
@@ -131,8 +134,13 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    plan = make_plan(resolve(request, models.spec), models.memory, config, machine)
-    return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    resolved = resolve(request, models.spec)
+    plan = make_plan(resolved, models.memory, config, machine)
+    found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    if resolved.approximates:
+        price = None if hardware is not None else measured_price(models, plan, resolved)
+        found |= {"price": found.get("price") if price is None else price}
+    return found
 
 
 def check_attention(config: EngineConfig) -> None:
@@ -241,6 +249,14 @@ def announce(job: Job, config: EngineConfig) -> None:
         first = first_sparse_step(r.first_step, r.num_denoising_steps)
         steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def _say_price(price: dict[str, Any] | None, request: ResolvedRequest) -> None:
+    """Print what a request's approximations cost, on stderr; nothing for an exact one."""
+    if price is not None:
+        print(f"Measured here: {in_words(price)}", file=sys.stderr)
+    elif request.approximates:
+        print("What this costs is not measured here; `wanduet price` measures it.", file=sys.stderr)
 
 
 def shown(prompt: str) -> str:
