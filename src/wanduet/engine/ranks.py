@@ -111,7 +111,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
     denoised: Tensor | None = None
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
-        speeds = speeds or all_speeds(rank, config.speeds)
+        speeds = speeds or all_speeds(rank, config.device_speeds)
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, rank.link)
         if layout not in meshes:
             meshes[layout] = rank.mesh(layout)

@@ -207,7 +207,7 @@ class Planner:
         """Return the plan of a group: every rank has the whole transformer, its part of the sequence and its rows of
         the decode."""
         spec, count = self._spec, len(place.ranks)
-        rates = self.config.speeds or tuple(rate(device) for device in place.ranks)
+        rates = self.config.device_speeds or tuple(rate(device) for device in place.ranks)
         step_s = step_seconds(self.request, predict_seconds(self.request, spec, place.transformer, place.vae, count))
         item = DTYPE_BYTES[self.transformer_dtype(place.transformer)]
         pairs = self.request.uses_guidance and pairs_up(
@@ -252,7 +252,9 @@ class Planner:
             VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
             candidate.both_resident,
-            Prediction(devices, host, self._host_limit, seconds, self._forwards),
+            Prediction(
+                devices, host, self._host_limit, seconds, self._forwards, self.request.speed, self.request.price
+            ),
             group,
         )
 

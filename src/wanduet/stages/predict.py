@@ -72,18 +72,23 @@ def make_predictor(
     """Return the predictor of a denoise: `TransformerPredictor`, whose two prompts are computed by two ranks where a group
     divides them, and whose steps are skipped by the request's step cache, if it has one."""
     predictor: TextPredictor = TransformerPredictor(denoiser, latent_shape, forward)
-    mesh, device = denoiser.mesh, denoiser.device
+    mesh = denoiser.mesh
     if mesh is not None and mesh.layout.cfg > 1:
         predictor = PairedPredictor(predictor, mesh.cfg)
+    rule = make_rule(request, denoiser.spec, time_embedding(denoiser))
+    if rule is None:
+        return predictor
+    return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, denoiser.device)
+
+
+def time_embedding(denoiser: LoadedTransformer) -> Callable[[Tensor], Tensor]:
+    """Return the transformer's time embedding, as `make_rule` takes it."""
 
     @PRODUCTS.at(EXACT)
     def embed_time(timesteps: Tensor) -> Tensor:
-        return denoiser.transformer.condition_embedder.embed_time(timesteps.to(device))[0].cpu()
+        return denoiser.transformer.condition_embedder.embed_time(timesteps.to(denoiser.device))[0].cpu()
 
-    rule = make_rule(request, denoiser.spec, embed_time)
-    if rule is None:
-        return predictor
-    return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, device)
+    return embed_time
 
 
 def skipped_steps(predictor: TextPredictor) -> list[int]:

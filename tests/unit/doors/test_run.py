@@ -2,11 +2,33 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from cyclopts import App
 
 from wanduet.doors.cli.run import run
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_a_setting_with_an_earlier_name_is_refused_with_its_new_one(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wanduet.doors.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["plan", "--model", "random:1.3b", *(["--speeds", "2,1"] if source == "flag" else [])]
+    if source == "environment":
+        monkeypatch.setenv("WANDUET_SPEEDS", "2,1")
+    elif source == "file":
+        (tmp_path / "wanduet.toml").write_text('speeds = "2,1"\n')
+    assert run(app, flags) == 2
+    said = capsys.readouterr().err
+    assert {
+        "flag": "--speeds is named --device-speeds now.",
+        "environment": "WANDUET_SPEEDS is named WANDUET_DEVICE_SPEEDS now.",
+        "file": "wanduet.toml: speeds is named device_speeds now.",
+    }[source] in said
 
 
 class Stream(io.BytesIO):

@@ -182,6 +182,25 @@ def test_skipped_steps_are_planned_for(memory) -> None:
         assert f"{count} of 100 forwards" in why["step_cache" if cache != "off" else "guidance_gate"]
 
 
+def test_a_speed_is_in_the_plan_with_what_it_loses(memory) -> None:
+    assert "speed" not in plan(memory, "1x24GiB").as_dict()
+    for fields, speed, price, says in (
+        ({"speed": "exact"}, "exact", None, "asked for: 100 forwards a video, nothing is skipped"),
+        ({"speed": "fine"}, "fine", {"mean": 25.24}, "asked for: 39 of 100 forwards"),
+        ({"speed": "draft"}, "draft", None, "what it loses here is not known"),
+        ({"loss_budget": 25}, "fine", {"mean": 25.24}, "the fastest that is known to keep 25 dB here: 39 of 100"),
+        ({"loss_budget": 60}, "exact", None, "no faster one is known to keep 60 dB here: 100 forwards"),
+    ):
+        shown = plan(memory, "1x24GiB", fields=fields).as_dict()
+        assert shown["speed"] == speed
+        assert (shown["price"] and shown["price"]["psnr"]) == price
+        why = {choice["setting"]: choice["why"] for choice in shown["choices"]}
+        assert says in why["speed"]
+        assert ("mean PSNR 25.2 dB (published" in why["speed"]) == (price is not None)
+        if speed == "fine":
+            assert why["step_cache"].startswith("set by speed fine")
+
+
 def test_a_gate_needs_both_prompts_on_each_of_two_cards(memory) -> None:
     exact, gated = plan(memory, "2x24GiB"), plan(memory, "2x24GiB", fields={"guidance_gate": 0.5})
     assert exact.group.layout.cfg == gated.group.layout.cfg == 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wanduet.config import EngineConfig
+from wanduet.config import EngineConfig, format_seconds
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
@@ -23,6 +23,7 @@ from wanduet.errors import (
     WanduetError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
+from wanduet.family.speeds import forecast
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
@@ -41,7 +42,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
+APPROXIMATED = ("speed", "price", "forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
 
 
 def run_generate(
@@ -61,7 +62,7 @@ def run_generate(
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
-        resolved = resolve(request, models.spec)
+        resolved = resolve(request, models.spec, models.price)
         plan = make_plan(resolved, models.memory, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
@@ -130,7 +131,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    plan = make_plan(resolve(request, models.spec), models.memory, config, machine)
+    plan = make_plan(resolve(request, models.spec, models.price), models.memory, config, machine)
     return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
 
 
@@ -237,6 +238,9 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.guidance_gate < 1:
         steps += f", of which {r.num_guided_steps} guided"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+    if work := forecast(planned := job.plan.as_dict()):
+        about = format_seconds(planned["predicted_seconds"]["total"])
+        print(f"{work[0].upper()}{work[1:]}, about {about}", file=sys.stderr)
 
 
 def shown(prompt: str) -> str:

@@ -30,6 +30,7 @@ from wanduet.untrusted import read_file
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
+RENAMED = {"speeds": "device-speeds"}  # flags by their names in version 0.1
 # A distinct object with the default's value, to detect whether the user named the default model.
 _UNSET_MODEL = "".join(list(DEFAULT_MODEL))
 
@@ -168,7 +169,7 @@ class EngineFlags:
         str | None,
         Parameter(help="Which devices to use: cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu. Default: all GPUs."),
     ] = None
-    speeds: Annotated[
+    device_speeds: Annotated[
         str | None, Parameter(help="Relative speeds of --devices, for example 2,1. Default: measured.")
     ] = None
     vram_limit: Annotated[str | None, Parameter(help="Most memory to use of each GPU, for example 12GiB.")] = None
@@ -212,7 +213,7 @@ class EngineFlags:
             revision=self.revision,
             strategy=self.strategy,
             devices=self.devices,
-            speeds=None if self.speeds is None else parse_speeds(self.speeds),
+            device_speeds=None if self.device_speeds is None else parse_speeds(self.device_speeds),
             transformer_dtype=self.transformer_dtype,
             weights=self.weights,
             vae_dtype=self.vae_dtype,
