@@ -95,17 +95,16 @@ class _PipelineSampler(SchedulerSampler):
 
 
 class _Forward:
-    """Predictor of one video by the loop's transformer, one prompt after the other; without state."""
+    """Predictor of one video by a transformer, one prompt after the other; without state. `rope`: of the latents' size."""
 
-    def __init__(self, loop: "PipelineLoop") -> None:
-        self._loop = loop
+    def __init__(self, denoiser: LoadedTransformer, fallback: DenoiseFallback, rope: Any) -> None:
+        self._denoiser, self._fallback, self._rope = denoiser, fallback, rope
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Text]) -> list[Tensor]:
         """See Predictor."""
-        loop = self._loop
         times = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
-        transformer = loop.denoiser.transformer
-        return [loop.fallback(partial(transformer, latents, times, text, loop.rope, step)) for text in conditions]
+        transformer, rope = self._denoiser.transformer, self._rope
+        return [self._fallback(partial(transformer, latents, times, text, rope, step)) for text in conditions]
 
     def state(self) -> State:
         """See Predictor."""
@@ -157,9 +156,9 @@ class PipelineLoop:
             source = source.to(device)
             times = self.timesteps[:1].repeat(len(latents))
             latents = with_noise(pipe.scheduler, source, latents, times) if num_steps else source
-        self.rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
+        rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
         order = getattr(pipe.scheduler, "order", 1)
-        self._predictors = [self._predictor(sampler) for _ in latents]
+        self._predictors = [self._predictor(sampler, rope) for _ in latents]
         guided_steps = self._request.num_guided_steps * order
         self._guided = range(guided_steps if self._request.guidance_gate < 1 else len(self.timesteps))
         last = [latents]
@@ -195,9 +194,10 @@ class PipelineLoop:
         positive, *negative = (torch.cat(parts) for parts in zip(*videos, strict=True))
         return combine(positive, negative[0], self.scale) if negative else positive
 
-    def _predictor(self, sampler: _PipelineSampler) -> Predictor[Text]:
+    def _predictor(self, sampler: _PipelineSampler, rope: Any) -> Predictor[Text]:
         """Return a new predictor of one video, which skips the steps that its step cache skips."""
-        forward, denoiser, spec = _Forward(self), self.denoiser, self.denoiser.spec
+        denoiser, spec = self.denoiser, self.denoiser.spec
+        forward = _Forward(denoiser, self.fallback, rope)
         setting = StepCacheSetting.parse(self._request.step_cache, spec.transformer)
         if setting is None or not sampler.timesteps:
             return forward
