@@ -11,9 +11,10 @@ from typing import Any
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import GIB, EngineConfig, Weights
-from wanduet.distributed.mesh import choose_layout
+from wanduet.distributed.mesh import choose_layout, one_sequence
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
+from wanduet.footprint.dit import buffer_bytes
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
     DenoiseShape,
@@ -266,7 +267,14 @@ class Planner:
         # devices go on with the prompt after the guidance gate.
         positions = positions[-1:] if group.layout.cfg > 1 and request.guidance_gate == 1 else positions
         shape = DenoiseShape(self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request))
-        return self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
+        found = self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
+        if group.layout.cfg == 1 or request.guidance_gate == 1:
+            return found
+        # After the gate, all ranks share one sequence, and exchange parts of it through a buffer of its own.
+        layout = one_sequence(group.layout, self._spec.transformer.num_attention_heads)
+        latents = self._spec.latent_shape(*self._size)
+        buffer = buffer_bytes(self._spec.transformer, latents, shape.dtype, layout)
+        return replace(found, activations=found.activations + buffer, exchange=found.exchange + buffer)
 
     def _devices(
         self, place: Placement, candidate: Candidate, transformer: TransformerMemory

@@ -185,8 +185,9 @@ def test_an_interrupted_job_goes_on_bit_for_bit(run: Run, tables: None, rule: st
 
 
 def test_ranks_skip_alike_and_go_on_from_a_checkpoint(run: Run, ranks: Engine) -> None:
-    """Each rank has a prompt, and of both the last velocity; without guidance, each has a part of the sequence."""
-    gated = CACHED | {"guidance_gate": 0.9}
+    """Each rank has a prompt, and of both the last velocity; without guidance and after its gate, each has a part of the
+    sequence."""
+    gated = CACHED | {"guidance_gate": 0.4}
     for name, changes, cfg in (("plain", CACHED | {"guidance_scale": 1.0}, 1), ("gated", gated, 2)):
         single, shared = run(f"{name} single", **changes), run(name, ranks, **changes)
         assert shared.plan.group.layout.cfg == cfg

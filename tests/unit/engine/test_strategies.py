@@ -329,6 +329,27 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
 
 
 @pytest.mark.parametrize(
+    ("layout", "gate", "link", "after"),
+    [
+        (Layout(cfg=2), 0.5, "direct", Layout(ulysses=2)),
+        (Layout(cfg=2, ulysses=2), 0.5, "direct", Layout(ulysses=4)),
+        (Layout(cfg=2), 1.0, "direct", None),
+        (Layout(ulysses=2), 0.5, "direct", None),
+        (Layout(cfg=2), 0.5, "gloo", None),  # to exchange takes longer than to compute all
+    ],
+)
+def test_after_the_guidance_gate_ranks_share_one_sequence(layout, gate, link, after) -> None:
+    from wanduet.engine.speeds import layout_after_gate
+    from wanduet.planning.planner import make_plan
+
+    config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
+    models = Models(config)
+    request = GenerationRequest(prompt="a red circle", guidance_gate=gate).resolve(models.spec)
+    plan = make_plan(request, models.memory, config, parse_hardware("2xh100"))
+    assert layout_after_gate(plan, request, models.spec, layout, link) == after
+
+
+@pytest.mark.parametrize(
     ("seen", "speeds"),
     [
         ([(100.0, 98.0)], (1.0, 1.0)),
