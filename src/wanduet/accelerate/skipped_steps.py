@@ -23,7 +23,7 @@ from wanduet.sampling.samplers import Schedule, make_sampler, official_sigmas
 RETENTION_SHARE = 0.2
 # By threshold, the share that EasyCache computes of the steps in which it may skip: at 0.05 from the published speed-up
 # of 2.54 (arXiv 2507.02860), else as measured on the miniature (benchmarks/results/step_caches_miniature.json).
-EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.44), (0.05, 0.22), (0.1, 0.13))
+EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.44), (0.05, 0.22), (0.1, 0.13), (0.2, 0.065))
 EASYCACHE_FIRST = 10  # steps of a run that EasyCache always computes, beside the last
 
 

@@ -65,10 +65,12 @@ def not_measured(_: str) -> None:
     return
 
 
-_MINIATURE = "as measured with wanduet, four prompts"
+_MINIATURE = "published with wanduet: four prompts, 50 steps"
 # By the transformer's blocks and their width, and the name of the speed.
 PUBLISHED: Mapping[tuple[int, int], Mapping[str, Price]] = {
-    (30, 1536): {"fine": Price(25.24, "mean", "published for Wan2.1 1.3B, arXiv 2507.02860; not measured here")},
+    (30, 1536): {
+        "fine": Price(25.24, "mean", "published for 50 steps of Wan2.1 1.3B, arXiv 2507.02860; not measured here")
+    },
     (6, 256): {
         name: Price(psnr, "worst", _MINIATURE)
         for name, psnr in (("near", 45.3), ("fine", 37.0), ("fast", 30.7), ("draft", 21.4))

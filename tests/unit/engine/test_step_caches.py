@@ -146,7 +146,7 @@ def test_what_was_done_is_in_the_record_only_if_something_was_asked_for(run: Run
 def test_a_video_says_its_speed_and_what_that_loses(run: Run, engine: Engine, tmp_path: Path) -> None:
     job = run("draft", num_inference_steps=16, speed="draft")
     run("exact", num_inference_steps=2, speed="exact")
-    price = {"psnr": {"worst": 21.4}, "source": "as measured with wanduet, four prompts"}
+    price = {"psnr": {"worst": 21.4}, "source": "published with wanduet: four prompts, 50 steps"}
     shown = report(job, job.result(), parse_place(f"{tmp_path}/"))
     about = read_metadata(tmp_path / "draft.mkv")
     for found in (shown, shown["videos"][0], about):

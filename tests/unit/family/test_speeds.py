@@ -1,6 +1,8 @@
 """Speeds and loss budgets: the fields that they set, what is refused, and that a resolved request means the same again."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import SPEEDS, Price, not_measured, price_of
 from wanduet.family.wan21 import WAN_1_3B, WAN_14B
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.weights.hub import open_model
 
 FEW_STEPS = replace(
     WAN_1_3B,
@@ -22,6 +25,7 @@ FEW_STEPS = replace(
         guidance_scale=1.0,
     ),
 )
+ROOT = Path(__file__).parents[3]
 MEASURED = {"near": 41.0, "fine": 36.0, "fast": 36.5, "draft": 20.0}
 
 
@@ -143,3 +147,19 @@ def test_pairs_that_do_not_go_together(spec: ModelSpec, fields: dict[str, Any], 
 
 def test_exact_is_allowed_for_few_step_weights() -> None:
     assert resolve(FEW_STEPS, speed="exact").recorded() == resolve(FEW_STEPS).recorded()
+
+
+def test_the_published_prices_of_the_miniature_are_those_that_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/step_caches_miniature.json").read_text())["sections"]["miniature"]
+    found = {row["speed"]: row for row in rows if "speed" in row}
+    miniature = open_model("miniature").spec
+    for speed in SPEEDS[1:]:
+        assert speed.fields.items() <= found[speed.name].items(), (
+            "the speeds have changed: run benchmarks/step_caches.py"
+        )
+        price = price_of(speed.name, miniature, not_measured)
+        assert price is not None
+        assert price.psnr == round(found[speed.name]["psnr_worst"], 1)
+    goals = {"near": (58, 38), "fine": (40, 34)}
+    assert all(found[name]["forwards"] <= most for name, (most, _) in goals.items())
+    assert all(found[name]["psnr_worst"] >= least for name, (_, least) in goals.items())

@@ -17,6 +17,7 @@ from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, 
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import CHOSEN
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import (
     REQUEST_FIELDS,
@@ -50,10 +51,11 @@ def parse_settings(path: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from None
 
 
-# Pairs of flags that set the same thing.
+# Pairs of flags that set the same thing, or of which one sets the other.
 ALTERNATIVES = (
     ({"resolution"}, {"height", "width"}),
     ({"seconds"}, {"num-frames"}),
+    ({"speed", "loss-budget"}, {name.replace("_", "-") for name in CHOSEN}),
     *(
         ({name.replace("_", "-")}, {other.replace("_", "-")})
         for name, field in REQUEST_FIELDS.items()
