@@ -126,8 +126,8 @@ class GenerationRequest(BaseModel):
     speed: Annotated[SpeedName | None, Shown(row=7, start=EXACT, off=EXACT)] = Field(
         default=None,
         description="How much work may be skipped: exact (none), near, fine, fast or draft, each faster than the one before "
-        "and less like the exact video. It sets step_cache and guidance_gate; one of these that is given beside it is kept. "
-        "Default: exact.",
+        f"and less like the exact video. It sets {' and '.join(sorted(CHOSEN))}; one of these that is given beside it is "
+        "kept. Default: exact.",
     )
     loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed",))] = Field(
         default=None,
@@ -186,7 +186,7 @@ class GenerationRequest(BaseModel):
         """
         if self.loss_budget is not None:
             return self._within_budget(self.loss_budget, spec, source, prices)
-        of_speed = fields_set_by(self.speed)
+        of_speed = dict(fields_set_by(self.speed))
         own = {name: value for name, value in of_speed.items() if name not in self.model_fields_set}
         values = self.model_dump() | own | self._of_input(spec, source)
         for name, value in values.items():
@@ -203,8 +203,10 @@ class GenerationRequest(BaseModel):
         check_frames(values["num_frames"], spec)
         setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
         values["step_cache"] = OFF if setting is None else str(setting)
-        if "guidance_gate" in own and values["guidance_scale"] <= 1:
-            values["guidance_gate"] = 1.0  # there is no guidance to end
+        if "guidance_gate" in of_speed and values["guidance_scale"] <= 1:
+            of_speed["guidance_gate"] = 1.0  # there is no guidance to end
+            if "guidance_gate" in own:
+                values["guidance_gate"] = 1.0
         resolved = ResolvedRequest(**values)
         try:
             if setting is not None:

@@ -17,7 +17,7 @@ from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
-from wanduet.jobs.records import DECODE
+from wanduet.jobs.records import APPROXIMATIONS, DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
@@ -156,12 +156,13 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
     try:
         size, steps, branches, videos, *rest = demand.split("/")
         given = [text for text in rest if "=" not in text]
-        fields: dict[str, Any] = dict(text.split("=") for text in rest if "=" in text)
+        skips: dict[str, str] = dict(text.split("=") for text in rest if "=" in text)
+        fields: dict[str, Any] = {APPROXIMATIONS[short][0]: value for short, value in skips.items()}
         fields |= {name: float(fields[name]) for name in fields.keys() & NUMBERS}
         strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")
         numbers = [None if text == "-" else int(text) for text in (height, width, frames, steps, branches, videos)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         raise InvalidRequestError("demand", demand, "it must be what `demand_of` makes") from None
     default = spec.defaults.guidance_scale
     scale = {None: None, 1: 1.0, 2: default if default > 1.0 else 5.0}[numbers[4]]

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -263,8 +264,8 @@ def submitted_at(job_id: str) -> float:
     return int(job_id[6:18], 16) / 1000
 
 
-# Fields of a request that save time, and their values with which they do not.
-_APPROXIMATIONS = {"step_cache": "off", "guidance_gate": 1.0}
+# Fields of a request that save time, by a short name, and their values with which they do not.
+APPROXIMATIONS: Mapping[str, tuple[str, str | float]] = {"cache": ("step_cache", "off"), "gate": ("guidance_gate", 1.0)}
 
 
 def demand_of(request: dict[str, Any]) -> str:
@@ -282,10 +283,10 @@ def demand_of(request: dict[str, Any]) -> str:
     demand = f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
     if request.get("input_video") is not None:
         demand += "/-" if (strength := request.get("strength")) is None else f"/{strength:g}"
-    for name, off in _APPROXIMATIONS.items():
+    for short, (name, off) in APPROXIMATIONS.items():
         if (value := request.get(name, off)) not in (None, off):
             kind, colon, number = value.rpartition(":") if isinstance(value, str) else ("", "", value)
-            demand += f"/{name}={kind}{colon}{_short(number)}"
+            demand += f"/{short}={kind}{colon}{_short(number)}"
     return demand
 
 

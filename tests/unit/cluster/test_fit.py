@@ -72,7 +72,7 @@ def test_skipped_steps_take_no_time(models: Models) -> None:
     fits = Fitter(models.memory, EngineConfig(model="random:1.3b")).on(shape("1x24GiB"))
     whole, cached, gated = (
         fits(f"{SMALL}{more}").costs.denoise  # type: ignore[union-attr]
-        for more in ("", "/step_cache=magcache:0.12", "/step_cache=magcache:0.12/guidance_gate=0.5")
+        for more in ("", "/cache=magcache:0.12", "/cache=magcache:0.12/gate=0.5")
     )
     assert gated < 0.45 * whole < cached < 0.55 * whole
 
@@ -92,7 +92,7 @@ def test_a_job_that_no_plan_can_be_made_for_goes_anywhere_and_fails_there(models
     fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
     assert fitter.on(shape("1x24GiB"))("481x833x80/50/2/1").fits
     assert fitter.on(shape("1x24GiB"))("").fits
-    for demand in ("nonsense", f"{SMALL}/x", f"{SMALL}/2", f"{SMALL}/0.5/0.5"):
+    for demand in ("nonsense", f"{SMALL}/x", f"{SMALL}/2", f"{SMALL}/0.5/0.5", f"{SMALL}/seed=1"):
         with pytest.raises(InvalidRequestError):
             parse_demand(demand, WAN_1_3B)
 

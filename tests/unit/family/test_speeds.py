@@ -64,6 +64,7 @@ def test_a_speed_is_the_fields_that_it_sets() -> None:
         {"speed": "fine", "step_cache": "off"},
         {"speed": "draft", "guidance_gate": 1.0},
         {"speed": "draft", "step_cache": "magcache"},
+        {"speed": "fine", "guidance_scale": 1.0},
         {"speed": "exact"},
         {},
     ],
@@ -91,7 +92,9 @@ def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
 
 def test_without_guidance_there_is_none_to_end() -> None:
     assert SPEEDS[-1].fields["guidance_gate"] < 1
-    assert resolve(speed="draft", guidance_scale=1.0).guidance_gate == 1
+    found = resolve(prices=measured, speed="draft", guidance_scale=1.0)
+    assert (found.guidance_gate, found.price) == (1.0, measured("draft"))
+    assert found.as_request().resolve(WAN_1_3B, None, measured) == found
 
 
 @pytest.mark.parametrize(
