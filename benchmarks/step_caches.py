@@ -1,6 +1,6 @@
-"""What step caches and the guidance gate cost on the miniature: forwards, and the loss against its own exact videos.
+"""What speeds, step caches and the guidance gate cost on the miniature: forwards, and the loss against its own exact videos.
 
-    PYTHONPATH=src python benchmarks/step_caches.py [--steps 50] [--prompts 3]
+    PYTHONPATH=src python benchmarks/step_caches.py [--steps 50] [--prompts 4]
 
 It shows the order of the rules, not their loss on a large model. The miniature has no published constants. MagCache's and
 TeaCache's are calibrated here by an exact run of another prompt: ratios of `velocity - latents`, which is what is reused,
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wanduet import Engine, EngineConfig, GenerationRequest, OutputOptions
 from wanduet.family import step_caches
+from wanduet.family.speeds import SPEEDS
 from wanduet.family.step_caches import StepCacheTable
 from wanduet.media.latents import load_latents
 from wanduet.media.read import read_frames
@@ -38,7 +39,7 @@ CALIBRATION = "a white square moving right on a blue background"
 SHIFT = 3.0
 SIZE = {"height": 64, "width": 64, "num_frames": 17}
 ROWS: tuple[dict[str, Any], ...] = (
-    *({"step_cache": f"easycache:{threshold}"} for threshold in (0.02, 0.05, 0.1)),
+    *({"speed": speed.name} | dict(speed.fields) for speed in SPEEDS[1:]),
     *({"step_cache": f"magcache:{threshold}"} for threshold in (0.04, 0.12, 0.24)),
     *({"step_cache": f"teacache:{threshold}"} for threshold in (0.05, 0.1, 0.2)),
     {"guidance_gate": 0.5},
@@ -127,7 +128,7 @@ def measure(report: Report, engine: Engine, folder: str, prompts: Sequence[str],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=14 if TINY else 50)
-    parser.add_argument("--prompts", type=int, default=1 if TINY else 3)
+    parser.add_argument("--prompts", type=int, default=1 if TINY else 4)
     options = parser.parse_args()
     report = Report("step_caches_miniature")
     with tempfile.TemporaryDirectory() as folder, Engine(EngineConfig(model="miniature", devices="cpu")) as engine:

@@ -140,7 +140,7 @@ def unequal(bench: Bench, report: Report) -> None:
     """Jobs on two devices of which another process uses the second: with parts alike, and by the speeds as measured."""
     size = bench.options.sizes[0]
     for guidance, (way, speeds) in product((6.0, 1.0), (("parts alike", (1.0, 1.0)), ("by measured speed", None))):
-        with rival(DEVICES[1]), bench.engine("parallel", speeds=speeds) as engine:
+        with rival(DEVICES[1]), bench.engine("parallel", device_speeds=speeds) as engine:
             job, timings = bench.run(engine, bench.request(size, guidance), "unequal")
         report.add("unequal", size=size, guidance=guidance, way=way, rungs=job.notes,
                    step_s=round(timings["denoise_s"] / bench.options.steps, 4), decode_s=round(timings["decode_s"], 3))  # fmt: skip

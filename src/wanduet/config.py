@@ -31,7 +31,7 @@ class EngineConfig:
     revision: str | None = None
     strategy: Strategy = "auto"
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
-    speeds: tuple[float, ...] | None = None  # relative speeds of `devices`, for strategy parallel; None: measured
+    device_speeds: tuple[float, ...] | None = None  # relative, of `devices`, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     # How the matrices of the transformer's blocks are in memory; products are computed in transformer_dtype in any case.
     # auto: in transformer_dtype. bf16: in at most 16 bits. q8: 8 bits and a scale for each row (kernels/dit/weight.py).
@@ -61,8 +61,9 @@ class EngineConfig:
                 hint=f"Formats: {', '.join(get_args(Weights))}. fp8 would take as many bytes as q8, and is less precise.",
             )
         devices = parse_devices(self.devices)
-        if self.speeds is not None and (min(self.speeds, default=0) <= 0 or len(self.speeds) != len(devices.names)):
-            raise ConfigError(f"speeds={self.speeds} must be a positive number for each of --devices.")
+        speeds = self.device_speeds
+        if speeds is not None and (min(speeds, default=0) <= 0 or len(speeds) != len(devices.names)):
+            raise ConfigError(f"device_speeds={speeds} must be a positive number for each of --devices.")
 
     @property
     def data_folder(self) -> Path:
@@ -146,4 +147,6 @@ def parse_speeds(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"speeds={text!r} is no list of numbers.", hint="Example: --speeds 2,1") from None
+        raise ConfigError(
+            f"device_speeds={text!r} is no list of numbers.", hint="Example: --device-speeds 2,1"
+        ) from None

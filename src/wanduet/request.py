@@ -11,22 +11,36 @@ allowed value, before any model is loaded.
 import math
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.sizes import check_frames, generated_side
 from wanduet.family.sparsity import ALL, check_sparse
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import (
+    CHOSEN,
+    EXACT,
+    FIELDS,
+    Price,
+    Prices,
+    SpeedName,
+    fields_set_by,
+    not_measured,
+    price_of,
+    within,
+)
+from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
-from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
+from wanduet.request_fields import RequestField, Shown, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SourceVideo
 
 # (height, width); 1080p is generated as 1088 rows and cropped.
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
-CROPPED_SIDE = 1080
 SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
@@ -110,12 +124,25 @@ class GenerationRequest(BaseModel):
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
     ] = Field(default=1, ge=1, le=64, description="Number of videos, with consecutive seeds.")
-    step_cache: Annotated[str, Shown(row=7, lines=1, off=OFF)] = Field(
+    speed: Annotated[SpeedName | None, Shown(row=7, start=EXACT, off=EXACT)] = Field(
+        default=None,
+        description="How much work may be skipped: exact (none), near, fine, fast or draft, each faster than the one before "
+        f"and less like the exact video. It sets {' and '.join(sorted(CHOSEN))}; one of these that is given beside it is "
+        "kept. Default: exact.",
+    )
+    loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed",))] = Field(
+        default=None,
+        gt=0.0,
+        le=100.0,
+        description="In place of a speed: take the fastest whose PSNR to the exact video is at least so many dB, of the worst "
+        "prompt that was measured on this machine, else as published. 40 is hard to see, 30 is plain to see in places.",
+    )
+    step_cache: Annotated[str, Shown(row=8, lines=1, off=OFF)] = Field(
         default=OFF,
         description="Skip the transformer in steps that change little: easycache, magcache or teacache (the last two for "
         "Wan2.1 1.3B and 14B), and after a colon a threshold, for example easycache:0.05. Faster, and another video.",
     )
-    guidance_gate: Annotated[Real, Shown(row=7, off=1.0, span=(0, 1), step=0.05)] = Field(
+    guidance_gate: Annotated[Real, Shown(row=8, off=1.0, span=(0, 1), step=0.05)] = Field(
         default=1.0,
         ge=0.0,
         le=1.0,
@@ -150,19 +177,26 @@ class GenerationRequest(BaseModel):
         try:
             request = cls(**values)
         except ValidationError as error:
-            raise _explain(error) from None
+            raise explain(error, cls.model_fields) from None
         if not request.prompt.strip():
             raise InvalidRequestError("prompt", request.prompt, "a text that is not empty")
         return request
 
-    def resolve(self, spec: ModelSpec, source: SourceVideo | None = None) -> "ResolvedRequest":
-        """Replace None by the model's defaults and a random seed, and check sizes against the model's shapes.
+    def resolve(
+        self, spec: ModelSpec, source: SourceVideo | None = None, prices: Prices = not_measured
+    ) -> "ResolvedRequest":
+        """Replace None by the model's defaults and a random seed, a loss budget by a speed, a speed by the fields that it
+        sets, and check sizes against the model's shapes.
 
-        `source`: what `input_video` is, if that is a path. `media.input_video.resolve` reads it.
+        `source`: what `input_video` is, if that is a path. `media.input_video.resolve` reads it. `prices`: what speeds lose.
 
         Raises InvalidRequestError, and ValueError for a path without a source.
         """
-        values = self.model_dump() | self._of_input(spec, source)
+        if self.loss_budget is not None:
+            return self._within_budget(self.loss_budget, spec, source, prices)
+        of_speed = dict(fields_set_by(self.speed))
+        own = {name: value for name, value in of_speed.items() if name not in self.model_fields_set}
+        values = self.model_dump() | own | self._of_input(spec, source)
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
@@ -171,20 +205,48 @@ class GenerationRequest(BaseModel):
             values["seed"] = random.SystemRandom().randrange(2**32)
         for side in sorted(SIDES, key=lambda side: getattr(self, side) is None):  # those that are given first
             try:
-                values[f"generated_{side}"] = _generated_side(side, values[side], spec)
+                values[f"generated_{side}"] = generated_side(side, values[side], spec)
             except InvalidRequestError as error:
                 raise self._by_what_was_given(error, values, spec.size_multiple) from None
-        _check_frames(values["num_frames"], spec)
+        check_frames(values["num_frames"], spec)
         setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
         values["step_cache"] = OFF if setting is None else str(setting)
+        if "guidance_gate" in of_speed and values["guidance_scale"] <= 1:
+            of_speed["guidance_gate"] = 1.0  # there is no guidance to end
+            if "guidance_gate" in own:
+                values["guidance_gate"] = 1.0
         resolved = ResolvedRequest(**values)
-        if setting is not None:
-            check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
         size = (resolved.generated_height, resolved.generated_width, resolved.num_frames)
-        check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
-        if resolved.guidance_gate < 1 and not resolved.uses_guidance:
-            raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
-        return resolved
+        try:
+            if setting is not None:
+                check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
+            if resolved.guidance_gate < 1 and not resolved.uses_guidance:
+                raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
+            check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
+        except InvalidRequestError as error:
+            raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None
+        if self.speed == EXACT and resolved.approximates:
+            allowed = (
+                f"another speed, or none, with step_cache={resolved.step_cache}, guidance_gate={resolved.guidance_gate}"
+            )
+            raise InvalidRequestError("speed", EXACT, allowed)
+        is_whole = all(getattr(resolved, name) == value for name, value in of_speed.items() if name not in own)
+        return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
+
+    def _within_budget(
+        self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices
+    ) -> "ResolvedRequest":
+        """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
+        for name in ("speed", *CHOSEN):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise InvalidRequestError(name, getattr(self, name), "loss_budget sets it; leave one of the two out")
+        unset = self.model_copy(update={"loss_budget": None})
+        unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
+        for speed in within(budget, spec, prices):
+            with suppress(InvalidRequestError):
+                resolved = unset.model_copy(update={"speed": speed}).resolve(spec, source, prices)
+                return resolved.model_copy(update={"loss_budget": budget})
+        return unset.resolve(spec, source)
 
     def _of_input(self, spec: ModelSpec, source: SourceVideo | None) -> dict[str, Any]:
         """Return the fields that follow from the input video: its hash, and defaults that are not given."""
@@ -242,6 +304,7 @@ class ResolvedRequest(GenerationRequest):
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
     input_sha256: str | None = None  # of the input video's file
+    price: Price | None = None  # of `speed`, if it is known and no other field replaces a part of it
 
     @property
     def num_denoising_steps(self) -> int:
@@ -273,12 +336,12 @@ class ResolvedRequest(GenerationRequest):
 
     def recorded(self) -> dict[str, Any]:
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
-        effect are left out: those of an input video if there is none, those of approximations that are off, and the
-        timesteps or the shift that they replace."""
+        effect are left out: those of an input video if there is none, those of approximations that are off, the
+        timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
         exact = {"step_cache": OFF, "guidance_gate": 1.0, "sparse": ALL}
         off = {name for name, value in exact.items() if getattr(self, name) == value}
         unused = "timesteps" if self.timesteps is None else "flow_shift"
-        values = self.model_dump(exclude={"input_sha256", unused} | off)
+        values = self.model_dump(exclude={"input_sha256", "price", *FIELDS, unused} | off)
         if self.timesteps is not None:
             values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:
@@ -297,9 +360,10 @@ class ResolvedRequest(GenerationRequest):
 
     def as_request(self) -> GenerationRequest:
         """Return an equivalent GenerationRequest; resolving it again gives the same ResolvedRequest, in which an input
-        video is named by its hash."""
+        video is named by its hash. A loss budget is replaced by the speed that it has chosen."""
         names = GenerationRequest.model_fields
-        return GenerationRequest(**{k: v for k, v in self.recorded().items() if k in names})
+        of_speed = {name: getattr(self, name) for name in ("speed", *fields_set_by(self.speed))}
+        return GenerationRequest(**{k: v for k, v in (self.recorded() | of_speed).items() if k in names})
 
 
 def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
@@ -331,62 +395,3 @@ def parse_resolution(text: str) -> tuple[int, int]:
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
     """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
-
-
-def _generated_side(name: str, side: int, spec: ModelSpec) -> int:
-    multiple = spec.size_multiple
-    limit = spec.transformer.rope_max_seq_len * multiple
-    if side > limit:
-        raise InvalidRequestError(name, side, f"at most {limit} pixels", limit)
-    if side % multiple == 0 or side == CROPPED_SIDE:
-        return -(-side // multiple) * multiple
-    low = max(multiple, side // multiple * multiple)
-    nearest = f"{low} or {side // multiple * multiple + multiple}" if side > multiple else str(multiple)
-    raise InvalidRequestError(name, side, f"a multiple of {multiple} (or {CROPPED_SIDE}, which is cropped)", nearest)
-
-
-def _check_frames(num_frames: int, spec: ModelSpec) -> None:
-    stride = spec.vae.temporal_stride
-    limit = (spec.transformer.rope_max_seq_len - 1) * stride + 1
-    if num_frames > limit:
-        raise InvalidRequestError("num_frames", num_frames, f"at most {limit} frames", limit)
-    if (num_frames - 1) % stride:
-        low = (num_frames - 1) // stride * stride + 1
-        raise InvalidRequestError(
-            "num_frames", num_frames, f"a number of the form {stride}n+1", f"{low + stride} or {low}"
-        )
-
-
-def _explain(error: ValidationError) -> InvalidRequestError:
-    """Convert the first problem of a pydantic error to an InvalidRequestError with the nearest allowed value."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else "request"  # an entry of a list counts as its field
-    context = first.get("ctx", {})
-    bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
-    nearest = context.get(bounds.get(first["type"], ""))
-    given = None if first["type"] == "missing" else first.get("input")  # the input would be all other fields
-    return InvalidRequestError(name, given, _allowed(first["type"], first["msg"], context), nearest)
-
-
-def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
-    match kind:
-        case "extra_forbidden":
-            return "there is no such field; fields are " + ", ".join(GenerationRequest.model_fields)
-        case "string_too_short":
-            return "a text that is not empty"
-        case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
-            return next(f"{LIMITS[key]} {limit}" for key, limit in context.items() if key in LIMITS)
-        case "literal_error":
-            return f"one of {context['expected']}"
-        case "missing":
-            return "it must be given"
-        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
-            return "a whole number"
-        case "float_parsing" | "float_type":
-            return "a number"
-        case "tuple_type":
-            return "a list of numbers"
-        case "finite_number":
-            return "a finite number"
-        case _:
-            return message[0].lower() + message[1:]

@@ -1,14 +1,16 @@
-"""What the interfaces read of a request's fields: `RequestField`, and `Shown`, how a field is displayed.
+"""What the interfaces read of a request's fields: `RequestField`, `Shown`, how a field is displayed, and errors.
 
 The fields themselves are in `wanduet.request`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+
+from wanduet.errors import InvalidRequestError
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of numbers, by pydantic's names
 
@@ -24,7 +26,7 @@ class Shown:
     within: str | None = None  # the form's field that combines several fields of a request
     span: tuple[float, float] | None = None  # range of the form's slider; None: the field's limits
     step: float = 1  # step of that slider
-    start: float | None = None  # where that slider starts, for a field without a default
+    start: float | str | None = None  # what the form shows at first, for a field without a default
     placeholder: str | None = None  # in the form's empty field
     aliases: tuple[str, ...] = ()  # additional command line flags
     limit: str | None = None  # the field of a server's `RequestLimits` that is this field's maximum
@@ -100,3 +102,41 @@ def fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
             shown=next((one for one in field.metadata if isinstance(one, Shown)), Shown()),
         )
     return found
+
+
+def explain(error: ValidationError, fields: Collection[str]) -> InvalidRequestError:
+    """Convert the first problem of a pydantic error to an InvalidRequestError with the nearest allowed value.
+
+    `fields`: the names that a request has.
+    """
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "request"  # an entry of a list counts as its field
+    context = first.get("ctx", {})
+    bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
+    nearest = context.get(bounds.get(first["type"], ""))
+    given = None if first["type"] == "missing" else first.get("input")  # the input would be all other fields
+    return InvalidRequestError(name, given, _allowed(first["type"], first["msg"], context, fields), nearest)
+
+
+def _allowed(kind: str, message: str, context: dict[str, Any], fields: Collection[str]) -> str:
+    match kind:
+        case "extra_forbidden":
+            return "there is no such field; fields are " + ", ".join(fields)
+        case "string_too_short":
+            return "a text that is not empty"
+        case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":
+            return next(f"{LIMITS[key]} {limit}" for key, limit in context.items() if key in LIMITS)
+        case "literal_error":
+            return f"one of {context['expected']}"
+        case "missing":
+            return "it must be given"
+        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
+            return "a whole number"
+        case "float_parsing" | "float_type":
+            return "a number"
+        case "tuple_type":
+            return "a list of numbers"
+        case "finite_number":
+            return "a finite number"
+        case _:
+            return message[0].lower() + message[1:]

@@ -99,7 +99,7 @@ def test_what_is_half_typed_is_remembered(page: Any) -> None:
 
 def test_presets_and_the_plans_answer(page: Any) -> None:
     plan = page.locator("#plan")
-    for name, words in {"Draft": "8 steps", "Fine": "30 steps", "3 s": "3.1 s", "Wide": "160 × 96"}.items():
+    for name, words in {"Draft": "speed draft", "Standard": "speed near", "3 s": "3.1 s", "Wide": "160 × 96"}.items():
         pick(page, name)
         plan.get_by_text(words).wait_for()
     plan.get_by_text("Fits").wait_for()
@@ -143,11 +143,11 @@ def test_several_videos_of_one_prompt_and_what_is_wrong_in_words(page: Any, serv
 def test_a_preset_counts_at_once(page: Any, served: Server) -> None:
     """Generate right after a preset: the new value, not the one before."""
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    pick(page, "Fine")
+    pick(page, "Draft")
     pick(page, "1 s")
     job = generate(page)
     settings = served.get(job)["settings"]
-    assert (settings["num_inference_steps"], settings["num_frames"]) == (30, 17)
+    assert (settings["speed"], settings["num_frames"]) == ("draft", 17)
 
 
 @pytest.mark.slow  # starts servers of its own

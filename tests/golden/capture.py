@@ -46,7 +46,7 @@ PLANS = {
     "6 GiB and little host memory": "--hardware 6,ram=12GiB",
     "two GPUs with roles": "--hardware 2x24 --devices vae=cuda:0,transformer=cuda:1",
     "placed in float32 without TF32": "--hardware 2x24 --strategy placed --transformer-dtype float32 --no-tf32",
-    "parallel by speeds": "--hardware 24,12 --strategy parallel --devices cuda:0,cuda:1 --speeds 2,1",
+    "parallel by speeds": "--hardware 24,12 --strategy parallel --devices cuda:0,cuda:1 --device-speeds 2,1",
     "text encoder in memory": "--hardware 24 --text-encoder-hold resident --text-encoder-dtype float32",
     "a model with files": "--hardware 8 --model miniature",
     "CPU, 5 frames": "--hardware cpu --num-frames 5 --sampler dpm++2m",
@@ -435,7 +435,7 @@ def _job(settings: Mapping[str, Any] | None = None, **changes: Any) -> Callable[
 
 
 TWO = {"strategy": "parallel", "devices": "cpu,cpu"}
-BY_SPEED = {"strategy": "parallel", "devices": "cpu,cpu", "speeds": (2.0, 1.0)}
+BY_SPEED = {"strategy": "parallel", "devices": "cpu,cpu", "device_speeds": (2.0, 1.0)}
 FOUR = {"strategy": "parallel", "devices": "cpu,cpu,cpu,cpu"}
 PLAIN = {"guidance_scale": 1.0}
 ONE_STEP = {"num_inference_steps": 1}  # of bfloat16: more steps would make the differences between CPUs larger

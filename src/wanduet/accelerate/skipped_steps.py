@@ -23,7 +23,7 @@ from wanduet.sampling.samplers import Schedule, make_sampler, official_sigmas
 RETENTION_SHARE = 0.2
 # By threshold, the share that EasyCache computes of the steps in which it may skip: at 0.05 from the published speed-up
 # of 2.54 (arXiv 2507.02860), else as measured on the miniature (benchmarks/results/step_caches_miniature.json).
-EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.44), (0.05, 0.22), (0.1, 0.13))
+EASYCACHE_SHARES = ((0.0, 1.0), (0.02, 0.44), (0.05, 0.22), (0.1, 0.13), (0.2, 0.065))
 EASYCACHE_FIRST = 10  # steps of a run that EasyCache always computes, beside the last
 
 
@@ -87,12 +87,17 @@ def magcache_steps(request: ResolvedRequest, spec: ModelSpec) -> frozenset[int]:
     assert table is not None
     first = request.first_step
     sigmas, _ = levels_of(Schedule.of(request))
-    threshold, run = setting.threshold, sigmas[first : request.num_inference_steps]
+    skips = magcache_run(table, setting.threshold, sigmas[first : request.num_inference_steps])
+    return frozenset(first + index for index, skip in enumerate(skips) if skip)
+
+
+def magcache_run(table: StepCacheTable, threshold: float, sigmas: Sequence[float]) -> list[bool]:
+    """Return for each step of a run, whose noise levels before its steps are `sigmas`, whether MagCache skips it."""
     # The pairs that the paper recommends.
     most = 2 if threshold <= 0.12 else 4 if threshold < 0.24 else 6
-    skips = magcache_skips(ratios_at(table, run), threshold, most, int(RETENTION_SHARE * len(run)))
+    skips = magcache_skips(ratios_at(table, sigmas), threshold, most, int(RETENTION_SHARE * len(sigmas)))
     skips[-1] = False  # no later step would remove the error
-    return frozenset(first + index for index, skip in enumerate(skips) if skip)
+    return skips
 
 
 def magcache_skips(ratios: Sequence[float], threshold: float, most: int, first: int) -> list[bool]:

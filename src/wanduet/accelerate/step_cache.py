@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from wanduet.accelerate.skipped_steps import EASYCACHE_FIRST, levels_of, magcache_steps, teacache_skips
+from wanduet.accelerate.skipped_steps import EASYCACHE_FIRST, levels_of, magcache_run, teacache_skips
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import StepCacheSetting, table_of
 from wanduet.kernels.attention.call import Step
@@ -161,16 +161,33 @@ def make_rule(request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[T
     if setting is None:
         return None
     first, total = request.first_step, request.num_inference_steps
+    sigmas, timesteps = levels_of(Schedule.of(request))
+    run = Run(sigmas[first:total], timesteps[first:total], first)
+    return rule_of(setting, spec, run, embed_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The steps that a denoise makes: noise levels (0..1) before them, their timesteps (0..1000), the first one's
+    index."""
+
+    sigmas: Sequence[float]
+    timesteps: Sequence[float]
+    first: int = 0
+
+
+def rule_of(setting: StepCacheSetting, spec: ModelSpec, run: Run, embed_time: Callable[[Tensor], Tensor]) -> Rule:
+    """Return the rule of a step cache for a run. `embed_time`: see `make_rule`."""
     if setting.name == "easycache":
-        return EasyCache(setting.threshold, first, total)
-    if setting.name == "magcache":
-        return KnownSteps(magcache_steps(request, spec))
+        return EasyCache(setting.threshold, run.first, run.first + len(run.timesteps))
     table = table_of(spec.transformer)
     assert table is not None
-    _, timesteps = levels_of(Schedule.of(request))
-    embeddings = embed_time(torch.tensor(timesteps[first:total], dtype=torch.float32))
-    skips = teacache_skips(embeddings, table.coefficients, setting.threshold)
-    return KnownSteps([first + index for index, skip in enumerate(skips) if skip])
+    if setting.name == "magcache":
+        skips = magcache_run(table, setting.threshold, run.sigmas)
+    else:
+        embeddings = embed_time(torch.tensor(run.timesteps, dtype=torch.float32))
+        skips = teacache_skips(embeddings, table.coefficients, setting.threshold)
+    return KnownSteps([run.first + index for index, skip in enumerate(skips) if skip])
 
 
 def kept_latents(request: ResolvedRequest) -> int:

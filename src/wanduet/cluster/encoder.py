@@ -48,7 +48,7 @@ class Encoder:
 
         self._order = order
         self._node = node() or order.node
-        config = replace(order.settings.worker.config, devices="cpu", strategy="auto", speeds=None)
+        config = replace(order.settings.worker.config, devices="cpu", strategy="auto", device_speeds=None)
         models = Models(config)
         if models.folder is None:
             raise WanduetError(f"{config.model} has no text encoder.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf, log
-from typing import Literal
+from typing import Any, Literal
 
 from wanduet.cluster.shapes import Node, Shape, Stage
 from wanduet.cluster.stages import Costs, NodeCosts
@@ -17,12 +17,12 @@ from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
-from wanduet.jobs.records import DECODE
+from wanduet.jobs.records import APPROXIMATIONS, DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
 from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan, plan_text
-from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
+from wanduet.request import INPUT_HASH, REQUEST_FIELDS, GenerationRequest, ResolvedRequest
 
 # Streaming blocks from host memory slows a replica by up to this factor, which the plan's seconds omit.
 STREAMING_COST = 1.15
@@ -54,6 +54,7 @@ def preference(shape: Shape, fit: Fit) -> tuple[int, int, int]:
 FitOf = Callable[[str], Fit]
 ANYWHERE = Fit(True)
 NOWHERE = Fit(False)
+NUMBERS = {name for name, field in REQUEST_FIELDS.items() if field.is_number}
 
 
 class Fitter:
@@ -76,7 +77,7 @@ class Fitter:
         """
         config = self._config if hardware.gpus else replace(self._config, devices="cpu")
         if hardware.gpus:
-            config = replace(config, devices=None, speeds=None)
+            config = replace(config, devices=None, device_speeds=None)
         if stage == "decode":
             return make_decode_plan(parse_demand(demand, self._memory.spec), self._memory, config, hardware)
         # Do not search for the nearest settings that fit, which takes seconds.
@@ -153,11 +154,15 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
     Raises InvalidRequestError for sizes that the model refuses.
     """
     try:
-        size, steps, branches, videos, *given = demand.split("/")
+        size, steps, branches, videos, *rest = demand.split("/")
+        given = [text for text in rest if "=" not in text]
+        skips: dict[str, str] = dict(text.split("=") for text in rest if "=" in text)
+        fields: dict[str, Any] = {APPROXIMATIONS[short][0]: value for short, value in skips.items()}
+        fields |= {name: float(fields[name]) for name in fields.keys() & NUMBERS}
         strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")
         numbers = [None if text == "-" else int(text) for text in (height, width, frames, steps, branches, videos)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         raise InvalidRequestError("demand", demand, "it must be what `demand_of` makes") from None
     default = spec.defaults.guidance_scale
     scale = {None: None, 1: 1.0, 2: default if default > 1.0 else 5.0}[numbers[4]]
@@ -172,5 +177,6 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
         input_video=f"{INPUT_HASH}-" if given else None,
         strength=strength,
         seed=0,
+        **fields,
     )
     return request.resolve(spec)

@@ -46,8 +46,8 @@ class Shape:
     def engine_config(self, config: EngineConfig) -> EngineConfig:
         """Return the engine's settings for a replica of this shape."""
         if not self.devices or self.declared:
-            return replace(config, devices=config.devices or "cpu", strategy="auto", speeds=None)
-        return replace(config, devices=None, speeds=None)
+            return replace(config, devices=config.devices or "cpu", strategy="auto", device_speeds=None)
+        return replace(config, devices=None, device_speeds=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,11 @@ def choose_layout(world_size: int, num_heads: int, uses_guidance: bool) -> Layou
     return Layout(cfg, sequence // ulysses, ulysses)
 
 
+def one_sequence(layout: Layout, num_heads: int) -> Layout:
+    """Return the layout in which all ranks of another one share the sequence of one prompt."""
+    return choose_layout(layout.world_size, num_heads, uses_guidance=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """This rank's process group along each axis; `sequence` is the whole plane `ring x ulysses`.

@@ -97,7 +97,7 @@ class Engine:
 
     def plan(self, request: GenerationRequest) -> Plan:
         """Return the plan of a request, without loading anything."""
-        return self._plan(resolve(request, self.models.spec))
+        return self._plan(resolve(request, self.models.spec, self.models.price))
 
     def submit(
         self,
@@ -125,7 +125,7 @@ class Engine:
             )
         self._check_open()
         self._check_input(request)
-        resolved = resolve(request, self.models.spec)
+        resolved = resolve(request, self.models.spec, self.models.price)
         if on_step is not None and resolved.step_cache != OFF:
             allowed = f"{OFF} with on_step, which may change the latents that a step cache compares"
             raise InvalidRequestError("step_cache", resolved.step_cache, allowed, OFF)
@@ -159,7 +159,7 @@ class Engine:
     def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
         """Return whether an earlier run finished all videos of a request with the settings that this engine would
         use."""
-        resolved = resolve(request, self.models.spec)
+        resolved = resolve(request, self.models.spec, self.models.price)
         job = Job(resolved, self._plan(resolved), replace(output, resume=True))
         return all(generate.finished_video(self.models, video) is not None for video in job.videos)
 

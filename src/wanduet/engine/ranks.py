@@ -21,7 +21,7 @@ from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.engine.rank_decode import decode_share
-from wanduet.engine.speeds import all_speeds, of_sequence, suited_layout
+from wanduet.engine.speeds import all_speeds, layout_after_gate, of_sequence, suited_layout
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.folders import never_make
 from wanduet.kernels.attention.choose import choose_together
@@ -111,10 +111,12 @@ def work(rank: Rank, config: EngineConfig) -> None:
     denoised: Tensor | None = None
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
-        speeds = speeds or all_speeds(rank, config.speeds)
+        speeds = speeds or all_speeds(rank, config.device_speeds)
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, rank.link)
-        if layout not in meshes:
-            meshes[layout] = rank.mesh(layout)
+        after = layout_after_gate(assignment.plan, assignment.request, models.spec, layout, rank.link)
+        for one in (layout, after):
+            if one is not None and one not in meshes:
+                meshes[one] = rank.mesh(one)
         trim_cache({one.name: one.peak for one in assignment.plan.prediction.devices if one.name == str(rank.device)})
         reset()
         plan, request = _own_plan(assignment.plan, rank), assignment.request
@@ -131,7 +133,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
             record = VideoRecord(assignment.task.index, request.seed + assignment.task.index)
             if layout != assignment.plan.group.layout:
                 record.note(f"denoise: one sequence, cut by the speeds that were measured: {speeds}")
-            run = _Run(plan, assignment.job, record, meshes[layout], speeds)
+            run = _Run(plan, assignment.job, record, meshes[layout], meshes[after] if after else None, speeds)
             denoised = _denoise(rank, models, assignment.task, run)
 
 
@@ -148,13 +150,14 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A rank's settings for one denoise: its own plan, the job's id, the video's record, the mesh, all ranks'
-    speeds."""
+    """A rank's settings for one denoise: its own plan, the job's id, the video's record, the mesh, another one for the
+    steps after the guidance gate, all ranks' speeds."""
 
     plan: Plan
     job: str
     record: VideoRecord
     mesh: Mesh
+    after_gate: Mesh | None
     speeds: tuple[float, ...]
 
 
@@ -189,7 +192,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
     context = RunContext(run.job, emit, add_time=record.timings.add, note=record.note)
     with models.transformer.use(run.plan, task.request, context) as denoiser, ShownSteps(rank) as shown:
         _agree(denoiser)
-        _share(denoiser, run.mesh, run.speeds)
+        _share(denoiser, run)
         hooks = StepHooks(watch=shown if first and task.watched else None)
         context = replace(context, should_cancel=rank.cancelled)
         try:
@@ -254,10 +257,13 @@ def _agree(denoiser: LoadedTransformer) -> None:
     denoiser.attend_with(choose_together(all_gather_object((choice.name, choice.table)), denoiser.device))
 
 
-def _share(denoiser: LoadedTransformer, mesh: Mesh, speeds: tuple[float, ...]) -> None:
+def _share(denoiser: LoadedTransformer, run: _Run) -> None:
     """Install the mesh's sharding in the transformer: a part of the sequence, larger on faster ranks, or with CFG
-    parallelism a part of the work that both prompts share."""
-    denoiser.mesh = mesh
+    parallelism a part of the work that both prompts share; and after the guidance gate, a part of the sequence."""
+    mesh, after, speeds = run.mesh, run.after_gate, run.speeds
+    denoiser.mesh, denoiser.after_gate = mesh, None
+    if after is not None and (after.layout.ring == 1 or denoiser.attention_lse is not None):
+        denoiser.after_gate = SequenceSharding(after, denoiser.attention_lse, of_sequence(speeds, after))
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))

@@ -9,6 +9,7 @@ from typing import Any
 
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
+from wanduet.family.speeds import price_dict
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
 from wanduet.meta.prices import Subject, approximations_of, card_of, price_of
@@ -125,11 +126,14 @@ def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict
 
 def forwards_of(video: Video) -> dict[str, Any]:
     """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), if its
-    request asks for an approximation."""
-    if not video.request.approximates:
-        return {}
-    skipped = video.record.skipped_steps
-    return {"forwards": forwards_made(video.request, skipped), "skipped_steps": list(skipped)}
+    request asks for an approximation; and its speed and what that loses, if it asks for a speed."""
+    request, skipped = video.request, video.record.skipped_steps
+    found: dict[str, Any] = {}
+    if request.speed is not None:
+        found |= {"speed": request.speed, "price": price_dict(request.price)}
+    if request.approximates:
+        found |= {"forwards": forwards_made(request, skipped), "skipped_steps": list(skipped)}
+    return found
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:

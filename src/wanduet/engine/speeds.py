@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanduet.distributed.collectives import all_gather
 from wanduet.distributed.links import Link
-from wanduet.distributed.mesh import Layout, Mesh, choose_layout
+from wanduet.distributed.mesh import Layout, Mesh, choose_layout, one_sequence
 from wanduet.distributed.rank import Rank
 from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
@@ -81,6 +81,23 @@ def suited_layout(
     exchanged = buffer_bytes(spec.transformer, shape, plan.transformer.dtype, layout)
     fits = all(device.peak + exchanged <= device.limit_bytes for device in plan.prediction.devices)
     return layout if fits else plan.group.layout
+
+
+def layout_after_gate(
+    plan: Plan, request: ResolvedRequest, spec: ModelSpec, layout: Layout, link: Link
+) -> Layout | None:
+    """Return the layout of the steps after the guidance gate, in which all ranks share the sequence of the prompt.
+
+    None if these steps need no other one than `layout`, that of the steps before, or if exchanges over `link` would take
+    longer than each rank needs for the whole sequence.
+    """
+    if layout.cfg == 1 or request.num_guided_steps == request.num_denoising_steps:
+        return None
+    step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
+    # With both prompts, exchanges add `cost - 1` to the time in which a rank computes one of them whole. With one prompt
+    # they add half of it, and computing takes half the time.
+    cost = sequence_cost(request, spec, layout.world_size, item, step_s, link)
+    return one_sequence(layout, spec.transformer.num_attention_heads) if cost < 2 else None
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

@@ -1,22 +1,125 @@
-"""The named speeds: sets of request fields, from exact to the fastest."""
+"""The named speeds: sets of request fields, from exact to the fastest, and what each loses. Does not import torch.
 
-from collections.abc import Mapping
+A loss is the PSNR of the frames against the exact video of the same seed, in dB: about 40 dB is hard to see, 30 dB is
+plain to see in places, and two seeds differ by about 15 dB.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+from wanduet.errors import InvalidRequestError
+from wanduet.family.spec import ModelSpec
+
+SpeedName = Literal["exact", "near", "fine", "fast", "draft"]
+EXACT: SpeedName = "exact"
+FIELDS = ("speed", "loss_budget")  # of a request, which stand for other fields
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
     """A name and the request fields that it sets; an exact one sets none."""
 
-    name: str
+    name: SpeedName
     fields: Mapping[str, Any]
 
 
+# Chosen on the miniature: benchmarks/results/step_caches_miniature.json. EasyCache needs no constants of the model, so
+# all models have all speeds. Below 26 forwards, ending guidance early loses less than fewer steps or more skipped ones.
 SPEEDS: tuple[Speed, ...] = (
     Speed("exact", {}),
     Speed("near", {"step_cache": "easycache:0.02"}),
     Speed("fine", {"step_cache": "easycache:0.05"}),
     Speed("fast", {"step_cache": "easycache:0.1"}),
-    Speed("draft", {"step_cache": "easycache:0.2"}),
+    Speed("draft", {"step_cache": "easycache:0.2", "guidance_gate": 0.3}),
 )
+BY_NAME: Mapping[str, Speed] = {speed.name: speed for speed in SPEEDS}
+CHOSEN = frozenset(name for speed in SPEEDS for name in speed.fields)  # the fields that speeds set
+assert tuple(BY_NAME) == get_args(SpeedName)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a speed loses: the PSNR in dB, of the worst of several prompts or their mean, and whose figure it is."""
+
+    psnr: float
+    of: Literal["worst", "mean"]
+    source: str  # "measured on this machine", for example
+
+    def __str__(self) -> str:
+        """A part of a sentence."""
+        return f"{self.of} PSNR {self.psnr:.1f} dB ({self.source})"
+
+
+def price_dict(price: Price | None) -> dict[str, Any] | None:
+    """Return a price as plans, results and metadata have it."""
+    return None if price is None else {"psnr": {price.of: round(price.psnr, 2)}, "source": price.source}
+
+
+# Returns what a speed loses with the weights in use on this machine; None if it was not measured.
+Prices = Callable[[str], Price | None]
+
+
+def not_measured(_: str) -> None:
+    """`Prices` of a model that was not measured."""
+    return
+
+
+_MINIATURE = "published with wanduet: four prompts, 50 steps"
+# By the transformer's blocks and their width, and the name of the speed.
+PUBLISHED: Mapping[tuple[int, int], Mapping[str, Price]] = {
+    (30, 1536): {
+        "fine": Price(25.24, "mean", "published for 50 steps of Wan2.1 1.3B, arXiv 2507.02860; not measured here")
+    },
+    (6, 256): {
+        name: Price(psnr, "worst", _MINIATURE)
+        for name, psnr in (("near", 45.3), ("fine", 37.0), ("fast", 30.7), ("draft", 21.4))
+    },
+}
+
+
+def price_of(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None:
+    """Return what a speed loses: as measured, else as published; None if neither is known, and for the exact one."""
+    if speed in (None, EXACT):
+        return None
+    assert speed is not None
+    shape = (spec.transformer.num_layers, spec.transformer.dim)
+    return prices(speed) or PUBLISHED.get(shape, {}).get(speed)
+
+
+def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName]:
+    """Yield the speeds whose PSNR is known to be at least `budget` dB, fastest first, and last the exact one."""
+    for speed in reversed(SPEEDS[1:]):
+        price = price_of(speed.name, spec, prices)
+        if price is not None and price.psnr >= budget:
+            yield speed.name
+    yield EXACT
+
+
+def fields_set_by(speed: str | None) -> Mapping[str, Any]:
+    """Return the request fields that a speed sets; {} for None."""
+    return {} if speed is None else BY_NAME[speed].fields
+
+
+def refused(speed: str | None, error: InvalidRequestError, spec: ModelSpec) -> InvalidRequestError:
+    """Return the error of a speed whose field is not allowed in a run, from the error of that field."""
+    if steps := spec.defaults.timesteps:
+        allowed = f"{EXACT} with few-step weights: their {len(steps)} steps are fast already, and leave nothing to skip"
+    else:
+        allowed = f"{EXACT}, because the speed sets {error.field}={error.given!r}, and that must be {error.allowed}"
+    return InvalidRequestError("speed", speed, allowed, EXACT)
+
+
+def forecast(plan: Mapping[str, Any]) -> str:
+    """Return what a plan, as JSON, predicts of approximations, as one line; empty if the request asks for none."""
+    forwards, price = plan.get("predicted_forwards"), plan.get("price")
+    parts = [f"speed {plan['speed']}"] if "speed" in plan else []
+    if forwards is not None:
+        parts.append(f"{'about ' * forwards['is_estimate']}{forwards['count']} of {forwards['of']} forwards a video")
+    if price is not None:
+        kind = "worst" if "worst" in price["psnr"] else "mean"
+        source = price.get("source", "measured on this machine")
+        parts.append(f"{kind} PSNR {price['psnr'][kind]:.1f} dB ({source})")
+    elif plan.get("speed") not in (None, EXACT):
+        parts.append("what it loses here is not known")
+    return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -263,11 +264,19 @@ def submitted_at(job_id: str) -> float:
     return int(job_id[6:18], 16) / 1000
 
 
+# Fields of a request that save time, by a short name, and their values with which they do not.
+APPROXIMATIONS: Mapping[str, tuple[str, str | float]] = {
+    "cache": ("step_cache", "off"),
+    "gate": ("guidance_gate", 1.0),
+    "sparse": ("sparse", 1.0),
+}
+
+
 def demand_of(request: dict[str, Any]) -> str:
     """Return the fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
     `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
-    with an input video, `/STRENGTH` follows.
+    with an input video, `/STRENGTH` follows; then, as `/NAME=VALUE`, the approximations that save time.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -276,8 +285,21 @@ def demand_of(request: dict[str, Any]) -> str:
         "-" if number is None else number for number in (*numbers, branches, request.get("num_videos_per_prompt", 1))
     )
     demand = f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
-    strength = request.get("strength")
-    return demand if request.get("input_video") is None else f"{demand}/{'-' if strength is None else f'{strength:g}'}"
+    if request.get("input_video") is not None:
+        demand += "/-" if (strength := request.get("strength")) is None else f"/{strength:g}"
+    for short, (name, off) in APPROXIMATIONS.items():
+        if (value := request.get(name, off)) not in (None, off):
+            kind, colon, number = value.rpartition(":") if isinstance(value, str) else ("", "", value)
+            demand += f"/{short}={kind}{colon}{_short(number)}"
+    return demand
+
+
+def _short(number: str | float) -> str:
+    """Return a number with four digits, for a column of limited length; another text as it is."""
+    try:
+        return f"{float(number):.4g}"
+    except ValueError:
+        return str(number)
 
 
 def is_job_id(text: str) -> bool:

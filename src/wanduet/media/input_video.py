@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import Prices, not_measured
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.read import open_container, packets
 from wanduet.media.truncation import promised_bytes
@@ -47,7 +48,7 @@ _MATRIX_BT2020 = 9
 _YUV_MATRICES = (1, 4, 5, 6, 7, _MATRIX_BT2020)  # those that the scaler knows
 
 
-def resolve(request: GenerationRequest, spec: ModelSpec) -> ResolvedRequest:
+def resolve(request: GenerationRequest, spec: ModelSpec, prices: Prices = not_measured) -> ResolvedRequest:
     """`GenerationRequest.resolve`, which for an input video reads its size, length and hash first.
 
     The path becomes absolute: it is read again later, and the current folder may have changed by then.
@@ -55,10 +56,10 @@ def resolve(request: GenerationRequest, spec: ModelSpec) -> ResolvedRequest:
     Raises InvalidRequestError, also for a file that is not a video.
     """
     if request.input_video is None or request.input_video.startswith(INPUT_HASH):
-        return request.resolve(spec)
+        return request.resolve(spec, None, prices)
     path = Path(request.input_video)
     source = read_source(path)
-    return request.model_copy(update={"input_video": str(_absolute(path))}).resolve(spec, source)
+    return request.model_copy(update={"input_video": str(_absolute(path))}).resolve(spec, source, prices)
 
 
 def read_source(path: Path) -> SourceVideo:

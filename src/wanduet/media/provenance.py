@@ -24,9 +24,9 @@ TITLE_LENGTH = 120
 MAX_LENGTH = 4 * 2**20  # characters of JSON; usual files have some thousand
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
-    "price": dict | None,
     **dict.fromkeys(("rungs", "warnings", "hardware", "skipped_steps"), list),
-    **dict.fromkeys(("attention", "created_at", "digest"), str | None),
+    **dict.fromkeys(("attention", "created_at", "digest", "speed"), str | None),
+    "price": dict | None,
 }
 _PACKAGES = ("wanduet", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")

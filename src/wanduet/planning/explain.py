@@ -13,6 +13,7 @@ from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.sparsity import ALL, first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import EXACT, fields_set_by
 from wanduet.family.step_caches import OFF
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
@@ -214,23 +215,48 @@ class Explanation:
 
     def _approximations(self) -> tuple[Choice, ...]:
         request, forwards, found = self.request, self.plan.prediction.forwards, []
-        if forwards is None:
-            return ()
-        count = f"{REQUESTED}: {forwards.count} of {forwards.exact_count} forwards a video"
-        if forwards.is_estimate:
-            count += " by estimate, as the latents decide" if "easycache" in request.step_cache else " by estimate"
+        count = f"{2 * request.num_guided_steps or request.num_denoising_steps} forwards a video, nothing is skipped"
+        if forwards is not None:
+            count = f"{forwards.count} of {forwards.exact_count} forwards a video"
+            if forwards.is_estimate:
+                count += " by estimate, as the latents decide" if "easycache" in request.step_cache else " by estimate"
+        if request.speed is not None:
+            found.append(Choice("speed", request.speed, f"{self._why_speed()}: {count}{self._loss()}"))
         if request.step_cache != OFF:
-            found.append(Choice("step_cache", request.step_cache, f"{count}; the video differs from the exact one"))
+            why = f"{self._by('step_cache')}: {count}; the video differs from the exact one"
+            found.append(Choice("step_cache", request.step_cache, why))
         if request.guidance_gate < 1:
             steps = f"guidance is off after {request.num_guided_steps} of {request.num_denoising_steps} steps"
-            found.append(Choice("guidance_gate", request.guidance_gate, f"{count}; {steps}"))
+            why = f"{self._by('guidance_gate')}: {count}; {steps}"
+            found.append(Choice("guidance_gate", request.guidance_gate, why))
         if request.sparse < ALL:
             size = (request.generated_height, request.generated_width, request.num_frames)
             kept = kept_share(request.sparse, self.spec.num_tokens(*size))
             first = first_sparse_step(request.first_step, request.num_denoising_steps)
-            why = f"{REQUESTED}: self-attention reads {kept:.0%} of the key blocks from step {first + 1} on, but in the first block"
-            found.append(Choice("sparse", request.sparse, f"{why}; the video differs from the exact one"))
+            why = f"self-attention reads {kept:.0%} of the key blocks from step {first + 1} on, but in the first block"
+            found.append(
+                Choice("sparse", request.sparse, f"{self._by('sparse')}: {why}; the video differs from the exact one")
+            )
         return tuple(found)
+
+    def _by(self, name: str) -> str:
+        """Return who has set a field of the request: the user, or the speed."""
+        request = self.request
+        is_of_speed = fields_set_by(request.speed).get(name) == getattr(request, name)
+        return f"set by speed {request.speed}" if is_of_speed else REQUESTED
+
+    def _why_speed(self) -> str:
+        if self.request.loss_budget is None:
+            return REQUESTED
+        if self.request.speed == EXACT:
+            return f"no faster one is known to keep {self.request.loss_budget:g} dB here"
+        return f"the fastest that is known to keep {self.request.loss_budget:g} dB here"
+
+    def _loss(self) -> str:
+        request = self.request
+        if request.price is not None:
+            return f"; {request.price}"
+        return "" if request.speed == EXACT else "; what it loses here is not known"
 
     def _keep_both(self) -> str:
         plan = self.plan
@@ -335,7 +361,9 @@ def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
         found.append(Choice("weights", config.weights, why))
     if config.vram_limit is not None and all(device.name == "cpu" for device in plan.prediction.devices):
         found.append(Choice("vram_limit", config.vram_limit, "without effect: no GPU is used"))
-    if config.speeds is not None and not plan.group.ranks:
-        speeds = ",".join(f"{speed:g}" for speed in config.speeds)
-        found.append(Choice("speeds", speeds, f"without effect: strategy {plan.strategy} does not share a video"))
+    if config.device_speeds is not None and not plan.group.ranks:
+        speeds = ",".join(f"{speed:g}" for speed in config.device_speeds)
+        found.append(
+            Choice("device_speeds", speeds, f"without effect: strategy {plan.strategy} does not share a video")
+        )
     return tuple(found)

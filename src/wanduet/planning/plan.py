@@ -7,6 +7,7 @@ from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.config import Weights, format_bytes, format_seconds
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.errors import DoesNotFitError
+from wanduet.family.speeds import Price, price_dict
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cost import Seconds
 from wanduet.planning.placement import StrategyName
@@ -87,7 +88,8 @@ class DevicePrediction:
 class Prediction:
     """The predicted cost of a plan: bytes of each device and of the host, with their limits, and seconds.
 
-    `forwards`: of the transformer for one video, if the request asks for an approximation.
+    `forwards`: of the transformer for one video, if the request asks for an approximation. `speed`, if it asks for one, and
+    its `price`, if that is known.
     """
 
     devices: tuple[DevicePrediction, ...]
@@ -95,6 +97,8 @@ class Prediction:
     host_limit_bytes: int
     seconds: Seconds
     forwards: Forwards | None = None
+    speed: str | None = None
+    price: Price | None = None
 
     @property
     def fits(self) -> bool:
@@ -137,7 +141,11 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as `wanduet plan --json` prints it."""
         predicted, seconds = self.prediction, self.prediction.seconds
-        forwards = {} if predicted.forwards is None else {"predicted_forwards": predicted.forwards.as_dict()}
+        about: dict[str, Any] = {}
+        if predicted.forwards is not None:
+            about["predicted_forwards"] = predicted.forwards.as_dict()
+        if predicted.speed is not None:
+            about |= {"speed": predicted.speed, "price": price_dict(predicted.price)}
         return {
             "fits": predicted.fits,
             "strategy": self.strategy,
@@ -154,7 +162,7 @@ class Plan:
                 "decode": round(seconds.decode, 1),
                 "total": round(seconds.total, 1),
             },
-            **forwards,
+            **about,
             "nearest_that_fits": list(self.nearest_that_fits),
         }
 

@@ -11,11 +11,12 @@ from typing import Any
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import GIB, EngineConfig, Weights
-from wanduet.distributed.mesh import choose_layout
+from wanduet.distributed.mesh import choose_layout, one_sequence
 from wanduet.errors import ConfigError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
+from wanduet.footprint.dit import buffer_bytes
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
     DenoiseShape,
@@ -222,7 +223,7 @@ class Planner:
         """Return the plan of a group: every rank has the whole transformer, its part of the sequence and its rows of
         the decode."""
         spec, count = self._spec, len(place.ranks)
-        rates = self.config.speeds or tuple(rate(device) for device in place.ranks)
+        rates = self.config.device_speeds or tuple(rate(device) for device in place.ranks)
         step_s = step_seconds(self.request, predict_seconds(self.request, spec, place.transformer, place.vae, count))
         item = DTYPE_BYTES[self.transformer_dtype(place.transformer)]
         pairs = self.request.uses_guidance and pairs_up(
@@ -266,7 +267,9 @@ class Planner:
             VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
             self._text,
             candidate.both_resident,
-            Prediction(devices, host, self._host_limit, seconds, self._forwards),
+            Prediction(
+                devices, host, self._host_limit, seconds, self._forwards, self.request.speed, self.request.price
+            ),
             group,
         )
 
@@ -280,7 +283,14 @@ class Planner:
         shape = DenoiseShape(
             self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request), request.sparse
         )
-        return self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
+        found = self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
+        if group.layout.cfg == 1 or request.guidance_gate == 1:
+            return found
+        # After the gate, all ranks share one sequence, and exchange parts of it through a buffer of its own.
+        layout = one_sequence(group.layout, self._spec.transformer.num_attention_heads)
+        latents = self._spec.latent_shape(*self._size)
+        buffer = buffer_bytes(self._spec.transformer, latents, shape.dtype, layout)
+        return replace(found, activations=found.activations + buffer, exchange=found.exchange + buffer)
 
     def _devices(
         self, place: Placement, candidate: Candidate, transformer: TransformerMemory

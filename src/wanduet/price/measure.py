@@ -27,7 +27,7 @@ from wanduet.price.replay import REPLAYED, Replay
 from wanduet.price.runs import kept, latents_path, make, make_with_other_kernels
 from wanduet.price.variants import Measured, Variant, all_variants, possible
 from wanduet.request import GenerationRequest
-from wanduet.stages.predict import time_embedder
+from wanduet.stages.predict import time_embedding
 from wanduet.weights.names import MINIATURE
 
 # Called with what is made, and the predicted seconds that are done and that there are in all.
@@ -178,7 +178,7 @@ class Measurement:
     def _time_embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         loaded = self._engine.models.transformer.loaded
         assert loaded is not None, "called during a denoise"
-        return time_embedder(loaded)
+        return time_embedding(loaded)
 
     def _store(self, key: str, number: int, made: Made | None, reference: Made) -> None:
         row: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import torch
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, stream_blocks
 from wanduet.distributed.mesh import Mesh
+from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
@@ -22,7 +23,11 @@ SWAPPED_OUT = -1  # `resident_blocks` after `swap_out`
 
 @dataclass(slots=True)
 class LoadedTransformer:
-    """The loaded transformer, and the settings it was loaded with. `mesh`: the ranks that share its work, if any."""
+    """The loaded transformer, and the settings it was loaded with.
+
+    `mesh`: the ranks that share its work, if any. `after_gate`: how they share a step of one prompt, if they take a prompt
+    each in the other steps.
+    """
 
     spec: ModelSpec
     transformer: WanTransformer
@@ -31,6 +36,7 @@ class LoadedTransformer:
     resident_blocks: int
     memory: HostMemory  # for blocks that are not on the device
     mesh: Mesh | None = None
+    after_gate: Sharding | None = None
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     sparse: SparseSteps | None = None  # of the last job

@@ -7,10 +7,12 @@ import torch
 
 from wanduet.config import EngineConfig
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import Price
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import on_device_of
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.plan import Plan, TextPlan
+from wanduet.planning.prices import measured_price
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
@@ -55,6 +57,10 @@ class Models:
     def about(self) -> dict[str, str | None]:
         """The model's name, hash of the weights and revision, for provenance."""
         return self.checkpoint.about
+
+    def price(self, speed: str) -> Price | None:
+        """Return what a speed loses with these weights on this machine; None if that was not measured."""
+        return measured_price(self.checkpoint.measurements, self.about["hash"], speed)
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:

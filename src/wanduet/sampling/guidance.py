@@ -64,16 +64,18 @@ class PairedPredictor(Generic[Condition]):
     """Predictor of two prompts on two ranks: rank 0 of `group` computes the first, rank 1 the second, and they exchange
     velocities. Both get both velocities, bit for bit those that one device would compute.
 
-    A rank does not read the other's condition of a pair. A single condition is computed by both ranks alike.
+    A rank does not read the other's condition of a pair. A single condition is computed with `alone`, which all ranks
+    share, or without it by each rank alike. Neither predictor has a state.
     """
 
     predictor: Predictor[Condition]
     group: dist.ProcessGroup
+    alone: Predictor[Condition] | None = None
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Condition]) -> Sequence[Tensor]:
         """See Predictor. Raises ValueError for more than two conditions."""
         if len(conditions) == 1:
-            return self.predictor(latents, step, conditions)
+            return (self.alone or self.predictor)(latents, step, conditions)
         if len(conditions) != 2:
             raise ValueError(f"{len(conditions)} prompts cannot be shared by two ranks.")
         (own,) = self.predictor(latents, step, (conditions[dist.get_rank(self.group)],))

@@ -4,7 +4,9 @@ A predictor that skips work (a cache between steps, for example) wraps the trans
 place that makes one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from wanduet.accelerate.step_cache import StepCache, make_rule
 from wanduet.distributed.collectives import broadcast_
+from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.kernels.attention.call import Step
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.media.embeddings import PromptEmbeds
@@ -57,6 +60,43 @@ class TransformerPredictor:
         """See Predictor."""
 
 
+class ShardedPredictor:
+    """`TransformerPredictor` in which ranks share the work in another way than in the transformer's other forwards."""
+
+    def __init__(
+        self,
+        denoiser: LoadedTransformer,
+        latent_shape: tuple[int, ...],
+        forward: Callable[[Forward], Any],
+        sharding: Sharding,
+    ) -> None:
+        """See TransformerPredictor."""
+        self._transformer, self._sharding = denoiser.transformer, sharding
+        with self._shared():
+            self._predictor = TransformerPredictor(denoiser, latent_shape, forward)
+
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
+        """See Predictor."""
+        with self._shared():
+            return self._predictor(latents, step, conditions)
+
+    def state(self) -> State:
+        """See Predictor."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """See Predictor."""
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        transformer, usual = self._transformer, self._transformer.runtime.sharding
+        transformer.runtime = replace(transformer.runtime, sharding=self._sharding)
+        try:
+            yield
+        finally:
+            transformer.runtime = replace(transformer.runtime, sharding=usual)
+
+
 def forward_of(denoiser: LoadedTransformer, context: RunContext) -> Callable[[Forward], Any]:
     """Return what runs each forward. On one device, it reruns with less memory where that has run out. In a rank it
     does not: ranks must run the same forwards, so the group fails, and starts again."""
@@ -72,17 +112,18 @@ def make_predictor(
     """Return the predictor of a denoise: `TransformerPredictor`, whose two prompts are computed by two ranks where a group
     divides them, and whose steps are skipped by the request's step cache, if it has one."""
     predictor: TextPredictor = TransformerPredictor(denoiser, latent_shape, forward)
-    mesh, device = denoiser.mesh, denoiser.device
+    mesh = denoiser.mesh
     if mesh is not None and mesh.layout.cfg > 1:
-        predictor = PairedPredictor(predictor, mesh.cfg)
-
-    rule = make_rule(request, denoiser.spec, time_embedder(denoiser))
+        after = denoiser.after_gate
+        alone = None if after is None else ShardedPredictor(denoiser, latent_shape, forward, after)
+        predictor = PairedPredictor(predictor, mesh.cfg, alone)
+    rule = make_rule(request, denoiser.spec, time_embedding(denoiser))
     if rule is None:
         return predictor
-    return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, device)
+    return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, denoiser.device)
 
 
-def time_embedder(denoiser: LoadedTransformer) -> Callable[[Tensor], Tensor]:
+def time_embedding(denoiser: LoadedTransformer) -> Callable[[Tensor], Tensor]:
     """Return the transformer's time embedding, from timesteps `[steps]` to `[steps, C]`, both float32 on the host."""
 
     @PRODUCTS.at(EXACT)
@@ -123,7 +164,7 @@ def make_guidance(
     """Project the prompts' embeddings to the keys and values that this process needs, and return the guidance.
 
     Where a group of ranks divides the two prompts, each rank needs only its own, until the guidance gate: after it, all
-    ranks compute the prompt. (That is no faster than one rank, but all ranks have the latents of each step.)
+    ranks compute the prompt.
     """
 
     def context(prompt: PromptEmbeds) -> TextContext:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 import wanduet
@@ -17,6 +18,7 @@ from wanduet.config import EngineConfig
 from wanduet.doors.python.parts import PipelineBusyError
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import ConfigError, ModelNotFoundError
+from wanduet.models.dit.model import WanTransformer
 from wanduet.planning.hardware import parse_hardware
 from wanduet.request import GenerationRequest
 
@@ -406,6 +408,62 @@ def test_interrupted_from_a_callback_and_from_another_thread(pipe) -> None:
     assert pipe.interrupt
     assert latents(pipe).any()  # the next call runs to its end
     assert not pipe.interrupt
+
+
+def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
+    """As many forwards as the speed or the switches say, for each video as if it were alone."""
+    made: list[int] = []
+    forward = WanTransformer.forward
+
+    def spy(self, latents: Tensor, *given: Any) -> Any:
+        made.append(latents.is_meta)
+        return forward(self, latents, *given)
+
+    def run(**call: Any) -> tuple[Tensor, int]:
+        made.clear()
+        return latents(pipe, **({"num_inference_steps": 12} | call)), made.count(False)
+
+    monkeypatch.setattr(WanTransformer, "forward", spy)
+    exact, count = run()
+    assert count == 24
+    for same in ({"speed": "exact"}, {"loss_budget": 99}):
+        assert torch.equal(run(**same)[0], exact)
+    skips = {"step_cache": "easycache:1.0", "guidance_gate": 0.25}
+    for call, expected in (
+        ({"guidance_gate": 0.25}, 3 * 2 + 9),
+        ({"step_cache": "easycache:1.0"}, 2 * 11),  # 10 steps and the last
+        (skips, 3 * 2 + 8),
+    ):
+        made_so, count = run(**call)
+        assert count == expected
+        assert not torch.equal(made_so, exact)
+    noise = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    pair, count = run(**skips, num_videos_per_prompt=2, latents=noise)
+    assert count == 2 * (3 * 2 + 8)
+    for video, one in zip(pair, noise, strict=True):
+        assert torch.equal(run(**skips, latents=one[None])[0][0], video)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"speed": "near"}, "speed='near' is not allowed.+ has 3"),
+        ({"speed": "warp"}, "one of 'exact'"),
+        ({"speed": "near", "loss_budget": 30.0}, "leave one of the two out"),
+        ({"step_cache": "magcache", "num_inference_steps": 20}, "easycache for this model"),
+        ({"guidance_gate": 0.5, "guidance_scale": 1.0}, "without guidance"),
+        ({"speed": "near", "num_inference_steps": 20, "callback_on_step_end": print}, "may change the latents"),
+    ],
+)
+def test_approximations_that_a_call_cannot_have(pipe, call, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        latents(pipe, **call)
+
+
+def test_a_step_cache_needs_a_scheduler_with_one_timestep_a_step(pipe) -> None:
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    with pytest.raises(ValueError, match="computes each step twice"):
+        latents(pipe, step_cache="easycache", num_inference_steps=20)
 
 
 def test_the_scheduler_replaced_between_calls(pipe) -> None:

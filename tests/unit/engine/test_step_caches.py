@@ -143,6 +143,27 @@ def test_what_was_done_is_in_the_record_only_if_something_was_asked_for(run: Run
     assert not any(f'"{word}"' in everything for word in ("skipped_steps", "step_cache", "guidance_gate", "forwards"))
 
 
+def test_a_video_says_its_speed_and_what_that_loses(run: Run, engine: Engine, tmp_path: Path) -> None:
+    job = run("draft", num_inference_steps=16, speed="draft")
+    run("exact", num_inference_steps=2, speed="exact")
+    price = {"psnr": {"worst": 21.4}, "source": "published with wanduet: four prompts, 50 steps"}
+    shown = report(job, job.result(), parse_place(f"{tmp_path}/"))
+    about = read_metadata(tmp_path / "draft.mkv")
+    for found in (shown, shown["videos"][0], about):
+        assert (found["speed"], found["price"]) == ("draft", price)
+        assert found["forwards"] == 16 - len(skipped(job)) + 5, "5 steps are guided"
+        assert found["forwards"] <= 17
+    assert about["request"]["step_cache"] == "easycache:0.2"
+    assert "speed" not in about["request"], "a later version may set other fields"
+    assert (shown["plan"]["speed"], shown["plan"]["price"]) == ("draft", price)
+    about = read_metadata(tmp_path / "exact.mkv")
+    assert (about["speed"], about["price"]) == ("exact", None)
+    assert "forwards" not in about
+    path = job.result().videos[0].latents_path
+    later = tools.decode_latents(engine.config, path, OutputOptions(tmp_path / "later.mkv", "ffv1")).videos[0]
+    assert (later.provenance["speed"], later.provenance["price"]) == ("draft", price)
+
+
 def test_latents_that_are_decoded_later_say_what_was_skipped(run: Run, engine: Engine, tmp_path: Path) -> None:
     job = run("made", **CACHED)
     path = job.result().videos[0].latents_path
@@ -164,8 +185,9 @@ def test_an_interrupted_job_goes_on_bit_for_bit(run: Run, tables: None, rule: st
 
 
 def test_ranks_skip_alike_and_go_on_from_a_checkpoint(run: Run, ranks: Engine) -> None:
-    """Each rank has a prompt, and of both the last velocity; without guidance, each has a part of the sequence."""
-    gated = CACHED | {"guidance_gate": 0.9}
+    """Each rank has a prompt, and of both the last velocity; without guidance and after its gate, each has a part of the
+    sequence."""
+    gated = CACHED | {"guidance_gate": 0.4}
     for name, changes, cfg in (("plain", CACHED | {"guidance_scale": 1.0}, 1), ("gated", gated, 2)):
         single, shared = run(f"{name} single", **changes), run(name, ranks, **changes)
         assert shared.plan.group.layout.cfg == cfg

@@ -264,7 +264,7 @@ def test_a_group_that_never_holds_together_is_done_without(config, alone, tmp_pa
 
 
 def test_unequal_devices_get_unequal_parts_and_give_the_same(config, alone, tmp_path) -> None:
-    settings = replace(config, strategy="parallel", devices="cpu,cpu", speeds=(3.0, 1.0))
+    settings = replace(config, strategy="parallel", devices="cpu,cpu", device_speeds=(3.0, 1.0))
     job = run(settings, tmp_path / "a.mkv")
     assert (job.plan.group.layout.cfg, job.plan.group.layout.sequence) == (1, 2)  # pairs would wait for the slower one
     expected = latents(alone / "guided.mkv")
@@ -278,7 +278,7 @@ def test_speeds_that_are_alike_are_equal() -> None:
     assert balanced((100.0, 95.0)) == (1.0, 1.0)
     assert balanced((2.0, 1.0)) == (1.0, 0.5)
     with pytest.raises(ConfigError, match="speeds"):
-        EngineConfig(devices="cpu,cpu", speeds=(1.0,))
+        EngineConfig(devices="cpu,cpu", device_speeds=(1.0,))
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,29 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
     plan = make_plan(request, models.memory, config, hardware)
     assert plan.group.layout == Layout(cfg=2)
     assert suited_layout(plan, request, models.spec, (1.0, slower), link) == expected
-    given = replace(config, speeds=(1.0, slower))
+    given = replace(config, device_speeds=(1.0, slower))
     assert make_plan(request, models.memory, given, hardware).group.layout == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "gate", "link", "after"),
+    [
+        (Layout(cfg=2), 0.5, "direct", Layout(ulysses=2)),
+        (Layout(cfg=2, ulysses=2), 0.5, "direct", Layout(ulysses=4)),
+        (Layout(cfg=2), 1.0, "direct", None),
+        (Layout(ulysses=2), 0.5, "direct", None),
+        (Layout(cfg=2), 0.5, "gloo", None),  # to exchange takes longer than to compute all
+    ],
+)
+def test_after_the_guidance_gate_ranks_share_one_sequence(layout, gate, link, after) -> None:
+    from wanduet.engine.speeds import layout_after_gate
+    from wanduet.planning.planner import make_plan
+
+    config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
+    models = Models(config)
+    request = GenerationRequest(prompt="a red circle", guidance_gate=gate).resolve(models.spec)
+    plan = make_plan(request, models.memory, config, parse_hardware("2xh100"))
+    assert layout_after_gate(plan, request, models.spec, layout, link) == after
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_form_of_few_step_weights() -> None:
     assert fields_of(form)["timesteps"] == "1000,757"
     assert "num_inference_steps" not in fields_of(form)
     assert fields_of({**form, "timesteps": ""})["num_inference_steps"] == 2
-    assert Presets(few).qualities == {"Standard": 2}
+    assert Presets(few).qualities == {"Standard": "exact"}
 
 
 @pytest.mark.parametrize(
@@ -193,20 +193,35 @@ def restoring(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Test
     return api.http
 
 
+def test_a_quality_stands_for_the_fields_that_its_speed_sets(actions: PageActions) -> None:
+    exact = {**actions.defaults(), "prompt": "x", "seed": "1"}
+    draft = {**exact, "speed": "draft"}
+    job = actions.submit("local", draft)
+    assert (job.request["speed"], job.request["step_cache"]) == ("draft", "easycache:0.2")
+    again = actions.form_of(job)
+    assert (again["speed"], again["step_cache"], again["guidance_gate"]) == ("draft", "off", 1.0)
+    finer = actions.submit("local", {**again, "speed": "exact"}).request
+    assert finer == actions.submit("local", exact).request
+    assert "speed" not in finer
+    cached = actions.submit("local", {**draft, "step_cache": "easycache:0.1"})
+    assert actions.form_of(cached)["step_cache"] == cached.request["step_cache"] == "easycache:0.1"
+
+
 def test_presets_follow_from_the_model() -> None:
     wan = Presets(WAN_1_3B.defaults)
     assert wan.shapes == {"Wide": "832x480", "Tall": "480x832", "Square": "624x624"}
     assert wan.lengths == {"3 s": 49, "5 s": 81, "8 s": 129}
-    assert wan.qualities == {"Draft": 20, "Standard": 50, "Fine": 75}
+    assert wan.qualities == {"Draft": "draft", "Standard": "near", "Fine": "exact"}
     form = default_form(WAN_1_3B.defaults)
-    assert wan.chosen(form) == ("Wide", "5 s", "Standard")
-    assert wan.chosen({**form, "size": "640x640", "num_frames": 5}) == (None, None, "Standard")
+    assert wan.chosen(form) == ("Wide", "5 s", "Fine")
+    assert wan.chosen({**form, "speed": "draft"}) == ("Wide", "5 s", "Draft")
+    assert wan.chosen({**form, "size": "640x640", "num_frames": 5, "speed": "fast"}) == (None, None, None)
     small = Presets(replace(WAN_1_3B.defaults, height=96, width=96, num_frames=33, num_inference_steps=20))
     assert small.shapes == {"Wide": "160x96", "Tall": "96x160", "Square": "96x96"}
     assert small.lengths == {"1 s": 17, "2 s": 33, "3 s": 49}
     tiny = Presets(replace(WAN_1_3B.defaults, height=16, width=16, num_frames=1, num_inference_steps=1))
     assert tiny.lengths == {"1 s": 17}
-    assert tiny.qualities == {"Draft": 1, "Standard": 1, "Fine": 2}
+    assert tiny.qualities == {"Standard": "exact"}, "there is nothing to skip in one step"
 
 
 def test_every_video_of_a_job_is_shown() -> None:

@@ -108,6 +108,11 @@ def test_a_seed_is_drawn_once_so_that_an_attempt_can_be_repeated(api: Any) -> No
         ({"size": "480p", "height": 480}, "size"),
         ({"num_frames": 80}, "num_frames"),
         ({"step_cache": "easycash"}, "step_cache"),
+        ({"speed": "warp"}, "speed"),
+        ({"speed": "near", "num_inference_steps": 4}, "speed"),
+        ({"speed": "near", "loss_budget": 30}, "speed"),
+        ({"speed": "exact", "step_cache": "easycache"}, "speed"),
+        ({"loss_budget": -1}, "loss_budget"),
         ({"step_cache": "magcache", "num_inference_steps": 4}, "step_cache"),
         ({"guidance_gate": 1.5}, "guidance_gate"),
         ({"guidance_gate": 0.5, "guidance_scale": 1}, "guidance_gate"),
@@ -127,6 +132,20 @@ def test_bad_fields_are_named_and_nothing_is_stored(api: Any, fields: dict[str, 
     error = _post_raw(api, fields)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert len(error["message"]) < 700
+
+
+def test_a_speed_is_a_field_and_part_of_the_video(api: Any) -> None:
+    body = {"prompt": "x", "speed": "draft", "seed": "1", "num_inference_steps": "20"}
+    form = api.http.post("/v1/videos", files={name: (None, value) for name, value in body.items()}).json()
+    plain = api.http.post("/v1/videos", json={**body, "seed": 1, "num_inference_steps": 20}).json()
+    for video in (form, plain, api.http.get(f"/v1/videos/{plain['id']}").json()):
+        assert video["speed"] == video["settings"]["speed"] == "draft"
+        assert (video["settings"]["step_cache"], video["settings"]["guidance_gate"]) == ("easycache:0.2", 0.3)
+    budget = api.http.post("/v1/videos", json={"prompt": "x", "loss_budget": 99}).json()
+    assert (budget["speed"], budget["settings"]["step_cache"]) == ("exact", "off")
+    remix = api.http.post(f"/v1/videos/{plain['id']}/remix", json={"prompt": "y"}).json()
+    assert (remix["speed"], remix["settings"]) == ("draft", plain["settings"])
+    assert "speed" not in api.http.post("/v1/videos", json={"prompt": "x"}).json()
 
 
 def _post_raw(api: Any, fields: dict[str, Any]) -> dict[str, Any]:

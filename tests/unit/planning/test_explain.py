@@ -150,7 +150,7 @@ CLAIMS: dict[str, Claim] = {
         x.value == c.config.vram_limit and all(c.hardware.device(d.name).is_cpu for d in c.plan.prediction.devices)
     ),
     r"without effect: strategy (\w+) does not share a video": lambda c, x, m: (
-        bool(c.config.speeds) and not c.plan.group.ranks and m[1] == c.plan.strategy
+        bool(c.config.device_speeds) and not c.plan.group.ranks and m[1] == c.plan.strategy
     ),
     r"the VAE's float32 convolutions round their factors to TF32": lambda c, x, m: tf32(c) and x.value is True,
     r"asked for: the VAE's float32 convolutions are exact": lambda c, x, m: tf32(c) and not c.config.tf32,
@@ -226,7 +226,7 @@ CLAIMS: dict[str, Claim] = {
     r"there is one prompt: each device has a part of its tokens": lambda c, x, m: not c.request.uses_guidance,
     r"an odd number of devices: each has a part of the tokens": lambda c, x, m: len(c.plan.group.ranks) % 2 == 1,
     r"devices of unlike speeds: each has a part of the tokens, the faster one more": lambda c, x, m: (
-        len(set(c.config.speeds or ())) > 1 and c.plan.group.layout.cfg == 1
+        len(set(c.config.device_speeds or ())) > 1 and c.plan.group.layout.cfg == 1
     ),
     r"PyTorch's own, the only one on (\w+)": lambda c, x, m: x.value == "sdpa" and m[1] == c.transformer.name == "cpu",
     r"asked for, but not there on (\w+): the job will be refused": lambda c, x, m: m[1] == "cpu" and x.value != "sdpa",
@@ -302,7 +302,7 @@ GRID = [
     ("3x24GiB", {}, 5.0, {}),
     ("2x24GiB", {}, 1.0, {}),
     ("2x24GiB", {"strategy": "parallel"}, 1.0, {}),
-    ("2x24GiB", {"devices": "cuda:0,cuda:1", "speeds": (3.0, 1.0), "strategy": "parallel"}, 5.0, {}),
+    ("2x24GiB", {"devices": "cuda:0,cuda:1", "device_speeds": (3.0, 1.0), "strategy": "parallel"}, 5.0, {}),
     ("2x24GiB", {"devices": "cuda:1", "attention": "flash-attn-4", "tf32": False}, 5.0, {}),
     ("2x24GiB", {"devices": "vae=cuda:0,transformer=cuda:1", "vae_dtype": "bfloat16"}, 5.0, {}),
     ("2x24GiB", {"vram_limit": int(3.5 * GIB)}, 5.0, {}),
@@ -325,7 +325,7 @@ GRID = [
     ("cpu", {"attention": "flash-attn-4", "strategy": "placed", "devices": "cpu"}, 5.0, {}),
     ("cpu", {"devices": "cpu,cpu"}, 1.0, {}),
     ("cpu", {"model": "miniature", "revision": "main", "vram_limit": 8 * GIB}, 5.0, {}),
-    ("2x24GiB", {"devices": "cuda:0,cuda:1", "speeds": (3.0, 1.0), "strategy": "placed"}, 5.0, {}),
+    ("2x24GiB", {"devices": "cuda:0,cuda:1", "device_speeds": (3.0, 1.0), "strategy": "placed"}, 5.0, {}),
     ("cpu", {"model": "miniature", "text_encoder_hold": "streamed"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cpu,transformer=cuda:0"}, 5.0, {}),
     ("24GiB", {"weights": "q8", "vram_limit": int(2.5 * GIB)}, 5.0, {}),
@@ -358,13 +358,13 @@ def test_every_sentence_of_a_plan_is_true(memories) -> None:
 
 
 def test_a_setting_that_a_plan_does_not_use_is_named(memories) -> None:
-    given = {"revision": "main", "vram_limit": 8 * GIB, "devices": "cpu,cpu", "speeds": (2.0, 1.0)}
+    given = {"revision": "main", "vram_limit": 8 * GIB, "devices": "cpu,cpu", "device_speeds": (2.0, 1.0)}
 
     def unused(machine: str, model: str, **changes) -> set[str]:
         choices = case_of(memories, machine, {"model": model} | given | changes, 5.0, {}).plan.choices
         return {c.setting for c in choices if c.why.startswith("without effect")} & given.keys()
 
-    assert unused("cpu", "random:1.3b", strategy="placed") == {"revision", "vram_limit", "speeds"}
+    assert unused("cpu", "random:1.3b", strategy="placed") == {"revision", "vram_limit", "device_speeds"}
     assert unused("cpu", "miniature", strategy="parallel") == {"revision", "vram_limit"}
     assert unused("2x24GiB", "miniature", devices="cuda:0,cuda:1", strategy="parallel") == {"revision"}
     assert unused("cpu", "miniature", **dict.fromkeys(given)) == set()

@@ -40,7 +40,7 @@ def run_batch(
     check_writable(options.path / "video.mp4")
     with ExitStack() as names, Engine(config) as engine:
         for request in requests:
-            require_fit(engine.plan(request), resolve(request, engine.models.spec))
+            require_fit(engine.plan(request), resolve(request, engine.models.spec, engine.models.price))
         batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()
         while waiting or work:
@@ -134,7 +134,7 @@ def _outcome(job: Job, output: Place) -> dict[str, Any]:
 
 def _made_before(request: GenerationRequest, begun: Begun, engine: Engine, output: Place) -> dict[str, Any]:
     """Return the result of a request whose videos an earlier run has made."""
-    resolved = resolve(request, engine.models.spec)
+    resolved = resolve(request, engine.models.spec, engine.models.price)
     paths = [
         begun.options.video_path(index, resolved.num_videos_per_prompt)
         for index in range(resolved.num_videos_per_prompt)

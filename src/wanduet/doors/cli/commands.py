@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wanduet.config import EngineConfig
+from wanduet.config import EngineConfig, format_seconds
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
@@ -25,6 +25,7 @@ from wanduet.errors import (
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.family.sparsity import ALL, first_sparse_step
+from wanduet.family.speeds import forecast
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
@@ -44,7 +45,7 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps", "price")  # of a video's metadata, see `engine.record`
+APPROXIMATED = ("speed", "price", "forwards", "skipped_steps")  # of a video's metadata, see `engine.record`
 
 
 def run_generate(
@@ -64,7 +65,7 @@ def run_generate(
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
-        resolved = resolve(request, models.spec)
+        resolved = resolve(request, models.spec, models.price)
         plan = make_plan(resolved, models.memory, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
@@ -134,7 +135,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    resolved = resolve(request, models.spec)
+    resolved = resolve(request, models.spec, models.price)
     plan = make_plan(resolved, models.memory, config, machine)
     found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
     if resolved.approximates:
@@ -249,6 +250,9 @@ def announce(job: Job, config: EngineConfig) -> None:
         first = first_sparse_step(r.first_step, r.num_denoising_steps)
         steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+    if work := forecast(planned := job.plan.as_dict()):
+        about = format_seconds(planned["predicted_seconds"]["total"])
+        print(f"{work[0].upper()}{work[1:]}, about {about}", file=sys.stderr)
 
 
 def _say_price(price: dict[str, Any] | None, request: ResolvedRequest) -> None:

@@ -17,6 +17,7 @@ from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, 
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import CHOSEN
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import (
     REQUEST_FIELDS,
@@ -30,6 +31,7 @@ from wanduet.untrusted import read_file
 VIDEO = Group("Video", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SETTINGS_FILE = "wanduet.toml"
+RENAMED = {"speeds": "device-speeds"}  # flags by their names in version 0.1
 # A distinct object with the default's value, to detect whether the user named the default model.
 _UNSET_MODEL = "".join(list(DEFAULT_MODEL))
 
@@ -49,10 +51,11 @@ def parse_settings(path: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from None
 
 
-# Pairs of flags that set the same thing.
+# Pairs of flags that set the same thing, or of which one sets the other.
 ALTERNATIVES = (
     ({"resolution"}, {"height", "width"}),
     ({"seconds"}, {"num-frames"}),
+    ({"speed", "loss-budget"}, {name.replace("_", "-") for name in CHOSEN}),
     *(
         ({name.replace("_", "-")}, {other.replace("_", "-")})
         for name, field in REQUEST_FIELDS.items()
@@ -168,7 +171,7 @@ class EngineFlags:
         str | None,
         Parameter(help="Which devices to use: cuda:0,cuda:1 · vae=cuda:0,transformer=cuda:1 · cpu. Default: all GPUs."),
     ] = None
-    speeds: Annotated[
+    device_speeds: Annotated[
         str | None, Parameter(help="Relative speeds of --devices, for example 2,1. Default: measured.")
     ] = None
     vram_limit: Annotated[str | None, Parameter(help="Most memory to use of each GPU, for example 12GiB.")] = None
@@ -212,7 +215,7 @@ class EngineFlags:
             revision=self.revision,
             strategy=self.strategy,
             devices=self.devices,
-            speeds=None if self.speeds is None else parse_speeds(self.speeds),
+            device_speeds=None if self.device_speeds is None else parse_speeds(self.device_speeds),
             transformer_dtype=self.transformer_dtype,
             weights=self.weights,
             vae_dtype=self.vae_dtype,

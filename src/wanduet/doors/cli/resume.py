@@ -103,5 +103,5 @@ class _Wanted:
 
 
 def _wanted(request: GenerationRequest, engine: Engine) -> _Wanted:
-    fields = resolve(request, engine.models.spec).recorded() | {"seed": None}
+    fields = resolve(request, engine.models.spec, engine.models.price).recorded() | {"seed": None}
     return _Wanted(fields, request.seed, engine.models.about)

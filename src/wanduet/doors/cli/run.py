@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.libraries_log import handlers
 from wanduet.doors.cli.messages import never_fail_on_stderr
-from wanduet.doors.cli.options import SETTINGS_FILE, parse_settings
+from wanduet.doors.cli.options import RENAMED, SETTINGS_FILE, parse_settings
 from wanduet.doors.cli.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
 from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
 from wanduet.untrusted import cut, printable
@@ -41,6 +41,7 @@ def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
     try:
         settings = _read_settings(command)
         stops.as_json = _wants_json(arguments, settings)
+        _refuse_renamed(arguments)
         command(list(arguments), exit_on_error=False, print_error=False, result_action="return_none")
         sys.stdout.flush()
     except CancelledError as error:
@@ -136,6 +137,8 @@ def _read_settings(command: App) -> dict[str, Any]:
         raise ConfigError(f"{path} is no TOML: {cut(error)}.") from error
     known = _setting_names(command)
     for name, value in settings.items():
+        if new := RENAMED.get(name.replace("_", "-")):
+            raise ConfigError(f"{path}: {name} is named {new.replace('-', '_')} now.")
         if name.replace("_", "-") not in known or isinstance(value, dict):
             near = get_close_matches(name.replace("_", "-"), known, 1)
             hint = "Settings stand at the top of the file, without sections, named like the flags."
@@ -144,6 +147,18 @@ def _read_settings(command: App) -> dict[str, Any]:
                 hint=f"Did you mean {near[0].replace('-', '_')}?" if near and not isinstance(value, dict) else hint,
             )
     return settings
+
+
+def _refuse_renamed(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a flag or a variable of the environment that has another name now."""
+    flags = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
+    given = {flag.partition("=")[0] for flag in flags}
+    for old, new in RENAMED.items():
+        if f"--{old}" in given:
+            raise ConfigError(f"--{old} is named --{new} now.")
+        variable, now = (f"WANDUET_{name.replace('-', '_').upper()}" for name in (old, new))
+        if variable in os.environ:
+            raise ConfigError(f"{variable} is named {now} now.")
 
 
 def _setting_names(command: App) -> set[str]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from wanduet.config import format_bytes, format_seconds
+from wanduet.family.speeds import forecast
 from wanduet.meta.prices import in_words
 from wanduet.untrusted import printable
 
@@ -39,6 +40,8 @@ def show(value: Mapping[str, Any]) -> None:
 def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
     console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
+    if work := forecast(plan):
+        console.print(f"{work[0].upper()}{work[1:]}")
     phases = [
         p for p in ("encode", "denoise", "decode") if p != "encode" or any(d["phases"][p] for d in plan["devices"])
     ]

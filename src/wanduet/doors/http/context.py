@@ -17,9 +17,11 @@ from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.http.security import is_loopback
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
+from wanduet.planning.prices import measured_price
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
 DRAIN_RETRY_SECONDS = 15
@@ -89,6 +91,10 @@ class ServerContext:
         # Separate thread limits: uploads must not occupy the threads of the routes.
         self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
+
+    def price(self, speed: str) -> Price | None:
+        """Return what a speed loses with the served weights on this machine; None if that was not measured."""
+        return measured_price(self.store.files.folder / "measurements", self.settings.model_hash, speed)
 
     def check_accepting(self) -> None:
         """Raise ApiError (503) while the server drains."""

@@ -145,14 +145,16 @@ class InputFiles:
         """`to_request`, for which the file is read in a process of its own. Raises InvalidRequestError, ApiError."""
         spec, limits, file = self.context.spec, self.context.settings.limits, self._taken
         if file is None:
-            return to_request(fields, spec, limits)
+            return to_request(fields, spec, limits, prices=self.context.price)
         values = {name: str(file.path) if value is file else value for name, value in fields.items()}
 
         def look() -> SourceVideo:
             source = SourceReader().read(file.path, file.field, file.filename)
             return replace(source, sha256=file.sha256)  # a process that reads an untrusted file is not trusted
 
-        return await to_thread.run_sync(to_request, values, spec, limits, look, limiter=self.context.readers)
+        return await to_thread.run_sync(
+            to_request, values, spec, limits, look, self.context.price, limiter=self.context.readers
+        )
 
 
 def _open_private(path: str, flags: int) -> int:

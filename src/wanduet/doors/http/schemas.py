@@ -14,6 +14,7 @@ from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import Prices, not_measured
 from wanduet.jobs.records import StoredJob
 from wanduet.request import (
     MAX_PROMPT,
@@ -103,6 +104,8 @@ class Video(BaseModel):
     error: ErrorDetail | None
     # Our extension, omitted unless it applies: why no worker takes a queued video.
     waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    # Our extension, omitted unless one was asked for, or a loss budget.
+    speed: str | None = Field(default=None, exclude_if=lambda value: value is None)
     settings: dict[str, Any]
 
 
@@ -145,6 +148,7 @@ def to_video(job: StoredJob) -> Video:
         remixed_from_video_id=job.remixed_from,
         error=error,
         waits_for=None if job.waits_for is None else public_text(job.waits_for),
+        speed=request.get("speed"),
         settings={name: value for name, value in request.items() if name != "prompt"},
     )
 
@@ -179,10 +183,11 @@ def to_request(
     spec: ModelSpec,
     limits: RequestLimits,
     look: Callable[[], SourceVideo] | None = None,
+    prices: Prices = not_measured,
 ) -> GenerationRequest:
     """Convert a body (without `model`) to a request with every field resolved, including the seed.
 
-    `look` reads an input video whose path is in the body. Raises InvalidRequestError, which names the field.
+    `look` reads an input video whose path is in the body; `prices`: what the speeds lose. Raises InvalidRequestError, which names the field.
     """
     values = {name: value for name, value in fields.items() if value is not None}
     check_names(values, CreateVideo)
@@ -195,7 +200,7 @@ def to_request(
     _take_size(values)
     try:
         parsed = GenerationRequest.parse(**values)
-        request = parsed.resolve(spec, None if look is None else look())
+        request = parsed.resolve(spec, None if look is None else look(), prices)
     except InvalidRequestError as error:
         smaller = _beyond(values, limits).get(error.field)
         if smaller is None or (smaller.field == error.field and _is_at_least(smaller.nearest, error.nearest)):

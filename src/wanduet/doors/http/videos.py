@@ -107,7 +107,8 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
         except ValidationError:
             raise InvalidRequestError("prompt", fields.get("prompt"), "a text that is not empty") from None
         source = await run_in_threadpool(context.store.get, source_id, owner)
-        wanted = to_request({**source.request, "prompt": prompt}, context.spec, context.settings.limits)
+        fields = {**source.request, "prompt": prompt}
+        wanted = to_request(fields, context.spec, context.settings.limits, prices=context.price)
         file = await run_in_threadpool(find_input, source, context)
         new = NewJob(
             owner,

@@ -16,6 +16,7 @@ from wanduet.doors.http.videos import find_input
 from wanduet.doors.page.clips import SAME_INPUT, Clip
 from wanduet.doors.page.forms import FILE_FIELDS, SIZE, Form, Presets, clips_of, default_form, fields_of, form_of
 from wanduet.errors import InvalidRequestError, WanduetError
+from wanduet.family.speeds import BY_NAME
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.request import INPUT_HASH, GenerationRequest
 from wanduet.source_video import SourceVideo
@@ -140,7 +141,9 @@ class PageActions:
         request = self._request({**fields_of(form), "prompt": "a plan"}, form)
         with self._planning:
             models, hardware = self._machine
-            return make_plan(request.resolve(models.spec), models.memory, self._config, hardware).as_dict()
+            return make_plan(
+                request.resolve(models.spec, None, models.price), models.memory, self._config, hardware
+            ).as_dict()
 
     def _checked(self, form: Form) -> dict[str, Any]:
         if not str(form.get("prompt") or "").strip():
@@ -170,7 +173,8 @@ class PageActions:
         self.context.check_accepting()
         inputs = {} if first is None else {name: first.request.get(name) for name in FILE_FIELDS}
         source = None if first is None else find_input(first, self.context)
-        wanted = to_request({**fields, **inputs}, self.context.spec, self.context.settings.limits)
+        context = self.context
+        wanted = to_request({**fields, **inputs}, context.spec, context.settings.limits, prices=context.price)
         request, model_hash = wanted.model_dump(exclude_none=True), self.context.settings.model_hash
         new = NewJob(owner, self.context.spec.name, request, model_hash=model_hash)
         return self.context.store.submit(new, self.context.settings.queue, source).job
@@ -189,7 +193,8 @@ class PageActions:
         marks = {name: f"{INPUT_HASH}{clip.job}" if clip.source is None else _A_FILE for name, clip in clips.items()}
         source = next((clip.source for clip in clips.values() if clip.source is not None), None)
         look = None if source is None else lambda: source
-        return to_request({**fields, **marks}, self.context.spec, self.context.settings.limits, look)
+        context = self.context
+        return to_request({**fields, **marks}, context.spec, context.settings.limits, look, context.price)
 
     def _read_source(self, video: Path) -> SourceVideo:
         limit = self.context.settings.max_input_bytes
@@ -215,4 +220,5 @@ def _request_of(about: dict[str, Any]) -> dict[str, Any]:
     found = about.get("request")
     if not isinstance(found, dict):
         raise WanduetError("This video does not say how it was made.")
-    return {name: value for name, value in found.items() if name in GenerationRequest.model_fields}
+    request = {name: value for name, value in found.items() if name in GenerationRequest.model_fields}
+    return request | ({"speed": speed} if (speed := about.get("speed")) in BY_NAME else {})

@@ -7,6 +7,8 @@ from typing import Any
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.page.clips import Clip
 from wanduet.family.spec import GenerationDefaults
+from wanduet.family.speeds import EXACT, SpeedName, fields_set_by
+from wanduet.family.step_caches import FEWEST_STEPS
 from wanduet.request import REQUEST_FIELDS
 from wanduet.request_fields import RequestField
 from wanduet.schedule import joined
@@ -24,7 +26,7 @@ _LONGEST_NUMBER = 20  # characters
 _LONGEST_LIST = 2000
 _MULTIPLE = 16  # pixels: the VAE's stride times the transformer's patch size
 _LENGTHS = (0.6, 1.0, 1.6)  # times the model's default length: 3, 5 and 8 seconds for Wan
-_QUALITIES = {"Draft": 0.4, "Standard": 1.0, "Fine": 1.5}  # times the model's default number of steps
+_QUALITIES: dict[str, SpeedName] = {"Draft": "draft", "Standard": "near", "Fine": EXACT}
 
 EXAMPLES = (
     "A red fox walks through fresh snow at dawn, soft light, shallow depth of field",
@@ -51,15 +53,14 @@ class Presets:
         self.sizes = list(dict.fromkeys([*self.shapes.values(), *(() if small else ("1280x720", "720x1280"))]))
         lengths = dict.fromkeys(max(1, round(seconds * share)) for share in _LENGTHS)
         self.lengths = {f"{length} s": 4 * round(length * defaults.fps / 4) + 1 for length in lengths}
-        steps = defaults.num_inference_steps
-        self.qualities = {name: max(1, round(steps * share)) for name, share in _QUALITIES.items()}
-        if defaults.timesteps:  # few-step weights have one quality
-            self.qualities = {"Standard": steps}
+        self.qualities = _QUALITIES
+        if defaults.timesteps or defaults.num_inference_steps < FEWEST_STEPS["easycache"]:  # none is left out
+            self.qualities = {"Standard": EXACT}
         # By the field that a row sets.
         self.rows: dict[str, Mapping[str, str | int]] = {
             SIZE: self.shapes,
             "num_frames": self.lengths,
-            "num_inference_steps": self.qualities,
+            "speed": self.qualities,
         }
 
     def chosen(self, form: Form) -> tuple[str | None, str | None, str | None]:
@@ -80,6 +81,8 @@ def default_form(defaults: GenerationDefaults) -> Form:
 def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] | None = None) -> Form:
     """Convert a stored request, or one in a video's metadata, to a form. `files`: the form's input files, by field."""
     given = {name: shown_value(request[name]) for name in FORM_FIELDS if request.get(name) is not None}
+    by_speed = fields_set_by(given.get("speed"))
+    given = {name: value for name, value in given.items() if name not in by_speed or value != by_speed[name]}
     # What a field replaces was used instead of it, so the model's default of that field was not.
     replaced = {name: given.keys() & set(field.shown.replaces) for name, field in FORM_FIELDS.items()}
     unused = {name: "" for name, others in replaced.items() if others and name not in given}
@@ -101,10 +104,14 @@ def shown_value(value: Any) -> Any:
 def fields_of(form: Form) -> dict[str, Any]:
     """Convert a form to the fields of an API request, without its files.
 
-    Empty fields, those that need a missing one and those that another one replaces are omitted, floats of integer
-    fields converted.
+    Empty fields, those that are off, those that need a missing one and those that another one replaces are omitted, floats
+    of integer fields converted.
     """
-    known = {name: field for name, field in FORM_FIELDS.items() if _applies(field, form)}
+    known = {
+        name: field
+        for name, field in FORM_FIELDS.items()
+        if _applies(field, form) and (field.shown.off is None or form.get(name) != field.shown.off)
+    }
     fields = {name: form[name] for name in known if form.get(name) is not None and str(form[name]).strip()}
     for name, field in known.items():
         if field.kind is str and field.default is None and not field.is_required:

@@ -11,6 +11,7 @@ from wanduet.doors.http.public import public_error
 from wanduet.doors.page.clips import Clip, Offer
 from wanduet.doors.page.forms import FORM_FIELDS, clips_of
 from wanduet.errors import InvalidRequestError
+from wanduet.family.speeds import forecast
 from wanduet.jobs.records import CANCELLED, StoredJob
 from wanduet.request import REQUEST_FIELDS
 from wanduet.schedule import joined
@@ -284,6 +285,8 @@ def plan_panel(plan: dict[str, Any], line: str) -> str:
         wanted = {k: v for k, v in nearest[0].items() if not k.startswith("predicted")} if nearest else {}
         hint = " Try " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in wanted.items()) + "." if wanted else ""
         text, kind = f"Does not fit into this machine's memory.{hint}", "bad"
+    if work := forecast(plan):
+        line = f"{line} · {work}"
     return f'{message(text, kind)}<p class="fine">{escape(line)}</p><ul class="memory">{rows}</ul>'
 
 

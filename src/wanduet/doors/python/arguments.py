@@ -8,6 +8,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.loop import Callback, CallbackSettings, Progress
 from wanduet.doors.python.text import negatives_of, prompts_of
 
@@ -40,6 +41,7 @@ class CallArguments:
     callback_on_step_end_tensor_inputs: InitVar[Sequence[str]]
     max_sequence_length: int
     progress: InitVar[Progress | None]
+    approximations: Approximations
 
     prompts: list[str] | None = field(init=False)  # None: the call has embeddings
     negatives: list[str] | None = field(init=False)  # None: the call has embeddings, or no guidance

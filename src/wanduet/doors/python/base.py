@@ -230,7 +230,7 @@ class PipelineBase(CallState, EngineManaged):
         """Return the placement of a call and its memory. Not in diffusers. Raises ValueError, DoesNotFitError."""
         with self._parts.for_use():
             guided = guidance_scale > 1.0
-            return self._parts.plan_video(height, width, num_frames, guided, self._encodes_video)[1]
+            return self._parts.plan_video((height, width, num_frames), guided, self._encodes_video)[1]
 
     def encode_prompt(  # diffusers' parameters
         self,
@@ -258,7 +258,7 @@ class PipelineBase(CallState, EngineManaged):
         device, dtype = device or self.device, dtype or self._parts.dtype("text_encoder")
         multiple = self._parts.spec.size_multiple
         with self._parts.for_use():
-            encoder = self._parts.text(self._parts.plan_video(multiple, multiple, 1, guided=False)[1])
+            encoder = self._parts.text(self._parts.plan_video((multiple, multiple, 1), guided=False)[1])
 
             def embeds(texts: list[str]) -> Tensor:
                 return encode(encoder, texts, max_sequence_length, num_videos_per_prompt).to(device, dtype)

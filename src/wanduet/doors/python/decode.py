@@ -26,7 +26,7 @@ def decode_videos(parts: PipelineParts, latents: Tensor, plan: Plan | None = Non
         vae = parts.spec.vae
         frames, height, width = latents.shape[2:]
         size = (height * vae.spatial_stride, width * vae.spatial_stride, (frames - 1) * vae.temporal_stride + 1)
-        _, plan = parts.plan_video(*size, guided=False)
+        _, plan = parts.plan_video(size, guided=False)
     return [
         decode(parts.models, plan, one, _as_array, VideoRecord(index, 0), NO_JOB)
         for index, one in enumerate(latents.float().cpu())

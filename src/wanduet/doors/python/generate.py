@@ -24,7 +24,7 @@ def generate(
 ) -> WanPipelineOutput | tuple[Any]:
     """Generate the videos of a call; `videos` `[V, 3, num_frames, H, W]`, pixels in -1..1, are what they begin from.
 
-    Raises ValueError for a size that the model does not support, DoesNotFitError, OutOfMemoryError, PipelineBusyError.
+    Raises ValueError for a size or an approximation that is not supported, DoesNotFitError, OutOfMemoryError, PipelineBusyError.
     """
     parts, height, width = pipe._parts, call.height, call.width
     with parts.at_work():
@@ -34,7 +34,10 @@ def generate(
             height, width = (side * spec.vae.spatial_stride for side in call.latents.shape[-2:])
             num_frames = (call.latents.shape[-3] - 1) * spec.vae.temporal_stride + 1
         num_frames = rounded_frames(num_frames, spec.vae.temporal_stride)
-        request, plan = parts.plan_video(height, width, num_frames, call.is_guided, videos is not None)
+        size = (height, width, num_frames)
+        fields = call.approximations.fields(schedule, videos is not None)
+        request, plan = parts.plan_video(size, call.is_guided, videos is not None, fields)
+        call.approximations.check(request, call.after, pipe.scheduler)
         pipe._guidance_scale, pipe._interrupt = call.guidance_scale, False
         pipe._attention_kwargs = call.attention_kwargs
 
@@ -48,7 +51,7 @@ def generate(
         models = parts.models
         # Take the VAE's lock first, in lock order: a callback may decode.
         with models.locks.take(VAE), models.transformer.use(plan, request, NO_JOB) as denoiser:
-            latents = PipelineLoop(pipe, denoiser, embeds, call.after)(noise, schedule, source)
+            latents = PipelineLoop(pipe, denoiser, embeds, call.after, request)(noise, schedule, source)
         output_type = call.output_type or "np"
         decodes = output_type != "latent"
         frames: Any = as_output(decode_videos(parts, latents, plan), output_type) if decodes else latents

@@ -11,16 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wanduet.accelerate.step_cache import Run, StepCache, rule_of
 from wanduet.doors.python.schedule import Schedule, with_noise
 from wanduet.errors import CancelledError
+from wanduet.family.step_caches import StepCacheSetting
 from wanduet.kernels.attention.call import Step
 from wanduet.models.dit.model import TextContext
+from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.loaded import SWAPPED_OUT, LoadedTransformer
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import combine
-from wanduet.sampling.samplers import SchedulerSampler
+from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.samplers import SchedulerSampler, State
 from wanduet.stages.fallback import DenoiseFallback
+from wanduet.stages.predict import time_embedding
 
 Text = TextContext | Tensor
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]  # the first argument is the pipeline
@@ -89,6 +94,26 @@ class _PipelineSampler(SchedulerSampler):
         return super().step(velocity, index, latents)
 
 
+class _Forward:
+    """Predictor of one video by a transformer, one prompt after the other; without state. `rope`: of the latents' size."""
+
+    def __init__(self, denoiser: LoadedTransformer, fallback: DenoiseFallback, rope: Any) -> None:
+        self._denoiser, self._fallback, self._rope = denoiser, fallback, rope
+
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Text]) -> list[Tensor]:
+        """See Predictor."""
+        times = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
+        transformer, rope = self._denoiser.transformer, self._rope
+        return [self._fallback(partial(transformer, latents, times, text, rope, step)) for text in conditions]
+
+    def state(self) -> State:
+        """See Predictor."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """See Predictor."""
+
+
 class PipelineLoop:
     """Runs the steps of one call."""
 
@@ -98,8 +123,10 @@ class PipelineLoop:
         denoiser: LoadedTransformer,
         embeds: tuple[Tensor, Tensor | None],
         after: CallbackSettings,
+        request: ResolvedRequest,
     ) -> None:
-        """`embeds`: embeddings of the prompt and of the negative prompt, `[B, tokens, text_dim]`."""
+        """`embeds`: embeddings of the prompt and of the negative prompt, `[B, tokens, text_dim]`. `request`: its
+        approximations apply."""
         self.pipe, self.denoiser, self.after = pipe, denoiser, after
         # Move the embeddings to the device first: the next step then reads what a callback changes in place.
         there = [None if one is None else one.to(denoiser.device, denoiser.dtype) for one in embeds]
@@ -109,6 +136,8 @@ class PipelineLoop:
         self.fallback = DenoiseFallback(NO_JOB, denoiser)
         self.scale = pipe.guidance_scale  # fixed for the call: a callback can switch guidance off, not change its scale
         self._known: dict[str, _Known] = {}
+        self._request = request
+        self._predictors: list[Predictor[Text]] = []  # of each video
 
     def __call__(self, noise: Tensor, schedule: Schedule, source: Tensor | None = None) -> Tensor:
         """Return latents `[B, 16, T, h, w]` float32 after the last step.
@@ -127,8 +156,11 @@ class PipelineLoop:
             source = source.to(device)
             times = self.timesteps[:1].repeat(len(latents))
             latents = with_noise(pipe.scheduler, source, latents, times) if num_steps else source
-        self.rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
+        rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
         order = getattr(pipe.scheduler, "order", 1)
+        self._predictors = [self._predictor(sampler, rope) for _ in latents]
+        guided_steps = self._request.num_guided_steps * order
+        self._guided = range(guided_steps if self._request.guidance_gate < 1 else len(self.timesteps))
         last = [latents]
         with pipe.progress_bar(total=num_steps) as bar:
 
@@ -151,22 +183,26 @@ class PipelineLoop:
     def _velocity(self, x: Tensor, step: Step) -> Tensor:
         pipe = self.pipe
         pipe._current_timestep = self.timesteps[step.index]
-        text = self._text("prompt_embeds")
-        assert text is not None
-        positive = self._predict(x, step, text)
-        negative = self._text("negative_prompt_embeds") if pipe.do_classifier_free_guidance else None
-        if negative is None:
-            return positive
-        return combine(positive, self._predict(x, step, negative), self.scale)
-
-    def _predict(self, x: Tensor, step: Step, text: Text) -> Tensor:
+        is_guided = pipe.do_classifier_free_guidance and step.index in self._guided
+        given = (self._text(name) for name in ("prompt_embeds", "negative_prompt_embeds")[: 1 + is_guided])
+        texts = [text for text in given if text is not None]
         # One video at a time: the plan's memory is for one, and batching long sequences is no faster.
-        times = torch.full((1,), step.timestep, dtype=torch.float32, device=x.device)
-        parts = []
-        for index, one in enumerate(x.split(1)):
-            own = text if isinstance(text, TextContext) else text[index : index + 1]
-            parts.append(self.fallback(partial(self.denoiser.transformer, one, times, own, self.rope, step)))
-        return torch.cat(parts)
+        videos = [
+            self._predictors[index](one, step, [_of_video(text, index) for text in texts])
+            for index, one in enumerate(x.split(1))
+        ]
+        positive, *negative = (torch.cat(parts) for parts in zip(*videos, strict=True))
+        return combine(positive, negative[0], self.scale) if negative else positive
+
+    def _predictor(self, sampler: _PipelineSampler, rope: Any) -> Predictor[Text]:
+        """Return a new predictor of one video, which skips the steps that its step cache skips."""
+        denoiser, spec = self.denoiser, self.denoiser.spec
+        forward = _Forward(denoiser, self.fallback, rope)
+        setting = StepCacheSetting.parse(self._request.step_cache, spec.transformer)
+        if setting is None or not sampler.timesteps:
+            return forward
+        run = Run(sampler.sigmas[: len(sampler.timesteps)], sampler.timesteps)
+        return StepCache(forward, rule_of(setting, spec, run, time_embedding(denoiser)), bool, denoiser.device)
 
     def _text(self, name: str) -> Text | None:
         """Return one prompt's keys and values, computed again if its embeddings have changed.
@@ -198,3 +234,8 @@ class PipelineLoop:
                 self.embeds[name] = given.to(self.denoiser.device, self.denoiser.dtype)
         latents: Tensor | None = outputs.get("latents")
         return None if latents is info.latents else latents
+
+
+def _of_video(text: Text, index: int) -> Text:
+    """Return the prompt of one video: the only one, or its row of the embeddings."""
+    return text if isinstance(text, TextContext) else text[index : index + 1]

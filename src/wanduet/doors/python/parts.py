@@ -1,7 +1,7 @@
 """The state behind a pipeline: settings, the modules that replace components, and the engine's models."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -35,6 +35,7 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 # A prompt of maximum length: memory is planned before the actual prompts and embeddings are known.
 ANY_PROMPT = 512 * "-"
 ANY_INPUT = f"{INPUT_HASH}{64 * '0'}"  # stands for an input video
+NOTHING: Mapping[str, Any] = {}
 OpenFolder = Callable[[], ModelFolder | None]
 
 
@@ -302,18 +303,22 @@ class PipelineParts:
     # Planning.
 
     def plan_video(
-        self, height: int, width: int, num_frames: int, guided: bool, encodes: bool = False
+        self, size: tuple[int, int, int], guided: bool, encodes: bool = False, fields: Mapping[str, Any] = NOTHING
     ) -> tuple[ResolvedRequest, Plan]:
-        """Plan a video; `encodes`: also the encoding of an input video of its size.
+        """Plan a video of a size: height and width in pixels, and frames.
 
-        Raises ValueError for a size that the model does not support, DoesNotFitError.
+        `encodes`: also the encoding of an input video of its size. `fields`: of a request, that approximate.
+
+        Raises ValueError for a size that the model does not support and for fields that it refuses, DoesNotFitError.
         """
+        height, width, num_frames = size
         try:
             request = GenerationRequest.parse(
                 prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
                 guidance_scale=5.0 if guided else 1.0, seed=0, input_video=ANY_INPUT if encodes else None,
+                **fields,
             )  # fmt: skip
-            resolved = request.resolve(self.models.spec)
+            resolved = request.resolve(self.models.spec, None, self.models.price)
         except InvalidRequestError as error:
             raise ValueError(str(error)) from None
         if (resolved.generated_height, resolved.generated_width) != (height, width):

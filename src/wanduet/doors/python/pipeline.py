@@ -7,12 +7,14 @@ import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
+from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.arguments import CallArguments, whole_number
 from wanduet.doors.python.base import PipelineBase
 from wanduet.doors.python.calls import refuse
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.speeds import SpeedName
 
 __all__ = ["WanPipeline", "WanPipelineOutput"]
 
@@ -58,7 +60,7 @@ class WanPipeline(PipelineBase):
         return type(super().config)(super().config | {"boundary_ratio": None, "expand_timesteps": False})
 
     @torch.no_grad()
-    def __call__(  # diffusers' parameters, and `progress`
+    def __call__(  # diffusers' parameters, and our own keywords
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -81,8 +83,16 @@ class WanPipeline(PipelineBase):
         max_sequence_length: int = 512,
         *,
         progress: Progress | None = None,
+        speed: SpeedName | None = None,
+        loss_budget: float | None = None,
+        step_cache: str | None = None,
+        guidance_gate: float | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
-        """Generate videos as diffusers 0.42's call does; `progress(done, total)` is an addition.
+        """Generate videos as diffusers 0.42's call does.
+
+        Not in diffusers: `progress(done, total)`, and what saves work at a loss, as on the command line: `speed`
+        ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`, and
+        `guidance_gate` (0..1). They do not go together with `callback_on_step_end`, except for `guidance_gate`.
 
         Raises ValueError for arguments that are not supported.
         """
@@ -96,5 +106,6 @@ class WanPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
+            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate),
         )  # fmt: skip
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

@@ -7,12 +7,14 @@ import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
+from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.arguments import CallArguments, fraction
 from wanduet.doors.python.base import PipelineBase
 from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.speeds import SpeedName
 
 
 class WanVideoToVideoPipeline(PipelineBase):
@@ -32,7 +34,7 @@ class WanVideoToVideoPipeline(PipelineBase):
         self._construct(given, scheduler)
 
     @torch.no_grad()
-    def __call__(  # diffusers' parameters, and `progress`
+    def __call__(  # diffusers' parameters, and our own keywords
         self,
         video: Any = None,
         prompt: str | list[str] | None = None,
@@ -56,8 +58,14 @@ class WanVideoToVideoPipeline(PipelineBase):
         max_sequence_length: int = 512,
         *,
         progress: Progress | None = None,
+        speed: SpeedName | None = None,
+        loss_budget: float | None = None,
+        step_cache: str | None = None,
+        guidance_gate: float | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
-        """Generate videos from videos as diffusers 0.42's call does; `progress(done, total)` is an addition.
+        """Generate videos from videos as diffusers 0.42's call does.
+
+        Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`; see `WanPipeline`.
 
         `video`: a list of PIL images, an array `[F, H, W, 3]` or a tensor `[F, 3, H, W]` of floats in 0..1, a list of
         such frames, or several such videos; they are resized to `height` and `width`. One video serves all prompts, and
@@ -75,6 +83,7 @@ class WanVideoToVideoPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
+            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate),
         )  # fmt: skip
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))
         schedule.check(self.scheduler)

@@ -1,0 +1,168 @@
+"""Speeds and loss budgets: the fields that they set, what is refused, and that a resolved request means the same again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanduet.errors import InvalidRequestError
+from wanduet.family import registry, speeds
+from wanduet.family.spec import ModelSpec
+from wanduet.family.speeds import SPEEDS, Price, not_measured, price_of
+from wanduet.family.wan21 import WAN_1_3B, WAN_14B
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.weights.hub import open_model
+
+FEW_STEPS = replace(
+    WAN_1_3B,
+    defaults=replace(
+        WAN_1_3B.defaults,
+        sampler="renoise",
+        timesteps=(1000.0, 757.0, 522.0),
+        num_inference_steps=3,
+        guidance_scale=1.0,
+    ),
+)
+ROOT = Path(__file__).parents[3]
+MEASURED = {"near": 41.0, "fine": 36.0, "fast": 36.5, "draft": 20.0}
+
+
+def measured(speed: str) -> Price | None:
+    return Price(MEASURED[speed], "worst", "measured on this machine")
+
+
+def resolve(spec: ModelSpec = WAN_1_3B, prices: Any = not_measured, **fields: Any) -> ResolvedRequest:
+    return GenerationRequest(prompt="x", seed=0, **fields).resolve(spec, None, prices)
+
+
+@pytest.mark.parametrize("spec", [member.spec for member in registry.MEMBERS], ids=lambda spec: spec.name)
+def test_every_model_has_every_speed_and_each_takes_fewer_forwards_than_the_one_before(spec: ModelSpec) -> None:
+    from wanduet.accelerate.skipped_steps import Forwards
+
+    found = [resolve(spec, speed=speed.name) for speed in SPEEDS]
+    counts = [Forwards.of(one, spec).count for one in found]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == len(SPEEDS)
+    assert counts[0] == 100
+    assert counts[-1] < 30
+    assert [one.approximates for one in found] == [False, True, True, True, True]
+
+
+def test_a_speed_is_the_fields_that_it_sets() -> None:
+    for speed in SPEEDS:
+        named, typed = resolve(speed=speed.name), resolve(**speed.fields)
+        assert named.recorded() == typed.recorded(), "latents, digests and records do not depend on the name"
+        assert (named.speed, typed.speed) == (speed.name, None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"speed": "fine"},
+        {"speed": "fine", "step_cache": "off"},
+        {"speed": "draft", "guidance_gate": 1.0},
+        {"speed": "draft", "step_cache": "magcache"},
+        {"speed": "fine", "guidance_scale": 1.0},
+        {"speed": "exact"},
+        {},
+    ],
+)
+def test_a_resolved_request_means_the_same_again_also_where_speeds_have_changed(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = resolve(**fields)
+    stored = once.as_request().model_dump(exclude_none=True)
+    assert GenerationRequest(**stored).resolve(WAN_1_3B) == once
+    changed = {name: replace(one, fields={"step_cache": "teacache"}) for name, one in speeds.BY_NAME.items()}
+    monkeypatch.setattr(speeds, "BY_NAME", {**changed, "exact": SPEEDS[0]})
+    again = GenerationRequest(**stored).resolve(WAN_1_3B)
+    assert again.recorded() == once.recorded()
+
+
+def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
+    whole, part = resolve(speed="fine"), resolve(speed="fine", step_cache="magcache:0.1")
+    assert whole.price is not None
+    assert (part.step_cache, part.price) == ("magcache:0.1", None)
+    same = resolve(speed="fine", **SPEEDS[2].fields)
+    assert same.price == whole.price
+    assert resolve(speed="draft", step_cache="off").guidance_gate == SPEEDS[-1].fields["guidance_gate"]
+
+
+def test_without_guidance_there_is_none_to_end() -> None:
+    assert SPEEDS[-1].fields["guidance_gate"] < 1
+    found = resolve(prices=measured, speed="draft", guidance_scale=1.0)
+    assert (found.guidance_gate, found.price) == (1.0, measured("draft"))
+    assert found.as_request().resolve(WAN_1_3B, None, measured) == found
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [(19.0, "draft"), (20.5, "fast"), (36.2, "fast"), (36.8, "near"), (41.0, "near"), (42, "exact")],
+)
+def test_a_budget_chooses_the_fastest_speed_that_was_measured_to_keep_it(budget: float, chosen: str) -> None:
+    found = resolve(prices=measured, loss_budget=budget)
+    assert (found.speed, found.loss_budget) == (chosen, budget)
+    assert found.price == (None if chosen == "exact" else measured(chosen))
+    assert found.recorded() == resolve(speed=chosen).recorded()
+    again = found.as_request()
+    assert (again.speed, again.loss_budget) == (chosen, None), "the choice does not change with later measurements"
+
+
+def test_without_a_measurement_published_values_count_and_unknown_speeds_are_not_chosen() -> None:
+    assert [resolve(loss_budget=budget).speed for budget in (25.0, 26.0)] == ["fine", "exact"]
+    price = resolve(speed="fine").price
+    assert price is not None
+    assert "published" in price.source
+    assert price_of("fine", WAN_1_3B, measured) == measured("fine")
+    assert resolve(WAN_14B, loss_budget=1.0).speed == "exact"
+    assert resolve(WAN_14B, speed="fast").price is None
+
+
+def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
+    assert resolve(prices=measured, loss_budget=10, num_inference_steps=11).speed == "exact"
+    assert resolve(FEW_STEPS, prices=measured, loss_budget=10).speed == "exact"
+    with pytest.raises(InvalidRequestError, match="num_frames=80"):
+        resolve(prices=measured, loss_budget=10, num_frames=80)
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "field", "says"),
+    [
+        (WAN_1_3B, {"speed": "near", "num_inference_steps": 8}, "speed", "step_cache='easycache:0.02'.+ has 8"),
+        (WAN_1_3B, {"speed": "draft", "sampler": "renoise"}, "speed", "sampler renoise"),
+        (FEW_STEPS, {"speed": "near"}, "speed", "3 steps are fast already"),
+        (WAN_1_3B, {"speed": "exact", "step_cache": "easycache"}, "speed", "step_cache=easycache:0.05"),
+        (WAN_1_3B, {"speed": "exact", "guidance_gate": 0.5}, "speed", "guidance_gate=0.5"),
+        (WAN_1_3B, {"speed": "fine", "loss_budget": 30}, "speed", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
+        (WAN_1_3B, {"speed": "near", "step_cache": "easycache:2"}, "step_cache", "at most 1"),
+        (WAN_1_3B, {"speed": "draft", "guidance_gate": 0.9, "guidance_scale": 1}, "guidance_gate", "without guidance"),
+    ],
+)
+def test_pairs_that_do_not_go_together(spec: ModelSpec, fields: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says) as refused:
+        resolve(spec, **fields)
+    assert refused.value.field == field
+
+
+def test_exact_is_allowed_for_few_step_weights() -> None:
+    assert resolve(FEW_STEPS, speed="exact").recorded() == resolve(FEW_STEPS).recorded()
+
+
+def test_the_published_prices_of_the_miniature_are_those_that_were_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/step_caches_miniature.json").read_text())["sections"]["miniature"]
+    found = {row["speed"]: row for row in rows if "speed" in row}
+    miniature = open_model("miniature").spec
+    for speed in SPEEDS[1:]:
+        assert speed.fields.items() <= found[speed.name].items(), (
+            "the speeds have changed: run benchmarks/step_caches.py"
+        )
+        price = price_of(speed.name, miniature, not_measured)
+        assert price is not None
+        assert price.psnr == round(found[speed.name]["psnr_worst"], 1)
+    goals = {"near": (58, 38), "fine": (40, 34)}
+    assert all(found[name]["forwards"] <= most for name, (most, _) in goals.items())
+    assert all(found[name]["psnr_worst"] >= least for name, (_, least) in goals.items())
