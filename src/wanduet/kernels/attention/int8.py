@@ -39,12 +39,13 @@ LARGEST_SUM = tl.constexpr(2.0**96)  # of a query's exponentials; as in flash4_s
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile of a program: its queries, and keys at a time."""
+    """Tile of a program: its queries, and keys at a time. `registers`: at most so many of a thread."""
 
     queries: int = 128
     keys: int = 64
     warps: int = 8
     stages: int = 3
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +98,12 @@ def _scores(
     extra = tl.load(k_extra_ptr + start + key)
     sums = tl.dot(q_codes, tl.trans(codes))
     scores = (sums + MAGIC_BITS).to(tl.float32, bitcast=True) * scale[None, :] + extra[None, :]
-    scores = scores * q_scale[:, None] - shift[:, None]
+    rest = tl.zeros_like(scores) - shift[:, None]
     if C < D:
         at = k_ptr + tl.cast(start, tl.int64) * k_row + key[:, None] * k_row + C + tl.arange(0, D - C)[None, :]
         k = tl.load(at, (start + key < num_keys)[:, None], 0.0)
-        scores += tl.dot(q, tl.trans(k), input_precision="ieee")
+        rest = tl.dot(q, tl.trans(k), rest, input_precision="ieee")
+    scores = tl.fma(scores, tl.broadcast_to(q_scale[:, None], scores.shape), rest)
     if BLOCK % KEYS != 0:
         scores = tl.where((key < left)[None, :], scores, -float("inf"))
     return scores
@@ -235,6 +237,6 @@ def attend(
             length, k.shape[1], q_codes.padded, k_codes.padded, *lists, scale, LOG2_E,
             C=channels, D=head_dim, QUERIES=tile.queries, KEYS=tile.keys, STEADY=v.dtype != torch.float16,
             QUERY_BLOCK=blocks.queries if blocks else 0, KEY_BLOCK=blocks.keys if blocks else 0,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
