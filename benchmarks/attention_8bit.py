@@ -37,7 +37,7 @@ from wanduet.kernels.attention.int8_codes import encode
 HEADS, HEAD_DIM, QUERIES = 12, 128, 512
 TOKENS, LONG = 32_760, 75_600
 CHANNELS = (64, 128)
-TILES = (
+TILES: tuple[Tile, ...] = (
     Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 32, 8, 4),
     Tile(128, 32, 8, 4, 128), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, 168), Tile(64, 128, 4, 2),
 )  # fmt: skip

@@ -11,7 +11,7 @@ floats with float32 sums. The result is approximate:
 - Weights and values: multiplied in the dtype of v, with float32 sums. bfloat16 values are not cast to float16: with
   float32 sums both have the same rate, and bfloat16 needs no copy and has no value beyond range.
 
-With bfloat16, a program subtracts the largest score of each query's first tile of keys from all of its scores. This is
+With bfloat16, a program subtracts the largest score of each query's last tile of keys from all of its scores. This is
 as accurate as subtracting the largest score of all as long as the sum of exponentials stays within float32's range (see
 `wanduet.kernels.attention.flash4_softmax`), and leaves out the rescaling of sums between tiles. A program with a query
 beyond that range starts again, with the largest score so far. float16 has no such range: there it always does so.
@@ -39,13 +39,18 @@ LARGEST_SUM = tl.constexpr(2.0**96)  # of a query's exponentials; as in flash4_s
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile of a program: its queries, and keys at a time. `registers`: at most so many of a thread."""
+    """Tile of a program: its queries, and keys at a time. `registers`: at most so many of a thread.
+
+    `chained`: add the products in 16 bits to those in 8 bits as they are computed. That takes fewer registers, but
+    Triton does not load the factors of the next keys ahead.
+    """
 
     queries: int = 128
     keys: int = 64
     warps: int = 8
     stages: int = 3
     registers: int | None = None
+    chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def tile_for(itemsize: int, limit: int) -> Tile:
     return Tile() if limit >= WGMMA_SHARED_MEMORY else Tile(128, 32, 8, 4)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _tile(index_ptr, step, num_blocks, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     """Return the first key of a tile, and the number of keys from there to the end of its block; `BLOCK`: 0 for all."""
     first, left = step * KEYS, KEYS
@@ -86,10 +91,22 @@ def _tile(index_ptr, step, num_blocks, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     return first, left
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(x_ptr, x_row, start, num_keys, FIRST: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr):
+    """Load a tile of keys or values, from channel `FIRST` on; `MASK`: some may be beyond the last."""
+    key = tl.arange(0, KEYS)
+    at = x_ptr + tl.cast(start, tl.int64) * x_row + key[:, None] * x_row + FIRST + tl.arange(0, D - FIRST)[None, :]
+    if MASK:
+        return tl.load(at, (start + key < num_keys)[:, None], 0.0)
+    else:  # noqa: RET505
+        return tl.load(at)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _scores(
     q_codes, q_scale, q, shift, k_codes_ptr, k_scale_ptr, k_extra_ptr, k_ptr, k_row, start, left, num_keys,
-    C: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
     """Return the scores of the queries with a tile of keys, less `shift`; minus infinity beyond the last key."""
     key = tl.arange(0, KEYS)
@@ -98,12 +115,15 @@ def _scores(
     extra = tl.load(k_extra_ptr + start + key)
     sums = tl.dot(q_codes, tl.trans(codes))
     scores = (sums + MAGIC_BITS).to(tl.float32, bitcast=True) * scale[None, :] + extra[None, :]
-    rest = tl.zeros_like(scores) - shift[:, None]
-    if C < D:
-        at = k_ptr + tl.cast(start, tl.int64) * k_row + key[:, None] * k_row + C + tl.arange(0, D - C)[None, :]
-        k = tl.load(at, (start + key < num_keys)[:, None], 0.0)
-        rest = tl.dot(q, tl.trans(k), rest, input_precision="ieee")
-    scores = tl.fma(scores, tl.broadcast_to(q_scale[:, None], scores.shape), rest)
+    if C == D:
+        scores = scores * q_scale[:, None] - shift[:, None]
+    else:
+        k = tl.trans(_rows(k_ptr, k_row, start, num_keys, C, D, KEYS, MASK))
+        if CHAINED:
+            scores = tl.dot(q, k, scores * q_scale[:, None] - shift[:, None], input_precision="ieee")
+        else:
+            rest = tl.dot(q, k, tl.zeros_like(scores) - shift[:, None], input_precision="ieee")
+            scores = tl.fma(scores, tl.broadcast_to(q_scale[:, None], scores.shape), rest)
     if BLOCK % KEYS != 0:
         scores = tl.where((key < left)[None, :], scores, -float("inf"))
     return scores
@@ -116,11 +136,11 @@ def _attend_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
     length, num_keys, q_padded, k_padded, lists, list_length, scale, LOG2_E: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STEADY: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of one head's queries.
 
-    `C` of `D` channels are coded. `scale`: log2(e) / sqrt(D). `STEADY`: subtract the first tile's largest score.
+    `C` of `D` channels are coded. `scale`: log2(e) / sqrt(D). `STEADY`: subtract the last tile's largest score.
     `KEY_BLOCK`: keys of a block in a list; 0 attends to all keys.
     """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -146,7 +166,6 @@ def _attend_kernel(
     row = first + tl.arange(0, QUERIES)
     is_row = row < end
     row_i64 = row.to(tl.int64)[:, None]
-    key = tl.arange(0, KEYS)
     channel = tl.arange(0, D)
     q_codes = tl.load(q_codes_ptr + row_i64 * C + tl.arange(0, C)[None, :], is_row[:, None], 0)
     q_scale = tl.load(q_scale_ptr + at_head * q_padded + row, is_row, 1.0)
@@ -162,20 +181,25 @@ def _attend_kernel(
     out = tl.zeros((QUERIES, D), tl.float32)
     again = True
     if STEADY:
-        start, left = _tile(index_ptr, 0, num_blocks, KEY_BLOCK, KEYS)
+        # The last tile first: all others are whole, unless they are of lists.
+        tail = tl.maximum(steps - 1, 0)
+        start, left = _tile(index_ptr, tail, num_blocks, KEY_BLOCK, KEYS)
         scores = _scores(
             q_codes, q_scale, q, none, k_codes_ptr, k_scale_ptr, k_extra_ptr, k_ptr, k_row, start, left, num_keys,
-            C, D, KEYS, KEY_BLOCK,
+            C, D, KEYS, KEY_BLOCK, CHAINED, True,
         )  # fmt: skip
         highest = tl.max(scores, 1)
-        for step in range(steps):
+        weights = tl.exp2(tl.where(steps > 0, scores - highest[:, None], -float("inf")))
+        total = tl.sum(weights, 1)
+        v = _rows(v_ptr, v_row, start, num_keys, 0, D, KEYS, True)
+        out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+        for step in range(tail):
             start, left = _tile(index_ptr, step, num_blocks, KEY_BLOCK, KEYS)
             scores = _scores(
                 q_codes, q_scale, q, highest, k_codes_ptr, k_scale_ptr, k_extra_ptr, k_ptr, k_row, start, left, num_keys,
-                C, D, KEYS, KEY_BLOCK,
+                C, D, KEYS, KEY_BLOCK, CHAINED, KEY_BLOCK != 0,
             )  # fmt: skip
-            at = v_ptr + tl.cast(start, tl.int64) * v_row + key[:, None] * v_row + channel[None, :]
-            v = tl.load(at, (start + key < num_keys)[:, None], 0.0)
+            v = _rows(v_ptr, v_row, start, num_keys, 0, D, KEYS, KEY_BLOCK != 0)
             weights = tl.exp2(scores)
             total += tl.sum(weights, 1)
             out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
@@ -188,10 +212,9 @@ def _attend_kernel(
             start, left = _tile(index_ptr, step, num_blocks, KEY_BLOCK, KEYS)
             scores = _scores(
                 q_codes, q_scale, q, none, k_codes_ptr, k_scale_ptr, k_extra_ptr, k_ptr, k_row, start, left, num_keys,
-                C, D, KEYS, KEY_BLOCK,
+                C, D, KEYS, KEY_BLOCK, CHAINED, True,
             )  # fmt: skip
-            at = v_ptr + tl.cast(start, tl.int64) * v_row + key[:, None] * v_row + channel[None, :]
-            v = tl.load(at, (start + key < num_keys)[:, None], 0.0)
+            v = _rows(v_ptr, v_row, start, num_keys, 0, D, KEYS, True)
             highest, total, out = weigh(scores, v, highest, total, out)
 
     out = out / tl.where(total == 0, 1.0, total)[:, None]
@@ -236,7 +259,7 @@ def attend(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             length, k.shape[1], q_codes.padded, k_codes.padded, *lists, scale, LOG2_E,
             C=channels, D=head_dim, QUERIES=tile.queries, KEYS=tile.keys, STEADY=v.dtype != torch.float16,
-            QUERY_BLOCK=blocks.queries if blocks else 0, KEY_BLOCK=blocks.keys if blocks else 0,
+            QUERY_BLOCK=blocks.queries if blocks else 0, KEY_BLOCK=blocks.keys if blocks else 0, CHAINED=tile.chained,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

@@ -49,7 +49,7 @@ def _sum_kernel(
     tl.store(sums_ptr + at + channel, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _signs(D: tl.constexpr):
     """Return a Hadamard matrix `[D, D]`, times sqrt(D)."""
     parity = tl.arange(0, D)[:, None] & tl.arange(0, D)[None, :]
