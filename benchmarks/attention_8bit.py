@@ -4,7 +4,8 @@
 
 Sections: tiles others peaky long lists steps. 12 heads of 128 channels, q, k and v as slices of one buffer, at the token
 counts of 480p and 720p. Times are of a whole call, codes included. `error`: of 512 queries spread over the sequence,
-relative. Tiles are queries x keys / warps / stages, and the limit of registers if there is one. In `peaky`, tokens are
+relative. Tiles are queries x keys / warps / stages, the limit of registers if there is one, and
+whether the 16-bit product is added to the 8-bit one (`chained`). In `peaky`, tokens are
 like their neighbours, channels differ in size, a channel of the keys is far from zero, and scores are large.
 sageattention (1.0.6 changes the caller's keys, so it gets a copy) is compared if it can be imported.
 
@@ -38,8 +39,9 @@ HEADS, HEAD_DIM, QUERIES = 12, 128, 512
 TOKENS, LONG = 32_760, 75_600
 CHANNELS = (64, 128)
 TILES: tuple[Tile, ...] = (
-    Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 32, 8, 4),
-    Tile(128, 32, 8, 4, 128), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, 168), Tile(64, 128, 4, 2),
+    Tile(128, 64, 8, 3, chained=True), Tile(128, 128, 8, 2, chained=True), Tile(128, 64, 8, 2, chained=True),
+    Tile(128, 64, 8, 4, chained=True), Tile(64, 64, 4, 2, 168, chained=True), Tile(128, 32, 8, 4, 128, chained=True),
+    Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 8, 4, 128), Tile(64, 64, 4, 3),
 )  # fmt: skip
 DTYPE = torch.bfloat16
 COMPILERS = int(os.environ.get("COMPILERS", "10"))
@@ -93,7 +95,12 @@ def error(out: Tensor, tokens: int, kind: str) -> float:
 
 def name_of(tile: Tile) -> str:
     limit = f" {tile.registers} registers" if tile.registers else ""
-    return f"{tile.queries}x{tile.keys}/{tile.warps}/{tile.stages}{limit}"
+    return f"{tile.queries}x{tile.keys}/{tile.warps}/{tile.stages}{limit}{' chained' if tile.chained else ''}"
+
+
+def tiles_for(channels: int) -> list[Tile]:
+    """All channels in 8 bits have no second product to chain."""
+    return [tile for tile in TILES if channels < HEAD_DIM or not tile.chained]
 
 
 def eight_bits(channels: int, tile: Tile | None = None) -> Attend:
@@ -121,9 +128,9 @@ def row(
 
 
 def tiles(report: Report) -> None:
-    """Every tile; float16, which cannot subtract the first tile's largest score only, with the best one."""
+    """Every tile; float16, which cannot subtract one tile's largest score only, with the best one."""
     for channels in CHANNELS:
-        for tile in TILES:
+        for tile in tiles_for(channels):
             row(report, "tiles", eight_bits(channels, tile), TOKENS, "random", channels=channels, tile=name_of(tile))
         half: QKV = tuple(x.half() for x in inputs(TOKENS))  # type: ignore[assignment]
         best = best_tile(report, channels)
@@ -134,7 +141,7 @@ def tiles(report: Report) -> None:
 def best_tile(report: Report, channels: int) -> Tile:
     """The fastest one so far; the first if none was timed."""
     found = {r["tile"]: r["ms"] for r in report.sections.get("tiles", []) if r["channels"] == channels and "ms" in r}
-    return min(TILES, key=lambda tile: found.get(name_of(tile), float("inf")))
+    return min(tiles_for(channels), key=lambda tile: found.get(name_of(tile), float("inf")))
 
 
 def compared(report: Report, section: str, tokens: int, kind: str) -> None:
@@ -208,7 +215,7 @@ def suppressed(report: Report, what: str) -> Iterator[None]:
 def compile_tiles(part: int, parts: int) -> None:
     """Compile every `parts`-th form, on short inputs: the kernels are those of long ones."""
     q, k, v = inputs(512)
-    for channels, tile in [(c, t) for c in CHANNELS for t in TILES][part::parts]:
+    for channels, tile in [(c, t) for c in CHANNELS for t in tiles_for(c)][part::parts]:
         try:
             int8.attend(q, k, v, channels, tile=tile)
         except Exception as problem:

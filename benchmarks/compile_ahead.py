@@ -209,12 +209,11 @@ def attentions(dtype: torch.dtype, brief: bool, shared: int) -> Iterator[tuple[s
     """Self-attention with 8-bit scores: of half of the channels and of all, and to blocks of keys; `brief`: the first."""
     from wanduet.kernels.attention import int8
 
-    tile = int8.tile_for(dtype.itemsize, shared)
-
     def attend(channels: int, head_dim: int, blocks: bool) -> None:
         q, k, v = torch.empty(1, 32_768, 36, head_dim, dtype=dtype, device=META).split(12, dim=2)
         index = torch.empty(1, 12, 256, 512, dtype=torch.int32, device=META)
-        int8.attend(q, k, v, channels, int8.Blocks(index[..., 0], index) if blocks else None, tile)
+        lists = int8.Blocks(index[..., 0], index) if blocks else None
+        int8.attend(q, k, v, channels, lists, int8.tile_for(dtype.itemsize, shared, lists))
 
     cases = [(64, 128, False), (128, 128, False), (64, 128, True), (32, 64, False), (32, 32, False)]
     for channels, head_dim, blocks in cases[: 1 if brief else None]:

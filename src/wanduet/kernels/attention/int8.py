@@ -22,7 +22,7 @@ Imported lazily, only if Triton is installed.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads the annotations of a kernel's parameters itself.)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -68,15 +68,19 @@ class Blocks:
     keys: int = 64
 
 
-def tile_for(itemsize: int, limit: int) -> Tile:
+def tile_for(itemsize: int, limit: int, blocks: Blocks | None = None) -> Tile:
     """Return the tile for inputs of `itemsize` bytes a value. `limit`: bytes of shared memory of a program.
 
     The tile for at most 99 KiB keeps every value in a register, as compiled for 8.0 to 12.0
-    (benchmarks/compile_ahead.py).
+    (benchmarks/compile_ahead.py). Blocks of queries that
+    are not of whole tiles get tiles of half the size.
     """
     if itemsize == 4:
         return Tile(64, 32, 4, 2)
-    return Tile() if limit >= WGMMA_SHARED_MEMORY else Tile(128, 32, 8, 4)
+    tile = Tile(128, 64, 8, 3, chained=True) if limit >= WGMMA_SHARED_MEMORY else Tile(128, 32, 8, 4)
+    if blocks is not None and blocks.queries % tile.queries != 0:
+        return replace(tile, queries=tile.queries // 2, warps=tile.warps // 2)
+    return tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -240,7 +244,7 @@ def attend(
         raise ValueError(f"8-bit attention is for 32, 64 or 128 channels, not for {channels} of {head_dim}.")
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("8-bit attention needs the channels of a head side by side in memory.")
-    tile = tile or tile_for(q.itemsize, shared_memory(q.device))
+    tile = tile or tile_for(q.itemsize, shared_memory(q.device), blocks)
     programs, spare, lists = triton.cdiv(length, tile.queries), 0, (0, 0)
     if blocks is not None:
         lists = (blocks.index.shape[2], blocks.index.shape[3])
