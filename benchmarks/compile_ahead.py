@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ class Driver:
         self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        """Its index."""
-        return GPU.index
+        """An index, one for each capability: Triton keeps what it compiled by it."""
+        return int(self._target.arch)
 
     def get_current_stream(self, device: int) -> int:
         """Any."""
@@ -204,10 +205,27 @@ def forwards(dtype: torch.dtype, brief: bool) -> Iterator[tuple[str, Callable[[]
     yield "attention repaired", redo
 
 
-def compile_all(capability: int, dtype_name: str, brief: bool = False) -> list[Row]:
+def attentions(dtype: torch.dtype, brief: bool, shared: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Self-attention with 8-bit scores: of half of the channels and of all, and to blocks of keys; `brief`: the first."""
+    from wanduet.kernels.attention import int8
+
+    def attend(channels: int, head_dim: int, blocks: bool) -> None:
+        q, k, v = torch.empty(1, 32_768, 36, head_dim, dtype=dtype, device=META).split(12, dim=2)
+        index = torch.empty(1, 12, 256, 512, dtype=torch.int32, device=META)
+        lists = int8.Blocks(index[..., 0], index) if blocks else None
+        int8.attend(q, k, v, channels, lists, int8.tile_for(dtype.itemsize, shared, lists))
+
+    cases = [(64, 128, False), (128, 128, False), (64, 128, True), (32, 64, False), (32, 32, False)]
+    for channels, head_dim, blocks in cases[: 1 if brief else None]:
+        name = f"{channels} of {head_dim} channels{' of listed blocks' if blocks else ''} in 8 bits"
+        yield name, partial(attend, channels, head_dim, blocks)
+
+
+def compile_all(capability: int, dtype_name: str, brief: bool = False, part: str = "all") -> list[Row]:
     """Every kernel for that capability in that dtype. To be called before any kernel is imported, for one capability.
 
-    `brief`: those of the defaults, a VAE in float32 and a transformer of 1.3B in bfloat16."""
+    `brief`: those of the defaults, a VAE in float32 and a transformer of 1.3B in bfloat16; 8-bit attention, which is no
+    default, with `part` "int8" only, which leaves out all others."""
     shared, multiprocessors = CARDS[capability]
 
     def nowhere(x: object) -> AbstractContextManager[object]:
@@ -224,7 +242,9 @@ def compile_all(capability: int, dtype_name: str, brief: bool = False) -> list[R
     torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it
     with torch.no_grad(), Recorder(capability, dtype_name) as recorder:
         of_vae = () if brief and dtype.itemsize == 2 else decodes(dtype, brief)
-        cases = [*of_vae, *(forwards(dtype, brief) if dtype.itemsize == 2 else ())]
+        cases = [*of_vae, *(forwards(dtype, brief) if dtype.itemsize == 2 else ())] if part == "all" else []
+        if dtype.itemsize == 2 and (part == "int8" or not brief):
+            cases += attentions(dtype, brief, shared)
         for recorder.case, run in cases:
             run()
     return recorder.rows
@@ -248,11 +268,14 @@ def main() -> int:
     parser.add_argument("--capability", type=int, choices=sorted(CARDS), default=86)
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: both")
     parser.add_argument("--brief", action="store_true", help="the forms of the default dtypes and of two sizes")
+    parser.add_argument("--part", choices=("all", "int8"), default="all", help="int8: attention with 8-bit scores only")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     rows = [
-        row for name in options.dtype or sorted(DTYPES) for row in compile_all(options.capability, name, options.brief)
+        row
+        for name in options.dtype or sorted(DTYPES)
+        for row in compile_all(options.capability, name, options.brief, options.part)
     ]
     found = {
         "capability": options.capability,

@@ -11,6 +11,7 @@ from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.distributed.p2p.exchange import p2p_buffer_bytes
 from wanduet.family.spec import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
+from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm
 from wanduet.kernels.dit.rope import Rope
@@ -31,6 +32,7 @@ class ForwardShape:
 
     Latents `[16, T, h, w]`, `text_len` positions of text, the large products' `dtype` by name; `prompts` in one
     `forward_cfg`; the ranks' `layout`. `fused`: with kernels that need no memory of their own, as Triton's.
+    `coded_channels`: of a head's queries and keys, written as 8-bit codes for attention.
     """
 
     spec: TransformerSpec
@@ -40,6 +42,7 @@ class ForwardShape:
     fused: bool
     layout: Layout = ONE_DEVICE
     prompts: int = 1
+    coded_channels: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -93,7 +96,9 @@ def _traced(shape: ForwardShape) -> int:
     buffer = buffer_bytes(shape.spec, shape.latent_shape, shape.dtype, layout)
     peaks = []
     for peers in [None] if buffer == 0 else [None, FakePeerMemory(meta_empty((buffer // dtype.itemsize,), dtype))]:
-        model.runtime = Runtime(kernels=kernels, attention=_attend, sharding=TracedSharding(layout, peers))
+        model.runtime = Runtime(
+            kernels=kernels, attention=_attention(shape.coded_channels), sharding=TracedSharding(layout, peers)
+        )
         peaks.append(_forward(model, shape) + (buffer if peers else 0))
     return max(peaks)
 
@@ -112,10 +117,16 @@ def _forward(model: WanTransformer, shape: ForwardShape) -> int:
     return footprint.reserved
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Allocates what every fused attention does: its output, and the log-sum-exp in float32."""
-    torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _attention(coded_channels: int) -> AttentionFn:
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """Allocates what every fused attention does, its output and the log-sum-exp in float32, and codes with two factors
+        a row."""
+        codes = [torch.empty((*x.shape[:3], coded_channels), dtype=torch.int8, device=q.device) for x in (q, k)]
+        codes += [torch.empty((*x.shape[:3], 2 if coded_channels else 0), device=q.device) for x in (q, k)]
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+    return attend
 
 
 def _norm(x: Tensor, parameters: Norm, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
 from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.sparse_steps import sparse_bytes
+from wanduet.kernels.attention.backends import coded_channels
 from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
@@ -84,13 +85,14 @@ class ModelMemory:
     """Predicts the memory of a model from its spec and the shapes of its tensors (from the checkpoint's headers).
 
     Dtypes are given by name ("float32", "bfloat16", "float16"), devices as "cpu" or "cuda:0". `weights`: the format of the
-    transformer's matrices, as in `EngineConfig`.
+    transformer's matrices, `attention`: the attention back end, both as in `EngineConfig`.
     """
 
     spec: ModelSpec
     transformer_shapes: Shapes
     vae_shapes: Shapes
     weights: Weights = "auto"
+    attention: str = "auto"
 
     def transformer(
         self, denoise: DenoiseShape, resident_blocks: int, device: str, share_first: bool = True
@@ -106,8 +108,9 @@ class ModelMemory:
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         prompts, shape = len(texts) if share_first and layout.cfg == 1 else 1, self.spec.latent_shape(*denoise.size)
+        coded = coded_channels(self.attention, t.attention_head_dim)
         activations = forward_bytes(
-            ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
+            ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts, coded)
         )
         activations += self._dense_bytes(dtype) + self._sparse_bytes(denoise, device)
         latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)

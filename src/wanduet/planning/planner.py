@@ -67,7 +67,7 @@ def make_plan(
     If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
     that fit. Raises ConfigError if the hardware does not have what `config` requires.
     """
-    memory = replace(memory, weights=config.weights)
+    memory = replace(memory, weights=config.weights, attention=config.attention)
     planner = Planner(request, memory, config, hardware)
     plan, refused = planner.fastest_that_fits()
     plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())

@@ -13,6 +13,8 @@ KERNELS = (
     "wanduet.kernels.attention.flash4_redo",
     "wanduet.kernels.attention.sparse_gpu",
     "wanduet.kernels.attention.key_lists_gpu",
+    "wanduet.kernels.attention.int8_codes",
+    "wanduet.kernels.attention.int8",
     "wanduet.kernels.vae.norm",
     "wanduet.kernels.vae.attention",
     "wanduet.kernels.vae.conv",

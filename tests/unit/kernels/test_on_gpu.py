@@ -153,3 +153,27 @@ def test_every_tile_that_is_offered_gives_the_same_to_the_last_bit(width: int, d
         pytest.skip("only one tile comes into question on a GPU with wgmma")
     table = choose.measure(tuple(tiles.values()), width, dtype, DEVICE)
     assert [row.problem for row in table] == [None] * len(tiles)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("channels", "bound"), [(64, 7.2e-3), (128, 1.1e-2)])
+def test_8_bit_attention_in_bfloat16(channels: int, bound: float) -> None:
+    from wanduet.kernels.attention import int8
+
+    q, k, v = torch.randn(1, 1500, 6, 128, device=DEVICE, dtype=torch.bfloat16).split(2, dim=2)
+    expected, expected_lse = plain_with_lse(q.float(), k.float(), v.float())
+    out, lse = int8.attend(q, k, v, channels)
+    assert (out.float() - expected).norm() / expected.norm() < bound
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-2)
+    assert torch.equal(out, int8.attend(q, k, v, channels)[0])
+    index = torch.arange(24, device=DEVICE, dtype=torch.int32).flip(0).expand(1, 2, 12, 24)
+    listed, _ = int8.attend(q, k, v, channels, int8.Blocks(torch.full_like(index[..., 0], 24), index))
+    assert (listed.float() - expected).norm() / expected.norm() < bound
+    q, k = torch.full_like(q, 10), torch.linspace(20, -20, 1500, device=DEVICE).bfloat16()[None, :, None, None]
+    k = k.expand_as(q).contiguous()  # scores far beyond those of the last keys
+    torch.testing.assert_close(
+        int8.attend(q, k, v, channels)[0].float(),
+        plain_with_lse(q.float(), k.float(), v.float())[0],
+        rtol=1e-2,
+        atol=1e-2,
+    )

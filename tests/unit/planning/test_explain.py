@@ -394,6 +394,7 @@ def gpu_here(monkeypatch) -> Hardware:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     found = {
         "sdpa": SDPA,
         "quick": Backend("quick", SDPA.attend, None),

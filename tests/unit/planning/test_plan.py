@@ -95,6 +95,15 @@ def test_8_bit_weights_take_half_the_memory_wherever_they_are(memory) -> None:
     assert len(set(on_host)) == 3
 
 
+@pytest.mark.parametrize(("attention", "channels"), [("int8", 64), ("int8-fast", 128)])
+def test_8_bit_attention_is_planned_with_its_codes(memory, attention: str, channels: int) -> None:
+    """Of each query and key: a byte for each coded channel of a head, and two factors."""
+    plain, coded = (
+        plan(memory, "1x24GiB", attention=name).prediction.devices[0].phases["denoise"] for name in ("auto", attention)
+    )
+    assert 0.85 < (coded - plain) / (2 * 32_760 * 12 * (channels + 8)) < 1.05  # small ones fit into gaps
+
+
 def test_host_memory_counts_too(memory) -> None:
     assert not plan(memory, "1x24GiB", ram_limit=GIB).prediction.fits
     assert plan(memory, "1x24GiB", ram_limit=4 * GIB).prediction.fits  # nothing is streamed there

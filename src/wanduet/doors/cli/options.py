@@ -194,9 +194,13 @@ class EngineFlags:
     tf32: Annotated[
         bool, Parameter(help="Allow TF32 in the VAE's float32 convolutions: faster, slightly less precise.")
     ] = True
-    attention: Annotated[str, Parameter(help="Attention back end. Default: the fastest exact one, measured once.")] = (
-        "auto"
-    )
+    attention: Annotated[
+        str,
+        Parameter(
+            help="Attention back end. Default: the fastest exact one, measured once. int8 and the less accurate int8-fast "
+            "are approximate."
+        ),
+    ] = "auto"
     cache_embeddings: Annotated[bool, Parameter(help="Keep encoded prompts on disk.")] = True
     checkpoint_seconds: Annotated[float, Parameter(help="How often denoising is saved, in seconds.")] = 15.0
     data_dir: Annotated[Path | None, Parameter(help="Folder of jobs, videos and caches.")] = None

@@ -42,6 +42,7 @@ class Backend:
     exact: bool = True
     package: str | None = None  # the distribution that contains it; None: torch
     capability: tuple[int, int] | None = None  # of supported GPUs; None: all
+    triton_from: tuple[int, int] | None = None  # written in Triton, for GPUs of at least this capability
 
     @property
     def version(self) -> str:
@@ -95,6 +96,22 @@ def _sage(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     return out
 
 
+def coded_channels(name: str, head_dim: int) -> int:
+    """Return how many of a head's channels the backend `name` writes as 8-bit codes of queries and keys; often 0."""
+    return {"int8": max(32, head_dim // 2), "int8-fast": head_dim}.get(name, 0)
+
+
+def _int8(name: str) -> Backend:
+    """Return a backend with 8-bit scores."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        from wanduet.kernels.attention import int8
+
+        return int8.attend(q, k, v, coded_channels(name, q.shape[-1]))
+
+    return Backend(name, lambda *given: attend(*given)[0], attend, exact=False, triton_from=(8, 0))
+
+
 def _flash4(name: str, attend: AttentionLseFn, capability: tuple[int, int] | None = None) -> Backend:
     """Return a backend of flash-attn-4.
 
@@ -113,6 +130,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("sdpa_efficient", lambda q, k, v, call: _sdpa_efficient(q, k, v, call, lse=False)[0], _sdpa_efficient),
     _flash4("flash-attn-4", flash4.attend),
     _flash4("flash-attn-4-steady", flash4.attend_steady, capability=(9, 0)),
+    _int8("int8"),  # half of a head's channels
+    _int8("int8-fast"),  # all of them: a larger error
     Backend("sageattention", _sage, None, exact=False, package="sageattention"),
 )
 
@@ -142,12 +161,15 @@ def available_backends(device: torch.device) -> dict[str, Backend]:
     """Return the backends that could run on `device`, by name. A listed backend may still fail there."""
     if device.type != "cuda":
         return {SDPA.name: SDPA}
+    capability = torch.cuda.get_device_capability(device)
+    has_triton = importlib.util.find_spec("triton") is not None
     return {
         b.name: b
         for b in BACKENDS
         if (b.package is None or _importable(MODULES[b.package], b.package))
         and (b.name != "sdpa_flash" or torch.backends.cuda.is_flash_attention_available())  # not built in on Windows
-        and (b.capability is None or b.capability == torch.cuda.get_device_capability(device))
+        and (b.capability is None or b.capability == capability)
+        and (b.triton_from is None or (has_triton and b.triton_from <= capability))
     }
 
 

@@ -1,0 +1,55 @@
+"""Attention with 8-bit scores compiles for every capability that it is offered on, fits, and spills nothing.
+
+No card is needed: `benchmarks/compile_ahead.py` stands in for the driver. One process compiles for all capabilities.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from compile_ahead import compile_all
+capabilities, brief = json.loads(sys.argv[1])
+rows = {c: compile_all(c, "bfloat16", brief, "int8") for c in capabilities}
+print(json.dumps({c: [asdict(r) | {"fits": r.fits} for r in found] for c, found in rows.items()}))
+"""
+KERNELS = {"_sum_kernel", "_mean_kernel", "_code_kernel", "_attend_kernel"}
+
+pytest.importorskip("triton")
+
+
+def compiled(folder: Path, capabilities: list[int], brief: bool) -> dict[str, list[dict]]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")]),
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)  # of tests that ran before in this process
+    command = [sys.executable, "-c", SCRIPT, json.dumps([capabilities, brief])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "brief"),
+    [
+        ([86, 90, 120], True),
+        pytest.param([80, 86, 89, 90, 120], False, marks=pytest.mark.slow),
+    ],
+    ids=["half of 128 channels", "all forms"],
+)
+def test_it_fits_and_spills_nothing(tmp_path: Path, capabilities: list[int], brief: bool) -> None:
+    found = compiled(tmp_path, capabilities, brief)
+    assert [int(capability) for capability in found] == capabilities
+    for rows in found.values():
+        assert {row["kernel"] for row in rows} == KERNELS
+        assert [row for row in rows if not row["fits"] or row["stack"] != 0] == []
+        assert sum(row["kernel"] == "_attend_kernel" for row in rows) == (1 if brief else 5)
