@@ -19,9 +19,9 @@ from wanduet.family.sparsity import ALL, block_for
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
+from wanduet.kernels.attention.backends import coded_channels
 from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.sparse_steps import sparse_bytes
-from wanduet.kernels.attention.backends import coded_channels
 from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
