@@ -1,4 +1,4 @@
-"""Attention with 8-bit scores compiles for every capability that it is offered on, fits, and spills nothing.
+"""Attention with 8-bit scores compiles for every capability that it is offered on, fits, and spills next to nothing.
 
 No card is needed: `benchmarks/compile_ahead.py` stands in for the driver. One process compiles for all capabilities.
 """
@@ -46,10 +46,12 @@ def compiled(folder: Path, capabilities: list[int], brief: bool) -> dict[str, li
     ],
     ids=["half of 128 channels", "all forms"],
 )
-def test_it_fits_and_spills_nothing(tmp_path: Path, capabilities: list[int], brief: bool) -> None:
+def test_it_fits_and_hardly_spills(tmp_path: Path, capabilities: list[int], brief: bool) -> None:
     found = compiled(tmp_path, capabilities, brief)
     assert [int(capability) for capability in found] == capabilities
-    for rows in found.values():
+    for capability, rows in found.items():
+        # Two programs on a multiprocessor of Hopper are faster, though their registers then do not hold everything.
+        most = {"_attend_kernel": 192} if capability == "90" else {}
         assert {row["kernel"] for row in rows} == KERNELS
-        assert [row for row in rows if not row["fits"] or row["stack"] != 0] == []
+        assert [row for row in rows if not row["fits"] or row["stack"] > most.get(row["kernel"], 0)] == []
         assert sum(row["kernel"] == "_attend_kernel" for row in rows) == (1 if brief else 5)

@@ -67,7 +67,8 @@ def tile_for(itemsize: int, limit: int, blocks: Blocks | None = None) -> Tile:
     """Return the tile for inputs of `itemsize` bytes a value. `limit`: bytes of shared memory of a program.
 
     The tile for at most 99 KiB keeps every value in a register, as compiled for 8.0 to 12.0
-    (benchmarks/compile_ahead.py). Hopper's was the fastest of six on an H200 (benchmarks/results/attention_8bit.json).
+    (benchmarks/compile_ahead.py). Hopper's was the fastest of six on an H200 (benchmarks/results/attention_8bit.json):
+    with fewer registers than it wants, two programs run on a multiprocessor.
     Blocks of queries that are not of whole tiles get tiles of half the size.
     """
     if itemsize == 4:
