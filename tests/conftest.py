@@ -6,11 +6,13 @@ With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster 
 import gc
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forked import end_server
 
 TESTS = Path(__file__).parent
 NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster", "unit/http/test_page.py"))
@@ -44,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _only_what_a_file_makes_is_looked_through() -> None:
     """An engine that is closed collects garbage: half a second among a million objects of all that tests import."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_server_is_left() -> Iterator[None]:
+    yield
+    end_server()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
