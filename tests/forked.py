@@ -54,7 +54,7 @@ class Program:
         context: Any = start_method()
         (stdin, own_in), (own_out, stdout), (own_err, stderr) = (context.Pipe(duplex=False) for _ in range(3))
         what = (code, tuple(arguments), str(folder), dict(environment))
-        self._process = context.Process(target=_run, args=(*what, stdin, stdout, stderr))
+        self._process = context.Process(target=_run, args=(*what, stdin, stdout, stderr), daemon=True)
         self._process.start()
         self.pid: int = self._process.pid
         self.stdin, self.stdout, self.stderr = _text(own_in, "w"), _text(own_out, "r"), _text(own_err, "r")
@@ -85,7 +85,7 @@ class Program:
 
 def _text(end: "Connection[Any, Any]", mode: str) -> TextIO:
     with end:
-        return open(os.dup(end.fileno()), mode)  # noqa: SIM115 - `communicate` closes it
+        return open(os.dup(end.fileno()), mode)
 
 
 def _run(
@@ -98,7 +98,7 @@ def _run(
     for number, pipe in enumerate(pipes):
         with pipe:
             os.dup2(pipe.fileno(), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
