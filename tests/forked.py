@@ -5,6 +5,7 @@ For tests of what processes do, not of how they start.
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +48,24 @@ def forked_ranks() -> Iterator[None]:
         yield
 
 
-class Program:
-    """As `subprocess.Popen([sys.executable, "-c", code, *arguments])` with pipes of text, in a session of its own."""
+def start_program(
+    code: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], *, forked: bool = True
+) -> "Program":
+    """Start a Python program, with pipes of text, in a session of its own.
+
+    `forked`: after the imports, where fork is safe. Otherwise with an interpreter of its own, from its start to its end.
+    """
+    if forked and sys.platform == "linux":
+        return Forked(code, arguments, folder, environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+class Forked:
+    """What `subprocess.Popen` would be of a program."""
 
     def __init__(self, code: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         context: Any = start_method()
@@ -81,6 +98,9 @@ class Program:
                 self._process.kill()
                 raise TimeoutError(f"It did not end within {timeout} s.")
             return printed[0].result(), printed[1].result()
+
+
+Program = subprocess.Popen[str] | Forked
 
 
 def _text(end: "Connection[Any, Any]", mode: str) -> TextIO:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import Program
+from tests.forked import start_program
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "compile_ahead.py"
@@ -56,7 +56,8 @@ def fits(capability: int, tmp_path: Path, *flags: str) -> None:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)  # of tests that ran before in this process
-    program = Program(CODE, [str(SCRIPT), "--capability", str(capability), "--json", *flags], tmp_path, environment)
+    arguments = [str(SCRIPT), "--capability", str(capability), "--json", *flags]
+    program = start_program(CODE, arguments, tmp_path, environment)
     out, err = program.communicate()
     assert out, err[-2000:]
     rows = json.loads(out)["rows"]

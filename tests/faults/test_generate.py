@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import wanduet
-from tests.forked import Program
+from tests.forked import Program, start_program
 from wanduet.media.read import frame_hashes
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -53,8 +53,7 @@ PHASES = {
 }
 
 # What a resumed run gives is compared with a run that nobody disturbed.
-Started = subprocess.Popen[str] | Program
-Start = Callable[..., Started]
+Start = Callable[..., Program]
 
 
 @pytest.fixture
@@ -67,21 +66,15 @@ def start(tmp_path: Path) -> Start:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("WANDUET_")}
     environment["WANDUET_DATA_DIR"] = str(tmp_path / "data")
 
-    def run(*arguments: str, phase: str = "", pause: float = 0.0, whole: bool = sys.platform != "linux") -> Started:
+    def run(*arguments: str, phase: str = "", pause: float = 0.0, whole: bool = False) -> Program:
         slowed = [str(word) for word in (*PHASES.get(phase, ("", "", 0)), pause)]
-        everything, folder = [*slowed, *BASE, *LOSSLESS, *arguments], tmp_path / "work"
-        if not whole:
-            return Program(RUNNER, everything, folder, environment)
-        return subprocess.Popen(
-            [sys.executable, "-c", RUNNER, *everything],
-            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        everything = [*slowed, *BASE, *LOSSLESS, *arguments]
+        return start_program(RUNNER, everything, tmp_path / "work", environment, forked=not whole)
 
     return run
 
 
-def wait_for_pause(process: Started) -> None:
+def wait_for_pause(process: Program) -> None:
     assert process.stderr is not None
     for line in process.stderr:
         if line.strip() == "paused":
@@ -89,7 +82,7 @@ def wait_for_pause(process: Started) -> None:
     raise AssertionError("the phase was never reached")
 
 
-def finish(process: Started) -> tuple[int, Any, str]:
+def finish(process: Program) -> tuple[int, Any, str]:
     """Its exit code, what it printed, and stderr; a run that was paused goes on."""
     out, err = process.communicate(timeout=120)
     return process.returncode, json.loads(out), err
