@@ -1,4 +1,4 @@
-"""For all tests, which run in two processes where `make test` starts them: a file's in one, and all that need a cluster.
+"""For all tests, which run in two or more processes where `make test` starts them: a file's in one, and all that need a cluster.
 
 With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster that would be skipped fails instead.
 """
@@ -20,9 +20,13 @@ NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster"
 FIRST = (
     "cluster",
     "e2e/test_page.py",
-    "quality/test_miniature.py",
-    "faults/test_jobs_disk.py",
+    "compiled",
+    "e2e/test_server.py",
     "unit/kernels/test_vae.py",
+    "faults/test_generate.py",
+    "faults/test_jobs_disk.py",
+    "faults/test_jobs_server.py",
+    "quality/test_miniature.py",
     "parity/test_sharding.py",
 )
 
