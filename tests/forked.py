@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -33,6 +33,8 @@ def start_method() -> BaseContext:
     """A context of `multiprocessing`; where fork is not safe, one whose processes start anew."""
     if sys.platform != "linux":
         return get_context("spawn")
+    from multiprocessing import forkserver
+
     context = get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
     forkserver.ensure_running()
@@ -125,5 +127,6 @@ def _run(
 
 def end_server() -> None:
     """End the process that others are forked from: its own end would print what Triton's compiler leaks."""
-    if (pid := getattr(forkserver._forkserver, "_forkserver_pid", None)) is not None:
+    forkserver = sys.modules.get("multiprocessing.forkserver")
+    if forkserver is not None and (pid := forkserver._forkserver._forkserver_pid) is not None:
         os.kill(pid, signal.SIGKILL)
