@@ -375,28 +375,26 @@ main(sys.argv[2:])
 """
 
 
-def limited(tmp_path: Path, size: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`wanduet generate` where no file can be larger than `size` bytes."""
+def limited(tmp_path: Path, size: int, *arguments: str) -> tuple[int, Any, str]:
+    """`wanduet generate` where no file can be larger than `size` bytes: what `finish` gives."""
     environment = {**os.environ, "WANDUET_DATA_DIR": str(tmp_path / "data")}
-    (tmp_path / "full").mkdir()
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(size), *BASE, "--codec", "ffv1", "--json", "--seed", "1", *arguments],
-        cwd=tmp_path / "full", env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    (folder := tmp_path / "full").mkdir()
+    options = ["--codec", "ffv1", "--json", "--seed", "1"]
+    return finish(start_program(LIMITED, [str(size), *BASE, *options, *arguments], folder, environment))
 
 
 @posix
 def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
-    done = limited(tmp_path, 2000)
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["code"] == "output_error"
-    assert "Traceback" not in done.stderr
+    code, said, err = limited(tmp_path, 2000)
+    assert code == 1
+    assert said["error"]["code"] == "output_error"
+    assert "Traceback" not in err
     assert os.listdir(tmp_path / "full") == []
 
 
 @posix
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(tmp_path: Path) -> None:
-    done = limited(tmp_path, 9000, "--checkpoint-seconds", "0")
-    assert done.returncode == 0
+    code, _, _ = limited(tmp_path, 9000, "--checkpoint-seconds", "0")
+    assert code == 0
     assert len(os.listdir(tmp_path / "full")) == 1
