@@ -12,6 +12,7 @@ install: $(VENV)/.dev
 
 demo: $(VENV)/.runtime
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature
+	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature-fast
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_FLAGS)

@@ -181,7 +181,7 @@ class Report:
             except Exception as problem:
                 if TINY:
                     raise
-                self.add("failed", section=name, problem=f"{type(problem).__name__}: {problem}"[:300])
+                self.add("failed", name=name, problem=f"{type(problem).__name__}: {problem}"[:300])
             print(f"# {name}: {time.perf_counter() - start:.1f} s", flush=True)
             clear_memory()
             self.write()

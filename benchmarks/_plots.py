@@ -104,6 +104,44 @@ def memory() -> None:
     canvas.save("memory.png")
 
 
+def prices() -> None:
+    """Forwards against visible loss: from the exact video to the named speeds, and to fewer steps."""
+    canvas, left, top, width, height = Canvas(720, 340), 60.0, 84.0, 630.0, 200.0
+    found = json.loads((RESULTS / "price_miniature.json").read_text())
+    exact = found["rungs"][0]
+    seed = found["controls"]["another_seed"]["jod"]["median"]
+    low, high = -1.0, 10.5
+
+    def across(row: dict[str, Any]) -> float:
+        return left + width * row["forwards"] / exact["forwards"]
+
+    def up(jod: float) -> float:
+        return top + height * (high - jod) / (high - low)
+
+    title = f"How visible the difference is, in JOD: the miniature, {len(found['prompts'])} prompts (10: not at all)"
+    canvas.text(16, 20, title, size=15)
+    for jod in range(0, 11, 2):
+        canvas.line([(left, up(jod)), (left + width, up(jod))], PALE)
+        canvas.text(left - 8, up(jod), f"{jod}", INK, 11, "rm")
+    for percent in range(0, 101, 20):
+        canvas.text(left + width * percent / 100, top + height + 14, f"{percent} %", INK, 11, "mm")
+    canvas.text(left + width / 2, top + height + 34, "of the exact job's forwards", INK, 12, "mm")
+    canvas.line([(left, up(seed)), (left + width, up(seed))], GREY)
+    canvas.text(left + width - 6, up(seed) - 9, "another seed", GREY, 11, "rm")
+    curves = {"the named speeds": (BLUE, found["rungs"]), "fewer steps": ("#bf3989", [exact, *found["fewer_steps"]])}
+    for at, (name, (colour, some)) in zip((16, 180), curves.items(), strict=True):
+        canvas.dot(at + 4, 50, 4, colour)
+        canvas.text(at + 14, 50, name, INK, 12)
+        for kind, thickness in (("median", 0.5), ("worst", 2.5)):
+            canvas.line([(across(row), up(row["jod"][kind])) for row in some], colour, thickness)
+        for row in some:
+            canvas.dot(across(row), up(row["jod"]["worst"]), 4, colour)
+            canvas.text(across(row), up(row["jod"]["worst"]) + 13, row.get("speed") or row["name"], colour, 11, "mm")
+    canvas.text(310, 50, "thick: the worst of the prompts; thin: the median", GREY, 12)
+    canvas.save("price.png")
+
+
 if __name__ == "__main__":
     forward()
     memory()
+    prices()

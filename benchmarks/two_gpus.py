@@ -6,6 +6,7 @@ Sections: guided unguided unequal whole batch latents exchanges diffusers (defau
 `parallel` or `placed` beside `single` on the first device; `ratio` is seconds on one device / seconds on both.
 `exchanges` looks at the parts without an engine around them: one forward, by what is exchanged and how, and one decode,
 with rows handed on or halos. `unequal` keeps the second device busy with something else, as if it were a slower one.
+With `--without-peer-access` the driver seems to deny GPUs each other's memory, and NCCL copies through the host's.
 TINY=1 runs every section on two CPU ranks with the miniature.
 """
 
@@ -308,7 +309,8 @@ def forwards(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]
             # So long that the power limit holds for all of them.
             seconds = together(rank, partial(model, latents, step, context, rope), 12 if tokens < 2**15 else 4)
             alone = alone or seconds
-            yield {"size": name, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+            row = {"size": name, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
+            yield row | by_rank(rank, partial(model, latents, step, context, rope))
 
 
 def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
@@ -327,22 +329,41 @@ def decodes(rank: Rank, spec: ModelSpec, sizes: dict[str, tuple[int, int, int]])
             alone = alone or seconds
             kind = str(dtype).removeprefix("torch.")
             row = {"size": name, "dtype": kind, "way": way, "seconds": seconds, "ratio": round(alone / seconds, 3)}
-            yield row | busy(rank, lambda frames=frames: [None for _ in frames()])
+            yield row | by_rank(rank, lambda frames=frames: [None for _ in frames()])
 
 
-def busy(rank: Rank, work: Callable[[], object]) -> dict[str, float]:
-    """Seconds in which this rank's GPU computes, exchanges (waiting included) and copies during `work`."""
+# What a kernel does, by a part of its name in small letters; the first that fits.
+KINDS = (("nccl", "exchanging"), ("mem", "copying"), ("wait", "waiting"), ("flash", "attention"), ("attn", "attention"),
+         ("attention", "attention"), ("conv", "convolution"), ("gemm", "products"), ("nvjet", "products"))  # fmt: skip
+
+
+def by_rank(rank: Rank, work: Callable[[], object]) -> dict[str, Any]:
+    """Milliseconds of each rank's GPU by what it does in `work`; of rank 0 also its longest kernels, and the host's part.
+
+    `launching` is how long the host takes until everything is queued: as long as the whole where the host is too slow.
+    """
     if rank.device.type != "cuda":
         return {}
+    torch.distributed.barrier()
+    synchronize(rank.device)
+    began = time.perf_counter()
+    work()
+    launching = time.perf_counter() - began
+    synchronize(rank.device)
     torch.distributed.barrier()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         synchronize(rank.device)
-    seconds = {"computing_s": 0.0, "exchanging_s": 0.0, "copying_s": 0.0}
-    for event in profile.key_averages():
-        kind = "exchanging_s" if "nccl" in event.key.lower() else "copying_s" if "Mem" in event.key else "computing_s"
-        seconds[kind] += event.self_device_time_total / 1e6
-    return {kind: round(value, 3) for kind, value in seconds.items()}
+    busy: dict[str, float] = {}
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events:
+        kind = next((kind for part, kind in KINDS if part in event.key.lower()), "other")
+        busy[kind] = busy.get(kind, 0.0) + event.self_device_time_total / 1e3
+    mine = {kind: round(value, 2) for kind, value in busy.items() if value} | {"launching": round(launching * 1e3, 2)}
+    ranks: list[Any] = [None] * rank.world_size
+    torch.distributed.all_gather_object(ranks, mine)
+    longest = {event.key[:60]: [event.count, round(event.self_device_time_total / 1e3, 2)] for event in events[:14]}
+    return {"milliseconds_by_rank": ranks, "longest_kernels": longest}
 
 
 def half(rank: Rank, height: int) -> Rows:
@@ -381,19 +402,34 @@ SECTIONS = {
 }  # fmt: skip
 
 
+def deny_peer_access(folder: Path) -> None:
+    """Let the driver say, to this process and to those that it starts, that GPUs cannot reach each other's memory."""
+    # Every interpreter imports this file at its start.
+    (folder / "sitecustomize.py").write_text("import torch\ntorch.cuda.can_device_access_peer = lambda *_: False\n")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    torch.cuda.can_device_access_peer = lambda *_: False
+
+
 def main() -> None:
+    global DEVICES
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2 if TINY else 8)
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES))
+    parser.add_argument("--devices", type=lambda text: tuple(text.split(",")), default=DEVICES)
+    parser.add_argument("--without-peer-access", action="store_true", help="as where a driver denies it")
     parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
     options = parser.parse_args()
+    DEVICES = options.devices
     if not TINY and torch.cuda.device_count() < len(DEVICES):
         print(f"# nothing is measured: this machine has {torch.cuda.device_count()} GPUs (TINY=1 tries it on the CPU)")
         return
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("WANDUET_DATA_DIR", folder)
         bench = Bench(options, Path(folder))
-        report = Report("two_gpus")
+        if options.without_peer_access:
+            deny_peer_access(Path(folder))
+        count = {2: "two", 4: "four", 8: "eight"}.get(len(DEVICES), str(len(DEVICES)))
+        report = Report(f"{count}_gpus" + "_without_peer_access" * options.without_peer_access)
         chosen = options.sections or list(SECTIONS)
         report.run({name: lambda r, f=SECTIONS[name]: f(bench, r) for name in SECTIONS}, chosen)
     report.print()

@@ -58,6 +58,7 @@ def _no_server_is_left() -> Iterator[None]:
     end_server()
 
 
+@pytest.hookimpl(optionalhook=True)  # there are tests to run without pytest-xdist, on a machine with a GPU
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What module fixtures hold is built once: servers, models, a cluster.
 

@@ -25,7 +25,9 @@ GIB = 2**30
 class EngineConfig:
     """Settings of an engine. With `None` or "auto", the planner chooses."""
 
-    model: str = DEFAULT_MODEL  # a folder in the Diffusers layout, a hub id, `miniature`, `random:1.3b`
+    model: str = (
+        DEFAULT_MODEL  # a folder in the Diffusers layout, a hub id, `miniature`, `miniature-fast`, `random:1.3b`
+    )
     revision: str | None = None
     strategy: Strategy = "auto"
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"

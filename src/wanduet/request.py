@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.sparsity import ALL, check_sparse
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
 from wanduet.request_fields import LIMITS, RequestField, Shown, fields_of
@@ -120,6 +121,13 @@ class GenerationRequest(BaseModel):
         le=1.0,
         description="The share of the steps that are guided: after it, guidance is off, and a step takes half the time.",
     )
+    sparse: Annotated[Real, Shown(row=7, off=ALL, span=(0.05, 1), step=0.05)] = Field(
+        default=ALL,
+        gt=0.0,
+        le=1.0,
+        description="The share of the keys that self-attention reads after the first quarter of the steps, for example 0.5: "
+        "those that match best, by blocks. Faster, and another video.",
+    )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
         default=None,
@@ -172,6 +180,8 @@ class GenerationRequest(BaseModel):
         resolved = ResolvedRequest(**values)
         if setting is not None:
             check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
+        size = (resolved.generated_height, resolved.generated_width, resolved.num_frames)
+        check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
         if resolved.guidance_gate < 1 and not resolved.uses_guidance:
             raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
         return resolved
@@ -254,7 +264,7 @@ class ResolvedRequest(GenerationRequest):
     @property
     def approximates(self) -> bool:
         """Whether the video is made with less work than the model asks for, at a loss."""
-        return self.step_cache != OFF or self.guidance_gate < 1
+        return self.step_cache != OFF or self.guidance_gate < 1 or self.sparse < ALL
 
     @property
     def uses_input(self) -> bool:
@@ -265,7 +275,8 @@ class ResolvedRequest(GenerationRequest):
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
         effect are left out: those of an input video if there is none, those of approximations that are off, and the
         timesteps or the shift that they replace."""
-        off = {name for name, value in (("step_cache", OFF), ("guidance_gate", 1.0)) if getattr(self, name) == value}
+        exact = {"step_cache": OFF, "guidance_gate": 1.0, "sparse": ALL}
+        off = {name for name, value in exact.items() if getattr(self, name) == value}
         unused = "timesteps" if self.timesteps is None else "flow_shift"
         values = self.model_dump(exclude={"input_sha256", unused} | off)
         if self.timesteps is not None:

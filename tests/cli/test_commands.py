@@ -669,6 +669,7 @@ def test_run_wan_takes_its_settings_unless_flags_say_others(monkeypatch: pytest.
     assert of() == ["generate", "--num-frames", "81", *size, "--prompt=-a cat"]
     assert of("a dog") == ["generate", "--num-frames", "81", *size, "a dog"]
     assert of("--model", "miniature", "a dog") == ["generate", "--model", "miniature", "a dog"]
+    assert of("--model", "miniature-fast", "a dog") == ["generate", "--model", "miniature-fast", "a dog"]
     assert of("--model=miniature") == ["generate", "--prompt=-a cat", "--model=miniature"]
     assert of("--seconds", "2", "--resolution=720p", "--prompt", "x") == [
         "generate", "--seconds", "2", "--resolution=720p", "--prompt", "x",

@@ -1,4 +1,4 @@
-"""What the wheel holds: the package with the miniature's weights, nothing of `tools/`, `tests/` or `benchmarks/`."""
+"""What the wheel holds: the package with the miniatures' weights, nothing of `tools/`, `tests/` or `benchmarks/`."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,8 @@ def test_the_wheel_is_the_package(files: set[str]) -> None:
 
 
 def test_of_the_miniature_the_wheel_has_weights_and_vocabulary_alone(files: set[str]) -> None:
-    model = json.loads((PACKAGE / "miniature" / "model" / "manifest.json").read_text())["sha256"]
-    expected = {f"model/{name}" for name in (*model, "manifest.json")} | {"__init__.py", "vocabulary.py"}
+    expected = {"__init__.py", "vocabulary.py"}
+    for model in ("model", "fast"):
+        hashes = json.loads((PACKAGE / "miniature" / model / "manifest.json").read_text())["sha256"]
+        expected |= {f"{model}/{name}" for name in (*hashes, "manifest.json")}
     assert {name.removeprefix("wanduet/miniature/") for name in files if "miniature" in name} == expected

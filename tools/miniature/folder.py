@@ -1,6 +1,7 @@
 """The miniature's shapes, and how its parts are written in the Diffusers layout."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tools.miniature.prompts import corpus
 from wanduet.family.wan21 import WAN_1_3B
 
 FOLDER = Path(__file__).parents[2] / "src" / "wanduet" / "miniature" / "model"
+FAST_FOLDER = FOLDER.with_name("fast")  # few-step weights; what it lacks is that of FOLDER
 NUM_FRAMES, SIZE = 33, 96
 
 VAE_SPEC = replace(WAN_1_3B.vae, base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
@@ -64,6 +66,27 @@ def write_static(folder: Path) -> None:
     write_json(folder / "generation_defaults.json", asdict(DEFAULTS))
     if not (folder / "tokenizer" / "tokenizer.json").exists():
         write_tokenizer(folder / "tokenizer")
+
+
+def write_fast_static(folder: Path) -> None:
+    """What belongs to the few-step weights but to no training: defaults, scheduler and the colours of previews.
+
+    The sampler and its timesteps are those of `family.distilled.FAST_MINIATURE`.
+    """
+    kept = ("height", "width", "num_frames", "fps", "flow_shift", "negative_prompt")
+    write_json(folder / "generation_defaults.json", {name: asdict(DEFAULTS)[name] for name in kept})
+    scheduler = {  # diffusers' form of Euler steps on these noise levels
+        "_class_name": "DPMSolverMultistepScheduler",
+        "_diffusers_version": "0.42.1",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": DEFAULTS.flow_shift,
+        "num_train_timesteps": 1000,
+        "solver_order": 1,
+        "final_sigmas_type": "zero",
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    shutil.copyfile(FOLDER / "preview_colours.json", folder / "preview_colours.json")
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,15 @@ def read_model(folder: Path, device: str, only_vae: bool = False) -> Parts:
     vae.to(device).eval().requires_grad_(False)
     if only_vae:
         return Parts(vae, None, None, folder, device)
+    return Parts(vae, read_transformer(folder, device), encoder_of(folder, device).eval(), folder, device)
+
+
+def read_transformer(folder: Path, device: str) -> WanTransformer:
+    """Read the transformer of a folder that `folder.py` wrote."""
     config = json.loads((folder / "transformer" / "config.json").read_text())
     transformer = WanTransformer(WAN_1_3B.transformer.with_config(config))
     transformer.load_state_dict(files.read_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
-    return Parts(vae, transformer.to(device).eval(), encoder_of(folder, device).eval(), folder, device)
+    return transformer.to(device).eval()
 
 
 def encoder_of(folder: Path | None, device: str) -> nn.Module:
@@ -55,30 +61,58 @@ def encoder_of(folder: Path | None, device: str) -> nn.Module:
     return module
 
 
+def default_sigmas() -> list[float]:
+    """The noise levels of the default settings, 1 to 0."""
+    d = files.DEFAULTS
+    time = torch.linspace(1, 0, d.num_inference_steps + 1)
+    sigmas: list[float] = (d.flow_shift * time / (1 + (d.flow_shift - 1) * time)).tolist()
+    return sigmas
+
+
 @torch.no_grad()
-def sample(parts: Parts, prompts: list[str], seed: int) -> Tensor:
-    """Videos `[B, 3, T, H, W]` for prompts: Euler steps with guidance at the default settings."""
+def denoise(
+    parts: Parts,
+    prompts: list[str],
+    seed: int,
+    sigmas: Sequence[float],
+    guidance: float = files.DEFAULTS.guidance_scale,
+) -> Tensor:
+    """Latents `[B, 16, T, h, w]` for prompts: Euler steps on noise levels from 1 to 0."""
     assert parts.transformer is not None
     d = files.DEFAULTS
     positive, negative = (_embed(parts, texts) for texts in (prompts, [""] * len(prompts)))
     shape = (len(prompts), 16, (d.num_frames - 1) // 4 + 1, d.height // 8, d.width // 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(parts.device)
-    time = torch.linspace(1, 0, d.num_inference_steps + 1)
-    sigmas = (d.flow_shift * time / (1 + (d.flow_shift - 1) * time)).tolist()
     for sigma, following in itertools.pairwise(sigmas):
         timestep = torch.full((len(prompts),), 1000 * sigma, device=parts.device)
-        conditional = parts.transformer(x, timestep, positive)
-        unconditional = parts.transformer(x, timestep, negative)
-        x = x + (following - sigma) * (unconditional + d.guidance_scale * (conditional - unconditional))
-    return torch.cat([parts.vae.decode(part) for part in x.split(8)])
+        step = parts.transformer(x, timestep, positive)
+        if guidance != 1.0:
+            unconditional = parts.transformer(x, timestep, negative)
+            step = unconditional + guidance * (step - unconditional)
+        x = x + (following - sigma) * step
+    return x
 
 
-def evaluate_model(parts: Parts, count: int, sheet: Path | None) -> dict[str, Any]:
-    """The fraction of correct attributes over `count` held-out combinations."""
+@torch.no_grad()
+def decode(parts: Parts, latents: Tensor) -> Tensor:
+    """Videos `[B, 3, T, H, W]` in [-1, 1]."""
+    return torch.cat([parts.vae.decode(part) for part in latents.split(8)])
+
+
+def evaluate_model(
+    parts: Parts,
+    count: int,
+    sheet: Path | None,
+    sigmas: Sequence[float] | None = None,
+    guidance: float = files.DEFAULTS.guidance_scale,
+) -> dict[str, Any]:
+    """The fraction of correct attributes over `count` held-out combinations. `sigmas`: see `denoise`."""
+    sigmas = default_sigmas() if sigmas is None else sigmas
     wanted = [describe(c) for c in held_out_combinations()[:count].tolist()]
     videos = []
     for i in range(0, count, 70):
-        videos.append(sample(parts, [w.prompt for w in wanted[i : i + 70]], seed=1000 + i).cpu())
+        texts = [w.prompt for w in wanted[i : i + 70]]
+        videos.append(decode(parts, denoise(parts, texts, 1000 + i, sigmas, guidance)).cpu())
     pixels = ((torch.cat(videos) + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
     right = dict.fromkeys(ATTRIBUTES, 0)
     mistakes = []

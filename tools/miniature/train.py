@@ -133,7 +133,7 @@ def train_transformer(
         return F.mse_loss(got, noise - clean)
 
     # Muon for the blocks' matrices; embeddings, norms, tables and the head are AdamW's.
-    matrices = [p for m in _blocks(transformer, encoder) for p in m.parameters() if _is_matrix(p)]
+    matrices = [p for m in _blocks(transformer, encoder) for p in m.parameters() if is_matrix(p)]
     trainer = Trainer([transformer, encoder], loss, lr=lr, decay=0.999, seconds=60 * minutes, matrices=matrices)
     empty = _empty_tokens(out, device)
     while trainer.progress < 1:
@@ -158,7 +158,8 @@ def _blocks(transformer: WanTransformer, encoder: nn.Module) -> list[nn.Module]:
     return [transformer.blocks, encoder.get_submodule("encoder.block")]
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether Muon updates a parameter of a block."""
     return parameter.ndim == 2 and min(parameter.shape) >= 32
 
 
@@ -213,7 +214,7 @@ def _coded_clips(vae: WanVAE, out: Path, device: str, count: int) -> tuple[Tenso
         codes.append(whole_clip.encode(vae, video).to(dtype))
     print(f"coded {count} clips in {time.perf_counter() - began:.1f} s", flush=True)
     rng = random.Random(torch.initial_seed())
-    tokenizer = _tokenizer(out)
+    tokenizer = tokenizer_of(out)
     wordings = []
     for k in range(WORDINGS):
         ids = [e.ids for e in tokenizer.encode_batch(prompts_of(clips, rng, canonical=k == 0))]
@@ -222,7 +223,8 @@ def _coded_clips(vae: WanVAE, out: Path, device: str, count: int) -> tuple[Tenso
     return torch.cat(codes), torch.stack(wordings, dim=1).to(device)
 
 
-def _tokenizer(out: Path) -> Any:
+def tokenizer_of(out: Path) -> Any:
+    """The tokenizer of a folder, which makes TEXT_TOKENS ids of every text."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
@@ -232,7 +234,7 @@ def _tokenizer(out: Path) -> Any:
 
 
 def _empty_tokens(out: Path, device: str) -> Tensor:
-    return torch.tensor([_tokenizer(out).encode("").ids], device=device)
+    return torch.tensor([tokenizer_of(out).encode("").ids], device=device)
 
 
 def main() -> None:

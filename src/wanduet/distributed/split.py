@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def split_lengths(length: int, shares: Sequence[float]) -> tuple[int, ...]:
+def split_lengths(length: int, shares: Sequence[float], block: int = 1) -> tuple[int, ...]:
     """Return the lengths of consecutive parts of `length` tokens, in proportion to `shares`.
 
-    Each boundary is rounded to the nearest token.
+    Each boundary is rounded to the nearest multiple of `block` tokens.
     """
-    total = sum(shares)
-    cuts = [round(length * share / total) for share in accumulate(shares, initial=0.0)]
+    total, blocks = sum(shares), -(-length // block)
+    cuts = [min(length, block * round(blocks * share / total)) for share in accumulate(shares, initial=0.0)]
     return tuple(stop - start for start, stop in pairwise(cuts))
 
 

@@ -16,6 +16,7 @@ from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import Event, RunContext, Timings
 from wanduet.sampling.denoise import OnStep, Watch
+from wanduet.sampling.predictor import OnPredict
 from wanduet.stages.record import VideoRecord
 
 
@@ -93,6 +94,7 @@ class Job:
     fallback: Plan | None = None  # the plan without a group of ranks, used if the group fails
     on_step: OnStep | None = None  # called after each step, in the denoising thread; may replace the latents
     watch: Watch | None = None  # called after each step, also of a group of ranks; only sees the latents
+    on_predict: OnPredict | None = None  # called after each prediction, in the denoising thread; only sees it
     leave_decode: Callable[[], bool] | None = None  # called once latents are saved; True: another worker decodes
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     warnings: list[str] = field(default_factory=list)

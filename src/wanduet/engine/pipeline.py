@@ -40,6 +40,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
 from wanduet.sampling.denoise import OnStep, Watch
+from wanduet.sampling.predictor import OnPredict
 from wanduet.schedule import few_step_warnings
 from wanduet.stages.task import Conditions
 
@@ -105,12 +106,14 @@ class Engine:
         on_step: OnStep | None = None,
         watch: Watch | None = None,
         leave_decode: Callable[[], bool] | None = None,
+        on_predict: OnPredict | None = None,
     ) -> Job:
         """Check, plan and queue a request.
 
         `on_step` is called after each step and may change the latents; it does not work with a group of ranks. `watch`
         is called too, but only sees the latents, and works with a group. `leave_decode` is called once the latents are
         saved; return True to leave the decode to another worker: the job then ends with no videos in its result.
+        `on_predict` is called after each prediction of velocities, unless a group of ranks makes them.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, and CancelledError if the
         engine is closed or closes meanwhile. It also raises OutputError if an unfinished job, of this engine or of
@@ -138,7 +141,7 @@ class Engine:
         check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, leave_decode)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, on_predict, leave_decode)
         job.warnings += few_step_warnings(resolved.model_dump(), self.models.spec.defaults)
         with self._guard:
             self._check_open()

@@ -261,6 +261,7 @@ def _share(denoiser: LoadedTransformer, mesh: Mesh, speeds: tuple[float, ...]) -
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
+        sharding.block = denoiser.transformer.runtime.token_block or 1
     elif mesh.layout.cfg > 1 and uses_nccl(denoiser.device):  # through the host, the exchange costs more than it saves
         sharding = CfgSharding.from_group(mesh.cfg)
     else:

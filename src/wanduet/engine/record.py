@@ -11,6 +11,10 @@ from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
+from wanduet.meta.prices import Subject, approximations_of, card_of, price_of
+from wanduet.planning.hardware import device_model
+from wanduet.planning.plan import Plan
+from wanduet.request import ResolvedRequest
 from wanduet.runtime.models import Models
 
 # The metadata that determine a video's pixels. Devices, strategies and kernels are not among them: they differ in the
@@ -55,14 +59,18 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
 
 def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
     """Return the engine's settings that change the latents by more than the last bits."""
-    named = models.config.attention  # an approximate back end is only used if the user names it
     weights = video.plan.transformer.weights
     return {
         "transformer_dtype": video.plan.transformer.dtype,
         "text_encoder_dtype": video.plan.text.dtype,
-        "approximate_attention": named if any(one.name == named and not one.exact for one in BACKENDS) else None,
+        "approximate_attention": _approximate_attention(models),
         "callback": video.job.on_step is not None,
     } | ({} if weights == "auto" else {"weights": weights})
+
+
+def _approximate_attention(models: Models) -> str | None:
+    named = models.config.attention  # an approximate back end is only used if the user names it
+    return named if any(one.name == named and not one.exact for one in BACKENDS) else None
 
 
 def provenance_of(models: Models, video: Video) -> dict[str, Any]:
@@ -93,7 +101,26 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         warnings=video.job.warnings,
     )
     made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | forwards_of(video)
+    if video.request.approximates:
+        price = measured_price(models, plan, video.request)
+        made |= {"price": made.get("price") if price is None else price}
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
+
+
+def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
+    """Return what the prices of a request belong to, on this machine with this plan."""
+    card = card_of(device_model(name) for name in plan.group.ranks or (plan.transformer.device,))
+    engine = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
+    return Subject.of(request, models.about, card, engine | {"approximate_attention": _approximate_attention(models)})
+
+
+def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict[str, Any] | None:
+    """Return what the approximations of a request cost here, as `wanduet price` measured it; None if it did not, and for
+    what it does not measure: an exact request, and a video that starts from another one."""
+    if request.uses_input:
+        return None
+    subject, settings = subject_of(models, plan, request), approximations_of(request)
+    return price_of(models.checkpoint.measurements, subject, settings)
 
 
 def forwards_of(video: Video) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from wanduet.distributed.collectives import all_gather
 from wanduet.distributed.links import Link
 from wanduet.distributed.mesh import Layout, Mesh, choose_layout
 from wanduet.distributed.rank import Rank
+from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import buffer_bytes
 from wanduet.footprint.phases import DTYPE_BYTES
@@ -72,6 +73,8 @@ def suited_layout(
     if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link)):
         return plan.group.layout
     layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
+    if layout.ring > 1 and request.sparse < ALL:  # sparse attention needs the keys of all tokens at once
+        return plan.group.layout
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     # The plan has not counted the exchange buffers. Apart from them, a part of the sequence for both branches needs no
     # more memory than one branch on the whole sequence.

@@ -66,7 +66,7 @@ class LocalStrategy:
             with models.locks.if_idle(video.plan.vae.device) as idle:
                 if idle:  # else a decode is running there, so its memory is allocated already
                     video.plan = reserve_decode(video.plan, video.request, models.memory, context)
-            hooks = StepHooks(job.on_step, job.watch)
+            hooks = StepHooks(job.on_step, job.watch, job.on_predict)
             latents = denoise(task, denoiser, checkpoints_of(models, task), hooks, record, context)
             record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
         return latents

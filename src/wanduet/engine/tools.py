@@ -32,6 +32,7 @@ from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.media.latents import load_latents
 from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
+from wanduet.meta.prices import all_prices, in_words
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.planner import make_plan, plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
@@ -225,9 +226,26 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
         "triton_probe": _triton_result(probe),
         "plain_kernels": _plain_kernels(hardware),
         "data_folder": data_folder,
+        "prices": _prices(folder / "measurements"),
         "model": _model(config, progress),
         "advice": problems + _advice(hardware, probe) + _not_used(measured_by),
     }
+
+
+def _prices(folder: Path) -> list[dict[str, Any]]:
+    """Return what `wanduet price` has measured on this machine with the installed versions, in words."""
+    return [
+        {
+            "model": f"{prices.about.get('name')} on {prices.about.get('card')}",
+            "settings": prices.about.get("request"),
+            "costs": {_in_words(settings): in_words(price) for settings, price in prices.costs()},
+        }
+        for prices in all_prices(folder)
+    ]
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "exact"
 
 
 def _triton_result(probe: Probe) -> str:

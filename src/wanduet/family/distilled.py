@@ -54,7 +54,14 @@ class FewStep:
         return found
 
 
+FAST_MINIATURE = FewStep(
+    name="miniature-fast",
+    sampler="euler",
+    timesteps=(1000.0, 900.0, 750.0, 500.0),  # 4 even steps with the miniature's shift of 3
+    files=("miniature-fast",),
+)
 FEW_STEP = (
+    FAST_MINIATURE,
     FewStep(
         name="FastWan",
         sampler="renoise",

@@ -15,9 +15,12 @@ import torch
 
 from wanduet.config import Weights
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
+from wanduet.family.sparsity import ALL, block_for
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
+from wanduet.kernels.attention.choose import Shape
+from wanduet.kernels.attention.sparse_steps import sparse_bytes
 from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
 from wanduet.models.dit.model import WanTransformer
@@ -65,7 +68,7 @@ class DenoiseShape:
     """What is denoised: videos of `size`, in `dtype` by name, on each rank of a layout.
 
     `texts`: the positions of each prompt of a rank, see `text_positions`. `kept_latents`: the tensors of the latents' size
-    that a step cache keeps.
+    that a step cache keeps. `sparse`: see `GenerationRequest`.
     """
 
     size: Size
@@ -73,6 +76,7 @@ class DenoiseShape:
     texts: Sequence[int]
     layout: Layout = ONE_DEVICE
     kept_latents: int = 0
+    sparse: float = ALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ class ModelMemory:
         activations = forward_bytes(
             ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
         )
-        activations += self._dense_bytes(dtype)
+        activations += self._dense_bytes(dtype) + self._sparse_bytes(denoise, device)
         latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES
         return TransformerMemory(total, weights, text, activations, latents, exchange, swapped_out)
@@ -168,6 +172,16 @@ class ModelMemory:
             return 0
         spec = self.spec.transformer
         return max(3 * spec.dim, spec.ffn_dim) * spec.dim * DTYPE_BYTES[dtype]  # q, k and v are one matrix
+
+    def _sparse_bytes(self, denoise: DenoiseShape, device: str) -> int:
+        """Bytes that sparse attention adds to a forward; the parts of ranks are rounded to whole blocks."""
+        if denoise.sparse == ALL:
+            return 0
+        t, layout, tokens = self.spec.transformer, denoise.layout, self.spec.num_tokens(*denoise.size)
+        block, heads = block_for(tokens), -(-t.num_attention_heads // layout.ulysses)
+        shape = Shape(tokens, tokens, heads, t.attention_head_dim)
+        rounded = 4 * block * t.dim * DTYPE_BYTES[denoise.dtype] if layout.sequence > 1 else 0
+        return sparse_bytes(shape, denoise.sparse, block, device == "cpu") + rounded
 
     def _block_bytes(self, dtype: str) -> int:
         """Bytes of one block's streamed parameters, those of the large products; tables and norms stay resident."""

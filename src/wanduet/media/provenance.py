@@ -24,6 +24,7 @@ TITLE_LENGTH = 120
 MAX_LENGTH = 4 * 2**20  # characters of JSON; usual files have some thousand
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
+    "price": dict | None,
     **dict.fromkeys(("rungs", "warnings", "hardware", "skipped_steps"), list),
     **dict.fromkeys(("attention", "created_at", "digest"), str | None),
 }
@@ -157,6 +158,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("sampler", "{}"),
         ("step_cache", "step cache {}"),
         ("guidance_gate", "guidance up to {} of the steps"),
+        ("sparse", "{:g} of the keys"),
         ("strength", "strength {:g} over an input video"),
     ):
         if name in request:

@@ -1,1 +1,1 @@
-"""PyTorch's meta device: modules without memory, and the memory that code would take."""
+"""PyTorch's meta device: modules without memory, and the memory that code would take; and `prices`, a file."""

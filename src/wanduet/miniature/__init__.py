@@ -1,1 +1,1 @@
-"""The bundled miniature: the weights of a small Wan (`model/`) and the words it was trained on."""
+"""The bundled miniature: the weights of a small Wan (`model/`, for few steps `fast/`) and the words it was trained on."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wanduet.accelerate.skipped_steps import Forwards
+from wanduet.family.sparsity import first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
@@ -32,8 +33,9 @@ HOPPER_DECODE_SHARE, DECODE_SHARE = 0.31, 0.2
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
 # TFLOP to decode one latent pixel. Measured: 275 for 21 latent frames of 60x104 (480x832).
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
-# Operations to encode a video, as a share of those to decode it: counted, with Wan2.1's VAE.
-ENCODE_SHARE = 0.6
+# Time to encode a video, as a share of that to decode it. On a CPU as many operations are counted, with Wan2.1's VAE. A GPU
+# encodes with plain kernels: measured on an H200 at 480p, reading the file included (benchmarks/results/variants.json).
+ENCODE_SHARE_CPU, ENCODE_SHARE_GPU = 0.6, 1.2
 # Share of the decode's time that each further row tile adds: 3 to 7 % at 480p, 1.5 to 3 at 720p, 1 to 2 at 1080p
 # (benchmarks/results/whole_job_*.json, H100).
 CUT_SHARE = 0.03
@@ -86,13 +88,24 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     """Return the floating-point operations of all denoising steps of all videos of a job on one device, predicted if
-    steps are skipped (`accelerate.skipped_steps`).
+    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse.
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
     forwards = Forwards.of(request, spec)
     plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
-    return request.num_videos_per_prompt * (forwards.guided_steps * guided + forwards.plain_steps * plain)
+    flop = forwards.guided_steps * guided + forwards.plain_steps * plain
+    return request.num_videos_per_prompt * (flop - forwards.count * sparse_flop(request, spec))
+
+
+def sparse_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
+    """Return the floating-point operations that sparse attention leaves out of a forward, on average over all steps. The
+    first block's attention is not sparse."""
+    t, steps = spec.transformer, request.num_denoising_steps
+    tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
+    left_out = 1 - kept_share(request.sparse, tokens)
+    sparse_steps = request.first_step + steps - first_sparse_step(request.first_step, steps)
+    return 4.0 * (t.num_layers - 1) * tokens * tokens * t.dim * left_out * sparse_steps / max(1, steps)
 
 
 def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> float:
@@ -138,7 +151,8 @@ def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -
 def video_encode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
     """Predict the seconds to encode the input video, once for all videos of a job, on one device."""
     size = (request.generated_height, request.generated_width, request.num_frames)
-    return ENCODE_SHARE * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
+    share = ENCODE_SHARE_CPU if vae.is_cpu else ENCODE_SHARE_GPU
+    return share * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def cut_seconds(request: ResolvedRequest, decode: float, mode: Tiling) -> float:

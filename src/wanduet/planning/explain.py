@@ -11,6 +11,7 @@ import torch
 
 from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.sparsity import ALL, first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import OFF
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
@@ -223,6 +224,12 @@ class Explanation:
         if request.guidance_gate < 1:
             steps = f"guidance is off after {request.num_guided_steps} of {request.num_denoising_steps} steps"
             found.append(Choice("guidance_gate", request.guidance_gate, f"{count}; {steps}"))
+        if request.sparse < ALL:
+            size = (request.generated_height, request.generated_width, request.num_frames)
+            kept = kept_share(request.sparse, self.spec.num_tokens(*size))
+            first = first_sparse_step(request.first_step, request.num_denoising_steps)
+            why = f"{REQUESTED}: self-attention reads {kept:.0%} of the key blocks from step {first + 1} on, but in the first block"
+            found.append(Choice("sparse", request.sparse, f"{why}; the video differs from the exact one"))
         return tuple(found)
 
     def _keep_both(self) -> str:

@@ -146,6 +146,15 @@ def _assumed_card(text: str) -> tuple[Card, int]:
     return typical_card(size), size
 
 
+def device_model(name: str) -> str:
+    """Return the model of a device of this machine, by PyTorch's name of it ("cuda:0", "cpu")."""
+    if name.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(name)
+    return "Apple GPU" if name == "mps" else _cpu_model()
+
+
 @lru_cache(maxsize=1)
 def _cpu_model() -> str:
     if platform.system() == "Linux":

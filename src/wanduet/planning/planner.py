@@ -12,7 +12,9 @@ from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import GIB, EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout
+from wanduet.errors import ConfigError
 from wanduet.family.registry import RANDOM_SPECS
+from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import (
     DTYPE_BYTES,
@@ -144,9 +146,12 @@ class Planner:
             shared = parallel_placement(self.request, self.config, self.hardware)
             if shared is not None:
                 plan = self._of_group(shared)
-                if plan.prediction.fits or self.config.strategy == "parallel":
+                if plan.group.layout.ring > 1 and self.request.sparse < ALL:
+                    self._refuse_ring(len(shared.ranks))
+                elif plan.prediction.fits or self.config.strategy == "parallel":
                     return plan, ()
-                refused.append(plan)
+                else:
+                    refused.append(plan)
         apart: list[Plan] = []
         for place in find_placements(self.config, self.hardware):
             plan = self._fastest_of(place)
@@ -155,6 +160,16 @@ class Planner:
             apart.append(plan)
         least = min(apart, key=lambda plan: sum(max(0, d.peak - d.limit_bytes) for d in plan.prediction.devices))
         return least, (*refused, *(plan for plan in apart if plan is not least))
+
+    def _refuse_ring(self, ranks: int) -> None:
+        """Raise ConfigError if the user wants sparse attention on devices of which each would see a part of the keys."""
+        if self.config.strategy == "parallel":
+            heads = self._spec.transformer.num_attention_heads
+            raise ConfigError(
+                f"sparse={self.request.sparse:g} cannot be used on these {ranks} devices: they do not divide the {heads} "
+                "heads, so each would choose among a part of the keys.",
+                hint="Use a number of devices that divides the heads, or leave --sparse out.",
+            )
 
     def decode_only(self) -> Plan:
         """Return the fastest decode that fits a device that runs nothing else, or the one that needs least memory."""
@@ -213,9 +228,8 @@ class Planner:
         pairs = self.request.uses_guidance and pairs_up(
             rates, sequence_cost(self.request, spec, count, item, step_s, self.hardware.link)
         )
-        group = GroupPlan(
-            tuple(d.name for d in place.ranks), choose_layout(count, spec.transformer.num_attention_heads, pairs)
-        )
+        layout = choose_layout(count, spec.transformer.num_attention_heads, pairs)
+        group = GroupPlan(tuple(d.name for d in place.ranks), layout)
         whole = Candidate(spec.transformer.num_layers, True, True, Tiling("strip", count))
         return self.plan_of(place, whole, group)
 
@@ -263,7 +277,9 @@ class Planner:
         # If each prompt has its own devices, they store the text keys and values of one prompt only; of both if all
         # devices go on with the prompt after the guidance gate.
         positions = positions[-1:] if group.layout.cfg > 1 and request.guidance_gate == 1 else positions
-        shape = DenoiseShape(self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request))
+        shape = DenoiseShape(
+            self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request), request.sparse
+        )
         return self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
 
     def _devices(

@@ -14,8 +14,10 @@ from torch import Tensor
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
+from wanduet.family.sparsity import ALL, block_for, first_sparse_step
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
+from wanduet.kernels.attention.sparse_steps import SparseSteps, choose_listed
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit.weight import Weight, format_of
 from wanduet.kernels.select import guarded, kernels_for
@@ -114,7 +116,9 @@ class TransformerHost:
             denoiser.chosen = (shape, kernels, choice)
             denoiser.fitted_at = time.perf_counter()
         _, kernels, choice = denoiser.chosen
-        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=plan.share_first)
+        denoiser.sparse = sparse_steps(request, tokens, denoiser)
+        block = None if denoiser.sparse is None else denoiser.sparse.block
+        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=plan.share_first, token_block=block)
         denoiser.attend_with(choice)
 
     def stop_loading(self) -> None:
@@ -224,3 +228,16 @@ class TransformerHost:
                 self._vae.prepare(plan.vae, request, may_run=plan.both_resident)
         except Exception as error:
             log.info("The decode's kernels could not be made ready beforehand: %s", error)
+
+
+def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransformer) -> SparseSteps | None:
+    """Return how a request's denoise of so many tokens is sparse; None for dense. Raises ConfigError if that does not work
+    on the transformer's device."""
+    if request.sparse == ALL:
+        return None
+    block = block_for(tokens)
+    head_dim = denoiser.spec.transformer.attention_head_dim
+    backend = choose_listed(denoiser.device, denoiser.dtype, head_dim, block)
+    return SparseSteps(
+        backend, request.sparse, block, first_sparse_step(request.first_step, request.num_denoising_steps)
+    )

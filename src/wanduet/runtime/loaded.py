@@ -11,6 +11,7 @@ from wanduet.distributed.mesh import Mesh
 from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
+from wanduet.kernels.attention.sparse_steps import SparseSteps
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
@@ -32,14 +33,19 @@ class LoadedTransformer:
     mesh: Mesh | None = None
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
+    sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
     loaded_at: float = field(default_factory=time.perf_counter)
     fitted_at: float = 0.0  # when `chosen` was set, by time.perf_counter
 
     def attend_with(self, choice: Choice) -> None:
-        """Use this attention from the next forward on."""
+        """Use this attention from the next forward on, where attention is not sparse."""
         self.attention, self.attention_lse = choice.name, choice.fn_with_lse
-        self.transformer.runtime = replace(self.transformer.runtime, attention=choice.fn)
+        attention = choice.fn
+        if self.sparse is not None:
+            self.attention = f"{choice.name}+sparse {self.sparse.backend.name}"
+            attention = self.sparse.over(attention)
+        self.transformer.runtime = replace(self.transformer.runtime, attention=attention)
 
     def without_kernel(self, operation: str) -> None:
         """Use an operation's PyTorch implementation from the next forward on, in later jobs too."""

@@ -105,7 +105,7 @@ class CachedPromptEncoder:
             try:
                 encoder = TextEncoder(config, self._folder.text_encoder, getattr(torch, self._dtype), self._residency)
             except Exception as error:  # transformers checks its configs with errors of its own
-                path = self._folder.path / "text_encoder" / "config.json"
+                path = self._folder.part("text_encoder") / "config.json"
                 raise ModelNotFoundError(f"{path} is not understood: {error}.") from error
             self._encoder = encoder
         return self._encoder
@@ -178,7 +178,7 @@ def check_shapes(folder: ModelFolder) -> None:
     kind = folder.config("text_encoder").get("feed_forward_proj", FEED_FORWARD)
     if kind != FEED_FORWARD:
         raise ModelNotFoundError(
-            f"{folder.path / 'text_encoder' / 'config.json'}: feed_forward_proj={kind!r} is not supported "
+            f"{folder.part('text_encoder') / 'config.json'}: feed_forward_proj={kind!r} is not supported "
             f"(only {FEED_FORWARD!r})."
         )
     spec, shapes = folder.spec.text_encoder, folder.text_encoder.shapes

@@ -1,6 +1,6 @@
 """The predictor of velocities for the denoising loop; it may have a state from step to step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -9,6 +9,8 @@ from wanduet.kernels.attention.call import Step
 from wanduet.sampling.samplers import State
 
 Condition = TypeVar("Condition", contravariant=True)
+# Sees the latents before a step, the step, and the velocity of each prompt; changes none of them.
+OnPredict = Callable[[Tensor, Step, Sequence[Tensor]], None]
 
 
 class Predictor(Protocol[Condition]):

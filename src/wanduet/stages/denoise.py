@@ -14,7 +14,7 @@ from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
-from wanduet.stages.predict import forward_of, make_guidance, make_predictor, skipped_steps
+from wanduet.stages.predict import forward_of, make_guidance, make_predictor, observed, skipped_steps
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.resume import CheckpointKeeper
 from wanduet.stages.task import DenoiseTask, StepHooks
@@ -72,7 +72,8 @@ class _Denoise:
             noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
             forward = forward_of(denoiser, context)
             self.predictor = make_predictor(denoiser, (1, *shape), forward, request)
-            self.guidance = make_guidance(self.predictor, task.conditions, request, denoiser, forward)
+            seen = observed(self.predictor, hooks.on_predict)
+            self.guidance = make_guidance(seen, task.conditions, request, denoiser, forward)
             self.noise = noise.result()
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
 

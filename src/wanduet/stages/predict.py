@@ -21,7 +21,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.guidance import Guidance, NoGuidance, PairedPredictor, SequentialGuidance
-from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.predictor import OnPredict, Predictor
 from wanduet.sampling.samplers import State
 from wanduet.stages.fallback import DenoiseFallback
 from wanduet.stages.task import Conditions
@@ -76,14 +76,36 @@ def make_predictor(
     if mesh is not None and mesh.layout.cfg > 1:
         predictor = PairedPredictor(predictor, mesh.cfg)
 
-    @PRODUCTS.at(EXACT)
-    def embed_time(timesteps: Tensor) -> Tensor:
-        return denoiser.transformer.condition_embedder.embed_time(timesteps.to(device))[0].cpu()
-
-    rule = make_rule(request, denoiser.spec, embed_time)
+    rule = make_rule(request, denoiser.spec, time_embedder(denoiser))
     if rule is None:
         return predictor
     return StepCache(predictor, rule, bool if mesh is None else _as_rank_0, device)
+
+
+def time_embedder(denoiser: LoadedTransformer) -> Callable[[Tensor], Tensor]:
+    """Return the transformer's time embedding, from timesteps `[steps]` to `[steps, C]`, both float32 on the host."""
+
+    @PRODUCTS.at(EXACT)
+    def embed_time(timesteps: Tensor) -> Tensor:
+        return denoiser.transformer.condition_embedder.embed_time(timesteps.to(denoiser.device))[0].cpu()
+
+    return embed_time
+
+
+def observed(predictor: TextPredictor, on_predict: OnPredict | None) -> TextPredictor:
+    """Return the predictor, with a call of `on_predict` (None: no call) after each of its predictions."""
+    return predictor if on_predict is None else _Observed(predictor, on_predict)
+
+
+class _Observed:
+    def __init__(self, predictor: TextPredictor, on_predict: OnPredict) -> None:
+        self._predictor, self._on_predict = predictor, on_predict
+        self.state, self.restore = predictor.state, predictor.restore
+
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
+        velocities = self._predictor(latents, step, conditions)
+        self._on_predict(latents, step, velocities)
+        return velocities
 
 
 def skipped_steps(predictor: TextPredictor) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from wanduet.media.embeddings import PromptEmbeds
 from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import OnStep, Watch
+from wanduet.sampling.predictor import OnPredict
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class DenoiseTask:
 
 @dataclass(frozen=True, slots=True)
 class StepHooks:
-    """What is called after each step: `on_step` may replace the latents, `watch` only sees them."""
+    """What is called after each step: `on_step` may replace the latents, `watch` only sees them; and `on_predict`, after
+    each prediction."""
 
     on_step: OnStep | None = None
     watch: Watch | None = None
+    on_predict: OnPredict | None = None

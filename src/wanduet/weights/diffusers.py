@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,12 +51,13 @@ class ModelFolder:
     """One model on disk.
 
     `name`: hub id, or the folder's name; it is written into videos and responses. `revision`: the hub's commit, if
-    known.
+    known. `parts`: subfolders of another model that this one shares, by name.
     """
 
     path: Path
     name: str
     revision: str | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict, hash=False)
     checked: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # verified files
     checking: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
@@ -66,7 +67,7 @@ class ModelFolder:
             raise ModelNotFoundError(
                 f"There is no folder {self.path}.", hint="Give a folder, a hub id, or `miniature`."
             )
-        missing = [n for n in (*COMPONENTS, "tokenizer") if not (self.path / n).is_dir()]
+        missing = [n for n in (*COMPONENTS, "tokenizer") if not self.part(n).is_dir()]
         if missing:
             raise ModelNotFoundError(
                 f"{self.path} is no model in the Diffusers layout: it lacks {', '.join(n + '/' for n in missing)}.",
@@ -150,7 +151,7 @@ class ModelFolder:
     @property
     def tokenizer(self) -> Path:
         """The tokenizer's folder."""
-        return self.path / "tokenizer"
+        return self.part("tokenizer")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,12 +173,16 @@ class ModelFolder:
             raise ModelNotFoundError(f"{self.tokenizer} cannot be read: {error.strerror}.") from error
         return digest.hexdigest()
 
+    def part(self, name: str) -> Path:
+        """Return a component's folder, which need not exist."""
+        return self.parts.get(name, self.path / name)
+
     def config(self, component: str) -> dict[str, Any]:
         """Return a component's config.json. Raises ModelNotFoundError."""
-        return read_json(self.path / component / "config.json")
+        return read_json(self.part(component) / "config.json")
 
     def _component(self, name: str, known: Spec) -> Spec:
-        return _with_config(known, self.path / name / "config.json", self.config(name))
+        return _with_config(known, self.part(name) / "config.json", self.config(name))
 
     def _check_kind(self) -> None:
         check_pipeline(self.path / "model_index.json", str(self.path))
@@ -189,7 +194,7 @@ class ModelFolder:
         names = given if isinstance(given, list) else [given]
         if given and not set(map(str, names)) & CLASSES[component]:
             raise ModelNotFoundError(
-                f"{self.path / component / 'config.json'}: this is a {cut(names[0])}, which wanduet does not run.",
+                f"{self.part(component) / 'config.json'}: this is a {cut(names[0])}, which wanduet does not run.",
                 hint=SUPPORTED,
             )
 
@@ -206,7 +211,7 @@ class ModelFolder:
         return replace(defaults_for(transformer), **few_step)
 
     def _files(self, name: str) -> TensorFiles:
-        folder = self.path / name
+        folder = self.part(name)
         usual = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
         # Prefer the usual name: the folder may also have a variant (`.fp16.`) or an adapter.
         indices = _first(folder / f"{usual}.index.json") or sorted(folder.glob("*.safetensors.index.json"))

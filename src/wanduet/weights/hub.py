@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +26,7 @@ from wanduet.weights.manifest import (
     write_manifest,
 )
 from wanduet.weights.names import (
+    BUNDLED,
     HINT,
     HUB_ID,
     MINIATURE,
@@ -51,7 +52,7 @@ _NEEDED = (
 def open_model(
     model: str, revision: str | None = None, *, fetch: bool = True, remember: Path | None = None
 ) -> ModelFolder:
-    """Open a model by folder, hub id or `miniature`; with `fetch`, download it if it is not in the hub's cache.
+    """Open a model by folder, hub id or a bundled one's name; with `fetch`, download it if it is not in the hub's cache.
 
     `remember`: a file that records verified files, so that they are not hashed again when they are loaded.
     Raises ModelNotFoundError, or WeightsError for a damaged file.
@@ -81,12 +82,12 @@ def open_model(
 
 
 def local_model(model: str) -> ModelFolder | None:
-    """Return the model of a folder's path or of `miniature`; None for a hub id.
+    """Return the model of a folder's path or of a bundled one's name; None for a hub id.
 
     Raises ModelNotFoundError for a folder that is not a model. `ModelFolder.check_complete` checks the files.
     """
-    if model == MINIATURE:
-        return ModelFolder(Path(__file__).parent.parent / "miniature" / "model", MINIATURE)
+    if model in BUNDLED:
+        return _bundled(model)
     try:
         path = Path(model).expanduser()
         is_folder, is_file = path.is_dir(), path.exists()
@@ -104,6 +105,15 @@ def local_model(model: str) -> ModelFolder | None:
         raise official_layout(model)
     check_few_step(model)
     return None
+
+
+def _bundled(model: str) -> ModelFolder:
+    folder = Path(__file__).parent.parent / "miniature"
+    whole = folder / "model"
+    if model == MINIATURE:
+        return ModelFolder(whole, model)
+    shared = ("vae", "text_encoder", "tokenizer")
+    return ModelFolder(folder / "fast", model, parts={name: whole / name for name in shared})
 
 
 class IncompleteModelError(ModelNotFoundError):
@@ -165,13 +175,23 @@ def verify_manifest(
 ) -> int:
     """Verify a folder against its published hashes; return the number of files hashed in this call.
 
-    `parts`: the subfolders to verify; empty for the whole model. `progress` is called during hashing. Raises
-    WeightsError.
+    `parts`: the subfolders to verify; empty for the whole model, with the parts that it shares with another. `progress`
+    is called during hashing. Raises WeightsError.
     """
-    hashes = published_hashes(folder.path)
-    wanted = {name: value for name, value in hashes.items() if not parts or name.split("/")[0] in parts}
+    wanted = {
+        folder.path: _hashes_of(folder.path, [part for part in parts if part not in folder.parts] if parts else None)
+    }
+    for part, path in folder.parts.items():
+        if not parts or part in parts:
+            wanted.setdefault(path.parent, {}).update(_hashes_of(path.parent, [path.name]))
     with folder.checking:
-        return verify(folder.path, wanted, Notes(remember, folder.checked), progress)
+        return sum(verify(path, hashes, Notes(remember, folder.checked), progress) for path, hashes in wanted.items())
+
+
+def _hashes_of(folder: Path, parts: Collection[str] | None) -> dict[str, str]:
+    """Return the published hashes of the files in some subfolders; None for all files."""
+    hashes = published_hashes(folder)
+    return {name: value for name, value in hashes.items() if parts is None or name.split("/")[0] in parts}
 
 
 def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":

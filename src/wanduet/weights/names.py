@@ -6,11 +6,13 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import ORDINARY, FewStep, by_name
+from wanduet.family.distilled import FAST_MINIATURE, ORDINARY, FewStep, by_name
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
 MINIATURE = "miniature"
+MINIATURE_FAST = FAST_MINIATURE.name
+BUNDLED = (MINIATURE, MINIATURE_FAST)  # they come with wanduet
 HINT = "Give a folder, a hub id, or `miniature`."
 SUFFIX = "-Diffusers"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -88,7 +90,7 @@ def _hint(name: str) -> str:
     if (match := _URL.fullmatch(name)) and not HUB_ID.fullmatch(name):
         return f"Give the hub id alone: --model {match.group(1)}"
     by_last_part = {known.split("/")[1].lower(): known for known in (*RANDOM_NAMES, *_OFFICIAL)}
-    by_last_part |= {known: known for known in (MINIATURE, *RANDOM_SPECS)}
+    by_last_part |= {known: known for known in (*BUNDLED, *RANDOM_SPECS)}
     if near := get_close_matches(name.rpartition("/")[2].lower()[:SHOWN], by_last_part, 1, 0.75):
         meant = by_last_part[near[0]]
         return f"Did you mean --model {_OFFICIAL.get(meant, meant)}?"

@@ -41,6 +41,16 @@ def test_nonsense_is_refused() -> None:
         Layout(ring=0)
 
 
+@pytest.mark.parametrize(("length", "shares", "expected"), [
+    (32760, (1.0,) * 4, (8192, 8192, 8192, 8184)),
+    (32760, (1.0, 3.0), (8192, 24568)),
+    (300, (1.0,) * 2, (256, 44)),
+    (100, (1.0,) * 2, (0, 100)),
+])  # fmt: skip
+def test_parts_of_whole_blocks(length: int, shares: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    assert split_lengths(length, shares, 128) == expected
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 32760, 75601])
 @pytest.mark.parametrize("shares", [(1.0,), (1.0,) * 3, (1.0,) * 7, (0.1, 0.2, 0.7), (3.0, 1.0)])
 def test_lengths_add_up_and_follow_the_shares(length: int, shares: tuple[float, ...]) -> None:

@@ -27,6 +27,7 @@ CHANGES = {
     "frames": {"num_frames": 9},
     "step cache": {"step_cache": "easycache", "num_inference_steps": 12},
     "guidance gate": {"guidance_gate": 0.5},
+    "sparse attention": {"sparse": 0.5, "num_frames": 17},
     "transformer's precision": {"transformer_dtype": "bfloat16"},
     "weights' format": {"weights": "q8"},
     "text encoder's precision": {"text_encoder_dtype": "bfloat16"},

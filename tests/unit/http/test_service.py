@@ -20,6 +20,8 @@ from wanduet.errors import ConfigError, WanduetError
 from wanduet.jobs.records import JobError, Limits, NewJob, StoreGoneError
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
+from wanduet.meta.prices import Prices, Subject, store_prices
+from wanduet.request import GenerationRequest
 
 
 @pytest.fixture
@@ -321,6 +323,22 @@ def test_models(api: Any) -> None:
     assert [model["id"] for model in api.http.get("/v1/models").json()["data"]] == ["Wan2.1-T2V-1.3B"]
     assert api.http.get("/v1/models/Wan2.1-T2V-1.3B").json()["object"] == "model"
     assert api.http.get("/v1/models/other/one").status_code == 404
+
+
+def test_a_model_has_the_prices_that_were_measured_of_it(api: Any) -> None:
+    spec = api.context.spec
+    resolved = GenerationRequest(prompt="x", seed=1).resolve(spec)
+    for name in (spec.name, "another"):
+        subject = Subject.of(resolved, {"name": name, "hash": None}, "a card", {})
+        about = {"name": name, "card": "a card", "request": {"height": 480}, "versions": dict(subject.versions)}
+        rows = {'{"guidance_gate": 0.5}': {"0": {"forwards": 75, "seconds": 2.5, "psnr": 30.0}}}
+        store_prices(api.store.files.folder / "measurements", subject, Prices(about, rows))
+    ((one,),) = [model["prices"] for model in api.http.get("/v1/models").json()["data"]]
+    assert (one["card"], one["settings"]) == ("a card", {"height": 480})
+    (cost,) = one["costs"]
+    assert (cost["settings"], cost["forwards"]) == ({"guidance_gate": 0.5}, 75)
+    assert cost["psnr"] == {"median": 30.0, "worst": 30.0}
+    assert api.http.get(f"/v1/models/{spec.name}").json()["prices"] == [one]
 
 
 def test_metrics(api: Any) -> None:

@@ -11,6 +11,8 @@ KERNELS = (
     "wanduet.kernels.dit.gpu",
     "wanduet.kernels.attention.cross",
     "wanduet.kernels.attention.flash4_redo",
+    "wanduet.kernels.attention.sparse_gpu",
+    "wanduet.kernels.attention.key_lists_gpu",
     "wanduet.kernels.vae.norm",
     "wanduet.kernels.vae.attention",
     "wanduet.kernels.vae.conv",

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from wanduet.kernels import select
+from wanduet.kernels.attention import key_lists, sparse_steps
 from wanduet.kernels.attention.backends import available_backends, plain_with_lse
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
+from wanduet.kernels.attention.sparse import plain_listed
 from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae import choose, gpu
@@ -66,6 +68,31 @@ def test_every_exact_back_end_that_runs_is_right(keys: int) -> None:
         print(row)
     assert {"sdpa", "sdpa_flash", "sdpa_efficient"} <= {row.name for row in table if row.usable}
     assert choose_attention(DEVICE, shape, torch.bfloat16).name == table[0].name or table[0].milliseconds is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [128, 64, 16])
+@pytest.mark.filterwarnings("ignore")  # compilers' own
+def test_sparse_attention_is_right_and_reads_the_keys_that_the_cpu_would(
+    dtype: torch.dtype, block: int, caplog
+) -> None:
+    found = sparse_steps.choose_listed(DEVICE, dtype, 128, block)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    from wanduet.kernels.attention import sparse_gpu
+
+    triton = sparse_steps.ListedBackend("triton", sparse_gpu.attend_listed)
+    assert sparse_steps.choose_listed(DEVICE, dtype, 128, block, (triton,)) is triton
+    q, k, v = torch.randn(3, 1, 20 * block + 9, 4, 128, device=DEVICE, dtype=dtype)
+    lists = key_lists.pooled_lists(q, k, 0.3, block)
+    part = key_lists.pooled_lists(q[:, 5 * block :, 1:3], k[:, :, 1:3], 0.3, block, 5 * block)
+    assert torch.equal(part.index, lists.index[:, 1:3, 5:])
+    on_cpu = key_lists.pooled_lists(q.cpu(), k.cpu(), 0.3, block).index
+    assert (on_cpu == lists.index.cpu()).float().mean() > 0.99  # but for scores that are nearly equal
+    out, lse = found.attend(q, k, v, lists)
+    expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
+    assert (out.float() - expected).norm() < 1e-2 * expected.norm()
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("keys", [2048, 2049, 330])

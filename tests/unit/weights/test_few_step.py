@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wanduet import WanPipeline
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.distilled import FEW_STEP, FewStep, by_name, by_tensors
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.weights.diffusers import ModelFolder
-from wanduet.weights.hub import download, local_model, open_model
+from wanduet.weights.hub import download, local_model, open_model, verify_manifest
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 DMD = (1000.0, 757.0, 522.0)
@@ -131,3 +132,32 @@ def test_no_common_model_counts_as_few_steps() -> None:
     assert by_tensors(["blocks.0.attn1.to_q.weight", "proj_out.weight"]) is None
     with pytest.raises(InvalidRequestError):
         GenerationRequest(prompt="x", timesteps=DMD).resolve(WAN_1_3B)
+
+
+def test_the_fast_miniature_is_the_miniature_but_for_its_transformer() -> None:
+    fast, whole = open_model("miniature-fast"), open_model("miniature")
+    assert (fast.spec.vae, fast.spec.transformer, fast.text_fingerprint) == (
+        whole.spec.vae, whole.spec.transformer, whole.text_fingerprint,
+    )  # fmt: skip
+    assert fast.fingerprint != whole.fingerprint
+    assert verify_manifest(fast, None) > verify_manifest(
+        ModelFolder(fast.path, fast.name, parts=fast.parts), None, ("transformer",)
+    )
+    request = GenerationRequest(prompt="x").resolve(fast.spec)
+    assert (request.sampler, request.num_inference_steps, request.uses_guidance) == ("euler", 4, False)
+    assert (request.height, request.num_frames) == (96, 33)
+
+
+def test_its_scheduler_in_diffusers_form_takes_the_same_steps() -> None:
+    pipeline = WanPipeline.from_pretrained("miniature-fast", torch_dtype=torch.float32)
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(4)
+    wanted = Schedule.of(GenerationRequest(prompt="x").resolve(open_model("miniature-fast").spec))
+    sampler = make_sampler(wanted, 0, torch.device("cpu"))
+    torch.manual_seed(0)
+    ours = theirs = torch.randn(1, 16, 1, 2, 2)
+    for index, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.randn_like(ours)
+        ours = sampler.step(velocity, index, ours)
+        theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]
+    torch.testing.assert_close(theirs, ours, atol=2e-3, rtol=2e-3)

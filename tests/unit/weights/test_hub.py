@@ -7,7 +7,9 @@ import pytest
 
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.weights import published
+from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import download, open_model, published_hashes, verify_manifest
+from wanduet.weights.manifest import write_manifest
 from wanduet.weights.published import PublishedFile, PublishedModel, unverified_weights
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -244,3 +246,30 @@ def test_weights_that_belong_to_no_component_stay_on_the_hub(hub) -> None:
     folder = download("some/model").folder.path
     assert not (folder / "wan_single_file.safetensors").exists()
     assert not (folder / "transformer_2").exists()
+
+
+def test_parts_of_another_model_are_read_and_verified_there(folder: Path, tmp_path: Path) -> None:
+    """A model of a transformer alone, with all else from `folder`."""
+    own = tmp_path / "own"
+    shutil.copytree(folder / "transformer", own / "transformer")
+    for path in (folder, own):
+        write_manifest(path)
+    parts = {name: folder / name for name in ("vae", "text_encoder", "tokenizer")}
+    model = ModelFolder(own, "own", parts=parts)
+    model.check_complete()
+    whole = ModelFolder(folder, "whole")
+    assert (model.spec.vae, model.fingerprint, model.text_fingerprint) == (
+        whole.spec.vae, whole.fingerprint, whole.text_fingerprint,
+    )  # fmt: skip
+    files = [name.split("/")[0] for name in published_hashes(folder)]
+    assert verify_manifest(model, None) == sum(map(files.count, ("transformer", *parts)))
+    assert verify_manifest(ModelFolder(own, "own", parts=parts), None, ("vae",)) == files.count("vae")
+    with (folder / "vae" / "config.json").open("a") as file:
+        file.write(" ")
+    (folder / "transformer" / "config.json").write_text("{}")  # not a part of it
+    for checked in ((), ("vae",)):
+        with pytest.raises(WeightsError, match="vae"):
+            verify_manifest(ModelFolder(own, "own", parts=parts), None, checked)
+    verify_manifest(ModelFolder(own, "own", parts=parts), None, ("transformer", "tokenizer"))
+    with pytest.raises(ModelNotFoundError, match="vae"):
+        ModelFolder(own, "own", parts=parts | {"vae": tmp_path / "vae"})

@@ -38,6 +38,7 @@ READ_CHANNELS = {1: 4, 2: 5}
 # Hopper's 132 multiprocessors, at 192 queries each: at 480p it takes 0.6 ms, and the other rank's results take 0.1 ms
 # to arrive.
 MAX_DEFERRED_QUERIES = 4224
+TILE = 128  # queries of the largest tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ class P2PUlysses:
         `own_BLHD` are this rank's queries of its own heads; q, k and v are in the buffer.
         """
         length = own_BLHD.shape[1]
-        deferred = length - min(MAX_DEFERRED_QUERIES, length // 4)
+        # Both parts begin with a tile of an attention kernel: sparse attention chooses keys for each.
+        deferred = (length - min(MAX_DEFERRED_QUERIES, length // 4)) // TILE * TILE
 
         first = rank_slice(self.lengths, self.rank).start
 

@@ -36,7 +36,12 @@ class SequenceSharding:
 
     It stores the lengths of the sequence that it sharded last; `attend` and `gather_sequence` refer to that sequence.
     All ranks of the group must make the same calls in the same order.
+
+    `block`: parts end at multiples of so many tokens, and at the end of the sequence; 1 by default. With that of a sparse
+    attention, it chooses the same keys on any number of ranks.
     """
+
+    block = 1
 
     def __init__(
         self,
@@ -76,7 +81,7 @@ class SequenceSharding:
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
         """Return this rank's part of `x` along `dim`, a view; `x` must be the same on all ranks."""
-        self._lengths = split_lengths(x.shape[dim], self.shares)
+        self._lengths = split_lengths(x.shape[dim], self.shares, self.block)
         rows = rank_slice(self._lengths, self._rank)
         return x.narrow(dim, rows.start, rows.stop - rows.start)
 

@@ -13,6 +13,7 @@ from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
 from wanduet.engine import tools
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.engine.record import measured_price
 from wanduet.engine.roofline import where_it_went
 from wanduet.errors import (
     CancelledError,
@@ -23,11 +24,13 @@ from wanduet.errors import (
     WanduetError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
+from wanduet.family.sparsity import ALL, first_sparse_step
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
 from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
+from wanduet.meta.prices import in_words
 from wanduet.miniature.vocabulary import is_in_world
 from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
@@ -38,10 +41,10 @@ from wanduet.runtime.models import Models
 from wanduet.schedule import joined
 from wanduet.untrusted import printable
 from wanduet.weights.hub import open_model
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
+APPROXIMATED = ("forwards", "skipped_steps", "price")  # of a video's metadata, see `engine.record`
 
 
 def run_generate(
@@ -81,6 +84,7 @@ def run_generate(
             request = with_seed(request, _interrupted_seed(request, options, engine))
         job = engine.submit(request, replace(options, taken=True))
         announce(job, config)
+        _say_price(measured_price(engine.models, job.plan, job.request), job.request)
         follow(job)
         try:
             result = job.result()
@@ -130,8 +134,13 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    plan = make_plan(resolve(request, models.spec), models.memory, config, machine)
-    return plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    resolved = resolve(request, models.spec)
+    plan = make_plan(resolved, models.memory, config, machine)
+    found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    if resolved.approximates:
+        price = None if hardware is not None else measured_price(models, plan, resolved)
+        found |= {"price": found.get("price") if price is None else price}
+    return found
 
 
 def check_attention(config: EngineConfig) -> None:
@@ -216,7 +225,7 @@ def settings(request: ResolvedRequest) -> dict[str, Any]:
 def announce(job: Job, config: EngineConfig) -> None:
     """Print what is about to be made, on stderr."""
     r = job.request
-    if config.model == MINIATURE and not is_in_world(r.prompt):
+    if config.model in BUNDLED and not is_in_world(r.prompt):
         job.warnings.append(
             "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
             "goes beyond its world. Try: a red circle moving left on a black background."
@@ -236,7 +245,18 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps += f" with step cache {r.step_cache}"
     if r.guidance_gate < 1:
         steps += f", of which {r.num_guided_steps} guided"
+    if r.sparse < ALL:
+        first = first_sparse_step(r.first_step, r.num_denoising_steps)
+        steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+
+
+def _say_price(price: dict[str, Any] | None, request: ResolvedRequest) -> None:
+    """Print what a request's approximations cost, on stderr; nothing for an exact one."""
+    if price is not None:
+        print(f"Measured here: {in_words(price)}", file=sys.stderr)
+    elif request.approximates:
+        print("What this costs is not measured here; `wanduet price` measures it.", file=sys.stderr)
 
 
 def shown(prompt: str) -> str:

@@ -16,7 +16,7 @@ from wanduet.family.registry import RANDOM_SPECS
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import download, is_offline, local_model, verify_manifest
 from wanduet.weights.manifest import Progress, write_manifest
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 
 def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
         return {"model": config.model, "note": "Random weights are made in memory; there is nothing to fetch."}
     remember = config.data_folder / "verified.json"
     local = local_model(config.model)
-    if trust and (local is None or config.model == MINIATURE):
+    if trust and (local is None or config.model in BUNDLED):
         raise ConfigError("--trust is for a folder of weights of your own.", hint="Name it: --model FOLDER.")
     if local is not None:
         return _check_folder(local, config.model, remember, trust)
@@ -48,13 +48,13 @@ def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
 
 def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) -> dict[str, Any]:
     note = "A folder on this machine; there is nothing to fetch."
-    if model == MINIATURE:
+    if model in BUNDLED:
         note = "The miniature comes with wanduet; there is nothing to fetch."
     if trust:
         write_manifest(folder.path)
         note = "The files are taken as they are: their hashes are in the folder's manifest.json from now on."
     with checking_bar() as progress:  # first: a damaged folder's metadata cannot be relied on
-        checked = verify_manifest(folder, None if model == MINIATURE else remember, (), progress)
+        checked = verify_manifest(folder, None if model in BUNDLED else remember, (), progress)
     folder.check_complete()
     return {"model": model, "path": str(folder.path), "note": note, "files_verified": checked}
 

@@ -30,7 +30,7 @@ from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.request import INPUT_HASH, GenerationRequest
 from wanduet.untrusted import cut, printable
 from wanduet.weights.hub import open_model
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 
 def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) ->
                 hint="Name the model with --model.",
             ) from error
         return {}
-    if isinstance(name, str) and (name == MINIATURE or name in RANDOM_SPECS):
+    if isinstance(name, str) and (name in BUNDLED or name in RANDOM_SPECS):
         return {"model": name}
     if not isinstance(name, str) or name not in RANDOM_NAMES:
         raise ModelNotFoundError(

@@ -1,4 +1,4 @@
-"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `encode`, `decode`, `inspect`, `download`,
+"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `price`, `encode`, `decode`, `inspect`, `download`,
 `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
@@ -170,6 +170,28 @@ def bench(
     from wanduet.doors.cli.bench import run_bench
 
     emit(run_bench(request, config, runs), json_)
+
+
+@app.command
+def price(
+    *,
+    video: VideoFlags = WANTED,
+    engine: EngineFlags = OTHER,
+    prompts: Annotated[int, Parameter(help="Videos of each row, 1 to 8: the worst counts.", converter=whole)] = 4,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Measure what each way to be faster costs with this model on this machine: seconds, and loss against exact videos.
+
+    ```sh
+    wanduet price --resolution 480p
+    wanduet price --model miniature --height 64 --width 64 --num-frames 17 --prompts 2
+    ```
+    """
+    config = engine.config()
+    request = early_request(LONGEST_PROMPT, video, config)
+    from wanduet.doors.cli.price import run_price
+
+    emit(run_price(request, config, prompts), json_)
 
 
 @app.command

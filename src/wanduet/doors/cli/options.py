@@ -154,7 +154,7 @@ class EngineFlags:
         str,
         Parameter(
             name=["--model", "--model-path"],
-            help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, or `random:1.3b`.",
+            help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, `miniature-fast`, or `random:1.3b`.",
         ),
     ] = _UNSET_MODEL
     revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from wanduet.config import format_bytes, format_seconds
+from wanduet.meta.prices import in_words
 from wanduet.untrusted import printable
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
+KINDS = ("rungs", "accelerators", "fewer_steps")  # the rows of prices
 
 # Imports take less at each start; above this, kernels were compiled or measured, which later runs reuse.
 LONG_PREPARING_S = 10.0
@@ -26,6 +28,8 @@ def show(value: Mapping[str, Any]) -> None:
         console.print(f"Would be written: {value['output']}")
     elif "timings" in value and "output" in value:
         _show_video(console, value)
+    elif "rungs" in value and "controls" in value:
+        _show_prices(console, value)
     elif "videos" in value and "failed" in value:
         _show_batch(console, value)
     else:
@@ -50,6 +54,8 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     for choice in plan["choices"]:
         choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
     console.print(choices)
+    if "prompts" in (plan.get("price") or {}):  # measured
+        console.print(f"Measured here: {in_words(plan['price'])}")
     for nearest in plan["nearest_that_fits"]:
         change = ", ".join(f"{k}={v}" for k, v in nearest.items() if not k.startswith("predicted"))
         console.print(f"fits: {change} (about {format_seconds(nearest['predicted_seconds'])})")
@@ -88,6 +94,25 @@ def _show_batch(console: Console, batch: Mapping[str, Any]) -> None:
         for video in done["videos"]:
             console.print(f"{video['output']} (seed {video['seed']}{before})")
     console.print(f"{len(batch['videos']) - batch['failed']} of {len(batch['videos'])} done.")
+
+
+def _show_prices(console: Console, prices: Mapping[str, Any]) -> None:
+    console.print(f"{prices['name']} on {prices['card']}: the median of the prompts, then the worst")
+    forms = {"latents_error": "{:.1%}", "psnr": "{:.1f}", "st_lpips": "{:.3f}", "jod": "{:.2f}"}
+    heads = ("", "forwards", "seconds", "latents off", "PSNR, dB", "ST-LPIPS", "JOD")
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None)
+    rows = [(row.get("speed") or row["name"], row) for kind in KINDS for row in prices[kind]]
+    for name, row in (*rows, *prices["controls"].items()):
+        if not row or "seconds" not in row:
+            continue
+        found = [(form, row.get(measure)) for measure, form in forms.items()]
+        cells = [
+            "" if one is None else f"{form.format(one['median'])} {form.format(one['worst'])}" for form, one in found
+        ]
+        table.add_row(name, f"{row['forwards']:g}", f"{row['seconds']:.3g}", *cells)
+    console.print(table)
+    for note in prices["notes"]:
+        console.print(note)
 
 
 def _show_fields(console: Console, value: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError, MissingArgumentError
 
 from wanduet.doors.cli.main import app, main
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 _LENGTH = ("--num-frames", "--seconds")
 _SIZE = ("--resolution", "--height", "--width")
@@ -18,13 +18,13 @@ def run(prompt: str, num_frames: int, resolution: tuple[int, int]) -> None:
 
 
 def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tuple[int, int]) -> list[str]:
-    """Return the arguments of `generate`. The bundled miniature keeps its own length and size unless flags set them."""
+    """Return the arguments of `generate`. The bundled models keep their own length and size unless flags set them."""
     given = list(flags)
     if not _has_prompt(given):
         given.insert(0, f"--prompt={prompt}")
     names = {flag.split("=", 1)[0] for flag in given}
     settings: list[str] = []
-    if _model(given) != MINIATURE:
+    if _model(given) not in BUNDLED:
         if not names.intersection(_LENGTH):
             settings += ["--num-frames", str(num_frames)]
         if not names.intersection(_SIZE):

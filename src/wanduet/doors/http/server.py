@@ -34,6 +34,7 @@ from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.supervisor import WorkerProcess
 from wanduet.jobs.worker import WorkerSettings
+from wanduet.meta.prices import all_prices
 
 if TYPE_CHECKING:
     from wanduet.cluster.settings import ClusterSettings
@@ -48,6 +49,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "wanduet"
+    # What `wanduet price` has measured of it on the server's machine: settings, and the price of each approximation.
+    prices: list[dict[str, Any]] = []
 
 
 class ModelList(BaseModel):
@@ -108,15 +111,15 @@ def _add_service_routes(app: FastAPI) -> None:
     @app.get("/v1/models", response_model=ModelList, responses=refused, dependencies=[Depends(get_owner)])
     def list_models(request: Request) -> ModelList:
         """The models of this server."""
-        return ModelList(data=[Model(id=get_context(request).spec.name)])
+        return ModelList(data=[_model_of(get_context(request))])
 
     @app.get("/v1/models/{model:path}", response_model=Model, responses={**refused, 404: {"model": ErrorBody}})
     def retrieve_model(model: str, request: Request, _: str = Depends(get_owner)) -> Model:
         """One model."""
-        name = get_context(request).spec.name
-        if model != name:
+        found = _model_of(get_context(request))
+        if model != (name := found.id):
             raise errors.ApiError(404, "model_not_found", f"This server has the model {name!r} only.", param="model")
-        return Model(id=name)
+        return found
 
     @app.get("/health", response_model=Health, response_model_exclude_none=True)
     async def health() -> Health:
@@ -146,6 +149,22 @@ def _add_service_routes(app: FastAPI) -> None:
         context = get_context(request)
         shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
         return Response(shown, media_type=CONTENT_TYPE_LATEST)
+
+
+def _model_of(context: ServerContext) -> Model:
+    """Return the served model, with what was measured of it: of its hash, where the server knows it, else of its name."""
+    wanted = context.settings.model_hash or context.spec.name
+    folder = context.store.files.folder / "measurements"
+    prices = [
+        {
+            "card": one.about.get("card"),
+            "settings": one.about.get("request"),
+            "costs": [{"settings": settings} | price for settings, price in one.costs()],
+        }
+        for one in all_prices(folder)
+        if wanted in (one.about.get("model"), one.about.get("name"), one.about.get("spec"))
+    ]
+    return Model(id=context.spec.name, prices=prices)
 
 
 def serve(

@@ -126,7 +126,10 @@ def folder_with(base: ModelFolder | None, modules: Mapping[str, Any]) -> ModelFo
     Raises ModelNotFoundError for modules that do not fit together.
     """
     path = Path("given to WanPipeline") if base is None else base.path
-    made = GivenFolder(path, "given modules" if base is None else base.name, None if base is None else base.revision)
+    if base is None:
+        made = GivenFolder(path, "given modules")
+    else:
+        made = GivenFolder(path, base.name, base.revision, base.parts)
     spec = replace(WAN_1_3B, name="given modules") if base is None else base.spec
     for kind in CLASSES:
         if (module := modules.get(kind)) is not None:

@@ -20,7 +20,7 @@ class AttentionCall:
     """One call of an attention function: self-attention, or a part of it, of one block.
 
     `grid`: frames, rows and columns of tokens of the whole video; token `(frame, row, column)` is at position
-    `(frame * rows + row) * columns + column` of the sequence. `block`: from 0. `step`: None outside a denoise.
+    `(frame * rows + row) * columns + column` of the sequence, if the model does not order the tokens otherwise. `block`: from 0. `step`: None outside a denoise.
 
     A rank of a group computes a part. Its queries, its keys and its heads are consecutive ones, as many as q and k
     have; `first_query`, `first_key` (positions in the sequence) and `first_head` are the first ones, by default those of

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from wanduet.kernels.attention.call import AttentionCall
+from wanduet.kernels.attention.sparse import KeyLists
 
 _building = Lock()
+QUERIES, MOST_KEYS, KEYS = 64, 128, 16  # blocks of a list: multiples of QUERIES, and of KEYS up to MOST_KEYS
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = None) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,31 @@ def attend_steady(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = 
             q, k, v, tile_mn=(128, 128), mma_pv_is_rs=True, intra_wg_overlap=True, return_lse=True
         )
         redo(q, k, v, out, lse)
+    return out, lse
+
+
+def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
+    """Call the library's kernel with lists of key blocks, as `sparse.sparse_attention_with_lse` does.
+
+    For Hopper only, where a block of keys is the kernel's tile. It masks the end of the keys in the last entry of a list
+    only. (On 8.x, the library ignores lists.)
+    Raises ValueError for blocks that it cannot read.
+    """
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    starts = (lists.query_starts, lists.key_starts)
+    sizes_fit = lists.query_size % QUERIES == 0 and lists.key_size % KEYS == 0 and lists.key_size <= MOST_KEYS
+    if any(x is not None for x in starts) or not sizes_fit:
+        raise ValueError(f"blocks of {lists.query_size} queries and {lists.key_size} keys are not supported")
+    none = torch.zeros_like(
+        lists.count
+    )  # the kernel also reads lists of blocks that no query masks: here they are empty
+    blocks = BlockSparseTensorsTorch(
+        lists.count, lists.index, none, lists.index, block_size=(lists.query_size, lists.key_size)
+    )
+    with torch.cuda.device(q.device):
+        out, lse = flash_attn_func(q, k, v, block_sparse_tensors=blocks, return_lse=True)
     return out, lse
 
 

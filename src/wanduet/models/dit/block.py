@@ -33,13 +33,15 @@ class Runtime:
     """How blocks run: with which kernels, attention function and sharding.
 
     `share_first`: the prompts of one step share the first block's self-attention, whose result is then kept in memory
-    from one prompt to the next.
+    from one prompt to the next. `token_block`: order the tokens such that those of each block of so many, consecutive in
+    the sequence, are neighbours in the video (`models.dit.token_order`); None for the order by frame, row and column.
     """
 
     kernels: Kernels = TORCH_KERNELS
     attention: AttentionFn = sdpa
     sharding: Sharding = field(default_factory=NoSharding)
     share_first: bool = True
+    token_block: int | None = None
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.models.dit.block import Block, Residual, Runtime, modulation_table
 from wanduet.models.dit.embeddings import ConditionEmbedder, PatchGrid
+from wanduet.models.dit.token_order import TokenOrder, token_order
 from wanduet.models.dit.workspace import Workspace
 
 
@@ -109,6 +110,8 @@ class WanTransformer(nn.Module):
         """Rotation angles of this device's tokens, for latents of shape `[..., frames, rows, columns]`."""
         grid = PatchGrid.of(latent_shape, self.spec.patch_size)
         rope = rope_for_grid(grid.tokens, self.spec.attention_head_dim, device)
+        if (order := self._order(grid, device)) is not None:
+            rope = Rope(rope.cos[order.tokens], rope.sin[order.tokens])
         shard = self.runtime.sharding.shard_sequence
         return Rope(shard(rope.cos, 0), shard(rope.sin, 0))
 
@@ -164,9 +167,17 @@ class WanTransformer(nn.Module):
             del n_BLC
         return velocities
 
+    def _order(self, grid: PatchGrid, device: torch.device) -> TokenOrder | None:
+        """Return the order of the tokens between `embed` and `head`; None for the order by frame, row and column."""
+        block = self.runtime.token_block
+        return None if block is None else token_order(grid.tokens, block, device)
+
     def embed(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed this device's patches as tokens `[B, L, C]`, and the timestep as `[B, C]` and `[B, 6, C]`; float32."""
-        patches = PatchGrid.of(latents.shape, self.spec.patch_size).patchify(latents.float())
+        grid = PatchGrid.of(latents.shape, self.spec.patch_size)
+        patches = grid.patchify(latents.float())
+        if (order := self._order(grid, latents.device)) is not None:
+            patches = patches[:, order.tokens]
         patches = self.runtime.sharding.shard_sequence(patches, 1)
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         x_BLC = F.linear(patches, weight.flatten(1).float(), None if bias is None else bias.float())
@@ -212,4 +223,6 @@ class WanTransformer(nn.Module):
         weight = self.proj_out.weight.to(n_BLC.dtype)
         patches = F.linear(n_BLC, weight, bias.to(n_BLC.dtype)).float()
         patches = self.runtime.sharding.gather_sequence(patches, 1)
+        if (order := self._order(grid, patches.device)) is not None:
+            patches = patches[:, order.positions]
         return grid.unpatchify(patches, self.spec.out_channels, out)

@@ -1,0 +1,127 @@
+"""Self-attention that is sparse from a step on, and the kernel that it uses on a device."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from wanduet.errors import ConfigError
+from wanduet.family.sparsity import kept_blocks
+from wanduet.kernels.attention import flash4
+from wanduet.kernels.attention.backends import AttentionFn, available_backends
+from wanduet.kernels.attention.call import AttentionCall
+from wanduet.kernels.attention.choose import EXACT_TOLERANCE, Shape
+from wanduet.kernels.attention.key_lists import highest_blocks, pooled_lists
+from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, plain_listed
+from wanduet.kernels.precision import EXACT, PRODUCTS
+from wanduet.kernels.verdicts import reason_of
+
+log = logging.getLogger(__name__)
+
+CHECKED_HEADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ListedBackend:
+    """A kernel of sparse attention, by name."""
+
+    name: str
+    attend: ListedFn
+
+
+PLAIN = ListedBackend("plain", plain_listed)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSteps:
+    """How a denoise is sparse: from step `first_step` of the schedule on, attention of each block but the first reads
+    `share` of the blocks of `block` keys (`key_lists.pooled_lists`)."""
+
+    backend: ListedBackend
+    share: float
+    block: int
+    first_step: int
+
+    def over(self, dense: AttentionFn) -> AttentionFn:
+        """Return the attention of a denoise, which is `dense` where it is not sparse. It needs the keys of all tokens at
+        once."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+            if call.step is None or call.step.index < self.first_step or call.block == 0:
+                return dense(q, k, v, call)
+            return self.backend.attend(q, k, v, pooled_lists(q, k, self.share, self.block, call.first_query))[0]
+
+        return attend
+
+
+def sparse_bytes(shape: Shape, share: float, block: int, is_cpu: bool) -> int:
+    """Return a bound on the bytes that sparse attention needs beside its inputs and its result, the order of the tokens
+    included."""
+    tokens, heads, head_dim = shape.keys, shape.heads, shape.head_dim
+    blocks = -(-tokens // block)
+    lists = heads * blocks * (16 * head_dim + 4 * blocks + 4 * kept_blocks(share, blocks) + 4)
+    order = 16 * tokens
+    if not is_cpu:
+        return lists + order
+    # Sorted scores, with indices of 8 bytes; queries, keys, values and the result in float32; keys and values gathered.
+    return 7 * lists + order + 5 * 4 * tokens * heads * head_dim + 4 * PLAIN_BYTES
+
+
+@lru_cache
+def choose_listed(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: int,
+    backends: tuple[ListedBackend, ...] | None = None,
+) -> ListedBackend:
+    """Return the fastest kernel of sparse attention that works on `device`: flash-attn-4's on Hopper, Triton's on other
+    GPUs, the plain form on the CPU. `backends`: try these instead, in order.
+
+    On a GPU, each is first compared with the definition on a short sequence. Raises ConfigError if none works.
+    """
+    if backends is None and device.type != "cuda":
+        return PLAIN
+    problem = "Triton is not installed"
+    for backend in _on_gpu(device, block) if backends is None else backends:
+        try:
+            problem = _problem(backend.attend, device, dtype, head_dim, block)
+        except Exception as failure:  # a kernel's library can raise any exception
+            log.info("Sparse attention by %s failed.", backend.name, exc_info=failure)
+            problem = reason_of(failure)
+        if not problem:
+            return backend
+        log.warning("Sparse attention by %s is not used: %s.", backend.name, problem)
+    raise ConfigError(f"Sparse attention does not work on {device}: {problem}.", hint="Leave --sparse out.")
+
+
+def _on_gpu(device: torch.device, block: int) -> tuple[ListedBackend, ...]:
+    """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys."""
+    found: list[ListedBackend] = []
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if is_hopper and block % flash4.QUERIES == 0 and "flash-attn-4" in available_backends(device):
+        found.append(ListedBackend("flash-attn-4", flash4.attend_listed))
+    if importlib.util.find_spec("triton") is not None:
+        from wanduet.kernels.attention import sparse_gpu
+
+        found.append(ListedBackend("triton", sparse_gpu.attend_listed))
+    return tuple(found)
+
+
+@torch.no_grad()
+def _problem(attend: ListedFn, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
+    """Return what is wrong with a kernel; empty if it works. Both ends of the sequence are shorter than a block."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (3, 1, 3 * block + 7, CHECKED_HEADS, head_dim)
+    q, k, v = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+    scores = torch.randn((1, CHECKED_HEADS, 4, 4), device=device, generator=generator)
+    lists = KeyLists(*highest_blocks(scores, 2), block, block)
+    with PRODUCTS.at(EXACT):
+        expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
+    out, lse = attend(q, k, v, lists)
+    error = float((out.float() - expected).norm() / expected.norm())
+    off = float((lse - expected_lse).abs().max())
+    return "" if max(error, off) <= EXACT_TOLERANCE[dtype] else f"wrong result (error {max(error, off):.1e})"

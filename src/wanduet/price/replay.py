@@ -1,0 +1,96 @@
+"""What approximations predict along the exact trajectory: an exact run's latents and velocities, fed to their rules.
+
+At the same latents, an error is the approximation's own; after some steps of a run of its own, its latents differ too. No
+forward is computed: a step cache and the guidance gate are functions of velocities that the exact run computes anyway.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from wanduet.accelerate.step_cache import StepCache, make_rule
+from wanduet.family.spec import ModelSpec
+from wanduet.kernels.attention.call import Step
+from wanduet.price.compare import relative_error
+from wanduet.request import ResolvedRequest
+from wanduet.sampling.guidance import Guidance, NoGuidance, SequentialGuidance, combine
+from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.samplers import State
+
+REPLAYED = ("step_cache", "guidance_gate")  # the fields whose approximations are functions of velocities
+CPU = torch.device("cpu")
+
+
+class Replay:
+    """Follows one exact run, whose observer it is (`OnPredict`), for several sets of approximations.
+
+    Computes on the host, in a thread of its own, so that the run is not slowed down.
+    """
+
+    def __init__(
+        self,
+        requests: Mapping[str, ResolvedRequest],
+        spec: ModelSpec,
+        embed_time: Callable[[], Callable[[Tensor], Tensor]],
+    ) -> None:
+        """`requests`: of the exact run's prompt and seed, by the key under which `errors` returns them. `embed_time`
+        returns the transformer's time embedding (see `make_rule`); called at the first prediction."""
+        self._requests, self._spec, self._embed_time = requests, spec, embed_time
+        self._followers: dict[str, _Follower] = {}
+        self._steps: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1, "wanduet-replay")
+
+    def __call__(self, latents: Tensor, step: Step, velocities: Sequence[Tensor]) -> None:
+        """See OnPredict."""
+        if not step.index:  # also if the run begins again, with other kernels
+            embed = self._embed_time()
+            self._followers = {key: _Follower(one, self._spec, embed) for key, one in self._requests.items()}
+        host = latents.cpu(), [velocity.cpu() for velocity in velocities]
+        self._steps += [self._thread.submit(one, host[0], step, host[1]) for one in self._followers.values()]
+
+    def errors(self) -> dict[str, list[float]]:
+        """Wait for the last step, and return the relative error of the guided velocity in each step."""
+        self._thread.shutdown()
+        for step in self._steps:
+            step.result()
+        return {key: follower.errors for key, follower in self._followers.items()}
+
+
+class _Follower:
+    """One set of approximations along the exact trajectory."""
+
+    def __init__(self, request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[Tensor], Tensor]) -> None:
+        self._scale = request.guidance_scale if request.uses_guidance else None
+        self._recorded = _Recorded()
+        rule = make_rule(request, spec, embed_time)
+        predictor: Predictor[int] = self._recorded
+        if rule is not None:
+            predictor = StepCache(self._recorded, rule, bool, CPU)
+        self._guidance: Guidance = NoGuidance(predictor, 0)
+        if self._scale is not None:
+            gate = request.first_step + request.num_guided_steps if request.guidance_gate < 1 else None
+            self._guidance = SequentialGuidance(predictor, 0, 1, self._scale, gate)
+        self.errors: list[float] = []
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, step: Step, velocities: Sequence[Tensor]) -> None:
+        self._recorded.velocities = velocities
+        exact = velocities[0] if self._scale is None else combine(velocities[0], velocities[1], self._scale)
+        self.errors.append(relative_error(self._guidance(latents, step), exact))
+
+
+class _Recorded:
+    """Predictor that returns recorded velocities; its conditions are their numbers."""
+
+    velocities: Sequence[Tensor] = ()
+
+    def __call__(self, latents: Tensor, step: Step, conditions: Sequence[int]) -> Sequence[Tensor]:
+        return [self.velocities[number] for number in conditions]
+
+    def state(self) -> State:
+        return {}
+
+    def restore(self, state: State) -> None:
+        pass

@@ -1,0 +1,78 @@
+"""Sparse attention's Triton kernels compile for the cards that are promised, fit their shared memory, and keep their values
+in registers. As in test_compile_ahead.py, no card is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MOST_STACK = 48  # bytes a thread
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "every"),
+    # 8.9 has the shared memory of 8.6, and its instructions.
+    [([86, 120], False), *(pytest.param([one], True, marks=pytest.mark.slow) for one in (80, 86, 89, 90, 120))],
+)
+def test_kernels_of_sparse_attention_fit(capabilities: list[int], every: bool, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT / "benchmarks"))),
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)  # of tests that ran before in this process
+    command = [sys.executable, __file__, json.dumps(capabilities), *(["every"] if every else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == (5 * len(capabilities) if every else 5)
+    assert [row for row in rows if not row["fits"] or row["stack"] > MOST_STACK] == []
+
+
+def compile_for(capability: int, lists: bool, tiles: bool) -> list[Any]:
+    """Return the rows of what compiles: attention, with `lists` what chooses key blocks, with `tiles` attention to blocks of
+    different sizes."""
+    devices.on_device_of = lambda x: nullcontext()
+    from wanduet.kernels.attention import key_lists_gpu, sparse_gpu
+    from wanduet.kernels.attention.sparse import KeyLists
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    driver.set_active(Driver(capability))
+    for module in (sparse_gpu, key_lists_gpu):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()  # of the card before
+    with torch.no_grad(), Recorder(capability, "bfloat16") as recorder:
+        q, k, v = torch.empty(3, 1, 32760, 12, 128, dtype=torch.bfloat16, device="meta")
+        sparse_gpu.attend_listed(q, k, v, KeyLists(ints(1, 12, 256), ints(1, 12, 256, 128)))
+        if tiles:
+            cut = KeyLists(ints(1, 12, 624), ints(1, 12, 624, 125), 64, 64, ints(625), ints(625))
+            sparse_gpu.attend_listed(q, k, v, cut)
+        if lists:
+            moments = key_lists_gpu.block_moments(q, 128, (1.0, 1.0, True))
+            key_lists_gpu.highest_blocks(key_lists_gpu.block_scores(moments, moments), 128)
+    return [asdict(row) | {"fits": row.fits} for row in recorder.rows]
+
+
+if __name__ == "__main__":
+    import torch
+    from compile_ahead import Driver, Recorder
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from wanduet.kernels import device as devices
+
+    capabilities, every = json.loads(sys.argv[1]), "every" in sys.argv
+    print(json.dumps([row for one in capabilities for row in compile_for(one, every or one == capabilities[0], every)]))

@@ -1,0 +1,51 @@
+"""Errors along the exact trajectory, from recorded velocities."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from wanduet.family.wan21 import WAN_1_3B
+from wanduet.kernels.attention.call import Step
+from wanduet.price.replay import Replay
+from wanduet.request import GenerationRequest, ResolvedRequest
+
+STEPS = 14
+
+
+def request(**fields: Any) -> ResolvedRequest:
+    return GenerationRequest(prompt="x", seed=1, num_inference_steps=STEPS, guidance_scale=3.0, **fields).resolve(
+        WAN_1_3B
+    )
+
+
+def test_the_gate_and_a_cache_along_an_exact_run() -> None:
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(STEPS, 3, 1, 2, 3, 4, 4, generator=generator).cumsum(0) / 20
+    steps = torch.randn(3, 1, 2, 3, 4, 4, generator=generator) + change  # latents, and the velocities of both prompts
+    replay = Replay(
+        {"gate": request(guidance_gate=0.5), "cache": request(step_cache="easycache:1.0")},
+        WAN_1_3B,
+        lambda: lambda t: t,
+    )
+    for count in (5, STEPS):  # the run begins again after five steps, as it does after NaN
+        for index, (latents, *velocities) in enumerate(steps[:count]):
+            replay(latents, Step(index, 1000.0 - index), velocities)
+    errors = replay.errors()
+
+    def error(index: int, guess: torch.Tensor) -> float:
+        _, positive, negative = steps[index]
+        exact = negative + 3 * (positive - negative)
+        return float((guess - exact).norm() / exact.norm())
+
+    def reused(index: int) -> torch.Tensor:
+        """The guided velocity of step 9, the last that is computed, moved with the latents."""
+        x, positive, negative = steps[9]
+        return negative + 3 * (positive - negative) + steps[index][0] - x
+
+    assert errors["gate"] == pytest.approx([0.0] * 7 + [error(index, steps[index][1]) for index in range(7, STEPS)])
+    computed = [0.0] * 10, [0.0]  # the first ten and the last
+    assert errors["cache"] == pytest.approx(
+        [*computed[0], *(error(index, reused(index)) for index in range(10, STEPS - 1)), *computed[1]], abs=1e-5
+    )
+    assert min(errors["cache"][10:-1]) > 0.01

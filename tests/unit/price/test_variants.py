@@ -1,0 +1,37 @@
+"""What is measured of a model: which changes of the exact request, and which of them it cannot run."""
+
+from wanduet.family.speeds import SPEEDS
+from wanduet.family.wan21 import WAN_1_3B
+from wanduet.price.variants import all_variants, possible
+from wanduet.request import GenerationRequest
+
+EXACT = GenerationRequest(prompt="x", seed=4, num_inference_steps=50)
+
+
+def test_each_is_the_exact_job_but_for_one_thing() -> None:
+    asked = {"step_cache": "easycache:0.3", "guidance_gate": 0.9}
+    found, refused = possible(all_variants(50, asked, "auto"), EXACT, WAN_1_3B)
+    assert refused == {}
+    settings = {one.variant.name: one.settings for one in found}
+    assert list(settings)[: len(SPEEDS)] == [speed.name for speed in SPEEDS]
+    assert settings["exact"] == {}
+    assert settings["magcache"] == {"step_cache": "magcache:0.12"}
+    assert settings["as asked"] == asked
+    assert settings["weights q8"] == {"weights": "q8"}
+    assert [name for name in settings if name.endswith(" steps")] == ["30 steps", "25 steps", "20 steps", "15 steps"]
+    assert len({one.key for one in found if one.variant.kind != "rungs"}) == len(found) - len(SPEEDS)
+    (seed,) = [one.variant.request(EXACT).seed for one in found if one.variant.name == "another_seed"]
+    assert seed != EXACT.seed
+    (floor,) = [one.variant.request(EXACT) for one in found if one.variant.uses_other_kernels]
+    assert floor == EXACT
+
+
+def test_what_a_model_or_few_steps_cannot_do_is_left_out_by_name() -> None:
+    two = EXACT.model_copy(update={"num_inference_steps": 2, "guidance_scale": 1.0})
+    found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B)
+    assert [one.variant.name for one in found] == ["exact", "1 step", "bf16_floor", "another_seed"]
+    assert "without guidance" in refused["guidance gate 0.5"]
+    assert "fewer than" in refused["easycache"]
+    few = EXACT.model_copy(update={"num_inference_steps": None, "timesteps": (1000.0, 500.0), "sampler": "euler"})
+    _, refused = possible(all_variants(2, {}, "q8"), few, WAN_1_3B)
+    assert "1 step" in refused, "timesteps stand in place of a number of steps"
