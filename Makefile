@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving left on a black background
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -14,7 +15,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature-fast
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_FLAGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""For all tests, which run in two processes where `make test` starts them: a file's in one, and all that need a cluster.
+"""For all tests, which run in two or more processes where `make test` starts them: a file's in one, and all that need a cluster.
 
 With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster that would be skipped fails instead.
 """
@@ -6,11 +6,13 @@ With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster 
 import gc
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forked import end_server
 
 TESTS = Path(__file__).parent
 NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster", "unit/http/test_page.py"))
@@ -18,9 +20,13 @@ NEVER_SKIPPED = tuple(TESTS / name for name in ("cluster", "e2e", "unit/cluster"
 FIRST = (
     "cluster",
     "e2e/test_page.py",
-    "quality/test_miniature.py",
-    "faults/test_jobs_disk.py",
+    "compiled",
+    "e2e/test_server.py",
     "unit/kernels/test_vae.py",
+    "faults/test_generate.py",
+    "faults/test_jobs_disk.py",
+    "faults/test_jobs_server.py",
+    "quality/test_miniature.py",
     "parity/test_sharding.py",
 )
 
@@ -44,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _only_what_a_file_makes_is_looked_through() -> None:
     """An engine that is closed collects garbage: half a second among a million objects of all that tests import."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_server_is_left() -> Iterator[None]:
+    yield
+    end_server()
 
 
 @pytest.hookimpl(optionalhook=True)  # there are tests to run without pytest-xdist, on a machine with a GPU

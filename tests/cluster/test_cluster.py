@@ -51,7 +51,7 @@ def test_a_drained_node_gives_its_job_up_without_losing_a_step_and_the_end_leave
     cluster: Fleet, local: Local
 ) -> None:
     wait("two replicas are ready", lambda: len(cluster.replicas()) >= 2)
-    steps = 600
+    steps = 300
     job_id = cluster.server.create(seed="70", **{**LONG, "num_inference_steps": str(steps)})["id"]
     worker = wait("it is under way", lambda: cluster.running(job_id, 10.0))
     node = cluster.node_of(worker)

@@ -20,7 +20,7 @@ SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidan
 # Long enough to be interrupted: a few seconds on two cores.
 LONG = {**SMALL, "num_frames": "17", "num_inference_steps": "100"}
 # Long enough to be seen in the middle, on a fast machine too.
-LONGER = {**SMALL, "num_frames": "33", "num_inference_steps": "200"}
+LONGER = {**SMALL, "num_frames": "33", "num_inference_steps": "140"}
 PROMPT = "a red circle moving left on a black background"
 
 

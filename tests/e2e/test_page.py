@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
     pytest.mark.timeout(1200),
 ]
-STEPS = 60  # enough for a preview to be seen before the video is there
+STEPS = 30  # enough for a preview to be seen before the video is there
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from real_server import LONG, PROMPT, Server, serving
 
+JOB = {**LONG, "num_inference_steps": "60"}
 BALLAST = "ballast"
 CHUNK = 2**20
 
@@ -64,18 +65,18 @@ def main() -> None:
     found = {"moments": 0, "refused": 0, "accepted": 0, "unreadable": 0, "lost": 0, "different": 0, "codes": []}
     seconds: list[float] = []
     with serving(options.data, "--no-page", "--checkpoint-seconds", "0.1") as server:
-        first = server.create(**LONG, seed="5")["id"]
+        first = server.create(**JOB, seed="5")["id"]
         assert server.wait(first)["status"] == "completed"
         want = server.frames(first)
         for _ in range(options.moments):
-            ids = [server.create(**LONG, seed="5")["id"] for _ in range(2)]
+            ids = [server.create(**JOB, seed="5")["id"] for _ in range(2)]
             server.wait(ids[0], lambda video: video["status"] != "queued")
             time.sleep(dice.uniform(0.0, 3.0))
             with full(server):
                 found["moments"] += 1
                 end = time.monotonic() + dice.uniform(1.0, 4.0)
                 while time.monotonic() < end:
-                    answer = server.http.post("/v1/videos", data={"prompt": PROMPT, **LONG, "seed": "5"})
+                    answer = server.http.post("/v1/videos", data={"prompt": PROMPT, **JOB, "seed": "5"})
                     if answer.status_code == 200:  # there was room in the log's pages
                         ids.append(answer.json()["id"])
                         found["accepted"] += 1
@@ -88,7 +89,7 @@ def main() -> None:
                     found["unreadable"] += server.http.get(f"/v1/videos/{ids[0]}").status_code != 200
                     time.sleep(0.2)
             freed = time.monotonic()
-            ids.append(server.create(**LONG, seed="5")["id"])
+            ids.append(server.create(**JOB, seed="5")["id"])
             seconds.append(time.monotonic() - freed)
             for video_id in ids:
                 video = server.wait(video_id)

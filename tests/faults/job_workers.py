@@ -1,6 +1,5 @@
 """Workers to attack, for tests of the job store: real processes around an engine that only counts steps."""
 
-import multiprocessing
 import os
 import random
 import sys
@@ -11,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.forked import start_method
 from wanduet.config import EngineConfig
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.records import NewJob
@@ -99,8 +99,7 @@ class Workers:
     def __init__(
         self, data: Path, failpoints: tuple[str, ...] = (), jumps: float = 0.0, lease_seconds: float = 30.0
     ) -> None:
-        self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["wanduet.jobs.worker"])
+        self._context: Any = start_method()
         self._ears, self._mouth = self._context.Pipe(duplex=False)
         settings, url = worker_settings(data, lease_seconds).to_json(), fake_engine.postgres_url(data)
         self._arguments = (settings, url, self._ears, str(data / "worker.log"), failpoints, jumps)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import wanduet
+from tests.forked import Program, start_program
 from wanduet.media.read import frame_hashes
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -52,28 +53,28 @@ PHASES = {
 }
 
 # What a resumed run gives is compared with a run that nobody disturbed.
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Program]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Starts `wanduet ARGUMENTS`, slowed down in a phase, in an empty folder."""
+    """Starts `wanduet ARGUMENTS`, slowed down in a phase, in an empty folder.
+
+    `whole`: from the interpreter's start to its end, which take seconds. Otherwise it is forked after the imports.
+    """
     (tmp_path / "work").mkdir()
     environment = {name: text for name, text in os.environ.items() if not name.startswith("WANDUET_")}
     environment["WANDUET_DATA_DIR"] = str(tmp_path / "data")
 
-    def run(*arguments: str, phase: str = "", pause: float = 0.0) -> "subprocess.Popen[str]":
-        module, name, nth = PHASES.get(phase, ("", "", 0))
-        return subprocess.Popen(
-            [sys.executable, "-c", RUNNER, module, name, str(nth), str(pause), *BASE, *LOSSLESS, *arguments],
-            cwd=tmp_path / "work", env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+    def run(*arguments: str, phase: str = "", pause: float = 0.0, whole: bool = False) -> Program:
+        slowed = [str(word) for word in (*PHASES.get(phase, ("", "", 0)), pause)]
+        everything = [*slowed, *BASE, *LOSSLESS, *arguments]
+        return start_program(RUNNER, everything, tmp_path / "work", environment, forked=not whole)
 
     return run
 
 
-def wait_for_pause(process: "subprocess.Popen[str]") -> None:
+def wait_for_pause(process: Program) -> None:
     assert process.stderr is not None
     for line in process.stderr:
         if line.strip() == "paused":
@@ -81,7 +82,7 @@ def wait_for_pause(process: "subprocess.Popen[str]") -> None:
     raise AssertionError("the phase was never reached")
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, Any, str]:
+def finish(process: Program) -> tuple[int, Any, str]:
     """Its exit code, what it printed, and stderr; a run that was paused goes on."""
     out, err = process.communicate(timeout=120)
     return process.returncode, json.loads(out), err
@@ -135,7 +136,7 @@ STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGXCPU": 152}
     "name", ["SIGINT", "SIGXCPU", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP"))]
 )
 def test_a_stop_in_each_phase_then_resume(start: Start, resume, tmp_path: Path, phase: str, name: str) -> None:
-    process = start("--seed", "3", phase=phase, pause=1.0)
+    process = start("--seed", "3", phase=phase, pause=1.0, whole=name == "SIGINT")
     wait_for_pause(process)
     process.send_signal(getattr(signal, name))
     if name == "SIGXCPU":  # the system sends it again after each second of CPU time: that is no wish to stop at once
@@ -308,7 +309,7 @@ def test_a_hangup_that_is_to_be_ignored_is(start: Start, tmp_path: Path) -> None
     """As `nohup` starts a command."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = start("--seed", "3", phase="denoise", pause=0.5)
+        process = start("--seed", "3", phase="denoise", pause=0.5, whole=True)
     finally:
         signal.signal(signal.SIGHUP, before)
     wait_for_pause(process)
@@ -374,28 +375,26 @@ main(sys.argv[2:])
 """
 
 
-def limited(tmp_path: Path, size: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`wanduet generate` where no file can be larger than `size` bytes."""
+def limited(tmp_path: Path, size: int, *arguments: str) -> tuple[int, Any, str]:
+    """`wanduet generate` where no file can be larger than `size` bytes: what `finish` gives."""
     environment = {**os.environ, "WANDUET_DATA_DIR": str(tmp_path / "data")}
-    (tmp_path / "full").mkdir()
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(size), *BASE, "--codec", "ffv1", "--json", "--seed", "1", *arguments],
-        cwd=tmp_path / "full", env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    (folder := tmp_path / "full").mkdir()
+    options = ["--codec", "ffv1", "--json", "--seed", "1"]
+    return finish(start_program(LIMITED, [str(size), *BASE, *options, *arguments], folder, environment))
 
 
 @posix
 def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
-    done = limited(tmp_path, 2000)
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["code"] == "output_error"
-    assert "Traceback" not in done.stderr
+    code, said, err = limited(tmp_path, 2000)
+    assert code == 1
+    assert said["error"]["code"] == "output_error"
+    assert "Traceback" not in err
     assert os.listdir(tmp_path / "full") == []
 
 
 @posix
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_costs_the_checkpoint_only(tmp_path: Path) -> None:
-    done = limited(tmp_path, 9000, "--checkpoint-seconds", "0")
-    assert done.returncode == 0
+    code, _, _ = limited(tmp_path, 9000, "--checkpoint-seconds", "0")
+    assert code == 0
     assert len(os.listdir(tmp_path / "full")) == 1

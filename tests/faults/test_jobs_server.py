@@ -96,7 +96,7 @@ def drain_often(data: Path, times: int, record_property) -> None:
     """One job that is put back again and again, by servers that are told to end in the middle of it."""
     seconds = []
     with server(data, step_seconds=0.2) as running:
-        video_id = create(running.http, "job 0", steps=200)
+        video_id = create(running.http, "job 0", steps=50 + 5 * times)
     for _ in range(times):
         with server(data, step_seconds=0.5) as running:
             known = len(journal(data))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.forked import start_program
 from wanduet.errors import OutputError
 from wanduet.media import video as video_module
 from wanduet.media.files import STALE_SECONDS, write_atomically
@@ -62,11 +63,12 @@ def test_killed_at_random_moments(tmp_path) -> None:
     dice = random.Random(0)
     kills, mid_write, whole = 12, 0, 0
     for _ in range(kills):
-        with subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(dice.uniform(0, 0.12))
-            process.send_signal(signal.SIGKILL)
+        process = start_program(ENDLESS, [str(path)], tmp_path, os.environ)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(dice.uniform(0, 0.12))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
         left = [n for n in names(tmp_path) if n != "a.mp4"]
         assert all(n.endswith(".partial") for n in left)
         mid_write += bool(left)
@@ -111,8 +113,9 @@ def test_ended_at_each_stage(tmp_path, place, count, complete, old) -> None:
     if old:
         write_video(frames(1), path, metadata={"seed": 1})
     before = path.read_bytes() if old else None
-    command = [sys.executable, "-c", AT_CALL, str(path), place, str(count)]
-    assert subprocess.run(command, check=False).returncode == 9
+    process = start_program(AT_CALL, [str(path), place, str(count)], tmp_path, os.environ)
+    process.communicate()
+    assert process.returncode == 9
     if complete:
         assert is_whole(path)
         assert read_metadata(path)["seed"] == 5

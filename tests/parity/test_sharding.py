@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from tests.forked import forked_ranks
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Rank
@@ -198,7 +199,8 @@ def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:
 def on_ranks(monkeypatch: pytest.MonkeyPatch, work: object, devices: list[str], *args: object) -> list[object]:
     # Workers import this file by its name from the repository's root.
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    return run_on_ranks(work, devices, *args, timeout_s=30.0)
+    with forked_ranks():
+        return run_on_ranks(work, devices, *args, timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")

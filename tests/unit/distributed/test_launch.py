@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from tests.forked import forked_ranks
 from wanduet.distributed import launch
 from wanduet.distributed.launch import RankFailedError, RankGroup, run_on_ranks
 from wanduet.distributed.mesh import Layout
@@ -28,6 +30,13 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))  # workers import this file by its name from the repository's root
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """For what does not depend on how ranks start."""
+    with forked_ranks():
+        yield
 
 
 def gone(pid: int) -> bool:
@@ -93,6 +102,7 @@ def test_results_come_back_in_order() -> None:
     assert all(total.tolist() == [21.0, 41.0] for _, total in results)
 
 
+@pytest.mark.usefixtures("forked")
 def test_messages_go_both_ways() -> None:
     with RankGroup(echo, ["cpu", "cpu"]) as group:
         group.send("all")
@@ -107,6 +117,7 @@ def test_messages_go_both_ways() -> None:
         assert group.results() == [["all", "first"], ["all", "second"]]
 
 
+@pytest.mark.usefixtures("forked")
 def test_cancel_stops_all_ranks_at_the_same_step_and_ranks_ignore_ctrl_c() -> None:
     with RankGroup(steps_until_cancelled, ["cpu", "cpu"]) as group:
         for _, (step, pid) in group.messages():
@@ -123,6 +134,7 @@ def tasks(rank: Rank) -> None:
         rank.report((name, rank.cancelled()))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> None:
     with RankGroup(tasks, ["cpu", "cpu"]) as group:
         group.send("before")
@@ -140,6 +152,7 @@ def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> Non
         assert [report for index, report in reports if index == rank] == expected
 
 
+@pytest.mark.usefixtures("forked")
 def test_receive_drops_messages_about_another_task() -> None:
     with RankGroup(tasks, ["cpu"]) as group:
         group.send("first")
@@ -149,6 +162,7 @@ def test_receive_drops_messages_about_another_task() -> None:
             group.receive(0.05, second)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -172,9 +186,10 @@ def test_a_rank_that_dies_takes_the_group_down_and_is_named(how: str, message: s
     assert all(gone(pid) for _, pid in (first, second))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_rank_that_hangs_is_named_after_the_timeout() -> None:
     with (
-        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=4.0) as group,
+        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=3.0) as group,
         pytest.raises(RankFailedError, match=r"Rank 1 \(cpu\) did not answer") as caught,
     ):
         group.results()
@@ -191,19 +206,22 @@ def hang_in_an_axis(rank: Rank) -> None:
     time.sleep(600)
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_timeout_holds_for_every_axis() -> None:
-    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=6.0) as group, pytest.raises(RankFailedError) as caught:
+    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=4.0) as group, pytest.raises(RankFailedError) as caught:
         group.receive(40.0)
     assert "Rank 2 (cpu) failed" in caught.value.message
     assert "Rank 3 (cpu)" in str(caught.value.hint)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_wanduet_error_is_raised_as_it_was() -> None:
     with pytest.raises(NonFiniteLatentsError, match="step 5") as caught:
         run_on_ranks(die, ["cpu", "cpu"], "wanduet")
     assert caught.value.step == 4
 
 
+@pytest.mark.usefixtures("forked")
 def test_leaving_by_an_exception_ends_every_process() -> None:
     pids: list[int] = []
 
@@ -274,7 +292,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # which a script of this kind cannot tell from SIGKILL
+        signal.SIGINT,
+    ],
+)
 def test_no_rank_outlives_a_killed_parent(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
     script.write_text(SCRIPT)

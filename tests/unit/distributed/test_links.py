@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from tests.forked import forked_ranks
 from wanduet.distributed import launch
 from wanduet.distributed.launch import run_on_ranks
 from wanduet.distributed.links import attention_comm_bytes, configure_nccl, link_between
@@ -91,7 +92,8 @@ def test_nccl_uses_the_host_where_gpus_have_no_peer_access(
     monkeypatch.syspath_prepend(str(ROOT))  # workers import this file by its name from the repository's root
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     monkeypatch.setattr(launch, "rank_main", main)
-    assert run_on_ranks(link_and_setting, GPUS, timeout_s=30.0) == [expected, expected]
+    with forked_ranks():
+        assert run_on_ranks(link_and_setting, GPUS, timeout_s=30.0) == [expected, expected]
 
 
 def test_a_setting_of_nccl_by_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import forked_ranks
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -22,6 +23,12 @@ def config(tmp_path_factory) -> EngineConfig:
 def engine(config) -> Iterator[Engine]:
     with Engine(config) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked() -> Iterator[None]:
+    with forked_ranks():
+        yield
 
 
 @pytest.fixture(autouse=True)

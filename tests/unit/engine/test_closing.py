@@ -38,6 +38,11 @@ STRATEGIES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forked() -> None:
+    """Ranks start as everywhere but in tests: no process may be left."""
+
+
 @pytest.fixture(autouse=True)
 def _python_collects_nothing() -> Iterator[None]:
     """Its own collection may come at any time, or in an hour."""

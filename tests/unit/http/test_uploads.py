@@ -106,7 +106,7 @@ def test_a_parser_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     name = program(tmp_path, "hanging_parser", text, monkeypatch)
     path = tmp_path / "video.mp4"
     with pytest.raises(WanduetError, match="too long"):
-        MetadataReader(timeout_seconds=5.0, module=name).read(path)
+        MetadataReader(timeout_seconds=2.0, module=name).read(path)
     if sys.platform == "linux" and path.exists():
         assert not Path(f"/proc/{path.read_text()}").exists()
 

@@ -1,6 +1,5 @@
 import os
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from tests.forked import start_program
 from wanduet.media.files import atomic_output
 from wanduet.sampling import checkpoint as module
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint, find_checkpoints
@@ -128,7 +128,7 @@ import torch
 from wanduet.media.files import atomic_output
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
 store = Checkpoints(Path(sys.argv[1]), "a", atomic_output, sys.argv[2])
-for step in range(1, 60):
+for step in range(1, 30):
     value = torch.full((1, 64), float(step))
     store.save(DenoiseCheckpoint(step, value, {"last_sample": value}, {"by": sys.argv[2]}))
     found = store.load()
@@ -138,9 +138,8 @@ print("done")
 
 
 def test_two_processes_with_one_name_never_break_each_others_files(tmp_path) -> None:
-    command = [sys.executable, "-c", WRITERS, str(tmp_path)]
-    running = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
-    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["done", "done"]
+    running = [start_program(WRITERS, [str(tmp_path), name], tmp_path, os.environ) for name in ("one", "two")]
+    assert [process.communicate(timeout=120) for process in running] == [("done\n", "")] * 2
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.previous.safetensors"}
 
 
