@@ -9,6 +9,7 @@ from typing import Any
 
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
+from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
 from wanduet.runtime.models import Models
@@ -92,17 +93,20 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         notes=video.record.notes,
         warnings=video.job.warnings,
     )
-    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | forwards_of(video)
+    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | approximations_of(video)
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
 
 
-def forwards_of(video: Video) -> dict[str, Any]:
-    """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), if its
-    request asks for an approximation."""
-    if not video.request.approximates:
-        return {}
-    skipped = video.record.skipped_steps
-    return {"forwards": forwards_made(video.request, skipped), "skipped_steps": list(skipped)}
+def approximations_of(video: Video) -> dict[str, Any]:
+    """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), and how many
+    layers were quantized, each if its request asks for it."""
+    request, record, found = video.request, video.record, dict[str, Any]()
+    if request.approximates:
+        skipped = list(record.skipped_steps)
+        found |= {"forwards": forwards_made(request, skipped), "skipped_steps": skipped}
+    if request.quantize != OFF:
+        found["quantized_layers"] = record.quantized_layers
+    return found
 
 
 def is_same_model(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ benchmarks/results.
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -18,8 +18,9 @@ from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
+from wanduet.kernels.dit.quantized import Quantize
 from wanduet.kernels.dit.weight import WeightFormat, format_of
-from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
+from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
@@ -65,7 +66,7 @@ class DenoiseShape:
     """What is denoised: videos of `size`, in `dtype` by name, on each rank of a layout.
 
     `texts`: the positions of each prompt of a rank, see `text_positions`. `kept_latents`: the tensors of the latents' size
-    that a step cache keeps.
+    that a step cache keeps. `quantize`: as in a request.
     """
 
     size: Size
@@ -73,6 +74,7 @@ class DenoiseShape:
     texts: Sequence[int]
     layout: Layout = ONE_DEVICE
     kept_latents: int = 0
+    quantize: Quantize = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,11 @@ class ModelMemory:
         weights = total - streamed_blocks * self._block_bytes(dtype)
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         prompts, shape = len(texts) if share_first and layout.cfg == 1 else 1, self.spec.latent_shape(*denoise.size)
-        activations = forward_bytes(
-            ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
-        )
+        forward = ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts)
+        if denoise.quantize != "off":
+            fused = plans_quantized_kernels(device)
+            forward = replace(forward, quantize=denoise.quantize, fused_quantized=fused)
+        activations = forward_bytes(forward)
         activations += self._dense_bytes(dtype)
         latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES

@@ -18,6 +18,7 @@ from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
 from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
 from wanduet.kernels.verdicts import triton_problem
+from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
 from wanduet.request import ResolvedRequest
@@ -69,7 +70,7 @@ class Explanation:
             found += (Choice("weights", plan.transformer.weights, self._weights()),)
         if self.request.uses_input:
             found += (self._encode(),)
-        found += self._approximations()
+        found += self._approximations() + self._quantize()
         if plan.group.ranks:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
@@ -224,6 +225,15 @@ class Explanation:
             steps = f"guidance is off after {request.num_guided_steps} of {request.num_denoising_steps} steps"
             found.append(Choice("guidance_gate", request.guidance_gate, f"{count}; {steps}"))
         return tuple(found)
+
+    def _quantize(self) -> tuple[Choice, ...]:
+        if self.request.quantize == "off":
+            return ()
+        count = LAYERS_OF_A_BLOCK * self.spec.transformer.num_layers
+        why = f"{REQUESTED}: {count} layers are products in 8 bits; the video differs from the exact one"
+        if self._transformer.is_cpu:
+            why += ", and takes longer, as a CPU only rounds to 8 bits"
+        return (Choice("quantize", self.request.quantize, why),)
 
     def _keep_both(self) -> str:
         plan = self.plan

@@ -41,7 +41,8 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import MINIATURE
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("forwards", "skipped_steps")  # of a video's metadata, see `engine.record.forwards_of`
+# Of a video's metadata, see `engine.record.approximations_of`.
+APPROXIMATED = ("forwards", "skipped_steps", "quantized_layers")
 
 
 def run_generate(
@@ -236,6 +237,8 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps += f" with step cache {r.step_cache}"
     if r.guidance_gate < 1:
         steps += f", of which {r.num_guided_steps} guided"
+    if r.quantize != OFF:
+        steps += f", products in {r.quantize}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
 
 

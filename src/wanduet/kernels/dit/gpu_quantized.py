@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.kernels.device import on_device_of
-from wanduet.kernels.dit import quantized
 from wanduet.kernels.dit.gpu import launch_residual_norm, launch_shape, store_quantized
 from wanduet.kernels.dit.plain import Norm
 from wanduet.kernels.dit.quantized import LARGEST, QuantizedKernels, QuantizedRows
@@ -81,13 +80,12 @@ def _quantize_kernel(
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _product_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, out_row, length,
-    N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, out_row, length, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of `x @ weight.T * scales + bias`; x `[length, K]` and weight `[N, K]` are contiguous.
 
-    Sums are int32, or float32 of which none is rounded to fewer bits on the way.
+    Sums are int32, or float32 to which Hopper's products of 32 channels are added. `WHOLE`: K is a multiple of `BLOCK_K`.
     """
     program = tl.program_id(0)
     columns = (N + BLOCK_N - 1) // BLOCK_N
@@ -103,7 +101,7 @@ def _product_kernel(
     is_int: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if is_int else tl.float32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
+        if WHOLE:
             x = tl.load(x_at)
             weight = tl.load(weight_at)
         else:
@@ -123,17 +121,17 @@ def _product_kernel(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), (row[:, None] < length) & (col[None, :] < N))
 
 
-@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _scale_kernel(
-    sums_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, out_row, length, N: tl.constexpr, BLOCK: tl.constexpr
+    sums_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, out_row, N, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Compute `sums * scales + bias` of a row's `BLOCK` columns; sums int32 `[length, N]`, contiguous."""
+    """Compute `sums * scales + bias` of a row's `BLOCK` columns; sums int32 `[L, N]`, contiguous."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < N
-    scale = tl.load(x_scale_ptr + row) * tl.load(weight_scale_ptr + col, mask, 0.0)
     sums = tl.load(sums_ptr + row * N + col, mask, 0).to(tl.float32)
-    out = sums * scale + tl.load(bias_ptr + col, mask, 0.0).to(tl.float32)
+    scaled = sums * tl.load(x_scale_ptr + row) * tl.load(weight_scale_ptr + col, mask, 0.0)
+    out = scaled + tl.load(bias_ptr + col, mask, 0.0).to(tl.float32)
     tl.store(out_ptr + row * out_row + col, out.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -153,7 +151,7 @@ def quantize_gelu(x: Tensor, out: QuantizedRows) -> None:
 
 
 def multiply_in(tile: Tile, x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
-    """See `quantized.multiply`."""
+    """See `quantized.quantized_linear`."""
     columns, channels = weight.shape
     for data, scale, result in zip(x.data, x.scale, out, strict=True):
         _require_contiguous(data, scale, weight.data, weight.scale)
@@ -161,16 +159,16 @@ def multiply_in(tile: Tile, x: QuantizedRows, weight: QuantizedRows, bias: Tenso
         grid = (triton.cdiv(length, tile.rows) * triton.cdiv(columns, tile.columns),)
         with on_device_of(out):
             _product_kernel[grid](
-                data, weight.data, bias, result, scale, weight.scale, result.stride(0), length, N=columns, K=channels,
+                data, weight.data, bias, result, scale, weight.scale, result.stride(0), length, columns, channels,
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.channels, GROUP=GROUP,
-                num_warps=tile.warps, num_stages=tile.stages,
+                WHOLE=channels % tile.channels == 0, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 
 
 def multiply_by_scaled_mm(
     x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool = False
 ) -> None:
-    """See `quantized.multiply`; fp8 only. `fast`: sums of fewer bits."""
+    """See `quantized.quantized_linear`; fp8 only. `fast`: sums of fewer bits."""
     scale = weight.scale.t()
     for data, rows, result in zip(x.data, x.scale, out, strict=True):
         got = torch._scaled_mm(
@@ -182,7 +180,7 @@ def multiply_by_scaled_mm(
 
 
 def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
-    """See `quantized.multiply`; int8 only."""
+    """See `quantized.quantized_linear`; int8 only."""
     columns, block = len(weight.data), 1024
     for data, scale, result in zip(x.data, x.scale, out, strict=True):
         for start in range(0, len(data), INT_MM_TOKENS):
@@ -190,12 +188,11 @@ def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, ou
             sums = torch._int_mm(data[rows], weight.data.t())
             with on_device_of(out):
                 _scale_kernel[(len(sums), triton.cdiv(columns, block))](
-                    sums, bias, result[rows], scale[rows], weight.scale, result.stride(0), len(sums),
-                    N=columns, BLOCK=block,
+                    sums, bias, result[rows], scale[rows], weight.scale, result.stride(0), columns, BLOCK=block,
                 )  # fmt: skip
 
 
-def products(dtype: torch.dtype, device: torch.device, shared: int) -> dict[str, Product]:
+def products(dtype: torch.dtype, shared: int) -> dict[str, Product]:
     """Return the products of operands in an 8-bit `dtype` that a GPU with `shared` bytes of shared memory may have."""
     ours: dict[str, Product] = {tile.name: partial(multiply_in, tile) for tile in TILES if tile.shared <= shared}
     if dtype == torch.int8:

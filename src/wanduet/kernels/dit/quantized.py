@@ -19,6 +19,7 @@ from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import CHUNK_TOKENS, Norm
 
 EightBits: TypeAlias = Literal["fp8", "int8"]
+Quantize: TypeAlias = Literal["off", "fp8", "int8"]  # as in a request
 # By name: the dtype, and its largest value, to which the largest of each row is mapped.
 DTYPES: dict[EightBits, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # -128 is not used, so that the range is symmetric
@@ -60,7 +61,7 @@ class QuantizedKernels:
     quantize: Callable[[Tensor, QuantizedRows], None]
     quantize_norm: Callable[[Tensor, Tensor | None, Tensor | None, Norm, QuantizedRows], None]
     quantize_gelu: Callable[[Tensor, QuantizedRows], None]
-    multiply: Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
+    quantized_linear: Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
 
 def quantize(x: Tensor, out: QuantizedRows) -> None:
@@ -87,7 +88,7 @@ def quantize_gelu(x: Tensor, out: QuantizedRows) -> None:
         _write(F.gelu(x[:, rows].float(), approximate="tanh"), out.tokens(rows))
 
 
-def multiply(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
+def quantized_linear(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
     """Write `x @ weight.T + bias` `[B, L, O]`, computed in `out`'s dtype; bias `[O]` in that dtype."""
     matrix = weight.dense(out.dtype)
     for rows in _chunks(x.shape[1]):
@@ -106,4 +107,4 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK_TOKENS, length)) for start in range(0, length, CHUNK_TOKENS))
 
 
-TORCH_QUANTIZED = QuantizedKernels("torch", quantize, quantize_norm, quantize_gelu, multiply)
+TORCH_QUANTIZED = QuantizedKernels("torch", quantize, quantize_norm, quantize_gelu, quantized_linear)

@@ -120,9 +120,7 @@ class Attention(nn.Module):
         attend = run.sharding.attend_first_block if call.block == 0 else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention, call).flatten(2)
 
-    def send_qkv(
-        self, n_BLC: Operand, rope: Rope, run: Runtime, workspace: Workspace
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def send_qkv(self, n_BLC: Operand, rope: Rope, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation; each is sent to its devices before the next is computed."""
         qkv: dict[int, Tensor] = {}
         norm = QKNorm(self.eps, self.num_heads, rope)

@@ -62,7 +62,7 @@ class Quantizer:
         """`[B, L, O]`, the product with the matrix of `layers`; written into `out_BLO` if given."""
         if out_BLO is None:
             out_BLO = bias.new_empty(*x_BLC.shape[:-1], weight.shape[0])
-        self.kernels.multiply(x_BLC, self.weight(weight, bias.dtype, layers), bias, out_BLO)
+        self.kernels.quantized_linear(x_BLC, self.weight(weight, bias.dtype, layers), bias, out_BLO)
         return out_BLO
 
     def check(self, num_blocks: int) -> None:
@@ -92,6 +92,6 @@ class QuantizedFeedForward:
         hidden, data = self._workspace.part_and_bytes(batch, tokens, self._up[0].shape[0])
         scale = torch.empty(batch, tokens, 1, dtype=torch.float32, device=hidden.device)
         quantized = QuantizedRows(data.view(self._dtype), scale)
-        self._kernels.multiply(n_BLC, *self._up, hidden)
+        self._kernels.quantized_linear(n_BLC, *self._up, hidden)
         self._kernels.quantize_gelu(hidden, quantized)
-        self._kernels.multiply(quantized, *self._down, out_BLC)
+        self._kernels.quantized_linear(quantized, *self._down, out_BLC)
