@@ -122,8 +122,8 @@ class GenerationRequest(BaseModel):
     )
     quantize: Annotated[Literal["off", "fp8", "int8"], Shown(row=7, label="Products", off=OFF)] = Field(
         default="off",
-        description="Compute the transformer's large matrix products in 8 bits: fp8 on GPUs of compute capability 8.9 and "
-        "later, int8 on 8.0 and later. Faster, and a slightly other video.",
+        description="Compute the large matrix products in 8 bits: fp8 (GPUs of compute capability 8.9 and later) or int8 "
+        "(8.0 and later). Faster, and a slightly other video.",
     )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
