@@ -150,11 +150,10 @@ def test_a_product_of_operands_with_gaps_is_refused(kernels) -> None:
         kernels.TRITON_QUANTIZED.quantized_linear(gaps, matrix, torch.randn(32), torch.empty(1, 4, 32))
 
 
-def test_only_tiles_that_fit_are_offered(kernels) -> None:
-    names = kernels.products(torch.int8, 101_376)
-    assert names
-    assert all(tile.shared <= 101_376 for tile in kernels.TILES if tile.name in names)
-    assert len(names) < len(kernels.products(torch.int8, 232_448))
+def test_wide_tiles_are_offered_on_gpus_with_wgmma_only(kernels) -> None:
+    narrow, wide = (set(kernels.products(torch.float8_e4m3fn, shared)) for shared in (101_376, 232_448))
+    assert narrow < wide
+    assert all((tile.rows + tile.columns) * tile.channels * tile.stages <= 101_376 for tile in kernels.TILES)
 
 
 def test_the_fastest_right_product_is_measured(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:

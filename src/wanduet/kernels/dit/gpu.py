@@ -81,7 +81,7 @@ def _residual_norm_kernel(
     variance = tl.sum(centred * centred, 1)[:, None] / C
     normed = centred * tl.rsqrt(variance + eps) * weight + bias
     out_at = out_ptr + batch * out_batch + row_i64 * out_row + col
-    if LARGEST:
+    if LARGEST > 0.0:
         scale_at = scale_ptr + batch * scale_batch + row_i64 * scale_row
         store_quantized(tl.where(mask, normed, 0.0), out_at, scale_at, mask, row[:, None] < length, LARGEST)
     else:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.kernels.device import on_device_of
+from wanduet.kernels.device import WGMMA_SHARED_MEMORY, on_device_of
 from wanduet.kernels.dit.gpu import launch_residual_norm, launch_shape, store_quantized
 from wanduet.kernels.dit.plain import Norm
 from wanduet.kernels.dit.quantized import LARGEST, QuantizedKernels, QuantizedRows
@@ -44,19 +44,10 @@ class Tile:
         """Of the product, in measurements."""
         return f"triton {self.rows}x{self.columns}x{self.channels}, {self.warps} warps, {self.stages} stages"
 
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory for the operands."""
-        return (self.rows + self.columns) * self.channels * self.stages
 
-
-TILES = (
-    Tile(128, 128, 128, 8, 3),
-    Tile(128, 256, 64, 8, 4),
-    Tile(128, 128, 64, 4, 4),
-    Tile(128, 256, 128, 8, 3),
-    Tile(64, 128, 128, 4, 4),
-)
+TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4))
+# Of fp8 on GPUs with wgmma. Others have sums and operands in registers together, for which these do not suffice.
+WGMMA_TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 256, 64, 8, 4))
 
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
@@ -78,8 +69,9 @@ def _quantize_kernel(
     store_quantized(x, out_at, scale_ptr + batch * scale_batch + row_i64 * scale_row, mask, in_length, LARGEST)
 
 
-@triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
-def _product_kernel(
+# Nor are scales: a chunk's may begin anywhere.
+@triton.jit(do_not_specialize=["length", "x_scale_ptr"])  # type: ignore[untyped-decorator]
+def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, x_scale_ptr, weight_scale_ptr, out_row, length, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +150,7 @@ def multiply_in(tile: Tile, x: QuantizedRows, weight: QuantizedRows, bias: Tenso
         length = len(data)
         grid = (triton.cdiv(length, tile.rows) * triton.cdiv(columns, tile.columns),)
         with on_device_of(out):
-            _product_kernel[grid](
+            _linear_kernel[grid](
                 data, weight.data, bias, result, scale, weight.scale, result.stride(0), length, columns, channels,
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.channels, GROUP=GROUP,
                 WHOLE=channels % tile.channels == 0, num_warps=tile.warps, num_stages=tile.stages,
@@ -194,9 +186,11 @@ def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, ou
 
 def products(dtype: torch.dtype, shared: int) -> dict[str, Product]:
     """Return the products of operands in an 8-bit `dtype` that a GPU with `shared` bytes of shared memory may have."""
-    ours: dict[str, Product] = {tile.name: partial(multiply_in, tile) for tile in TILES if tile.shared <= shared}
+    ours: dict[str, Product] = {tile.name: partial(multiply_in, tile) for tile in TILES}
     if dtype == torch.int8:
         return ours | {"torch._int_mm": multiply_by_int_mm}
+    if shared >= WGMMA_SHARED_MEMORY:
+        ours |= {tile.name: partial(multiply_in, tile) for tile in WGMMA_TILES}
     return {"torch._scaled_mm": multiply_by_scaled_mm} | ours
 
 
