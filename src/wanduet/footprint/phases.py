@@ -18,7 +18,7 @@ from wanduet.distributed.mesh import ONE_DEVICE, Layout
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
-from wanduet.kernels.dit.quantized import Quantize
+from wanduet.kernels.dit.quantized import INT_MM_TOKENS, Quantize
 from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
 from wanduet.models.dit.model import WanTransformer
@@ -109,6 +109,8 @@ class ModelMemory:
             fused = plans_quantized_kernels(device)
             forward = replace(forward, quantize=denoise.quantize, fused_quantized=fused)
         activations = forward_bytes(forward)
+        if denoise.quantize == "int8" and torch.device(device).type == "cuda":
+            activations += INT_MM_TOKENS * max(3 * t.dim, t.ffn_dim) * 4  # if that product is the fastest
         activations += self._dense_bytes(dtype)
         latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES

@@ -21,11 +21,10 @@ from torch import Tensor
 from wanduet.kernels.device import WGMMA_SHARED_MEMORY, on_device_of
 from wanduet.kernels.dit.gpu import launch_residual_norm, launch_shape, store_quantized
 from wanduet.kernels.dit.plain import Norm
-from wanduet.kernels.dit.quantized import LARGEST, QuantizedKernels, QuantizedRows
+from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKernels, QuantizedRows
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
-INT_MM_TOKENS = 4096  # at a time: the int32 result of 8960 channels then takes 140 MiB
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
 
 

@@ -23,6 +23,7 @@ Quantize: TypeAlias = Literal["off", "fp8", "int8"]  # as in a request
 # By name: the dtype, and its largest value, to which the largest of each row is mapped.
 DTYPES: dict[EightBits, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # -128 is not used, so that the range is symmetric
+INT_MM_TOKENS = 1024  # at a time in torch._int_mm, for its result in int32
 SMALLEST = 1e-20  # the largest value of a row of zeros, so that its scale can be inverted
 
 
