@@ -133,7 +133,10 @@ class Explanation:
         dtype = self.plan.transformer.dtype
         names: tuple[Weights, ...] = (self.plan.transformer.weights, "auto")
         stored, dense = (format_bytes(replace(self.memory, weights=name).transformer_weights(dtype)) for name in names)
-        return f"{REQUESTED}: the transformer takes {stored} instead of {dense}; its products are computed in {dtype}"
+        computed = dtype if self.request.quantize == "off" else f"{dtype} and {self.request.quantize}"
+        return (
+            f"{REQUESTED}: the transformer takes {stored} instead of {dense}; its products are computed in {computed}"
+        )
 
     def _vae_dtype(self) -> Choice:
         why = REQUESTED
