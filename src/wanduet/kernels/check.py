@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -189,20 +190,20 @@ def _written(shape: torch.Size, s: _Samples, dtype: torch.dtype, write: Callable
 
 def _quantize(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
     tensors = s.tokens(s.dtype), s.tokens(torch.float32)
-    return tuple(_written(x.shape, s, dtype, lambda out, x=x: kernels.quantize(x, out)) for x in tensors)
+    return tuple(_written(x.shape, s, dtype, partial(kernels.quantize, x)) for x in tensors)
 
 
 def _quantize_norm(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
     found = []
     for y, gate in ((None, None), (s.tokens(s.dtype), None), (s.tokens(s.dtype), s.row())):
         x, norm = s.tokens(torch.float32), Norm(s.row(), s.row()[:1], 1e-6)
-        found += [_written(x.shape, s, dtype, lambda out: kernels.quantize_norm(x, y, gate, norm, out)), x]  # noqa: B023
+        found += [_written(x.shape, s, dtype, partial(kernels.quantize_norm, x, y, gate, norm)), x]
     return tuple(found)
 
 
 def _quantize_gelu(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
     x = s.tokens(s.dtype)
-    return (_written(x.shape, s, dtype, lambda out: kernels.quantize_gelu(x, out)),)
+    return (_written(x.shape, s, dtype, partial(kernels.quantize_gelu, x)),)
 
 
 def _quantized_linear(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:

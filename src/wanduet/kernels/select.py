@@ -262,8 +262,8 @@ def _plans_triton(what: str, name: str) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"
     seen = plain_operations(what, device)
-    operations = {VAE_TRITON: _VAE_OPERATIONS, QUANTIZED: _QUANTIZED_OPERATIONS}.get(what, _OPERATIONS)
-    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(operations)
+    sets: dict[str, Mapping[str, Any]] = {VAE_TRITON: _VAE_OPERATIONS, QUANTIZED: _QUANTIZED_OPERATIONS}
+    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(sets.get(what, _OPERATIONS))
     return not failed and (triton_problem() is None if seen is None else not seen)
 
 

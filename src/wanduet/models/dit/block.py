@@ -206,8 +206,11 @@ class Block(nn.Module):
 
     def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall) -> None:
         """Replace `residual.pending` with its self-attention: the part of a block that does not depend on the text."""
-        heads_BLC = run.operand(self.attn1.attend_self(residual, rope, run, workspace, call))
-        residual.pending = self.attn1.project_out(heads_BLC, workspace.part(heads_BLC, heads_BLC.shape[2]), run)
+        heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, call)
+        out_BLC = workspace.part(heads_BLC, heads_BLC.shape[2])
+        operand = run.operand(heads_BLC)
+        del heads_BLC  # in 8 bits, its memory is free now
+        residual.pending = self.attn1.project_out(operand, out_BLC, run)
 
     def forward(
         self,
