@@ -224,7 +224,7 @@ def quantized(dtype: torch.dtype, capability: int, brief: bool) -> Iterator[tupl
 
                 def check(kernels: Any = kernels, format: Any = format, t: Any = t) -> None:
                     heads = (t.num_attention_heads, t.attention_head_dim)
-                    kernel_checks.largest_quantized_error(kernels, META, dtype, format, None, *heads)
+                    kernel_checks.largest_quantized_error(kernels, META, dtype, format, None, heads)
                     hidden = torch.empty(1, 1024, t.ffn_dim, dtype=dtype, device=META)
                     rows = QuantizedRows.empty(hidden.shape, FORMATS[format], META)
                     kernels.quantize_gelu(hidden, rows)

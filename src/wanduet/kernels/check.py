@@ -44,14 +44,13 @@ def largest_quantized_error(
     dtype: torch.dtype,
     format: EightBits,
     operations: Iterable[str] | None = None,
-    heads: int = 3,
-    head_dim: int = 128,
+    widths: tuple[int, int] = (3, 128),
 ) -> float:
     """Return the largest relative error of the operations around products in 8 bits, in a model that computes in `dtype`.
 
-    `operations`: names of the fields of `QuantizedKernels`, by default all.
+    `operations`: names of the fields of `QuantizedKernels`, by default all. `widths`: heads, and channels of a head.
     """
-    samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=heads, head_dim=head_dim)
+    samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=widths[0], head_dim=widths[1])
     errors = []
     for operation in QUANTIZED_CASES if operations is None else operations:
         case = QUANTIZED_CASES[operation]

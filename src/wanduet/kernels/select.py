@@ -110,7 +110,7 @@ def quantized_kernels_for(
         return choose_product(device, dtype, format, (heads * head_dim, hidden), folder)
 
     def error(tried: QuantizedKernels, operation: str) -> float:
-        return largest_quantized_error(tried, device, dtype, format, (operation,), heads, head_dim)
+        return largest_quantized_error(tried, device, dtype, format, (operation,), (heads, head_dim))
 
     check = _Check(device, dtype, QUANTIZED_TOLERANCE, _QUANTIZED_OPERATIONS)
     return check.judged(QUANTIZED, triton, TORCH_QUANTIZED, error)
