@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CHOICES_FILE = "products.json"
 TIMED_TOKENS = 4096
 TIMED_ROUNDS = 5
+COMPARED = 16  # of so many rows one
 TOLERANCE = 1e-2  # both round once to 16 bits; fp8 sums may be rounded on the way
 
 
@@ -74,7 +75,9 @@ def measure(
         try:
             out.fill_(torch.nan)
             product(x, weight, bias, out)
-            errors[name] = relative(out, expected)
+            # Compared in float64, which would take a gigabyte for all rows; one that is not written is NaN.
+            some = slice(None, None, COMPARED)
+            errors[name] = relative(out[:, some], expected[:, some]) if out.isfinite().all() else float("nan")
         except Exception as problem:  # a compiler can raise any exception
             log.info("Product %s failed.", name, exc_info=problem)
             free = free_bytes(device) if isinstance(problem, torch.OutOfMemoryError) else None

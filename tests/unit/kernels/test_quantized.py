@@ -166,6 +166,10 @@ def test_the_fastest_right_product_is_measured(interpreted, monkeypatch: pytest.
     def broken(*operands: object) -> None:
         raise RuntimeError("no such instruction")
 
+    def short(x: QuantizedRows, weight: QuantizedRows, bias: torch.Tensor, out: torch.Tensor) -> None:
+        right = named("short")
+        right(x.tokens(slice(31)), weight, bias, out[:, :31])
+
     def named(name: str):
         def right(*operands: object) -> None:
             TORCH_QUANTIZED.quantized_linear(*operands)
@@ -173,13 +177,14 @@ def test_the_fastest_right_product_is_measured(interpreted, monkeypatch: pytest.
         right.__name__ = name
         return right
 
-    monkeypatch.setattr(choose, "TIMED_TOKENS", 8)
+    monkeypatch.setattr(choose, "TIMED_TOKENS", 32)
     monkeypatch.setattr(choose, "_timed", lambda run, out: seconds[run.func.__name__])
-    offered = {"slow": named("slow"), "wrong": wrong, "broken": broken, "fast": named("fast")}
+    offered = {"slow": named("slow"), "wrong": wrong, "broken": broken, "short": short, "fast": named("fast")}
     table = {row.name: row for row in choose.measure(offered, CPU, torch.float32, "int8", (32, 48))}
     assert {name: row.milliseconds for name, row in table.items() if row.usable} == {"slow": 2.0, "fast": 1.0}
     assert table["broken"].problem == "RuntimeError"
     assert "wrong" in table["wrong"].problem
+    assert "wrong" in table["short"].problem  # it leaves a row out
 
 
 def offered(monkeypatch: pytest.MonkeyPatch, kernel_set: object) -> None:
