@@ -3,9 +3,9 @@
 A block's large products are: q, k, v and out of self-attention, and both of the feed-forward. Cross-attention's are not,
 as they are small and their text keys and values are computed once a prompt; nor are embeddings, modulation and the head.
 
-Weights remain in memory as they are. Each block's matrices are quantized when it runs, which reads and writes as much as a
-third of a percent of the block's time, at 480p on an H100; so they need memory for one block, whether blocks are resident
-or streamed, and a job that is exact frees nothing. Letters in names are as in `models.dit.model`.
+Weights remain in memory as they are, in any format. A block's matrices are quantized when it runs, which takes about a third
+of a percent of its time at 480p on an H100, by the bytes that it moves. So they need memory for one block only, whether
+blocks are resident or streamed, and an exact job that follows has nothing to free. Letters in names are as in `models.dit.model`.
 """
 
 from collections.abc import Sequence
