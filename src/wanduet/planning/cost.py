@@ -41,9 +41,9 @@ CUT_SHARE = 0.03
 # otherwise runs in parallel to the decode. Pixels a second at which it then delays the job (the same files, "ours" and
 # "smallest": 16 cores, x264).
 VIDEO_RATE = 50e6
-# How many times as fast 8-bit products are, with quantizing their operands. From products measured on an H100, 1.5 times
-# as fast with exact sums, and the bytes that quantizing moves.
-QUANTIZED_SPEED = 1.3
+# How many times as fast 8-bit products are, with quantizing their operands, in fp8 with exact sums and in int8. Measured on
+# an H200 (benchmarks/results/products_8bit.json).
+QUANTIZED_SPEED = 1.15
 MOVING_RATE = 20e9  # bytes a second over PCIe 4 x16, from page-locked memory
 # The text encoder on the CPU: TFLOP/s of one core, and bytes a second at which its weights are read, from the file
 # (page cache or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2

@@ -143,6 +143,22 @@ def test_every_product_in_the_interpreter(kernels, format: str, inputs: int) -> 
         assert wide[:, 73:].isnan().all()
 
 
+@pytest.mark.parametrize("tokens", [5, 16, 37])
+def test_any_number_of_rows_has_a_product_in_fp8(kernels, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    multiply = torch._scaled_mm
+
+    def cublas(rows: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+        assert len(rows) % 8 == 0, "CUBLAS_STATUS_NOT_SUPPORTED"
+        return multiply(rows, *others, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", cublas)
+    x, matrix = quantized(torch.randn(2, tokens, 96), "fp8"), weight("fp8", 160, 96)
+    bias, out, expected = torch.randn(160), torch.empty(2, tokens, 160), torch.empty(2, tokens, 160)
+    kernels.multiply_by_scaled_mm(x, matrix, bias, out)
+    TORCH_QUANTIZED.quantized_linear(x, matrix, bias, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_product_of_operands_with_gaps_is_refused(kernels) -> None:
     x, matrix = quantized(torch.randn(1, 8, 96), "int8"), weight("int8", 32, 96)
     gaps = QuantizedRows(x.data[:, ::2], x.scale[:, ::2])

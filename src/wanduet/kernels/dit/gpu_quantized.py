@@ -25,6 +25,7 @@ from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKerne
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
+CUBLAS_ROWS = 8  # cuBLAS has no products in fp8 of other numbers of rows than multiples of it
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
 
 
@@ -160,14 +161,25 @@ def multiply_by_scaled_mm(
     x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool = False
 ) -> None:
     """See `quantized.quantized_linear`; fp8 only. `fast`: sums of fewer bits."""
-    scale = weight.scale.t()
-    for data, rows, result in zip(x.data, x.scale, out, strict=True):
-        got = torch._scaled_mm(
-            data, weight.data.t(), rows, scale, bias, out_dtype=out.dtype, use_fast_accum=fast,
-            out=result if result.is_contiguous() else None,
-        )  # fmt: skip
-        if not result.is_contiguous():
-            result.copy_(got)
+    for data, scale, result in zip(x.data, x.scale, out, strict=True):
+        whole = len(data) // CUBLAS_ROWS * CUBLAS_ROWS
+        if whole:
+            _scaled_mm(data[:whole], scale[:whole], weight, bias, result[:whole], fast)
+        if tail := len(data) - whole:
+            rows, scales = data.new_zeros(2 * CUBLAS_ROWS, data.shape[1]), scale.new_ones(2 * CUBLAS_ROWS, 1)
+            rows[:tail], scales[:tail] = data[whole:], scale[whole:]
+            padded = result.new_empty(2 * CUBLAS_ROWS, result.shape[1])
+            _scaled_mm(rows, scales, weight, bias, padded, fast)
+            result[whole:] = padded[:tail]
+
+
+def _scaled_mm(data: Tensor, scale: Tensor, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool) -> None:
+    got = torch._scaled_mm(
+        data, weight.data.t(), scale, weight.scale.t(), bias, out_dtype=out.dtype, use_fast_accum=fast,
+        out=out if out.is_contiguous() else None,
+    )  # fmt: skip
+    if not out.is_contiguous():
+        out.copy_(got)
 
 
 def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
