@@ -221,6 +221,35 @@ def attentions(dtype: torch.dtype, brief: bool, shared: int) -> Iterator[tuple[s
         yield name, partial(attend, channels, head_dim, blocks)
 
 
+def quantized(dtype: torch.dtype, capability: int, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a forward with products in 8 bits asks for: the check before use, with each of our products; `brief`: with one."""
+    from wanduet.family.wan21 import WAN_1_3B, WAN_14B
+    from wanduet.kernels import check as kernel_checks
+    from wanduet.kernels.dit.gpu_quantized import TILES, TRITON_QUANTIZED, products
+    from wanduet.kernels.dit.quantized import DTYPES as FORMATS
+    from wanduet.kernels.dit.quantized import QuantizedRows
+
+    for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B))[: 1 if brief else 2]:
+        t = spec.transformer
+        for format, eight in FORMATS.items():
+            if format == "fp8" and capability < 89:
+                continue
+            for product, multiply in products(eight, CARDS[capability][0]).items():
+                if not product.startswith("triton") or (brief and product != TILES[0].name):
+                    continue  # PyTorch's, and other tiles
+                kernels = replace(TRITON_QUANTIZED, quantized_linear=multiply)
+
+                def check(kernels: Any = kernels, format: Any = format, t: Any = t) -> None:
+                    heads = (t.num_attention_heads, t.attention_head_dim)
+                    kernel_checks.largest_quantized_error(kernels, META, dtype, format, None, heads)
+                    hidden = torch.empty(1, 1024, t.ffn_dim, dtype=dtype, device=META)
+                    rows = QuantizedRows.empty(hidden.shape, FORMATS[format], META)
+                    kernels.quantize_gelu(hidden, rows)
+                    kernels.quantize(hidden, rows)  # as a matrix of weights
+
+                yield f"{name}, {format}, {product}", check
+
+
 def compile_all(capability: int, dtype_name: str, brief: bool = False, part: str = "all") -> list[Row]:
     """Every kernel for that capability in that dtype. To be called before any kernel is imported, for one capability.
 
@@ -243,6 +272,8 @@ def compile_all(capability: int, dtype_name: str, brief: bool = False, part: str
     with torch.no_grad(), Recorder(capability, dtype_name) as recorder:
         of_vae = () if brief and dtype.itemsize == 2 else decodes(dtype, brief)
         cases = [*of_vae, *(forwards(dtype, brief) if dtype.itemsize == 2 else ())] if part == "all" else []
+        if dtype.itemsize == 2 and part == "all":
+            cases += quantized(dtype, capability, brief)
         if dtype.itemsize == 2 and (part == "int8" or not brief):
             cases += attentions(dtype, brief, shared)
         for recorder.case, run in cases:

@@ -43,6 +43,7 @@ from wanduet.source_video import SourceVideo
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
+EXACT_VALUES: Mapping[str, Any] = {"step_cache": OFF, "guidance_gate": 1.0, "sparse": ALL, "quantize": OFF}
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
@@ -154,6 +155,11 @@ class GenerationRequest(BaseModel):
         le=1.0,
         description="The share of the keys that self-attention reads after the first quarter of the steps, for example 0.5: "
         "those that match best, by blocks. Faster, and another video.",
+    )
+    quantize: Annotated[Literal["off", "fp8", "int8"], Shown(row=7, label="Products", off=OFF)] = Field(
+        default="off",
+        description="Compute the large matrix products in 8 bits: fp8 (GPUs of compute capability 8.9 and later) or int8 "
+        "(8.0 and later). Faster, and a slightly other video.",
     )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
@@ -327,7 +333,7 @@ class ResolvedRequest(GenerationRequest):
     @property
     def approximates(self) -> bool:
         """Whether the video is made with less work than the model asks for, at a loss."""
-        return self.step_cache != OFF or self.guidance_gate < 1 or self.sparse < ALL
+        return any(getattr(self, name) != value for name, value in EXACT_VALUES.items())
 
     @property
     def uses_input(self) -> bool:
@@ -338,8 +344,7 @@ class ResolvedRequest(GenerationRequest):
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
         effect are left out: those of an input video if there is none, those of approximations that are off, the
         timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
-        exact = {"step_cache": OFF, "guidance_gate": 1.0, "sparse": ALL}
-        off = {name for name, value in exact.items() if getattr(self, name) == value}
+        off = {name for name, value in EXACT_VALUES.items() if getattr(self, name) == value}
         unused = "timesteps" if self.timesteps is None else "flow_shift"
         values = self.model_dump(exclude={"input_sha256", "price", *FIELDS, unused} | off)
         if self.timesteps is not None:
@@ -390,8 +395,3 @@ def parse_resolution(text: str) -> tuple[int, int]:
         return int(height), int(width)
     allowed = ", ".join(RESOLUTIONS) + " or WIDTHxHEIGHT, for example 832x480"
     raise InvalidRequestError("resolution", text, allowed)
-
-
-def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
-    """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
-    return max(0, round(seconds * fps / stride)) * stride + 1

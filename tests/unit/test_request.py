@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.sizes import frames_for_seconds
 from wanduet.family.wan21 import WAN_1_3B
-from wanduet.request import GenerationRequest, ResolvedRequest, frames_for_seconds, parse_resolution
+from wanduet.request import GenerationRequest, ResolvedRequest, parse_resolution
 from wanduet.source_video import SourceVideo
 
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)

@@ -108,6 +108,7 @@ class Group:
             elif isinstance(message, Denoised):
                 video.record.attention = message.attention
                 video.record.skipped_steps = list(message.skipped_steps)
+                video.record.quantized_layers = message.quantized_layers
                 for event in message.notes:
                     if event not in video.record.notes:  # a restarted group repeats them
                         video.record.note(event)

@@ -272,6 +272,7 @@ class Video:
         record.attention = about.get("attention")
         record.changed = bool(about.get("engine", {}).get("callback"))
         record.skipped_steps = list(about.get("skipped_steps", ()))
+        record.quantized_layers = about.get("quantized_layers", 0)
         record.notes += [event for event in about.get("rungs", ()) if event not in record.notes]
         self.job.warnings += [one for one in about.get("warnings", ()) if one not in self.job.warnings]
         record.timings.add("denoise_s", before.get("denoise_s", 0.0))

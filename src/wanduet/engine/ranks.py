@@ -88,6 +88,7 @@ class Denoised:
     prepare_s: float  # seconds that rank 0 waited for kernels and attention
     seconds_of_others: float = 0.0  # seconds that another job spent on the steps before the loaded checkpoint
     skipped_steps: tuple[int, ...] = ()  # see VideoRecord
+    quantized_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             record.timings["prepare_s"],
             record.timings["denoise_s"],
             tuple(record.skipped_steps),
+            record.quantized_layers,
         )
         rank.report(report)
     return latents

@@ -10,6 +10,7 @@ from typing import Any
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
 from wanduet.family.speeds import price_dict
+from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
 from wanduet.meta.prices import Subject, approximations_of, card_of, price_of
@@ -101,7 +102,7 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         notes=video.record.notes,
         warnings=video.job.warnings,
     )
-    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | forwards_of(video)
+    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | approximations_made(video)
     if video.request.approximates:
         price = measured_price(models, plan, video.request)
         made |= {"price": made.get("price") if price is None else price}
@@ -124,15 +125,18 @@ def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict
     return price_of(models.checkpoint.measurements, subject, settings)
 
 
-def forwards_of(video: Video) -> dict[str, Any]:
+def approximations_made(video: Video) -> dict[str, Any]:
     """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), if its
-    request asks for an approximation; and its speed and what that loses, if it asks for a speed."""
+    request asks for an approximation; its speed and what that loses, if it asks for a speed; and the number of layers
+    whose products were in 8 bits, if it asks for such products."""
     request, skipped = video.request, video.record.skipped_steps
     found: dict[str, Any] = {}
     if request.speed is not None:
         found |= {"speed": request.speed, "price": price_dict(request.price)}
     if request.approximates:
         found |= {"forwards": forwards_made(request, skipped), "skipped_steps": list(skipped)}
+    if request.quantize != OFF:
+        found["quantized_layers"] = video.record.quantized_layers
     return found
 
 

@@ -68,7 +68,7 @@ class LocalStrategy:
                     video.plan = reserve_decode(video.plan, video.request, models.memory, context)
             hooks = StepHooks(job.on_step, job.watch, job.on_predict)
             latents = denoise(task, denoiser, checkpoints_of(models, task), hooks, record, context)
-            record.attention, record.kernels = denoiser.attention, denoiser.transformer.runtime.kernels.name
+            record.attention, record.kernels = denoiser.attention, denoiser.kernels
         return latents
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:

@@ -30,3 +30,8 @@ def check_frames(num_frames: int, spec: ModelSpec) -> None:
         raise InvalidRequestError(
             "num_frames", num_frames, f"a number of the form {stride}n+1", f"{low + stride} or {low}"
         )
+
+
+def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
+    """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
+    return max(0, round(seconds * fps / stride)) * stride + 1

@@ -14,11 +14,13 @@ from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm
+from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, Quantize, QuantizedKernels
 from wanduet.kernels.dit.rope import Rope
 from wanduet.meta.init import meta_init
 from wanduet.meta.trace import Footprint, meta_empty
 from wanduet.models.dit.block import Runtime
 from wanduet.models.dit.model import TextContext, WanTransformer
+from wanduet.models.dit.quantizer import Quantizer
 
 TRACED_BLOCKS = 2  # all blocks are alike; the second shows what is kept between blocks
 # Beyond this many tokens the peak is linear in them: it is traced at two lengths and extrapolated.
@@ -32,7 +34,8 @@ class ForwardShape:
 
     Latents `[16, T, h, w]`, `text_len` positions of text, the large products' `dtype` by name; `prompts` in one
     `forward_cfg`; the ranks' `layout`. `fused`: with kernels that need no memory of their own, as Triton's.
-    `coded_channels`: of a head's queries and keys, written as 8-bit codes for attention.
+    `coded_channels`: of a head's queries and keys, written as 8-bit codes for attention. `quantize`: the format of the
+    large products' operands, as in a request, and whether its kernels are `fused_quantized`.
     """
 
     spec: TransformerSpec
@@ -43,6 +46,8 @@ class ForwardShape:
     layout: Layout = ONE_DEVICE
     prompts: int = 1
     coded_channels: int = 0
+    quantize: Quantize = "off"
+    fused_quantized: bool = True
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -96,9 +101,8 @@ def _traced(shape: ForwardShape) -> int:
     buffer = buffer_bytes(shape.spec, shape.latent_shape, shape.dtype, layout)
     peaks = []
     for peers in [None] if buffer == 0 else [None, FakePeerMemory(meta_empty((buffer // dtype.itemsize,), dtype))]:
-        model.runtime = Runtime(
-            kernels=kernels, attention=_attention(shape.coded_channels), sharding=TracedSharding(layout, peers)
-        )
+        sharding, attention = TracedSharding(layout, peers), _attention(shape.coded_channels)
+        model.runtime = Runtime(kernels=kernels, attention=attention, sharding=sharding, quantizer=_quantizer(shape))
         peaks.append(_forward(model, shape) + (buffer if peers else 0))
     return max(peaks)
 
@@ -129,6 +133,12 @@ def _attention(coded_channels: int) -> AttentionFn:
     return attend
 
 
+def _quantizer(shape: ForwardShape) -> Quantizer | None:
+    if shape.quantize == "off":
+        return None
+    return Quantizer(shape.quantize, FUSED_QUANTIZED if shape.fused_quantized else TORCH_QUANTIZED)
+
+
 def _norm(x: Tensor, parameters: Norm, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
@@ -156,3 +166,4 @@ FUSED = replace(
     qk_norm_rope_pair=_qk_norm_rope_pair,
     text_attention=_attend_text,
 )
+FUSED_QUANTIZED = QuantizedKernels("fused", *4 * (lambda *_: None,))  # all write into memory that is passed

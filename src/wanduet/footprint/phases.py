@@ -7,7 +7,7 @@ benchmarks/results.
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -22,8 +22,9 @@ from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes,
 from wanduet.kernels.attention.backends import coded_channels
 from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.sparse_steps import sparse_bytes
+from wanduet.kernels.dit.quantized import INT_MM_TOKENS, Quantize
 from wanduet.kernels.dit.weight import WeightFormat, format_of
-from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels
+from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
@@ -69,7 +70,7 @@ class DenoiseShape:
     """What is denoised: videos of `size`, in `dtype` by name, on each rank of a layout.
 
     `texts`: the positions of each prompt of a rank, see `text_positions`. `kept_latents`: the tensors of the latents' size
-    that a step cache keeps. `sparse`: see `GenerationRequest`.
+    that a step cache keeps. `sparse`, `quantize`: see `GenerationRequest`.
     """
 
     size: Size
@@ -78,6 +79,7 @@ class DenoiseShape:
     layout: Layout = ONE_DEVICE
     kept_latents: int = 0
     sparse: float = ALL
+    quantize: Quantize = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +111,13 @@ class ModelMemory:
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         prompts, shape = len(texts) if share_first and layout.cfg == 1 else 1, self.spec.latent_shape(*denoise.size)
         coded = coded_channels(self.attention, t.attention_head_dim)
-        activations = forward_bytes(
-            ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts, coded)
-        )
+        forward = ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts, coded)
+        if denoise.quantize != "off":
+            fused = plans_quantized_kernels(device)
+            forward = replace(forward, quantize=denoise.quantize, fused_quantized=fused)
+        activations = forward_bytes(forward)
+        if denoise.quantize == "int8" and torch.device(device).type == "cuda":
+            activations += INT_MM_TOKENS * max(3 * t.dim, t.ffn_dim) * 4  # if that product is the fastest
         activations += self._dense_bytes(dtype) + self._sparse_bytes(denoise, device)
         latents, exchange = (10 + denoise.kept_latents) * prod(shape) * 4, buffer_bytes(t, shape, dtype, layout)
         swapped_out = total - t.num_layers * self._block_bytes(dtype) + exchange + WORKSPACE_BYTES

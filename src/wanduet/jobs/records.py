@@ -269,6 +269,7 @@ APPROXIMATIONS: Mapping[str, tuple[str, str | float]] = {
     "cache": ("step_cache", "off"),
     "gate": ("guidance_gate", 1.0),
     "sparse": ("sparse", 1.0),
+    "products": ("quantize", "off"),
 }
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm
+from wanduet.kernels.dit.quantized import DTYPES, TORCH_QUANTIZED, EightBits, QuantizedKernels, QuantizedRows
 from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, Filter, Fused, VAEKernels
@@ -32,6 +34,28 @@ def largest_error(
         for case in CASES[operation]:
             got, expected = (case(k, samples.restarted()) for k in (kernels, TORCH_KERNELS))
             errors += [relative(a, b) for a, b in zip(got, expected, strict=True)]
+    return _largest(errors)
+
+
+@torch.no_grad()
+def largest_quantized_error(
+    kernels: QuantizedKernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: EightBits,
+    operations: Iterable[str] | None = None,
+    widths: tuple[int, int] = (3, 128),
+) -> float:
+    """Return the largest relative error of the operations around products in 8 bits, in a model that computes in `dtype`.
+
+    `operations`: names of the fields of `QuantizedKernels`, by default all. `widths`: heads, and channels of a head.
+    """
+    samples = _Samples(torch.Generator().manual_seed(0), device, dtype, heads=widths[0], head_dim=widths[1])
+    errors = []
+    for operation in QUANTIZED_CASES if operations is None else operations:
+        case = QUANTIZED_CASES[operation]
+        got, expected = (case(k, samples.restarted(), DTYPES[format]) for k in (kernels, TORCH_QUANTIZED))
+        errors += [relative(a, b) for a, b in zip(got, expected, strict=True)]
     return _largest(errors)
 
 
@@ -154,6 +178,47 @@ CASES: dict[str, tuple[_Case, ...]] = {
     "linear": (_linear,),
     "linear_gelu": (_linear_gelu,),
     "text_attention": (_text(70), _text(150)),
+}
+
+
+def _written(shape: torch.Size, s: _Samples, dtype: torch.dtype, write: Callable[[QuantizedRows], None]) -> Tensor:
+    out = QuantizedRows.empty(shape, dtype, s.device)
+    write(out)
+    return out.dense(torch.float32)
+
+
+def _quantize(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tensors = s.tokens(s.dtype), s.tokens(torch.float32)
+    return tuple(_written(x.shape, s, dtype, partial(kernels.quantize, x)) for x in tensors)
+
+
+def _quantize_norm(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    found = []
+    for y, gate in ((None, None), (s.tokens(s.dtype), None), (s.tokens(s.dtype), s.row())):
+        x, norm = s.tokens(torch.float32), Norm(s.row(), s.row()[:1], 1e-6)
+        found += [_written(x.shape, s, dtype, partial(kernels.quantize_norm, x, y, gate, norm)), x]
+    return tuple(found)
+
+
+def _quantize_gelu(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x = s.tokens(s.dtype)
+    return (_written(x.shape, s, dtype, partial(kernels.quantize_gelu, x)),)
+
+
+def _quantized_linear(kernels: QuantizedKernels, s: _Samples, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x, weight = (QuantizedRows.empty(shape, dtype, s.device) for shape in (s.tokens(s.dtype).shape, 2 * (s.width,)))
+    TORCH_QUANTIZED.quantize(s.tokens(torch.float32), x)
+    TORCH_QUANTIZED.quantize(s.draw(1, *weight.shape), QuantizedRows(weight.data[None], weight.scale[None]))
+    out = torch.empty(x.shape, dtype=s.dtype, device=s.device)
+    kernels.quantized_linear(x, weight, s.draw(s.width, dtype=s.dtype), out)
+    return (out,)
+
+
+QUANTIZED_CASES: dict[str, Callable[[QuantizedKernels, _Samples, torch.dtype], tuple[Tensor, ...]]] = {
+    "quantize": _quantize,
+    "quantize_norm": _quantize_norm,
+    "quantize_gelu": _quantize_gelu,
+    "quantized_linear": _quantized_linear,
 }
 
 

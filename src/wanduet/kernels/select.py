@@ -4,13 +4,22 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from wanduet.errors import KernelFailedError
-from wanduet.kernels.check import CASES, VAE_CASES, largest_error, largest_vae_error
+from wanduet.kernels.check import (
+    CASES,
+    QUANTIZED_CASES,
+    VAE_CASES,
+    largest_error,
+    largest_quantized_error,
+    largest_vae_error,
+)
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
+from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, EightBits, QuantizedKernels
 from wanduet.kernels.precision import EXACT, PRODUCTS, convolutions_use_tf32, vae_precision
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS, compiling_for
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
@@ -28,21 +37,25 @@ log = logging.getLogger(__name__)
 
 # Largest allowed relative error against the plain forms on the same inputs: both round once, but at different places.
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+QUANTIZED_TOLERANCE = 1e-2  # a value between two of 8 bits may be rounded to either
 TF32_TOLERANCE = 2e-3  # operands of 11 bits, which the two forms round differently
 
 # Names of sets of kernels, in messages and in recorded verdicts.
 TRITON, VAE_TRITON, QUACK = "Triton's kernels", "Triton's kernels for the VAE", "quack's products"
+QUANTIZED = "kernels for products in 8 bits"
 # What plain forms cost the user. Measured without Triton's kernels: 9 to 21 %, depending on size and card.
 COSTS = {
     TRITON: "plain PyTorch runs instead, and the denoise takes up to a fifth longer",
     QUACK: "cuBLAS's products run instead, and the denoise takes a few percent longer",
+    QUANTIZED: "plain PyTorch runs instead, and the denoise takes longer than with exact products",
     VAE_TRITON: "plain PyTorch runs instead: the decode takes longer, and may need more memory than was planned",
 }
 # The fields of a set that are replaced together, by the name of their operation.
 _OPERATIONS = {name: (name,) for name in CASES}
+_QUANTIZED_OPERATIONS = {name: (name,) for name in QUANTIZED_CASES}
 _VAE_OPERATIONS = {name: (name,) for name in VAE_CASES} | {"double_conv": ("double_weight", "double_conv")}
 
-Set = TypeVar("Set", Kernels, VAEKernels)
+Set = TypeVar("Set", Kernels, VAEKernels, QuantizedKernels)
 Result = TypeVar("Result")
 
 
@@ -74,6 +87,33 @@ def kernels_for(device: torch.device, dtype: torch.dtype, heads: int = 3, head_d
     if kernels is TORCH_KERNELS or not has_quack(device, dtype):
         return kernels
     return check.judged(QUACK, quack, kernels, error)
+
+
+@PRODUCTS.at(EXACT)
+def quantized_kernels_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    format: EightBits,
+    widths: tuple[int, int, int],
+    folder: Path | None,
+) -> QuantizedKernels:
+    """Return the fastest operations around products in 8 bits of a model that computes in `dtype`; see `kernels_for`.
+
+    `widths`: heads, channels of a head, channels of the feed-forward. Products are timed once on a machine, which is stored
+    in `folder`.
+    """
+    heads, head_dim, hidden = widths
+
+    def triton() -> QuantizedKernels:
+        from wanduet.kernels.choose_product import choose_product
+
+        return choose_product(device, dtype, format, (heads * head_dim, hidden), folder)
+
+    def error(tried: QuantizedKernels, operation: str) -> float:
+        return largest_quantized_error(tried, device, dtype, format, (operation,), (heads, head_dim))
+
+    check = _Check(device, dtype, QUANTIZED_TOLERANCE, _QUANTIZED_OPERATIONS)
+    return check.judged(QUANTIZED, triton, TORCH_QUANTIZED, error)
 
 
 def vae_kernels_for(
@@ -158,8 +198,13 @@ def guarded(kernels: Set) -> Set:
     return replace(kernels, **forms)
 
 
-def _parts(kernels: Kernels | VAEKernels) -> tuple[Mapping[str, tuple[str, ...]], Kernels | VAEKernels]:
+AnySet = Kernels | VAEKernels | QuantizedKernels
+
+
+def _parts(kernels: AnySet) -> tuple[Mapping[str, tuple[str, ...]], AnySet]:
     """Return a set's operations, each with its fields, and the plain set."""
+    if isinstance(kernels, QuantizedKernels):
+        return _QUANTIZED_OPERATIONS, TORCH_QUANTIZED
     if isinstance(kernels, VAEKernels):
         return _VAE_OPERATIONS, VAE_TORCH_KERNELS
     return _OPERATIONS, TORCH_KERNELS
@@ -201,6 +246,11 @@ def plans_fused_vae_kernels(device: str) -> bool:
     return _plans_triton(VAE_TRITON, device)
 
 
+def plans_quantized_kernels(device: str) -> bool:
+    """Return True if `quantized_kernels_for` is expected to return no plain form; see `planned_vae_kernels`."""
+    return _plans_triton(QUANTIZED, device)
+
+
 def plans_fused_kernels(device: str) -> bool:
     """Return True if `kernels_for` is expected to return all of Triton's kernels; see `planned_vae_kernels`."""
     return _plans_triton(TRITON, device)
@@ -212,7 +262,8 @@ def _plans_triton(what: str, name: str) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"
     seen = plain_operations(what, device)
-    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(_VAE_OPERATIONS if what == VAE_TRITON else _OPERATIONS)
+    sets: dict[str, Mapping[str, Any]] = {VAE_TRITON: _VAE_OPERATIONS, QUANTIZED: _QUANTIZED_OPERATIONS}
+    failed = set(plain_operations(IN_A_JOB, device) or ()) & set(sets.get(what, _OPERATIONS))
     return not failed and (triton_problem() is None if seen is None else not seen)
 
 

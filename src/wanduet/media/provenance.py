@@ -121,6 +121,8 @@ def from_json(text: str) -> dict[str, Any]:
         raise ValueError("its timings are no numbers")
     if not all(type(step) is int for step in value.get("skipped_steps", ())):
         raise ValueError("its skipped steps are no numbers")
+    if type(value.get("quantized_layers", 0)) is not int:
+        raise ValueError("its number of quantized layers is no number")
     words = [word for name in ("rungs", "warnings") for word in value.get(name, ())]
     if not all(isinstance(word, str) for word in words):
         raise ValueError("its rungs and warnings are no texts")
@@ -159,6 +161,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("step_cache", "step cache {}"),
         ("guidance_gate", "guidance up to {} of the steps"),
         ("sparse", "{:g} of the keys"),
+        ("quantize", "products in {}"),
         ("strength", "strength {:g} over an input video"),
     ):
         if name in request:

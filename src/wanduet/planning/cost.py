@@ -43,6 +43,9 @@ CUT_SHARE = 0.03
 # otherwise runs in parallel to the decode. Pixels a second at which it then delays the job (the same files, "ours" and
 # "smallest": 16 cores, x264).
 VIDEO_RATE = 50e6
+# How many times as fast 8-bit products are, with quantizing their operands, in fp8 with exact sums and in int8. Measured on
+# an H200 (benchmarks/results/products_8bit.json).
+QUANTIZED_SPEED = 1.15
 MOVING_RATE = 20e9  # bytes a second over PCIe 4 x16, from page-locked memory
 # The text encoder on the CPU: TFLOP/s of one core, and bytes a second at which its weights are read, from the file
 # (page cache or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2
@@ -123,10 +126,20 @@ def predict_seconds(
 ) -> Seconds:
     """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode, one encodes."""
     per_second = rate(transformer) * 1e12
+    if request.quantize != "off" and not transformer.is_cpu:
+        per_second /= 1 - _quantized_share(request, spec) * (1 - 1 / QUANTIZED_SPEED)
     denoise, step = denoise_flop(request, spec), step_flop(request, spec, request.uses_guidance)
     encode = video_encode_seconds(request, spec, vae) if request.uses_input else 0.0
     decode = decode_seconds(request, spec, vae) / ranks
     return Seconds(denoise / per_second / ranks, decode, encode, step / per_second / ranks)
+
+
+def _quantized_share(request: ResolvedRequest, spec: ModelSpec) -> float:
+    """Return the share of a forward's operations that products in 8 bits have (models/dit/quantizer.py)."""
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    t, tokens = spec.transformer, spec.num_tokens(*size)
+    cross = t.num_layers * 2 * tokens * t.dim * 2 * t.dim
+    return (product_flop(t, tokens) - cross) / forward_flop(t, tokens, spec.text_len)
 
 
 def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:

@@ -20,6 +20,7 @@ from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
 from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
 from wanduet.kernels.verdicts import triton_problem
+from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
 from wanduet.request import ResolvedRequest
@@ -71,7 +72,7 @@ class Explanation:
             found += (Choice("weights", plan.transformer.weights, self._weights()),)
         if self.request.uses_input:
             found += (self._encode(),)
-        found += self._approximations()
+        found += self._approximations() + self._quantize()
         if plan.group.ranks:
             layout = plan.group.layout
             value = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
@@ -134,7 +135,10 @@ class Explanation:
         dtype = self.plan.transformer.dtype
         names: tuple[Weights, ...] = (self.plan.transformer.weights, "auto")
         stored, dense = (format_bytes(replace(self.memory, weights=name).transformer_weights(dtype)) for name in names)
-        return f"{REQUESTED}: the transformer takes {stored} instead of {dense}; its products are computed in {dtype}"
+        computed = dtype if self.request.quantize == "off" else f"{dtype} and {self.request.quantize}"
+        return (
+            f"{REQUESTED}: the transformer takes {stored} instead of {dense}; its products are computed in {computed}"
+        )
 
     def _vae_dtype(self) -> Choice:
         why = REQUESTED
@@ -257,6 +261,15 @@ class Explanation:
         if request.price is not None:
             return f"; {request.price}"
         return "" if request.speed == EXACT else "; what it loses here is not known"
+
+    def _quantize(self) -> tuple[Choice, ...]:
+        if self.request.quantize == "off":
+            return ()
+        count = LAYERS_OF_A_BLOCK * self.spec.transformer.num_layers
+        why = f"{REQUESTED}: {count} layers are products in 8 bits; the video differs from the exact one"
+        if self._transformer.is_cpu:
+            why += ", and takes longer, as a CPU only rounds to 8 bits"
+        return (Choice("quantize", self.request.quantize, why),)
 
     def _keep_both(self) -> str:
         plan = self.plan

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from wanduet.config import parse_bytes
-from wanduet.errors import ConfigError
+from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.planning.cards import Card, card_named, typical_card
 from wanduet.planning.host import host_memory
 
@@ -43,6 +43,18 @@ class DeviceInfo:
     def has_bfloat16(self) -> bool:
         """Whether the device computes bfloat16 products on matrix units (Ampere and newer)."""
         return self.capability >= (8, 0)
+
+
+def check_quantize(format: str, device: DeviceInfo) -> None:
+    """Raise InvalidRequestError if a GPU has no 8-bit products of a `format` ("off" is allowed). The CPU has none of any
+    format, and computes the same results by exact products of values that are rounded alike."""
+    needed = {"fp8": (8, 9), "int8": (8, 0)}.get(format)
+    if needed is None or device.is_cpu or device.capability >= needed:
+        return
+    nearest = "int8" if device.capability >= (8, 0) else "off"
+    least = ".".join(map(str, needed))
+    allowed = f"{device.model} cannot compute {format} products, GPUs of compute capability {least} and later can"
+    raise InvalidRequestError("quantize", format, allowed, nearest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from wanduet.models.vae.rows import Tiling
 from wanduet.planning.alternatives import alternatives
 from wanduet.planning.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
 from wanduet.planning.explain import Explanation
-from wanduet.planning.hardware import DeviceInfo, Hardware
+from wanduet.planning.hardware import DeviceInfo, Hardware, check_quantize
 from wanduet.planning.placement import Placement, find_placements, pairs_up, parallel_placement, sequence_cost
 from wanduet.planning.plan import (
     DevicePrediction,
@@ -65,11 +65,14 @@ def make_plan(
     """Return the fastest plan that fits.
 
     If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
-    that fit. Raises ConfigError if the hardware does not have what `config` requires.
+    that fit. Raises ConfigError if the hardware does not have what `config` requires, and InvalidRequestError if a device
+    has no products in the format of `request.quantize`.
     """
     memory = replace(memory, weights=config.weights, attention=config.attention)
     planner = Planner(request, memory, config, hardware)
     plan, refused = planner.fastest_that_fits()
+    for name in plan.group.ranks or (plan.transformer.device,):
+        check_quantize(request.quantize, hardware.device(name))
     plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan
@@ -280,8 +283,9 @@ class Planner:
         # If each prompt has its own devices, they store the text keys and values of one prompt only; of both if all
         # devices go on with the prompt after the guidance gate.
         positions = positions[-1:] if group.layout.cfg > 1 and request.guidance_gate == 1 else positions
+        dtype, kept = self.transformer_dtype(device), kept_latents(request)
         shape = DenoiseShape(
-            self._size, self.transformer_dtype(device), positions, group.layout, kept_latents(request), request.sparse
+            self._size, dtype, positions, group.layout, kept, sparse=request.sparse, quantize=request.quantize
         )
         found = self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
         if group.layout.cfg == 1 or request.guidance_gate == 1:

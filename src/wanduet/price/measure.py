@@ -60,7 +60,7 @@ class Measurement:
         plan = self._engine.plan(self._exact(0))
         require_fit(plan, self.request)
         variants = all_variants(self.request.num_inference_steps, asked, plan.transformer.weights)
-        self.measured, self.refused = possible([EXACT, *variants], self._exact(0), self.spec)
+        self.measured, self.refused = possible([EXACT, *variants], self._exact(0), self.spec, self._engine.plan)
         self.subject = subject_of(self._engine.models, plan, self.request)
         self.folder = self._engine.models.checkpoint.measurements
         self._videos = config.data_folder / "prices" / self.subject.key

@@ -1,6 +1,6 @@
 """What is measured: the named speeds, single accelerators, fewer steps, and two controls, each as a change of a request."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,7 +8,8 @@ from wanduet.config import Weights
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import SPEEDS
-from wanduet.family.step_caches import NAMES
+from wanduet.family.step_caches import NAMES, OFF
+from wanduet.kernels.dit.quantized import DTYPES
 from wanduet.meta.prices import approximations_of, settings_key
 from wanduet.request import GenerationRequest, ResolvedRequest
 
@@ -16,6 +17,7 @@ Kind = Literal["rungs", "accelerators", "fewer_steps", "controls"]
 BF16_FLOOR, ANOTHER_SEED = "bf16_floor", "another_seed"
 SEED_DISTANCE = 1_000_000
 GATES = (0.7, 0.5)
+KEPT = (0.5, 0.2)  # shares of the keys that sparse attention reads
 # Of the steps. What else a user may do to be as fast, and by far the worst bargain.
 SHARES = (0.6, 0.5, 0.4, 0.3)
 
@@ -71,6 +73,8 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     found = [Variant("rungs", speed.name, speed.fields) for speed in SPEEDS]
     found += [Variant("accelerators", name, {"step_cache": name}) for name in NAMES]
     found += [Variant("accelerators", f"guidance gate {share:g}", {"guidance_gate": share}) for share in GATES]
+    found += [Variant("accelerators", f"sparse {share:g}", {"sparse": share}) for share in KEPT]
+    found += [Variant("accelerators", f"products in {name}", {"quantize": name}) for name in DTYPES]
     if weights == "auto":
         found.append(Variant("accelerators", "weights q8", weights="q8"))
     if asked:
@@ -83,13 +87,16 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
 
 
 def possible(
-    variants: Sequence[Variant], exact: GenerationRequest, spec: ModelSpec
+    variants: Sequence[Variant], exact: GenerationRequest, spec: ModelSpec, plan: Callable[[GenerationRequest], object]
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Return the variants that the model can run, and for each other one, by name, what is allowed instead."""
+    """Return the variants that the model and this machine can run, and for each other one, by name, what is allowed
+    instead. `plan` raises InvalidRequestError for a request that this machine cannot run."""
     found, refused = [], {}
     for variant in variants:
         try:
             resolved = variant.request(exact).resolve(spec)
+            if resolved.quantize != OFF:
+                plan(variant.request(exact))
         except InvalidRequestError as error:
             refused[variant.name] = error.allowed
             continue

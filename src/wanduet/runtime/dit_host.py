@@ -19,11 +19,13 @@ from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.attention.sparse_steps import SparseSteps, choose_listed
 from wanduet.kernels.device import on_device_of
+from wanduet.kernels.dit.quantized import EightBits
 from wanduet.kernels.dit.weight import Weight, format_of
-from wanduet.kernels.select import guarded, kernels_for
+from wanduet.kernels.select import guarded, kernels_for, quantized_kernels_for
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.block import Runtime
 from wanduet.models.dit.model import WanTransformer
+from wanduet.models.dit.quantizer import Quantizer
 from wanduet.planning.plan import Plan, TransformerPlan
 from wanduet.request import ResolvedRequest
 from wanduet.runtime import selftest
@@ -118,8 +120,22 @@ class TransformerHost:
         _, kernels, choice = denoiser.chosen
         denoiser.sparse = sparse_steps(request, tokens, denoiser)
         block = None if denoiser.sparse is None else denoiser.sparse.block
-        denoiser.transformer.runtime = Runtime(kernels=kernels, share_first=plan.share_first, token_block=block)
+        quantizer = None if request.quantize == "off" else self._quantizer(denoiser, request.quantize)
+        denoiser.transformer.runtime = Runtime(
+            kernels=kernels, share_first=plan.share_first, token_block=block, quantizer=quantizer
+        )
         denoiser.attend_with(choice)
+
+    def _quantizer(self, denoiser: LoadedTransformer, format: EightBits) -> Quantizer:
+        """Return what quantizes one job's products, with kernels that are checked and timed at the first such job."""
+        if denoiser.quantized is None or denoiser.quantized[0] != format:
+            checkpoint, t = self._checkpoint, self._checkpoint.spec.transformer
+            widths = (t.num_attention_heads, t.attention_head_dim, t.ffn_dim)
+            kernels = quantized_kernels_for(denoiser.device, denoiser.dtype, format, widths, checkpoint.measurements)
+            checkpoint.keep_verdicts()
+            denoiser.quantized = (format, guarded(kernels))
+            denoiser.fitted_at = time.perf_counter()
+        return Quantizer(*denoiser.quantized)
 
     def stop_loading(self) -> None:
         """Stop a running load as soon as possible; its waiters get CancelledError. Call `unload` afterwards."""

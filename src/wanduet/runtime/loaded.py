@@ -14,6 +14,7 @@ from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
 from wanduet.kernels.attention.sparse_steps import SparseSteps
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
+from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, EightBits, QuantizedKernels
 from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
 from wanduet.runtime.release import drop_memory
@@ -41,6 +42,7 @@ class LoadedTransformer:
     attention_lse: AttentionLseFn | None = None
     sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
+    quantized: tuple[EightBits, QuantizedKernels] | None = None  # of the last job with products in 8 bits
     loaded_at: float = field(default_factory=time.perf_counter)
     fitted_at: float = 0.0  # when `chosen` was set, by time.perf_counter
 
@@ -55,20 +57,41 @@ class LoadedTransformer:
 
     def without_kernel(self, operation: str) -> None:
         """Use an operation's PyTorch implementation from the next forward on, in later jobs too."""
-        kernels = without(self.transformer.runtime.kernels, operation, self.device)
-        self.transformer.runtime = replace(self.transformer.runtime, kernels=kernels)
+        runtime = self.transformer.runtime
+        if hasattr(TORCH_QUANTIZED, operation):
+            assert runtime.quantizer is not None
+            plainer = without(runtime.quantizer.kernels, operation, self.device)
+            self.quantized = (runtime.quantizer.format, plainer)
+            self.transformer.runtime = replace(runtime, quantizer=replace(runtime.quantizer, kernels=plainer))
+            return
+        kernels = without(runtime.kernels, operation, self.device)
+        self.transformer.runtime = replace(runtime, kernels=kernels)
         if self.chosen is not None:
             shape, _, choice = self.chosen
             self.chosen = (shape, kernels, choice)
 
     def use_plain_kernels(self) -> bool:
-        """Use PyTorch's implementation of every operation until the next job. Return False if all are in use already."""
+        """Use PyTorch's implementation of every operation, and exact products, until the next job. Return False if all are
+        in use already."""
         runtime = self.transformer.runtime
-        if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa:
+        if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa and runtime.quantizer is None:
             return False
-        self.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa)
+        self.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa, quantizer=None)
         self.attention = "sdpa"
         return True
+
+    @property
+    def kernels(self) -> str:
+        """The names of the kernels in use, those for products in 8 bits after a semicolon."""
+        runtime = self.transformer.runtime
+        quantizer = runtime.quantizer
+        return runtime.kernels.name + ("" if quantizer is None else f"; {quantizer.format}: {quantizer.kernels.name}")
+
+    @property
+    def quantized_layers(self) -> int:
+        """How many linear layers this job has computed in 8 bits so far."""
+        quantizer = self.transformer.runtime.quantizer
+        return 0 if quantizer is None else len(quantizer.layers)
 
     def restream(self, resident_blocks: int) -> None:
         """Keep `resident_blocks` blocks on the device, and stream the others from the host."""

@@ -104,6 +104,7 @@ class _Denoise:
             self.kept.save_last()
             raise
         self.record.skipped_steps = skipped_steps(self.predictor)
+        self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
 
     def _start(self, sampler: Sampler) -> Tensor:

@@ -11,8 +11,8 @@ class VideoRecord:
 
     `notes`: the fallbacks and other deviations from the plan, in order. `attention`, `kernels`, `vae_kernels`: the
     attention back end and the kernels in use, by their names in `kernels.select`. `changed`: whether a callback changed
-    the latents. `skipped_steps`: those that a step cache skipped, as indices in the schedule. `timings`: seconds by
-    phase, of this video only.
+    the latents. `skipped_steps`: those that a step cache skipped, as indices in the schedule. `quantized_layers`: how many
+    linear layers were computed in 8 bits. `timings`: seconds by phase, of this video only.
     """
 
     index: int
@@ -23,6 +23,7 @@ class VideoRecord:
     vae_kernels: str | None = None
     changed: bool = False
     skipped_steps: list[int] = field(default_factory=list)
+    quantized_layers: int = 0
     timings: Timings = field(default_factory=Timings)
 
     def note(self, event: str) -> None:

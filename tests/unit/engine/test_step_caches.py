@@ -201,6 +201,16 @@ def test_ranks_skip_alike_and_go_on_from_a_checkpoint(run: Run, ranks: Engine) -
     assert torch.equal(latents(again), latents(shared))
 
 
+def test_ranks_quantize_as_one_device_does(run: Run, ranks: Engine, engine: Engine) -> None:
+    """Each has a part of the sequence. Rounding to 8 bits turns differences in the last bit into its own error."""
+    changes = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    exact = latents(run("exact", **changes))
+    shared, single = (run(name, by, **changes, quantize="int8") for name, by in (("shared", ranks), ("single", engine)))
+    layers = [job.result().videos[0].provenance["quantized_layers"] for job in (shared, single)]
+    assert layers[0] == layers[1] > 0
+    assert 0 < (latents(shared) - exact).norm() < 2 * (latents(single) - exact).norm()
+
+
 def test_after_the_gate_a_step_is_one_forward(run: Run, forwards: list[int]) -> None:
     job = run(num_inference_steps=5, guidance_gate=0.5)
     assert forwards == [2, 2, 2, 1, 1]

@@ -8,7 +8,9 @@ from types import ModuleType
 import pytest
 
 KERNELS = (
+    "wanduet.kernels.choose_product",
     "wanduet.kernels.dit.gpu",
+    "wanduet.kernels.dit.gpu_quantized",
     "wanduet.kernels.attention.cross",
     "wanduet.kernels.attention.flash4_redo",
     "wanduet.kernels.attention.sparse_gpu",

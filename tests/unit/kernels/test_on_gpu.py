@@ -15,6 +15,7 @@ from wanduet.kernels.attention.choose import Shape, choose_attention, measure
 from wanduet.kernels.attention.sparse import plain_listed
 from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.weight import Weight
+from wanduet.kernels.measurements import read_all
 from wanduet.kernels.vae import choose, gpu
 from wanduet.kernels.vae.plain import Filter, Fused
 
@@ -28,6 +29,21 @@ def test_triton_is_taken(dtype, caplog) -> None:
     found = select.kernels_for(DEVICE, dtype)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert found.name == ("triton+quack" if select.has_quack(DEVICE, dtype) else "triton")
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.filterwarnings("ignore")  # compilers' own
+def test_products_in_8_bits_are_right_and_the_fastest_is_taken(format, caplog, tmp_path) -> None:
+    from wanduet.kernels.choose_product import CHOICES_FILE
+
+    if torch.cuda.get_device_capability(DEVICE) < {"fp8": (8, 9), "int8": (8, 0)}[format]:
+        pytest.skip(f"no products in {format}")
+    found = select.quantized_kernels_for(DEVICE, torch.bfloat16, format, (12, 128, 8960), tmp_path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert found.name.startswith("triton, ")
+    (table,) = read_all(tmp_path, CHOICES_FILE).values()
+    problems = {row["name"]: row["problem"] for row in table if row["problem"]}
+    assert not problems
 
 
 @torch.no_grad()

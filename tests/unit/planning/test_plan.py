@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanduet.config import GIB, EngineConfig
-from wanduet.errors import ConfigError, DoesNotFitError
+from wanduet.errors import ConfigError, DoesNotFitError, InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
 from wanduet.planning.alternatives import alternatives
@@ -434,3 +434,32 @@ def test_what_a_larger_job_has_left_is_given_back_before_a_smaller_one(monkeypat
     assert released == []
     release.trim_cache({"cuda:0": 9, "cuda:1": 9})
     assert released == [True]
+
+
+@pytest.mark.parametrize(("hardware", "format", "nearest"), [("A100", "fp8", "int8"), ("2x3090", "fp8", "int8")])
+def test_products_that_a_card_lacks_are_refused(memory, hardware: str, format: str, nearest: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"cannot compute {format} products") as refused:
+        plan(memory, hardware, fields={"quantize": format})
+    assert (refused.value.field, refused.value.nearest) == ("quantize", nearest)
+
+
+@pytest.mark.parametrize(("hardware", "format"), [("A100", "int8"), ("4090", "fp8"), ("2xh100", "fp8")])
+def test_products_in_8_bits_are_planned(memory, hardware: str, format: str) -> None:
+    exact, found = (plan(memory, hardware, fields={"quantize": name}) for name in ("off", format))
+    (choice,) = (choice for choice in found.choices if choice.setting == "quantize")
+    assert choice.value == format
+    assert "180 layers" in choice.why
+    assert found.prediction.seconds.denoise < exact.prediction.seconds.denoise
+    more = [
+        a.phases["denoise"] - b.phases["denoise"]
+        for a, b in zip(found.prediction.devices, exact.prediction.devices, strict=True)
+    ]
+    assert all(0 < size < 0.25 * GIB for size in more)
+    assert all(choice.setting != "quantize" for choice in exact.choices)
+
+
+def test_on_a_cpu_8_bits_are_no_faster_and_the_plan_says_so(memory) -> None:
+    exact, found = (plan(memory, "cpu", (64, 64), 5, fields={"quantize": name}) for name in ("off", "fp8"))
+    (choice,) = (choice for choice in found.choices if choice.setting == "quantize")
+    assert "takes longer" in choice.why
+    assert found.prediction.seconds.denoise == exact.prediction.seconds.denoise

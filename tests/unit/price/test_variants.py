@@ -1,5 +1,6 @@
 """What is measured of a model: which changes of the exact request, and which of them it cannot run."""
 
+from wanduet.errors import InvalidRequestError
 from wanduet.family.speeds import SPEEDS
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.price.variants import all_variants, possible
@@ -8,9 +9,18 @@ from wanduet.request import GenerationRequest
 EXACT = GenerationRequest(prompt="x", seed=4, num_inference_steps=50)
 
 
+def make_no_plan(request: GenerationRequest) -> None:
+    """As on a machine that has everything."""
+
+
+def without_fp8(request: GenerationRequest) -> None:
+    if request.quantize == "fp8":
+        raise InvalidRequestError("quantize", "fp8", "this card cannot compute fp8 products")
+
+
 def test_each_is_the_exact_job_but_for_one_thing() -> None:
     asked = {"step_cache": "easycache:0.3", "guidance_gate": 0.9}
-    found, refused = possible(all_variants(50, asked, "auto"), EXACT, WAN_1_3B)
+    found, refused = possible(all_variants(50, asked, "auto"), EXACT, WAN_1_3B, make_no_plan)
     assert refused == {}
     settings = {one.variant.name: one.settings for one in found}
     assert list(settings)[: len(SPEEDS)] == [speed.name for speed in SPEEDS]
@@ -28,10 +38,23 @@ def test_each_is_the_exact_job_but_for_one_thing() -> None:
 
 def test_what_a_model_or_few_steps_cannot_do_is_left_out_by_name() -> None:
     two = EXACT.model_copy(update={"num_inference_steps": 2, "guidance_scale": 1.0})
-    found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B)
-    assert [one.variant.name for one in found] == ["exact", "1 step", "bf16_floor", "another_seed"]
+    found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B, make_no_plan)
+    expected = [
+        "exact",
+        "sparse 0.5",
+        "sparse 0.2",
+        "products in fp8",
+        "products in int8",
+        "1 step",
+        "bf16_floor",
+        "another_seed",
+    ]
+    assert [one.variant.name for one in found] == expected
     assert "without guidance" in refused["guidance gate 0.5"]
     assert "fewer than" in refused["easycache"]
     few = EXACT.model_copy(update={"num_inference_steps": None, "timesteps": (1000.0, 500.0), "sampler": "euler"})
-    _, refused = possible(all_variants(2, {}, "q8"), few, WAN_1_3B)
+    _, refused = possible(all_variants(2, {}, "q8"), few, WAN_1_3B, make_no_plan)
     assert "1 step" in refused, "timesteps stand in place of a number of steps"
+    found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B, without_fp8)
+    assert [one.variant.name for one in found] == [name for name in expected if name != "products in fp8"]
+    assert refused["products in fp8"] == "this card cannot compute fp8 products"

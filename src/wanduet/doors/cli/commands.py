@@ -45,7 +45,8 @@ from wanduet.weights.hub import open_model
 from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
-APPROXIMATED = ("speed", "price", "forwards", "skipped_steps")  # of a video's metadata, see `engine.record`
+# Of a video's metadata, see `engine.record.approximations_made`.
+APPROXIMATED = ("speed", "price", "forwards", "skipped_steps", "quantized_layers")
 
 
 def run_generate(
@@ -249,6 +250,8 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.sparse < ALL:
         first = first_sparse_step(r.first_step, r.num_denoising_steps)
         steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
+    if r.quantize != OFF:
+        steps += f", products in {r.quantize}"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
     if work := forecast(planned := job.plan.as_dict()):
         about = format_seconds(planned["predicted_seconds"]["total"])

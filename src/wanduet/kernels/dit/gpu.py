@@ -29,18 +29,34 @@ from wanduet.kernels.attention.cross import text_attention
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import Kernels, Norm, QKNorm
+from wanduet.kernels.dit.quantized import LARGEST
 from wanduet.kernels.dit.weight import Weight
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_quantized(x, at, scale_at, mask, in_length, LARGEST: tl.constexpr):
+    """Store the rows of x, 0 outside `mask`, with 8-bit values whose largest is `LARGEST`, and their scales.
+
+    See `quantized.quantize`. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, as `torch.round` does.
+    """
+    largest = tl.maximum(tl.max(tl.abs(x), 1)[:, None], 1e-20)
+    scaled = x * (LARGEST / largest)
+    if at.dtype.element_ty == tl.int8:
+        scaled = (scaled + 12582912.0) - 12582912.0
+    tl.store(at, scaled.to(at.dtype.element_ty), mask)
+    tl.store(scale_at, largest * (1.0 / LARGEST), in_length)
 
 
 # Lengths are not specialised, here and below, so that another video or prompt does not compile a kernel again.
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _residual_norm_kernel(
-    x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr,
-    x_batch, x_row, y_batch, y_row, out_batch, out_row, gate_batch, weight_batch, bias_batch,
+    x_ptr, y_ptr, out_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr,
+    x_batch, x_row, y_batch, y_row, out_batch, out_row, gate_batch, weight_batch, bias_batch, scale_batch, scale_row,
     length, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Compute `x += gate * y` and `out = LayerNorm(x) * weight + bias`.
+    """Compute `x += gate * y` and `out = LayerNorm(x) * weight + bias`, with `LARGEST` in 8 bits and with scales.
 
     `out` may be `y`: rows are read before written.
     """
@@ -65,7 +81,11 @@ def _residual_norm_kernel(
     variance = tl.sum(centred * centred, 1)[:, None] / C
     normed = centred * tl.rsqrt(variance + eps) * weight + bias
     out_at = out_ptr + batch * out_batch + row_i64 * out_row + col
-    tl.store(out_at, normed.to(out_ptr.dtype.element_ty), mask)
+    if LARGEST > 0.0:
+        scale_at = scale_ptr + batch * scale_batch + row_i64 * scale_row
+        store_quantized(tl.where(mask, normed, 0.0), out_at, scale_at, mask, row[:, None] < length, LARGEST)
+    else:
+        tl.store(out_at, normed.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,7 +137,7 @@ def norm(x: Tensor, parameters: Norm, dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled():
         return plain.norm(x, parameters, dtype)
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    _launch_residual_norm(x, None, None, parameters, out)
+    launch_residual_norm(x, None, None, parameters, out)
     return out
 
 
@@ -128,7 +148,7 @@ def residual_norm(
     if torch.is_grad_enabled():
         return plain.residual_norm(x, y, gate, norm)
     out = y if out is None else out
-    _launch_residual_norm(x, y, gate, norm, out)
+    launch_residual_norm(x, y, gate, norm, out)
     return x, out
 
 
@@ -160,8 +180,13 @@ def linear_gelu(x: Tensor, weight: Weight, bias: Tensor, out: Tensor | None = No
     return hidden
 
 
-def _launch_residual_norm(x: Tensor, y: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor) -> None:
-    """Launch for x, y, out `[B, L, C]`, with any strides over B and L; gate `[B, C]` or `[1, C]`."""
+def launch_residual_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, norm: Norm, out: Tensor, scale: Tensor | None = None
+) -> None:
+    """Launch for x, y, out `[B, L, C]`, with any strides over B and L; gate `[B, C]` or `[1, C]`.
+
+    `scale`: of an `out` in 8 bits, `[B, L, 1]`.
+    """
     batch, length, width = x.shape
     weight, bias = norm.weight, norm.bias
     read = x if y is None else y
@@ -169,11 +194,13 @@ def _launch_residual_norm(x: Tensor, y: Tensor | None, gate: Tensor | None, norm
     block, rows, warps = launch_shape(width)
     with on_device_of(x):
         _residual_norm_kernel[(triton.cdiv(length, rows), batch)](
-            x, read, out, weight if gate is None else gate, weight, bias,
+            x, read, out, weight if gate is None else gate, weight, bias, weight if scale is None else scale,
             x.stride(0), x.stride(1), read.stride(0), read.stride(1), out.stride(0), out.stride(1),
             0 if gate is None else _batch_stride(gate), _batch_stride(weight), _batch_stride(bias),
+            0 if scale is None else scale.stride(0), 0 if scale is None else scale.stride(1),
             length, norm.eps,
-            C=width, BLOCK=block, ROWS=rows, HAS_Y=y is not None, HAS_GATE=gate is not None, num_warps=warps, enable_fp_fusion=True,
+            C=width, BLOCK=block, ROWS=rows, HAS_Y=y is not None, HAS_GATE=gate is not None,
+            LARGEST=0.0 if scale is None else LARGEST[out.dtype], num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -30,12 +30,14 @@ CHUNK_TOKENS = 2048
 class Norm:
     """The parameters of a LayerNorm: weight and bias, each `[B, C]` or `[1, C]` float32, and epsilon.
 
-    A modulated norm has the weight `1 + scale` and the bias `shift`.
+    A modulated norm has the weight `1 + scale` and the bias `shift`. `is_exact`: the head's, which is not quantized where
+    the norms before large products are.
     """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

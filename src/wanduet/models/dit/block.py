@@ -1,5 +1,6 @@
 """The transformer's blocks, and the `Runtime` that they run with. Letters in names are as in `models.dit.model`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,6 +16,7 @@ from wanduet.kernels.dit.rope import Rope
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.views import side_by_side
 from wanduet.models.dit.linear import Linear
+from wanduet.models.dit.quantizer import Operand, QuantizedFeedForward, Quantizer
 from wanduet.models.dit.workspace import Workspace
 
 
@@ -30,7 +32,8 @@ class Modulation:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How blocks run: with which kernels, attention function and sharding.
+    """How blocks run: with which kernels, attention function and sharding. `quantizer`: of the large products in 8 bits, for
+    forwards without gradients; None computes all products exactly.
 
     `share_first`: the prompts of one step share the first block's self-attention, whose result is then kept in memory
     from one prompt to the next. `token_block`: order the tokens such that those of each block of so many, consecutive in
@@ -42,22 +45,40 @@ class Runtime:
     sharding: Sharding = field(default_factory=NoSharding)
     share_first: bool = True
     token_block: int | None = None
+    quantizer: Quantizer | None = None
+
+    def operand(self, x_BLC: Tensor) -> Operand:
+        """`x_BLC` as an operand of a large product: in 8 bits if such products are."""
+        return x_BLC if self.quantizer is None else self.quantizer.quantized(x_BLC)
+
+    def norm(self, x_BLC: Tensor, norm: Norm, dtype: torch.dtype) -> Operand:
+        """The norm of `x_BLC` in `dtype`, as an operand of a large product."""
+        if self.quantizer is None:
+            return self.kernels.norm(x_BLC, norm, dtype)
+        return self.quantizer.norm(x_BLC, None, None, norm)
 
 
 @dataclass(slots=True)
 class Residual:
     """The residual stream `x` `[B, L, C]` float32, and what is computed from it and not added yet.
 
-    `pending`, in the compute dtype and of the same shape, is the modulated norm of x, then its self-attention.
+    `pending`, of the same shape, is the modulated norm of x, as an operand of a product, then its self-attention in the
+    compute dtype.
     """
 
     x: Tensor
-    pending: Tensor | None = None
+    pending: Operand | None = None
 
-    def pop_pending(self) -> Tensor:
+    def pop_pending(self) -> Operand:
         """Return `pending` and drop the reference, so that its memory is free after its last use."""
         pending, self.pending = self.pending, None
         assert pending is not None
+        return pending
+
+    def pop_tensor(self) -> Tensor:
+        """Return `pending`, which is not in 8 bits, as `pop_pending` does."""
+        pending = self.pop_pending()
+        assert isinstance(pending, Tensor)
         return pending
 
 
@@ -71,7 +92,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(dim, dim))
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
-    def project_qkv(self, n_BLC: Tensor, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, n_BLC: Operand, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, C]`, before their norms; computed by one product if the weights are adjacent in memory."""
         linears = (self.to_q, self.to_k, self.to_v)
         weight = Weight.adjacent(*(linear.stored for linear in linears))
@@ -81,7 +102,7 @@ class Attention(nn.Module):
                 _project(n_BLC, linear, out, run) for linear, out in zip(linears, workspace.thirds(), strict=True)
             )
         else:
-            q, k, v = run.kernels.linear(n_BLC, weight, bias, workspace.whole).chunk(3, dim=-1)
+            q, k, v = _multiply(n_BLC, linears, (weight, bias), workspace.whole, run).chunk(3, dim=-1)
         return q, k, v
 
     def attend_self(
@@ -101,13 +122,15 @@ class Attention(nn.Module):
         attend = run.sharding.attend_first_block if call.block == 0 else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention, call).flatten(2)
 
-    def send_qkv(self, n_BLC: Tensor, rope: Rope, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    def send_qkv(self, n_BLC: Operand, rope: Rope, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, L, H, D]` after norms and rotation; each is sent to its devices before the next is computed."""
         qkv: dict[int, Tensor] = {}
         norm = QKNorm(self.eps, self.num_heads, rope)
         for index, linear, own_norm in ((2, self.to_v, None), (1, self.to_k, self.norm_k), (0, self.to_q, self.norm_q)):
-            buffer = run.sharding.qkv_buffer(index, n_BLC)
-            x = _project(n_BLC, linear, workspace.thirds()[index] if buffer is None else buffer, run)
+            third = workspace.thirds()[index]
+            like = n_BLC if isinstance(n_BLC, Tensor) else cast(Tensor, third)  # in the compute dtype
+            buffer = run.sharding.qkv_buffer(index, like)
+            x = _project(n_BLC, linear, third if buffer is None else buffer, run)
             if own_norm is None:
                 qkv[index] = x.unflatten(-1, (self.num_heads, -1))
             else:
@@ -127,7 +150,7 @@ class Attention(nn.Module):
         k = run.kernels.qk_norm_rope(self.to_k(text_BSC), self.norm_k.weight, QKNorm(self.eps, self.num_heads))
         return k, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, heads_BLC: Tensor, out_BLC: Tensor | None, run: Runtime) -> Tensor:
+    def project_out(self, heads_BLC: Operand, out_BLC: Tensor | None, run: Runtime) -> Tensor:
         """The output projection `[B, L, C]`; written into `out_BLC`, if given and gradients are disabled."""
         return _project(heads_BLC, cast(Linear, self.to_out[0]), out_BLC, run)
 
@@ -152,6 +175,10 @@ class FeedForward(nn.Module):
         up, down = cast(_Up, self.net[0]).proj, cast(Linear, self.net[2])
         hidden = run.kernels.linear_gelu(n_BLC, up.stored, up.bias, workspace.part(n_BLC, up.out_features))
         return _project(hidden, down, n_BLC, run)
+
+    def quantized(self, quantizer: Quantizer, workspace: Workspace) -> QuantizedFeedForward:
+        """The same with products in 8 bits."""
+        return QuantizedFeedForward(quantizer, cast(_Up, self.net[0]).proj, cast(Linear, self.net[2]), workspace)
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
@@ -182,7 +209,10 @@ class Block(nn.Module):
     def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall) -> None:
         """Replace `residual.pending` with its self-attention: the part of a block that does not depend on the text."""
         heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, call)
-        residual.pending = self.attn1.project_out(heads_BLC, workspace.part(heads_BLC, heads_BLC.shape[2]), run)
+        out_BLC = workspace.part(heads_BLC, heads_BLC.shape[2])
+        operand = run.operand(heads_BLC)
+        del heads_BLC  # in 8 bits, its memory is free now
+        residual.pending = self.attn1.project_out(operand, out_BLC, run)
 
     def forward(
         self,
@@ -200,11 +230,15 @@ class Block(nn.Module):
         """
         residual_norm = run.kernels.residual_norm
         norm2 = Norm(self.norm2.weight[None], self.norm2.bias[None], self.eps)
-        attended = residual.pop_pending()
+        attended = residual.pop_tensor()
         n_BLC = None if torch.is_grad_enabled() else torch.empty_like(attended)
         x_BLC, n_BLC = residual_norm(residual.x, attended, mod.attn_gate, norm2, n_BLC)
         heads_BLC = self.attn2.attend_text(n_BLC, *text, run, workspace)
         y_BLC = self.attn2.project_out(heads_BLC, n_BLC, run)
+        if run.quantizer is not None:
+            residual.x = x_BLC
+            self.feed_forward_8_bits(residual, y_BLC, mod, next_norm, run, workspace)
+            return
         x_BLC, n_BLC = residual_norm(x_BLC, y_BLC, None, mod.ffn, None)
         if torch.is_grad_enabled():
             y_BLC = self.ffn(n_BLC, run, workspace)
@@ -216,6 +250,33 @@ class Block(nn.Module):
             residual_norm(x_BLC[:, rows], self.ffn(n_BLC[:, rows], run, workspace), mod.ffn_gate, next_norm, None)
         residual.x, residual.pending = x_BLC, n_BLC
 
+    def feed_forward_8_bits(
+        self, residual: Residual, y_BLC: Tensor, mod: Modulation, next_norm: Norm, run: Runtime, workspace: Workspace
+    ) -> None:
+        """Add the pending `y_BLC`, whose memory is used again, and the feed-forward with products in 8 bits."""
+        quantizer, x_BLC = cast(Quantizer, run.quantizer), residual.x
+        n_BLC = quantizer.norm(x_BLC, y_BLC, None, mod.ffn)
+        feed_forward = self.ffn.quantized(quantizer, workspace)
+        for start in range(0, x_BLC.shape[1], feed_forward.chunk):
+            rows = slice(start, start + feed_forward.chunk)
+            n_rows, y_rows = n_BLC.tokens(rows), y_BLC[:, rows]
+            feed_forward(n_rows, y_rows)
+            if next_norm.is_exact:
+                run.kernels.residual_norm(x_BLC[:, rows], y_rows, mod.ffn_gate, next_norm, None)
+            else:
+                quantizer.kernels.quantize_norm(x_BLC[:, rows], y_rows, mod.ffn_gate, next_norm, n_rows)
+        residual.pending = y_BLC if next_norm.is_exact else n_BLC
 
-def _project(x: Tensor, linear: Linear, out: Tensor | None, run: Runtime) -> Tensor:
-    return run.kernels.linear(x, linear.stored, linear.bias, out)
+
+def _project(x: Operand, linear: Linear, out: Tensor | None, run: Runtime) -> Tensor:
+    return _multiply(x, (linear,), (linear.stored, linear.bias), out, run)
+
+
+def _multiply(
+    x: Operand, linears: Sequence[Linear], joined: tuple[Weight, Tensor], out: Tensor | None, run: Runtime
+) -> Tensor:
+    """The product with the weight and bias of `linears`, `joined` if there are several; in 8 bits if `x` is."""
+    if isinstance(x, Tensor):
+        return run.kernels.linear(x, *joined, out)
+    assert run.quantizer is not None
+    return run.quantizer.linear(x, *joined, out, linears)

@@ -165,6 +165,8 @@ class WanTransformer(nn.Module):
             del residual  # frees its memory for the next prompt's
             velocities.append(self.head(n_BLC, grid, out))
             del n_BLC
+        if self.runtime.quantizer is not None:
+            self.runtime.quantizer.check(len(self.blocks))
         return velocities
 
     def _order(self, grid: PatchGrid, device: torch.device) -> TokenOrder | None:
@@ -202,20 +204,20 @@ class WanTransformer(nn.Module):
         modulations = [block.modulation(step.modulation) for block in self._blocks()]
         norms = [mod.attn for mod in modulations]
         shift, scale = (self.scale_shift_table.float() + step.time[:, None]).unbind(1)
-        norms.append(Norm(1 + scale, shift, self.spec.eps))
+        norms.append(Norm(1 + scale, shift, self.spec.eps, is_exact=True))
         run, dtype = self.runtime, self.compute_dtype
         first_attention = torch.empty_like(residual.x, dtype=dtype) if keep_first else None
         attended = residual.pending is not None
         if not attended:
-            residual.pending = run.kernels.norm(residual.x, norms[0], dtype)
+            residual.pending = run.norm(residual.x, norms[0], dtype)
         for index, block in enumerate(self.fetch_blocks()):
             if index > 0 or not attended:
                 block.attend(residual, rope, run, workspace, replace(step.call, block=index))
-            if index == 0 and first_attention is not None and residual.pending is not None:
+            if index == 0 and first_attention is not None and isinstance(residual.pending, Tensor):
                 first_attention.copy_(residual.pending)
             keys_values = (text.keys[index], text.values[index], text.repeats)
             block(residual, modulations[index], norms[index + 1], keys_values, run, workspace)
-        return residual.pop_pending(), first_attention
+        return residual.pop_tensor(), first_attention
 
     def head(self, n_BLC: Tensor, grid: PatchGrid, out: Tensor | None) -> Tensor:
         """Project this device's normed tokens to velocities `[B, 16, T, h, w]` float32, in `out` if given."""

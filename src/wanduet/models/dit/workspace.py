@@ -57,3 +57,10 @@ class Workspace:
         if self.whole is None or size > self.whole.numel():
             return None
         return self.whole.view(-1)[:size].view(batch, tokens, width)
+
+    def part_and_bytes(self, batch: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+        """The front of the buffer as `[batch, tokens, width]`, and its end as uint8 of the same shape; the caller makes sure
+        that both fit."""
+        assert self.whole is not None
+        flat, size = self.whole.view(-1), batch * tokens * width
+        return flat[:size].view(batch, tokens, width), flat.view(torch.uint8)[-size:].view(batch, tokens, width)
