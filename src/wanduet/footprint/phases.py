@@ -32,8 +32,8 @@ Size = tuple[int, int, int]  # generated height and width in pixels, frames
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Not counted on the meta device: cuBLAS's workspaces and the caching allocator's rounding.
 WORKSPACE_BYTES = 56 * 2**20
-# Per pixel of a frame: x264's buffers for the frames in its threads (whole_job_*.json, "host_gib", by size).
-VIDEO_ENCODER_BYTES = 400
+# Per pixel of a frame: the buffers of two x264 encoders (media/segments.py). Measured: 480, on noise, at 480p and 1080p.
+VIDEO_ENCODER_BYTES = 600
 # Bytes per parameter of the part of a weights file that is mapped while it is read: files may be float32.
 MAPPED_ITEM = 4
 # Device buffers for streamed blocks, beside the resident ones (accelerate/offload.py).
