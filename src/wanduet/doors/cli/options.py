@@ -188,6 +188,13 @@ class EngineFlags:
     text_encoder_hold: Annotated[
         TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
     ] = "auto"
+    text_encoder_device: Annotated[
+        str,
+        Parameter(
+            help="Where prompts are encoded: cpu, cuda:0. Default: a GPU that has room beside the video, if the CPU would delay "
+            "it."
+        ),
+    ] = "auto"
     tf32: Annotated[
         bool, Parameter(help="Allow TF32 in the VAE's float32 convolutions: faster, slightly less precise.")
     ] = True
@@ -218,6 +225,7 @@ class EngineFlags:
             vae_dtype=self.vae_dtype,
             text_encoder_dtype=self.text_encoder_dtype,
             text_encoder_hold=self.text_encoder_hold,
+            text_encoder_device=self.text_encoder_device,
             tf32=self.tf32,
             vram_limit=None if self.vram_limit is None else parse_bytes(self.vram_limit),
             ram_limit=None if self.ram_limit is None else parse_bytes(self.ram_limit),
