@@ -186,7 +186,7 @@ class Planner:
             needed = weights + self.memory.decode(self._size, mode, dtype, name)
             return self._device(device, "vae", {"denoise": 0, "decode": needed})
 
-        seconds = decode_seconds(self.request, self._spec, device)
+        seconds = decode_seconds(self.request, self._spec, device, dtype)
         modes = sorted(DECODE_MODES, key=lambda mode: cut_seconds(self.request, seconds, mode))
         tried = ((mode, on_device(mode)) for mode in modes)
         smallest = DECODE_MODES[-1], on_device(DECODE_MODES[-1])
@@ -213,7 +213,7 @@ class Planner:
     def _fastest_of(self, place: Placement) -> Plan:
         """Return the plan of the first candidate on a placement that fits, or of the one that needs least memory."""
         weights = self.memory.transformer_weights(self.transformer_dtype(place.transformer))
-        tried = list(candidates(self.request, self._spec, place, weights))
+        tried = list(candidates(self.request, self._spec, place, weights, self._vae_dtype))
         smallest = self.plan_of(place, min(tried, key=memory_rank))
         predicted = smallest.prediction
         all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # then the smallest also needs least host memory
@@ -258,7 +258,9 @@ class Planner:
         transformer = self._transformer_memory(place, candidate, group)
         devices = self._with_text(self._devices(place, candidate, transformer))
         host, offload = self._host(place, candidate, transformer, devices)
-        seconds = predict_seconds(self.request, self._spec, place.transformer, place.vae, max(1, len(place.ranks)))
+        seconds = predict_seconds(
+            self.request, self._spec, place.transformer, place.vae, max(1, len(place.ranks)), self._vae_dtype
+        )
         return Plan(
             place.strategy,
             TransformerPlan(

@@ -60,7 +60,7 @@ class Case:
         return self.planner.plan_of(place, Candidate(resident, share, keep, mode)).prediction.fits
 
     def seconds(self, keep: bool, mode) -> float:
-        decode = decode_seconds(self.request, self.memory.spec, self.vae)
+        decode = decode_seconds(self.request, self.memory.spec, self.vae, self.plan.vae.dtype)
         turn = swap_seconds(self.memory.transformer_weights(self.plan.transformer.dtype))
         return cut_seconds(self.request, decode, mode) + (0.0 if keep else turn)
 
@@ -74,7 +74,7 @@ class Case:
 
     def any_fits(self, place: Placement) -> bool:
         weights = self.memory.transformer_weights(self.planner.transformer_dtype(place.transformer))
-        ways = candidates(self.request, self.memory.spec, place, weights)
+        ways = candidates(self.request, self.memory.spec, place, weights, self.plan.vae.dtype)
         return any(self.planner.plan_of(place, way).prediction.fits for way in ways)
 
 

@@ -379,3 +379,15 @@ def test_what_a_larger_job_has_left_is_given_back_before_a_smaller_one(monkeypat
     assert released == []
     release.trim_cache({"cuda:0": 9, "cuda:1": 9})
     assert released == [True]
+
+
+def test_a_decode_in_bfloat16_takes_less_time_and_memory_where_it_has_matrix_units(memory) -> None:
+    def both(machine: str) -> list[Plan]:
+        return [plan(memory, machine, vae_dtype=dtype, text_encoder_device="cpu") for dtype in ("float32", "bfloat16")]
+
+    exact, half = both("h100")
+    assert half.prediction.seconds.decode == pytest.approx(0.58 * exact.prediction.seconds.decode)
+    assert half.prediction.seconds.denoise == exact.prediction.seconds.denoise
+    assert half.prediction.devices[0].phases["decode"] < 0.8 * exact.prediction.devices[0].phases["decode"]
+    exact, half = both("Tesla V100")
+    assert half.prediction.seconds.decode == exact.prediction.seconds.decode

@@ -67,7 +67,9 @@ def test_several_gpus_that_make_one_video_have_it_on_the_first(memory) -> None:
     found = plan(memory, "2xh100")
     assert (found.strategy, found.text.device) == ("parallel", "cuda:0")
     first, second = found.prediction.devices
-    assert first.phases["denoise"] - second.phases["denoise"] == text_device_bytes(memory.spec, "bfloat16", "resident")[0]
+    assert (
+        first.phases["denoise"] - second.phases["denoise"] == text_device_bytes(memory.spec, "bfloat16", "resident")[0]
+    )
 
 
 def test_the_host_keeps_it_if_much_memory_is_free(memory) -> None:

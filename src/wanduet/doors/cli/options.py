@@ -183,7 +183,13 @@ class EngineFlags:
             "not time: products are still computed in --transformer-dtype."
         ),
     ] = "auto"
-    vae_dtype: Annotated[DType, Parameter(help="What the VAE computes in. Default: float32.")] = "auto"
+    vae_dtype: Annotated[
+        DType,
+        Parameter(
+            help="What the VAE computes in. Default: float32. bfloat16 takes about 0.6 of the time and half the memory on newer "
+            "GPUs, and changes pixels by a few levels of 255 at most."
+        ),
+    ] = "auto"
     text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
     text_encoder_hold: Annotated[
         TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
