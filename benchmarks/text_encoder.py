@@ -19,6 +19,7 @@ import torch
 from _common import TINY, Report
 from safetensors.torch import save_file
 
+from wanduet.family.spec import TextEncoderSpec
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.text.umt5 import EMBEDDING, FINAL_NORM, TextEncoder
 from wanduet.planning.host import process_peak_bytes
@@ -29,35 +30,37 @@ SPEC = (
     if TINY
     else WAN_1_3B.text_encoder
 )
-CONFIG = asdict(SPEC) | {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "model_type": "umt5"}
+EVERY_UMT5 = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "model_type": "umt5"}
+CONFIG = asdict(SPEC) | EVERY_UMT5
 LAYERS_A_FILE = 5
 PROMPT, NEGATIVE = [*range(3, 82), 1], [*range(3, 128), 1]  # 80 and 126 tokens
 
 
-def write(folder: Path, dtype: torch.dtype) -> None:
+def write(folder: Path, dtype: torch.dtype, spec: TextEncoderSpec = SPEC) -> None:
+    """Random weights of the encoder's shapes. A block of noise is repeated: drawing all of it would take minutes."""
     noise = torch.randn(2**22).mul_(0.02).to(dtype)
 
     def tensor(*shape: int) -> torch.Tensor:
         count = torch.Size(shape).numel()
         return noise.repeat(-(-count // noise.numel()))[:count].view(shape)
 
-    inner = SPEC.num_heads * SPEC.d_kv
-    for start in range(0, SPEC.num_layers, LAYERS_A_FILE):
+    inner = spec.num_heads * spec.d_kv
+    for start in range(0, spec.num_layers, LAYERS_A_FILE):
         tensors = {}
-        for index in range(start, min(start + LAYERS_A_FILE, SPEC.num_layers)):
+        for index in range(start, min(start + LAYERS_A_FILE, spec.num_layers)):
             prefix = f"encoder.block.{index}.layer."
             for part in "qkv":
-                tensors[f"{prefix}0.SelfAttention.{part}.weight"] = tensor(inner, SPEC.d_model)
-            tensors[f"{prefix}0.SelfAttention.o.weight"] = tensor(SPEC.d_model, inner)
-            tensors[f"{prefix}0.SelfAttention.relative_attention_bias.weight"] = tensor(32, SPEC.num_heads)
+                tensors[f"{prefix}0.SelfAttention.{part}.weight"] = tensor(inner, spec.d_model)
+            tensors[f"{prefix}0.SelfAttention.o.weight"] = tensor(spec.d_model, inner)
+            tensors[f"{prefix}0.SelfAttention.relative_attention_bias.weight"] = tensor(32, spec.num_heads)
             for part in ("wi_0", "wi_1"):
-                tensors[f"{prefix}1.DenseReluDense.{part}.weight"] = tensor(SPEC.d_ff, SPEC.d_model)
-            tensors[f"{prefix}1.DenseReluDense.wo.weight"] = tensor(SPEC.d_model, SPEC.d_ff)
+                tensors[f"{prefix}1.DenseReluDense.{part}.weight"] = tensor(spec.d_ff, spec.d_model)
+            tensors[f"{prefix}1.DenseReluDense.wo.weight"] = tensor(spec.d_model, spec.d_ff)
             for layer in (0, 1):
-                tensors[f"{prefix}{layer}.layer_norm.weight"] = torch.ones(SPEC.d_model, dtype=dtype)
+                tensors[f"{prefix}{layer}.layer_norm.weight"] = torch.ones(spec.d_model, dtype=dtype)
         if start == 0:
-            tensors[EMBEDDING] = tensor(SPEC.vocab_size, SPEC.d_model)
-            tensors[FINAL_NORM] = torch.ones(SPEC.d_model, dtype=dtype)
+            tensors[EMBEDDING] = tensor(spec.vocab_size, spec.d_model)
+            tensors[FINAL_NORM] = torch.ones(spec.d_model, dtype=dtype)
         save_file(tensors, folder / f"model-{start:03d}.safetensors")
 
 

@@ -2,21 +2,29 @@
 
     PYTHONPATH=src python benchmarks/whole_job.py [--steps 50] [--diffusers-steps 50] [--size 480p] [section ...]
 
+A job includes a new prompt of 80 tokens, encoded by a UMT5 in its true shape: random weights on disk (11 GB, in the page
+cache), the negative prompt cached after the first job. `--text none` leaves it out.
+
 Sections: ours smallest decode forms diffusers decode_diffusers (the last is part of diffusers).
 Random weights: time and memory do not depend on their values.
 """
 
 import argparse
+import json
 import os
+import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import DEVICE, ON_GPU, TINY, Report, clear_memory, peak_memory, random_vae, synchronize
+from text_encoder import EVERY_UMT5
+from text_encoder import write as write_encoder
 
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
@@ -26,19 +34,63 @@ from wanduet.footprint.vae import decode_bytes
 from wanduet.kernels.select import planned_vae_kernels
 from wanduet.kernels.vae.gpu import VAE_TRITON_KERNELS
 from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS
+from wanduet.models.text.tokenizer import Tokenizer
 from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
+from wanduet.planning.plan import TextPlan
 from wanduet.request import GenerationRequest
+from wanduet.runtime.prompt_host import PromptHost
+from wanduet.runtime.text_host import CachedPromptEncoder
 from wanduet.sampling.denoise import StepInfo
+from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.hub import open_model
 
 SIZES = {"480p": (480, 832, 81), "720p": (720, 1280, 81), "1080p": (1080, 1920, 81)}
 MODEL = "random:1.3b"
-PROMPT = "a cat walks over a frozen lake at sunset, snow flies from its paws"
+WORDS = ["a", "cat", "walks", "over", "a", "frozen", "lake", "at", "sunset,", "snow", "flies", "from", "its", "paws"]
+TOKENS = 80
 MODES = [Tiling(o, n) for o, n in (("frame", 1), ("frame", 2), ("strip", 2), ("strip", 3), ("strip", 4), ("strip", 8))]
 # Bytes that the whole job may take on a card in its smallest form (the goals of the memory plan).
 SMALLEST = {"480p": int(2.5 * 2**30), "720p": 4 * 2**30, "1080p": 8 * 2**30}
+
+
+class Text:
+    """A model folder with only a text encoder and a tokenizer, for an engine whose other models are random."""
+
+    def __init__(self, path: Path) -> None:
+        spec = WAN_1_3B.text_encoder
+        if TINY:  # the transformer's text width stays
+            spec = replace(spec, vocab_size=700, d_ff=64, num_layers=2)
+        miniature = open_model("miniature").path
+        for name in ("transformer", "vae"):
+            (path / name).mkdir(parents=True)
+            (path / name / "config.json").write_text("{}")  # as published
+        shutil.copytree(miniature / "tokenizer", path / "tokenizer")
+        (path / "text_encoder").mkdir()
+        (path / "text_encoder" / "config.json").write_text(json.dumps(asdict(spec) | EVERY_UMT5))
+        write_encoder(path / "text_encoder", torch.bfloat16, spec)
+        self.folder = ModelFolder(path, "random text encoder")
+        self._tokenizer = Tokenizer(self.folder.tokenizer)
+        self._made = 0
+
+    def prompt(self) -> str:
+        """A prompt of 80 tokens that no job had before."""
+        self._made += 1
+        words = [str(self._made)]
+        while len(self._tokenizer(" ".join([*words, WORDS[len(words) % len(WORDS)]])).ids) <= TOKENS:
+            words.append(WORDS[len(words) % len(WORDS)])
+        return " ".join(words)
+
+    def install(self, host: PromptHost, cache: Path) -> None:
+        """Let a host of random models encode with it."""
+
+        def make(plan: TextPlan) -> CachedPromptEncoder:
+            use = partial(host._use, plan.device)
+            return CachedPromptEncoder(self.folder, plan.dtype, plan.residency, cache, plan.device, use)
+
+        host._make = make  # type: ignore[method-assign]
 
 
 def ours(report: Report, options: argparse.Namespace) -> None:
@@ -68,11 +120,18 @@ def jobs(report: Report, section: str, options: argparse.Namespace, limit: int |
 
     data = Path(tempfile.mkdtemp())
     clear_memory()
-    with Engine(EngineConfig(model=options.model, data_dir=data, vram_limit=limit)) as engine:
+    config = EngineConfig(model=options.model, data_dir=data, vram_limit=limit)
+    text = None if options.text == "none" else options.made_text
+    if text is not None:
+        where, hold = ("cpu", "streamed") if limit else (options.text, options.text_hold)
+        config = replace(config, text_encoder_device=where, text_encoder_hold=hold)
+    with Engine(config) as engine:
+        if text is not None:
+            text.install(engine.models.prompts, data / "embeddings")
         for name, steps in runs.items():
             clear_memory()
             request = GenerationRequest(
-                prompt=PROMPT, height=height, width=width, num_frames=frames, num_inference_steps=steps,
+                prompt=" ".join(WORDS) if text is None else text.prompt(), height=height, width=width, num_frames=frames, num_inference_steps=steps,
                 guidance_scale=6.0, seed=1,
             )  # fmt: skip
             job = engine.submit(request, OutputOptions(data / f"{name}.mp4"), on_step)
@@ -82,7 +141,8 @@ def jobs(report: Report, section: str, options: argparse.Namespace, limit: int |
             timings = {k: round(v, 3) for k, v in result.timings.items()}
             step_s = round(result.timings["denoise_s"] / steps, 4)
             report.add(section, run=name, size=options.size, steps=steps, step_s=step_s, **timings,
-                       attention=job.attention)  # fmt: skip
+                       attention=job.attention, text=options.text if text is None else
+                       f"{TOKENS} tokens, {job.plan.text.device} {job.plan.text.residency} {job.plan.text.dtype}")  # fmt: skip
             report.add(f"{section} memory", run=name, limit_gib=limit and limit / 2**30, predicted=predicted, **peaks,
                        host_gib=round(result.peak_memory_bytes["cpu"] / 2**30, 2), rungs=job.notes,
                        resident_blocks=job.plan.transformer.resident_blocks, decode_mode=asdict(job.plan.vae.tiling),
@@ -234,6 +294,8 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="480p")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--strips", type=int, default=1)
+    parser.add_argument("--text", choices=("none", "cpu", "cuda"), default="cuda" if ON_GPU else "cpu")
+    parser.add_argument("--text-hold", choices=("resident", "streamed"), default="resident")
     parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
     options = parser.parse_args()
     if TINY:
@@ -242,7 +304,13 @@ def main() -> None:
     os.environ.setdefault("WANDUET_DATA_DIR", tempfile.mkdtemp())
     report = Report(f"whole_job_{options.size}")
     chosen = {name: lambda r, f=SECTIONS[name]: f(r, options) for name in SECTIONS}
-    report.run(chosen, options.sections or [name for name in SECTIONS if name != "decode_diffusers"])
+    sections = options.sections or [name for name in SECTIONS if name != "decode_diffusers"]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.text != "none" and {"ours", "smallest"} & set(sections):
+            began = time.perf_counter()
+            options.made_text = Text(Path(folder) / "text")
+            report.add("text encoder", written_s=round(time.perf_counter() - began, 1))
+        report.run(chosen, sections)
     report.print()
 
 

@@ -39,6 +39,7 @@ class EngineConfig:
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
     text_encoder_hold: TextEncoderResidency = "auto"
+    text_encoder_device: str = "auto"  # "cpu", "cuda:0"; auto: the CPU, or for less work a GPU with room
     tf32: bool = True  # TF32 in the VAE's float32 convolutions (never in the transformer's float32 parts)
     vram_limit: int | None = None  # bytes per device
     ram_limit: int | None = None  # bytes of host memory
@@ -59,6 +60,11 @@ class EngineConfig:
             raise ConfigError(
                 f"weights={self.weights!r} is no format of weights in memory.",
                 hint=f"Formats: {', '.join(get_args(Weights))}. fp8 would take as many bytes as q8, and is less precise.",
+            )
+        if self.text_encoder_device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", self.text_encoder_device):
+            raise ConfigError(
+                f"text_encoder_device={self.text_encoder_device!r} is no device for the text encoder.",
+                hint="Examples: auto · cpu · cuda:0",
             )
         devices = parse_devices(self.devices)
         speeds = self.device_speeds

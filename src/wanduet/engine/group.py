@@ -176,6 +176,8 @@ class EngineModels(Models):
                 self.close_group()
             if self._group is None:
                 self._group = Group(self.config, plan, collective_timeout(plan, request))
+            for device in plan.group.ranks:  # it may be on a rank's GPU, in this process
+                self.prompts.make_room(device, plan.text)
             try:
                 yield self._group
             except CancelledError:  # the ranks skip a cancelled task by its number

@@ -72,7 +72,7 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
     if job.timings["encode_s"] > 0:
         read = text_encoder_bytes(spec, plan.text.dtype, "resident")
         tokens = 2 * read // DTYPE_BYTES[plan.text.dtype]  # one token through every weight, at least
-        work["encode_s"] = Work(tokens, read, "cpu", plan.text.dtype)
+        work["encode_s"] = Work(tokens, read, plan.text.device, plan.text.dtype)
     return work
 
 

@@ -37,8 +37,8 @@ Size = tuple[int, int, int]  # generated height and width in pixels, frames
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Not counted on the meta device: cuBLAS's workspaces and the caching allocator's rounding.
 WORKSPACE_BYTES = 56 * 2**20
-# Per pixel of a frame: x264's buffers for the frames in its threads (whole_job_*.json, "host_gib", by size).
-VIDEO_ENCODER_BYTES = 400
+# Per pixel of a frame: the buffers of two x264 encoders (media/segments.py). Measured: 480, on noise, at 480p and 1080p.
+VIDEO_ENCODER_BYTES = 600
 # Bytes per parameter of the part of a weights file that is mapped while it is read: files may be float32.
 MAPPED_ITEM = 4
 # Device buffers for streamed blocks, beside the resident ones (accelerate/offload.py).
@@ -212,14 +212,30 @@ def text_positions(text: str, text_len: int) -> int:
 
 def text_encoder_bytes(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> int:
     """Bytes of host memory of the text encoder: of all layers, or of one layer and the mapped part of its file."""
-    t, item = spec.text_encoder, DTYPE_BYTES[dtype]
+    t, item, layer = spec.text_encoder, DTYPE_BYTES[dtype], _text_layer(spec)
     inner = t.num_heads * t.d_kv
-    layer = 4 * t.d_model * inner + 3 * t.d_model * t.d_ff  # parameters
     if residency == "resident":
         return (t.num_layers * layer + t.vocab_size * t.d_model) * item
     mapped = max(t.d_model * max(inner, t.d_ff) * MAPPED_ITEM, min(MAPPED_BYTES, layer * MAPPED_ITEM))
-    activations = 12 * spec.text_len * max(t.d_ff, t.d_model) * 4
-    return layer * item + mapped + activations
+    return layer * item + mapped + _text_activations(spec)
+
+
+def text_device_bytes(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> tuple[int, int]:
+    """Bytes that the text encoder takes on a GPU between encodes, and in addition during one. The embedding's rows come
+    from its file."""
+    layer = _text_layer(spec) * DTYPE_BYTES[dtype]
+    if residency == "resident":
+        return spec.text_encoder.num_layers * layer, _text_activations(spec)
+    return 0, 2 * layer + _text_activations(spec)  # the allocator's cache may keep a layer in other sizes
+
+
+def _text_layer(spec: ModelSpec) -> int:
+    t = spec.text_encoder
+    return 4 * t.d_model * t.num_heads * t.d_kv + 3 * t.d_model * t.d_ff  # parameters
+
+
+def _text_activations(spec: ModelSpec) -> int:
+    return 12 * spec.text_len * max(spec.text_encoder.d_ff, spec.text_encoder.d_model) * 4
 
 
 def _parameter_bytes(name: str, shape: tuple[int, ...], dtype: str, format: WeightFormat | None) -> int:

@@ -6,9 +6,10 @@ with the video's length. The file gets its final name once all of it is on the d
 
 import os
 import queue
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,6 +34,7 @@ from wanduet.media.codecs import (
     tag_stream,
 )
 from wanduet.media.files import atomic_output, output_error
+from wanduet.media.segments import SegmentEncoder
 
 QUEUE_BYTES = 64 * 2**20
 MIN_QUEUE_FRAMES = 4
@@ -257,29 +259,47 @@ class _Encoder:
         self._output = av.open(str(path.absolute()), "w", format=container, container_options=options)
         self._output.metadata.update(tags)
         self._stream = self._output.add_stream(codec.encoder, rate=spec.fps, options=spec.options)
-        context = self._stream.codec_context
+        first = self._stream.codec_context
+        self._set_up(first, spec, codec)
+
+        def more() -> Any:
+            context = av.CodecContext.create(codec.encoder, "w")
+            context.options, context.framerate, context.flags = spec.options, spec.fps, first.flags
+            self._set_up(context, spec, codec)
+            context.open()
+            return context
+
+        self._segments = SegmentEncoder(first, more, KEYFRAME_SECONDS * spec.fps if codec.segments else sys.maxsize)
+        self._next = 0
+
+    def _set_up(self, context: Any, spec: VideoSpec, codec: Codec) -> None:
         context.width, context.height = spec.width, spec.height
         context.pix_fmt = codec.pixel_format
         context.time_base = self._time_base
         context.thread_count = ENCODER_THREADS
         context.thread_type = "AUTO"  # otherwise x264 divides each picture into slices, which costs quality
         tag_stream(context, codec)
-        self._next = 0
 
     def add(self, frame: Frame) -> None:
         """Encode one frame at the next timestamp."""
         picture = self._convert(frame)
         picture.pts, picture.time_base = self._next, self._time_base
         self._next += 1
-        self._output.mux(self._stream.encode(picture))
+        self._mux(self._segments.encode(picture))
 
     def finish(self) -> None:
         """Write the encoder's buffered frames and the index."""
-        self._output.mux(self._stream.encode(None))
+        self._mux(self._segments.finish())
         self._output.close()
+
+    def _mux(self, packets: Iterator[Any]) -> None:
+        for packet in packets:
+            packet.stream = self._stream
+            self._output.mux(packet)
 
     def discard(self) -> None:
         """Close the file in any state; errors are ignored, as the first one was reported."""
+        self._segments.discard()
         try:
             self._output.close()
         except Exception:

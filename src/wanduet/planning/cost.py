@@ -31,6 +31,9 @@ HOPPER_DECODE_SHARE, DECODE_SHARE = 0.31, 0.2
 # card without matrix units is far slower at denoising than at decoding. From the number of lanes (64 in Volta and
 # Turing), not measured.
 PLAIN_FLOAT32 = {(7, 0): 0.1, (0, 0): 0.19}
+# Share of a float32 decode's time that a decode in bfloat16 takes, on GPUs with bfloat16 matrix units. Measured: 0.57 to 0.59
+# on an H100 at 480p, 720p and 1080p (benchmarks/results/whole_job_*.json); assumed for other cards.
+HALF_DECODE_SHARE = 0.58
 # TFLOP to decode one latent pixel. Measured: 275 for 21 latent frames of 60x104 (480x832).
 DECODE_TFLOP_PER_LATENT_PIXEL = 275 / (21 * 60 * 104)
 # Time to encode a video, as a share of that to decode it. On a CPU as many operations are counted, with Wan2.1's VAE. A GPU
@@ -122,7 +125,12 @@ def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> flo
 
 
 def predict_seconds(
-    request: ResolvedRequest, spec: ModelSpec, transformer: DeviceInfo, vae: DeviceInfo, ranks: int = 1
+    request: ResolvedRequest,
+    spec: ModelSpec,
+    transformer: DeviceInfo,
+    vae: DeviceInfo,
+    ranks: int = 1,
+    vae_dtype: str = "float32",
 ) -> Seconds:
     """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode, one encodes."""
     per_second = rate(transformer) * 1e12
@@ -130,7 +138,7 @@ def predict_seconds(
         per_second /= 1 - _quantized_share(request, spec) * (1 - 1 / QUANTIZED_SPEED)
     denoise, step = denoise_flop(request, spec), step_flop(request, spec, request.uses_guidance)
     encode = video_encode_seconds(request, spec, vae) if request.uses_input else 0.0
-    decode = decode_seconds(request, spec, vae) / ranks
+    decode = decode_seconds(request, spec, vae, vae_dtype) / ranks
     return Seconds(denoise / per_second / ranks, decode, encode, step / per_second / ranks)
 
 
@@ -155,10 +163,11 @@ def encode_seconds(spec: ModelSpec, dtype: str, residency: Literal["resident", "
     return parameters * item / READ_RATES[residency], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[dtype]
 
 
-def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:
-    """Predict the seconds to decode all videos of a job on one device."""
+def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo, dtype: str = "float32") -> float:
+    """Predict the seconds to decode all videos of a job on one device, in a dtype by name."""
     size = (request.generated_height, request.generated_width, request.num_frames)
-    return request.num_videos_per_prompt * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
+    share = HALF_DECODE_SHARE if dtype != "float32" and not vae.is_cpu and vae.has_bfloat16 else 1.0
+    return request.num_videos_per_prompt * share * decode_flop(spec, size) / (decode_rate(vae) * 1e12)
 
 
 def video_encode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo) -> float:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wanduet.config import EngineConfig, Weights, format_bytes, parse_devices
+from wanduet.config import GIB, EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.sparsity import ALL, first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import EXACT, fields_set_by
 from wanduet.family.step_caches import OFF
-from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
+from wanduet.footprint.phases import ModelMemory, text_device_bytes, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
 from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
@@ -23,6 +23,7 @@ from wanduet.kernels.verdicts import triton_problem
 from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
+from wanduet.planning.text import text_device
 from wanduet.request import ResolvedRequest
 from wanduet.weights.hub import local_model
 
@@ -54,6 +55,7 @@ class Explanation:
             self._vae_dtype(),
             self._tf32(),
             Choice("text_encoder_hold", plan.text.residency, self._text_encoder()),
+            *([Choice("text_encoder_device", plan.text.device, self._text_device())] if plan.text.on_gpu else []),
             Choice("resident_blocks", plan.transformer.resident_blocks, self._resident()),
             Choice("block_hold", plan.transformer.offload_memory, self._block_residency()),
             self._decode(),
@@ -161,6 +163,11 @@ class Explanation:
             why = f"{REQUESTED}: the VAE's float32 convolutions are exact"
         return Choice("tf32", plan.vae.tf32, why)
 
+    def _text_device(self) -> str:
+        if text_device(self.config) != "cpu":
+            return REQUESTED
+        return "there is room beside the video, which is made with less work, and the CPU would delay it"
+
     def _text_encoder(self) -> str:
         if self.config.text_encoder_hold != "auto":
             return REQUESTED
@@ -170,8 +177,14 @@ class Explanation:
         whole, part = (
             format_bytes(text_encoder_bytes(self.spec, dtype, residency)) for residency in ("resident", "streamed")
         )
+        if self.plan.text.on_gpu:
+            of_device = format_bytes(text_device_bytes(self.spec, dtype, "resident")[0])
+            kept = self.plan.text.residency == "resident"
+            return f"its {of_device} of layers {'stay on the device' if kept else 'are copied for each new prompt'}"
         if self.plan.text.residency == "resident":
-            return f"small: {whole} of host memory hold all of it"
+            if text_encoder_bytes(self.spec, "float32", "resident") < GIB:
+                return f"small: {whole} of host memory hold all of it"
+            return f"all of it stays in host memory, {whole}, which is free"
         return f"read layer by layer from its files, which takes {part} of host memory instead of {whole}"
 
     def _resident(self) -> str:

@@ -52,10 +52,22 @@ class VAEPlan:
 
 @dataclass(frozen=True, slots=True)
 class TextPlan:
-    """How the text encoder runs on the CPU: `resident` has all layers in memory, `streamed` reads one after another."""
+    """How the text encoder runs: `resident` keeps all layers in the device's memory, `streamed` reads one after another
+    from the files."""
 
     dtype: str
     residency: Residency
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it does not run on the CPU."""
+        return self.device != "cpu"
+
+    @property
+    def on_host(self) -> Residency:
+        """What the host's memory contains of it."""
+        return "streamed" if self.on_gpu else self.residency
 
 
 @dataclass(frozen=True, slots=True)

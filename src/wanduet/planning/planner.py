@@ -23,6 +23,7 @@ from wanduet.footprint.phases import (
     ModelMemory,
     Size,
     TransformerMemory,
+    text_device_bytes,
     text_encoder_bytes,
     text_positions,
 )
@@ -43,6 +44,7 @@ from wanduet.planning.plan import (
     VAEPlan,
 )
 from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates, memory_rank
+from wanduet.planning.text import better_texts, text_device
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
 
@@ -69,19 +71,21 @@ def make_plan(
     has no products in the format of `request.quantize`.
     """
     memory = replace(memory, weights=config.weights, attention=config.attention)
-    planner = Planner(request, memory, config, hardware)
-    plan, refused = planner.fastest_that_fits()
+    text = plan_text(memory.spec, config, hardware)
+    plan, refused = Planner(request, memory, config, hardware, text).with_best_text()
     for name in plan.group.ranks or (plan.transformer.device,):
         check_quantize(request.quantize, hardware.device(name))
     plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan
     found: dict[str, dict[str, Any]] = {}
+    planner = Planner(request, memory, config, hardware, plan.text)
     only_mode = planner.too_small_for_the_models(plan)  # a smaller video would not fit either
     for other in alternatives(request, config, memory.spec, hardware):
         if other.kind in found or (other.kind == "both" and found) or (only_mode and other.kind != "mode"):
             continue  # only the first of each kind, the smallest change
-        candidate, _ = Planner(other.request, memory, other.config, hardware).fastest_that_fits()
+        text = plan_text(memory.spec, other.config, hardware)
+        candidate, _ = Planner(other.request, memory, other.config, hardware, text).fastest_that_fits()
         predicted = candidate.prediction
         if predicted.fits:
             found[other.kind] = other.change | {
@@ -93,20 +97,27 @@ def make_plan(
 
 def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
     """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
-    plan = Planner(request, replace(memory, weights=config.weights), config, hardware).decode_only()
+    memory = replace(memory, weights=config.weights)
+    plan = Planner(request, memory, config, hardware, plan_text(memory.spec, config, hardware)).decode_only()
     return replace(plan, choices=Explanation(plan, request, memory, config, hardware).choices_of_decode())
 
 
-def plan_text(spec: ModelSpec, config: EngineConfig) -> TextPlan:
-    """Choose the dtype and the residency of the text encoder."""
+def plan_text(spec: ModelSpec, config: EngineConfig, hardware: Hardware | None = None) -> TextPlan:
+    """Choose the dtype and the residency of the text encoder, on the device that `config` names; by default, the CPU.
+
+    Raises ConfigError if `hardware` does not have that device.
+    """
     # A prompt has a few dozen tokens: reading weights takes most of the time, so half the bytes take half the time.
     small = text_encoder_bytes(spec, "float32", "resident") < GIB
     dtype = config.text_encoder_dtype
     if dtype == "auto":
         dtype = "float32" if small else "bfloat16"
+    device = text_device(config)
+    if hardware is not None:
+        device = hardware.device(device).name
     if config.text_encoder_hold != "auto":
-        return TextPlan(dtype, config.text_encoder_hold)
-    return TextPlan(dtype, "resident" if small else "streamed")
+        return TextPlan(dtype, config.text_encoder_hold, device)
+    return TextPlan(dtype, "resident" if small else "streamed", device)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ class Planner:
     memory: ModelMemory
     config: EngineConfig
     hardware: Hardware
+    text: TextPlan
 
     @cached_property
     def _size(self) -> Size:
@@ -125,10 +137,6 @@ class Planner:
     @cached_property
     def _spec(self) -> ModelSpec:
         return self.memory.spec
-
-    @cached_property
-    def _text(self) -> TextPlan:
-        return plan_text(self._spec, self.config)
 
     @cached_property
     def _forwards(self) -> Forwards | None:
@@ -141,6 +149,17 @@ class Planner:
     @cached_property
     def _host_limit(self) -> int:
         return min(self.config.ram_limit or self.hardware.host_total_bytes, self.hardware.host_free_bytes)
+
+    def with_best_text(self) -> tuple[Plan, tuple[Plan, ...]]:
+        """Return `fastest_that_fits`, with the text encoder in more memory, or on a GPU, if that changes nothing else of
+        the plan."""
+        plan, refused = self.fastest_that_fits()
+        if plan.prediction.fits and self.config.model not in RANDOM_SPECS:
+            for text in better_texts(plan, self._spec, self.config, self.hardware, self.request):
+                other, refused_too = replace(self, text=text).fastest_that_fits()
+                if other.prediction.fits and replace(other, text=plan.text, prediction=plan.prediction) == plan:
+                    return other, refused_too
+        return plan, refused
 
     def fastest_that_fits(self) -> tuple[Plan, tuple[Plan, ...]]:
         """Return the first plan that fits, or the one that lacks the least device memory; and the plans of better
@@ -185,7 +204,7 @@ class Planner:
             needed = weights + self.memory.decode(self._size, mode, dtype, name)
             return self._device(device, "vae", {"denoise": 0, "decode": needed})
 
-        seconds = decode_seconds(self.request, self._spec, device)
+        seconds = decode_seconds(self.request, self._spec, device, dtype)
         modes = sorted(DECODE_MODES, key=lambda mode: cut_seconds(self.request, seconds, mode))
         tried = ((mode, on_device(mode)) for mode in modes)
         smallest = DECODE_MODES[-1], on_device(DECODE_MODES[-1])
@@ -196,7 +215,7 @@ class Planner:
             "single",
             TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True, self._weights(device)),
             VAEPlan(name, dtype, mode, self.config.tf32),
-            self._text,
+            self.text,
             both_resident=True,
             prediction=Prediction((predicted,), host, self._host_limit, Seconds(0.0, seconds)),
         )
@@ -205,18 +224,18 @@ class Planner:
         """Return True if all models are on the host and their weights alone exceed its memory."""
         if (plan.transformer.device, plan.vae.device) != ("cpu", "cpu"):
             return False
-        text = text_encoder_bytes(self._spec, plan.text.dtype, plan.text.residency)
+        text = text_encoder_bytes(self._spec, plan.text.dtype, plan.text.on_host)
         models = self.memory.transformer_weights(plan.transformer.dtype) + self.memory.vae_weights(plan.vae.dtype)
         return HOST_BASE_BYTES + text + models > plan.prediction.host_limit_bytes
 
     def _fastest_of(self, place: Placement) -> Plan:
         """Return the plan of the first candidate on a placement that fits, or of the one that needs least memory."""
         weights = self.memory.transformer_weights(self.transformer_dtype(place.transformer))
-        tried = list(candidates(self.request, self._spec, place, weights))
+        tried = list(candidates(self.request, self._spec, place, weights, self._vae_dtype))
         smallest = self.plan_of(place, min(tried, key=memory_rank))
         predicted = smallest.prediction
         all_on_host = place.transformer.is_cpu and place.vae.is_cpu  # then the smallest also needs least host memory
-        text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
+        text = text_encoder_bytes(self._spec, self.text.dtype, self.text.on_host)
         least = predicted.host_bytes if all_on_host else HOST_BASE_BYTES + text
         if any(d.peak > d.limit_bytes for d in predicted.devices) or least > predicted.host_limit_bytes:
             return smallest  # no other candidate fits either
@@ -254,9 +273,11 @@ class Planner:
 
     def _predicted(self, place: Placement, candidate: Candidate, group: GroupPlan) -> Plan:
         transformer = self._transformer_memory(place, candidate, group)
-        devices = self._devices(place, candidate, transformer)
+        devices = self._with_text(self._devices(place, candidate, transformer))
         host, offload = self._host(place, candidate, transformer, devices)
-        seconds = predict_seconds(self.request, self._spec, place.transformer, place.vae, max(1, len(place.ranks)))
+        seconds = predict_seconds(
+            self.request, self._spec, place.transformer, place.vae, max(1, len(place.ranks)), self._vae_dtype
+        )
         return Plan(
             place.strategy,
             TransformerPlan(
@@ -268,7 +289,7 @@ class Planner:
                 self._weights(place.transformer),
             ),
             VAEPlan(place.vae.name, self._vae_dtype, candidate.tiling, self.config.tf32, candidate.encode_tiles),
-            self._text,
+            self.text,
             candidate.both_resident,
             Prediction(
                 devices, host, self._host_limit, seconds, self._forwards, self.request.speed, self.request.price
@@ -299,7 +320,7 @@ class Planner:
     def _devices(
         self, place: Placement, candidate: Candidate, transformer: TransformerMemory
     ) -> tuple[DevicePrediction, ...]:
-        """Predict the peak bytes of each device."""
+        """Predict the peak bytes of each device, without a text encoder on a GPU."""
         vae_weights = self.memory.vae_weights(self._vae_dtype)
         ranks = max(1, len(place.ranks))
         decode = self.memory.decode(self._size, candidate.tiling, self._vae_dtype, place.vae.name, ranks)
@@ -308,12 +329,17 @@ class Planner:
         both = candidate.both_resident
         on_transformer = {"denoise": transformer.peak, "decode": beside if both else transformer.swapped_out}
         on_vae = {"denoise": vae_weights if both else 0, "decode": vae_weights + decode}
+        if self.text.on_gpu:
+            on_vae["encode"] = vae_weights
         if self.request.uses_input:
-            # Of the decoder and the transformer, an earlier job or the load may have left the weights there.
-            on_transformer["encode"] = transformer.weights + transformer.exchange if both else transformer.swapped_out
             encoder = self.memory.vae_encoder_weights(self._vae_dtype)
             encode = self.memory.encode(self._size, candidate.encode_tiles, self._vae_dtype)
             on_vae["encode"] = vae_weights + encoder + encode
+        if "encode" in on_vae:
+            # Of the decoder and the transformer, an earlier job or the load may have left the weights there. An input
+            # video may move the transformer's off the device, a prompt does not.
+            stays = both or self.text.on_gpu
+            on_transformer["encode"] = transformer.weights + transformer.exchange if stays else transformer.swapped_out
         together = {phase: on_transformer[phase] + on_vae[phase] for phase in on_vae}
         if place.ranks:
             phases = {phase: int(size * (1 + RANKS_SHARE)) for phase, size in together.items()}
@@ -326,6 +352,21 @@ class Planner:
             self._device(place.transformer, "transformer", on_transformer),
         )
 
+    def _with_text(self, devices: tuple[DevicePrediction, ...]) -> tuple[DevicePrediction, ...]:
+        """Add a text encoder on a GPU, of this plan or of no other model, to the predictions of devices."""
+        text = self.text
+        if not text.on_gpu:
+            return devices
+        if text.device not in [device.name for device in devices]:
+            devices += (self._device(self.hardware.device(text.device), "", {"denoise": 0, "decode": 0}),)
+        kept, encode = text_device_bytes(self._spec, text.dtype, text.residency)
+
+        def added(device: DevicePrediction) -> DevicePrediction:
+            phases = {phase: size + kept + encode * (phase == "encode") for phase, size in device.phases.items()}
+            return replace(device, phases=phases, role=f"{device.role}+text_encoder".lstrip("+"))
+
+        return tuple(added(device) if device.name == text.device else device for device in devices)
+
     def _host(
         self,
         place: Placement,
@@ -334,8 +375,8 @@ class Planner:
         devices: tuple[DevicePrediction, ...],
     ) -> tuple[int, OffloadMemory]:
         """Predict the bytes of the host, and choose the kind of memory for offloaded blocks."""
-        text = text_encoder_bytes(self._spec, self._text.dtype, self._text.residency)
-        host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if self._text.residency == "resident" else 0)
+        text = text_encoder_bytes(self._spec, self.text.dtype, self.text.on_host)
+        host = HOST_BASE_BYTES + text + (min(MAPPED_BYTES, text) if self.text.on_host == "resident" else 0)
         host += len(place.ranks) * HOST_BASE_BYTES  # each rank is a process
         if self.config.model not in RANDOM_SPECS:
             host += self.memory.loading_host(self.transformer_dtype(place.transformer))

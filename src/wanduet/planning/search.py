@@ -27,14 +27,16 @@ class Candidate(NamedTuple):
     encode_tiles: int = 1
 
 
-def candidates(request: ResolvedRequest, spec: ModelSpec, place: Placement, weights: int) -> Iterator[Candidate]:
+def candidates(
+    request: ResolvedRequest, spec: ModelSpec, place: Placement, weights: int, vae_dtype: str
+) -> Iterator[Candidate]:
     """Yield all candidates, fastest first. `weights`: bytes of the transformer, which a decode moves off the device and
     back unless both models are resident."""
     layers = spec.transformer.num_layers
     on_cpu = place.transformer.is_cpu
     resident = (layers,) if on_cpu else tuple(sorted({layers, layers * 2 // 3, layers // 3, 0}, reverse=True))
     both = (True, False) if place.shared and not on_cpu else (True,)
-    decode, swap = decode_seconds(request, spec, place.vae), swap_seconds(weights)
+    decode, swap = decode_seconds(request, spec, place.vae, vae_dtype), swap_seconds(weights)
 
     def seconds(way: tuple[bool, Tiling]) -> float:
         both_resident, tiling = way

@@ -35,6 +35,7 @@ from wanduet.runtime.gil import SHORT_SWITCHES, finish_unless
 from wanduet.runtime.leases import DeviceLeases
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.loading import Loading, Start, Targets
+from wanduet.runtime.prompt_host import PromptHost
 from wanduet.runtime.random_weights import randomise
 from wanduet.runtime.release import release_memory, release_models
 from wanduet.runtime.vae_host import VAEHost
@@ -50,8 +51,8 @@ class TransformerHost:
     error there is ignored: the code that needs the result repeats the work, and raises the error.
     """
 
-    def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost) -> None:
-        self._checkpoint, self._locks, self._vae = checkpoint, locks, vae
+    def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost, prompts: PromptHost) -> None:
+        self._checkpoint, self._locks, self._vae, self._prompts = checkpoint, locks, vae, prompts
         self._loading = Loading()
 
     @property
@@ -73,6 +74,7 @@ class TransformerHost:
         device = torch.device(plan.transformer.device)
         with self._locks.take(plan.transformer.device), on_device_of(device):
             began = time.perf_counter()
+            self._prompts.make_room(plan.transformer.device, plan.text)
             if not plan.both_resident:  # first: the blocks may not fit beside the VAE
                 self._vae.evict(device)
             denoiser = self._loaded(plan, request, context)

@@ -18,8 +18,9 @@ from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
 from wanduet.runtime.leases import VAE, DeviceLeases
 from wanduet.runtime.peaks import PEAKS
+from wanduet.runtime.prompt_host import PromptHost
 from wanduet.runtime.release import release_models
-from wanduet.runtime.text_host import CachedPromptEncoder, PromptEncoder, RandomPromptEncoder
+from wanduet.runtime.text_host import PromptEncoder
 from wanduet.runtime.vae_host import VAEHost
 from wanduet.weights.diffusers import ModelFolder
 
@@ -35,8 +36,8 @@ class Models:
         self.peaks = PEAKS
         # The hosts refer to the checkpoint, not to this object: a reference cycle would delay freeing the memory.
         self.vae = VAEHost(self.checkpoint, self.locks)
-        self.transformer = TransformerHost(self.checkpoint, self.locks, self.vae)
-        self._text: tuple[TextPlan, PromptEncoder] | None = None
+        self.prompts = PromptHost(self.checkpoint, self.locks)
+        self.transformer = TransformerHost(self.checkpoint, self.locks, self.vae, self.prompts)
 
     @property
     def folder(self) -> ModelFolder | None:
@@ -67,6 +68,7 @@ class Models:
         """Yield the VAE, loaded on a device; the block has the locks of both. If the plan swaps the two models, move
         the transformer's blocks off the device first."""
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
+            self.prompts.make_room(device, plan.text)
             if not plan.both_resident:
                 self.transformer.evict(device)
             yield self.vae.load(device, plan.vae.dtype, context)
@@ -80,6 +82,7 @@ class Models:
         measured. Raises WeightsError, or CancelledError if the job is cancelled meanwhile.
         """
         with self.locks.take(VAE), self.locks.take(device), on_device_of(torch.device(device)):
+            self.prompts.make_room(device, plan.text)
             if plan.transformer.device == device:
                 self.transformer.settle(context)
             if not plan.both_resident:
@@ -88,20 +91,12 @@ class Models:
                 yield vae
 
     def text(self, plan: TextPlan) -> PromptEncoder:
-        """Return the prompt encoder of a plan, cached until the plan changes."""
-        if self._text is None or self._text[0] != plan:
-            if self.folder is None:
-                encoder: PromptEncoder = RandomPromptEncoder(self.spec)
-            else:
-                cache = self.config.data_folder / "embeddings" if self.config.cache_embeddings else None
-                encoder = CachedPromptEncoder(self.folder, plan.dtype, plan.residency, cache)
-            self._text = (plan, encoder)
-        return self._text[1]
+        """See `PromptHost.encoder`."""
+        return self.prompts.encoder(plan)
 
     def unload(self) -> None:
         """Drop all models and free their memory at once. No thread may use the models meanwhile."""
-        self._text = None
-        for host in (self.transformer, self.vae):
+        for host in (self.transformer, self.vae, self.prompts):
             with suppress(RuntimeError):  # a failed device raises at every call
                 host.unload()
         with suppress(RuntimeError):

@@ -1,9 +1,9 @@
-"""Encodes prompts to embeddings on the CPU, and caches the embeddings on disk."""
+"""Encodes prompts to embeddings, and caches the embeddings on disk."""
 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
 from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Residency, TextEncoder
 from wanduet.runtime.gil import finish_unless
+from wanduet.runtime.release import release_models
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import verify_manifest
 
@@ -25,6 +26,7 @@ FEED_FORWARD = "gated-gelu"  # of UMT5; encoders with another feed-forward have 
 
 ShouldCancel = Callable[[], bool]
 OnLayer = Callable[[int, int], None]  # layers done, layers in all
+Use = Callable[[], AbstractContextManager[None]]
 
 
 class PromptEncoder(Protocol):
@@ -47,10 +49,19 @@ class PromptEncoder(Protocol):
 class CachedPromptEncoder:
     """A checkpoint's tokenizer and UMT5 encoder with a cache. They are loaded for the first prompt not in the cache."""
 
-    def __init__(self, folder: ModelFolder, dtype: str, residency: Residency, cache: Path | None) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        dtype: str,
+        residency: Residency,
+        cache: Path | None,
+        device: str = "cpu",
+        use_device: Use = nullcontext,
+    ) -> None:
         """`cache`: the folder for cached embeddings; None disables the cache. Its parent gets `verified.json`, the
-        record of verified weights files."""
+        record of verified weights files. `use_device`: makes a context in which `device` may be used."""
         self._folder, self._dtype, self._residency, self._cache = folder, dtype, residency, cache
+        self._device, self._use_device = device, use_device
         self._tokenizer: Tokenizer | None = None
         self._encoder: TextEncoder | None = None
 
@@ -68,8 +79,7 @@ class CachedPromptEncoder:
             raise CancelledError("Cancelled before the text was encoded.")
         prompts = {i: self._tokenize(text, limit) for i, text in enumerate(texts) if found[i] is None}
         if prompts:
-            encoder = self._load()
-            hidden = encoder.encode([p.ids for p in prompts.values()], should_cancel=should_cancel, on_layer=on_layer)
+            hidden = self._encode([prompt.ids for prompt in prompts.values()], should_cancel, on_layer)
             for (index, prompt), embeds in zip(prompts.items(), hidden, strict=True):
                 if not bool(torch.isfinite(embeds).all()):
                     raise WeightsError("The text encoder gave NaN or infinity: its weights are damaged.")
@@ -77,6 +87,26 @@ class CachedPromptEncoder:
                 found[index] = made
                 self._keep(made, limit)
         return [one for one in found if one is not None]
+
+    def _encode(
+        self, ids: Sequence[Sequence[int]], should_cancel: ShouldCancel | None, on_layer: OnLayer | None
+    ) -> list[torch.Tensor]:
+        if self._device != "cpu":
+            try:
+                with self._use_device():
+                    return self._load().encode(ids, should_cancel=should_cancel, on_layer=on_layer)
+            except torch.OutOfMemoryError as error:
+                problem = str(error).split(". ")[0]
+            # Outside the except block, whose traceback keeps the tensors alive.
+            log.warning("The text encoder found too little memory on %s (%s). The CPU goes on.", self._device, problem)
+            self.release()
+            self._device, self._residency = "cpu", "streamed"
+        return self._load().encode(ids, should_cancel=should_cancel, on_layer=on_layer)
+
+    def release(self) -> None:
+        """Free the weights; the next new prompt loads them again. No thread may encode meanwhile."""
+        self._encoder = None
+        release_models()
 
     def _tokenize(self, text: str, limit: int) -> TokenizedPrompt:
         if self._tokenizer is None:
@@ -103,7 +133,10 @@ class CachedPromptEncoder:
             check_tied_embedding(self._folder)
             config = self._folder.config("text_encoder")
             try:
-                encoder = TextEncoder(config, self._folder.text_encoder, getattr(torch, self._dtype), self._residency)
+                dtype = getattr(torch, self._dtype)
+                encoder = TextEncoder(
+                    config, self._folder.text_encoder, dtype, self._residency, device=torch.device(self._device)
+                )
             except Exception as error:  # transformers checks its configs with errors of its own
                 path = self._folder.part("text_encoder") / "config.json"
                 raise ModelNotFoundError(f"{path} is not understood: {error}.") from error

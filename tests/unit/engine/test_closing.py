@@ -70,7 +70,7 @@ class Followed:
             models,
             models.vae.loaded,
             models.transformer.loaded and models.transformer.loaded.transformer,
-            models._text and models._text[1],
+            models.prompts._current and models.prompts._current[1],
         ]
         tensors = [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
         self.refs = [weakref.ref(one) for one in (*parts, *tensors) if one is not None]

@@ -42,7 +42,7 @@ def test_what_is_left_is_decoded_elsewhere_to_the_same_video_without_a_transform
     with Decoder(config) as decoder:
         made = run(decoder, tmp_path / "left.mkv")
         assert decoder.models.transformer.loaded is None
-        assert decoder.models._text is None
+        assert decoder.models.prompts._current is None
     assert pixels(made) == pixels(whole)
     about, before = made.videos[0].provenance, whole.videos[0].provenance
     assert about["attention"] == before["attention"]

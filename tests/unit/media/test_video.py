@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wanduet.errors import InvalidRequestError, OutputError
-from wanduet.media import video
+from wanduet.media import segments, video
 from wanduet.media.codecs import CODECS, ENCODER_THREADS
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.read import frame_hashes, hash_frame, probe, read_frames, read_metadata
@@ -22,16 +22,21 @@ def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_frames_and_timestamps_are_exact(tmp_path, moving) -> None:
-    result = write_video(moving(33), tmp_path / "a.mp4")
-    assert result.num_frames == 33
+@pytest.mark.parametrize("count", [1, 33, 35, 64, 81])  # segments have 32 frames
+def test_frames_and_timestamps_are_exact(tmp_path, moving, count) -> None:
+    result = write_video(moving(count), tmp_path / "a.mp4")
+    assert result.num_frames == count
     assert result.num_bytes == result.path.stat().st_size
     with av.open(str(result.path)) as container:
         stream = container.streams.video[0]
         assert stream.average_rate == 16
-        times = [frame.pts * frame.time_base for frame in container.decode(stream)]
-        assert times == [Fraction(i, 16) for i in range(33)]
-        assert stream.duration * stream.time_base == Fraction(33, 16)
+        frames = list(container.decode(stream))
+        assert [frame.pts * frame.time_base for frame in frames] == [Fraction(i, 16) for i in range(count)]
+        assert {0, 32, 64} & set(range(count)) <= {i for i, frame in enumerate(frames) if frame.key_frame}
+        assert stream.duration * stream.time_base == Fraction(count, 16)
+    with av.open(str(result.path)) as container:
+        decoded_at = [packet.dts for packet in container.demux(video=0) if packet.dts is not None]
+        assert len(set(np.diff(decoded_at))) <= 1  # no pause between segments
     assert names(tmp_path) == ["a.mp4"]
 
 
@@ -77,9 +82,9 @@ def test_one_changed_pixel_changes_the_digest(tmp_path, moving) -> None:
 )
 def test_same_frames_same_bytes(tmp_path, moving, codec, name) -> None:
     metadata = {"request": {"prompt": "waves"}, "seed": 1}
-    frames = moving(20)
+    frames = moving(70 if codec == "h264" else 20)  # several segments
     first = write_video(frames, tmp_path / f"a.{name}", VideoSpec(*frames.shape[1:3], codec=codec), metadata).path
-    chunks = [frames[:1], frames[1:5], frames[5], frames[6:]]  # other chunks, and a slower caller
+    chunks = [frames[:1], frames[1:5], frames[5], frames[6:33], frames[33:]]  # other chunks, and a slower caller
     second = write_video(
         _slowly(chunks), tmp_path / f"b.{name}", VideoSpec(*frames.shape[1:3], codec=codec), metadata
     ).path
@@ -246,6 +251,38 @@ def test_error_in_the_encoder_reaches_the_caller(tmp_path, moving, monkeypatch, 
     writer.abort()
     assert not writer._thread.is_alive()
     assert names(tmp_path) == []
+
+
+def test_error_in_a_segment_that_is_being_finished_reaches_the_caller(tmp_path, moving, monkeypatch) -> None:
+    def fail(*_args) -> None:
+        raise MemoryError("segment")
+
+    monkeypatch.setattr(segments, "_finished", fail)
+    with pytest.raises(MemoryError, match="segment"):
+        write_video(moving(40), tmp_path / "a.mp4")
+    assert names(tmp_path) == []
+    assert not [thread for thread in threading.enumerate() if "wanduet-video" in thread.name]
+
+
+def test_segments_are_encoded_at_the_same_time(tmp_path, moving, monkeypatch) -> None:
+    """While a segment's last frames are encoded, the next segment's frames are."""
+    second_began = threading.Event()
+    add = video._Encoder.add
+
+    def watch(self, frame) -> None:
+        add(self, frame)
+        if self._next > 40:
+            second_began.set()
+
+    finished = segments._finished
+
+    def wait(*args):
+        assert second_began.wait(10)
+        return finished(*args)
+
+    monkeypatch.setattr(video._Encoder, "add", watch)
+    monkeypatch.setattr(segments, "_finished", wait)
+    assert write_video(moving(45), tmp_path / "a.mp4").num_frames == 45
 
 
 def test_abort_ends_the_thread_and_close_then_says_so(tmp_path, moving) -> None:

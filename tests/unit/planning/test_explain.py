@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wanduet.config import GIB, EngineConfig, format_bytes
-from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
+from wanduet.footprint.phases import ModelMemory, text_device_bytes, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, Backend
 from wanduet.kernels.measurements import Timing
 from wanduet.planning import explain
@@ -53,14 +53,14 @@ class Case:
 
     @property
     def planner(self) -> Planner:
-        return Planner(self.request, self.memory, self.config, self.hardware)
+        return Planner(self.request, self.memory, self.config, self.hardware, self.plan.text)
 
     def fits_as(self, resident: int, share: bool, keep: bool, mode) -> bool:
         place = Placement(self.plan.strategy, self.transformer, self.vae)
         return self.planner.plan_of(place, Candidate(resident, share, keep, mode)).prediction.fits
 
     def seconds(self, keep: bool, mode) -> float:
-        decode = decode_seconds(self.request, self.memory.spec, self.vae)
+        decode = decode_seconds(self.request, self.memory.spec, self.vae, self.plan.vae.dtype)
         turn = swap_seconds(self.memory.transformer_weights(self.plan.transformer.dtype))
         return cut_seconds(self.request, decode, mode) + (0.0 if keep else turn)
 
@@ -74,7 +74,7 @@ class Case:
 
     def any_fits(self, place: Placement) -> bool:
         weights = self.memory.transformer_weights(self.planner.transformer_dtype(place.transformer))
-        ways = candidates(self.request, self.memory.spec, place, weights)
+        ways = candidates(self.request, self.memory.spec, place, weights, self.plan.vae.dtype)
         return any(self.planner.plan_of(place, way).prediction.fits for way in ways)
 
 
@@ -161,6 +161,16 @@ CLAIMS: dict[str, Claim] = {
     r"read layer by layer from its files, which takes (.+) of host memory instead of (.+)": lambda c, x, m: (
         x.value == "streamed"
         and m.groups() == (format_bytes(text_bytes(c, "streamed")), format_bytes(text_bytes(c, "resident")))
+    ),
+    r"all of it stays in host memory, (.+), which is free": lambda c, x, m: (
+        x.value == "resident" and m[1] == format_bytes(text_bytes(c, "resident")) and not c.plan.text.on_gpu
+    ),
+    r"its (.+) of layers (stay on the device|are copied for each new prompt)": lambda c, x, m: (
+        c.plan.text.on_gpu and m[1] == format_bytes(text_device_bytes(c.memory.spec, c.plan.text.dtype, "resident")[0])
+        and x.value == {"stay on the device": "resident", "are copied for each new prompt": "streamed"}[m[2]]
+    ),
+    r"there is room beside the video, and the CPU would delay it": lambda c, x, m: (
+        x.value == c.plan.text.device != "cpu" and c.plan.prediction.fits and c.config.text_encoder_device == "auto"
     ),
     r"all blocks are in host memory, where they run": lambda c, x, m: c.transformer.is_cpu and x.value == c.layers,
     r"strategy parallel keeps all blocks on every device": lambda c, x, m: bool(c.plan.group.ranks) and x.value == c.layers,
@@ -331,6 +341,9 @@ GRID = [
     ("24GiB", {"weights": "q8", "vram_limit": int(2.5 * GIB)}, 5.0, {}),
     ("24GiB", {"weights": "bf16"}, 5.0, {}),
     ("24GiB", {"devices": "vae=cuda:0,transformer=cpu"}, 5.0, {}),
+    ("h100", {"model": "a/model"}, 5.0, {}),
+    ("12GiB,ram=128GiB", {"model": "a/model"}, 5.0, {}),
+    ("8GiB", {"model": "a/model", "text_encoder_device": "cuda:0"}, 5.0, {}),
 ]
 
 
@@ -339,8 +352,8 @@ INPUT = {"input_video": "sha256:0", "strength": 0.5}
 
 def case_of(memories, machine: str, changes: dict, scale: float, gpus: dict, **given) -> Case:
     config = EngineConfig(**{"model": "random:1.3b"} | changes)
-    memory = replace(memories[config.model], weights=config.weights)
-    hardware = parse_hardware(f"{machine},ram=32GiB")
+    memory = replace(memories.get(config.model, memories["random:1.3b"]), weights=config.weights)
+    hardware = parse_hardware(machine if "ram" in machine else f"{machine},ram=32GiB")
     hardware = replace(hardware, devices=tuple(replace(d, **gpus) for d in hardware.devices))
     request = GenerationRequest(prompt="x", height=480, width=832, num_frames=81, guidance_scale=scale, **given)
     request = request.resolve(memory.spec)

@@ -463,3 +463,15 @@ def test_on_a_cpu_8_bits_are_no_faster_and_the_plan_says_so(memory) -> None:
     (choice,) = (choice for choice in found.choices if choice.setting == "quantize")
     assert "takes longer" in choice.why
     assert found.prediction.seconds.denoise == exact.prediction.seconds.denoise
+
+
+def test_a_decode_in_bfloat16_takes_less_time_and_memory_where_it_has_matrix_units(memory) -> None:
+    def both(machine: str) -> list[Plan]:
+        return [plan(memory, machine, vae_dtype=dtype, text_encoder_device="cpu") for dtype in ("float32", "bfloat16")]
+
+    exact, half = both("h100")
+    assert half.prediction.seconds.decode == pytest.approx(0.58 * exact.prediction.seconds.decode)
+    assert half.prediction.seconds.denoise == exact.prediction.seconds.denoise
+    assert half.prediction.devices[0].phases["decode"] < 0.8 * exact.prediction.devices[0].phases["decode"]
+    exact, half = both("Tesla V100")
+    assert half.prediction.seconds.decode == exact.prediction.seconds.decode

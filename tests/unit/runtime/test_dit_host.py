@@ -32,7 +32,7 @@ class Recorder(TransformerHost):
     def __init__(self) -> None:
         config = SimpleNamespace(attention="auto", data_folder=Path("nowhere"))
         vae = SimpleNamespace(prepare=lambda *_, may_run: self.seen.append("vae"))
-        super().__init__(SimpleNamespace(config=config), None, vae)  # type: ignore[arg-type]
+        super().__init__(SimpleNamespace(config=config), None, vae, None)  # type: ignore[arg-type]
         self.seen: list[str] = []
         self.cancelled = False
         self.may_load = threading.Event()

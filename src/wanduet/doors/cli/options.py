@@ -186,10 +186,23 @@ class EngineFlags:
             "not time: products are still computed in --transformer-dtype."
         ),
     ] = "auto"
-    vae_dtype: Annotated[DType, Parameter(help="What the VAE computes in. Default: float32.")] = "auto"
+    vae_dtype: Annotated[
+        DType,
+        Parameter(
+            help="What the VAE computes in. Default: float32. bfloat16 takes about 0.6 of the time and half the memory on newer "
+            "GPUs, and changes pixels by a few levels of 255 at most."
+        ),
+    ] = "auto"
     text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
     text_encoder_hold: Annotated[
         TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
+    ] = "auto"
+    text_encoder_device: Annotated[
+        str,
+        Parameter(
+            help="Where prompts are encoded: cpu, cuda:0. Default: the CPU; for a speed or few-step weights, a GPU that "
+            "has room beside the video."
+        ),
     ] = "auto"
     tf32: Annotated[
         bool, Parameter(help="Allow TF32 in the VAE's float32 convolutions: faster, slightly less precise.")
@@ -225,6 +238,7 @@ class EngineFlags:
             vae_dtype=self.vae_dtype,
             text_encoder_dtype=self.text_encoder_dtype,
             text_encoder_hold=self.text_encoder_hold,
+            text_encoder_device=self.text_encoder_device,
             tf32=self.tf32,
             vram_limit=None if self.vram_limit is None else parse_bytes(self.vram_limit),
             ram_limit=None if self.ram_limit is None else parse_bytes(self.ram_limit),

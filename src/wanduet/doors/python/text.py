@@ -62,7 +62,7 @@ class _RetokenizedEncoder(CachedPromptEncoder):
     """The checkpoint's encoder with another tokenizer; without a cache, whose keys do not include the tokenizer."""
 
     def __init__(self, folder: ModelFolder, plan: Plan, tokenizer: Any) -> None:
-        super().__init__(folder, plan.text.dtype, plan.text.residency, None)
+        super().__init__(folder, plan.text.dtype, plan.text.on_host, None)
         self._tokenizer = _GivenTokenizer(tokenizer)
 
 

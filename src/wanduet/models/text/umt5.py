@@ -1,4 +1,4 @@
-"""The UMT5 encoder on the CPU, layer by layer: transformers' layers, with the residency of their weights managed here.
+"""The UMT5 encoder, layer by layer: transformers' layers, with the residency of their weights managed here.
 
 `resident` keeps all layers in memory. `streamed` reads each layer from its memory-mapped file before it runs and frees
 it afterwards, so that a 22 GB encoder needs the memory of one layer. Only a prompt's true tokens are encoded, and only
@@ -47,13 +47,16 @@ class TextEncoder:
         dtype: torch.dtype,
         residency: Residency,
         embedding: str = EMBEDDING,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Compute in `dtype`, whatever the dtype of the files; `embedding`: the embedding's name in `weights`."""
+        """Compute in `dtype` on `device`, whatever the dtype of the files; `embedding`: the embedding's name in
+        `weights`."""
         from transformers import UMT5Config
 
         self._config = UMT5Config(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
         self._config._attn_implementation = "eager"  # the others need a mask as large as the scores
         self._weights, self._dtype, self.residency = weights, dtype, residency
+        self._device = torch.device(device)
         self._embedding = embedding if embedding in weights.shapes else EMBEDDING_COPY
         self._layers: dict[int, nn.Module] = {}
 
@@ -65,7 +68,7 @@ class TextEncoder:
         should_cancel: Callable[[], bool] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
-        """Encode prompts, each a sequence of `n` token ids, to embeddings `[n, text_dim]`.
+        """Encode prompts, each a sequence of `n` token ids, to embeddings `[n, text_dim]` on the host.
 
         All prompts run through a layer before the next one is read. `on_layer(done, total)` is called after each layer;
         `should_cancel` before each tensor is read and before each prompt runs through a layer. Raises CancelledError,
@@ -76,7 +79,7 @@ class TextEncoder:
             if should_cancel is not None and should_cancel():
                 raise CancelledError("Cancelled while the text was encoded.")
 
-        hidden = [self._weights.read_rows(self._embedding, ids, self._dtype)[None] for ids in prompts]
+        hidden = [self._weights.read_rows(self._embedding, ids, self._dtype)[None].to(self._device) for ids in prompts]
         total = int(self._config.num_layers)
         for index in range(total):
             layer = self._layer(index, check)
@@ -86,7 +89,7 @@ class TextEncoder:
             if on_layer is not None:
                 on_layer(index + 1, total)
         norm = self._final_norm()
-        return [norm(h)[0] for h in hidden]
+        return [norm(h)[0].cpu() for h in hidden]
 
     def _layer(self, index: int, check: Callable[[], None]) -> nn.Module:
         from transformers.models.umt5.modeling_umt5 import UMT5Block
@@ -99,7 +102,7 @@ class TextEncoder:
         for name in layer.state_dict():
             check()
             full_name = f"encoder.block.{index}.{name}"
-            tensors[name] = self._weights.read([full_name], self._dtype)[full_name]
+            tensors[name] = self._weights.read([full_name], self._dtype)[full_name].to(self._device)
         layer.load_state_dict(tensors, assign=True)
         layer.eval()
         if self.residency == "resident":
@@ -111,7 +114,8 @@ class TextEncoder:
 
         with meta_init():
             norm: nn.Module = UMT5LayerNorm(self._config.d_model, eps=self._config.layer_norm_epsilon)
-        norm.load_state_dict({"weight": self._weights.read([FINAL_NORM], self._dtype)[FINAL_NORM]}, assign=True)
+        weight = self._weights.read([FINAL_NORM], self._dtype)[FINAL_NORM].to(self._device)
+        norm.load_state_dict({"weight": weight}, assign=True)
         return norm
 
 
