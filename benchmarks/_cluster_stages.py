@@ -29,7 +29,7 @@ from wanduet.jobs.records import DECODE, Lease, NewJob, StaleLeaseError, demand_
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import DeviceInfo
-from wanduet.planning.planner import plan_text
+from wanduet.planning.text import plan_text
 
 TICK, POLL = 5.0, 0.25  # seconds: controller's turn, a look at the queue
 HELD = 2  # jobs of a replica at a time

@@ -42,7 +42,7 @@ class Encoder:
         """Read configs and headers; weights are loaded with the first prompt. Raises errors that prevent its work."""
         prepare_process(order.shape.cpu_count)
         configure_logs()
-        from wanduet.planning.planner import plan_text
+        from wanduet.planning.text import plan_text
         from wanduet.runtime.models import Models
         from wanduet.runtime.text_host import CachedPromptEncoder
 

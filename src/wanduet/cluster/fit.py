@@ -21,7 +21,8 @@ from wanduet.jobs.records import APPROXIMATIONS, DECODE
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
-from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan, plan_text
+from wanduet.planning.planner import HOST_BASE_BYTES, make_decode_plan, make_plan
+from wanduet.planning.text import plan_text
 from wanduet.request import INPUT_HASH, REQUEST_FIELDS, GenerationRequest, ResolvedRequest
 
 # Streaming blocks from host memory slows a replica by up to this factor, which the plan's seconds omit.

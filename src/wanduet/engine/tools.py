@@ -35,7 +35,8 @@ from wanduet.media.provenance import versions
 from wanduet.media.read import probe, read_metadata
 from wanduet.meta.prices import all_prices, in_words
 from wanduet.planning.hardware import Hardware, detect
-from wanduet.planning.planner import make_plan, plan_text
+from wanduet.planning.planner import make_plan
+from wanduet.planning.text import plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.text_host import CachedPromptEncoder, check_shapes
 from wanduet.untrusted import cut, printable

@@ -10,7 +10,7 @@ from typing import Any
 
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
-from wanduet.config import GIB, EngineConfig, Weights
+from wanduet.config import EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout, one_sequence
 from wanduet.errors import ConfigError
 from wanduet.family.registry import RANDOM_SPECS
@@ -44,7 +44,7 @@ from wanduet.planning.plan import (
     VAEPlan,
 )
 from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates, memory_rank
-from wanduet.planning.text import better_texts, text_device
+from wanduet.planning.text import better_texts, plan_text
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
 
@@ -100,24 +100,6 @@ def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: Engi
     memory = replace(memory, weights=config.weights)
     plan = Planner(request, memory, config, hardware, plan_text(memory.spec, config, hardware)).decode_only()
     return replace(plan, choices=Explanation(plan, request, memory, config, hardware).choices_of_decode())
-
-
-def plan_text(spec: ModelSpec, config: EngineConfig, hardware: Hardware | None = None) -> TextPlan:
-    """Choose the dtype and the residency of the text encoder, on the device that `config` names; by default, the CPU.
-
-    Raises ConfigError if `hardware` does not have that device.
-    """
-    # A prompt has a few dozen tokens: reading weights takes most of the time, so half the bytes take half the time.
-    small = text_encoder_bytes(spec, "float32", "resident") < GIB
-    dtype = config.text_encoder_dtype
-    if dtype == "auto":
-        dtype = "float32" if small else "bfloat16"
-    device = text_device(config)
-    if hardware is not None:
-        device = hardware.device(device).name
-    if config.text_encoder_hold != "auto":
-        return TextPlan(dtype, config.text_encoder_hold, device)
-    return TextPlan(dtype, "resident" if small else "streamed", device)
 
 
 @dataclass(frozen=True)

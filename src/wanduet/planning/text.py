@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from wanduet.config import EngineConfig, parse_devices
+from wanduet.config import GIB, EngineConfig, parse_devices
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import text_encoder_bytes
 from wanduet.planning.cost import MOST_CORES, encode_seconds
@@ -24,6 +24,24 @@ def text_device(config: EngineConfig) -> str:
     if config.text_encoder_device != "auto":
         return config.text_encoder_device
     return parse_devices(config.devices).role("text_encoder") or "cpu"
+
+
+def plan_text(spec: ModelSpec, config: EngineConfig, hardware: Hardware | None = None) -> TextPlan:
+    """Choose the dtype and the residency of the text encoder, on the device that `config` names; by default, the CPU.
+
+    Raises ConfigError if `hardware` does not have that device.
+    """
+    # A prompt has a few dozen tokens: reading weights takes most of the time, so half the bytes take half the time.
+    small = text_encoder_bytes(spec, "float32", "resident") < GIB
+    dtype = config.text_encoder_dtype
+    if dtype == "auto":
+        dtype = "float32" if small else "bfloat16"
+    device = text_device(config)
+    if hardware is not None:
+        device = hardware.device(device).name
+    if config.text_encoder_hold != "auto":
+        return TextPlan(dtype, config.text_encoder_hold, device)
+    return TextPlan(dtype, "resident" if small else "streamed", device)
 
 
 def better_texts(

@@ -21,7 +21,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, NewJob
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.media.embeddings import load_embeddings
-from wanduet.planning.planner import plan_text
+from wanduet.planning.text import plan_text
 from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import CachedPromptEncoder
 

@@ -25,7 +25,8 @@ from wanduet.family.spec import ModelSpec
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit
-from wanduet.planning.planner import make_plan, plan_text
+from wanduet.planning.planner import make_plan
+from wanduet.planning.text import plan_text
 from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
 from wanduet.runtime.text_host import PromptEncoder
