@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-PROCESSES ?= 2
+PROCESSES ?= 3
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving left on a black background
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

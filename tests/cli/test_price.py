@@ -26,7 +26,10 @@ def test_one_object_on_stdout_and_the_rest_on_stderr(wanduet: Callable[..., Any]
     found = ran.json
     assert found["rungs"][0]["speed"] == "exact"
     assert found["rungs"][0]["forwards"] == 2
-    assert [row["name"] for row in found["accelerators"]] == ["guidance gate 0.7", "guidance gate 0.5"]
+    assert [row["name"] for row in found["accelerators"]] == [
+        *("guidance gate 0.7", "guidance gate 0.5"),
+        *("products in fp8", "products in int8"),
+    ]
     assert set(found["controls"]) == {"bf16_floor", "another_seed"}
     assert "easycache" in found["refused"], "one step is too few"
     assert any("order of its losses" in note for note in found["notes"])

@@ -21,7 +21,7 @@ from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.engine.rank_decode import decode_share
-from wanduet.engine.speeds import all_speeds, layout_after_gate, of_sequence, suited_layout
+from wanduet.engine.speeds import all_speeds, layout_after_gate, link_rate, of_sequence, suited_layout
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.folders import never_make
 from wanduet.kernels.attention.choose import choose_together
@@ -109,12 +109,14 @@ def work(rank: Rank, config: EngineConfig) -> None:
     models = Models(config)
     meshes: dict[Layout, Mesh] = {}
     speeds: tuple[float, ...] = ()
+    sends: float | None = None  # bytes a second
     denoised: Tensor | None = None
     while (assignment := rank.receive()) is not None:
         assert isinstance(assignment, Assignment)
-        speeds = speeds or all_speeds(rank, config.device_speeds)
-        layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, rank.link)
-        after = layout_after_gate(assignment.plan, assignment.request, models.spec, layout, rank.link)
+        if not speeds:
+            speeds, sends = all_speeds(rank, config.device_speeds), link_rate(rank)
+        layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, sends)
+        after = layout_after_gate(assignment.plan, assignment.request, models.spec, layout, sends)
         for one in (layout, after):
             if one is not None and one not in meshes:
                 meshes[one] = rank.mesh(one)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from wanduet.distributed.collectives import all_gather
-from wanduet.distributed.links import Link
 from wanduet.distributed.mesh import Layout, Mesh, choose_layout, one_sequence
 from wanduet.distributed.rank import Rank
 from wanduet.family.sparsity import ALL
@@ -31,6 +30,7 @@ TRIES = 3
 SIDE_GPU, SIDE_CPU = 4096, 512
 PRODUCTS, GPU_S = 32, 0.4  # matrix products per timing; seconds of load, long enough for a GPU to reach its power limit
 CPU_RUNS = 8
+LINK_BYTES, LINK_RUNS = 32 * 2**20, 4  # of a timed exchange, about as large as that of one attention; and exchanges
 
 
 def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]:
@@ -59,18 +59,19 @@ def balanced(speeds: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def suited_layout(
-    plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...], link: Link
+    plan: Plan, request: ResolvedRequest, spec: ModelSpec, speeds: tuple[float, ...], link_rate: float | None
 ) -> Layout:
     """Return the layout for the measured speeds: the planned one, which assumes only the devices' models, or one
     sequence split by speed.
 
     The latter is used instead of CFG parallelism if the faster half of the ranks would wait longer for the other half's
-    guidance branch than for the exchanges of a split sequence over `link`, and the exchange buffers fit in memory.
+    guidance branch than for the exchanges of a split sequence (`link_rate`, of all ranks), and the exchange buffers fit in
+    memory.
     """
     if plan.group.layout.cfg == 1:
         return plan.group.layout
     step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
-    if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link)):
+    if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link_rate)):
         return plan.group.layout
     layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
     if layout.ring > 1 and request.sparse < ALL:  # sparse attention needs the keys of all tokens at once
@@ -84,19 +85,18 @@ def suited_layout(
 
 
 def layout_after_gate(
-    plan: Plan, request: ResolvedRequest, spec: ModelSpec, layout: Layout, link: Link
+    plan: Plan, request: ResolvedRequest, spec: ModelSpec, layout: Layout, link_rate: float | None
 ) -> Layout | None:
     """Return the layout of the steps after the guidance gate, in which all ranks share the sequence of the prompt.
 
-    None if these steps need no other one than `layout`, that of the steps before, or if exchanges over `link` would take
-    longer than each rank needs for the whole sequence.
+    None if these steps need no other one than `layout`, that of the steps before, or if exchanges would take than each rank needs for the whole sequence.
     """
     if layout.cfg == 1 or request.num_guided_steps == request.num_denoising_steps:
         return None
     step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
     # With both prompts, exchanges add `cost - 1` to the time in which a rank computes one of them whole. With one prompt
     # they add half of it, and computing takes half the time.
-    cost = sequence_cost(request, spec, layout.world_size, item, step_s, link)
+    cost = sequence_cost(request, spec, layout.world_size, item, step_s, link_rate)
     return one_sequence(layout, spec.transformer.num_attention_heads) if cost < 2 else None
 
 
@@ -105,6 +105,24 @@ def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:
     degree = mesh.layout.sequence
     start = mesh.cfg_rank * degree
     return speeds[start : start + degree]
+
+
+def link_rate(rank: Rank) -> float | None:
+    """Return the bytes a second that each rank sends by collectives, measured, the same on all ranks; None where they write
+    to each other's memory. All ranks must call this together."""
+    if rank.link == "direct":
+        return None
+    sent, best = torch.zeros(LINK_BYTES, dtype=torch.uint8, device=rank.device), float("inf")
+    for _ in range(LINK_RUNS):  # the first also sets up connections
+        began = time.perf_counter()
+        all_gather(sent)
+        if rank.device.type == "cuda":
+            torch.cuda.synchronize(rank.device)
+        best = min(best, time.perf_counter() - began)
+    own = torch.tensor([LINK_BYTES * (rank.world_size - 1) / best], dtype=torch.float64, device=rank.device)
+    rate = min(map(float, all_gather(own)))
+    log.info("Ranks send %.1f GB/s each.", rate / 1e9)
+    return rate
 
 
 def _measure(device: torch.device) -> float:

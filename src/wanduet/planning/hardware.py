@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 CUDA_CONTEXT_BYTES = 600 * 2**20
 MOST_DEVICES = 64  # per host
 SMALLEST_DEVICE = 64 * 2**20
+# Bytes a second that each of two ranks sends, and receives, where GPUs cannot write to each other's memory: what a plan
+# assumes of a desktop's board. Ranks measure it when they start (`engine.speeds.link_rate`). PCIe 4 x16 carries 25e9 in one
+# direction, and each byte crosses it twice; gloo also waits for each copy, and then for the sockets. Two H200s without peer
+# access had 35e9 (benchmarks/results/two_gpus_without_peer_access.json).
+LINK_RATES: Mapping[str, float] = {"host": 5e9, "gloo": 0.7e9}
 ASSUMED = "assumed"  # `host` of described hardware (`parse_hardware`)
 
 
@@ -67,6 +73,11 @@ class Hardware:
     cpu_count: int
     host: str = ""
     link: "Link" = "direct"  # the connection between devices; assumed for described hardware
+
+    @property
+    def link_rate(self) -> float | None:
+        """The bytes a second that each of two ranks is assumed to send; None where GPUs write to each other's memory."""
+        return LINK_RATES.get(self.link)
 
     def device(self, name: str) -> DeviceInfo:
         """Return the device of that name; `cuda` means `cuda:0`. Raises ConfigError if the machine does not have it."""

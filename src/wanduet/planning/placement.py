@@ -5,7 +5,7 @@ from itertools import permutations
 from typing import Literal
 
 from wanduet.config import EngineConfig, parse_devices
-from wanduet.distributed.links import Link, attention_comm_bytes
+from wanduet.distributed.links import attention_comm_bytes
 from wanduet.distributed.mesh import choose_layout
 from wanduet.errors import ConfigError
 from wanduet.family.spec import ModelSpec
@@ -17,10 +17,6 @@ StrategyName = Literal["single", "placed", "parallel"]
 PAIRED = 4  # number of fastest devices that are paired as (transformer, VAE)
 # Relative time of a step whose sequence is split over GPUs that write to each other's memory, because of the exchanges.
 SEQUENCE_COST = 1.06
-# Bytes a second that each of two ranks sends, and receives, where GPUs cannot write to each other's memory. Assumed: no
-# such machine was measured. PCIe 4 x16 carries 25e9 in one direction, and each byte crosses it twice; gloo also waits
-# for each copy, and then for the sockets.
-LINK_RATES = {"host": 5e9, "gloo": 0.7e9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +113,13 @@ def pairs_up(rates: tuple[float, ...], cost: float = SEQUENCE_COST) -> bool:
     return half > 0 and 1 / min(halves) <= cost * 2 / sum(rates)
 
 
-def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: int, step_s: float, link: Link) -> float:
+def sequence_cost(
+    request: ResolvedRequest, spec: ModelSpec, ranks: int, item: int, step_s: float, link_rate: float | None
+) -> float:
     """Return how many times longer a guided step takes, because of its exchanges, with one sequence split over all
     ranks than with two guidance branches. `step_s`: predicted seconds of a step with branches. `item`: bytes of an
-    activation value."""
-    if link == "direct":
+    activation value. `link_rate`: bytes a second, None where GPUs write to each other's memory."""
+    if link_rate is None:
         return SEQUENCE_COST
     t = spec.transformer
     tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
@@ -129,4 +127,4 @@ def sequence_cost(request: ResolvedRequest, spec: ModelSpec, ranks: int, item: i
     # With a split sequence each rank has both prompts, with branches one.
     sent = [prompts * attention_comm_bytes(layout, tokens, t.dim, item) for prompts, layout in ((2, whole), (1, pairs))]
     more = t.num_layers * (sent[0] - sent[1])
-    return max(SEQUENCE_COST, 1 + more / LINK_RATES[link] / step_s)
+    return max(SEQUENCE_COST, 1 + more / link_rate / step_s)

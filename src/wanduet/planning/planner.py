@@ -231,7 +231,7 @@ class Planner:
         step_s = step_seconds(self.request, predict_seconds(self.request, spec, place.transformer, place.vae, count))
         item = DTYPE_BYTES[self.transformer_dtype(place.transformer)]
         pairs = self.request.uses_guidance and pairs_up(
-            rates, sequence_cost(self.request, spec, count, item, step_s, self.hardware.link)
+            rates, sequence_cost(self.request, spec, count, item, step_s, self.hardware.link_rate)
         )
         layout = choose_layout(count, spec.transformer.num_attention_heads, pairs)
         group = GroupPlan(tuple(d.name for d in place.ranks), layout)

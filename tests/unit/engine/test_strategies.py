@@ -300,11 +300,11 @@ def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, s
     request = GenerationRequest(prompt="a red circle").resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2x24GiB"))
     plan = replace(plan, group=replace(plan.group, layout=planned))
-    assert suited_layout(plan, request, models.spec, speeds, "direct") == suited
+    assert suited_layout(plan, request, models.spec, speeds, None) == suited
     tight = tuple(replace(device, limit_bytes=device.peak + 2**20) for device in plan.prediction.devices)
     assert (
         suited_layout(
-            replace(plan, prediction=replace(plan.prediction, devices=tight)), request, models.spec, speeds, "direct"
+            replace(plan, prediction=replace(plan.prediction, devices=tight)), request, models.spec, speeds, None
         )
         == planned
     )
@@ -322,6 +322,7 @@ def test_ranks_that_turn_out_unequal_share_one_sequence_where_it_fits(planned, s
 def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, slower, shared) -> None:
     """In a layout that is planned, with speeds that are given, as in one that is chosen when they are measured."""
     from wanduet.engine.speeds import suited_layout
+    from wanduet.planning.hardware import LINK_RATES
     from wanduet.planning.planner import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
@@ -330,7 +331,9 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
     expected = Layout(ulysses=2) if shared else Layout(cfg=2)
     plan = make_plan(request, models.memory, config, hardware)
     assert plan.group.layout == Layout(cfg=2)
-    assert suited_layout(plan, request, models.spec, (1.0, slower), link) == expected
+    rate = LINK_RATES.get(link)
+    assert suited_layout(plan, request, models.spec, (1.0, slower), rate) == expected
+    assert suited_layout(plan, request, models.spec, (1.0, slower), 1e12) == Layout(ulysses=2)  # as fast as measured
     given = replace(config, device_speeds=(1.0, slower))
     assert make_plan(request, models.memory, given, hardware).group.layout == expected
 
@@ -347,13 +350,30 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
 )
 def test_after_the_guidance_gate_ranks_share_one_sequence(layout, gate, link, after) -> None:
     from wanduet.engine.speeds import layout_after_gate
+    from wanduet.planning.hardware import LINK_RATES
     from wanduet.planning.planner import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models = Models(config)
     request = GenerationRequest(prompt="a red circle", guidance_gate=gate).resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2xh100"))
-    assert layout_after_gate(plan, request, models.spec, layout, link) == after
+    assert layout_after_gate(plan, request, models.spec, layout, LINK_RATES.get(link)) == after
+
+
+def test_what_ranks_send_a_second_is_measured_and_agreed_on(monkeypatch) -> None:
+    from wanduet.engine import speeds as module
+
+    moments = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.25, 30.0, 30.5])  # the first exchange sets up connections
+    slower = torch.tensor([1e7], dtype=torch.float64)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(moments))
+    monkeypatch.setattr(module, "all_gather", lambda own: [own, slower if own.dtype == torch.float64 else own])
+    for link, expected in (("direct", None), ("host", 1e7)):
+        rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), link)
+        assert module.link_rate(rank) == expected
+    assert next(moments, None) is None
+    moments = iter([0.0, 0.25] * 4)
+    slower = torch.tensor([1e12], dtype=torch.float64)
+    assert module.link_rate(Rank(1, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo")) == 32 * 2**20 / 0.25
 
 
 @pytest.mark.parametrize(
