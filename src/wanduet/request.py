@@ -43,9 +43,9 @@ from wanduet.source_video import SourceVideo
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
-EXACT_VALUES: Mapping[str, Any] = {"step_cache": OFF, "guidance_gate": 1.0, "sparse": ALL, "quantize": OFF}
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
+APPROXIMATIONS = ("step_cache", "guidance_gate", "sparse", "quantize")  # fields that save work, at a loss
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
 
 
@@ -131,7 +131,7 @@ class GenerationRequest(BaseModel):
         f"and less like the exact video. It sets {' and '.join(sorted(CHOSEN))}; one of these that is given beside it is "
         "kept. Default: exact.",
     )
-    loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed",))] = Field(
+    loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed", *APPROXIMATIONS))] = Field(
         default=None,
         gt=0.0,
         le=100.0,
@@ -159,7 +159,7 @@ class GenerationRequest(BaseModel):
     quantize: Annotated[Literal["off", "fp8", "int8"], Shown(row=7, label="Products", off=OFF)] = Field(
         default="off",
         description="Compute the large matrix products in 8 bits: fp8 (GPUs of compute capability 8.9 and later) or int8 "
-        "(8.0 and later). Faster, and a slightly other video.",
+        "(8.0 and later). Faster, and another video.",
     )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
@@ -201,6 +201,8 @@ class GenerationRequest(BaseModel):
         if self.loss_budget is not None:
             return self._within_budget(self.loss_budget, spec, source, prices)
         of_speed = dict(fields_set_by(self.speed))
+        if (spec.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale) <= 1:
+            of_speed.pop("guidance_gate", None)  # there is no guidance to end
         own = {name: value for name, value in of_speed.items() if name not in self.model_fields_set}
         values = self.model_dump() | own | self._of_input(spec, source)
         for name, value in values.items():
@@ -217,10 +219,6 @@ class GenerationRequest(BaseModel):
         check_frames(values["num_frames"], spec)
         setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
         values["step_cache"] = OFF if setting is None else str(setting)
-        if "guidance_gate" in of_speed and values["guidance_scale"] <= 1:
-            of_speed["guidance_gate"] = 1.0  # there is no guidance to end
-            if "guidance_gate" in own:
-                values["guidance_gate"] = 1.0
         resolved = ResolvedRequest(**values)
         size = (resolved.generated_height, resolved.generated_width, resolved.num_frames)
         try:
@@ -232,20 +230,19 @@ class GenerationRequest(BaseModel):
         except InvalidRequestError as error:
             raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None
         if self.speed == EXACT and resolved.approximates:
-            allowed = (
-                f"another speed, or none, with step_cache={resolved.step_cache}, guidance_gate={resolved.guidance_gate}"
-            )
-            raise InvalidRequestError("speed", EXACT, allowed)
-        is_whole = all(getattr(resolved, name) == value for name, value in of_speed.items() if name not in own)
+            given = ", ".join(f"{name}={value}" for name, value in resolved.approximations.items())
+            raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
+        alone = EXACT_VALUES | of_speed
+        is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
 
     def _within_budget(
         self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices
     ) -> "ResolvedRequest":
         """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
-        for name in ("speed", *CHOSEN):
+        for name in ("speed", *EXACT_VALUES):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise InvalidRequestError(name, getattr(self, name), "loss_budget sets it; leave one of the two out")
+                raise InvalidRequestError(name, getattr(self, name), "not with loss_budget; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
         for speed in within(budget, spec, prices):
@@ -331,9 +328,14 @@ class ResolvedRequest(GenerationRequest):
         return steps if self.uses_guidance else 0
 
     @property
+    def approximations(self) -> dict[str, Any]:
+        """The fields by which the video is approximated, with their values; {} for an exact one."""
+        return {name: given for name, off in EXACT_VALUES.items() if (given := getattr(self, name)) != off}
+
+    @property
     def approximates(self) -> bool:
         """Whether the video is made with less work than the model asks for, at a loss."""
-        return any(getattr(self, name) != value for name, value in EXACT_VALUES.items())
+        return bool(self.approximations)
 
     @property
     def uses_input(self) -> bool:
@@ -344,7 +346,7 @@ class ResolvedRequest(GenerationRequest):
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
         effect are left out: those of an input video if there is none, those of approximations that are off, the
         timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
-        off = {name for name, value in EXACT_VALUES.items() if getattr(self, name) == value}
+        off = EXACT_VALUES.keys() - self.approximations.keys()
         unused = "timesteps" if self.timesteps is None else "flow_shift"
         values = self.model_dump(exclude={"input_sha256", "price", *FIELDS, unused} | off)
         if self.timesteps is not None:
@@ -378,6 +380,7 @@ def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
 
 
 REQUEST_FIELDS: Mapping[str, RequestField] = fields_of(GenerationRequest)
+EXACT_VALUES = {name: REQUEST_FIELDS[name].shown.off for name in APPROXIMATIONS}
 
 
 def exclude(one: str, other: str) -> bool:

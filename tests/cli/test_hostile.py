@@ -78,7 +78,7 @@ def test_metadata_of_wrong_kinds(refused, work: Path, change: dict) -> None:
     assert "x.safetensors" in refused("decode", "x.safetensors")
 
 
-@pytest.mark.parametrize("name", ["transformer_dtype", "weights", "vae_dtype"])
+@pytest.mark.parametrize("name", ["transformer_dtype", "weights", "vae_dtype", "text_encoder_dtype"])
 @pytest.mark.parametrize("value", ["float8", "load", "__class__", "x" * 100_000, 5])
 def test_a_precision_that_does_not_exist(refused, work: Path, name: str, value: object) -> None:
     about = {"request": {"prompt": "x", "num_frames": 1, "height": 16, "width": 16}, "seed": 1}
@@ -87,6 +87,20 @@ def test_a_precision_that_does_not_exist(refused, work: Path, name: str, value: 
     save_latents(work / "x.safetensors", torch.zeros(16, 1, 2, 2), about)
     assert name in refused("verify", "x.mp4")
     assert name in refused("decode", "x.safetensors")
+
+
+@pytest.mark.parametrize("value", ["int8", "sdpa", "__class__", 5])
+def test_an_approximate_attention_is_used_again_and_no_other_name(refused, work: Path, value: object) -> None:
+    about = {
+        "request": {"prompt": "x", "num_frames": 1, "height": 16, "width": 16, "num_inference_steps": 1},
+        "seed": 1,
+    }
+    about |= {"model": {"name": "miniature"}, "engine": {"approximate_attention": value}}
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), work / "x.mp4", metadata=about)
+    said = refused("verify", "x.mp4", code=2 if value == "int8" else 1)  # on a CPU
+    assert (
+        "attention='int8' is not available" if value == "int8" else f"attention={value!r}, which does not exist"
+    ) in said
 
 
 @pytest.mark.parametrize(

@@ -311,5 +311,7 @@ class Controller:
 
 def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> str:
     offers = sorted({node.shape(len(node.devices)).name for node in nodes if node.devices or node.computes})
-    size = demand.removeprefix(DECODE).split("/")[0]
-    return f"A video of {size} (height x width x frames) fits no node of this cluster ({', '.join(offers) or 'none'})."
+    size, *rest = demand.removeprefix(DECODE).split("/")
+    products = next((f" with products in {part.removeprefix('q=')}" for part in rest if part.startswith("q=")), "")
+    nodes_here = ", ".join(offers) or "none"
+    return f"A video of {size} (height x width x frames){products} fits no node of this cluster ({nodes_here})."

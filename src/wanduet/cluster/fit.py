@@ -17,7 +17,7 @@ from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
-from wanduet.jobs.records import APPROXIMATIONS, DECODE
+from wanduet.jobs.records import DECODE, SHORT_NAMES
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
@@ -90,8 +90,12 @@ class Fitter:
             return NOWHERE
         try:
             plan = self.plan(whole, hardware, stage)
-        except InvalidRequestError:  # a replica that does whole jobs takes it and reports the error
-            return ANYWHERE if stage == "all" else NOWHERE
+        except InvalidRequestError as error:
+            if error.field == "quantize":
+                return NOWHERE  # another card may have products in this format
+            return (
+                ANYWHERE if stage == "all" else NOWHERE
+            )  # a replica that does whole jobs takes it and reports the error
         except ConfigError:
             return NOWHERE  # the configured strategy needs more devices
         streams = plan.transformer.resident_blocks < self._memory.spec.transformer.num_layers or not plan.both_resident
@@ -158,7 +162,7 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
         size, steps, branches, videos, *rest = demand.split("/")
         given = [text for text in rest if "=" not in text]
         skips: dict[str, str] = dict(text.split("=") for text in rest if "=" in text)
-        fields: dict[str, Any] = {APPROXIMATIONS[short][0]: value for short, value in skips.items()}
+        fields: dict[str, Any] = {SHORT_NAMES[short]: value for short, value in skips.items()}
         fields |= {name: float(fields[name]) for name in fields.keys() & NUMBERS}
         strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")

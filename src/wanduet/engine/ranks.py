@@ -264,14 +264,19 @@ def _agree(denoiser: LoadedTransformer) -> None:
 def _share(denoiser: LoadedTransformer, run: _Run) -> None:
     """Install the mesh's sharding in the transformer: a part of the sequence, larger on faster ranks, or with CFG
     parallelism a part of the work that both prompts share; and after the guidance gate, a part of the sequence."""
-    mesh, after, speeds = run.mesh, run.after_gate, run.speeds
+    mesh, after = run.mesh, run.after_gate
+
+    def of_parts(mesh: Mesh) -> SequenceSharding:
+        found = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(run.speeds, mesh))
+        found.block = denoiser.transformer.runtime.token_block or 1
+        return found
+
     denoiser.mesh, denoiser.after_gate = mesh, None
     if after is not None and (after.layout.ring == 1 or denoiser.attention_lse is not None):
-        denoiser.after_gate = SequenceSharding(after, denoiser.attention_lse, of_sequence(speeds, after))
+        denoiser.after_gate = of_parts(after)
     sharding: Sharding
     if mesh.layout.sequence > 1:
-        sharding = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(speeds, mesh))
-        sharding.block = denoiser.transformer.runtime.token_block or 1
+        sharding = of_parts(mesh)
     elif mesh.layout.cfg > 1 and uses_nccl(denoiser.device):  # through the host, the exchange costs more than it saves
         sharding = CfgSharding.from_group(mesh.cfg)
     else:

@@ -13,7 +13,7 @@ from wanduet.family.speeds import price_dict
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.provenance import Making, make_provenance, versions
-from wanduet.meta.prices import Subject, approximations_of, card_of, price_of
+from wanduet.meta.prices import Subject, card_of, price_of
 from wanduet.planning.hardware import device_model
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
@@ -121,7 +121,7 @@ def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict
     what it does not measure: an exact request, and a video that starts from another one."""
     if request.uses_input:
         return None
-    subject, settings = subject_of(models, plan, request), approximations_of(request)
+    subject, settings = subject_of(models, plan, request), request.approximations
     return price_of(models.checkpoint.measurements, subject, settings)
 
 

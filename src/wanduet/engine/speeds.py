@@ -74,7 +74,7 @@ def suited_layout(
     if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link_rate)):
         return plan.group.layout
     layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
-    if layout.ring > 1 and request.sparse < ALL:  # sparse attention needs the keys of all tokens at once
+    if not _has_all_keys(layout, request):
         return plan.group.layout
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     # The plan has not counted the exchange buffers. Apart from them, a part of the sequence for both branches needs no
@@ -89,7 +89,8 @@ def layout_after_gate(
 ) -> Layout | None:
     """Return the layout of the steps after the guidance gate, in which all ranks share the sequence of the prompt.
 
-    None if these steps need no other one than `layout`, that of the steps before, or if exchanges would take than each rank needs for the whole sequence.
+    None if these steps need no other one than `layout`, that of the steps before, if exchanges would take longer than each
+    rank needs for the whole sequence, or if the ranks would each have a part of the keys of sparse attention.
     """
     if layout.cfg == 1 or request.num_guided_steps == request.num_denoising_steps:
         return None
@@ -97,7 +98,14 @@ def layout_after_gate(
     # With both prompts, exchanges add `cost - 1` to the time in which a rank computes one of them whole. With one prompt
     # they add half of it, and computing takes half the time.
     cost = sequence_cost(request, spec, layout.world_size, item, step_s, link_rate)
-    return one_sequence(layout, spec.transformer.num_attention_heads) if cost < 2 else None
+    after = one_sequence(layout, spec.transformer.num_attention_heads)
+    return after if cost < 2 and _has_all_keys(after, request) else None
+
+
+def _has_all_keys(layout: Layout, request: ResolvedRequest) -> bool:
+    """Return whether the ranks of a layout can run the request's attention: a sparse one needs all keys at once, of
+    which each rank of a ring has a part."""
+    return layout.ring == 1 or request.sparse == ALL
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.errors import ConfigError, WanduetError
+from wanduet.request import EXACT_VALUES
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]
@@ -264,20 +265,15 @@ def submitted_at(job_id: str) -> float:
     return int(job_id[6:18], 16) / 1000
 
 
-# Fields of a request that save time, by a short name, and their values with which they do not.
-APPROXIMATIONS: Mapping[str, tuple[str, str | float]] = {
-    "cache": ("step_cache", "off"),
-    "gate": ("guidance_gate", 1.0),
-    "sparse": ("sparse", 1.0),
-    "products": ("quantize", "off"),
-}
+# The approximations, by names of one letter: a demand is in a column of limited length.
+SHORT_NAMES: Mapping[str, str] = {"c": "step_cache", "g": "guidance_gate", "s": "sparse", "q": "quantize"}
 
 
 def demand_of(request: dict[str, Any]) -> str:
     """Return the fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
     `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
-    with an input video, `/STRENGTH` follows; then, as `/NAME=VALUE`, the approximations that save time.
+    with an input video, `/STRENGTH` follows; then the approximations, as `/LETTER=VALUE`.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -288,15 +284,15 @@ def demand_of(request: dict[str, Any]) -> str:
     demand = f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
     if request.get("input_video") is not None:
         demand += "/-" if (strength := request.get("strength")) is None else f"/{strength:g}"
-    for short, (name, off) in APPROXIMATIONS.items():
-        if (value := request.get(name, off)) not in (None, off):
+    for short, name in SHORT_NAMES.items():
+        if (value := request.get(name)) not in (None, EXACT_VALUES[name]):
             kind, colon, number = value.rpartition(":") if isinstance(value, str) else ("", "", value)
             demand += f"/{short}={kind}{colon}{_short(number)}"
     return demand
 
 
 def _short(number: str | float) -> str:
-    """Return a number with four digits, for a column of limited length; another text as it is."""
+    """Return a number with four digits, which are enough for an estimate; another text as it is."""
     try:
         return f"{float(number):.4g}"
     except ValueError:

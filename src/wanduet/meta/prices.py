@@ -16,12 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from wanduet.family.speeds import FIELDS
 from wanduet.folders import make_folder, replace_file
-from wanduet.request import REQUEST_FIELDS, GenerationRequest, ResolvedRequest
+from wanduet.request import EXACT_VALUES, GenerationRequest, ResolvedRequest
 
 FILE = "prices.json"
-# Fields with a value that switches them off, which name approximations instead of being one.
-_NAMES_OF_SETS = ("speed", "loss_budget")
 _PACKAGES = ("wanduet", "torch")
 # The worst of several prompts. PSNR in dB (100: equal), SSIM at most 1, JOD at most 10; the others are 0 if equal.
 MEASURES: Mapping[str, Callable[[Sequence[float]], float]] = {
@@ -52,10 +51,9 @@ class Subject:
         cls, request: ResolvedRequest, about: Mapping[str, str | None], card: str, engine: Mapping[str, Any]
     ) -> Self:
         """Return the subject of a request, without its approximations. `about`: the model's name and hash."""
-        approximations = approximations_of(request)
         kept = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "sampler")
         schedule = ("flow_shift",) if request.timesteps is None else ("timesteps",)
-        values = {name: getattr(request, name) for name in (*kept, *schedule) if name not in approximations}
+        values = {name: getattr(request, name) for name in (*kept, *schedule)}
         versions = tuple((name, _version(name)) for name in _PACKAGES)
         return cls(
             about["hash"] or str(about["name"]), card, tuple(engine.items()), tuple(sorted(values.items())), versions
@@ -83,7 +81,7 @@ class Prices:
     def of(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the price of a set of approximations, as `wanduet price --json` prints it; None if not measured.
 
-        `settings`: resolved fields, as `approximations_of` returns them.
+        `settings`: resolved fields, as `ResolvedRequest.approximations` returns them.
         """
         return summarise(list(self.rows.get(settings_key(settings), {}).values()))
 
@@ -93,18 +91,10 @@ class Prices:
         return [(settings, price) for settings, price in priced if price is not None]
 
 
-def approximations_of(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the fields by which a request's video is approximated; {} for an exact one."""
-    fields = {name: field.shown.off for name, field in REQUEST_FIELDS.items() if field.shown.off is not None}
-    values = {name: getattr(request, name) for name in fields if name not in _NAMES_OF_SETS}
-    return {name: value for name, value in values.items() if value != fields[name]}
-
-
 def exact(request: GenerationRequest) -> GenerationRequest:
     """Return a request without its approximations."""
-    approximate = {name for name, field in REQUEST_FIELDS.items() if field.shown.off is not None}
-    names = approximate.union(_NAMES_OF_SETS).intersection(GenerationRequest.model_fields)
-    return request.model_copy(update={name: GenerationRequest.model_fields[name].default for name in names})
+    fields = GenerationRequest.model_fields
+    return request.model_copy(update={name: fields[name].default for name in (*EXACT_VALUES, *FIELDS)})
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from wanduet.family.speeds import BY_NAME, Price
 from wanduet.meta.prices import worst_of
 
 
-def measured_price(folder: Path, model_hash: str | None, speed: str) -> Price | None:
+def loss_of_speed(folder: Path, model_hash: str | None, speed: str) -> Price | None:
     """Return what a speed loses with the weights of a hash (None: random weights); None if that was not measured.
 
     It is the worst of all sizes and steps that `wanduet price` measured with these weights. `folder`: of measurements.

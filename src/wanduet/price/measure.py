@@ -19,7 +19,7 @@ from wanduet.engine.record import subject_of
 from wanduet.errors import ConfigError, InvalidRequestError, OutputError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.media.files import UnreadableFileError, check_writable
-from wanduet.meta.prices import Prices, approximations_of, exact, find_prices, store_prices
+from wanduet.meta.prices import Prices, exact, find_prices, store_prices
 from wanduet.planning.plan import require_fit
 from wanduet.price import prompts
 from wanduet.price.compare import Made, Measures
@@ -28,7 +28,7 @@ from wanduet.price.runs import kept, latents_path, make, make_with_other_kernels
 from wanduet.price.variants import Measured, Variant, all_variants, possible
 from wanduet.request import GenerationRequest
 from wanduet.stages.predict import time_embedding
-from wanduet.weights.names import MINIATURE
+from wanduet.weights.names import BUNDLED
 
 # Called with what is made, and the predicted seconds that are done and that there are in all.
 Show = Callable[[str, float, float], None]
@@ -52,9 +52,9 @@ class Measurement:
             )
         self.config, self._engine = config, Engine(config)
         self.spec = self._engine.models.spec
-        self.is_miniature = config.model == MINIATURE
+        self.is_miniature = config.model in BUNDLED
         self._prompts = prompts.prompts_for(self.is_miniature, count)
-        asked = approximations_of(request.resolve(self.spec))
+        asked = request.resolve(self.spec).approximations
         self._base = exact(request).model_copy(update={"num_videos_per_prompt": 1})
         self.request = self._exact(0).resolve(self.spec)
         plan = self._engine.plan(self._exact(0))

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wanduet.config import Weights
-from wanduet.errors import InvalidRequestError
+from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import SPEEDS
 from wanduet.family.step_caches import NAMES, OFF
 from wanduet.kernels.dit.quantized import DTYPES
-from wanduet.meta.prices import approximations_of, settings_key
+from wanduet.meta.prices import settings_key
 from wanduet.request import GenerationRequest, ResolvedRequest
 
 Kind = Literal["rungs", "accelerators", "fewer_steps", "controls"]
@@ -46,7 +47,7 @@ class Variant:
 
     def settings(self, resolved: ResolvedRequest) -> dict[str, Any]:
         """Return what distinguishes it from the exact job, of the same form for equal variants."""
-        found: dict[str, Any] = approximations_of(resolved)
+        found: dict[str, Any] = resolved.approximations
         if self.kind == "fewer_steps":
             found["num_inference_steps"] = resolved.num_inference_steps
         if self.weights is not None:
@@ -90,15 +91,18 @@ def possible(
     variants: Sequence[Variant], exact: GenerationRequest, spec: ModelSpec, plan: Callable[[GenerationRequest], object]
 ) -> tuple[list[Measured], dict[str, str]]:
     """Return the variants that the model and this machine can run, and for each other one, by name, what is allowed
-    instead. `plan` raises InvalidRequestError for a request that this machine cannot run."""
+    instead. `plan` raises InvalidRequestError or ConfigError for a request that this machine cannot run."""
     found, refused = [], {}
     for variant in variants:
         try:
             resolved = variant.request(exact).resolve(spec)
-            if resolved.quantize != OFF:
+            if resolved.quantize != OFF or resolved.sparse < ALL:
                 plan(variant.request(exact))
         except InvalidRequestError as error:
             refused[variant.name] = error.allowed
+            continue
+        except ConfigError as error:
+            refused[variant.name] = error.message.removesuffix(".")
             continue
         found.append(Measured(variant, variant.settings(resolved)))
     return found, refused

@@ -12,7 +12,7 @@ from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import on_device_of
 from wanduet.models.vae.model import WanVAE
 from wanduet.planning.plan import Plan, TextPlan
-from wanduet.planning.prices import measured_price
+from wanduet.planning.prices import loss_of_speed
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
@@ -61,7 +61,7 @@ class Models:
 
     def price(self, speed: str) -> Price | None:
         """Return what a speed loses with these weights on this machine; None if that was not measured."""
-        return measured_price(self.checkpoint.measurements, self.about["hash"], speed)
+        return loss_of_speed(self.checkpoint.measurements, self.about["hash"], speed)
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:

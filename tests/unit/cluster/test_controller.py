@@ -256,9 +256,10 @@ def test_without_gpus_for_long_jobs_fail_with_what_to_do(bench: Bench) -> None:
 
 
 def test_a_job_that_fits_no_node_says_so_while_it_waits_for_one(bench: Bench) -> None:
-    huge, small = bench.submit(height=9984), bench.submit()
+    huge, small, in_fp8 = bench.submit(height=9984), bench.submit(), bench.submit(height=9984, quantize="fp8")
     bench.controller.reconcile()
     assert "fits no node" in bench.store.get(huge).waits_for
+    assert "with products in fp8 fits no node" in bench.store.get(in_fp8).waits_for
     assert bench.store.get(small).waits_for is None
     assert bench.store.stages()["trouble"] is None
     bench.store.claim("w", 30.0)

@@ -12,9 +12,11 @@ from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
-from wanduet.jobs.records import DECODE, demand_of
+from wanduet.jobs.records import DECODE, SHORT_NAMES, demand_of
+from wanduet.jobs.schema import jobs
+from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_plan
-from wanduet.request import GenerationRequest
+from wanduet.request import EXACT_VALUES, GenerationRequest
 from wanduet.runtime.models import Models
 
 SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
@@ -38,24 +40,37 @@ def shape(gpus: str) -> Shape:
     st.sampled_from([1, 3]),
     st.sampled_from([(None, None), ("sha256:0", None), ("sha256:0", 0.0), ("sha256:0", 0.37), ("sha256:0", 1.0)]),
     st.sampled_from([{}, {"step_cache": "magcache:0.06"}, {"step_cache": "easycache:0.1", "guidance_gate": 0.3}]),
+    st.sampled_from([{}, {"sparse": 0.5}, {"quantize": "int8", "sparse": 0.25}]),
 )
 def test_a_demand_says_everything_that_memory_and_time_depend_on(
-    size, frames, scale, steps, videos, given, skips
+    size, frames, scale, steps, videos, given, skips, others
 ) -> None:
     request = GenerationRequest(
         prompt="a cat", height=size[0], width=size[1], num_frames=frames, guidance_scale=scale,
-        num_inference_steps=steps, num_videos_per_prompt=videos, seed=5, input_video=given[0], strength=given[1], **skips,
+        num_inference_steps=steps, num_videos_per_prompt=videos, seed=5, input_video=given[0], strength=given[1], **skips, **others,
     )  # fmt: skip
     try:
         meant = request.resolve(WAN_1_3B)
     except InvalidRequestError:  # too few steps to skip any
         assume(False)
     demand = demand_of(request.model_dump())
-    assert len(demand) <= 96 - len(DECODE)
     said = parse_demand(demand, WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
-                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps"):  # fmt: skip
+                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps",
+                 "sparse", "quantize"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
+
+
+def test_the_longest_demand_has_room_in_its_column() -> None:
+    request = GenerationRequest(
+        prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
+        num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, step_cache="easycache:0.0123456789",
+        guidance_gate=1.23456789e-5, sparse=1.23456789e-5, quantize="int8",
+    )  # fmt: skip
+    demand = demand_of(request.model_dump())
+    assert set(EXACT_VALUES) == set(SHORT_NAMES.values())
+    assert all(f"/{letter}=" in demand for letter in SHORT_NAMES)
+    assert len(DECODE + demand) <= jobs.c.demand.type.length
 
 
 @pytest.mark.parametrize("gpus", ["1x2GiB", "1x24GiB", "2x24GiB"])
@@ -72,7 +87,7 @@ def test_skipped_steps_take_no_time(models: Models) -> None:
     fits = Fitter(models.memory, EngineConfig(model="random:1.3b")).on(shape("1x24GiB"))
     whole, cached, gated = (
         fits(f"{SMALL}{more}").costs.denoise  # type: ignore[union-attr]
-        for more in ("", "/cache=magcache:0.12", "/cache=magcache:0.12/gate=0.5")
+        for more in ("", "/c=magcache:0.12", "/c=magcache:0.12/g=0.5")
     )
     assert gated < 0.45 * whole < cached < 0.55 * whole
 
@@ -95,6 +110,15 @@ def test_a_job_that_no_plan_can_be_made_for_goes_anywhere_and_fails_there(models
     for demand in ("nonsense", f"{SMALL}/x", f"{SMALL}/2", f"{SMALL}/0.5/0.5", f"{SMALL}/seed=1"):
         with pytest.raises(InvalidRequestError):
             parse_demand(demand, WAN_1_3B)
+
+
+def test_products_that_a_card_does_not_have_go_to_one_that_has_them(models: Models) -> None:
+    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
+    older, newer = (
+        replace(shape("1x24GiB"), devices=parse_hardware(card).devices) for card in ("RTX 3090", "RTX 4090")
+    )
+    fits = [[fitter.on(one)(f"{SMALL}/q={name}").fits for one in (older, newer)] for name in ("fp8", "int8")]
+    assert fits == [[False, True], [True, True]]
 
 
 def test_part_of_an_uneven_node_is_as_small_as_its_smallest_card() -> None:

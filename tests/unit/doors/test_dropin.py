@@ -18,9 +18,12 @@ from wanduet.config import EngineConfig
 from wanduet.doors.python.parts import PipelineBusyError
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import ConfigError, ModelNotFoundError
+from wanduet.kernels.attention import sparse_steps
+from wanduet.kernels.attention.sparse import plain_listed
 from wanduet.models.dit.model import WanTransformer
 from wanduet.planning.hardware import parse_hardware
 from wanduet.request import GenerationRequest
+from wanduet.weights.hub import open_model
 
 CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "output_type": "latent"}
 WAIT = 60.0
@@ -444,6 +447,36 @@ def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
         assert torch.equal(run(**skips, latents=one[None])[0][0], video)
 
 
+@pytest.mark.parametrize("begins_with_a_video", [False, True])
+def test_a_sparse_call_is_dense_in_the_first_quarter_of_its_own_steps(pipe, monkeypatch, begins_with_a_video) -> None:
+    sparse_calls: list[int] = []
+
+    def spy(*given: Any) -> Any:
+        sparse_calls.append(1)
+        return plain_listed(*given)
+
+    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", spy))
+    sparse_steps.choose_listed.cache_clear()
+    size = {"height": 64, "width": 64, "output_type": "latent", "guidance_scale": 1.0}  # with 5 frames, two blocks
+    if begins_with_a_video:
+        from_video = wanduet.WanVideoToVideoPipeline.from_pipe(pipe)
+        from_video.set_progress_bar_config(disable=True)
+        video = np.zeros((5, 64, 64, 3), dtype=np.float32)
+        from_video(video, "a red circle", num_inference_steps=8, strength=0.5, sparse=0.5, **size)
+    else:
+        latents(pipe, num_inference_steps=4, sparse=0.5, **size)
+    sparse_steps.choose_listed.cache_clear()
+    blocks = open_model("miniature").spec.transformer.num_layers
+    assert len(sparse_calls) == 3 * (blocks - 1)  # of 4 steps; the first block is dense
+
+
+def test_a_quantized_call_is_almost_the_exact_one(pipe) -> None:
+    exact = latents(pipe)
+    error = (latents(pipe, quantize="int8") - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.3
+    assert torch.equal(latents(pipe), exact)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -453,6 +486,8 @@ def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
         ({"step_cache": "magcache", "num_inference_steps": 20}, "easycache for this model"),
         ({"guidance_gate": 0.5, "guidance_scale": 1.0}, "without guidance"),
         ({"speed": "near", "num_inference_steps": 20, "callback_on_step_end": print}, "may change the latents"),
+        ({"sparse": 0.5, "num_inference_steps": 1}, "first quarter of the steps is dense"),
+        ({"quantize": "int4"}, "'off', 'fp8' or 'int8'"),
     ],
 )
 def test_approximations_that_a_call_cannot_have(pipe, call, says) -> None:

@@ -39,6 +39,7 @@ def test_a_setting_with_an_earlier_name_is_refused_with_its_new_one(
         ('speed = "exact"', ["--step-cache", "easycache"], None, "easycache:0.05"),
         ('step_cache = "easycache:0.3"', ["--speed", "fine"], "fine", "easycache:0.05"),
         ('speed = "near"', ["--loss-budget", "25"], "fine", "easycache:0.05"),
+        ("sparse = 0.5", ["--loss-budget", "25"], "fine", "easycache:0.05"),
         ("loss_budget = 25", ["--speed", "near"], "near", "easycache:0.02"),
         ('speed = "near"\nstep_cache = "easycache:0.3"', [], "near", "easycache:0.3"),
     ],

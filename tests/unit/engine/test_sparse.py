@@ -90,6 +90,20 @@ def test_steps_after_the_first_quarter_are_sparse_in_all_blocks_but_the_first(
     assert len(seen) == (4 - FIRST) * (blocks - 1) * 2  # the next job is dense again
 
 
+def test_nan_is_computed_again_with_all_keys(engine: Engine, exact: Job, tmp_path: Path, monkeypatch) -> None:
+    def nan(*given: Any) -> Any:
+        return tuple(one * torch.nan for one in plain_listed(*given))
+
+    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", nan))
+    sparse_steps.choose_listed.cache_clear()
+    job = run(engine, tmp_path / "a.mkv", **SPARSE)
+    sparse_steps.choose_listed.cache_clear()
+    assert (latents(job) - latents(exact)).norm() < 1e-4 * latents(exact).norm()  # sums in another order
+    about = job.result().videos[0].provenance
+    assert about["attention"] == "sdpa"
+    assert any("plain kernels after NaN" in note for note in about["rungs"])
+
+
 def test_an_interrupted_job_goes_on_bit_for_bit(engine: Engine, made: Job, tmp_path: Path) -> None:
     with pytest.raises(CancelledError):
         run(engine, tmp_path / "a.mkv", after=FIRST + 1, **SPARSE)

@@ -32,11 +32,14 @@ SMALL = {
     "seed": 3,
 }
 CACHED = {"num_inference_steps": 16, "step_cache": "easycache:0.4"}
+SPARSE = {"sparse": 0.5, "height": 64, "width": 64}  # 32 tokens: two blocks
+ALL_OTHERS = SPARSE | {"guidance_gate": 0.4, "quantize": "int8"}
 RULES = {
     "easycache": {"step_cache": "easycache:0.4", "num_inference_steps": 16},
     "magcache": {"step_cache": "magcache", "num_inference_steps": 12},
     "teacache": {"step_cache": "teacache:0.6", "num_inference_steps": 12},
     "magcache and gate": {"step_cache": "magcache", "num_inference_steps": 12, "guidance_gate": 0.4},
+    "all approximations": CACHED | ALL_OTHERS,
 }
 Run = Callable[..., Job]
 
@@ -188,7 +191,8 @@ def test_ranks_skip_alike_and_go_on_from_a_checkpoint(run: Run, ranks: Engine) -
     """Each rank has a prompt, and of both the last velocity; without guidance and after its gate, each has a part of the
     sequence."""
     gated = CACHED | {"guidance_gate": 0.4}
-    for name, changes, cfg in (("plain", CACHED | {"guidance_scale": 1.0}, 1), ("gated", gated, 2)):
+    sparse, plain = gated | SPARSE, CACHED | {"guidance_scale": 1.0}
+    for name, changes, cfg in (("plain", plain, 1), ("gated and sparse", sparse, 2), ("gated", gated, 2)):
         single, shared = run(f"{name} single", **changes), run(name, ranks, **changes)
         assert shared.plan.group.layout.cfg == cfg
         assert skipped(single)

@@ -29,6 +29,7 @@ from wanduet.runtime.models import Models
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
 FEW_STEPS = {"guidance_scale": 1.0, "sampler": "renoise", "timesteps": (900, 500), "num_inference_steps": 2}
 SPARSE = {"guidance_scale": 1.0, "sparse": 0.5, "height": 64, "width": 64, "num_frames": 17}  # 5 blocks of 16 tokens
+GATED = {"guidance_gate": 0.5}
 STRATEGIES = {
     "single": {"strategy": "single", "devices": "cpu"},
     "placed": {"devices": "vae=cpu,transformer=cpu"},
@@ -339,23 +340,26 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
 
 
 @pytest.mark.parametrize(
-    ("layout", "gate", "link", "after"),
+    ("layout", "fields", "link", "after"),
     [
-        (Layout(cfg=2), 0.5, "direct", Layout(ulysses=2)),
-        (Layout(cfg=2, ulysses=2), 0.5, "direct", Layout(ulysses=4)),
-        (Layout(cfg=2), 1.0, "direct", None),
-        (Layout(ulysses=2), 0.5, "direct", None),
-        (Layout(cfg=2), 0.5, "gloo", None),  # to exchange takes longer than to compute all
+        (Layout(cfg=2), GATED, "direct", Layout(ulysses=2)),
+        (Layout(cfg=2, ulysses=2), GATED, "direct", Layout(ulysses=4)),
+        (Layout(cfg=2, ulysses=2), GATED | {"sparse": 0.5}, "direct", Layout(ulysses=4)),
+        (Layout(cfg=2, ulysses=4), GATED, "direct", Layout(ring=2, ulysses=4)),
+        (Layout(cfg=2, ulysses=4), GATED | {"sparse": 0.5}, "direct", None),  # in a ring, each has a part of the keys
+        (Layout(cfg=2), {}, "direct", None),
+        (Layout(ulysses=2), GATED, "direct", None),
+        (Layout(cfg=2), GATED, "gloo", None),  # to exchange takes longer than to compute all
     ],
 )
-def test_after_the_guidance_gate_ranks_share_one_sequence(layout, gate, link, after) -> None:
+def test_after_the_guidance_gate_ranks_share_one_sequence(layout, fields, link, after) -> None:
     from wanduet.engine.speeds import layout_after_gate
     from wanduet.planning.hardware import LINK_RATES
     from wanduet.planning.planner import make_plan
 
     config = EngineConfig(model="random:1.3b", strategy="parallel", devices="cuda:0,cuda:1")
     models = Models(config)
-    request = GenerationRequest(prompt="a red circle", guidance_gate=gate).resolve(models.spec)
+    request = GenerationRequest(prompt="a red circle", **fields).resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2xh100"))
     assert layout_after_gate(plan, request, models.spec, layout, LINK_RATES.get(link)) == after
 

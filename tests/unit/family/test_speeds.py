@@ -90,6 +90,14 @@ def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
     assert resolve(speed="draft", step_cache="off").guidance_gate == SPEEDS[-1].fields["guidance_gate"]
 
 
+@pytest.mark.parametrize("more", [{"sparse": 0.5}, {"quantize": "int8"}, {"guidance_gate": 0.5}], ids=str)
+def test_with_another_approximation_the_price_of_a_speed_is_unknown(more: dict[str, Any]) -> None:
+    found = resolve(prices=measured, speed="fine", **more)
+    assert found.approximations == SPEEDS[2].fields | more
+    assert found.price is None, "together they lose more than was measured"
+    assert found.as_request().resolve(WAN_1_3B, None, measured) == found
+
+
 def test_without_guidance_there_is_none_to_end() -> None:
     assert SPEEDS[-1].fields["guidance_gate"] < 1
     found = resolve(prices=measured, speed="draft", guidance_scale=1.0)
@@ -138,6 +146,9 @@ def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
         (WAN_1_3B, {"speed": "fine", "loss_budget": 30}, "speed", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "quantize": "fp8"}, "quantize", "leave one of the two out"),
+        (WAN_1_3B, {"speed": "exact", "sparse": 0.5, "quantize": "fp8"}, "speed", "with sparse=0.5, quantize=fp8"),
         (WAN_1_3B, {"speed": "near", "step_cache": "easycache:2"}, "step_cache", "at most 1"),
         (WAN_1_3B, {"speed": "draft", "guidance_gate": 0.9, "guidance_scale": 1}, "guidance_gate", "without guidance"),
     ],

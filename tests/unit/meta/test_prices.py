@@ -13,7 +13,6 @@ from wanduet.meta.prices import (
     Prices,
     Subject,
     all_prices,
-    approximations_of,
     card_of,
     exact,
     find_prices,
@@ -83,12 +82,12 @@ def test_what_a_price_depends_on(stored: Path, other: dict[str, Any]) -> None:
 
 
 def test_only_approximations_have_a_price(stored: Path) -> None:
-    assert approximations_of(request()) == {}
-    assert approximations_of(request(step_cache="easycache", guidance_gate=0.5)) == CACHED | {"guidance_gate": 0.5}
+    assert request().approximations == {}
+    assert request(step_cache="easycache", guidance_gate=0.5).approximations == CACHED | {"guidance_gate": 0.5}
     asked = GenerationRequest(prompt="x", seed=1, num_frames=9, guidance_gate=0.5, **CACHED)
     assert exact(asked) == GenerationRequest(prompt="x", seed=1, num_frames=9)
-    assert price_of(stored, subject(), approximations_of(request())) is None
-    assert price_of(stored, subject(), approximations_of(request(**CACHED))) is not None
+    assert price_of(stored, subject(), request().approximations) is None
+    assert price_of(stored, subject(), request(**CACHED).approximations) is not None
 
 
 def test_measurements_of_other_versions_are_not_shown(stored: Path) -> None:

@@ -187,3 +187,12 @@ def test_a_full_disk_ends_a_measurement(config: EngineConfig, monkeypatch: pytes
     short = TINY.model_copy(update={"num_inference_steps": 1})
     with Measurement(config, short, 1) as one, pytest.raises(OutputError, match="No space left"):
         one.run(lambda *_: None)
+
+
+def test_the_fast_miniature_is_asked_for_what_it_knows(config: EngineConfig) -> None:
+    with Measurement(config, TINY, 1) as one:
+        prompts = one.made_of["prompts"]
+    request = GenerationRequest(prompt="-", height=32, width=32, num_frames=1)
+    with Measurement(replace(config, model="miniature-fast"), request, 1) as fast:
+        assert fast.made_of["prompts"] == prompts
+        assert fast.is_miniature

@@ -1,6 +1,6 @@
 """What is measured of a model: which changes of the exact request, and which of them it cannot run."""
 
-from wanduet.errors import InvalidRequestError
+from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.speeds import SPEEDS
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.price.variants import all_variants, possible
@@ -16,6 +16,11 @@ def make_no_plan(request: GenerationRequest) -> None:
 def without_fp8(request: GenerationRequest) -> None:
     if request.quantize == "fp8":
         raise InvalidRequestError("quantize", "fp8", "this card cannot compute fp8 products")
+
+
+def without_sparse(request: GenerationRequest) -> None:
+    if request.sparse < 1:
+        raise ConfigError("these 5 devices do not divide the 12 heads.", hint="Leave --sparse out.")
 
 
 def test_each_is_the_exact_job_but_for_one_thing() -> None:
@@ -58,3 +63,6 @@ def test_what_a_model_or_few_steps_cannot_do_is_left_out_by_name() -> None:
     found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B, without_fp8)
     assert [one.variant.name for one in found] == [name for name in expected if name != "products in fp8"]
     assert refused["products in fp8"] == "this card cannot compute fp8 products"
+    found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B, without_sparse)
+    assert [one.variant.name for one in found] == [name for name in expected if "sparse" not in name]
+    assert refused["sparse 0.5"] == "these 5 devices do not divide the 12 heads"

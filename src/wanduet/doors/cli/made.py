@@ -22,6 +22,7 @@ from wanduet.errors import (
     ModelNotFoundError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
+from wanduet.kernels.attention.backends import BACKENDS
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.input_video import read_source
 from wanduet.media.latents import load_latents
@@ -145,7 +146,8 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
     metadata never causes a download or the reading of a folder. Raises UnreadableFileError, ModelNotFoundError.
     """
     config, unset = flags.config(), EngineFlags()
-    engine, made_by = _part(about, "engine"), _part(about, "model")
+    engine, made_by = dict(_part(about, "engine")), _part(about, "model")
+    engine["attention"] = engine.get("approximate_attention")  # the exact ones give the same up to rounding
     if not flags.names_model:
         config = replace(config, **_model_here(file, made_by, config))
     for name, allowed in (
@@ -153,6 +155,8 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
         ("weights", get_args(Weights)),
         ("vae_dtype", get_args(DType)),
         ("tf32", (True, False)),
+        ("text_encoder_dtype", get_args(DType)),
+        ("attention", [backend.name for backend in BACKENDS if not backend.exact]),
     ):
         value = engine.get(name)
         if value is None or getattr(flags, name) != getattr(unset, name):

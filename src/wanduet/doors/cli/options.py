@@ -55,7 +55,7 @@ def parse_settings(path: Path) -> dict[str, Any]:
 ALTERNATIVES = (
     ({"resolution"}, {"height", "width"}),
     ({"seconds"}, {"num-frames"}),
-    ({"speed", "loss-budget"}, {name.replace("_", "-") for name in CHOSEN}),
+    ({"speed"}, {name.replace("_", "-") for name in CHOSEN}),
     *(
         ({name.replace("_", "-")}, {other.replace("_", "-")})
         for name, field in REQUEST_FIELDS.items()

@@ -22,7 +22,7 @@ def run_price(request: GenerationRequest, config: EngineConfig, prompts: int) ->
     check_attention(config)
     with Measurement(config, request, prompts) as measurement:
         for name, allowed in measurement.refused.items():
-            print(f"Left out: {name}; allowed is {allowed}.", file=sys.stderr)
+            print(f"Left out: {name} ({allowed}).", file=sys.stderr)
         for sentence in missing():
             print(sentence, file=sys.stderr)
         _announce(measurement)

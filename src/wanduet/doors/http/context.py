@@ -21,7 +21,7 @@ from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
-from wanduet.planning.prices import measured_price
+from wanduet.planning.prices import loss_of_speed
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
 DRAIN_RETRY_SECONDS = 15
@@ -94,7 +94,7 @@ class ServerContext:
 
     def price(self, speed: str) -> Price | None:
         """Return what a speed loses with the served weights on this machine; None if that was not measured."""
-        return measured_price(self.store.files.folder / "measurements", self.settings.model_hash, speed)
+        return loss_of_speed(self.store.files.folder / "measurements", self.settings.model_hash, speed)
 
     def check_accepting(self) -> None:
         """Raise ApiError (503) while the server drains."""

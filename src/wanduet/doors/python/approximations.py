@@ -17,6 +17,8 @@ class Approximations:
     loss_budget: float | None = None
     step_cache: str | None = None
     guidance_gate: float | None = None
+    sparse: float | None = None
+    quantize: str | None = None
 
     def fields(self, schedule: Schedule, encodes: bool) -> dict[str, Any]:
         """Return the fields of a request that they set, and those that give it as many steps as the call; {} if the call

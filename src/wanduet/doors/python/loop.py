@@ -95,13 +95,19 @@ class _PipelineSampler(SchedulerSampler):
 
 
 class _Forward:
-    """Predictor of one video by a transformer, one prompt after the other; without state. `rope`: of the latents' size."""
+    """Predictor of one video by a transformer, one prompt after the other; without state.
 
-    def __init__(self, denoiser: LoadedTransformer, fallback: DenoiseFallback, rope: Any) -> None:
-        self._denoiser, self._fallback, self._rope = denoiser, fallback, rope
+    `rope`: of the latents' size. `step_of`: returns the request's step, by which attention may be sparse, of a call's.
+    """
+
+    def __init__(
+        self, denoiser: LoadedTransformer, fallback: DenoiseFallback, rope: Any, step_of: Callable[[Step], Step]
+    ) -> None:
+        self._denoiser, self._fallback, self._rope, self._step_of = denoiser, fallback, rope, step_of
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[Text]) -> list[Tensor]:
         """See Predictor."""
+        step = self._step_of(step)
         times = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self._denoiser.transformer, self._rope
         return [self._fallback(partial(transformer, latents, times, text, rope, step)) for text in conditions]
@@ -197,7 +203,8 @@ class PipelineLoop:
     def _predictor(self, sampler: _PipelineSampler, rope: Any) -> Predictor[Text]:
         """Return a new predictor of one video, which skips the steps that its step cache skips."""
         denoiser, spec = self.denoiser, self.denoiser.spec
-        forward = _Forward(denoiser, self.fallback, rope)
+        order, first = getattr(self.pipe.scheduler, "order", 1), self._request.first_step
+        forward = _Forward(denoiser, self.fallback, rope, lambda step: Step(first + step.index // order, step.timestep))
         setting = StepCacheSetting.parse(self._request.step_cache, spec.transformer)
         if setting is None or not sampler.timesteps:
             return forward

@@ -15,6 +15,7 @@ from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
 from wanduet.family.speeds import SpeedName
+from wanduet.kernels.dit.quantized import Quantize
 
 __all__ = ["WanPipeline", "WanPipelineOutput"]
 
@@ -87,12 +88,15 @@ class WanPipeline(PipelineBase):
         loss_budget: float | None = None,
         step_cache: str | None = None,
         guidance_gate: float | None = None,
+        sparse: float | None = None,
+        quantize: Quantize | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos as diffusers 0.42's call does.
 
         Not in diffusers: `progress(done, total)`, and what saves work at a loss, as on the command line: `speed`
-        ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`, and
-        `guidance_gate` (0..1). They do not go together with `callback_on_step_end`, except for `guidance_gate`.
+        ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`,
+        `guidance_gate` (0..1), `sparse` (0..1) and `quantize` ("off", "fp8" or "int8"). A step cache, which most speeds
+        set, does not go together with `callback_on_step_end`.
 
         Raises ValueError for arguments that are not supported.
         """
@@ -106,6 +110,6 @@ class WanPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate),
+            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate, sparse, quantize),
         )  # fmt: skip
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

@@ -15,6 +15,7 @@ from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
 from wanduet.family.speeds import SpeedName
+from wanduet.kernels.dit.quantized import Quantize
 
 
 class WanVideoToVideoPipeline(PipelineBase):
@@ -62,10 +63,13 @@ class WanVideoToVideoPipeline(PipelineBase):
         loss_budget: float | None = None,
         step_cache: str | None = None,
         guidance_gate: float | None = None,
+        sparse: float | None = None,
+        quantize: Quantize | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos from videos as diffusers 0.42's call does.
 
-        Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`; see `WanPipeline`.
+        Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`, `sparse`, `quantize`; see
+        `WanPipeline`.
 
         `video`: a list of PIL images, an array `[F, H, W, 3]` or a tensor `[F, 3, H, W]` of floats in 0..1, a list of
         such frames, or several such videos; they are resized to `height` and `width`. One video serves all prompts, and
@@ -83,7 +87,7 @@ class WanVideoToVideoPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate),
+            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate, sparse, quantize),
         )  # fmt: skip
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))
         schedule.check(self.scheduler)
