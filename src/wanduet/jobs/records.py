@@ -270,6 +270,7 @@ APPROXIMATIONS: Mapping[str, tuple[str, str | float]] = {
     "gate": ("guidance_gate", 1.0),
     "sparse": ("sparse", 1.0),
     "products": ("quantize", "off"),
+    "low": ("low_res_first", False),
 }
 
 

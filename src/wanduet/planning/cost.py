@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.family.sparsity import first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
@@ -94,13 +95,19 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     """Return the floating-point operations of all denoising steps of all videos of a job on one device, predicted if
-    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse.
+    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse. Steps at a lower resolution have
+    fewer.
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
     forwards = Forwards.of(request, spec)
     plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
     flop = forwards.guided_steps * guided + forwards.plain_steps * plain
+    if (low := LowRes.of(request, spec)) is not None:  # without step caches: all steps are computed
+        low_guided = min(low.num_steps, request.num_guided_steps)
+        at_low = low.apply(request)
+        flop -= low_guided * (guided - step_flop(at_low, spec, True))
+        flop -= (low.num_steps - low_guided) * (plain - step_flop(at_low, spec, False))
     return request.num_videos_per_prompt * (flop - forwards.count * sparse_flop(request, spec))
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.distributed.collectives import broadcast_
 from wanduet.errors import CancelledError, NonFiniteLatentsError
 from wanduet.runtime.context import Event, RunContext
@@ -12,6 +13,7 @@ from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
+from wanduet.sampling.enlarge import EnlargingSampler
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
 from wanduet.stages.predict import forward_of, make_guidance, make_predictor, observed, skipped_steps
@@ -66,7 +68,9 @@ class _Denoise:
     ) -> None:
         self.task, self.denoiser, self.hooks, self.record, self.context = task, denoiser, hooks, record, context
         request = task.request
-        shape = denoiser.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+        self.low_res = LowRes.of(request, denoiser.spec)
+        first = request if self.low_res is None else self.low_res.apply(request)
+        shape = denoiser.spec.latent_shape(first.generated_height, first.generated_width, first.num_frames)
         with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
             # In a thread: it takes about as long as launching the text's key projections, and releases the GIL.
             noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
@@ -80,7 +84,7 @@ class _Denoise:
     def __call__(self) -> Tensor:
         """Resume from the last checkpoint, if a usable one exists."""
         request, device = self.task.request, self.denoiser.device
-        sampler = make_sampler(Schedule.of(request), request.seed + self.task.index, device)
+        sampler = self._sampler()
         start, latents = self.task.first_step, self._start(sampler).to(device)
         sampler.begin_at(start)
         self.predictor.restore({})
@@ -106,6 +110,13 @@ class _Denoise:
         self.record.skipped_steps = skipped_steps(self.predictor)
         self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
+
+    def _sampler(self) -> Sampler:
+        request, device = self.task.request, self.denoiser.device
+        schedule, seed = Schedule.of(request), request.seed + self.task.index
+        if self.low_res is None:
+            return make_sampler(schedule, seed, device)
+        return EnlargingSampler(schedule, seed, device, self.low_res.enlargement)
 
     def _start(self, sampler: Sampler) -> Tensor:
         """Return the latents `[1, 16, T, h, w]` before the first step, on the host: noise, or the input video's latents
