@@ -37,7 +37,14 @@ def shape(gpus: str) -> Shape:
     st.sampled_from([None, 7]),
     st.sampled_from([1, 3]),
     st.sampled_from([(None, None), ("sha256:0", None), ("sha256:0", 0.0), ("sha256:0", 0.37), ("sha256:0", 1.0)]),
-    st.sampled_from([{}, {"step_cache": "magcache:0.06"}, {"step_cache": "easycache:0.1", "guidance_gate": 0.3}]),
+    st.sampled_from(
+        [
+            {},
+            {"step_cache": "magcache:0.06"},
+            {"step_cache": "easycache:0.1", "guidance_gate": 0.3},
+            {"low_res_first": True},
+        ]
+    ),
 )
 def test_a_demand_says_everything_that_memory_and_time_depend_on(
     size, frames, scale, steps, videos, given, skips
@@ -54,7 +61,8 @@ def test_a_demand_says_everything_that_memory_and_time_depend_on(
     assert len(demand) <= 96 - len(DECODE)
     said = parse_demand(demand, WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
-                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps"):  # fmt: skip
+                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps",
+                 "low_res_first"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
 
 

@@ -410,6 +410,16 @@ def test_what_is_offered_is_legal_for_a_model_of_another_stride(memory) -> None:
         assert one.kind == "mode" or asked.num_frames * asked.height * asked.width < 161 * 1024 * 736
 
 
+def test_what_is_offered_leaves_out_what_it_cannot_have(memory) -> None:
+    """Smaller sizes have no smaller form that the model makes, shorter videos have."""
+    request = GenerationRequest(prompt="x", height=720, width=1280, low_res_first=True).resolve(memory.spec)
+    offered = list(alternatives(request, EngineConfig(), memory.spec, parse_hardware("1GiB")))
+    assert {(one.kind, one.request.low_res_first) for one in offered if one.kind != "mode"} == {
+        ("frames", True), ("size", False), ("both", False),
+    }  # fmt: skip
+    assert all(one.change.get("low_res_first") is False for one in offered if not one.request.low_res_first)
+
+
 @pytest.mark.parametrize(
     "text", ["", "much", "0x24GiB", "999999x24GiB", "2x", "1MiB", "RTX 3095", "RTX 4090 Laptop", "4090x2", "²x24GiB", "9" * 400 + "GiB", "24GiB;12GiB",
              "24GiB,ram=", "+", "24GiB++24GiB"],
