@@ -103,11 +103,8 @@ def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     forwards = Forwards.of(request, spec)
     plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
     flop = forwards.guided_steps * guided + forwards.plain_steps * plain
-    if (low := LowRes.of(request, spec)) is not None:  # without step caches: all steps are computed
-        low_guided = min(low.num_steps, request.num_guided_steps)
-        at_low = low.apply(request)
-        flop -= low_guided * (guided - step_flop(at_low, spec, True))
-        flop -= (low.num_steps - low_guided) * (plain - step_flop(at_low, spec, False))
+    if request.low_res_first:  # without step caches: all steps are computed
+        flop = sum(step_flops(request, spec))
     return request.num_videos_per_prompt * (flop - forwards.count * sparse_flop(request, spec))
 
 
@@ -129,6 +126,15 @@ def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> flo
     if is_guided:
         step += step - 4 * tokens * t.dim * (2 * t.dim + tokens)  # q, k, v, out; scores and values
     return step
+
+
+def step_flops(request: ResolvedRequest, spec: ModelSpec) -> list[float]:
+    """Return the floating-point operations of each step of the schedule of one video, if it is computed and dense."""
+    low, guided = LowRes.of(request, spec), request.first_step + request.num_guided_steps
+    sizes = [request] if low is None else [request, low.apply(request)]
+    flops = [[step_flop(one, spec, is_guided) for is_guided in (False, True)] for one in sizes]
+    switch = 0 if low is None else low.num_steps
+    return [flops[step < switch][step < guided] for step in range(request.num_inference_steps)]
 
 
 def predict_seconds(

@@ -8,6 +8,7 @@ from torch import Tensor
 from wanduet.accelerate.low_res import LowRes
 from wanduet.distributed.collectives import broadcast_
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.planning.cost import step_flops
 from wanduet.runtime.context import Event, RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints
@@ -79,6 +80,7 @@ class _Denoise:
             seen = observed(self.predictor, hooks.on_predict)
             self.guidance = make_guidance(seen, task.conditions, request, denoiser, forward)
             self.noise = noise.result()
+        self.work = step_flops(request, denoiser.spec)
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
 
     def __call__(self) -> Tensor:
@@ -133,7 +135,7 @@ class _Denoise:
             # drifting.
             broadcast_(info.latents)
         done = info.step + 1
-        self._emit(done, info.seconds / (done - start) * (info.num_steps - done))
+        self._emit(done, info.seconds / sum(self.work[start:done]) * sum(self.work[done:]))
         if self.hooks.watch is not None:
             self.hooks.watch(info)
         replaced = self._call_back(info)
