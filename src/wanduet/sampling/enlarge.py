@@ -66,10 +66,10 @@ class EnlargingSampler:
         if index + 1 != self._enlargement.num_steps:
             return result
         self._is_enlarged = True
-        # On the host, once a video: double precision, and no memory of the device.
+        # On the host, once a video: in double precision, without memory of the device.
         noise = step_noise((*result.shape[:-2], *self._enlargement.large), self._seed, index)
         enlarged = enlarge(result.cpu(), noise, self._sigma) * self._enlargement.gain(self._sigma)
-        return enlarged.float().to(self._device)
+        return enlarged.to(self._device)
 
     def state(self) -> State:
         """See Sampler."""
@@ -86,15 +86,21 @@ class EnlargingSampler:
 
 
 def enlarge(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Return latents `[..., h, w]` of noise level `sigma` with the size of `noise` `[..., H, W]`, in float64.
+    """Return latents `[..., h, w]` of noise level `sigma` with the size of `noise` `[..., H, W]`; all are float32.
 
     The two-dimensional DCT-II of the result has that of the latents in its low frequencies, and `sigma * noise` in the
     others; both transforms are orthonormal.
     """
     rows, columns = latents.shape[-2:]
-    spectrum = noise.double() * sigma
-    spectrum[..., :rows, :columns] = dct_matrix(rows) @ latents.double() @ dct_matrix(columns).T
-    return dct_matrix(noise.shape[-2]).T @ spectrum @ dct_matrix(noise.shape[-1])
+    into = dct_matrix(rows), dct_matrix(columns).T
+    back = dct_matrix(noise.shape[-2]).T, dct_matrix(noise.shape[-1])
+    result = torch.empty_like(noise)
+    # One by one: all pictures of a long video in float64 would take hundreds of megabytes.
+    for small, large, out in zip(*(x.flatten(0, -3) for x in (latents, noise, result)), strict=True):
+        spectrum = large.double() * sigma
+        spectrum[:rows, :columns] = into[0] @ small.double() @ into[1]
+        out.copy_(back[0] @ spectrum @ back[1])
+    return result
 
 
 def dct_matrix(size: int) -> Tensor:

@@ -32,8 +32,8 @@ def coefficient(x: Tensor, row: int, column: int) -> float:
 
 def test_low_frequencies_are_kept_and_the_others_are_noise() -> None:
     generator = torch.Generator().manual_seed(1)
-    latents, noise = torch.randn(3, 4, generator=generator), torch.randn(5, 7, generator=generator)
-    result = enlarge(latents, noise, 0.25)
+    latents, noise = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 5, 7, generator=generator)
+    latents, noise, result = latents[1], noise[1], enlarge(latents, noise, 0.25)[1]
     for row in range(5):
         for column in range(7):
             is_kept = row < 3 and column < 4
@@ -48,8 +48,8 @@ def test_picture_and_noise_have_the_weights_of_the_new_level(small: tuple[int, i
     level = one.gain(sigma) * sigma
     if one.ratio == 2.0:
         assert level == pytest.approx(2 * sigma / (1 + sigma))
-    picture = enlarge(torch.full(small, (1 - sigma) * colour), torch.zeros(large), sigma) * one.gain(sigma)
-    assert torch.allclose(picture, torch.full(large, (1 - level) * colour, dtype=torch.float64))
+    picture = enlarge(torch.full((1, *small), (1 - sigma) * colour), torch.zeros(1, *large), sigma) * one.gain(sigma)
+    assert torch.allclose(picture, torch.full((1, *large), (1 - level) * colour))
     generator = torch.Generator().manual_seed(2)
     noises = (torch.randn(64, *size, generator=generator) for size in (small, large))
     noise = enlarge(next(noises) * sigma, next(noises), sigma) * one.gain(sigma)
@@ -79,7 +79,7 @@ def test_first_steps_are_those_of_the_small_video(name: SamplerName) -> None:
         assert torch.equal(latents, expected) == (index + 1 < ENLARGEMENT.num_steps)
     sigma = plain.sigmas[ENLARGEMENT.num_steps]
     noise = step_noise((1, 2, 3, *ENLARGEMENT.large), SEED, ENLARGEMENT.num_steps - 1)
-    assert torch.equal(latents, (enlarge(expected, noise, sigma) * ENLARGEMENT.gain(sigma)).float())
+    assert torch.equal(latents, enlarge(expected, noise, sigma) * ENLARGEMENT.gain(sigma))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
