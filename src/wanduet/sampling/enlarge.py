@@ -1,6 +1,7 @@
 """A sampler whose first steps are those of a smaller video, of which it enlarges the latents.
 
-Enlarging keeps the low frequencies and adds noise at the others. Source: SPEED, arXiv 2605.18736.
+Enlarging keeps the low frequencies and adds noise at the others. Source: SPEED, arXiv 2605.18736; there, the noise is drawn
+anew. Here it is that of the whole video, so that a seed gives about the same video as without enlarging.
 """
 
 import math
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanduet.sampling.noise import step_noise
+from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, State, make_sampler, make_sampler_from
 
 STATE = "is_enlarged"  # in a checkpoint, beside the state of the solver
@@ -38,7 +39,8 @@ class EnlargingSampler:
     """A `Sampler` that makes the first steps of a schedule on small latents, and enlarges the result of the last of them.
 
     The solver then starts anew at the higher noise level that enlarged latents have, and goes on to the schedule's next
-    one. The new noise depends on the seed only, so that every device and rank draws the same.
+    one. The small latents must have begun with the low frequencies of the video's initial noise (`shrink`): the others are
+    added then, so that the video begins with the same noise as without enlarging, on every device and rank.
     """
 
     init_noise_sigma = 1.0
@@ -67,7 +69,7 @@ class EnlargingSampler:
             return result
         self._is_enlarged = True
         # On the host, once a video: in double precision, without memory of the device.
-        noise = step_noise((*result.shape[:-2], *self._enlargement.large), self._seed, index)
+        noise = initial_noise((*result.shape[:-2], *self._enlargement.large), self._seed)
         enlarged = enlarge(result.cpu(), noise, self._sigma) * self._enlargement.gain(self._sigma)
         return enlarged.to(self._device)
 
@@ -88,18 +90,28 @@ class EnlargingSampler:
 def enlarge(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Return latents `[..., h, w]` of noise level `sigma` with the size of `noise` `[..., H, W]`; all are float32.
 
-    The two-dimensional DCT-II of the result has that of the latents in its low frequencies, and `sigma * noise` in the
-    others; both transforms are orthonormal.
+    The two-dimensional DCT-II of the result has that of the latents in its low frequencies, and that of `sigma * noise` in
+    the others; all transforms are orthonormal.
     """
     rows, columns = latents.shape[-2:]
-    into = dct_matrix(rows), dct_matrix(columns).T
-    back = dct_matrix(noise.shape[-2]).T, dct_matrix(noise.shape[-1])
+    small_y, small_x, y, x = map(dct_matrix, (rows, columns, *noise.shape[-2:]))
     result = torch.empty_like(noise)
     # One by one: all pictures of a long video in float64 would take hundreds of megabytes.
-    for small, large, out in zip(*(x.flatten(0, -3) for x in (latents, noise, result)), strict=True):
-        spectrum = large.double() * sigma
-        spectrum[:rows, :columns] = into[0] @ small.double() @ into[1]
-        out.copy_(back[0] @ spectrum @ back[1])
+    for low, high, out in zip(*(every.flatten(0, -3) for every in (latents, noise, result)), strict=True):
+        spectrum = y @ high.double() @ x.T * sigma
+        spectrum[:rows, :columns] = small_y @ low.double() @ small_x.T
+        out.copy_(y.T @ spectrum @ x)
+    return result
+
+
+def shrink(noise: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the low frequencies of standard normal noise `[..., H, W]` float32 as noise `[..., h, w]` of `size`, which is
+    standard normal too."""
+    small_y, small_x, y, x = map(dct_matrix, (*size, *noise.shape[-2:]))
+    result = noise.new_empty((*noise.shape[:-2], *size))
+    down, across = small_y.T @ y[: size[0]], x[: size[1]].T @ small_x
+    for whole, out in zip(noise.flatten(0, -3), result.flatten(0, -3), strict=True):
+        out.copy_(down @ whole.double() @ across)
     return result
 
 

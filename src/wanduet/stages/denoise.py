@@ -14,7 +14,7 @@ from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
-from wanduet.sampling.enlarge import EnlargingSampler
+from wanduet.sampling.enlarge import EnlargingSampler, shrink
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
 from wanduet.stages.predict import forward_of, make_guidance, make_predictor, observed, skipped_steps
@@ -70,13 +70,13 @@ class _Denoise:
         self.task, self.denoiser, self.hooks, self.record, self.context = task, denoiser, hooks, record, context
         request = task.request
         self.low_res = LowRes.of(request, denoiser.spec)
-        first = request if self.low_res is None else self.low_res.apply(request)
-        shape = denoiser.spec.latent_shape(first.generated_height, first.generated_width, first.num_frames)
+        shape = denoiser.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+        first = shape if self.low_res is None else (*shape[:2], *self.low_res.enlargement.small)
         with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
             # In a thread: it takes about as long as launching the text's key projections, and releases the GIL.
-            noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
+            noise = drawing.submit(self._noise, (1, *shape), request.seed + task.index)
             forward = forward_of(denoiser, context)
-            self.predictor = make_predictor(denoiser, (1, *shape), forward, request)
+            self.predictor = make_predictor(denoiser, (1, *first), forward, request)
             seen = observed(self.predictor, hooks.on_predict)
             self.guidance = make_guidance(seen, task.conditions, request, denoiser, forward)
             self.noise = noise.result()
@@ -112,6 +112,10 @@ class _Denoise:
         self.record.skipped_steps = skipped_steps(self.predictor)
         self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
+
+    def _noise(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        noise = initial_noise(shape, seed)
+        return noise if self.low_res is None else shrink(noise, self.low_res.enlargement.small)
 
     def _sampler(self) -> Sampler:
         request, device = self.task.request, self.denoiser.device

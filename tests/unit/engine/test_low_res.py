@@ -71,7 +71,7 @@ def test_first_steps_are_smaller_and_the_video_is_not(engine: Engine, made: tupl
     assert latents(job).shape[-2:] == (12, 12)
     exact, _ = run(engine, tmp_path / "a.mkv", low_res_first=False)
     error = (latents(job) - latents(exact)).norm() / latents(exact).norm()
-    assert 1e-3 < error < 1.5
+    assert 1e-4 < error < 0.2  # both begin with the same noise; another seed's is above 0.5
 
 
 def test_what_was_done_is_in_the_record(made: tuple[Job, list]) -> None:
@@ -105,7 +105,8 @@ def test_two_ranks_make_the_same_video(config: EngineConfig, engine: Engine, tmp
     for one, (other, sizes) in zip(alone, shared, strict=True):
         assert sizes == [(8, 8)] * (LOW - 1) + [(12, 12)] * (6 - LOW + 1)
         assert other.plan.strategy == "parallel"
-        assert (latents(other) - latents(one)).abs().max() <= 1e-5 * latents(one).abs().max()
+        # Products of half of 32 tokens are rounded in another way; other noise or another size changes more than a tenth.
+        assert (latents(other) - latents(one)).abs().max() <= 1e-4 * latents(one).abs().max()
 
 
 RANKS: dict[str, dict[str, Any]] = {"plain": {"guidance_scale": 1.0}, "gate": {"guidance_gate": 1 / 6}}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanduet.sampling.enlarge import Enlargement, EnlargingSampler, enlarge
-from wanduet.sampling.noise import step_noise
+from wanduet.sampling.enlarge import Enlargement, EnlargingSampler, enlarge, shrink
+from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.schedule import SamplerName
 
@@ -37,7 +37,7 @@ def test_low_frequencies_are_kept_and_the_others_are_noise() -> None:
     for row in range(5):
         for column in range(7):
             is_kept = row < 3 and column < 4
-            expected = coefficient(latents, row, column) if is_kept else 0.25 * float(noise[row, column])
+            expected = coefficient(latents, row, column) if is_kept else 0.25 * coefficient(noise, row, column)
             assert coefficient(result, row, column) == pytest.approx(expected, abs=1e-6)
 
 
@@ -54,6 +54,14 @@ def test_picture_and_noise_have_the_weights_of_the_new_level(small: tuple[int, i
     noises = (torch.randn(64, *size, generator=generator) for size in (small, large))
     noise = enlarge(next(noises) * sigma, next(noises), sigma) * one.gain(sigma)
     assert noise.std().item() == pytest.approx(level, rel=0.01)
+
+
+def test_the_noise_of_the_whole_video_comes_back() -> None:
+    noise = torch.randn(8, 60, 100, generator=torch.Generator().manual_seed(5))
+    small = shrink(noise, (40, 64))
+    assert (small.mean().item(), small.std().item()) == pytest.approx((0.0, 1.0), abs=0.02)
+    assert coefficient(small[0], 3, 2) == pytest.approx(coefficient(noise[0], 3, 2), abs=1e-4)
+    assert torch.allclose(enlarge(small * 0.5, noise, 0.5), noise * 0.5, atol=1e-6)
 
 
 def sampler_of(name: SamplerName) -> EnlargingSampler:
@@ -78,7 +86,7 @@ def test_first_steps_are_those_of_the_small_video(name: SamplerName) -> None:
         expected = plain.step(velocity(expected, plain.timesteps[index]), index, expected)
         assert torch.equal(latents, expected) == (index + 1 < ENLARGEMENT.num_steps)
     sigma = plain.sigmas[ENLARGEMENT.num_steps]
-    noise = step_noise((1, 2, 3, *ENLARGEMENT.large), SEED, ENLARGEMENT.num_steps - 1)
+    noise = initial_noise((1, 2, 3, *ENLARGEMENT.large), SEED)
     assert torch.equal(latents, enlarge(expected, noise, sigma) * ENLARGEMENT.gain(sigma))
 
 
