@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticKnownError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.low_res import check_low_res
 from wanduet.family.sizes import check_frames, generated_side
 from wanduet.family.sparsity import ALL, check_sparse
 from wanduet.family.spec import ModelSpec
@@ -35,7 +35,7 @@ from wanduet.family.speeds import (
 )
 from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
-from wanduet.request_fields import RequestField, Shown, explain, fields_of
+from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SourceVideo
 
@@ -45,23 +45,9 @@ SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
-APPROXIMATIONS = ("step_cache", "guidance_gate", "sparse", "quantize")  # fields that save work, at a loss
+# Fields that save work, at a loss.
+APPROXIMATIONS = ("step_cache", "guidance_gate", "sparse", "quantize", "low_res_first")
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
-
-
-def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
-    """Reject booleans, which Python counts as integers: a seed of `true` is a mistake, not 1."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, bool):
-            raise PydanticKnownError(kind)
-        return value
-
-    return BeforeValidator(check)
-
-
-Whole = Annotated[int, _refuse_bool("int_type")]
-Real = Annotated[float, Field(allow_inf_nan=False), _refuse_bool("float_type")]
 
 
 class GenerationRequest(BaseModel):
@@ -161,6 +147,11 @@ class GenerationRequest(BaseModel):
         description="Compute the large matrix products in 8 bits: fp8 (GPUs of compute capability 8.9 and later) or int8 "
         "(8.0 and later). Faster, and another video.",
     )
+    low_res_first: Annotated[bool, Shown(label="Low resolution first", row=7, off=False)] = Field(
+        default=False,
+        description="Make the first steps on a smaller video and enlarge its latents: 720p from 480p, for example. Faster, and "
+        "another video. Not for 480p: the model cannot make the smaller one.",
+    )
     # A path, or in the records of a made video "sha256:" and the file's hash
     input_video: Annotated[str | None, Shown(is_file=True, detail="")] = Field(
         default=None,
@@ -226,6 +217,7 @@ class GenerationRequest(BaseModel):
                 check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
             if resolved.guidance_gate < 1 and not resolved.uses_guidance:
                 raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
+            check_low_res(values, spec)
             check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
         except InvalidRequestError as error:
             raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None

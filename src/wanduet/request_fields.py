@@ -6,13 +6,30 @@ The fields themselves are in `wanduet.request`.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticKnownError
 
 from wanduet.errors import InvalidRequestError
 
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # of numbers, by pydantic's names
+
+
+def _refuse_bool(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Reject booleans, which Python counts as integers: a seed of `true` is a mistake, not 1."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(kind)
+        return value
+
+    return BeforeValidator(check)
+
+
+# The types of a request's numbers.
+Whole = Annotated[int, _refuse_bool("int_type")]
+Real = Annotated[float, Field(allow_inf_nan=False), _refuse_bool("float_type")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

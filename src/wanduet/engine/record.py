@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
+from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import price_dict
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS
@@ -102,7 +104,8 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
         notes=video.record.notes,
         warnings=video.job.warnings,
     )
-    made = make_provenance(video.request, making, versions(), datetime.now(UTC)) | approximations_made(video)
+    made = make_provenance(video.request, making, versions(), datetime.now(UTC))
+    made |= approximations_made(video, models.spec)
     if video.request.approximates:
         price = measured_price(models, plan, video.request)
         made |= {"price": made.get("price") if price is None else price}
@@ -125,10 +128,10 @@ def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict
     return price_of(models.checkpoint.measurements, subject, settings)
 
 
-def approximations_made(video: Video) -> dict[str, Any]:
+def approximations_made(video: Video, spec: ModelSpec) -> dict[str, Any]:
     """Return how many forwards made a video's latents, and which steps were skipped (indices in the schedule), if its
-    request asks for an approximation; its speed and what that loses, if it asks for a speed; and the number of layers
-    whose products were in 8 bits, if it asks for such products."""
+    request asks for an approximation; its speed and what that loses, if it asks for a speed; the number of layers whose
+    products were in 8 bits, if it asks for such products; and the steps at a lower resolution, if there are any."""
     request, skipped = video.request, video.record.skipped_steps
     found: dict[str, Any] = {}
     if request.speed is not None:
@@ -137,6 +140,8 @@ def approximations_made(video: Video) -> dict[str, Any]:
         found |= {"forwards": forwards_made(request, skipped), "skipped_steps": list(skipped)}
     if request.quantize != OFF:
         found["quantized_layers"] = video.record.quantized_layers
+    if (low := LowRes.of(request, spec)) is not None:
+        found["low_res"] = low.as_dict()
     return found
 
 

@@ -266,7 +266,13 @@ def submitted_at(job_id: str) -> float:
 
 
 # The approximations, by names of one letter: a demand is in a column of limited length.
-SHORT_NAMES: Mapping[str, str] = {"c": "step_cache", "g": "guidance_gate", "s": "sparse", "q": "quantize"}
+SHORT_NAMES: Mapping[str, str] = {
+    "c": "step_cache",
+    "g": "guidance_gate",
+    "s": "sparse",
+    "q": "quantize",
+    "l": "low_res_first",
+}
 
 
 def demand_of(request: dict[str, Any]) -> str:

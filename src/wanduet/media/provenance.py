@@ -23,7 +23,7 @@ KEY = "wanduet"  # the tag in a video, and the entry in a safetensors header, th
 TITLE_LENGTH = 120
 MAX_LENGTH = 4 * 2**20  # characters of JSON; usual files have some thousand
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output"), dict),
+    **dict.fromkeys(("request", "model", "engine", "versions", "timings", "output", "low_res"), dict),
     **dict.fromkeys(("rungs", "warnings", "hardware", "skipped_steps"), list),
     **dict.fromkeys(("attention", "created_at", "digest", "speed"), str | None),
     "price": dict | None,
@@ -162,6 +162,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("guidance_gate", "guidance up to {} of the steps"),
         ("sparse", "{:g} of the keys"),
         ("quantize", "products in {}"),
+        ("low_res_first", "low resolution first"),
         ("strength", "strength {:g} over an input video"),
     ):
         if name in request:

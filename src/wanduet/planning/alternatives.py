@@ -9,10 +9,11 @@ from math import sqrt
 from typing import Any, Literal
 
 from wanduet.config import EngineConfig
+from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import predict_seconds
 from wanduet.planning.hardware import Hardware
-from wanduet.request import RESOLUTIONS, ResolvedRequest
+from wanduet.request import EXACT_VALUES, RESOLUTIONS, ResolvedRequest
 
 Kind = Literal["frames", "size", "both", "mode"]
 SHARES = (0.8, 0.6, 0.4, 0.2)  # of the frames
@@ -58,7 +59,8 @@ def _reduced(
     share: float = 1.0,
     size: tuple[int, int] | None = None,
 ) -> Iterator[Alternative]:
-    """Yield the request with `share` of its frames, or with `size` (height, width); nothing if that changes nothing."""
+    """Yield the request with `share` of its frames, or with `size` (height, width); nothing if that changes nothing. An
+    approximation that such a request cannot have is off in it."""
     change: dict[str, Any] = {}
     stride = spec.vae.temporal_stride
     frames = int((request.num_frames - 1) * share) // stride * stride + 1
@@ -68,7 +70,13 @@ def _reduced(
         change["num_frames"] = frames
     if size is not None:
         change |= {"height": size[0], "width": size[1]}
-    smaller = request.as_request().model_copy(update=change).resolve(spec)
+    try:
+        smaller = request.as_request().model_copy(update=change).resolve(spec)
+    except InvalidRequestError as error:
+        if error.field not in EXACT_VALUES:
+            raise
+        change[error.field] = EXACT_VALUES[error.field]
+        smaller = request.as_request().model_copy(update=change).resolve(spec)
     yield Alternative(kind, change, smaller, config)
 
 

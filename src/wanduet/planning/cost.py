@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.family.sparsity import first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
@@ -94,13 +95,16 @@ def attention_flop(spec: TransformerSpec, tokens: int, text_len: int) -> float:
 
 def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     """Return the floating-point operations of all denoising steps of all videos of a job on one device, predicted if
-    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse.
+    steps are skipped (`accelerate.skipped_steps`), and on average if steps are sparse. Steps at a lower resolution have
+    fewer.
 
     With guidance, the first block's self-attention is the same for both prompts and counts once.
     """
     forwards = Forwards.of(request, spec)
     plain, guided = (step_flop(request, spec, is_guided) for is_guided in (False, True))
     flop = forwards.guided_steps * guided + forwards.plain_steps * plain
+    if request.low_res_first:  # without step caches: all steps are computed
+        flop = sum(step_flops(request, spec))
     return request.num_videos_per_prompt * (flop - forwards.count * sparse_flop(request, spec))
 
 
@@ -122,6 +126,15 @@ def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> flo
     if is_guided:
         step += step - 4 * tokens * t.dim * (2 * t.dim + tokens)  # q, k, v, out; scores and values
     return step
+
+
+def step_flops(request: ResolvedRequest, spec: ModelSpec) -> list[float]:
+    """Return the floating-point operations of each step of the schedule of one video, if it is computed and dense."""
+    low, guided = LowRes.of(request, spec), request.first_step + request.num_guided_steps
+    sizes = [request] if low is None else [request, low.apply(request)]
+    flops = [[step_flop(one, spec, is_guided) for is_guided in (False, True)] for one in sizes]
+    switch = 0 if low is None else low.num_steps
+    return [flops[step < switch][step < guided] for step in range(request.num_inference_steps)]
 
 
 def predict_seconds(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.config import GIB, EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.sparsity import ALL, first_sparse_step, kept_share
@@ -254,6 +255,8 @@ class Explanation:
             found.append(
                 Choice("sparse", request.sparse, f"{self._by('sparse')}: {why}; the video differs from the exact one")
             )
+        if (low := LowRes.of(request, self.spec)) is not None:
+            found.append(Choice("low_res_first", True, f"{REQUESTED}: {low}; the video differs from the exact one"))
         return tuple(found)
 
     def _by(self, name: str) -> str:

@@ -111,7 +111,8 @@ def watch_job(models: "Models", data_folder: Path, path: Path, request: Generati
 
 
 def predict_clean(steps: Sequence[Step], sigma: float) -> Tensor | None:
-    """Extrapolate the latents after two consecutive steps to sigma 0; None if `steps` are not two consecutive ones.
+    """Extrapolate the latents after two consecutive steps to sigma 0; None if `steps` are not two consecutive ones, of
+    latents of one shape.
 
     `sigma` is the noise level of the newer step's result. Exact for Euler steps, each of which moves the latents
     along the line to the model's prediction of the clean latents.
@@ -119,6 +120,8 @@ def predict_clean(steps: Sequence[Step], sigma: float) -> Tensor | None:
     if len(steps) < 2 or steps[1].step != steps[0].step + 1:
         return None
     older, newer = steps
+    if older.latents.shape != newer.latents.shape:  # enlarged between the two
+        return None
     slope = (newer.latents - older.latents) / (sigma - newer.sigma)
     return newer.latents - sigma * slope
 

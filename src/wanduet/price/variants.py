@@ -76,6 +76,7 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     found += [Variant("accelerators", f"guidance gate {share:g}", {"guidance_gate": share}) for share in GATES]
     found += [Variant("accelerators", f"sparse {share:g}", {"sparse": share}) for share in KEPT]
     found += [Variant("accelerators", f"products in {name}", {"quantize": name}) for name in DTYPES]
+    found.append(Variant("accelerators", "low resolution first", {"low_res_first": True}))
     if weights == "auto":
         found.append(Variant("accelerators", "weights q8", weights="q8"))
     if asked:

@@ -75,9 +75,14 @@ class SchedulerSampler:
         self.timesteps = [float(t) for t in self._steps]
         self.sigmas = [float(s) for s in scheduler.sigmas]
 
-    def begin_at(self, step: int) -> None:
-        """See Sampler."""
-        self._scheduler.set_begin_index(step)
+    def begin_at(self, step: int, sigma: float | None = None) -> None:
+        """See Sampler. `sigma`: the noise level of the latents before that step, by default the schedule's."""
+        scheduler = self._scheduler
+        scheduler.set_begin_index(step)
+        if sigma is not None:
+            scheduler.sigmas[step], scheduler.timesteps[step] = sigma, 1000 * sigma
+            self._steps[step] = scheduler.timesteps[step]
+            self.timesteps[step], self.sigmas[step] = float(self._steps[step]), float(scheduler.sigmas[step])
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """See Sampler."""
@@ -125,9 +130,24 @@ class LinearSampler(SchedulerSampler):
 
 def make_sampler(schedule: Schedule, seed: int, device: torch.device) -> Sampler:
     """Return a new sampler. `seed`: that of the video, for the noise that some samplers add between steps."""
-    name, steps, timesteps = schedule.sampler, schedule.num_inference_steps, schedule.timesteps
-    if name == "renoise":
+    if schedule.sampler == "renoise":
+        steps, timesteps = schedule.num_inference_steps, schedule.timesteps
         return RenoiseSampler(timesteps or shifted_timesteps(schedule.flow_shift, steps), seed, device)
+    return _linear(schedule, device)
+
+
+def make_sampler_from(schedule: Schedule, step: int, sigma: float, device: torch.device) -> Sampler:
+    """Return a new sampler that begins at step `step` with latents of noise level `sigma`, in place of the schedule's.
+
+    Raises ValueError for the sampler "renoise".
+    """
+    sampler = _linear(schedule, device)
+    sampler.begin_at(step, sigma)
+    return sampler
+
+
+def _linear(schedule: Schedule, device: torch.device) -> LinearSampler:
+    name, steps, timesteps = schedule.sampler, schedule.num_inference_steps, schedule.timesteps
     with NEW_TENSORS.at(torch.float32):
         scheduler = _scheduler(name, schedule.flow_shift if timesteps is None else 1.0)
         if timesteps is not None:  # only with Euler: the multistep solvers have no such argument

@@ -5,13 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
+from wanduet.accelerate.low_res import LowRes
 from wanduet.distributed.collectives import broadcast_
 from wanduet.errors import CancelledError, NonFiniteLatentsError
+from wanduet.planning.cost import step_flops
 from wanduet.runtime.context import Event, RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.denoise import denoise as run_steps
+from wanduet.sampling.enlarge import EnlargingSampler, shrink
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
 from wanduet.stages.predict import forward_of, make_guidance, make_predictor, observed, skipped_steps
@@ -66,21 +69,24 @@ class _Denoise:
     ) -> None:
         self.task, self.denoiser, self.hooks, self.record, self.context = task, denoiser, hooks, record, context
         request = task.request
+        self.low_res = LowRes.of(request, denoiser.spec)
         shape = denoiser.spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
+        first = shape if self.low_res is None else (*shape[:2], *self.low_res.enlargement.small)
         with ThreadPoolExecutor(1, "wanduet-noise") as drawing:
             # In a thread: it takes about as long as launching the text's key projections, and releases the GIL.
-            noise = drawing.submit(initial_noise, (1, *shape), request.seed + task.index)
+            noise = drawing.submit(self._noise, (1, *shape), request.seed + task.index)
             forward = forward_of(denoiser, context)
-            self.predictor = make_predictor(denoiser, (1, *shape), forward, request)
+            self.predictor = make_predictor(denoiser, (1, *first), forward, request)
             seen = observed(self.predictor, hooks.on_predict)
             self.guidance = make_guidance(seen, task.conditions, request, denoiser, forward)
             self.noise = noise.result()
+        self.work = step_flops(request, denoiser.spec)
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
 
     def __call__(self) -> Tensor:
         """Resume from the last checkpoint, if a usable one exists."""
         request, device = self.task.request, self.denoiser.device
-        sampler = make_sampler(Schedule.of(request), request.seed + self.task.index, device)
+        sampler = self._sampler()
         start, latents = self.task.first_step, self._start(sampler).to(device)
         sampler.begin_at(start)
         self.predictor.restore({})
@@ -107,6 +113,17 @@ class _Denoise:
         self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
 
+    def _noise(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        noise = initial_noise(shape, seed)
+        return noise if self.low_res is None else shrink(noise, self.low_res.enlargement.small)
+
+    def _sampler(self) -> Sampler:
+        request, device = self.task.request, self.denoiser.device
+        schedule, seed = Schedule.of(request), request.seed + self.task.index
+        if self.low_res is None:
+            return make_sampler(schedule, seed, device)
+        return EnlargingSampler(schedule, seed, device, self.low_res.enlargement)
+
     def _start(self, sampler: Sampler) -> Tensor:
         """Return the latents `[1, 16, T, h, w]` before the first step, on the host: noise, or the input video's latents
         with noise of that step's level (rectified flow: `(1 - sigma) * video + sigma * noise`)."""
@@ -122,7 +139,7 @@ class _Denoise:
             # drifting.
             broadcast_(info.latents)
         done = info.step + 1
-        self._emit(done, info.seconds / (done - start) * (info.num_steps - done))
+        self._emit(done, info.seconds / sum(self.work[start:done]) * sum(self.work[done:]))
         if self.hooks.watch is not None:
             self.hooks.watch(info)
         replaced = self._call_back(info)

@@ -23,6 +23,7 @@ from wanduet.models.text.umt5 import pad_embeddings
 from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
+from wanduet.runtime.release import release_memory
 from wanduet.sampling.guidance import Guidance, NoGuidance, PairedPredictor, SequentialGuidance
 from wanduet.sampling.predictor import OnPredict, Predictor
 from wanduet.sampling.samplers import State
@@ -39,14 +40,18 @@ class TransformerPredictor:
     def __init__(
         self, denoiser: LoadedTransformer, latent_shape: tuple[int, ...], forward: Callable[[Forward], Any]
     ) -> None:
-        """`latent_shape`: `(B, 16, T, h, w)`."""
+        """`latent_shape`: `(B, 16, T, h, w)` of the first step; a later step may have another."""
         self._denoiser, self._forward = denoiser, forward
-        self._rope = denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
+        self._shape, self._rope = latent_shape, denoiser.transformer.prepare_rope(latent_shape, denoiser.device)
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[TextContext]) -> Sequence[Tensor]:
         """See Predictor."""
         timestep = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
-        transformer, rope = self._denoiser.transformer, self._rope
+        transformer = self._denoiser.transformer
+        if latents.shape != self._shape:
+            release_memory()  # the allocator's blocks have the sizes of the steps before
+            self._shape, self._rope = latents.shape, transformer.prepare_rope(latents.shape, latents.device)
+        rope = self._rope
         velocities: list[Tensor] = self._forward(
             lambda: transformer.forward_cfg(latents, timestep, conditions, rope, step)
         )

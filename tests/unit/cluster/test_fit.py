@@ -40,7 +40,7 @@ def shape(gpus: str) -> Shape:
     st.sampled_from([1, 3]),
     st.sampled_from([(None, None), ("sha256:0", None), ("sha256:0", 0.0), ("sha256:0", 0.37), ("sha256:0", 1.0)]),
     st.sampled_from([{}, {"step_cache": "magcache:0.06"}, {"step_cache": "easycache:0.1", "guidance_gate": 0.3}]),
-    st.sampled_from([{}, {"sparse": 0.5}, {"quantize": "int8", "sparse": 0.25}]),
+    st.sampled_from([{}, {"sparse": 0.5}, {"quantize": "int8", "sparse": 0.25}, {"low_res_first": True}]),
 )
 def test_a_demand_says_everything_that_memory_and_time_depend_on(
     size, frames, scale, steps, videos, given, skips, others
@@ -57,7 +57,7 @@ def test_a_demand_says_everything_that_memory_and_time_depend_on(
     said = parse_demand(demand, WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
                  "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps",
-                 "sparse", "quantize"):  # fmt: skip
+                 "sparse", "quantize", "low_res_first"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
 
 

@@ -28,6 +28,7 @@ CHANGES = {
     "step cache": {"step_cache": "easycache", "num_inference_steps": 12},
     "guidance gate": {"guidance_gate": 0.5},
     "sparse attention": {"sparse": 0.5, "num_frames": 17},
+    "low resolution": {"low_res_first": True, "height": 96, "width": 96},
     "transformer's precision": {"transformer_dtype": "bfloat16"},
     "weights' format": {"weights": "q8"},
     "text encoder's precision": {"text_encoder_dtype": "bfloat16"},

@@ -1,5 +1,6 @@
 """Plans are arithmetic: they need no GPU, load nothing, and never promise more than fits."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -207,6 +208,29 @@ def test_sparse_attention_is_planned_for(memory) -> None:
     assert sparse.as_dict()["predicted_forwards"] == {"count": 100, "of": 100, "is_estimate": False}
 
 
+def test_steps_at_a_lower_resolution_are_planned_for(memory) -> None:
+    """Of 50 steps of 720p, so many cost what those of 480p do; with a guidance gate, the last 25 are without guidance."""
+
+    def planned(size=(720, 1280), **fields) -> Plan:
+        return plan(memory, "2x48GiB", size, strategy="placed", fields=fields)
+
+    def step(**fields) -> tuple[float, float]:
+        seconds = [planned(size, **fields).prediction.seconds.denoise / 50 for size in ((720, 1280), (480, 848))]
+        return seconds[0], seconds[1]
+
+    low, exact = planned(low_res_first=True), planned()
+    (choice,) = [one for one in low.choices if one.setting == "low_res_first"]
+    steps = int(re.findall("the first ([0-9]+) steps at 848x480", choice.why)[0])
+    assert 25 < steps < 50
+    (whole, small), (plain, plain_small) = step(), step(guidance_scale=1.0)
+    found = low.prediction.seconds
+    assert found.denoise == pytest.approx(steps * small + (50 - steps) * whole)
+    assert found.step == exact.prediction.seconds.step  # of the whole size
+    assert low.prediction.peak_bytes == exact.prediction.peak_bytes  # smaller steps need less
+    gated = planned(low_res_first=True, guidance_gate=0.5).prediction.seconds
+    assert gated.denoise == pytest.approx(25 * small + (steps - 25) * plain_small + (50 - steps) * plain)
+
+
 def test_sparse_attention_needs_whole_heads(memory) -> None:
     """Five devices do not divide twelve heads: each would see a part of the keys."""
     fields = {"sparse": 0.5, "guidance_scale": 1.0}
@@ -384,6 +408,16 @@ def test_what_is_offered_is_legal_for_a_model_of_another_stride(memory) -> None:
         asked = one.request.as_request().resolve(spec)  # raises where it is not legal
         assert asked == one.request
         assert one.kind == "mode" or asked.num_frames * asked.height * asked.width < 161 * 1024 * 736
+
+
+def test_what_is_offered_leaves_out_what_it_cannot_have(memory) -> None:
+    """Smaller sizes have no smaller form that the model makes, shorter videos have."""
+    request = GenerationRequest(prompt="x", height=720, width=1280, low_res_first=True).resolve(memory.spec)
+    offered = list(alternatives(request, EngineConfig(), memory.spec, parse_hardware("1GiB")))
+    assert {(one.kind, one.request.low_res_first) for one in offered if one.kind != "mode"} == {
+        ("frames", True), ("size", False), ("both", False),
+    }  # fmt: skip
+    assert all(one.change.get("low_res_first") is False for one in offered if not one.request.low_res_first)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Previews: what is written after each step, and that no error reaches the denoise."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,8 @@ def test_the_end_of_the_line_is_the_clean_video() -> None:
         torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
     assert predict_clean(steps[:1], 0.9) is None
     assert predict_clean([steps[0], steps[2]], 0.4) is None
+    enlarged = replace(steps[1], latents=steps[1].latents.repeat(1, 1, 1, 2, 2))
+    assert predict_clean([steps[0], enlarged], 0.4) is None
 
 
 BARS = [(220, 30, 30), (30, 200, 40), (40, 60, 230), (128, 128, 128)]

@@ -26,7 +26,7 @@ def without_sparse(request: GenerationRequest) -> None:
 def test_each_is_the_exact_job_but_for_one_thing() -> None:
     asked = {"step_cache": "easycache:0.3", "guidance_gate": 0.9}
     found, refused = possible(all_variants(50, asked, "auto"), EXACT, WAN_1_3B, make_no_plan)
-    assert refused == {}
+    assert list(refused) == ["low resolution first"]  # not at 480p
     settings = {one.variant.name: one.settings for one in found}
     assert list(settings)[: len(SPEEDS)] == [speed.name for speed in SPEEDS]
     assert settings["exact"] == {}

@@ -46,7 +46,7 @@ from wanduet.weights.names import BUNDLED
 
 SHOWN = 500  # characters of a prompt
 # Of a video's metadata, see `engine.record.approximations_made`.
-APPROXIMATED = ("speed", "price", "forwards", "skipped_steps", "quantized_layers")
+APPROXIMATED = ("speed", "price", "forwards", "skipped_steps", "quantized_layers", "low_res")
 
 
 def run_generate(
@@ -252,6 +252,8 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
     if r.quantize != OFF:
         steps += f", products in {r.quantize}"
+    if r.low_res_first:
+        steps += ", the first of them at a lower resolution"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
     if work := forecast(planned := job.plan.as_dict()):
         about = format_seconds(planned["predicted_seconds"]["total"])
