@@ -65,13 +65,19 @@ def made(engine: Engine, tmp_path_factory) -> tuple[Job, list]:
     return run(engine, tmp_path_factory.mktemp("made") / "a.mkv")
 
 
-def test_first_steps_are_smaller_and_the_video_is_not(engine: Engine, made: tuple[Job, list], tmp_path: Path) -> None:
+def test_first_steps_are_smaller_and_the_video_is_not(made: tuple[Job, list]) -> None:
     job, sizes = made
     assert sizes == [(8, 8)] * (LOW - 1) + [(12, 12)] * (6 - LOW + 1)  # the last of them is enlarged
     assert latents(job).shape[-2:] == (12, 12)
-    exact, _ = run(engine, tmp_path / "a.mkv", low_res_first=False)
-    error = (latents(job) - latents(exact)).norm() / latents(exact).norm()
-    assert 1e-4 < error < 0.2  # both begin with the same noise; another seed's is above 0.5
+
+
+def test_a_seed_gives_about_the_same_video(engine: Engine, tmp_path: Path) -> None:
+    """Both begin with the same noise. Another seed's latents differ by 0.7."""
+    fields = {"num_inference_steps": 12, "flow_shift": 12.0, "seed": 4}
+    exact, low = (
+        latents(run(engine, tmp_path / f"{is_low}.mkv", low_res_first=is_low, **fields)[0]) for is_low in (False, True)
+    )
+    assert 1e-3 < (low - exact).norm() / exact.norm() < 0.3
 
 
 def test_what_was_done_is_in_the_record(made: tuple[Job, list]) -> None:
