@@ -75,6 +75,9 @@ def test_a_resolved_request_means_the_same_again_also_where_speeds_have_changed(
     once = resolve(**fields)
     stored = once.as_request().model_dump(exclude_none=True)
     assert GenerationRequest(**stored).resolve(WAN_1_3B) == once
+    known = GenerationRequest.model_fields.keys()
+    in_metadata = {name: value for name, value in once.recorded().items() if name in known}
+    assert GenerationRequest(**speeds.with_speed(in_metadata, once.speed)).resolve(WAN_1_3B) == once
     changed = {name: replace(one, fields={"step_cache": "teacache"}) for name, one in speeds.BY_NAME.items()}
     monkeypatch.setattr(speeds, "BY_NAME", {**changed, "exact": SPEEDS[0]})
     again = GenerationRequest(**stored).resolve(WAN_1_3B)
