@@ -232,20 +232,22 @@ class GenerationRequest(BaseModel):
         except InvalidRequestError as error:
             raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None
         if self.speed == EXACT and resolved.approximates:
-            allowed = (
-                f"another speed, or none, with step_cache={resolved.step_cache}, guidance_gate={resolved.guidance_gate}"
-            )
-            raise InvalidRequestError("speed", EXACT, allowed)
-        is_whole = all(getattr(resolved, name) == value for name, value in of_speed.items() if name not in own)
+            given = {name: getattr(resolved, name) for name in EXACT_VALUES}
+            with_it = ", ".join(f"{name}={value}" for name, value in given.items() if value != EXACT_VALUES[name])
+            raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {with_it}")
+        alone = EXACT_VALUES | of_speed  # a price is that of the speed's fields alone
+        is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
 
     def _within_budget(
         self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices
     ) -> "ResolvedRequest":
         """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
-        for name in ("speed", *CHOSEN):
+        for name in ("speed", *EXACT_VALUES):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise InvalidRequestError(name, getattr(self, name), "loss_budget sets it; leave one of the two out")
+                is_set = name in ("speed", *CHOSEN)
+                why = "loss_budget sets it" if is_set else "what it loses beside a speed is not known"
+                raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
         for speed in within(budget, spec, prices):

@@ -87,7 +87,8 @@ def price_of(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None
         return None
     assert speed is not None
     shape = (spec.transformer.num_layers, spec.transformer.dim)
-    return prices(speed) or PUBLISHED.get(shape, {}).get(speed)
+    published = {} if spec.defaults.timesteps else PUBLISHED.get(shape, {})  # few-step weights are other weights
+    return prices(speed) or published.get(speed)
 
 
 def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName]:

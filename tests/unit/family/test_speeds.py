@@ -93,6 +93,18 @@ def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
     assert resolve(speed="draft", step_cache="off").guidance_gate == SPEEDS[-1].fields["guidance_gate"]
 
 
+@pytest.mark.parametrize("other", [{"sparse": 0.5}, {"quantize": "int8"}, {"guidance_gate": 0.5}])
+def test_the_price_of_a_speed_is_not_that_of_more(other: dict[str, Any]) -> None:
+    assert resolve(prices=measured, speed="fine").price == measured("fine")
+    assert resolve(prices=measured, speed="fine", **other).price is None
+
+
+def test_published_prices_are_not_those_of_few_step_weights() -> None:
+    fields = {"speed": "fine", "num_inference_steps": 50, "sampler": "unipc"}
+    assert resolve(WAN_1_3B, **fields).price is not None
+    assert resolve(FEW_STEPS, **fields).price is None
+
+
 def test_without_guidance_there_is_none_to_end() -> None:
     assert SPEEDS[-1].fields["guidance_gate"] < 1
     found = resolve(prices=measured, speed="draft", guidance_scale=1.0)
@@ -141,6 +153,9 @@ def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
         (WAN_1_3B, {"speed": "fine", "loss_budget": 30}, "speed", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "beside a speed is not known"),
+        (WAN_1_3B, {"loss_budget": 30, "quantize": "int8"}, "quantize", "beside a speed is not known"),
+        (WAN_1_3B, {"speed": "exact", "sparse": 0.5}, "speed", "with sparse=0.5\\."),
         (WAN_1_3B, {"speed": "near", "step_cache": "easycache:2"}, "step_cache", "at most 1"),
         (WAN_1_3B, {"speed": "draft", "guidance_gate": 0.9, "guidance_scale": 1}, "guidance_gate", "without guidance"),
     ],
