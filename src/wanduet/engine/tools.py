@@ -105,7 +105,7 @@ def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbed
     check_writable(path)
     models = EngineModels(config)
     request = GenerationRequest.parse(prompt=prompt)
-    embeds = models.text(plan_text(models.spec, config)).encode([request.prompt])[0]
+    embeds = models.text(plan_text(models.spec, config, detect())).encode([request.prompt])[0]
     save_embeddings(path, embeds)
     return embeds
 
