@@ -235,7 +235,7 @@ class GenerationRequest(BaseModel):
             given = {name: getattr(resolved, name) for name in EXACT_VALUES}
             with_it = ", ".join(f"{name}={value}" for name, value in given.items() if value != EXACT_VALUES[name])
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {with_it}")
-        alone = EXACT_VALUES | of_speed  # a price is that of the speed's fields alone
+        alone = {**EXACT_VALUES, **of_speed}  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
 
