@@ -75,7 +75,7 @@ class EngineConfig:
     def data_folder(self) -> Path:
         """The folder for jobs, videos and caches: `data_dir`, `WANDUET_DATA_DIR` or the platform's user data folder."""
         if self.data_dir is not None:
-            return self.data_dir
+            return Path(self.data_dir)  # from Python, also text
         return Path(os.environ.get("WANDUET_DATA_DIR") or platformdirs.user_data_dir("wanduet", appauthor=False))
 
 

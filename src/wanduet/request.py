@@ -224,7 +224,7 @@ class GenerationRequest(BaseModel):
         if self.speed == EXACT and resolved.approximates:
             given = ", ".join(f"{name}={value}" for name, value in resolved.approximations.items())
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
-        alone = EXACT_VALUES | of_speed
+        alone = EXACT_VALUES | of_speed  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
 
@@ -234,7 +234,9 @@ class GenerationRequest(BaseModel):
         """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
         for name in ("speed", *EXACT_VALUES):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise InvalidRequestError(name, getattr(self, name), "not with loss_budget; leave one of the two out")
+                is_set = name in ("speed", *CHOSEN)
+                why = "loss_budget sets it" if is_set else "what it loses beside a speed is not known"
+                raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
         for speed in within(budget, spec, prices):

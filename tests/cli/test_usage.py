@@ -121,6 +121,13 @@ def test_bad_usage_says_what_is_meant(wanduet, flags: str, words: str) -> None:
     assert words in ran.error
 
 
+def test_a_text_encoder_on_a_device_that_is_not_here(wanduet, work: Path) -> None:
+    for command in (DRY, ("encode", "x", "--json", "--model", "miniature")):
+        ran = wanduet(*command, "--text-encoder-device", "cuda:9")
+        assert ran.code == 2
+        assert "no device 'cuda:9'" in ran.error
+
+
 def test_prompts_are_as_long_as_the_server_takes_them(wanduet, work: Path) -> None:
     most, longer = "x" * 8000, "x" * 8001
     assert wanduet(*DRY[:1], most, *DRY[2:], "--negative-prompt", most).code == 0

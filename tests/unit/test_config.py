@@ -56,6 +56,7 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("WANDUET_DATA_DIR", str(tmp_path))
     assert EngineConfig().data_folder == tmp_path
     assert EngineConfig(data_dir=tmp_path / "x").data_folder == tmp_path / "x"
+    assert EngineConfig(data_dir=str(tmp_path)).data_folder == tmp_path  # type: ignore[arg-type]
     monkeypatch.setenv("WANDUET_DATA_DIR", "")
     assert EngineConfig().data_folder.name == "wanduet"
 

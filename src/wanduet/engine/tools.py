@@ -21,7 +21,7 @@ from wanduet.engine.record import is_same_model
 from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
-from wanduet.family.speeds import BY_NAME
+from wanduet.family.speeds import with_speed
 from wanduet.kernels.attention.backends import BACKENDS, available_backends
 from wanduet.kernels.attention.choose import measured
 from wanduet.kernels.select import TRITON, VAE_TRITON, has_triton
@@ -87,9 +87,7 @@ def _request_of(about: dict[str, Any], spec: ModelSpec) -> ResolvedRequest:
         raise UnreadableFileError("The latents do not say which request they belong to.")
     known = {k: v for k, v in fields.items() if k in GenerationRequest.model_fields}
     known["seed"] = about.get("seed", known.get("seed"))
-    if about.get("speed") in BY_NAME:
-        known["speed"] = about["speed"]
-    return GenerationRequest.parse(**known).resolve(spec)
+    return GenerationRequest.parse(**with_speed(known, about.get("speed"))).resolve(spec)
 
 
 def _request_for(latents: Tensor, spec: ModelSpec) -> ResolvedRequest:
@@ -107,7 +105,7 @@ def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbed
     check_writable(path)
     models = EngineModels(config)
     request = GenerationRequest.parse(prompt=prompt)
-    embeds = models.text(plan_text(models.spec, config)).encode([request.prompt])[0]
+    embeds = models.text(plan_text(models.spec, config, detect())).encode([request.prompt])[0]
     save_embeddings(path, embeds)
     return embeds
 

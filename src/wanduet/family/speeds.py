@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
+from wanduet.family.step_caches import OFF
 
 SpeedName = Literal["exact", "near", "fine", "fast", "draft"]
 EXACT: SpeedName = "exact"
@@ -36,6 +37,8 @@ SPEEDS: tuple[Speed, ...] = (
 BY_NAME: Mapping[str, Speed] = {speed.name: speed for speed in SPEEDS}
 CHOSEN = frozenset(name for speed in SPEEDS for name in speed.fields)  # the fields that speeds set
 assert tuple(BY_NAME) == get_args(SpeedName)
+_OFF_VALUES: Mapping[str, Any] = {"step_cache": OFF, "guidance_gate": 1.0}
+assert _OFF_VALUES.keys() == CHOSEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ def price_of(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None
         return None
     assert speed is not None
     shape = (spec.transformer.num_layers, spec.transformer.dim)
-    return prices(speed) or PUBLISHED.get(shape, {}).get(speed)
+    published = {} if spec.defaults.timesteps else PUBLISHED.get(shape, {})  # few-step weights are other weights
+    return prices(speed) or published.get(speed)
 
 
 def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName]:
@@ -99,6 +103,16 @@ def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName
 def fields_set_by(speed: str | None) -> Mapping[str, Any]:
     """Return the request fields that a speed sets; {} for None."""
     return {} if speed is None else BY_NAME[speed].fields
+
+
+def with_speed(request: Mapping[str, Any], speed: object) -> dict[str, Any]:
+    """Return the request in a video's metadata with the speed that they name beside it, if this version has it.
+
+    Metadata omit fields that are off, so a field of the speed that they do not have was switched off by hand.
+    """
+    if not isinstance(speed, str) or speed not in BY_NAME:
+        return dict(request)
+    return {name: _OFF_VALUES[name] for name in fields_set_by(speed)} | dict(request) | {"speed": speed}
 
 
 def refused(speed: str | None, error: InvalidRequestError, spec: ModelSpec) -> InvalidRequestError:

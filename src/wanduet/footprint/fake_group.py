@@ -34,16 +34,17 @@ class TracedSharding(CfgSharding):
         prompts = layout.cfg if layout.sequence == 1 else 1
         super().__init__(prompts, 0, lambda own: [torch.empty_like(own) for _ in range(prompts)])
         self._layout, self._memory = layout, memory
+        self._length = 0  # of the sequence that was sharded last
 
     def shard_sequence(self, x: Tensor, dim: int) -> Tensor:
         """Return the largest part of `x`."""
-        ranks = self._layout.sequence
+        ranks, self._length = self._layout.sequence, x.shape[dim]
         return x if ranks == 1 else x.narrow(dim, 0, -(-x.shape[dim] // ranks)).clone()
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """Return a whole sequence made of copies of the part `x`."""
         ranks = self._layout.sequence
-        return x if ranks == 1 else torch.cat([x] * ranks, dim=dim)
+        return x if ranks == 1 else torch.cat([x] * ranks, dim=dim).narrow(dim, 0, self._length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
         """Run `attention` on tensors of the shapes that the exchanges give; the values mean nothing."""

@@ -5,6 +5,7 @@ prompt, so that an interrupted measurement goes on. Only `wanduet price` writes 
 """
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -186,20 +187,35 @@ def card_of(models: Iterable[str]) -> str:
 def _read(folder: Path) -> dict[str, Prices]:
     """Return the file's prices by key; those of a wrong form are left out."""
     try:
-        content = json.loads((folder / FILE).read_text())
-        return {key: Prices(**one) for key, one in content.items() if _is_whole(one)}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        content = json.loads((folder / FILE).read_text(), parse_constant=lambda _: None)  # NaN is no measure
+    except (OSError, ValueError, RecursionError):
         return {}
+    read = {key: _parsed(one) for key, one in content.items()} if isinstance(content, dict) else {}
+    return {key: prices for key, prices in read.items() if prices is not None}
+
+
+def _parsed(one: Any) -> Prices | None:
+    try:
+        return Prices(**one) if _is_whole(one) else None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _is_whole(one: Any) -> bool:
     if not all(isinstance(json.loads(key), dict) for key in one["rows"]):
         return False
     rows = [row for of_set in one["rows"].values() for row in of_set.values()]
-    names = ("forwards", "seconds", *MEASURES)
-    return isinstance(one["about"], dict) and all(
-        row.get(name) is None or isinstance(row[name], int | float) for row in rows for name in names
-    )
+    made = [row for row in rows if row.get("seconds") is not None]
+    numbers = [row[name] for row in made for name in ("forwards", "seconds")]
+    numbers += [row[name] for row in made for name in MEASURES if row.get(name) is not None]
+    numbers += [
+        error
+        for of_set in one.get("velocity_errors", {}).values()
+        for errors in of_set.values()
+        for error in errors
+        if error is not None
+    ]
+    return isinstance(one["about"], dict) and all(map(math.isfinite, numbers))
 
 
 def _version(package: str) -> str:

@@ -70,8 +70,12 @@ class Measurement:
         self.prices = find_prices(self.folder, self.subject) or Prices(self._about())
 
     def __enter__(self) -> Self:
-        check_writable(latents_path(self._videos / "exact"), (len(self._prompts) + 1) * self._latents_bytes())
-        check_writable(self.folder / "prices")
+        try:
+            check_writable(latents_path(self._videos / "exact"), (len(self._prompts) + 1) * self._latents_bytes())
+            check_writable(self.folder / "prices")
+        except OutputError as error:
+            error.hint = "Choose another data folder with --data-dir, or free some space."
+            raise
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

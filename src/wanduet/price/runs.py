@@ -18,7 +18,7 @@ from wanduet.engine.record import video_digest
 from wanduet.engine.strategies import strategy_of
 from wanduet.errors import CancelledError
 from wanduet.family.spec import ModelSpec
-from wanduet.media.files import atomic_output
+from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents
 from wanduet.planning.plan import Plan
 from wanduet.price.compare import Made
@@ -78,12 +78,15 @@ def latents_path(path: Path) -> Path:
 
 def kept(engine: Engine, request: GenerationRequest, path: Path) -> Made:
     """Return a video from latents that an earlier run kept; its seconds are those of the decode. Raises
-    UnreadableFileError, and errors of the decode."""
-    return _decoded(engine, Job(request.resolve(engine.models.spec), engine.plan(request), _output(path)), path)
+    UnreadableFileError, also for latents of another request (its seed or negative prompt), and errors of the decode."""
+    job = Job(request.resolve(engine.models.spec), engine.plan(request), _output(path))
+    latents, about = load_latents(latents_path(path))
+    if about.get("request") != job.request.recorded():
+        raise UnreadableFileError(f"{latents_path(path)} are the latents of another request.")
+    return _decoded(engine, job, latents)
 
 
-def _decoded(engine: Engine, job: Job, path: Path) -> Made:
-    latents, _ = load_latents(latents_path(path))
+def _decoded(engine: Engine, job: Job, latents: torch.Tensor) -> Made:
     video, request = job.videos[0], job.request
     began = time.perf_counter()
     with torch.no_grad():
@@ -102,7 +105,7 @@ def _made(engine: Engine, job: Job, path: Path, progress: Progress) -> Made:
             if event.phase == "denoise":
                 progress(event.done / max(1, event.total))
         job.result()
-        return _decoded(engine, job, path)
+        return _decoded(engine, job, load_latents(latents_path(path))[0])
     except (KeyboardInterrupt, CancelledError):
         job.cancel()
         while not job.finished:

@@ -65,7 +65,7 @@ def test_the_longest_demand_has_room_in_its_column() -> None:
     request = GenerationRequest(
         prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
         num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, step_cache="easycache:0.0123456789",
-        guidance_gate=1.23456789e-5, sparse=1.23456789e-5, quantize="int8",
+        guidance_gate=1.23456789e-5, sparse=1.23456789e-5, quantize="int8", low_res_first=True,
     )  # fmt: skip
     demand = demand_of(request.model_dump())
     assert set(EXACT_VALUES) == set(SHORT_NAMES.values())

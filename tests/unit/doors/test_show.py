@@ -27,6 +27,18 @@ def test_metadata_of_strange_kinds_does_not_matter(capsys: pytest.CaptureFixture
         assert "video" in shown(capsys, {"kind": "video", "made_by": {"model": {}, "request": request}})
 
 
+def test_the_table_of_prices_is_not_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    measure = {"median": 0.123, "worst": 100.0}
+    row = {"forwards": 100, "seconds": 12.3} | dict.fromkeys(("latents_error", "psnr", "st_lpips", "jod"), measure)
+    rows = [{"name": f"guidance gate {share}"} | row for share in (0.7, 0.5)]
+    prices = {"name": "mine", "card": "CPU", "rungs": [], "accelerators": rows, "fewer_steps": [], "controls": {}}
+    out = shown(capsys, prices | {"notes": []})
+    assert "…" not in out
+    assert "guidance gate 0.7" in out
+    assert out.count("0.12 100.00") == 2
+
+
 def test_bytes_and_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(
         capsys,

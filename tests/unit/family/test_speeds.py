@@ -75,6 +75,9 @@ def test_a_resolved_request_means_the_same_again_also_where_speeds_have_changed(
     once = resolve(**fields)
     stored = once.as_request().model_dump(exclude_none=True)
     assert GenerationRequest(**stored).resolve(WAN_1_3B) == once
+    known = GenerationRequest.model_fields.keys()
+    in_metadata = {name: value for name, value in once.recorded().items() if name in known}
+    assert GenerationRequest(**speeds.with_speed(in_metadata, once.speed)).resolve(WAN_1_3B) == once
     changed = {name: replace(one, fields={"step_cache": "teacache"}) for name, one in speeds.BY_NAME.items()}
     monkeypatch.setattr(speeds, "BY_NAME", {**changed, "exact": SPEEDS[0]})
     again = GenerationRequest(**stored).resolve(WAN_1_3B)
@@ -92,10 +95,17 @@ def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
 
 @pytest.mark.parametrize("more", [{"sparse": 0.5}, {"quantize": "int8"}, {"guidance_gate": 0.5}], ids=str)
 def test_with_another_approximation_the_price_of_a_speed_is_unknown(more: dict[str, Any]) -> None:
+    assert resolve(prices=measured, speed="fine").price == measured("fine")
     found = resolve(prices=measured, speed="fine", **more)
     assert found.approximations == SPEEDS[2].fields | more
     assert found.price is None, "together they lose more than was measured"
     assert found.as_request().resolve(WAN_1_3B, None, measured) == found
+
+
+def test_published_prices_are_not_those_of_few_step_weights() -> None:
+    fields = {"speed": "fine", "num_inference_steps": 50, "sampler": "unipc"}
+    assert resolve(WAN_1_3B, **fields).price is not None
+    assert resolve(FEW_STEPS, **fields).price is None
 
 
 def test_without_guidance_there_is_none_to_end() -> None:
@@ -146,8 +156,8 @@ def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
         (WAN_1_3B, {"speed": "fine", "loss_budget": 30}, "speed", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
-        (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "leave one of the two out"),
-        (WAN_1_3B, {"loss_budget": 30, "quantize": "fp8"}, "quantize", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "beside a speed is not known"),
+        (WAN_1_3B, {"loss_budget": 30, "quantize": "fp8"}, "quantize", "beside a speed is not known"),
         (WAN_1_3B, {"speed": "exact", "sparse": 0.5, "quantize": "fp8"}, "speed", "with sparse=0.5, quantize=fp8"),
         (WAN_1_3B, {"speed": "near", "step_cache": "easycache:2"}, "step_cache", "at most 1"),
         (WAN_1_3B, {"speed": "draft", "guidance_gate": 0.9, "guidance_scale": 1}, "guidance_gate", "without guidance"),

@@ -207,6 +207,20 @@ def test_a_quality_stands_for_the_fields_that_its_speed_sets(actions: PageAction
     assert actions.form_of(cached)["step_cache"] == cached.request["step_cache"] == "easycache:0.1"
 
 
+@pytest.mark.parametrize(
+    ("fields", "speed"),
+    [({"guidance_gate": 1.0}, "exact"), ({"step_cache": "off"}, "exact"), ({"guidance_scale": 1.0}, "draft")],
+)
+def test_a_speed_of_which_a_part_was_off_stays_so(api: Any, actions: PageActions, fields: Any, speed: str) -> None:
+    made = api.http.post("/v1/videos", json={"prompt": "x", "seed": 1, "speed": "draft"} | fields).json()
+    job = actions.find("local", made["id"])
+    form = actions.form_of(job)
+    assert form["speed"] == speed
+    again = actions.submit("local", form).request
+    names = ("step_cache", "guidance_gate", "guidance_scale")
+    assert [again[name] for name in names] == [job.request[name] for name in names]
+
+
 def test_presets_follow_from_the_model() -> None:
     wan = Presets(WAN_1_3B.defaults)
     assert wan.shapes == {"Wide": "832x480", "Tall": "480x832", "Square": "624x624"}

@@ -109,6 +109,36 @@ def test_a_damaged_file_says_nothing_and_is_replaced(tmp_path: Path, text: str) 
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        1,
+        {"about": {}},
+        {"about": {}, "rows": {"{}": {"0": {"seconds": 1.0}}}},
+        {"about": {}, "rows": {"{}": {"0": {"seconds": 1.0, "forwards": 1, "psnr": "x"}}}},
+        {"about": {}, "rows": {"{": {}}},
+        {"about": {}, "rows": {}, "velocity_errors": {"{}": {"0": ["x"]}}},
+        {"about": {}, "rows": {}, "from a later version": 1},
+    ],
+)
+def test_damaged_prices_leave_the_others(stored: Path, bad: Any) -> None:
+    content = json.loads((stored / FILE).read_text())
+    (stored / FILE).write_text(json.dumps({"bad": bad} | content))
+    assert [one.about["name"] for one in all_prices(stored)] == ["mine"]
+    store_prices(stored, subject(height=720), Prices({}, ROWS))
+    assert len(json.loads((stored / FILE).read_text())) == 2
+
+
+def test_a_measure_that_is_no_number_is_none(stored: Path) -> None:
+    row = {"forwards": 1, "seconds": 1.0, "psnr": 20.0, "jod": float("nan")}
+    store_prices(stored, subject(), Prices({}, {"{}": {"0": row}}))
+    prices = find_prices(stored, subject())
+    assert prices is not None
+    found = prices.of({})
+    assert found is not None
+    assert (found["psnr"]["worst"], found["jod"]) == (20.0, None)
+
+
 def test_the_worst_of_a_model_over_all_its_sizes(stored: Path) -> None:
     other, about = subject(height=720), {"versions": dict(subject().versions), "name": "mine", "model": "abc"}
     row = {"forwards": 1, "seconds": 1.0, "psnr": 20.0}

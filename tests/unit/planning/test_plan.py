@@ -241,6 +241,13 @@ def test_sparse_attention_needs_whole_heads(memory) -> None:
     assert plan(memory, "10x24GiB").group.layout.ring == 5
 
 
+def test_devices_need_not_divide_the_tokens(memory) -> None:
+    """Three devices and 32 tokens: their parts differ by one."""
+    found = plan(memory, "3x24GiB", size=(64, 64), frames=5, strategy="parallel")
+    assert len(found.group.ranks) == 3
+    assert found.prediction.fits
+
+
 def test_a_speed_is_in_the_plan_with_what_it_loses(memory) -> None:
     assert "speed" not in plan(memory, "1x24GiB").as_dict()
     for fields, speed, price, says in (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import run_generate, run_plan
@@ -13,11 +14,14 @@ from wanduet.doors.cli.places import parse_place
 from wanduet.doors.cli.show import show
 from wanduet.engine import tools
 from wanduet.engine.job import OutputOptions
+from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError, InvalidRequestError, OutputError
+from wanduet.media.files import UnreadableFileError
 from wanduet.media.read import read_metadata
 from wanduet.price import measure
 from wanduet.price.measure import Measurement
 from wanduet.price.report import report
+from wanduet.price.runs import kept, make
 from wanduet.price.variants import Variant
 from wanduet.request import GenerationRequest
 
@@ -196,3 +200,13 @@ def test_the_fast_miniature_is_asked_for_what_it_knows(config: EngineConfig) -> 
     with Measurement(replace(config, model="miniature-fast"), request, 1) as fast:
         assert fast.made_of["prompts"] == prompts
         assert fast.is_miniature
+
+
+def test_kept_latents_of_another_request_are_not_compared(config: EngineConfig, tmp_path: Path) -> None:
+    request = TINY.model_copy(update={"num_inference_steps": 1, "seed": 1})
+    with Engine(config) as engine:
+        made = make(engine, request, tmp_path / "exact-0", lambda _: None)
+        assert torch.equal(kept(engine, request, tmp_path / "exact-0").latents, made.latents)
+        for other in ({"seed": 2}, {"negative_prompt": "a star"}):
+            with pytest.raises(UnreadableFileError, match="another request"):
+                kept(engine, request.model_copy(update=other), tmp_path / "exact-0")

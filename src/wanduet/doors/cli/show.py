@@ -12,6 +12,7 @@ from wanduet.meta.prices import in_words
 from wanduet.untrusted import printable
 
 _HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
+TABLE_WIDTH = 200  # the most columns of prices' table, more than it needs
 KINDS = ("rungs", "accelerators", "fewer_steps")  # the rows of prices
 
 # Imports take less at each start; above this, kernels were compiled or measured, which later runs reuse.
@@ -113,6 +114,7 @@ def _show_prices(console: Console, prices: Mapping[str, Any]) -> None:
             "" if one is None else f"{form.format(one['median'])} {form.format(one['worst'])}" for form, one in found
         ]
         table.add_row(name, f"{row['forwards']:g}", f"{row['seconds']:.3g}", *cells)
+    console.width = TABLE_WIDTH  # a narrow terminal wraps lines; a table of its width would cut names and numbers
     console.print(table)
     for note in prices["notes"]:
         console.print(note)

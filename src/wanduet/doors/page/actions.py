@@ -16,7 +16,7 @@ from wanduet.doors.http.videos import find_input
 from wanduet.doors.page.clips import SAME_INPUT, Clip
 from wanduet.doors.page.forms import FILE_FIELDS, SIZE, Form, Presets, clips_of, default_form, fields_of, form_of
 from wanduet.errors import InvalidRequestError, WanduetError
-from wanduet.family.speeds import BY_NAME
+from wanduet.family.speeds import with_speed
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.request import INPUT_HASH, GenerationRequest
 from wanduet.source_video import SourceVideo
@@ -221,4 +221,4 @@ def _request_of(about: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WanduetError("This video does not say how it was made.")
     request = {name: value for name, value in found.items() if name in GenerationRequest.model_fields}
-    return request | ({"speed": speed} if (speed := about.get("speed")) in BY_NAME else {})
+    return with_speed(request, about.get("speed"))

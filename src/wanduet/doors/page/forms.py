@@ -82,6 +82,12 @@ def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] |
     """Convert a stored request, or one in a video's metadata, to a form. `files`: the form's input files, by field."""
     given = {name: shown_value(request[name]) for name in FORM_FIELDS if request.get(name) is not None}
     by_speed = fields_set_by(given.get("speed"))
+    off = {name for name in by_speed if given.get(name) == FORM_FIELDS[name].shown.off}
+    if given.get("guidance_scale", 2) <= 1:
+        off.discard("guidance_gate")  # there is no guidance to end, with any speed
+    if off:
+        del given["speed"]  # the form omits fields that are off, and the speed would set them
+        by_speed = {}
     given = {name: value for name, value in given.items() if name not in by_speed or value != by_speed[name]}
     # What a field replaces was used instead of it, so the model's default of that field was not.
     replaced = {name: given.keys() & set(field.shown.replaces) for name, field in FORM_FIELDS.items()}
