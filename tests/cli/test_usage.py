@@ -233,7 +233,7 @@ def test_every_option_has_a_flag_a_variable_and_a_setting(
         "strategy": ("single", "placed", "parallel"), "text_encoder_hold": ("resident", "streamed", "auto"),
         **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), ("float32", "bfloat16", "float16")),
         "weights": ("q8", "bf16", "auto"),
-        **dict.fromkeys(("tf32", "cache_embeddings"), ("true", "false", "true")),
+        **dict.fromkeys(("tf32", "cache_embeddings", "low_res_first"), ("true", "false", "true")),
     }  # fmt: skip
     flag, variable, setting = special.get(option.name, ("32", "48", "64"))
     group = "video" if option in fields(VideoFlags) else "engine"
