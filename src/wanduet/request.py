@@ -30,7 +30,7 @@ from wanduet.family.speeds import (
     SpeedName,
     fields_set_by,
     not_measured,
-    price_of,
+    price_of_speed,
     within,
 )
 from wanduet.family.speeds import refused as refused_speed
@@ -226,7 +226,7 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
         alone = EXACT_VALUES | of_speed  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
-        return resolved.model_copy(update={"price": price_of(self.speed, spec, prices) if is_whole else None})
+        return resolved.model_copy(update={"price": price_of_speed(self.speed, spec, prices) if is_whole else None})
 
     def _within_budget(
         self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices

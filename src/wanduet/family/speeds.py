@@ -81,7 +81,7 @@ PUBLISHED: Mapping[tuple[int, int], Mapping[str, Price]] = {
 }
 
 
-def price_of(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None:
+def price_of_speed(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None:
     """Return what a speed loses: as measured, else as published; None if neither is known, and for the exact one."""
     if speed in (None, EXACT):
         return None
@@ -94,7 +94,7 @@ def price_of(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None
 def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName]:
     """Yield the speeds whose PSNR is known to be at least `budget` dB, fastest first, and last the exact one."""
     for speed in reversed(SPEEDS[1:]):
-        price = price_of(speed.name, spec, prices)
+        price = price_of_speed(speed.name, spec, prices)
         if price is not None and price.psnr >= budget:
             yield speed.name
     yield EXACT

@@ -115,7 +115,7 @@ def _made(engine: Engine, job: Job, path: Path, progress: Progress) -> Made:
 
 
 def _remove_checkpoints(engine: Engine, video: Video) -> None:
-    with suppress(Exception):
+    with suppress(OSError):
         folder = engine.models.config.data_folder / "checkpoints"
         Checkpoints(folder, video_digest(engine.models, video), atomic_output, video.id).remove()
 

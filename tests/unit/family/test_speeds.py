@@ -10,7 +10,7 @@ import pytest
 from wanduet.errors import InvalidRequestError
 from wanduet.family import registry, speeds
 from wanduet.family.spec import ModelSpec
-from wanduet.family.speeds import SPEEDS, Price, not_measured, price_of
+from wanduet.family.speeds import SPEEDS, Price, not_measured, price_of_speed
 from wanduet.family.wan21 import WAN_1_3B, WAN_14B
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.weights.hub import open_model
@@ -133,7 +133,7 @@ def test_without_a_measurement_published_values_count_and_unknown_speeds_are_not
     price = resolve(speed="fine").price
     assert price is not None
     assert "published" in price.source
-    assert price_of("fine", WAN_1_3B, measured) == measured("fine")
+    assert price_of_speed("fine", WAN_1_3B, measured) == measured("fine")
     assert resolve(WAN_14B, loss_budget=1.0).speed == "exact"
     assert resolve(WAN_14B, speed="fast").price is None
 
@@ -181,7 +181,7 @@ def test_the_published_prices_of_the_miniature_are_those_that_were_measured() ->
         assert speed.fields.items() <= found[speed.name].items(), (
             "the speeds have changed: run benchmarks/step_caches.py"
         )
-        price = price_of(speed.name, miniature, not_measured)
+        price = price_of_speed(speed.name, miniature, not_measured)
         assert price is not None
         assert price.psnr == round(found[speed.name]["psnr_worst"], 1)
     goals = {"near": (58, 38), "fine": (40, 34)}
