@@ -333,6 +333,33 @@ def mount() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_a_poll_that_ends_after_a_click_undoes_nothing(actions: PageActions, mount: Any) -> None:
+    import gradio
+
+    from wanduet.doors.page.app import Page
+
+    page = Page(actions)
+    wired = {each.fn.__name__: each for each in page.build().fns.values() if each.fn is not None}
+    state: dict[Any, Any] = {page._chosen: None, page._job: None, page._pages: 1, page._shown: {}}
+    asked = gradio.Request(headers={}, username=None)
+
+    def run(name: str) -> dict[Any, Any]:
+        answer = wired[name].fn(*[state[each] for each in wired[name].inputs], request=asked)
+        return {each: it for each, it in zip(wired[name].outputs, answer, strict=True) if it != gradio.skip()}
+
+    first = actions.submit("local", {**actions.defaults(), "prompt": "a fox", "seed": "5"})
+    state.update(run("look"))
+    assert first.id in state[page._details]
+    actions.cancel("local", first.id)
+    late = run("look")
+    state.update(run("retry"))
+    state.update(late)
+    state.update(run("look"))
+    assert state[page._job] not in (first.id, None)
+    assert state[page._job] in state[page._details]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any, store: Any, mount: Any) -> None:
     keys = KeyRing(store.files.folder / "keys.json")
     key, other = keys.add("ann"), keys.add("bob")

@@ -76,7 +76,8 @@ class Page:
     def build(self) -> gr.Blocks:
         """Build the whole page."""
         with gr.Blocks(title="wanduet", analytics_enabled=False, fill_width=True) as page:
-            self._chosen = gr.State(None)
+            self._chosen = gr.State(None)  # the job that the visitor chose last; no poll writes it
+            self._job = gr.State(None)  # the job that the page shows; written by polls only
             self._pages = gr.State(1)
             self._shown = gr.State({})
             self._stored = gr.Textbox(visible=False)  # passes the browser's stored form to `recall`
@@ -161,10 +162,11 @@ class Page:
     def _connect(self, page: gr.Blocks) -> None:
         on, chosen, form = self._events, self._chosen, self._form
         model = self._actions.context.spec.name
-        seen = [chosen, self._pages, self._shown]
+        job = self._job
+        seen = [chosen, job, self._pages, self._shown]
         view = [
             self._top, self._stage, self._progress, self._details, self._gallery,
-            self._cancel, self._retry, self._reseed, self._again, self._delete, chosen, self._shown,
+            self._cancel, self._retry, self._reseed, self._again, self._delete, job, self._shown,
         ]  # fmt: skip
         look: dict[str, Any] = {"fn": on.look, "inputs": seen, "outputs": view, **PRIVATE, "concurrency_limit": 8}
         page.load(**look)
@@ -196,14 +198,14 @@ class Page:
             submitted = event(on.submit, [*form, chosen], [*result, self._outgoing], **PRIVATE)
             sent = submitted.then(None, self._outgoing, self._outgoing, js=scripts.SEND, **PRIVATE)
             sent.then(on.sent, self._outgoing, result, **PRIVATE).then(**look)
-        self._retry.click(on.retry, chosen, result, **PRIVATE).then(**look)
-        self._reseed.click(on.reseed, chosen, result, **PRIVATE).then(**look)
-        self._cancel.click(on.stop, chosen, None, **PRIVATE).then(**look)
-        inputs = [self._confirmed, chosen]
+        self._retry.click(on.retry, job, result, **PRIVATE).then(**look)
+        self._reseed.click(on.reseed, job, result, **PRIVATE).then(**look)
+        self._cancel.click(on.stop, job, None, **PRIVATE).then(**look)
+        inputs = [self._confirmed, job]
         self._delete.click(on.remove, inputs, None, js=scripts.CONFIRM, **PRIVATE).then(**look)
         self._gallery.click(on.choose, self._pages, [chosen, self._pages], **PRIVATE).then(**look)
         self._stage.click(on.example, None, form[0], **PRIVATE)
-        self._again.click(on.reuse, chosen, form, **PRIVATE)
+        self._again.click(on.reuse, job, form, **PRIVATE)
         self._reset.click(on.defaults, None, form, **PRIVATE)
         for name, panel in self._panels.items():
             offer, needs = gr.State(None), [by_name[other] for other in needing(name)]

@@ -25,11 +25,18 @@ class PageEvents:
     def __init__(self, actions: PageActions) -> None:
         self._actions = actions
 
-    def look(self, chosen: str | None, pages: int, shown: dict[str, str], request: gr.Request) -> list[Any]:
-        """Return updates of what has changed since the last poll; the rest is skipped, so that a video plays on."""
+    def look(
+        self, chosen: str | None, displayed: str | None, pages: int, shown: dict[str, str], request: gr.Request
+    ) -> list[Any]:
+        """Return updates of what has changed since the last poll; the rest is skipped, so that a video plays on.
+
+        The job is the one that was chosen, else the one that was `displayed`, else the newest. A poll that began
+        before a click may end after it: so it never writes what is chosen, nor anything that it has not changed.
+        """
         owner = self._owner(request)
         jobs, more = self._actions.jobs(owner, pages)
-        job = self._actions.find(owner, chosen) or (jobs[0] if jobs else None)
+        known = self._actions.find(owner, chosen) or self._actions.find(owner, displayed)
+        job = known or (jobs[0] if jobs else None)
         parts = {
             "top": self.header(jobs),
             "stage": self._stage(job),
@@ -40,7 +47,9 @@ class PageEvents:
         changed = [gr.skip() if shown.get(name) == text else text for name, text in parts.items()]
         state = "" if job is None else views.title(job)
         buttons = [gr.skip()] * len(BUTTONS) if shown.get("buttons") == state else _buttons(job)
-        return [*changed, *buttons, job.id if job else None, {**parts, "buttons": state}]
+        now = {**parts, "buttons": state}
+        new = job.id if job else None
+        return [*changed, *buttons, *[gr.skip() if old == it else it for old, it in ((displayed, new), (shown, now))]]
 
     def submit(self, request: gr.Request, *values: Any) -> tuple[Any, str, str]:
         """Submit the form; the last of `values` is the id of the job that is displayed now.
