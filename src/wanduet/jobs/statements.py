@@ -47,17 +47,17 @@ _OPEN = sa.select(_COUNTED.filter(jobs.c.owner == sa.bindparam("owner")), _COUNT
     jobs.c.status.in_(OPEN_STATUSES)
 )
 
-# The fencing condition: the job still runs and the lease is its newest. `held` gives the lease's parameters.
-_HELD = sa.and_(
-    jobs.c.id == sa.bindparam("held_id"),
+# The fencing condition: the job still runs and the lease is its newest. `leased` gives the lease's parameters.
+_LEASED = sa.and_(
+    jobs.c.id == sa.bindparam("lease_id"),
     jobs.c.status == "in_progress",
-    jobs.c.token == sa.bindparam("held_token"),
-    jobs.c.worker == sa.bindparam("held_worker"),
+    jobs.c.token == sa.bindparam("lease_token"),
+    jobs.c.worker == sa.bindparam("lease_worker"),
 )
-CHECK = sa.select(jobs.c.id).where(_HELD)
-LOCK_HELD = sa.select(jobs).where(_HELD).with_for_update()
-UPDATE_HELD = sa.update(jobs).where(_HELD).returning(jobs)
-BEAT = UPDATE_HELD.values(beat=jobs.c.beat + 1)
+CHECK = sa.select(jobs.c.id).where(_LEASED)
+LOCK_LEASED = sa.select(jobs).where(_LEASED).with_for_update()
+UPDATE_LEASED = sa.update(jobs).where(_LEASED).returning(jobs)
+BEAT = UPDATE_LEASED.values(beat=jobs.c.beat + 1)
 _PERCENT = sa.bindparam("percent", type_=sa.Double)
 PROGRESS = BEAT.values(progress=sa.case((jobs.c.progress < _PERCENT, _PERCENT), else_=jobs.c.progress))
 
@@ -262,23 +262,23 @@ def take(
     return None if row is None else Lease(to_job(row), worker, row.token, lease_seconds)
 
 
-def held(lease: Lease) -> Values:
+def leased(lease: Lease) -> Values:
     """Return the parameters of a statement with the fencing condition."""
-    return {"held_id": lease.job.id, "held_token": lease.token, "held_worker": lease.worker}
+    return {"lease_id": lease.job.id, "lease_token": lease.token, "lease_worker": lease.worker}
 
 
-def update_held(
-    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
+def update_leased(
+    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_LEASED
 ) -> "sa.Row[Any] | None":
     """Update the job if the lease is still valid and return it; None if it is not."""
-    return connection.execute(statement, {**held(lease), **values}).one_or_none()
+    return connection.execute(statement, {**leased(lease), **values}).one_or_none()
 
 
 def commit(
-    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_HELD
+    connection: sa.Connection, lease: Lease, values: Values, statement: sa.Update = UPDATE_LEASED
 ) -> "sa.Row[Any]":
-    """As `update_held`, but raises StaleLeaseError."""
-    row = update_held(connection, lease, values, statement)
+    """As `update_leased`, but raises StaleLeaseError."""
+    row = update_leased(connection, lease, values, statement)
     if row is None:
         raise stale(lease)
     return row

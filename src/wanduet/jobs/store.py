@@ -216,7 +216,7 @@ class JobStore:
     def check(self, lease: Lease) -> None:
         """Check that the lease is valid, without a write. Raises StaleLeaseError."""
         with self._read() as connection:
-            if connection.scalar(statements.CHECK, statements.held(lease)) is None:
+            if connection.scalar(statements.CHECK, statements.leased(lease)) is None:
                 raise statements.stale(lease)
 
     def progress(self, lease: Lease, percent: float, phase: str, seconds_left: float | None = None) -> None:
@@ -233,7 +233,7 @@ class JobStore:
         now = self._clock()
         values = endings.completed([*files, *lease.job.inputs], report or {}, now, self._expiry(now))
         with self._write() as connection:
-            row = statements.update_held(connection, lease, values)
+            row = statements.update_leased(connection, lease, values)
             if row is None:
                 row = connection.execute(sa.select(jobs).where(jobs.c.id == lease.job.id)).one_or_none()
                 if row is None or row.status != "completed" or row.token != lease.token:
@@ -266,7 +266,7 @@ class JobStore:
         It fails after `max_crashes` consecutive attempts that did not get farther than the one before.
         """
         with self._write() as connection:
-            row = connection.execute(statements.LOCK_HELD, statements.held(lease)).one_or_none()
+            row = connection.execute(statements.LOCK_LEASED, statements.leased(lease)).one_or_none()
             if row is None:
                 raise statements.stale(lease)
             return statements.to_job(statements.commit(connection, lease, self._after_crash(row, error, max_crashes)))

@@ -36,6 +36,11 @@ class Card:
         return int(self.gib * GIB)
 
     @property
+    def reaches_peers(self) -> bool:
+        """Whether its driver lets one card write to another's memory; GeForce's does not (an RTX 3090 needs NVLink)."""
+        return re.fullmatch(r"RTX \d{4}( .*)?", self.name) is None or self.name.endswith("Ada")
+
+    @property
     def rate(self) -> float:
         """TFLOP/s that the whole denoise reaches."""
         return self.peak * self.reached

@@ -72,7 +72,7 @@ class Hardware:
     host_free_bytes: int
     cpu_count: int
     host: str = ""
-    link: "Link" = "direct"  # the connection between devices; assumed for described hardware
+    link: "Link" = "direct"  # the connection between devices
 
     @property
     def link_rate(self) -> float | None:
@@ -151,7 +151,8 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
         DeviceInfo(f"cuda:{i}", card.name, size, size - CUDA_CONTEXT_BYTES, card.capability, card.multiprocessors)
         for i, (card, size) in enumerate(found)
     )
-    return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED)
+    link: "Link" = "direct" if all(card.reaches_peers for card, _ in found) else "host"
+    return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED, link)
 
 
 def _assumed_card(text: str) -> tuple[Card, int]:

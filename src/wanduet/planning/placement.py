@@ -95,10 +95,10 @@ def parallel_placement(request: ResolvedRequest, config: EngineConfig, hardware:
         return None
     if is_required:
         return Placement("parallel", devices[0], devices[0], devices)
-    if len({(d.model, d.capability, d.total_bytes) for d in devices}) > 1 or not (
-        request.uses_guidance or devices[0].is_cpu
-    ):
+    if len({(d.model, d.capability, d.total_bytes) for d in devices}) > 1:
         return None  # cards of different models: each gets the part that suits it
+    if not request.uses_guidance and hardware.link != "direct":
+        return None  # without guidance ranks exchange the sequence in every block, which slow links may make slower
     return Placement("parallel", devices[0], devices[0], devices)
 
 

@@ -241,6 +241,16 @@ def test_sparse_attention_needs_whole_heads(memory) -> None:
     assert plan(memory, "10x24GiB").group.layout.ring == 5
 
 
+@pytest.mark.parametrize(
+    ("cards", "link", "unguided"),
+    [("2xH100", "direct", "parallel"), ("2xRTX 6000 Ada", "direct", "parallel"), ("2x3090", "host", "placed")],
+)
+def test_without_guidance_cards_share_a_video_if_they_reach_each_other(memory, cards, link, unguided) -> None:
+    assert parse_hardware(cards).link == link
+    assert plan(memory, cards).strategy == "parallel"
+    assert plan(memory, cards, fields={"guidance_scale": 1.0}).strategy == unguided
+
+
 def test_devices_need_not_divide_the_tokens(memory) -> None:
     """Three devices and 32 tokens: their parts differ by one."""
     found = plan(memory, "3x24GiB", size=(64, 64), frames=5, strategy="parallel")
