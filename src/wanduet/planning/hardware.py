@@ -63,6 +63,16 @@ def check_quantize(format: str, device: DeviceInfo) -> None:
     raise InvalidRequestError("quantize", format, allowed, nearest)
 
 
+def check_attention(name: str, device: DeviceInfo) -> None:
+    """Raise ConfigError if a device cannot run the 8-bit attention that `EngineConfig.attention` names; the other
+    backends are checked where they run, as they depend on what is installed."""
+    if name in ("int8", "int8-fast") and (device.is_cpu or device.capability < (8, 0)):
+        hint = "Leave --attention out."
+        raise ConfigError(
+            f"attention={name!r} needs a GPU of compute capability 8.0 or later, not {device.name}.", hint=hint
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """The devices a plan may use, best first, and the host."""
@@ -151,7 +161,7 @@ def parse_hardware(text: str, host: Hardware | None = None) -> Hardware:
         DeviceInfo(f"cuda:{i}", card.name, size, size - CUDA_CONTEXT_BYTES, card.capability, card.multiprocessors)
         for i, (card, size) in enumerate(found)
     )
-    link: "Link" = "direct" if all(card.reaches_peers for card, _ in found) else "host"
+    link: Link = "direct" if all(card.reaches_peers for card, _ in found) else "host"
     return Hardware(tuple(devices), ram, int(ram * 0.85), os.cpu_count() or 1, ASSUMED, link)
 
 

@@ -31,7 +31,7 @@ from wanduet.models.vae.rows import Tiling
 from wanduet.planning.alternatives import alternatives
 from wanduet.planning.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
 from wanduet.planning.explain import Explanation
-from wanduet.planning.hardware import DeviceInfo, Hardware, check_quantize
+from wanduet.planning.hardware import DeviceInfo, Hardware, check_attention, check_quantize
 from wanduet.planning.placement import Placement, find_placements, pairs_up, parallel_placement, sequence_cost
 from wanduet.planning.plan import (
     DevicePrediction,
@@ -75,6 +75,7 @@ def make_plan(
     plan, refused = Planner(request, memory, config, hardware, text).with_best_text()
     for name in plan.group.ranks or (plan.transformer.device,):
         check_quantize(request.quantize, hardware.device(name))
+        check_attention(config.attention, hardware.device(name))
     plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan

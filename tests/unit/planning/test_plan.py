@@ -251,6 +251,16 @@ def test_without_guidance_cards_share_a_video_if_they_reach_each_other(memory, c
     assert plan(memory, cards, fields={"guidance_scale": 1.0}).strategy == unguided
 
 
+@pytest.mark.parametrize(("hardware", "fits"), [("cpu", False), ("T4", False), ("3090", True), ("h100", True)])
+@pytest.mark.parametrize("name", ["int8", "int8-fast"])
+def test_8_bit_attention_that_a_device_lacks_is_refused_by_the_plan(memory, hardware, fits, name) -> None:
+    if fits:
+        assert plan(memory, hardware, attention=name).prediction.fits
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"attention='{name}' needs a GPU")):
+            plan(memory, hardware, attention=name)
+
+
 def test_devices_need_not_divide_the_tokens(memory) -> None:
     """Three devices and 32 tokens: their parts differ by one."""
     found = plan(memory, "3x24GiB", size=(64, 64), frames=5, strategy="parallel")
