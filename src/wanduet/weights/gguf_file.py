@@ -227,7 +227,7 @@ class GGUFSource(WeightSource):
         file.seek(place.offset)
         if place.type in _DENSE:
             raw = buffer.take((info.num_bytes,), torch.uint8)
-            if file.readinto(memoryview(raw.numpy())) < info.num_bytes:
+            if file.readinto(raw.numpy().data) < info.num_bytes:
                 raise ValueError("it became shorter while it was read")
             return raw.view(_torch_dtype(info.dtype)).view(info.shape)
         elements = info.num_bytes // place.size * place.values

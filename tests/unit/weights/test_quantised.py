@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanduet.errors import WeightsError
+from wanduet.kernels.dit.weight import Weight
 from wanduet.weights import quantised
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles
@@ -269,3 +270,12 @@ def test_two_scales_are_an_error(tmp_path: Path) -> None:
     tensors = {"a.weight": INT8, "a.weight_scale": ROWS, "a.scale_weight": ROWS}
     with pytest.raises(WeightsError, match="two scales"):
         dequantised(source(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.0037), ROWS / 448], ids=["none", "number", "rows"])
+def test_kept_in_fp8_the_stored_numbers_are_not_rounded_again(tmp_path: Path, scale: Tensor | None) -> None:
+    tensors = {"a.weight": (WEIGHT * 50).to(E4M3)} | ({} if scale is None else {"a.scale_weight": scale})
+    found = dequantised(source(tmp_path, tensors))
+    target = Weight(torch.empty(6, 128, dtype=E4M3), torch.empty(6, 1))
+    found.load_into({"a.weight": target})
+    assert torch.equal(target.dense(torch.bfloat16), read(found)["a.weight"].bfloat16())
