@@ -47,6 +47,13 @@ def test_fp8_keeps_the_numbers_of_weights_that_were_fp8(scale: float | str) -> N
     assert torch.equal(again.data.float(), target.data.float())
 
 
+def test_q8_keeps_the_numbers_of_weights_that_were_int8_with_a_scale_for_each_row() -> None:
+    before = stored(normal(64, 300) * normal(64, 1).exp())
+    again = stored(before.dense(torch.float32))
+    assert torch.equal(again.data, before.data)
+    assert torch.allclose(again.scale, before.scale, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["q8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_dense_matrix_is_rounded_once(dtype: torch.dtype, name: str) -> None:
