@@ -1,14 +1,17 @@
 """Reads GGUF files of a transformer or a UMT5 encoder: their header, and their tensors block by block.
 
 The header is parsed here, with limits, as it is a stranger's; the blocks are dequantised by the `gguf` package. Tensors
-are read with plain reads, some rows at a time, so that little more than one dense tensor is in memory.
+are read with plain reads, some blocks at a time in each of PyTorch's threads, so that little more than one dense tensor
+is in memory.
 """
 
 import hashlib
 import math
 import re
 import struct
+import threading
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -21,7 +24,9 @@ from wanduet.weights.safetensors import samples
 from wanduet.weights.source import TensorInfo, WeightSource, some_of
 
 if TYPE_CHECKING:  # headers are read and checked before torch is imported
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 HINT = "Fetch the file again, and compare its size with that on the page it came from."
@@ -97,7 +102,7 @@ class GGUFSource(WeightSource):
             self._rename_umt5()
 
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
-        """See `WeightSource`. Takes the memory of the largest tensor in float32, and a few chunks."""
+        """See `WeightSource`. Takes the memory of the largest tensor in float32, and of a few chunks a thread."""
         buffer = Buffer()
         try:
             with open_regular(self.path) as file:
@@ -119,7 +124,12 @@ class GGUFSource(WeightSource):
             with open_regular(self.path) as file:
                 for index, row in enumerate(rows):
                     file.seek(place.offset + row * stride)
-                    out[index] = self._dense(_exactly(file, stride), name).view(shape[1:])
+                    data = _exactly(file, stride)
+                    if place.type in _DENSE:
+                        values = torch.frombuffer(data, dtype=_torch_dtype(place.type))
+                    else:
+                        values = torch.from_numpy(_dequantised(data, place.type))
+                    out[index] = values.view(shape[1:])
         except (OSError, ValueError) as error:
             raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=HINT) from error
         return out
@@ -232,23 +242,19 @@ class GGUFSource(WeightSource):
             return raw.view(_torch_dtype(info.dtype)).view(info.shape)
         elements = info.num_bytes // place.size * place.values
         out = buffer.take((elements,), torch.float32)
-        blocks = max(1, CHUNK_ELEMENTS // place.values)
-        for start in range(0, elements, blocks * place.values):
-            part = out[start : start + blocks * place.values]
-            part.copy_(self._dense(_exactly(file, len(part) // place.values * place.size), name))
+        numbers, step, lock = out.numpy(), max(1, CHUNK_ELEMENTS // place.values) * place.values, threading.Lock()
+
+        def fill(start: int) -> None:
+            part = numbers[start : start + step]
+            with lock:
+                file.seek(place.offset + start // place.values * place.size)
+                data = _exactly(file, len(part) // place.values * place.size)
+            part[:] = _dequantised(data, place.type)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(fill, range(0, elements, step)):  # raises what a thread raised
+                pass
         return out.view(info.shape)
-
-    def _dense(self, data: bytearray, name: str) -> "Tensor":
-        """Return whole blocks of a tensor's type as float values `[N]`."""
-        import gguf
-        import numpy as np
-        import torch
-
-        place = self._places[name]
-        if place.type in _DENSE:
-            return torch.frombuffer(data, dtype=_torch_dtype(place.type))
-        blocks = np.frombuffer(data, np.uint8).reshape(-1, place.size)
-        return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[place.type]).reshape(-1))
 
 
 class _Header:
@@ -303,6 +309,16 @@ def umt5_name(name: str) -> str | None:
     if found is None or found[2] not in _UMT5_BLOCK:
         return None
     return f"encoder.block.{found[1]}.layer.{_UMT5_BLOCK[found[2]]}.{kind}"
+
+
+def _dequantised(data: bytearray, type: str) -> "NDArray[np.float32]":
+    """Return the values `[N]` of whole blocks of a type."""
+    import gguf
+    import numpy as np
+
+    blocks = np.frombuffer(data, np.uint8)[None]  # as one row: of several, the package takes 16 at a time
+    values: NDArray[np.float32] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type]).reshape(-1)
+    return values
 
 
 def _exactly(file: BufferedReader, count: int) -> bytearray:
