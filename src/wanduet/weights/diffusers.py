@@ -30,6 +30,7 @@ from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.json_files import read_json
 from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
+from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
 
@@ -83,7 +84,7 @@ class ModelFolder:
         """
         tensors: Iterable[str] = ()
         with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
-            tensors = self.transformer.tensors
+            tensors = self._files("transformer").tensors  # also of a quantisation that is not read
         index = self.path / "model_index.json"
         pipeline = read_json(index).get("_class_name") if index.exists() else None
         found = by_tensors(tensors) or by_name(self.name) or by_pipeline(pipeline)
@@ -108,7 +109,7 @@ class ModelFolder:
         for component in COMPONENTS:
             self._check_class(component)
             try:
-                self._files(component)
+                dequantised(self._files(component))
             except ModelNotFoundError as error:
                 missing.append(error)
         if missing:
@@ -136,17 +137,17 @@ class ModelFolder:
     @cached_property
     def transformer(self) -> WeightSource:
         """The transformer's tensors."""
-        return self._files("transformer")
+        return dequantised(self._files("transformer"))
 
     @cached_property
     def vae(self) -> WeightSource:
         """The VAE's tensors."""
-        return self._files("vae")
+        return dequantised(self._files("vae"))
 
     @cached_property
-    def text_encoder(self) -> TensorFiles:
+    def text_encoder(self) -> WeightSource:
         """The text encoder's tensors."""
-        return self._files("text_encoder")
+        return dequantised(self._files("text_encoder"))
 
     @property
     def tokenizer(self) -> Path:

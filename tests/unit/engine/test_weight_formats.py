@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, OutputOptions
@@ -12,17 +15,19 @@ from wanduet.engine.pipeline import Engine
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_frames, read_metadata
 from wanduet.request import GenerationRequest
+from wanduet.weights.hub import open_model
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
 
 
-def run(config: EngineConfig, path: Path, **options) -> tuple[Job, list[int]]:
-    steps: list[int] = []
+def run(config: EngineConfig, path: Path, steps: int = 4, **options) -> tuple[Job, list[int]]:
+    done: list[int] = []
     with Engine(config) as engine:
         output = OutputOptions(path, "ffv1", save_latents=True, **options)
-        job = engine.submit(GenerationRequest(**REQUEST), output, watch=lambda info: steps.append(info.step))
+        request = GenerationRequest(**REQUEST | {"num_inference_steps": steps})
+        job = engine.submit(request, output, watch=lambda info: done.append(info.step))
         job.result(120)
-        return job, steps
+        return job, done
 
 
 def latents(path: Path):
@@ -82,3 +87,30 @@ def test_a_video_of_the_other_format_is_made_again(config, made, tmp_path) -> No
     _, steps = run(config, path, resume=True)
     assert steps == [0, 1, 2, 3]
     assert read_metadata(path)["engine"]["weights"] == "q8"
+
+
+def test_weights_that_are_stored_in_fp8_give_the_video_of_their_dequantised_ones(tmp_path) -> None:
+    """Also when they stay in fp8 on the device, to rounding."""
+    names = ("stored", "dense")
+    for name in names:
+        copytree(open_model("miniature").path, tmp_path / name, ignore=ignore_patterns("manifest.json"))
+        [path] = (tmp_path / name / "transformer").glob("*.safetensors")
+        tensors: dict[str, torch.Tensor] = {}
+        for key, tensor in load_file(path).items():
+            if tensor.ndim == 2 and key.startswith("blocks."):
+                scale = tensor.abs().max().float() / 448
+                small = (tensor / scale).to(torch.float8_e4m3fn)
+                new = (
+                    {key: small, f"{key[:-6]}scale_weight": scale} if name == "stored" else {key: small.float() * scale}
+                )
+                tensors |= new
+            else:
+                tensors[key] = tensor
+        save_file(tensors, path)
+    config = EngineConfig(model="miniature", devices="cpu", data_dir=tmp_path / "data")
+    for name, weights in (*((name, "auto") for name in names), ("stored", "fp8")):
+        run(replace(config, model=str(tmp_path / name), weights=weights), tmp_path / f"{name} {weights}.mkv", steps=1)
+    digests = [frame_hashes(tmp_path / f"{name} auto.mkv").digest for name in names]
+    assert digests[0] == digests[1]
+    expected, kept = (latents(tmp_path / f"stored {weights}.mkv") for weights in ("auto", "fp8"))
+    assert (kept - expected).norm() < 1e-4 * expected.norm()
