@@ -73,14 +73,11 @@ class AdapterFile:
         for name, tensor in source:
             if name in wanted:
                 found[name] = tensor.detach().clone()
-                if not (tensor.numel() and (tensor.is_floating_point() or tensor.numel() == 1)) or not (
-                    tensor.float().isfinite().all()
-                ):
+                is_number = tensor.is_floating_point() or tensor.numel() == 1  # an alpha may be a whole number
+                if not (is_number and tensor.float().isfinite().all()):
                     wrong.append(name)
         if wrong:
-            raise WeightsError(
-                f"{self.path} is damaged: NaN, infinity, whole numbers or nothing in {some_of(sorted(wrong))}."
-            )
+            raise WeightsError(f"{self.path} is damaged: NaN, infinity or whole numbers in {some_of(sorted(wrong))}.")
         return found
 
     @cached_property
