@@ -15,7 +15,15 @@ from wanduet.weights.adapters.facts import describe_adapter
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 GOOD = {A: normal(3, 24), B: normal(24, 3)}
-NAN = torch.full((24, 3), torch.nan)
+
+
+def with_one(value: float) -> torch.Tensor:
+    """B with one value that no weight has."""
+    values = normal(24, 3)
+    values[13, 1] = value
+    return values
+
+
 CASES = {
     "unknown module": (GOOD | {"blocks.0.cross_attn.gate.lora_A.weight": normal(3, 24)}, "blocks.0.cross_attn.gate"),
     "a block too many": (GOOD | {"blocks.3.ffn.2.diff_b": normal(24)}, "blocks.3.ffn.2.diff_b"),
@@ -40,7 +48,9 @@ CASES = {
     "a difference of one number": (GOOD | {"proj_out.diff": torch.tensor(1.0)}, "no matrix or vector in proj_out.diff"),
     "rank 0": ({A: normal(0, 24), B: normal(24, 0)}, "no matrix or vector in"),
     "many alphas": (GOOD | {f"{Q}.alpha": normal(3)}, "alpha of more than one value"),
-    "nan": (GOOD | {B: NAN}, f"NaN, infinity or whole numbers in {B}"),
+    "nan": (GOOD | {B: with_one(torch.nan)}, f"NaN, infinity or whole numbers in {B}"),
+    "infinity": (GOOD | {B: with_one(torch.inf)}, f"in {B}"),
+    "negative infinity in bf16": (GOOD | {B: with_one(-torch.inf).bfloat16()}, f"in {B}"),
     "infinite alpha": (GOOD | {f"{Q}.alpha": torch.tensor(torch.inf)}, f"in {Q}.alpha"),
     "whole numbers": (GOOD | {B: torch.ones(24, 3, dtype=torch.int8)}, f"in {B}"),
     "two that differ": (
