@@ -349,6 +349,12 @@ def test_text_encoder_and_image_tensors_are_left_out_with_a_note(tmp_path: Path)
     assert_equal(changes(path), {f"{Q}.weight": expected()[f"{Q}.weight"]})
 
 
+def test_widths_of_the_image_encoder_are_not_the_hidden_size(tmp_path: Path) -> None:
+    tensors = {"img_emb.proj.0.diff": normal(1280), "text_embedding.0.diff_b": normal(24)}
+    adapter = read(saved(tmp_path / "a.safetensors", tensors))
+    assert (adapter.hidden_size, list(adapter.ignored.values())) == (24, [1])
+
+
 @pytest.mark.parametrize(
     ("file", "metadata", "steps"),
     [

@@ -73,6 +73,7 @@ CASES = {
     "1.3B, differences alone": (
         {"blocks.0.diff_m": normal(1, 6, 1536)}, "is made for 1.3B (hidden size 1536); this model has 24",
     ),
+    "14B, biases alone": ({"blocks.0.self_attn.q.diff_b": normal(5120)}, "is made for 14B (hidden size 5120)"),
     "another size": (
         {"blocks.0.ffn.2.lora_A.weight": normal(2, 9), "blocks.0.ffn.2.lora_B.weight": normal(3072, 2)},
         "another model, of hidden size 3072",
