@@ -35,6 +35,7 @@ from wanduet.family.speeds import (
 )
 from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
+from wanduet.loras import MOST_LORAS, Lora
 from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SourceVideo
@@ -167,6 +168,8 @@ class GenerationRequest(BaseModel):
             description="How much of the input video is made anew: 0 keeps it, 1 ignores it. Default with one: 0.8.",
         )
     )
+
+    loras: tuple[Lora, ...] = Field(default=(), max_length=MOST_LORAS)
 
     @classmethod
     def parse(cls, **values: Any) -> Self:
@@ -342,7 +345,9 @@ class ResolvedRequest(GenerationRequest):
         timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
         off = EXACT_VALUES.keys() - self.approximations.keys()
         unused = "timesteps" if self.timesteps is None else "flow_shift"
-        values = self.model_dump(exclude={"input_sha256", "price", *FIELDS, unused} | off)
+        values = self.model_dump(exclude={"input_sha256", "price", "loras", *FIELDS, unused} | off)
+        if self.loras:
+            values["loras"] = [lora.recorded() for lora in self.loras]
         if self.timesteps is not None:
             values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:

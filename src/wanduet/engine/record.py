@@ -51,7 +51,7 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
         settings = {name: before.get(name) for name in settings if name not in _IF_SET}
         settings |= {name: before[name] for name in _IF_SET if name in before}
     about = {
-        "request": {k: v for k, v in video.request.recorded().items() if k not in _NOT_IN_LATENTS},
+        "request": {k: v for k, v in _recorded(video.request).items() if k not in _NOT_IN_LATENTS},
         "index": video.index,
         "model": models.about,
         "text_encoder": None if models.folder is None else models.folder.text_fingerprint,
@@ -59,6 +59,12 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
         **settings,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _recorded(request: ResolvedRequest) -> dict[str, Any]:
+    """Return a request's fields without the names of its LoRAs: their hashes decide."""
+    loras = {"loras": [lora.recorded() | {"name": None} for lora in request.loras]} if request.loras else {}
+    return request.recorded() | loras
 
 
 def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
@@ -121,8 +127,8 @@ def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
 
 def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict[str, Any] | None:
     """Return what the approximations of a request cost here, as `wanduet price` measured it; None if it did not, and for
-    what it does not measure: an exact request, and a video that starts from another one."""
-    if request.uses_input:
+    what it does not measure: an exact request, a video that starts from another one, and LoRAs."""
+    if request.uses_input or request.loras:
         return None
     subject, settings = subject_of(models, plan, request), request.approximations
     return price_of(models.checkpoint.measurements, subject, settings)
