@@ -148,6 +148,16 @@ FEW_STEP = (
         needs="sparse-linear attention (SLA)",
     ),
 )
+# LoRA files that make ordinary weights few-step ones, by a part of the file's name or title.
+FEW_STEP_LORAS = {
+    "causvid": FewStep(  # Wan2GP runs it by Euler's method at the first 8 of the timesteps that it was distilled for
+        name="CausVid LoRA",
+        sampler="euler",
+        timesteps=(1000.0, 934.0, 862.0, 756.0, 603.0, 410.0, 250.0, 140.0),
+        flow_shift=2.0,
+    ),
+    "lightx2v": FewStep(name="LightX2V LoRA", sampler="euler", timesteps=_SHIFT_5, flow_shift=5.0),
+}
 PIPELINES = tuple(pipeline for one in FEW_STEP for pipeline in one.pipelines)
 ORDINARY = "FastVideo/FastWan-QAD-1.3B"  # few-step weights that run here
 
@@ -170,3 +180,9 @@ def by_tensors(names: Iterable[str]) -> FewStep | None:
 def by_pipeline(name: object) -> FewStep | None:
     """Return the few-step weights of a `_class_name` in model_index.json; None for other pipelines."""
     return next((one for one in FEW_STEP if name in one.pipelines), None)
+
+
+def by_lora(names: Iterable[str]) -> FewStep | None:
+    """Return how a few-step LoRA is sampled, by its file's name and the titles in its header; None for other LoRAs."""
+    listed = [name.lower() for name in names]
+    return next((one for mark, one in FEW_STEP_LORAS.items() if any(mark in name for name in listed)), None)

@@ -1,6 +1,5 @@
 """Updates of one parameter: how a LoRA, LoHa, LoKr, DoRA or a whole difference changes it. All sums are in float32."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -133,12 +132,14 @@ class DoRA:
 
     def applied(self, base: "Tensor", strength: float) -> "Tensor":
         """Return the weight with new directions and magnitudes."""
+        import torch
+
         if strength == 0:
             return base
         moved = base + self.change.delta(base)
         magnitude = _on(base, self.magnitude)
         others = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
-        norm = moved.norm(dim=others, keepdim=True).clamp_min_(math.ulp(0.0) or 0.0)
+        norm = moved.norm(dim=others, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         return base.lerp(moved.mul_(magnitude / norm), strength)
 
     def low_rank(self) -> "tuple[Tensor, Tensor] | None":

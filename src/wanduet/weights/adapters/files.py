@@ -1,0 +1,142 @@
+"""Opens a LoRA: a safetensors file, a PyTorch file of tensors alone, or a PEFT folder."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanduet.errors import ModelNotFoundError, WeightsError
+from wanduet.untrusted import cut, describe_file, open_regular
+from wanduet.weights.adapters.config import AdapterConfig, parse_config, parse_metadata
+from wanduet.weights.json_files import read_json
+from wanduet.weights.safetensors import TensorFiles, read_header
+from wanduet.weights.source import some_of
+
+if TYPE_CHECKING:  # headers are read and checked before torch is imported
+    from torch import Tensor
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+CONFIG = "adapter_config.json"
+# In a folder: PEFT's and diffusers' names.
+_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An open LoRA; no tensor is read yet. `path`: as given. `weights`: the file of the tensors. `config_path`: the PEFT
+    config that belongs to it, if any."""
+
+    path: Path
+    weights: Path
+    config_path: Path | None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor. Raises WeightsError for a damaged file."""
+        if self._pickled is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        return self._safetensors.shapes
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of a safetensors header; empty for other files."""
+        _ = self.shapes  # reports a damaged header
+        found = {} if self._pickled is not None else read_header(self.weights).get("__metadata__", {})
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def config(self) -> AdapterConfig:
+        """The alpha and rank rules that come with the file. Raises WeightsError for invalid ones."""
+        if self.config_path is not None:
+            return parse_config(self.config_path, read_json(self.config_path))
+        return parse_metadata(self.weights, self.metadata)
+
+    @cached_property
+    def name(self) -> str:
+        """The file's name without its ending; the folder's name for a PEFT folder."""
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+    def sha256(self) -> str:
+        """Return the hash of the file; with a PEFT config, of the text of both files' hashes."""
+        digests = [_sha256(file) for file in (self.weights, self.config_path) if file is not None]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def read(self, names: Collection[str]) -> "dict[str, Tensor]":
+        """Return copies of tensors in the stored dtype; the file is not mapped afterwards.
+
+        Raises WeightsError for a damaged file, and for whole numbers or NaN or infinity among them.
+        """
+        source = self._pickled.items() if self._pickled is not None else self._safetensors.iterate(names)
+        wanted, found, wrong = set(names), {}, []
+        for name, tensor in source:
+            if name in wanted:
+                found[name] = tensor.detach().clone()
+                if not (tensor.numel() and (tensor.is_floating_point() or tensor.numel() == 1)) or not (
+                    tensor.float().isfinite().all()
+                ):
+                    wrong.append(name)
+        if wrong:
+            raise WeightsError(
+                f"{self.path} is damaged: NaN, infinity, whole numbers or nothing in {some_of(sorted(wrong))}."
+            )
+        return found
+
+    @cached_property
+    def _safetensors(self) -> TensorFiles:
+        return TensorFiles("LoRA", [self.weights])
+
+    @cached_property
+    def _pickled(self) -> "dict[str, Tensor] | None":
+        """The tensors of a PyTorch file, mapped; None for a safetensors file."""
+        return _load_pickle(self.weights) if self.weights.suffix.lower() in PICKLES else None
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Find the files of a LoRA; reads none. Raises ModelNotFoundError if there are none."""
+    if path.is_dir():
+        weights = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
+        if weights is None:
+            raise ModelNotFoundError(
+                f"The folder {path} has no LoRA of PEFT: none of {', '.join(_WEIGHTS)}.",
+                hint="Give the .safetensors file itself.",
+            )
+    elif path.exists():
+        weights = path
+    else:
+        raise ModelNotFoundError(f"There is no LoRA file {path}.")
+    if weights.suffix.lower() not in (*PICKLES, ".safetensors"):
+        try:
+            kind = describe_file(weights) or "of an unknown type"
+        except OSError as error:
+            raise WeightsError(f"Cannot read {weights}: {error.strerror or cut(error)}.") from error
+        if kind != "a safetensors file":
+            raise ModelNotFoundError(f"{weights} is no LoRA: it is {kind}.", hint="A LoRA is a .safetensors file.")
+    config = weights.parent / CONFIG
+    return AdapterFile(path, weights, config if weights.stem == "adapter_model" and config.exists() else None)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"Cannot read {path}: {error.strerror or cut(error)}.") from error
+
+
+def _load_pickle(path: Path) -> "dict[str, Tensor]":
+    import torch
+
+    try:
+        with open_regular(path):  # neither a pipe nor a device
+            pass
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # `torch.load` raises whatever its parsers do
+        raise WeightsError(
+            f"{path} is no PyTorch file of tensors alone, or damaged: {cut(str(error).partition(chr(10))[0])}.",
+            hint="Only tensors are read from such files, because others run code; take the .safetensors version.",
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise WeightsError(f"{path} holds more than tensors by name.", hint="Take the .safetensors version.")
+    return {str(name): tensor for name, tensor in found.items()}
