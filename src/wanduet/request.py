@@ -169,7 +169,7 @@ class GenerationRequest(BaseModel):
         )
     )
 
-    loras: tuple[Lora, ...] = Field(default=(), max_length=MOST_LORAS)
+    loras: tuple[Lora, ...] | None = Field(default=None, max_length=MOST_LORAS)
 
     @classmethod
     def parse(cls, **values: Any) -> Self:
@@ -202,6 +202,7 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
+        values["loras"] = self.loras or ()
         values |= resolved_schedule(self.model_dump(), spec.defaults)
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
@@ -303,6 +304,7 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
+    loras: tuple[Lora, ...] = ()
     input_sha256: str | None = None  # of the input video's file
     price: Price | None = None  # of `speed`, if it is known and no other field replaces a part of it
 

@@ -125,7 +125,9 @@ def fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
 
 def _is_nested(kind: Any) -> bool:
     """Whether a field's values are lists of objects, which each interface spells in its own way."""
-    return any(isinstance(one, type) and issubclass(one, BaseModel) for one in get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return True
+    return any(map(_is_nested, get_args(kind)))
 
 
 def explain(error: ValidationError, fields: Collection[str]) -> InvalidRequestError:

@@ -9,7 +9,7 @@ from wanduet.request import GenerationRequest, ResolvedRequest
 
 
 def parse(*spelled: object) -> tuple[Lora, ...]:
-    return GenerationRequest.parse(prompt="x", loras=spelled).loras
+    return GenerationRequest.parse(prompt="x", loras=spelled).loras or ()
 
 
 @pytest.mark.parametrize(

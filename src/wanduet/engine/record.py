@@ -121,14 +121,16 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
 def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
     """Return what the prices of a request belong to, on this machine with this plan."""
     card = card_of(device_model(name) for name in plan.group.ranks or (plan.transformer.device,))
-    engine = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
+    engine: dict[str, Any] = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
+    if request.loras:
+        engine["loras"] = tuple((lora.sha256, lora.strength, lora.start, lora.end) for lora in request.loras)
     return Subject.of(request, models.about, card, engine | {"approximate_attention": _approximate_attention(models)})
 
 
 def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict[str, Any] | None:
     """Return what the approximations of a request cost here, as `wanduet price` measured it; None if it did not, and for
-    what it does not measure: an exact request, a video that starts from another one, and LoRAs."""
-    if request.uses_input or request.loras:
+    what it does not measure: an exact request, and a video that starts from another one."""
+    if request.uses_input:
         return None
     subject, settings = subject_of(models, plan, request), request.approximations
     return price_of(models.checkpoint.measurements, subject, settings)

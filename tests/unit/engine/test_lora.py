@@ -35,8 +35,8 @@ def write_lora(path: Path, seed: int, *, dim: int = 0, size: float = 0.02) -> Pa
     width, generator = dim or spec.dim, torch.Generator().manual_seed(seed)
     tensors = {}
     for block in range(spec.num_layers):
-        for module in ("self_attn.q", "cross_attn.k", "cross_attn.v"):
-            name = f"diffusion_model.blocks.{block}.{module}"
+        for part in ("self_attn.q", "cross_attn.k", "cross_attn.v"):
+            name = f"diffusion_model.blocks.{block}.{part}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(4, width, generator=generator)
             tensors[f"{name}.lora_B.weight"] = torch.randn(width, 4, generator=generator) * size
     save_file(tensors, path)

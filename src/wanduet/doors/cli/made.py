@@ -162,12 +162,13 @@ def _with_loras(video: Path, request: GenerationRequest, given: Sequence[Path]) 
 def _by_hash(given: Sequence[Path], request: GenerationRequest) -> dict[str, Path]:
     """Return the LoRAs among files and folders by their hashes, until all of a request are found."""
     paths = [file for path in given for file in (path, *(path.iterdir() if path.is_dir() else ()))]
-    names, found = {lora.file_name for lora in request.loras}, dict[str, Path]()
+    loras = request.loras or ()
+    names, found = {lora.file_name for lora in loras}, dict[str, Path]()
     for path in sorted(paths, key=lambda path: path.name not in names):
-        if all(lora.sha256 in found for lora in request.loras):
+        if all(lora.sha256 in found for lora in loras):
             break
         with suppress(WanduetError, OSError):  # another file of the folder
-            found[open_adapter(path).sha256] = path
+            found[open_adapter(path).sha256()] = path
     return found
 
 
