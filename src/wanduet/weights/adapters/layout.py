@@ -76,9 +76,8 @@ def check_shapes(path: Path, module: str, shapes: Mapping[str, Shape], parameter
 def _problem(shapes: Mapping[str, Shape], base: Shape, bias: Shape | None) -> str | None:
     if len(base) < 2 and any(name in shapes for name in _WEIGHTS if name != "diff"):
         return "is a product, but its weight is no matrix"
-    for problem in (_incomplete(shapes), _misfit(shapes, flat(base))):
-        if problem:
-            return problem
+    if problem := _incomplete(shapes) or _misfit(shapes, flat(base)):
+        return problem
     if "diff" in shapes and _squeezed(shapes["diff"]) != _squeezed(base):
         return "has a difference of another shape"
     if any(name in shapes and shapes[name] != bias for name in ("diff_b", "up_bias")):

@@ -139,7 +139,7 @@ class DoRA:
         moved = base + self.change.delta(base)
         magnitude = _on(base, self.magnitude)
         others = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
-        norm = moved.norm(dim=others, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         return base.lerp(moved.mul_(magnitude / norm), strength)
 
     def low_rank(self) -> "tuple[Tensor, Tensor] | None":
