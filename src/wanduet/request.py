@@ -202,8 +202,7 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
-        values["loras"] = self.loras or ()
-        values |= resolved_schedule(self.model_dump(), spec.defaults)
+        values |= resolved_schedule(self.model_dump(), spec.defaults) | {"loras": self.loras or ()}
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
         for side in sorted(SIDES, key=lambda side: getattr(self, side) is None):  # those that are given first
