@@ -1,6 +1,9 @@
 """LoRA files that cannot be used are refused as a whole, with a sentence that says why."""
 
 import json
+import random
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,19 @@ import torch
 
 from tests.unit.weights.lora_files import SHAPES, Q, base_weights, normal, read, saved, saved_peft
 from wanduet.errors import ModelNotFoundError, WanduetError, WeightsError
+from wanduet.weights.adapters.facts import describe_adapter
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 GOOD = {A: normal(3, 24), B: normal(24, 3)}
-NAN = torch.full((24, 3), torch.nan)
+
+
+def with_one(value: float) -> torch.Tensor:
+    """B with one value that no weight has."""
+    values = normal(24, 3)
+    values[13, 1] = value
+    return values
+
+
 CASES = {
     "unknown module": (GOOD | {"blocks.0.cross_attn.gate.lora_A.weight": normal(3, 24)}, "blocks.0.cross_attn.gate"),
     "a block too many": (GOOD | {"blocks.3.ffn.2.diff_b": normal(24)}, "blocks.3.ffn.2.diff_b"),
@@ -33,8 +45,12 @@ CASES = {
         GOOD | {"blocks.0.norm3.lora_A.weight": normal(1, 1), "blocks.0.norm3.lora_B.weight": normal(24, 1)},
         "is no matrix",
     ),
+    "a difference of one number": (GOOD | {"proj_out.diff": torch.tensor(1.0)}, "no matrix or vector in proj_out.diff"),
+    "rank 0": ({A: normal(0, 24), B: normal(24, 0)}, "no matrix or vector in"),
     "many alphas": (GOOD | {f"{Q}.alpha": normal(3)}, "alpha of more than one value"),
-    "nan": (GOOD | {B: NAN}, f"NaN, infinity, whole numbers or nothing in {B}"),
+    "nan": (GOOD | {B: with_one(torch.nan)}, f"NaN, infinity or whole numbers in {B}"),
+    "infinity": (GOOD | {B: with_one(torch.inf)}, f"in {B}"),
+    "negative infinity in bf16": (GOOD | {B: with_one(-torch.inf).bfloat16()}, f"in {B}"),
     "infinite alpha": (GOOD | {f"{Q}.alpha": torch.tensor(torch.inf)}, f"in {Q}.alpha"),
     "whole numbers": (GOOD | {B: torch.ones(24, 3, dtype=torch.int8)}, f"in {B}"),
     "two that differ": (
@@ -144,3 +160,46 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(whole[:-7])
     assert "is damaged" in refusal(tmp_path / "a.safetensors")
     assert set(SHAPES) >= {f"{Q}.weight"}
+
+
+SHAPES_OF_Q = {
+    "lora_A.weight": (3, 24), "lora_B.weight": (24, 3), "lora_B.bias": (24,), "alpha": (), "diff": (24, 24),
+    "diff_b": (24,), "dora_scale": (24, 1), "lora_magnitude_vector": (24,), "hada_w1_a": (24, 2), "hada_w1_b": (2, 24),
+    "hada_w2_a": (24, 2), "hada_w2_b": (2, 24), "lokr_w1": (4, 3), "lokr_w1_a": (4, 2), "lokr_w1_b": (2, 3),
+    "lokr_w2": (6, 8), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 8),
+}  # fmt: skip
+WHOLE = [
+    ["lora_A.weight", "lora_B.weight"],
+    ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+    ["lokr_w1", "lokr_w2"],
+    ["lokr_w1_a", "lokr_w1_b", "lokr_w2"],
+    ["diff"],
+]
+MODULES = (Q, "blocks.0.diff_m", "blocks.1.norm3", "patch_embedding", "head.modulation", "img_emb.proj.1")
+FORMS = ((), (0,), (1,), (24,), (24, 24), (3, 24), (24, 3), (0, 24), (24, 0), (1, 24), (24, 1), (24, 16, 1, 2, 2))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_mixture_of_tensors_fails_without_a_sentence(seed: int, tmp_path: Path) -> None:
+    chosen, results = random.Random(seed), Counter[str]()
+    for _ in range(80):
+        names = [*chosen.choice(WHOLE), *chosen.choices(list(SHAPES_OF_Q), k=chosen.randint(0, 2))]
+        tensors = {f"{Q}.{name}": torch.ones(SHAPES_OF_Q[name]) for name in names}
+        if chosen.random() < 0.3:
+            tensors.popitem()
+        if chosen.random() < 0.4:
+            tensors[f"{chosen.choice(MODULES)}.{chosen.choice(names)}"] = torch.ones(chosen.choice(FORMS))
+        path = saved(tmp_path / "a.safetensors", tensors)
+        with suppress(WanduetError):
+            json.dumps(describe_adapter(path))
+        try:
+            updates = read(path).updates
+        except WanduetError:
+            results["refused"] += 1
+            continue
+        for name, update in updates.items():
+            got = update.applied(torch.ones(SHAPES[name]), 1.0)
+            assert got.shape == SHAPES[name] == update.shape
+            assert got.isfinite().all()
+        results["read"] += 1
+    assert min(results["read"], results["refused"]) > 10

@@ -21,13 +21,17 @@ _LONGEST, _MOST_REPEATS = 200, 4
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`alpha`, `rank`: for modules that no pattern matches; None if the file does not say. `patterns`: values for modules
-    whose name ends with a match. `rslora`: alpha is divided by √r. `dora`: the file must have magnitudes."""
+    """What a file says of alphas and ranks beside its tensors.
+
+    `alpha`, `rank`: for modules that no pattern matches; None if the file does not say. `alpha_pattern`, `rank_pattern`:
+    values for modules whose name, or its end after a dot, matches. `rslora`: alpha is divided by √r. `dora`: the file
+    must have magnitudes.
+    """
 
     alpha: float | None = None
     rank: int | None = None
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    rank_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[re.Pattern[str], float] = field(default_factory=dict)
+    rank_pattern: Mapping[re.Pattern[str], float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
 
@@ -43,6 +47,7 @@ class AdapterConfig:
         configured = _by_pattern(self.alpha_pattern, module, self.alpha)
         if configured is None:
             return 1.0, float(rank)
+        configured = configured or rank
         return configured / (math.sqrt(rank) if self.rslora else rank), configured
 
     def configured_rank(self, module: str) -> int | None:
@@ -96,24 +101,24 @@ def _number(path: Path, name: str, value: object) -> float | None:
     return float(value)
 
 
-def _pattern(path: Path, name: str, value: object) -> dict[str, float]:
+def _pattern(path: Path, name: str, value: object) -> dict[re.Pattern[str], float]:
     if not isinstance(value or {}, dict):
         raise WeightsError(f"{path} has a {name} that is no JSON object.")
-    found: dict[str, float] = {}
+    found: dict[re.Pattern[str], float] = {}
     for key, number in (value or {}).items():  # type: ignore[attr-defined]
         if len(key) > _LONGEST or len(re.findall(r"[*+?{]", key)) > _MOST_REPEATS or re.search(r"\)[*+{]", key):
             raise WeightsError(f"{path} has a {name} that is too complicated: {cut(key)}.")
         try:
-            re.compile(key)
+            pattern = re.compile(rf"(.*\.)?({key})")
         except re.error as error:
             raise WeightsError(f"{path} has a {name} that is no regular expression: {cut(key)}.") from error
-        found[key] = _number(path, name, number) or 0.0
+        found[pattern] = _number(path, name, number) or 0.0
     return found
 
 
-def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
+def _by_pattern(patterns: Mapping[re.Pattern[str], float], module: str, otherwise: float | None) -> float | None:
     """Return the value of the first pattern that matches the end of a module's name, as PEFT does."""
     for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, official_name(module))):
+        if any(pattern.fullmatch(name) for name in (module, official_name(module))):
             return value
     return otherwise

@@ -77,6 +77,9 @@ def sorted_keys(file: AdapterFile) -> Keys:
         raise ModelNotFoundError(f"{file.path} {_why_not(file, keys)}.", hint="A LoRA for Wan2.1 is needed.")
     if keys.experts == {"1", "2"} or (keys.experts and keys.twice):
         raise WeightsError(f"{file.path} is for the two transformers of Wan2.2 A14B; this model has one.")
+    named = ((meaning, name) for group in keys.groups.values() for meaning, name in group.items())
+    if empty := [n for meaning, n in named if 0 in file.shapes[n] or not (file.shapes[n] or meaning == "alpha")]:
+        raise WeightsError(f"{file.path} is damaged: there is no matrix or vector in {some_of(empty)}.")
     if file.config.dora and not any({"magnitude", "dora_scale"} & set(group) for group in keys.groups.values()):
         raise WeightsError(f"{file.path} is a DoRA by its config, but has no magnitudes.")
     return keys
