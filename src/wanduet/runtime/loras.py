@@ -43,9 +43,14 @@ class LoraFiles:
         return lora.model_copy(update={"name": name, "sha256": sha256})
 
     def at_step(self, request: ResolvedRequest, step: int) -> list[tuple[Adapter, float]]:
-        """Return the adapters of a step, by its index in the schedule, with their strengths. Raises as `resolve` does."""
-        made = step - request.first_step
-        return [(self.read(lora), lora.strength) for lora in loras_at(request.loras, made, request.num_denoising_steps)]
+        """Return the adapters of a step, by its index in the schedule, with their strengths. Raises as `resolve` does.
+
+        A file that is gone, or has changed, since it was read for the request does not matter while it is kept.
+        """
+        with self._lock:
+            kept = {adapter.sha256: adapter for adapter in self._read.values()}
+        loras = loras_at(request.loras, step - request.first_step, request.num_denoising_steps)
+        return [(kept.get(lora.sha256 or "") or self.read(lora), lora.strength) for lora in loras]
 
     def planned(self, plan: Plan, request: ResolvedRequest) -> Plan:
         """Return a plan with the memory and time that the request's adapters add. Raises as `resolve` does."""

@@ -210,6 +210,16 @@ def test_names_in_an_operators_folder(config: EngineConfig, folder: Path, tmp_pa
             assert "without a path" in str(caught.value)
 
 
+def test_a_file_that_goes_while_its_job_runs_is_still_merged(alone: Engine, tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "late.safetensors", 7)
+    expected = latents(alone, tmp_path / "a.mkv", f"{path}:1@0.5-1")
+    request = GenerationRequest.parse(**REQUEST, loras=(f"{path}:1@0.5-1",))
+    output = OutputOptions(tmp_path / "b.mkv", "ffv1", save_latents=True)
+    alone.submit(request, output, watch=lambda info: path.unlink(missing_ok=True)).result(120)
+    assert not path.exists()
+    assert load_latents(tmp_path / "b.mkv.latents.safetensors")[0].equal(expected)
+
+
 def test_a_file_is_read_once(alone: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
     read = module.read_adapter
