@@ -2,14 +2,18 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.distilled import FewStep
+from wanduet.family.spec import ModelSpec
 from wanduet.loras import SPELLING, Lora, loras_at
 from wanduet.planning.loras import LorasPlan
 from wanduet.planning.plan import Plan
-from wanduet.request import ResolvedRequest
+from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.weights.adapters.adapter import Adapter
 from wanduet.weights.adapters.reader import read_adapter
@@ -37,6 +41,16 @@ class LoraFiles:
             return request
         return request.model_copy(update={"loras": tuple(map(self._resolved, request.loras))})
 
+    def spec_for(self, request: GenerationRequest) -> ModelSpec:
+        """Return the model's spec, with the sampling of a few-step LoRA of the request as its defaults. Raises as `resolve`
+        does."""
+        spec = self._checkpoint.spec
+        few_step = self._few_step(request.loras or ())
+        return spec if few_step is None else replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
+
+    def _few_step(self, loras: Iterable[Lora]) -> FewStep | None:
+        return next((found for lora in loras if lora.strength and (found := self.read(lora).few_step)), None)
+
     def _resolved(self, lora: Lora) -> Lora:
         sha256 = self.read(lora).sha256
         name = lora.name if self._folder is not None else str(self._path(lora))
@@ -61,9 +75,15 @@ class LoraFiles:
         return LorasPlan.of(request, adapters, shapes).added_to(plan)
 
     def warnings(self, request: ResolvedRequest) -> list[str]:
-        """Return what is said about a request's files: what was left out of them."""
+        """Return what is said about a request's files: what was left out of them, and whose sampling is used."""
         adapters = {lora.file_name: self.read(lora) for lora in request.loras}
-        return [
+        few_step = self._few_step(request.loras)
+        said = (
+            []
+            if few_step is None
+            else [f"{few_step.name}: its sampler, steps and guidance are used where none are given."]
+        )
+        return said + [
             f"{name}: {count} tensor{'s' * (count > 1)} ignored: {reason}"
             for name, adapter in adapters.items()
             for reason, count in adapter.ignored.items()

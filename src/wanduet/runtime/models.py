@@ -73,7 +73,7 @@ class Models:
         Raises InvalidRequestError, also for an input video that is none, and for LoRAs that are not there or not for this
         model.
         """
-        return self.transformer.loras.resolve(resolve(request, self.spec, self.price))
+        return self.transformer.loras.resolve(resolve(request, self.transformer.loras.spec_for(request), self.price))
 
     def plan(self, request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Plan:
         """See `planner.make_plan`."""

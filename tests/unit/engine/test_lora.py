@@ -220,6 +220,18 @@ def test_a_file_that_goes_while_its_job_runs_is_still_merged(alone: Engine, tmp_
     assert load_latents(tmp_path / "b.mkv.latents.safetensors")[0].equal(expected)
 
 
+def test_a_few_step_lora_brings_its_sampling_where_none_is_given(alone: Engine, tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "wan_causvid.safetensors", 8)
+    resolve = alone.models.resolve
+    found = resolve(GenerationRequest.parse(prompt="x", loras=(str(path),)))
+    assert (found.sampler, found.guidance_scale, found.num_inference_steps) == ("euler", 1.0, 8)
+    assert found.timesteps is not None
+    given = resolve(GenerationRequest.parse(prompt="x", loras=(str(path),), guidance_scale=3.0, num_inference_steps=5))
+    assert (given.sampler, given.guidance_scale, given.num_inference_steps) == ("euler", 3.0, 5)
+    off = resolve(GenerationRequest.parse(prompt="x", loras=(f"{path}:0",)))
+    assert off == resolve(GenerationRequest.parse(prompt="x", seed=off.seed)).model_copy(update={"loras": off.loras})
+
+
 def test_a_file_is_read_once(alone: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
     read = module.read_adapter
