@@ -48,6 +48,7 @@ class EngineConfig:
     cache_embeddings: bool = True
     checkpoint_seconds: float = 15.0  # between checkpoints: what a killed process loses at most
     data_dir: Path | None = None
+    lora_dir: Path | None = None  # the folder whose files requests name as LoRAs; None: they name any path
 
     def __post_init__(self) -> None:
         """Check the settings. Raises ConfigError."""

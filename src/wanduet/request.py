@@ -35,6 +35,7 @@ from wanduet.family.speeds import (
 )
 from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
+from wanduet.loras import MOST_LORAS, Lora
 from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SourceVideo
@@ -168,6 +169,8 @@ class GenerationRequest(BaseModel):
         )
     )
 
+    loras: tuple[Lora, ...] | None = Field(default=None, max_length=MOST_LORAS)
+
     @classmethod
     def parse(cls, **values: Any) -> Self:
         """Build a request. Raises InvalidRequestError instead of pydantic's ValidationError."""
@@ -199,7 +202,7 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if value is None and hasattr(spec.defaults, name):
                 values[name] = getattr(spec.defaults, name)
-        values |= resolved_schedule(self.model_dump(), spec.defaults)
+        values |= resolved_schedule(self.model_dump(), spec.defaults) | {"loras": self.loras or ()}
         if values["seed"] is None:
             values["seed"] = random.SystemRandom().randrange(2**32)
         for side in sorted(SIDES, key=lambda side: getattr(self, side) is None):  # those that are given first
@@ -300,6 +303,7 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     generated_height: int  # rows that the model generates; those beyond `height` are cropped
     generated_width: int
+    loras: tuple[Lora, ...] = ()
     input_sha256: str | None = None  # of the input video's file
     price: Price | None = None  # of `speed`, if it is known and no other field replaces a part of it
 
@@ -342,7 +346,9 @@ class ResolvedRequest(GenerationRequest):
         timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
         off = EXACT_VALUES.keys() - self.approximations.keys()
         unused = "timesteps" if self.timesteps is None else "flow_shift"
-        values = self.model_dump(exclude={"input_sha256", "price", *FIELDS, unused} | off)
+        values = self.model_dump(exclude={"input_sha256", "price", "loras", *FIELDS, unused} | off)
+        if self.loras:
+            values["loras"] = [lora.recorded() for lora in self.loras]
         if self.timesteps is not None:
             values["timesteps"] = list(self.timesteps)  # as JSON has it
         if self.input_video is None:

@@ -103,10 +103,12 @@ class RequestField:
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
-    """Read the fields of a request from its model, by their names."""
+    """Read the fields of a request from its model, by their names, without those that are lists of objects."""
     kinds = get_type_hints(model)  # without the metadata of Annotated
     found = {}
     for name, field in model.model_fields.items():
+        if _is_nested(kinds[name]):
+            continue
         kind = next((k for k in get_args(kinds[name]) if NoneType in get_args(kinds[name]) and k is not NoneType), None)
         limits = {key: getattr(one, key) for one in field.metadata for key in LIMITS if hasattr(one, key)}
         found[name] = RequestField(
@@ -119,6 +121,13 @@ def fields_of(model: type[BaseModel]) -> dict[str, RequestField]:
             shown=next((one for one in field.metadata if isinstance(one, Shown)), Shown()),
         )
     return found
+
+
+def _is_nested(kind: Any) -> bool:
+    """Whether a field's values are lists of objects, which each interface spells in its own way."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return True
+    return any(map(_is_nested, get_args(kind)))
 
 
 def explain(error: ValidationError, fields: Collection[str]) -> InvalidRequestError:

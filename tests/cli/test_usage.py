@@ -240,7 +240,8 @@ def test_every_option_has_a_flag_a_variable_and_a_setting(
 
     def value(*flags: str) -> str:
         _, bound, _ = app.parse_args(["generate", "x", *flags], exit_on_error=False, print_error=False)
-        return str(getattr(bound.arguments[group], option.name)).lower().removesuffix(".0")
+        found = getattr(bound.arguments[group], option.name)
+        return str(found[0] if isinstance(found, tuple) else found).lower().removesuffix(".0")
 
     literal = (
         setting

@@ -140,6 +140,19 @@ class BlockStream:
             finally:
                 self._release()
 
+    def forget_copies(self) -> None:
+        """Wait for copies, and drop those in device buffers: call it before the weights in host memory change."""
+        self._release()  # of a pass that was interrupted
+        for buffer in self._queue:
+            if buffer.filling is not None:
+                buffer.filling.result()
+        if self._copies is not None:
+            self._copies.synchronize()
+        self._idle.extend(self._queue)
+        self._queue.clear()
+        for buffer in self._idle:
+            buffer.index = None
+
     def close(self) -> None:
         """Stop streaming: wait for copies, and free the device buffers. Offloaded blocks stay in host memory."""
         self._release()

@@ -30,12 +30,11 @@ from wanduet.errors import CancelledError, InvalidRequestError, OutOfMemoryError
 from wanduet.family.step_caches import OFF
 from wanduet.media.codecs import container_for
 from wanduet.media.files import check_place, check_writable
-from wanduet.media.input_video import check_is_file, resolve
+from wanduet.media.input_video import check_is_file
 from wanduet.media.names import Taken, take_given
 from wanduet.media.video import VideoSpec
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.plan import Plan, require_fit
-from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.release import forget_traceback, release_memory, trim_cache
 from wanduet.sampling.checkpoint import remove_abandoned
@@ -97,7 +96,7 @@ class Engine:
 
     def plan(self, request: GenerationRequest) -> Plan:
         """Return the plan of a request, without loading anything."""
-        return self._plan(resolve(request, self.models.spec, self.models.price))
+        return self._plan(self.models.resolve(request))
 
     def submit(
         self,
@@ -125,7 +124,7 @@ class Engine:
             )
         self._check_open()
         self._check_input(request)
-        resolved = resolve(request, self.models.spec, self.models.price)
+        resolved = self.models.resolve(request)
         if on_step is not None and resolved.step_cache != OFF:
             allowed = f"{OFF} with on_step, which may change the latents that a step cache compares"
             raise InvalidRequestError("step_cache", resolved.step_cache, allowed, OFF)
@@ -142,6 +141,7 @@ class Engine:
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, on_predict, leave_decode)
+        job.warnings += self.models.transformer.loras.warnings(resolved)
         job.warnings += few_step_warnings(resolved.model_dump(), self.models.spec.defaults)
         with self._guard:
             self._check_open()
@@ -159,7 +159,7 @@ class Engine:
     def is_finished(self, request: GenerationRequest, output: OutputOptions) -> bool:
         """Return whether an earlier run finished all videos of a request with the settings that this engine would
         use."""
-        resolved = resolve(request, self.models.spec, self.models.price)
+        resolved = self.models.resolve(request)
         job = Job(resolved, self._plan(resolved), replace(output, resume=True))
         return all(generate.finished_video(self.models, video) is not None for video in job.videos)
 
@@ -193,14 +193,14 @@ class Engine:
                 )
 
     def _plan(self, request: ResolvedRequest) -> Plan:
-        return make_plan(request, self.models.memory, self.config, self.hardware)
+        return self.models.plan(request, self.config, self.hardware)
 
     def _fallback(self, request: ResolvedRequest, plan: Plan) -> Plan | None:
         """Return the plan without a group of ranks; None unless the planner chose the group and a fitting plan
         exists."""
         if plan.strategy != "parallel" or self.config.strategy == "parallel":
             return None
-        found = make_plan(request, self.models.memory, replace(self.config, strategy="placed"), self.hardware)
+        found = self.models.plan(request, replace(self.config, strategy="placed"), self.hardware)
         return found if found.prediction.fits else None
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
         settings = {name: before.get(name) for name in settings if name not in _IF_SET}
         settings |= {name: before[name] for name in _IF_SET if name in before}
     about = {
-        "request": {k: v for k, v in video.request.recorded().items() if k not in _NOT_IN_LATENTS},
+        "request": {k: v for k, v in _recorded(video.request).items() if k not in _NOT_IN_LATENTS},
         "index": video.index,
         "model": models.about,
         "text_encoder": None if models.folder is None else models.folder.text_fingerprint,
@@ -59,6 +59,12 @@ def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = 
         **settings,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _recorded(request: ResolvedRequest) -> dict[str, Any]:
+    """Return a request's fields without the names of its LoRAs: their hashes decide."""
+    loras = {"loras": [lora.recorded() | {"name": None} for lora in request.loras]} if request.loras else {}
+    return request.recorded() | loras
 
 
 def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
@@ -115,7 +121,9 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
 def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
     """Return what the prices of a request belong to, on this machine with this plan."""
     card = card_of(device_model(name) for name in plan.group.ranks or (plan.transformer.device,))
-    engine = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
+    engine: dict[str, Any] = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
+    if request.loras:
+        engine["loras"] = tuple((lora.sha256, lora.strength, lora.start, lora.end) for lora in request.loras)
     return Subject.of(request, models.about, card, engine | {"approximate_attention": _approximate_attention(models)})
 
 

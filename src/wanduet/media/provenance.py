@@ -169,6 +169,8 @@ def summary(provenance: Mapping[str, Any]) -> str:
             value = request[name]
             with suppress(ValueError, TypeError):  # another type in a stranger's file
                 parts.append(label.format(joined(value) if isinstance(value, list) else value))
+    with suppress(KeyError, ValueError, TypeError):
+        parts += [f"LoRA {lora['name']} at {lora['strength']:g}" for lora in request.get("loras", ())]
     return ", ".join(part for part in parts if part)
 
 

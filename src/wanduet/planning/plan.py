@@ -149,6 +149,7 @@ class Plan:
     group: GroupPlan = GroupPlan()
     choices: tuple[Choice, ...] = ()
     nearest_that_fits: tuple[dict[str, Any], ...] = ()
+    loras: dict[str, Any] | None = None  # what the request's LoRAs cost, see `planning.loras`
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as `wanduet plan --json` prints it."""
@@ -158,6 +159,8 @@ class Plan:
             about["predicted_forwards"] = predicted.forwards.as_dict()
         if predicted.speed is not None:
             about |= {"speed": predicted.speed, "price": price_dict(predicted.price)}
+        if self.loras is not None:
+            about["loras"] = self.loras
         return {
             "fits": predicted.fits,
             "strategy": self.strategy,

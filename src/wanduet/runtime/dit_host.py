@@ -11,7 +11,9 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from wanduet.accelerate.formats import load_targets
 from wanduet.accelerate.host_memory import HostMemory
+from wanduet.accelerate.lora import MergedLoras
 from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
 from wanduet.family.sparsity import ALL, block_for, first_sparse_step
@@ -30,13 +32,15 @@ from wanduet.planning.plan import Plan, TransformerPlan
 from wanduet.request import ResolvedRequest
 from wanduet.runtime import selftest
 from wanduet.runtime.checkpoint import ModelCheckpoint
+from wanduet.runtime.context import Event as Progress
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.gil import SHORT_SWITCHES, finish_unless
 from wanduet.runtime.leases import DeviceLeases
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.loading import Loading, Start, Targets
+from wanduet.runtime.loras import LoraFiles
 from wanduet.runtime.prompt_host import PromptHost
-from wanduet.runtime.random_weights import randomise
+from wanduet.runtime.random_weights import RandomSource, randomise
 from wanduet.runtime.release import release_memory, release_models
 from wanduet.runtime.vae_host import VAEHost
 from wanduet.sampling.samplers import Schedule, make_sampler
@@ -53,6 +57,7 @@ class TransformerHost:
 
     def __init__(self, checkpoint: ModelCheckpoint, locks: DeviceLeases, vae: VAEHost, prompts: PromptHost) -> None:
         self._checkpoint, self._locks, self._vae, self._prompts = checkpoint, locks, vae, prompts
+        self.loras = LoraFiles(checkpoint)
         self._loading = Loading()
 
     @property
@@ -66,10 +71,11 @@ class TransformerHost:
 
     @contextmanager
     def use(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> Iterator[LoadedTransformer]:
-        """Yield the transformer, loaded on its device and set up for the request's shapes. The block has the device's
-        lock.
+        """Yield the transformer, loaded on its device and set up for the request's shapes, with its LoRAs merged. The block
+        has the device's lock. `adapt(step, context)` of the transformer merges what the request has at a step of the
+        schedule, between two forwards; it returns whether weights changed.
 
-        Raises WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
+        Raises InvalidRequestError (a LoRA's file has changed), WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
         """
         device = torch.device(plan.transformer.device)
         with self._locks.take(plan.transformer.device), on_device_of(device):
@@ -78,6 +84,9 @@ class TransformerHost:
             if not plan.both_resident:  # first: the blocks may not fit beside the VAE
                 self._vae.evict(device)
             denoiser = self._loaded(plan, request, context)
+            denoiser.adapt = partial(_adapt, self.loras, denoiser.loras, request)
+            with context.timed("load_s"):
+                denoiser.adapt(request.first_step, context)
             self.fit_to(denoiser, plan.transformer, request)
             if denoiser.fitted_at > began:  # this job waited for it
                 context.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
@@ -202,7 +211,11 @@ class TransformerHost:
         if checkpoint.folder is not None:
             self._check_open()
             selftest.check_transformer(transformer, spec.text_len)
-        return LoadedTransformer(spec, transformer, device, dtype, plan.resident_blocks, context.memory)
+        base = RandomSource(load_targets(transformer)) if checkpoint.folder is None else checkpoint.folder.transformer
+        return LoadedTransformer(
+            spec, transformer, device, dtype, plan.resident_blocks, context.memory,
+            loras=MergedLoras(transformer, context.memory, base.iterate),
+        )  # fmt: skip
 
     def _fill(self, targets: dict[str, Tensor | Weight]) -> None:
         """Write the checkpoint's weights, or random ones, into parameters and matrices."""
@@ -246,6 +259,18 @@ class TransformerHost:
                 self._vae.prepare(plan.vae, request, may_run=plan.both_resident)
         except Exception as error:
             log.info("The decode's kernels could not be made ready beforehand: %s", error)
+
+
+def _adapt(
+    files: LoraFiles, merged: MergedLoras | None, request: ResolvedRequest, step: int, context: RunContext
+) -> bool:
+    """Merge what a request has at a step of the schedule. Not a method: the transformer would refer to its host."""
+
+    def show(done: int, total: int) -> None:
+        context.check_cancelled()
+        context.emit(Progress("load", done, total))
+
+    return merged is not None and merged.merge(files.at_step(request, step), show)
 
 
 def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransformer) -> SparseSteps | None:

@@ -1,11 +1,13 @@
 """A loaded transformer with its chosen kernels and attention. It can swap its blocks out and free all its memory."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from wanduet.accelerate.host_memory import HostMemory
+from wanduet.accelerate.lora import MergedLoras
 from wanduet.accelerate.offload import BlockStream, stream_blocks
 from wanduet.distributed.mesh import Mesh
 from wanduet.distributed.sequence.sharding import Sharding
@@ -17,6 +19,7 @@ from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, EightBits, QuantizedKernels
 from wanduet.kernels.select import without
 from wanduet.models.dit.model import WanTransformer
+from wanduet.runtime.context import RunContext
 from wanduet.runtime.release import drop_memory
 
 SWAPPED_OUT = -1  # `resident_blocks` after `swap_out`
@@ -43,6 +46,8 @@ class LoadedTransformer:
     sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
     quantized: tuple[EightBits, QuantizedKernels] | None = None  # of the last job with products in 8 bits
+    loras: MergedLoras | None = None  # in the weights; None for a transformer whose base cannot be read again
+    adapt: Callable[[int, RunContext], bool] = lambda step, context: False  # see `TransformerHost.use`
     loaded_at: float = field(default_factory=time.perf_counter)
     fitted_at: float = 0.0  # when `chosen` was set, by time.perf_counter
 

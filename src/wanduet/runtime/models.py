@@ -10,9 +10,13 @@ from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import on_device_of
+from wanduet.media.input_video import resolve
 from wanduet.models.vae.model import WanVAE
+from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan, TextPlan
+from wanduet.planning.planner import make_plan
 from wanduet.planning.prices import loss_of_speed
+from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.dit_host import TransformerHost
@@ -62,6 +66,18 @@ class Models:
     def price(self, speed: str) -> Price | None:
         """Return what a speed loses with these weights on this machine; None if that was not measured."""
         return loss_of_speed(self.checkpoint.measurements, self.about["hash"], speed)
+
+    def resolve(self, request: GenerationRequest) -> ResolvedRequest:
+        """Return a request with a value in every field, and the hashes of its files.
+
+        Raises InvalidRequestError, also for an input video that is none, and for LoRAs that are not there or not for this
+        model.
+        """
+        return self.transformer.loras.resolve(resolve(request, self.transformer.loras.spec_for(request), self.price))
+
+    def plan(self, request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Plan:
+        """See `planner.make_plan`."""
+        return self.transformer.loras.planned(make_plan(request, self.memory, config, hardware), request)
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:

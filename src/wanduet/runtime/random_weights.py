@@ -1,6 +1,6 @@
 """Random weights of a model's shapes (`random:1.3b`), for planning and measuring without a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,10 +17,32 @@ def randomise(parameters: Mapping[str, Tensor | Weight]) -> None:
     generators: dict[torch.device, torch.Generator] = {}
     for seed, (name, target) in enumerate(sorted(parameters.items(), key=lambda item: item[0])):
         parameter = target if isinstance(target, Tensor) else target.data.new_empty(target.shape, dtype=torch.float32)
-        if parameter.ndim == 1 or "gamma" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator.manual_seed(seed))
+        _fill(parameter, name, seed, generators)
         if target is not parameter:
             target.copy_(parameter)
+
+
+class RandomSource:
+    """The values that `randomise` gives to parameters, for reading them again."""
+
+    def __init__(self, parameters: Mapping[str, Tensor | Weight]) -> None:
+        """`parameters`: where they are when `randomise` fills them; the values depend on the device's type."""
+        self._like: dict[str, tuple[int, torch.Size, torch.dtype, torch.device]] = {}
+        for seed, (name, target) in enumerate(sorted(parameters.items(), key=lambda item: item[0])):
+            data, dtype = (target, target.dtype) if isinstance(target, Tensor) else (target.data, torch.float32)
+            self._like[name] = (seed, data.shape, dtype, data.device)
+
+    def iterate(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(name, tensor)` of the named parameters."""
+        generators: dict[torch.device, torch.Generator] = {}
+        for name in names:
+            seed, shape, dtype, device = self._like[name]
+            yield name, _fill(torch.empty(shape, dtype=dtype, device=device), name, seed, generators)
+
+
+def _fill(parameter: Tensor, name: str, seed: int, generators: dict[torch.device, torch.Generator]) -> Tensor:
+    """Fill a parameter with its values; `generators` are those of the devices so far."""
+    if parameter.ndim == 1 or "gamma" in name:
+        return parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    generator = generators.setdefault(parameter.device, torch.Generator(parameter.device))
+    return parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator.manual_seed(seed))

@@ -2,6 +2,8 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from wanduet.sampling.denoise import denoise as run_steps
 from wanduet.sampling.enlarge import EnlargingSampler, shrink
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
-from wanduet.stages.predict import forward_of, make_guidance, make_predictor, observed, skipped_steps
+from wanduet.stages.predict import GuidanceBySteps, forward_of, make_guidance, make_predictor, observed, skipped_steps
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.resume import CheckpointKeeper
 from wanduet.stages.task import DenoiseTask, StepHooks
@@ -78,7 +80,8 @@ class _Denoise:
             forward = forward_of(denoiser, context)
             self.predictor = make_predictor(denoiser, (1, *first), forward, request)
             seen = observed(self.predictor, hooks.on_predict)
-            self.guidance = make_guidance(seen, task.conditions, request, denoiser, forward)
+            guidance = partial(make_guidance, seen, task.conditions, request, denoiser, forward)
+            self.guidance = GuidanceBySteps(guidance, self._adapt) if request.loras else guidance()
             self.noise = noise.result()
         self.work = step_flops(request, denoiser.spec)
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
@@ -112,6 +115,11 @@ class _Denoise:
         self.record.skipped_steps = skipped_steps(self.predictor)
         self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
+
+    def _adapt(self, step: int) -> bool:
+        # Ranks agree on a cancel only between steps: they must all run the same forwards.
+        context = self.context if self.denoiser.mesh is None else replace(self.context, should_cancel=lambda: False)
+        return self.denoiser.adapt(step, replace(context, emit=lambda _: None))
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> Tensor:
         noise = initial_noise(shape, seed)

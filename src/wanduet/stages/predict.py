@@ -189,6 +189,23 @@ def make_guidance(
     return SequentialGuidance(predictor, context(prompt), context(negative), scale, gate)
 
 
+class GuidanceBySteps:
+    """Guidance of a transformer whose weights change between steps: `adapt` sets those of a step, by its index, and returns
+    whether they changed; `make` then projects the prompts anew."""
+
+    def __init__(self, make: Callable[[], Guidance], adapt: Callable[[int], bool]) -> None:
+        self._make, self._adapt = make, adapt
+        self._guidance: Guidance | None = make()
+
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
+        """See Guidance."""
+        if self._adapt(step.index):
+            self._guidance = None  # its keys and values, before there are new ones
+        if self._guidance is None:
+            self._guidance = self._make()
+        return self._guidance(latents, step)
+
+
 def _as_rank_0(decision: bool) -> bool:
     """Return rank 0's decision; all ranks must call this together."""
     flag = torch.tensor([decision], dtype=torch.int32)

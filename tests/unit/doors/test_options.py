@@ -16,13 +16,15 @@ from wanduet.request import GenerationRequest
 def test_flags_and_configuration_have_the_same_fields_and_defaults() -> None:
     flags = {name: getattr(EngineFlags(), name) for name in EngineFlags.__dataclass_fields__}
     config = {name: getattr(EngineConfig(), name) for name in EngineConfig.__dataclass_fields__}
+    assert config.pop("lora_dir") is None  # names stand for a folder's files only where requests are strangers'
     assert flags == config
     assert EngineFlags().config() == EngineConfig()
 
 
 def test_every_field_of_a_request_has_a_flag() -> None:
     flags = set(VideoFlags.__dataclass_fields__) - {"seconds", "resolution"}
-    assert flags == set(GenerationRequest.model_fields) - {"prompt"}
+    assert flags - {"lora"} == set(GenerationRequest.model_fields) - {"prompt", "loras"}
+    assert [lora.name for lora in VideoFlags(lora=("a", "b:2")).request("x").loras] == ["a", "b"]
 
 
 def test_flags_become_a_request() -> None:

@@ -18,7 +18,6 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, WanduetError
 from wanduet.media.files import check_writable
-from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken
 from wanduet.planning.plan import require_fit
 from wanduet.request import GenerationRequest
@@ -40,7 +39,7 @@ def run_batch(
     check_writable(options.path / "video.mp4")
     with ExitStack() as names, Engine(config) as engine:
         for request in requests:
-            require_fit(engine.plan(request), resolve(request, engine.models.spec, engine.models.price))
+            require_fit(engine.plan(request), engine.models.resolve(request))
         batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()
         while waiting or work:
@@ -134,7 +133,7 @@ def _outcome(job: Job, output: Place) -> dict[str, Any]:
 
 def _made_before(request: GenerationRequest, begun: Begun, engine: Engine, output: Place) -> dict[str, Any]:
     """Return the result of a request whose videos an earlier run has made."""
-    resolved = resolve(request, engine.models.spec, engine.models.price)
+    resolved = engine.models.resolve(request)
     paths = [
         begun.options.video_path(index, resolved.num_videos_per_prompt)
         for index in range(resolved.num_videos_per_prompt)

@@ -28,7 +28,6 @@ from wanduet.family.sparsity import ALL, first_sparse_step
 from wanduet.family.speeds import forecast
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
-from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, take_given
 from wanduet.media.provenance import versions
 from wanduet.meta.prices import in_words
@@ -36,7 +35,6 @@ from wanduet.miniature.vocabulary import is_in_world
 from wanduet.planning.explain import unused_settings
 from wanduet.planning.hardware import detect, parse_hardware
 from wanduet.planning.plan import Plan
-from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
 from wanduet.schedule import joined
@@ -66,8 +64,8 @@ def run_generate(
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
-        resolved = resolve(request, models.spec, models.price)
-        plan = make_plan(resolved, models.memory, config, detect())
+        resolved = models.resolve(request)
+        plan = models.plan(resolved, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
@@ -136,8 +134,8 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     machine = detect()
     if hardware is not None:
         machine = parse_hardware(hardware, machine)
-    resolved = resolve(request, models.spec, models.price)
-    plan = make_plan(resolved, models.memory, config, machine)
+    resolved = models.resolve(request)
+    plan = models.plan(resolved, config, machine)
     found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
     if resolved.approximates:
         price = None if hardware is not None else measured_price(models, plan, resolved)

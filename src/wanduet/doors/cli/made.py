@@ -3,8 +3,9 @@
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from wanduet.engine.pipeline import Engine
 from wanduet.errors import (
     InvalidRequestError,
     ModelNotFoundError,
+    WanduetError,
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.kernels.attention.backends import BACKENDS
@@ -30,8 +32,17 @@ from wanduet.media.provenance import versions
 from wanduet.media.read import frame_hashes, probe, read_metadata
 from wanduet.request import INPUT_HASH, GenerationRequest
 from wanduet.untrusted import cut, printable
+from wanduet.weights.adapters.files import open_adapter
 from wanduet.weights.hub import open_model
 from wanduet.weights.names import BUNDLED
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Files that a video was made from, of which its metadata have only hashes: a video, and LoRAs or folders of them."""
+
+    video: Path | None = None
+    loras: Sequence[Path] = ()
 
 
 def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, quality: int | None) -> dict[str, Any]:
@@ -57,8 +68,8 @@ def run_decode(latents: Path, flags: EngineFlags, output: Place, codec: str, qua
     }
 
 
-def run_verify(video: Path, flags: EngineFlags, max_steps: int, input_video: Path | None = None) -> dict[str, Any]:
-    """Make a video again and compare frame hashes. `input_video`: the file that it was made from, if it was.
+def run_verify(video: Path, flags: EngineFlags, max_steps: int, inputs: Inputs | None = None) -> dict[str, Any]:
+    """Make a video again and compare frame hashes. `inputs`: the files that it was made from.
 
     Raises UnreadableFileError, also if the video's metadata claims more than `max_steps` steps: size and length can be
     checked against the file, steps cannot.
@@ -69,7 +80,8 @@ def run_verify(video: Path, flags: EngineFlags, max_steps: int, input_video: Pat
             f"{video} was decoded from latents that another model or program made, so it cannot be made again."
         )
     (request, quality), facts = _request_of(video, about), probe(video)
-    request = _with_input(video, request, input_video)
+    inputs = inputs or Inputs()
+    request = _with_loras(video, _with_input(video, request, inputs.video), inputs.loras)
     for side in ("width", "height"):  # before spending hours on an untrusted file's claims
         if getattr(request, side) not in (None, facts[side]):
             raise UnreadableFileError(
@@ -125,6 +137,39 @@ def _with_input(video: Path, request: GenerationRequest, given: Path | None) -> 
     if f"{INPUT_HASH}{read_source(given).sha256}" != request.input_video:
         raise UnreadableFileError(f"{video} was made from another video than {given}: their hashes differ.")
     return request.model_copy(update={"input_video": str(given)})
+
+
+def _with_loras(video: Path, request: GenerationRequest, given: Sequence[Path]) -> GenerationRequest:
+    """Return the request with the paths of its LoRAs, which are found by their hashes. Raises UnreadableFileError if one is
+    not among those given."""
+    if not request.loras:
+        if given:
+            raise UnreadableFileError(f"{video} was made without LoRA, so --lora has no use.")
+        return request
+    found = _by_hash(given, request)
+    missing = [lora for lora in request.loras if lora.sha256 not in found]
+    if missing:
+        names = ", ".join(printable(cut(lora.file_name)) for lora in missing)
+        raise UnreadableFileError(
+            f"{video} was made with LoRA, and of {names} it has only the hash.",
+            hint="Name the files, or a folder with them, with --lora.",
+        )
+    paths_of = {sha256: str(path.absolute()) for sha256, path in found.items()}
+    loras = tuple(lora.model_copy(update={"name": paths_of[lora.sha256 or ""]}) for lora in request.loras)
+    return request.model_copy(update={"loras": loras})
+
+
+def _by_hash(given: Sequence[Path], request: GenerationRequest) -> dict[str, Path]:
+    """Return the LoRAs among files and folders by their hashes, until all of a request are found."""
+    paths = [file for path in given for file in (path, *(path.iterdir() if path.is_dir() else ()))]
+    loras = request.loras or ()
+    names, found = {lora.file_name for lora in loras}, dict[str, Path]()
+    for path in sorted(paths, key=lambda path: path.name not in names):
+        if all(lora.sha256 in found for lora in loras):
+            break
+        with suppress(WanduetError, OSError):  # another file of the folder
+            found[open_adapter(path).sha256()] = path
+    return found
 
 
 def _request_of(video: Path, about: dict[str, Any]) -> tuple[GenerationRequest, int | None]:

@@ -289,6 +289,12 @@ def verify(
         Path | None,
         Parameter(help="The video that it was made from, if it was: a video's metadata have only its hash."),
     ] = None,
+    lora: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            help="A LoRA that it was made with, or a folder of them: they are found by their hashes.", negative=""
+        ),
+    ] = (),
     engine: EngineFlags = OTHER,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -298,9 +304,9 @@ def verify(
     wanduet verify cat.mp4
     ```
     """
-    from wanduet.doors.cli.made import run_verify
+    from wanduet.doors.cli.made import Inputs, run_verify
 
-    found = run_verify(video, engine, max_steps, input_video)
+    found = run_verify(video, engine, max_steps, Inputs(input_video, lora))
     emit(found, json_)
     if not found["equal"]:
         raise SystemExit(1)

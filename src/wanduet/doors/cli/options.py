@@ -100,6 +100,16 @@ _SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
 )
 
 
+LoraFlags = Annotated[
+    tuple[str, ...],
+    Parameter(
+        help="A LoRA to merge into the weights: FILE[:STRENGTH[@FROM-TO]], for example style.safetensors:0.8, or :1@0-0.5 for "
+        "the first half of the steps. Give it once for each.",
+        negative="",
+    ),
+]
+
+
 def _video_flags() -> Iterator[tuple[str, Any, None]]:
     """Yield name, type and default (None) of a video's flags: for each field except the prompt, and alternatives."""
     for name, field in REQUEST_FIELDS.items():
@@ -108,6 +118,7 @@ def _video_flags() -> Iterator[tuple[str, Any, None]]:
             flag = Parameter(help=field.help, alias=field.shown.aliases, converter=converter)
             yield name, Annotated[str if field.is_list else field.kind, flag] | None, None
         yield from ((shorthand, kind | None, None) for after, shorthand, kind in _SHORTHANDS if after == name)
+    yield "lora", LoraFlags | None, None
 
 
 @Parameter(name="*", group=VIDEO)
@@ -134,6 +145,8 @@ class VideoFlags(make_dataclass("VideoFlags", _video_flags(), frozen=True, slots
             known = spec or WAN_1_3B
             fps, stride = self.fps or known.defaults.fps, known.vae.temporal_stride
             values["num_frames"] = frames_for_seconds(self.seconds, fps, stride)
+        if self.lora:
+            values["loras"] = self.lora
         return typed_request(prompt=prompt, **values)
 
 

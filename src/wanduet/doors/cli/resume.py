@@ -10,7 +10,6 @@ from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.media.codecs import find_codec
 from wanduet.media.files import UnreadableFileError
-from wanduet.media.input_video import resolve
 from wanduet.media.names import Taken, is_taken, names_for, take
 from wanduet.media.read import read_metadata
 from wanduet.request import GenerationRequest
@@ -103,5 +102,5 @@ class _Wanted:
 
 
 def _wanted(request: GenerationRequest, engine: Engine) -> _Wanted:
-    fields = resolve(request, engine.models.spec, engine.models.price).recorded() | {"seed": None}
+    fields = engine.models.resolve(request).recorded() | {"seed": None}
     return _Wanted(fields, request.seed, engine.models.about)

@@ -1,0 +1,129 @@
+"""The LoRA files of an engine's requests: found, hashed, read once, and checked against the model."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+from wanduet.errors import InvalidRequestError
+from wanduet.family.distilled import FewStep
+from wanduet.family.spec import ModelSpec
+from wanduet.loras import SPELLING, Lora, loras_at
+from wanduet.planning.loras import LorasPlan
+from wanduet.planning.plan import Plan
+from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.runtime.checkpoint import ModelCheckpoint
+from wanduet.weights.adapters.adapter import Adapter
+from wanduet.weights.adapters.reader import read_adapter
+
+KEPT = 8  # adapters that stay in memory after their last use
+
+_State = tuple[object, ...]  # a path, and the time of the last change and the size of each of its files
+
+
+class LoraFiles:
+    """Reads adapters for one model and keeps the last ones. Methods may be called from any thread."""
+
+    def __init__(self, checkpoint: ModelCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._lock = Lock()
+        self._read: OrderedDict[_State, Adapter] = OrderedDict()
+
+    def resolve(self, request: ResolvedRequest) -> ResolvedRequest:
+        """Return the request with absolute paths (not of names in the operator's folder) and the files' hashes.
+
+        Raises InvalidRequestError for a file that is not there, has another hash than the request says, or is not one for
+        this model.
+        """
+        if not request.loras:
+            return request
+        return request.model_copy(update={"loras": tuple(map(self._resolved, request.loras))})
+
+    def spec_for(self, request: GenerationRequest) -> ModelSpec:
+        """Return the model's spec, with the sampling of a few-step LoRA of the request as its defaults. Raises as `resolve`
+        does."""
+        spec = self._checkpoint.spec
+        few_step = self._few_step(request.loras or ())
+        return spec if few_step is None else replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
+
+    def _few_step(self, loras: Iterable[Lora]) -> FewStep | None:
+        return next((found for lora in loras if lora.strength and (found := self.read(lora).few_step)), None)
+
+    def _resolved(self, lora: Lora) -> Lora:
+        sha256 = self.read(lora).sha256
+        name = lora.name if self._folder is not None else str(self._path(lora))
+        return lora.model_copy(update={"name": name, "sha256": sha256})
+
+    def at_step(self, request: ResolvedRequest, step: int) -> list[tuple[Adapter, float]]:
+        """Return the adapters of a step, by its index in the schedule, with their strengths. Raises as `resolve` does.
+
+        A file that is gone, or has changed, since it was read for the request does not matter while it is kept.
+        """
+        with self._lock:
+            kept = {adapter.sha256: adapter for adapter in self._read.values()}
+        loras = loras_at(request.loras, step - request.first_step, request.num_denoising_steps)
+        return [(kept.get(lora.sha256 or "") or self.read(lora), lora.strength) for lora in loras]
+
+    def planned(self, plan: Plan, request: ResolvedRequest) -> Plan:
+        """Return a plan with the memory and time that the request's adapters add. Raises as `resolve` does."""
+        if not request.loras:
+            return plan
+        shapes = self._checkpoint.memory.transformer_shapes
+        adapters = [self.read(lora) for lora in request.loras]
+        return LorasPlan.of(request, adapters, shapes).added_to(plan)
+
+    def warnings(self, request: ResolvedRequest) -> list[str]:
+        """Return what is said about a request's files: what was left out of them, and whose sampling is used."""
+        adapters = {lora.file_name: self.read(lora) for lora in request.loras}
+        few_step = self._few_step(request.loras)
+        said = (
+            []
+            if few_step is None
+            else [f"{few_step.name}: its sampler, steps and guidance are used where none are given."]
+        )
+        return said + [
+            f"{name}: {count} tensor{'s' * (count > 1)} ignored: {reason}"
+            for name, adapter in adapters.items()
+            for reason, count in adapter.ignored.items()
+        ]
+
+    def read(self, lora: Lora) -> Adapter:
+        """Return the adapter, read at its first use. Raises as `resolve` does."""
+        path = self._path(lora)
+        try:
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            about = [file.stat() for file in files]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise self._error(lora, f"a file that exists ({path}: {reason}); {SPELLING}") from error
+        state = (str(path), *((one.st_mtime_ns, one.st_size) for one in about))
+        with self._lock:
+            adapter = self._read.pop(state, None)
+            if adapter is None:
+                memory = self._checkpoint.memory
+                adapter = read_adapter(path, memory.spec.transformer, memory.transformer_shapes)
+            self._read[state] = adapter
+            while len(self._read) > KEPT:
+                self._read.popitem(last=False)
+        if lora.sha256 not in (None, adapter.sha256):
+            raise self._error(lora, f"the file with SHA-256 {lora.sha256}; {path} is another, or has changed")
+        return adapter
+
+    @property
+    def _folder(self) -> Path | None:
+        return self._checkpoint.config.lora_dir
+
+    def _path(self, lora: Lora) -> Path:
+        """Return the path that a name stands for, the only place that decides it: a file of the operator's folder, if the
+        engine has one, else any path."""
+        if self._folder is None:
+            return Path(lora.name).expanduser().absolute()
+        if lora.name in (".", "..") or "\0" in lora.name or set(lora.name) & {"/", "\\", ":", os.sep}:
+            raise self._error(lora, "the name of a file in the folder of LoRAs, without a path")
+        return Path(self._folder) / lora.name
+
+    @staticmethod
+    def _error(lora: Lora, allowed: str) -> InvalidRequestError:
+        return InvalidRequestError("loras", lora.name, allowed)
