@@ -434,6 +434,8 @@ def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
     skips = {"step_cache": "easycache:1.0", "guidance_gate": 0.25}
     for call, expected in (
         ({"guidance_gate": 0.25}, 3 * 2 + 9),
+        ({"guidance_interval": "0.25-0.5"}, 3 + 3 * 2 + 6),
+        ({"guidance_mode": "apg"}, 24),
         ({"step_cache": "easycache:1.0"}, 2 * 11),  # 10 steps and the last
         (skips, 3 * 2 + 8),
     ):

@@ -347,12 +347,13 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
         (Layout(cfg=2, ulysses=2), GATED | {"sparse": 0.5}, "direct", Layout(ulysses=4)),
         (Layout(cfg=2, ulysses=4), GATED, "direct", Layout(ring=2, ulysses=4)),
         (Layout(cfg=2, ulysses=4), GATED | {"sparse": 0.5}, "direct", None),  # in a ring, each has a part of the keys
+        (Layout(cfg=2), {"guidance_interval": "0.2-1"}, "direct", Layout(ulysses=2)),
         (Layout(cfg=2), {}, "direct", None),
         (Layout(ulysses=2), GATED, "direct", None),
         (Layout(cfg=2), GATED, "gloo", None),  # to exchange takes longer than to compute all
     ],
 )
-def test_after_the_guidance_gate_ranks_share_one_sequence(layout, fields, link, after) -> None:
+def test_in_steps_without_guidance_ranks_share_one_sequence(layout, fields, link, after) -> None:
     from wanduet.engine.speeds import layout_unguided
     from wanduet.planning.hardware import LINK_RATES
     from wanduet.planning.planner import make_plan

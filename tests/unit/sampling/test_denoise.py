@@ -61,6 +61,15 @@ def test_guidance_formula() -> None:
     torch.testing.assert_close(guided, -x + 5 * (3 * x + x))
 
 
+def test_apg_begins_anew_where_latents_are_enlarged() -> None:
+    """Its sum of earlier differences has their size."""
+    apg, small, large = Combination(5.0, "apg"), (1, 16, 2, 4, 4), (1, 16, 2, 8, 8)
+    apg(torch.randn(small), torch.randn(small))
+    both = torch.randn(large), torch.randn(large)
+    assert torch.equal(apg(*both), Combination(5.0, "apg")(*both))
+    assert not torch.equal(apg(*both), Combination(5.0, "apg")(*both))
+
+
 def test_noise_depends_on_the_seed_alone() -> None:
     assert torch.equal(initial_noise((2, 3), 7), initial_noise((2, 3), 7))
     assert not torch.equal(initial_noise((2, 3), 7), initial_noise((2, 3), 8))
