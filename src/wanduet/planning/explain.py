@@ -243,6 +243,8 @@ class Explanation:
         if request.step_cache != OFF:
             why = f"{self._by('step_cache')}: {count}; the video differs from the exact one"
             found.append(Choice("step_cache", request.step_cache, why))
+        if request.guidance_mode != "cfg":
+            found.append(Choice("guidance_mode", request.guidance_mode, REQUESTED))
         for name in ("guidance_gate", "guidance_interval"):
             if name in request.approximations:
                 steps = f"{len(request.guided_steps)} of {request.num_denoising_steps} steps are guided"
