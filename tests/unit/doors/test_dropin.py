@@ -442,6 +442,7 @@ def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
         made_so, count = run(**call)
         assert count == expected
         assert not torch.equal(made_so, exact)
+    assert run(guidance_mode="cfg-zero", num_inference_steps=13)[1] == 2 * 12, "the first step is left out"
     noise = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     pair, count = run(**skips, num_videos_per_prompt=2, latents=noise)
     assert count == 2 * (3 * 2 + 8)
