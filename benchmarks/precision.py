@@ -20,7 +20,7 @@ from transformer_forward import BF16, Job, diffusers_model, our_model, tuned_mod
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.dit.plain import TORCH_KERNELS
 from wanduet.sampling.denoise import denoise
-from wanduet.sampling.guidance import SequentialGuidance
+from wanduet.sampling.guidance import Combination, SequentialGuidance
 from wanduet.sampling.samplers import Schedule, make_sampler
 
 Predict = Callable[[torch.Tensor, float, int], torch.Tensor]  # latents, timestep, which of two prompts
@@ -87,7 +87,7 @@ def denoised(predict: Predict, latents: torch.Tensor, steps: int) -> torch.Tenso
     """Latents after a whole denoise with guidance."""
     sampler = make_sampler(Schedule("unipc", SHIFT, steps), 0, DEVICE)
     both = SequentialGuidance(
-        lambda x, step, prompts: [predict(x, step.timestep, prompt) for prompt in prompts], 0, 1, SCALE
+        lambda x, step, prompts: [predict(x, step.timestep, prompt) for prompt in prompts], 0, 1, Combination(SCALE)
     )
     return denoise(both, latents, sampler)
 

@@ -8,7 +8,6 @@ tables in docs/ are generated from `REQUEST_FIELDS`.
 allowed value, before any model is loaded.
 """
 
-import math
 import random
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.guidance import IntervalField, ModeField, check_guidance, guided_range, zero_steps
 from wanduet.family.low_res import check_low_res
 from wanduet.family.sizes import check_frames, generated_side
 from wanduet.family.sparsity import ALL, check_sparse
@@ -40,14 +40,13 @@ from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fi
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SourceVideo
 
-# (height, width); 1080p is generated as 1088 rows and cropped.
-RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
 # Fields that save work, at a loss.
-APPROXIMATIONS = ("step_cache", "guidance_gate", "sparse", "quantize", "low_res_first")
+APPROXIMATIONS = ("step_cache", "guidance_gate", "guidance_interval", "sparse", "quantize", "low_res_first")
+OPTIONAL = (*APPROXIMATIONS, "guidance_mode")  # fields that are not recorded where they do nothing
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
 
 
@@ -81,6 +80,7 @@ class GenerationRequest(BaseModel):
         le=100.0,
         description="How closely the prompt is followed; 1 turns guidance off, and halves the time.",
     )
+    guidance_mode: ModeField = "cfg"
     flow_shift: Annotated[Real | None, Shown(row=4, span=(0.5, 20), step=0.5, detail="Shift")] = Field(
         default=None,
         gt=0.0,
@@ -118,7 +118,7 @@ class GenerationRequest(BaseModel):
         f"and less like the exact video. It sets {' and '.join(sorted(CHOSEN))}; one of these that is given beside it is "
         "kept. Default: exact.",
     )
-    loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed", *APPROXIMATIONS))] = Field(
+    loss_budget: Annotated[Real | None, Shown(row=7, placeholder="dB", replaces=("speed", *OPTIONAL))] = Field(
         default=None,
         gt=0.0,
         le=100.0,
@@ -136,6 +136,7 @@ class GenerationRequest(BaseModel):
         le=1.0,
         description="The share of the steps that are guided: after it, guidance is off, and a step takes half the time.",
     )
+    guidance_interval: IntervalField = "0-1"
     sparse: Annotated[Real, Shown(row=7, off=ALL, span=(0.05, 1), step=0.05)] = Field(
         default=ALL,
         gt=0.0,
@@ -218,8 +219,7 @@ class GenerationRequest(BaseModel):
         try:
             if setting is not None:
                 check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
-            if resolved.guidance_gate < 1 and not resolved.uses_guidance:
-                raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
+            check_guidance(values, spec)
             check_low_res(values, spec)
             check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
         except InvalidRequestError as error:
@@ -227,7 +227,7 @@ class GenerationRequest(BaseModel):
         if self.speed == EXACT and resolved.approximates:
             given = ", ".join(f"{name}={value}" for name, value in resolved.approximations.items())
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
-        alone = EXACT_VALUES | of_speed  # a price is that of the speed's fields alone
+        alone = OFF_VALUES | of_speed  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         return resolved.model_copy(update={"price": price_of_speed(self.speed, spec, prices) if is_whole else None})
 
@@ -235,7 +235,7 @@ class GenerationRequest(BaseModel):
         self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices
     ) -> "ResolvedRequest":
         """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
-        for name in ("speed", *EXACT_VALUES):
+        for name in ("speed", *OFF_VALUES):
             if getattr(self, name) != type(self).model_fields[name].default:
                 is_set = name in ("speed", *CHOSEN)
                 why = "loss_budget sets it" if is_set else "what it loses beside a speed is not known"
@@ -320,10 +320,22 @@ class ResolvedRequest(GenerationRequest):
         return self.num_inference_steps - self.num_denoising_steps
 
     @property
-    def num_guided_steps(self) -> int:
-        """How many of the steps that are run, its first, also compute the negative prompt."""
-        steps = math.ceil(round(self.guidance_gate * self.num_denoising_steps, 6))
-        return steps if self.uses_guidance else 0
+    def num_zero_steps(self) -> int:
+        """How many steps of the schedule, its first, have velocity 0 and no forward (CFG-Zero*)."""
+        begins_at_noise = self.uses_guidance and not self.uses_input
+        return zero_steps(self.guidance_mode, self.num_denoising_steps) if begins_at_noise else 0
+
+    @property
+    def guided_steps(self) -> range:
+        """The steps that also compute the negative prompt, as indices in the schedule."""
+        steps, first = self.num_denoising_steps if self.uses_guidance else 0, self.first_step
+        found = guided_range(self.guidance_interval, self.guidance_gate, steps)
+        return range(max(first + found.start, self.num_zero_steps), first + found.stop)
+
+    @property
+    def ends_guidance(self) -> bool:
+        """Whether there is guidance, but not in all steps: some have one forward."""
+        return self.uses_guidance and self.num_zero_steps + len(self.guided_steps) < self.num_denoising_steps
 
     @property
     def approximations(self) -> dict[str, Any]:
@@ -342,9 +354,9 @@ class ResolvedRequest(GenerationRequest):
 
     def recorded(self) -> dict[str, Any]:
         """Return the fields as records of a video have them: an input video by its hash, not by its path. Fields without
-        effect are left out: those of an input video if there is none, those of approximations that are off, the
+        effect are left out: those of an input video if there is none, those that are off, the
         timesteps or the shift that they replace, and speed and loss budget, which have set other fields."""
-        off = EXACT_VALUES.keys() - self.approximations.keys()
+        off = {name for name, value in OFF_VALUES.items() if getattr(self, name) == value}
         unused = "timesteps" if self.timesteps is None else "flow_shift"
         values = self.model_dump(exclude={"input_sha256", "price", "loras", *FIELDS, unused} | off)
         if self.loras:
@@ -380,21 +392,10 @@ def check_prompt_length(name: str, text: str, most: int = MAX_PROMPT) -> None:
 
 
 REQUEST_FIELDS: Mapping[str, RequestField] = fields_of(GenerationRequest)
-EXACT_VALUES = {name: REQUEST_FIELDS[name].shown.off for name in APPROXIMATIONS}
+OFF_VALUES = {name: REQUEST_FIELDS[name].shown.off for name in OPTIONAL}
+EXACT_VALUES = {name: OFF_VALUES[name] for name in APPROXIMATIONS}
 
 
 def exclude(one: str, other: str) -> bool:
     """Return whether two fields are not given together, because one replaces the other."""
     return any(a in REQUEST_FIELDS and b in REQUEST_FIELDS[a].shown.replaces for a, b in ((one, other), (other, one)))
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Parse `480p`, `720p`, `1080p` or `WIDTHxHEIGHT` to `(height, width)` in pixels. Raises InvalidRequestError."""
-    name = text.strip().lower()
-    if name in RESOLUTIONS:
-        return RESOLUTIONS[name]
-    width, _, height = name.partition("x")
-    if all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
-        return int(height), int(width)
-    allowed = ", ".join(RESOLUTIONS) + " or WIDTHxHEIGHT, for example 832x480"
-    raise InvalidRequestError("resolution", text, allowed)

@@ -21,7 +21,7 @@ from wanduet.models.vae.model import WanVAE
 from wanduet.models.vae.rows import Tiling
 from wanduet.models.vae.stream import decode_stream
 from wanduet.sampling.denoise import denoise
-from wanduet.sampling.guidance import SequentialGuidance
+from wanduet.sampling.guidance import Combination, SequentialGuidance
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.weights.hub import open_model
@@ -70,7 +70,7 @@ def denoise_streamed(transformer: WanTransformer, num_resident: int) -> Tensor:
                 return transformer.forward_cfg(latents, torch.tensor([step.timestep]), texts, rope)
 
         sampler = make_sampler(Schedule("unipc", 3.0, 3), 0, CPU)
-        return denoise(SequentialGuidance(predict, *texts, 3.0), initial_noise(shape, 11), sampler)
+        return denoise(SequentialGuidance(predict, *texts, Combination(3.0)), initial_noise(shape, 11), sampler)
     finally:
         stream.close()
 

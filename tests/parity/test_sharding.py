@@ -21,7 +21,7 @@ from wanduet.kernels.attention.backends import plain_with_lse, sdpa
 from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.models.dit.block import Runtime
 from wanduet.models.dit.model import WanTransformer
-from wanduet.sampling.guidance import PairedPredictor, SequentialGuidance
+from wanduet.sampling.guidance import Combination, PairedPredictor, SequentialGuidance
 
 SPEC = replace(
     WAN_1_3B.transformer,
@@ -174,8 +174,10 @@ def guided(rank: Rank) -> tuple[Tensor, Tensor]:
     made.runtime = Runtime(sharding=SequenceSharding(mesh))
     with torch.no_grad():
         own = [text if rank_of_it == mesh.cfg_rank else None for rank_of_it, text in enumerate((positive, negative))]
-        parallel = SequentialGuidance(PairedPredictor(predict, mesh.cfg), *own, 5.0)(latents, Step(0, 500.0))
-        return parallel, SequentialGuidance(predict, positive, negative, 5.0)(latents, Step(0, 500.0))
+        parallel = SequentialGuidance(PairedPredictor(predict, mesh.cfg), *own, Combination(5.0))(
+            latents, Step(0, 500.0)
+        )
+        return parallel, SequentialGuidance(predict, positive, negative, Combination(5.0))(latents, Step(0, 500.0))
 
 
 def shared_first(rank: Rank) -> list[tuple[Tensor, Tensor, list[int]]]:

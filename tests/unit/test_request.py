@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.sizes import frames_for_seconds
+from wanduet.family.sizes import frames_for_seconds, parse_resolution
 from wanduet.family.wan21 import WAN_1_3B
-from wanduet.request import GenerationRequest, ResolvedRequest, parse_resolution
+from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.source_video import SourceVideo
 
 MEANT = st.sampled_from([0.5, 1, 16, 20, 38, 480, 832, "exact", "fine", "draft", "fp8", "magcache:0.1", "euler", True])

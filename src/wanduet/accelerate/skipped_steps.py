@@ -51,33 +51,35 @@ class Forwards:
     @classmethod
     def of(cls, request: ResolvedRequest, spec: ModelSpec) -> Self:
         """Predict the forwards of a video of this request."""
-        steps, guided = request.num_denoising_steps, request.num_guided_steps
-        exact = steps * (1 + request.uses_guidance)
+        first, guided, zero = request.first_step, request.guided_steps, request.num_zero_steps
+        run = range(first + zero, request.num_inference_steps)  # CFG-Zero* leaves out steps of an exact video, too
+        exact = len(run) * (1 + request.uses_guidance)
         setting = StepCacheSetting.parse(request.step_cache, spec.transformer)
         if setting is None:
-            return cls(guided, steps - guided, exact)
+            return cls(len(guided), len(run) - len(guided), exact)
         if setting.name == "magcache":
             skipped = magcache_steps(request, spec)
-            first = request.first_step
-            computed = [step for step in range(first, first + steps) if step not in skipped]
-            before = sum(step < first + guided for step in computed)
-            return cls(before, len(computed) - before, exact)
+            computed = [step for step in run if step not in skipped]
+            of_guided = sum(step in guided for step in computed)
+            return cls(of_guided, len(computed) - of_guided, exact)
         always = EASYCACHE_FIRST if setting.name == "easycache" else 1
         share = _interpolated(_shares(setting, spec), setting.threshold)
 
-        def among_first(count: int) -> float:
-            return min(count, always) + share * max(0, count - always)
+        def before(step: int) -> float:
+            if step == run.stop:
+                return before(step - 1) + 1  # the last is always computed
+            return min(step - first, always) + share * max(0, step - first - always)
 
-        total = among_first(steps - 1) + 1  # the last is always computed
-        of_guided = total if guided == steps else among_first(guided)
-        return cls(of_guided, total - of_guided, exact, is_estimate=True)
+        estimate = before(guided.stop) - before(guided.start) if guided else 0.0
+        total = before(run.stop) - before(run.start)
+        return cls(estimate, total - estimate, exact, is_estimate=True)
 
 
 def forwards_made(request: ResolvedRequest, skipped: Sequence[int]) -> int:
     """Return the forwards that made a video whose steps `skipped` (indices in the schedule) were skipped."""
     first = request.first_step
-    computed = set(range(first, request.num_inference_steps)) - set(skipped)
-    return len(computed) + sum(step < first + request.num_guided_steps for step in computed)
+    computed = set(range(first + request.num_zero_steps, request.num_inference_steps)) - set(skipped)
+    return len(computed) + len(computed.intersection(request.guided_steps))
 
 
 def magcache_steps(request: ResolvedRequest, spec: ModelSpec) -> frozenset[int]:
@@ -88,7 +90,9 @@ def magcache_steps(request: ResolvedRequest, spec: ModelSpec) -> frozenset[int]:
     first = request.first_step
     sigmas, _ = levels_of(Schedule.of(request))
     skips = magcache_run(table, setting.threshold, sigmas[first : request.num_inference_steps])
-    return frozenset(first + index for index, skip in enumerate(skips) if skip)
+    # At the begin of a guidance interval, there is no velocity of the negative prompt yet.
+    never = request.guided_steps[:1]
+    return frozenset(first + index for index, skip in enumerate(skips) if skip and first + index not in never)
 
 
 def magcache_run(table: StepCacheTable, threshold: float, sigmas: Sequence[float]) -> list[bool]:

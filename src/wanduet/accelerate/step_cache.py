@@ -191,11 +191,12 @@ def rule_of(setting: StepCacheSetting, spec: ModelSpec, run: Run, embed_time: Ca
 
 
 def kept_latents(request: ResolvedRequest) -> int:
-    """Return how many tensors of the latents' size a request's step cache keeps: latents and one velocity a prompt; with
-    EasyCache also the latents of the step before."""
+    """Return how many tensors of the latents' size a request keeps from step to step. A step cache: latents and one velocity
+    a prompt; with EasyCache also the latents of the step before. APG: the sum of its differences."""
+    of_guidance = int(request.guidance_mode == "apg")
     if request.step_cache == "off":
-        return 0
-    return 2 + request.uses_guidance + request.step_cache.startswith("easycache")
+        return of_guidance
+    return of_guidance + 2 + request.uses_guidance + request.step_cache.startswith("easycache")
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
-from wanduet.jobs.records import DECODE, SHORT_NAMES
+from wanduet.jobs.records import DECODE, SHORT_MODES, SHORT_NAMES
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
@@ -162,7 +162,8 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
         size, steps, branches, videos, *rest = demand.split("/")
         given = [text for text in rest if "=" not in text]
         skips: dict[str, str] = dict(text.split("=") for text in rest if "=" in text)
-        fields: dict[str, Any] = {SHORT_NAMES[short]: value for short, value in skips.items()}
+        words = {short: mode for mode, short in SHORT_MODES.items()}
+        fields: dict[str, Any] = {SHORT_NAMES[short]: words.get(value, value) for short, value in skips.items()}
         fields |= {name: float(fields[name]) for name in fields.keys() & NUMBERS}
         strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")

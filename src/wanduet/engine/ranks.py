@@ -21,7 +21,7 @@ from wanduet.distributed.sequence.cfg import CfgSharding
 from wanduet.distributed.sequence.hybrid import SequenceSharding
 from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.engine.rank_decode import decode_share
-from wanduet.engine.speeds import all_speeds, layout_after_gate, link_rate, of_sequence, suited_layout
+from wanduet.engine.speeds import all_speeds, layout_unguided, link_rate, of_sequence, suited_layout
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.folders import never_make
 from wanduet.kernels.attention.choose import choose_together
@@ -116,7 +116,7 @@ def work(rank: Rank, config: EngineConfig) -> None:
         if not speeds:
             speeds, sends = all_speeds(rank, config.device_speeds), link_rate(rank)
         layout = suited_layout(assignment.plan, assignment.request, models.spec, speeds, sends)
-        after = layout_after_gate(assignment.plan, assignment.request, models.spec, layout, sends)
+        after = layout_unguided(assignment.plan, assignment.request, models.spec, layout, sends)
         for one in (layout, after):
             if one is not None and one not in meshes:
                 meshes[one] = rank.mesh(one)
@@ -154,13 +154,13 @@ def _own_plan(plan: Plan, rank: Rank) -> Plan:
 @dataclass(frozen=True, slots=True)
 class _Run:
     """A rank's settings for one denoise: its own plan, the job's id, the video's record, the mesh, another one for the
-    steps after the guidance gate, all ranks' speeds."""
+    steps without guidance, all ranks' speeds."""
 
     plan: Plan
     job: str
     record: VideoRecord
     mesh: Mesh
-    after_gate: Mesh | None
+    unguided: Mesh | None
     speeds: tuple[float, ...]
 
 
@@ -263,17 +263,17 @@ def _agree(denoiser: LoadedTransformer) -> None:
 
 def _share(denoiser: LoadedTransformer, run: _Run) -> None:
     """Install the mesh's sharding in the transformer: a part of the sequence, larger on faster ranks, or with CFG
-    parallelism a part of the work that both prompts share; and after the guidance gate, a part of the sequence."""
-    mesh, after = run.mesh, run.after_gate
+    parallelism a part of the work that both prompts share; and in steps without guidance, a part of the sequence."""
+    mesh, after = run.mesh, run.unguided
 
     def of_parts(mesh: Mesh) -> SequenceSharding:
         found = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(run.speeds, mesh))
         found.block = denoiser.transformer.runtime.token_block or 1
         return found
 
-    denoiser.mesh, denoiser.after_gate = mesh, None
+    denoiser.mesh, denoiser.unguided = mesh, None
     if after is not None and (after.layout.ring == 1 or denoiser.attention_lse is not None):
-        denoiser.after_gate = of_parts(after)
+        denoiser.unguided = of_parts(after)
     sharding: Sharding
     if mesh.layout.sequence > 1:
         sharding = of_parts(mesh)

@@ -84,15 +84,15 @@ def suited_layout(
     return layout if fits else plan.group.layout
 
 
-def layout_after_gate(
+def layout_unguided(
     plan: Plan, request: ResolvedRequest, spec: ModelSpec, layout: Layout, link_rate: float | None
 ) -> Layout | None:
-    """Return the layout of the steps after the guidance gate, in which all ranks share the sequence of the prompt.
+    """Return the layout of the steps without guidance, of a request that has others, in which all ranks share the sequence of the prompt.
 
-    None if these steps need no other one than `layout`, that of the steps before, if exchanges would take longer than each
+    None if these steps need no other one than `layout`, that of the guided steps, if exchanges would take longer than each
     rank needs for the whole sequence, or if the ranks would each have a part of the keys of sparse attention.
     """
-    if layout.cfg == 1 or request.num_guided_steps == request.num_denoising_steps:
+    if layout.cfg == 1 or not request.ends_guidance:
         return None
     step_s, item = step_seconds(request, plan.prediction.seconds), DTYPE_BYTES[plan.transformer.dtype]
     # With both prompts, exchanges add `cost - 1` to the time in which a rank computes one of them whole. With one prompt

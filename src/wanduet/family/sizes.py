@@ -3,6 +3,8 @@
 from wanduet.errors import InvalidRequestError
 from wanduet.family.spec import ModelSpec
 
+# (height, width); 1080p is generated as 1088 rows and cropped.
+RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 CROPPED_SIDE = 1080  # is generated with 1088 rows or columns and cropped
 
 
@@ -35,3 +37,15 @@ def check_frames(num_frames: int, spec: ModelSpec) -> None:
 def frames_for_seconds(seconds: float, fps: int = 16, stride: int = 4) -> int:
     """Return the allowed number of frames (`stride * n + 1`) nearest to a duration."""
     return max(0, round(seconds * fps / stride)) * stride + 1
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Parse `480p`, `720p`, `1080p` or `WIDTHxHEIGHT` to `(height, width)` in pixels. Raises InvalidRequestError."""
+    name = text.strip().lower()
+    if name in RESOLUTIONS:
+        return RESOLUTIONS[name]
+    width, _, height = name.partition("x")
+    if all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
+        return int(height), int(width)
+    allowed = ", ".join(RESOLUTIONS) + " or WIDTHxHEIGHT, for example 832x480"
+    raise InvalidRequestError("resolution", text, allowed)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.errors import ConfigError, WanduetError
-from wanduet.request import EXACT_VALUES
+from wanduet.request import OFF_VALUES
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Order = Literal["asc", "desc"]
@@ -265,21 +265,24 @@ def submitted_at(job_id: str) -> float:
     return int(job_id[6:18], 16) / 1000
 
 
-# The approximations, by names of one letter: a demand is in a column of limited length.
+# The fields that are off by default, by names of one letter: a demand is in a column of limited length.
 SHORT_NAMES: Mapping[str, str] = {
     "c": "step_cache",
     "g": "guidance_gate",
     "s": "sparse",
     "q": "quantize",
     "l": "low_res_first",
+    "i": "guidance_interval",
+    "m": "guidance_mode",
 }
+SHORT_MODES: Mapping[str, str] = {"cfg-zero": "z", "apg": "a"}
 
 
 def demand_of(request: dict[str, Any]) -> str:
     """Return the fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
     `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
-    with an input video, `/STRENGTH` follows; then the approximations, as `/LETTER=VALUE`.
+    with an input video, `/STRENGTH` follows; then the fields that are not off, as `/LETTER=VALUE`.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -291,9 +294,9 @@ def demand_of(request: dict[str, Any]) -> str:
     if request.get("input_video") is not None:
         demand += "/-" if (strength := request.get("strength")) is None else f"/{strength:g}"
     for short, name in SHORT_NAMES.items():
-        if (value := request.get(name)) not in (None, EXACT_VALUES[name]):
+        if (value := request.get(name)) not in (None, OFF_VALUES[name]):
             kind, colon, number = value.rpartition(":") if isinstance(value, str) else ("", "", value)
-            demand += f"/{short}={kind}{colon}{_short(number)}"
+            demand += f"/{short}={kind}{colon}{_short(SHORT_MODES.get(number, number))}"
     return demand
 
 

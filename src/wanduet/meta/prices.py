@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from wanduet.family.speeds import FIELDS
 from wanduet.folders import make_folder, replace_file
-from wanduet.request import EXACT_VALUES, GenerationRequest, ResolvedRequest
+from wanduet.request import EXACT_VALUES, OFF_VALUES, GenerationRequest, ResolvedRequest
 
 FILE = "prices.json"
 _PACKAGES = ("wanduet", "torch")
@@ -54,7 +54,10 @@ class Subject:
         """Return the subject of a request, without its approximations. `about`: the model's name and hash."""
         kept = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "sampler")
         schedule = ("flow_shift",) if request.timesteps is None else ("timesteps",)
-        values = {name: getattr(request, name) for name in (*kept, *schedule)}
+        others = [
+            name for name in OFF_VALUES.keys() - EXACT_VALUES.keys() if getattr(request, name) != OFF_VALUES[name]
+        ]
+        values = {name: getattr(request, name) for name in (*kept, *schedule, *others)}
         versions = tuple((name, _version(name)) for name in _PACKAGES)
         return cls(
             about["hash"] or str(about["name"]), card, tuple(engine.items()), tuple(sorted(values.items())), versions

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError
+from wanduet.family.sizes import RESOLUTIONS
 from wanduet.family.spec import ModelSpec
 from wanduet.planning.cost import predict_seconds
 from wanduet.planning.hardware import Hardware
-from wanduet.request import EXACT_VALUES, RESOLUTIONS, ResolvedRequest
+from wanduet.request import EXACT_VALUES, ResolvedRequest
 
 Kind = Literal["frames", "size", "both", "mode"]
 SHARES = (0.8, 0.6, 0.4, 0.2)  # of the frames

@@ -130,11 +130,11 @@ def step_flop(request: ResolvedRequest, spec: ModelSpec, is_guided: bool) -> flo
 
 def step_flops(request: ResolvedRequest, spec: ModelSpec) -> list[float]:
     """Return the floating-point operations of each step of the schedule of one video, if it is computed and dense."""
-    low, guided = LowRes.of(request, spec), request.first_step + request.num_guided_steps
+    low, guided, zero = LowRes.of(request, spec), request.guided_steps, request.num_zero_steps
     sizes = [request] if low is None else [request, low.apply(request)]
     flops = [[step_flop(one, spec, is_guided) for is_guided in (False, True)] for one in sizes]
     switch = 0 if low is None else low.num_steps
-    return [flops[step < switch][step < guided] for step in range(request.num_inference_steps)]
+    return [(step >= zero) * flops[step < switch][step in guided] for step in range(request.num_inference_steps)]
 
 
 def predict_seconds(

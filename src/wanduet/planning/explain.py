@@ -233,7 +233,7 @@ class Explanation:
 
     def _approximations(self) -> tuple[Choice, ...]:
         request, forwards, found = self.request, self.plan.prediction.forwards, []
-        count = f"{2 * request.num_guided_steps or request.num_denoising_steps} forwards a video, nothing is skipped"
+        count = f"{2 * len(request.guided_steps) or request.num_denoising_steps} forwards a video, nothing is skipped"
         if forwards is not None:
             count = f"{forwards.count} of {forwards.exact_count} forwards a video"
             if forwards.is_estimate:
@@ -243,10 +243,12 @@ class Explanation:
         if request.step_cache != OFF:
             why = f"{self._by('step_cache')}: {count}; the video differs from the exact one"
             found.append(Choice("step_cache", request.step_cache, why))
-        if request.guidance_gate < 1:
-            steps = f"guidance is off after {request.num_guided_steps} of {request.num_denoising_steps} steps"
-            why = f"{self._by('guidance_gate')}: {count}; {steps}"
-            found.append(Choice("guidance_gate", request.guidance_gate, why))
+        if request.guidance_mode != "cfg":
+            found.append(Choice("guidance_mode", request.guidance_mode, REQUESTED))
+        for name in ("guidance_gate", "guidance_interval"):
+            if name in request.approximations:
+                steps = f"{len(request.guided_steps)} of {request.num_denoising_steps} steps are guided"
+                found.append(Choice(name, getattr(request, name), f"{self._by(name)}: {count}; {steps}"))
         if request.sparse < ALL:
             size = (request.generated_height, request.generated_width, request.num_frames)
             kept = kept_share(request.sparse, self.spec.num_tokens(*size))

@@ -285,16 +285,16 @@ class Planner:
         texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
         positions = sorted(text_positions(text, self._spec.text_len) for text in texts)
         # If each prompt has its own devices, they store the text keys and values of one prompt only; of both if all
-        # devices go on with the prompt after the guidance gate.
-        positions = positions[-1:] if group.layout.cfg > 1 and request.guidance_gate == 1 else positions
+        # devices share the prompt in steps without guidance.
+        positions = positions[-1:] if group.layout.cfg > 1 and not request.ends_guidance else positions
         dtype, kept = self.transformer_dtype(device), kept_latents(request)
         shape = DenoiseShape(
             self._size, dtype, positions, group.layout, kept, sparse=request.sparse, quantize=request.quantize
         )
         found = self.memory.transformer(shape, candidate.resident_blocks, device.name, candidate.share_first)
-        if group.layout.cfg == 1 or request.guidance_gate == 1:
+        if group.layout.cfg == 1 or not request.ends_guidance:
             return found
-        # After the gate, all ranks share one sequence, and exchange parts of it through a buffer of its own.
+        # Without guidance, all ranks share one sequence, and exchange parts of it through a buffer of its own.
         layout = one_sequence(group.layout, self._spec.transformer.num_attention_heads)
         latents = self._spec.latent_shape(*self._size)
         buffer = buffer_bytes(self._spec.transformer, latents, shape.dtype, layout)

@@ -15,11 +15,15 @@ from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.call import Step
 from wanduet.price.compare import relative_error
 from wanduet.request import ResolvedRequest
-from wanduet.sampling.guidance import Guidance, NoGuidance, SequentialGuidance, combine
+from wanduet.sampling.guidance import Combination, Guidance, NoGuidance, SequentialGuidance
 from wanduet.sampling.predictor import Predictor
 from wanduet.sampling.samplers import State
 
-REPLAYED = ("step_cache", "guidance_gate")  # the fields whose approximations are functions of velocities
+REPLAYED = (
+    "step_cache",
+    "guidance_gate",
+    "guidance_interval",
+)  # the fields whose approximations are functions of velocities
 CPU = torch.device("cpu")
 
 
@@ -39,14 +43,16 @@ class Replay:
         returns the transformer's time embedding (see `make_rule`); called at the first prediction."""
         self._requests, self._spec, self._embed_time = requests, spec, embed_time
         self._followers: dict[str, _Follower] = {}
+        self._last = -1  # the last step that was predicted
         self._steps: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "wanduet-replay")
 
     def __call__(self, latents: Tensor, step: Step, velocities: Sequence[Tensor]) -> None:
         """See OnPredict."""
-        if not step.index:  # also if the run begins again, with other kernels
+        if not self._followers or step.index <= self._last:  # the run begins again, with other kernels
             embed = self._embed_time()
             self._followers = {key: _Follower(one, self._spec, embed) for key, one in self._requests.items()}
+        self._last = step.index
         host = latents.cpu(), [velocity.cpu() for velocity in velocities]
         self._steps += [self._thread.submit(one, host[0], step, host[1]) for one in self._followers.values()]
 
@@ -62,22 +68,22 @@ class _Follower:
     """One set of approximations along the exact trajectory."""
 
     def __init__(self, request: ResolvedRequest, spec: ModelSpec, embed_time: Callable[[Tensor], Tensor]) -> None:
-        self._scale = request.guidance_scale if request.uses_guidance else None
+        self._exact: Combination | None = None
         self._recorded = _Recorded()
         rule = make_rule(request, spec, embed_time)
         predictor: Predictor[int] = self._recorded
         if rule is not None:
             predictor = StepCache(self._recorded, rule, bool, CPU)
         self._guidance: Guidance = NoGuidance(predictor, 0)
-        if self._scale is not None:
-            gate = request.first_step + request.num_guided_steps if request.guidance_gate < 1 else None
-            self._guidance = SequentialGuidance(predictor, 0, 1, self._scale, gate)
-        self.errors: list[float] = []
+        if request.uses_guidance:
+            self._exact, own = (Combination(request.guidance_scale, request.guidance_mode) for _ in range(2))
+            self._guidance = SequentialGuidance(predictor, 0, 1, own, request.guided_steps)
+        self.errors: list[float] = [0.0] * request.num_zero_steps  # in which nothing is predicted
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, step: Step, velocities: Sequence[Tensor]) -> None:
         self._recorded.velocities = velocities
-        exact = velocities[0] if self._scale is None else combine(velocities[0], velocities[1], self._scale)
+        exact = velocities[0] if self._exact is None else self._exact(velocities[0], velocities[1])
         self.errors.append(relative_error(self._guidance(latents, step), exact))
 
 

@@ -18,6 +18,7 @@ Kind = Literal["rungs", "accelerators", "fewer_steps", "controls"]
 BF16_FLOOR, ANOTHER_SEED = "bf16_floor", "another_seed"
 SEED_DISTANCE = 1_000_000
 GATES = (0.7, 0.5)
+INTERVALS = ("0.1-0.7",)
 KEPT = (0.5, 0.2)  # shares of the keys that sparse attention reads
 # Of the steps. What else a user may do to be as fast, and by far the worst bargain.
 SHARES = (0.6, 0.5, 0.4, 0.3)
@@ -74,6 +75,9 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     found = [Variant("rungs", speed.name, speed.fields) for speed in SPEEDS]
     found += [Variant("accelerators", name, {"step_cache": name}) for name in NAMES]
     found += [Variant("accelerators", f"guidance gate {share:g}", {"guidance_gate": share}) for share in GATES]
+    found += [
+        Variant("accelerators", f"guidance interval {steps}", {"guidance_interval": steps}) for steps in INTERVALS
+    ]
     found += [Variant("accelerators", f"sparse {share:g}", {"sparse": share}) for share in KEPT]
     found += [Variant("accelerators", f"products in {name}", {"quantize": name}) for name in DTYPES]
     found.append(Variant("accelerators", "low resolution first", {"low_res_first": True}))

@@ -29,7 +29,7 @@ SWAPPED_OUT = -1  # `resident_blocks` after `swap_out`
 class LoadedTransformer:
     """The loaded transformer, and the settings it was loaded with.
 
-    `mesh`: the ranks that share its work, if any. `after_gate`: how they share a step of one prompt, if they take a prompt
+    `mesh`: the ranks that share its work, if any. `unguided`: how they share a step of one prompt, if they take a prompt
     each in the other steps.
     """
 
@@ -40,7 +40,7 @@ class LoadedTransformer:
     resident_blocks: int
     memory: HostMemory  # for blocks that are not on the device
     mesh: Mesh | None = None
-    after_gate: Sharding | None = None
+    unguided: Sharding | None = None
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
     sparse: SparseSteps | None = None  # of the last job

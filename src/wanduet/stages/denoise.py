@@ -92,13 +92,13 @@ class _Denoise:
         sampler = self._sampler()
         start, latents = self.task.first_step, self._start(sampler).to(device)
         sampler.begin_at(start)
-        self.predictor.restore({})
+        self.guidance.restore({})
         if (saved := self.kept.find()) is not None:
             start, latents = saved.step, saved.latents.to(device)
             sampler.restore(saved.sampler_state)
-            self.predictor.restore(saved.predictor_state)
+            self.guidance.restore(saved.predictor_state)
             log.info("Going on after step %d of %d.", start, request.num_inference_steps)
-        self.kept.begin(sampler, self.predictor)
+        self.kept.begin(sampler, self.guidance)
         self._emit(start)
         try:
             latents = run_steps(
@@ -147,7 +147,8 @@ class _Denoise:
             # drifting.
             broadcast_(info.latents)
         done = info.step + 1
-        self._emit(done, info.seconds / sum(self.work[start:done]) * sum(self.work[done:]))
+        worked, left = sum(self.work[start:done]), sum(self.work[done:])
+        self._emit(done, info.seconds / worked * left if worked else None)
         if self.hooks.watch is not None:
             self.hooks.watch(info)
         replaced = self._call_back(info)

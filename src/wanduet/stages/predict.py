@@ -24,7 +24,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.runtime.release import release_memory
-from wanduet.sampling.guidance import Guidance, NoGuidance, PairedPredictor, SequentialGuidance
+from wanduet.sampling.guidance import Combination, Guidance, NoGuidance, PairedPredictor, SequentialGuidance
 from wanduet.sampling.predictor import OnPredict, Predictor
 from wanduet.sampling.samplers import State
 from wanduet.stages.fallback import DenoiseFallback
@@ -119,7 +119,7 @@ def make_predictor(
     predictor: TextPredictor = TransformerPredictor(denoiser, latent_shape, forward)
     mesh = denoiser.mesh
     if mesh is not None and mesh.layout.cfg > 1:
-        after = denoiser.after_gate
+        after = denoiser.unguided
         alone = None if after is None else ShardedPredictor(denoiser, latent_shape, forward, after)
         predictor = PairedPredictor(predictor, mesh.cfg, alone)
     rule = make_rule(request, denoiser.spec, time_embedding(denoiser))
@@ -168,7 +168,7 @@ def make_guidance(
 ) -> Guidance:
     """Project the prompts' embeddings to the keys and values that this process needs, and return the guidance.
 
-    Where a group of ranks divides the two prompts, each rank needs only its own, until the guidance gate: after it, all
+    Where a group of ranks divides the two prompts, each rank needs only its own, but in steps without guidance: there all
     ranks compute the prompt.
     """
 
@@ -177,16 +177,17 @@ def make_guidance(
         projected: TextContext = forward(lambda: denoiser.transformer.prepare_text(padded))
         return projected
 
-    prompt, negative, scale, mesh = conditions.prompt, conditions.negative, request.guidance_scale, denoiser.mesh
+    prompt, negative, mesh = conditions.prompt, conditions.negative, denoiser.mesh
     if negative is None:
         return NoGuidance(predictor, context(prompt))
-    gate = request.first_step + request.num_guided_steps if request.guidance_gate < 1 else None
+    combination = Combination(request.guidance_scale, request.guidance_mode)
+    steps = request.guided_steps, request.num_zero_steps
     if mesh is not None and mesh.layout.cfg > 1:
         own = context((prompt, negative)[mesh.cfg_rank])
         # Of the pair, a rank reads its own only, so that may stand in for the other.
-        first = context(prompt) if gate is not None and mesh.cfg_rank == 1 else own
-        return SequentialGuidance(predictor, first, own, scale, gate)
-    return SequentialGuidance(predictor, context(prompt), context(negative), scale, gate)
+        first = context(prompt) if request.ends_guidance and mesh.cfg_rank == 1 else own
+        return SequentialGuidance(predictor, first, own, combination, *steps)
+    return SequentialGuidance(predictor, context(prompt), context(negative), combination, *steps)
 
 
 class GuidanceBySteps:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from wanduet.errors import OutputError
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.loaded import LoadedTransformer
 from wanduet.sampling.checkpoint import Checkpoints, DenoiseCheckpoint
-from wanduet.sampling.predictor import Predictor
+from wanduet.sampling.guidance import Guidance
 from wanduet.sampling.samplers import Sampler
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.task import DenoiseTask
@@ -70,9 +69,9 @@ class CheckpointKeeper:
         mesh = self._denoiser.mesh
         return 1 if mesh is None else mesh.layout.world_size
 
-    def begin(self, sampler: Sampler, predictor: Predictor[Any]) -> None:
-        """Begin the steps, whose states are the sampler's and the predictor's."""
-        self._sampler, self._predictor = sampler, predictor
+    def begin(self, sampler: Sampler, guidance: Guidance) -> None:
+        """Begin the steps, whose states are the sampler's and the guidance's."""
+        self._sampler, self._guidance = sampler, guidance
         self._saved_at = time.perf_counter()
         self._last = None
 
@@ -99,7 +98,7 @@ class CheckpointKeeper:
             "attention": self._denoiser.attention,
             "denoise_s": round(self._before + time.perf_counter() - self._began, 3),
         }
-        task, states = self._task, (self._sampler.state(), self._predictor.state())
+        task, states = self._task, (self._sampler.state(), self._guidance.state())
         try:
             checkpoint = DenoiseCheckpoint(
                 step, latents, states[0], task.about, record, task.writer, predictor_state=states[1]

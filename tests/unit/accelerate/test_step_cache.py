@@ -29,6 +29,10 @@ from wanduet.sampling.samplers import Schedule, make_sampler, official_sigmas
 CPU = torch.device("cpu")
 SMALL = replace(WAN_1_3B, name="small", transformer=replace(WAN_1_3B.transformer, num_layers=2, num_attention_heads=2))
 
+FEW_STEPS = replace(
+    WAN_1_3B, defaults=replace(WAN_1_3B.defaults, guidance_scale=1.0, sampler="renoise", timesteps=(1000.0, 500.0))
+)
+
 
 def request(spec: ModelSpec = WAN_1_3B, **fields: Any) -> ResolvedRequest:
     return GenerationRequest(prompt="x", seed=0, **fields).resolve(spec)
@@ -303,6 +307,10 @@ def test_a_default_threshold_is_the_model_s() -> None:
             "off",
         ),
         ({"guidance_gate": 0.5, "guidance_scale": 1.0}, WAN_1_3B, "1 without guidance", 1),
+        ({"guidance_interval": "0.1-0.8", "guidance_scale": 1.0}, WAN_1_3B, "0-1 without guidance", "0-1"),
+        ({"guidance_interval": "0.1-0.8", "guidance_gate": 0.5}, WAN_1_3B, "1 with guidance_interval=0.1-0.8", 1),
+        ({"guidance_mode": "apg", "guidance_scale": 1.0}, WAN_1_3B, "cfg without guidance", "cfg"),
+        ({"guidance_mode": "apg", "guidance_scale": 5.0}, FEW_STEPS, "cfg with few-step weights", "cfg"),
         ({"step_cache": "easycache", "sampler": "renoise"}, WAN_1_3B, "off with the sampler renoise", "off"),
     ],
 )
@@ -321,6 +329,7 @@ def test_what_does_not_go_together_is_refused(given: Any, spec: ModelSpec, allow
         ({"step_cache": "easycache"}, 4),
         ({"step_cache": "magcache"}, 3),
         ({"step_cache": "magcache", "guidance_scale": 1.0}, 2),
+        ({"step_cache": "magcache", "guidance_mode": "apg"}, 4),
     ],
 )
 def test_the_memory_of_a_cache_is_that_of_a_few_latents(fields: Any, kept: int) -> None:
@@ -347,9 +356,15 @@ def test_the_memory_of_a_cache_is_that_of_a_few_latents(fields: Any, kept: int) 
         ({"guidance_gate": 0.0}, 50, 100),
         ({"guidance_gate": 0.5, "num_inference_steps": 7}, 11, 14),  # the middle step is guided
         ({"guidance_gate": 0.5, "step_cache": "magcache"}, 40, 100),
+        ({"guidance_interval": "0.1-0.8"}, 85, 100),
+        ({"guidance_interval": "0.5-1", "num_inference_steps": 7}, 10, 14),  # from step 4 on
+        ({"guidance_interval": "0.5-1", "input_video": "sha256:0", "strength": 0.5, "num_inference_steps": 20}, 15, 20),
+        ({"guidance_mode": "cfg-zero"}, 96, 96),
+        ({"guidance_mode": "cfg-zero", "guidance_interval": "0-0.5"}, 71, 96),
+        ({"guidance_mode": "cfg-zero", "input_video": "sha256:0", "strength": 0.5}, 50, 50),
     ],
 )
-def test_forwards_after_a_guidance_gate(fields: Any, count: int, of: int) -> None:
+def test_forwards_of_steps_without_guidance(fields: Any, count: int, of: int) -> None:
     found = Forwards.of(request(**fields), WAN_1_3B)
     assert (found.count, found.exact_count, found.is_estimate) == (count, of, False)
 

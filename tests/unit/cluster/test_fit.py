@@ -16,7 +16,7 @@ from wanduet.jobs.records import DECODE, SHORT_NAMES, demand_of
 from wanduet.jobs.schema import jobs
 from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_plan
-from wanduet.request import EXACT_VALUES, GenerationRequest
+from wanduet.request import OFF_VALUES, GenerationRequest
 from wanduet.runtime.models import Models
 
 SMALL, FULL_HD = "480x832x81/50/2/1", "1080x1920x81/50/2/1"
@@ -39,7 +39,16 @@ def shape(gpus: str) -> Shape:
     st.sampled_from([None, 7]),
     st.sampled_from([1, 3]),
     st.sampled_from([(None, None), ("sha256:0", None), ("sha256:0", 0.0), ("sha256:0", 0.37), ("sha256:0", 1.0)]),
-    st.sampled_from([{}, {"step_cache": "magcache:0.06"}, {"step_cache": "easycache:0.1", "guidance_gate": 0.3}]),
+    st.sampled_from(
+        [
+            {},
+            {"step_cache": "magcache:0.06"},
+            {"step_cache": "easycache:0.1", "guidance_gate": 0.3},
+            {"guidance_interval": "0.15-0.8"},
+            {"guidance_mode": "apg"},
+            {"guidance_mode": "cfg-zero", "guidance_gate": 0.5},
+        ]
+    ),
     st.sampled_from([{}, {"sparse": 0.5}, {"quantize": "int8", "sparse": 0.25}, {"low_res_first": True}]),
 )
 def test_a_demand_says_everything_that_memory_and_time_depend_on(
@@ -56,21 +65,26 @@ def test_a_demand_says_everything_that_memory_and_time_depend_on(
     demand = demand_of(request.model_dump())
     said = parse_demand(demand, WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
-                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "num_guided_steps",
-                 "sparse", "quantize", "low_res_first"):  # fmt: skip
+                 "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "guided_steps", "num_zero_steps",
+                 "sparse", "quantize", "low_res_first", "guidance_mode"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
 
 
 def test_the_longest_demand_has_room_in_its_column() -> None:
-    request = GenerationRequest(
-        prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
-        num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, step_cache="easycache:0.0123456789",
-        guidance_gate=1.23456789e-5, sparse=1.23456789e-5, quantize="int8", low_res_first=True,
-    )  # fmt: skip
-    demand = demand_of(request.model_dump())
-    assert set(EXACT_VALUES) == set(SHORT_NAMES.values())
-    assert all(f"/{letter}=" in demand for letter in SHORT_NAMES)
-    assert len(DECODE + demand) <= jobs.c.demand.type.length
+    shares = {"sparse": 1.23456789e-5, "step_cache": "easycache:0.0123456789"}
+    alone = [{"guidance_gate": 1.23456789e-5}, {"guidance_interval": "0.12-0.98"}]  # one of them
+    modes = [{"guidance_mode": "cfg-zero"}, {"guidance_mode": "apg"}]
+    letters: set[str] = set()
+    for more in (*({**shares, **one, **mode} for one in alone for mode in modes), {"low_res_first": True}):
+        request = GenerationRequest(
+            prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
+            num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, quantize="int8", **more,
+        )  # fmt: skip
+        demand = demand_of(request.model_dump())
+        assert len(DECODE + demand) <= jobs.c.demand.type.length
+        letters |= {letter for letter in SHORT_NAMES if f"/{letter}=" in demand}
+    assert set(OFF_VALUES) == set(SHORT_NAMES.values())
+    assert letters == set(SHORT_NAMES)
 
 
 @pytest.mark.parametrize("gpus", ["1x2GiB", "1x24GiB", "2x24GiB"])

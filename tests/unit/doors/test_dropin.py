@@ -434,12 +434,15 @@ def test_what_is_skipped_in_a_call(pipe, monkeypatch) -> None:
     skips = {"step_cache": "easycache:1.0", "guidance_gate": 0.25}
     for call, expected in (
         ({"guidance_gate": 0.25}, 3 * 2 + 9),
+        ({"guidance_interval": "0.25-0.5"}, 3 + 3 * 2 + 6),
+        ({"guidance_mode": "apg"}, 24),
         ({"step_cache": "easycache:1.0"}, 2 * 11),  # 10 steps and the last
         (skips, 3 * 2 + 8),
     ):
         made_so, count = run(**call)
         assert count == expected
         assert not torch.equal(made_so, exact)
+    assert run(guidance_mode="cfg-zero", num_inference_steps=13)[1] == 2 * 12, "the first step is left out"
     noise = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     pair, count = run(**skips, num_videos_per_prompt=2, latents=noise)
     assert count == 2 * (3 * 2 + 8)

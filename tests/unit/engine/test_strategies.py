@@ -347,13 +347,14 @@ def test_what_joins_unequal_ranks_decides_whether_they_share_a_sequence(link, sl
         (Layout(cfg=2, ulysses=2), GATED | {"sparse": 0.5}, "direct", Layout(ulysses=4)),
         (Layout(cfg=2, ulysses=4), GATED, "direct", Layout(ring=2, ulysses=4)),
         (Layout(cfg=2, ulysses=4), GATED | {"sparse": 0.5}, "direct", None),  # in a ring, each has a part of the keys
+        (Layout(cfg=2), {"guidance_interval": "0.2-1"}, "direct", Layout(ulysses=2)),
         (Layout(cfg=2), {}, "direct", None),
         (Layout(ulysses=2), GATED, "direct", None),
         (Layout(cfg=2), GATED, "gloo", None),  # to exchange takes longer than to compute all
     ],
 )
-def test_after_the_guidance_gate_ranks_share_one_sequence(layout, fields, link, after) -> None:
-    from wanduet.engine.speeds import layout_after_gate
+def test_in_steps_without_guidance_ranks_share_one_sequence(layout, fields, link, after) -> None:
+    from wanduet.engine.speeds import layout_unguided
     from wanduet.planning.hardware import LINK_RATES
     from wanduet.planning.planner import make_plan
 
@@ -361,7 +362,7 @@ def test_after_the_guidance_gate_ranks_share_one_sequence(layout, fields, link, 
     models = Models(config)
     request = GenerationRequest(prompt="a red circle", **fields).resolve(models.spec)
     plan = make_plan(request, models.memory, config, parse_hardware("2xh100"))
-    assert layout_after_gate(plan, request, models.spec, layout, LINK_RATES.get(link)) == after
+    assert layout_unguided(plan, request, models.spec, layout, LINK_RATES.get(link)) == after
 
 
 def test_what_ranks_send_a_second_is_measured_and_agreed_on(monkeypatch) -> None:

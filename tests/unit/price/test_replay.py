@@ -24,7 +24,11 @@ def test_the_gate_and_a_cache_along_an_exact_run() -> None:
     change = torch.randn(STEPS, 3, 1, 2, 3, 4, 4, generator=generator).cumsum(0) / 20
     steps = torch.randn(3, 1, 2, 3, 4, 4, generator=generator) + change  # latents, and the velocities of both prompts
     replay = Replay(
-        {"gate": request(guidance_gate=0.5), "cache": request(step_cache="easycache:1.0")},
+        {
+            "gate": request(guidance_gate=0.5),
+            "cache": request(step_cache="easycache:1.0"),
+            "interval": request(guidance_interval="0.5-1"),
+        },
         WAN_1_3B,
         lambda: lambda t: t,
     )
@@ -44,8 +48,22 @@ def test_the_gate_and_a_cache_along_an_exact_run() -> None:
         return negative + 3 * (positive - negative) + steps[index][0] - x
 
     assert errors["gate"] == pytest.approx([0.0] * 7 + [error(index, steps[index][1]) for index in range(7, STEPS)])
+    assert errors["interval"] == pytest.approx([error(index, steps[index][1]) for index in range(7)] + [0.0] * 7)
     computed = [0.0] * 10, [0.0]  # the first ten and the last
     assert errors["cache"] == pytest.approx(
         [*computed[0], *(error(index, reused(index)) for index in range(10, STEPS - 1)), *computed[1]], abs=1e-5
     )
     assert min(errors["cache"][10:-1]) > 0.01
+
+
+@pytest.mark.parametrize(("mode", "first"), [("apg", 0), ("cfg-zero", 1)])
+def test_errors_are_those_beside_an_exact_run_of_the_same_mode(mode: str, first: int) -> None:
+    replay = Replay({"interval": request(guidance_mode=mode, guidance_interval="0-0.5")}, WAN_1_3B, lambda: lambda t: t)
+    both = torch.randn(2, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # it begins again
+        for index in range(first, STEPS):  # in the steps before, nothing is predicted
+            replay(both[0], Step(index, 1000.0 - index), list(both))
+    errors = replay.errors()["interval"]
+    assert len(errors) == STEPS
+    assert errors[:7] == [0.0] * 7
+    assert min(errors[7:]) > 0.01

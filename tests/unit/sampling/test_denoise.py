@@ -4,7 +4,7 @@ import torch
 from wanduet.errors import CancelledError, NonFiniteLatentsError
 from wanduet.kernels.attention.call import Step
 from wanduet.sampling.denoise import denoise
-from wanduet.sampling.guidance import NoGuidance, SequentialGuidance
+from wanduet.sampling.guidance import Combination, NoGuidance, SequentialGuidance
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Schedule, make_sampler
 
@@ -57,8 +57,17 @@ def test_guidance_formula() -> None:
     predict = lambda x, t, conditions: [x * c + t.timestep for c in conditions]  # noqa: E731
     x = start()
     assert torch.equal(NoGuidance(predict, 2.0)(x, Step(0, 1.0)), x * 2 + 1)
-    guided = SequentialGuidance(predict, 3.0, -1.0, 5.0)(x, Step(0, 0.0))
+    guided = SequentialGuidance(predict, 3.0, -1.0, Combination(5.0))(x, Step(0, 0.0))
     torch.testing.assert_close(guided, -x + 5 * (3 * x + x))
+
+
+def test_apg_begins_anew_where_latents_are_enlarged() -> None:
+    """Its sum of earlier differences has their size."""
+    apg, small, large = Combination(5.0, "apg"), (1, 16, 2, 4, 4), (1, 16, 2, 8, 8)
+    apg(torch.randn(small), torch.randn(small))
+    both = torch.randn(large), torch.randn(large)
+    assert torch.equal(apg(*both), Combination(5.0, "apg")(*both))
+    assert not torch.equal(apg(*both), Combination(5.0, "apg")(*both))
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

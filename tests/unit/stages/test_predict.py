@@ -45,7 +45,7 @@ def test_ranks_that_take_a_prompt_each_share_a_step_of_one_prompt() -> None:
     made.runtime = replace(made.runtime, sharding=usual)
     denoiser: Any = SimpleNamespace(
         transformer=made, spec=SMALL, device=torch.device("cpu"),
-        mesh=SimpleNamespace(layout=Layout(cfg=2), cfg=None), after_gate=after,
+        mesh=SimpleNamespace(layout=Layout(cfg=2), cfg=None), unguided=after,
     )  # fmt: skip
     request = GenerationRequest(prompt="x", seed=0, guidance_gate=0.5).resolve(SMALL)
     predictor = make_predictor(denoiser, SHAPE, lambda forward: forward(), request)
@@ -56,7 +56,7 @@ def test_ranks_that_take_a_prompt_each_share_a_step_of_one_prompt() -> None:
         (shared,) = predictor(torch.ones(SHAPE), Step(3, 500.0), [text])
     assert (after.attended, usual.attended, usual.sharded) == (1, 0, before)  # of the first block: `attend_first_block`
     assert made.runtime.sharding is usual
-    denoiser.after_gate = None
+    denoiser.unguided = None
     with torch.no_grad():
         (alone,) = make_predictor(denoiser, SHAPE, lambda forward: forward(), request)(
             torch.ones(SHAPE), Step(3, 500.0), [text]

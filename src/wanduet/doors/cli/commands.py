@@ -23,6 +23,7 @@ from wanduet.errors import (
     OutputError,
     WanduetError,
 )
+from wanduet.family.guidance import CFG
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.family.sparsity import ALL, first_sparse_step
 from wanduet.family.speeds import forecast
@@ -243,8 +244,10 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps = f"the last {r.num_denoising_steps} of {steps} (strength {r.strength:g}) from {shown(Path(r.input_video).name)}"
     if r.step_cache != OFF:
         steps += f" with step cache {r.step_cache}"
-    if r.guidance_gate < 1:
-        steps += f", of which {r.num_guided_steps} guided"
+    if r.ends_guidance:
+        steps += f", of which {len(r.guided_steps)} guided"
+    if r.guidance_mode != CFG:
+        steps += f", guidance {r.guidance_mode}"
     if r.sparse < ALL:
         first = first_sparse_step(r.first_step, r.num_denoising_steps)
         steps += f", from step {first + 1} on with {r.sparse:g} of the keys"

@@ -16,7 +16,7 @@ from cyclopts.config import Toml
 from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, Weights, parse_bytes, parse_speeds
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import DEFAULT_MODEL
-from wanduet.family.sizes import frames_for_seconds
+from wanduet.family.sizes import frames_for_seconds, parse_resolution
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import CHOSEN
 from wanduet.family.wan21 import WAN_1_3B
@@ -24,7 +24,6 @@ from wanduet.request import (
     REQUEST_FIELDS,
     GenerationRequest,
     check_prompt_length,
-    parse_resolution,
 )
 from wanduet.untrusted import read_file
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from wanduet.doors.http.errors import ErrorDetail
 from wanduet.doors.http.public import public_error, public_text
 from wanduet.errors import InvalidRequestError
-from wanduet.family.sizes import frames_for_seconds
+from wanduet.family.sizes import frames_for_seconds, parse_resolution
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Prices, not_measured
 from wanduet.jobs.records import StoredJob
@@ -22,7 +22,6 @@ from wanduet.request import (
     REQUEST_FIELDS,
     GenerationRequest,
     check_prompt_length,
-    parse_resolution,
 )
 from wanduet.request_fields import RequestField
 from wanduet.source_video import SourceVideo

@@ -19,6 +19,8 @@ class Approximations:
     guidance_gate: float | None = None
     sparse: float | None = None
     quantize: str | None = None
+    guidance_interval: str | None = None
+    guidance_mode: str | None = None
 
     def fields(self, schedule: Schedule, encodes: bool) -> dict[str, Any]:
         """Return the fields of a request that they set, and those that give it as many steps as the call; {} if the call

@@ -21,7 +21,7 @@ from wanduet.request import ResolvedRequest
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.loaded import SWAPPED_OUT, LoadedTransformer
 from wanduet.sampling.denoise import StepInfo, denoise
-from wanduet.sampling.guidance import combine
+from wanduet.sampling.guidance import Combination
 from wanduet.sampling.predictor import Predictor
 from wanduet.sampling.samplers import SchedulerSampler, State
 from wanduet.stages.fallback import DenoiseFallback
@@ -140,7 +140,8 @@ class PipelineLoop:
             zip(("prompt_embeds", "negative_prompt_embeds"), there, strict=True)
         )
         self.fallback = DenoiseFallback(NO_JOB, denoiser)
-        self.scale = pipe.guidance_scale  # fixed for the call: a callback can switch guidance off, not change its scale
+        # The scale is fixed for the call: a callback can switch guidance off, not change its scale.
+        self._combination = Combination(pipe.guidance_scale, request.guidance_mode)
         self._known: dict[str, _Known] = {}
         self._request = request
         self._predictors: list[Predictor[Text]] = []  # of each video
@@ -165,8 +166,12 @@ class PipelineLoop:
         rope = self.denoiser.transformer.prepare_rope(latents.shape, device)
         order = getattr(pipe.scheduler, "order", 1)
         self._predictors = [self._predictor(sampler, rope) for _ in latents]
-        guided_steps = self._request.num_guided_steps * order
-        self._guided = range(guided_steps if self._request.guidance_gate < 1 else len(self.timesteps))
+        request, every = self._request, range(len(self.timesteps))
+        begin, end = (
+            (step - request.first_step) * order for step in (request.guided_steps.start, request.guided_steps.stop)
+        )
+        self._guided = range(begin, end) if request.ends_guidance else every
+        self._num_zero = request.num_zero_steps * order
         last = [latents]
         with pipe.progress_bar(total=num_steps) as bar:
 
@@ -189,6 +194,8 @@ class PipelineLoop:
     def _velocity(self, x: Tensor, step: Step) -> Tensor:
         pipe = self.pipe
         pipe._current_timestep = self.timesteps[step.index]
+        if step.index < self._num_zero and pipe.do_classifier_free_guidance:
+            return torch.zeros_like(x)
         is_guided = pipe.do_classifier_free_guidance and step.index in self._guided
         given = (self._text(name) for name in ("prompt_embeds", "negative_prompt_embeds")[: 1 + is_guided])
         texts = [text for text in given if text is not None]
@@ -198,7 +205,7 @@ class PipelineLoop:
             for index, one in enumerate(x.split(1))
         ]
         positive, *negative = (torch.cat(parts) for parts in zip(*videos, strict=True))
-        return combine(positive, negative[0], self.scale) if negative else positive
+        return self._combination(positive, negative[0]) if negative else positive
 
     def _predictor(self, sampler: _PipelineSampler, rope: Any) -> Predictor[Text]:
         """Return a new predictor of one video, which skips the steps that its step cache skips."""

@@ -14,6 +14,7 @@ from wanduet.doors.python.calls import refuse
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
 from wanduet.kernels.dit.quantized import Quantize
 
@@ -90,13 +91,16 @@ class WanPipeline(PipelineBase):
         guidance_gate: float | None = None,
         sparse: float | None = None,
         quantize: Quantize | None = None,
+        guidance_interval: str | None = None,
+        guidance_mode: GuidanceMode | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos as diffusers 0.42's call does.
 
         Not in diffusers: `progress(done, total)`, and what saves work at a loss, as on the command line: `speed`
         ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`,
-        `guidance_gate` (0..1), `sparse` (0..1) and `quantize` ("off", "fp8" or "int8"). A step cache, which most speeds
-        set, does not go together with `callback_on_step_end`.
+        `guidance_gate` (0..1) or `guidance_interval` ("0.1-0.8"), `sparse` (0..1) and `quantize` ("off", "fp8" or "int8").
+        A step cache, which most speeds set, does not go together with `callback_on_step_end`. `guidance_mode` ("cfg",
+        "cfg-zero" or "apg") is how guidance combines both prompts, as diffusers' guiders do.
 
         Raises ValueError for arguments that are not supported.
         """
@@ -110,6 +114,8 @@ class WanPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate, sparse, quantize),
+            approximations=Approximations(
+                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode
+            ),
         )  # fmt: skip
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

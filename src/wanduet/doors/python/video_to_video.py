@@ -14,6 +14,7 @@ from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
 from wanduet.kernels.dit.quantized import Quantize
 
@@ -65,11 +66,13 @@ class WanVideoToVideoPipeline(PipelineBase):
         guidance_gate: float | None = None,
         sparse: float | None = None,
         quantize: Quantize | None = None,
+        guidance_interval: str | None = None,
+        guidance_mode: GuidanceMode | None = None,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos from videos as diffusers 0.42's call does.
 
-        Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`, `sparse`, `quantize`; see
-        `WanPipeline`.
+        Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`, `guidance_interval`,
+        `guidance_mode`, `sparse`, `quantize`; see `WanPipeline`.
 
         `video`: a list of PIL images, an array `[F, H, W, 3]` or a tensor `[F, 3, H, W]` of floats in 0..1, a list of
         such frames, or several such videos; they are resized to `height` and `width`. One video serves all prompts, and
@@ -87,7 +90,9 @@ class WanVideoToVideoPipeline(PipelineBase):
             return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(speed, loss_budget, step_cache, guidance_gate, sparse, quantize),
+            approximations=Approximations(
+                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode
+            ),
         )  # fmt: skip
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))
         schedule.check(self.scheduler)
