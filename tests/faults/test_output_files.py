@@ -62,7 +62,7 @@ def test_killed_at_random_moments(tmp_path) -> None:
     path = tmp_path / "a.mp4"
     dice = random.Random(0)
     kills = mid_write = whole = 0
-    while mid_write < 6 and kills < 60:
+    while mid_write < 6 and kills < 300:
         kills += 1
         process = start_program(ENDLESS, [str(path)], tmp_path, os.environ)
         assert process.stdout is not None
