@@ -187,11 +187,16 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from fake_engine import open_store
-from wanduet.jobs.records import NewJob
+from sqlalchemy.exc import OperationalError
+from wanduet.jobs.records import NewJob, StoreBusyError
 store = open_store(Path(sys.argv[1]))
 def submit(key):
-    done = store.submit(NewJob("ann", "m", {"prompt": key}, idempotency_key=key))
-    return key, done.job.id, done.created
+    while True:
+        try:
+            done = store.submit(NewJob("ann", "m", {"prompt": key}, idempotency_key=key))
+        except (StoreBusyError, OperationalError):  # on a busy machine: as a client, it comes again with its key
+            continue
+        return key, done.job.id, done.created
 with ThreadPoolExecutor(25) as pool:
     print(json.dumps(list(pool.map(submit, sys.argv[2:]))))
 """
