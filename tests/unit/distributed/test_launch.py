@@ -189,7 +189,7 @@ def test_a_rank_that_dies_takes_the_group_down_and_is_named(how: str, message: s
 @pytest.mark.usefixtures("forked")
 def test_a_rank_that_hangs_is_named_after_the_timeout() -> None:
     with (
-        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=3.0) as group,
+        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=6.0) as group,
         pytest.raises(RankFailedError, match=r"Rank 1 \(cpu\) did not answer") as caught,
     ):
         group.results()
@@ -208,7 +208,7 @@ def hang_in_an_axis(rank: Rank) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_the_timeout_holds_for_every_axis() -> None:
-    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=4.0) as group, pytest.raises(RankFailedError) as caught:
+    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=8.0) as group, pytest.raises(RankFailedError) as caught:
         group.receive(120.0)
     assert "Rank 2 (cpu) failed" in caught.value.message
     assert "Rank 3 (cpu)" in str(caught.value.hint)
