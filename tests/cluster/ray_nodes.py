@@ -6,12 +6,15 @@ The end of input ends everything.
 """
 
 import json
+import random
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from ray.cluster_utils import Cluster
 
+PORTS = 20_000, 32_768  # between those of Ray's workers and those that Linux gives to connections
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing goes through Ray's own store
 
 
@@ -24,8 +27,7 @@ class Nodes:
     def head(self, port: int = 0) -> tuple[str, str]:
         """The head has no GPUs, and runs nothing of ours; returns the cluster's address, and that for clients outside."""
         more = {"gcs_server_port": port} if port else {}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            door = free.getsockname()[1]
+        door = _free_port()
         node = self._start(num_cpus=0, temp_dir=self.folder, ray_client_server_port=door, **more)
         self.nodes["head"] = node
         return self.cluster.address, f"ray://{node.node_ip_address}:{door}"
@@ -44,6 +46,13 @@ class Nodes:
 
     def _start(self, **options: Any) -> Any:
         return self.cluster.add_node(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+
+
+def _free_port() -> int:
+    """A port that nobody has, and that the system gives to no connection before Ray listens at it."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(*PORTS))) as free:
+            return int(free.getsockname()[1])
 
 
 def main() -> None:

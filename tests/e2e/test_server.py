@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from real_server import LONG, LONGER, PROMPT, Server, serving, wait_until
+from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until
 
 from wanduet.media.read import probe, read_metadata
 
@@ -161,7 +161,7 @@ def test_a_drained_job_goes_on_where_it_was(tmp_path: Path, reference: np.ndarra
         first.wait(job["id"], lambda video: video["progress"] >= 30)
         began = time.monotonic()
         first.process.send_signal(signal.SIGTERM)
-        assert first.process.wait(120) == 0
+        assert first.process.wait(PATIENCE) == 0
         record_property("seconds to drain", time.monotonic() - began)
         assert len(list((data / "checkpoints").glob("*.safetensors"))) == 1
     with serving(data, "--no-page") as second:
@@ -182,7 +182,7 @@ def resumed_at(server: Server) -> list[int]:
 
 def test_overload_is_refused_politely(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "--no-page", "--max-queue", "3", "--max-queue-per-key", "2") as busy:
-        codes = [busy.http.post("/v1/videos", data={"prompt": "x", **LONG}) for _ in range(4)]
+        codes = [busy.http.post("/v1/videos", data={"prompt": "x", **LONGER}) for _ in range(4)]
         assert [answer.status_code for answer in codes] == [200, 200, 429, 429]
         assert int(codes[-1].headers["Retry-After"]) > 0
         assert codes[-1].json()["error"]["type"] == "rate_limit_error"
@@ -197,7 +197,7 @@ def test_with_few_open_files_clients_that_send_nonsense_stop_nobody(tmp_path: Pa
     with serving(tmp_path / "data", "--no-page", open_files=64) as server, ExitStack() as clients:
         address = (server.http.base_url.host, server.http.base_url.port)
         for sent in (*[HALF_A_REQUEST] * 100, *[b"a secret, no HTTP\r\n\r\n"] * 20, HALF_A_BODY):
-            client = clients.enter_context(socket.create_connection(address, timeout=60))
+            client = clients.enter_context(socket.create_connection(address, timeout=PATIENCE))
             client.sendall(sent)
         for _ in range(20):
             assert server.http.get("/v1/videos", headers={"Connection": "close"}).status_code == 200
@@ -206,7 +206,7 @@ def test_with_few_open_files_clients_that_send_nonsense_stop_nobody(tmp_path: Pa
         assert server.http.get(f"/v1/videos/{job['id']}/content").status_code == 200
         for _ in range(2):
             server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(PATIENCE) == 0
         for line in server.log().splitlines():
             assert json.loads(line)["event"], line
         assert len(server.log()) < 10_000

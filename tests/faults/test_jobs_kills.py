@@ -4,15 +4,13 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from job_workers import (
-    ENVIRONMENT,
+    FAKE_FOLDER,
     Workers,
     assert_exactly_once,
     journal,
@@ -22,6 +20,8 @@ from job_workers import (
     supervised,
     wait,
 )
+
+from tests.forked import start_program
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
@@ -176,6 +176,7 @@ def test_killed_between_publishing_and_its_commit_leaves_no_file(tmp_path: Path)
 ACKNOWLEDGER = """
 import sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
 from fake_engine import open_store
 from wanduet.jobs.records import NewJob
 store = open_store(Path(sys.argv[1]))
@@ -189,15 +190,15 @@ def attack_submitters(data: Path, kills: int, record_property: Any) -> None:
     dice = random.Random(0)
     acknowledged: list[str] = []
     for _ in range(kills):
-        command = [sys.executable, "-c", ACKNOWLEDGER, str(data)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}) as process:
-            assert process.stdout is not None
-            acknowledged.append(process.stdout.readline().strip())
-            time.sleep(dice.uniform(0.0, 0.1))
-            process.kill()
-            acknowledged += [line.strip() for line in process.stdout if line.endswith("\n")]
+        process = start_program(ACKNOWLEDGER, [str(data), str(FAKE_FOLDER)], data, os.environ)
+        assert process.stdout is not None
+        acknowledged += [process.stdout.readline().strip() for _ in range(3)]  # it is in the midst of it
+        time.sleep(dice.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate()
+        acknowledged += [line.strip() for line in rest.splitlines(keepends=True) if line.endswith("\n")]
     store = open_store(data)
-    assert len(acknowledged) > 2 * kills
+    assert len(acknowledged) >= 3 * kills
     lost = [job_id for job_id in acknowledged if store.get(job_id).status != "queued"]
     record_property("kills", kills)
     record_property("acknowledged", len(acknowledged))

@@ -62,7 +62,7 @@ def test_killed_at_random_moments(tmp_path) -> None:
     path = tmp_path / "a.mp4"
     dice = random.Random(0)
     kills = mid_write = whole = 0
-    while mid_write < 6 and kills < 60:
+    while mid_write < 6 and kills < 300:
         kills += 1
         process = start_program(ENDLESS, [str(path)], tmp_path, os.environ)
         assert process.stdout is not None
@@ -250,9 +250,8 @@ def test_folder_removed_while_writing(tmp_path) -> None:
     writer.write(frames())
     while not folder.exists() or not names(folder):
         time.sleep(0.01)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    while folder.exists():  # the encoder may open its file anew while this goes on
+        shutil.rmtree(folder, ignore_errors=True)
     with pytest.raises(OutputError, match="Cannot write"):
         writer.close()
     assert not folder.exists()

@@ -230,7 +230,7 @@ class RankGroup:
                     if not isinstance(item, Message):
                         pending.discard(index)
         for index in ended:
-            self._processes[index].join(REPORT_GRACE)
+            self._processes[index].join(EXIT_TIMEOUT)
         exit_codes = {index: self._processes[index].exitcode for index in ended}
         self.close()
         return self._root_cause(exit_codes, sorted(pending))

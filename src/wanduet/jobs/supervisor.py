@@ -152,6 +152,7 @@ class WorkerProcess:
             healthy = time.monotonic() - started > _HEALTHY_SECONDS
             pause = first if healthy else min(pause * 2, longest)
             self._reason = f"{what}; the next try comes within {pause:.0f} s"
+            self._hanging = None  # only now: one of the two always says why no worker takes jobs
             self._stopping.wait(pause)
             self._reason = f"{what}; another is starting"
 
@@ -177,7 +178,6 @@ class WorkerProcess:
             if process.stdin is not None:
                 process.stdin.close()
             status = process.wait()
-            self._hanging = None
         if self._is_ending():
             return "the server stops"
         self.restarts += 1

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
-from fake_engine import FakeEngine, FakeJob, Pace, content, journal
+from fake_engine import FakeEngine, FakeJob, Pace, Turnstile, content, journal
 
 from wanduet.cluster import files as cluster_files
 from wanduet.cluster.files import StoredFiles, open_files
@@ -65,7 +65,7 @@ def run(store: JobStore, until: Callable[[], object], pace: Pace | None = None) 
     runner = Runner(store, FakeEngine(EngineConfig(data_dir=store.files.folder), pace), FAST, hooks=FakeEngine.hooks)
     thread = threading.Thread(target=runner.run)
     thread.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not until() and time.monotonic() < end:
         time.sleep(0.01)
     runner.drain()
@@ -81,7 +81,7 @@ def submit(store: JobStore, steps: int) -> str:
 def test_a_drained_job_goes_on_on_another_disk_and_no_step_is_done_twice(cluster: Cluster) -> None:
     with closing(cluster.node("a")) as a, closing(cluster.node("b")) as b, closing(cluster.node("api")) as api:
         job = submit(a, 60)
-        run(a, lambda: len(journal(a.files.folder)) >= 10)
+        run(a, lambda: len(journal(a.files.folder)) >= 10, Turnstile(10))
         assert api.get(job).status == "queued"
         assert not (a.files.folder / "work" / job).exists()
         run(b, lambda: api.get(job).finished)

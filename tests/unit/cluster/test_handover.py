@@ -63,7 +63,7 @@ def run(store: ClusterStore, until: Callable[[], object], **attempt: object) -> 
     runner = Runner(store, FakeEngine(EngineConfig(data_dir=store.files.folder)), settings, hooks=FakeEngine.hooks)
     thread = threading.Thread(target=runner.run)
     thread.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not until() and time.monotonic() < end:
         time.sleep(0.01)
     runner.drain()

@@ -106,7 +106,7 @@ def test_results_come_back_in_order() -> None:
 def test_messages_go_both_ways() -> None:
     with RankGroup(echo, ["cpu", "cpu"]) as group:
         group.send("all")
-        assert sorted(group.receive(20.0) for _ in range(2)) == [
+        assert sorted(group.receive(60.0) for _ in range(2)) == [
             (0, ("received", "all", 0)),
             (1, ("received", "all", 1)),
         ]
@@ -178,7 +178,7 @@ def test_a_rank_that_dies_takes_the_group_down_and_is_named(how: str, message: s
         second = group.receive()
         with pytest.raises(RankFailedError, match=message) as caught:
             group.results()
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < launch.COLLECTIVE_TIMEOUT / 2, "long before a collective gives up"
     assert caught.value.rank == 1
     assert ("in die" in caught.value.details) == (how == "raises")
     assert first is not None
@@ -189,7 +189,7 @@ def test_a_rank_that_dies_takes_the_group_down_and_is_named(how: str, message: s
 @pytest.mark.usefixtures("forked")
 def test_a_rank_that_hangs_is_named_after_the_timeout() -> None:
     with (
-        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=3.0) as group,
+        RankGroup(die, ["cpu", "cpu"], "hangs", timeout_s=6.0) as group,
         pytest.raises(RankFailedError, match=r"Rank 1 \(cpu\) did not answer") as caught,
     ):
         group.results()
@@ -208,8 +208,8 @@ def hang_in_an_axis(rank: Rank) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_the_timeout_holds_for_every_axis() -> None:
-    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=4.0) as group, pytest.raises(RankFailedError) as caught:
-        group.receive(40.0)
+    with RankGroup(hang_in_an_axis, ["cpu"] * 4, timeout_s=8.0) as group, pytest.raises(RankFailedError) as caught:
+        group.receive(120.0)
     assert "Rank 2 (cpu) failed" in caught.value.message
     assert "Rank 3 (cpu)" in str(caught.value.hint)
 
@@ -309,8 +309,8 @@ def test_no_rank_outlives_a_killed_parent(tmp_path: Path, how: signal.Signals) -
         assert parent.stdout is not None
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         parent.send_signal(how)
-        parent.wait(10)
-    deadline = time.monotonic() + 5
+        parent.wait(60)
+    deadline = time.monotonic() + 60
     while not all(gone(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -21,7 +21,7 @@ from wanduet.errors import ConfigError
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.call import AttentionCall
 
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 
 
 class Machine:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,17 +143,18 @@ def test_kept_latents_decode_to_the_same_frames(submit, config, tmp_path) -> Non
 def test_cancel_stops_within_a_step_and_resume_loses_nothing(submit, tmp_path) -> None:
     whole = digest(submit("whole", changes={"num_inference_steps": 8}))
     seen: list[int] = []
-    stop = threading.Event()
+    stop, cancelled = threading.Event(), threading.Event()
 
     def on_step(info):
         seen.append(info.step)
         if info.step == 4:
             stop.set()
-            time.sleep(0.2)
+            assert cancelled.wait(60)
 
     job = submit("part", on_step, changes={"num_inference_steps": 8})
     assert stop.wait(60)
     job.cancel()
+    cancelled.set()
     with pytest.raises(CancelledError):
         job.result(60)
     assert seen[-1] <= 5

@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wanduet.config import EngineConfig
-from wanduet.distributed.launch import RankFailedError
+from wanduet.distributed.launch import RankFailedError, RankGroup
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Mailbox, Rank
 from wanduet.engine.job import OutputOptions
@@ -148,21 +148,28 @@ def test_cancel_ends_the_step_and_the_group_goes_on(config, tmp_path) -> None:
             if event.phase == "denoise" and event.done >= 2:
                 job.cancel()
         with pytest.raises(CancelledError):
-            job.result(30)
+            job.result(60)
         following = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "b.mkv", "ffv1"))
         following.result(60)
     assert not (tmp_path / "a.mkv").exists()
 
 
-def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path) -> None:
+def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path, monkeypatch) -> None:
     """Not one step is made, nobody waits for the ranks, and the next job has them."""
+    submitted, send = threading.Event(), RankGroup.send
+
+    def cancelling(group: RankGroup, *arguments: Any, **keywords: Any) -> int:
+        task = send(group, *arguments, **keywords)
+        if task == 2:  # the denoise has been sent
+            assert submitted.wait(60)
+            job.cancel()
+        return task
+
+    monkeypatch.setattr(RankGroup, "send", cancelling)
     with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
         many = GenerationRequest(**(REQUEST | {"num_inference_steps": 500}))
         job = engine.submit(many, OutputOptions(tmp_path / "a.mkv", "ffv1"))
-        while engine.models._group is None or engine.models._group._ranks._sent < 2:  # the denoise has been sent
-            assert not job.finished
-            time.sleep(0.001)
-        job.cancel()
+        submitted.set()
         with pytest.raises(CancelledError):
             job.result(60)
         assert "denoise" not in [event.phase for event in job.events()]

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from wanduet.doors.http.listen import Server, listen
 
-WAIT = 30.0  # seconds: for what must happen, on a busy machine too
+WAIT = 120.0  # seconds: for what must happen, on a busy machine too
 
 
 class Listening:

@@ -149,7 +149,7 @@ def test_a_body_that_goes_on_after_its_stated_length_is_not_part_of_it(serve: An
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/videos", 413), ("/v1/models", 405), ("/nothing", 404)])
 def test_a_body_without_end_is_not_read_without_end(serve: Any, path: str, status: int) -> None:
-    with serve(**{**LATE, "body_seconds": WAIT}, max_body_bytes=1000) as server:
+    with serve(header_seconds=1.5, body_seconds=WAIT, max_body_bytes=1000) as server:
         head = request("POST", path, b"", "Transfer-Encoding: chunked", "Content-Type: application/json")
         with server.connect(head) as client:
             assert Answer(send_without_end(client)).status == status

@@ -63,7 +63,7 @@ def test_a_key_revoked_while_another_is_made_stays_revoked(path: Path, monkeypat
     def slow(self: KeyRing, records: Any) -> None:
         if not read.is_set():  # the addition, which has read the file that still holds the key
             read.set()
-            assert go_on.wait(30)
+            assert go_on.wait(60)
         save(self, records)
 
     monkeypatch.setattr(KeyRing, "_save", slow)
@@ -71,12 +71,12 @@ def test_a_key_revoked_while_another_is_made_stays_revoked(path: Path, monkeypat
     adding = threading.Thread(target=lambda: made.append(KeyRing(path).add("new")))
     removing = threading.Thread(target=lambda: KeyRing(path).remove(stolen))
     adding.start()
-    assert read.wait(30)
+    assert read.wait(60)
     removing.start()
     removing.join(0.2)  # without a lock it ends here, and the addition then brings the key back
     go_on.set()
     for thread in (adding, removing):
-        thread.join(30)
+        thread.join(60)
     keys = KeyRing(path)
     assert keys.owner(revoked) is None
     assert keys.owner(made[0]) is not None

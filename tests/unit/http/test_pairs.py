@@ -196,7 +196,7 @@ def test_cancel_and_completion_at_once_leave_one_outcome(api: Api) -> None:
     go = threading.Barrier(2)
 
     def complete() -> str:
-        go.wait(30)
+        go.wait(60)
         try:
             return api.store.complete(lease, []).status
         except StaleLeaseError:
@@ -204,9 +204,9 @@ def test_cancel_and_completion_at_once_leave_one_outcome(api: Api) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(complete)
-        go.wait(30)
+        go.wait(60)
         seen = api.http.post(f"/v1/videos/{third}/cancel").json()["status"]
-        assert seen == other.result(30) == api.store.get(third).status
+        assert seen == other.result(60) == api.store.get(third).status
 
 
 def test_one_idempotency_key_in_two_servers_is_one_job(api: Api, make_api: Any) -> None:
@@ -220,7 +220,7 @@ def test_one_idempotency_key_in_two_servers_is_one_job(api: Api, make_api: Any) 
         go = threading.Barrier(8)
 
         def send(number: int) -> Any:
-            go.wait(30)
+            go.wait(60)
             headers = {"Idempotency-Key": "k"}
             return servers[number % 2].http.post("/v1/videos", json={"prompt": "x"}, headers=headers)
 
@@ -286,7 +286,7 @@ def test_a_keys_limit_holds_for_submissions_at_the_same_moment(make_api: Any, ke
     go = threading.Barrier(8)
 
     def send(number: int) -> Any:
-        go.wait(30)
+        go.wait(60)
         return api.http.post("/v1/videos", json={"prompt": "x"}, headers=bearer(key))
 
     with ThreadPoolExecutor(8) as pool:

@@ -61,16 +61,16 @@ def test_while_readers_are_busy_other_routes_answer_and_more_uploads_are_refused
     free = threading.Event()
 
     def read(path: Path) -> dict[str, Any]:
-        assert free.wait(30)
+        assert free.wait(120)
         return {}
 
     with_upload(api, read)
     with ThreadPoolExecutor(60) as pool:
         answers = [pool.submit(api.http.post, UPLOAD_PATH, content=b"x") for _ in range(60)]
-        refused = list(islice(as_completed(answers, timeout=30), 56))  # the other four wait for `free`
+        refused = list(islice(as_completed(answers, timeout=120), 56))  # the other four wait for `free`
         assert api.http.get("/v1/videos").status_code == 200
         free.set()
-        statuses = sorted(answer.result(30).status_code for answer in answers)
+        statuses = sorted(answer.result(120).status_code for answer in answers)
     assert statuses == [200] * 4 + [503] * 56
     assert all("retry-after" in answer.result().headers for answer in refused)
     assert list(temporary.iterdir()) == []

@@ -14,7 +14,7 @@ from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.precision import CONVOLUTIONS, EXACT, PRODUCTS, SharedSetting, convolutions_use_tf32, vae_precision
 from wanduet.models.vae.model import WanVAE
 
-WAIT = 30.0
+WAIT = 120.0
 
 
 @pytest.fixture(autouse=True)

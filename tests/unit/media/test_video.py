@@ -277,7 +277,7 @@ def test_segments_are_encoded_at_the_same_time(tmp_path, moving, monkeypatch) ->
     finished = segments._finished
 
     def wait(*args):
-        assert second_began.wait(10)
+        assert second_began.wait(60)
         return finished(*args)
 
     monkeypatch.setattr(video._Encoder, "add", watch)
@@ -321,14 +321,12 @@ def test_caller_does_not_wait_for_the_encoder(tmp_path, moving, monkeypatch) -> 
     add = video._Encoder.add
 
     def slow(self, frame) -> None:
-        release.wait(10)
+        assert release.wait(60)  # never, if the caller waits for it
         add(self, frame)
 
     monkeypatch.setattr(video._Encoder, "add", slow)
     with VideoWriter(tmp_path / "a.mp4", VideoSpec(64, 96)) as writer:
-        started = time.perf_counter()
         writer.write(moving(20))
-        assert time.perf_counter() - started < 2
         release.set()
     assert probe(tmp_path / "a.mp4")["num_frames"] == 20
 
@@ -378,13 +376,13 @@ def test_memory_does_not_grow_with_the_number_of_frames(tmp_path) -> None:
 
 def test_no_threads_or_files_stay_open(tmp_path, moving) -> None:
     frames = moving(3)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for i in range(10):
         writer = VideoWriter(tmp_path / f"{i}.mp4", VideoSpec(64, 96))
         writer.write(frames)
         writer.abort() if i % 2 else writer.close()
     gc.collect()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     assert len(names(tmp_path)) == 5
 
 

@@ -39,7 +39,7 @@ class Recorder(TransformerHost):
         self.problem: Exception | None = None
 
     def load(self, plan: Any, context: Any) -> Any:
-        self.may_load.wait(10)
+        self.may_load.wait(60)
         self.seen.append("load")
         if self.problem:
             raise self.problem
@@ -76,7 +76,7 @@ def test_imports_come_after_the_loading(models: Recorder, pool: ThreadPoolExecut
     fitted = models.start(pool)
     assert models.seen == []
     models.may_load.set()
-    assert fitted.result(10) is DENOISER  # though setting it up failed
+    assert fitted.result(60) is DENOISER  # though setting it up failed
     pool.shutdown()
     assert models.seen[0] == "load"
     assert set(models.seen[1:]) == {"import", "sampler", f"fit, turns of {SECONDS:.4f} s", "vae"}
@@ -89,7 +89,7 @@ def test_a_failed_loading_is_told_and_the_turns_are_put_back(models: Recorder, p
     models.problem = WeightsError("damaged")
     models.may_load.set()
     with pytest.raises(WeightsError, match="damaged"):
-        models.start(pool).result(10)
+        models.start(pool).result(60)
     pool.shutdown()
     assert "import" not in models.seen
     assert sys.getswitchinterval() == before
@@ -112,18 +112,18 @@ def test_a_cancelled_job_does_not_wait_for_libraries_that_are_imported(
 
     def imports(*_: Any) -> None:
         begun.set()
-        may_end.wait(30.0)
+        may_end.wait(60)
         ended.set()
 
     monkeypatch.setattr(module, "make_sampler", imports)
     models.may_load.set()
     models.start(pool)
-    assert begun.wait(30.0)
+    assert begun.wait(60)
     models.cancelled = True
     pool.shutdown()
     assert not ended.is_set()
     may_end.set()
-    assert ended.wait(30.0)
+    assert ended.wait(60)
 
 
 def test_turns_are_short_until_the_last_has_ended() -> None:

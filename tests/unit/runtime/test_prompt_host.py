@@ -53,12 +53,12 @@ def test_a_prompt_waits_for_the_device_and_a_cached_one_does_not(tmp_path) -> No
         waiting.start()
         waiting.join(0.2)
         assert waiting.is_alive()
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
     with models.locks.take(DEVICE):
         cached = threading.Thread(target=encoder.encode, args=([CIRCLE],))
         cached.start()
-        cached.join(20)
+        cached.join(60)
         assert not cached.is_alive()
 
 
