@@ -8,9 +8,9 @@ tensors, however large the files are.
 import hashlib
 import math
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +19,6 @@ from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular
 from wanduet.weights.source import HINT, TensorInfo, WeightSource, some_of
 
 if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
-    import torch
     from torch import Tensor
 
 HEADER_LIMIT = MAX_HEADER_BYTES
@@ -32,6 +31,12 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+# PyTorch's names of dtypes, and safetensors'.
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
+    "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
 # Bytes that the fingerprint hashes at each of `SAMPLES` places of a file.
 SAMPLE_BYTES = 65536
 SAMPLES = 16
@@ -59,41 +64,18 @@ class TensorFiles(WeightSource):
             if not wanted:
                 continue
             try:
-                for portion in self._portions(wanted):
+                for portion in portions(wanted, self.tensors):
                     with safe_open(path, framework="pt") as file:
                         for name in portion:
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
 
-    def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Yield groups of names to map together: at most `MAPPED_BYTES` each, or one larger tensor."""
-        portion: list[str] = []
-        mapped = 0
-        for name in names:
-            size = self.tensors[name].num_bytes
-            if portion and mapped + size > MAPPED_BYTES:
-                yield portion
-                portion, mapped = [], 0
-            portion.append(name)
-            mapped += size
-        yield portion
-
-    def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
-        """Return the given rows of a tensor in `dtype`, without reading the others. Raises WeightsError."""
-        import torch
-
-        self.require([name])
-        count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
-        if not all(0 <= row < count for row in rows):  # a negative row would count from the end
-            raise WeightsError(
-                f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
-                "tokenizer and weights do not belong together."
-            )
+    def _rows(self, name: str, rows: "Tensor") -> "Tensor":
         try:
             with safe_open(self.tensors[name].file, framework="pt") as file:
                 # Not `get_slice`, which leaks some bytes for each slice (safetensors 0.8). `get_tensor` is mapped too.
-                return file.get_tensor(name)[torch.tensor(rows, dtype=torch.long)].to(dtype)
+                return cast("Tensor", file.get_tensor(name)[rows])
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
             raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=HINT) from error
 
@@ -106,10 +88,29 @@ class TensorFiles(WeightSource):
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 digest.update(file.read(length))
-                for sample in range(SAMPLES):
-                    file.seek(8 + length + (size - 8 - length) * sample // SAMPLES)
-                    digest.update(file.read(SAMPLE_BYTES))
+                sample(file, 8 + length, size, digest)
         return digest.hexdigest()
+
+
+def portions(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Yield groups of names to map together: at most `MAPPED_BYTES` each, or one larger tensor."""
+    portion: list[str] = []
+    mapped = 0
+    for name in names:
+        size = tensors[name].num_bytes
+        if portion and mapped + size > MAPPED_BYTES:
+            yield portion
+            portion, mapped = [], 0
+        portion.append(name)
+        mapped += size
+    yield portion
+
+
+def sample(file: BinaryIO, begin: int, end: int, digest: "hashlib._Hash") -> None:
+    """Add `SAMPLE_BYTES` at each of `SAMPLES` places between two offsets of a file to a digest."""
+    for index in range(SAMPLES):
+        file.seek(begin + (end - begin) * index // SAMPLES)
+        digest.update(file.read(SAMPLE_BYTES))
 
 
 _POINTER = b"version https://git-lfs"

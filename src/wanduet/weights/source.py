@@ -61,6 +61,24 @@ class WeightSource(ABC):
     def fingerprint(self) -> str:
         """Return a digest that identifies the weights: different weights have different digests. Reads a few MiB."""
 
+    def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+        """Return the given rows of a tensor in `dtype`. Raises WeightsError, also for a row that it does not have."""
+        import torch
+
+        self.require([name])
+        count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
+        if not all(0 <= row < count for row in rows):  # a negative row would count from the end
+            raise WeightsError(
+                f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
+                "tokenizer and weights do not belong together."
+            )
+        return self._rows(name, torch.tensor(rows, dtype=torch.long)).to(dtype)
+
+    def _rows(self, name: str, rows: "Tensor") -> "Tensor":
+        """Return rows of a tensor, without reading the others if the source can."""
+        ((_, tensor),) = self.iterate([name])
+        return tensor[rows]
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
