@@ -14,7 +14,7 @@ from wanduet.family.registry import DEFAULT_MODEL, RANDOM_SPECS
 
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Weights = Literal["auto", "bf16", "q8"]
+Weights = Literal["auto", "bf16", "q8", "fp8"]
 TextEncoderResidency = Literal["auto", "resident", "streamed"]
 ROLES = ("vae", "transformer", "text_encoder")
 
@@ -37,7 +37,8 @@ class EngineConfig:
     device_speeds: tuple[float, ...] | None = None  # relative, of `devices`, for strategy parallel; None: measured
     transformer_dtype: DType = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     # How the matrices of the transformer's blocks are in memory; products are computed in transformer_dtype in any case.
-    # auto: in transformer_dtype. bf16: in at most 16 bits. q8: 8 bits and a scale for each row (kernels/dit/weight.py).
+    # auto: in transformer_dtype. bf16: in at most 16 bits. q8, fp8: 8 bits and a scale for each row
+    # (kernels/dit/weight.py).
     weights: Weights = "auto"
     vae_dtype: DType = "auto"  # auto: float32
     text_encoder_dtype: DType = "auto"
@@ -64,7 +65,7 @@ class EngineConfig:
         if self.weights not in get_args(Weights):
             raise ConfigError(
                 f"weights={self.weights!r} is no format of weights in memory.",
-                hint=f"Formats: {', '.join(get_args(Weights))}. fp8 would take as many bytes as q8, and is less precise.",
+                hint=f"Formats: {', '.join(get_args(Weights))}. fp8 takes as many bytes as q8, and is less precise.",
             )
         if self.text_encoder_device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", self.text_encoder_device):
             raise ConfigError(

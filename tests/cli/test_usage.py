@@ -111,7 +111,7 @@ def test_a_value_out_of_range_names_field_and_what_is_allowed(wanduet, flags: st
         ("--ram-limit 0", "no memory"),
         ("--attention nonsense", "sdpa"),
         ("--transformer-dtype int8", "bfloat16"),
-        ("--weights fp8", "q8"),
+        ("--weights int4", "q8"),
         ("--checkpoint-seconds -1", "0 or more"),
     ],
 )

@@ -40,7 +40,7 @@ def test_devices_that_make_no_sense(text: str) -> None:
         EngineConfig(devices=text)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "", None])
+@pytest.mark.parametrize("name", ["fp4", "int8", "", None])
 def test_formats_of_weights_that_do_not_exist(name) -> None:
     with pytest.raises(ConfigError, match="no format of weights") as refused:
         EngineConfig(weights=name)

@@ -8,9 +8,11 @@ from typing import Any
 
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.untrusted import cut, open_regular
+from wanduet.weights.gguf_file import GGUFSource
 from wanduet.weights.json_files import read_json
 from wanduet.weights.keymaps import IGNORED, Renamed, pairs_for, renamed
 from wanduet.weights.pickles import PickledTensors
+from wanduet.weights.quantised import dequantised
 from wanduet.weights.recognise import NAMES, TAKE_T2V, Recognised, recognise
 from wanduet.weights.safetensors import TensorFiles
 from wanduet.weights.source import WeightSource
@@ -20,10 +22,10 @@ _EXPERT = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)
 
 
 def open_source(path: Path, label: str = "file") -> WeightSource:
-    """Open a file of weights by its first bytes, with the names stored in it: safetensors, the index of several, or
-    PyTorch's pickles of tensors. `label`: its name in messages.
+    """Open a file of weights by its first bytes, as dense tensors with the names stored in it: safetensors, the index of
+    several, GGUF, or PyTorch's pickles of tensors. `label`: its name in messages.
 
-    Raises WeightsError for a damaged file, ModelNotFoundError for a missing one or another format.
+    Raises WeightsError for a damaged file or a quantisation that is not read, ModelNotFoundError for a missing file.
     """
     try:
         with open_regular(path) as file:
@@ -31,17 +33,15 @@ def open_source(path: Path, label: str = "file") -> WeightSource:
     except OSError as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
     if start == b"GGUF":
-        raise ModelNotFoundError(
-            f"{path} is a GGUF file, which wanduet does not read.", hint="Take the same weights as .safetensors."
-        )
+        return GGUFSource(label, path)
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return PickledTensors(label, path)
+    paths = [path]
     if start[:1] == b"{":
-        names = shards(path)
-        if missing := [name for name in names if not (path.parent / name).is_file()]:
+        paths = [path.parent / name for name in shards(path)]
+        if missing := [one.name for one in paths if not one.is_file()]:
             raise ModelNotFoundError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} names.")
-        return TensorFiles(label, [path.parent / name for name in names])
-    return TensorFiles(label, [path])
+    return dequantised(TensorFiles(label, paths))
 
 
 def shards(index: Path) -> list[str]:

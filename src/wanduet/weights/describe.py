@@ -20,17 +20,17 @@ def describe_weights(path: Path) -> dict[str, Any] | None:
         with open_regular(path) as file:
             if not file.read(4).startswith(_STARTS):
                 return None
-    tensors = open_source(path).tensors
-    kinds = recognise(tensors)
+    source = open_source(path)
+    tensors, kinds = source.tensors, recognise(source.tensors)
     if kinds[0].component == "unknown" and path.suffix == ".safetensors" and len(tensors) <= 2:
         return None  # latents or embeddings
     found = {"kind": "weights", "path": str(path)}
     if len(kinds) == 1:
-        return found | _shown(kinds[0], path)
-    return found | {"models": [_shown(kind, path) for kind in kinds]}
+        return found | _shown(kinds[0], path, source.quantisation)
+    return found | {"models": [_shown(kind, path, source.quantisation) for kind in kinds]}
 
 
-def _shown(kind: Recognised, path: Path) -> dict[str, Any]:
+def _shown(kind: Recognised, path: Path, quantisation: str | None) -> dict[str, Any]:
     problem = why_not(path, kind)
     return {
         "model": kind.described,
@@ -38,6 +38,7 @@ def _shown(kind: Recognised, path: Path) -> dict[str, Any]:
         "layout": kind.layout,
         "prefix": kind.prefix,
         "dtypes": list(kind.dtypes),
+        "quantisation": quantisation,
         "tensors": kind.num_tensors,
         "parameters": kind.num_parameters,
         "runs": problem is None,

@@ -2,7 +2,7 @@
 
 Each table has pairs of module names: of another layout, and of Diffusers (of transformers, for the text encoder). `#` is
 a number that both have. Names are matched whole, so that `modulation` is not found in `head.modulation`. No tensor has
-another shape in another layout. Sources: diffusers' `convert_wan_to_diffusers.py`, transformers' UMT5, llama.cpp's T5.
+another shape in another layout. Sources: diffusers' `convert_wan_to_diffusers.py`, transformers' UMT5.
 """
 
 import hashlib
@@ -71,17 +71,6 @@ UMT5: Pairs = (
     ("blocks.#.ffn.fc1", f"{_LAYER}.{_FEED_FORWARD}.wi_1"),
     ("blocks.#.ffn.fc2", f"{_LAYER}.{_FEED_FORWARD}.wo"),
 )
-UMT5_GGUF: Pairs = (
-    ("token_embd", "shared"),
-    ("enc.output_norm", "encoder.final_layer_norm"),
-    ("enc.blk.#.attn_norm", f"{_LAYER}.0.layer_norm"),
-    *((f"enc.blk.#.attn_{name}", f"{_LAYER}.0.SelfAttention.{name}") for name in "qkvo"),
-    ("enc.blk.#.attn_rel_b", f"{_LAYER}.0.SelfAttention.relative_attention_bias"),
-    ("enc.blk.#.ffn_norm", f"{_LAYER}.1.layer_norm"),
-    ("enc.blk.#.ffn_gate", f"{_LAYER}.{_FEED_FORWARD}.wi_0"),
-    ("enc.blk.#.ffn_up", f"{_LAYER}.{_FEED_FORWARD}.wi_1"),
-    ("enc.blk.#.ffn_down", f"{_LAYER}.{_FEED_FORWARD}.wo"),
-)
 # Entries that are no weights of the model: markers and tables of other programs, the tokenizer in ComfyUI's file.
 IGNORED = re.compile(r"freqs|scaled_fp8|spiece_model|model_type\..*|.*\.norm_added_q\.weight|logit_scale")
 
@@ -129,11 +118,11 @@ def vae_size(names: Collection[str]) -> tuple[int, int]:
 
 def pairs_for(component: str, layout: str, names: Collection[str]) -> Pairs:
     """Return the table of a component's layout; an empty one if `names` are those of Diffusers already."""
-    if layout == "official":
-        if component == "vae":
-            return vae_pairs(*vae_size(names))
-        return TRANSFORMER if component == "transformer" else UMT5
-    return UMT5_GGUF if layout == "gguf" else ()
+    if layout != "official":
+        return ()
+    if component == "vae":
+        return vae_pairs(*vae_size(names))
+    return TRANSFORMER if component == "transformer" else UMT5
 
 
 def renamed(names: Iterable[str], pairs: Pairs) -> dict[str, str]:
@@ -169,6 +158,7 @@ class Renamed(WeightSource):
         """`names`: new name of each stored name. `label`: the component's name in messages."""
         super().__init__(label)
         self._source = source
+        self.metadata, self.quantisation = source.metadata, source.quantisation
         self._stored = {new: stored for stored, new in names.items()}
         self.tensors = {new: source.tensors[stored] for new, stored in self._stored.items()}
 

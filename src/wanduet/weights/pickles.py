@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import check_regular, cut, open_regular
-from wanduet.weights.safetensors import DTYPES, portions, sample
+from wanduet.weights.safetensors import DTYPES, portions, samples
 from wanduet.weights.source import HINT, TensorInfo, WeightSource
 
 if TYPE_CHECKING:  # other headers are read before torch is imported
@@ -49,7 +49,8 @@ class PickledTensors(WeightSource):
         digest = hashlib.sha256(f"{self.path.name}{described}".encode())
         size = check_regular(self.path)
         with open_regular(self.path) as file:
-            sample(file, 0, size, digest)
+            for data in samples(file, 0, size):
+                digest.update(data)
             file.seek(max(0, size - 2**20))
             digest.update(file.read())
         return digest.hexdigest()

@@ -23,7 +23,6 @@ _MARKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vae", "diffusers", ("decoder.mid_block.resnets.0.norm1.gamma",)),
     ("text_encoder", "official", ("token_embedding", "blocks.0.attn.q")),
     ("text_encoder", "transformers", ("encoder.block.0.layer.0.SelfAttention.q",)),
-    ("text_encoder", "gguf", ("enc.blk.0.attn_q",)),
     ("clip", "official", ("visual.cls_embedding",)),
     ("clip", "transformers", ("vision_model.embeddings.class_embedding",)),
 )
@@ -199,7 +198,7 @@ def _vae(tensors: Mapping[str, TensorInfo]) -> tuple[str, str | None, str | None
 
 def _text_encoder(tensors: Mapping[str, TensorInfo]) -> tuple[str, str | None, str | None]:
     vocabulary = _shape(
-        tensors, "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"
+        tensors, "token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"
     )[:1]  # fmt: skip
     if vocabulary == (_T5_VOCABULARY,):
         return (

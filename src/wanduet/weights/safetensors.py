@@ -9,8 +9,9 @@ import hashlib
 import math
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -51,11 +52,12 @@ class TensorFiles(WeightSource):
         super().__init__(name)
         self.paths = tuple(paths)
         for path in self.paths:
-            found = _tensors_of(path)
+            found, metadata = _contents_of(path)
             if twice := sorted(set(found) & set(self.tensors)):
                 files = f"{self.tensors[twice[0]].file} and {path}"
                 raise WeightsError(f"The {name}'s {some_of(twice)} stand in two files: {files}.", hint=HINT)
             self.tensors.update(found)
+            self.metadata.update(metadata)
 
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
         """Yield the named tensors file by file, memory-mapped. Raises WeightsError."""
@@ -71,14 +73,6 @@ class TensorFiles(WeightSource):
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
 
-    def _rows(self, name: str, rows: "Tensor") -> "Tensor":
-        try:
-            with safe_open(self.tensors[name].file, framework="pt") as file:
-                # Not `get_slice`, which leaks some bytes for each slice (safetensors 0.8). `get_tensor` is mapped too.
-                return cast("Tensor", file.get_tensor(name)[rows])
-        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
-            raise WeightsError(f"{self.tensors[name].file} is damaged: {cut(error)}.", hint=HINT) from error
-
     def fingerprint(self) -> str:
         """Return a digest of every header and of samples of the data; reads a few MiB, however large the files are."""
         digest = hashlib.sha256()
@@ -88,7 +82,8 @@ class TensorFiles(WeightSource):
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 digest.update(file.read(length))
-                sample(file, 8 + length, size, digest)
+                for data in samples(file, 8 + length, size):
+                    digest.update(data)
         return digest.hexdigest()
 
 
@@ -106,11 +101,11 @@ def portions(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Iterato
     yield portion
 
 
-def sample(file: BinaryIO, begin: int, end: int, digest: "hashlib._Hash") -> None:
-    """Add `SAMPLE_BYTES` at each of `SAMPLES` places between two offsets of a file to a digest."""
-    for index in range(SAMPLES):
-        file.seek(begin + (end - begin) * index // SAMPLES)
-        digest.update(file.read(SAMPLE_BYTES))
+def samples(file: BufferedReader, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes at `SAMPLES` places of a file, spread evenly from `begin` to `end`."""
+    for sample in range(SAMPLES):
+        file.seek(begin + (end - begin) * sample // SAMPLES)
+        yield file.read(SAMPLE_BYTES)
 
 
 _POINTER = b"version https://git-lfs"
@@ -138,8 +133,8 @@ def read_header(path: Path) -> dict[str, Any]:
     return read_safetensors_header(path, HEADER_LIMIT)
 
 
-def _tensors_of(path: Path) -> dict[str, TensorInfo]:
-    """Return the entries of a file's header, checked against each other and against the file's size."""
+def _contents_of(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the entries of a file's header, checked against each other and against the file's size, and its metadata."""
     check_pointer(path)
     try:
         header = read_header(path)
@@ -148,21 +143,20 @@ def _tensors_of(path: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", file.read(8))
         tensors: dict[str, TensorInfo] = {}
         places: list[tuple[int, int, str]] = []
+        metadata = {name: text for name, text in header.pop("__metadata__", {}).items() if isinstance(text, str)}
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             info, begin, end = _entry(path, name, entry)
             tensors[name] = info
             places.append((begin, end, name))
         last = _require_side_by_side(places)
     except OSError as error:
         raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=HINT) from error
-    except (ValueError, LookupError, TypeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise WeightsError(f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=HINT) from error
     end = 8 + length + last
     if size != end:
         raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=HINT)
-    return tensors
+    return tensors, metadata
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:

@@ -18,7 +18,7 @@ HINT = "Fetch the model again with `wanduet download`."
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's entry in a file header. `dtype`: safetensors' name (`F32`, `BF16`)."""
+    """A tensor's entry in a file header. `dtype`: safetensors' name (`F32`, `BF16`). `num_bytes`: its bytes in the file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -42,13 +42,16 @@ class Target(Protocol):
 class WeightSource(ABC):
     """The tensors of one component (transformer, VAE, text encoder), by the names of a Diffusers checkpoint.
 
-    `tensors` describes all tensors by name, without reading their data.
+    `tensors` describes all tensors by name, without reading their data. `metadata`: the text that the files have beside
+    their tensors. `quantisation`: how the matrices are stored if they are smaller than what `iterate` yields.
     """
 
     def __init__(self, name: str) -> None:
         """`name`: the component's name in messages."""
         self.name = name
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self.quantisation: str | None = None
 
     @abstractmethod
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
@@ -60,24 +63,6 @@ class WeightSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a digest that identifies the weights: different weights have different digests. Reads a few MiB."""
-
-    def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
-        """Return the given rows of a tensor in `dtype`. Raises WeightsError, also for a row that it does not have."""
-        import torch
-
-        self.require([name])
-        count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
-        if not all(0 <= row < count for row in rows):  # a negative row would count from the end
-            raise WeightsError(
-                f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
-                "tokenizer and weights do not belong together."
-            )
-        return self._rows(name, torch.tensor(rows, dtype=torch.long)).to(dtype)
-
-    def _rows(self, name: str, rows: "Tensor") -> "Tensor":
-        """Return rows of a tensor, without reading the others if the source can."""
-        ((_, tensor),) = self.iterate([name])
-        return tensor[rows]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,6 +76,27 @@ class WeightSource(ABC):
         """
         self.require(names)
         return {name: tensor.to(dtype, copy=True) for name, tensor in self.iterate(names)}
+
+    def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+        """Return the given rows of a tensor in `dtype`; a source that can do so does not read the others. Raises
+        WeightsError."""
+        import torch
+
+        self.require_rows(name, rows)
+        # A mapped tensor is read only where it is indexed. Not safetensors' `get_slice`, which leaks some bytes for each
+        # slice (safetensors 0.8).
+        _, tensor = next(iter(self.iterate([name])))
+        return tensor[torch.tensor(rows, dtype=torch.long)].to(dtype)
+
+    def require_rows(self, name: str, rows: Sequence[int]) -> None:
+        """Raise WeightsError if a tensor is missing or has fewer rows than these."""
+        self.require([name])
+        count = self.tensors[name].shape[0] if self.tensors[name].shape else 0
+        if not all(0 <= row < count for row in rows):  # a negative row would count from the end
+            raise WeightsError(
+                f"The {self.name}'s {name} has {count} rows, but row {max(rows)} is asked for: "
+                "tokenizer and weights do not belong together."
+            )
 
     def load_into(self, targets: Mapping[str, Target], ignore: Collection[str] = ()) -> None:
         """Copy the weights into allocated tensors, one by one, converted to the format and device of each target.

@@ -67,19 +67,21 @@ def memory() -> ModelMemory:
     return ModelMemory(replace(WAN_1_3B, name="small", transformer=SPEC), shapes, {})
 
 
-def test_only_the_blocks_matrices_are_in_8_bits() -> None:
-    for name, parameter in loaded("q8").named_parameters():
-        if parameter.dtype == torch.int8:
+@pytest.mark.parametrize("format", ["q8", "fp8"])
+def test_only_the_blocks_matrices_are_in_8_bits(format: str) -> None:
+    dtype = FORMATS[format].dtype
+    for name, parameter in loaded(format).named_parameters():
+        if parameter.dtype == dtype:
             assert WanTransformer.is_block_matrix(name)
             assert parameter.ndim == 2
         else:
             assert not WanTransformer.is_block_matrix(name)
             assert parameter.dtype == WanTransformer.parameter_dtype(name, torch.bfloat16)
-    count = sum(p.dtype == torch.int8 for p in loaded("q8").parameters())
+    count = sum(p.dtype == dtype for p in loaded(format).parameters())
     assert count == SPEC.num_layers * 10  # q, k, v and out, twice; up and down
 
 
-@pytest.mark.parametrize("name", ["auto", "bf16", "q8"])
+@pytest.mark.parametrize("name", ["auto", *FORMATS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bytes_are_planned_as_they_are_allocated_before_any_weight_is_read(memory, name: str, dtype: str) -> None:
     seen: list[int] = []
@@ -97,12 +99,13 @@ def test_bytes_are_planned_as_they_are_allocated_before_any_weight_is_read(memor
     assert resident - none == (SPEC.num_layers - 2) * large  # all but those in the two buffers
 
 
-def test_8_bits_halve_what_an_offloaded_block_moves() -> None:
-    full, small = (packed_buffer(loaded(name, resident=0).blocks[0]).nbytes for name in ("auto", "q8"))
+@pytest.mark.parametrize("format", ["q8", "fp8"])
+def test_8_bits_halve_what_an_offloaded_block_moves(format: str) -> None:
+    full, small = (packed_buffer(loaded(name, resident=0).blocks[0]).nbytes for name in ("auto", format))
     assert small < 0.62 * full  # at widths this small, scales, biases and gaps count
 
 
-@pytest.mark.parametrize(("name", "bound"), [("bf16", 0.01), ("q8", 0.03)])
+@pytest.mark.parametrize(("name", "bound"), [("bf16", 0.01), ("q8", 0.03), ("fp8", 0.1)])
 def test_the_result_is_close(name: str, bound: float) -> None:
     exact, got = output(loaded("auto", torch.float32)), output(loaded(name, torch.float32))
     assert 0 < (got - exact).norm() / exact.norm() < bound
@@ -116,8 +119,9 @@ def test_offloaded_blocks_give_the_same_bits(name: str, dtype: torch.dtype) -> N
         assert torch.equal(output(loaded(name, dtype, resident)), expected)
 
 
-def test_q_k_and_v_are_one_product_of_their_8_bits() -> None:
-    model, seen = loaded("q8"), []
+@pytest.mark.parametrize("format", ["q8", "fp8"])
+def test_q_k_and_v_are_one_product_of_their_8_bits(format: str) -> None:
+    model, seen, dtype = loaded(format), [], FORMATS[format].dtype
 
     def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         seen.append((tuple(weight.shape), weight.data.dtype))
@@ -125,8 +129,8 @@ def test_q_k_and_v_are_one_product_of_their_8_bits() -> None:
 
     model.runtime = replace(model.runtime, kernels=replace(TORCH_KERNELS, linear=product))
     output(model)
-    assert seen.count(((144, 48), torch.int8)) == SPEC.num_layers
-    assert {dtype for _, dtype in seen} == {torch.int8}
+    assert seen.count(((144, 48), dtype)) == SPEC.num_layers
+    assert {one for _, one in seen} == {dtype}
 
 
 def test_packing_again_changes_nothing() -> None:

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 
 from tests.weight_files import prefixed, tensors_of, write_all_in_one, write_official, write_shards
 from wanduet.errors import ModelNotFoundError, WeightsError
+from wanduet.weights.describe import describe_weights
 from wanduet.weights.diffusers import COMPONENTS, ModelFolder
 from wanduet.weights.hub import local_model, open_model
+from wanduet.weights.keymaps import TRANSFORMER, UMT5, renamed
 from wanduet.weights.recognise import recognise
 
 
@@ -96,6 +98,62 @@ def test_another_dtype_in_the_file_is_the_same_model_rounded(tmp_path: Path, min
     for name, tensor in miniature.vae.iterate(list(miniature.vae.tensors)):
         torch.testing.assert_close(read[name], tensor.to(dtype).float(), rtol=0, atol=0)
     assert found.spec == miniature.spec  # also its statistics, which are the base's
+
+
+def test_weights_in_8_bits_give_the_dequantised_ones(tmp_path: Path, miniature: ModelFolder) -> None:
+    state = tensors_of(miniature, "transformer")
+    scaled: dict[str, torch.Tensor] = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    expected = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and name.startswith("blocks."):
+            scale = tensor.float().abs().max() / 448
+            scaled[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            scaled[name.removesuffix("weight") + "scale_weight"] = scale
+            expected[name] = scaled[name].float() * scale
+        else:
+            scaled[name], expected[name] = tensor, tensor.float()
+    path = tmp_path / "fp8.safetensors"
+    save_file(prefixed("model.diffusion_model.", scaled), path)
+    found = open_model("miniature", files={"transformer": path})
+    read = found.transformer.read(list(found.transformer.tensors), torch.float32)
+    assert found.transformer.shapes == miniature.transformer.shapes
+    for name, new in renamed(expected, TRANSFORMER).items():
+        torch.testing.assert_close(read[new], expected[name], rtol=0, atol=0)
+    shown = describe_weights(path)
+    assert shown is not None
+    assert (shown["runs"], shown["tensors"]) == (True, len(state))
+    assert "fp8" in shown["quantisation"]
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_gguf(tmp_path: Path, miniature: ModelFolder, component: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    state = tensors_of(miniature, component)
+    path = tmp_path / "any.gguf"
+    writer = gguf.GGUFWriter(path, "wan" if component == "transformer" else "t5encoder")
+    names = renamed(state, UMT5) if component == "text_encoder" else {name: name for name in state}
+    stored = {umt5_in_gguf(new) if component == "text_encoder" else new: state[name] for name, new in names.items()}
+    for name, tensor in stored.items():
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_equal(open_model("miniature", files={component: path}), miniature)
+
+
+def umt5_in_gguf(name: str) -> str:
+    """Return llama.cpp's name of a tensor of the encoder."""
+    parts = {
+        "shared": "token_embd", "encoder.final_layer_norm": "enc.output_norm", "encoder.block": "enc.blk",
+        ".layer.0.SelfAttention.relative_attention_bias": ".attn_rel_b", ".layer.0.SelfAttention.": ".attn_",
+        ".layer.0.layer_norm": ".attn_norm", ".layer.1.layer_norm": ".ffn_norm",
+        ".layer.1.DenseReluDense.wi_0": ".ffn_gate", ".layer.1.DenseReluDense.wi_1": ".ffn_up",
+        ".layer.1.DenseReluDense.wo": ".ffn_down",
+    }  # fmt: skip
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def test_what_files_lack_is_named_with_its_size(tmp_path: Path, miniature: ModelFolder, monkeypatch) -> None:
@@ -199,9 +257,6 @@ def test_files_that_do_not_go_together_are_refused(tmp_path: Path, miniature: Mo
         open_model(str(two))
     with pytest.raises(ModelNotFoundError, match="--vae names"):
         open_model("miniature", files={"vae": tmp_path / "nothing"})
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelNotFoundError, match="is a GGUF file"):
-        open_model(str(tmp_path / "a.gguf"))
 
 
 def test_an_official_folder_that_is_not_whole_names_what_it_lacks(tmp_path: Path, miniature: ModelFolder) -> None:

@@ -199,8 +199,8 @@ class EngineFlags:
     weights: Annotated[
         Weights,
         Parameter(
-            help="How the transformer's large matrices are in memory: as they are computed, 16 or 8 bits (q8). Saves memory, "
-            "not time: products are still computed in --transformer-dtype."
+            help="How the transformer's large matrices are in memory: as they are computed, 16 or 8 bits (q8; fp8 for weights "
+            "that are stored in fp8). Saves memory, not time: products are still computed in --transformer-dtype."
         ),
     ] = "auto"
     vae_dtype: Annotated[
