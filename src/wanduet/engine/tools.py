@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from wanduet.engine import generate
 from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.record import is_same_model
-from wanduet.errors import InvalidRequestError, OutputError, WanduetError, WeightsError
+from wanduet.errors import InvalidRequestError, OutputError, WanduetError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import with_speed
@@ -49,8 +48,8 @@ from wanduet.weights.manifest import Progress
 TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
 FLASH4_MAJORS = (9, 10)  # major compute capabilities of data centre GPUs: Hopper and Blackwell
 _INSPECTED = (
-    "What can be looked into: videos, files of weights, and latents and prompt embeddings that wanduet wrote "
-    "(.safetensors)."
+    "What can be looked into: videos, and latents and prompt embeddings that wanduet wrote (.safetensors); files of "
+    "weights (.safetensors, .gguf, .pth)."
 )
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
@@ -137,10 +136,7 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    weights = None
-    with suppress(WeightsError):  # reading latents or a video says more about a damaged one
-        weights = describe_weights(path)
-    if weights is not None:
+    if (weights := describe_weights(path)) is not None:
         return weights
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}

@@ -3,31 +3,36 @@
 from pathlib import Path
 from typing import Any
 
-from wanduet.untrusted import open_regular
+from wanduet.untrusted import read_safetensors_header
 from wanduet.weights.components import open_source, why_not
 from wanduet.weights.recognise import TAKE_T2V, Recognised, recognise
 
-_STARTS = (b"PK\x03\x04", b"\x80", b"GGUF")  # PyTorch's zip archives and pickles, llama.cpp's files
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".gguf")
+_FEW = 2  # tensors in a file of latents or embeddings, at most
 
 
 def describe_weights(path: Path) -> dict[str, Any] | None:
-    """Return what `wanduet inspect` shows of a file of weights; None for a file of another kind.
+    """Return what `wanduet inspect` shows of a file of weights; None for a file with another ending, and for latents or
+    embeddings.
 
-    Raises WeightsError for a damaged one, ModelNotFoundError for a format that is not read.
+    Raises WeightsError for a damaged one, or a quantisation that is not read.
     """
-    if not str(path).lower().endswith(_ENDINGS):
-        with open_regular(path) as file:
-            if not file.read(4).startswith(_STARTS):
-                return None
+    if not path.name.lower().endswith(_ENDINGS) or (path.suffix == ".safetensors" and _has_few(path)):
+        return None
     source = open_source(path)
-    tensors, kinds = source.tensors, recognise(source.tensors)
-    if kinds[0].component == "unknown" and path.suffix == ".safetensors" and len(tensors) <= 2:
-        return None  # latents or embeddings
+    kinds = recognise(source.tensors)
     found = {"kind": "weights", "path": str(path)}
     if len(kinds) == 1:
         return found | _shown(kinds[0], path, source.quantisation)
     return found | {"models": [_shown(kind, path, source.quantisation) for kind in kinds]}
+
+
+def _has_few(path: Path) -> bool:
+    """Return True if a safetensors file has few tensors, or a header that cannot be read."""
+    try:
+        return len(read_safetensors_header(path).keys() - {"__metadata__"}) <= _FEW
+    except (OSError, ValueError):
+        return True
 
 
 def _shown(kind: Recognised, path: Path, quantisation: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.weight_files import prefixed, tensors_of, write_all_in_one, write_official, write_shards
+from tests.weight_files import ALL_IN_ONE, prefixed, tensors_of, write_all_in_one, write_official, write_shards
 from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.weights.describe import describe_weights
 from wanduet.weights.diffusers import COMPONENTS, ModelFolder
@@ -274,3 +274,23 @@ def test_what_is_said_of_a_transformer(miniature: ModelFolder) -> None:
     assert (found.component, found.layout, found.prefix, found.problem) == ("transformer", "diffusers", "", None)
     assert found.dtypes == ("BF16",)
     assert found.device_bytes == sum(t.num_bytes for t in miniature.transformer.tensors.values())
+
+
+def test_inspect_shows_weights_and_refuses_a_truncated_file(tmp_path: Path, miniature: ModelFolder) -> None:
+    path = write_all_in_one(tmp_path / "all.safetensors", miniature)
+    shown = describe_weights(path)
+    assert shown is not None
+    assert [(one["component"], one["prefix"]) for one in shown["models"]] == list(ALL_IN_ONE.items())
+    assert all(one["runs"] for one in shown["models"])
+    half = tmp_path / "low_noise.safetensors"
+    save_file(tensors_of(miniature, "transformer"), half)
+    shown = describe_weights(half)
+    assert shown is not None
+    assert (shown["runs"], shown["hint"]) == (False, "Take the weights of Wan2.1 T2V, 1.3B or 14B.")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="is damaged: it has"):
+        describe_weights(path)
+    save_file({"latents": torch.zeros(1)}, tmp_path / "latents.safetensors")
+    assert describe_weights(tmp_path / "latents.safetensors") is None
+    (tmp_path / "a.mp4").write_bytes(b"GGUF")
+    assert describe_weights(tmp_path / "a.mp4") is None
