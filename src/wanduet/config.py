@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import platformdirs
 
 from wanduet.errors import ConfigError
-from wanduet.family.registry import DEFAULT_MODEL
+from wanduet.family.registry import DEFAULT_MODEL, RANDOM_SPECS
 
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,10 +25,13 @@ GIB = 2**30
 class EngineConfig:
     """Settings of an engine. With `None` or "auto", the planner chooses."""
 
-    model: str = (
-        DEFAULT_MODEL  # a folder in the Diffusers layout, a hub id, `miniature`, `miniature-fast`, `random:1.3b`
-    )
+    model: str = DEFAULT_MODEL  # a folder in the Diffusers or the official layout, a file, a hub id, `miniature`, `miniature-fast`, `random:1.3b`
     revision: str | None = None
+    # Files of any layout, or folders with a config, that take the place of the model's own components.
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None  # also a file with a SentencePiece model
     strategy: Strategy = "auto"
     devices: str | None = None  # "cuda:0,cuda:1", "vae=cuda:0,transformer=cuda:1", "cpu"
     device_speeds: tuple[float, ...] | None = None  # relative, of `devices`, for strategy parallel; None: measured
@@ -54,6 +57,8 @@ class EngineConfig:
         """Check the settings. Raises ConfigError."""
         if not self.model:
             raise ConfigError("The model must not be empty.", hint="Try --model miniature.")
+        if self.files and self.model in RANDOM_SPECS:
+            raise ConfigError(f"{self.model} has random weights, beside which no files can be used.")
         for name in ("vram_limit", "ram_limit"):
             limit = getattr(self, name)
             if limit is not None and limit <= 0:
@@ -72,6 +77,12 @@ class EngineConfig:
         speeds = self.device_speeds
         if speeds is not None and (min(speeds, default=0) <= 0 or len(speeds) != len(devices.names)):
             raise ConfigError(f"device_speeds={speeds} must be a positive number for each of --devices.")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that take the place of the model's own components, by component."""
+        named = {name: getattr(self, name) for name in ("transformer", "vae", "text_encoder", "tokenizer")}
+        return {name: Path(path) for name, path in named.items() if path is not None}
 
     @property
     def data_folder(self) -> Path:

@@ -318,7 +318,7 @@ def test_files_that_are_none_of_ours(wanduet, work: Path) -> None:
     [
         ("a.json", b'{"prompt": "x"}', "a JSON file"),
         ("a.txt", "a text, als \N{LATIN SMALL LETTER U WITH DIAERESIS}bung".encode(), "a text file"),
-        ("a.gguf", b"GGUF\3\0\0\0" + bytes(64), "a GGUF file of weights"),
+        ("a.weights", b"GGUF\3\0\0\0" + bytes(64), "a GGUF file of weights"),
         ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "a PNG picture"),
         ("a.mp4", b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG picture"),
         ("a.webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(64), "a WebP picture"),

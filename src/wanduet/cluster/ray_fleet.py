@@ -33,7 +33,7 @@ from wanduet.cluster.probe import read_probe
 from wanduet.cluster.replica import Replica, ReplicaStatus
 from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
 from wanduet.cluster.shapes import Gone, Node, ReplicaView, declared_devices
-from wanduet.config import parse_devices
+from wanduet.config import EngineConfig, parse_devices
 from wanduet.errors import ConfigError, WanduetError
 from wanduet.jobs.child import child_environment, module_command
 
@@ -124,7 +124,7 @@ class RayFleet:
             config = self._settings.worker.config
             where = NodeAffinitySchedulingStrategy(node_id, soft=False)
             probe = ray.remote(num_cpus=0, max_calls=1, max_retries=3)(_probe).options(scheduling_strategy=where)
-            self._hardware[node_id] = (time.monotonic(), probe.remote(config.model, config.revision, wish != "encode"))
+            self._hardware[node_id] = (time.monotonic(), probe.remote(config, wish != "encode"))
             return None
         began, answer = known
         if not ray.wait([answer], timeout=0)[0]:
@@ -283,7 +283,7 @@ def _node_id() -> str | None:
     return found
 
 
-def _probe(model: str, revision: str | None, look: bool) -> str:
+def _probe(config: EngineConfig, look: bool) -> str:
     """Download the weights once for all replicas of a node, then probe its devices (unless `look` is False).
 
     The probe runs in a subprocess, so that it leaves no memory allocated.
@@ -291,8 +291,8 @@ def _probe(model: str, revision: str | None, look: bool) -> str:
     from wanduet.family.registry import RANDOM_SPECS
     from wanduet.weights.hub import open_model
 
-    if model not in RANDOM_SPECS:
-        open_model(model, revision)
+    if config.model not in RANDOM_SPECS:
+        open_model(config.model, config.revision, files=config.files)
     if not look:
         return ""
     environment = child_environment(os.environ)

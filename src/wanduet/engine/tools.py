@@ -40,14 +40,17 @@ from wanduet.planning.text import plan_text
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.text_host import CachedPromptEncoder, check_shapes
 from wanduet.untrusted import cut, printable
-from wanduet.weights.hub import local_model, open_model, verify_manifest
+from wanduet.weights.describe import describe_weights
+from wanduet.weights.hub import local_model, open_model, unverified_files, verify_manifest
 from wanduet.weights.manifest import Progress
-from wanduet.weights.published import unverified_weights
 
 # Triton's release by PyTorch's, for PyTorch's wheels for Windows, whose metadata do not require it.
 TRITON_OF_TORCH = {"2.8": "3.4", "2.9": "3.5", "2.11": "3.6", "2.13": "3.7"}
 FLASH4_MAJORS = (9, 10)  # major compute capabilities of data centre GPUs: Hopper and Blackwell
-_INSPECTED = "What can be looked into: videos, and latents and prompt embeddings that wanduet wrote (.safetensors)."
+_INSPECTED = (
+    "What can be looked into: videos, and latents and prompt embeddings that wanduet wrote (.safetensors); files of "
+    "weights (.safetensors, .gguf, .pth)."
+)
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
 
 
@@ -111,7 +114,8 @@ def encode_to_file(config: EngineConfig, prompt: str, path: Path) -> PromptEmbed
 
 
 def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
-    """Describe a file that wanduet wrote (latents, embeddings, video), or a prompt's cached embeddings.
+    """Describe a file that wanduet wrote (latents, embeddings, video), a file of weights, or a prompt's cached
+    embeddings.
 
     `target`: a path or a prompt. Raises UnreadableFileError.
     """
@@ -132,6 +136,8 @@ def inspect(config: EngineConfig, target: str) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
+    if (weights := describe_weights(path)) is not None:
+        return weights
     if path.suffix.lower() != ".safetensors":
         return {"kind": "video", "path": str(path), **probe(path), "made_by": _made_by(path)}
     if contains_embeddings(path):
@@ -162,7 +168,9 @@ def _made_by(path: Path) -> dict[str, Any] | None:
 
 def _inspect_prompt(config: EngineConfig, prompt: str) -> dict[str, Any]:
     if config.model not in RANDOM_SPECS:
-        open_model(config.model, config.revision, fetch=False)  # do not download gigabytes to inspect a prompt
+        open_model(
+            config.model, config.revision, fetch=False, files=config.files
+        )  # do not download gigabytes to inspect a prompt
     models = EngineModels(config)
     GenerationRequest.parse(prompt=prompt)
     encoder = models.text(plan_text(models.spec, config))
@@ -346,7 +354,7 @@ def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
         return {"name": config.model, "found": True}
     found: dict[str, Any] = {"name": config.model, "found": False}
     try:
-        folder = local_model(config.model) or open_model(config.model, config.revision, fetch=False)
+        folder = local_model(config.model, files=config.files) or open_model(config.model, config.revision, fetch=False)
         found |= {"found": True, "path": str(folder.path), "revision": folder.revision, "whole": False}
         folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
@@ -354,7 +362,8 @@ def _model(config: EngineConfig, progress: Progress | None) -> dict[str, Any]:
         verify_manifest(folder, config.data_folder / "verified.json", (), progress)
     except WanduetError as error:
         return found | {"problem": error.message, "hint": error.hint}
-    return found | {"whole": True, "verified": not unverified_weights(folder.path)}
+    files = {name: describe_weights(path) for name, path in folder.parts.items() if path.is_file()}
+    return found | {"whole": True, "verified": not unverified_files(folder)} | ({"files": files} if files else {})
 
 
 def _free_bytes(folder: Path) -> int | None:

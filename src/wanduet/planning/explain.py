@@ -385,7 +385,7 @@ def unused_settings(plan: "Plan", config: EngineConfig) -> tuple[Choice, ...]:
     """Return the settings that the user gave and that have no effect on this plan, each with the reason."""
     found = []
     is_random = config.model in RANDOM_SPECS
-    if config.revision is not None and (is_random or local_model(config.model) is not None):
+    if config.revision is not None and (is_random or local_model(config.model, None, config.files) is not None):
         found.append(Choice("revision", config.revision, "without effect: the model is not on the hub"))
     if config.weights != plan.transformer.weights:
         why = f"without effect: the transformer computes in {plan.transformer.dtype}, which is as small"

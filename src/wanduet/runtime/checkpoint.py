@@ -40,7 +40,8 @@ class ModelCheckpoint:
         """The folder of the weights; None for random weights. Raises ModelNotFoundError."""
         if self.config.model in RANDOM_SPECS:
             return None
-        return open_model(self.config.model, self.config.revision, remember=self._verified)
+        config = self.config
+        return open_model(config.model, config.revision, remember=self._verified, files=config.files)
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -115,7 +115,7 @@ class CachedPromptEncoder:
 
     def _load_tokenizer(self) -> Tokenizer:
         try:
-            return Tokenizer(self._folder.tokenizer)
+            return Tokenizer(self._folder.tokenizer, self._folder.sentencepiece)
         except Exception as error:  # the tokenizers library raises plain exceptions, some of them of many lines
             lines = str(error.__cause__ or error).strip().splitlines()
             reason = lines[0].strip(" :.") if lines else type(error).__name__

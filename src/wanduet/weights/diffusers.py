@@ -1,4 +1,5 @@
-"""A model folder in the Diffusers layout: its configs, and the files of its weights."""
+"""A model on disk: its configs, and the files of its weights. Folders in the Diffusers layout, in the official one, and
+files that take the place of some components."""
 
 import hashlib
 import json
@@ -28,6 +29,7 @@ from wanduet.family.spec import (
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
+from wanduet.weights.components import derived_config, open_component, read_sentencepiece, shards
 from wanduet.weights.json_files import read_json
 from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
 from wanduet.weights.quantised import dequantised
@@ -43,6 +45,13 @@ CLASSES = {
     "text_encoder": {"UMT5EncoderModel", "UMT5ForConditionalGeneration", "UMT5Model"},
 }
 DEFAULTS_FILE = "generation_defaults.json"
+# Where Wan's own repositories have each component; the first pattern that matches counts.
+OFFICIAL = {
+    "transformer": ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    "vae": ("*VAE*.pth", "*VAE*.safetensors"),
+    "text_encoder": ("models_t5_*.pth", "models_t5_*.safetensors"),
+    "tokenizer": ("google/umt5-xxl",),
+}
 
 Spec = TypeVar("Spec", TransformerSpec, VAESpec, TextEncoderSpec, GenerationDefaults)
 
@@ -52,7 +61,8 @@ class ModelFolder:
     """One model on disk.
 
     `name`: hub id, or the folder's name; it is written into videos and responses. `revision`: the hub's commit, if
-    known. `parts`: subfolders of another model that this one shares, by name.
+    known. `parts`: paths that take the place of the folder's own components, by name: a folder with a config, a file of
+    weights in any layout (`components.py`), or, for the tokenizer, a file with a SentencePiece model.
     """
 
     path: Path
@@ -63,12 +73,12 @@ class ModelFolder:
     checking: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check that the folder exists and is in the Diffusers layout. Raises ModelNotFoundError."""
-        if not self.path.is_dir():
+        """Check that the folder exists and has every component. Raises ModelNotFoundError."""
+        if not self.path.exists():
             raise ModelNotFoundError(
                 f"There is no folder {self.path}.", hint="Give a folder, a hub id, or `miniature`."
             )
-        missing = [n for n in (*COMPONENTS, "tokenizer") if not self.part(n).is_dir()]
+        missing = [n for n in (*COMPONENTS, "tokenizer") if not (self.part(n).is_dir() or self.is_file(n))]
         if missing:
             raise ModelNotFoundError(
                 f"{self.path} is no model in the Diffusers layout: it lacks {', '.join(n + '/' for n in missing)}.",
@@ -86,8 +96,10 @@ class ModelFolder:
         with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
             tensors = self._files("transformer").tensors  # also of a quantisation that is not read
         index = self.path / "model_index.json"
-        pipeline = read_json(index).get("_class_name") if index.exists() else None
-        found = by_tensors(tensors) or by_name(self.name) or by_pipeline(pipeline)
+        own = "transformer" not in self.parts
+        pipeline = read_json(index).get("_class_name") if own and index.exists() else None
+        found = by_tensors(tensors) or by_name(self.name if own else self.part("transformer").name)
+        found = found or by_name(self.name) or by_pipeline(pipeline)
         if found is not None:
             check_needs(str(self.path), found)
         return found
@@ -98,9 +110,9 @@ class ModelFolder:
         Raises ModelNotFoundError for a component that is missing or not supported, WeightsError for a damaged file.
         """
         self._check_kind()
-        for path in sorted(self.tokenizer.iterdir()):
+        for path in () if self.is_file("tokenizer") else sorted(self.tokenizer.iterdir()):
             check_pointer(path)
-        if not os.path.lexists(self.tokenizer / "tokenizer.json"):
+        if not self.is_file("tokenizer") and not os.path.lexists(self.tokenizer / "tokenizer.json"):
             raise ModelNotFoundError(
                 f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
             )
@@ -151,8 +163,13 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's folder."""
+        """The tokenizer's folder, or the file with its SentencePiece model."""
         return self.part("tokenizer")
+
+    @cached_property
+    def sentencepiece(self) -> bytes | None:
+        """The tokenizer's SentencePiece model, if it is a file; None if it is a folder."""
+        return read_sentencepiece(self.tokenizer) if self.is_file("tokenizer") else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -166,6 +183,8 @@ class ModelFolder:
         """Digest of the text encoder's weights and config, and of the tokenizer."""
         config = json.dumps(self.config("text_encoder"), sort_keys=True)
         digest = hashlib.sha256((self.text_encoder.fingerprint() + config).encode())
+        if self.is_file("tokenizer"):
+            return hashlib.sha256(digest.digest() + (self.sentencepiece or b"")).hexdigest()
         try:
             for path in sorted(self.tokenizer.iterdir()):
                 if path.is_file():
@@ -175,12 +194,20 @@ class ModelFolder:
         return digest.hexdigest()
 
     def part(self, name: str) -> Path:
-        """Return a component's folder, which need not exist."""
+        """Return the path of a component's folder or file, which need not exist."""
         return self.parts.get(name, self.path / name)
 
+    def is_file(self, name: str) -> bool:
+        """Return True if a component's weights are in a file of any layout, not in a folder with a config."""
+        return name in self.parts and self.parts[name].is_file()
+
     def config(self, component: str) -> dict[str, Any]:
-        """Return a component's config.json. Raises ModelNotFoundError."""
-        return read_json(self.part(component) / "config.json")
+        """Return a component's config.json; for a file, what its tensors' shapes say. Raises ModelNotFoundError."""
+        if not self.is_file(component):
+            return read_json(self.part(component) / "config.json")
+        places = (self.path / component / "config.json", self.part(component).parent / "config.json")
+        known = next((read_json(place) for place in places if place.is_file()), {})
+        return derived_config(component, getattr(self, component), known)
 
     def _component(self, name: str, known: Spec) -> Spec:
         return _with_config(known, self.part(name) / "config.json", self.config(name))
@@ -190,6 +217,8 @@ class ModelFolder:
 
     def _check_class(self, component: str) -> None:
         """Raise ModelNotFoundError for an unsupported class: a clearer message than a list of mismatched tensors."""
+        if self.is_file(component):
+            return  # it is recognised when it is opened
         config = self.config(component)
         given = config.get("_class_name", config.get("architectures"))
         names = given if isinstance(given, list) else [given]
@@ -211,13 +240,15 @@ class ModelFolder:
             return defaults
         return replace(defaults_for(transformer), **few_step)
 
-    def _files(self, name: str) -> TensorFiles:
+    def _files(self, name: str) -> WeightSource:
         folder = self.part(name)
+        if self.is_file(name):
+            return open_component(folder, name)
         usual = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
         # Prefer the usual name: the folder may also have a variant (`.fp16.`) or an adapter.
         indices = _first(folder / f"{usual}.index.json") or sorted(folder.glob("*.safetensors.index.json"))
         if indices and (indices[0].name.startswith(usual) or not (folder / usual).is_file()):
-            paths = [folder / file for file in _shards(indices[0])]
+            paths = [folder / file for file in shards(indices[0])]
         else:
             paths = _first(folder / usual) or sorted(folder.glob("*.safetensors"))
         missing = [path.name for path in paths if not path.is_file()]
@@ -248,6 +279,24 @@ def check_pipeline(path: Path, shown: str) -> None:
             raise ModelNotFoundError(f"{path}: {part} is not supported ({cut(name)}).", hint=SUPPORTED)
 
 
+def open_folder(path: Path, name: str, revision: str | None = None) -> ModelFolder:
+    """Open a folder in the Diffusers layout or in the official one. Raises ModelNotFoundError for another folder."""
+    if (path / "high_noise_model").is_dir() or (path / "low_noise_model").is_dir():
+        raise ModelNotFoundError(
+            f"{path} is Wan2.2 A14B, with two transformers that take turns, which wanduet does not run.", hint=SUPPORTED
+        )
+    found = {
+        part: [p for pattern in patterns for p in sorted(path.glob(pattern))] for part, patterns in OFFICIAL.items()
+    }
+    if not found["transformer"] or not any(found[part] for part in ("vae", "text_encoder", "tokenizer")):
+        return ModelFolder(path, name, revision)
+    if missing := [f"{part} ({OFFICIAL[part][0]})" for part, paths in found.items() if not paths]:
+        raise ModelNotFoundError(
+            f"{path} is a model in the official layout, but it lacks its {', '.join(missing)}.", hint=_layout_hint(path)
+        )
+    return ModelFolder(path, name, revision, {part: paths[0] for part, paths in found.items()})
+
+
 def _layout_hint(path: Path) -> str:
     """Return a hint for a folder without a model's subfolders: its probable kind, and what to pass instead."""
     if (path / "snapshots").is_dir() and (model := cache_folder_id(path)):
@@ -258,21 +307,12 @@ def _layout_hint(path: Path) -> str:
         return f"There is one in it: --model {inside}"
     if any(path.glob("*.pth")) or any(path.glob("diffusion_pytorch_model*.safetensors")):
         model = cache_folder_id(path) or f"Wan-AI/{path.name}"
-        return f"It is in the official layout. The same weights in the layout wanduet reads: {diffusers_name(model)}"
+        return f"It looks like the official layout, not whole. The same weights in diffusers' layout: {diffusers_name(model)}"
     return "A folder that diffusers' WanPipeline can load is what is needed."
 
 
 def _first(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the files that an index names. Raises ModelNotFoundError."""
-    weights = read_json(index).get("weight_map", {})
-    names = {str(name) for name in weights.values()} if isinstance(weights, dict) else {""}
-    if any(not name.endswith(".safetensors") or Path(name).name != name for name in names):
-        raise ModelNotFoundError(f"{index} is not understood: its weight_map must give each tensor's file.")
-    return sorted(names)
 
 
 def _with_config(known: Spec, path: Path, config: dict[str, Any]) -> Spec:

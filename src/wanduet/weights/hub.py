@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.weights.diffusers import COMPONENTS, ModelFolder, check_pipeline
+from wanduet.weights.compose import compose
+from wanduet.weights.diffusers import COMPONENTS, ModelFolder, check_pipeline, open_folder
 from wanduet.weights.manifest import (
     SHA256_LENGTH,
     Notes,
@@ -47,17 +48,32 @@ log = logging.getLogger(__name__)
 _NEEDED = (
     "*.json", "tokenizer/*.model", "tokenizer/*.txt", *(f"{component}/*.safetensors" for component in COMPONENTS),
 )  # fmt: skip
+# Of a repository in the official layout; its pickles are opened only as tensors.
+_NEEDED_OFFICIAL = (
+    "config.json", "diffusion_pytorch_model*.safetensors*", "*VAE*.pth", "models_t5_*.pth", "google/umt5-xxl/*",
+)  # fmt: skip
+
+
+def _needed(model: str) -> tuple[str, ...]:
+    """Return patterns of the files to fetch of a repository."""
+    return _NEEDED_OFFICIAL if is_official(model) else _NEEDED
 
 
 def open_model(
-    model: str, revision: str | None = None, *, fetch: bool = True, remember: Path | None = None
+    model: str,
+    revision: str | None = None,
+    *,
+    fetch: bool = True,
+    remember: Path | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> ModelFolder:
-    """Open a model by folder, hub id or a bundled one's name; with `fetch`, download it if it is not in the hub's cache.
+    """Open a model by folder, file, hub id or a bundled one's name; with `fetch`, download it if it is not in the hub's
+    cache.
 
-    `remember`: a file that records verified files, so that they are not hashed again when they are loaded.
-    Raises ModelNotFoundError, or WeightsError for a damaged file.
+    `remember`: a file that records verified files, so that they are not hashed again when they are loaded. `files`: see
+    `local_model`. Raises ModelNotFoundError, or WeightsError for a damaged file.
     """
-    local = local_model(model)
+    local = local_model(model, revision, files)
     if local is not None:
         local.check_complete()
         return local
@@ -69,7 +85,7 @@ def open_model(
         log.warning("%s It is fetched again.", error.message)
         cached = None
     if cached is not None:
-        if names := unverified_weights(cached.path):  # another program filled a cache without links
+        if names := unverified_files(cached):  # another program filled a cache without links
             shown = f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
             log.warning(
                 "The cache of %s has no hashes of %s: damage would not be noticed. "
@@ -81,11 +97,17 @@ def open_model(
     return download(model, revision, remember).folder
 
 
-def local_model(model: str) -> ModelFolder | None:
-    """Return the model of a folder's path or of a bundled one's name; None for a hub id.
+def local_model(model: str, revision: str | None = None, files: Mapping[str, Path] | None = None) -> ModelFolder | None:
+    """Return the model of a folder's or a file's path or of a bundled one's name; None for a hub id.
 
-    Raises ModelNotFoundError for a folder that is not a model. `ModelFolder.check_complete` checks the files.
+    `files`: paths by component, which take the place of the model's own. With them, or with a file as the model, what
+    they lack comes from a model on this machine; nothing is fetched.
+
+    Raises ModelNotFoundError for a folder that is not a model, WeightsError for a damaged file.
+    `ModelFolder.check_complete` checks the files.
     """
+    if files:
+        return compose(model, files, lambda base: _local_copy(base, revision))
     if model in BUNDLED:
         return _bundled(model)
     try:
@@ -95,16 +117,18 @@ def local_model(model: str) -> ModelFolder | None:
         raise no_model(model, f" ({str(error)[:200]})") from error
     if is_folder:
         name = os.path.basename(os.path.abspath(path))  # the name of a link, not of its target
-        return ModelFolder(path.resolve(), name or "model")  # users see this name, so it is not a path
+        return open_folder(path.resolve(), name or "model")  # users see this name, so it is not a path
     if is_file:
-        check_few_step(path.name)
-        raise ModelNotFoundError(f"{model} is a file; a model is a folder in the Diffusers layout.", hint=HINT)
+        return compose(model, {}, lambda base: _local_copy(base, revision))
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
         raise no_model(model)
-    if is_official(model):
-        raise official_layout(model)
     check_few_step(model)
     return None
+
+
+def _local_copy(model: str, revision: str | None) -> ModelFolder | None:
+    """Return a model that is on this machine: a folder, a bundled one, or one in the hub's cache; else None."""
+    return local_model(model) or _cached(model, revision)
 
 
 def _bundled(model: str) -> ModelFolder:
@@ -144,13 +168,11 @@ def download(
     if info is None:
         folder = _cached(model, revision)
         if folder is None:
-            if is_official(model):
-                raise official_layout(model)
             raise ModelNotFoundError(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids fetching it.")
         hashes = published_hashes(folder.path)
         verify(folder.path, hashes, notes, progress)
         return Download(folder, len(hashes), _size(folder.path, hashes))
-    hashes = _published(info)
+    hashes = _published(model, info)
     damaged, _ = find_damaged(path, hashes, notes, progress)
     if damaged:
         log.warning("Not what was published, fetched again: %s", ", ".join(damaged))
@@ -167,7 +189,7 @@ def download(
         write_manifest(
             path, {name: h if len(h) == SHA256_LENGTH else file_sha256(path / name) for name, h in hashes.items()}
         )
-    return Download(ModelFolder(path, model, info.sha), len(hashes), _size(path, hashes))
+    return Download(open_folder(path, model, info.sha), len(hashes), _size(path, hashes))
 
 
 def verify_manifest(
@@ -186,6 +208,13 @@ def verify_manifest(
             wanted.setdefault(path.parent, {}).update(_hashes_of(path.parent, [path.name]))
     with folder.checking:
         return sum(verify(path, hashes, Notes(remember, folder.checked), progress) for path, hashes in wanted.items())
+
+
+def unverified_files(folder: ModelFolder) -> list[str]:
+    """Return the names of a model's weight files without a known hash: damage to these cannot be detected."""
+    found = unverified_weights(folder.path) if folder.path.is_dir() else []
+    files = [path for path in folder.parts.values() if path.is_file()]
+    return found + [path.name for path in files if path.name not in published_hashes(path.parent)]
 
 
 def _hashes_of(folder: Path, parts: Collection[str] | None) -> dict[str, str]:
@@ -211,7 +240,7 @@ def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
         _check_listed_kind(model, info)
         _announce(model, info)
         # By `revision`, not by commit, so that the cache can resolve that name without a network.
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED)))
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_needed(model))))
         if path.name != info.sha:  # a new commit was published in between
             info = HfApi().model_info(model, revision=path.name, files_metadata=True)
         return info, path
@@ -244,6 +273,8 @@ _AGAIN = (
 def _check_listed(model: str, info: "ModelInfo") -> None:
     """Raise ModelNotFoundError if the hub's list of files does not show a model in the Diffusers layout."""
     names = [sibling.rfilename for sibling in info.siblings or ()]
+    if is_official(model):
+        return
     lacking = [
         part
         for part in COMPONENTS
@@ -276,7 +307,7 @@ def _listed_bytes(model: str) -> int | None:
         siblings = HfApi().model_info(model, files_metadata=True).siblings or ()
     except (HfHubHTTPError, OSError):
         return None
-    return sum(s.size or 0 for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in _NEEDED))
+    return sum(s.size or 0 for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in _needed(model)))
 
 
 def is_offline() -> bool:
@@ -294,7 +325,7 @@ def _announce(model: str, info: "ModelInfo") -> None:
     sizes = {
         sibling.rfilename: sibling.size or 0
         for sibling in info.siblings or ()
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _NEEDED)
+        if any(fnmatch(sibling.rfilename, pattern) for pattern in _needed(model))
     }
     missing = [name for name in sizes if not isinstance(try_to_load_from_cache(model, name, revision=info.sha), str)]
     begun = sum(
@@ -312,12 +343,12 @@ def _announce(model: str, info: "ModelInfo") -> None:
     log.warning("%s is not here yet: fetching %s into %s, once.", model, format_bytes(needed), cache)
 
 
-def _published(info: "ModelInfo") -> dict[str, str]:
+def _published(model: str, info: "ModelInfo") -> dict[str, str]:
     """Return the hub's hash of every file that wanduet needs."""
     return {
         sibling.rfilename: sibling.lfs.sha256 if sibling.lfs is not None else str(sibling.blob_id)
         for sibling in info.siblings or ()
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _NEEDED)
+        if any(fnmatch(sibling.rfilename, pattern) for pattern in _needed(model))
         and (sibling.lfs is not None or sibling.blob_id is not None)
     }
 
@@ -345,13 +376,15 @@ def _cached(model: str, revision: str | None) -> ModelFolder | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_NEEDED)))
+        found = Path(
+            snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_needed(model)))
+        )
     except LocalEntryNotFoundError:
         return None
     except (OSError, ValueError) as error:  # an id that the hub's client rejects, an unreadable cache
         raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=HINT) from error
     try:
-        folder = ModelFolder(found, model, found.name)
+        folder = open_folder(found, model, found.name)
         folder.check_complete()
         folder.spec  # noqa: B018 - reads the configs
     except ModelNotFoundError as error:

@@ -40,7 +40,7 @@ def official_layout(model: str, num_bytes: int | None = None) -> ModelNotFoundEr
     known = published_models().get(other)
     size = num_bytes or (known.num_bytes if known else None)
     return ModelNotFoundError(
-        f"{model} is in the official layout (.pth files), which wanduet does not read.",
+        f"{model} is in the official layout, of which wanduet reads {' and '.join(_OFFICIAL)} only.",
         hint=f"The same weights in the layout it reads: --model {other}"
         + (f" ({format_bytes(size)} to fetch)." if size else "."),
     )

@@ -8,7 +8,7 @@ tensors, however large the files are.
 import hashlib
 import math
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,12 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+# PyTorch's names of dtypes, and safetensors'.
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
+    "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
 # Bytes that the fingerprint hashes at each of `SAMPLES` places of a file.
 SAMPLE_BYTES = 65536
 SAMPLES = 16
@@ -60,25 +66,12 @@ class TensorFiles(WeightSource):
             if not wanted:
                 continue
             try:
-                for portion in self._portions(wanted):
+                for portion in portions(wanted, self.tensors):
                     with safe_open(path, framework="pt") as file:
                         for name in portion:
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
                 raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
-
-    def _portions(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Yield groups of names to map together: at most `MAPPED_BYTES` each, or one larger tensor."""
-        portion: list[str] = []
-        mapped = 0
-        for name in names:
-            size = self.tensors[name].num_bytes
-            if portion and mapped + size > MAPPED_BYTES:
-                yield portion
-                portion, mapped = [], 0
-            portion.append(name)
-            mapped += size
-        yield portion
 
     def fingerprint(self) -> str:
         """Return a digest of every header and of samples of the data; reads a few MiB, however large the files are."""
@@ -92,6 +85,20 @@ class TensorFiles(WeightSource):
                 for data in samples(file, 8 + length, size):
                     digest.update(data)
         return digest.hexdigest()
+
+
+def portions(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Yield groups of names to map together: at most `MAPPED_BYTES` each, or one larger tensor."""
+    portion: list[str] = []
+    mapped = 0
+    for name in names:
+        size = tensors[name].num_bytes
+        if portion and mapped + size > MAPPED_BYTES:
+            yield portion
+            portion, mapped = [], 0
+        portion.append(name)
+        mapped += size
+    yield portion
 
 
 def samples(file: BufferedReader, begin: int, end: int) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanduet.weights import safetensors as module
-from wanduet.weights.safetensors import TensorFiles
+from wanduet.weights.safetensors import TensorFiles, portions
 
 MIB = 2**20
 
@@ -59,4 +59,4 @@ def test_runs_are_no_longer_than_they_may_be(tmp_path: Path, monkeypatch, sizes,
     path = tmp_path / "model.safetensors"
     save_file({str(i): torch.zeros(100 * size) for i, size in enumerate(sizes)}, path)
     files = TensorFiles("vae", [path])
-    assert list(files._portions([str(i) for i in range(len(sizes))])) == [[str(i) for i in run] for run in runs]
+    assert list(portions([str(i) for i in range(len(sizes))], files.tensors)) == [[str(i) for i in run] for run in runs]

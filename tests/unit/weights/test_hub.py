@@ -214,7 +214,7 @@ def test_what_can_be_no_model_is_refused_without_a_network(model: str) -> None:
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelNotFoundError, match="is a file"):
+    with pytest.raises(WeightsError, match="is no safetensors file, or damaged"):
         open_model(str(tmp_path / "model.safetensors"))
 
 

@@ -160,9 +160,9 @@ def without_fetching(config: EngineConfig) -> EngineConfig:
     if config.model in RANDOM_SPECS:
         return config
     try:
-        open_model(config.model, config.revision, fetch=False)
+        open_model(config.model, config.revision, fetch=False, files=config.files)
     except ModelNotFoundError:
-        if config.model not in RANDOM_NAMES:
+        if config.model not in RANDOM_NAMES or config.files:
             raise
         print(f"{config.model} is not fetched yet; its published shapes are used.", file=sys.stderr)
         return replace(config, model=RANDOM_NAMES[config.model], revision=None)

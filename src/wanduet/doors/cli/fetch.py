@@ -28,7 +28,7 @@ def run_download(config: EngineConfig, trust: bool = False) -> dict[str, Any]:
     if config.model in RANDOM_SPECS:
         return {"model": config.model, "note": "Random weights are made in memory; there is nothing to fetch."}
     remember = config.data_folder / "verified.json"
-    local = local_model(config.model)
+    local = local_model(config.model, config.revision, config.files)
     if trust and (local is None or config.model in BUNDLED):
         raise ConfigError("--trust is for a folder of weights of your own.", hint="Name it: --model FOLDER.")
     if local is not None:

@@ -167,7 +167,7 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     if config.model in RANDOM_SPECS:
         spec = RANDOM_SPECS[config.model]
     else:
-        folder = open_model(config.model, config.revision)
+        folder = open_model(config.model, config.revision, files=config.files)
         spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
 
     def announce(url: str) -> None:

@@ -223,7 +223,7 @@ def _model_here(file: Path, made_by: Mapping[str, Any], config: EngineConfig) ->
     name, revision = made_by.get("name"), config.revision
     if name is None:
         try:
-            open_model(config.model, revision, fetch=False)
+            open_model(config.model, revision, fetch=False, files=config.files)
         except ModelNotFoundError as error:
             raise ModelNotFoundError(
                 f"{file} does not say which model made it, and {config.model} is not here.",

@@ -242,10 +242,11 @@ def decode(
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Show how a video, latents or embeddings were made, or whether a prompt is in the cache.
+    """Show how a video, latents or embeddings were made, what a file of weights is, or whether a prompt is in the cache.
 
     ```sh
     wanduet inspect cat.mp4
+    wanduet inspect wan2.1_t2v_1.3B_bf16.safetensors
     wanduet inspect "a cat walks over a frozen lake"
     ```
     """

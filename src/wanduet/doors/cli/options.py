@@ -169,10 +169,27 @@ class EngineFlags:
         str,
         Parameter(
             name=["--model", "--model-path"],
-            help="A folder in the layout of diffusers, a Hugging Face id, `miniature`, `miniature-fast`, or `random:1.3b`.",
+            help="A folder in the layout of diffusers or of Wan's repositories, a file of a transformer, a Hugging Face id, "
+            "`miniature`, `miniature-fast`, or `random:1.3b`.",
         ),
     ] = _UNSET_MODEL
     revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None
+    transformer: Annotated[
+        Path | None,
+        Parameter(
+            help="A file with the transformer, in place of the model's: .safetensors or .pth, official or diffusers' names."
+        ),
+    ] = None
+    vae: Annotated[Path | None, Parameter(help="A file with the VAE, in place of the model's.")] = None
+    text_encoder: Annotated[
+        Path | None, Parameter(help="A file with the text encoder UMT5-XXL, in place of the model's.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Parameter(
+            help="A folder with the text encoder's tokenizer. Default: the one in ComfyUI's --text-encoder, or the model's."
+        ),
+    ] = None
     strategy: Annotated[
         Strategy,
         Parameter(
@@ -242,6 +259,7 @@ class EngineFlags:
         return EngineConfig(
             model=self.model,
             revision=self.revision,
+            **{name: _home(getattr(self, name), name) for name in ("transformer", "vae", "text_encoder", "tokenizer")},
             strategy=self.strategy,
             devices=self.devices,
             device_speeds=None if self.device_speeds is None else parse_speeds(self.device_speeds),
@@ -257,16 +275,16 @@ class EngineFlags:
             attention=self.attention,
             cache_embeddings=self.cache_embeddings,
             checkpoint_seconds=self.checkpoint_seconds,
-            data_dir=None if self.data_dir is None else _home(self.data_dir),
+            data_dir=_home(self.data_dir, "data_dir"),
         )
 
 
-def _home(path: Path) -> Path:
+def _home(path: Path | None, name: str) -> Path | None:
     """Expand `~/x` from a settings file or the environment, which no shell expands. Raises ConfigError.
 
     The path becomes absolute, since the current folder may be removed later.
     """
     try:
-        return path.expanduser().absolute()
+        return None if path is None else path.expanduser().absolute()
     except RuntimeError as error:
-        raise ConfigError(f"data_dir={str(path)!r}: {str(error).rstrip('.')}.") from error
+        raise ConfigError(f"{name}={str(path)!r}: {str(error).rstrip('.')}.") from error

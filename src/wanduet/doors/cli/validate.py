@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from wanduet.config import EngineConfig
@@ -21,22 +22,24 @@ def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> Gener
 
     Raises InvalidRequestError or ModelNotFoundError for errors that can be detected without the hub and its cache.
     """
-    spec = known_spec(config.model)
+    spec = known_spec(config.model, config.files)
     request = video.request(prompt, spec)
     if spec is not None:
         resolve(request, spec)
     return request
 
 
-def known_spec(model: str) -> ModelSpec | None:
-    """Return a model's shapes if they are known without the hub; else None. Raises ModelNotFoundError."""
-    if spec := find_spec(model):
+def known_spec(model: str, files: Mapping[str, Path] | None = None) -> ModelSpec | None:
+    """Return a model's shapes if they are known without the hub; else None. `files`: see `EngineConfig.files`. Raises
+    ModelNotFoundError."""
+    spec = find_spec(model)
+    if spec is not None and not files:
         return spec
     if model.startswith("random:"):
         raise ModelNotFoundError(f"There is no model {model!r}.", hint=f"Random ones: {', '.join(RANDOM_SPECS)}.")
     from wanduet.weights.hub import local_model
 
-    folder = local_model(model)
+    folder = local_model(model, files=files)
     return None if folder is None else folder.spec
 
 
@@ -72,7 +75,7 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
             "file", str(file), f"a text file that can be read ({cut(getattr(error, 'strerror', None) or error)})"
         ) from error
     json_only = file.suffix.lower() in (".jsonl", ".ndjson")
-    spec = known_spec(config.model)
+    spec = known_spec(config.model, config.files)
     found: list[GenerationRequest] = []
     for number, row in rows:
         try:

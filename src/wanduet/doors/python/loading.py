@@ -13,7 +13,7 @@ from wanduet.doors.python.modules import check_scheduler
 from wanduet.doors.python.parts import PipelineParts, dtype_name
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.registry import RANDOM_SPECS
-from wanduet.weights.diffusers import COMPONENTS, ModelFolder
+from wanduet.weights.diffusers import COMPONENTS, ModelFolder, open_folder
 from wanduet.weights.hub import local_model, open_model
 from wanduet.weights.json_files import read_json
 
@@ -156,7 +156,7 @@ def _from_hub(config: EngineConfig, options: Options) -> ModelFolder:
         raise ModelNotFoundError(
             f"{config.model} cannot be fetched: {reason}", hint="Check its name, and token=."
         ) from error
-    return ModelFolder(path, config.model, path.name)
+    return open_folder(path, config.model, path.name)
 
 
 def load_scheduler(parts: PipelineParts) -> Any:

@@ -22,6 +22,7 @@ from wanduet.doors.python.text import GivenPromptEncoder, with_tokenizer
 from wanduet.errors import InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
+from wanduet.models.text.tokenizer import load_tokenizer
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit
@@ -295,10 +296,7 @@ class PipelineParts:
         if "tokenizer" in self.given:
             return self.given["tokenizer"]
         if self._tokenizer is None and self.base is not None:
-            from transformers import AutoTokenizer
-
-            folder = str(self.base.tokenizer)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+            self._tokenizer = load_tokenizer(self.base.tokenizer, self.base.sentencepiece)
         return self._tokenizer
 
     # Planning.

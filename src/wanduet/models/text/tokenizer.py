@@ -15,6 +15,7 @@ from typing import Any
 import ftfy
 
 from wanduet.errors import ModelNotFoundError
+from wanduet.models.text.sentencepiece import sentencepiece_tokenizer
 from wanduet.untrusted import check_regular, cut
 
 MAX_TOKENS = 512
@@ -39,16 +40,16 @@ class TokenizedPrompt:
 class Tokenizer:
     """A checkpoint's tokenizer, loaded by transformers."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ModelNotFoundError if the folder has no tokenizer, or one that cannot be loaded."""
-        from transformers import AutoTokenizer
+    def __init__(self, folder: Path, sentencepiece: bytes | None = None) -> None:
+        """`sentencepiece`: a SentencePiece model to use; `folder` is then only where it is from, for messages.
 
+        Raises ModelNotFoundError if the folder has no tokenizer, or one that cannot be loaded.
+        """
         self._folder = folder
-        _check_files(folder)
+        if sentencepiece is None:
+            _check_files(folder)
         with self._readable():
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer: Any = load_tokenizer(folder, sentencepiece)
 
     def __call__(self, prompt: str, max_tokens: int = MAX_TOKENS) -> TokenizedPrompt:
         """Clean and tokenize a prompt, truncated to `max_tokens` including the end mark; the rest is returned as `cut`.
@@ -78,6 +79,15 @@ class Tokenizer:
                 raise
             reason = cut(str(error).strip() or type(error).__name__)
             raise ModelNotFoundError(f"{self._folder} holds no tokenizer that can be read: {reason}.") from error
+
+
+def load_tokenizer(folder: Path, sentencepiece: bytes | None = None) -> Any:
+    """Return transformers' tokenizer of a folder, or of a SentencePiece model. Raises errors of many types."""
+    from transformers import AutoTokenizer
+
+    if sentencepiece is not None:
+        return sentencepiece_tokenizer(sentencepiece)
+    return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
 
 
 def _check_files(folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""Reads the flat state dictionaries that PyTorch has written (`.pth`, `.pt`), without running code from them."""
+
+import hashlib
+import pickle
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanduet.errors import WeightsError
+from wanduet.untrusted import check_regular, cut, open_regular
+from wanduet.weights.safetensors import DTYPES, portions, samples
+from wanduet.weights.source import HINT, TensorInfo, WeightSource
+
+if TYPE_CHECKING:  # other headers are read before torch is imported
+    from torch import Tensor
+
+_INSTEAD = "Take the same weights as .safetensors, or save the flat state dictionary of their tensors again."
+
+
+class PickledTensors(WeightSource):
+    """The tensors of one file that `torch.save` wrote from a dictionary of tensors, by their stored names.
+
+    The file is memory-mapped, only during a read. Only tensors are unpickled: PyTorch refuses anything else unread.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Read the tensors' descriptions. Raises WeightsError for another object, or a damaged file."""
+        super().__init__(name)
+        self.path = path
+        with self._opened() as state:
+            self.tensors = {
+                key: TensorInfo(path, tuple(tensor.shape), DTYPES[str(tensor.dtype)], tensor.nbytes)
+                for key, tensor in state.items()
+            }
+
+    def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
+        """Yield the named tensors, memory-mapped. Raises WeightsError."""
+        wanted = [name for name in self.tensors if name in set(names)]
+        for portion in portions(wanted, self.tensors) if wanted else ():
+            with self._opened() as state:
+                for name in portion:
+                    yield name, state[name]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the tensors' descriptions, of samples of the file and of its end, which has a checksum of
+        every tensor; reads a few MiB."""
+        described = [(name, info.shape, info.dtype) for name, info in self.tensors.items()]
+        digest = hashlib.sha256(f"{self.path.name}{described}".encode())
+        size = check_regular(self.path)
+        with open_regular(self.path) as file:
+            for data in samples(file, 0, size):
+                digest.update(data)
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+        return digest.hexdigest()
+
+    @contextmanager
+    def _opened(self) -> "Iterator[dict[str, Tensor]]":
+        import torch
+
+        try:
+            check_regular(self.path)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"{self.path} holds pickled Python objects, not only tensors: to open it would run code from it.",
+                hint=_INSTEAD,
+            ) from error
+        except (OSError, RuntimeError, ValueError, EOFError, AttributeError, LookupError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise WeightsError(
+                f"{self.path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
+            ) from error
+        others = _others(state)
+        if others is not None:
+            raise WeightsError(f"{self.path} is no flat dictionary of tensors: it holds {others}.", hint=_INSTEAD)
+        yield state
+
+
+def _others(state: object) -> str | None:
+    """Describe what a file holds if it is no flat dictionary of plain tensors; None if it is."""
+    import torch
+
+    if not isinstance(state, dict) or not state:
+        return f"a {type(state).__name__}"
+    for key, value in state.items():
+        if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            return f"{cut(repr(key), 80)}: a {type(value).__name__}"
+        if str(value.dtype) not in DTYPES:
+            return f"{cut(repr(key), 80)}: {value.dtype}"
+    return None
