@@ -218,7 +218,8 @@ class GenerationRequest(BaseModel):
             if resolved.guidance_gate < 1 and not resolved.uses_guidance:
                 raise InvalidRequestError("guidance_gate", resolved.guidance_gate, "1 without guidance (scale 1)", 1)
             check_low_res(values, spec)
-            check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
+            steps, attention = resolved.num_denoising_steps, spec.transformer.attention
+            check_sparse(resolved.sparse, spec.num_tokens(*size), steps, attention)
         except InvalidRequestError as error:
             raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None
         if self.speed == EXACT and resolved.approximates:

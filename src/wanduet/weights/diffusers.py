@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,9 +29,10 @@ from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
+from wanduet.weights.trained_names import by_model_names
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 # Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
@@ -79,16 +80,20 @@ class ModelFolder:
         """What is known of the weights if they are distilled for few steps: by their tensors, the folder's name or its
         pipeline. None for other weights.
 
-        Raises ModelNotFoundError if they need what wanduet does not have.
+        Raises ModelNotFoundError if they need what wanduet does not have, or lack the module of their attention.
         """
-        tensors: Iterable[str] = ()
+        tensors: Collection[str] = ()
         with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
             tensors = self.transformer.tensors
         index = self.path / "model_index.json"
         pipeline = read_json(index).get("_class_name") if index.exists() else None
-        found = by_tensors(tensors) or by_name(self.name) or by_pipeline(pipeline)
+        marked, named = by_tensors(tensors), by_name(self.name)
+        if marked is not None and named is not None and named.attention == marked.attention:
+            marked = named  # it says more: VSA's gates do not show how sparse the weights are trained to be
+        found = marked or named or by_pipeline(pipeline)
         if found is not None:
             check_needs(str(self.path), found)
+            check_module(str(self.path), found, tensors)
         return found
 
     def check_complete(self) -> None:
@@ -121,10 +126,11 @@ class ModelFolder:
         Raises ModelNotFoundError for a missing or unsupported config.
         """
         self._check_kind()
-        transformer = self._component("transformer", WAN_1_3B.transformer)
+        transformer, few_step = self._component("transformer", WAN_1_3B.transformer), self.few_step
+        attention = ("dense", 1.0) if few_step is None else (few_step.attention, few_step.key_share)
         spec = ModelSpec(
             self.name,
-            transformer=transformer,
+            transformer=replace(transformer, attention=attention[0], key_share=attention[1]),
             vae=self._component("vae", WAN_1_3B.vae),
             text_encoder=self._component("text_encoder", WAN_1_3B.text_encoder),
             defaults=self._defaults(transformer),
@@ -136,7 +142,7 @@ class ModelFolder:
     @cached_property
     def transformer(self) -> WeightSource:
         """The transformer's tensors."""
-        return self._files("transformer")
+        return by_model_names(self._files("transformer"))
 
     @cached_property
     def vae(self) -> WeightSource:
