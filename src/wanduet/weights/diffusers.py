@@ -126,14 +126,16 @@ class ModelFolder:
         Raises ModelNotFoundError for a missing or unsupported config.
         """
         self._check_kind()
-        transformer, few_step = self._component("transformer", WAN_1_3B.transformer), self.few_step
-        attention = ("dense", 1.0) if few_step is None else (few_step.attention, few_step.key_share)
+        shapes, few_step = self._component("transformer", WAN_1_3B.transformer), self.few_step
+        transformer = shapes
+        if few_step is not None:
+            transformer = replace(shapes, attention=few_step.attention, key_share=few_step.key_share)
         spec = ModelSpec(
             self.name,
-            transformer=replace(transformer, attention=attention[0], key_share=attention[1]),
+            transformer=transformer,
             vae=self._component("vae", WAN_1_3B.vae),
             text_encoder=self._component("text_encoder", WAN_1_3B.text_encoder),
-            defaults=self._defaults(transformer),
+            defaults=self._defaults(shapes),
             text_len=WAN_1_3B.text_len,
         )
         check_consistent(self.path, spec)

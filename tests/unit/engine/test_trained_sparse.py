@@ -45,7 +45,7 @@ STRATEGIES = {
 def config(request, tmp_path_factory) -> EngineConfig:
     """Of the miniature with gates or projections of random values."""
     miniature, path = open_model("miniature"), tmp_path_factory.mktemp(request.param)
-    copytree(miniature.path, path / "model", ignore=ignore_patterns("manifest.json"))
+    copytree(miniature.path, path / "model", ignore=ignore_patterns("manifest.json", "generation_defaults.json"))
     weights = path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors, spec = load_file(weights), miniature.spec.transformer
     torch.manual_seed(0)
@@ -131,11 +131,16 @@ def test_other_devices_give_the_same(config: EngineConfig, made: Job, tmp_path: 
     assert (latents(job) - latents(made)).abs().max() <= 1e-5 * latents(made).abs().max()
 
 
-def test_matrices_in_8_bits_and_products_in_8_bits_are_close(config: EngineConfig, made: Job, tmp_path: Path) -> None:
-    with Engine(replace(config, weights="q8")) as engine:
+def test_matrices_in_8_bits_and_products_in_8_bits_are_close(
+    config: EngineConfig, engine: Engine, tmp_path: Path
+) -> None:
+    """In one step and with (almost) all keys: roundings also change which blocks are read, and that much more."""
+    one_step = {"timesteps": (1000,), "sparse": 0.99}
+    exact = latents(run(engine, tmp_path / "exact.mkv", **one_step))
+    with Engine(replace(config, weights="q8")) as small:
         for name, fields in (("a", {}), ("b", {"quantize": "int8"})):
-            got = run(engine, tmp_path / f"{name}.mkv", **fields)
-            assert 0 < (latents(got) - latents(made)).norm() / latents(made).norm() < 0.5
+            got = latents(run(small, tmp_path / f"{name}.mkv", **one_step, **fields))
+            assert 0 < (got - exact).norm() / exact.norm() < 0.2
 
 
 def test_nan_is_computed_again_by_the_plain_kernel(engine: Engine, made: Job, tmp_path: Path, monkeypatch) -> None:
