@@ -23,6 +23,7 @@ MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
 
 
 SelfAttention = Literal["dense", "vsa", "sla"]
+NOT_IN_CONFIG = ("attention", "key_share")  # fields of TransformerSpec that only the tensors' names show
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class TransformerSpec:
                 "cross_attn_norm": True,
             },
         )
-        shapes = {name: value for name, value in config.items() if name not in ("attention", "key_share")}
+        shapes = {name: value for name, value in config.items() if name not in NOT_IN_CONFIG}
         return replace(self, **_pick(type(self), shapes))
 
 
