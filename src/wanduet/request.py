@@ -38,9 +38,8 @@ from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
 from wanduet.loras import MOST_LORAS, Lora
 from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
-from wanduet.source_video import SourceVideo
+from wanduet.source_video import SIDES, SourceVideo, by_what_was_given
 
-SIDES = ("height", "width")
 MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
@@ -210,7 +209,7 @@ class GenerationRequest(BaseModel):
             try:
                 values[f"generated_{side}"] = generated_side(side, values[side], spec)
             except InvalidRequestError as error:
-                raise self._by_what_was_given(error, values, spec.size_multiple) from None
+                raise by_what_was_given(error, self, values, spec.size_multiple) from None
         check_frames(values["num_frames"], spec)
         setting = StepCacheSetting.parse(values["step_cache"], spec.transformer)
         values["step_cache"] = OFF if setting is None else str(setting)
@@ -221,7 +220,8 @@ class GenerationRequest(BaseModel):
                 check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
             check_guidance(values, spec)
             check_low_res(values, spec)
-            check_sparse(resolved.sparse, spec.num_tokens(*size), resolved.num_denoising_steps)
+            steps, attention = resolved.num_denoising_steps, spec.transformer.attention
+            check_sparse(resolved.sparse, spec.num_tokens(*size), steps, attention)
         except InvalidRequestError as error:
             raise (refused_speed(self.speed, error, spec) if error.field in own else error) from None
         if self.speed == EXACT and resolved.approximates:
@@ -271,21 +271,6 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("num_frames", self.num_frames, allowed, most)
         found |= source.sizes(self.height, self.width, defaults.height * defaults.width, spec.size_multiple)
         return found | {"input_sha256": source.sha256}
-
-    def _by_what_was_given(
-        self, error: InvalidRequestError, values: Mapping[str, Any], multiple: int
-    ) -> InvalidRequestError:
-        """Return an error of a side; one that follows from the input video's proportions names what it follows from."""
-        if getattr(self, error.field) is not None or self.input_video is None:
-            return error
-        allowed = (
-            f"{error.field} would be {error.given} in the input video's proportions, and {error.allowed} are allowed"
-        )
-        given = next((side for side in SIDES if getattr(self, side) is not None), None)
-        if given is None or not isinstance(error.nearest, int):
-            return InvalidRequestError("input_video", self.input_video, allowed)
-        nearest = values[given] * error.nearest // values[error.field] // multiple * multiple
-        return InvalidRequestError(given, values[given], allowed, max(nearest, multiple))
 
 
 class ResolvedRequest(GenerationRequest):

@@ -1,6 +1,12 @@
 """What a request needs to know of the video that it starts from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+from wanduet.errors import InvalidRequestError
+
+SIDES = ("height", "width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +49,31 @@ class SourceVideo:
 
 def _rounded(side: float, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
+
+
+class GivenSize(Protocol):
+    """The size that a request gives, None for a side that it leaves out, and its input video, if any."""
+
+    @property
+    def height(self) -> int | None: ...  # noqa: D102
+    @property
+    def width(self) -> int | None: ...  # noqa: D102
+    @property
+    def input_video(self) -> str | None: ...  # noqa: D102
+
+
+def by_what_was_given(
+    error: InvalidRequestError, request: GivenSize, values: Mapping[str, Any], multiple: int
+) -> InvalidRequestError:
+    """Return an error of a side; one that follows from the input video's proportions names what it follows from.
+
+    `values`: both sides, as they follow; `multiple`: what a side must be a multiple of.
+    """
+    if getattr(request, error.field) is not None or request.input_video is None:
+        return error
+    allowed = f"{error.field} would be {error.given} in the input video's proportions, and {error.allowed} are allowed"
+    given = next((side for side in SIDES if getattr(request, side) is not None), None)
+    if given is None or not isinstance(error.nearest, int):
+        return InvalidRequestError("input_video", request.input_video, allowed)
+    nearest = values[given] * error.nearest // values[error.field] // multiple * multiple
+    return InvalidRequestError(given, values[given], allowed, max(nearest, multiple))

@@ -74,7 +74,7 @@ class BlockLayout:
 
 def is_large(name: str) -> bool:
     """Whether a block's parameter belongs to a large product, and therefore to the packed buffer."""
-    return ".to_" in name or name.startswith("ffn.")
+    return ".to_" in name or name.startswith(("ffn.", "to_"))
 
 
 def large_parameters(block: Block, layout: BlockLayout) -> list[nn.Parameter]:

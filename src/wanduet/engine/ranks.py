@@ -269,6 +269,7 @@ def _share(denoiser: LoadedTransformer, run: _Run) -> None:
     def of_parts(mesh: Mesh) -> SequenceSharding:
         found = SequenceSharding(mesh, denoiser.attention_lse, of_sequence(run.speeds, mesh))
         found.block = denoiser.transformer.runtime.token_block or 1
+        found.by_collectives = denoiser.spec.transformer.attention != "dense"  # it needs all queries and keys at once
         return found
 
     denoiser.mesh, denoiser.unguided = mesh, None

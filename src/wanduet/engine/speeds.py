@@ -74,7 +74,7 @@ def suited_layout(
     if pairs_up(speeds, sequence_cost(request, spec, plan.group.layout.world_size, item, step_s, link_rate)):
         return plan.group.layout
     layout = choose_layout(plan.group.layout.world_size, spec.transformer.num_attention_heads, uses_guidance=False)
-    if not _has_all_keys(layout, request):
+    if not _has_all_keys(layout, request, spec):
         return plan.group.layout
     shape = spec.latent_shape(request.generated_height, request.generated_width, request.num_frames)
     # The plan has not counted the exchange buffers. Apart from them, a part of the sequence for both branches needs no
@@ -99,13 +99,13 @@ def layout_unguided(
     # they add half of it, and computing takes half the time.
     cost = sequence_cost(request, spec, layout.world_size, item, step_s, link_rate)
     after = one_sequence(layout, spec.transformer.num_attention_heads)
-    return after if cost < 2 and _has_all_keys(after, request) else None
+    return after if cost < 2 and _has_all_keys(after, request, spec) else None
 
 
-def _has_all_keys(layout: Layout, request: ResolvedRequest) -> bool:
+def _has_all_keys(layout: Layout, request: ResolvedRequest, spec: ModelSpec) -> bool:
     """Return whether the ranks of a layout can run the request's attention: a sparse one needs all keys at once, of
     which each rank of a ring has a part."""
-    return layout.ring == 1 or request.sparse == ALL
+    return layout.ring == 1 or (request.sparse == ALL and spec.transformer.attention == "dense")
 
 
 def of_sequence(speeds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from math import atan, tan
 from typing import Any
 
+from wanduet.family.spec import SelfAttention
+
 _DMD = (1000.0, 757.0, 522.0)
 _SHIFT_5 = (1000.0, 937.5, 2500 / 3, 625.0)  # 4 even steps with a shift of 5
 # rCM's angles a mean the noise level sin(a) / (sin(a) + cos(a)).
 _RCM = tuple(1000 * tan(angle) / (1 + tan(angle)) for angle in (atan(80), 1.5, 1.4, 1.0))
 _ORIGINAL = "in the original layout"
 _PICKLE = "a .pt file with the original names"
+# Parts of the names of the tensors of VSA's gate and SLA's projection.
+VSA_KEY, SLA_KEY = ".to_gate_compress.", ".proj_l."
+MODULES = {"vsa": VSA_KEY, "sla": SLA_KEY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +28,9 @@ class FewStep:
 
     `repositories`: hub ids, of which the last part is also recognised as a folder's name. `files`: names of single
     files. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
-    weights do not have. `needs`: what the weights do not run without and wanduet does not have. `published`: the form of
-    the published files, if wanduet does not read it. `size`: height, width and number of frames of the training videos.
+    weights do not have. `attention` and `key_share`: as in `TransformerSpec`. `needs`: what the weights do not run without
+    and wanduet does not have. `published`: the form of the published files, if wanduet does not read it. `size`: height,
+    width and number of frames of the training videos.
     """
 
     name: str
@@ -36,6 +42,8 @@ class FewStep:
     files: tuple[str, ...] = ()
     pipelines: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    attention: SelfAttention = "dense"
+    key_share: float = 1.0
     needs: str = ""
     published: str = ""
 
@@ -68,13 +76,20 @@ FEW_STEP = (
         timesteps=_DMD,
         flow_shift=8.0,
         size=(448, 832, 61),
-        repositories=(
-            "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
-            "FastVideo/FastWan2.1-T2V-14B-Diffusers",
-            "FastVideo/FastWan2.1-T2V-14B-480P-Diffusers",
-        ),
-        keys=(".to_gate_compress.",),
-        needs="video sparse attention (VSA) with its gates",
+        repositories=("FastVideo/FastWan2.1-T2V-1.3B-Diffusers",),
+        keys=(VSA_KEY,),
+        attention="vsa",
+        key_share=0.2,
+    ),
+    FewStep(
+        name="FastWan 14B",
+        sampler="renoise",
+        timesteps=_DMD,
+        flow_shift=8.0,
+        size=(448, 832, 61),
+        repositories=("FastVideo/FastWan2.1-T2V-14B-Diffusers", "FastVideo/FastWan2.1-T2V-14B-480P-Diffusers"),
+        attention="vsa",
+        key_share=0.1,
     ),
     FewStep(
         name="FastWan with ordinary attention",
@@ -138,14 +153,24 @@ FEW_STEP = (
         sampler="renoise",
         timesteps=_RCM,
         size=(480, 832, 77),
+        repositories=("IPostYellow/TurboWan2.1-T2V-1.3B-Diffusers",),
+        keys=(SLA_KEY,),
+        attention="sla",
+        key_share=0.1,
+    ),
+    FewStep(
+        name="TurboWan by its authors",
+        sampler="renoise",
+        timesteps=_RCM,
+        size=(480, 832, 77),
         repositories=(
             "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P",
             "TurboDiffusion/TurboWan2.1-T2V-14B-480P",
             "TurboDiffusion/TurboWan2.1-T2V-14B-720P",
-            "IPostYellow/TurboWan2.1-T2V-1.3B-Diffusers",
         ),
-        keys=(".proj_l.",),
-        needs="sparse-linear attention (SLA)",
+        attention="sla",
+        key_share=0.1,
+        published=_PICKLE,
     ),
 )
 # LoRA files that make ordinary weights few-step ones, by a part of the file's name or title.

@@ -8,7 +8,7 @@ defaults: the values of each published model are rows of data (`wan21.py`), and 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from wanduet.errors import ModelNotFoundError
 from wanduet.untrusted import cut
@@ -22,9 +22,17 @@ MOST = {"num_layers": 256, "num_res_blocks": 64, "dim_mult": 64, "patch_size": 1
 MOST_ENTRIES, MOST_FLOATS, MOST_CHARACTERS = 8, 1024, 2**16
 
 
+SelfAttention = Literal["dense", "vsa", "sla"]
+NOT_IN_CONFIG = ("attention", "key_share")  # fields of TransformerSpec that only the tensors' names show
+
+
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
-    """Shapes of the transformer (transformer/config.json)."""
+    """Shapes of the transformer (transformer/config.json), and its self-attention, which the config does not say.
+
+    `attention`: "dense" reads all keys; "vsa" and "sla" (`models.dit.trained_sparse`) have a module of their own, and read
+    the share `key_share` of the key blocks.
+    """
 
     num_attention_heads: int
     attention_head_dim: int
@@ -37,6 +45,8 @@ class TransformerSpec:
     patch_size: tuple[int, int, int]
     eps: float
     rope_max_seq_len: int
+    attention: SelfAttention = "dense"
+    key_share: float = 1.0
 
     @property
     def dim(self) -> int:
@@ -59,7 +69,8 @@ class TransformerSpec:
                 "cross_attn_norm": True,
             },
         )
-        return replace(self, **_pick(type(self), config))
+        shapes = {name: value for name, value in config.items() if name not in NOT_IN_CONFIG}
+        return replace(self, **_pick(type(self), shapes))
 
 
 @dataclass(frozen=True, slots=True)

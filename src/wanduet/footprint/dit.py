@@ -13,6 +13,7 @@ from wanduet.family.spec import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.attention.call import AttentionCall
+from wanduet.kernels.attention.trained import QKV, TrainedSparse
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm
 from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, Quantize, QuantizedKernels
 from wanduet.kernels.dit.rope import Rope
@@ -93,6 +94,8 @@ def buffer_bytes(spec: TransformerSpec, latent_shape: tuple[int, ...], dtype: st
 def _traced(shape: ForwardShape) -> int:
     dtype, layout = shape.torch_dtype, shape.layout
     small = replace(shape.spec, num_layers=TRACED_BLOCKS)
+    if layout.ring > 1:  # refused for other attention, but planned first
+        small = replace(small, attention="dense")
     with meta_init():
         model = WanTransformer(small).requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -100,9 +103,16 @@ def _traced(shape: ForwardShape) -> int:
     kernels = FUSED if shape.fused else TORCH_KERNELS
     buffer = buffer_bytes(shape.spec, shape.latent_shape, shape.dtype, layout)
     peaks = []
-    for peers in [None] if buffer == 0 else [None, FakePeerMemory(meta_empty((buffer // dtype.itemsize,), dtype))]:
+    by_collectives = buffer == 0 or shape.spec.attention != "dense"
+    for peers in [None] if by_collectives else [None, FakePeerMemory(meta_empty((buffer // dtype.itemsize,), dtype))]:
         sharding, attention = TracedSharding(layout, peers), _attention(shape.coded_channels)
-        model.runtime = Runtime(kernels=kernels, attention=attention, sharding=sharding, quantizer=_quantizer(shape))
+        model.runtime = Runtime(
+            kernels=kernels,
+            attention=attention,
+            sharding=sharding,
+            quantizer=_quantizer(shape),
+            trained=_TracedSparse(),
+        )
         peaks.append(_forward(model, shape) + (buffer if peers else 0))
     return max(peaks)
 
@@ -131,6 +141,23 @@ def _attention(coded_channels: int) -> AttentionFn:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
     return attend
+
+
+class _TracedSparse(TrainedSparse):
+    """Allocates what every kernel of listed attention does; `kernels.attention.trained.trained_bytes` counts the rest."""
+
+    def vsa(
+        self, qkv: QKV, starts: Tensor, share: float, dense: AttentionFn, call: AttentionCall
+    ) -> tuple[Tensor, Tensor]:
+        """Return both parts, not initialised."""
+        batch, _, heads, head_dim = qkv[0].shape
+        return dense(*qkv, call), torch.empty(batch, heads, len(starts) - 1, head_dim, device="meta")
+
+    def sla(
+        self, qkv: QKV, projection: tuple[Tensor, Tensor], share: float, dense: AttentionFn, call: AttentionCall
+    ) -> Tensor:
+        """Return the output, not initialised."""
+        return dense(*qkv, call)
 
 
 def _quantizer(shape: ForwardShape) -> Quantizer | None:

@@ -46,6 +46,10 @@ class TracedSharding(CfgSharding):
         ranks = self._layout.sequence
         return x if ranks == 1 else torch.cat([x] * ranks, dim=dim).narrow(dim, 0, self._length)
 
+    def gather_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Return a tensor for all heads made of copies of `x`."""
+        return x if self._layout.ulysses == 1 else torch.cat([x] * self._layout.ulysses, dim)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn, call: AttentionCall) -> Tensor:
         """Run `attention` on tensors of the shapes that the exchanges give; the values mean nothing."""
         ulysses, ring = self._layout.ulysses, self._layout.ring

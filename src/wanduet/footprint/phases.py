@@ -15,13 +15,14 @@ import torch
 
 from wanduet.config import Weights
 from wanduet.distributed.mesh import ONE_DEVICE, Layout
-from wanduet.family.sparsity import ALL, block_for
+from wanduet.family.sparsity import ALL, block_for, own_share, tiles_of
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import ForwardShape, buffer_bytes, forward_bytes
 from wanduet.footprint.vae import decode_bytes, decode_host_bytes, encode_bytes, encode_host_bytes
 from wanduet.kernels.attention.backends import coded_channels
 from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.sparse_steps import sparse_bytes
+from wanduet.kernels.attention.trained import trained_bytes
 from wanduet.kernels.dit.quantized import INT_MM_TOKENS, Quantize
 from wanduet.kernels.dit.weight import WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
@@ -184,11 +185,15 @@ class ModelMemory:
 
     def _sparse_bytes(self, denoise: DenoiseShape, device: str) -> int:
         """Bytes that sparse attention adds to a forward; the parts of ranks are rounded to whole blocks."""
-        if denoise.sparse == ALL:
-            return 0
         t, layout, tokens = self.spec.transformer, denoise.layout, self.spec.num_tokens(*denoise.size)
         block, heads = block_for(tokens), -(-t.num_attention_heads // layout.ulysses)
         shape = Shape(tokens, tokens, heads, t.attention_head_dim)
+        if t.attention != "dense":
+            frames, rows, columns = self.spec.latent_shape(*denoise.size)[1:]
+            tiles = tiles_of((frames // t.patch_size[0], rows // t.patch_size[1], columns // t.patch_size[2]))
+            return trained_bytes(t.attention, shape, tiles, own_share(t, denoise.sparse), device == "cpu")
+        if denoise.sparse == ALL:
+            return 0
         rounded = 4 * block * t.dim * DTYPE_BYTES[denoise.dtype] if layout.sequence > 1 else 0
         return sparse_bytes(shape, denoise.sparse, block, device == "cpu") + rounded
 

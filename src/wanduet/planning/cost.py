@@ -11,7 +11,7 @@ from typing import Literal
 
 from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import Forwards
-from wanduet.family.sparsity import first_sparse_step, kept_share
+from wanduet.family.sparsity import first_sparse_step, kept_share, own_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
@@ -110,9 +110,11 @@ def denoise_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
 
 def sparse_flop(request: ResolvedRequest, spec: ModelSpec) -> float:
     """Return the floating-point operations that sparse attention leaves out of a forward, on average over all steps. The
-    first block's attention is not sparse."""
+    first block's attention is not sparse, but in transformers that are trained for it: they are sparse everywhere."""
     t, steps = spec.transformer, request.num_denoising_steps
     tokens = spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
+    if t.attention != "dense":
+        return 4.0 * t.num_layers * tokens * tokens * t.dim * (1 - own_share(t, request.sparse))
     left_out = 1 - kept_share(request.sparse, tokens)
     sparse_steps = request.first_step + steps - first_sparse_step(request.first_step, steps)
     return 4.0 * (t.num_layers - 1) * tokens * tokens * t.dim * left_out * sparse_steps / max(1, steps)

@@ -12,7 +12,6 @@ import torch
 from wanduet.accelerate.low_res import LowRes
 from wanduet.config import GIB, EngineConfig, Weights, format_bytes, parse_devices
 from wanduet.family.registry import RANDOM_SPECS
-from wanduet.family.sparsity import ALL, first_sparse_step, kept_share
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import EXACT, fields_set_by
 from wanduet.family.step_caches import OFF
@@ -24,6 +23,7 @@ from wanduet.kernels.verdicts import triton_problem
 from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
+from wanduet.planning.sparse import sparse_choice
 from wanduet.planning.text import text_device
 from wanduet.request import ResolvedRequest
 from wanduet.weights.hub import local_model
@@ -249,14 +249,8 @@ class Explanation:
             if name in request.approximations:
                 steps = f"{len(request.guided_steps)} of {request.num_denoising_steps} steps are guided"
                 found.append(Choice(name, getattr(request, name), f"{self._by(name)}: {count}; {steps}"))
-        if request.sparse < ALL:
-            size = (request.generated_height, request.generated_width, request.num_frames)
-            kept = kept_share(request.sparse, self.spec.num_tokens(*size))
-            first = first_sparse_step(request.first_step, request.num_denoising_steps)
-            why = f"self-attention reads {kept:.0%} of the key blocks from step {first + 1} on, but in the first block"
-            found.append(
-                Choice("sparse", request.sparse, f"{self._by('sparse')}: {why}; the video differs from the exact one")
-            )
+        if (sparse := sparse_choice(request, self.spec, self._by("sparse"))) is not None:
+            found.append(sparse)
         if (low := LowRes.of(request, self.spec)) is not None:
             found.append(Choice("low_res_first", True, f"{REQUESTED}: {low}; the video differs from the exact one"))
         return tuple(found)
@@ -283,7 +277,8 @@ class Explanation:
     def _quantize(self) -> tuple[Choice, ...]:
         if self.request.quantize == "off":
             return ()
-        count = LAYERS_OF_A_BLOCK * self.spec.transformer.num_layers
+        spec = self.spec.transformer
+        count = (LAYERS_OF_A_BLOCK + (spec.attention == "vsa")) * spec.num_layers
         why = f"{REQUESTED}: {count} layers are products in 8 bits; the video differs from the exact one"
         if self._transformer.is_cpu:
             why += ", and takes longer, as a CPU only rounds to 8 bits"

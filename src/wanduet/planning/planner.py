@@ -12,9 +12,8 @@ from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout, one_sequence
-from wanduet.errors import ConfigError
 from wanduet.family.registry import RANDOM_SPECS
-from wanduet.family.sparsity import ALL
+from wanduet.family.sparsity import ALL, ring_refused
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.dit import buffer_bytes
 from wanduet.footprint.phases import (
@@ -152,7 +151,9 @@ class Planner:
             shared = parallel_placement(self.request, self.config, self.hardware)
             if shared is not None:
                 plan = self._of_group(shared)
-                if plan.group.layout.ring > 1 and self.request.sparse < ALL:
+                if plan.group.layout.ring > 1 and (
+                    self.request.sparse < ALL or self._spec.transformer.attention != "dense"
+                ):
                     self._refuse_ring(len(shared.ranks))
                 elif plan.prediction.fits or self.config.strategy == "parallel":
                     return plan, ()
@@ -170,12 +171,7 @@ class Planner:
     def _refuse_ring(self, ranks: int) -> None:
         """Raise ConfigError if the user wants sparse attention on devices of which each would see a part of the keys."""
         if self.config.strategy == "parallel":
-            heads = self._spec.transformer.num_attention_heads
-            raise ConfigError(
-                f"sparse={self.request.sparse:g} cannot be used on these {ranks} devices: they do not divide the {heads} "
-                "heads, so each would choose among a part of the keys.",
-                hint="Use a number of devices that divides the heads, or leave --sparse out.",
-            )
+            raise ring_refused(self._spec.transformer, self.request.sparse, ranks)
 
     def decode_only(self) -> Plan:
         """Return the fastest decode that fits a device that runs nothing else, or the one that needs least memory."""

@@ -16,10 +16,11 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.lora import MergedLoras
 from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
-from wanduet.family.sparsity import ALL, block_for, first_sparse_step
+from wanduet.family.sparsity import ALL, SLA_KEYS, SLA_QUERIES, block_for, first_sparse_step
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
 from wanduet.kernels.attention.sparse_steps import SparseSteps, choose_listed
+from wanduet.kernels.attention.trained import TrainedSparse
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit.quantized import EightBits
 from wanduet.kernels.dit.weight import Weight, format_of
@@ -133,7 +134,11 @@ class TransformerHost:
         block = None if denoiser.sparse is None else denoiser.sparse.block
         quantizer = None if request.quantize == "off" else self._quantizer(denoiser, request.quantize)
         denoiser.transformer.runtime = Runtime(
-            kernels=kernels, share_first=plan.share_first, token_block=block, quantizer=quantizer
+            kernels=kernels,
+            share_first=plan.share_first,
+            token_block=block,
+            quantizer=quantizer,
+            trained=trained_sparse(request, denoiser),
         )
         denoiser.attend_with(choice)
 
@@ -276,7 +281,7 @@ def _adapt(
 def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransformer) -> SparseSteps | None:
     """Return how a request's denoise of so many tokens is sparse; None for dense. Raises ConfigError if that does not work
     on the transformer's device."""
-    if request.sparse == ALL:
+    if request.sparse == ALL or denoiser.spec.transformer.attention != "dense":
         return None
     block = block_for(tokens)
     head_dim = denoiser.spec.transformer.attention_head_dim
@@ -284,3 +289,15 @@ def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransfor
     return SparseSteps(
         backend, request.sparse, block, first_sparse_step(request.first_step, request.num_denoising_steps)
     )
+
+
+def trained_sparse(request: ResolvedRequest, denoiser: LoadedTransformer) -> TrainedSparse:
+    """Return how attention that is trained to be sparse runs, and note its kernel. Raises ConfigError if it does not work on
+    the transformer's device."""
+    spec = denoiser.spec.transformer
+    if spec.attention == "dense":
+        return TrainedSparse()
+    blocks = (SLA_QUERIES, SLA_KEYS) if spec.attention == "sla" else None
+    backend = choose_listed(denoiser.device, denoiser.dtype, spec.attention_head_dim, blocks)
+    denoiser.trained_by = backend.name
+    return TrainedSparse(backend.attend, None if request.sparse == ALL else request.sparse)

@@ -14,7 +14,7 @@ from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
-from wanduet.kernels.attention.sparse_steps import SparseSteps
+from wanduet.kernels.attention.sparse_steps import PLAIN, SparseSteps
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, EightBits, QuantizedKernels
 from wanduet.kernels.select import without
@@ -43,6 +43,7 @@ class LoadedTransformer:
     unguided: Sharding | None = None
     attention: str = ""
     attention_lse: AttentionLseFn | None = None
+    trained_by: str = ""  # the kernel of attention that is trained to be sparse
     sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
     quantized: tuple[EightBits, QuantizedKernels] | None = None  # of the last job with products in 8 bits
@@ -58,6 +59,8 @@ class LoadedTransformer:
         if self.sparse is not None:
             self.attention = f"{choice.name}+sparse {self.sparse.backend.name}"
             attention = self.sparse.over(attention)
+        elif self.trained_by:
+            self.attention = f"{choice.name}+{self.spec.transformer.attention} {self.trained_by}"
         self.transformer.runtime = replace(self.transformer.runtime, attention=attention)
 
     def without_kernel(self, operation: str) -> None:
@@ -79,10 +82,14 @@ class LoadedTransformer:
         """Use PyTorch's implementation of every operation, and exact products, until the next job. Return False if all are
         in use already."""
         runtime = self.transformer.runtime
-        if runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa and runtime.quantizer is None:
+        is_plain = runtime.kernels is TORCH_KERNELS and runtime.attention is sdpa and runtime.quantizer is None
+        if is_plain and self.trained_by in ("", PLAIN.name):
             return False
-        self.transformer.runtime = replace(runtime, kernels=TORCH_KERNELS, attention=sdpa, quantizer=None)
-        self.attention = "sdpa"
+        trained = replace(runtime.trained, listed=PLAIN.attend)
+        self.transformer.runtime = replace(
+            runtime, kernels=TORCH_KERNELS, attention=sdpa, quantizer=None, trained=trained
+        )
+        self.attention = f"sdpa+{self.spec.transformer.attention} {PLAIN.name}" if self.trained_by else "sdpa"
         return True
 
     @property

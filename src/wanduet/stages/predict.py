@@ -192,19 +192,33 @@ def make_guidance(
 
 class GuidanceBySteps:
     """Guidance of a transformer whose weights change between steps: `adapt` sets those of a step, by its index, and returns
-    whether they changed; `make` then projects the prompts anew."""
+    whether they changed; `make` then projects the prompts anew. What guidance remembers of earlier steps goes on."""
 
     def __init__(self, make: Callable[[], Guidance], adapt: Callable[[int], bool]) -> None:
         self._make, self._adapt = make, adapt
         self._guidance: Guidance | None = make()
+        self._state: State = {}  # while there is no guidance
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         """See Guidance."""
-        if self._adapt(step.index):
-            self._guidance = None  # its keys and values, before there are new ones
+        if self._adapt(step.index) and self._guidance is not None:
+            # Dropped first: its keys and values, before there are new ones.
+            self._state, self._guidance = self._guidance.state(), None
         if self._guidance is None:
-            self._guidance = self._make()
+            guidance = self._make()
+            guidance.restore(self._state)
+            self._guidance = guidance
         return self._guidance(latents, step)
+
+    def state(self) -> State:
+        """See Guidance."""
+        return self._state if self._guidance is None else self._guidance.state()
+
+    def restore(self, state: State) -> None:
+        """See Guidance."""
+        self._state = state
+        if self._guidance is not None:
+            self._guidance.restore(state)
 
 
 def _as_rank_0(decision: bool) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,10 +31,11 @@ from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.components import derived_config, open_component, read_sentencepiece, shards
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, check_needs, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import WeightSource
+from wanduet.weights.trained_names import by_model_names
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 # Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
@@ -90,18 +91,22 @@ class ModelFolder:
         """What is known of the weights if they are distilled for few steps: by their tensors, the folder's name or its
         pipeline. None for other weights.
 
-        Raises ModelNotFoundError if they need what wanduet does not have.
+        Raises ModelNotFoundError if they need what wanduet does not have, or lack the module of their attention.
         """
-        tensors: Iterable[str] = ()
+        tensors: Collection[str] = ()
         with suppress(ModelNotFoundError, WeightsError):  # `check_complete` raises it
             tensors = self._files("transformer").tensors  # also of a quantisation that is not read
         index = self.path / "model_index.json"
         own = "transformer" not in self.parts
         pipeline = read_json(index).get("_class_name") if own and index.exists() else None
-        found = by_tensors(tensors) or by_name(self.name if own else self.part("transformer").name)
-        found = found or by_name(self.name) or by_pipeline(pipeline)
+        marked, named = by_tensors(tensors), None if own else by_name(self.part("transformer").name)
+        named = named or by_name(self.name)
+        if marked is not None and named is not None and named.attention == marked.attention:
+            marked = named  # it says more: VSA's gates do not show how sparse the weights are trained to be
+        found = marked or named or by_pipeline(pipeline)
         if found is not None:
             check_needs(str(self.path), found)
+            check_module(str(self.path), found, tensors)
         return found
 
     def check_complete(self) -> None:
@@ -134,13 +139,16 @@ class ModelFolder:
         Raises ModelNotFoundError for a missing or unsupported config.
         """
         self._check_kind()
-        transformer = self._component("transformer", WAN_1_3B.transformer)
+        shapes, few_step = self._component("transformer", WAN_1_3B.transformer), self.few_step
+        transformer = shapes
+        if few_step is not None:
+            transformer = replace(shapes, attention=few_step.attention, key_share=few_step.key_share)
         spec = ModelSpec(
             self.name,
             transformer=transformer,
             vae=self._component("vae", WAN_1_3B.vae),
             text_encoder=self._component("text_encoder", WAN_1_3B.text_encoder),
-            defaults=self._defaults(transformer),
+            defaults=self._defaults(shapes),
             text_len=WAN_1_3B.text_len,
         )
         check_consistent(self.path, spec)
@@ -149,7 +157,7 @@ class ModelFolder:
     @cached_property
     def transformer(self) -> WeightSource:
         """The transformer's tensors."""
-        return dequantised(self._files("transformer"))
+        return by_model_names(dequantised(self._files("transformer")))
 
     @cached_property
     def vae(self) -> WeightSource:

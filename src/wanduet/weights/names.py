@@ -1,12 +1,13 @@
 """Error messages for names that are not models, with the name that the user probably meant."""
 
 import re
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import FAST_MINIATURE, ORDINARY, FewStep, by_name
+from wanduet.family.distilled import FAST_MINIATURE, MODULES, ORDINARY, FewStep, by_name
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
@@ -65,6 +66,20 @@ def check_needs(shown: str, known: FewStep) -> None:
         raise ModelNotFoundError(
             f"{shown} has few-step weights ({known.name}) that need {known.needs}, which wanduet does not have.",
             hint=f"Few-step weights that it runs: {ORDINARY}.",
+        )
+
+
+def check_module(shown: str, known: FewStep, names: Collection[str]) -> None:
+    """Raise ModelNotFoundError if few-step weights lack the tensors of their self-attention's own module.
+
+    `shown`: their name in messages; `names`: of the transformer's tensors, empty if they could not be read.
+    """
+    key = MODULES.get(known.attention)
+    if names and key is not None and not any(key in name for name in names):
+        raise ModelNotFoundError(
+            f"{shown} is named as few-step weights ({known.name}) that are trained for sparse attention "
+            f"({known.attention.upper()}), but its transformer has no {key.strip('.')}.",
+            hint="Fetch the model again with `wanduet download`, or rename the folder if it is another model.",
         )
 
 

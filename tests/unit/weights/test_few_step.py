@@ -1,6 +1,7 @@
 """Few-step weights: a folder or a name is enough to run them as they were distilled, or to say what they lack."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanduet import WanPipeline
-from wanduet.errors import InvalidRequestError, ModelNotFoundError
+from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
 from wanduet.family.distilled import FEW_STEP, FewStep, by_name, by_tensors
 from wanduet.family.wan21 import WAN_1_3B
+from wanduet.models.dit.model import WanTransformer
 from wanduet.request import GenerationRequest
 from wanduet.sampling.samplers import Schedule, make_sampler
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import download, local_model, open_model, verify_manifest
+from wanduet.weights.names import check_few_step
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 DMD = (1000.0, 757.0, 522.0)
@@ -68,8 +71,6 @@ def test_the_folders_own_defaults_come_first(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        ("blocks.0.to_gate_compress.weight", "video sparse attention"),
-        ("blocks.0.attn1.attn_op.local_attn.proj_l.weight", "sparse-linear attention"),
         ("blocks.0.attn1.to_q.weight_global_scale", "NVFP4"),
     ],
 )
@@ -84,8 +85,10 @@ def test_tensors_that_need_a_module_of_their_own_are_refused_by_its_name(folder:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "video sparse attention"),
-        ("TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", "sparse-linear attention"),
+        (
+            "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P",
+            r"a \.pt file with the original names, which wanduet does not read",
+        ),
         ("gdhe17/Self-Forcing", "causal attention"),
         ("tianweiy/CausVid", r"a \.pt file with the original names, which wanduet does not read"),
         ("lightx2v/Wan-NVFP4", "NVFP4"),
@@ -119,6 +122,86 @@ def test_every_row_is_found_and_can_be_asked_for(row: FewStep) -> None:
     sampler = make_sampler(Schedule.of(request), 0, torch.device("cpu"))
     assert sampler.timesteps == pytest.approx(row.timesteps)
     assert len(row.timesteps) == values["num_inference_steps"]
+
+
+def sparse_folder(folder: Path, kind: str, prefix: str = "") -> ModelFolder:
+    """Write a transformer with VSA's gates, or with SLA's projections whose names begin with `prefix`, into a folder."""
+    spec = ModelFolder(folder, "x").spec.transformer
+    tensors = WanTransformer(spec).state_dict()
+    for block in range(spec.num_layers):
+        name, size = (f"blocks.{block}.to_gate_compress", spec.dim)
+        if kind == "sla":
+            name, size = (f"blocks.{block}.{prefix}proj_l", spec.attention_head_dim)
+        tensors |= {f"{name}.weight": torch.full((size, size), block + 0.5), f"{name}.bias": torch.zeros(size)}
+    save_file(tensors, folder / WEIGHTS)
+    return ModelFolder(folder, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "share"),
+    [
+        ("vsa", "", 0.2),
+        ("sla", "self_attn.attn_op.local_attn.", 0.1),
+        ("sla", "attn1.attn_op.local_attn.", 0.1),
+        ("sla", "attn1.attn_impl.", 0.1),
+        ("sla", "attn1.", 0.1),
+    ],
+)
+def test_weights_trained_for_sparse_attention_run_by_their_tensors(
+    folder: Path, kind: str, prefix: str, share: float
+) -> None:
+    plain = ModelFolder(folder, "x").spec
+    assert (plain.transformer.attention, plain.transformer.key_share) == ("dense", 1.0)
+    made = sparse_folder(folder, kind, prefix)
+    assert made.spec.transformer == replace(plain.transformer, attention=kind, key_share=share)
+    assert made.spec.defaults.sampler == "renoise"
+    made.check_complete()
+    model = WanTransformer(made.spec.transformer)
+    made.transformer.load_into({name: p.data for name, p in model.named_parameters()})
+    module = model.blocks[1].to_gate_compress if kind == "vsa" else model.blocks[1].attn1.proj_l
+    assert (module.weight == 1.5).all()
+    assert made.fingerprint == ModelFolder(folder, "y").fingerprint
+
+
+def test_the_name_says_how_sparse_gates_are(folder: Path) -> None:
+    sparse_folder(folder, "vsa")
+    name = "FastVideo/FastWan2.1-T2V-14B-Diffusers"
+    assert ModelFolder(folder, name).spec.transformer.key_share == 0.1
+    assert ModelFolder(folder, "FastVideo/FastWan-QAD-1.3B").spec.transformer.attention == "vsa"  # it has the gates
+    check_few_step(name)
+    check_few_step("IPostYellow/TurboWan2.1-T2V-1.3B-Diffusers")
+
+
+@pytest.mark.parametrize(("name", "words"), [("FastWan2.1-T2V-1.3B-Diffusers", "VSA.*to_gate_compress"),
+                                             ("turbowan2.1-t2v-1.3b-diffusers", "SLA.*proj_l")])  # fmt: skip
+def test_a_name_without_the_module_is_refused(folder: Path, name: str, words: str) -> None:
+    renamed = folder.rename(folder.with_name(name))
+    with pytest.raises(ModelNotFoundError, match=words):
+        open_model(str(renamed))
+
+
+def test_half_of_a_module_is_refused(folder: Path) -> None:
+    made = sparse_folder(folder, "vsa")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["blocks.1.to_gate_compress.bias"]
+    save_file(tensors, folder / WEIGHTS)
+    made = ModelFolder(folder, "x")
+    with pytest.raises(WeightsError, match=r"missing: blocks\.1\.to_gate_compress\.bias\."):
+        made.transformer.check({n: tuple(p.shape) for n, p in WanTransformer(made.spec.transformer).named_parameters()})
+
+
+def test_a_config_cannot_ask_for_the_module(folder: Path) -> None:
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention": "vsa", "key_share": 0.5}))
+    assert ModelFolder(folder, "x").spec.transformer.attention == "dense"
+
+
+def test_a_request_takes_the_weights_share_or_its_own(folder: Path) -> None:
+    spec = sparse_folder(folder, "vsa").spec
+    for fields in ({}, {"speed": "exact"}):
+        request = GenerationRequest(prompt="x", **fields).resolve(spec)
+        assert (request.sparse, request.approximations) == (1.0, {})
+    assert GenerationRequest(prompt="x", sparse=0.5, timesteps=(1000,)).resolve(spec).sparse == 0.5
 
 
 def test_rcms_noise_levels() -> None:

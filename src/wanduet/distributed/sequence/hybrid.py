@@ -38,10 +38,12 @@ class SequenceSharding:
     All ranks of the group must make the same calls in the same order.
 
     `block`: parts end at multiples of so many tokens, and at the end of the sequence; 1 by default. With that of a sparse
-    attention, it chooses the same keys on any number of ranks.
+    attention, it chooses the same keys on any number of ranks. `by_collectives`: exchange all tokens' heads at once, by
+    collectives; each call of the attention then gets all queries. False by default.
     """
 
     block = 1
+    by_collectives = False
 
     def __init__(
         self,
@@ -100,10 +102,19 @@ class SequenceSharding:
         whole = torch.cat([part[:length] for part, length in zip(parts, self._lengths, strict=True)])
         return whole.movedim(0, dim)
 
+    def gather_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Return a tensor for all heads; `x` is this rank's. See Sharding."""
+        if self.mesh.layout.ulysses == 1:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.mesh.layout.ulysses)]
+        dist.all_gather(parts, x, group=self.mesh.ulysses)
+        return torch.cat(parts, dim)
+
     @property
     def overlaps_projections(self) -> bool:
         """True between GPUs that write to each other's memory."""
-        return self.mesh.peer_memory is not None and self.mesh.layout.ulysses > 1
+        return self.mesh.peer_memory is not None and self.mesh.layout.ulysses > 1 and not self.by_collectives
 
     def qkv_buffer(self, index: int, like: Tensor) -> Tensor | None:
         """See Sharding. Raises what `attend` raises."""

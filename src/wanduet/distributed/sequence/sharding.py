@@ -20,6 +20,9 @@ class Sharding(Protocol):
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
         """Return the whole sequence, of which `x` is this rank's part."""
 
+    def gather_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Return a tensor for all heads, of which `x` is that for the heads whose attention this rank computes in `attend`."""
+
     @property
     def overlaps_projections(self) -> bool:
         """Whether exchanges overlap the projections of q, k and v.
@@ -54,6 +57,10 @@ class NoSharding:
         return x
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """Return `x` itself."""
+        return x
+
+    def gather_heads(self, x: Tensor, dim: int) -> Tensor:
         """Return `x` itself."""
         return x
 

@@ -25,7 +25,7 @@ from wanduet.errors import (
 )
 from wanduet.family.guidance import CFG
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
-from wanduet.family.sparsity import ALL, first_sparse_step
+from wanduet.family.sparsity import ALL
 from wanduet.family.speeds import forecast
 from wanduet.family.step_caches import OFF
 from wanduet.kernels.attention.backends import BACKENDS, SDPA
@@ -249,8 +249,7 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.guidance_mode != CFG:
         steps += f", guidance {r.guidance_mode}"
     if r.sparse < ALL:
-        first = first_sparse_step(r.first_step, r.num_denoising_steps)
-        steps += f", from step {first + 1} on with {r.sparse:g} of the keys"
+        steps += f", with {r.sparse:g} of the keys"  # from which step on, the plan says: it depends on the model
     if r.quantize != OFF:
         steps += f", products in {r.quantize}"
     if r.low_res_first:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wanduet.doors.python.decode import decode_videos
 from wanduet.doors.python.modules import CLASSES
 from wanduet.doors.python.parts import PipelineParts, dtype_name
+from wanduet.family.spec import NOT_IN_CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class ShownPart(nn.Module):
 
         parameters = inspect.signature(getattr(diffusers, CLASSES[self.kind]).__init__).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return FrozenDict(defaults | dataclasses.asdict(getattr(self.parts.spec, self.kind)))
+        entries = dataclasses.asdict(getattr(self.parts.spec, self.kind))
+        return FrozenDict(defaults | {name: value for name, value in entries.items() if name not in NOT_IN_CONFIG})
 
     @property
     def dtype(self) -> torch.dtype:

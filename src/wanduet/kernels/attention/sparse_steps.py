@@ -22,6 +22,7 @@ from wanduet.kernels.verdicts import reason_of
 log = logging.getLogger(__name__)
 
 CHECKED_HEADS = 2
+CUT_BLOCK = 64  # the largest of blocks of different sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +76,22 @@ def choose_listed(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    block: int,
+    block: int | tuple[int, int] | None,
     backends: tuple[ListedBackend, ...] | None = None,
 ) -> ListedBackend:
     """Return the fastest kernel of sparse attention that works on `device`: flash-attn-4's on Hopper, Triton's on other
-    GPUs, the plain form on the CPU. `backends`: try these instead, in order.
+    GPUs, the plain form on the CPU. `block`: tokens of a block of queries and of keys, one number if they are equal, or None
+    for blocks of different sizes. `backends`: try these instead, in order.
 
     On a GPU, each is first compared with the definition on a short sequence. Raises ConfigError if none works.
     """
     if backends is None and device.type != "cuda":
         return PLAIN
     problem = "Triton is not installed"
-    for backend in _on_gpu(device, block) if backends is None else backends:
+    sizes = block if isinstance(block, tuple) else (block or CUT_BLOCK, block or CUT_BLOCK)
+    for backend in _on_gpu(device, None if block is None else sizes[0]) if backends is None else backends:
         try:
-            problem = _problem(backend.attend, device, dtype, head_dim, block)
+            problem = _problem(backend.attend, (device, dtype, head_dim), sizes, is_cut=block is None)
         except Exception as failure:  # a kernel's library can raise any exception
             log.info("Sparse attention by %s failed.", backend.name, exc_info=failure)
             problem = reason_of(failure)
@@ -98,11 +101,19 @@ def choose_listed(
     raise ConfigError(f"Sparse attention does not work on {device}: {problem}.", hint="Leave --sparse out.")
 
 
-def _on_gpu(device: torch.device, block: int) -> tuple[ListedBackend, ...]:
-    """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys."""
+def _on_gpu(device: torch.device, queries: int | None) -> tuple[ListedBackend, ...]:
+    """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys.
+
+    `queries`: of a block; None for blocks of different sizes.
+    """
     found: list[ListedBackend] = []
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if is_hopper and block % flash4.QUERIES == 0 and "flash-attn-4" in available_backends(device):
+    if (
+        is_hopper
+        and queries is not None
+        and queries % flash4.QUERIES == 0
+        and "flash-attn-4" in available_backends(device)
+    ):
         found.append(ListedBackend("flash-attn-4", flash4.attend_listed))
     if importlib.util.find_spec("triton") is not None:
         from wanduet.kernels.attention import sparse_gpu
@@ -112,13 +123,25 @@ def _on_gpu(device: torch.device, block: int) -> tuple[ListedBackend, ...]:
 
 
 @torch.no_grad()
-def _problem(attend: ListedFn, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
-    """Return what is wrong with a kernel; empty if it works. Both ends of the sequence are shorter than a block."""
+def _problem(
+    attend: ListedFn, kind: tuple[torch.device, torch.dtype, int], sizes: tuple[int, int], is_cut: bool
+) -> str:  # fmt: skip
+    """Return what is wrong with a kernel for blocks of so many queries and keys; empty if it works. Both ends of the sequence
+    are shorter than a block; with `is_cut`, so is a block before.
+
+    `kind`: device, dtype and channels of a head.
+    """
+    device, dtype, head_dim = kind
     generator = torch.Generator(device).manual_seed(0)
-    shape = (3, 1, 3 * block + 7, CHECKED_HEADS, head_dim)
+    tokens = 3 * max(sizes) + 7
+    shape = (3, 1, tokens, CHECKED_HEADS, head_dim)
     q, k, v = torch.randn(shape, device=device, dtype=dtype, generator=generator)
-    scores = torch.randn((1, CHECKED_HEADS, 4, 4), device=device, generator=generator)
-    lists = KeyLists(*highest_blocks(scores, 2), block, block)
+    rows, columns, starts = -(-tokens // sizes[0]), -(-tokens // sizes[1]), None
+    if is_cut:
+        starts = torch.tensor([0, 8, *range(8 + sizes[0], tokens, sizes[0]), tokens], dtype=torch.int32, device=device)
+        rows = columns = len(starts) - 1
+    scores = torch.randn((1, CHECKED_HEADS, rows, columns), device=device, generator=generator)
+    lists = KeyLists(*highest_blocks(scores, 2), *sizes, starts, starts)
     with PRODUCTS.at(EXACT):
         expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
     out, lse = attend(q, k, v, lists)

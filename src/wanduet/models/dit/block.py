@@ -1,7 +1,7 @@
 """The transformer's blocks, and the `Runtime` that they run with. Letters in names are as in `models.dit.model`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -11,12 +11,14 @@ from wanduet.distributed.sequence.sharding import NoSharding, Sharding
 from wanduet.family.spec import TransformerSpec
 from wanduet.kernels.attention.backends import AttentionFn, sdpa
 from wanduet.kernels.attention.call import AttentionCall
+from wanduet.kernels.attention.trained import TrainedSparse
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels, Norm, QKNorm
 from wanduet.kernels.dit.rope import Rope
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.views import side_by_side
 from wanduet.models.dit.linear import Linear
 from wanduet.models.dit.quantizer import Operand, QuantizedFeedForward, Quantizer
+from wanduet.models.dit.trained_sparse import SLAttention, VSAttention
 from wanduet.models.dit.workspace import Workspace
 
 
@@ -38,6 +40,7 @@ class Runtime:
     `share_first`: the prompts of one step share the first block's self-attention, whose result is then kept in memory
     from one prompt to the next. `token_block`: order the tokens such that those of each block of so many, consecutive in
     the sequence, are neighbours in the video (`models.dit.token_order`); None for the order by frame, row and column.
+    `trained`: how self-attention runs that is trained to be sparse; it replaces `attention`.
     """
 
     kernels: Kernels = TORCH_KERNELS
@@ -46,6 +49,7 @@ class Runtime:
     share_first: bool = True
     token_block: int | None = None
     quantizer: Quantizer | None = None
+    trained: TrainedSparse = field(default_factory=TrainedSparse)
 
     def operand(self, x_BLC: Tensor) -> Operand:
         """`x_BLC` as an operand of a large product: in 8 bits if such products are."""
@@ -119,7 +123,9 @@ class Attention(nn.Module):
             norm = QKNorm(self.eps, self.num_heads, rope)
             q_BLHD, k_BLHD = run.kernels.qk_norm_rope_pair(q, k, self.norm_q.weight, self.norm_k.weight, norm)
             v_BLHD = v.unflatten(-1, (self.num_heads, -1))
-        attend = run.sharding.attend_first_block if call.block == 0 else run.sharding.attend
+        # VSA also gathers heads itself, those of `attend`.
+        shares = call.block == 0 and not isinstance(run.attention, VSAttention)
+        attend = run.sharding.attend_first_block if shares else run.sharding.attend
         return attend(q_BLHD, k_BLHD, v_BLHD, run.attention, call).flatten(2)
 
     def send_qkv(self, n_BLC: Operand, rope: Rope, run: Runtime, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,12 +199,16 @@ class Block(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        dim, self.eps = spec.dim, spec.eps
+        dim, self.eps, self.spec = spec.dim, spec.eps, spec
         self.attn1 = Attention(dim, spec.num_attention_heads, spec.eps)
         self.attn2 = Attention(dim, spec.num_attention_heads, spec.eps)
         self.norm2 = nn.LayerNorm(dim, spec.eps)
         self.ffn = FeedForward(dim, spec.ffn_dim)
         self.scale_shift_table = modulation_table(6, dim)
+        if spec.attention == "vsa":
+            self.to_gate_compress = Linear(dim, dim)
+        elif spec.attention == "sla":
+            self.attn1.proj_l = nn.Linear(spec.attention_head_dim, spec.attention_head_dim)
 
     def modulation(self, time_B6C: Tensor) -> Modulation:
         """This block's modulation for the projected timestep `[B, 6, C]` float32."""
@@ -208,11 +218,29 @@ class Block(nn.Module):
 
     def attend(self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall) -> None:
         """Replace `residual.pending` with its self-attention: the part of a block that does not depend on the text."""
-        heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, call)
+        if self.spec.attention == "vsa":
+            heads_BLC = self._attend_tiles(residual, rope, run, workspace, call)
+        else:
+            if self.spec.attention == "sla":
+                projection = cast(nn.Linear, self.attn1.proj_l)
+                run = replace(run, attention=SLAttention(run.trained, run.attention, self.spec, projection))
+            heads_BLC = self.attn1.attend_self(residual, rope, run, workspace, call)
         out_BLC = workspace.part(heads_BLC, heads_BLC.shape[2])
         operand = run.operand(heads_BLC)
         del heads_BLC  # in 8 bits, its memory is free now
         residual.pending = self.attn1.project_out(operand, out_BLC, run)
+
+    def _attend_tiles(
+        self, residual: Residual, rope: Rope, run: Runtime, workspace: Workspace, call: AttentionCall
+    ) -> Tensor:
+        """`Attention.attend_self` by VSA, gated by the input of q, k and v, which is kept until the end."""
+        n_BLC = residual.pending
+        assert n_BLC is not None
+        fine = VSAttention(run.trained, run.attention, self.spec)
+        heads_BLC = self.attn1.attend_self(residual, rope, replace(run, attention=fine), workspace, call)
+        _, gate_BLC, coarse_BLC = workspace.thirds()
+        gate_BLC = _project(n_BLC, self.to_gate_compress, gate_BLC, run)
+        return fine.add_coarse(heads_BLC, gate_BLC, call, run.sharding, coarse_BLC)
 
     def forward(
         self,

@@ -25,7 +25,7 @@ from wanduet.kernels.dit.rope import Rope, rope_for_grid
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.models.dit.block import Block, Residual, Runtime, modulation_table
 from wanduet.models.dit.embeddings import ConditionEmbedder, PatchGrid
-from wanduet.models.dit.token_order import TokenOrder, token_order
+from wanduet.models.dit.token_order import TokenOrder, tile_order, token_order
 from wanduet.models.dit.workspace import Workspace
 
 
@@ -166,11 +166,14 @@ class WanTransformer(nn.Module):
             velocities.append(self.head(n_BLC, grid, out))
             del n_BLC
         if self.runtime.quantizer is not None:
-            self.runtime.quantizer.check(len(self.blocks))
+            gates = len(self.blocks) if self.spec.attention == "vsa" else 0
+            self.runtime.quantizer.check(len(self.blocks), gates)
         return velocities
 
     def _order(self, grid: PatchGrid, device: torch.device) -> TokenOrder | None:
         """Return the order of the tokens between `embed` and `head`; None for the order by frame, row and column."""
+        if self.spec.attention == "vsa":
+            return tile_order(grid.tokens, device)
         block = self.runtime.token_block
         return None if block is None else token_order(grid.tokens, block, device)
 

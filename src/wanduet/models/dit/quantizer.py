@@ -1,6 +1,7 @@
 """Which of the transformer's products are computed in 8 bits, and with what.
 
-A block's large products are: q, k, v and out of self-attention, and both of the feed-forward. Cross-attention's are not,
+A block's large products are: q, k, v and out of self-attention, both of the feed-forward, and VSA's gate, whose input q, k
+and v have in 8 bits. Cross-attention's are not,
 as they are small and their text keys and values are computed once a prompt; nor are embeddings, modulation and the head.
 
 Weights remain in memory as they are, in any format. A block's matrices are quantized when it runs, which takes about a third
@@ -65,10 +66,11 @@ class Quantizer:
         self.kernels.quantized_linear(x_BLC, self.weight(weight, bias.dtype, layers), bias, out_BLO)
         return out_BLO
 
-    def check(self, num_blocks: int) -> None:
+    def check(self, num_blocks: int, num_gates: int = 0) -> None:
         """Raise RuntimeError unless all products that are meant to be in 8 bits have been, in all of a model's blocks."""
-        if len(self.layers) != LAYERS_OF_A_BLOCK * num_blocks:
-            raise RuntimeError(f"{len(self.layers)} of {LAYERS_OF_A_BLOCK * num_blocks} layers were quantized.")
+        wanted = LAYERS_OF_A_BLOCK * num_blocks + num_gates
+        if len(self.layers) != wanted:
+            raise RuntimeError(f"{len(self.layers)} of {wanted} layers were quantized.")
 
     def _empty(self, like: Tensor) -> QuantizedRows:
         return QuantizedRows.empty(like.shape, DTYPES[self.format], like.device)

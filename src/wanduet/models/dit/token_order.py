@@ -13,6 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from wanduet.family.sparsity import TILE
+
 CPU = torch.device("cpu")
 # Cells are tried that have up to MOST times more or less area than a side of an ideal block, and are at most MOST times as
 # long as wide.
@@ -29,6 +31,36 @@ class TokenOrder:
 
     tokens: Tensor
     positions: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TileOrder(TokenOrder):
+    """VSA's order of a sequence: tile by tile, and in each by frame, row and column. Tiles at the ends may be smaller.
+
+    `starts` `[tiles + 1]` int32: the position of each tile's first token, and the length. `tiles` `[L]` int64: the tile of
+    the token at each position.
+    """
+
+    starts: Tensor
+    tiles: Tensor
+
+
+@lru_cache(maxsize=4)
+def tile_order(grid: tuple[int, int, int], device: torch.device = CPU) -> TileOrder:
+    """Return the order for frames, rows and columns of tokens, in tiles of `TILE`. Source: FastVideo's VSA."""
+    if device != CPU:
+        order = tile_order(grid)
+        return TileOrder(*(x.to(device) for x in (order.tokens, order.positions, order.starts, order.tiles)))
+    token = torch.arange(math.prod(grid)).view(grid)
+    parts = [
+        part.flatten()
+        for frames in token.split(TILE[0], 0)
+        for rows in frames.split(TILE[1], 1)
+        for part in rows.split(TILE[2], 2)
+    ]
+    tokens, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
+    starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int()
+    return TileOrder(tokens, tokens.argsort(), starts, torch.arange(len(parts)).repeat_interleave(sizes))
 
 
 @lru_cache(maxsize=4)
