@@ -19,6 +19,7 @@ from wanduet.sampling.denoise import denoise as run_steps
 from wanduet.sampling.enlarge import EnlargingSampler, shrink
 from wanduet.sampling.noise import initial_noise
 from wanduet.sampling.samplers import Sampler, Schedule, make_sampler
+from wanduet.stages.cancel import BlockCancel, mark_on
 from wanduet.stages.predict import GuidanceBySteps, forward_of, make_guidance, make_predictor, observed, skipped_steps
 from wanduet.stages.record import VideoRecord
 from wanduet.stages.resume import CheckpointKeeper
@@ -85,9 +86,23 @@ class _Denoise:
             self.noise = noise.result()
         self.work = step_flops(request, denoiser.spec)
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
+        self.cancel = BlockCancel(context, mark_on(denoiser.device))
 
     def __call__(self) -> Tensor:
         """Resume from the last checkpoint, if a usable one exists."""
+        if self.denoiser.mesh is not None:
+            return self._run()
+        self._before_blocks(self.cancel)
+        try:
+            return self._run()
+        finally:
+            self._before_blocks(None)
+
+    def _before_blocks(self, call: BlockCancel | None) -> None:
+        transformer = self.denoiser.transformer
+        transformer.runtime = replace(transformer.runtime, before_block=call)
+
+    def _run(self) -> Tensor:
         request, device = self.task.request, self.denoiser.device
         sampler = self._sampler()
         start, latents = self.task.first_step, self._start(sampler).to(device)
@@ -110,7 +125,7 @@ class _Denoise:
                 start_step=start,
             )
         except CancelledError:
-            self.kept.save_last()
+            self.kept.save_last(within_step=self.cancel.within_step)
             raise
         self.record.skipped_steps = skipped_steps(self.predictor)
         self.record.quantized_layers = self.denoiser.quantized_layers
@@ -146,6 +161,7 @@ class _Denoise:
             # Every rank computes the same step. Different GPU models may differ in the last bit: keep them from
             # drifting.
             broadcast_(info.latents)
+        self.cancel.step_ended()
         done = info.step + 1
         worked, left = sum(self.work[start:done]), sum(self.work[done:])
         self._emit(done, info.seconds / worked * left if worked else None)

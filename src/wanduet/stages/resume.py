@@ -82,9 +82,13 @@ class CheckpointKeeper:
             self._save(done, latents)
             self._saved_at = time.perf_counter()
 
-    def save_last(self) -> None:
-        """Save a checkpoint of the last step, so that --resume loses nothing after a cancel."""
-        if self._last is not None:
+    def save_last(self, *, within_step: bool = False) -> None:
+        """Save a checkpoint of the last step, so that --resume loses nothing after a cancel.
+
+        `within_step`: the step after it was begun. What guidance remembers may then be of that step already; in that case
+        the checkpoint before is kept.
+        """
+        if self._last is not None and not (within_step and self._guidance.state()):
             self._save(*self._last)
 
     def _save(self, step: int, latents: Tensor) -> None:

@@ -22,6 +22,7 @@ from wanduet.kernels.attention.call import AttentionCall, Step
 from wanduet.kernels.attention.choose import Choice
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_metadata
+from wanduet.models.dit.block import Block
 from wanduet.models.dit.model import WanTransformer
 from wanduet.planning.plan import VAEPlan
 from wanduet.request import GenerationRequest
@@ -461,3 +462,30 @@ def test_latents_are_the_same_bits_after_any_interruption(run, tmp_path) -> None
     assert steps == [4, 5]
     kept = resumed.result().videos[0].latents_path
     assert torch.equal(load_latents(kept)[0], load_latents(whole)[0])
+
+
+# A cancel within a step.
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_mode": "apg", "guidance_scale": 4.0}], ids=["stateless", "stateful"])
+def test_a_cancel_within_a_step_stops_before_the_next_block_and_a_resume_makes_the_same_video(
+    run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    whole = run("whole", **changes)
+    attended: list[tuple[int, int]] = []
+    attend = Block.attend
+
+    def cancelling(block: Block, residual: Any, rope: Any, runtime: Any, workspace: Any, call: AttentionCall) -> None:
+        assert call.step is not None
+        attended.append((call.step.index, call.block))
+        if call.step.index == 3 and call.block == 1:
+            run.cancel()  # type: ignore[attr-defined]
+        attend(block, residual, rope, runtime, workspace, call)
+
+    with monkeypatch.context() as patched, pytest.raises(CancelledError):
+        patched.setattr(Block, "attend", cancelling)
+        run("again", **changes)
+    assert attended[-1] == (3, 1)
+    again, steps = steps_of(run, name="again", resume=True, **changes)
+    assert steps == [3, 4, 5]
+    assert frames(again) == frames(whole)

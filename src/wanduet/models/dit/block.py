@@ -1,6 +1,6 @@
 """The transformer's blocks, and the `Runtime` that they run with. Letters in names are as in `models.dit.model`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -41,6 +41,7 @@ class Runtime:
     from one prompt to the next. `token_block`: order the tokens such that those of each block of so many, consecutive in
     the sequence, are neighbours in the video (`models.dit.token_order`); None for the order by frame, row and column.
     `trained`: how self-attention runs that is trained to be sparse; it replaces `attention`.
+    `before_block`: called before each block; raises to stop the forward. Ranks of a group must all stop at the same block.
     """
 
     kernels: Kernels = TORCH_KERNELS
@@ -50,6 +51,7 @@ class Runtime:
     token_block: int | None = None
     quantizer: Quantizer | None = None
     trained: TrainedSparse = field(default_factory=TrainedSparse)
+    before_block: Callable[[], None] | None = None
 
     def operand(self, x_BLC: Tensor) -> Operand:
         """`x_BLC` as an operand of a large product: in 8 bits if such products are."""

@@ -214,6 +214,8 @@ class WanTransformer(nn.Module):
         if not attended:
             residual.pending = run.norm(residual.x, norms[0], dtype)
         for index, block in enumerate(self.fetch_blocks()):
+            if run.before_block is not None:
+                run.before_block()
             if index > 0 or not attended:
                 block.attend(residual, rope, run, workspace, replace(step.call, block=index))
             if index == 0 and first_attention is not None and isinstance(residual.pending, Tensor):
