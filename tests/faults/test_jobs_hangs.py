@@ -71,7 +71,7 @@ def test_a_loop_that_stands_still_ends_its_worker(tmp_path: Path) -> None:
 def test_a_job_cancelled_or_deleted_while_its_worker_hangs_stays_so(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     cancelled = submit(store, "stick 2")
-    with watched(tmp_path) as process:
+    with watched(tmp_path, replace(HANGS, step_seconds=3600.0, cancel_seconds=1.0)) as process:
         wait(lambda: f"{cancelled} stick" in journal(tmp_path))
         store.cancel(cancelled)
         deleted, next_one = submit(store, "stick 3"), submit(store, "job 0")

@@ -80,6 +80,7 @@ class Attempt:
         `activity` is this job's entry in the process's Watchdog; the attempt sets how long each next event may take.
         """
         self._activity = activity or self._activity
+        self._keeper.on_lost = self._activity.leave
         prompt = {"prompt": self._lease.job.request.get("prompt")} if self._settings.log_prompts else {}
         self._log.info("job started", **prompt)
         resume = self._lease.job.attempts > 1
@@ -132,6 +133,8 @@ class Attempt:
             with suppress(Exception):
                 running.result()
             raise
+        finally:
+            self._activity.left()
         if not result.videos:
             return None
         outcome = {

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ class LeaseKeeper:
         self._store = store
         self._lease = lease
         self._settings = settings
+        self.on_lost: Callable[[], None] = lambda: (
+            None
+        )  # called when the engine's job must end because the lease is lost
         self.failure: Exception | None = None  # the error that ended the thread early
         self._running: RunningJob | None = None
         self._stop = threading.Event()
@@ -117,6 +121,7 @@ class LeaseKeeper:
                 unreachable = False
             except StaleLeaseError:
                 self.lost.set()
+                self.on_lost()
                 self._end_job()
                 return
             except SQLAlchemyError as error:  # the job goes on without the database

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -16,7 +17,7 @@ from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import WorkerLock
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.model_watch import ModelWatch
-from wanduet.jobs.records import ModelId, StoredJob
+from wanduet.jobs.records import Lease, ModelId, StaleLeaseError
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.telemetry import Telemetry
 from wanduet.jobs.watchdog import HangSettings, Watchdog
@@ -82,7 +83,8 @@ class Runner:
         self._had_room = True
         self._polls = 1  # to wait for, before a database that cannot be reached is tried again
         self._waits_for: str | None = None
-        self._attempts: dict[threading.Thread, StoredJob] = {}
+        self._attempts: dict[threading.Thread, Lease] = {}
+        self._watchdog.give_back = self._give_back
         self.worker: str | None = None  # its name in leases; None before `run`
 
     def drain(self) -> None:
@@ -97,7 +99,7 @@ class Runner:
     @property
     def running(self) -> tuple[str, ...]:
         """The ids of the jobs that are running."""
-        return tuple(job.id for job in tuple(self._attempts.values()))
+        return tuple(lease.job.id for lease in tuple(self._attempts.values()))
 
     def run(self) -> None:
         """Claim and run jobs until `drain`. Waits for a database that cannot be reached.
@@ -151,7 +153,7 @@ class Runner:
                 self._model_watch.look(model)
         running = tuple(self._attempts.values())
         # A job that crashed before runs alone, so that its next crash is not counted for another job.
-        if len(running) >= self._settings.parallel or any(job.crashes for job in running):
+        if len(running) >= self._settings.parallel or any(other.job.crashes for other in running):
             return False
         if not self._has_room():
             return False
@@ -164,7 +166,7 @@ class Runner:
         thread = threading.Thread(
             target=self._run, args=(attempt, lease.job.id), name=f"job-{lease.job.id}", daemon=True
         )
-        self._attempts[thread] = lease.job
+        self._attempts[thread] = lease
         try:
             thread.start()
         except RuntimeError as error:  # no more threads; not the job's fault
@@ -208,6 +210,13 @@ class Runner:
             with self._wake:
                 self._attempts.pop(threading.current_thread(), None)
                 self._wake.notify()
+
+    def _give_back(self) -> None:
+        """Put all running jobs back into the queue, before the process is ended because of a cancelled one."""
+        self._draining.set()
+        for lease in tuple(self._attempts.values()):
+            with suppress(StaleLeaseError):  # the cancelled one
+                self._store.release(lease)
 
     def _pause(self, polls: int = 1) -> None:
         """Wait for `polls` polls; a finished job ends one of them, `drain` all."""

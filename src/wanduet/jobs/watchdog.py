@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 FOREVER = math.inf  # seconds
 HUNG_STATUS = 75  # exit status of a process that the watchdog ended: BSD's EX_TEMPFAIL
+_GIVE_BACK_SECONDS = 5.0
 _FRAMES = 12  # of each thread that are logged
 
 
@@ -41,7 +42,8 @@ class HangSettings:
     between two touches of the heartbeat file. The watchdog checks the others: `start_seconds` until the first iteration of
     the worker's loop, `loop_seconds` between two iterations, `step_seconds` between two denoising steps, `phase_seconds`
     between any other two events of a job (loading and hashing weights, encoding text on a CPU, compiling kernels). If a
-    job's steps are predicted or measured to be long, it gets `factor` times their duration if that is more.
+    job's steps are predicted or measured to be long, it gets `factor` times their duration if that is more. A job that is
+    cancelled must leave the engine within `cancel_seconds`, so that others get it.
     `look_seconds`: between two checks of the watchdog.
     """
 
@@ -52,6 +54,7 @@ class HangSettings:
     step_seconds: float = 600.0
     phase_seconds: float = 1800.0
     factor: float = 5.0
+    cancel_seconds: float = 10.0
     look_seconds: float = 1.0
 
 
@@ -62,6 +65,7 @@ class Activity:
         self.settings = settings
         self._clock = clock
         self._state = (clock(), allowed)  # one assignment: always read together
+        self._leaves_by: float | None = None  # when a cancelled job must have left the engine
         self.waits_for: str | None = None  # why it makes no progress; None if it does
 
     def expect(self, seconds: float, waits_for: str | None = None) -> None:
@@ -71,6 +75,20 @@ class Activity:
         """
         self.waits_for = waits_for
         self._state = (self._clock(), seconds)
+
+    def leave(self) -> None:
+        """Record that the job was cancelled: it must leave the engine within `cancel_seconds`."""
+        if self._leaves_by is None:
+            self._leaves_by = self._clock() + self.settings.cancel_seconds
+
+    def left(self) -> None:
+        """Record that the job has left the engine, whether it was cancelled before or is later."""
+        self._leaves_by = math.inf
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the job was cancelled and has not left the engine in time."""
+        return self._leaves_by is not None and self._clock() > self._leaves_by
 
     @property
     def overdue(self) -> float:
@@ -84,7 +102,8 @@ class Watchdog:
     waits for. It does nothing before `start`.
 
     The process hangs if its loop makes no progress, or if none of its jobs does: one of several may wait for another's
-    stage. `end` ends the process and does not return.
+    stage. It hangs, too, if a cancelled job does not leave the engine; `give_back` is called then, which should put the
+    other jobs back into the queue. `end` ends the process and does not return.
     """
 
     def __init__(
@@ -100,6 +119,7 @@ class Watchdog:
         self._file: BinaryIO | None = None  # kept open: a process without free file descriptors can still write into it
         self._written: str | None = None
         self._end = end or end_process
+        self.give_back: Callable[[], object] = lambda: None
         self._monotonic = monotonic
         self._looked = monotonic()
         self._now = 0.0
@@ -154,6 +174,8 @@ class Watchdog:
             return "the worker's loop stands still"
         with self._guard:
             jobs = dict(self._jobs)
+        if lingering := [job_id for job_id, activity in jobs.items() if activity.lingers]:
+            return f"{', '.join(lingering)} was cancelled and does not leave the engine"
         if jobs and all(activity.overdue > 0 for activity in jobs.values()):
             return f"no sign of progress from {', '.join(jobs)}"
         return None
@@ -174,8 +196,19 @@ class Watchdog:
             while not self._stopping.wait(self.settings.look_seconds):
                 if (what := self.look()) is not None:
                     log.error("the worker hangs and is ended", what=what, threads=_where_threads_are())
+                    self._give_back()
                     self._end()
                     return
+
+    def _give_back(self) -> None:
+        """If a cancelled job is why the process ends, that is no crash of its other jobs."""
+        with self._guard:
+            lingering = any(activity.lingers for activity in self._jobs.values())
+        if lingering:
+            giving = threading.Thread(target=self.give_back, daemon=True)
+            with suppress(RuntimeError):  # no more threads
+                giving.start()
+                giving.join(_GIVE_BACK_SECONDS)  # the database may hang, too
 
 
 class Patience:

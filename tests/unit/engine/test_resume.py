@@ -467,7 +467,9 @@ def test_latents_are_the_same_bits_after_any_interruption(run, tmp_path) -> None
 # A cancel within a step.
 
 
-@pytest.mark.parametrize("changes", [{}, {"guidance_mode": "apg", "guidance_scale": 4.0}], ids=["stateless", "stateful"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"guidance_mode": "apg", "guidance_scale": 4.0}], ids=["stateless", "stateful"]
+)
 def test_a_cancel_within_a_step_stops_before_the_next_block_and_a_resume_makes_the_same_video(
     run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -482,9 +484,10 @@ def test_a_cancel_within_a_step_stops_before_the_next_block_and_a_resume_makes_t
             run.cancel()  # type: ignore[attr-defined]
         attend(block, residual, rope, runtime, workspace, call)
 
-    with monkeypatch.context() as patched, pytest.raises(CancelledError):
+    with monkeypatch.context() as patched:
         patched.setattr(Block, "attend", cancelling)
-        run("again", **changes)
+        with pytest.raises(CancelledError):
+            run("again", **changes)
     assert attended[-1] == (3, 1)
     again, steps = steps_of(run, name="again", resume=True, **changes)
     assert steps == [3, 4, 5]

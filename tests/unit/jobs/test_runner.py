@@ -21,6 +21,7 @@ from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.watchdog import HangSettings, Watchdog
 from wanduet.request import GenerationRequest
 
 QUICK = RunnerSettings(tidy_seconds=0.0, attempt=AttemptSettings(poll_seconds=0.01, progress_seconds=0.01))
@@ -160,6 +161,22 @@ def test_a_running_job_ends_within_a_step(store: JobStore, monkeypatch: pytest.M
     else:
         with pytest.raises(UnknownJobError):
             store.get(job_id)
+
+
+def test_a_worker_that_a_cancelled_job_does_not_leave_is_ended_and_its_other_job_is_not_blamed(store: JobStore) -> None:
+    leave, ended = threading.Event(), threading.Event()
+    watchdog = Watchdog(HangSettings(cancel_seconds=0.05, look_seconds=0.01), end=ended.set)
+    stuck, other = submit(store, "job 1"), submit(store, "hold 1")
+    settings = replace(QUICK, parallel=2)
+    with running(store, settings, lambda job, step: job.request.prompt == "job 1" and leave.wait(), watchdog=watchdog):
+        wait(lambda: f"{other} step 0" in journal(store.files.folder))
+        watchdog.start()
+        store.cancel(stuck)
+        assert ended.wait(60)
+        job = store.get(other)
+        assert (job.status, job.crashes, job.worker) == ("queued", 0, None)
+        leave.set()
+    assert store.get(stuck).status == "failed"
 
 
 def test_drain_puts_the_job_back_and_the_next_worker_goes_on(store: JobStore) -> None:

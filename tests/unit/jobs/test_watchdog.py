@@ -86,6 +86,21 @@ def test_a_job_that_waits_for_anothers_stage_does_not_hang() -> None:
     assert "working" in (bench.after(3600.0) or ""), "now it does, and the other still waits for it"
 
 
+def test_a_cancelled_job_that_does_not_leave_the_engine_is_a_hang_though_others_work() -> None:
+    bench = Bench()
+    cancelled, quick, working = (bench.watchdog.add(name) for name in ("cancelled", "quick", "working"))
+    bench.after(1.0)
+    cancelled.leave()
+    quick.leave()
+    working.expect(600.0)
+    assert bench.after(SETTINGS.cancel_seconds) is None
+    quick.left()
+    assert bench.after(1.0) == "cancelled was cancelled and does not leave the engine"
+    cancelled.left()
+    cancelled.leave()  # the lease's thread may notice the cancel only now
+    assert bench.after(500.0) is None
+
+
 def test_a_pause_of_the_whole_machine_is_no_hang() -> None:
     bench = Bench()
     bench.watchdog.add("a").expect(600.0)
