@@ -1,4 +1,4 @@
-"""Logs of the service's processes: one JSON object a line on standard error.
+"""Logs of the service's processes on standard error: one JSON object a line; on a terminal, lines for people.
 
 Prompts are never logged, nor are the local variables of tracebacks, which may contain them.
 """
@@ -8,10 +8,14 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import MutableMapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, TextIO, cast
 
 import structlog
+
+from wanduet.untrusted import printable
 
 
 def configure_logs() -> None:
@@ -21,7 +25,7 @@ def configure_logs() -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
+            _for_people if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
         ],
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
         cache_logger_on_first_use=False,  # a cached logger would stay with what was set up when it first wrote
@@ -31,6 +35,15 @@ def configure_logs() -> None:
     engine.setLevel(logging.INFO)
     engine.propagate = False
     threading.excepthook = _log_dead_thread
+
+
+def _for_people(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+    """Return a line such as `12:03:04 warning: the worker hangs (job=video_1)`, in local time."""
+    moment = datetime.fromisoformat(event.pop("timestamp")).astimezone()
+    level, text = event.pop("level"), event.pop("event")
+    about = ", ".join(f"{name}={value}" for name, value in event.items())
+    line = f"{moment:%H:%M:%S} {level}: {text}" + (f" ({about})" if about else "")
+    return printable(" ".join(line.split()))
 
 
 class _Patient:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import signal
 import socket
 import threading
 from asyncio.selector_events import BaseSelectorEventLoop
@@ -19,6 +20,7 @@ from structlog.testing import capture_logs
 
 from wanduet.doors.http import limits, listen
 from wanduet.doors.http.context import ServerSettings
+from wanduet.doors.http.server import _run_both
 from wanduet.jobs.records import OutputFile
 
 HALF = b"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
@@ -301,6 +303,23 @@ def test_a_second_signal_ends_at_once_without_an_error(serve: Any, caplog: Any) 
         assert server.ended()
     assert not [record for record in caplog.records if "lifespan" in record.getMessage() + str(record.exc_text)]
     assert not [record for record in caplog.records if record.getMessage().startswith("Traceback")]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_stop_is_answered_at_once_and_a_second_signal_kills_the_worker(make_api: Any, signals: int) -> None:
+    worker = SimpleNamespace(calls=[])
+    for name in ("start", "kill", "stop"):
+        setattr(worker, name, lambda *_, name=name: worker.calls.append(name))
+    with listen.listen("127.0.0.1", 0) as listener, capture_logs() as lines:
+
+        def stop(_: str) -> None:
+            for _ in range(signals):
+                server.handle_exit(signal.SIGINT, None)
+
+        server = listen.Server(make_api().app, stop)
+        _run_both(server, listener, worker)
+    assert [line["event"] for line in lines] == [listen.STOPPING, listen.STOPPING_AT_ONCE][:signals]
+    assert worker.calls == (["start", "stop"] if signals == 1 else ["start", "kill", "stop"])
 
 
 def finish_large(server: Listening) -> str:

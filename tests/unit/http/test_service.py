@@ -522,3 +522,18 @@ def test_a_queued_video_says_what_it_waits_for(make_api: Any) -> None:
         assert api.http.get(f"/v1/videos/{video['id']}").json()["waits_for"] == "Replicas want GPUs."
         cluster.explain_none()
     assert "waits_for" not in api.http.get(f"/v1/videos/{video['id']}").json()
+
+
+def test_a_queued_video_says_why_no_worker_takes_it(make_api: Any) -> None:
+    worker = Worker()
+    api = make_api(worker=worker)
+    with api.http:
+        video = api.create()
+        one = api.http.get(f"/v1/videos/{video['id']}").json()
+        (listed,) = api.http.get("/v1/videos").json()["data"]
+        assert video["waits_for"] == one["waits_for"] == listed["waits_for"] == worker.trouble
+        worker.trouble = None
+        assert "waits_for" not in api.http.get(f"/v1/videos/{video['id']}").json()
+        worker.trouble = "the worker is starting"
+        api.claim()
+        assert "waits_for" not in api.http.get(f"/v1/videos/{video['id']}").json()

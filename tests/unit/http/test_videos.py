@@ -402,3 +402,30 @@ def test_ids_that_are_none(api: Any, bad: str, method: str, end: str) -> None:
     answer = api.http.request(method, f"/v1/videos/{bad}{end}")
     assert answer.status_code in (400, 404, 405)
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("quality", ["auto", "standard", "high", "hd"])
+def test_names_that_change_nothing_are_taken(api: Any, quality: str) -> None:
+    habits = {"n": 1, "user": "anna", "quality": quality, "extra_params": {}}
+    plain, made = api.create(seed=1), api.create(seed=1, **habits)
+    assert made["settings"] == plain["settings"]
+    form = {"prompt": "a red circle", "seed": "1", "n": "1", "user": "anna", "quality": quality, "extra_params": "{}"}
+    assert api.http.post("/v1/videos", data=form).json()["settings"] == plain["settings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("n", 2, "num_videos_per_prompt"),
+        ("n", True, "num_videos_per_prompt"),
+        ("user", 7, "text"),
+        ("quality", "low", "speed"),
+        ("extra_params", {"seed": 7}, "fields of the body"),
+    ],
+)
+def test_those_that_would_change_something_are_refused_with_what_to_use(
+    api: Any, name: str, value: Any, hint: str
+) -> None:
+    error = api.refusal(**{name: value})
+    assert error["param"] == name
+    assert hint in error["message"]

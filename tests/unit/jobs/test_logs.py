@@ -1,6 +1,7 @@
 """What of an error reaches the service's log: places and types, as JSON, and never what a prompt could be in."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -48,3 +49,24 @@ assert "captured" not in stream.getvalue()
 
 def test_a_logger_that_has_written_follows_what_is_set_up_later() -> None:
     subprocess.run([sys.executable, "-c", TWICE], check=True)
+
+
+TERMINAL = """
+import contextlib, io, structlog
+from wanduet.jobs.logs import configure_logs
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+with contextlib.redirect_stderr(Terminal()) as stream:
+    configure_logs()
+structlog.get_logger().warning("the worker hangs", job="video_1\\n\\x1b[2J", seconds=3)
+print(stream.getvalue(), end="")
+"""
+
+
+def test_on_a_terminal_a_line_is_for_people_and_cannot_control_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINAL], capture_output=True, text=True, encoding="utf-8", check=True
+    )
+    assert re.fullmatch(r"\d\d:\d\d:\d\d warning: the worker hangs \(job=video_1 \S+, seconds=3\)\n", done.stdout)
+    assert "\x1b" not in done.stdout

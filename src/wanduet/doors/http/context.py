@@ -14,12 +14,12 @@ from wanduet.doors.http.errors import ApiError, unavailable
 from wanduet.doors.http.gates import Gate
 from wanduet.doors.http.keys import LOCAL_OWNER, KeyRing
 from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
-from wanduet.doors.http.schemas import RequestLimits
+from wanduet.doors.http.schemas import RequestLimits, Video, to_video
 from wanduet.doors.http.security import is_loopback
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
-from wanduet.jobs.records import Limits
+from wanduet.jobs.records import Limits, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.planning.prices import loss_of_speed
 
@@ -95,6 +95,12 @@ class ServerContext:
     def price(self, speed: str) -> Price | None:
         """Return what a speed loses with the served weights on this machine; None if that was not measured."""
         return loss_of_speed(self.store.files.folder / "measurements", self.settings.model_hash, speed)
+
+    def show(self, *jobs: StoredJob) -> list[Video]:
+        """Convert stored jobs to video objects; a queued one says why no worker takes jobs, if so. Reads files."""
+        waits = self.worker is not None and any(job.status == "queued" for job in jobs)
+        trouble = self.worker.trouble if waits and self.worker is not None else None
+        return [to_video(job, trouble) for job in jobs]
 
     def check_accepting(self) -> None:
         """Raise ApiError (503) while the server drains."""

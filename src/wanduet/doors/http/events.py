@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from wanduet.doors.http.context import ServerContext, find_owner, invalid_key
 from wanduet.doors.http.keys import LOCAL_OWNER
-from wanduet.doors.http.schemas import DeletedVideo, to_video
+from wanduet.doors.http.schemas import DeletedVideo
 from wanduet.errors import WanduetError
 from wanduet.jobs.records import StoredJob, UnknownJobError
 
@@ -62,7 +62,8 @@ class VideoStream(EventSourceResponse):
         """Poll the job and yield each change; yields None for a poll without changes."""
         last = picture = None
         while True:
-            data = {**to_video(job).model_dump(), "phase": job.phase, "seconds_left": job.seconds_left}
+            (video,) = await run_in_threadpool(self._context.show, job)
+            data = {**video.model_dump(), "phase": job.phase, "seconds_left": job.seconds_left}
             yield None if data == last else _event("done" if job.finished else "video", data)
             last = data
             if job.status == "in_progress":

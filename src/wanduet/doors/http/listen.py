@@ -33,6 +33,8 @@ from wanduet.jobs.library_logs import RateLimit
 Announce = Callable[[str], None]
 DRAIN_SECONDS = 20  # for responses in progress, and again for the worker
 BACKLOG = 2048  # connections that the system queues before they are accepted
+STOPPING = "stopping: running jobs are kept and go on at the next start; the same signal again stops at once"
+STOPPING_AT_ONCE = "stopping at once"
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.05
 _CROWD_GRACE_SECONDS = 0.001  # while others wait to be accepted: data sent with the connection has arrived by then
@@ -134,11 +136,13 @@ class Server(uvicorn.Server):
         # sse-starlette would cut event streams off; these streams end on `draining`.
         AppStatus.disable_automatic_graceful_drain()
         self._announce = announce
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._rate = RateLimit()
         self._background: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then accept clients on the first socket, which must be bound."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=[])
         if not self.started or not sockets:
             return
@@ -164,9 +168,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; stop at once at the second."""
+        text = STOPPING
         if self._context.draining.is_set():
-            self.force_exit = True
+            self.force_exit, text = True, STOPPING_AT_ONCE
         self._context.draining.set()
+        if self._loop is not None:  # not here: the signal may have interrupted another line, which has the log's lock
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(log.warning, text)
         super().handle_exit(sig, frame)
 
     async def _accept(self, listener: socket.socket) -> None:

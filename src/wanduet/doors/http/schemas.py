@@ -54,6 +54,12 @@ class _ProtocolFields(BaseModel):
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
     input_reference: str | None = Field(default=None, description="Another name for `input_video`.")
+    n: int | str | None = Field(default=None, description="1: a request makes one video.")
+    user: str | None = Field(default=None, description="Any text. It has no effect.")
+    quality: str | None = Field(
+        default=None, description="`auto`, `standard`, `high` or `hd`, which all mean the same."
+    )
+    extra_params: dict[str, Any] | str | None = Field(default=None, description="An empty object.")
 
 
 # The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
@@ -68,6 +74,19 @@ CreateVideo = create_model(
     __doc__="The body of a submission; `seconds` and `size` are the protocol's, the rest are the engine's settings.",
     **_SETTINGS,
 )
+# Fields that other servers' clients send by habit. Values that change nothing are taken; for others, what to use instead.
+_NO_EFFECT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (lambda value: value in (1, "1") and value is not True, "1; `num_videos_per_prompt` makes several"),
+    "user": (lambda value: isinstance(value, str), "a text"),
+    "quality": (
+        lambda value: value in ("auto", "standard", "high", "hd"),
+        "auto, standard, high or hd, which all mean the same; `speed` trades quality for time",
+    ),
+    "extra_params": (
+        lambda value: value in ({}, "{}", ""),
+        "an empty object; settings are fields of the body itself",
+    ),
+}
 # Fields that take a file, by their names and the protocol's own name for one of them.
 FILES = {name: name for name, field in REQUEST_FIELDS.items() if field.shown.is_file} | {
     "input_reference": "input_video"
@@ -126,9 +145,10 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
-def to_video(job: StoredJob) -> Video:
-    """Convert a stored job to the API's video object."""
+def to_video(job: StoredJob, trouble: str | None = None) -> Video:
+    """Convert a stored job to the API's video object. `trouble`: why no worker takes jobs now."""
     request = job.request
+    waits_for = job.waits_for or (trouble if job.status == "queued" else None)
     error = None
     if job.error is not None:
         shown = public_error(job.error)
@@ -146,7 +166,7 @@ def to_video(job: StoredJob) -> Video:
         prompt=request.get("prompt", ""),
         remixed_from_video_id=job.remixed_from,
         error=error,
-        waits_for=None if job.waits_for is None else public_text(job.waits_for),
+        waits_for=None if waits_for is None else public_text(waits_for),
         speed=request.get("speed"),
         settings={name: value for name, value in request.items() if name != "prompt"},
     )
@@ -192,6 +212,9 @@ def to_request(
     check_names(values, CreateVideo)
     if "prompt" not in values:
         raise InvalidRequestError("prompt", None, "a text that is not empty")
+    for name, (has_no_effect, allowed) in _NO_EFFECT.items():
+        if name in values and not has_no_effect(given := values.pop(name)):
+            raise InvalidRequestError(name, given, allowed)
     _check_texts(values, limits)
     values = {name: _number(name, value) if name in NUMBERS else value for name, value in values.items()}
     fps = GenerationRequest.parse(prompt="x", fps=values.get("fps")).fps or spec.defaults.fps

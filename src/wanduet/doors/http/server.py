@@ -207,7 +207,7 @@ def serve(
 
 
 def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -> None:
-    """Run the server and its worker process; the worker is drained after the server."""
+    """Run the server and its worker process; the worker is drained after the server, or killed if a second signal came."""
     # Uvicorn raises the signals it received again when it ends; they must not end this process before the worker
     # drains.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -218,6 +218,8 @@ def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: process.kill())
+        if server.force_exit:
+            process.kill()
         process.stop(DRAIN_SECONDS)
 
 

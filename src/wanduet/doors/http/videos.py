@@ -134,7 +134,7 @@ def list_videos(
     if after is not None and not is_job_id(after):
         raise ApiError(400, "invalid_request", "after must be a video's id.", param="after")
     page = context.store.list(owner, after=after, limit=limit, order=order)
-    data = [to_video(job) for job in page.jobs]
+    data = context.show(*page.jobs)
     return VideoList(
         data=data,
         has_more=page.has_more,
@@ -146,7 +146,7 @@ def list_videos(
 @router.get("/{video_id}", response_model=Video)
 def retrieve_video(video_id: VideoId, context: Context, owner: Owner) -> Video:
     """One video; a failed one too."""
-    return to_video(_find(context, video_id, owner))
+    return context.show(_find(context, video_id, owner))[0]
 
 
 @router.delete("/{video_id}", response_model=DeletedVideo)
@@ -238,7 +238,7 @@ async def _repeated(context: ServerContext, owner: str, key: str | None, given: 
     if job is None:
         return None
     context.metrics.count_submission(owner, "repeated")
-    return to_video(job)
+    return (await run_in_threadpool(context.show, job))[0]
 
 
 async def _submit(context: ServerContext, new: NewJob, source: FilePath | None) -> Video:
@@ -246,7 +246,7 @@ async def _submit(context: ServerContext, new: NewJob, source: FilePath | None) 
     try:
         done = await run_in_threadpool(context.store.submit, new, context.settings.queue, source)
         outcome = "stored" if done.created else "repeated"
-        return to_video(done.job)
+        return (await run_in_threadpool(context.show, done.job))[0]
     finally:
         context.metrics.count_submission(new.owner, outcome)
 
