@@ -99,7 +99,7 @@ class ModelId:
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """What `JobStore.submit` stores. `request` contains only JSON values. With `model_hash`, only workers with exactly
-    these weights run the job.
+    these weights run the job. `webhooks`: addresses that are called when it ends.
     """
 
     owner: str
@@ -110,6 +110,7 @@ class NewJob:
     remixed_from: str | None = None
     fingerprint: str | None = None  # digest of the client's request, before defaults such as a random seed were added
     model_hash: str | None = None
+    webhooks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,17 @@ deleted = sa.Table(
     sa.Index("deleted_jobs_by_time", "deleted_at"),
 )
 
+# Requests to send when a job has ended, see `webhooks.WebhookSender`.
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("job", sa.String(64), sa.ForeignKey(jobs.c.id, ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("next_at", sa.Double, nullable=False, server_default="0"),  # Unix seconds
+)
+
 # Summed seconds by stage of all completed jobs, for metrics; kept when the jobs are deleted.
 stages = sa.Table(
     "stages",
@@ -104,7 +115,12 @@ def is_current(connection: sa.Connection) -> bool:
         raise ConfigError(
             "A newer wanduet wrote this job database.", hint="Update wanduet, or use another data folder."
         )
-    return version == SCHEMA_VERSION and not _missing_stages(connection)
+    # Added since without a new version, as earlier versions do without them.
+    return (
+        version == SCHEMA_VERSION
+        and sa.inspect(connection).has_table(webhooks.name)
+        and not _missing_stages(connection)
+    )
 
 
 def create_tables(database: sa.Engine, deadline: float) -> None:

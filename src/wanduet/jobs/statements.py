@@ -6,6 +6,7 @@ form than a database takes to run it. Their parameters have names that differ fr
 
 import hashlib
 import json
+import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,7 @@ from wanduet.jobs.records import (
     demand_of,
     make_id,
 )
-from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state
+from wanduet.jobs.schema import STAGE_NAMES, STEPS, deleted, jobs, stages, state, webhooks
 
 Values = dict[str, Any]
 SIZE_STEP = 100
@@ -184,8 +185,9 @@ def new_id(connection: sa.Connection, newest: str | None, now: float) -> str:
 
 def insert(connection: sa.Connection, new: NewJob, files: Sequence[OutputFile], added: Values) -> StoredJob:
     """Insert a queued job; `added` has its `id`, `fingerprint` and `created_at`, `files` its inputs."""
-    values = {
-        **asdict(new),
+    values = asdict(new)
+    urls = values.pop("webhooks")
+    values |= {
         **added,
         "status": "queued",
         "demand": demand_of(new.request),
@@ -193,7 +195,11 @@ def insert(connection: sa.Connection, new: NewJob, files: Sequence[OutputFile], 
         "files_bytes": sum(file.num_bytes for file in files),
         "report": {},
     }
-    return to_job(connection.execute(_INSERT, values).one())
+    job = to_job(connection.execute(_INSERT, values).one())
+    if urls:
+        rows = [{"id": f"evt_{secrets.token_hex(16)}", "job": job.id, "url": url} for url in urls]
+        connection.execute(sa.insert(webhooks), rows)
+    return job
 
 
 def update_row(connection: sa.Connection, where: sa.ColumnElement[bool], values: Values) -> "sa.Row[Any] | None":

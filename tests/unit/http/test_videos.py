@@ -9,6 +9,7 @@ import pytest
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.jobs.records import JobError
+from wanduet.jobs.webhooks import WebhookSender, WebhookSettings
 
 FIELDS = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "seconds", "size",
@@ -429,3 +430,15 @@ def test_those_that_would_change_something_are_refused_with_what_to_use(
     error = api.refusal(**{name: value})
     assert error["param"] == name
     assert hint in error["message"]
+
+
+def test_a_client_may_choose_a_webhook_on_an_allowed_host_only(make_api: Any) -> None:
+    assert "hosts: none" in make_api().refusal(webhook_url="https://hooks.example.org/a")["message"]
+    hooks = WebhookSettings(bytes(32), None, ("hooks.example.org",))
+    api = make_api(ServerSettings(webhooks=hooks))
+    assert api.refusal(webhook_url="https://10.0.0.1/a")["param"] == "webhook_url"
+    api.create(webhook_url="https://hooks.example.org/a")
+    api.finish()
+    called: list[str] = []
+    WebhookSender(api.store, hooks, lambda url, *_: called.append(url) or 200).send_due()
+    assert called == ["https://hooks.example.org/a"]

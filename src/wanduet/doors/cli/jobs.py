@@ -13,6 +13,7 @@ from wanduet.config import EngineConfig, parse_bytes
 from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.run import emit, extra, missing_extra
+from wanduet.doors.cli.webhooks import WebhookFlags
 from wanduet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ keys_app = App(name="keys", help="Manage the API keys of the server.")
 
 @Parameter(name="*", group=SERVER)
 @dataclass(frozen=True, slots=True)
-class ServerFlags:
+class ServerFlags(WebhookFlags):
     """Flags of the server: its address, limits and storage."""
 
     host: Annotated[
@@ -86,6 +87,7 @@ class ServerFlags:
             queue=Limits(self.max_queue, self.max_queue_per_key),
             limits=RequestLimits(pixels=self.max_pixels, frames=self.max_frames, steps=self.max_steps),
             max_input_bytes=parse_bytes(self.max_input_video),
+            webhooks=self.webhooks(),
         )
 
     def runner(self) -> "RunnerSettings":

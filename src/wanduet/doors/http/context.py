@@ -21,6 +21,7 @@ from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits, StoredJob
 from wanduet.jobs.store import JobStore
+from wanduet.jobs.webhooks import WebhookSettings
 from wanduet.planning.prices import loss_of_speed
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
@@ -56,6 +57,7 @@ class ServerSettings:
     stream_poll_seconds: float = 0.5
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
+    webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     model_hash: str | None = None  # of the served weights: only jobs for this hash are accepted
 
 

@@ -54,6 +54,9 @@ class _ProtocolFields(BaseModel):
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
     input_reference: str | None = Field(default=None, description="Another name for `input_video`.")
+    webhook_url: str | None = Field(
+        default=None, description="Called when the video has completed or failed; on a host that this server allows."
+    )
     n: int | str | None = Field(default=None, description="1: a request makes one video.")
     user: str | None = Field(default=None, description="Any text. It has no effect.")
     quality: str | None = Field(

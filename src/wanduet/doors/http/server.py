@@ -7,7 +7,7 @@ videos; the server restarts it when it dies.
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
@@ -33,6 +33,7 @@ from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.supervisor import WorkerProcess
+from wanduet.jobs.webhooks import WebhookSender, WebhookSettings
 from wanduet.jobs.worker import WorkerSettings
 from wanduet.meta.prices import all_prices
 
@@ -203,7 +204,12 @@ def serve(
         with closing(store):
             app = create_app(store, spec, settings, keys=keys, worker=process)
             server = Server(app if page is None else page(app, worker.config), announce)
-            _run_both(server, listener, process)
+            with _sender(store, settings.webhooks):
+                _run_both(server, listener, process)
+
+
+def _sender(store: JobStore, webhooks: WebhookSettings) -> AbstractContextManager[None]:
+    return WebhookSender(store, webhooks) if webhooks.secret else nullcontext()
 
 
 def _run_both(server: Server, listener: socket.socket, process: WorkerProcess) -> None:

@@ -32,6 +32,7 @@ from wanduet.doors.http.schemas import (
 )
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.records import MAX_PAGE, MODEL_CHANGED, NewJob, StoredJob, UnknownJobError, is_job_id
+from wanduet.jobs.webhooks import FIELD as WEBHOOK
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -78,6 +79,7 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
             if (known := await _repeated(context, owner, key, given)) is not None:
                 return known
             model = _check_model(fields.pop("model", None), context)
+            hooks = context.settings.webhooks.targets(fields.pop(WEBHOOK, None))
             wanted = await files.resolve(fields)
             new = NewJob(
                 owner,
@@ -86,6 +88,7 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
                 idempotency_key=key,
                 fingerprint=given,
                 model_hash=context.settings.model_hash,
+                webhooks=hooks,
             )
             return await _submit(context, new, None if file is None else file.path)
 
@@ -118,6 +121,7 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
             remixed_from=source.id,
             fingerprint=given,
             model_hash=context.settings.model_hash,
+            webhooks=context.settings.webhooks.targets(),
         )
         return await _submit(context, new, file)
 
