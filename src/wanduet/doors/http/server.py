@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from wanduet import __version__
 from wanduet.config import EngineConfig
-from wanduet.doors.http import errors, videos
+from wanduet.doors.http import errors, reference, videos
 from wanduet.doors.http.context import ServerContext, ServerSettings, get_context, get_owner
 from wanduet.doors.http.errors import ErrorBody
 from wanduet.doors.http.keys import KEYS_FILE, KeyRing
@@ -86,7 +86,7 @@ def create_app(
     settings = settings or ServerSettings()
     ready = worker_ready if worker is None else lambda: worker.trouble is None
     context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
-    # The interactive documentation's pages load scripts from other hosts; only the schema is served.
+    # FastAPI's pages of documentation load scripts from other hosts: `/docs` is our own.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     errors.install(app, context.failures)
@@ -150,6 +150,10 @@ def _add_service_routes(app: FastAPI) -> None:
         context = get_context(request)
         shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
         return Response(shown, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False, dependencies=[Depends(get_owner)])
+    def docs() -> Response:
+        return HTMLResponse(reference.render(app.openapi()), headers={"Content-Security-Policy": reference.POLICY})
 
 
 def _model_of(context: ServerContext) -> Model:
