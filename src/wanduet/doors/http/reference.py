@@ -107,7 +107,7 @@ def _type(schema: Schema) -> str:
         return f"list of {_type(schema.get('items', {}))}"
     limits = [
         f"{word} {schema[name]}"
-        for name, word in (("minimum", "from"), ("maximum", "to"), ("maxLength", "at most, in characters,"))
+        for name, word in (("minimum", "from"), ("maximum", "to"), ("maxLength", "with at most so many characters:"))
         if name in schema
     ]
     kind = "file" if schema.get("format") == "binary" else str(schema.get("type", "anything"))

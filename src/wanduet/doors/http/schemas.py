@@ -67,7 +67,10 @@ class _ProtocolFields(BaseModel):
 
 # The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
 _SETTINGS: dict[str, Any] = {
-    name: (list[float] | str | None if field.is_list else str | None if field.choices else field.kind | None, None)
+    name: (
+        list[float] | str | None if field.is_list else str | None if field.choices else field.kind | None,
+        Field(default=None, description=f"{field.takes.capitalize()}. {field.help}"),
+    )
     for name, field in REQUEST_FIELDS.items()
     if not field.is_required
 }
