@@ -1,19 +1,36 @@
-"""A client of `wanduet serve`, in plain HTTP: submit, wait, download. The `openai` package does the same."""
+"""A client of `wanduet serve` in plain HTTP, with nothing but Python: submit, wait, download.
 
+python examples/client.py [ADDRESS [KEY]]
+"""
+
+import json
+import shutil
+import sys
 import time
+import urllib.error
+import urllib.request
 
-import httpx
+ADDRESS = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+KEY = sys.argv[2] if len(sys.argv) > 2 else "none"
 
-with httpx.Client(base_url="http://127.0.0.1:8000", timeout=60) as server:
-    answer = server.post("/v1/videos", json={"prompt": "a red circle moving left on a beige background", "seed": 7})
-    answer.raise_for_status()
-    video = answer.json()
-    while video["status"] in ("queued", "in_progress"):
-        print(f"{video['status']} {video['progress']} %")
-        time.sleep(1)
-        video = server.get(f"/v1/videos/{video['id']}").json()
-    if video["error"]:
-        raise SystemExit(video["error"]["message"])
-    with open("client.mp4", "wb") as file:
-        file.write(server.get(f"/v1/videos/{video['id']}/content").content)
-    print("client.mp4")
+
+def call(path, body=None):
+    """Open a path of the server; with a body, POST it as JSON. Exits with the server's own message if it refuses."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(ADDRESS + path, data, headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(json.load(error)["error"]["message"]) from None
+
+
+video = json.load(call("/v1/videos", {"prompt": "a red circle moving left on a beige background", "seed": 7}))
+while video["status"] in ("queued", "in_progress"):
+    print(f"{video['status']} {video['progress']} %")
+    time.sleep(1)
+    video = json.load(call(f"/v1/videos/{video['id']}"))
+if video["error"]:
+    raise SystemExit(video["error"]["message"])
+with call(f"/v1/videos/{video['id']}/content") as content, open("client.mp4", "wb") as file:
+    shutil.copyfileobj(content, file)
+print("client.mp4")
