@@ -47,9 +47,9 @@ $(VENV)/bin/python:
 
 # `--no-compile`: a module is compiled when it is first imported, most never are.
 $(VENV)/.runtime: requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements.txt -e .
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-server.txt requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt -e .
 	touch $@ $(VENV)/.runtime

@@ -37,7 +37,7 @@ def need(*packages: str) -> None:
     """Skip the test where one of these is not installed."""
     for package in packages:
         if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'wanduet[cluster]'")
+            pytest.skip(f"{package} is not installed: pip install -e '.[cluster]'")
 
 
 @contextmanager

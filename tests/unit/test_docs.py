@@ -74,6 +74,12 @@ def test_every_flag_that_is_named_exists(name: str, make: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nothing_says_to_install_from_an_index_what_is_on_none(name: str) -> None:
+    """The project's name is free for anybody there."""
+    assert not re.findall(r"pip install [^\n]*\bwanduet\b(?!/)", (ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_links_and_pictures_are_there(name: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

@@ -18,6 +18,11 @@ def test_every_requirement_is_pinned() -> None:
         assert [line for line in lines(name) if not line.startswith("-") and "==" not in line] == []
 
 
+def test_what_a_video_needs_installs_from_any_folder() -> None:
+    """pip takes a path, as in `-e .`, from the folder in which it is started, not from that of the file."""
+    assert [line for line in lines("requirements.txt") if line.startswith(("-", "."))] == []
+
+
 def test_hashes_are_of_the_same_versions() -> None:
     """If this fails because a version was changed: `make lock`."""
     found: dict[str, int] = {}

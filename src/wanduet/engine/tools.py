@@ -321,7 +321,7 @@ def _advice(hardware: Hardware, probe: Probe) -> list[str]:
         hint = probe.hint if probe.tried else _triton_hint()
         found.append(f"{probe.problem}: plain kernels run instead, about a fifth slower. {hint}".rstrip())
     if any(d.capability[0] in FLASH4_MAJORS for d in gpus) and importlib.util.find_spec("flash_attn") is None:
-        found.append("This GPU is served best by flash-attn-4: pip install wanduet[hopper]")
+        found.append("This GPU is served best by flash-attn-4: pip install -e '.[hopper]' in wanduet's folder")
     if hardware.host_free_bytes < 6 * 2**30:
         found.append(
             f"Only {format_bytes(hardware.host_free_bytes)} of host memory are free; the text encoder needs 3 GiB."

@@ -16,7 +16,7 @@ from wanduet.price.st_lpips import STLPIPS
 log = logging.getLogger(__name__)
 
 INSTALL = {
-    "st_lpips": 'pip install "wanduet[price]"',
+    "st_lpips": "pip install -e '.[price]' in wanduet's folder",
     "jod": "pip install --no-deps cvvdp==0.5.7",  # only its data files are read; its dependencies replace PyTorch
 }
 

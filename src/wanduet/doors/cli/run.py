@@ -231,4 +231,6 @@ def extra(name: str) -> Iterator[None]:
 
 def missing_extra(name: str) -> ConfigError:
     """Return the error for a missing extra."""
-    return ConfigError(f"The {name}'s packages are not installed.", hint=f"pip install 'wanduet[{name}]'")
+    return ConfigError(
+        f"The {name}'s packages are not installed.", hint=f"pip install -e '.[{name}]' in wanduet's folder"
+    )
