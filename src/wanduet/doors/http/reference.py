@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -64,14 +64,14 @@ def _call(method: str, path: str, call: Schema) -> Iterator[str]:
         yield "<h3>Parameters</h3>" + _table(("name", "takes", "in", ""), rows)
     for kind, content in call.get("requestBody", {}).get("content", {}).items():
         yield f"<h3>Body, <code>{escape(kind)}</code></h3>{_fields(content['schema'])}"
-    rows = []
+    answers = []
     for status, answer in call["responses"].items():
         kinds = [
             f"{_type(content['schema'])}" if "schema" in content else escape(kind)
             for kind, content in answer.get("content", {}).items()
         ]
-        rows.append((status, ", ".join(kinds), escape(answer.get("description", ""))))
-    yield "<h3>Answers</h3>" + _table(("status", "holds", ""), rows)
+        answers.append((status, ", ".join(kinds), escape(answer.get("description", ""))))
+    yield "<h3>Answers</h3>" + _table(("status", "holds", ""), answers)
 
 
 def _fields(model: Schema) -> str:
@@ -114,7 +114,7 @@ def _type(schema: Schema) -> str:
     return escape(" ".join([kind, *limits]))
 
 
-def _table(head: tuple[str, ...], rows: "list[tuple[str, ...]]") -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a table; the first cell of a row is plain text, the others are HTML."""
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join(
