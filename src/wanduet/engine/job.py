@@ -105,6 +105,9 @@ class Job:
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _finished: threading.Event = field(default_factory=threading.Event)
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    forget: Callable[[], None] | None = None  # by which the engine forgets a job that ends while it waits
+    _guard: threading.Lock = field(default_factory=threading.Lock)  # for `_stages`, and for ending while there are none
+    _stages: int = 0  # that work on it now
     _result: JobResult | None = None
     _error: BaseException | None = None
 
@@ -112,8 +115,9 @@ class Job:
         self.videos = tuple(Video(self, index, self.plan) for index in range(self.request.num_videos_per_prompt))
 
     def cancel(self) -> None:
-        """Cancel the job. It ends with CancelledError within one step or one chunk of frames."""
+        """Cancel the job. It ends with CancelledError within one step or one chunk of frames; at once if it waits for others."""
         self._cancelled.set()
+        self._end_if_it_waits()
 
     @property
     def cancelled(self) -> bool:
@@ -197,6 +201,25 @@ class Job:
     def add_time(self, name: str, seconds: float) -> None:
         """Add to a timing of the work done once for all videos; from any thread."""
         self._timings.add(name, seconds)
+
+    def enter(self) -> bool:
+        """Begin a stage's work; `leave` must follow. Return False, and begin nothing, if the job has ended."""
+        with self._guard:
+            self._stages += not self.finished
+            return not self.finished
+
+    def leave(self) -> None:
+        """End a stage's work."""
+        with self._guard:
+            self._stages -= 1
+        self._end_if_it_waits()
+
+    def _end_if_it_waits(self) -> None:
+        """If the job is cancelled and no stage works on it, end it now: the stage that it waits for may take long."""
+        with self._guard:
+            if self.cancelled and not self.finished and not self._stages and self.forget is not None:
+                self.forget()
+                self.fail(CancelledError("The job was cancelled."))
 
     def succeed(self, result: JobResult) -> None:
         """End the job with a result."""

@@ -153,6 +153,7 @@ class Engine:
                 names.release()
                 raise
             self._open[job] = _Decoding(names=names)
+            job.forget = partial(self._forget, job)
             self._to_encode.put(job)
         return job
 
@@ -215,9 +216,10 @@ class Engine:
                 return
             with self._guard:  # no job is queued after the None
                 self._closed = True
-                for job in self._open:
-                    job.cancel()
+                jobs = tuple(self._open)
                 self._to_encode.put(None)
+            for job in jobs:
+                job.cancel()
             self.models.transformer.stop_loading()
             for thread in self._threads:
                 if thread.ident is not None:
@@ -324,7 +326,7 @@ class Engine:
 
     def _attempt(self, job: Job, work: Callable[[], None]) -> None:
         """Run a stage's work for a job. An error ends that job; the stage goes on with the next."""
-        if job.finished:  # another video of this job has failed
+        if not job.enter():  # another video of this job has failed, or it was cancelled while it waited
             return
         try:
             job.check_cancelled()
@@ -336,6 +338,8 @@ class Engine:
                 self._clear_away(job, error, unexpected=not isinstance(shown, WanduetError))
             finally:
                 job.fail(shown)
+        finally:
+            job.leave()
 
     def _clear_away(self, job: Job, error: BaseException, unexpected: bool) -> None:
         """Free the device memory that an error's traceback keeps. Log an unexpected error first, with its traceback as
@@ -350,6 +354,7 @@ class Engine:
         self.models.peaks.forget(job.id)
         with self._guard:
             decoding = self._open.pop(job, None)
+        job.forget = None
         if decoding is not None:
             decoding.names.release()
 

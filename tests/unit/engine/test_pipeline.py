@@ -217,6 +217,28 @@ def test_cancel_ends_a_decode_within_a_part_of_it(submit, tmp_path, monkeypatch,
     assert not [name for name in files(tmp_path) if name.endswith(".mkv")]
 
 
+def test_a_cancel_ends_a_job_at_once_that_waits_for_another_ones_stage(submit) -> None:
+    denoising, go_on = threading.Event(), threading.Event()
+
+    def on_step(info):
+        denoising.set()
+        assert go_on.wait(60)
+
+    first = submit("first", on_step)
+    assert denoising.wait(60)
+    waiting = submit("waiting")
+    for event in waiting.events():
+        if event.phase == "encode" and event.done == event.total:
+            break
+    waiting.cancel()
+    with pytest.raises(CancelledError):
+        waiting.result(60)
+    assert not first.finished
+    again = submit("waiting")  # its file's name is free again
+    go_on.set()
+    assert [len(job.result(60).videos) for job in (first, again)] == [1, 1]
+
+
 def test_a_failed_decode_keeps_the_latents_and_resume_only_decodes(submit, tmp_path, monkeypatch) -> None:
     whole = digest(submit("whole"))
 
