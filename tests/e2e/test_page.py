@@ -213,6 +213,23 @@ def test_a_preset_counts_at_once(page: Any, served: Server) -> None:
     assert (settings["speed"], settings["num_frames"]) == ("draft", 17)
 
 
+def test_a_submission_that_is_answered_late_undoes_no_newer_choice(page: Any, served: Server) -> None:
+    chosen = served.create(seed="1")["id"]
+    describe(page, PROMPT, Steps=2)
+    pick(page, "1 s")
+    held: list[Any] = []
+    page.route("**/v1/videos", lambda route: held.append(route))
+    page.get_by_role("button", name="Generate").click()
+    wait(page, lambda: bool(held))
+    page.locator(f"[data-id={chosen}]").click()
+    wait_for_job(page, chosen)
+    held[0].continue_()
+    page.locator("#generate:not([aria-disabled])").wait_for()
+    newest = served.http.get("/v1/videos?limit=1").json()["data"][0]["id"]
+    page.locator(f"[data-id={newest}]").wait_for()
+    assert shown(page) == chosen != newest
+
+
 @pytest.mark.slow  # starts servers of its own
 def test_an_example_fills_the_prompt(browser: Any, tmp_path: Path) -> None:
     with serving(tmp_path / "data") as fresh, open_page(browser, fresh.url) as page:

@@ -74,7 +74,7 @@ async function use(what) {
   }
   setForm({[name()]: {name: file, source}});
   const before = state.edits;
-  const {set} = await api.follow(state.form);
+  const {set} = await api.follow(state.form).catch(() => ({set: {}})); // then the plan says what is wrong
   if (before === state.edits) setForm(set); // the visitor has changed nothing since
 }
 

@@ -1,7 +1,7 @@
 // All videos as cards: search, favourites, and what is done with several at once.
 
 import * as api from './api.js';
-import {$, button, el, render} from './dom.js';
+import {$, button, el, render, say} from './dom.js';
 import {downloads, remove} from './job.js';
 import {ahead, choose, emit, newestFirst, on, state, store, stored, take} from './state.js';
 
@@ -38,6 +38,8 @@ async function showOlder() {
     const {videos, more, last} = await api.older(state.last);
     Object.assign(state, {more, last: last ?? state.last});
     take(videos);
+  } catch (error) {
+    say(error.message, 'bad');
   } finally {
     $('older').disabled = false;
   }

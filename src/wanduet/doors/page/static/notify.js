@@ -8,12 +8,13 @@ let wanted = stored(KEY, false), audio = null;
 
 export function startNotify() {
   show();
+  // Browsers allow sound only after a click or a key.
+  for (const kind of ['click', 'keydown']) document.addEventListener(kind, () => { if (wanted) audio ||= new AudioContext(); });
   $('notify').addEventListener('click', async () => {
     wanted = !wanted;
     store(KEY, wanted);
     show();
     if (!wanted) return;
-    audio ||= new AudioContext(); // browsers allow sound only after a click
     if ('Notification' in window && Notification.permission === 'default') await Notification.requestPermission();
   });
   on('ended', video => { if (wanted) tell(video); });

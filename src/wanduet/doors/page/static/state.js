@@ -73,11 +73,11 @@ export function take(videos, deleted = []) {
   for (const video of ended) emit('ended', video);
 }
 
-// The newest videos as a stream begins: what is as new as they and not among them was deleted meanwhile.
-export function takeNewest({videos, more, last}) {
-  const oldest = more ? last : '';
+// The newest videos as a stream begins. `before`: the ids that were known when the last stream ended; what is as new as
+// these videos and not among them was deleted meanwhile.
+export function takeNewest({videos, more, last}, before) {
   const names = new Set(videos.map(video => video.id));
-  const missing = [...state.videos.keys()].filter(id => id >= oldest && !names.has(id));
+  const missing = before.filter(id => id >= (more ? last : '') && !names.has(id));
   const newest = newestFirst()[0]?.id;
   if (!newest || (more && newest < last)) Object.assign(state, {more, last}); // older ones are asked for from there
   take(videos, missing);

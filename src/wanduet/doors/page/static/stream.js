@@ -6,7 +6,7 @@ import {emit, newestFirst, on, state, take, takeNewest} from './state.js';
 
 const GRACE_MS = 1500; // a stream that ends is opened again at once; only a longer absence is worth a word
 const RETRY_MS = 2000;
-let away = null, started = null;
+let away = null, started = null, known = null;
 
 export function startStream() {
   on('videos server', showServer);
@@ -20,9 +20,10 @@ function connect() {
   source.addEventListener('server', event => takeServer(JSON.parse(event.data)));
   source.addEventListener('videos', event => {
     const news = JSON.parse(event.data);
-    if (isFirst) takeNewest(news);
+    if (isFirst) takeNewest(news, known || []);
     else take(news.videos, news.deleted);
     isFirst = false;
+    known = null;
   });
   source.addEventListener('error', event => {
     if (event.data) { // the server's own event: the key was revoked
@@ -30,6 +31,7 @@ function connect() {
       location.assign('/login');
       return;
     }
+    known ||= [...state.videos.keys()];
     away ||= setTimeout(offline, GRACE_MS);
     if (source.readyState === EventSource.CLOSED) reconnect();
   });
