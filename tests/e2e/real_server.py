@@ -79,24 +79,21 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
 
 @contextmanager
 def serving(
-    data: Path, *flags: str, settings: str = "", threads: int = 2, open_files: int | None = None
+    data: Path,
+    *flags: str,
+    command: tuple[str, ...] = ("serve", "--model", "miniature"),
+    threads: int = 2,
+    open_files: int | None = None,
 ) -> Iterator[Server]:
     data.mkdir(exist_ok=True)
     environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": str(threads)}
-    command = [
-        sys.executable,
-        "-m",
-        "wanduet.doors.cli.main",
-        "serve",
-        "--model",
-        "miniature",
-        *(flags if "--port" in flags else ("--port", "0", *flags)),
-    ]
+    port = () if "--port" in flags else ("--port", "0")
+    arguments = [sys.executable, "-m", "wanduet.doors.cli.main", *command, *port, *flags]
     if open_files is not None:
-        command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
+        arguments = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *arguments]
     with (
         open(data / "server.log", "a") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
     ):
         try:
             assert process.stdout is not None

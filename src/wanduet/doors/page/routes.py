@@ -68,21 +68,22 @@ def static_files() -> dict[str, StaticFile]:
 def page_router(actions: PageActions) -> APIRouter:
     """Return the routes of the page at `/` and below `/page`."""
     router = APIRouter(include_in_schema=False)
-    _add_files(router)
-    _add_login(router)
+    add_files(router, "index.html")
+    add_login(router)
     _add_form_routes(router, actions)
     _add_job_routes(router, actions)
     return router
 
 
-def _add_files(router: APIRouter) -> None:
+def add_files(router: APIRouter, page: str) -> None:
+    """Add the routes of the static files; `page` is the one at `/`, which needs a key."""
     files = static_files()
 
     @router.get("/")
     def index(request: Request, context: Context) -> Response:
         if find_owner(context, request.headers) is None:
             return RedirectResponse("/login", 303)
-        return files["index.html"].answer(request)
+        return files[page].answer(request)
 
     @router.get("/page/{name}.{kind}")
     def static(name: str, kind: str, request: Request) -> Response:
@@ -91,7 +92,8 @@ def _add_files(router: APIRouter) -> None:
         return found.answer(request)
 
 
-def _add_login(router: APIRouter) -> None:
+def add_login(router: APIRouter) -> None:
+    """Add the login, which keeps a key in a cookie."""
     form = (STATIC / "login.html").read_text("utf-8")
 
     @router.get("/login")

@@ -27,6 +27,10 @@ const json = body => ({method: 'POST', headers: {'Content-Type': 'application/js
 const video = id => `/v1/videos/${encodeURIComponent(id)}`;
 
 export const about = () => call('/page/about');
+export const model = () => call('/page/model');
+export const startFetch = () => call('/page/model/fetch', {method: 'POST'});
+export const stopFetch = () => call('/page/model/stop', {method: 'POST'});
+export const takeMiniature = () => call('/page/model/miniature', {method: 'POST'});
 export const plan = form => call('/page/plan', json(form));
 export const fields = form => call('/page/fields', json(form));
 export const follow = form => call('/page/follow', json(form));
