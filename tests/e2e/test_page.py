@@ -138,6 +138,38 @@ def test_the_plan_is_that_of_the_newest_form_whatever_arrives_last(page: Any) ->
     assert "3.1 s" not in plan.inner_text()
 
 
+def test_a_plan_that_takes_long_is_amber_and_says_how_long(page: Any) -> None:
+    long = {"kind": "slow", "text": "Fits: about 2 h 7 min", "fixes": [], "memory": [], "work": "", "notes": []}
+    page.route("**/page/plan", lambda route: route.fulfill(json=long))
+    pick(page, "3 s")
+    message = page.locator("#plan .message.slow", has_text="about 2 h 7 min")
+    message.wait_for()
+    colours = [message.evaluate(f"(node, part) => getComputedStyle(node, part).{name}", part)
+               for name, part in (("color", None), ("backgroundColor", "::before"))]  # fmt: skip
+    assert colours == ["rgb(146, 64, 14)"] * 2
+
+
+def test_a_notification_of_what_is_done_for_those_who_asked(page: Any) -> None:
+    page.evaluate("""() => {
+      window.shown = [];
+      window.Notification = class {
+        static permission = 'default';
+        static async requestPermission() { this.permission = 'granted'; }
+        constructor(title, {body}) { shown.push([title, body]); }
+      };
+      Object.defineProperty(document, 'hidden', {get: () => true});
+    }""")
+    describe(page, PROMPT, Size="32x32", Frames=5, Steps=2)
+    play(page, generate(page))
+    assert page.evaluate("shown") == [], "nobody asked for one"
+    page.get_by_role("button", name="Notify me").click()
+    play(page, generate(page))
+    assert page.evaluate("shown") == [["Done: miniature", PROMPT]]
+    page.reload()
+    page.get_by_role("button", name="Notifying", pressed=True).click()
+    page.get_by_role("button", name="Notify me", pressed=False).wait_for()
+
+
 def test_several_videos_of_one_prompt_and_what_is_wrong_in_words(page: Any, served: Server) -> None:
     describe(page, "a red circle moving left on a black background", Steps=2)
     pick(page, "1 s")
@@ -154,7 +186,7 @@ def test_several_videos_of_one_prompt_and_what_is_wrong_in_words(page: Any, serv
     page.locator("#plan").get_by_text("2 videos").wait_for()
     job = generate(page)
     play(page, job)
-    assert page.locator("#stage video").count() == page.locator(".details a").count() == 2
+    assert page.locator("#stage video").count() == page.locator("#actions a").count() == 2
     assert served.get(job)["settings"]["num_videos_per_prompt"] == 2
 
 
@@ -347,6 +379,24 @@ def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None
         page.get_by_text("All settings").click()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         shot(page, "page-phone")
+
+
+@pytest.mark.slow  # starts servers of its own
+def test_without_a_model_the_page_offers_to_fetch_it_or_the_miniature(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with serving(tmp_path / "data", command=("ui", "--no-browser")) as waiting, browser.new_context() as context:
+        context.set_default_timeout(180_000)
+        page = context.new_page()
+        page.goto(waiting.url)
+        page.get_by_role("button", name="Fetch Wan2.1-T2V-1.3B (29 GB)").click()
+        page.get_by_text("it cannot be fetched from the hub").wait_for()
+        assert waiting.http.post("/v1/videos", json={"prompt": PROMPT}).status_code == 503
+        page.get_by_role("button", name="Try the miniature").click()
+        alive(page)  # without a reload by hand
+        assert waiting.http.get("/v1/models").json()["data"][0]["id"] == "miniature"
 
 
 @pytest.mark.slow  # starts servers of its own

@@ -34,7 +34,13 @@ export function message(text, kind = '') {
 
 export function say(text, kind = '') {
   $('message').replaceChildren(...(text ? [message(text, kind)] : []));
+  if (text) bring($('message'));
 }
+
+export const calm = () => matchMedia('(prefers-reduced-motion: reduce)').matches;
+
+// Scrolls to an element that is not in view.
+export const bring = node => node.scrollIntoView({block: 'nearest', behavior: calm() ? 'auto' : 'smooth'});
 
 export function announce(text) {
   $('announce').textContent = text;

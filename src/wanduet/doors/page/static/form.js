@@ -71,7 +71,7 @@ function showDependencies() {
 function buildPrompt() {
   const {about} = state, box = $('prompt');
   box.maxLength = about.fields.prompt.longest;
-  box.placeholder = about.examples[0];
+  box.placeholder = `For example: ${about.examples[0]}`;
   box.addEventListener('input', () => edit('prompt', box.value));
   $('batch').addEventListener('change', () => { box.rows = $('batch').checked ? 8 : 4; changed(); });
   controls.prompt = {box: box.parentElement, show: value => { if (box.value !== value) box.value = value || ''; }};

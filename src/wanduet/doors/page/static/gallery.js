@@ -1,7 +1,7 @@
 // All videos as cards: search, favourites, and what is done with several at once.
 
 import * as api from './api.js';
-import {$, button, el, render, say} from './dom.js';
+import {$, bring, button, el, render, say} from './dom.js';
 import {downloads, remove} from './job.js';
 import {ahead, choose, emit, newestFirst, on, state, store, stored, take} from './state.js';
 
@@ -82,13 +82,17 @@ function picture(job, place) {
     el('span', {class: 'frame'},
       done ? el('img', {loading: 'lazy', src: api.content(job.id, 'thumbnail'), alt: ''}) : el('span', {class: `badge ${job.status}`}, badge),
       job.status === 'in_progress' ? el('i', {class: 'line', width: `${job.progress}%`}) : null),
-    el('span', {class: 'caption'}, job.prompt), el('span', {class: 'about'}, about));
+    el('span', {class: 'caption', dir: 'auto'}, job.prompt), el('span', {class: 'about'}, about));
 }
 
 function pick(job) {
+  if (selecting) {
+    select(job, !selected.has(job.id));
+    show();
+    return;
+  }
   choose(job.id);
-  const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
-  $('result').scrollIntoView({block: 'nearest', behavior: calm ? 'auto' : 'smooth'});
+  bring($('stage'));
 }
 
 function star(job) {
@@ -104,12 +108,16 @@ function star(job) {
 
 function checkbox(job) {
   const input = el('input', {type: 'checkbox', class: 'check', 'aria-label': `Select: ${job.prompt}`, onchange: () => {
-    if (input.checked) selected.add(job.id);
-    else selected.delete(job.id);
+    select(job, input.checked);
     showSelection();
   }});
   input.checked = selected.has(job.id);
   return input;
+}
+
+function select(job, is) {
+  if (is) selected.add(job.id);
+  else selected.delete(job.id);
 }
 
 function showSelection() {
@@ -131,7 +139,7 @@ function compare(jobs) {
   state.choices += 1;
   state.compared = jobs.map(job => job.id);
   emit('videos');
-  $('result').scrollIntoView({block: 'nearest'});
+  bring($('stage'));
 }
 
 // One download after the other: a browser drops clicks that come at once.

@@ -1,7 +1,7 @@
 // The chosen job: its preview or video, progress, actions and settings; or several videos side by side.
 
 import * as api from './api.js';
-import {$, announce, button, duration, el, render, say} from './dom.js';
+import {$, announce, bring, button, calm, duration, el, render, say} from './dom.js';
 import {setForm} from './form.js';
 import {ahead, emit, on, shownJob, state, take} from './state.js';
 import {cancelled, inWords, repeat} from './submit.js';
@@ -51,7 +51,7 @@ function inside(job) {
 
 function player(job, index, id = index ? null : 'player') {
   const video = el('video', {id, src: api.content(job.id, 'video', index), poster: api.content(job.id, 'thumbnail', index),
-    controls: true, autoplay: true, loop: true, playsinline: true, 'aria-label': job.prompt});
+    controls: true, autoplay: !calm(), loop: true, playsinline: true, 'aria-label': job.prompt});
   video.muted = true;
   return video;
 }
@@ -79,7 +79,7 @@ function showCompared(jobs) {
     const videos = jobs.map(job => player(job, 0, null));
     const together = () => { for (const video of videos) { video.currentTime = 0; video.play().catch(() => {}); } };
     const figures = jobs.map((job, index) => el('figure', {}, videos[index],
-      el('figcaption', {}, differences(jobs, job), ' ', button('Show', () => emit('choose', job.id), {class: 'plain'}))));
+      el('figcaption', {}, el('p', {dir: 'auto'}, differences(jobs, job)), button('Show', () => emit('choose', job.id), {class: 'plain'}))));
     return [el('div', {class: 'compare'}, ...figures),
       el('p', {class: 'buttons'}, button('Play together', together), button('Close', () => { state.compared = []; emit('videos'); }))];
   });
@@ -115,6 +115,7 @@ function progress(job) {
 function actions(job) {
   const open = !job.finished;
   return [
+    ...downloads(job),
     open ? button('Cancel', attempt(async () => take([await cancelled(job)]))) : null,
     job.error ? button('Try again', () => repeat(job, false)) : null,
     button(open ? 'Cancel, try a new seed' : 'Same with a new seed', () => repeat(state.videos.get(job.id) || job, true)),
@@ -134,7 +135,9 @@ const attempt = work => async () => {
 async function reuse(job) {
   const before = state.edits;
   const {form} = await api.find(job.id);
-  if (before === state.edits) setForm({...state.about.defaults, ...form});
+  if (before !== state.edits) return;
+  setForm({...state.about.defaults, ...form});
+  bring($('prompt'));
 }
 
 export async function remove(jobs) {
@@ -153,16 +156,16 @@ function details(job) {
   const without = job.settings.negative_prompt;
   const made = new Date(1000 * job.created_at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'short'});
   return el('div', {class: 'details'},
-    el('p', {class: 'prompt'}, job.prompt),
+    el('p', {class: 'prompt', dir: 'auto'}, job.prompt),
     ...[...job.notes, ...job.warnings].map(text => el('p', {class: 'message note'}, text)),
     el('dl', {}, ...rows),
-    without ? el('p', {class: 'negative'}, el('b', {}, 'Without: '), without) : null,
-    el('p', {class: 'fine'}, ...downloads(job), `${job.model} · ${made} · `, el('code', {}, job.id)));
+    without ? el('p', {class: 'negative', dir: 'auto'}, el('b', {}, 'Without: '), without) : null,
+    el('p', {class: 'fine'}, `${job.model} · ${made} · `, el('code', {}, job.id)));
 }
 
 export function downloads(job) {
   if (job.status !== 'completed') return [];
   return Array.from({length: job.videos}, (_, index) => el('a', {
-    href: api.content(job.id, 'video', index), download: `${job.id}${index ? `-${index + 1}` : ''}.mp4`,
+    class: 'download', href: api.content(job.id, 'video', index), download: `${job.id}${index ? `-${index + 1}` : ''}.mp4`,
   }, job.videos === 1 ? 'Download the MP4' : `Download MP4 ${index + 1}`));
 }

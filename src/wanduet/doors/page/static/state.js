@@ -51,11 +51,6 @@ export function choose(id) {
   emit('videos');
 }
 
-// Chooses what an action has made, unless the visitor has chosen something since `before`.
-export function chooseUnlessChanged(id, before) {
-  if (state.choices === before) choose(id);
-}
-
 const gone = new Set();
 
 export function take(videos, deleted = []) {

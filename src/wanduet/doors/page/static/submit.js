@@ -1,11 +1,11 @@
 // Sends what is in the form, or a job again.
 
 import * as api from './api.js';
-import {$, message, say} from './dom.js';
+import {$, bring, message, say} from './dom.js';
 import {chosenFiles} from './clip.js';
 import {prompts} from './form.js';
 import {fixes} from './plan.js';
-import {chooseUnlessChanged, on, state, take} from './state.js';
+import {choose, on, state, take} from './state.js';
 
 let sending = false;
 
@@ -83,10 +83,13 @@ export async function cancelled(job) {
   return (await api.find(job.id)).video;
 }
 
+// Shows what was made, unless the visitor has chosen something since `before`.
 async function show(id, before, isFirst) {
   const {video} = await api.find(id);
   take(state.videos.has(id) ? [] : [video]);
-  if (isFirst) chooseUnlessChanged(id, before);
+  if (!isFirst || state.choices !== before) return;
+  choose(id);
+  bring($('stage'));
 }
 
 // The API's message, with its field named as on the page.
