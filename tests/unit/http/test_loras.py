@@ -246,6 +246,15 @@ def test_a_remix_has_the_same_files(served: Any, folder: Path) -> None:
     assert served.http.get(f"/v1/videos/{made['id']}").json()["loras"] == made["loras"]
 
 
+def test_a_repetition_is_answered_after_the_file_went(served: Any, folder: Path) -> None:
+    once, body = {"Idempotency-Key": "one"}, {"prompt": "x", "loras": [STYLE]}
+    made = served.http.post("/v1/videos", json=body, headers=once).json()
+    (folder / STYLE).unlink()
+    assert served.http.post("/v1/videos", json=body, headers=once).json()["id"] == made["id"]
+    other = {**body, "loras": ["Motion.safetensors"]}
+    assert served.http.post("/v1/videos", json=other, headers=once).status_code == 422
+
+
 def test_keys_share_the_folder_and_not_their_jobs(make_api: Any, folder: Path) -> None:
     api = make_api(ServerSettings(lora_dir=folder))
     ann, bob = ({"Authorization": f"Bearer {api.context.keys.add(name)}"} for name in ("ann", "bob"))
