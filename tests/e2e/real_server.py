@@ -16,6 +16,10 @@ import av
 import httpx
 import numpy as np
 import psutil
+from safetensors.numpy import save_file
+
+from wanduet.weights.hub import open_model
+from wanduet.weights.manifest import file_sha256
 
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
 # Long enough to be interrupted: a few seconds on two cores.
@@ -75,6 +79,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
+
+
+def write_lora(path: Path, value: float, dim: int | None = None) -> str:
+    """A LoRA for the miniature, or for a model of another size, in the folder of a server; returns its hash."""
+    spec = open_model("miniature").spec.transformer
+    tensors = {}
+    for block in range(spec.num_layers):
+        name = f"diffusion_model.blocks.{block}.self_attn.q"
+        tensors[f"{name}.lora_A.weight"] = np.full((2, dim or spec.dim), value, np.float32)
+        tensors[f"{name}.lora_B.weight"] = np.full((dim or spec.dim, 2), value, np.float32)
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return file_sha256(path)
 
 
 @contextmanager

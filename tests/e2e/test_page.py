@@ -27,7 +27,7 @@ from browser import (
     wait_for_another,
     wait_for_job,
 )
-from real_server import PROMPT, Server, serving
+from real_server import PROMPT, Server, serving, write_lora
 
 pytest.importorskip("playwright", reason="needs playwright")
 pytestmark = [
@@ -365,6 +365,52 @@ def test_start_from_the_pictures_of_a_video(page: Any, served: Server, video: Pa
     settings = [served.get(job)["settings"] for job in (first, second)]
     assert settings[0] == settings[1]
     assert (settings[0]["strength"], settings[0]["input_video"][:7]) == (0.5, "sha256:")
+
+
+def test_lora_are_added_kept_with_the_job_and_restored(page: Any, served: Server, tmp_path: Path) -> None:
+    assert not page.locator("#loras").is_visible(), "this server has none"
+    folder, mine = served.data / "loras", page.locator(".lora", has_text="style.safetensors")
+    write_lora(folder / "style.safetensors", 0.3)
+    write_lora(folder / "wide.safetensors", 0.3, dim=64)
+    page.reload()
+    alive(page)
+    choice = page.get_by_role("combobox", name="LoRA")
+    assert choice.locator("option", has_text="wide.safetensors (does not fit: ").is_disabled()
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_role("spinbutton", name="Strength of style.safetensors").fill("0.8")
+    page.locator("#plan").get_by_text("style.safetensors 0.8").wait_for()
+    assert mine.locator("[type=range]").input_value() == "0.8"
+    assert page.evaluate(UNNAMED) == []
+    shot(page, "page-lora")
+    describe(page, PROMPT, Size="32x32", Frames=5, Steps=2)
+    job = generate(page)
+    assert served.wait(job)["loras"][0]["strength"] == 0.8
+    page.locator(".details dl").get_by_text("style.safetensors 0.8").wait_for()
+
+    page.get_by_role("button", name="Remove style.safetensors").click()
+    mine.wait_for(state="detached")
+    page.get_by_role("button", name="Use these settings").click()
+    mine.wait_for()
+    page.get_by_role("button", name="Model's defaults").click()
+    mine.wait_for(state="detached")
+    video = tmp_path / "fox.mp4"
+    video.write_bytes(served.http.get(f"/v1/videos/{job}/content").content)
+    page.locator(".upload input").set_input_files(video)
+    page.get_by_role("button", name="Use its settings").click()
+    mine.wait_for()
+    page.reload()
+    mine.wait_for()  # remembered
+
+    for file in folder.iterdir():
+        file.unlink()
+    page.reload()
+    alive(page)
+    assert not mine.is_visible()
+    page.get_by_role("button", name="Use these settings").click()
+    page.get_by_text("This server does not have the LoRA style.safetensors any more.").wait_for()
+    page.locator(".upload input").set_input_files(video)
+    page.get_by_role("button", name="Use its settings").click()
+    page.get_by_text("It was made with the LoRA style.safetensors, which this server does not have").wait_for()
 
 
 def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None:

@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until
-from safetensors.numpy import save_file
+from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until, write_lora
 
 from wanduet.media.read import probe, read_metadata
-from wanduet.weights.hub import open_model
-from wanduet.weights.manifest import file_sha256
 
 openai = pytest.importorskip("openai")
 pytestmark = [
@@ -75,19 +72,6 @@ def test_remix_list_and_delete(client: Any, server: Server, video: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(remix.id)
     assert not list((server.data / "videos").glob(f"{remix.id}*"))
-
-
-def write_lora(path: Path, value: float) -> str:
-    """A LoRA for the miniature in the folder of a server; returns its hash."""
-    spec = open_model("miniature").spec.transformer
-    tensors = {}
-    for block in range(spec.num_layers):
-        name = f"diffusion_model.blocks.{block}.self_attn.q"
-        tensors[f"{name}.lora_A.weight"] = np.full((2, spec.dim), value, np.float32)
-        tensors[f"{name}.lora_B.weight"] = np.full((spec.dim, 2), value, np.float32)
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path)
-    return file_sha256(path)
 
 
 def test_a_video_with_a_lora(client: Any, server: Server, video: Any, tmp_path: Path) -> None:

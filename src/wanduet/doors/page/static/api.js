@@ -34,6 +34,7 @@ export const takeMiniature = () => call('/page/model/miniature', {method: 'POST'
 export const plan = form => call('/page/plan', json(form));
 export const fields = form => call('/page/fields', json(form));
 export const follow = form => call('/page/follow', json(form));
+export const loras = () => call('/v1/loras');
 export const find = id => call(`/page/videos/${encodeURIComponent(id)}`);
 export const older = after => call(`/page/videos?after=${encodeURIComponent(after)}`);
 export const again = (id, fields) => call(`/page/videos/${encodeURIComponent(id)}/again`, json(fields));

@@ -6,6 +6,7 @@ import {startClip} from './clip.js';
 import {buildForm} from './form.js';
 import {startGallery} from './gallery.js';
 import {startJob} from './job.js';
+import {startLoras} from './loras.js';
 import {startNotify} from './notify.js';
 import {startPlan} from './plan.js';
 import {state} from './state.js';
@@ -17,6 +18,7 @@ try {
   $('leave').hidden = !state.about.signed_in;
   buildForm();
   startClip();
+  startLoras();
   startPlan();
   startSubmit();
   startJob();

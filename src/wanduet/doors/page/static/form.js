@@ -10,7 +10,7 @@ const isSet = value => value !== undefined && value !== null && value !== '';
 export function buildForm() {
   const {about} = state;
   const remembered = stored(key(), {});
-  const known = Object.keys(about.fields).filter(name => !about.files.includes(name) && name in remembered);
+  const known = Object.keys(about.defaults).filter(name => !about.files.includes(name) && name in remembered);
   state.form = {...about.defaults, ...Object.fromEntries(known.map(name => [name, remembered[name]]))};
   buildPrompt();
   for (const row of about.rows) $('rows').append(el('div', {class: 'row'}, ...row.map(name => field(name))));

@@ -3,6 +3,7 @@
 import * as api from './api.js';
 import {$, announce, bring, button, calm, duration, el, render, say} from './dom.js';
 import {setForm} from './form.js';
+import {dropUnknown} from './loras.js';
 import {ahead, emit, on, shownJob, state, take} from './state.js';
 import {cancelled, inWords, repeat} from './submit.js';
 
@@ -137,6 +138,7 @@ async function reuse(job) {
   const {form} = await api.find(job.id);
   if (before !== state.edits) return;
   setForm({...state.about.defaults, ...form});
+  dropUnknown();
   bring($('prompt'));
 }
 

@@ -77,5 +77,6 @@ function settingsLine(form) {
     clip ? `starts from ${clip.name}` : '',
     form.seed === '' || form.seed === null ? 'a new seed' : `seed ${form.seed}`,
     form.num_videos_per_prompt > 1 ? `${form.num_videos_per_prompt} videos` : '',
+    ...(form.loras || []).map(({name, strength}) => `${name} ${strength}`),
   ].filter(Boolean).join(' · ');
 }
