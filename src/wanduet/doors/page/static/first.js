@@ -28,7 +28,7 @@ function show(model) {
   else if (model.running) about(`Fetching ${model.model}. You can close this page meanwhile.`);
   else about(`${model.model} is not on this machine yet.${begun ? ` ${here} are here already.` : ''}`);
   render($('progress'), JSON.stringify([model.running, model.bytes]), () => (model.running ? progress(model, here) : []));
-  const fetching = `${begun ? 'Go on fetching' : 'Fetch'} ${model.name}`;
+  const fetching = begun ? 'Resume the download' : `Fetch ${model.name}`;
   const rest = model.total === null ? '' : ` (${size(model.total - model.bytes)})`;
   render($('choices'), JSON.stringify([model.running, model.done, model.miniature, begun]), () => (leaving ? [] : [
     model.running ? button('Stop', () => look(api.stopFetch)) : button(fetching + rest, () => look(api.startFetch), {class: 'primary'}),

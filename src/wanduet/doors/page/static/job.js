@@ -92,7 +92,7 @@ function differences(jobs, job) {
   const labels = [...new Set(jobs.flatMap(one => one.rows.map(([name]) => name)))];
   const words = labels.filter(label => jobs.some(one => value(one, label) !== value(job, label)))
     .map(label => `${label} ${value(job, label) ?? '–'}`);
-  if (jobs.some(one => one.prompt !== job.prompt)) words.unshift(job.prompt);
+  if (jobs.some(one => one.prompt !== job.prompt)) words.push(job.prompt);
   return words.join(' · ') || job.prompt;
 }
 
