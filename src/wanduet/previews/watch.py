@@ -37,10 +37,21 @@ MIN_PAUSE = 0.5  # seconds between two previews
 class Step(Protocol):
     """The fields of `wanduet.sampling.denoise.StepInfo` that a preview needs."""
 
-    step: int  # from 0
-    num_steps: int
-    sigma: float  # before the step
-    latents: Tensor  # after the step
+    @property
+    def step(self) -> int:
+        """From 0."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the denoise."""
+
+    @property
+    def sigma(self) -> float:
+        """Before the step."""
+
+    @property
+    def latents(self) -> Tensor:
+        """After the step."""
 
 
 class Previews:

@@ -77,6 +77,7 @@ class VideoStages:
         """Return the plan of a request, which may not fit. Raises InvalidRequestError."""
         return self._plan(self._models.resolve(request))
 
+    @torch.no_grad()
     def encode_prompt(self, text: str, hooks: StageHooks = NO_HOOKS) -> Tensor:
         """Return a prompt's embeddings `[tokens, text_dim]` float32 on the host, without padding.
 
@@ -90,6 +91,7 @@ class VideoStages:
 
         return encoder.encode([text], hooks.should_cancel, show)[0].embeds
 
+    @torch.no_grad()
     def denoise(
         self,
         request: GenerationRequest,
@@ -131,6 +133,7 @@ class VideoStages:
         checkpoints.remove()
         return latents
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, hooks: StageHooks = NO_HOOKS) -> NDArray[np.uint8]:
         """Decode latents to frames `[F, H, W, 3]` uint8.
 
@@ -144,6 +147,7 @@ class VideoStages:
         video = self._unprompted(latents.shape[2] * stride, latents.shape[3] * stride, num_frames, hooks)
         return decode(self._models, video.plan, latents.float().cpu(), _gather, video.record, video.context)
 
+    @torch.no_grad()
     def encode_frames(self, frames: NDArray[np.uint8] | NDArray[np.float32], hooks: StageHooks = NO_HOOKS) -> Tensor:
         """Encode frames `[F, H, W, 3]`, uint8 or float32 in 0..1, to latents.
 
