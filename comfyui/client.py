@@ -18,7 +18,7 @@ PAUSE_SECONDS = 2.0  # before a lost connection is tried again
 PATIENCE_SECONDS = 300.0  # without a connection, before a running video is given up
 MOST_BYTES = 2**26  # of one line of an event stream
 FINISHED = ("completed", "failed")
-_BUSY = (429, 503)  # statuses of a server that answers later
+_BUSY = (429, 502, 503, 504)  # statuses of a server, or a proxy before it, that answers later
 
 Video = dict[str, Any]
 Event = tuple[str, dict[str, Any]]
