@@ -5,8 +5,8 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
@@ -54,6 +54,8 @@ class Client:
             self._port = None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ServerError(f"{server.address!r} is no address of a server. Example: http://127.0.0.1:8000")
+        if not (server.key.isascii() and server.key.isprintable()):  # an error of the header would quote it
+            raise ServerError("The key has characters that no key has.")
         self._host, self._is_secure, self._prefix = parts.hostname, parts.scheme == "https", parts.path
         self._headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
 
@@ -85,9 +87,9 @@ class Client:
         """Return a finished video's file."""
         return self._bytes("GET", f"/v1/videos/{quote(video_id)}/content")
 
-    def events(self, video_id: str) -> Iterator[Event | None]:
+    def events(self, video_id: str) -> Generator[Event | None, None, None]:
         """Yield a video's events until the stream ends; None whenever POLL_SECONDS pass without one."""
-        connection, answer = self._open("GET", f"/v1/videos/{quote(video_id)}/events")
+        connected, answer = self._open("GET", f"/v1/videos/{quote(video_id)}/events")
         found: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         reader = threading.Thread(target=_read_events, args=(answer, found), name="wanduet-events", daemon=True)
         reader.start()
@@ -103,7 +105,7 @@ class Client:
                 yield event
         finally:
             with suppress(OSError):  # it has ended
-                connection.shutdown(socket.SHUT_RDWR)  # else the reader would wait for the next event
+                connected.shutdown(socket.SHUT_RDWR)  # else the reader would wait for the next event
             reader.join()
 
     def _json(
@@ -145,7 +147,7 @@ class Client:
                 return used, answer
             with answer:
                 content = answer.read(2**20)
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a key that no header can have
+        except (OSError, HTTPException) as error:
             connection.close()
             raise self._unreachable(error) from error
         raise self._refusal(answer, content)
@@ -202,7 +204,7 @@ def follow(client: Client, video: Video, show: Show, check: Callable[[], None]) 
 
 def _followed(client: Client, video: Video, show: Show, check: Callable[[], None]) -> Video:
     """Return a video's state when its event stream ends."""
-    with _closing(client.events(video["id"])) as events:
+    with closing(client.events(video["id"])) as events:
         for event in events:
             check()
             if event is None:
@@ -218,19 +220,6 @@ def _followed(client: Client, video: Video, show: Show, check: Callable[[], None
                 video = data
                 show(video, None)
     return client.video(video["id"])
-
-
-class _closing:  # noqa: N801
-    """As contextlib.closing, for a generator."""
-
-    def __init__(self, generator: Iterator[Event | None]) -> None:
-        self._generator = generator
-
-    def __enter__(self) -> Iterator[Event | None]:
-        return self._generator
-
-    def __exit__(self, *_: object) -> None:
-        self._generator.close()
 
 
 def _pause(check: Callable[[], None]) -> None:

@@ -77,6 +77,9 @@ def test_a_wrong_key_is_refused_and_the_environments_key_goes_to_its_server_alon
     with pytest.raises(Exception, match="key") as error:
         run("WanduetServer", address=server.url, key="wrong")
     assert str(error.value) == server.http.get("/v1/models").json()["error"]["message"]
+    with pytest.raises(Exception, match="no key has") as unsendable:
+        run("WanduetServer", address=server.url, key=f"{key}\nx")
+    assert key not in str(unsendable.value)
     assert run("WanduetServer", address=server.url, key=key).args[1] == "miniature"
     monkeypatch.setenv("WANDUET_API_KEY", key)
     with pytest.raises(Exception, match="key"):
