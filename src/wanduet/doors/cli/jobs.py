@@ -12,7 +12,7 @@ from cyclopts import App, Group, Parameter
 from wanduet.config import EngineConfig, parse_bytes
 from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
 from wanduet.doors.cli.options import EngineFlags
-from wanduet.doors.cli.run import emit, extra, missing_extra
+from wanduet.doors.cli.run import emit, extra
 from wanduet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -156,14 +156,9 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             pass
     page = None
     if flags.page:
-        try:
-            from wanduet.doors.page.app import mount_page
-        except ImportError:
-            if browser:
-                raise missing_extra("ui") from None
-            print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
-        else:
-            page = mount_page
+        from wanduet.doors.page.app import mount_page
+
+        page = mount_page
     if config.model in RANDOM_SPECS:
         spec = RANDOM_SPECS[config.model]
     else:

@@ -87,7 +87,7 @@ class ServerContext:
         self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
         self.streams = Gate(min(settings.max_streams, third), "event streams", settings.max_streams_per_key)
-        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each page has two streams
+        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # one each
         # Separate thread limits: uploads must not occupy the threads of the routes.
         self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)

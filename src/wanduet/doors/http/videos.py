@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from wanduet.doors.http.bodies import MULTIPART, read_fields
 from wanduet.doors.http.context import ServerContext, get_context, get_owner
 from wanduet.doors.http.errors import ApiError, ErrorBody
-from wanduet.doors.http.events import VideoStream
+from wanduet.doors.http.events import OwnersStream, video_events
 from wanduet.doors.http.files import answer_file
 from wanduet.doors.http.inputs import InputFiles
 from wanduet.doors.http.public import public_text
@@ -224,7 +224,7 @@ async def stream_events(video_id: VideoId, request: Request, context: Context, o
     small moving picture of what it will look like, as a data URI in `image`.
     """
     job = await run_in_threadpool(_find, context, video_id, owner)
-    return VideoStream(context, request.headers, owner, job)
+    return OwnersStream(context, request.headers, owner, context.streams, video_events(context, owner, job))
 
 
 async def _repeated(context: ServerContext, owner: str, key: str | None, given: str) -> Video | None:
