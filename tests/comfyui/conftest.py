@@ -11,7 +11,7 @@ from tests.comfyui.stand_ins import Host, NodeOutput, call, load_pack, modules
 NAME = "custom_nodes_x_wanduet"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _host() -> Iterator[Host]:
     host = Host()
     added = modules(host)
@@ -21,7 +21,7 @@ def _host() -> Iterator[Host]:
         del sys.modules[name]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pack(_host: Host) -> ModuleType:
     """The pack, loaded in a process that looks like ComfyUI's."""
     return load_pack(NAME)
@@ -34,7 +34,7 @@ def host(_host: Host, pack: ModuleType) -> Host:
     return _host
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def nodes(pack: ModuleType) -> dict[str, Any]:
     """The pack's nodes by their ids."""
     found = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())

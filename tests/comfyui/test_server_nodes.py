@@ -1,5 +1,7 @@
 """The nodes of a server: against `wanduet serve` with the miniature, and against a server that does what a test says."""
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.comfyui.stand_ins import Host, InterruptProcessingException, NodeOutput
 from tests.e2e.real_server import Server, serving, wait_until
@@ -171,6 +174,14 @@ def video(status: str, **more: Any) -> dict[str, Any]:
     return {"id": "video_1", "status": status, "progress": 0, "error": None, **more}
 
 
+def moving_picture() -> str:
+    """A data URI of an animated WebP, whose frames are red, blue and green."""
+    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "blue", "green")]
+    content = io.BytesIO()
+    frames[0].save(content, "WEBP", save_all=True, append_images=frames[1:], duration=100)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
 def stream(*events: tuple[str, Any]) -> bytes:
     return b": ping\r\n\r\n" + b"".join(
         f"event: {name}\r\ndata: {json.dumps(data)}\r\n\r\n".encode() for name, data in events
@@ -186,7 +197,7 @@ def test_a_lost_stream_is_taken_up_again_and_a_failure_is_said(
     scripted.on("POST /v1/videos", video("queued"))
     scripted.on(
         "GET /v1/videos/video_1/events",
-        stream(("video", video("in_progress", progress=40))),
+        stream(("video", video("in_progress", progress=40)), ("preview", {"image": moving_picture()})),
         stream(("done", failed)),
         kind="text/event-stream",
     )
@@ -195,6 +206,18 @@ def test_a_lost_stream_is_taken_up_again_and_a_failure_is_said(
     with pytest.raises(Exception, match=r"^The job was cancelled\.$"):
         run("WanduetServerVideo", server=there, prompt="x", seed=1)
     assert (40, 100) in host.shown
+    (picture,) = host.previews
+    assert picture.size == (32, 16)
+    assert picture.getpixel((16, 8))[2] > 200  # the frame in the middle
+
+
+def test_a_video_that_is_deleted_meanwhile_is_said(run: Run, scripted: SimpleNamespace) -> None:
+    scripted.on("GET /v1/models", {"data": [{"id": "m"}]})
+    scripted.on("POST /v1/videos", video("queued"))
+    scripted.on("GET /v1/videos/video_1/events", stream(("deleted", {"id": "video_1"})), kind="text/event-stream")
+    there = run("WanduetServer", address=scripted.url).args[0]
+    with pytest.raises(Exception, match="was deleted on the server before it was finished"):
+        run("WanduetServerVideo", server=there, prompt="x", seed=1)
 
 
 def test_a_body_has_what_is_set_and_the_names_of_loras(run: Run, scripted: SimpleNamespace) -> None:
