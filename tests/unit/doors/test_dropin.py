@@ -210,7 +210,7 @@ def test_progress_as_diffusers_shows_it(pipe, capsys) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("load_lora_weights", "fuse_lora"), ("set_adapters", "fuse_lora"), ("save_pretrained", "folder"),
+        ("save_lora_weights", "trains no"), ("lora_scale", "attention_kwargs"), ("save_pretrained", "folder"),
         ("load_ip_adapter", "images"), ("unet", "pipe.transformer"), ("enable_vae_tilling", "enable_vae_tiling"),
         ("sheduler", "scheduler"), ("check_inputs", "itself"), ("boundary_ratio", "Wan2.1"),
         ("prepare_latents", "latents="), ("register_modules", "pipe.scheduler"),
