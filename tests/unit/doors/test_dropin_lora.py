@@ -1,10 +1,12 @@
 """`WanPipeline`'s calls for LoRA: where files are looked for, what is refused, and that the base comes back."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,30 +102,40 @@ def test_another_transformer_has_no_loras(pipe, tmp_path) -> None:
     assert latents(pipe).equal(with_lora)
 
 
-def test_where_files_are_found(pipe, tmp_path, monkeypatch) -> None:
+def test_where_files_are_found(pipe, tmp_path) -> None:
     for name in ("b.safetensors", "a.safetensors", "optimizer.safetensors", "more/c.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         save_file(tensors(), tmp_path / name)
-    asked: list[Any] = []
-
-    def fetch(*given: Any, **keywords: Any) -> str:
-        asked.append((given, keywords))
-        return str(tmp_path / "a.safetensors")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    for number, (given, keywords) in enumerate(
+    for number, (given, keywords, expected) in enumerate(
         [
-            (tmp_path, {}), (tmp_path, {"weight_name": "b.safetensors"}), (str(tmp_path), {"subfolder": "more"}),
-            (tmp_path / "b.safetensors", {"low_cpu_mem_usage": True}),
-            ("some/body", {"weight_name": "x.safetensors", "token": "t", "revision": "v", "local_files_only": True}),
+            (tmp_path, {}, "a"), (tmp_path, {"weight_name": "b.safetensors"}, "b"),
+            (str(tmp_path), {"subfolder": "more"}, "c"), (tmp_path / "b.safetensors", {"low_cpu_mem_usage": True}, "b"),
         ]
     ):  # fmt: skip
         pipe.load_lora_weights(given, **keywords)
         assert pipe.get_active_adapters() == [f"default_{number}"]
-    found = {"subfolder": None, "token": "t", "revision": "v", "local_files_only": True}
-    assert asked == [(("some/body", "x.safetensors"), found)]
-    names = [one.adapter.path.name for one in pipe._parts.loras.loaded.values()]
-    assert names == ["a.safetensors", "b.safetensors", "c.safetensors", "b.safetensors", "a.safetensors"]
+        assert pipe._parts.loras.loaded[f"default_{number}"].adapter.name == expected
+
+
+def test_what_is_fetched(pipe, tmp_path, monkeypatch) -> None:
+    save_file(tensors(), tmp_path / "adapter_model.safetensors")
+    asked: list[Any] = []
+
+    def fetch(repository: str, name: str, **keywords: Any) -> str:
+        asked.append((repository, name, keywords))
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+
+    files = [SimpleNamespace(rfilename=name) for name in ("adapter_model.safetensors", "more/a.safetensors", "x.json")]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    pipe.load_lora_weights("some/body", token="t", revision="v")
+    keywords = {"subfolder": None, "token": "t", "revision": "v"}
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert asked == [("some/body", name, keywords) for name in names]
+    with pytest.raises(ModelNotFoundError, match=r"nobody/x is neither a file nor a folder.+404"):
+        pipe.load_lora_weights("nobody/x", weight_name="b.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +145,7 @@ def test_where_files_are_found(pipe, tmp_path, monkeypatch) -> None:
         (lambda pipe: pipe.load_lora_weights("/", weight_name="no.safetensors"), ModelNotFoundError, "no.safetensors"),
         (lambda pipe: pipe.load_lora_weights(tensors(width=1536)), WeightsError, "1536"),
         (lambda pipe: pipe.load_lora_weights({"a.lora_A.weight": 5}), ValueError, "tensors"),
+        (lambda pipe: pipe.load_lora_weights({}), ValueError, "empty"),
         (lambda pipe: pipe.load_lora_weights(tensors(), load_into_transformer_2=True), ValueError, r"Wan2\.2"),
         (lambda pipe: pipe.load_lora_weights(tensors(), proxies={"http": "x"}), ValueError, "HTTPS_PROXY"),
         (lambda pipe: pipe.load_lora_weights(tensors(), weigth_name="x"), TypeError, "weight_name"),

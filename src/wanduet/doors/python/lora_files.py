@@ -3,6 +3,7 @@
 import difflib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from wanduet.doors.python.loading import HUB, REFUSED
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.spec import TransformerSpec
 from wanduet.weights.adapters.adapter import Adapter
+from wanduet.weights.adapters.files import CONFIG
 from wanduet.weights.adapters.reader import read_adapter
 
 WITHOUT_EFFECT = ("low_cpu_mem_usage",)
@@ -80,6 +82,8 @@ def read_state_dict(
     """Read tensors by name as a file with them would be read. Raises ValueError, and as `read_adapter` does."""
     from safetensors.torch import save_file
 
+    if not tensors:
+        raise ValueError("A LoRA's state dict must not be empty.")
     if wrong := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"A LoRA's state dict has only tensors: {wrong[0]!r} is none.")
     with TemporaryDirectory(prefix="wanduet-", ignore_cleanup_errors=True) as folder:
@@ -107,6 +111,7 @@ def _guess(where: str, files: list[str], options: LoraOptions) -> str:
 
 def _fetch(repository: str, options: LoraOptions) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     subfolder, hub = options.subfolder or "", options.hub
     if options.weight_name is None and hub.get("local_files_only"):
@@ -117,7 +122,11 @@ def _fetch(repository: str, options: LoraOptions) -> Path:
             listed = HfApi().model_info(repository, revision=hub.get("revision"), token=hub.get("token")).siblings or []
             paths = [PurePosixPath(file.rfilename) for file in listed]
             name = _guess(repository, [p.name for p in paths if p.parent == PurePosixPath(subfolder)], options)
-        return Path(hf_hub_download(repository, name, subfolder=subfolder or None, **hub))
+        path = Path(hf_hub_download(repository, name, subfolder=subfolder or None, **hub))
+        if path.stem == "adapter_model":  # PEFT's, whose scales are in a file beside it
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, CONFIG, subfolder=subfolder or None, **hub)
+        return path
     except ModelNotFoundError:
         raise
     except Exception as error:  # the type depends on what failed: network, permissions, name, cache
