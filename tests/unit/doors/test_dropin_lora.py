@@ -201,3 +201,12 @@ def test_a_callback_cannot_change_loras(pipe) -> None:
         return {}
 
     assert latents(pipe, callback_on_step_end=callback).equal(expected)
+
+
+def test_a_few_step_lora_does_not_change_how_a_call_samples(pipe, tmp_path) -> None:
+    pipe.load_lora_weights(tensors())
+    expected = latents(pipe)
+    save_file(tensors(), tmp_path / "wan_causvid.safetensors")
+    pipe.load_lora_weights(tmp_path / "wan_causvid.safetensors", adapter_name="fast")
+    assert pipe._parts.loras.loaded["fast"].adapter.few_step is not None
+    assert latents(pipe).equal(expected)
