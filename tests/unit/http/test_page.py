@@ -274,7 +274,7 @@ def test_the_form_becomes_a_job_and_back(page: Page) -> None:
 
 def test_what_the_page_is_built_from(page: Page) -> None:
     about = page.http.get("/page/about").json()
-    assert about["fields"].keys() == about["defaults"].keys()
+    assert about["fields"].keys() | {"loras"} == about["defaults"].keys()
     assert {name for row in about["rows"] for name in row} <= about["fields"].keys()
     assert all(field["help"] for field in about["fields"].values()), "each has a hint"
     for preset in about["presets"]:

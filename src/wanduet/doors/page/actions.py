@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.public import NAME_LIMIT, public_text
-from wanduet.doors.http.schemas import to_request
 from wanduet.doors.http.uploads import MetadataReader, SourceReader
 from wanduet.doors.http.videos import find_input
 from wanduet.doors.page.clips import SAME_INPUT, Clip
@@ -115,7 +114,7 @@ class PageActions:
         self.context.check_accepting()
         inputs = {name: first.request.get(name) for name in FILE_FIELDS}
         source, context = find_input(first, self.context), self.context
-        wanted = to_request({**fields, **inputs}, context.spec, context.settings.limits, prices=context.price)
+        wanted = context.to_request({**fields, **inputs})
         request, model_hash = wanted.model_dump(exclude_none=True), context.settings.model_hash
         new = NewJob(owner, context.spec.name, request, model_hash=model_hash)
         return context.store.submit(new, context.settings.queue, source).job
@@ -168,10 +167,11 @@ class PageActions:
         served = self.context.spec.name
         its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of one video
         try:
-            made = GenerationRequest.parse(**{**request, **its_own}).model_dump()
+            parsed = GenerationRequest.parse(**{**request, **its_own})
         except InvalidRequestError as error:
             raise WanduetError(f"No video was made with these settings: {error.message}") from None
-        notes = []
+        loras, notes = self.context.loras.kept(parsed.loras or ())
+        made = parsed.model_dump() | {"loras": [lora.recorded() for lora in loras]}
         if made_by not in (None, served):  # the model is only named: a file's metadata never causes a look-up
             notes.append(f"It was made with {public_text(str(made_by), NAME_LIMIT)}, this server has {served}.")
         if any(made[name] for name in FILE_FIELDS):
@@ -179,13 +179,12 @@ class PageActions:
         return {"form": form_of(made, self.defaults()), "note": " ".join(notes)}
 
     def _request(self, fields: dict[str, Any], form: Form) -> GenerationRequest:
-        """`to_request`, with what has been read of the form's input videos."""
+        """`ServerContext.to_request`, with what has been read of the form's input videos."""
         clips = clips_of(form)  # a stored one is named by its job: nothing depends on its hash here
         marks = {name: f"{INPUT_HASH}{clip.job}" if clip.source is None else _A_FILE for name, clip in clips.items()}
         source = next((clip.source for clip in clips.values() if clip.source is not None), None)
         look = None if source is None else lambda: source
-        context = self.context
-        return to_request({**fields, **marks}, context.spec, context.settings.limits, look, context.price)
+        return self.context.to_request({**fields, **marks}, look)
 
     def _read_source(self, video: Path) -> SourceVideo:
         limit = self.context.settings.max_input_bytes

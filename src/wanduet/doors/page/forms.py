@@ -9,6 +9,7 @@ from wanduet.doors.page.clips import Clip, clip_of
 from wanduet.family.spec import GenerationDefaults
 from wanduet.family.speeds import EXACT, SpeedName, fields_set_by
 from wanduet.family.step_caches import FEWEST_STEPS
+from wanduet.loras import Lora
 from wanduet.request import REQUEST_FIELDS
 from wanduet.request_fields import RequestField
 from wanduet.schedule import joined
@@ -20,6 +21,7 @@ SIZE = "size"  # WIDTHxHEIGHT, in place of two fields
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
+LORAS = "loras"  # a list of objects, as `POST /v1/videos` takes them
 FILE_FIELDS = tuple(name for name, field in FORM_FIELDS.items() if field.shown.is_file)  # their values are `Clip`s
 _UNPLACED = 100  # sorts after all fields with a row number
 _LONGEST_NUMBER = 20  # characters
@@ -69,7 +71,7 @@ def default_form(defaults: GenerationDefaults) -> Form:
     found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
     found |= {name: field.shown.start for name, field in FORM_FIELDS.items() if field.shown.start is not None}
     form = {name: shown_value(value) for name, value in found.items()}
-    return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}"}
+    return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}", LORAS: []}
 
 
 def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] | None = None) -> Form:
@@ -91,6 +93,7 @@ def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] |
     form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
         form[SIZE] = f"{request['width']}x{request['height']}"
+    form[LORAS] = [Lora(**lora).recorded() for lora in request.get(LORAS) or ()]
     return form | dict.fromkeys(FILE_FIELDS) | dict(files or {})
 
 
@@ -118,7 +121,7 @@ def fields_of(form: Form) -> dict[str, Any]:
             fields[name] = form.get(name) or ""  # keep a text that the visitor cleared, instead of the model's default
         if field.kind is int and isinstance(value := fields.get(name), float) and value.is_integer():
             fields[name] = int(value)
-    return fields
+    return fields | ({LORAS: form[LORAS]} if form.get(LORAS) else {})
 
 
 def clips_of(form: Form) -> dict[str, Clip]:
@@ -169,7 +172,7 @@ def describe(field: RequestField, value: Any, limits: RequestLimits) -> dict[str
 
 def read_form(given: Mapping[str, Any]) -> Form:
     """Return the form that a browser sent: the known fields, with a `Clip` for each file."""
-    form = {name: given.get(name) for name in FORM_FIELDS}
+    form = {name: given.get(name) for name in (*FORM_FIELDS, LORAS)}
     return form | {name: clip_of(form[name]) for name in FILE_FIELDS}
 
 

@@ -65,7 +65,8 @@ def _settings(job: StoredJob) -> dict[str, str]:
     }
     if len(seeds := job.report.get("seeds", ())) > 1:
         rows["Seed"] = ", ".join(map(str, seeds))  # in the order of the videos
-    return rows | ({"Made from": made_from} if made_from else {})
+    loras = ", ".join(f"{lora['name']} {lora['strength']:g}" for lora in request.get("loras") or ())
+    return rows | ({"LoRA": loras} if loras else {}) | ({"Made from": made_from} if made_from else {})
 
 
 def refusal(error: Exception, form: Mapping[str, Any]) -> dict[str, Any]:

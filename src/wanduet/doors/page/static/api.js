@@ -42,7 +42,7 @@ export const preview = (id, version) => `${video(id)}/preview?v=${version}`;
 export function create(fields, files = {}) {
   if (!Object.keys(files).length) return call('/v1/videos', json(fields));
   const body = new FormData();
-  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  for (const [name, value] of Object.entries(fields)) body.append(name, typeof value === 'object' ? JSON.stringify(value) : value);
   for (const [name, file] of Object.entries(files)) body.append(name, file, file.name);
   return call('/v1/videos', {method: 'POST', body});
 }
