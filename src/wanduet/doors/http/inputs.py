@@ -147,7 +147,7 @@ class InputFiles:
         context, file = self.context, self._taken
         if file is None:
             if fields.get("loras"):
-                return await to_thread.run_sync(context.to_request, fields, limiter=context.readers)
+                return await to_thread.run_sync(context.to_request, fields)
             return context.to_request(fields)
         values = {name: str(file.path) if value is file else value for name, value in fields.items()}
 

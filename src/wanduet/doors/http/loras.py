@@ -122,7 +122,7 @@ class LoraFolder:
         kept: list[Lora] = []
         notes: list[str] = []
         for lora in loras:
-            name = sendable(lora.file_name, NAME_LIMIT)
+            name = public_text(lora.file_name, NAME_LIMIT)
             try:
                 (found,), _ = self.resolve([lora.model_copy(update={"name": lora.file_name, "sha256": None})])
             except InvalidRequestError:
@@ -188,11 +188,12 @@ class LoraFolder:
         return known
 
     def _hashed(self, lora: Lora, known: _Known) -> Lora:
-        with self._hashing:
-            try:
-                known.shown.sha256 = known.shown.sha256 or open_adapter(known.path).sha256()
-            except WanduetError as error:
-                raise _refused(lora.name, f"it cannot be read: {public_text(error.message)}") from None
+        if known.shown.sha256 is None:
+            with self._hashing:  # who waits for another's hash has it then
+                try:
+                    known.shown.sha256 = known.shown.sha256 or open_adapter(known.path).sha256()
+                except WanduetError as error:
+                    raise _refused(lora.name, f"it cannot be read: {public_text(error.message)}") from None
         if lora.sha256 not in (None, known.shown.sha256):
             raise _refused(lora.name, f"this server's file has changed: its SHA-256 is not {lora.sha256}")
         return lora.model_copy(update={"sha256": known.shown.sha256})
@@ -202,11 +203,11 @@ def _is_candidate(entry: os.DirEntry[str]) -> bool:
     name = entry.name
     if name.startswith(".") or set(name) & {"\\", ":"} or sendable(name, len(name)) != name:
         return False
-    if entry.is_file():
-        return Path(name).suffix.lower() in ENDINGS
     try:
+        if entry.is_file():
+            return Path(name).suffix.lower() in ENDINGS
         return entry.is_dir() and open_adapter(Path(entry.path)) is not None
-    except WanduetError:
+    except (WanduetError, OSError):
         return False
 
 
