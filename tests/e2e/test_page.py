@@ -218,8 +218,8 @@ def test_one_video_a_line_then_compared_searched_and_deleted_together(page: Any,
     page.get_by_role("button", name="Favourites").click()
 
     page.get_by_role("button", name="Select", exact=True).click()
-    for card in (first, second):
-        page.locator(".card", has=card).get_by_role("checkbox").check()
+    page.locator(".card", has=first).get_by_role("checkbox").check()
+    second.click()
     page.get_by_role("button", name="Compare").click()
     until(page, "() => document.querySelectorAll('.compare video').length === 2")
     page.get_by_role("button", name="Close").click()
@@ -423,6 +423,9 @@ def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None
         assert page.evaluate(wide) <= 0
         assert page.evaluate(UNNAMED) == [], "a screen reader has a name for each control"
         page.get_by_text("All settings").click()
+        page.get_by_role("button", name="Use these settings").click()
+        in_view = "() => document.querySelector('#prompt').getBoundingClientRect().top >= 0"
+        until(page, in_view)  # what the button did can be seen
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         shot(page, "page-phone")
 

@@ -74,7 +74,7 @@ def test_until_there_is_a_model_the_api_says_that_there_is_none(first: FirstRun)
     assert first.http.get("/v1/models").status_code == 503
     ready = first.http.get("/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, f"{MODEL} is not on this machine yet.")
-    assert first.http.get("/health").status_code == 200
+    assert [first.http.get(path).status_code for path in ("/health", "/metrics")] == [200, 200]
     assert "first.js" in first.http.get("/").text
     assert first.http.get("/page/first.js").status_code == 200
 
@@ -101,6 +101,7 @@ def test_why_a_download_failed_is_shown_and_it_may_be_tried_again(store: JobStor
     for _ in range(2):
         first.act("fetch")
         assert first.wait(running=False)["error"] == "The hub has no model x."
+        assert first.http.get("/ready").json()["reason"].endswith("yet. The hub has no model x.")
     assert not first.done.is_set()
 
 

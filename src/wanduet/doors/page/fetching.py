@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from wanduet.config import EngineConfig
+from wanduet.doors.http.public import public_text
 from wanduet.jobs.child import child_environment, module_command
 from wanduet.weights.names import SUFFIX
 from wanduet.weights.published import published_models
 
 RETRY_SECONDS = 60.0
+
+log = structlog.get_logger(__name__)
 
 
 class Fetch:
@@ -39,7 +44,8 @@ class Fetch:
     @property
     def trouble(self) -> str:
         """Why no video can be made."""
-        return f"{self._model} is not on this machine yet" + (": it is being fetched." if self._wanted else ".")
+        state = ": it is being fetched." if self._wanted else "."
+        return f"{self._model} is not on this machine yet{state} {self._error or ''}".rstrip()
 
     def start(self, retry: bool = False) -> None:
         """Begin or resume the download, if it does not run. `retry`: begin again a minute after each failure."""
@@ -81,6 +87,8 @@ class Fetch:
                     return
                 self._error, self._done = error, error is None
                 self._wanted = retry and error is not None
+            if error is not None:
+                log.warning("the model was not fetched", error=error)
             if error is None:
                 self._on_done()
             if not self._wanted or wake.wait(RETRY_SECONDS):
@@ -118,7 +126,7 @@ def _download_command(config: EngineConfig) -> list[str]:
 def _message(printed: str) -> str:
     """Return the message of the command's error, without its hint, which names flags."""
     try:
-        return str(json.loads(printed)["error"]["message"]).partition("\n")[0]
+        return public_text(str(json.loads(printed)["error"]["message"]).partition("\n")[0])
     except (ValueError, LookupError, TypeError):
         return "The download ended before it was done."
 

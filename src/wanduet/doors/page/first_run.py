@@ -35,7 +35,7 @@ RETRY_SECONDS = 60
 
 def is_missing(config: EngineConfig) -> bool:
     """Return whether the model must be fetched first, and may be. Raises WanduetError for one that is no model."""
-    if is_offline() or local_model(config.model, config.revision, config.files) is not None:
+    if local_model(config.model, config.revision, config.files) is not None or is_offline():
         return False
     try:
         open_model(config.model, config.revision, fetch=False)
