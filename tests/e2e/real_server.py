@@ -16,6 +16,10 @@ import av
 import httpx
 import numpy as np
 import psutil
+from safetensors.numpy import save_file
+
+from wanduet.weights.hub import open_model
+from wanduet.weights.manifest import file_sha256
 
 SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
 # Long enough to be interrupted: a few seconds on two cores.
@@ -77,26 +81,36 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         time.sleep(0.05)
 
 
+def write_lora(path: Path, value: float, dim: int | None = None) -> str:
+    """A LoRA for the miniature, or for a model of another size, in the folder of a server; returns its hash."""
+    spec = open_model("miniature").spec.transformer
+    tensors = {}
+    for block in range(spec.num_layers):
+        name = f"diffusion_model.blocks.{block}.self_attn.q"
+        tensors[f"{name}.lora_A.weight"] = np.full((2, dim or spec.dim), value, np.float32)
+        tensors[f"{name}.lora_B.weight"] = np.full((dim or spec.dim, 2), value, np.float32)
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return file_sha256(path)
+
+
 @contextmanager
 def serving(
-    data: Path, *flags: str, settings: str = "", threads: int = 2, open_files: int | None = None
+    data: Path,
+    *flags: str,
+    command: tuple[str, ...] = ("serve", "--model", "miniature"),
+    threads: int = 2,
+    open_files: int | None = None,
 ) -> Iterator[Server]:
     data.mkdir(exist_ok=True)
     environment = {**os.environ, "WANDUET_DATA_DIR": str(data), "OMP_NUM_THREADS": str(threads)}
-    command = [
-        sys.executable,
-        "-m",
-        "wanduet.doors.cli.main",
-        "serve",
-        "--model",
-        "miniature",
-        *(flags if "--port" in flags else ("--port", "0", *flags)),
-    ]
+    port = () if "--port" in flags else ("--port", "0")
+    arguments = [sys.executable, "-m", "wanduet.doors.cli.main", *command, *port, *flags]
     if open_files is not None:
-        command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
+        arguments = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *arguments]
     with (
         open(data / "server.log", "a") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
     ):
         try:
             assert process.stdout is not None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until
+from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until, write_lora
 
 from wanduet.media.read import probe, read_metadata
 
@@ -72,6 +72,37 @@ def test_remix_list_and_delete(client: Any, server: Server, video: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(remix.id)
     assert not list((server.data / "videos").glob(f"{remix.id}*"))
+
+
+def test_a_video_with_a_lora(client: Any, server: Server, video: Any, tmp_path: Path) -> None:
+    """Its metadata and its object have the file's hash, and a page that reads them submits the same again."""
+    sha256 = write_lora(server.data / "loras" / "style.safetensors", 0.3)
+    extra = {**EXTRA, "num_inference_steps": 6, "loras": [{"name": "style.safetensors", "strength": 0.8}]}
+    made = client.videos.create_and_poll(prompt=PROMPT, size="64x48", extra_body=extra, poll_interval_ms=100)
+    assert made.status == "completed", made.error
+    record = {"name": "style.safetensors", "strength": 0.8, "sha256": sha256}
+    assert made.loras == [record]
+    (tmp_path / "video.mp4").write_bytes(client.videos.download_content(made.id).read())
+    assert read_metadata(tmp_path / "video.mp4")["request"]["loras"] == [record]
+    assert not np.array_equal(server.frames(made.id), server.frames(video.id))
+    again = client.videos.poll(client.videos.remix(made.id, prompt=PROMPT).id, poll_interval_ms=100)
+    assert np.array_equal(server.frames(again.id), server.frames(made.id))
+
+
+@pytest.mark.parametrize("how", ["changed", "deleted"])
+def test_a_queued_job_uses_no_other_file_than_it_was_accepted_with(server: Server, how: str) -> None:
+    path = server.data / "loras" / f"{how}.safetensors"
+    write_lora(path, 0.3)
+    before = [server.create(**LONGER) for _ in range(2)]  # as many as are in the engine at once
+    queued = server.create(lora_name=path.name)
+    path.unlink()
+    if how == "changed":
+        write_lora(path, 0.2)
+    for job in before:
+        assert server.http.post(f"/v1/videos/{job['id']}/cancel").status_code == 200
+    error = server.wait(queued["id"])["error"]
+    assert (error["code"], path.name in error["message"]) == ("lora_lost", True)
+    assert str(server.data) not in error["message"]
 
 
 def test_events_show_progress_and_the_video_taking_shape(server: Server) -> None:

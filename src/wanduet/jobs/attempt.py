@@ -34,6 +34,7 @@ from wanduet.jobs.records import (
     InputLostError,
     JobError,
     Lease,
+    LoraLostError,
     OutputFile,
     StaleLeaseError,
     UnknownJobError,
@@ -267,12 +268,10 @@ class Attempt:
             try:
                 unwanted = self._store.get(self._lease.job.id).finished
             except UnknownJobError:
-                unwanted = self._store.was_deleted(
-                    self._lease.job.id
-                )  # a row that is not found proves nothing: an index may be damaged
-                forget_prompts(
-                    self._store.files.folder, [self._lease.job]
-                )  # this attempt may have cached the prompt after the deletion
+                # A row that is not found proves nothing: an index may be damaged.
+                unwanted = self._store.was_deleted(self._lease.job.id)
+                # This attempt may have cached the prompt after the deletion.
+                forget_prompts(self._store.files.folder, [self._lease.job])
             if unwanted:
                 self._store.files.discard_checkpoints(self._checkpoints)
                 self._store.files.discard_work(self._lease.job.id)
@@ -283,6 +282,8 @@ class Attempt:
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
         if isinstance(error, InvalidRequestError) and error.field == "input_video":
             error = self._of_input(error)
+        if isinstance(error, InvalidRequestError) and error.field == "loras":
+            error = LoraLostError(error.given)
         if error.__cause__ is not None or bool(
             getattr(error, "details", "")
         ):  # a rank's traceback, or the error behind this one

@@ -403,7 +403,7 @@ def test_metrics_show_the_memory_of_the_workers_devices(api: Any) -> None:
 
 
 def test_unknown_paths_and_methods(api: Any) -> None:
-    for method, path, status in (("GET", "/nothing", 404), ("PUT", "/v1/videos", 405), ("GET", "/docs", 404)):
+    for method, path, status in (("GET", "/nothing", 404), ("PUT", "/v1/videos", 405), ("GET", "/redoc", 404)):
         answer = api.http.request(method, path)
         assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
 

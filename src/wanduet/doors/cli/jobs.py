@@ -4,22 +4,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 
 from wanduet.config import EngineConfig, parse_bytes
 from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
-from wanduet.doors.cli.options import EngineFlags
-from wanduet.doors.cli.run import emit, extra, missing_extra
+from wanduet.doors.cli.job_list import describe, for_people, show_jobs
+from wanduet.doors.cli.options import EngineFlags, lora_folder
+from wanduet.doors.cli.run import emit, extra
 from wanduet.doors.cli.webhooks import WebhookFlags
 from wanduet.errors import ConfigError
 
 if TYPE_CHECKING:
     from wanduet.doors.http.context import ServerSettings
     from wanduet.doors.http.keys import KeyRing
-    from wanduet.jobs.records import Page, StoredJob
     from wanduet.jobs.runner import RunnerSettings
     from wanduet.jobs.store import JobStore
 
@@ -64,6 +65,9 @@ class ServerFlags(WebhookFlags):
     max_input_video: Annotated[str, Parameter(help="Largest file of a video to start from, for example 1GiB.")] = (
         "256MiB"
     )
+    lora_dir: Annotated[
+        Path | None, Parameter(help="Folder of the LoRA that requests may name. Default: loras in the data folder.")
+    ] = None
     retention_days: Annotated[float | None, Parameter(help="Delete finished videos after so many days.")] = None
     disk_limit: Annotated[
         str | None, Parameter(help="Delete the oldest videos when all take more than this, for example 50GiB.")
@@ -121,7 +125,7 @@ def serve(*, server: ServerFlags = OURS, engine: EngineFlags = ENGINE, cluster: 
     wanduet serve --host 0.0.0.0 --allowed-host videos.example.org
     ```
     """
-    _run(server, engine.config(), cluster, browser=False)
+    _run(server, engine.config(), cluster, browser=None)
 
 
 def ui(
@@ -141,7 +145,8 @@ def ui(
     _run(server, engine.config(), ALONE, browser=browser)
 
 
-def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, browser: bool) -> None:
+def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, browser: bool | None) -> None:
+    """Run the server. `browser`: open the page; None: nobody waits for it, so a model that is missing is fetched at once."""
     with extra("server"):
         from wanduet.doors.http import server as http_server
     from wanduet.doors.http.security import check_bind
@@ -150,7 +155,8 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     from wanduet.weights.hub import open_model
 
     settings, runner = flags.server(), flags.runner()
-    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
+    loras = lora_folder(flags.lora_dir, config)
+    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds), lora_dir=loras)
     database_url = flags.database_url
     check_bind(settings.host, bool(_keys(config.data_folder).records()))
     if cluster == ALONE:  # refuse another folder's database before slow downloads and imports
@@ -158,29 +164,27 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             pass
     page = None
     if flags.page:
-        try:
-            from wanduet.doors.page.app import mount_page
-        except ImportError:
-            if browser:
-                raise missing_extra("ui") from None
-            print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
-        else:
-            page = mount_page
+        from wanduet.doors.page.app import mount_page
+        from wanduet.doors.page.first_run import is_missing, wait_for_model
+
+        page = mount_page
     if config.model in RANDOM_SPECS:
         spec = RANDOM_SPECS[config.model]
     else:
+        if page is not None and cluster == ALONE and is_missing(config):
+            offer = "Fetch it, or try the miniature, at" if browser is not None else "It is fetched now; how far it is:"
+            text = f"{config.model} is not on this machine yet. {offer}"
+            ask = partial(_announce, text, " (page)", browser=browser)
+            waited = wait_for_model(config, settings, database_url, ask, fetch=browser is None)
+            if waited is None:
+                return
+            (config, settings), browser = waited, False  # the browser has the page already
         folder = open_model(config.model, config.revision, files=config.files)
         spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
 
-    def announce(url: str) -> None:
-        print(f"wanduet serves {spec.name} at {url}" + (" (page and API)" if page else "/v1"), flush=True)
-        if sys.stderr.isatty():  # if not a terminal, standard error is a log of JSON lines
-            print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
-        if browser:
-            import webbrowser
-
-            webbrowser.open(url)
-
+    announce = partial(
+        _announce, f"wanduet serves {spec.name} at", " (page and API)" if page else "/v1", browser=browser
+    )
     retention = None if flags.retention_days is None else flags.retention_days * DAY
     on_cluster = cluster.settings(config, runner, retention, database_url)
     http_server.serve(
@@ -191,6 +195,16 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
         page=page,
         announce=announce,
     )
+
+
+def _announce(before: str, after: str, url: str, *, browser: bool | None) -> None:
+    print(f"{before} {url}{after}", flush=True)
+    if sys.stderr.isatty():  # if not a terminal, standard error is a log of JSON lines
+        print("Ctrl-C ends it: running jobs are kept and go on at the next start.", file=sys.stderr, flush=True)
+    if browser:
+        import webbrowser
+
+        webbrowser.open(url)
 
 
 @jobs_app.command(name="list")
@@ -211,7 +225,7 @@ def list_jobs(
     if json_:
         emit({"jobs": [describe(job) for job in page.jobs], "has_more": page.has_more}, as_json=True)
     else:
-        _show_jobs(page)
+        show_jobs(page)
 
 
 @jobs_app.command
@@ -221,7 +235,7 @@ def show(job: str, *, data_dir: DataDir = None, database_url: Database = None, j
         found = store.get(job)
         paths = [str(path) for file in found.files if (path := store.files.path(file.name)) is not None]
     about = {**describe(found), "files": paths, "report": found.report}
-    emit(about if json_ else _for_people(about), json_)
+    emit(about if json_ else for_people(about), json_)
 
 
 @jobs_app.command
@@ -229,7 +243,7 @@ def cancel(job: str, *, data_dir: DataDir = None, database_url: Database = None,
     """Stop a job that waits or runs; a finished one stays as it is."""
     with _store(data_dir, database_url) as store:
         about = describe(store.cancel(job))
-    emit(about if json_ else _for_people(about), json_)
+    emit(about if json_ else for_people(about), json_)
 
 
 @jobs_app.command(name="rm")
@@ -317,64 +331,6 @@ def register(app: App) -> None:
     app.command(jobs_app)
     app.command(keys_app)
     app.command(cluster_app)
-
-
-def describe(job: "StoredJob") -> dict[str, Any]:
-    """Return a job for people and programs, without the fields that only workers need."""
-    error = None if job.error is None else {"code": job.error.code, "message": job.error.message}
-    return {
-        "id": job.id,
-        "status": job.status,
-        "progress": round(job.progress, 1),
-        "phase": job.phase,
-        "seconds_left": job.seconds_left,
-        "created_at": job.created_at,
-        "started_at": job.started_at,
-        "completed_at": job.completed_at,
-        "expires_at": job.expires_at,
-        "model": job.model,
-        "owner": job.owner,
-        "attempts": job.attempts,
-        "error": error,
-        "waits_for": job.waits_for,
-        "remixed_from": job.remixed_from,
-        "request": job.request,
-    }
-
-
-def _for_people(about: dict[str, Any]) -> dict[str, Any]:
-    """Return the same with times as local date and time."""
-    times = {name: _when(value) for name, value in about.items() if name.endswith("_at") and value is not None}
-    return {**about, **times}
-
-
-def _when(moment: float) -> str:
-    from datetime import datetime
-
-    return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _show_jobs(page: "Page") -> None:
-    """Print one line a job, however narrow the terminal: other commands need the whole id."""
-    from wanduet.untrusted import printable
-
-    lines = []
-    for job in page.jobs:
-        status = job.error.code if job.error else job.status.replace("_", " ")
-        if job.status == "in_progress":
-            status = f"{job.phase or 'starting'} {job.progress:.0f} %"
-        prompt = printable(" ".join(str(job.request.get("prompt", "")).split()))
-        lines.append((job.id, status, _when(job.created_at)[:-3], prompt if len(prompt) <= 60 else f"{prompt[:59]}…"))
-    if not lines:
-        print("No jobs.")
-        return
-    widths = [
-        max(map(len, column)) for column in zip(("id", "status", "made"), *(line[:3] for line in lines), strict=True)
-    ]
-    for line in (("id", "status", "made", "prompt"), *lines):
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
-    if page.has_more:
-        print(f"There are more: --after {page.jobs[-1].id}", file=sys.stderr)
 
 
 @contextmanager
