@@ -119,7 +119,10 @@ class LoraFiles:
         """Return the path that a name stands for, the only place that decides it: a file of the operator's folder, if the
         engine has one, else any path."""
         if self._folder is None:
-            return Path(lora.name).expanduser().absolute()
+            try:
+                return Path(lora.name).expanduser().absolute()
+            except RuntimeError as error:  # an unknown `~user`
+                raise self._error(lora, f"a file that exists ({error})") from error
         if lora.name in (".", "..") or "\0" in lora.name or set(lora.name) & {"/", "\\", ":", os.sep}:
             raise self._error(lora, "the name of a file in the folder of LoRAs, without a path")
         return Path(self._folder) / lora.name

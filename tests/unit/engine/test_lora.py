@@ -183,8 +183,9 @@ def test_a_lora_of_another_size_is_refused_before_anything_is_loaded(config: Eng
     with Engine(config) as engine:
         with pytest.raises(WeightsError, match="1536"):
             submit(engine, tmp_path / "a.mkv", str(path))
-        with pytest.raises(InvalidRequestError, match="not there"):
-            submit(engine, tmp_path / "a.mkv", str(tmp_path / "not there.safetensors"))
+        for name in (str(tmp_path / "not there.safetensors"), "~nobody-of-that-name/not there.safetensors"):
+            with pytest.raises(InvalidRequestError, match="a file that exists"):
+                submit(engine, tmp_path / "a.mkv", name)
         assert engine.models.transformer.loaded is None
 
 
