@@ -75,7 +75,8 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
             f"{path} holds pickled Python objects, not only tensors: to open it would run code from it.", hint=_INSTEAD
         ) from error
     except Exception as error:  # `torch.load` raises whatever its parsers do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        shown = str(getattr(error, "strerror", None) or error).strip()
+        reason = (shown.splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
         ) from error

@@ -233,11 +233,12 @@ def test_a_few_step_lora_brings_its_sampling_where_none_is_given(alone: Engine, 
     assert off == resolve(GenerationRequest.parse(prompt="x", seed=off.seed)).model_copy(update={"loras": off.loras})
 
 
-def test_a_file_is_read_once(alone: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, module.KEPT + 1])
+def test_a_file_is_read_once(alone: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     reads: list[Path] = []
     read = module.read_adapter
     monkeypatch.setattr(module, "read_adapter", lambda path, *more: reads.append(path) or read(path, *more))
-    path = write_lora(tmp_path / "once.safetensors", 5)
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", seed) for seed in range(count)]
     for name in ("a", "b"):
-        latents(alone, tmp_path / f"{name}.mkv", str(path))
-    assert reads == [path]
+        latents(alone, tmp_path / f"{name}.mkv", *map(str, paths))
+    assert reads == paths
