@@ -63,6 +63,11 @@ def fields_of_text(text: str) -> dict[str, Any]:
     return {name: value if name == "name" else float(value) for name, value in match.groupdict().items() if value}
 
 
+def has_effect(loras: Iterable[Lora] | None) -> bool:
+    """Return whether any of a request's LoRAs changes the weights."""
+    return any(lora.strength for lora in loras or ())
+
+
 def loras_at(loras: Iterable[Lora], step: int, num_steps: int) -> tuple[Lora, ...]:
     """Return those that change the weights in step `step` of `num_steps` that are made; strength 0 changes nothing."""
     return tuple(
