@@ -111,7 +111,17 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> tuple[Recognised, ...]:
         return tuple(found)
     if any(_ADAPTER.search(name) for name in tensors):
         problem = "it is a LoRA or another adapter: changes to a model, not a model"
-        return (_of("adapter", "", "an adapter (LoRA)", "", tensors, problem, "Give the model that it was made for."),)
+        return (
+            _of(
+                "adapter",
+                "",
+                "an adapter (LoRA)",
+                "",
+                tensors,
+                problem,
+                "Give the model that it was made for, and this file as --lora.",
+            ),
+        )
     problem = "its tensors are those of no model that wanduet knows"
     return (_of("unknown", "", "no model that is known", "", tensors, problem, TAKE_T2V),)
 

@@ -298,7 +298,7 @@ def test_what_is_said_of_a_transformer(miniature: ModelFolder) -> None:
     assert found.device_bytes == sum(t.num_bytes for t in miniature.transformer.tensors.values())
 
 
-def test_inspect_shows_weights_and_refuses_a_truncated_file(tmp_path: Path, miniature: ModelFolder) -> None:
+def test_inspect_shows_weights_and_lora_and_refuses_a_truncated_file(tmp_path: Path, miniature: ModelFolder) -> None:
     path = write_all_in_one(tmp_path / "all.safetensors", miniature)
     shown = describe_weights(path)
     assert shown is not None
@@ -312,6 +312,15 @@ def test_inspect_shows_weights_and_refuses_a_truncated_file(tmp_path: Path, mini
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightsError, match="is damaged: it has"):
         describe_weights(path)
+    lora = {f"diffusion_model.blocks.{i}.ffn.0.lora_{ab}.weight": torch.zeros(4, 4) for i in range(2) for ab in "AB"}
+    save_file(lora, tmp_path / "lora.safetensors")
+    shown = describe_weights(tmp_path / "lora.safetensors")
+    assert shown is not None
+    assert (shown["kind"], shown["rank"], shown["targets"]) == ("lora", (4, 4), {"ffn.0": 2})
+    save_file({name.replace("ffn", "other"): tensor for name, tensor in lora.items()}, path)
+    shown = describe_weights(path)
+    assert shown is not None
+    assert (shown["component"], shown["runs"]) == ("adapter", False)
     save_file({"latents": torch.zeros(1)}, tmp_path / "latents.safetensors")
     assert describe_weights(tmp_path / "latents.safetensors") is None
     (tmp_path / "a.mp4").write_bytes(b"GGUF")
