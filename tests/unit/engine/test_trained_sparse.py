@@ -27,12 +27,12 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 from wanduet.weights.hub import open_model
 
-# 5 x 6 x 4 tokens: four tiles, of which two are cut; one block of 128 queries and two of 64 keys.
+# 2 x 6 x 6 tokens: four tiles, each cut in another way; one block of 128 queries and two of 64 keys.
 SMALL = {
     "prompt": "a red circle",
     "height": 96,
-    "width": 64,
-    "num_frames": 17,
+    "width": 96,
+    "num_frames": 5,
     "seed": 5,
     "timesteps": (1000, 757, 522),
 }
