@@ -35,7 +35,7 @@ from wanduet.family.speeds import (
 )
 from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
-from wanduet.loras import MOST_LORAS, Lora
+from wanduet.loras import MOST_LORAS, Lora, has_effect
 from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SIDES, SourceVideo, by_what_was_given
@@ -229,6 +229,7 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
         alone = OFF_VALUES | of_speed  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
+        is_whole &= not has_effect(self.loras)  # with LoRA, they are other weights than those that were measured
         return resolved.model_copy(update={"price": price_of_speed(self.speed, spec, prices) if is_whole else None})
 
     def _within_budget(
@@ -242,7 +243,7 @@ class GenerationRequest(BaseModel):
                 raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
-        for speed in within(budget, spec, prices):
+        for speed in (EXACT,) if has_effect(self.loras) else within(budget, spec, prices):
             with suppress(InvalidRequestError):
                 resolved = unset.model_copy(update={"speed": speed}).resolve(spec, source, prices)
                 return resolved.model_copy(update={"loss_budget": budget})

@@ -20,12 +20,12 @@ def compose(model: str, files: Mapping[str, Path], open_local: Callable[[str], M
     That is `model`, or the default one if `model` is a file, which gives every component that it has. `open_local`
     returns a model by name, or None if it is not on this machine. Raises ModelNotFoundError, WeightsError.
     """
-    parts = {name: path.expanduser().absolute() for name, path in files.items()}
+    parts = {name: _absolute(path) for name, path in files.items()}
     for name, path in parts.items():
         if not path.exists():
             raise ModelNotFoundError(f"There is no {path}, which --{name.replace('_', '-')} names.")
-    whole = Path(model).expanduser().absolute() if model not in BUNDLED else None
-    if whole is not None and whole.is_file():
+    whole = _absolute(Path(model)) if model not in BUNDLED else None
+    if whole is not None and whole.exists() and not whole.is_dir():
         parts = _parts_of(whole, parts)
         model = DEFAULT_MODEL
     tokenizer = parts.get("tokenizer")
@@ -54,6 +54,13 @@ def compose(model: str, files: Mapping[str, Path], open_local: Callable[[str], M
         base.revision if own and base is not None else None,
         ({} if base is None else dict(base.parts)) | parts,
     )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # an unknown `~user`
+        raise ModelNotFoundError(f"There is no {path}: {error}") from error
 
 
 def _parts_of(path: Path, named: Mapping[str, Path]) -> dict[str, Path]:

@@ -124,6 +124,15 @@ def test_every_row_is_found_and_can_be_asked_for(row: FewStep) -> None:
     assert len(row.timesteps) == values["num_inference_steps"]
 
 
+@pytest.fixture
+def folder(folder: Path) -> Path:
+    """The model of a few kilobytes, with a transformer that is small when it is written whole."""
+    config = folder / "transformer" / "config.json"
+    small = {"num_attention_heads": 1, "attention_head_dim": 16, "ffn_dim": 16, "freq_dim": 16}
+    config.write_text(json.dumps(json.loads(config.read_text()) | small))
+    return folder
+
+
 def sparse_folder(folder: Path, kind: str, prefix: str = "") -> ModelFolder:
     """Write a transformer with VSA's gates, or with SLA's projections whose names begin with `prefix`, into a folder."""
     spec = ModelFolder(folder, "x").spec.transformer
