@@ -29,8 +29,8 @@ class FewStep:
     `repositories`: hub ids, of which the last part is also recognised as a folder's name. `files`: names of single
     files. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
     weights do not have. `attention` and `key_share`: as in `TransformerSpec`. `needs`: what the weights do not run without
-    and wanduet does not have. `published`: the form of the published files, if wanduet does not read it. `size`: height,
-    width and number of frames of the training videos.
+    and wanduet does not have. `published`: the form of the published files, if wanduet does not fetch it. `size`:
+    height, width and number of frames of the training videos.
     """
 
     name: str

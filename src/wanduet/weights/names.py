@@ -55,8 +55,8 @@ def check_few_step(model: str) -> None:
     check_needs(model, known)
     if known.published:
         raise ModelNotFoundError(
-            f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not read.",
-            hint=f"A folder in the Diffusers layout is what is needed, such as {ORDINARY}.",
+            f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not fetch.",
+            hint=f"Fetch the file, and give it as --transformer beside a model; or take a folder, such as {ORDINARY}.",
         )
 
 

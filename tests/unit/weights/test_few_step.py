@@ -87,10 +87,10 @@ def test_tensors_that_need_a_module_of_their_own_are_refused_by_its_name(folder:
     [
         (
             "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P",
-            r"a \.pt file with the original names, which wanduet does not read",
+            r"a \.pt file with the original names, which wanduet does not fetch",
         ),
         ("gdhe17/Self-Forcing", "causal attention"),
-        ("tianweiy/CausVid", r"a \.pt file with the original names, which wanduet does not read"),
+        ("tianweiy/CausVid", r"a \.pt file with the original names, which wanduet does not fetch"),
         ("lightx2v/Wan-NVFP4", "NVFP4"),
     ],
 )
