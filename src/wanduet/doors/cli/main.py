@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
-from wanduet.doors.cli import jobs
-from wanduet.doors.cli.help import EVERYWHERE, concise
+from wanduet.doors.cli import completion, jobs
+from wanduet.doors.cli.help import EVERYWHERE, KEEP, LOOK, MAKE, concise
 from wanduet.doors.cli.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.doors.cli.places import Place, parse_place, place
 from wanduet.doors.cli.run import emit, run
@@ -50,7 +50,7 @@ app = App(
 )
 
 
-@app.command  # each flag is a parameter
+@app.command(group=MAKE)  # each flag is a parameter
 def generate(
     prompt: str,
     *,
@@ -85,7 +85,7 @@ def generate(
     emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
 
 
-@app.command  # each flag is a parameter
+@app.command(group=MAKE)  # each flag is a parameter
 def batch(
     file: Path,
     *,
@@ -123,7 +123,7 @@ def batch(
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=LOOK)
 def plan(
     *,
     video: VideoFlags = WANTED,
@@ -133,7 +133,7 @@ def plan(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Predict memory and choose settings, without loading anything.
+    """Predict memory and time for a video, without loading anything.
 
     ```sh
     wanduet plan --resolution 720p
@@ -150,7 +150,7 @@ def plan(
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=LOOK)
 def bench(
     prompt: str = "a red circle moving left on a black background",
     *,
@@ -159,7 +159,7 @@ def bench(
     runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights.
+    """Measure how long a video takes on this machine. `--model random:1.3b` needs no weights.
 
     ```sh
     wanduet bench --model random:1.3b --steps 4 --runs 2
@@ -172,7 +172,7 @@ def bench(
     emit(run_bench(request, config, runs), json_)
 
 
-@app.command
+@app.command(group=LOOK)
 def price(
     *,
     video: VideoFlags = WANTED,
@@ -180,7 +180,7 @@ def price(
     prompts: Annotated[int, Parameter(help="Videos of each row, 1 to 8: the worst counts.", converter=whole)] = 4,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure what each way to be faster costs with this model on this machine: seconds, and loss against exact videos.
+    """Measure what each speed takes and loses with this model on this machine, against exact videos.
 
     ```sh
     wanduet price --resolution 480p
@@ -194,7 +194,7 @@ def price(
     emit(run_price(request, config, prompts), json_)
 
 
-@app.command
+@app.command(group=MAKE)
 def encode(
     prompt: str,
     *,
@@ -216,7 +216,7 @@ def encode(
     emit(run_encode(request.prompt, config, output or parse_place("")), json_)
 
 
-@app.command
+@app.command(group=MAKE)
 def decode(
     latents: Path,
     *,
@@ -226,7 +226,7 @@ def decode(
     quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Decode saved latents to a video, with the model that made them unless --model is given.
+    """Decode saved latents to a video. Default of --model: the one that made them.
 
     ```sh
     wanduet decode cat.mp4.latents.safetensors --codec ffv1
@@ -238,11 +238,11 @@ def decode(
     emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
 
 
-@app.command
+@app.command(group=LOOK)
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Show how a video, latents or embeddings were made, what a file of weights is, or whether a prompt is in the cache.
+    """Show what a file is and how it was made: a video, latents, embeddings, weights. A prompt: whether it is in the cache.
 
     ```sh
     wanduet inspect cat.mp4
@@ -255,7 +255,7 @@ def inspect(
     emit(tools.inspect(engine.config(), target), json_)
 
 
-@app.command
+@app.command(group=KEEP)
 def download(
     *,
     trust: bool = False,
@@ -279,7 +279,7 @@ def download(
     emit(run_download(engine.config(), trust), json_)
 
 
-@app.command
+@app.command(group=LOOK)
 def verify(
     video: Path,
     *,
@@ -313,7 +313,7 @@ def verify(
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=KEEP)
 def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
     """Show what this machine has, what is missing, and what to do.
 
@@ -331,6 +331,9 @@ def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name
 
 
 jobs.register(app)
+completion.register(app, KEEP)
+for flag in ("--help", "--version"):
+    app[flag].group = KEEP
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
