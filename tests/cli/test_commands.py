@@ -456,6 +456,7 @@ def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path, m
     monkeypatch.setattr(vae_host, "vae_kernels_for", lambda *_: replace(VAE_TORCH_KERNELS, name="mine without attend"))
     ran = wanduet("bench", *TINY, "--runs", "1")
     assert ran.code == 0
+    assert re.match(r"A video takes \S+ s on .+: \S+ s a step, ", ran.out)
     assert re.search(r"\bkernels\W+mine\s", ran.out)
     assert re.search(r"vae_kernels\W+mine without attend", ran.out)
 
@@ -488,7 +489,7 @@ def test_a_current_folder_that_was_removed(wanduet, work: Path) -> None:
 
 def test_a_dry_run_shows_people_the_plan(wanduet) -> None:
     ran = wanduet("generate", "a red circle", "--dry-run", *TINY)
-    assert "single: fits" in ran.out
+    assert "fits on the CPU, and takes about" in ran.out.splitlines()[0]
     assert "may use" in ran.out
     assert ran.out.splitlines()[-1] == "Would be written: a-red-circle.mp4"
 

@@ -129,7 +129,7 @@ def _profile(job: Job, engine: Engine, path: Path) -> dict[str, Any]:
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
-    """Return the plan for a request, on this machine or on `hardware`."""
+    """Return the plan for a request, on this machine or on `hardware`, and the request's settings."""
     check_attention(config)
     models = Models(without_fetching(config))
     machine = detect()
@@ -138,6 +138,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     resolved = models.resolve(request)
     plan = models.plan(resolved, config, machine)
     found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    found["settings"] = settings(resolved)
     if resolved.approximates:
         price = None if hardware is not None else measured_price(models, plan, resolved)
         found |= {"price": found.get("price") if price is None else price}

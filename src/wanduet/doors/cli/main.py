@@ -145,6 +145,8 @@ def plan(
     from wanduet.doors.cli.commands import run_plan
 
     found = run_plan(request, config, hardware)
+    if json_:
+        del found["settings"]  # for people
     emit(found, json_)
     if not found["fits"]:
         raise SystemExit(1)
