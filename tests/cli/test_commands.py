@@ -717,7 +717,7 @@ def test_a_batch_stops_though_the_job_ended_while_it_was_to_be_stopped(
 
     (work / "prompts.txt").write_text("x\ny\n")
     whole = batch.follow
-    monkeypatch.setattr(batch, "follow", lambda job: whole(job) or True)
+    monkeypatch.setattr(batch, "follow", lambda *job: whole(*job) or True)
     if ends == "failed":
         monkeypatch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
     ran = wanduet("batch", "prompts.txt", *TINY, "--json")
