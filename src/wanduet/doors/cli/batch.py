@@ -11,6 +11,7 @@ from typing import Any
 
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import check_attention, report, say_how_to_go_on, shown
+from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import Batch, follow
@@ -28,12 +29,16 @@ AHEAD = 8
 
 
 def run_batch(
-    requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions, output: Place
+    requests: Sequence[GenerationRequest],
+    config: EngineConfig,
+    options: OutputOptions,
+    output: Place,
+    embeddings: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Make the videos of validated requests in the folder `options.path`.
 
     A request that fails does not stop the others; Ctrl-C does. `options.resume` keeps what an earlier run of the same
-    batch has made.
+    batch has made. `embeddings`: files of embeddings of the requests' prompts.
     """
     check_attention(config)
     done: list[dict[str, Any]] = []
@@ -44,6 +49,7 @@ def run_batch(
             plan = engine.plan(request)
             require_fit(plan, engine.models.resolve(request))
             predicted.append(plan.prediction.seconds.total)
+        use_embeddings(embeddings, engine, requests)
         total = Batch(predicted)
         batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()

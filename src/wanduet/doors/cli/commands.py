@@ -1,11 +1,12 @@
 """The implementations of the commands: each returns what is printed. Imported only when a command runs."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wanduet.config import EngineConfig, format_seconds
+from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
@@ -48,20 +49,27 @@ SHOWN = 500  # characters of a prompt
 APPROXIMATED = ("speed", "price", "forwards", "skipped_steps", "quantized_layers", "low_res")
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How `generate` runs: whether it only plans, whether it shows where the time went, and files of embeddings."""
+
+    dry_run: bool = False
+    profile: bool = False
+    embeddings: tuple[Path, ...] = ()
+
+
 def run_generate(
     request: GenerationRequest,
     config: EngineConfig,
     options: OutputOptions,
     output: Place,
-    *,
-    dry_run: bool = False,
-    profile: bool = False,
+    ways: Ways,
 ) -> dict[str, Any]:
     """Make a request's videos. `options.path` is a file, or a folder for a name derived from the prompt."""
     check_attention(config)
     is_named = not output.is_folder
     count = request.num_videos_per_prompt
-    if dry_run:
+    if ways.dry_run:
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
@@ -69,6 +77,7 @@ def run_generate(
         plan = models.plan(resolved, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
+        use_embeddings(ways.embeddings, engine, [request])
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:
             begun.names.release()
@@ -93,7 +102,7 @@ def run_generate(
             say_how_to_go_on(job, error)
             raise
         done = report(job, result, output)
-        if profile:
+        if ways.profile:
             done |= _profile(job, engine, Path(f"{job.video_path(0)}.trace.json"))
     return done
 

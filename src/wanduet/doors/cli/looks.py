@@ -60,7 +60,8 @@ def show_inspected(console: Console, found: Mapping[str, Any]) -> None:
             lines = [f"{name} has latents. The video of them: wanduet decode {printable(str(found.get('path')))}"]
         case "embeddings":
             lines = [f"{name} has the embeddings of a prompt, {found['shape'][0]} tokens."]
-            lines += [f"Prompt: {printable(found['text'])}"]
+            lines.append(f"Prompt: {printable(found['text'])}")
+            lines.append(f"A video of it: wanduet generate --embeddings {printable(str(found['path']))}")
             if found["cut"]:
                 lines.append(f"Cut off, since it is beyond the model's limit: {printable(found['cut'])}")
         case "weights":

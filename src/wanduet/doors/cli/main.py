@@ -17,6 +17,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from wanduet.doors.cli import completion, jobs
+from wanduet.doors.cli.embeddings import prompt_of
 from wanduet.doors.cli.help import EVERYWHERE, KEEP, LOOK, MAKE, concise
 from wanduet.doors.cli.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.doors.cli.places import Place, parse_place, place
@@ -30,6 +31,10 @@ PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 
 Output = Annotated[
     Place | None,
     Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
+]
+Embeddings = Annotated[
+    tuple[Path, ...],
+    Parameter(help="A file of `wanduet encode`: its prompt is not encoded again. Give it once for each.", negative=""),
 ]
 FIRST_SIGNAL = 128  # exit codes from here on are 128 + the signal's number
 LONGEST_PROMPT = 512 * "-"  # maximum length: a plan for it is valid for every prompt
@@ -52,7 +57,7 @@ app = App(
 
 @app.command(group=MAKE)  # each flag is a parameter
 def generate(
-    prompt: str,
+    prompt: Annotated[str | None, Parameter(help="What the video shows. Default: the prompt of --embeddings.")] = None,
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
@@ -64,6 +69,7 @@ def generate(
     profile: Annotated[
         bool, Parameter(help="Print where the time went, and write a trace for Perfetto beside the video.")
     ] = False,
+    embeddings: Embeddings = (),
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -75,14 +81,15 @@ def generate(
     ```
     """
     config = engine.config()
-    request = early_request(prompt, video, config)
+    request = early_request(prompt_of(prompt, embeddings), video, config)
     check_output(output, codec, quality)
-    from wanduet.doors.cli.commands import run_generate
+    from wanduet.doors.cli.commands import Ways, run_generate
     from wanduet.engine.job import OutputOptions
 
     where = output or parse_place("")
     options = OutputOptions(where.path, codec, quality, save_latents, resume)
-    emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
+    ways = Ways(dry_run, profile, embeddings)
+    emit(run_generate(request, config, options, where, ways), json_)
 
 
 @app.command(group=MAKE)  # each flag is a parameter
@@ -98,6 +105,7 @@ def batch(
     resume: Annotated[
         bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
     ] = False,
+    embeddings: Embeddings = (),
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
@@ -117,7 +125,8 @@ def batch(
     from wanduet.engine.job import OutputOptions
 
     where = output or parse_place("")
-    done = run_batch(requests, config, OutputOptions(where.path, codec, quality, save_latents, resume), where)
+    options = OutputOptions(where.path, codec, quality, save_latents, resume)
+    done = run_batch(requests, config, options, where, embeddings)
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
@@ -206,10 +215,11 @@ def encode(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Write a prompt's embeddings to a file.
+    """Write a prompt's embeddings to a file, for `generate --embeddings`.
 
     ```sh
     wanduet encode "a cat walks over a frozen lake" -o cat.safetensors
+    wanduet generate --embeddings cat.safetensors --seed 7
     ```
     """
     request, config = VideoFlags().request(prompt), engine.config()
