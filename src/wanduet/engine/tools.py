@@ -58,6 +58,7 @@ class Advice(str):
     """What to do, for the item of the command line's checklist that `about` names."""
 
     __slots__ = ("about",)
+    about: str
 
     def __new__(cls, about: str, text: str) -> Self:
         """Return the text with what it is about."""
@@ -325,7 +326,7 @@ def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
 
 
 def _advice(hardware: Hardware, probe: Probe) -> list[str]:
-    found = []
+    found: list[str] = []
     gpus = hardware.gpus
     if not gpus and torch.version.cuda is None:
         advice = "PyTorch was installed without CUDA: reinstall it from pytorch.org if this machine has an NVIDIA GPU."

@@ -83,6 +83,9 @@ def _model(model: Mapping[str, Any]) -> Check:
     if "problem" in model:
         hint = model["hint"] or f"Fetch it: wanduet download --model {name}"
         return Check("model", f"{name}: {model['problem']}", (hint,))
-    known = {True: ", complete, every file as published", False: ", complete; its files have no known hashes"}
+    known: dict[bool | None, str] = {
+        True: ", complete, every file as published",
+        False: ", complete; its files have no known hashes",
+    }
     where = f" in {model['path']}" if "path" in model else ""
     return Check("model", f"{name}{where}{known.get(model.get('verified'), '')}")

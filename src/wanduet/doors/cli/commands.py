@@ -265,6 +265,9 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.low_res_first:
         steps += ", the first of them at a lower resolution"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+    for choice in job.plan.choices:
+        if choice.setting == "loras":
+            print(f"LoRA: {choice.why}", file=sys.stderr)
     if work := forecast(planned := job.plan.as_dict()):
         about = format_seconds(planned["predicted_seconds"]["total"])
         print(f"{work[0].upper()}{work[1:]}, about {about}", file=sys.stderr)
