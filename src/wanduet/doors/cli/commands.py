@@ -58,12 +58,15 @@ class Ways:
     embeddings: tuple[Path, ...] = ()
 
 
+AS_USUAL = Ways()
+
+
 def run_generate(
     request: GenerationRequest,
     config: EngineConfig,
     options: OutputOptions,
     output: Place,
-    ways: Ways,
+    ways: Ways = AS_USUAL,
 ) -> dict[str, Any]:
     """Make a request's videos. `options.path` is a file, or a folder for a name derived from the prompt."""
     check_attention(config)
