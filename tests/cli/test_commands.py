@@ -369,6 +369,8 @@ def test_batch(wanduet, work: Path) -> None:
     assert len({v["output"] for v in videos}) == 3
     assert all((work / v["output"]).exists() for v in videos)
     assert ran.json["failed"] == 0
+    for number in (1, 2, 3):
+        assert re.search(rf"^Video {number} of 3, .+ left for all: ", ran.err, re.MULTILINE)
 
 
 def test_videos_at_given_timesteps_and_their_verification(wanduet, work: Path) -> None:

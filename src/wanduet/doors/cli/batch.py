@@ -57,8 +57,8 @@ def run_batch(
             while waiting and len(work) < AHEAD:
                 work.append(batch.begin(waiting.popleft()))
             one = work.popleft()
-            about = total.text(time.monotonic())
-            print(f"{about[0].upper()}{about[1:]}: {one.title}", file=sys.stderr)
+            about = total.place if one.job is None else total.text(time.monotonic())
+            print(f"{about}: {one.title}", file=sys.stderr)
             interrupted = False
             if one.job is not None:
                 interrupted = follow(one.job, total)

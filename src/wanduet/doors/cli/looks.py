@@ -50,6 +50,24 @@ def text_of_versions(versions: Mapping[str, Any]) -> str:
     return "Versions: " + ", ".join(f"{name} {printable(str(version))}" for name, version in versions.items())
 
 
+def show_verified(console: Console, found: Mapping[str, Any]) -> None:
+    """Print whether a video that was made again is the same, and if not, in what it and its making differ."""
+    name, count = printable(str(found["video"])), found["num_frames"]
+    if found["equal"]:
+        console.print(f"{name} was made again, and all {count} frames are equal.")
+        return
+    different = found["different_frames"]
+    where = f"{len(different)} of {count} frames differ" if different else "the number of frames differs"
+    first = f", the first of them is frame {different[0]}" if different else ""
+    console.print(f"{name} was made again, and {where}{first}.")
+    if not found["model_equal"]:
+        console.print("It was made with other weights than these.")
+    then, now = found["versions_then"], found["versions_now"]
+    changed = {key: now[key] for key in now if isinstance(then, Mapping) and then.get(key) != now[key]}
+    for key, version in changed.items():
+        console.print(f"{key} was {printable(str(then.get(key)))}, and is {version}.")
+
+
 def show_inspected(console: Console, found: Mapping[str, Any]) -> None:
     """Print what a file is in sentences, then what else is known in a table."""
     name = printable(str(found.get("path", "")).replace("\\", "/").rpartition("/")[2]) or "It"

@@ -44,14 +44,15 @@ class Pace:
             self._marks.append((now, done))
 
     def text(self, total: int, now: float) -> str:
-        """Return `11.2 s a step, 6.3 min left`; "" until two marks are known, and at the end."""
-        if len(self._marks) < 2 or self._marks[-1][1] >= total:
+        """Return `11.2 s a step, 6.3 min left`, at the end without what is left; "" until two marks are known."""
+        if len(self._marks) < 2:
             return ""
         (began, before), (last, done) = self._marks[0], self._marks[-1]
         each = (last - began) / (done - before)
         left = max(0.0, each * (total - done) - (now - last))
         pace = f"{each:.3g} s a {self._unit}" if each >= 1 else f"{1 / max(each, 1e-9):.3g} {self._unit}s a second"
-        return f"{pace}, {format_seconds(left)} left" if self._unit else f"{format_seconds(left)} left"
+        parts = [pace] * (self._unit is not None) + [f"{format_seconds(left)} left"] * (done < total)
+        return ", ".join(parts)
 
 
 @dataclass
@@ -76,9 +77,14 @@ class Batch:
         slower = (since - self.began) / self.made if self.made else 1.0
         return max(0.0, planned * slower - (now - since))
 
+    @property
+    def place(self) -> str:
+        """`Video 3 of 10`."""
+        return f"Video {self.number + 1} of {len(self.predicted)}"
+
     def text(self, now: float) -> str:
-        """Return `video 3 of 10, 25 min left for all`."""
-        return f"video {self.number + 1} of {len(self.predicted)}, {format_seconds(self.left(now))} left for all"
+        """Return `Video 3 of 10, 25 min left for all`."""
+        return f"{self.place}, {format_seconds(self.left(now))} left for all"
 
 
 class _Pace(ProgressColumn):

@@ -8,12 +8,12 @@ from rich.table import Column, Table
 
 from wanduet.config import format_bytes
 from wanduet.doors.cli.checklist import show_doctor
-from wanduet.doors.cli.looks import show_bench, show_inspected
+from wanduet.doors.cli.looks import show_bench, show_inspected, show_verified
 from wanduet.doors.cli.plans import show_plan
 from wanduet.doors.cli.tables import fields
 from wanduet.untrusted import printable
 
-_HIDDEN = ("settings", "versions_then", "versions_now")
+_HIDDEN = ("settings",)
 TABLE_WIDTH = 200  # the most columns of prices' table, more than it needs
 KINDS = ("rungs", "accelerators", "fewer_steps")  # the rows of prices
 
@@ -34,6 +34,8 @@ def show(value: Mapping[str, Any]) -> None:
         show_doctor(console, value)
     elif "seconds_per_step" in value:
         show_bench(console, value)
+    elif "equal" in value and "different_frames" in value:
+        show_verified(console, value)
     elif "kind" in value:
         show_inspected(console, value)
     elif "timings" in value and "output" in value:
