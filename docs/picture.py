@@ -79,7 +79,8 @@ def film_of_page() -> None:
         while not page.locator("#player").count():
             pictures.append(_shot(page))
             page.wait_for_timeout(SHOT_MS)
-        page.wait_for_function("document.querySelector('#player').readyState >= 2")
+        while not page.evaluate("document.querySelector('#player').readyState >= 2"):
+            page.wait_for_timeout(SHOT_MS)
         for _ in range(LAST_SHOTS):
             pictures.append(_shot(page))
             page.wait_for_timeout(SHOT_MS)

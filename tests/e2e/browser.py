@@ -5,15 +5,11 @@ import re
 import shutil
 import socketserver
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
-
-try:
-    from playwright.sync_api import TimeoutError as PlaywrightTimeout
-except ImportError:  # then the tests skip themselves
-    PlaywrightTimeout = TimeoutError  # type: ignore[assignment,misc]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -25,6 +21,7 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE = 180.0  # seconds for anything to happen: the machine may be busy with other things
+_SHOWN = "(document.querySelector('.details code')?.textContent || '')"
 SHOTS = os.environ.get("WANDUET_SCREENSHOTS")  # a folder for pictures of the page
 
 
@@ -57,10 +54,10 @@ def open_page(browser: Any, url: str, **options: Any) -> Iterator[Any]:
 
 
 def alive(page: Any) -> None:
-    """Wait until the page has heard from the server, and a worker is up."""
+    """Wait until the page has news from the server, a worker is up, and the plan is known."""
     page.get_by_role("button", name="Generate").wait_for()
     page.locator("#top").get_by_text("· ready").wait_for()
-    page.locator("#plan .message").wait_for()
+    planned(page)
 
 
 def strangers(page: Any) -> set[str]:
@@ -70,31 +67,42 @@ def strangers(page: Any) -> set[str]:
     return (hosts - {own}) | set(page.refused)
 
 
+def planned(page: Any) -> None:
+    """Wait until the plan is that of the form as it is."""
+    until(page, "() => document.querySelector('#plan:not(.waiting) .message') !== null")
+
+
+def until(page: Any, condition: str, arg: Any = None) -> None:
+    """Wait until a function of JavaScript returns true. Unlike `wait_for_function`, it needs no `eval` in the page."""
+    wait(page, lambda: page.evaluate(condition, arg))
+
+
+def wait(page: Any, condition: Callable[[], Any]) -> None:
+    """Wait until a condition is true, while the page's events are handled."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        page.wait_for_timeout(30)
+
+
 def describe(page: Any, prompt: str, **settings: Any) -> None:
-    """Fill the form: the prompt, and `Steps` or `Seed` by their labels."""
+    """Fill the form: the prompt, and settings by their labels."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
-    if settings and not page.get_by_label("Seed").is_visible():
-        page.get_by_text("All settings").click()
+    if settings:
+        unfold(page)
     for label, value in settings.items():
-        field, words = {
-            "Seed": (page.get_by_label("Seed"), f"seed {value}"),
-            "Steps": (page.get_by_label("number input for Steps"), f"{value} steps"),
-        }[label]
-        answer = page.locator("#plan").get_by_text(words)
-        for _ in range(20):  # a field that has just been unfolded may forget what was put into it at once
-            field.fill(str(value))
-            field.press("Tab")
-            try:
-                answer.wait_for(timeout=1000 * PATIENCE / 20)
-                break
-            except PlaywrightTimeout:
-                continue
-        answer.wait_for()
+        page.get_by_label(label, exact=True).fill(str(value))
+
+
+def unfold(page: Any) -> None:
+    """Show all settings."""
+    if not page.get_by_label("Seed", exact=True).is_visible():
+        page.get_by_text("All settings").click()
 
 
 def pick(page: Any, preset: str) -> None:
     """Choose one of the presets by its label."""
-    page.locator("#presets label", has_text=preset).click()
+    page.get_by_role("radio", name=preset, exact=True).check()
 
 
 def generate(page: Any) -> str:
@@ -106,33 +114,29 @@ def generate(page: Any) -> str:
 
 def wait_for_another(page: Any, before: str) -> str:
     """Until the page shows another job than `before`; returns its id."""
-    page.wait_for_function(
-        "before => { const code = document.querySelector('.details code'); return code && code.textContent !== before }",
-        arg=before,
-    )
+    until(page, f"before => !['', before].includes({_SHOWN})", before)
     return shown(page)
 
 
 def wait_for_job(page: Any, job: str) -> None:
     """Until the page shows this job."""
-    page.wait_for_function("job => document.querySelector('.details code')?.textContent === job", arg=job)
+    until(page, f"job => {_SHOWN} === job", job)
 
 
 def shown(page: Any) -> str:
     """The id of the job that the page shows; empty if none."""
-    code = page.locator(".details code")
-    return str(code.inner_text()) if code.count() else ""
+    return str(page.evaluate(f"() => {_SHOWN}"))
 
 
-def play(page: Any) -> None:
-    """Wait until the shown video plays."""
-    page.locator("#player").wait_for()
-    page.wait_for_function("document.querySelector('#player').readyState >= 2")
+def play(page: Any, job: str) -> None:
+    """Wait until the video of this job is shown and plays."""
+    wait_for_job(page, job)
+    until(page, "() => document.querySelector('#player')?.readyState >= 2")
 
 
 def prompt_becomes(page: Any, text: str) -> None:
     """Wait until the form's prompt is this."""
-    page.wait_for_function("text => document.querySelector('textarea').value === text", arg=text)
+    until(page, "text => document.querySelector('#prompt').value === text", text)
 
 
 def shot(page: Any, name: str) -> None:

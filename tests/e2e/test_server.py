@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from real_server import LONGER, PATIENCE, PROMPT, Server, serving, wait_until
+from safetensors.numpy import save_file
 
 from wanduet.media.read import probe, read_metadata
+from wanduet.weights.hub import open_model
+from wanduet.weights.manifest import file_sha256
 
 openai = pytest.importorskip("openai")
 pytestmark = [
@@ -72,6 +75,50 @@ def test_remix_list_and_delete(client: Any, server: Server, video: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(remix.id)
     assert not list((server.data / "videos").glob(f"{remix.id}*"))
+
+
+def write_lora(path: Path, value: float) -> str:
+    """A LoRA for the miniature in the folder of a server; returns its hash."""
+    spec = open_model("miniature").spec.transformer
+    tensors = {}
+    for block in range(spec.num_layers):
+        name = f"diffusion_model.blocks.{block}.self_attn.q"
+        tensors[f"{name}.lora_A.weight"] = np.full((2, spec.dim), value, np.float32)
+        tensors[f"{name}.lora_B.weight"] = np.full((spec.dim, 2), value, np.float32)
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return file_sha256(path)
+
+
+def test_a_video_with_a_lora(client: Any, server: Server, video: Any, tmp_path: Path) -> None:
+    """Its metadata and its object have the file's hash, and a page that reads them submits the same again."""
+    sha256 = write_lora(server.data / "loras" / "style.safetensors", 0.3)
+    extra = {**EXTRA, "num_inference_steps": 6, "loras": [{"name": "style.safetensors", "strength": 0.8}]}
+    made = client.videos.create_and_poll(prompt=PROMPT, size="64x48", extra_body=extra, poll_interval_ms=100)
+    assert made.status == "completed", made.error
+    record = {"name": "style.safetensors", "strength": 0.8, "sha256": sha256}
+    assert made.loras == [record]
+    (tmp_path / "video.mp4").write_bytes(client.videos.download_content(made.id).read())
+    assert read_metadata(tmp_path / "video.mp4")["request"]["loras"] == [record]
+    assert not np.array_equal(server.frames(made.id), server.frames(video.id))
+    again = client.videos.poll(client.videos.remix(made.id, prompt=PROMPT).id, poll_interval_ms=100)
+    assert np.array_equal(server.frames(again.id), server.frames(made.id))
+
+
+@pytest.mark.parametrize("how", ["changed", "deleted"])
+def test_a_queued_job_uses_no_other_file_than_it_was_accepted_with(server: Server, how: str) -> None:
+    path = server.data / "loras" / f"{how}.safetensors"
+    write_lora(path, 0.3)
+    before = [server.create(**LONGER) for _ in range(2)]  # as many as are in the engine at once
+    queued = server.create(lora_name=path.name)
+    path.unlink()
+    if how == "changed":
+        write_lora(path, 0.2)
+    for job in before:
+        assert server.http.post(f"/v1/videos/{job['id']}/cancel").status_code == 200
+    error = server.wait(queued["id"])["error"]
+    assert (error["code"], path.name in error["message"]) == ("lora_lost", True)
+    assert str(server.data) not in error["message"]
 
 
 def test_events_show_progress_and_the_video_taking_shape(server: Server) -> None:

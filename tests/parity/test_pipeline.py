@@ -190,7 +190,7 @@ def test_another_scheduler(oracle, pipe) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"height": 30}, {"guidance_scale_2": 3.0}, {"attention_kwargs": {"scale": 0.5}}, {"output_type": "jpg"},
+        {"height": 30}, {"guidance_scale_2": 3.0}, {"attention_kwargs": {"scales": 0.5}}, {"output_type": "jpg"},
         {"callback_on_step_end_tensor_inputs": ["noise"]}, {"prompt": None}, {"negative_prompt": ["a", "b"]},
         {"latents": torch.zeros(1, 16, 1, 1, 1)},
         {"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(1, 8, 32)}, {"negative_prompt": 5},

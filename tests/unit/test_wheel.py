@@ -27,6 +27,13 @@ def test_the_wheel_is_the_package(files: set[str]) -> None:
     assert "wanduet/py.typed" in files
 
 
+def test_the_wheel_has_the_pages_files(files: set[str]) -> None:
+    static = PACKAGE / "doors" / "page" / "static"
+    expected = {path.relative_to(PACKAGE.parent).as_posix() for path in static.iterdir()}
+    assert {name for name in files if "/static/" in name} == expected
+    assert "wanduet/doors/page/static/index.html" in expected
+
+
 def test_of_the_miniature_the_wheel_has_weights_and_vocabulary_alone(files: set[str]) -> None:
     expected = {"__init__.py", "vocabulary.py"}
     for model in ("model", "fast"):

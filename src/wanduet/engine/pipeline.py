@@ -101,13 +101,13 @@ class Engine:
     def submit(
         self,
         request: GenerationRequest,
-        output: OutputOptions,
+        output: OutputOptions | str | Path,
         on_step: OnStep | None = None,
         watch: Watch | None = None,
         leave_decode: Callable[[], bool] | None = None,
         on_predict: OnPredict | None = None,
     ) -> Job:
-        """Check, plan and queue a request.
+        """Check, plan and queue a request. `output`: a path alone is that of an H.264 video.
 
         `on_step` is called after each step and may change the latents; it does not work with a group of ranks. `watch`
         is called too, but only sees the latents, and works with a group. `leave_decode` is called once the latents are
@@ -118,9 +118,10 @@ class Engine:
         engine is closed or closes meanwhile. It also raises OutputError if an unfinished job, of this engine or of
         another program, writes one of the files.
         """
+        output = OutputOptions(Path(output)) if isinstance(output, str | Path) else output
         if not isinstance(request, GenerationRequest) or not isinstance(output, OutputOptions):
             raise TypeError(
-                "submit takes a GenerationRequest and OutputOptions, for example OutputOptions('clip.mp4')."
+                "submit takes a GenerationRequest and a path or OutputOptions, for example OutputOptions('clip.mp4')."
             )
         self._check_open()
         self._check_input(request)

@@ -34,6 +34,7 @@ from wanduet.jobs.records import (
     InputLostError,
     JobError,
     Lease,
+    LoraLostError,
     OutputFile,
     StaleLeaseError,
     UnknownJobError,
@@ -280,6 +281,8 @@ class Attempt:
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
         if isinstance(error, InvalidRequestError) and error.field == "input_video":
             error = self._of_input(error)
+        if isinstance(error, InvalidRequestError) and error.field == "loras":
+            error = LoraLostError(error.given)
         if error.__cause__ is not None or bool(
             getattr(error, "details", "")
         ):  # a rank's traceback, or the error behind this one

@@ -200,6 +200,19 @@ class InputLostError(WanduetError):
     code: ClassVar[str] = "input_lost"
 
 
+class LoraLostError(WanduetError):
+    """A LoRA of a job has another content than when the job was submitted, or this worker does not have it."""
+
+    code: ClassVar[str] = "lora_lost"
+
+    def __init__(self, name: object) -> None:
+        super().__init__(
+            f"The LoRA {name} is not what it was when the job was submitted: its file has changed, or is missing in this "
+            "worker's folder of LoRA.",
+            hint="Submit the job again.",
+        )
+
+
 class UnknownJobError(WanduetError):
     """There is no such job, or it belongs to another owner."""
 

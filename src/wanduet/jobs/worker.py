@@ -68,8 +68,9 @@ class WorkerSettings:
         """Parse what `to_json` returned."""
         values = json.loads(text)
         config = values["config"]
-        if config["data_dir"] is not None:
-            config["data_dir"] = Path(config["data_dir"])
+        for name in ("data_dir", "lora_dir"):
+            if config[name] is not None:
+                config[name] = Path(config[name])
         runner = values["runner"]
         attempt, hangs = AttemptSettings(**runner.pop("attempt")), HangSettings(**runner.pop("hangs"))
         return cls(

@@ -6,7 +6,8 @@ its weights are in one of the folders that `find_decoder` searches, otherwise a 
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,23 +37,37 @@ MIN_PAUSE = 0.5  # seconds between two previews
 class Step(Protocol):
     """The fields of `wanduet.sampling.denoise.StepInfo` that a preview needs."""
 
-    step: int  # from 0
-    num_steps: int
-    sigma: float  # before the step
-    latents: Tensor  # after the step
+    @property
+    def step(self) -> int:
+        """From 0."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the denoise."""
+
+    @property
+    def sigma(self) -> float:
+        """Before the step."""
+
+    @property
+    def latents(self) -> Tensor:
+        """After the step."""
 
 
 class Previews:
-    """The engine's `watch` callback for one job: writes the previews of its denoise to `path`. Never raises."""
+    """The engine's `watch` callback for one job. Never raises.
+
+    `target`: the file that previews of the denoise are written to, or a function that takes them.
+    """
 
     def __init__(
         self,
-        path: Path,
+        target: Path | Callable[[bytes], None],
         colours: LatentToRGB | None,
         request: GenerationRequest,
         decoder: DecodedPictures | None = None,
     ) -> None:
-        self._path = path
+        self._write = partial(write_picture, target) if isinstance(target, Path) else target
         self._colours = colours
         self._fps = max(1.0, (request.fps or 16) / TEMPORAL_STRIDE)
         self._decoder = decoder
@@ -95,13 +110,6 @@ class Previews:
                 self._decoder = None
         return None if self._colours is None else moving_picture(self._colours(latents), self._fps)
 
-    def _write(self, picture: bytes) -> None:
-        """Replace the picture atomically, without fsync: it need not survive a power cut."""
-        make_folder(self._path.parent)
-        partial = self._path.with_suffix(".partial")
-        partial.write_bytes(picture)
-        replace_file(partial, self._path)
-
 
 def watch_job(models: "Models", data_folder: Path, path: Path, request: GenerationRequest) -> Previews:
     """A `watch` callback for a job of an engine with these models, which writes to `path`."""
@@ -135,3 +143,11 @@ def moving_picture(frames: Frame, fps: float, longest_side: int = LONGEST_SIDE) 
         buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 * step / fps), loop=0, quality=70
     )
     return buffer.getvalue()
+
+
+def write_picture(path: Path, picture: bytes) -> None:
+    """Replace a picture atomically, without fsync: it need not survive a power cut."""
+    make_folder(path.parent)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_bytes(picture)
+    replace_file(unfinished, path)

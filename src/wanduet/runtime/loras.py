@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -30,6 +30,7 @@ class LoraFiles:
         self._checkpoint = checkpoint
         self._lock = Lock()
         self._read: OrderedDict[_State, Adapter] = OrderedDict()
+        self.given: Mapping[str, Adapter] = {}  # by their hashes: used in place of files
 
     def resolve(self, request: ResolvedRequest) -> ResolvedRequest:
         """Return the request with absolute paths (not of names in the operator's folder) and the files' hashes.
@@ -90,7 +91,9 @@ class LoraFiles:
         ]
 
     def read(self, lora: Lora) -> Adapter:
-        """Return the adapter, read at its first use. Raises as `resolve` does."""
+        """Return the adapter, read at its first use, or the given one of its hash. Raises as `resolve` does."""
+        if lora.sha256 is not None and lora.sha256 in self.given:
+            return self.given[lora.sha256]
         path = self._path(lora)
         try:
             files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -136,22 +136,21 @@ def test_a_new_field_is_in_the_servers_body(changed: ModuleType) -> None:
 
 def test_a_new_field_is_in_the_pages_form(changed: ModuleType) -> None:
     from wanduet.doors.http.schemas import RequestLimits
-    from wanduet.doors.page.forms import FORM_FIELDS, default_form, form_rows, widget
+    from wanduet.doors.page.forms import FORM_FIELDS, default_form, describe, form_rows
 
     start, limits = default_form(WAN_1_3B.defaults), RequestLimits()
-    parts = {name: widget(FORM_FIELDS[name], start[name], limits) for row in form_rows() for name in row}
-    assert {arguments["label"]: kind for kind, arguments in map(parts.get, NEW)} == {
-        "Force": "Textbox", "Overlap": "Slider", "Look": "Dropdown", "Tiled": "Checkbox", "Style": "Textbox",
+    parts = {name: describe(FORM_FIELDS[name], start[name], limits) for row in form_rows() for name in row}
+    assert {parts[name]["label"]: parts[name]["kind"] for name in NEW} == {
+        "Force": "short", "Overlap": "number", "Look": "choice", "Tiled": "switch", "Style": "text",
     }  # fmt: skip
-    assert parts["marks"][0] == "Textbox"
-    slider, menu = parts["overlap"][1], parts["look"][1]
-    assert [slider[name] for name in ("minimum", "maximum", "value")] == [1, 4, 2]
-    assert (menu["choices"], menu["value"]) == (["plain", "film"], "plain")
+    assert (parts["marks"]["kind"], parts["marks"]["replaces"]) == ("short", ["overlap"])
+    assert [parts["overlap"][name] for name in ("min", "max")] == [1, 4]
+    assert (parts["look"]["choices"], parts["look"]["help"]) == (["plain", "film"], "The grain of the picture.")
 
 
 def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with_it(changed: ModuleType) -> None:
     from wanduet.doors.http.schemas import RequestLimits, to_request
-    from wanduet.doors.page import views
+    from wanduet.doors.page import words
     from wanduet.doors.page.forms import default_form, fields_of, form_of
     from wanduet.jobs.records import StoredJob
 
@@ -168,17 +167,20 @@ def test_what_is_chosen_for_a_new_field_on_the_page_is_in_the_job_and_shown_with
     marked = to_request(fields_of(listed), WAN_1_3B, RequestLimits()).model_dump()
     assert form_of(marked, defaults)["marks"] == LISTED
     assert form_of(request, {**defaults, "marks": LISTED})["marks"] == "", "the model's default was not used"
-    marked_details = views.details(StoredJob("video_" + "0" * 32, "local", "m", marked, "completed"))
-    assert "<dt>Key frames</dt><dd>900, 2.5</dd>" in marked_details
-    details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
-    assert "<dt>Force</dt><dd>0.5</dd>" in details
-    assert "<dt>Look</dt><dd>film</dd>" in details
-    assert "<dt>Tiled</dt><dd>on</dd>" in details
-    older = {name: value for name, value in request.items() if name not in NEW}
-    assert "Force" not in views.details(StoredJob("video_" + "0" * 32, "local", "m", older, "completed"))
+
+    def rows(values: dict[str, object]) -> dict[str, str]:
+        return dict(words.card(StoredJob("video_" + "0" * 32, "local", "m", values, "completed"))["rows"])
+
+    assert rows(marked)["Key frames"] == "900, 2.5"
+    assert {name: rows(request)[name] for name in ("Force", "Look", "Tiled")} == {
+        "Force": "0.5", "Look": "film", "Tiled": "on",
+    }  # fmt: skip
+    assert "Force" not in rows({name: value for name, value in request.items() if name not in NEW})
     with pytest.raises(InvalidRequestError) as refused:
         to_request(fields_of({**form, "novelty": "7"}), WAN_1_3B, RequestLimits())
-    assert "Force: 7 does not work, 1 does." in views.refusal(refused.value)
+    answer = words.refusal(refused.value, form)
+    assert answer["text"] == "Force: 7 does not work, 1 does."
+    assert answer["fixes"] == [{"text": "Use force 1", "set": {"novelty": 1}}]
 
 
 def test_a_new_file_is_a_part_of_the_servers_form_and_no_field_of_its_json(changed: ModuleType) -> None:
@@ -191,35 +193,27 @@ def test_a_new_file_is_a_part_of_the_servers_form_and_no_field_of_its_json(chang
 
 def test_a_new_file_is_uploaded_on_the_page_and_what_needs_it_goes_with_it(changed: ModuleType) -> None:
     from wanduet.doors.http.schemas import RequestLimits
-    from wanduet.doors.page import views
+    from wanduet.doors.page import words
     from wanduet.doors.page.clips import Clip
     from wanduet.doors.page.forms import (
         FILE_FIELDS,
         FORM_FIELDS,
         clips_of,
         default_form,
+        describe,
         fields_of,
         form_of,
         form_rows,
-        needing,
-        widget,
     )
     from wanduet.jobs.records import StoredJob
 
     start = default_form(WAN_1_3B.defaults)
     assert FILE_FIELDS == ("input_video", "mask")
-    assert needing("mask") == ["feather"]
     assert {"mask", "feather"}.isdisjoint(name for row in form_rows() for name in row), "they are no settings"
-    kind, slider = widget(FORM_FIELDS["feather"], start["feather"], RequestLimits())
-    assert (kind, slider["minimum"], slider["maximum"], slider["value"], slider["visible"]) == (
-        "Slider",
-        0,
-        8,
-        2,
-        False,
-    )
-    assert slider["info"] == "How soft the mask's border is."
-    assert widget(FORM_FIELDS["mask"], start["mask"], RequestLimits()) == ("State", {"value": None}), "not a text box"
+    slider = describe(FORM_FIELDS["feather"], start["feather"], RequestLimits())
+    assert [slider[name] for name in ("kind", "min", "max", "needs")] == ["number", 0, 8, "mask"]
+    assert start["feather"] == 2
+    assert describe(FORM_FIELDS["mask"], start["mask"], RequestLimits())["kind"] == "file", "not a text box"
     form = {**start, "prompt": "x", "mask": Clip("mask.mp4")}
     assert (clips_of(start), clips_of(form)) == ({}, {"mask": form["mask"]})
     assert "feather" not in fields_of(start)
@@ -227,9 +221,8 @@ def test_a_new_file_is_uploaded_on_the_page_and_what_needs_it_goes_with_it(chang
     assert "mask" not in fields_of(form), "the browser sends it"
     request = {"prompt": "x", "mask": "sha256:0", "feather": 3.5}
     assert form_of(request, start)["mask"] is None, "a file is not taken from its name"
-    details = views.details(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))
-    assert "<dt>Feather</dt><dd>3.5</dd>" in details
-    assert "<dt>Made from</dt><dd>a mask</dd>" in details
+    rows = dict(words.card(StoredJob("video_" + "0" * 32, "local", "m", request, "completed"))["rows"])
+    assert (rows["Feather"], rows["Made from"]) == ("3.5", "a mask")
 
 
 def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
@@ -248,14 +241,14 @@ def test_a_new_field_is_in_the_docs(changed: ModuleType) -> None:
 @pytest.mark.parametrize("field", REQUEST_FIELDS.values(), ids=lambda field: field.name)
 def test_what_the_page_and_the_server_let_through_is_allowed(field: RequestField) -> None:
     from wanduet.doors.http.schemas import RequestLimits
-    from wanduet.doors.page.forms import FORM_FIELDS, default_form, widget
+    from wanduet.doors.page.forms import FORM_FIELDS, default_form, describe
 
     assert field.help.endswith(".")
     limits = RequestLimits()
     values = [limits.of(field)]
     if field.name in FORM_FIELDS:
-        _, arguments = widget(field, default_form(WAN_1_3B.defaults)[field.name], limits)
-        values += [arguments.get("minimum"), arguments.get("maximum"), *arguments.get("choices", ())]
+        about = describe(field, default_form(WAN_1_3B.defaults)[field.name], limits)
+        values += [about.get("min"), about.get("max"), *about.get("choices", ())]
     for value in values:
         if value is not None:
             assert getattr(GenerationRequest.parse(**{"prompt": "x", field.name: value}), field.name) == value

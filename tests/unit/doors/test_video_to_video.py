@@ -49,7 +49,7 @@ def latents(pipe, video: Any = VIDEO, **call: Any) -> torch.Tensor:
         ({"video": None}, "video or latents"), ({"latents": torch.zeros(1, 16, 2, 4, 4)}, "not both"),
         ({"strength": -0.1}, "strength"), ({"strength": 1.1}, "strength"), ({"strength": "0.5"}, "strength"),
         ({"strength": float("nan")}, "strength"), ({"timesteps": [900, 500]}, "timesteps"), ({"height": 40}, "16"),
-        ({"height": None}, "height"), ({"attention_kwargs": {"scale": 1.0}}, "attention_kwargs"),
+        ({"height": None}, "height"), ({"attention_kwargs": {"mask": 1}}, "attention_kwargs"),
         ({"prompt": None}, "prompt"), ({"output_type": "jpg"}, "output_type"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"), ({"generator": [torch.Generator()] * 2}, "2 gen"),
     ],

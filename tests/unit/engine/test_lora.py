@@ -125,6 +125,39 @@ def test_the_texts_keys_are_projected_again_where_the_set_changes(alone: Engine,
     assert cut.equal(whole)
 
 
+APG: dict[str, Any] = {"guidance_mode": "apg", "guidance_scale": 5.0, "num_inference_steps": 6}
+
+
+def test_apg_goes_on_bit_for_bit_where_a_strength_changes(alone: Engine, folder: Path, tmp_path: Path) -> None:
+    """Cancelled after the change at half of the steps."""
+    style = str(folder / "style.safetensors")
+    loras = (f"{style}:0.5@0-0.5", f"{style}:1@0.5-1")
+    whole = latents(alone, tmp_path / "whole.mkv", *loras, **APG)
+    request = GenerationRequest.parse(**(REQUEST | APG), loras=loras)
+
+    def cancel(info: Any) -> None:
+        if info.step == 3:
+            job.cancel()
+
+    job = alone.submit(request, OutputOptions(tmp_path / "cut.mkv", "ffv1", save_latents=True), watch=cancel)
+    with pytest.raises(CancelledError):
+        job.result(120)
+    steps: list[int] = []
+    again = OutputOptions(tmp_path / "cut.mkv", "ffv1", save_latents=True, resume=True)
+    alone.submit(request, again, watch=lambda info: steps.append(info.step)).result(120)
+    assert steps == [4, 5]
+    assert load_latents(tmp_path / "cut.mkv.latents.safetensors")[0].equal(whole)
+
+
+def test_apg_keeps_its_momentum_where_weights_are_merged_again(alone: Engine, tmp_path: Path) -> None:
+    """A LoRA that changes nothing, with other strengths in the second half, gives the job without LoRA."""
+    nothing = str(write_lora(tmp_path / "nothing.safetensors", 1, size=0.0))
+    halves = (f"{nothing}:0.5@0-0.5", f"{nothing}:1@0.5-1")
+    plain = latents(alone, tmp_path / "plain.mkv", **APG)
+    assert latents(alone, tmp_path / "halves.mkv", *halves, **APG).equal(plain)
+    assert not latents(alone, tmp_path / "cfg.mkv", **(APG | {"guidance_mode": "cfg"})).equal(plain)
+
+
 def test_metadata_and_what_is_resumed(alone: Engine, folder: Path, tmp_path: Path) -> None:
     style = folder / "style.safetensors"
     latents(alone, tmp_path / "a.mkv", f"{style}:0.5")

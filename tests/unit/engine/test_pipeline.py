@@ -1,6 +1,7 @@
 """Jobs through the whole engine, with the miniature."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -360,9 +361,18 @@ def test_events_end_for_whoever_reads_them_again(submit) -> None:
     assert [event.phase for event in job.events()] == ["done"]
 
 
+def test_the_example_of_the_docs_runs(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDUET_DATA_DIR", str(config.data_dir))
+    page = (Path(__file__).parents[3] / "docs" / "python.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Engine(" in block)
+    exec(example, {"__name__": "__main__"})
+    assert (tmp_path / "circle.mp4").stat().st_size > 0
+
+
 def test_what_is_no_request_is_refused_in_a_sentence(engine, tmp_path) -> None:
     request = GenerationRequest.parse(prompt="x", height=32, width=32, num_frames=5)
-    for arguments in (("x", OutputOptions(tmp_path / "a.mp4")), (request, tmp_path / "a.mp4")):
-        with pytest.raises(TypeError, match="submit takes a GenerationRequest and OutputOptions"):
+    for arguments in (("x", OutputOptions(tmp_path / "a.mp4")), (request, None)):
+        with pytest.raises(TypeError, match="submit takes a GenerationRequest and a path or OutputOptions"):
             engine.submit(*arguments)
     assert OutputOptions("a.mp4").video_path(1, 2) == Path("a-2.mp4").absolute()

@@ -12,10 +12,10 @@ from wanduet.doors.http.capacity import find_capacity
 from wanduet.doors.http.errors import ApiError
 from wanduet.doors.http.gates import Gate
 from wanduet.doors.http.keys import KeyRing
-from wanduet.doors.http.limits import MAX_PAGE_BYTES, MAX_UPLOAD_BYTES, UPLOAD_PATH
+from wanduet.doors.http.limits import MAX_UPLOAD_BYTES, UPLOAD_PATH
 
-WRITES = ["/v1/videos", "/v1/videos/x/remix", "/login", "/logout", UPLOAD_PATH, "/gradio_api/queue/join",
-          "/gradio_api/upload", "/gradio_api/cancel", "/gradio_api/run/x", "/", "/nothing"]  # fmt: skip
+WRITES = ["/v1/videos", "/v1/videos/x/remix", "/login", "/logout", UPLOAD_PATH, "/page/plan", "/page/fields",
+          "/page/follow", "/page/videos/x/again", "/", "/nothing"]  # fmt: skip
 GOOD = {"host": "127.0.0.1"}
 
 
@@ -72,16 +72,10 @@ def test_every_route_asks_for_the_key_before_it_reads(make_api: Any, store: Any)
     check_keys(make_api(keys=keys).app)
 
 
-def test_pages_send_less_than_programs() -> None:
-    limits = http_limits.BodyLimits(2**20)
-    assert limits.bytes_at("/gradio_api/queue/join") == MAX_PAGE_BYTES < limits.bytes_at("/v1/videos") == 2**20
-    assert http_limits.BodyLimits(1000).bytes_at("/gradio_api/queue/join") == 1000
-
-
 def test_nothing_speaks_over_a_websocket(api: Any) -> None:
     from starlette.websockets import WebSocketDisconnect
 
-    with pytest.raises(WebSocketDisconnect) as closed, api.http.websocket_connect("/gradio_api/queue/join"):
+    with pytest.raises(WebSocketDisconnect) as closed, api.http.websocket_connect("/page/events"):
         pass
     assert closed.value.code == 1008
 

@@ -1,8 +1,8 @@
-"""The page's HTML, its gate, its actions; in a browser it is tested in tests/e2e."""
+"""The page's routes, words and actions; in a browser it is tested in tests/e2e."""
 
-import asyncio
-import gc
+import json
 import math
+import re
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,46 +12,70 @@ import pytest
 from api import CONTENT, Api
 from fastapi.testclient import TestClient
 from page_jobs import JOB
-from structlog.testing import capture_logs
 from test_limits import check_keys, check_refusals
 
 from wanduet.config import EngineConfig
 from wanduet.doors.http.errors import ApiError
 from wanduet.doors.http.keys import KeyRing
-from wanduet.doors.http.restore import add_restore
-from wanduet.doors.page import views
+from wanduet.doors.page import words
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.forms import Presets, default_form, fields_of
-from wanduet.doors.page.routes import PageGate
-from wanduet.errors import InvalidRequestError, WanduetError
+from wanduet.doors.page.app import mount_page
+from wanduet.doors.page.forms import Form, Presets, default_form, fields_of
+from wanduet.doors.page.routes import STATIC
+from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
 from wanduet.source_video import SourceVideo
 
-STATES = [
-    JOB,
-    replace(JOB, status="in_progress", phase="denoise", progress=42.4, seconds_left=75.0),
-    replace(JOB, status="completed", progress=100.0, started_at=1.0, completed_at=63.0),
-    replace(JOB, status="failed", error=JobError("out_of_memory", "<b>no</b> memory")),
-    replace(JOB, status="failed", error=JobError("cancelled", "The job was cancelled.")),
-]
+
+class Page:
+    """A client of a server with the page."""
+
+    def __init__(self, api: Api, **config: Any) -> None:
+        self.api = api
+        self.config = EngineConfig(data_dir=api.store.files.folder, **config)
+        self.actions = PageActions(api.context, self.config)
+        self.http = TestClient(
+            mount_page(api.app, self.config),
+            base_url="http://127.0.0.1:8000",
+            raise_server_exceptions=False,
+            follow_redirects=False,
+        )
+
+    def form(self, **fields: Any) -> Form:
+        return {**self.actions.defaults(), "prompt": "x", **fields}
+
+    def submit(self, form: Form) -> StoredJob:
+        """Submit a form as the browser does: its fields, from the page's route, to the API."""
+        answer = self.http.post("/page/fields", json=form).json()
+        assert "fields" in answer, answer
+        made = self.http.post("/v1/videos", json=answer["fields"])
+        assert made.status_code == 200, made.text
+        return self.api.store.get(made.json()["id"])
 
 
-@pytest.mark.parametrize("job", STATES, ids=lambda job: views.title(job))
-def test_what_users_wrote_is_escaped(job: StoredJob) -> None:
-    everything = views.stage(job) + views.progress(job) + views.details(job) + views.gallery([job], job.id)
-    for bad in ("<script>", "<i>none", "<b>no</b>"):
-        assert bad not in everything
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#x27;co&quot;" in everything
+@pytest.fixture
+def page(api: Api) -> Page:
+    return Page(api)
 
 
-def test_progress_in_words() -> None:
-    line = views.progress(STATES[1])
-    assert "Denoising" in line
-    assert "about 1 min 15 s left" in line
-    assert "42 %" in line
-    assert "made in 1 min 2 s" in views.progress(STATES[2])
-    assert [views.duration(s) for s in (0.2, 59, 61, 3700)] == ["1 s", "59 s", "1 min 1 s", "1 h 1 min"]
+def events_of(text: str) -> list[tuple[str, Any]]:
+    found = re.findall(r"event: (\w+)\r?\ndata: (.*?)\r?\n", text)
+    return [(name, json.loads(data)) for name, data in found]
+
+
+def test_a_job_in_words() -> None:
+    running = replace(JOB, status="in_progress", phase="denoise", progress=42.4, seconds_left=75.0)
+    shown = words.card(running)
+    assert [shown[name] for name in ("title", "phase", "progress", "seconds_left", "finished")] == [
+        "Running", "Denoising", 42, 75.0, False,
+    ]  # fmt: skip
+    done = words.card(replace(JOB, status="completed", started_at=1.0, completed_at=63.0))
+    assert (done["title"], done["took"], done["videos"], done["finished"]) == ("Done", 62.0, 1, True)
+    cancelled = replace(JOB, status="failed", error=JobError("cancelled", "The job was cancelled."))
+    assert words.title(cancelled) == "Cancelled"
+    assert dict(shown["rows"])["Frames"] == "81 at 16 a second"
+    assert [words.duration(s) for s in (0.2, 59, 61, 3700)] == ["1 s", "59 s", "1 min 1 s", "1 h 1 min"]
 
 
 def test_what_the_plan_says() -> None:
@@ -60,37 +84,33 @@ def test_what_the_plan_says() -> None:
         {"name": "cpu", "phases": {}, "limit_bytes": None},
     ]
     plan = {"fits": True, "devices": devices, "predicted_seconds": {"total": 90.0}, "nearest_that_fits": []}
-    panel = views.plan_panel(plan, "832 × 480")
-    for part in (
-        "Fits: about 1 min 30 s",
-        "832 × 480",
-        "cuda:0",
-        "3.00 GiB of 4.00 GiB",
-        "width:75%",
-        "cpu",
-        "message good",
-    ):
-        assert part in panel
-    small = {**plan, "fits": False, "nearest_that_fits": [{"num_frames": 41, "predicted_peak_bytes": {}}]}
-    panel = views.plan_panel(small, "")
-    assert "message bad" in panel
-    assert "Try num frames 41." in panel
+    told = words.plan_words(plan)
+    assert (told["kind"], told["text"]) == ("good", "Fits: about 1 min 30 s")
+    first, second = told["memory"]
+    assert (first["text"], first["share"], first["fits"]) == ("3.00 GiB of 4.00 GiB", 0.75, True)
+    assert second["name"] == "cpu"
+    assert words.plan_words(plan | {"predicted_seconds": {"total": 31 * 60}})["kind"] == "slow"
+    near = [
+        {"num_frames": 41, "predicted_peak_bytes": {}},
+        {"height": 480, "width": 832, "predicted_seconds": 1},
+        {"decode": "tiled"},
+    ]
+    devices[0]["phases"] = {"decode": 5 * 2**30}
+    told = words.plan_words({**plan, "fits": False, "nearest_that_fits": near})
+    assert (told["kind"], [row["fits"] for row in told["memory"]]) == ("bad", [False, True])
+    assert told["fixes"] == [
+        {"text": "Use frames 41", "set": {"num_frames": 41}},
+        {"text": "Use 832 × 480", "set": {"size": "832x480"}},
+    ]
+    assert "--decode tiled" in told["text"]
 
 
-def test_the_form_in_a_line() -> None:
-    form = {"size": "832x480", "num_frames": 81, "fps": 16, "num_inference_steps": 50, "seed": ""}
-    assert views.settings_line(form) == "832 × 480 · 5.1 s · 50 steps · a new seed"
-    assert views.settings_line({**form, "num_frames": 1, "seed": "0"}) == "832 × 480 · 1 frame · 50 steps · seed 0"
-
-
-def test_timesteps_in_the_form_replace_the_number_of_steps_and_the_shift(actions: PageActions) -> None:
-    form = {**actions.defaults(), "prompt": "x", "sampler": "euler", "timesteps": "1000, 757"}
-    job = actions.submit("local", form)
+def test_timesteps_in_the_form_replace_the_number_of_steps_and_the_shift(page: Page) -> None:
+    job = page.submit(page.form(sampler="euler", timesteps="1000, 757"))
     assert (job.request["timesteps"], job.request["num_inference_steps"]) == ([1000, 757], 2)
-    assert "timesteps 1000, 757 ·" in views.settings_line(form)
-    again = actions.form_of(job)
+    again = page.actions.form_of(job)
     assert again["timesteps"] == "1000,757"
-    assert actions.submit("local", again).request == job.request
+    assert page.submit(again).request == job.request
 
 
 def test_the_form_of_few_step_weights() -> None:
@@ -106,7 +126,7 @@ def test_the_form_of_few_step_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "told"),
     [
         ({"num_frames": 80}, "Frames: 80 does not work, 81 or 77 does."),
         ({"size": "830x480"}, "Size: a width of 830 does not work, 816 or 832 does."),
@@ -117,24 +137,32 @@ def test_the_form_of_few_step_weights() -> None:
         ({"num_videos_per_prompt": 5}, "Videos: 5 does not work, 4 does."),
     ],
 )
-def test_what_is_wrong_is_told_by_the_pages_own_names(actions: PageActions, fields: Any, words: str) -> None:
-    with pytest.raises(WanduetError) as told:
-        actions.submit("local", {**actions.defaults(), "prompt": "x", **fields})
-    assert words in views.refusal(told.value)
+def test_what_is_wrong_is_told_by_the_pages_own_names(page: Page, fields: Any, told: str) -> None:
+    refused = page.http.post("/page/fields", json=page.form(**fields)).json()["refused"]
+    assert refused["text"] == told
+    assert page.http.post("/page/plan", json=page.form(**fields)).json()["text"] == told
+    for fix in refused["fixes"]:
+        assert "fields" in page.http.post("/page/fields", json=page.form(**fields | fix["set"])).json(), fix
 
 
-def test_several_videos_of_one_prompt(actions: PageActions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    form = {**actions.defaults(), "prompt": "x", "num_videos_per_prompt": 3.0}
-    job = actions.submit("local", form)
+def test_an_empty_prompt_is_refused_and_so_are_texts_that_are_no_form(page: Page) -> None:
+    assert "Describe" in page.http.post("/page/fields", json=page.form(prompt=" ")).json()["refused"]["text"]
+    for strange in ({"prompt": ["x"]}, {"size": {"path": "/x"}}, {"num_frames": "33 "}, {"seed": [1]}, {"fps": True}):
+        for route in ("/page/fields", "/page/plan", "/page/follow"):
+            assert page.http.post(route, json=page.form(**strange)).status_code == 200, (route, strange)
+    assert page.http.post("/page/plan", content=b"[1]").status_code == 400
+
+
+def test_several_videos_of_one_prompt(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = page.submit(page.form(num_videos_per_prompt=3.0))
     assert job.request["num_videos_per_prompt"] == 3
-    assert "3 videos" in views.settings_line(form)
-    assert "3 videos" in views.gallery([job], None)
-    assert "<dd>5, 6, 7</dd>" in views.details(replace(job, report={"seeds": [5, 6, 7]}))
+    assert dict(words.card(replace(job, report={"seeds": [5, 6, 7]}))["rows"])["Seed"] == "5, 6, 7"
+    files = tuple(OutputFile(kind, i, f"{i}.mp4", 1) for i in (0, 1) for kind in ("video", "thumbnail"))
+    assert words.card(replace(JOB, status="completed", files=files))["videos"] == 2
     about = {"request": job.request, "seed": 6}
     monkeypatch.setattr("wanduet.doors.http.uploads.MetadataReader.read", lambda *_: about)
     monkeypatch.setattr("wanduet.doors.http.uploads.SourceReader.read", lambda *_: SourceVideo("0" * 64, 480, 832, 5.0))
-    (tmp_path / "second.mp4").write_bytes(b"x")
-    restored = actions.read(tmp_path / "second.mp4")["form"]
+    restored = page.http.post("/page/settings", content=b"x").json()["form"]
     assert (restored["seed"], restored["num_videos_per_prompt"]) == ("6", 1), "this one, and not its sisters"
 
 
@@ -181,42 +209,40 @@ def test_of_a_strangers_video_only_the_settings_are_taken(
 
 
 @pytest.fixture
-def restoring(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    """A client of a page that only reads videos, of which none has pictures."""
+def restoring(page: Page, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A client of a page to which videos are uploaded, of which none has pictures."""
 
     def refuse(*_: Any) -> None:
         raise InvalidRequestError("input_video", "x", "it has no pictures")
 
     monkeypatch.setattr("wanduet.doors.http.uploads.SourceReader.read", refuse)
-    actions = PageActions(api.context, EngineConfig(model="miniature", data_dir=tmp_path))
-    add_restore(api.app, actions.read)
-    return api.http
+    return page.http
 
 
-def test_a_quality_stands_for_the_fields_that_its_speed_sets(actions: PageActions) -> None:
-    exact = {**actions.defaults(), "prompt": "x", "seed": "1"}
+def test_a_quality_stands_for_the_fields_that_its_speed_sets(page: Page) -> None:
+    exact = page.form(seed="1")
     draft = {**exact, "speed": "draft"}
-    job = actions.submit("local", draft)
+    job = page.submit(draft)
     assert (job.request["speed"], job.request["step_cache"]) == ("draft", "easycache:0.2")
-    again = actions.form_of(job)
+    again = page.actions.form_of(job)
     assert (again["speed"], again["step_cache"], again["guidance_gate"]) == ("draft", "off", 1.0)
-    finer = actions.submit("local", {**again, "speed": "exact"}).request
-    assert finer == actions.submit("local", exact).request
+    finer = page.submit({**again, "speed": "exact"}).request
+    assert finer == page.submit(exact).request
     assert "speed" not in finer
-    cached = actions.submit("local", {**draft, "step_cache": "easycache:0.1"})
-    assert actions.form_of(cached)["step_cache"] == cached.request["step_cache"] == "easycache:0.1"
+    cached = page.submit({**draft, "step_cache": "easycache:0.1"})
+    assert page.actions.form_of(cached)["step_cache"] == cached.request["step_cache"] == "easycache:0.1"
 
 
 @pytest.mark.parametrize(
     ("fields", "speed"),
     [({"guidance_gate": 1.0}, "exact"), ({"step_cache": "off"}, "exact"), ({"guidance_scale": 1.0}, "draft")],
 )
-def test_a_speed_of_which_a_part_was_off_stays_so(api: Any, actions: PageActions, fields: Any, speed: str) -> None:
-    made = api.http.post("/v1/videos", json={"prompt": "x", "seed": 1, "speed": "draft"} | fields).json()
-    job = actions.find("local", made["id"])
-    form = actions.form_of(job)
+def test_a_speed_of_which_a_part_was_off_stays_so(page: Page, fields: Any, speed: str) -> None:
+    made = page.http.post("/v1/videos", json={"prompt": "x", "seed": 1, "speed": "draft"} | fields).json()
+    job = page.api.store.get(made["id"])
+    form = page.http.get(f"/page/videos/{job.id}").json()["form"]
     assert form["speed"] == speed
-    again = actions.submit("local", form).request
+    again = page.submit(form).request
     names = ("step_cache", "guidance_gate", "guidance_scale")
     assert [again[name] for name in names] == [job.request[name] for name in names]
 
@@ -227,9 +253,9 @@ def test_presets_follow_from_the_model() -> None:
     assert wan.lengths == {"3 s": 49, "5 s": 81, "8 s": 129}
     assert wan.qualities == {"Draft": "draft", "Standard": "near", "Fine": "exact"}
     form = default_form(WAN_1_3B.defaults)
-    assert wan.chosen(form) == ("Wide", "5 s", "Fine")
-    assert wan.chosen({**form, "speed": "draft"}) == ("Wide", "5 s", "Draft")
-    assert wan.chosen({**form, "size": "640x640", "num_frames": 5, "speed": "fast"}) == (None, None, None)
+    assert [wan.rows[field][name] for field, name in (("size", "Wide"), ("num_frames", "5 s"), ("speed", "Fine"))] == [
+        form[field] for field in ("size", "num_frames", "speed")
+    ]
     small = Presets(replace(WAN_1_3B.defaults, height=96, width=96, num_frames=33, num_inference_steps=20))
     assert small.shapes == {"Wide": "160x96", "Tall": "96x160", "Square": "96x96"}
     assert small.lengths == {"1 s": 17, "2 s": 33, "3 s": 49}
@@ -238,138 +264,85 @@ def test_presets_follow_from_the_model() -> None:
     assert tiny.qualities == {"Standard": "exact"}, "there is nothing to skip in one step"
 
 
-def test_every_video_of_a_job_is_shown() -> None:
-    files = tuple(OutputFile(kind, i, f"{i}.mp4", 1) for i in (0, 1) for kind in ("video", "thumbnail"))
-    job = replace(JOB, status="completed", files=files)
-    stage, details = views.stage(job), views.details(job)
-    assert stage.count("<video") == 2
-    assert 'id="player"' in stage
-    assert f"/v1/videos/{job.id}/content?variant=video&index=1" in stage
-    assert "Download MP4 2" in details
-    assert views.stage(STATES[2]).count("<video") == 1
-
-
-def test_a_job_that_waits_says_behind_what() -> None:
-    assert "2 of your videos are before it" in views.progress(JOB, ahead=2)
-    assert "1 of your videos is before it" in views.progress(JOB, ahead=1)
-    assert "before it" not in views.progress(JOB)
-
-
-@pytest.fixture
-def actions(api: Api) -> PageActions:
-    return PageActions(api.context, EngineConfig(data_dir=api.store.files.folder))
-
-
-def test_the_form_becomes_a_job_and_back(actions: PageActions) -> None:
-    form = {**actions.defaults(), "prompt": "a fox", "num_frames": 33.0, "seed": " 5 ", "size": "480x832"}
-    job = actions.submit("local", form)
+def test_the_form_becomes_a_job_and_back(page: Page) -> None:
+    form = page.form(prompt="a fox", num_frames=33.0, seed=" 5 ", size="480x832")
+    job = page.submit(form)
     assert (job.request["height"], job.request["width"], job.request["num_frames"]) == (832, 480, 33)
-    assert actions.form_of(job) == {**form, "num_frames": 33, "seed": "5"}
-    drawn = actions.submit("local", {**form, "seed": ""})
-    assert drawn.request["seed"] is not None
-    assert [one.id for one in actions.jobs("local")[0]] == [drawn.id, job.id]
-    assert actions.find("someone", job.id) is None
-    actions.cancel("someone", job.id)
-    actions.cancel("local", job.id)
-    assert [actions.find("local", one.id).status for one in (job, drawn)] == ["failed", "queued"]  # type: ignore[union-attr]
-    actions.delete("local", job.id)
-    assert actions.find("local", job.id) is None
+    assert page.actions.form_of(job) == {**form, "num_frames": 33, "seed": "5"}
+    assert page.submit({**form, "seed": ""}).request["seed"] is not None
 
 
-@pytest.mark.parametrize("kept", [None, "", "null", "{}", '["a fox", ""]', "5", "{"])
-def test_a_form_that_no_browser_remembers_stays_as_it_is(actions: PageActions, kept: str | None) -> None:
-    gradio = pytest.importorskip("gradio")
-    from wanduet.doors.page.events import PageEvents
-
-    assert PageEvents(actions).recall(kept) == [gradio.skip()] * len(actions.defaults())
-
-
-def test_what_a_browser_remembers_goes_by_name(actions: PageActions) -> None:
-    pytest.importorskip("gradio")
-    from wanduet.doors.page.events import PageEvents
-
-    kept = '{"seed": "7", "gone_since": 1, "prompt": "a fox"}'
-    assert PageEvents(actions).recall(kept) == list({**actions.defaults(), "prompt": "a fox", "seed": "7"}.values())
+def test_what_the_page_is_built_from(page: Page) -> None:
+    about = page.http.get("/page/about").json()
+    assert about["fields"].keys() | {"loras"} == about["defaults"].keys()
+    assert {name for row in about["rows"] for name in row} <= about["fields"].keys()
+    assert all(field["help"] for field in about["fields"].values()), "each has a hint"
+    for preset in about["presets"]:
+        for value in preset["values"].values():
+            assert "fields" in page.http.post("/page/fields", json=page.form(**{preset["field"]: value})).json()
+    assert "PSNR" in about["speeds"]["fine"]
+    assert about["speeds"]["exact"] == ""
 
 
-def test_an_empty_prompt_and_wrong_sizes_are_told(actions: PageActions) -> None:
-    for change in ({"prompt": "  "}, {"size": "100x100"}, {"size": "huge"}, {"num_frames": 80}, {"seed": "many"}):
-        with pytest.raises(WanduetError):
-            actions.submit("local", {**actions.defaults(), "prompt": "x", **change})
-    assert actions.jobs("local") == ((), False)
+def test_notes_on_prompts_beyond_the_miniatures_world(api: Api) -> None:
+    page = Page(api, model="miniature")
+    for prompt, count in (("a dog on a skateboard", 1), ("a red circle moving left on a black background", 0), ("", 0)):
+        assert len(page.http.post("/page/plan", json=page.form(prompt=prompt)).json()["notes"]) == count
+    job = page.submit(page.form(prompt="a dog on a skateboard"))
+    assert "beyond its world" in page.http.get(f"/page/videos/{job.id}").json()["video"]["notes"][0]
 
 
-def test_the_same_again_and_with_another_seed(actions: PageActions) -> None:
-    job = actions.submit("local", {**actions.defaults(), "prompt": "a fox", "seed": "5", "negative_prompt": ""})
-    again = actions.repeat("local", job, new_seed=False)
-    assert again.id != job.id
-    assert again.request == job.request
-    other = actions.repeat("local", job, new_seed=True)
-    assert other.request["seed"] != 5
-    assert {**other.request, "seed": 5} == job.request
+def test_older_videos_come_by_the_page(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanduet.doors.page.events.PAGE_CARDS", 2)
+    ids = [page.submit(page.form(prompt=str(i))).id for i in range(5)][::-1]
+    first = page.http.get("/page/videos", params={"after": ids[1]}).json()
+    assert ([video["id"] for video in first["videos"]], first["more"]) == (ids[2:4], True)
+    last = page.http.get("/page/videos", params={"after": ids[3]}).json()
+    assert ([video["id"] for video in last["videos"]], last["more"]) == (ids[4:], False)
+    assert page.http.get("/page/videos", params={"after": "x"}).status_code == 400
 
 
-def test_older_videos_come_by_the_page(actions: PageActions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanduet.doors.page.actions.PAGE_CARDS", 2)
-    ids = [actions.submit("local", {**actions.defaults(), "prompt": str(i)}).id for i in range(5)][::-1]
-    for pages, (count, more) in {1: (2, True), 2: (4, True), 3: (5, False), 9: (5, False)}.items():
-        jobs, has_more = actions.jobs("local", pages)
-        assert ([job.id for job in jobs], has_more) == (ids[:count], more)
-    assert "data-older" in views.gallery(jobs, None, more=True)
-    assert "data-older" not in views.gallery(jobs, None)
+def test_the_stream_has_every_change_of_ones_own_jobs(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store changes between two polls; the stream ends when the server drains."""
+    monkeypatch.setattr("wanduet.doors.page.events.PAGE_CARDS", 2)
+    store, context = page.api.store, page.api.context
+    oldest, middle, newest = [page.submit(page.form(prompt=prompt)).id for prompt in ("a", "b", "c")]
+    changes: list[Any] = [
+        lambda: store.claim("w", 30.0),
+        lambda: store.cancel(middle),
+        lambda: store.delete(newest),
+        context.draining.set,
+    ]
+    list_jobs = store.list
+
+    def changing(*args: Any, **options: Any) -> Any:
+        found = list_jobs(*args, **options)
+        if "status" not in options and changes:
+            changes.pop(0)()
+        return found
+
+    monkeypatch.setattr(store, "list", changing)
+    told = events_of(page.http.get("/page/events").text)
+    assert [name for name, _ in told][:2] == ["server", "videos"]
+    first = told[1][1]
+    assert [(video["id"], video["title"]) for video in first["videos"]] == [
+        (newest, "Waiting"), (middle, "Waiting"), (oldest, "Running"),
+    ], "an open job is shown however many are newer"  # fmt: skip
+    assert (first["more"], first["last"]) == (True, middle)
+    later = [(video["id"], video["title"]) for _, data in told[2:] for video in data["videos"]]
+    assert (middle, "Cancelled") in later
+    assert [id for _, data in told[2:] for id in data["deleted"]] == [newest]
 
 
-@pytest.fixture
-def mount() -> Any:
-    pytest.importorskip("gradio")
-    from wanduet.doors.page.app import mount_page
-
-    yield mount_page
-    # Gradio leaves loops and their sockets to the collector, which would warn of them in some other test.
-    for loop in [found for found in gc.get_objects() if issubclass(type(found), asyncio.BaseEventLoop)]:
-        if not loop.is_running():
-            loop.close()
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_a_poll_that_ends_after_a_click_undoes_nothing(actions: PageActions, mount: Any) -> None:
-    import gradio
-
-    from wanduet.doors.page.app import Page
-
-    page = Page(actions)
-    wired = {each.fn.__name__: each for each in page.build().fns.values() if each.fn is not None}
-    state: dict[Any, Any] = {page._chosen: None, page._job: None, page._pages: 1, page._shown: {}}
-    asked = gradio.Request(headers={}, username=None)
-
-    def run(name: str) -> dict[Any, Any]:
-        answer = wired[name].fn(*[state[each] for each in wired[name].inputs], request=asked)
-        return {each: it for each, it in zip(wired[name].outputs, answer, strict=True) if it != gradio.skip()}
-
-    first = actions.submit("local", {**actions.defaults(), "prompt": "a fox", "seed": "5"})
-    state.update(run("look"))
-    assert first.id in state[page._details]
-    actions.cancel("local", first.id)
-    late = run("look")
-    state.update(run("retry"))
-    state.update(late)
-    state.update(run("look"))
-    assert state[page._job] not in (first.id, None)
-    assert state[page._job] in state[page._details]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any, store: Any, mount: Any) -> None:
+def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any, store: Any) -> None:
     keys = KeyRing(store.files.folder / "keys.json")
     key, other = keys.add("ann"), keys.add("bob")
-    api = make_api(keys=keys)
-    app = mount(api.app, EngineConfig(data_dir=store.files.folder))
-    job = {"prompt": "x"}
-    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as http:
+    page = Page(make_api(keys=keys))
+    with page.http as http:
         assert (http.get("/").status_code, http.get("/").headers["location"]) == (303, "/login")
-        assert http.get("/config").status_code == 401
-        check_keys(app)
+        check_keys(page.api.app)
+        asked = ["/page/about", "/page/events", f"/page/videos/{JOB.id}", f"/page/videos?after={JOB.id}"]
+        assert {http.get(path).status_code for path in asked} == {401}
         assert http.post("/login", data={"key": "wrong"}).status_code == 401
         assert http.post("/login", data={"key": key}, headers={"Origin": "http://evil.example"}).status_code == 403
         proxied = [
@@ -381,113 +354,119 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
             cookie = http.post("/login", data={"key": key}, headers=headers).headers["set-cookie"].lower()
             assert "secure" in cookie, "a proxy speaks TLS for this server"
         http.cookies.clear()
-        signed_in = http.post("/login", data={"key": key})
-        cookie = signed_in.headers["set-cookie"].lower()
+        cookie = http.post("/login", data={"key": key}).headers["set-cookie"].lower()
         assert all(word in cookie for word in ("httponly", "samesite=strict"))
         assert "secure" not in cookie, "plain HTTP would not send it back"
-        page = http.get("/")
-        assert page.status_code == 200
-        assert "default-src 'self'" in page.headers["content-security-policy"]
-        video_id = http.post("/v1/videos", json=job).json()["id"]
-        assert http.get(f"/v1/videos/{video_id}").status_code == 200
-        strange = {"Authorization": f"Bearer {other}"}
-        assert http.get(f"/v1/videos/{video_id}", headers=strange).status_code == 404, "a header counts before a cookie"
-        for path in (
-            "/gradio_api/proxy=https://x.hf.space/",
-            "/gradio_api/file=/etc/passwd",
-            "/monitoring",
-            "/gradio_api/upload",
-        ):
-            assert http.get(path).status_code == 404
-        for data in (["x", {"path": "http://x/a.mp4", "meta": {"_type": "gradio.FileData"}}], [[{"p\u0061th": "/x"}]]):
-            asked = {"data": data, "fn_index": 0, "session_hash": "a"}
-            assert http.post("/gradio_api/queue/join", json=asked).status_code == 400, "no file, no address"
+        assert http.get("/").status_code == 200
+        video_id = page.submit(page.form()).id
+        assert http.get(f"/page/videos/{video_id}").status_code == 200
+        for path in (f"/v1/videos/{video_id}", f"/page/videos/{video_id}"):
+            strange = {"Authorization": f"Bearer {other}"}
+            assert http.get(path, headers=strange).status_code == 404, "a header counts before a cookie"
+        answer = http.post(f"/page/videos/{video_id}/again", json={"prompt": "x"}, headers=strange)
+        assert answer.status_code == 404
         no_video = http.post("/page/settings", content=b"x" * 2**21)
         assert (no_video.status_code, list(no_video.json())) == (400, ["error"])
         assert str(store.files.folder) not in no_video.text
-        assert http.get("/page/pulse").json() == http.get("/page/pulse").json() != {}
         keys.remove(keys.records()[0].id)
-        assert http.get("/page/pulse").status_code == 401
+        assert http.get("/page/about").status_code == 401
         assert http.post("/page/settings", content=b"x").status_code == 401
         assert http.get("/").status_code == 303, "a revoked key closes the page"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-def test_beside_the_page_the_api_speaks_for_itself(make_api: Any, mount: Any) -> None:
-    api = make_api()
-    app = mount(api.app, EngineConfig(data_dir=api.store.files.folder))
-    with TestClient(app, base_url="http://127.0.0.1:8000") as http:
-        for path in ("/v1", "/v1/nothing", "/v1/videos/", "/v1/videos/../../etc", "/nothing", "/docs"):
+def test_a_revoked_key_ends_the_stream_of_an_open_page(
+    make_api: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = KeyRing(store.files.folder / "keys.json")
+    key = keys.add("ann")
+    page = Page(make_api(keys=keys))
+    look = store.list
+
+    def revoking(*args: Any, **options: Any) -> Any:
+        for record in keys.records():
+            keys.remove(record.id)
+        return look(*args, **options)
+
+    monkeypatch.setattr(store, "list", revoking)
+    told = events_of(page.http.get("/page/events", headers={"Authorization": f"Bearer {key}"}).text)
+    assert told[-1][0] == "error"
+    assert "videos" not in [name for name, _ in told]
+
+
+def test_the_pages_files(page: Page) -> None:
+    html = page.http.get("/")
+    policy = html.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"<style|style=|<script(?! type=\"module\" src=)|\son\w+=", html.text), "nothing inline"
+    types = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+    for path in STATIC.iterdir():
+        answer = page.http.get(f"/page/{path.name}")
+        if path.suffix == ".html":
+            assert answer.status_code == 404, "pages have their own routes"
+            continue
+        assert (answer.status_code, answer.content) == (200, path.read_bytes())
+        assert answer.headers["content-type"].partition(";")[0] == types[path.suffix]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        again = page.http.get(f"/page/{path.name}", headers={"If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        for other in re.findall(r"from '\./([\w.]+)'", path.read_text("utf-8")):
+            assert (STATIC / other).is_file()
+        assert not re.search(r"https?://(?!www\.w3\.org)", path.read_text("utf-8")), "nothing of other hosts"
+    for path in ("/page/x.js", "/page/..%2froutes.py", "/page/../routes.py", "/page/%00.js"):
+        assert page.http.get(path).status_code == 404
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_enough_contrast(scheme: str) -> None:
+    """WCAG 2.2, 1.4.3: 4.5:1 for texts; 1.4.11: 3:1 for what marks a state."""
+    css = (STATIC / "page.css").read_text("utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    color = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", light))
+    color |= dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", dark)) if scheme == "dark" else {}
+    texts = [(ink, ground) for ink in ("ink", "quiet") for ground in ("page", "panel")]
+    texts += [(ink, "page") for ink in ("bad", "slow")]
+    texts += [("ink", ground) for ground in ("raised", "button", "button-over")] + [("on-primary", "primary")]
+    marks = [(mark, "page") for mark in ("accent", "good", "slow", "bad")]
+    for pairs, least in ((texts, 4.5), (marks, 3.0)):
+        for ink, ground in pairs:
+            low, high = sorted((luminance(color[ink]), luminance(color[ground])))
+            assert (high + 0.05) / (low + 0.05) >= least, (ink, ground)
+
+
+def test_beside_the_page_the_api_speaks_for_itself(page: Page) -> None:
+    with page.http as http:
+        for path in ("/v1", "/v1/nothing", "/v1/videos/", "/v1/videos/../../etc", "/nothing", "/docs", "/page/nothing"):
             answer = http.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
         for method, path in (("PUT", "/v1/videos"), ("PATCH", "/v1/videos/x"), ("GET", "/v1/videos/x/remix")):
             answer = http.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
             assert answer.headers["allow"]
-        check_refusals(app)
+        check_refusals(page.api.app)
         with ExitStack() as others:
             with suppress(ApiError):
                 while True:
-                    others.enter_context(api.context.page_streams.enter())
-            for path in ("/gradio_api/heartbeat/x", "/gradio_api/queue/data?session_hash=x"):
-                assert http.get(path).status_code == 503, "one open page too many"
+                    others.enter_context(page.api.context.page_streams.enter())
+            assert http.get("/page/events").status_code == 503, "one open page too many"
         assert http.head("/health").status_code == http.head("/").status_code == 200
         near = {"Origin": "http://localhost:3000"}  # another server's page on this machine
-        for path in ("/", "/config", "/v1/videos"):
+        for path in ("/", "/page/about", "/v1/videos"):
             answer = http.get(path, headers=near)
             assert answer.status_code == 200
             assert not [name for name in answer.headers if name.startswith("access-control")]
-        for path in ("/config", "/gradio_api/queue/join", "/v1/videos"):
-            answer = http.options(path, headers={**near, "Access-Control-Request-Method": "POST"})
-            assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_damaged_file_of_keys_opens_nothing_and_is_logged_at_a_limited_rate(make_api: Any, store: Any) -> None:
-    api = make_api()
-    (store.files.folder / "keys.json").write_text("damaged")
-    with TestClient(PageGate(api.app, api.context), base_url="http://127.0.0.1:8000") as http, capture_logs() as lines:
-        for path in ("/", "/config", "/page/pulse") * 10:
-            assert http.get(path, follow_redirects=False).json()["error"]["code"] == "internal_error"
-    assert [(line["event"], line["error"]) for line in lines] == [("request failed", "ConfigError")]
-
-
-@pytest.mark.filterwarnings("ignore")  # Gradio's, of pandas' options
-def test_what_the_page_does_not_send_is_refused_and_leaves_no_word_of_it(
-    make_api: Any, mount: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    api = make_api()
-    join = "/gradio_api/queue/join"
-    event = {"fn_index": 0, "data": ["a secret prompt"], "session_hash": "s"}
-    with TestClient(mount(api.app, EngineConfig(data_dir=api.store.files.folder)), base_url="http://127.0.0.1") as http:
-        assert http.post(join, json={**event, "fn_index": 10**30}).status_code == 400
-        assert http.get("/static/img/" + "a" * 300).status_code == 404
-        http.get("/gradio_api/startup-events")
-        assert http.post(join, json=event).status_code == 200
-        assert '"success":false' in http.get("/gradio_api/queue/data?session_hash=s").text
-    assert [record.message for record in caplog.records if record.name == "gradio"] == ["an event of the page failed"]
-    assert "secret" not in "".join(capfd.readouterr())
-
-
-def test_an_open_page_does_not_keep_a_server_that_ends(make_api: Any) -> None:
-    context = make_api().context
-    sent = []
-
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        context.draining.set()
-        await asyncio.Event().wait()
-
-    async def send(message: Any) -> None:
-        sent.append((message["type"], message.get("more_body", False)))
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/x", "headers": []}
-    asyncio.run(PageGate(endless, context)(scope, receive, send))
-    body = "http.response.body"
-    assert sent == [("http.response.start", False), (body, True), (body, False)], "the answer is whole"
+def test_a_damaged_file_of_keys_opens_nothing(page: Page) -> None:
+    (page.api.store.files.folder / "keys.json").write_text("damaged")
+    for path in ("/", "/page/about", "/page/events"):
+        assert page.http.get(path).json()["error"]["code"] == "internal_error"
 
 
 def test_only_the_pages_upload_may_be_long(api: Api) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from wanduet.doors.http.public import public_text, sendable
-from wanduet.doors.page import views
+from wanduet.doors.page import words
 from wanduet.errors import WeightsError
 from wanduet.jobs.records import JobError, NewJob
 from wanduet.weights.hub import local_model
@@ -59,7 +59,7 @@ def test_a_failed_job_tells_a_name_on_the_wire_and_on_the_page(api: Any) -> None
         api.http.get(f"/v1/videos/{video_id}").text,
         api.http.get("/v1/videos").text,
         api.http.get(f"/v1/videos/{video_id}/events").text,
-        views.stage(api.store.get(video_id)) + views.details(api.store.get(video_id)),
+        json.dumps(words.card(api.store.get(video_id))),
     ]
     for text in answers:
         assert "/srv" not in text

@@ -12,8 +12,8 @@ from cyclopts import App, Group, Parameter
 from wanduet.config import EngineConfig, parse_bytes
 from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
 from wanduet.doors.cli.help import SERVE
-from wanduet.doors.cli.options import EngineFlags
-from wanduet.doors.cli.run import emit, extra, missing_extra
+from wanduet.doors.cli.options import EngineFlags, lora_folder
+from wanduet.doors.cli.run import emit, extra
 from wanduet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class ServerFlags:
     max_input_video: Annotated[str, Parameter(help="Largest file of a video to start from, for example 1GiB.")] = (
         "256MiB"
     )
+    lora_dir: Annotated[
+        Path | None, Parameter(help="Folder of the LoRA that requests may name. Default: loras in the data folder.")
+    ] = None
     retention_days: Annotated[float | None, Parameter(help="Delete finished videos after so many days.")] = None
     disk_limit: Annotated[
         str | None, Parameter(help="Delete the oldest videos when all take more than this, for example 50GiB.")
@@ -149,7 +152,8 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
     from wanduet.weights.hub import open_model
 
     settings, runner = flags.server(), flags.runner()
-    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds))
+    loras = lora_folder(flags.lora_dir, config)
+    config = replace(config, checkpoint_seconds=max(0.0, flags.checkpoint_seconds), lora_dir=loras)
     database_url = flags.database_url
     check_bind(settings.host, bool(_keys(config.data_folder).records()))
     if cluster == ALONE:  # refuse another folder's database before slow downloads and imports
@@ -157,14 +161,9 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             pass
     page = None
     if flags.page:
-        try:
-            from wanduet.doors.page.app import mount_page
-        except ImportError:
-            if browser:
-                raise missing_extra("ui") from None
-            print("No page: pip install 'wanduet[ui]' brings it.", file=sys.stderr)
-        else:
-            page = mount_page
+        from wanduet.doors.page.app import mount_page
+
+        page = mount_page
     if config.model in RANDOM_SPECS:
         spec = RANDOM_SPECS[config.model]
     else:

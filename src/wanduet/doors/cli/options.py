@@ -294,6 +294,14 @@ class EngineFlags:
         )
 
 
+def lora_folder(given: Path | None, config: EngineConfig) -> Path:
+    """Return a server's folder of LoRA: `loras` in the data folder, unless one is given, which must exist. Raises ConfigError."""
+    folder = _home(given, "lora_dir")
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"lora_dir={str(folder)!r}: there is no such folder.")
+    return folder or config.data_folder / "loras"
+
+
 def _home(path: Path | None, name: str) -> Path | None:
     """Expand `~/x` from a settings file or the environment, which no shell expands. Raises ConfigError.
 

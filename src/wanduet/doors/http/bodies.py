@@ -1,4 +1,4 @@
-"""Parse the fields of a JSON or form body: UTF-8 only, each name once, truncated bodies refused.
+"""Parse the fields of a JSON or form body: UTF-8 only, each name once (except a form's `loras`), truncated bodies refused.
 
 A form's files are not kept in memory: their bytes are given to a `FilePart` as they arrive.
 """
@@ -14,6 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from wanduet.doors.http.errors import ApiError, too_long
+from wanduet.doors.http.lora_fields import gathered
 
 MAX_FIELDS = 64
 MAX_PART_BYTES = 2**20
@@ -43,7 +44,7 @@ async def read_fields(request: Request, files: FileParts | None = None) -> dict[
     """Return the fields of a request's body; text fields of a form stay strings.
 
     The value of a file is what `files.begin` returned for it; without `files`, none is taken. Raises ApiError (400, 413,
-    415), and what `files` raises.
+    415), InvalidRequestError for LoRA that cannot be told apart, and what `files` raises.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
@@ -80,7 +81,7 @@ def _read_urlencoded(body: bytes) -> dict[str, Any]:
         raise _refused("The form is not valid UTF-8.") from None
     except ValueError:
         raise _refused(f"The form has more than {MAX_FIELDS} fields.") from None
-    return _once(pairs)
+    return _once(gathered(pairs))
 
 
 class _Form(MultiPartParser):
@@ -128,7 +129,8 @@ async def _read_multipart(request: Request, files: FileParts | None) -> dict[str
         raise _refused(f"The form cannot be read: {reason}") from None
     if not parser.ended:
         raise _refused("The form ended too early.")
-    return _once((_utf8(name), _utf8(value) if isinstance(value, str) else value) for name, value in form.multi_items())
+    pairs = ((_utf8(name), _utf8(value) if isinstance(value, str) else value) for name, value in form.multi_items())
+    return _once(gathered(pairs))
 
 
 def no_file(name: str) -> ApiError:

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from anyio import CapacityLimiter
 from fastapi import Request
@@ -13,15 +15,20 @@ from wanduet.doors.http.capacity import find_capacity
 from wanduet.doors.http.errors import ApiError, unavailable
 from wanduet.doors.http.gates import Gate
 from wanduet.doors.http.keys import LOCAL_OWNER, KeyRing
+from wanduet.doors.http.lora_fields import take_loras
+from wanduet.doors.http.loras import LoraFolder
 from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
-from wanduet.doors.http.schemas import RequestLimits
+from wanduet.doors.http.schemas import RequestLimits, to_request
 from wanduet.doors.http.security import is_loopback
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
 from wanduet.jobs.records import Limits
 from wanduet.jobs.store import JobStore
+from wanduet.loras import Lora
 from wanduet.planning.prices import loss_of_speed
+from wanduet.request import GenerationRequest
+from wanduet.source_video import SourceVideo
 
 KEY_COOKIE = "wanduet_key"  # set by the page's login; browsers send it only with requests from this host's own pages
 DRAIN_RETRY_SECONDS = 15
@@ -57,6 +64,7 @@ class ServerSettings:
     queue: Limits = field(default_factory=lambda: Limits(queue=1000, per_owner=100))
     limits: RequestLimits = field(default_factory=RequestLimits)
     model_hash: str | None = None  # of the served weights: only jobs for this hash are accepted
+    lora_dir: Path | None = None  # the folder of the LoRA that requests may name; None: they may name none
 
 
 class ServerContext:
@@ -75,6 +83,7 @@ class ServerContext:
         self.spec = spec
         self.settings = settings
         self.keys = keys
+        self.loras = LoraFolder(settings.lora_dir, spec, settings.limits)
         self.worker_ready = worker_ready
         self.worker = worker
         # Decided once, at the start: removing the last key, or the key file, must not open the server to everybody.
@@ -87,7 +96,7 @@ class ServerContext:
         self.requests = Gate(self.capacity.requests, "requests")
         self.submissions = Gate(settings.max_submissions, "submissions")
         self.streams = Gate(min(settings.max_streams, third), "event streams", settings.max_streams_per_key)
-        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # each page has two streams
+        self.page_streams = Gate(min(2 * settings.max_streams, third), "open pages")  # one each
         # Separate thread limits: uploads must not occupy the threads of the routes.
         self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
@@ -95,6 +104,18 @@ class ServerContext:
     def price(self, speed: str) -> Price | None:
         """Return what a speed loses with the served weights on this machine; None if that was not measured."""
         return loss_of_speed(self.store.files.folder / "measurements", self.settings.model_hash, speed)
+
+    def to_request(self, fields: dict[str, Any], look: Callable[[], SourceVideo] | None = None) -> GenerationRequest:
+        """`schemas.to_request` with this server's model, limits and LoRA, which get the hashes of their files.
+
+        A LoRA's file that has not been read before is read whole: call it in a thread. Raises InvalidRequestError.
+        """
+        values, spec = dict(fields), self.spec
+        take_loras(values)
+        if values.get("loras"):
+            loras, spec = self.loras.resolve([Lora(**lora) for lora in values["loras"]])
+            values["loras"] = [lora.model_dump() for lora in loras]
+        return to_request(values, spec, self.settings.limits, look, self.price)
 
     def check_accepting(self) -> None:
         """Raise ApiError (503) while the server drains."""

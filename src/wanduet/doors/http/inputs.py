@@ -20,7 +20,7 @@ from wanduet.doors.http.bodies import no_file
 from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.errors import ApiError, no_space, too_long
 from wanduet.doors.http.public import NAME_LIMIT, sendable
-from wanduet.doors.http.schemas import FILES, to_request
+from wanduet.doors.http.schemas import FILES
 from wanduet.doors.http.uploads import SourceReader
 from wanduet.errors import InvalidRequestError
 from wanduet.jobs.keeper import AttemptSettings
@@ -142,19 +142,20 @@ class InputFiles:
         return self._taken
 
     async def resolve(self, fields: dict[str, Any]) -> GenerationRequest:
-        """`to_request`, for which the file is read in a process of its own. Raises InvalidRequestError, ApiError."""
-        spec, limits, file = self.context.spec, self.context.settings.limits, self._taken
+        """`ServerContext.to_request`, for which the file is read in a process of its own. Raises InvalidRequestError,
+        ApiError."""
+        context, file = self.context, self._taken
         if file is None:
-            return to_request(fields, spec, limits, prices=self.context.price)
+            if fields.get("loras"):
+                return await to_thread.run_sync(context.to_request, fields)
+            return context.to_request(fields)
         values = {name: str(file.path) if value is file else value for name, value in fields.items()}
 
         def look() -> SourceVideo:
             source = SourceReader().read(file.path, file.field, file.filename)
             return replace(source, sha256=file.sha256)  # a process that reads an untrusted file is not trusted
 
-        return await to_thread.run_sync(
-            to_request, values, spec, limits, look, self.context.price, limiter=self.context.readers
-        )
+        return await to_thread.run_sync(context.to_request, values, look, limiter=context.readers)
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -19,7 +19,6 @@ from wanduet.doors.http.gates import Gate
 UPLOAD_PATH = "/page/settings"  # the page's upload of a video, to read its settings
 CREATE_PATH = "/v1/videos"  # a form for this route may have a video
 MAX_UPLOAD_BYTES = 2**28
-MAX_PAGE_BYTES = 2**18  # Gradio takes a hundred times as long to parse a body as the API
 MAX_LOGIN_BYTES = 2**13
 MAX_BYTES_AT_ONCE = 2**26  # total of all bodies in memory
 MAX_UPLOADS_AT_ONCE = 2**29  # total bytes of all uploads that are written to disk
@@ -51,8 +50,6 @@ class BodyLimits:
         """Return how many bytes of a body may be kept in memory."""
         if path == UPLOAD_PATH:
             return 0
-        if path.startswith("/gradio_api/"):
-            return min(MAX_PAGE_BYTES, self.max_bytes)
         return min(MAX_LOGIN_BYTES, self.max_bytes) if path == "/login" else self.max_bytes
 
 

@@ -17,6 +17,7 @@ from wanduet.family.sizes import frames_for_seconds, parse_resolution
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Prices, not_measured
 from wanduet.jobs.records import StoredJob
+from wanduet.loras import Lora
 from wanduet.request import (
     MAX_PROMPT,
     REQUEST_FIELDS,
@@ -38,6 +39,8 @@ class RequestLimits:
     frames: int = 401
     steps: int = 200
     videos: int = 4
+    loras: int = 8
+    lora_bytes: int = 4 * 2**30  # of their files together: they are in memory while a job runs
 
     def of(self, field: RequestField) -> int | None:
         """Return the maximum of a field; None means the model's own limit."""
@@ -54,6 +57,16 @@ class _ProtocolFields(BaseModel):
     seconds: str | float | None = Field(default=None, description="Length; becomes the nearest legal `num_frames`.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`, `480p`, `720p` or `1080p`.")
     input_reference: str | None = Field(default=None, description="Another name for `input_video`.")
+    loras: list[dict[str, Any] | str] | str | None = Field(
+        default=None,
+        description="LoRA by their names in `GET /v1/loras`: objects with `name`, `strength` (-10 to 10, default 1), `start` and "
+        "`end` (shares of the steps, default 0 and 1), or texts such as `style.safetensors:0.8`. In a form: JSON, or one "
+        "such text, repeated for several.",
+    )
+    lora: dict[str, Any] | str | None = Field(default=None, description="One of `loras`; `scale` is its strength, too.")
+    lora_name: str | None = Field(default=None, description="The name of one of `loras`.")
+    lora_strength: float | str | None = Field(default=None, description="Beside `lora_name`.")
+    lora_scale: float | str | None = Field(default=None, description="Another name for `lora_strength`.")
 
 
 # The schema omits limits and choices: `to_request` checks them, and its errors name the nearest allowed value.
@@ -105,6 +118,8 @@ class Video(BaseModel):
     waits_for: str | None = Field(default=None, exclude_if=lambda value: value is None)
     # Our extension, omitted unless one was asked for, or a loss budget.
     speed: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    # Our extension, omitted unless the request named any: name, strength, SHA-256 and, if not all steps have it, their shares.
+    loras: list[dict[str, Any]] | None = Field(default=None, exclude_if=lambda value: value is None)
     settings: dict[str, Any]
 
 
@@ -148,6 +163,7 @@ def to_video(job: StoredJob) -> Video:
         error=error,
         waits_for=None if job.waits_for is None else public_text(job.waits_for),
         speed=request.get("speed"),
+        loras=[Lora(**lora).recorded() for lora in request.get("loras") or ()] or None,
         settings={name: value for name, value in request.items() if name != "prompt"},
     )
 

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
@@ -23,6 +24,7 @@ from wanduet.doors.http.errors import ErrorBody
 from wanduet.doors.http.keys import KEYS_FILE, KeyRing
 from wanduet.doors.http.limits import BodyLimits, LetBodiesEnd, LimitBodies, LimitRequests
 from wanduet.doors.http.listen import DRAIN_SECONDS, Announce, Server, listen
+from wanduet.doors.http.loras import LoraList
 from wanduet.doors.http.metrics import CountRequests, WorkerView
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.security import AnswerHead, Guard, check_bind
@@ -121,6 +123,11 @@ def _add_service_routes(app: FastAPI) -> None:
             raise errors.ApiError(404, "model_not_found", f"This server has the model {name!r} only.", param="model")
         return found
 
+    @app.get("/v1/loras", response_model=LoraList, responses=refused, dependencies=[Depends(get_owner)])
+    def list_loras(request: Request) -> LoraList:
+        """The LoRA that `loras` of a submission may name, and whether they fit this server's model."""
+        return LoraList(data=get_context(request).loras.files())
+
     @app.get("/health", response_model=Health, response_model_exclude_none=True)
     async def health() -> Health:
         """Whether the process lives."""
@@ -201,6 +208,7 @@ def serve(
             assert database_url is not None, "a cluster's jobs are in PostgreSQL"
             store, process = _on_cluster(workers, database_url)
         with closing(store):
+            settings = replace(settings, lora_dir=worker.config.lora_dir)
             app = create_app(store, spec, settings, keys=keys, worker=process)
             server = Server(app if page is None else page(app, worker.config), announce)
             _run_both(server, listener, process)

@@ -13,9 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from wanduet.doors.http.bodies import MULTIPART, read_fields
 from wanduet.doors.http.context import ServerContext, get_context, get_owner
 from wanduet.doors.http.errors import ApiError, ErrorBody
-from wanduet.doors.http.events import VideoStream
+from wanduet.doors.http.events import OwnersStream, video_events
 from wanduet.doors.http.files import answer_file
 from wanduet.doors.http.inputs import InputFiles
+from wanduet.doors.http.lora_fields import take_loras
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.schemas import (
     CreateVideo,
@@ -27,7 +28,6 @@ from wanduet.doors.http.schemas import (
     fingerprint,
     form_schema,
     json_schema,
-    to_request,
     to_video,
 )
 from wanduet.errors import InvalidRequestError
@@ -74,6 +74,7 @@ async def create_video(request: Request, context: Context, owner: Owner) -> Vide
         await run_in_threadpool(get_owner, request)  # check again: a body takes time, and keys are revoked at once
         with context.submissions.enter():
             context.check_accepting()
+            take_loras(fields)
             file, given = files.take(fields), fingerprint(fields)
             if (known := await _repeated(context, owner, key, given)) is not None:
                 return known
@@ -108,7 +109,7 @@ async def remix_video(video_id: VideoId, request: Request, context: Context, own
             raise InvalidRequestError("prompt", fields.get("prompt"), "a text that is not empty") from None
         source = await run_in_threadpool(context.store.get, source_id, owner)
         fields = {**source.request, "prompt": prompt}
-        wanted = to_request(fields, context.spec, context.settings.limits, prices=context.price)
+        wanted = await run_in_threadpool(context.to_request, fields)
         file = await run_in_threadpool(find_input, source, context)
         new = NewJob(
             owner,
@@ -224,7 +225,7 @@ async def stream_events(video_id: VideoId, request: Request, context: Context, o
     small moving picture of what it will look like, as a data URI in `image`.
     """
     job = await run_in_threadpool(_find, context, video_id, owner)
-    return VideoStream(context, request.headers, owner, job)
+    return OwnersStream(context, request.headers, owner, context.streams, video_events(context, owner, job))
 
 
 async def _repeated(context: ServerContext, owner: str, key: str | None, given: str) -> Video | None:

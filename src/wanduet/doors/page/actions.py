@@ -1,4 +1,4 @@
-"""The page's actions, all of which use the job store and none the engine."""
+"""What the page's routes do: plans, forms of videos, submissions that start from a stored video. None loads the engine."""
 
 import threading
 from contextlib import suppress
@@ -10,27 +10,44 @@ from typing import TYPE_CHECKING, Any
 from wanduet.config import EngineConfig, format_bytes
 from wanduet.doors.http.context import ServerContext
 from wanduet.doors.http.public import NAME_LIMIT, public_text
-from wanduet.doors.http.schemas import to_request
 from wanduet.doors.http.uploads import MetadataReader, SourceReader
 from wanduet.doors.http.videos import find_input
 from wanduet.doors.page.clips import SAME_INPUT, Clip
-from wanduet.doors.page.forms import FILE_FIELDS, SIZE, Form, Presets, clips_of, default_form, fields_of, form_of
+from wanduet.doors.page.forms import (
+    FILE_FIELDS,
+    FORM_FIELDS,
+    SIZE,
+    Form,
+    Presets,
+    clips_of,
+    default_form,
+    describe,
+    fields_of,
+    form_of,
+    form_rows,
+)
+from wanduet.doors.page.words import card
 from wanduet.errors import InvalidRequestError, WanduetError
-from wanduet.family.speeds import with_speed
-from wanduet.jobs.records import NewJob, StoredJob, UnknownJobError
+from wanduet.family.speeds import SPEEDS, price_of_speed, with_speed
+from wanduet.jobs.records import NewJob, StoredJob
+from wanduet.miniature.vocabulary import is_in_world
 from wanduet.request import INPUT_HASH, GenerationRequest
 from wanduet.source_video import SourceVideo
+from wanduet.weights.names import BUNDLED
 
 if TYPE_CHECKING:
     from wanduet.planning.hardware import Hardware
     from wanduet.runtime.models import Models
 
-PAGE_CARDS = 60  # videos in the gallery, and how many more each click on "Older videos" shows
 _A_FILE = "this file"  # in place of its path, which only the browser knows
+BEYOND = (
+    "The miniature knows coloured shapes that move on a background of another colour, and a few scenes. This prompt goes "
+    "beyond its world."
+)
 
 
 class PageActions:
-    """Actions on the job store on behalf of a visitor's owner."""
+    """Actions on behalf of a visitor. Those that submit or read a job take its owner."""
 
     def __init__(self, context: ServerContext, config: EngineConfig) -> None:
         self.context = context
@@ -42,80 +59,65 @@ class PageActions:
         """Return a form with the model's default settings."""
         return default_form(self.context.spec.defaults)
 
+    def about(self) -> dict[str, Any]:
+        """Return what the page is built from: the model, the form's fields with their defaults, presets and speeds."""
+        limits, start, presets = self.context.settings.limits, self.defaults(), self.presets
+        fields = {name: describe(field, start[name], limits) for name, field in FORM_FIELDS.items()}
+        fields[SIZE] |= {"kind": "size", "choices": presets.sizes}
+        fields["prompt"]["longest"] = limits.prompt
+        return {
+            "model": self.context.spec.name,
+            "is_miniature": self._config.model in BUNDLED,
+            "signed_in": self.context.require_key,
+            "fields": fields,
+            "rows": form_rows(),
+            "files": list(FILE_FIELDS),
+            "defaults": start,
+            "presets": [
+                {"label": label, "field": field, "values": dict(presets.rows[field])}
+                for label, field in (("Shape", SIZE), ("Length", "num_frames"), ("Quality", "speed"))
+            ],
+            "examples": list(presets.examples),
+            "speeds": {speed.name: self._price(speed.name) for speed in SPEEDS},
+        }
+
     def form_of(self, job: StoredJob) -> Form:
         """Convert a stored job to a form; it starts from the job's input video, if it has one."""
         files = {name: Clip(SAME_INPUT, job=job.id) for name in FILE_FIELDS if job.request.get(name)}
         return form_of(job.request, self.defaults(), files)
 
-    def follow(self, form: Form, name: str, clip: Clip) -> Form:
-        """Return the form with an input video, whose proportions and length its size and frames follow."""
+    def follow(self, form: Form) -> Form:
+        """Return the form's size and number of frames as its input video has them by default."""
         with suppress(WanduetError):  # a frame rate that is not allowed: the plan says so
-            fields = {"prompt": "x", "fps": fields_of(form).get("fps"), name: _A_FILE}
-            request = GenerationRequest.parse(**fields).resolve(self.context.spec, clip.source)
-            form = {**form, SIZE: f"{request.width}x{request.height}", "num_frames": request.num_frames}
-        return {**form, name: clip}
+            for name, clip in clips_of(form).items():
+                fields = {"prompt": "x", "fps": fields_of(form).get("fps"), name: _A_FILE}
+                request = GenerationRequest.parse(**fields).resolve(self.context.spec, clip.source)
+                return {SIZE: f"{request.width}x{request.height}", "num_frames": request.num_frames}
+        return {}
 
-    def submit(self, owner: str, form: Form) -> StoredJob:
-        """Submit the form as a job; the browser submits one with a file of its own, see `outgoing`.
+    def fields(self, form: Form) -> dict[str, Any]:
+        """Return the fields that `POST /v1/videos` takes for a form, without its file.
 
-        Raises WanduetError or ApiError, whose message names the problem.
+        Raises InvalidRequestError or WanduetError, whose message names the problem.
         """
-        return self._submit(owner, self._checked(form), self._first_of(owner, form))
-
-    def outgoing(self, form: Form) -> dict[str, Any] | None:
-        """Return the `fields` and, by field, the hashes of the `files` that the browser submits; None if it has no
-        file of the form.
-
-        Raises WanduetError or ApiError, whose message names the problem.
-        """
-        sources = {name: clip.source for name, clip in clips_of(form).items() if clip.source is not None}
-        if not sources:
-            return None
-        fields = self._checked(form)
-        self.context.check_accepting()
+        if not str(form.get("prompt") or "").strip():
+            raise WanduetError("Describe what the video shows first.")
+        fields = fields_of(form)
         self._request(fields, form)
-        return {"fields": fields, "files": {name: source.sha256 for name, source in sources.items()}}
+        return fields
 
-    def repeat(self, owner: str, job: StoredJob, *, new_seed: bool) -> StoredJob:
-        """Submit a job's request again, with its seed or a new one.
+    def again(self, owner: str, first: StoredJob, fields: dict[str, Any]) -> StoredJob:
+        """Submit a request that starts from the stored input of the job `first`, if that has one.
 
         Raises WanduetError or ApiError, whose message names the problem.
         """
-        request = {name: value for name, value in job.request.items() if value is not None}
-        if new_seed:
-            request.pop("seed", None)
-        return self._submit(owner, request, job)
-
-    def jobs(self, owner: str, pages: int = 1) -> tuple[tuple[StoredJob, ...], bool]:
-        """Return the newest jobs, for the gallery, and whether there are older ones."""
-        found: list[StoredJob] = []
-        more = True
-        for _ in range(pages):
-            page = self.context.store.list(owner, limit=PAGE_CARDS, after=found[-1].id if found else None)
-            found += page.jobs
-            more = page.has_more
-            if not more:
-                break
-        return tuple(found), more
-
-    def find(self, owner: str, job_id: str | None) -> StoredJob | None:
-        """Return a job; None if it was deleted or belongs to another owner."""
-        if job_id is None:
-            return None
-        try:
-            return self.context.store.get(job_id, owner)
-        except UnknownJobError:
-            return None
-
-    def cancel(self, owner: str, job_id: str) -> None:
-        """Cancel a job, if it still exists."""
-        if self.find(owner, job_id) is not None:
-            self.context.store.cancel(job_id, owner)
-
-    def delete(self, owner: str, job_id: str) -> None:
-        """Delete a job, if it still exists."""
-        if self.find(owner, job_id) is not None:
-            self.context.store.delete(job_id, owner)
+        self.context.check_accepting()
+        inputs = {name: first.request.get(name) for name in FILE_FIELDS}
+        source, context = find_input(first, self.context), self.context
+        wanted = context.to_request({**fields, **inputs})
+        request, model_hash = wanted.model_dump(exclude_none=True), context.settings.model_hash
+        new = NewJob(owner, context.spec.name, request, model_hash=model_hash)
+        return context.store.submit(new, context.settings.queue, source).job
 
     def read(self, video: Path) -> dict[str, Any]:
         """Return what a video can be used for: the `form` that it was made with, with a `note` if this server cannot
@@ -145,10 +147,17 @@ class PageActions:
                 request.resolve(models.spec, None, models.price), models.memory, self._config, hardware
             ).as_dict()
 
-    def _checked(self, form: Form) -> dict[str, Any]:
-        if not str(form.get("prompt") or "").strip():
-            raise WanduetError("Describe what the video shows first.")
-        return fields_of(form)
+    def card(self, job: StoredJob) -> dict[str, Any]:
+        """Return a job as the page shows it."""
+        return card(job) | {"notes": self.notes(str(job.request.get("prompt", "")))}
+
+    def notes(self, prompt: str) -> list[str]:
+        """Return what a user should know of a prompt before a video is made of it."""
+        return [BEYOND] if self._config.model in BUNDLED and prompt.strip() and not is_in_world(prompt) else []
+
+    def _price(self, speed: str) -> str:
+        price = price_of_speed(speed, self.context.spec, self.context.price)
+        return "" if price is None else str(price)
 
     def _settings_of(self, video: Path) -> dict[str, Any]:
         about = self._uploads.read(video)
@@ -158,43 +167,24 @@ class PageActions:
         served = self.context.spec.name
         its_own = {"seed": about.get("seed", request.get("seed")), "num_videos_per_prompt": 1}  # of one video
         try:
-            made = GenerationRequest.parse(**{**request, **its_own}).model_dump()
+            parsed = GenerationRequest.parse(**{**request, **its_own})
         except InvalidRequestError as error:
             raise WanduetError(f"No video was made with these settings: {error.message}") from None
-        notes = []
+        loras, notes = self.context.loras.kept(parsed.loras or ())
+        made = parsed.model_dump() | {"loras": [lora.recorded() for lora in loras]}
         if made_by not in (None, served):  # the model is only named: a file's metadata never causes a look-up
             notes.append(f"It was made with {public_text(str(made_by), NAME_LIMIT)}, this server has {served}.")
         if any(made[name] for name in FILE_FIELDS):
             notes.append("It was made from an input video, which is not in the file: choose that video too.")
         return {"form": form_of(made, self.defaults()), "note": " ".join(notes)}
 
-    def _submit(self, owner: str, fields: dict[str, Any], first: StoredJob | None) -> StoredJob:
-        """Submit an API request; `first` is the job whose stored input it starts from."""
-        self.context.check_accepting()
-        inputs = {} if first is None else {name: first.request.get(name) for name in FILE_FIELDS}
-        source = None if first is None else find_input(first, self.context)
-        context = self.context
-        wanted = to_request({**fields, **inputs}, context.spec, context.settings.limits, prices=context.price)
-        request, model_hash = wanted.model_dump(exclude_none=True), self.context.settings.model_hash
-        new = NewJob(owner, self.context.spec.name, request, model_hash=model_hash)
-        return self.context.store.submit(new, self.context.settings.queue, source).job
-
-    def _first_of(self, owner: str, form: Form) -> StoredJob | None:
-        """Return the job whose stored input the form starts from. Raises WanduetError if it was deleted."""
-        for clip in clips_of(form).values():
-            if (job := self.find(owner, clip.job)) is None:
-                raise WanduetError("The video that had this input was deleted. Choose the input video again.")
-            return job
-        return None
-
     def _request(self, fields: dict[str, Any], form: Form) -> GenerationRequest:
-        """`to_request`, with what has been read of the form's input videos."""
+        """`ServerContext.to_request`, with what has been read of the form's input videos."""
         clips = clips_of(form)  # a stored one is named by its job: nothing depends on its hash here
         marks = {name: f"{INPUT_HASH}{clip.job}" if clip.source is None else _A_FILE for name, clip in clips.items()}
         source = next((clip.source for clip in clips.values() if clip.source is not None), None)
         look = None if source is None else lambda: source
-        context = self.context
-        return to_request({**fields, **marks}, context.spec, context.settings.limits, look, context.price)
+        return self.context.to_request({**fields, **marks}, look)
 
     def _read_source(self, video: Path) -> SourceVideo:
         limit = self.context.settings.max_input_bytes

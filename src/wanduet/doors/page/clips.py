@@ -1,4 +1,4 @@
-"""The video that a form starts from, and what the page reads from a video that was dropped or chosen.
+"""The video that a form starts from.
 
 The browser keeps the file and sends it with the submission; the form has what the server has read from it.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanduet.doors.http.public import NAME_LIMIT, public_text
+from wanduet.jobs.records import is_job_id
 from wanduet.source_video import SourceVideo
 
 SAME_INPUT = "the same input video"
@@ -23,34 +24,16 @@ class Clip:
     source: SourceVideo | None = None
     job: str | None = None
 
-    @property
-    def sha256(self) -> str:
-        """The hash of the browser's file; empty for a stored input."""
-        return "" if self.source is None else self.source.sha256
 
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a dropped video can be used for: its settings as a form, with a note, its pictures as a clip, or neither."""
-
-    name: str
-    form: dict[str, Any] | None = None
-    note: str = ""
-    clip: Clip | None = None
-    error: str = ""
-
-
-def offer_of(answer: dict[str, Any]) -> Offer:
-    """Convert what the browser repeats of the server's answer; parts that the server cannot have sent are left out."""
-    name = public_text(str(answer.get("name") or "that video"), NAME_LIMIT)
-    form, source = answer.get("form"), _source_of(answer.get("source"))
-    return Offer(
-        name,
-        form if isinstance(form, dict) else None,
-        str(answer.get("note") or ""),
-        None if source is None else Clip(name, source),
-        str(answer.get("error") or ""),
-    )
+def clip_of(value: Any) -> Clip | None:
+    """Return the input video that a browser names in its form; None for what the server cannot have sent."""
+    if not isinstance(value, dict):
+        return None
+    name, job = public_text(str(value.get("name") or "that video"), NAME_LIMIT), value.get("job")
+    if isinstance(job, str):
+        return Clip(name, job=job) if is_job_id(job) else None
+    source = _source_of(value.get("source"))
+    return None if source is None else Clip(name, source)
 
 
 def _source_of(answer: Any) -> SourceVideo | None:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanduet.doors.http.schemas import RequestLimits
-from wanduet.doors.page.clips import Clip
+from wanduet.doors.page.clips import Clip, clip_of
 from wanduet.family.spec import GenerationDefaults
 from wanduet.family.speeds import EXACT, SpeedName, fields_set_by
 from wanduet.family.step_caches import FEWEST_STEPS
+from wanduet.loras import Lora
 from wanduet.request import REQUEST_FIELDS
 from wanduet.request_fields import RequestField
 from wanduet.schedule import joined
@@ -20,6 +21,7 @@ SIZE = "size"  # WIDTHxHEIGHT, in place of two fields
 FORM_FIELDS: dict[str, RequestField] = {}
 for _field in REQUEST_FIELDS.values():
     FORM_FIELDS.setdefault(_field.shown.within or _field.name, _field)
+LORAS = "loras"  # a list of objects, as `POST /v1/videos` takes them
 FILE_FIELDS = tuple(name for name, field in FORM_FIELDS.items() if field.shown.is_file)  # their values are `Clip`s
 _UNPLACED = 100  # sorts after all fields with a row number
 _LONGEST_NUMBER = 20  # characters
@@ -63,19 +65,13 @@ class Presets:
             "speed": self.qualities,
         }
 
-    def chosen(self, form: Form) -> tuple[str | None, str | None, str | None]:
-        """Return the labels of shape, length and quality that match a form; None for a row without a match."""
-        rows = self.rows.items()
-        found = [next((name for name, value in row.items() if value == form.get(field)), None) for field, row in rows]
-        return found[0], found[1], found[2]
-
 
 def default_form(defaults: GenerationDefaults) -> Form:
     """Return the model's defaults, else the engine's; "" for a field without either, None for a file."""
     found = {name: getattr(defaults, name, field.default) for name, field in FORM_FIELDS.items()}
     found |= {name: field.shown.start for name, field in FORM_FIELDS.items() if field.shown.start is not None}
     form = {name: shown_value(value) for name, value in found.items()}
-    return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}"}
+    return form | dict.fromkeys(FILE_FIELDS) | {SIZE: f"{defaults.width}x{defaults.height}", LORAS: []}
 
 
 def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] | None = None) -> Form:
@@ -97,6 +93,7 @@ def form_of(request: dict[str, Any], defaults: Form, files: Mapping[str, Clip] |
     form |= {name: str(form[name]) for name, value in defaults.items() if value == ""}
     if request.get("width") and request.get("height"):
         form[SIZE] = f"{request['width']}x{request['height']}"
+    form[LORAS] = [Lora(**lora).recorded() for lora in request.get(LORAS) or ()]
     return form | dict.fromkeys(FILE_FIELDS) | dict(files or {})
 
 
@@ -124,17 +121,12 @@ def fields_of(form: Form) -> dict[str, Any]:
             fields[name] = form.get(name) or ""  # keep a text that the visitor cleared, instead of the model's default
         if field.kind is int and isinstance(value := fields.get(name), float) and value.is_integer():
             fields[name] = int(value)
-    return fields
+    return fields | ({LORAS: form[LORAS]} if form.get(LORAS) else {})
 
 
 def clips_of(form: Form) -> dict[str, Clip]:
     """Return the form's input files, by field."""
     return {name: form[name] for name in FILE_FIELDS if form.get(name)}
-
-
-def needing(name: str) -> list[str]:
-    """Return the fields that are allowed only together with this one."""
-    return [other for other, field in FORM_FIELDS.items() if field.shown.needs == name]
 
 
 def _applies(field: RequestField, form: Form) -> bool:
@@ -154,33 +146,34 @@ def form_rows() -> list[list[str]]:
     return [rows[number] for number in sorted(rows)]
 
 
-def widget(field: RequestField, value: Any, limits: RequestLimits) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments of Gradio's component for a field that shows `value`.
+def describe(field: RequestField, value: Any, limits: RequestLimits) -> dict[str, Any]:
+    """Return what the page needs to know to build a field that shows `value`.
 
-    Files get an upload (a value that the server keeps while the page is open, shown by a panel), choices a menu,
-    booleans a checkbox, texts, lists and numbers that may be empty a text box, other numbers a slider.
+    `kind`: "file"; "choice" (of `choices`); "switch" for booleans; "text"; "short" for lists and numbers that may be
+    empty; "number" for other numbers, with `min`, `max` and `step`.
     """
-    if field.shown.is_file:
-        return "State", {"value": value}
-    label = field.shown.caption or field.label
-    common: dict[str, Any] = {"label": label, "value": value, "min_width": 120}
-    if field.shown.needs:  # below what it needs, not among the settings
-        common |= {"info": field.help.partition(". ")[0].removesuffix(".") + ".", "visible": False}
+    shown = field.shown
+    about: dict[str, Any] = {"label": shown.caption or field.label, "name": field.label, "help": field.help}
+    about |= {"needs": shown.needs, "replaces": list(shown.replaces), "placeholder": shown.placeholder or ""}
+    if shown.is_file:
+        return about | {"kind": "file"}
     if field.choices:
-        return "Dropdown", common | {"choices": list(field.choices)}
+        return about | {"kind": "choice", "choices": list(field.choices)}
     if field.kind is bool:
-        return "Checkbox", common
+        return about | {"kind": "switch"}
     if field.kind is str:
-        lines = field.shown.lines
-        return "Textbox", {"label": label, "value": value, "lines": lines, "max_lines": 3 * lines}
-    if field.is_list:
-        return "Textbox", common | {"max_length": _LONGEST_LIST, "placeholder": field.shown.placeholder}
-    low, high = field.shown.span or (field.limits.get("ge"), field.limits.get("le"))
+        return about | {"kind": "text", "lines": shown.lines}
+    low, high = shown.span or (field.limits.get("ge"), field.limits.get("le"))
     largest = [most for most in (high, limits.of(field)) if most is not None]
-    if value == "" or low is None or not largest:
-        return "Textbox", common | {"max_length": _LONGEST_NUMBER, "placeholder": field.shown.placeholder}
-    ends = {"minimum": low, "maximum": min(largest), "step": field.shown.step}
-    return "Slider", common | ends | {"min_width": 140, "buttons": []}
+    if field.is_list or value == "" or low is None or not largest:
+        return about | {"kind": "short", "longest": _LONGEST_LIST if field.is_list else _LONGEST_NUMBER}
+    return about | {"kind": "number", "min": low, "max": min(largest), "step": shown.step}
+
+
+def read_form(given: Mapping[str, Any]) -> Form:
+    """Return the form that a browser sent: the known fields, with a `Clip` for each file."""
+    form = {name: given.get(name) for name in (*FORM_FIELDS, LORAS)}
+    return form | {name: clip_of(form[name]) for name in FILE_FIELDS}
 
 
 def _shapes(width: int, height: int) -> dict[str, str]:

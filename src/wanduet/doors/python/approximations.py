@@ -21,11 +21,20 @@ class Approximations:
     quantize: str | None = None
     guidance_interval: str | None = None
     guidance_mode: str | None = None
+    low_res_first: bool = False  # not supported
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no call can have."""
+        if self.low_res_first:
+            raise ValueError(
+                "low_res_first is not supported in this call: the solver would start anew at another noise level, and the "
+                "pipeline's scheduler is stepped as it is. Use wanduet.Engine with GenerationRequest(low_res_first=True)."
+            )
 
     def fields(self, schedule: Schedule, encodes: bool) -> dict[str, Any]:
         """Return the fields of a request that they set, and those that give it as many steps as the call; {} if the call
         gives none. `encodes`: the request has an input video, of which a part is kept."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
+        given = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
         if not given:
             return {}
         count = schedule.num_inference_steps if schedule.timesteps is None else len(schedule.timesteps)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from math import isfinite
 from typing import Any, SupportsFloat
 
 import torch
@@ -47,6 +48,7 @@ class CallArguments:
     negatives: list[str] | None = field(init=False)  # None: the call has embeddings, or no guidance
     count: int = field(init=False)  # of prompts
     copies: int = field(init=False)  # videos of each prompt
+    lora_scale: float = field(init=False)  # what multiplies the strengths of active LoRAs
     after: CallbackSettings = field(init=False)
 
     def __post_init__(
@@ -55,8 +57,10 @@ class CallArguments:
         """Check the arguments."""
         # diffusers' callback objects name the tensors that they need.
         self.after = CallbackSettings(callback, getattr(callback, "tensor_inputs", tensors) or (), progress)
-        if self.attention_kwargs:
-            raise ValueError(f"attention_kwargs={self.attention_kwargs} are not supported (LoRA scales, for example).")
+        given = self.attention_kwargs or {}
+        if unknown := sorted(set(given) - {"scale"}):
+            raise ValueError(f"attention_kwargs takes scale, the strength of LoRAs, and not {unknown[0]!r}.")
+        self.lora_scale = number("attention_kwargs: scale", given.get("scale", 1.0))
         if self.output_type not in (None, "np", "pil", "pt", "latent"):
             raise ValueError(f"output_type={self.output_type!r} is not supported: np, pil, pt or latent.")
         if unknown := [name for name in self.after.tensors if name not in CALLBACK_TENSORS]:
@@ -90,6 +94,13 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and value < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
     return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Return a finite number. Raises ValueError."""
+    if not isinstance(value, SupportsFloat) or isinstance(value, str | bool) or not isfinite(float(value)):
+        raise ValueError(f"{name}={value!r} must be a number.")
+    return float(value)
 
 
 def fraction(name: str, value: Any) -> float:

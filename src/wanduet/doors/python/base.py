@@ -15,6 +15,7 @@ from wanduet.config import EngineConfig, TextEncoderResidency
 from wanduet.doors.python.arguments import CALLBACK_TENSORS
 from wanduet.doors.python.calls import WAN22, CallState, EngineManaged, refuse
 from wanduet.doors.python.loading import MODULES, device_name, load_scheduler, opener, read_options
+from wanduet.doors.python.lora_calls import LoraCalls
 from wanduet.doors.python.modules import check_scheduler
 from wanduet.doors.python.parts import PipelineParts, owner_of
 from wanduet.doors.python.shown import SHOWN, ReplaceablePart
@@ -22,7 +23,7 @@ from wanduet.doors.python.text import encode, negatives_of, prompts_of
 from wanduet.planning.plan import Plan
 
 
-class PipelineBase(CallState, EngineManaged):
+class PipelineBase(CallState, LoraCalls, EngineManaged):
     """A pipeline without its call.
 
     Calls of one pipeline, and of those that `from_pipe` made of it, run one at a time, also from several threads. A
@@ -230,7 +231,8 @@ class PipelineBase(CallState, EngineManaged):
         """Return the placement of a call and its memory. Not in diffusers. Raises ValueError, DoesNotFitError."""
         with self._parts.for_use():
             guided = guidance_scale > 1.0
-            return self._parts.plan_video((height, width, num_frames), guided, self._encodes_video)[1]
+            fields = self._parts.loras.fields()
+            return self._parts.plan_video((height, width, num_frames), guided, self._encodes_video, fields)[1]
 
     def encode_prompt(  # diffusers' parameters
         self,

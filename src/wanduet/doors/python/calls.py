@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from wanduet.doors.python.loading import device_name
-from wanduet.doors.python.modules import MERGE_LORA
 from wanduet.doors.python.parts import PipelineParts
 
 _NEW_WEIGHTS = (
@@ -18,12 +17,9 @@ WAN22 = "it runs Wan2.1, which has one transformer and one guidance scale"
 _NO_IMAGES = "it makes videos of texts and of videos, not of images"
 # What to use instead of diffusers' names that are not supported.
 INSTEAD = {
-    **dict.fromkeys(
-        ("load_lora_weights", "save_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters",
-         "disable_lora", "enable_lora", "delete_adapters", "get_active_adapters", "get_list_adapters", "set_lora_device",
-         "enable_lora_hotswap", "load_lora_into_transformer", "lora_state_dict", "lora_scale", "num_fused_loras"),
-        MERGE_LORA,
-    ),
+    "save_lora_weights": "wanduet trains no LoRA",
+    **dict.fromkeys(("load_lora_into_transformer", "lora_state_dict"), "load_lora_weights takes files and tensors by name"),
+    "lora_scale": 'give a call attention_kwargs={"scale": 0.5}, or use set_adapters',
     "save_pretrained": _NEW_WEIGHTS,
     "push_to_hub": _NEW_WEIGHTS,
     "download": "use `wanduet download --model ID`, or from_pretrained, which fetches what is missing",

@@ -24,7 +24,7 @@ def generate(
 ) -> WanPipelineOutput | tuple[Any]:
     """Generate the videos of a call; `videos` `[V, 3, num_frames, H, W]`, pixels in -1..1, are what they begin from.
 
-    Raises ValueError for a size or an approximation that is not supported, DoesNotFitError, OutOfMemoryError, PipelineBusyError.
+    Raises ValueError for a size, an approximation or LoRAs that are not supported, DoesNotFitError, OutOfMemoryError, PipelineBusyError.
     """
     parts, height, width = pipe._parts, call.height, call.width
     with parts.at_work():
@@ -35,7 +35,7 @@ def generate(
             num_frames = (call.latents.shape[-3] - 1) * spec.vae.temporal_stride + 1
         num_frames = rounded_frames(num_frames, spec.vae.temporal_stride)
         size = (height, width, num_frames)
-        fields = call.approximations.fields(schedule, videos is not None)
+        fields = call.approximations.fields(schedule, videos is not None) | parts.loras.fields(call.lora_scale)
         request, plan = parts.plan_video(size, call.is_guided, videos is not None, fields)
         call.approximations.check(request, call.after, pipe.scheduler)
         pipe._guidance_scale, pipe._interrupt = call.guidance_scale, False

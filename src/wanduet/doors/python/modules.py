@@ -25,8 +25,8 @@ from wanduet.weights.source import TensorInfo, WeightSource
 
 CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 MERGE_LORA = (
-    "merge a LoRA with diffusers' own pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), then give its "
-    "transformer to pipe.transformer or the pipeline to WanPipeline.from_pipe"
+    "take its LoRA out with diffusers' `unload_lora_weights` and give that to wanduet's pipe.load_lora_weights, or fuse it "
+    "first (`fuse_lora`, then `unload_lora_weights`)"
 )
 SAMPLES = 32  # elements sampled from each tensor, to detect in-place changes of weights
 

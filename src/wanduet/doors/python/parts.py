@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from wanduet.config import EngineConfig
+from wanduet.doors.python.loras import PipelineLoras
 from wanduet.doors.python.modules import (
     CLASSES,
     check_module,
@@ -26,7 +27,6 @@ from wanduet.models.text.tokenizer import load_tokenizer
 from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.placement import find_placements
 from wanduet.planning.plan import Plan, require_fit
-from wanduet.planning.planner import make_plan
 from wanduet.planning.text import plan_text
 from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
 from wanduet.runtime.models import Models
@@ -63,6 +63,7 @@ class PipelineParts:
         self._base: tuple[ModelFolder | None] | None = None
         self._lock, self._owner = threading.Lock(), 0
         self._text: PromptEncoder | None = None
+        self.loras = PipelineLoras()  # of the transformer
         for kind, module in given.items():
             if module is not None:
                 self.give(kind, module)
@@ -152,6 +153,8 @@ class PipelineParts:
 
     def _drop_for(self, kind: str) -> None:
         """Unload what depends on a component."""
+        if kind == "transformer":
+            self.loras = PipelineLoras()
         if kind == "tokenizer":
             self._text = None
         else:
@@ -167,7 +170,10 @@ class PipelineParts:
         """Return a copy that replaces components by `modules` and loads separately; self if `modules` is empty."""
         if not modules:
             return self
-        return PipelineParts(self.config, self._open, self.given | modules)
+        parts = PipelineParts(self.config, self._open, self.given | modules)
+        if "transformer" not in modules:
+            parts.loras = self.loras  # as in diffusers, where they are parts of the transformer
+        return parts
 
     def configure(self, **changes: Any) -> None:
         """Change settings from the next call on. Raises ConfigError."""
@@ -306,11 +312,13 @@ class PipelineParts:
     ) -> tuple[ResolvedRequest, Plan]:
         """Plan a video of a size: height and width in pixels, and frames.
 
-        `encodes`: also the encoding of an input video of its size. `fields`: of a request, that approximate.
+        `encodes`: also the encoding of an input video of its size. `fields`: of a request, that approximate, and its LoRAs,
+        which are among `loras`.
 
         Raises ValueError for a size that the model does not support and for fields that it refuses, DoesNotFitError.
         """
         height, width, num_frames = size
+        self.models.transformer.loras.given = self.loras.by_hash()
         try:
             request = GenerationRequest.parse(
                 prompt=ANY_PROMPT, negative_prompt=ANY_PROMPT, height=height, width=width, num_frames=num_frames,
@@ -329,11 +337,11 @@ class PipelineParts:
 
     def _plan(self, request: ResolvedRequest) -> Plan:
         """Make a plan without strategy `parallel`: other processes cannot share this one's callback and scheduler."""
-        plan = make_plan(request, self.models.memory, self.config, self.hardware)
+        plan = self.models.plan(request, self.config, self.hardware)
         if plan.strategy != "parallel":
             return plan
         for strategy in ("placed", "single"):
-            plan = make_plan(request, self.models.memory, replace(self.config, strategy=strategy), self.hardware)
+            plan = self.models.plan(request, replace(self.config, strategy=strategy), self.hardware)
             if plan.prediction.fits:
                 break
         return plan

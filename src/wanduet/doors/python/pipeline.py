@@ -93,6 +93,7 @@ class WanPipeline(PipelineBase):
         quantize: Quantize | None = None,
         guidance_interval: str | None = None,
         guidance_mode: GuidanceMode | None = None,
+        low_res_first: bool = False,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos as diffusers 0.42's call does.
 
@@ -100,7 +101,11 @@ class WanPipeline(PipelineBase):
         ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`,
         `guidance_gate` (0..1) or `guidance_interval` ("0.1-0.8"), `sparse` (0..1) and `quantize` ("off", "fp8" or "int8").
         A step cache, which most speeds set, does not go together with `callback_on_step_end`. `guidance_mode` ("cfg",
-        "cfg-zero" or "apg") is how guidance combines both prompts, as diffusers' guiders do.
+        "cfg-zero" or "apg") is how guidance combines both prompts, as diffusers' guiders do. `low_res_first=True` is
+        refused, with `Engine` instead.
+
+        `attention_kwargs={"scale": 0.5}` multiplies the strengths of the active LoRAs, unless they are fused; nothing else
+        is taken there.
 
         Raises ValueError for arguments that are not supported.
         """
@@ -115,7 +120,8 @@ class WanPipeline(PipelineBase):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
             approximations=Approximations(
-                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode
+                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
+                low_res_first,
             ),
         )  # fmt: skip
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

@@ -68,11 +68,12 @@ class WanVideoToVideoPipeline(PipelineBase):
         quantize: Quantize | None = None,
         guidance_interval: str | None = None,
         guidance_mode: GuidanceMode | None = None,
+        low_res_first: bool = False,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos from videos as diffusers 0.42's call does.
 
         Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`, `guidance_interval`,
-        `guidance_mode`, `sparse`, `quantize`; see `WanPipeline`.
+        `guidance_mode`, `sparse`, `quantize`, `low_res_first`; see `WanPipeline`, also for `attention_kwargs`.
 
         `video`: a list of PIL images, an array `[F, H, W, 3]` or a tensor `[F, 3, H, W]` of floats in 0..1, a list of
         such frames, or several such videos; they are resized to `height` and `width`. One video serves all prompts, and
@@ -91,7 +92,8 @@ class WanVideoToVideoPipeline(PipelineBase):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, progress=progress,
             approximations=Approximations(
-                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode
+                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
+                low_res_first,
             ),
         )  # fmt: skip
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))
