@@ -17,9 +17,13 @@ MEASURED = {"H100": ("whole_job_480p", "whole_job_720p", "whole_job_1080p")}
 
 def command_line() -> str:
     """The reference. Flags that several commands share are listed once, by the first."""
+    from wanduet.doors.cli.help import EVERYWHERE
     from wanduet.doors.cli.main import app
 
     text = app.generate_docs(output_format="markdown", recursive=True)
+    text = re.sub(r" \*\[env: \w+\]\*", "", text)  # EVERYWHERE says how they are named
+    text = text.replace("(#wanduet-install", "(#wanduet---install")  # as GitHub derives it from the title
+    text = text.replace("## Table of Contents", f"{EVERYWHERE}\n\n## Table of Contents", 1)
     listed: dict[str, str] = {}  # group and flags to the command that lists them
     commands = re.split(r"(?m)^(?=## )", text)
     return "".join(_once(command, listed) for command in commands)
@@ -34,7 +38,7 @@ def _once(command: str, listed: dict[str, str]) -> str:
             return found[0]
         return f"**{found[1]}**: those of [`{first}`](#{first.replace(' ', '-')}).\n"
 
-    return re.sub(r"\*\*(Video|Engine|Server|Cluster)\*\*:\n\n(?:\* .*\n)+", shorten, command)
+    return re.sub(r"\*\*(Video|Speed, at a loss|Model|Engine|Server|Cluster)\*\*:\n\n(?:\* .*\n)+", shorten, command)
 
 
 def with_card_table(readme: str) -> str:

@@ -57,16 +57,17 @@ class GenerationRequest(BaseModel):
     prompt: Annotated[str, Shown(detail="")] = Field(min_length=1, description="What the video shows.")
     # None: the model's default; "": no negative prompt
     negative_prompt: Annotated[str | None, Shown(row=6, detail="")] = Field(
-        default=None, description="What the video should not show; '' for nothing. Default: the model's."
+        default=None,
+        description="What the video should not show; '' for nothing. Default: the model's, a list of flaws for Wan2.1.",
     )
     num_frames: Annotated[Whole | None, Shown(label="Frames", row=2, step=4, detail="", limit="frames")] = Field(
         default=None, ge=1, description="Number of frames, 4n+1. Default: the model's, 81 for Wan2.1."
     )
     height: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
-        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's, 480 for Wan2.1."
     )
     width: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
-        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's, 832 for Wan2.1."
     )
     num_inference_steps: Annotated[
         Whole | None, Shown(label="Steps", row=3, span=(1, 100), aliases=("--steps",), limit="steps")
@@ -77,14 +78,16 @@ class GenerationRequest(BaseModel):
         default=None,
         ge=0.0,
         le=100.0,
-        description="How closely the prompt is followed; 1 turns guidance off, and halves the time.",
+        description="How closely the prompt is followed; 1 turns guidance off, and halves the time. Default: the model's, 6 for "
+        "Wan2.1 1.3B, 5 for 14B.",
     )
     guidance_mode: ModeField = "cfg"
     flow_shift: Annotated[Real | None, Shown(row=4, span=(0.5, 20), step=0.5, detail="Shift")] = Field(
         default=None,
         gt=0.0,
         le=100.0,
-        description="Higher values spend more steps on the layout, lower ones on details.",
+        description="Higher values spend more steps on the layout, lower ones on details. Default: the model's, 8 for Wan2.1 "
+        "1.3B, 5 for 14B.",
     )
     sampler: Annotated[SamplerName | None, Shown(row=3)] = Field(
         default=None,
@@ -106,7 +109,7 @@ class GenerationRequest(BaseModel):
         description="The same seed and settings give the same video. Default: random.",
     )
     fps: Annotated[Whole | None, Shown(label="Frame rate", row=2, span=(1, 60), detail="")] = Field(
-        default=None, ge=1, le=120, description="Frames per second of the file."
+        default=None, ge=1, le=120, description="Frames per second of the file. Default: the model's, 16 for Wan2.1."
     )
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
