@@ -1,4 +1,5 @@
-"""`wanduet download`: downloads a model, or checks one on disk. A module of its own because it does not need torch."""
+"""`wanduet download`: downloads a model, or checks one on disk; `wanduet convert`: writes one in another layout. A module
+of its own because downloads do not need torch."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from wanduet.config import EngineConfig
 from wanduet.errors import ConfigError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.weights.diffusers import ModelFolder
-from wanduet.weights.hub import download, is_offline, local_model, verify_manifest
+from wanduet.weights.hub import download, is_offline, local_model, open_model, verify_manifest
 from wanduet.weights.manifest import Progress, write_manifest
 from wanduet.weights.names import BUNDLED
 
@@ -59,12 +60,34 @@ def _check_folder(folder: ModelFolder, model: str, remember: Path, trust: bool) 
     return {"model": model, "path": str(folder.path), "note": note, "files_verified": checked}
 
 
+def run_convert(config: EngineConfig, target: Path) -> dict[str, Any]:
+    """Write a model that is on this machine as a folder in the Diffusers layout.
+
+    Raises ModelNotFoundError, WeightsError, OutputError, ConfigError for random weights.
+    """
+    from wanduet.runtime.convert import convert
+
+    if config.model in RANDOM_SPECS:
+        raise ConfigError(f"{config.model} has random weights, which are in no file.")
+    model = open_model(config.model, config.revision, fetch=False, files=config.files)
+    with checking_bar() as progress:
+        verify_manifest(model, config.data_folder / "verified.json", (), progress)
+    with checking_bar("Writing and checking") as progress:
+        done = convert(model, target, progress)
+    return {
+        "model": model.name,
+        "path": str(done.folder.path),
+        "component_bytes": done.num_bytes,
+        "bytes": sum(done.num_bytes.values()),
+    }
+
+
 @contextmanager
-def checking_bar() -> Iterator[Progress]:
-    """Show a progress bar of the hashed bytes on stderr, if it is a terminal."""
+def checking_bar(title: str = "Checking the weights") -> Iterator[Progress]:
+    """Show a progress bar of bytes on stderr, if it is a terminal."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("Checking the weights"),
+        TextColumn(title),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

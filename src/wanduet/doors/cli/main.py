@@ -1,5 +1,5 @@
 """The command line: `wanduet generate`, `batch`, `plan`, `bench`, `price`, `encode`, `decode`, `inspect`, `download`,
-`verify`, `doctor`.
+`convert`, `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -277,6 +278,33 @@ def download(
     from wanduet.doors.cli.fetch import run_download
 
     emit(run_download(engine.config(), trust), json_)
+
+
+@app.command
+def convert(
+    source: str,
+    target: Path,
+    *,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Write a model of any layout as a new folder in the layout of diffusers, in bfloat16 (the VAE in float32).
+
+    ```sh
+    wanduet convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b
+    wanduet convert wan2.1-t2v-14b-Q8_0.gguf wan-14b --text-encoder umt5_xxl_fp16.safetensors --vae wan_2.1_vae.safetensors
+    ```
+
+    Parameters
+    ----------
+    source
+        As --model: a folder, a file of a transformer, or a Hugging Face id that is in the cache.
+    target
+        The folder to write, which must not exist.
+    """
+    from wanduet.doors.cli.fetch import run_convert
+
+    emit(run_convert(replace(engine, model=source).config(), target), json_)
 
 
 @app.command
