@@ -93,6 +93,12 @@ def is_official(model: str) -> bool:
     return model in _OFFICIAL
 
 
+def official_id(model: str) -> str | None:
+    """Return the hub id of the same weights in the official layout, for an id in the Diffusers layout; None if it is not
+    known."""
+    return next((official for official, other in _OFFICIAL.items() if other == model), None)
+
+
 def cache_folder_id(path: Path) -> str | None:
     """Return the hub id of a `models--owner--name` folder of the hub's cache, or of a folder inside one; else None."""
     for part in (path, *path.parents):

@@ -97,7 +97,7 @@ def test_tensors_that_need_a_module_of_their_own_are_refused_by_its_name(folder:
 def test_published_weights_that_do_not_run_are_refused_before_anything_is_fetched(
     name: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanduet.weights.hub._fetch", lambda *_: 1 / 0)
+    monkeypatch.setattr("wanduet.weights.hub.fetch", lambda *_: 1 / 0)
     for use in (open_model, download):
         with pytest.raises(ModelNotFoundError, match=words):
             use(name)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
@@ -27,6 +27,7 @@ from wanduet.doors.cli.validate import check_folder, check_output, early_request
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+Form = Literal["full", "bf16", "comfy"]
 PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
 Output = Annotated[
     Place | None,
@@ -260,6 +261,7 @@ def inspect(
 def download(
     *,
     trust: bool = False,
+    form: Form | None = None,
     engine: EngineFlags = OTHER,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -267,17 +269,25 @@ def download(
 
     ```sh
     wanduet download
+    wanduet download --form comfy
+    wanduet download --transformer wan2.1-t2v-14b-Q8_0.gguf --form comfy
     wanduet download --model FOLDER --trust
     ```
+
+    Beside files (--transformer and others), only what they lack is fetched. The model is then used by its id, without a
+    network.
 
     Parameters
     ----------
     trust
         For a folder of weights of your own: take its files as they are, and note their hashes in it.
+    form
+        full: the repository for diffusers, float32. bf16: the official one, text encoder in bfloat16. comfy: the files for
+        ComfyUI, the smallest: 16 bits, text encoder (14B: also transformer) in fp8. Default: that of the id.
     """
     from wanduet.doors.cli.fetch import run_download
 
-    emit(run_download(engine.config(), trust), json_)
+    emit(run_download(engine.config(), trust, form), json_)
 
 
 @app.command
