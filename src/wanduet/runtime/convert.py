@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from wanduet.config import format_bytes
 from wanduet.errors import OutputError, WeightsError
+from wanduet.family.registry import defaults_for
 from wanduet.folders import make_folder, sync_folder
 from wanduet.meta.init import meta_init
 from wanduet.models.dit.model import WanTransformer
@@ -191,8 +192,8 @@ def _write_configs(model: ModelFolder, folder: Path) -> None:
     }  # fmt: skip
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    defaults = {f.name: getattr(spec.defaults, f.name) for f in fields(spec.defaults)}
-    _write_json(folder / DEFAULTS_FILE, defaults)
+    if spec.defaults != defaults_for(replace(spec.transformer, attention="dense", key_share=1.0)):
+        _write_json(folder / DEFAULTS_FILE, {f.name: getattr(spec.defaults, f.name) for f in fields(spec.defaults)})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -244,7 +244,9 @@ class ModelFolder:
         path = self.path / DEFAULTS_FILE
         few_step = {} if self.few_step is None else self.few_step.defaults()
         if path.exists():
-            defaults = _with_config(WAN_1_3B.defaults, path, few_step | read_json(path))
+            own = read_json(path)  # they are of the folder's own transformer
+            both = own | few_step if "transformer" in self.parts else few_step | own
+            defaults = _with_config(WAN_1_3B.defaults, path, both)
             try:
                 GenerationRequest.parse(prompt="-", sampler=defaults.sampler, timesteps=defaults.timesteps or None)
             except InvalidRequestError as error:

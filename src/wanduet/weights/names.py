@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import FAST_MINIATURE, MODULES, ORDINARY, FewStep, by_name
+from wanduet.family.distilled import FAST_MINIATURE, MODULES, ORDINARY, SINGLE_FILE, FewStep, by_name
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
@@ -53,6 +53,11 @@ def check_few_step(model: str) -> None:
     if known is None:
         return
     check_needs(model, known)
+    if known.published == SINGLE_FILE:
+        raise ModelNotFoundError(
+            f"{model} ({known.name}, few steps) is {known.published}, not a whole model.",
+            hint="Fetch that file, and give it beside a model: --transformer FILE.",
+        )
     if known.published:
         raise ModelNotFoundError(
             f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not read.",
