@@ -50,12 +50,10 @@ class TextEncoder:
         weights: TensorReader,
         dtype: torch.dtype,
         residency: Residency,
-        embedding: str = EMBEDDING,
         device: torch.device | str = "cpu",
         format: WeightFormat | None = None,
     ) -> None:
-        """Compute in `dtype` on `device`, whatever the dtype of the files; `embedding`: the embedding's name in
-        `weights`. `format`: how the layers' matrices are in memory, from which each pass makes one layer after another
+        """Compute in `dtype` on `device`, whatever the dtype of the files. `format`: how the layers' matrices are in memory, from which each pass makes one layer after another
         in `dtype`; None: in `dtype`."""
         from transformers import UMT5Config
 
@@ -63,7 +61,7 @@ class TextEncoder:
         self._config._attn_implementation = "eager"  # the others need a mask as large as the scores
         self._weights, self._dtype, self.residency = weights, dtype, residency
         self._device = torch.device(device)
-        self._embedding = embedding if embedding in weights.shapes else EMBEDDING_COPY
+        self._embedding = EMBEDDING if EMBEDDING in weights.shapes else EMBEDDING_COPY
         self._layers: dict[int, nn.Module] = {}
         self._format = format
         self._stored: dict[int, dict[str, Weight]] = {}
