@@ -1,4 +1,4 @@
-"""Writes a component's weights as safetensors files, tensor by tensor: only one tensor is in memory at a time."""
+"""Writes a component's weights as safetensors files, tensor by tensor, with little more memory than the source takes to read them."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD_BYTES = 5 * 10**9  # of tensors in one file, or one larger tensor
+CHUNK = 4 * 2**20  # values that are converted at a time
 WIDTHS = {"BF16": 2, "F32": 4}  # bytes of a value, by safetensors' names of the dtypes that are written
 
 Wrote = Callable[[int], None]  # called with the bytes of each tensor; may raise to stop
@@ -83,8 +84,8 @@ def _write_file(path: Path, source: WeightSource, entries: Sequence[Entry], wrot
         put(_header(entries))
         tensors = _in_order(source, [entry.source for entry in entries])
         for entry, tensor in zip(entries, tensors, strict=True):
-            stored = tensor.to(dtypes[entry.dtype]).contiguous()
-            put(stored.flatten().view(torch.uint8).numpy().data)
+            for part in tensor.flatten().split(CHUNK):
+                put(part.to(dtypes[entry.dtype]).view(torch.uint8).numpy().data)
             wrote(entry.num_bytes)
         file.flush()
         os.fsync(file.fileno())

@@ -79,6 +79,36 @@ def test_an_official_folder_in_shards(source: ModelFolder, tmp_path: Path, monke
     assert index["metadata"]["total_size"] == sum(t.nbytes for state in written for t in state.values())
 
 
+def test_weights_in_8_bits_become_the_dequantised_ones(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    files = {"transformer": tmp_path / "t.gguf", "text_encoder": tmp_path / "fp8.safetensors"}
+    model, scaled = open_model("miniature"), {}
+    writer = gguf.GGUFWriter(files["transformer"], "wan")
+    for name, tensor in tensors_of(model, "transformer").items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 and name.startswith("blocks.") else None
+        data = tensor.float().numpy()
+        writer.add_tensor(name, data if kind is None else gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name, tensor in tensors_of(model, "text_encoder", official=False).items():
+        scaled[name] = tensor
+        if ".SelfAttention.q" in name:
+            scaled[name] = (tensor.float() * 100).to(torch.float8_e4m3fn)
+            scaled[name.removesuffix("weight") + "scale_weight"] = torch.tensor(0.01)
+    save_file(scaled, files["text_encoder"])
+    source = open_model("miniature", files=files)
+    made = convert(source, tmp_path / "wan").folder
+    assert source.transformer.quantisation
+    assert made.transformer.quantisation is None
+    for component in files:
+        ours, theirs = getattr(made, component), getattr(source, component)
+        read = theirs.read(list(theirs.tensors), torch.float32)
+        for name, tensor in ours.iterate(list(ours.tensors)):
+            torch.testing.assert_close(tensor, read[name].to(tensor.dtype), rtol=0, atol=0)
+
+
 def test_diffusers_reads_it(source: ModelFolder, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5EncoderModel

@@ -1,6 +1,7 @@
 """The forms of a model on the hub: what is fetched of each, and that its id is enough afterwards."""
 
 import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_only_what_files_lack_is_fetched(hub, comfy, states, tmp_path: Path, mon
     with pytest.raises(MissingPartsError) as missing:
         local_model(str(own))
     assert missing.value.hint is not None
-    assert f"wanduet download --model {own} (" in missing.value.hint
+    assert f"wanduet download --model {shlex.quote(str(own))} (" in missing.value.hint
     assert (missing.value.model, set(missing.value.parts)) == (MODEL, {"transformer"})
     run_download(EngineConfig(model=str(own), data_dir=tmp_path / "data"), form="comfy")
     assert FILES["transformer"] not in hub.sent
