@@ -557,6 +557,16 @@ def test_download_of_what_is_here_checks_it(wanduet, model: Path) -> None:
     assert "config.json is damaged" in ran.error
 
 
+def test_convert_writes_a_model_that_runs(wanduet, work: Path) -> None:
+    done = wanduet("convert", "miniature", "wan", "--json").json
+    assert done["path"] == str(work / "wan")
+    assert done["bytes"] == sum(done["component_bytes"].values())
+    assert wanduet("download", "--model", "wan", "--json").json["files_verified"] >= 10
+    again = wanduet("convert", "miniature", "wan", "--json")
+    assert (again.code, again.json["error"]["code"]) == (1, "output_error")
+    assert "random weights" in wanduet("convert", "random:1.3b", "wan2", "--json").error
+
+
 def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = wanduet("doctor", "--model", "miniature", "--json").json
     assert (found["model"]["whole"], found["model"]["verified"]) == (True, True)

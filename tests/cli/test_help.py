@@ -11,6 +11,7 @@ COMMANDS = [
     "decode",
     "inspect",
     "download",
+    "convert",
     "verify",
     "doctor",
     "serve",

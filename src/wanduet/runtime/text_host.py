@@ -18,6 +18,8 @@ from wanduet.errors import (
     WeightsError,
 )
 from wanduet.family.spec import ModelSpec
+from wanduet.footprint.phases import text_compute_dtype
+from wanduet.kernels.dit.weight import FORMATS
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
@@ -140,9 +142,14 @@ class CachedPromptEncoder:
             check_tied_embedding(self._folder)
             config = self._folder.config("text_encoder")
             try:
-                dtype = getattr(torch, self._dtype)
+                dtype = getattr(torch, text_compute_dtype(self._dtype))
                 encoder = TextEncoder(
-                    config, self._folder.text_encoder, dtype, self._residency, device=torch.device(self._device)
+                    config,
+                    self._folder.text_encoder,
+                    dtype,
+                    self._residency,
+                    device=torch.device(self._device),
+                    format=FORMATS.get(self._dtype),
                 )
             except Exception as error:  # transformers checks its configs with errors of its own
                 path = self._folder.part("text_encoder") / "config.json"

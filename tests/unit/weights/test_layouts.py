@@ -1,5 +1,6 @@
 """One model in every layout: the same tensors, whatever file they come from."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,7 +186,9 @@ def test_what_files_lack_is_named_with_its_size(tmp_path: Path, miniature: Model
     save_file(tensors_of(miniature, "transformer"), tmp_path / "t.safetensors")
     with pytest.raises(ModelNotFoundError, match="no vae, no tokenizer") as caught:
         local_model(str(tmp_path / "t.safetensors"), None, {"text_encoder": miniature.part("text_encoder")})
-    assert "26.94 GiB" in str(caught.value.hint)
+    hint = str(caught.value.hint)
+    assert f"wanduet download --model {shlex.quote(str(tmp_path / 't.safetensors'))} --text-encoder" in hint
+    assert "505 MiB, or less with --form comfy" in hint  # the VAE and the tokenizer
 
 
 class Stranger:

@@ -1,5 +1,5 @@
 """The command line: `wanduet generate`, `batch`, `plan`, `bench`, `price`, `encode`, `decode`, `inspect`, `download`,
-`verify`, `doctor`.
+`convert`, `verify`, `doctor`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
@@ -27,6 +28,7 @@ from wanduet.doors.cli.validate import check_folder, check_output, early_request
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+Form = Literal["full", "bf16", "comfy"]
 PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
 Output = Annotated[
     Place | None,
@@ -271,6 +273,7 @@ def inspect(
 def download(
     *,
     trust: bool = False,
+    form: Form | None = None,
     engine: EngineFlags = OTHER,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -278,17 +281,52 @@ def download(
 
     ```sh
     wanduet download
+    wanduet download --form comfy
+    wanduet download --transformer wan2.1-t2v-14b-Q8_0.gguf --form comfy
     wanduet download --model FOLDER --trust
     ```
+
+    Beside files (--transformer and others), only what they lack is fetched. The model is then used by its id, without a
+    network.
 
     Parameters
     ----------
     trust
         For a folder of weights of your own: take its files as they are, and note their hashes in it.
+    form
+        full: the repository for diffusers, float32. bf16: the official one, text encoder in bfloat16. comfy: the files for
+        ComfyUI, the smallest: 16 bits, text encoder (14B: also transformer) in fp8. Default: that of the id.
     """
     from wanduet.doors.cli.fetch import run_download
 
-    emit(run_download(engine.config(), trust), json_)
+    emit(run_download(engine.config(), trust, form), json_)
+
+
+@app.command
+def convert(
+    source: str,
+    target: Path,
+    *,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Write a model of any layout as a new folder in the layout of diffusers, in bfloat16 (the VAE in float32).
+
+    ```sh
+    wanduet convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b
+    wanduet convert wan2.1-t2v-14b-Q8_0.gguf wan-14b --text-encoder umt5_xxl_fp16.safetensors --vae wan_2.1_vae.safetensors
+    ```
+
+    Parameters
+    ----------
+    source
+        As --model: a folder, a file of a transformer, or a Hugging Face id that is in the cache.
+    target
+        The folder to write, which must not exist.
+    """
+    from wanduet.doors.cli.fetch import run_convert
+
+    emit(run_convert(replace(engine, model=source).config(), target), json_)
 
 
 @app.command(group=LOOK)

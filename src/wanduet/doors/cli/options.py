@@ -13,7 +13,16 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.config import Toml
 
-from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, Weights, parse_bytes, parse_speeds
+from wanduet.config import (
+    DType,
+    EngineConfig,
+    Strategy,
+    TextDType,
+    TextEncoderResidency,
+    Weights,
+    parse_bytes,
+    parse_speeds,
+)
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.family.sizes import frames_for_seconds, parse_resolution
@@ -237,7 +246,13 @@ class EngineFlags:
             "GPUs, and changes pixels by a few levels of 255 at most."
         ),
     ] = "auto"
-    text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
+    text_encoder_dtype: Annotated[
+        TextDType,
+        Parameter(
+            help="What the text encoder computes in. q8, fp8: in bfloat16, from matrices that are in memory in 8 bits, which "
+            "is half the size; fp8 for a file in fp8."
+        ),
+    ] = "auto"
     text_encoder_hold: Annotated[
         TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
     ] = "auto"

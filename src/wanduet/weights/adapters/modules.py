@@ -6,8 +6,8 @@ from functools import cache
 from wanduet.weights.keymaps import TRANSFORMER
 
 MOST_BLOCKS = 80  # twice as many as the largest Wan has
-# The official name of each module that has a row in the table of whole models, by its Diffusers name.
-_OFFICIAL = {theirs: ours for ours, theirs in TRANSFORMER if not ours.startswith("vace")}
+# Official names by those of Diffusers; `#` is a block's number. VACE's own blocks are in no text to video model.
+_OFFICIAL = {ours: official for official, ours in TRANSFORMER if not official.startswith("vace_")}
 # What trainers put before a module's name, with underscores in place of dots.
 _PREFIXES = (
     "base_model_model", "diffusion_model", "transformer_1", "transformer_2", "transformer", "lora_transformer",
@@ -20,9 +20,8 @@ _IMAGE = re.compile(r"\.(?:add_[kv]_proj|norm_added_[kq]|image_embedder)\b")
 def official_name(module: str) -> str:
     """Return the official name of a module, or of a parameter that is none's weight, from its Diffusers name:
     `blocks.0.self_attn.q` for `blocks.0.attn1.to_q`. Raises KeyError for an unknown one."""
-    if (match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module)) is None:
-        return _OFFICIAL[module]
-    return _OFFICIAL[f"blocks.#.{match[2]}"].replace("#", match[1])
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    return _OFFICIAL[module] if match is None else _OFFICIAL[f"blocks.#.{match[2]}"].replace("#", match[1])
 
 
 def find_module(written: str) -> str | None:
@@ -48,8 +47,7 @@ def is_image_module(module: str) -> bool:
 def _modules() -> dict[str, str]:
     found = {}
     for name in _OFFICIAL:
-        for index in range(MOST_BLOCKS if "#" in name else 1):
-            module = name.replace("#", str(index))
+        for module in [name.replace("#", str(index)) for index in range(MOST_BLOCKS if "#" in name else 1)]:
             for spelled in (module, official_name(module)):
                 found[spelled.replace(".", "_")] = module
     return found
