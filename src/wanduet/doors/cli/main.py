@@ -1,5 +1,4 @@
-"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `price`, `encode`, `decode`, `inspect`, `download`,
-`convert`, `verify`, `doctor`.
+"""The commands of the command line; those of servers and clusters are in `jobs.py` and `cluster.py`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
@@ -30,10 +29,8 @@ Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
 Form = Literal["full", "bf16", "comfy"]
 PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
-Output = Annotated[
-    Place | None,
-    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
-]
+OUTPUT = Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE)
+Output = Annotated[Place | None, OUTPUT]
 Embeddings = Annotated[
     tuple[Path, ...],
     Parameter(help="A file of `wanduet encode`: its prompt is not encoded again. Give it once for each.", negative=""),
@@ -302,7 +299,7 @@ def download(
     emit(run_download(engine.config(), trust, form), json_)
 
 
-@app.command
+@app.command(group=KEEP)
 def convert(
     source: str,
     target: Path,
