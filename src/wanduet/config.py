@@ -15,6 +15,7 @@ from wanduet.family.registry import DEFAULT_MODEL, RANDOM_SPECS
 Strategy = Literal["auto", "single", "placed", "parallel"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Weights = Literal["auto", "bf16", "q8", "fp8"]
+TextDType = Literal["auto", "float32", "bfloat16", "float16", "q8", "fp8"]
 TextEncoderResidency = Literal["auto", "resident", "streamed"]
 ROLES = ("vae", "transformer", "text_encoder")
 
@@ -41,7 +42,7 @@ class EngineConfig:
     # (kernels/dit/weight.py).
     weights: Weights = "auto"
     vae_dtype: DType = "auto"  # auto: float32
-    text_encoder_dtype: DType = "auto"
+    text_encoder_dtype: TextDType = "auto"  # q8, fp8: matrices in 8 bits in memory, computed in bfloat16
     text_encoder_hold: TextEncoderResidency = "auto"
     text_encoder_device: str = "auto"  # "cpu", "cuda:0"; auto: the CPU, or for less work a GPU with room
     tf32: bool = True  # TF32 in the VAE's float32 convolutions (never in the transformer's float32 parts)
@@ -67,6 +68,11 @@ class EngineConfig:
             raise ConfigError(
                 f"weights={self.weights!r} is no format of weights in memory.",
                 hint=f"Formats: {', '.join(get_args(Weights))}. fp8 takes as many bytes as q8, and is less precise.",
+            )
+        if self.text_encoder_dtype not in get_args(TextDType):
+            raise ConfigError(
+                f"text_encoder_dtype={self.text_encoder_dtype!r} is no dtype of the text encoder.",
+                hint=f"Dtypes: {', '.join(get_args(TextDType))}.",
             )
         if self.text_encoder_device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", self.text_encoder_device):
             raise ConfigError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from wanduet.request_fields import Real
 
@@ -40,7 +41,10 @@ class Lora(BaseModel):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.start >= self.end:
-            raise ValueError(f"the share of the steps must begin before it ends, not {self.start:g}-{self.end:g}")
+            shares = f"{self.start:g}-{self.end:g}"
+            raise PydanticCustomError(
+                "loras", "Shares of the steps that begin before they end, not {shares}", {"shares": shares}
+            )
         return self
 
     @property
@@ -61,6 +65,11 @@ def fields_of_text(text: str) -> dict[str, Any]:
     if match is None:
         return {"name": text}
     return {name: value if name == "name" else float(value) for name, value in match.groupdict().items() if value}
+
+
+def has_effect(loras: Iterable[Lora] | None) -> bool:
+    """Return whether any of a request's LoRAs changes the weights."""
+    return any(lora.strength for lora in loras or ())
 
 
 def loras_at(loras: Iterable[Lora], step: int, num_steps: int) -> tuple[Lora, ...]:

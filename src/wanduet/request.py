@@ -35,7 +35,7 @@ from wanduet.family.speeds import (
 )
 from wanduet.family.speeds import refused as refused_speed
 from wanduet.family.step_caches import OFF, StepCacheSetting, check_steps
-from wanduet.loras import MOST_LORAS, Lora
+from wanduet.loras import MOST_LORAS, Lora, has_effect
 from wanduet.request_fields import Real, RequestField, Shown, Whole, explain, fields_of
 from wanduet.schedule import SAMPLERS, TIMESTEP_SAMPLERS, SamplerName, Timesteps, resolved_schedule
 from wanduet.source_video import SIDES, SourceVideo, by_what_was_given
@@ -57,16 +57,17 @@ class GenerationRequest(BaseModel):
     prompt: Annotated[str, Shown(detail="")] = Field(min_length=1, description="What the video shows.")
     # None: the model's default; "": no negative prompt
     negative_prompt: Annotated[str | None, Shown(row=6, detail="")] = Field(
-        default=None, description="What the video should not show; '' for nothing. Default: the model's."
+        default=None,
+        description="What the video should not show; '' for nothing. Default: the model's, a list of flaws for Wan2.1.",
     )
     num_frames: Annotated[Whole | None, Shown(label="Frames", row=2, step=4, detail="", limit="frames")] = Field(
         default=None, ge=1, description="Number of frames, 4n+1. Default: the model's, 81 for Wan2.1."
     )
     height: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
-        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's, 480 for Wan2.1."
     )
     width: Annotated[Whole | None, Shown(label="Size", row=1, within="size", detail="")] = Field(
-        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's."
+        default=None, ge=16, description="In pixels, a multiple of 16. Default: the model's, 832 for Wan2.1."
     )
     num_inference_steps: Annotated[
         Whole | None, Shown(label="Steps", row=3, span=(1, 100), aliases=("--steps",), limit="steps")
@@ -77,14 +78,16 @@ class GenerationRequest(BaseModel):
         default=None,
         ge=0.0,
         le=100.0,
-        description="How closely the prompt is followed; 1 turns guidance off, and halves the time.",
+        description="How closely the prompt is followed; 1 turns guidance off, and halves the time. Default: the model's, 6 for "
+        "Wan2.1 1.3B, 5 for 14B.",
     )
     guidance_mode: ModeField = "cfg"
     flow_shift: Annotated[Real | None, Shown(row=4, span=(0.5, 20), step=0.5, detail="Shift")] = Field(
         default=None,
         gt=0.0,
         le=100.0,
-        description="Higher values spend more steps on the layout, lower ones on details.",
+        description="Higher values spend more steps on the layout, lower ones on details. Default: the model's, 8 for Wan2.1 "
+        "1.3B, 5 for 14B.",
     )
     sampler: Annotated[SamplerName | None, Shown(row=3)] = Field(
         default=None,
@@ -106,7 +109,7 @@ class GenerationRequest(BaseModel):
         description="The same seed and settings give the same video. Default: random.",
     )
     fps: Annotated[Whole | None, Shown(label="Frame rate", row=2, span=(1, 60), detail="")] = Field(
-        default=None, ge=1, le=120, description="Frames per second of the file."
+        default=None, ge=1, le=120, description="Frames per second of the file. Default: the model's, 16 for Wan2.1."
     )
     num_videos_per_prompt: Annotated[
         Whole, Shown(label="Videos", caption="Videos of this prompt", row=5, detail="", limit="videos")
@@ -229,6 +232,7 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
         alone = OFF_VALUES | of_speed  # a price is that of the speed's fields alone
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
+        is_whole &= not has_effect(self.loras)  # with LoRA, they are other weights than those that were measured
         return resolved.model_copy(update={"price": price_of_speed(self.speed, spec, prices) if is_whole else None})
 
     def _within_budget(
@@ -242,7 +246,7 @@ class GenerationRequest(BaseModel):
                 raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
-        for speed in within(budget, spec, prices):
+        for speed in (EXACT,) if has_effect(self.loras) else within(budget, spec, prices):
             with suppress(InvalidRequestError):
                 resolved = unset.model_copy(update={"speed": speed}).resolve(spec, source, prices)
                 return resolved.model_copy(update={"loss_budget": budget})

@@ -369,6 +369,8 @@ def test_batch(wanduet, work: Path) -> None:
     assert len({v["output"] for v in videos}) == 3
     assert all((work / v["output"]).exists() for v in videos)
     assert ran.json["failed"] == 0
+    for number in (1, 2, 3):
+        assert re.search(rf"^Video {number} of 3, .+ left for all: ", ran.err, re.MULTILINE)
 
 
 def test_videos_at_given_timesteps_and_their_verification(wanduet, work: Path) -> None:
@@ -456,6 +458,7 @@ def test_bench_measures_and_keeps_nothing(wanduet, work: Path, tmp_path: Path, m
     monkeypatch.setattr(vae_host, "vae_kernels_for", lambda *_: replace(VAE_TORCH_KERNELS, name="mine without attend"))
     ran = wanduet("bench", *TINY, "--runs", "1")
     assert ran.code == 0
+    assert re.match(r"A video takes \S+ s on .+: \S+ s a step, ", ran.out)
     assert re.search(r"\bkernels\W+mine\s", ran.out)
     assert re.search(r"vae_kernels\W+mine without attend", ran.out)
 
@@ -488,7 +491,7 @@ def test_a_current_folder_that_was_removed(wanduet, work: Path) -> None:
 
 def test_a_dry_run_shows_people_the_plan(wanduet) -> None:
     ran = wanduet("generate", "a red circle", "--dry-run", *TINY)
-    assert "single: fits" in ran.out
+    assert "fits on the CPU, and takes about" in ran.out.splitlines()[0]
     assert "may use" in ran.out
     assert ran.out.splitlines()[-1] == "Would be written: a-red-circle.mp4"
 
@@ -552,6 +555,16 @@ def test_download_of_what_is_here_checks_it(wanduet, model: Path) -> None:
     ran = wanduet("download", "--model", str(model), "--json")
     assert ran.code == 1
     assert "config.json is damaged" in ran.error
+
+
+def test_convert_writes_a_model_that_runs(wanduet, work: Path) -> None:
+    done = wanduet("convert", "miniature", "wan", "--json").json
+    assert done["path"] == str(work / "wan")
+    assert done["bytes"] == sum(done["component_bytes"].values())
+    assert wanduet("download", "--model", "wan", "--json").json["files_verified"] >= 10
+    again = wanduet("convert", "miniature", "wan", "--json")
+    assert (again.code, again.json["error"]["code"]) == (1, "output_error")
+    assert "random weights" in wanduet("convert", "random:1.3b", "wan2", "--json").error
 
 
 def test_doctor(wanduet, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,7 +729,7 @@ def test_a_batch_stops_though_the_job_ended_while_it_was_to_be_stopped(
 
     (work / "prompts.txt").write_text("x\ny\n")
     whole = batch.follow
-    monkeypatch.setattr(batch, "follow", lambda job: whole(job) or True)
+    monkeypatch.setattr(batch, "follow", lambda *job: whole(*job) or True)
     if ends == "failed":
         monkeypatch.setattr(generate, "write_video", Mock(side_effect=OutputError("the disk is full")))
     ran = wanduet("batch", "prompts.txt", *TINY, "--json")

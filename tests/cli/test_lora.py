@@ -1,6 +1,7 @@
 """`--lora` on the command line: what is made, planned, verified and refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def style(work: Path) -> Path:
 
 
 def test_a_video_is_made_with_a_lora_and_verified(wanduet, work: Path, style: Path) -> None:
-    made = wanduet("generate", CIRCLE, *SMALL, "--lora", f"{style}:0.8", "-o", "a.mp4", "--json").json
+    ran = wanduet("generate", CIRCLE, *SMALL, "--lora", f"{style}:0.8", "-o", "a.mp4", "--json")
+    made = ran.json
+    assert re.search(r"LoRA: 6 weights are merged .* of host memory", ran.err)
     record = {"name": "style.safetensors", "strength": 0.8, "sha256": file_sha256(style)}
     assert made["settings"]["loras"] == [record]
     assert made["plan"]["loras"]["merges"] == 1

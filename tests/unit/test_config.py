@@ -45,6 +45,9 @@ def test_formats_of_weights_that_do_not_exist(name) -> None:
     with pytest.raises(ConfigError, match="no format of weights") as refused:
         EngineConfig(weights=name)
     assert "q8" in (refused.value.hint or "")
+    with pytest.raises(ConfigError, match="no dtype of the text encoder") as refused:
+        EngineConfig(text_encoder_dtype=name)
+    assert "q8" in (refused.value.hint or "")
 
 
 def test_a_model_must_be_named() -> None:

@@ -120,6 +120,13 @@ def test_the_table_of_cards_is_what_the_cost_model_says(make: ModuleType) -> Non
     assert make.with_card_table(readme) == readme, "make docs"
 
 
+def test_the_tables_of_files_are_what_plans_and_messages_say(make: ModuleType) -> None:
+    models = (ROOT / "docs" / "models.md").read_text()
+    assert models.count("| 24 GiB | 14B |") == 2
+    assert "which wanduet does not have | Take the weights of Wan2.1 T2V" in models
+    assert make.with_model_tables(models) == models, "make docs"
+
+
 def test_the_table_of_fields_is_the_requests(make: ModuleType) -> None:
     server = (ROOT / "docs" / "server.md").read_text()
     assert "| `num_inference_steps` | a whole number, at least 1, at most 1,000 |" in server

@@ -16,7 +16,7 @@ import torch
 
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.engine.job import Job
-from wanduet.footprint.phases import DTYPE_BYTES, ModelMemory, text_encoder_bytes
+from wanduet.footprint.phases import DTYPE_BYTES, ModelMemory, text_compute_dtype, text_encoder_bytes
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.planning.cost import decode_flop, denoise_flop
@@ -70,9 +70,10 @@ def work_of(job: Job, memory: ModelMemory) -> dict[str, Work]:
         ),
     }  # fmt: skip
     if job.timings["encode_s"] > 0:
+        dtype = text_compute_dtype(plan.text.dtype)
         read = text_encoder_bytes(spec, plan.text.dtype, "resident")
-        tokens = 2 * read // DTYPE_BYTES[plan.text.dtype]  # one token through every weight, at least
-        work["encode_s"] = Work(tokens, read, plan.text.device, plan.text.dtype)
+        tokens = 2 * text_encoder_bytes(spec, dtype, "resident") // DTYPE_BYTES[dtype]  # one token through every weight
+        work["encode_s"] = Work(tokens, read, plan.text.device, dtype)
     return work
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from importlib.metadata import requires
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,19 @@ _INSPECTED = (
     "weights (.safetensors, .gguf, .pth)."
 )
 FILE_SUFFIXES = (".safetensors", *CONTAINERS)
+
+
+class Advice(str):
+    """What to do, for the item of the command line's checklist that `about` names."""
+
+    __slots__ = ("about",)
+    about: str
+
+    def __new__(cls, about: str, text: str) -> Self:
+        """Return the text with what it is about."""
+        made = super().__new__(cls, text)
+        made.about = about
+        return made
 
 
 def decode_latents(config: EngineConfig, path: Path, output: OutputOptions) -> JobResult:
@@ -211,7 +224,8 @@ def doctor(config: EngineConfig, progress: Progress | None = None) -> dict[str, 
     try:
         check_writable(folder / "doctor")
     except OutputError as error:
-        problems.append(f"{error.message} Set WANDUET_DATA_DIR to a folder that can be written.")
+        advice = f"{error.message} Set WANDUET_DATA_DIR to a folder that can be written."
+        problems.append(Advice("data folder", advice))
     probe = probe_triton() if hardware.gpus else Probe(tried=False)
     measured_by = {d.name: _attention(torch.device(d.name), folder / "measurements") for d in hardware.gpus}
     return {
@@ -291,8 +305,11 @@ def _not_used(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
         if name not in ours
     }
     return [
-        f"Attention back end {name} is not used on {device}: {problem}. It is tried again a day after it failed, or when "
-        "the driver or what is installed has changed."
+        Advice(
+            "attention",
+            f"Attention back end {name} is not used on {device}: {problem}. It is tried again a day after it failed, or "
+            "when the driver or what is installed has changed.",
+        )
         for (device, name), problem in failed.items()
     ]
 
@@ -309,23 +326,26 @@ def _plain_kernels(hardware: Hardware) -> dict[str, list[str]]:
 
 
 def _advice(hardware: Hardware, probe: Probe) -> list[str]:
-    found = []
+    found: list[str] = []
     gpus = hardware.gpus
     if not gpus and torch.version.cuda is None:
-        found.append(
-            "PyTorch was installed without CUDA: reinstall it from pytorch.org if this machine has an NVIDIA GPU."
-        )
+        advice = "PyTorch was installed without CUDA: reinstall it from pytorch.org if this machine has an NVIDIA GPU."
+        found.append(Advice("GPU", advice))
     elif not gpus:
-        found.append("No GPU is seen: check the driver with nvidia-smi.")
+        found.append(Advice("GPU", "No GPU is seen: check the driver with nvidia-smi."))
     if probe.problem is not None:
         hint = probe.hint if probe.tried else _triton_hint()
-        found.append(f"{probe.problem}: plain kernels run instead, about a fifth slower. {hint}".rstrip())
+        advice = f"{probe.problem}: plain kernels run instead, about a fifth slower. {hint}".rstrip()
+        found.append(Advice("kernels", advice))
     if any(d.capability[0] in FLASH4_MAJORS for d in gpus) and importlib.util.find_spec("flash_attn") is None:
-        found.append("This GPU is served best by flash-attn-4: pip install -e '.[hopper]' in wanduet's folder")
-    if hardware.host_free_bytes < 6 * 2**30:
         found.append(
-            f"Only {format_bytes(hardware.host_free_bytes)} of host memory are free; the text encoder needs 3 GiB."
+            Advice(
+                "attention", "This GPU is served best by flash-attn-4: pip install -e '.[hopper]' in wanduet's folder"
+            )
         )
+    if hardware.host_free_bytes < 6 * 2**30:
+        free = format_bytes(hardware.host_free_bytes)
+        found.append(Advice("memory", f"Only {free} of host memory are free; the text encoder needs 3 GiB."))
     return found
 
 

@@ -16,6 +16,7 @@ _SHIFT_5 = (1000.0, 937.5, 2500 / 3, 625.0)  # 4 even steps with a shift of 5
 # rCM's angles a mean the noise level sin(a) / (sin(a) + cos(a)).
 _RCM = tuple(1000 * tan(angle) / (1 + tan(angle)) for angle in (atan(80), 1.5, 1.4, 1.0))
 _ORIGINAL = "in the original layout"
+SINGLE_FILE = "a file of a transformer alone"
 _PICKLE = "a .pt file with the original names"
 # Parts of the names of the tensors of VSA's gate and SLA's projection.
 VSA_KEY, SLA_KEY = ".to_gate_compress.", ".proj_l."
@@ -29,7 +30,7 @@ class FewStep:
     `repositories`: hub ids, of which the last part is also recognised as a folder's name. `files`: names of single
     files. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
     weights do not have. `attention` and `key_share`: as in `TransformerSpec`. `needs`: what the weights do not run without
-    and wanduet does not have. `published`: the form of the published files, if wanduet does not read it. `size`: height,
+    and wanduet does not have. `published`: what the repositories have, if it is no model that wanduet fetches. `size`: height,
     width and number of frames of the training videos.
     """
 
@@ -138,7 +139,7 @@ FEW_STEP = (
         timesteps=_SHIFT_5,
         flow_shift=5.0,
         repositories=("lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",),
-        published=_ORIGINAL,
+        published=SINGLE_FILE,
     ),
     FewStep(
         name="rCM",
@@ -146,7 +147,7 @@ FEW_STEP = (
         timesteps=_RCM,
         size=(480, 832, 77),
         files=("rCM_Wan2.1_T2V_1.3B_480p.pt",),
-        published=_PICKLE,
+        published=SINGLE_FILE,
     ),
     FewStep(
         name="TurboWan",
@@ -170,7 +171,7 @@ FEW_STEP = (
         ),
         attention="sla",
         key_share=0.1,
-        published=_PICKLE,
+        published=SINGLE_FILE,
     ),
 )
 # LoRA files that make ordinary weights few-step ones, by a part of the file's name or title.

@@ -24,7 +24,7 @@ from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.sparse_steps import sparse_bytes
 from wanduet.kernels.attention.trained import trained_bytes
 from wanduet.kernels.dit.quantized import INT_MM_TOKENS, Quantize
-from wanduet.kernels.dit.weight import WeightFormat, format_of
+from wanduet.kernels.dit.weight import FORMATS, WeightFormat, format_of
 from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
@@ -217,21 +217,50 @@ def text_positions(text: str, text_len: int) -> int:
 
 def text_encoder_bytes(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> int:
     """Bytes of host memory of the text encoder: of all layers, or of one layer and the mapped part of its file."""
-    t, item, layer = spec.text_encoder, DTYPE_BYTES[dtype], _text_layer(spec)
+    t, item, layer = spec.text_encoder, DTYPE_BYTES[text_compute_dtype(dtype)], _text_layer(spec)
     inner = t.num_heads * t.d_kv
     if residency == "resident":
-        return (t.num_layers * layer + t.vocab_size * t.d_model) * item
+        return (
+            t.num_layers * _text_layer_bytes(spec, dtype)
+            + t.vocab_size * t.d_model * item
+            + _text_converted(spec, dtype)
+        )
     mapped = max(t.d_model * max(inner, t.d_ff) * MAPPED_ITEM, min(MAPPED_BYTES, layer * MAPPED_ITEM))
-    return layer * item + mapped + _text_activations(spec)
+    of_format = 0 if dtype in DTYPE_BYTES else _text_layer_bytes(spec, dtype) + _text_converted(spec, dtype)
+    return layer * item + mapped + of_format + _text_activations(spec)
 
 
 def text_device_bytes(spec: ModelSpec, dtype: str, residency: Literal["resident", "streamed"]) -> tuple[int, int]:
     """Bytes that the text encoder takes on a GPU between encodes, and in addition during one. The embedding's rows come
     from its file."""
-    layer = _text_layer(spec) * DTYPE_BYTES[dtype]
+    layer = _text_layer(spec) * DTYPE_BYTES[text_compute_dtype(dtype)]
     if residency == "resident":
-        return spec.text_encoder.num_layers * layer, _text_activations(spec)
+        return spec.text_encoder.num_layers * _text_layer_bytes(spec, dtype), (
+            2 * _text_converted(spec, dtype) + _text_activations(spec)
+        )
     return 0, 2 * layer + _text_activations(spec)  # the allocator's cache may keep a layer in other sizes
+
+
+def text_compute_dtype(dtype: str) -> str:
+    """Return what a text encoder computes in: its dtype, or bfloat16 from matrices in 8 bits (`q8`, `fp8`)."""
+    return dtype if dtype in DTYPE_BYTES else "bfloat16"
+
+
+def _text_converted(spec: ModelSpec, dtype: str) -> int:
+    """Bytes that a pass takes for one layer in the dtype of its products, and for a float32 matrix that is read, if
+    matrices are in memory in 8 bits."""
+    t = spec.text_encoder
+    matrix = t.d_model * max(t.d_ff, t.num_heads * t.d_kv)
+    return 0 if dtype in DTYPE_BYTES else _text_layer(spec) * DTYPE_BYTES["bfloat16"] + matrix * DTYPE_BYTES["float32"]
+
+
+def _text_layer_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of a layer in memory."""
+    if dtype in DTYPE_BYTES:
+        return _text_layer(spec) * DTYPE_BYTES[dtype]
+    t, inner = spec.text_encoder, spec.text_encoder.num_heads * spec.text_encoder.d_kv
+    shapes = [*[(inner, t.d_model)] * 3, (t.d_model, inner), *[(t.d_ff, t.d_model)] * 2, (t.d_model, t.d_ff)]
+    return sum(FORMATS[dtype].num_bytes(shape) for shape in shapes)
 
 
 def _text_layer(spec: ModelSpec) -> int:

@@ -148,13 +148,18 @@ def store_prices(folder: Path, subject: Subject, prices: Prices) -> None:
 
 def worst_of(folder: Path, model: str, settings: Mapping[str, Any], measure: str) -> float | None:
     """Return the worst value of a measure, over all sizes and steps that were measured of a model here with the installed
-    versions; None if there is none. For a choice among approximations before size and steps are known.
+    versions and without LoRA; None if there is none. For a choice among approximations before size and steps are known.
 
     `model`: the hash of the weights, or the name of random ones. `measure`: of MEASURES.
     """
-    found = [prices.of(settings) for prices in all_prices(folder) if prices.about.get("model") == model]
+    found = [prices.of(settings) for prices in all_prices(folder) if _is_of(prices.about, model)]
     values = [price[measure]["worst"] for price in found if price is not None and price[measure] is not None]
     return MEASURES[measure](values) if values else None
+
+
+def _is_of(about: Mapping[str, Any], model: str) -> bool:
+    engine = about.get("engine")
+    return about.get("model") == model and not (isinstance(engine, dict) and engine.get("loras"))
 
 
 def price_of(folder: Path, subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.family.sparsity import first_sparse_step, kept_share, own_share
 from wanduet.family.spec import ModelSpec, TransformerSpec
+from wanduet.footprint.phases import text_compute_dtype
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.cards import card_named
 from wanduet.planning.hardware import DeviceInfo
@@ -175,7 +176,9 @@ def encode_seconds(spec: ModelSpec, dtype: str, residency: Literal["resident", "
     t = spec.text_encoder
     parameters = t.num_layers * (4 * t.d_model * t.num_heads * t.d_kv + 3 * t.d_model * t.d_ff)
     item = 4 if dtype == "float32" else 2
-    return parameters * item / READ_RATES[residency], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[dtype]
+    return parameters * item / READ_RATES[residency], 2e-12 * parameters * PROMPT_TOKENS / ENCODE_RATES[
+        text_compute_dtype(dtype)
+    ]
 
 
 def decode_seconds(request: ResolvedRequest, spec: ModelSpec, vae: DeviceInfo, dtype: str = "float32") -> float:

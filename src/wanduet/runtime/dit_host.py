@@ -76,7 +76,8 @@ class TransformerHost:
         has the device's lock. `adapt(step, context)` of the transformer merges what the request has at a step of the
         schedule, between two forwards; it returns whether weights changed.
 
-        Raises InvalidRequestError (a LoRA's file has changed), WeightsError, OutOfMemoryError, or CancelledError if the job is cancelled or the engine closed meanwhile.
+        Raises InvalidRequestError (a LoRA's file has changed), WeightsError, OutOfMemoryError, or CancelledError if the job
+        is cancelled or the engine closed meanwhile.
         """
         device = torch.device(plan.transformer.device)
         with self._locks.take(plan.transformer.device), on_device_of(device):

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,7 @@ from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.weights.adapters.adapter import Adapter
 from wanduet.weights.adapters.reader import read_adapter
 
-KEPT = 8  # adapters that stay in memory after their last use
+KEPT = 8  # adapters that stay in memory after their last use; more if one request names more
 
 _State = tuple[object, ...]  # a path, and the time of the last change and the size of each of its files
 
@@ -40,7 +40,8 @@ class LoraFiles:
         """
         if not request.loras:
             return request
-        return request.model_copy(update={"loras": tuple(map(self._resolved, request.loras))})
+        pairs = zip(request.loras, self.read(request.loras), strict=True)
+        return request.model_copy(update={"loras": tuple(self._resolved(*pair) for pair in pairs)})
 
     def spec_for(self, request: GenerationRequest) -> ModelSpec:
         """Return the model's spec, with the sampling of a few-step LoRA of the request as its defaults. Raises as `resolve`
@@ -49,13 +50,13 @@ class LoraFiles:
         few_step = self._few_step(request.loras or ())
         return spec if few_step is None else replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
 
-    def _few_step(self, loras: Iterable[Lora]) -> FewStep | None:
-        return next((found for lora in loras if lora.strength and (found := self.read(lora).few_step)), None)
+    def _few_step(self, loras: Sequence[Lora]) -> FewStep | None:
+        pairs = zip(loras, self.read(loras), strict=True)
+        return next((adapter.few_step for lora, adapter in pairs if lora.strength and adapter.few_step), None)
 
-    def _resolved(self, lora: Lora) -> Lora:
-        sha256 = self.read(lora).sha256
+    def _resolved(self, lora: Lora, adapter: Adapter) -> Lora:
         name = lora.name if self._folder is not None else str(self._path(lora))
-        return lora.model_copy(update={"name": name, "sha256": sha256})
+        return lora.model_copy(update={"name": name, "sha256": adapter.sha256})
 
     def at_step(self, request: ResolvedRequest, step: int) -> list[tuple[Adapter, float]]:
         """Return the adapters of a step, by its index in the schedule, with their strengths. Raises as `resolve` does.
@@ -63,21 +64,24 @@ class LoraFiles:
         A file that is gone, or has changed, since it was read for the request does not matter while it is kept.
         """
         with self._lock:
-            kept = {adapter.sha256: adapter for adapter in self._read.values()}
+            kept: dict[str | None, Adapter] = {adapter.sha256: adapter for adapter in self._read.values()}
+        for lora in request.loras:
+            if lora.sha256 not in kept:
+                kept[lora.sha256] = self._adapter(lora)
+        self._drop_all_but(len(request.loras))
         loras = loras_at(request.loras, step - request.first_step, request.num_denoising_steps)
-        return [(kept.get(lora.sha256 or "") or self.read(lora), lora.strength) for lora in loras]
+        return [(kept[lora.sha256], lora.strength) for lora in loras]
 
     def planned(self, plan: Plan, request: ResolvedRequest) -> Plan:
         """Return a plan with the memory and time that the request's adapters add. Raises as `resolve` does."""
         if not request.loras:
             return plan
         shapes = self._checkpoint.memory.transformer_shapes
-        adapters = [self.read(lora) for lora in request.loras]
-        return LorasPlan.of(request, adapters, shapes).added_to(plan)
+        return LorasPlan.of(request, self.read(request.loras), shapes).added_to(plan)
 
     def warnings(self, request: ResolvedRequest) -> list[str]:
         """Return what is said about a request's files: what was left out of them, and whose sampling is used."""
-        adapters = {lora.file_name: self.read(lora) for lora in request.loras}
+        adapters = zip(request.loras, self.read(request.loras), strict=True)
         few_step = self._few_step(request.loras)
         said = (
             []
@@ -85,13 +89,24 @@ class LoraFiles:
             else [f"{few_step.name}: its sampler, steps and guidance are used where none are given."]
         )
         return said + [
-            f"{name}: {count} tensor{'s' * (count > 1)} ignored: {reason}"
-            for name, adapter in adapters.items()
+            f"{lora.file_name}: {count} tensor{'s' * (count > 1)} ignored: {reason}"
+            for lora, adapter in adapters
             for reason, count in adapter.ignored.items()
         ]
 
-    def read(self, lora: Lora) -> Adapter:
-        """Return the adapter, read at its first use, or the given one of its hash. Raises as `resolve` does."""
+    def read(self, loras: Sequence[Lora]) -> list[Adapter]:
+        """Return the adapters, each read at its first use, or the given one of its hash. Raises as `resolve` does."""
+        adapters = [self._adapter(lora) for lora in loras]
+        self._drop_all_but(len(loras))
+        return adapters
+
+    def _drop_all_but(self, used: int) -> None:
+        """Forget the adapters that were not used for longest. `used`: number of those of one request."""
+        with self._lock:
+            while len(self._read) > max(KEPT, used):
+                self._read.popitem(last=False)
+
+    def _adapter(self, lora: Lora) -> Adapter:
         if lora.sha256 is not None and lora.sha256 in self.given:
             return self.given[lora.sha256]
         path = self._path(lora)
@@ -108,8 +123,6 @@ class LoraFiles:
                 memory = self._checkpoint.memory
                 adapter = read_adapter(path, memory.spec.transformer, memory.transformer_shapes)
             self._read[state] = adapter
-            while len(self._read) > KEPT:
-                self._read.popitem(last=False)
         if lora.sha256 not in (None, adapter.sha256):
             raise self._error(lora, f"the file with SHA-256 {lora.sha256}; {path} is another, or has changed")
         return adapter
@@ -122,7 +135,10 @@ class LoraFiles:
         """Return the path that a name stands for, the only place that decides it: a file of the operator's folder, if the
         engine has one, else any path."""
         if self._folder is None:
-            return Path(lora.name).expanduser().absolute()
+            try:
+                return Path(lora.name).expanduser().absolute()
+            except RuntimeError as error:  # an unknown `~user`
+                raise self._error(lora, f"a file that exists ({error})") from error
         if lora.name in (".", "..") or "\0" in lora.name or set(lora.name) & {"/", "\\", ":", os.sep}:
             raise self._error(lora, "the name of a file in the folder of LoRAs, without a path")
         return Path(self._folder) / lora.name

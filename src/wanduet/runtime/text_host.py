@@ -9,8 +9,17 @@ from typing import Protocol
 
 import torch
 
-from wanduet.errors import CancelledError, ModelNotFoundError, OutputError, WeightsError
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutputError,
+    WeightsError,
+)
 from wanduet.family.spec import ModelSpec
+from wanduet.footprint.phases import text_compute_dtype
+from wanduet.kernels.dit.weight import FORMATS
 from wanduet.media.embeddings import PromptEmbeds, load_embeddings, save_embeddings
 from wanduet.media.files import UnreadableFileError
 from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
@@ -133,9 +142,14 @@ class CachedPromptEncoder:
             check_tied_embedding(self._folder)
             config = self._folder.config("text_encoder")
             try:
-                dtype = getattr(torch, self._dtype)
+                dtype = getattr(torch, text_compute_dtype(self._dtype))
                 encoder = TextEncoder(
-                    config, self._folder.text_encoder, dtype, self._residency, device=torch.device(self._device)
+                    config,
+                    self._folder.text_encoder,
+                    dtype,
+                    self._residency,
+                    device=torch.device(self._device),
+                    format=FORMATS.get(self._dtype),
                 )
             except Exception as error:  # transformers checks its configs with errors of its own
                 path = self._folder.part("text_encoder") / "config.json"
@@ -150,6 +164,26 @@ class CachedPromptEncoder:
         limit = max_tokens or self._folder.spec.text_len
         key = f"{clean_text(text)}\0{self._folder.text_fingerprint}\0{self._dtype}\0{limit}"
         return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def adopt(self, prompt: PromptEmbeds, name: str) -> None:
+        """Put embeddings that were made before into the cache, under their prompt; `name` is that of their file, for errors.
+
+        Raises InvalidRequestError for those of another text encoder, or computed in another dtype; ConfigError without a
+        cache; OutputError.
+        """
+        path = self.path_of(prompt.text)
+        if path is None:
+            raise ConfigError("--embeddings needs the cache of embeddings.", hint="Leave out --no-cache-embeddings.")
+        shape = (self._folder.spec.text_len, self._folder.spec.text_encoder.d_model)
+        fits = prompt.embeds.shape[0] <= shape[0] and prompt.embeds.shape[1] == shape[1]
+        if prompt.encoder != self._folder.text_fingerprint or not fits:
+            raise InvalidRequestError(
+                "embeddings", name, "embeddings of this model's text encoder; these are of another"
+            )
+        if prompt.dtype != self._dtype:
+            allowed = f"embeddings computed in {self._dtype}, or --text-encoder-dtype {prompt.dtype}"
+            raise InvalidRequestError("embeddings", name, allowed)
+        save_embeddings(path, prompt)
 
     def _from_cache(self, text: str, limit: int) -> PromptEmbeds | None:
         path = self.path_of(text, limit)

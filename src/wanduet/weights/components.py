@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.untrusted import cut, open_regular
+from wanduet.untrusted import MAX_JSON_BYTES, cut, open_regular, read_file
 from wanduet.weights.gguf_file import GGUFSource
 from wanduet.weights.json_files import read_json
 from wanduet.weights.keymaps import IGNORED, Renamed, pairs_for, renamed
 from wanduet.weights.pickles import PickledTensors
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.recognise import NAMES, TAKE_T2V, Recognised, recognise
-from wanduet.weights.safetensors import TensorFiles
+from wanduet.weights.safetensors import HEADER_LIMIT, TensorFiles
 from wanduet.weights.source import WeightSource
 
 SENTENCEPIECE = "spiece_model"  # a tokenizer's bytes in ComfyUI's text encoder
@@ -29,15 +29,17 @@ def open_source(path: Path, label: str = "file") -> WeightSource:
     """
     try:
         with open_regular(path) as file:
-            start = file.read(4)
+            start = file.read(8)
     except OSError as error:
         raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
-    if start == b"GGUF":
+    if start[:4] == b"GGUF":
         return GGUFSource(label, path)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return PickledTensors(label, path)
+    # The length of a safetensors header, of which the lowest bytes may be those of any other format.
+    is_length = len(start) == 8 and int.from_bytes(start, "little") <= HEADER_LIMIT
+    if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and not is_length):
+        return dequantised(PickledTensors(label, path))
     paths = [path]
-    if start[:1] == b"{":
+    if start[:1] == b"{" and not is_length:
         paths = [path.parent / name for name in shards(path)]
         if missing := [one.name for one in paths if not one.is_file()]:
             raise ModelNotFoundError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} names.")
@@ -101,12 +103,17 @@ def read_sentencepiece(path: Path) -> bytes | None:
 
     Raises WeightsError, ModelNotFoundError.
     """
-    with open_regular(path) as file:
-        start = file.read(2)
-    if path.suffix == ".model" and start[:1] == b"\n":
-        return path.read_bytes()
+    try:
+        with open_regular(path) as file:
+            start = file.read(1)
+        if path.suffix == ".model" and start == b"\n":
+            return read_file(path)
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error.strerror}.") from error
     source = open_source(path)
     names = [name for name in source.tensors if name.rpartition(".")[2] == SENTENCEPIECE]
+    if names and source.tensors[names[0]].num_bytes > MAX_JSON_BYTES:
+        raise WeightsError(f"{path} has a SentencePiece model of more than {MAX_JSON_BYTES} bytes.")
     for _, tensor in source.iterate(names[:1]):
         return bytes(tensor.numpy().tobytes())
     return None

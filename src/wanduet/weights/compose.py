@@ -1,5 +1,6 @@
 """Puts a model together from single files, as ComfyUI's users have them, and a model on this machine."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,24 +9,44 @@ from wanduet.errors import ModelNotFoundError
 from wanduet.family.distilled import by_name
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.weights.components import read_sentencepiece, recognise_file, why_not
-from wanduet.weights.diffusers import COMPONENTS, ModelFolder
+from wanduet.weights.diffusers import COMPONENTS, PARTS, ModelFolder
 from wanduet.weights.names import BUNDLED, check_needs
 from wanduet.weights.published import published_models
 from wanduet.weights.recognise import TAKE_T2V
 
+Opener = Callable[[str, Mapping[str, Path]], ModelFolder | None]
 
-def compose(model: str, files: Mapping[str, Path], open_local: Callable[[str], ModelFolder | None]) -> ModelFolder:
+
+class MissingPartsError(ModelNotFoundError):
+    """Files make no whole model. `model`: the hub id that has what they lack; `parts`: what there is, by component."""
+
+    def __init__(self, model: str, parts: Mapping[str, Path], command: str) -> None:
+        lacking = [part for part in PARTS if part not in parts]
+        known = published_models().get(model)
+        names = ", no ".join(part.replace("_", " ") for part in lacking)
+        size = f" ({format_bytes(known.bytes_of(lacking))}, or less with --form comfy)" if known else ""
+        super().__init__(
+            f"The files have no {names}, and {model}, which would give them, is not on this machine.",
+            hint="Name files with --transformer, --vae, --text-encoder and --tokenizer, or fetch what is missing: "
+            f"{command}{size}.",
+        )
+        self.model, self.parts = model, parts
+
+
+def compose(model: str, files: Mapping[str, Path], open_local: Opener) -> ModelFolder:
     """Return a model of files (paths by component), and of the components that they lack from a model on this machine.
 
     That is `model`, or the default one if `model` is a file, which gives every component that it has. `open_local`
-    returns a model by name, or None if it is not on this machine. Raises ModelNotFoundError, WeightsError.
+    returns a model by name, with paths in place of some components, or None if the others are not on this machine. Raises
+    MissingPartsError then, ModelNotFoundError, WeightsError.
     """
-    parts = {name: path.expanduser().absolute() for name, path in files.items()}
+    named = model
+    parts = {name: _absolute(path) for name, path in files.items()}
     for name, path in parts.items():
         if not path.exists():
             raise ModelNotFoundError(f"There is no {path}, which --{name.replace('_', '-')} names.")
-    whole = Path(model).expanduser().absolute() if model not in BUNDLED else None
-    if whole is not None and whole.is_file():
+    whole = _absolute(Path(model)) if model not in BUNDLED else None
+    if whole is not None and whole.exists() and not whole.is_dir():
         parts = _parts_of(whole, parts)
         model = DEFAULT_MODEL
     tokenizer = parts.get("tokenizer")
@@ -36,15 +57,10 @@ def compose(model: str, files: Mapping[str, Path], open_local: Callable[[str], M
     text = parts.get("text_encoder")
     if "tokenizer" not in parts and text is not None and text.is_file() and read_sentencepiece(text) is not None:
         parts["tokenizer"] = text
-    lacking = [part.replace("_", " ") for part in (*COMPONENTS, "tokenizer") if part not in parts]
-    base = open_local(model) if lacking else None
-    if lacking and base is None:
-        known = published_models().get(model)
-        raise ModelNotFoundError(
-            f"The files have no {', no '.join(lacking)}, and {model}, which would give them, is not on this machine.",
-            hint="Name files with --transformer, --vae, --text-encoder and --tokenizer, or fetch it: wanduet download"
-            f" --model {model}" + (f" ({format_bytes(known.num_bytes)})." if known else "."),
-        )
+    base = open_local(model, parts) if set(PARTS) - set(parts) else None
+    if set(PARTS) - set(parts) and base is None:
+        flags = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+        raise MissingPartsError(model, parts, shlex.join(["wanduet", "download", "--model", named, *flags]))
     transformer = parts.get("transformer")
     name = base.name if transformer is None and base is not None else _stem(transformer)
     own = base is not None and transformer is None
@@ -54,6 +70,13 @@ def compose(model: str, files: Mapping[str, Path], open_local: Callable[[str], M
         base.revision if own and base is not None else None,
         ({} if base is None else dict(base.parts)) | parts,
     )
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # an unknown `~user`
+        raise ModelNotFoundError(f"There is no {path}: {error}") from error
 
 
 def _parts_of(path: Path, named: Mapping[str, Path]) -> dict[str, Path]:

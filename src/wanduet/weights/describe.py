@@ -1,9 +1,12 @@
-"""Describes a file of weights for people: what it is, what it needs beside it, and whether wanduet runs it."""
+"""Describes a file of weights or a LoRA for people: what it is, what it needs beside it, and whether wanduet runs it."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from wanduet.errors import ModelNotFoundError
 from wanduet.untrusted import read_safetensors_header
+from wanduet.weights.adapters.facts import describe_adapter
 from wanduet.weights.components import open_source, why_not
 from wanduet.weights.recognise import TAKE_T2V, Recognised, recognise
 
@@ -21,6 +24,9 @@ def describe_weights(path: Path) -> dict[str, Any] | None:
         return None
     source = open_source(path)
     kinds = recognise(source.tensors)
+    if kinds[0].component == "adapter":
+        with suppress(ModelNotFoundError):  # one for another model than Wan
+            return {"kind": "lora", "path": str(path)} | describe_adapter(path)
     found = {"kind": "weights", "path": str(path)}
     if len(kinds) == 1:
         return found | _shown(kinds[0], path, source.quantisation)

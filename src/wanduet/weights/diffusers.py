@@ -38,6 +38,7 @@ from wanduet.weights.source import WeightSource
 from wanduet.weights.trained_names import by_model_names
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+PARTS = (*COMPONENTS, "tokenizer")
 # Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")
 CLASSES = {
@@ -109,21 +110,24 @@ class ModelFolder:
             check_module(str(self.path), found, tensors)
         return found
 
-    def check_complete(self) -> None:
-        """Check every config and the header of every weights file, so that a problem shows before gigabytes are read.
+    def check_complete(self, parts: Collection[str] = PARTS) -> None:
+        """Check every config and the header of every weights file, so that a problem shows before gigabytes are read;
+        with `parts`, only of these components.
 
         Raises ModelNotFoundError for a component that is missing or not supported, WeightsError for a damaged file.
         """
         self._check_kind()
-        for path in () if self.is_file("tokenizer") else sorted(self.tokenizer.iterdir()):
-            check_pointer(path)
-        if not self.is_file("tokenizer") and not os.path.lexists(self.tokenizer / "tokenizer.json"):
-            raise ModelNotFoundError(
-                f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
-            )
+        if "tokenizer" in parts and not self.is_file("tokenizer"):
+            for path in sorted(self.tokenizer.iterdir()):
+                check_pointer(path)
+            if not os.path.lexists(self.tokenizer / "tokenizer.json"):
+                raise ModelNotFoundError(
+                    f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
+                )
         missing: list[ModelNotFoundError] = []
-        _ = self.few_step  # raises for weights that need a module of their own, clearer than a list of its tensors
-        for component in COMPONENTS:
+        if "transformer" in parts:
+            _ = self.few_step  # raises for weights that need a module of their own, clearer than a list of its tensors
+        for component in (name for name in COMPONENTS if name in parts):
             self._check_class(component)
             try:
                 dequantised(self._files(component))
@@ -240,7 +244,9 @@ class ModelFolder:
         path = self.path / DEFAULTS_FILE
         few_step = {} if self.few_step is None else self.few_step.defaults()
         if path.exists():
-            defaults = _with_config(WAN_1_3B.defaults, path, few_step | read_json(path))
+            own = read_json(path)  # they are of the folder's own transformer
+            both = own | few_step if "transformer" in self.parts else few_step | own
+            defaults = _with_config(WAN_1_3B.defaults, path, both)
             try:
                 GenerationRequest.parse(prompt="-", sampler=defaults.sampler, timesteps=defaults.timesteps or None)
             except InvalidRequestError as error:
@@ -293,16 +299,30 @@ def open_folder(path: Path, name: str, revision: str | None = None) -> ModelFold
         raise ModelNotFoundError(
             f"{path} is Wan2.2 A14B, with two transformers that take turns, which wanduet does not run.", hint=SUPPORTED
         )
-    found = {
-        part: [p for pattern in patterns for p in sorted(path.glob(pattern))] for part, patterns in OFFICIAL.items()
-    }
-    if not found["transformer"] or not any(found[part] for part in ("vae", "text_encoder", "tokenizer")):
+    found = _official_parts(path)
+    if "transformer" not in found or len(found) == 1:
         return ModelFolder(path, name, revision)
-    if missing := [f"{part} ({OFFICIAL[part][0]})" for part, paths in found.items() if not paths]:
+    return open_official(path, name, revision)
+
+
+def open_official(
+    path: Path, name: str, revision: str | None = None, given: Mapping[str, Path] | None = None
+) -> ModelFolder:
+    """Open a folder in the official layout, with `given` paths in place of some components. Raises ModelNotFoundError
+    for one that lacks others."""
+    found = _official_parts(path) | dict(given or {})
+    if missing := [f"{part} ({OFFICIAL[part][0]})" for part in OFFICIAL if part not in found]:
         raise ModelNotFoundError(
             f"{path} is a model in the official layout, but it lacks its {', '.join(missing)}.", hint=_layout_hint(path)
         )
-    return ModelFolder(path, name, revision, {part: paths[0] for part, paths in found.items()})
+    return ModelFolder(path, name, revision, found)
+
+
+def _official_parts(path: Path) -> dict[str, Path]:
+    found = {
+        part: [p for pattern in patterns for p in sorted(path.glob(pattern))] for part, patterns in OFFICIAL.items()
+    }
+    return {part: paths[0] for part, paths in found.items() if paths}
 
 
 def _layout_hint(path: Path) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # headers are read and checked before torch is imported
 
 HINT = "Fetch the file again, and compare its size with that on the page it came from."
 CHUNK_ELEMENTS = 2**20  # that are dequantised at a time: some temporaries of 4 MiB
-_MOST_DIMENSIONS = 8
+_MOST_DIMENSIONS, _MOST_ENTRIES = 8, 2**16
 _DENSE = ("F32", "F16", "BF16")  # read as they are
 _BLOCKS = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",
@@ -152,6 +152,8 @@ class GGUFSource(WeightSource):
         if version not in (2, 3):
             raise ValueError("it is big-endian" if version % 65536 == 0 else f"its version {version} is not known")
         count, entries = header.number("Q"), header.number("Q")
+        if max(count, entries) > _MOST_ENTRIES:
+            raise ValueError(f"its header says that it has {count} tensors and {entries} other entries")
         found: dict[str, Any] = {}
         for _ in range(entries):
             name = header.text()

@@ -3,20 +3,16 @@
 huggingface_hub's own settings apply: HF_HUB_OFFLINE, HF_ENDPOINT (a mirror), HF_HOME, HF_TOKEN.
 """
 
-import errno
 import logging
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wanduet.config import format_bytes
-from wanduet.errors import ModelNotFoundError, WeightsError
+from wanduet.errors import ModelNotFoundError, WanduetError, WeightsError
 from wanduet.weights.compose import compose
-from wanduet.weights.diffusers import COMPONENTS, ModelFolder, check_pipeline, open_folder
+from wanduet.weights.diffusers import PARTS, ModelFolder, open_folder
+from wanduet.weights.forms import Form, FormName, form_of, forms_of
 from wanduet.weights.manifest import (
     SHA256_LENGTH,
     Notes,
@@ -26,37 +22,11 @@ from wanduet.weights.manifest import (
     verify,
     write_manifest,
 )
-from wanduet.weights.names import (
-    BUNDLED,
-    HINT,
-    HUB_ID,
-    MINIATURE,
-    check_few_step,
-    diffusers_name,
-    is_official,
-    no_model,
-    official_layout,
-)
+from wanduet.weights.names import BUNDLED, HINT, HUB_ID, MINIATURE, check_few_step, no_model
 from wanduet.weights.published import published_hashes, unverified_weights
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+from wanduet.weights.repository import fetch, first_line, is_offline, published, throw_away
 
 log = logging.getLogger(__name__)
-
-# Only the needed files (a repository may also have single-file weights), and no pickles.
-_NEEDED = (
-    "*.json", "tokenizer/*.model", "tokenizer/*.txt", *(f"{component}/*.safetensors" for component in COMPONENTS),
-)  # fmt: skip
-# Of a repository in the official layout; its pickles are opened only as tensors.
-_NEEDED_OFFICIAL = (
-    "config.json", "diffusion_pytorch_model*.safetensors*", "*VAE*.pth", "models_t5_*.pth", "google/umt5-xxl/*",
-)  # fmt: skip
-
-
-def _needed(model: str) -> tuple[str, ...]:
-    """Return patterns of the files to fetch of a repository."""
-    return _NEEDED_OFFICIAL if is_official(model) else _NEEDED
 
 
 def open_model(
@@ -107,7 +77,7 @@ def local_model(model: str, revision: str | None = None, files: Mapping[str, Pat
     `ModelFolder.check_complete` checks the files.
     """
     if files:
-        return compose(model, files, lambda base: _local_copy(base, revision))
+        return compose(model, files, lambda base, given: _local_copy(base, revision, given))
     if model in BUNDLED:
         return _bundled(model)
     try:
@@ -119,16 +89,17 @@ def local_model(model: str, revision: str | None = None, files: Mapping[str, Pat
         name = os.path.basename(os.path.abspath(path))  # the name of a link, not of its target
         return open_folder(path.resolve(), name or "model")  # users see this name, so it is not a path
     if is_file:
-        return compose(model, {}, lambda base: _local_copy(base, revision))
+        return compose(model, {}, lambda base, given: _local_copy(base, revision, given))
     if not HUB_ID.fullmatch(model) or path.is_absolute() or model.startswith("."):
         raise no_model(model)
     check_few_step(model)
     return None
 
 
-def _local_copy(model: str, revision: str | None) -> ModelFolder | None:
-    """Return a model that is on this machine: a folder, a bundled one, or one in the hub's cache; else None."""
-    return local_model(model) or _cached(model, revision)
+def _local_copy(model: str, revision: str | None, given: Mapping[str, Path]) -> ModelFolder | None:
+    """Return a model that is on this machine: a folder, a bundled one, or one in the hub's cache, of which only what
+    `given` lacks must be there; else None."""
+    return local_model(model) or _cached(model, revision, given)
 
 
 def _bundled(model: str) -> ModelFolder:
@@ -146,50 +117,77 @@ class IncompleteModelError(ModelNotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A downloaded model; the number of files verified by a published hash, and their bytes."""
+    """A downloaded model and its form; the number of files verified by a published hash, and their bytes."""
 
     folder: ModelFolder
+    form: Form
     num_verified: int
     num_bytes: int
 
 
 def download(
-    model: str, revision: str | None = None, remember: Path | None = None, progress: Progress | None = None
+    model: str,
+    revision: str | None = None,
+    remember: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    form: FormName | None = None,
+    given: Mapping[str, Path] | None = None,
 ) -> Download:
     """Download a model with huggingface_hub (which resumes a partial download) and verify every file.
 
     A file whose hash differs from the published one is deleted and downloaded once more. With HF_HUB_OFFLINE, the
     cached model is verified instead. `remember`: a file that records verified files. `progress` is called during
-    hashing. Raises ModelNotFoundError if the download fails, WeightsError if a file is still damaged.
+    hashing. `form`: which of the model's forms to fetch; None: its own. `given`: paths in place of some components, which
+    are not fetched. Raises ModelNotFoundError if the download fails, WeightsError if a file is still damaged,
+    ConfigError for a form that the model does not have.
     """
     check_few_step(model)
-    notes = Notes(remember)
-    info, path = _fetch(model, revision)
+    chosen, notes, parts = form_of(model, form), Notes(remember), _lacking(given or {})
+    info, path = fetch(chosen, revision, parts)
     if info is None:
-        folder = _cached(model, revision)
+        folder = _cached_form(chosen, model, revision, given or {})
         if folder is None:
             raise ModelNotFoundError(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids fetching it.")
         hashes = published_hashes(folder.path)
+        if chosen.single:  # other models share the repository
+            listed = {name: published_hashes((folder.path / name).parent) for name in chosen.patterns(parts)}
+            hashes = {name: known[Path(name).name] for name, known in listed.items() if Path(name).name in known}
         verify(folder.path, hashes, notes, progress)
-        return Download(folder, len(hashes), _size(folder.path, hashes))
-    hashes = _published(model, info)
+        return Download(folder, chosen, len(hashes), _size(folder.path, hashes))
+    hashes = published(chosen, info, parts)
     damaged, _ = find_damaged(path, hashes, notes, progress)
     if damaged:
         log.warning("Not what was published, fetched again: %s", ", ".join(damaged))
-        _throw_away(path, damaged)
-        _, path = _fetch(model, revision)
+        throw_away(path, damaged)
+        _, path = fetch(chosen, revision, parts)
         damaged, _ = find_damaged(path, hashes, notes, progress)
-        _throw_away(path, damaged)
+        throw_away(path, damaged)
     if damaged:
         raise WeightsError(
-            f"{', '.join(damaged)} of {model} came damaged twice: the hash is not the one that was published.",
+            f"{', '.join(damaged)} of {chosen.repository} came damaged twice: the hash is not the one that was published.",
             hint="Is a proxy or a mirror (HF_ENDPOINT) in between? What was good is kept.",
         )
-    if set(hashes) - set(published_hashes(path)):  # a cache without links, as on Windows: write the hashes into it
-        write_manifest(
-            path, {name: h if len(h) == SHA256_LENGTH else file_sha256(path / name) for name, h in hashes.items()}
-        )
-    return Download(open_folder(path, model, info.sha), len(hashes), _size(path, hashes))
+    _keep_hashes(path, hashes, chosen)
+    return Download(chosen.open(path, model, given or {}), chosen, len(hashes), _size(path, hashes))
+
+
+def _size(folder: Path, names: Mapping[str, str]) -> int:
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def _keep_hashes(path: Path, hashes: Mapping[str, str], form: Form) -> None:
+    """Write hashes into a cache without links, as on Windows, whose files do not show them."""
+    by_folder: dict[Path, dict[str, str]] = {path: dict(hashes)}
+    if form.single:  # other models share the repository, and each file is verified by its own folder's hashes
+        by_folder = {}
+        for name, value in hashes.items():
+            by_folder.setdefault((path / name).parent, {})[Path(name).name] = value
+    for folder, listed in by_folder.items():
+        known = published_hashes(folder)
+        if set(listed) - set(known):
+            full = {n: h if len(h) == SHA256_LENGTH else file_sha256(folder / n) for n, h in listed.items()}
+            write_manifest(folder, (known if form.single else {}) | full)
 
 
 def verify_manifest(
@@ -223,177 +221,53 @@ def _hashes_of(folder: Path, parts: Collection[str] | None) -> dict[str, str]:
     return {name: value for name, value in hashes.items() if parts is None or name.split("/")[0] in parts}
 
 
-def _fetch(model: str, revision: str | None) -> "tuple[ModelInfo | None, Path]":
-    """Download a model; return the hub's info (None in offline mode) and the folder. Raises ModelNotFoundError."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _cached(model: str, revision: str | None, given: Mapping[str, Path] | None = None) -> ModelFolder | None:
+    """Return the copy in the hub's cache, in the model's own form or in another one; None if the cache has nothing of its
+    own form, and no other one whole.
 
-    try:
-        info = HfApi().model_info(model, revision=revision, files_metadata=True)
-        _check_listed(model, info)
-        _check_listed_kind(model, info)
-        _announce(model, info)
-        # By `revision`, not by commit, so that the cache can resolve that name without a network.
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_needed(model))))
-        if path.name != info.sha:  # a new commit was published in between
-            info = HfApi().model_info(model, revision=path.name, files_metadata=True)
-        return info, path
-    except ModelNotFoundError:
-        raise
-    except OfflineModeIsEnabled:
-        return None, Path()
-    except GatedRepoError as error:
-        raise ModelNotFoundError(f"{model} is gated: accept its terms on the hub, then set HF_TOKEN.") from error
-    except RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{model} has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"The hub has no model {model!r} (or it is private).") from error
-    except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"The hub refused {model}: {_first_line(error)}") from error
-    except Exception as error:  # errors of the HTTP client (no base class common to all versions), a full disk
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise ModelNotFoundError(
-            f"There is no folder {model}, and it cannot be fetched from the hub: {_first_line(error)}",
-            hint=("Free some space, or set HF_HOME to another disk. " if full else "Is there a network? ") + _AGAIN,
-        ) from error
-
-
-_AGAIN = (
-    "Files that came whole are kept; run the same command again. `--model miniature` comes with wanduet and "
-    "needs nothing fetched."
-)
-
-
-def _check_listed(model: str, info: "ModelInfo") -> None:
-    """Raise ModelNotFoundError if the hub's list of files does not show a model in the Diffusers layout."""
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    if is_official(model):
-        return
-    lacking = [
-        part
-        for part in COMPONENTS
-        if f"{part}/config.json" not in names or not any(fnmatch(name, f"{part}/*.safetensors") for name in names)
-    ]
-    if not lacking:
-        return
-    if any("/" not in name and name.endswith(".pth") for name in names):
-        raise official_layout(model, _listed_bytes(diffusers_name(model)))
-    raise ModelNotFoundError(
-        f"{model} is no model in the Diffusers layout: it lacks {', '.join(f'{part}/' for part in lacking)}.",
-        hint="Nothing was fetched. A repository that diffusers' WanPipeline can load is what is needed.",
-    )
-
-
-def _check_listed_kind(model: str, info: "ModelInfo") -> None:
-    """Check model_index.json before the download of the weights. Raises ModelNotFoundError for another pipeline."""
-    from huggingface_hub import hf_hub_download
-
-    if any(sibling.rfilename == "model_index.json" for sibling in info.siblings or ()):
-        check_pipeline(Path(hf_hub_download(model, "model_index.json", revision=info.sha)), model)
-
-
-def _listed_bytes(model: str) -> int | None:
-    """Return the bytes to download for a model, from the hub's list of its files; None if the hub does not list it."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        siblings = HfApi().model_info(model, files_metadata=True).siblings or ()
-    except (HfHubHTTPError, OSError):
-        return None
-    return sum(s.size or 0 for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in _needed(model)))
-
-
-def is_offline() -> bool:
-    """Return True if HF_HUB_OFFLINE forbids requests to the hub."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _announce(model: str, info: "ModelInfo") -> None:
-    """Log the size of the download. Raises ModelNotFoundError if the disk has too little space."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    cache = Path(constants.HF_HUB_CACHE)
-    sizes = {
-        sibling.rfilename: sibling.size or 0
-        for sibling in info.siblings or ()
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _needed(model))
-    }
-    missing = [name for name in sizes if not isinstance(try_to_load_from_cache(model, name, revision=info.sha), str)]
-    begun = sum(
-        p.stat().st_size for p in (cache / f"models--{model.replace('/', '--')}" / "blobs").glob("*.incomplete")
-    )
-    needed = sum(sizes[name] for name in missing) - begun
-    if needed <= 0:
-        return
-    free = shutil.disk_usage(next(p for p in (cache, *cache.absolute().parents) if p.exists())).free
-    if needed > free:
-        raise ModelNotFoundError(
-            f"{model} needs {format_bytes(needed)} more in {cache}, which has {format_bytes(free)} free.",
-            hint="Free some space, or set HF_HOME to a folder on another disk.",
-        )
-    log.warning("%s is not here yet: fetching %s into %s, once.", model, format_bytes(needed), cache)
-
-
-def _published(model: str, info: "ModelInfo") -> dict[str, str]:
-    """Return the hub's hash of every file that wanduet needs."""
-    return {
-        sibling.rfilename: sibling.lfs.sha256 if sibling.lfs is not None else str(sibling.blob_id)
-        for sibling in info.siblings or ()
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _needed(model))
-        and (sibling.lfs is not None or sibling.blob_id is not None)
-    }
-
-
-def _throw_away(folder: Path, names: list[str]) -> None:
-    """Delete files and the blobs that they link to, so that the hub's client downloads them again."""
-    for name in names:
-        path = folder / name
-        blob = path.resolve()
-        path.unlink(missing_ok=True)
-        if blob.parent.name == "blobs":
-            blob.unlink(missing_ok=True)
-
-
-def _size(folder: Path, names: Mapping[str, str]) -> int:
-    return sum((folder / name).stat().st_size for name in names)
-
-
-def _cached(model: str, revision: str | None) -> ModelFolder | None:
-    """Return the copy in the hub's cache; None if the cache has none of its files.
-
-    Raises IncompleteModelError, which names the missing files, or WeightsError for a truncated file.
+    `given`: paths in place of some components, which the copy then need not have. Raises IncompleteModelError, which
+    names the missing files of its own form, or WeightsError for a truncated file of it.
     """
+    problem: WanduetError | None = None
+    for form in forms_of(model).values():
+        try:
+            found = _cached_form(form, model, revision, given or {})
+        except (WeightsError, ModelNotFoundError) as error:
+            problem = problem or (error if form.repository == model else None)
+            continue
+        if found is not None:
+            return found
+    if problem is not None:
+        raise problem
+    return None
+
+
+def _cached_form(form: Form, model: str, revision: str | None, given: Mapping[str, Path]) -> ModelFolder | None:
+    """Return the copy of one form in the hub's cache; see `_cached`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    wanted = form.patterns(_lacking(given))
     try:
         found = Path(
-            snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=list(_needed(model)))
+            snapshot_download(form.repository, revision=revision, local_files_only=True, allow_patterns=wanted)
         )
     except LocalEntryNotFoundError:
         return None
     except (OSError, ValueError) as error:  # an id that the hub's client rejects, an unreadable cache
-        raise ModelNotFoundError(f"{model} cannot be looked up: {_first_line(error)}", hint=HINT) from error
+        raise ModelNotFoundError(f"{model} cannot be looked up: {first_line(error)}", hint=HINT) from error
     try:
-        folder = open_folder(found, model, found.name)
-        folder.check_complete()
-        folder.spec  # noqa: B018 - reads the configs
+        folder = form.open(found, model, given)
+        if not given:
+            folder.spec  # noqa: B018 - reads the configs
     except ModelNotFoundError as error:
         raise IncompleteModelError(
             f"Not all of {model} is in the cache. {error.message}",
-            hint=f"Fetch the rest: wanduet download --model {model}",
+            hint=f"Fetch the rest: wanduet download --model {model}"
+            + ("" if form.repository == model else f" --form {form.name}"),
         ) from error
     return folder
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _lacking(given: Mapping[str, Path]) -> list[str]:
+    return [part for part in PARTS if part not in given]

@@ -106,11 +106,13 @@ def _resampling(ours: str, theirs: str) -> list[tuple[str, str]]:
 
 def vae_size(names: Collection[str]) -> tuple[int, int]:
     """Return `vae_pairs`' numbers of residual blocks and levels, from the names of either layout; (0, 0) for others."""
-    found = [int(m[1]) for name in names if (m := re.match(r"decoder\.upsamples\.(\d+)\.", name))]
-    up = [int(m[1]) for name in names if (m := re.match(r"decoder\.upsamples\.(\d+)\.resample\.", name))]
+    found = [int(m[1]) for name in names if (m := re.match(r"decoder\.upsamples\.(\d{1,3})\.", name))]
+    up = [int(m[1]) for name in names if (m := re.match(r"decoder\.upsamples\.(\d{1,3})\.resample\.", name))]
     if found and up:
         return min(up), (max(found) + 1) // (min(up) + 1) + 1
-    blocks = [m.groups() for name in names if (m := re.match(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", name))]
+    blocks = [
+        m.groups() for name in names if (m := re.match(r"decoder\.up_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.", name))
+    ]
     return (
         max((int(b) for _, b in blocks), default=-1) + 1, max((int(a) for a, _ in blocks), default=-1) + 1
     )  # fmt: skip

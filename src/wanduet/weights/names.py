@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import FAST_MINIATURE, MODULES, ORDINARY, FewStep, by_name
+from wanduet.family.distilled import FAST_MINIATURE, MODULES, ORDINARY, SINGLE_FILE, FewStep, by_name
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.weights.published import published_models
 
@@ -53,10 +53,15 @@ def check_few_step(model: str) -> None:
     if known is None:
         return
     check_needs(model, known)
+    if known.published == SINGLE_FILE:
+        raise ModelNotFoundError(
+            f"{model} ({known.name}, few steps) is {known.published}, not a whole model.",
+            hint="Fetch that file, and give it beside a model: --transformer FILE.",
+        )
     if known.published:
         raise ModelNotFoundError(
-            f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not read.",
-            hint=f"A folder in the Diffusers layout is what is needed, such as {ORDINARY}.",
+            f"{model} ({known.name}, few steps) is {known.published}, which wanduet does not fetch.",
+            hint=f"Fetch the file, and give it as --transformer beside a model; or take a folder, such as {ORDINARY}.",
         )
 
 
@@ -91,6 +96,12 @@ def diffusers_name(model: str) -> str:
 def is_official(model: str) -> bool:
     """Return True if a hub id is a known repository in the official layout."""
     return model in _OFFICIAL
+
+
+def official_id(model: str) -> str | None:
+    """Return the hub id of the same weights in the official layout, for an id in the Diffusers layout; None if it is not
+    known."""
+    return next((official for official, other in _OFFICIAL.items() if other == model), None)
 
 
 def cache_folder_id(path: Path) -> str | None:

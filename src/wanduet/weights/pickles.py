@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import ZIP_STORED, ZipFile
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import check_regular, cut, open_regular
@@ -15,6 +16,7 @@ from wanduet.weights.source import HINT, TensorInfo, WeightSource
 if TYPE_CHECKING:  # other headers are read before torch is imported
     from torch import Tensor
 
+_MOST_BYTES = 16 * 2**20  # of the pickled description of the tensors; that of UMT5-XXL has 0.1 MiB
 _INSTEAD = "Take the same weights as .safetensors, or save the flat state dictionary of their tensors again."
 
 
@@ -57,25 +59,42 @@ class PickledTensors(WeightSource):
 
     @contextmanager
     def _opened(self) -> "Iterator[dict[str, Tensor]]":
-        import torch
+        yield load_tensors(self.path)
 
-        try:
-            check_regular(self.path)
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise WeightsError(
-                f"{self.path} holds pickled Python objects, not only tensors: to open it would run code from it.",
-                hint=_INSTEAD,
-            ) from error
-        except (OSError, RuntimeError, ValueError, EOFError, AttributeError, LookupError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise WeightsError(
-                f"{self.path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
-            ) from error
-        others = _others(state)
-        if others is not None:
-            raise WeightsError(f"{self.path} is no flat dictionary of tensors: it holds {others}.", hint=_INSTEAD)
-        yield state
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """Return the tensors of a file by their names, memory-mapped as long as one of them lives. Raises WeightsError for
+    other objects, and for a damaged file."""
+    import torch
+
+    try:
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds pickled Python objects, not only tensors: to open it would run code from it.", hint=_INSTEAD
+        ) from error
+    except Exception as error:  # `torch.load` raises whatever its parsers do
+        shown = str(getattr(error, "strerror", None) or error).strip()
+        reason = (shown.splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
+        ) from error
+    others = _others(state)
+    if others is not None:
+        raise WeightsError(f"{path} is no flat dictionary of tensors: it holds {others}.", hint=_INSTEAD)
+    return dict(state)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for an archive with packed files, of which PyTorch writes none, or with too many objects: a
+    stranger's may take hours and all memory to unpack. Raises OSError and BadZipFile too."""
+    with open_regular(path) as file, ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != ZIP_STORED:
+                raise ValueError(f"{cut(entry.filename)} in it is packed")
+            if entry.filename.endswith(".pkl") and entry.file_size > _MOST_BYTES:
+                raise ValueError(f"{cut(entry.filename)} in it has {entry.file_size} bytes")
 
 
 def _others(state: object) -> str | None:
@@ -87,6 +106,10 @@ def _others(state: object) -> str | None:
     for key, value in state.items():
         if not isinstance(key, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
             return f"{cut(repr(key), 80)}: a {type(value).__name__}"
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            return f"{cut(repr(key), 80)}: a tensor that is sparse or without values"
         if str(value.dtype) not in DTYPES:
             return f"{cut(repr(key), 80)}: {value.dtype}"
+        if value.nbytes > value.untyped_storage().nbytes():
+            return f"{cut(repr(key), 80)}: a tensor that repeats its values"
     return None

@@ -8,7 +8,7 @@ models, for folders that were copied by hand.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,10 @@ class PublishedModel:
     def num_bytes(self) -> int:
         """Size of all files, in bytes."""
         return sum(file.num_bytes for file in self.files.values())
+
+    def bytes_of(self, parts: Collection[str]) -> int:
+        """Size of the files of some components, in bytes."""
+        return sum(file.num_bytes for path, file in self.files.items() if path.partition("/")[0] in parts)
 
 
 @cache

@@ -29,7 +29,6 @@ _MARKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 _ADAPTER = re.compile(r"lora_|[._]lora\.|lokr_|hada_|\.diff$|\.diff_[bm]$|dora_scale")
 # Modules that make a transformer another member, in both layouts, and that member's name.
 _MEMBERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("blocks.0.to_gate_compress",), "FastWan with video sparse attention"),
     (("vace_patch_embedding",), "VACE"),
     (("face_adapter", "motion_encoder", "pose_patch_embedding", "blocks.0.block"), "Wan2.2 Animate"),
     (("casual_audio_encoder",), "Wan2.2 S2V"),
@@ -44,6 +43,7 @@ _MEMBERS: tuple[tuple[tuple[str, ...], str], ...] = (
         "I2V",
     ),
 )
+_LONGEST = 500  # characters of a name that is looked at: a stranger's may have a million parts
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 _UMT5_VOCABULARY, _T5_VOCABULARY = 256384, 32128
 NAMES = {
@@ -111,7 +111,17 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> tuple[Recognised, ...]:
         return tuple(found)
     if any(_ADAPTER.search(name) for name in tensors):
         problem = "it is a LoRA or another adapter: changes to a model, not a model"
-        return (_of("adapter", "", "an adapter (LoRA)", "", tensors, problem, "Give the model that it was made for."),)
+        return (
+            _of(
+                "adapter",
+                "",
+                "an adapter (LoRA)",
+                "",
+                tensors,
+                problem,
+                "Give the model that it was made for, and this file as --lora.",
+            ),
+        )
     problem = "its tensors are those of no model that wanduet knows"
     return (_of("unknown", "", "no model that is known", "", tensors, problem, TAKE_T2V),)
 
@@ -120,6 +130,8 @@ def _modules(names: Iterable[str]) -> set[str]:
     """Return names and all of their beginnings that end before a dot: modules, also where a format adds last parts."""
     found: set[str] = set()
     for name in names:
+        if len(name) > _LONGEST:
+            continue
         parts = name.split(".")
         found.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return found
@@ -162,7 +174,7 @@ def _shape(tensors: Mapping[str, TensorInfo], *names: str) -> tuple[int, ...]:
 def _transformer(tensors: Mapping[str, TensorInfo]) -> tuple[str, str | None, str | None]:
     """Return a transformer's member, and why it does not run and what to take instead."""
     patch = _shape(tensors, "patch_embedding.weight")
-    if len(patch) != 5:
+    if len(patch) != 5 or 0 in patch:
         return "Wan", "it has no patch_embedding.weight of five axes", "Take another file of the same weights."
     width, channels = patch[0], patch[1]
     size = _SIZES.get(width) or f"{width} wide"

@@ -80,3 +80,14 @@ def test_what_a_machine_prepares_once_is_told(capsys, seconds: float, told: bool
         "timings": {"load_s": 1.0, "prepare_s": seconds}, "output": "a.mp4", "seed": 1, "peak_memory_bytes": {},
     })  # fmt: skip
     assert ("Prepared in 32 s, once on this machine" in capsys.readouterr().out) == told
+
+
+def test_a_verification_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"video": "a.mp4", "equal": True, "num_frames": 9, "different_frames": [], "model_equal": True}
+    found |= {"versions_then": {"torch": "2.9", "av": "18"}, "versions_now": {"torch": "2.13", "av": "18"}}
+    assert shown(capsys, found) == "a.mp4 was made again, and all 9 frames are equal.\n"
+    assert shown(capsys, found | {"equal": False, "different_frames": [3, 4], "model_equal": False}).splitlines() == [
+        "a.mp4 was made again, and 2 of 9 frames differ, the first of them is frame 3.",
+        "It was made with other weights than these.",
+        "torch was 2.9, and is 2.13.",
+    ]

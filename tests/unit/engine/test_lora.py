@@ -216,8 +216,9 @@ def test_a_lora_of_another_size_is_refused_before_anything_is_loaded(config: Eng
     with Engine(config) as engine:
         with pytest.raises(WeightsError, match="1536"):
             submit(engine, tmp_path / "a.mkv", str(path))
-        with pytest.raises(InvalidRequestError, match="not there"):
-            submit(engine, tmp_path / "a.mkv", str(tmp_path / "not there.safetensors"))
+        for name in (str(tmp_path / "not there.safetensors"), "~nobody-of-that-name/not there.safetensors"):
+            with pytest.raises(InvalidRequestError, match="a file that exists"):
+                submit(engine, tmp_path / "a.mkv", name)
         assert engine.models.transformer.loaded is None
 
 
@@ -265,11 +266,12 @@ def test_a_few_step_lora_brings_its_sampling_where_none_is_given(alone: Engine, 
     assert off == resolve(GenerationRequest.parse(prompt="x", seed=off.seed)).model_copy(update={"loras": off.loras})
 
 
-def test_a_file_is_read_once(alone: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, module.KEPT + 1])
+def test_a_file_is_read_once(alone: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     reads: list[Path] = []
     read = module.read_adapter
     monkeypatch.setattr(module, "read_adapter", lambda path, *more: reads.append(path) or read(path, *more))
-    path = write_lora(tmp_path / "once.safetensors", 5)
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", seed) for seed in range(count)]
     for name in ("a", "b"):
-        latents(alone, tmp_path / f"{name}.mkv", str(path))
-    assert reads == [path]
+        latents(alone, tmp_path / f"{name}.mkv", *map(str, paths))
+    assert reads == paths

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.unit.engine.test_lora import write_lora
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -26,12 +27,12 @@ from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 from wanduet.weights.hub import open_model
 
-# 5 x 6 x 4 tokens: four tiles, of which two are cut; one block of 128 queries and two of 64 keys.
+# 2 x 6 x 6 tokens: four tiles, each cut in another way; one block of 128 queries and two of 64 keys.
 SMALL = {
     "prompt": "a red circle",
     "height": 96,
-    "width": 64,
-    "num_frames": 17,
+    "width": 96,
+    "num_frames": 5,
     "seed": 5,
     "timesteps": (1000, 757, 522),
 }
@@ -113,6 +114,12 @@ def test_every_step_and_block_is_sparse_by_the_weights_share_or_the_requests(
     (choice,) = [one for one in made.plan.as_dict()["choices"] if one["setting"] == "sparse"]
     assert choice["why"].startswith("as these weights are trained: self-attention reads")
     assert made.request.sampler == "renoise"
+
+
+def test_a_lora_is_merged_and_taken_out_again(engine: Engine, made: Job, tmp_path: Path) -> None:
+    path = str(write_lora(tmp_path / "a.safetensors", 1))
+    assert not torch.equal(latents(run(engine, tmp_path / "a.mkv", loras=(path,))), latents(made))
+    assert torch.equal(latents(run(engine, tmp_path / "b.mkv")), latents(made))
 
 
 def test_an_interrupted_job_goes_on_bit_for_bit(engine: Engine, made: Job, tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ def test_without_a_measurement_published_values_count_and_unknown_speeds_are_not
     assert resolve(WAN_14B, speed="fast").price is None
 
 
+@pytest.mark.parametrize(("strength", "chosen"), [(0.5, "exact"), (0, "draft")])
+def test_with_lora_they_are_other_weights_than_those_that_were_measured(strength: float, chosen: str) -> None:
+    loras = [{"name": "style.safetensors", "strength": strength}]
+    assert resolve(prices=measured, loss_budget=1.0, loras=loras).speed == chosen
+    assert (resolve(prices=measured, speed="fine", loras=loras).price is None) == (chosen == "exact")
+
+
 def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
     assert resolve(prices=measured, loss_budget=10, num_inference_steps=11).speed == "exact"
     assert resolve(FEW_STEPS, prices=measured, loss_budget=10).speed == "exact"

@@ -147,6 +147,11 @@ def test_the_worst_of_a_model_over_all_its_sizes(stored: Path) -> None:
     assert worst_of(stored, "abc", CACHED, "latents_error") == 0.03
     assert worst_of(stored, "abc", CACHED, "st_lpips") is None
     assert worst_of(stored, "another", CACHED, "psnr") is None
+    with_lora = Subject.of(request(), ABOUT, "card", {"loras": (("a" * 64, 1.0, 0.0, 1.0),)})
+    row = {"forwards": 1, "seconds": 1.0, "psnr": 10.0}
+    about |= {"engine": dict(with_lora.engine)}
+    store_prices(stored, with_lora, Prices(about, {settings_key(CACHED): {"0": row}}))
+    assert worst_of(stored, "abc", CACHED, "psnr") == 20.0, "with LoRA, they are other weights"
 
 
 def test_a_card_is_named_by_its_devices() -> None:

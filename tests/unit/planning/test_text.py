@@ -116,3 +116,19 @@ def test_what_cannot_be_is_refused(memory) -> None:
 
 def test_a_random_model_s_plan_has_no_text_encoder_on_a_gpu(memory) -> None:
     assert plan(memory, "h100,ram=256GiB", model="random:1.3b").text == plan(memory, "12GiB", model="random:1.3b").text
+
+
+def test_8_bits_take_half_the_memory_and_the_embedding_stays_16_bit(memory) -> None:
+    spec = memory.spec.text_encoder
+    embedding = 2 * spec.vocab_size * spec.d_model
+    wide, narrow = (text_encoder_bytes(memory.spec, dtype, "resident") - embedding for dtype in ("bfloat16", "q8"))
+    assert 0.5 < narrow / wide < 0.57  # a layer in 16 bits is there beside them
+    assert text_encoder_bytes(memory.spec, "fp8", "resident") - embedding == narrow
+    kept, _ = text_device_bytes(memory.spec, "q8", "resident")
+    assert kept < 0.51 * text_device_bytes(memory.spec, "bfloat16", "resident")[0]
+    found, before = (
+        plan(memory, "12GiB,ram=64GiB", text_encoder_dtype=dtype, text_encoder_hold="resident")
+        for dtype in ("q8", "bfloat16")
+    )
+    assert (found.text.dtype, found.text.residency) == ("q8", "resident")
+    assert before.prediction.host_bytes - found.prediction.host_bytes > 3 * GIB

@@ -45,6 +45,31 @@ def test_bfloat16_is_near_float32(models) -> None:
     assert 1e-5 < (half - exact).norm() / exact.norm() < 0.03
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("q8", 0.03), ("fp8", 0.06)])
+def test_matrices_in_8_bits_are_near_and_the_same_in_either_residency(models, dtype: str, largest: float) -> None:
+    half = models.text(TextPlan("bfloat16", "streamed")).encode([CIRCLE])[0].embeds
+    found = {}
+    for residency in ("streamed", "resident"):
+        encoder = models.text(TextPlan(dtype, residency))
+        found[residency] = encoder.encode([CIRCLE])[0]
+        again = encoder.encode([CIRCLE])[0]
+        assert torch.equal(again.embeds, found[residency].embeds)
+    assert torch.equal(found["streamed"].embeds, found["resident"].embeds)
+    assert 1e-4 < (found["resident"].embeds - half).norm() / half.norm() < largest
+    assert found["resident"].dtype == dtype
+    (stored, *_) = encoder._encoder._stored.values()
+    wide, spec = sum(weight.nbytes for weight in stored.values()), models.spec.text_encoder
+    parameters = 4 * spec.d_model * spec.num_heads * spec.d_kv + 3 * spec.d_model * spec.d_ff
+    assert parameters < wide < 1.15 * parameters
+
+
+def test_embeddings_in_8_bits_have_an_entry_of_their_own_in_the_cache(tmp_path) -> None:
+    models = Models(EngineConfig(model="miniature", data_dir=tmp_path))
+    paths = {dtype: models.text(TextPlan(dtype, "streamed")).path_of(CIRCLE) for dtype in ("bfloat16", "q8", "fp8")}
+    assert len(set(paths.values())) == 3
+    models.unload()
+
+
 def test_a_prompt_waits_for_the_device_and_a_cached_one_does_not(tmp_path) -> None:
     models = Models(EngineConfig(model="miniature", data_dir=tmp_path))
     encoder = models.text(ON_DEVICE)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.weight_files import tensors_of
 from wanduet import WanPipeline
 from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
 from wanduet.family.distilled import FEW_STEP, FewStep, by_name, by_tensors
@@ -85,19 +86,16 @@ def test_tensors_that_need_a_module_of_their_own_are_refused_by_its_name(folder:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (
-            "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P",
-            r"a \.pt file with the original names, which wanduet does not read",
-        ),
+        ("TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", "a file of a transformer alone"),
         ("gdhe17/Self-Forcing", "causal attention"),
-        ("tianweiy/CausVid", r"a \.pt file with the original names, which wanduet does not read"),
+        ("tianweiy/CausVid", r"a \.pt file with the original names, which wanduet does not fetch"),
         ("lightx2v/Wan-NVFP4", "NVFP4"),
     ],
 )
 def test_published_weights_that_do_not_run_are_refused_before_anything_is_fetched(
     name: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanduet.weights.hub._fetch", lambda *_: 1 / 0)
+    monkeypatch.setattr("wanduet.weights.hub.fetch", lambda *_: 1 / 0)
     for use in (open_model, download):
         with pytest.raises(ModelNotFoundError, match=words):
             use(name)
@@ -107,6 +105,27 @@ def test_a_file_of_known_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "self_forcing_dmd.pt").write_bytes(b"x")
     with pytest.raises(ModelNotFoundError, match=r"Self-Forcing.*causal attention"):
         local_model(str(tmp_path / "self_forcing_dmd.pt"))
+
+
+def test_turbodiffusions_own_file_is_a_transformer(tmp_path: Path) -> None:
+    """Official names in a .pth, and SLA's projections under TurboDiffusion's."""
+    miniature = open_model("miniature")
+    size, state = miniature.spec.transformer.attention_head_dim, tensors_of(miniature, "transformer")
+    for block in range(miniature.spec.transformer.num_layers):
+        name = f"blocks.{block}.self_attn.attn_op.local_attn.proj_l"
+        state |= {f"{name}.weight": torch.full((size, size), block + 0.5), f"{name}.bias": torch.zeros(size)}
+    path = tmp_path / "TurboWan2.1-T2V-1.3B-480P.pth"
+    torch.save(state, path)
+    model = open_model("miniature", files={"transformer": path})
+    assert model.few_step is not None
+    assert model.few_step.name == "TurboWan by its authors"  # by the file's name
+    assert (model.spec.transformer.attention, model.spec.defaults.guidance_scale) == ("sla", 1.0)
+    transformer = WanTransformer(model.spec.transformer)
+    model.transformer.load_into({name: p.data for name, p in transformer.named_parameters()})
+    assert transformer.state_dict()["blocks.3.attn1.proj_l.weight"].unique().tolist() == [3.5]
+    torch.testing.assert_close(
+        transformer.state_dict()["blocks.3.attn2.to_q.weight"], state["blocks.3.cross_attn.q.weight"].float()
+    )
 
 
 @pytest.mark.parametrize("row", FEW_STEP, ids=lambda row: row.name)
@@ -122,6 +141,15 @@ def test_every_row_is_found_and_can_be_asked_for(row: FewStep) -> None:
     sampler = make_sampler(Schedule.of(request), 0, torch.device("cpu"))
     assert sampler.timesteps == pytest.approx(row.timesteps)
     assert len(row.timesteps) == values["num_inference_steps"]
+
+
+@pytest.fixture
+def folder(folder: Path) -> Path:
+    """The model of a few kilobytes, with a transformer that is small when it is written whole."""
+    config = folder / "transformer" / "config.json"
+    small = {"num_attention_heads": 1, "attention_head_dim": 16, "ffn_dim": 16, "freq_dim": 16}
+    config.write_text(json.dumps(json.loads(config.read_text()) | small))
+    return folder
 
 
 def sparse_folder(folder: Path, kind: str, prefix: str = "") -> ModelFolder:

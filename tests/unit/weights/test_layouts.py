@@ -1,5 +1,6 @@
 """One model in every layout: the same tensors, whatever file they come from."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,30 @@ def test_a_transformer_in_one_file(tmp_path: Path, miniature: ModelFolder, prefi
     assert (found.spec.transformer, found.spec.vae) == (miniature.spec.transformer, miniature.spec.vae)
     assert found.spec.defaults == miniature.spec.defaults
     assert found.name == "any name"
+
+
+@pytest.mark.parametrize("official", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "stored", "name"),
+    [
+        ("vsa", "to_gate_compress", "to_gate_compress"),
+        ("sla", "self_attn.attn_op.local_attn.proj_l", "attn1.proj_l"),
+    ],
+)
+def test_a_module_of_sparse_attention_in_one_file(
+    tmp_path: Path, miniature: ModelFolder, official: bool, kind: str, stored: str, name: str
+) -> None:
+    state, blocks = tensors_of(miniature, "transformer", official), range(miniature.spec.transformer.num_layers)
+    state |= {f"blocks.{block}.{stored}.{part}": torch.zeros(1) for block in blocks for part in ("weight", "bias")}
+    save_file(state, tmp_path / "t.safetensors")
+    found = open_model("miniature", files={"transformer": tmp_path / "t.safetensors"})
+    assert found.spec.transformer.attention == kind
+    assert set(found.transformer.tensors) - set(miniature.transformer.tensors) == {
+        f"blocks.{block}.{name}.{part}" for block in blocks for part in ("weight", "bias")
+    }
+    shown = describe_weights(tmp_path / "t.safetensors")
+    assert shown is not None
+    assert shown["runs"]
 
 
 def test_every_component_from_a_file_of_its_own(tmp_path: Path, miniature: ModelFolder) -> None:
@@ -161,7 +186,9 @@ def test_what_files_lack_is_named_with_its_size(tmp_path: Path, miniature: Model
     save_file(tensors_of(miniature, "transformer"), tmp_path / "t.safetensors")
     with pytest.raises(ModelNotFoundError, match="no vae, no tokenizer") as caught:
         local_model(str(tmp_path / "t.safetensors"), None, {"text_encoder": miniature.part("text_encoder")})
-    assert "26.94 GiB" in str(caught.value.hint)
+    hint = str(caught.value.hint)
+    assert f"wanduet download --model {shlex.quote(str(tmp_path / 't.safetensors'))} --text-encoder" in hint
+    assert "505 MiB, or less with --form comfy" in hint  # the VAE and the tokenizer
 
 
 class Stranger:
@@ -197,7 +224,6 @@ def wrong_files(model: ModelFolder) -> dict[str, dict[str, torch.Tensor]]:
         "flf2v": transformer | {patch: torch.zeros(256, 36, 1, 2, 2), "img_emb.emb_pos": one},
         "vace": transformer | {"vace_patch_embedding.weight": one},
         "skyreels": transformer | {"fps_embedding.weight": one},
-        "vsa": transformer | {"blocks.0.to_gate_compress.weight": one},
         "5b": transformer | {patch: torch.zeros(3072, 48, 1, 2, 2)},
         "control": transformer | {patch: torch.zeros(256, 48 - 16, 1, 2, 2)},
         "vae 2.2": vae,
@@ -214,7 +240,6 @@ WRONG = [
     ("flf2v", "transformer", "is for video between two images"),
     ("vace", "transformer", "VACE-256 wide is for video editing"),
     ("skyreels", "transformer", "SkyReels-V2 DF-256 wide is for video of any length"),
-    ("vsa", "transformer", "video sparse attention"),
     ("5b", "transformer", r"TI2V-5B needs Wan2\.2's VAE"),
     ("control", "transformer", "takes 32 channels and gives 16"),
     ("vae 2.2", "vae", "Wan2.2's VAE, of 48 latent channels"),
@@ -276,7 +301,7 @@ def test_what_is_said_of_a_transformer(miniature: ModelFolder) -> None:
     assert found.device_bytes == sum(t.num_bytes for t in miniature.transformer.tensors.values())
 
 
-def test_inspect_shows_weights_and_refuses_a_truncated_file(tmp_path: Path, miniature: ModelFolder) -> None:
+def test_inspect_shows_weights_and_lora_and_refuses_a_truncated_file(tmp_path: Path, miniature: ModelFolder) -> None:
     path = write_all_in_one(tmp_path / "all.safetensors", miniature)
     shown = describe_weights(path)
     assert shown is not None
@@ -290,6 +315,15 @@ def test_inspect_shows_weights_and_refuses_a_truncated_file(tmp_path: Path, mini
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightsError, match="is damaged: it has"):
         describe_weights(path)
+    lora = {f"diffusion_model.blocks.{i}.ffn.0.lora_{ab}.weight": torch.zeros(4, 4) for i in range(2) for ab in "AB"}
+    save_file(lora, tmp_path / "lora.safetensors")
+    shown = describe_weights(tmp_path / "lora.safetensors")
+    assert shown is not None
+    assert (shown["kind"], shown["rank"], shown["targets"]) == ("lora", (4, 4), {"ffn.0": 2})
+    save_file({name.replace("ffn", "other"): tensor for name, tensor in lora.items()}, path)
+    shown = describe_weights(path)
+    assert shown is not None
+    assert (shown["component"], shown["runs"]) == ("adapter", False)
     save_file({"latents": torch.zeros(1)}, tmp_path / "latents.safetensors")
     assert describe_weights(tmp_path / "latents.safetensors") is None
     (tmp_path / "a.mp4").write_bytes(b"GGUF")

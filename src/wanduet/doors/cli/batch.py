@@ -1,6 +1,7 @@
 """`wanduet batch`: makes many requests' videos in a folder; after an interruption, only the missing ones."""
 
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,9 +11,10 @@ from typing import Any
 
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import check_attention, report, say_how_to_go_on, shown
+from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_output
 from wanduet.doors.cli.places import Place
-from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.progress import Batch, follow
 from wanduet.doors.cli.resume import Begun, seed_of_interrupted, take_begun, with_seed
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -27,31 +29,42 @@ AHEAD = 8
 
 
 def run_batch(
-    requests: Sequence[GenerationRequest], config: EngineConfig, options: OutputOptions, output: Place
+    requests: Sequence[GenerationRequest],
+    config: EngineConfig,
+    options: OutputOptions,
+    output: Place,
+    embeddings: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Make the videos of validated requests in the folder `options.path`.
 
     A request that fails does not stop the others; Ctrl-C does. `options.resume` keeps what an earlier run of the same
-    batch has made.
+    batch has made. `embeddings`: files of embeddings of the requests' prompts.
     """
     check_attention(config)
     done: list[dict[str, Any]] = []
     check_writable(options.path / "video.mp4")
     with ExitStack() as names, Engine(config) as engine:
+        predicted = []
         for request in requests:
-            require_fit(engine.plan(request), engine.models.resolve(request))
+            plan = engine.plan(request)
+            require_fit(plan, engine.models.resolve(request))
+            predicted.append(plan.prediction.seconds.total)
+        use_embeddings(embeddings, engine, requests)
+        total = Batch(predicted)
         batch = _Batch(engine, options, names, output)
         waiting, work = deque(requests), deque[_Work]()
         while waiting or work:
             while waiting and len(work) < AHEAD:
                 work.append(batch.begin(waiting.popleft()))
             one = work.popleft()
-            print(f"[{len(done) + 1}/{len(requests)}] {one.title}", file=sys.stderr)
+            about = total.place if one.job is None else total.text(time.monotonic())
+            print(f"{about}: {one.title}", file=sys.stderr)
             interrupted = False
             if one.job is not None:
-                interrupted = follow(one.job)
+                interrupted = follow(one.job, total)
                 one.outcome = _outcome(one.job, output)
                 one.names.release()
+            total.add(one.job is not None, time.monotonic())
             if "error" in one.outcome:
                 print(one.outcome["error"], file=sys.stderr)
             cancelled = one.outcome.pop("cancelled", False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Group, Parameter
 
 from wanduet.config import EngineConfig
+from wanduet.doors.cli.help import SERVE
 from wanduet.doors.cli.run import emit, extra
 from wanduet.errors import ConfigError
 
@@ -23,7 +24,7 @@ DataDir = Annotated[Path | None, Parameter(help="The data folder of the server."
 Database = Annotated[str | None, Parameter(help="The cluster's PostgreSQL, as the server was given it.")]
 CLUSTER = Group("Cluster", sort_key=1)
 
-cluster_app = App(name="cluster", help="List and manage the machines of a cluster.")
+cluster_app = App(name="cluster", help="List and manage the machines of a cluster.", group=SERVE)
 
 
 @Parameter(name="*", group=CLUSTER)

@@ -1,11 +1,12 @@
 """The implementations of the commands: each returns what is printed. Imported only when a command runs."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wanduet.config import EngineConfig, format_seconds
+from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
 from wanduet.doors.cli.progress import follow
@@ -48,20 +49,30 @@ SHOWN = 500  # characters of a prompt
 APPROXIMATED = ("speed", "price", "forwards", "skipped_steps", "quantized_layers", "low_res")
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How `generate` runs: whether it only plans, whether it shows where the time went, and files of embeddings."""
+
+    dry_run: bool = False
+    profile: bool = False
+    embeddings: tuple[Path, ...] = ()
+
+
+AS_USUAL = Ways()
+
+
 def run_generate(
     request: GenerationRequest,
     config: EngineConfig,
     options: OutputOptions,
     output: Place,
-    *,
-    dry_run: bool = False,
-    profile: bool = False,
+    ways: Ways = AS_USUAL,
 ) -> dict[str, Any]:
     """Make a request's videos. `options.path` is a file, or a folder for a name derived from the prompt."""
     check_attention(config)
     is_named = not output.is_folder
     count = request.num_videos_per_prompt
-    if dry_run:
+    if ways.dry_run:
         if not is_named:
             options = likely_output(options, request.prompt, count)
         models = Models(without_fetching(config))
@@ -69,6 +80,7 @@ def run_generate(
         plan = models.plan(resolved, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
     with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
+        use_embeddings(ways.embeddings, engine, [request])
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:
             begun.names.release()
@@ -93,7 +105,7 @@ def run_generate(
             say_how_to_go_on(job, error)
             raise
         done = report(job, result, output)
-        if profile:
+        if ways.profile:
             done |= _profile(job, engine, Path(f"{job.video_path(0)}.trace.json"))
     return done
 
@@ -129,7 +141,7 @@ def _profile(job: Job, engine: Engine, path: Path) -> dict[str, Any]:
 
 
 def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | None) -> dict[str, Any]:
-    """Return the plan for a request, on this machine or on `hardware`."""
+    """Return the plan for a request, on this machine or on `hardware`, and the request's settings."""
     check_attention(config)
     models = Models(without_fetching(config))
     machine = detect()
@@ -138,6 +150,7 @@ def run_plan(request: GenerationRequest, config: EngineConfig, hardware: str | N
     resolved = models.resolve(request)
     plan = models.plan(resolved, config, machine)
     found = plan.as_dict() | {"hardware": {device.name: device.model for device in machine.gpus}}
+    found["settings"] = settings(resolved)
     if resolved.approximates:
         price = None if hardware is not None else measured_price(models, plan, resolved)
         found |= {"price": found.get("price") if price is None else price}
@@ -255,6 +268,9 @@ def announce(job: Job, config: EngineConfig) -> None:
     if r.low_res_first:
         steps += ", the first of them at a lower resolution"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)
+    for choice in job.plan.choices:
+        if choice.setting == "loras":
+            print(f"LoRA: {choice.why}", file=sys.stderr)
     if work := forecast(planned := job.plan.as_dict()):
         about = format_seconds(planned["predicted_seconds"]["total"])
         print(f"{work[0].upper()}{work[1:]}, about {about}", file=sys.stderr)

@@ -12,6 +12,7 @@ from cyclopts import App, Group, Parameter
 
 from wanduet.config import EngineConfig, parse_bytes
 from wanduet.doors.cli.cluster import ClusterFlags, cluster_app
+from wanduet.doors.cli.help import SERVE
 from wanduet.doors.cli.job_list import describe, for_people, show_jobs
 from wanduet.doors.cli.options import EngineFlags, lora_folder
 from wanduet.doors.cli.run import emit, extra
@@ -31,8 +32,8 @@ JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 SERVER = Group("Server", sort_key=0)
 DAY = 86400.0
 
-jobs_app = App(name="jobs", help="List and manage the jobs of this data folder.")
-keys_app = App(name="keys", help="Manage the API keys of the server.")
+jobs_app = App(name="jobs", help="List and manage the jobs of this data folder.", group=SERVE)
+keys_app = App(name="keys", help="Manage the API keys of the server.", group=SERVE)
 
 
 @Parameter(name="*", group=SERVER)
@@ -326,8 +327,8 @@ def remove_key(key_id: str, *, data_dir: DataDir = None, json_: Json = False) ->
 
 def register(app: App) -> None:
     """Add these commands to `wanduet`."""
-    app.command(serve)
-    app.command(ui)
+    app.command(serve, group=SERVE)
+    app.command(ui, group=SERVE)
     app.command(jobs_app)
     app.command(keys_app)
     app.command(cluster_app)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from wanduet.config import DType, EngineConfig, Weights, format_seconds
+from wanduet.config import DType, EngineConfig, TextDType, Weights, format_seconds
 from wanduet.doors.cli.commands import announce, rounded
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_output, take_output
@@ -200,7 +200,7 @@ def _config_of(file: Path, flags: EngineFlags, about: Mapping[str, Any]) -> Engi
         ("weights", get_args(Weights)),
         ("vae_dtype", get_args(DType)),
         ("tf32", (True, False)),
-        ("text_encoder_dtype", get_args(DType)),
+        ("text_encoder_dtype", get_args(TextDType)),
         ("attention", [backend.name for backend in BACKENDS if not backend.exact]),
     ):
         value = engine.get(name)

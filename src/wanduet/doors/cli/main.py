@@ -1,5 +1,4 @@
-"""The command line: `wanduet generate`, `batch`, `plan`, `bench`, `price`, `encode`, `decode`, `inspect`, `download`,
-`verify`, `doctor`.
+"""The commands of the command line; those of servers and clusters are in `jobs.py` and `cluster.py`.
 
 Results go to stdout, progress and messages to stderr. With `--json` stdout gets exactly one JSON object.
 Exit codes: 0 done, 1 the job failed, 2 bad usage, 130 interrupted by Ctrl-C, 128 + N by signal N:
@@ -10,14 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
-from wanduet.doors.cli import jobs
-from wanduet.doors.cli.help import EVERYWHERE, concise
+from wanduet.doors.cli import completion, jobs
+from wanduet.doors.cli.embeddings import prompt_of
+from wanduet.doors.cli.help import EVERYWHERE, KEEP, LOOK, MAKE, concise
 from wanduet.doors.cli.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.doors.cli.places import Place, parse_place, place
 from wanduet.doors.cli.run import emit, run
@@ -26,10 +27,13 @@ from wanduet.doors.cli.validate import check_folder, check_output, early_request
 Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
+Form = Literal["full", "bf16", "comfy"]
 PLACE: dict[str, Any] = {"converter": place, "accepts_keys": False, "n_tokens": 1, "metavar": "PATH"}
-Output = Annotated[
-    Place | None,
-    Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE),
+OUTPUT = Parameter(name=["--output", "-o"], help="Path of the video, or a folder to put it in.", **PLACE)
+Output = Annotated[Place | None, OUTPUT]
+Embeddings = Annotated[
+    tuple[Path, ...],
+    Parameter(help="A file of `wanduet encode`: its prompt is not encoded again. Give it once for each.", negative=""),
 ]
 FIRST_SIGNAL = 128  # exit codes from here on are 128 + the signal's number
 LONGEST_PROMPT = 512 * "-"  # maximum length: a plan for it is valid for every prompt
@@ -50,9 +54,9 @@ app = App(
 )
 
 
-@app.command  # each flag is a parameter
+@app.command(group=MAKE)  # each flag is a parameter
 def generate(
-    prompt: str,
+    prompt: Annotated[str | None, Parameter(help="What the video shows. Default: the prompt of --embeddings.")] = None,
     *,
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
@@ -64,6 +68,7 @@ def generate(
     profile: Annotated[
         bool, Parameter(help="Print where the time went, and write a trace for Perfetto beside the video.")
     ] = False,
+    embeddings: Embeddings = (),
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -75,17 +80,18 @@ def generate(
     ```
     """
     config = engine.config()
-    request = early_request(prompt, video, config)
+    request = early_request(prompt_of(prompt, embeddings), video, config)
     check_output(output, codec, quality)
-    from wanduet.doors.cli.commands import run_generate
+    from wanduet.doors.cli.commands import Ways, run_generate
     from wanduet.engine.job import OutputOptions
 
     where = output or parse_place("")
     options = OutputOptions(where.path, codec, quality, save_latents, resume)
-    emit(run_generate(request, config, options, where, dry_run=dry_run, profile=profile), json_)
+    ways = Ways(dry_run, profile, embeddings)
+    emit(run_generate(request, config, options, where, ways), json_)
 
 
-@app.command  # each flag is a parameter
+@app.command(group=MAKE)  # each flag is a parameter
 def batch(
     file: Path,
     *,
@@ -98,6 +104,7 @@ def batch(
     resume: Annotated[
         bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
     ] = False,
+    embeddings: Embeddings = (),
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
     """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
@@ -117,13 +124,14 @@ def batch(
     from wanduet.engine.job import OutputOptions
 
     where = output or parse_place("")
-    done = run_batch(requests, config, OutputOptions(where.path, codec, quality, save_latents, resume), where)
+    options = OutputOptions(where.path, codec, quality, save_latents, resume)
+    done = run_batch(requests, config, options, where, embeddings)
     emit(done, json_)
     if done["failed"]:
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=LOOK)
 def plan(
     *,
     video: VideoFlags = WANTED,
@@ -133,7 +141,7 @@ def plan(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Predict memory and choose settings, without loading anything.
+    """Predict memory and time for a video, without loading anything.
 
     ```sh
     wanduet plan --resolution 720p
@@ -145,12 +153,14 @@ def plan(
     from wanduet.doors.cli.commands import run_plan
 
     found = run_plan(request, config, hardware)
+    if json_:
+        del found["settings"]  # for people
     emit(found, json_)
     if not found["fits"]:
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=LOOK)
 def bench(
     prompt: str = "a red circle moving left on a black background",
     *,
@@ -159,7 +169,7 @@ def bench(
     runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure a job on this machine: each phase, over several runs. `--model random:1.3b` needs no weights.
+    """Measure how long a video takes on this machine. `--model random:1.3b` needs no weights.
 
     ```sh
     wanduet bench --model random:1.3b --steps 4 --runs 2
@@ -172,7 +182,7 @@ def bench(
     emit(run_bench(request, config, runs), json_)
 
 
-@app.command
+@app.command(group=LOOK)
 def price(
     *,
     video: VideoFlags = WANTED,
@@ -180,7 +190,7 @@ def price(
     prompts: Annotated[int, Parameter(help="Videos of each row, 1 to 8: the worst counts.", converter=whole)] = 4,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure what each way to be faster costs with this model on this machine: seconds, and loss against exact videos.
+    """Measure what each speed takes and loses with this model on this machine, against exact videos.
 
     ```sh
     wanduet price --resolution 480p
@@ -194,7 +204,7 @@ def price(
     emit(run_price(request, config, prompts), json_)
 
 
-@app.command
+@app.command(group=MAKE)
 def encode(
     prompt: str,
     *,
@@ -204,10 +214,11 @@ def encode(
     ] = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Write a prompt's embeddings to a file.
+    """Write a prompt's embeddings to a file, for `generate --embeddings`.
 
     ```sh
     wanduet encode "a cat walks over a frozen lake" -o cat.safetensors
+    wanduet generate --embeddings cat.safetensors --seed 7
     ```
     """
     request, config = VideoFlags().request(prompt), engine.config()
@@ -216,7 +227,7 @@ def encode(
     emit(run_encode(request.prompt, config, output or parse_place("")), json_)
 
 
-@app.command
+@app.command(group=MAKE)
 def decode(
     latents: Path,
     *,
@@ -226,7 +237,7 @@ def decode(
     quality: Quality = None,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
-    """Decode saved latents to a video, with the model that made them unless --model is given.
+    """Decode saved latents to a video. Default of --model: the one that made them.
 
     ```sh
     wanduet decode cat.mp4.latents.safetensors --codec ffv1
@@ -238,11 +249,11 @@ def decode(
     emit(run_decode(latents, engine, output or parse_place(""), codec, quality), json_)
 
 
-@app.command
+@app.command(group=LOOK)
 def inspect(
     target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
 ) -> None:
-    """Show how a video, latents or embeddings were made, what a file of weights is, or whether a prompt is in the cache.
+    """Show what a file is and how it was made: a video, latents, embeddings, weights. A prompt: whether it is in the cache.
 
     ```sh
     wanduet inspect cat.mp4
@@ -255,10 +266,11 @@ def inspect(
     emit(tools.inspect(engine.config(), target), json_)
 
 
-@app.command
+@app.command(group=KEEP)
 def download(
     *,
     trust: bool = False,
+    form: Form | None = None,
     engine: EngineFlags = OTHER,
     json_: Annotated[Json, Parameter(name="--json")] = False,
 ) -> None:
@@ -266,20 +278,55 @@ def download(
 
     ```sh
     wanduet download
+    wanduet download --form comfy
+    wanduet download --transformer wan2.1-t2v-14b-Q8_0.gguf --form comfy
     wanduet download --model FOLDER --trust
     ```
+
+    Beside files (--transformer and others), only what they lack is fetched. The model is then used by its id, without a
+    network.
 
     Parameters
     ----------
     trust
         For a folder of weights of your own: take its files as they are, and note their hashes in it.
+    form
+        full: the repository for diffusers, float32. bf16: the official one, text encoder in bfloat16. comfy: the files for
+        ComfyUI, the smallest: 16 bits, text encoder (14B: also transformer) in fp8. Default: that of the id.
     """
     from wanduet.doors.cli.fetch import run_download
 
-    emit(run_download(engine.config(), trust), json_)
+    emit(run_download(engine.config(), trust, form), json_)
 
 
-@app.command
+@app.command(group=KEEP)
+def convert(
+    source: str,
+    target: Path,
+    *,
+    engine: EngineFlags = OTHER,
+    json_: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Write a model of any layout as a new folder in the layout of diffusers, in bfloat16 (the VAE in float32).
+
+    ```sh
+    wanduet convert Wan-AI/Wan2.1-T2V-1.3B wan-1.3b
+    wanduet convert wan2.1-t2v-14b-Q8_0.gguf wan-14b --text-encoder umt5_xxl_fp16.safetensors --vae wan_2.1_vae.safetensors
+    ```
+
+    Parameters
+    ----------
+    source
+        As --model: a folder, a file of a transformer, or a Hugging Face id that is in the cache.
+    target
+        The folder to write, which must not exist.
+    """
+    from wanduet.doors.cli.fetch import run_convert
+
+    emit(run_convert(replace(engine, model=source).config(), target), json_)
+
+
+@app.command(group=LOOK)
 def verify(
     video: Path,
     *,
@@ -313,7 +360,7 @@ def verify(
         raise SystemExit(1)
 
 
-@app.command
+@app.command(group=KEEP)
 def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
     """Show what this machine has, what is missing, and what to do.
 
@@ -331,6 +378,9 @@ def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name
 
 
 jobs.register(app)
+completion.register(app, KEEP)
+for flag in ("--help", "--version"):
+    app[flag].group = KEEP
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,14 +13,24 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Group, Parameter, Token
 from cyclopts.config import Toml
 
-from wanduet.config import DType, EngineConfig, Strategy, TextEncoderResidency, Weights, parse_bytes, parse_speeds
+from wanduet.config import (
+    DType,
+    EngineConfig,
+    Strategy,
+    TextDType,
+    TextEncoderResidency,
+    Weights,
+    parse_bytes,
+    parse_speeds,
+)
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.family.sizes import frames_for_seconds, parse_resolution
 from wanduet.family.spec import ModelSpec
-from wanduet.family.speeds import CHOSEN
+from wanduet.family.speeds import CHOSEN, FIELDS
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import (
+    APPROXIMATIONS,
     REQUEST_FIELDS,
     GenerationRequest,
     check_prompt_length,
@@ -28,7 +38,9 @@ from wanduet.request import (
 from wanduet.untrusted import read_file
 
 VIDEO = Group("Video", sort_key=1)
-ENGINE = Group("Engine", sort_key=2)
+SPEED = Group("Speed, at a loss", sort_key=2)
+MODEL = Group("Model", sort_key=3)
+ENGINE = Group("Engine", sort_key=4)
 SETTINGS_FILE = "wanduet.toml"
 RENAMED = {"speeds": "device-speeds"}  # flags by their names in version 0.1
 # A distinct object with the default's value, to detect whether the user named the default model.
@@ -94,8 +106,16 @@ def whole(kind: Any, tokens: Sequence[Token]) -> int:
 
 # Alternative flags that set one or two fields, each with the field after which the help lists it.
 _SHORTHANDS: tuple[tuple[str, str, Any], ...] = (
-    ("num_frames", "seconds", Annotated[float, Parameter(help="Length of the video, instead of --num-frames.")]),
-    ("num_frames", "resolution", Annotated[str, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT.")]),
+    (
+        "num_frames",
+        "seconds",
+        Annotated[float, Parameter(help="Length of the video, instead of --num-frames, for example 5.")],
+    ),
+    (
+        "num_frames",
+        "resolution",
+        Annotated[str, Parameter(help="480p, 720p, 1080p or WIDTHxHEIGHT. Default: the model's, 832x480 for Wan2.1.")],
+    ),
 )
 
 
@@ -114,7 +134,8 @@ def _video_flags() -> Iterator[tuple[str, Any, None]]:
     for name, field in REQUEST_FIELDS.items():
         if not field.is_required:
             converter = whole if field.kind is int else None
-            flag = Parameter(help=field.help, alias=field.shown.aliases, converter=converter)
+            group = SPEED if name in (*FIELDS, *APPROXIMATIONS) else VIDEO
+            flag = Parameter(help=field.help, alias=field.shown.aliases, converter=converter, group=group)
             yield name, Annotated[str if field.is_list else field.kind, flag] | None, None
         yield from ((shorthand, kind | None, None) for after, shorthand, kind in _SHORTHANDS if after == name)
     yield "lora", LoraFlags | None, None
@@ -169,25 +190,28 @@ class EngineFlags:
         str,
         Parameter(
             name=["--model", "--model-path"],
+            group=MODEL,
             help="A folder in the layout of diffusers or of Wan's repositories, a file of a transformer, a Hugging Face id, "
             "`miniature`, `miniature-fast`, or `random:1.3b`.",
         ),
     ] = _UNSET_MODEL
-    revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.")] = None
+    revision: Annotated[str | None, Parameter(help="Commit, branch or tag on Hugging Face.", group=MODEL)] = None
     transformer: Annotated[
         Path | None,
         Parameter(
-            help="A file with the transformer, in place of the model's: .safetensors or .pth, official or diffusers' names."
+            help="A file with the transformer, in place of the model's: .safetensors or .pth, official or diffusers' names.",
+            group=MODEL,
         ),
     ] = None
-    vae: Annotated[Path | None, Parameter(help="A file with the VAE, in place of the model's.")] = None
+    vae: Annotated[Path | None, Parameter(help="A file with the VAE, in place of the model's.", group=MODEL)] = None
     text_encoder: Annotated[
-        Path | None, Parameter(help="A file with the text encoder UMT5-XXL, in place of the model's.")
+        Path | None, Parameter(help="A file with the text encoder UMT5-XXL, in place of the model's.", group=MODEL)
     ] = None
     tokenizer: Annotated[
         Path | None,
         Parameter(
-            help="A folder with the text encoder's tokenizer. Default: the one in ComfyUI's --text-encoder, or the model's."
+            help="A folder with the text encoder's tokenizer. Default: the one in ComfyUI's --text-encoder, or the model's.",
+            group=MODEL,
         ),
     ] = None
     strategy: Annotated[
@@ -222,7 +246,13 @@ class EngineFlags:
             "GPUs, and changes pixels by a few levels of 255 at most."
         ),
     ] = "auto"
-    text_encoder_dtype: Annotated[DType, Parameter(help="What the text encoder computes in.")] = "auto"
+    text_encoder_dtype: Annotated[
+        TextDType,
+        Parameter(
+            help="What the text encoder computes in. q8, fp8: in bfloat16, from matrices that are in memory in 8 bits, which "
+            "is half the size; fp8 for a file in fp8."
+        ),
+    ] = "auto"
     text_encoder_hold: Annotated[
         TextEncoderResidency, Parameter(help="Keep the text encoder in memory, or read it layer by layer.")
     ] = "auto"

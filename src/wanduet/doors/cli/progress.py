@@ -2,14 +2,23 @@
 
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
+from wanduet.config import format_seconds
 from wanduet.engine.job import Job
 
 POLL_SECONDS = 0.05
+BAR = 24  # columns
+LATEST = 8  # what the pace is the mean of: the first steps take longer, and leave it
+AT_ONCE = 0.02  # seconds
+UNITS = {"denoise": "step", "decode": "frame"}  # of phases whose pace is shown
 LABELS = {
     "verify": "Checking MiB",
     "load": "Loading",
@@ -20,13 +29,84 @@ LABELS = {
 }
 
 
-def follow(job: Job) -> bool:
+class Pace:
+    """How fast a phase goes, and how long it still takes; times are in seconds of any clock."""
+
+    def __init__(self, unit: str | None) -> None:
+        """`unit`: what is counted; None shows only the time left."""
+        self._unit, self._marks = unit, deque[tuple[float, int]](maxlen=LATEST + 1)
+
+    def mark(self, done: int, now: float) -> None:
+        """Note that so many are done now. Marks at once are events that have waited, and say nothing about the pace."""
+        if self._marks and now - self._marks[-1][0] < AT_ONCE:
+            self._marks[-1] = (self._marks[-1][0], done)
+        elif not self._marks or done > self._marks[-1][1]:
+            self._marks.append((now, done))
+
+    def text(self, total: int, now: float) -> str:
+        """Return `11.2 s a step, 6.3 min left`, at the end without what is left; "" until two marks are known."""
+        if len(self._marks) < 2:
+            return ""
+        (began, before), (last, done) = self._marks[0], self._marks[-1]
+        each = (last - began) / (done - before)
+        left = max(0.0, each * (total - done) - (now - last))
+        pace = f"{each:.3g} s a {self._unit}" if each >= 1 else f"{1 / max(each, 1e-9):.3g} {self._unit}s a second"
+        parts = [pace] * (self._unit is not None) + [f"{format_seconds(left)} left"] * (done < total)
+        return ", ".join(parts)
+
+
+@dataclass
+class Batch:
+    """The time that a batch of jobs takes: what their plans predict, times how much longer those made so far took."""
+
+    predicted: Sequence[float]  # seconds of each job
+    began: float = field(default_factory=time.monotonic)
+    made: float = 0.0  # predicted seconds of the jobs that are made
+    number: int = 0  # jobs that are over
+    over_at: float | None = None  # when the last of them was
+
+    def add(self, was_made: bool, now: float) -> None:
+        """Note that a job is over: made, or skipped, which takes no time."""
+        self.made += self.predicted[self.number] * was_made
+        self.number, self.over_at = self.number + 1, now
+
+    def left(self, now: float) -> float:
+        """Return the seconds until all jobs are over."""
+        planned = sum(self.predicted[self.number :])
+        since = self.began if self.over_at is None else self.over_at
+        slower = (since - self.began) / self.made if self.made else 1.0
+        return max(0.0, planned * slower - (now - since))
+
+    @property
+    def place(self) -> str:
+        """`Video 3 of 10`."""
+        return f"Video {self.number + 1} of {len(self.predicted)}"
+
+    def text(self, now: float) -> str:
+        """Return `Video 3 of 10, 25 min left for all`."""
+        return f"{self.place}, {format_seconds(self.left(now))} left for all"
+
+
+class _Pace(ProgressColumn):
+    """Shows a task's pace, and in its last row how a batch goes."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Return the text of now."""
+        batch, pace = task.fields.get("batch"), task.fields.get("pace")
+        if batch is not None:
+            return Text(batch.text(time.monotonic()))
+        return Text("" if pace is None else pace.text(int(task.total or 0), time.monotonic()))
+
+
+def follow(job: Job, batch: Batch | None = None) -> bool:
     """Show a job's progress until it ends; on Ctrl-C or another stop signal, cancel it and wait until it ends.
 
-    Returns whether a signal came; the job may have finished or failed all the same.
+    `batch` shows how far the batch is that the job belongs to. Returns whether a signal came; the job may have finished or failed all the same.
     """
     try:
-        _show(job)
+        _show(job, batch)
     except KeyboardInterrupt:
         job.cancel()
         with suppress(OSError, ValueError):
@@ -37,16 +117,24 @@ def follow(job: Job) -> bool:
     return False
 
 
-def _show(job: Job) -> None:
+def _show(job: Job, batch: Batch | None) -> None:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<13}"), BarColumn(BAR), MofNCompleteColumn(), _Pace())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as progress:
         tasks: dict[tuple[str, int], TaskID] = {}
+        paces: dict[TaskID, Pace] = {}
+        if batch is not None:
+            whole = progress.add_task("All videos", total=len(batch.predicted), completed=batch.number, batch=batch)
         for event in job.events():
             if event.phase not in LABELS:
                 continue
             key = (event.phase, event.video)
             if key not in tasks:
                 number = f" {event.video + 1}" if job.request.num_videos_per_prompt > 1 else ""
-                tasks[key] = progress.add_task(LABELS[event.phase] + number, total=event.total)
+                pace = Pace(UNITS.get(event.phase))
+                tasks[key] = progress.add_task(LABELS[event.phase] + number, total=event.total, pace=pace)
+                paces[tasks[key]] = pace
+            paces[tasks[key]].mark(event.done, time.monotonic())
             progress.update(tasks[key], completed=event.done, total=event.total)
+        if batch is not None:
+            progress.remove_task(whole)  # the next video shows it

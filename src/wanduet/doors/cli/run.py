@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.libraries_log import handlers
 from wanduet.doors.cli.messages import never_fail_on_stderr
+from wanduet.doors.cli.near import explain, with_help
 from wanduet.doors.cli.options import RENAMED, SETTINGS_FILE, parse_settings
 from wanduet.doors.cli.stopping import StopSignals, begin_answer, print_failure, stop_signals, to_json
 from wanduet.errors import CancelledError, ConfigError, OutputError, WanduetError
@@ -42,7 +43,8 @@ def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
         settings = _read_settings(command)
         stops.as_json = _wants_json(arguments, settings)
         _refuse_renamed(arguments)
-        command(list(arguments), exit_on_error=False, print_error=False, result_action="return_none")
+        arguments = with_help(arguments)
+        command(arguments, exit_on_error=False, print_error=False, result_action="return_none")
         sys.stdout.flush()
     except CancelledError as error:
         _fail(str(error), error.code, stops)
@@ -51,7 +53,7 @@ def _run(command: App, arguments: Sequence[str], stops: StopSignals) -> int:
         _fail(str(error), error.code, stops, field=getattr(error, "field", None))
         return error.exit_code
     except CycloptsError as error:
-        _fail(str(error).strip(), "bad_usage", stops)
+        _fail(explain(error, arguments, command), "bad_usage", stops)
         return 2
     except BrokenPipeError:  # the reader of stdout has closed the pipe
         with suppress(OSError, ValueError):

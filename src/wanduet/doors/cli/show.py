@@ -6,12 +6,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from wanduet.config import format_bytes, format_seconds
-from wanduet.family.speeds import forecast
-from wanduet.meta.prices import in_words
+from wanduet.config import format_bytes
+from wanduet.doors.cli.checklist import show_doctor
+from wanduet.doors.cli.looks import show_bench, show_inspected, show_verified
+from wanduet.doors.cli.plans import show_plan
+from wanduet.doors.cli.tables import fields
 from wanduet.untrusted import printable
 
-_HIDDEN = ("settings", "versions", "versions_then", "versions_now", "made_by", "channel_means", "channel_stds")
+_HIDDEN = ("settings",)
 TABLE_WIDTH = 200  # the most columns of prices' table, more than it needs
 KINDS = ("rungs", "accelerators", "fewer_steps")  # the rows of prices
 
@@ -24,10 +26,18 @@ def show(value: Mapping[str, Any]) -> None:
     # Prompts are printed verbatim: [markup] and :emoji: in them are not interpreted.
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     if "devices" in value:
-        _show_plan(console, value)
+        show_plan(console, value, value.get("settings", {}))
     elif "plan" in value and "timings" not in value:
-        _show_plan(console, value["plan"])
-        console.print(f"Would be written: {value['output']}")
+        show_plan(console, value["plan"], value["settings"])
+        console.print(f"\nWould be written: {value['output']}")
+    elif "advice" in value and "gpus" in value:
+        show_doctor(console, value)
+    elif "seconds_per_step" in value:
+        show_bench(console, value)
+    elif "equal" in value and "different_frames" in value:
+        show_verified(console, value)
+    elif "kind" in value:
+        show_inspected(console, value)
     elif "timings" in value and "output" in value:
         _show_video(console, value)
     elif "rungs" in value and "controls" in value:
@@ -35,34 +45,7 @@ def show(value: Mapping[str, Any]) -> None:
     elif "videos" in value and "failed" in value:
         _show_batch(console, value)
     else:
-        _show_fields(console, value)
-
-
-def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
-    about = f", about {format_seconds(plan['predicted_seconds']['total'])}" if plan["fits"] else ""
-    console.print(f"{plan['strategy']}: {'fits' if plan['fits'] else 'does not fit'}{about}")
-    if work := forecast(plan):
-        console.print(f"{work[0].upper()}{work[1:]}")
-    phases = [
-        p for p in ("encode", "denoise", "decode") if p != "encode" or any(d["phases"][p] for d in plan["devices"])
-    ]
-    table = _table("device", "role", *phases, "may use")
-    for device in plan["devices"]:
-        cells = [format_bytes(device["phases"].get(phase, 0)) for phase in phases]
-        name = " ".join((device["name"], plan.get("hardware", {}).get(device["name"], ""))).strip()
-        table.add_row(name, device["role"], *cells, format_bytes(device["limit_bytes"]))
-    cells = [*[""] * (len(phases) - 1), format_bytes(plan["host_bytes"])]
-    table.add_row("host", "text encoder, frames", *cells, format_bytes(plan["host_limit_bytes"]))
-    console.print(table)
-    choices = _table("setting", "value", "why")
-    for choice in plan["choices"]:
-        choices.add_row(choice["setting"], str(choice["value"]), choice["why"])
-    console.print(choices)
-    if "prompts" in (plan.get("price") or {}):  # measured
-        console.print(f"Measured here: {in_words(plan['price'])}")
-    for nearest in plan["nearest_that_fits"]:
-        change = ", ".join(f"{k}={v}" for k, v in nearest.items() if not k.startswith("predicted"))
-        console.print(f"fits: {change} (about {format_seconds(nearest['predicted_seconds'])})")
+        fields(console, value, _HIDDEN)
 
 
 def _show_video(console: Console, done: Mapping[str, Any]) -> None:
@@ -118,38 +101,3 @@ def _show_prices(console: Console, prices: Mapping[str, Any]) -> None:
     console.print(table)
     for note in prices["notes"]:
         console.print(note)
-
-
-def _show_fields(console: Console, value: Mapping[str, Any]) -> None:
-    table = _table("", "", show_header=False)
-    for name, field in value.items():
-        if name not in _HIDDEN and field not in (None, [], {}):
-            table.add_row(name, _text(name, field))
-    if value.get("versions"):
-        table.add_row("versions", _text("versions", value["versions"]))
-    made_by = value.get("made_by")
-    if isinstance(made_by, Mapping):
-        from wanduet.media.provenance import summary
-
-        parts = {name: made_by.get(name) for name in ("request", "model")}
-        if all(isinstance(part, Mapping) for part in parts.values()):  # the file is untrusted
-            table.add_row("made by", _text("made by", summary(made_by)))
-        if isinstance(parts["request"], Mapping):
-            table.add_row("prompt", _text("prompt", parts["request"].get("prompt")))
-    console.print(table)
-
-
-def _table(*columns: str, show_header: bool = True) -> Table:
-    """Return a table that wraps a long path instead of truncating it."""
-    return Table(*(Column(name, overflow="fold") for name in columns), show_header=show_header)
-
-
-def _text(name: str, field: Any) -> str:
-    if isinstance(field, Mapping):
-        unit = name if name.endswith("bytes") else ""  # the unit of everything in it
-        return "\n".join(f"{k}: {_text(unit or k, v)}" for k, v in field.items() if v not in (None, [], {}))
-    if isinstance(field, list):
-        return "\n".join(_text(name, item) for item in field)
-    if isinstance(field, int) and name.endswith("bytes"):
-        return format_bytes(field)
-    return f"{field:.4g}" if isinstance(field, float) else printable(str(field))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from cyclopts import CycloptsError, MissingArgumentError
+from cyclopts import CycloptsError
 
 from wanduet.doors.cli.main import app, main
 from wanduet.weights.names import BUNDLED
@@ -34,12 +34,10 @@ def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tu
 
 def _has_prompt(given: list[str]) -> bool:
     try:
-        app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
-    except MissingArgumentError as error:
-        return error.argument is None or "--prompt" not in error.argument.names
+        _, bound, _ = app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
     except CycloptsError:
         return True  # the command reports the error when it runs
-    return True
+    return bool({"prompt", "embeddings"} & set(bound.arguments))
 
 
 def _model(given: list[str]) -> str | None:

@@ -27,8 +27,9 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.store import JobStore
-from wanduet.weights.hub import is_offline, local_model, open_model
+from wanduet.weights.hub import local_model, open_model
 from wanduet.weights.names import MINIATURE
+from wanduet.weights.repository import is_offline
 
 RETRY_SECONDS = 60
 

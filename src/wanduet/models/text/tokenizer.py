@@ -59,6 +59,10 @@ class Tokenizer:
         with self._readable():
             return self._tokenize(clean_text(prompt), max_tokens)
 
+    def save(self, folder: Path) -> None:
+        """Write it as a folder that transformers loads. Raises OSError."""
+        self._tokenizer.save_pretrained(str(folder))
+
     def _tokenize(self, text: str, max_tokens: int) -> TokenizedPrompt:
         whole = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
         if len(whole) <= max_tokens:

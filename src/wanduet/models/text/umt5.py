@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from wanduet.errors import CancelledError
+from wanduet.kernels.dit.weight import Weight, WeightFormat
 from wanduet.meta.init import meta_init
 
 EMBEDDING = "shared.weight"
 # Some checkpoints have the embedding under this name too; both must be the same matrix.
 EMBEDDING_COPY = "encoder.embed_tokens.weight"
 FINAL_NORM = "encoder.final_layer_norm.weight"
+
+# Ends of the names of a layer's large matrices.
+MATRICES = (*(f".SelfAttention.{name}.weight" for name in "qkvo"), ".wi_0.weight", ".wi_1.weight", ".wo.weight")
 
 Residency = Literal["resident", "streamed"]
 
@@ -46,19 +50,21 @@ class TextEncoder:
         weights: TensorReader,
         dtype: torch.dtype,
         residency: Residency,
-        embedding: str = EMBEDDING,
         device: torch.device | str = "cpu",
+        format: WeightFormat | None = None,
     ) -> None:
-        """Compute in `dtype` on `device`, whatever the dtype of the files; `embedding`: the embedding's name in
-        `weights`."""
+        """Compute in `dtype` on `device`, whatever the dtype of the files. `format`: how the layers' matrices are in memory, from which each pass makes one layer after another
+        in `dtype`; None: in `dtype`."""
         from transformers import UMT5Config
 
         self._config = UMT5Config(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
         self._config._attn_implementation = "eager"  # the others need a mask as large as the scores
         self._weights, self._dtype, self.residency = weights, dtype, residency
         self._device = torch.device(device)
-        self._embedding = embedding if embedding in weights.shapes else EMBEDDING_COPY
+        self._embedding = EMBEDDING if EMBEDDING in weights.shapes else EMBEDDING_COPY
         self._layers: dict[int, nn.Module] = {}
+        self._format = format
+        self._stored: dict[int, dict[str, Weight]] = {}
 
     @torch.no_grad()
     def encode(
@@ -98,16 +104,27 @@ class TextEncoder:
             return self._layers[index]
         with meta_init():
             layer: nn.Module = UMT5Block(self._config, layer_idx=index)
-        tensors: dict[str, Tensor] = {}
-        for name in layer.state_dict():
-            check()
-            full_name = f"encoder.block.{index}.{name}"
-            tensors[name] = self._weights.read([full_name], self._dtype)[full_name].to(self._device)
-        layer.load_state_dict(tensors, assign=True)
+        stored = self._stored.get(index) or {
+            name: self._read(f"encoder.block.{index}.{name}", check) for name in layer.state_dict()
+        }
+        layer.load_state_dict({name: weight.dense(self._dtype) for name, weight in stored.items()}, assign=True)
         layer.eval()
-        if self.residency == "resident":
+        if self.residency == "resident" and self._format is not None:
+            self._stored[index] = stored
+        elif self.residency == "resident":
             self._layers[index] = layer
         return layer
+
+    def _read(self, name: str, check: Callable[[], None]) -> Weight:
+        """Return one of the layers' tensors as it is in memory."""
+        check()
+        if self._format is None or not name.endswith(MATRICES):
+            return Weight(self._weights.read([name], self._dtype)[name].to(self._device))
+        shape = self._weights.shapes[name]
+        data = torch.empty(shape, dtype=self._format.dtype, device=self._device)
+        weight = Weight(data, torch.empty(shape[0], 1, device=self._device) if self._format.scaled else None)
+        weight.copy_(self._weights.read([name], torch.float32)[name])
+        return weight
 
     def _final_norm(self) -> nn.Module:
         from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm

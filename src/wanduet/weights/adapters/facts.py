@@ -74,7 +74,10 @@ def sorted_keys(file: AdapterFile) -> Keys:
             hint="It reads LoRA, LoHa, LoKr, DoRA and whole differences.",
         )
     if not keys.groups:
-        raise ModelNotFoundError(f"{file.path} {_why_not(file, keys)}.", hint="A LoRA for Wan2.1 is needed.")
+        raise ModelNotFoundError(
+            f"{file.path} {_why_not(file, keys)}.",
+            hint="A LoRA for Wan2.1 is needed. What a file is: wanduet inspect FILE",
+        )
     if keys.experts == {"1", "2"} or (keys.experts and keys.twice):
         raise WeightsError(f"{file.path} is for the two transformers of Wan2.2 A14B; this model has one.")
     named = ((meaning, name) for group in keys.groups.values() for meaning, name in group.items())

@@ -12,6 +12,7 @@ from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.untrusted import cut, describe_file, open_regular
 from wanduet.weights.adapters.config import AdapterConfig, parse_config, parse_metadata
 from wanduet.weights.json_files import read_json
+from wanduet.weights.pickles import load_tensors
 from wanduet.weights.safetensors import TensorFiles, read_header
 from wanduet.weights.source import some_of
 
@@ -88,7 +89,7 @@ class AdapterFile:
     @cached_property
     def _pickled(self) -> "dict[str, Tensor] | None":
         """The tensors of a PyTorch file, mapped; None for a safetensors file."""
-        return _load_pickle(self.weights) if self.weights.suffix.lower() in PICKLES else None
+        return load_tensors(self.weights) if self.weights.suffix.lower() in PICKLES else None
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -121,20 +122,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsError(f"Cannot read {path}: {error.strerror or cut(error)}.") from error
-
-
-def _load_pickle(path: Path) -> "dict[str, Tensor]":
-    import torch
-
-    try:
-        with open_regular(path):  # neither a pipe nor a device
-            pass
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # `torch.load` raises whatever its parsers do
-        raise WeightsError(
-            f"{path} is no PyTorch file of tensors alone, or damaged: {cut(str(error).partition(chr(10))[0])}.",
-            hint="Only tensors are read from such files, because others run code; take the .safetensors version.",
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise WeightsError(f"{path} holds more than tensors by name.", hint="Take the .safetensors version.")
-    return {str(name): tensor for name, tensor in found.items()}
