@@ -116,10 +116,10 @@ def _to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXT])
 def test_weights_of_whole_numbers_are_named(refuse, model: Path, file: str) -> None:
-    """What a quantised checkpoint holds: without its scales, which are not read, it would give noise."""
+    """What a quantised checkpoint holds: without its scales it would give noise."""
     name = next(name for name, tensor in load_file(model / file).items() if tensor.ndim > 1)
     edit(unsigned(model) / file, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    refuse(f"whole numbers: {name}")
+    refuse(f"{name} is stored as int8 without scales")
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])

@@ -27,7 +27,7 @@ def test_one_object_on_stdout_and_the_rest_on_stderr(wanduet: Callable[..., Any]
     assert found["rungs"][0]["speed"] == "exact"
     assert found["rungs"][0]["forwards"] == 2
     assert [row["name"] for row in found["accelerators"]] == [
-        *("guidance gate 0.7", "guidance gate 0.5"),
+        *("guidance gate 0.7", "guidance gate 0.5", "guidance interval 0.1-0.7"),
         *("products in fp8", "products in int8"),
     ]
     assert set(found["controls"]) == {"bf16_floor", "another_seed"}

@@ -56,7 +56,7 @@ def test_every_call_parses(image: ModuleType) -> None:
 
 def test_every_variable_of_ours_is_a_flag() -> None:
     names = set()
-    for path in FOLDER.iterdir():
+    for path in filter(Path.is_file, FOLDER.iterdir()):
         names |= set(re.findall(r"\bWANDUET_[A-Z_]+", path.read_text()))
     flags = subprocess.run(
         [sys.executable, "-m", "wanduet", "serve", "--help"], capture_output=True, text=True, check=True

@@ -1,5 +1,6 @@
 """The encoder: prompts of waiting jobs become embeddings where replicas look, and are forgotten with their jobs."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -124,14 +125,17 @@ def test_with_an_object_store_the_first_attempt_on_another_disk_finds_them(open_
 def test_a_prompt_whose_job_is_deleted_meanwhile_is_forgotten(open_bench) -> None:
     bench = open_bench()
     encode, made = bench.encoder._encoder.encode, []
+    submitted = threading.Event()
 
     def encode_late(texts: list[str], **options: Any) -> None:
+        assert submitted.wait(120)
         bench.store.delete(job_id)
         encode(texts, **options)
         made.append(len(bench.embeddings()))
 
     bench.encoder._encoder.encode = encode_late
     job_id = bench.submit(guidance_scale=1.0)
+    submitted.set()
     wait(lambda: made and not bench.embeddings())
     assert made == [1]
 

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -72,7 +73,8 @@ def test_a_system_that_gives_no_connection_is_asked_again_and_logged_once(
     monkeypatch.setattr(BaseSelectorEventLoop, "sock_accept", accept)
     with capture_logs() as lines, serve() as server:
         assert server.ask("GET", "/v1/videos").status == 200
-    assert [(line["event"], line["number"]) for line in lines] == [("a client could not be accepted", errno.EMFILE)]
+    accepting = [line for line in lines if not line["event"].startswith("stopping")]
+    assert [(line["event"], line["number"]) for line in accepting] == [("a client could not be accepted", errno.EMFILE)]
 
 
 def test_connections_that_are_kept_open_give_way_too(serve: Any) -> None:
@@ -160,7 +162,8 @@ def test_a_body_without_end_is_not_read_without_end(serve: Any, path: str, statu
 def send_without_end(client: socket.socket) -> bytes:
     """Send chunks until the server ends the connection; what it answered first."""
     answer = b""
-    for _ in range(100_000):
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
         try:
             client.sendall(b"64\r\n" + b"x" * 100 + b"\r\n")
             client.settimeout(0.001 if not answer else WAIT)

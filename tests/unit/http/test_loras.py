@@ -165,7 +165,7 @@ def test_several_with_shares_of_the_steps(served: Any, folder: Path) -> None:
         ({"lora_path": "/x"}, "lora_path", ["paths and addresses are not taken"]),
         ({"loras": [{**WHOLE, "strength": 11}]}, "loras", ["strength: at most 10"]),
         ({"loras": [{**WHOLE, "strength": True}]}, "loras", ["strength: a number"]),
-        ({"loras": [{**WHOLE, "start": 0.5, "end": 0.5}]}, "loras", ["begin before it ends"]),
+        ({"loras": [{**WHOLE, "start": 0.5, "end": 0.5}]}, "loras", ["begin before they end"]),
         ({"loras": [{**WHOLE, "sha256": "0" * 64}]}, "loras", ["has changed"]),
         ({"loras": [{**WHOLE, "strenght": 1}]}, "loras", ["strenght", "strength"]),
         ({"loras": [{"strength": 1}]}, "loras", ["name: it must be given"]),
