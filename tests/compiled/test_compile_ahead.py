@@ -36,7 +36,7 @@ def test_every_kernel_of_the_defaults_fits(capability: int, tmp_path: Path) -> N
     fits(capability, tmp_path, "--brief")
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 120])  # 86: above
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 89, 90, 120])  # 86: above
 def test_every_kernel_of_the_transformer_fits(capability: int, tmp_path: Path) -> None:
     """The tiles of the VAE follow from shared memory, by a rule that has a test of its own."""
     fits(capability, tmp_path, "--brief", "--dtype", "bfloat16")

@@ -434,9 +434,9 @@ def _job(settings: Mapping[str, Any] | None = None, **changes: Any) -> Callable[
     return lambda shop: shop.run(settings, changes)
 
 
-TWO = {"strategy": "parallel", "devices": "cpu,cpu"}
+TWO = {"strategy": "parallel", "devices": "cpu,cpu", "device_speeds": (1.0, 1.0)}  # a busy machine would measure others
 BY_SPEED = {"strategy": "parallel", "devices": "cpu,cpu", "device_speeds": (2.0, 1.0)}
-FOUR = {"strategy": "parallel", "devices": "cpu,cpu,cpu,cpu"}
+FOUR = {"strategy": "parallel", "devices": "cpu,cpu,cpu,cpu", "device_speeds": (1.0,) * 4}
 PLAIN = {"guidance_scale": 1.0}
 ONE_STEP = {"num_inference_steps": 1}  # of bfloat16: more steps would make the differences between CPUs larger
 SAMPLERS = ("unipc", "unipc-official", "dpm++2m", "euler")

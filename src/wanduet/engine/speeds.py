@@ -36,10 +36,13 @@ LINK_BYTES, LINK_RUNS = 32 * 2**20, 4  # of a timed exchange, about as large as 
 def all_speeds(rank: Rank, given: tuple[float, ...] | None) -> tuple[float, ...]:
     """Return the relative speed of every rank, the same on all ranks: `given`, or measured with matrix products.
 
-    All ranks must call this together; they measure at the same time. The fastest rank has 1; similar ranks all have 1.
+    All ranks must call this together; they measure at the same time. The fastest rank has 1; similar ranks all have 1, and
+    so do CPUs, which share the host's cores: what each of them gets at a moment says nothing of the next.
     """
     if given is not None:
         return balanced(given)
+    if rank.device.type == "cpu" and rank.link == "direct":  # no rank has a GPU
+        return (1.0,) * rank.world_size
     best = [0.0] * rank.world_size
     for _ in range(TRIES):
         own = torch.tensor([_measure(rank.device)], dtype=torch.float64, device=rank.device)

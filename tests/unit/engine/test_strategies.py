@@ -401,7 +401,15 @@ def test_speeds_that_differ_are_measured_again(monkeypatch, seen, speeds) -> Non
 
     measured = iter(seen)
     monkeypatch.setattr(module, "all_gather", lambda own: [torch.tensor(speed) for speed in next(measured)])
-    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "direct")
+    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo")  # the other rank has a GPU
     assert module.all_speeds(rank, None) == speeds
     assert next(measured, None) is None
     assert module.all_speeds(rank, (1.0, 4.0)) == (0.25, 1.0)
+
+
+def test_cpus_are_alike_and_not_measured(monkeypatch) -> None:
+    from wanduet.engine import speeds as module
+
+    monkeypatch.setattr(module, "all_gather", None)
+    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "direct")
+    assert module.all_speeds(rank, None) == (1.0, 1.0)
