@@ -1,5 +1,6 @@
 """Small random Wans in the Diffusers layout, written by diffusers and transformers themselves."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,19 @@ def random_model(tmp_path_factory) -> Path:
 def write_model() -> Callable[..., Path]:
     """`write_random_model`, for a test that needs a model of its own."""
     return write_random_model
+
+
+@pytest.fixture(scope="module")
+def loaded(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Our pipeline of the random model."""
+    import wanduet
+
+    return wanduet.WanPipeline.from_pretrained(random_model, data_dir=tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def pipe(loaded: Any) -> Any:
+    """Ours, which shares what is loaded; a test that gives modules makes one of its own."""
+    pipe = type(loaded).from_pipe(loaded, scheduler=copy.deepcopy(loaded.scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -31,19 +31,6 @@ def loaded_oracle(random_model) -> Oracle:
     return Oracle.from_pretrained(random_model)
 
 
-@pytest.fixture(scope="module")
-def loaded(random_model, tmp_path_factory) -> "wanduet.WanPipeline":
-    return wanduet.WanPipeline.from_pretrained(random_model, data_dir=tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def pipe(loaded) -> "wanduet.WanPipeline":
-    """Ours, which shares what is loaded; a test that gives modules makes one of its own."""
-    pipe = wanduet.WanPipeline.from_pipe(loaded, scheduler=copy.deepcopy(loaded.scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def own(random_model, tmp_path) -> "wanduet.WanPipeline":
     pipe = wanduet.WanPipeline.from_pretrained(random_model, data_dir=tmp_path)

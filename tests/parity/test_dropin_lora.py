@@ -1,6 +1,5 @@
 """A program for diffusers that loads LoRA, run by both pipelines."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-
-import wanduet
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
 
@@ -32,18 +29,6 @@ def lora(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("loras") / "style.safetensors"
     save_file(tensors(1, "attn1.to_q", "attn1.to_v", "attn2.to_k"), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def loaded(random_model, tmp_path_factory) -> "wanduet.WanPipeline":
-    return wanduet.WanPipeline.from_pretrained(random_model, data_dir=tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def pipe(loaded) -> "wanduet.WanPipeline":
-    pipe = wanduet.WanPipeline.from_pipe(loaded, scheduler=copy.deepcopy(loaded.scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ more is written as the loader wrote it, so that the base is restored bit for bit
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,31 +21,14 @@ from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.models.dit.block import Block
 from wanduet.models.dit.model import WanTransformer
+from wanduet.weights.adapters.adapter import Adapter
+from wanduet.weights.adapters.updates import Update
 
 ReadPristine = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 """Yields `(name, weight)` of the named parameters as they are before a loader rounds them; a weight is valid until the
 next."""
 Progress = Callable[[int, int], None]
 """Called before each weight with the number of those that are done, and of all; an error that it raises stops the merge."""
-
-
-class Update(Protocol):
-    """What an adapter changes in one parameter."""
-
-    def applied(self, base: Tensor, strength: float) -> Tensor:
-        """Return `base + strength * delta`, float32, for a float32 base, which is not changed."""
-
-
-class Adapter(Protocol):
-    """The updates of one file, by parameter name; `sha256`: of the file."""
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the file."""
-
-    @property
-    def updates(self) -> Mapping[str, Update]:
-        """The updates, by parameter name."""
 
 
 _Parts = tuple[tuple[Update, float], ...]  # updates of one parameter with their strengths, in order

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,8 @@ from tests.forked import forked_ranks
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, JobResult, OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.kernels.attention import sparse_steps
+from wanduet.kernels.attention.sparse import KeyLists, plain_listed
 from wanduet.request import GenerationRequest
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4, "seed": 3}
@@ -50,3 +53,18 @@ def submit(engine, tmp_path):
 def only_path(result: JobResult) -> Path:
     (video,) = result.videos
     return video.path
+
+
+@pytest.fixture
+def key_lists(monkeypatch) -> Iterator[list[KeyLists]]:
+    """The lists of each call of sparse attention in this process."""
+    seen: list[KeyLists] = []
+
+    def spy(*given: Any) -> Any:
+        seen.append(given[3])
+        return plain_listed(*given)
+
+    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", spy))
+    sparse_steps.choose_listed.cache_clear()
+    yield seen
+    sparse_steps.choose_listed.cache_clear()

@@ -69,25 +69,16 @@ def exact(engine: Engine, tmp_path_factory) -> Job:
 
 
 def test_steps_after_the_first_quarter_are_sparse_in_all_blocks_but_the_first(
-    engine: Engine, exact: Job, tmp_path: Path, monkeypatch
+    engine: Engine, exact: Job, tmp_path: Path, key_lists: list[KeyLists]
 ) -> None:
-    seen: list[KeyLists] = []
-
-    def spy(*given: Any) -> Any:
-        seen.append(given[3])
-        return plain_listed(*given)
-
-    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", spy))
-    sparse_steps.choose_listed.cache_clear()
     job = run(engine, tmp_path / "a.mkv", **SPARSE)
-    sparse_steps.choose_listed.cache_clear()
     blocks = engine.models.spec.transformer.num_layers
-    assert len(seen) == (4 - FIRST) * (blocks - 1) * 2  # both prompts
-    assert {(int(lists.count.max()), lists.index.shape[2], lists.query_size) for lists in seen} == {(3, 5, 16)}
+    assert len(key_lists) == (4 - FIRST) * (blocks - 1) * 2  # both prompts
+    assert {(int(lists.count.max()), lists.index.shape[2], lists.query_size) for lists in key_lists} == {(3, 5, 16)}
     error = (latents(job) - latents(exact)).norm() / latents(exact).norm()
     assert 1e-4 < error < 0.5
     run(engine, tmp_path / "b.mkv", **(SMALL | {"num_inference_steps": 2}))
-    assert len(seen) == (4 - FIRST) * (blocks - 1) * 2  # the next job is dense again
+    assert len(key_lists) == (4 - FIRST) * (blocks - 1) * 2  # the next job is dense again
 
 
 def test_nan_is_computed_again_with_all_keys(engine: Engine, exact: Job, tmp_path: Path, monkeypatch) -> None:

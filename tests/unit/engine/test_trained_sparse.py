@@ -91,20 +91,11 @@ def made(engine: Engine, tmp_path_factory) -> Job:
 
 
 def test_every_step_and_block_is_sparse_by_the_weights_share_or_the_requests(
-    engine: Engine, made: Job, tmp_path: Path, monkeypatch
+    engine: Engine, made: Job, tmp_path: Path, key_lists: list[KeyLists]
 ) -> None:
-    seen: list[KeyLists] = []
-
-    def spy(*given: Any) -> Any:
-        seen.append(given[3])
-        return plain_listed(*given)
-
-    monkeypatch.setattr(sparse_steps, "PLAIN", sparse_steps.ListedBackend("plain", spy))
-    sparse_steps.choose_listed.cache_clear()
     again, other = run(engine, tmp_path / "a.mkv"), run(engine, tmp_path / "b.mkv", sparse=0.7)
-    sparse_steps.choose_listed.cache_clear()
     layers, is_vsa = engine.models.spec.transformer.num_layers, engine.models.spec.transformer.attention == "vsa"
-    assert [lists.index.shape[3] for lists in seen] == [1] * 3 * layers + [3 if is_vsa else 1] * 3 * layers
+    assert [lists.index.shape[3] for lists in key_lists] == [1] * 3 * layers + [3 if is_vsa else 1] * 3 * layers
     assert torch.equal(latents(again), latents(made))
     assert torch.equal(latents(other), latents(made)) != is_vsa
     about = read_metadata(made.result().videos[0].path)

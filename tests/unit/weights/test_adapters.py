@@ -148,8 +148,6 @@ def test_alpha_over_rank_scales_the_product(alpha: torch.Tensor | float | None, 
     down, up = factors(Q, 4)
     path = saved(tmp_path / "a.safetensors", lora(alpha=alpha, rank=4))
     assert_equal(changes(path), {f"{Q}.weight": factor * up @ down})
-    a, b = read(path).updates[f"{Q}.weight"].low_rank() or pytest.fail("a plain LoRA has two factors")
-    torch.testing.assert_close(b @ a, factor * up @ down)
 
 
 def test_each_module_has_its_own_rank_and_alpha(tmp_path: Path) -> None:
@@ -299,7 +297,6 @@ def test_dora_equals_numpy(name: str, shape: tuple[int, ...], axis: int, strengt
     new = m * v / np.linalg.norm(v, axis=axis, keepdims=True)
     np.testing.assert_allclose(got, w + strength * (new - w), rtol=1e-4, atol=1e-5)
     assert read(path).kinds == ("dora", "lora")
-    assert read(path).updates[f"{Q}.weight"].low_rank() is None
 
 
 def test_the_convolution_takes_every_kind(tmp_path: Path) -> None:

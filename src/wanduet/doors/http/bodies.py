@@ -44,7 +44,7 @@ async def read_fields(request: Request, files: FileParts | None = None) -> dict[
     """Return the fields of a request's body; text fields of a form stay strings.
 
     The value of a file is what `files.begin` returned for it; without `files`, none is taken. Raises ApiError (400, 413,
-    415), InvalidRequestError for LoRA that cannot be told apart, and what `files` raises.
+    415), InvalidRequestError for LoRA whose fields cannot be matched, and what `files` raises.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:

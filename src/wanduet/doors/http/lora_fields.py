@@ -42,7 +42,9 @@ def gathered(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
         else:
             rest.append((name, value))
     if len({len(values) for values in columns.values()}) > 1:
-        allowed = "the same fields for each in a form, where they are told apart by their order; or send one JSON text"
+        allowed = (
+            "in a form, the same fields for each, as only their order says which belong together; or one JSON text"
+        )
         raise InvalidRequestError("loras", "objects with different fields", allowed)
     if columns:
         rest.append(("loras", [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]))

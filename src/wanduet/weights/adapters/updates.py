@@ -1,5 +1,6 @@
 """Updates of one parameter: how a LoRA, LoHa, LoKr, DoRA or a whole difference changes it. All sums are in float32."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -24,30 +25,19 @@ class Update(Protocol):
         """
         ...
 
-    def low_rank(self) -> "tuple[Tensor, Tensor] | None":
-        """Return A [r, in] and B [out, r] in float32, so that the change is strength · B·A; None if it is no product.
 
-        The scale (alpha / r) is in B. For convolutions, `in` counts the values of all input channels and taps.
-        """
-        ...
-
-
-class _Change:
+class _Change(ABC):
     """A change that does not depend on the base: base + strength · delta."""
 
     shape: tuple[int, ...]
 
+    @abstractmethod
     def delta(self, like: "Tensor") -> "Tensor":
         """Return the change in float32 [shape], on `like`'s device."""
-        raise NotImplementedError
 
     def applied(self, base: "Tensor", strength: float) -> "Tensor":
         """Return base + strength · delta."""
         return base if strength == 0 else base.add(self.delta(base), alpha=strength)
-
-    def low_rank(self) -> "tuple[Tensor, Tensor] | None":
-        """Return None: most changes are no product of two small matrices."""
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +66,6 @@ class LoRA(_Change):
         """Return the product."""
         product = _on(like, self.up).flatten(1) @ _on(like, self.down).flatten(1)
         return product.mul_(self.scale).reshape(self.shape)
-
-    def low_rank(self) -> "tuple[Tensor, Tensor] | None":
-        """Return both factors."""
-        return self.down.float().flatten(1), self.up.float().flatten(1) * self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +128,6 @@ class DoRA:
         norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         return base.lerp(moved.mul_(magnitude / norm), strength)
 
-    def low_rank(self) -> "tuple[Tensor, Tensor] | None":
-        """Return None: the change depends on the base."""
-        return None
-
 
 @dataclass(frozen=True, eq=False)
 class Several:
@@ -163,10 +145,6 @@ class Several:
         for update in self.updates:
             base = update.applied(base, strength)
         return base
-
-    def low_rank(self) -> "tuple[Tensor, Tensor] | None":
-        """Return None: the sum has no small rank."""
-        return None
 
 
 def _on(like: "Tensor", factor: "Tensor") -> "Tensor":
