@@ -51,10 +51,14 @@ def _core_color(frames: Frames, masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.
 
 
 def _shape(mask: npt.NDArray[np.bool_]) -> str:
-    """The shape by the fraction of the bounding box that it fills: square 1, circle 0.785, triangle about 0.5."""
+    """The shape by the fraction of the bounding box that it fills: square 1, circle 0.785, triangle about 0.5. A ring has
+    a hole in the middle."""
     rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     filled = float(box.mean())
+    middle = box[2 * len(box) // 5 : -(-3 * len(box) // 5), 2 * box.shape[1] // 5 : -(-3 * box.shape[1] // 5)]
+    if middle.mean() < 0.5:
+        return "ring"
     if filled > 0.885:
         return "square"
     return "circle" if filled > 0.66 else "triangle"

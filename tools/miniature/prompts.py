@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from tools.miniature.world import BACKGROUNDS, COLORS, MOTIONS, SCENES, SHAPES, SIZES, SPEEDS, Clips
+from tools.miniature.world import ALL_SHAPES, BACKGROUNDS, COLORS, MOTIONS, SCENES, SIZES, SPEEDS, Clips
 
 COLOR_NAMES, BACKGROUND_NAMES = tuple(COLORS), tuple(BACKGROUNDS)
 # fmt: off
@@ -72,7 +72,7 @@ class Described:
 def describe(combination: list[int]) -> Described:
     """A combination (colour, shape, motion, background) of world.BASE_GRID in words."""
     color, shape, motion, background = combination
-    return Described(COLOR_NAMES[color], SHAPES[shape], MOTIONS[motion], BACKGROUND_NAMES[background])
+    return Described(COLOR_NAMES[color], ALL_SHAPES[shape], MOTIONS[motion], BACKGROUND_NAMES[background])
 
 
 def prompts_of(clips: Clips, rng: random.Random, canonical: bool = False) -> list[str]:
@@ -110,7 +110,7 @@ def _object(attributes: list[int], rng: random.Random, loose: float) -> str:
     words = (
         _word(SIZES[size], rng, loose),
         _word(COLOR_NAMES[color], rng, loose) if rng.random() >= 0.1 * loose else "",
-        _word(SHAPES[shape], rng, loose),
+        _word(ALL_SHAPES[shape], rng, loose),
         _word(MOTIONS[motion], rng, loose) if rng.random() >= 0.1 * loose else "",
         "" if still else _word(SPEEDS[speed], rng, loose),
     )

@@ -23,6 +23,8 @@ COLORS = {
     "white": (248, 248, 248),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart")
+# The bundled LoRA teaches the miniature one that it does not know.
+ALL_SHAPES = (*SHAPES, "ring")
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "staying still", "growing", "shrinking",
     "spinning", "bouncing",
@@ -226,7 +228,8 @@ def _distance(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
     triangle = torch.maximum(v - 0.62, u.abs() * 0.866 - (v + 0.62) * 0.5) - 0.05
     angle = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5) - torch.pi / 5
     reach = (u * u + v * v).sqrt()
-    kinds = torch.stack((circle, square, triangle, _star(reach, angle), _heart(u, v)))
+    ring = torch.maximum(reach - 1, 0.5 - reach)
+    kinds = torch.stack((circle, square, triangle, _star(reach, angle), _heart(u, v), ring))
     index = shape.view(1, -1, 1, 1, 1).expand(1, *circle.shape)
     return kinds.gather(0, index)[0]
 
