@@ -149,9 +149,11 @@ def test_any_number_of_rows_has_a_product_in_fp8(kernels, monkeypatch: pytest.Mo
 
     def cublas(rows: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
         assert len(rows) % 8 == 0, "CUBLAS_STATUS_NOT_SUPPORTED"
+        assert len(rows) >= 16, "CUBLAS_STATUS_NOT_SUPPORTED"
         return multiply(rows, *others, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", cublas)
+    monkeypatch.setattr(kernels, "CUBLAS_LEAST_ROWS", 16)
     x, matrix = quantized(torch.randn(2, tokens, 96), "fp8"), weight("fp8", 160, 96)
     bias, out, expected = torch.randn(160), torch.empty(2, tokens, 160), torch.empty(2, tokens, 160)
     kernels.multiply_by_scaled_mm(x, matrix, bias, out)

@@ -89,7 +89,7 @@ def choose_listed(
         return PLAIN
     problem = "Triton is not installed"
     sizes = block if isinstance(block, tuple) else (block or CUT_BLOCK, block or CUT_BLOCK)
-    for backend in _on_gpu(device, None if block is None else sizes[0]) if backends is None else backends:
+    for backend in _on_gpu(device, dtype, None if block is None else sizes[0]) if backends is None else backends:
         try:
             problem = _problem(backend.attend, (device, dtype, head_dim), sizes, is_cut=block is None)
         except Exception as failure:  # a kernel's library can raise any exception
@@ -101,7 +101,7 @@ def choose_listed(
     raise ConfigError(f"Sparse attention does not work on {device}: {problem}.", hint="Leave --sparse out.")
 
 
-def _on_gpu(device: torch.device, queries: int | None) -> tuple[ListedBackend, ...]:
+def _on_gpu(device: torch.device, dtype: torch.dtype, queries: int | None) -> tuple[ListedBackend, ...]:
     """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys.
 
     `queries`: of a block; None for blocks of different sizes.
@@ -110,6 +110,7 @@ def _on_gpu(device: torch.device, queries: int | None) -> tuple[ListedBackend, .
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     if (
         is_hopper
+        and dtype in (torch.bfloat16, torch.float16)
         and queries is not None
         and queries % flash4.QUERIES == 0
         and "flash-attn-4" in available_backends(device)

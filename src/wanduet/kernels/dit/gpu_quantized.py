@@ -25,7 +25,9 @@ from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKerne
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
-CUBLAS_ROWS = 8  # cuBLAS has no products in fp8 of other numbers of rows than multiples of it
+# cuBLAS has products in fp8 only for multiples of so many rows. With scales by rows, it has none for few rows and many
+# channels (256 rows are too few on an H100).
+CUBLAS_ROWS, CUBLAS_LEAST_ROWS = 8, 512
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
 
 
@@ -160,17 +162,16 @@ def multiply_in(tile: Tile, x: QuantizedRows, weight: QuantizedRows, bias: Tenso
 def multiply_by_scaled_mm(
     x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool = False
 ) -> None:
-    """See `quantized.quantized_linear`; fp8 only. `fast`: sums of fewer bits."""
-    for data, scale, result in zip(x.data, x.scale, out, strict=True):
-        whole = len(data) // CUBLAS_ROWS * CUBLAS_ROWS
-        if whole:
+    """See `quantized.quantized_linear`; fp8 only. `fast`: sums of fewer bits. Rows that cuBLAS has no product for are
+    multiplied by our own kernel."""
+    length = x.shape[1]
+    whole = length // CUBLAS_ROWS * CUBLAS_ROWS if length >= CUBLAS_LEAST_ROWS else 0
+    if whole:
+        for data, scale, result in zip(x.data, x.scale, out, strict=True):
             _scaled_mm(data[:whole], scale[:whole], weight, bias, result[:whole], fast)
-        if tail := len(data) - whole:
-            rows, scales = data.new_zeros(2 * CUBLAS_ROWS, data.shape[1]), scale.new_ones(2 * CUBLAS_ROWS, 1)
-            rows[:tail], scales[:tail] = data[whole:], scale[whole:]
-            padded = result.new_empty(2 * CUBLAS_ROWS, result.shape[1])
-            _scaled_mm(rows, scales, weight, bias, padded, fast)
-            result[whole:] = padded[:tail]
+    if whole < length:
+        rest = slice(whole, None)
+        multiply_in(TILES[0], x.tokens(rest), weight, bias, out[:, rest])
 
 
 def _scaled_mm(data: Tensor, scale: Tensor, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool) -> None:
