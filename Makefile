@@ -50,6 +50,12 @@ $(VENV)/.runtime: requirements.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --no-compile -r requirements.txt -e .
 	touch $@
 
+# pip uses one core, so that two install half of what is pinned each; the last line adds what those need beside it.
 $(VENV)/.dev: requirements-dev.txt requirements-server.txt requirements.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt -e .
+	grep -h '==' requirements.txt requirements-server.txt requirements-dev.txt > $(VENV)/pinned.txt
+	awk 'NR % 2' $(VENV)/pinned.txt > $(VENV)/odd.txt
+	awk 'NR % 2 == 0' $(VENV)/pinned.txt > $(VENV)/even.txt
+	$(BIN)/python -m pip install -q --no-compile --no-deps -r $(VENV)/odd.txt & odd=$$!; \
+	$(BIN)/python -m pip install -q --no-compile --no-deps -r $(VENV)/even.txt -e . && wait $$odd
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@ $(VENV)/.runtime

@@ -221,8 +221,11 @@ def attentions(dtype: torch.dtype, brief: bool, shared: int) -> Iterator[tuple[s
         yield name, partial(attend, channels, head_dim, blocks)
 
 
-def quantized(dtype: torch.dtype, capability: int, brief: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What a forward with products in 8 bits asks for: the check before use, with each of our products; `brief`: with one."""
+def quantized(
+    dtype: torch.dtype, capability: int, brief: bool, only: str = ""
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a forward with products in 8 bits asks for: the check before use, with each of our products; `brief`: with one.
+    `only`: in this format of 8 bits."""
     from wanduet.family.wan21 import WAN_1_3B, WAN_14B
     from wanduet.kernels import check as kernel_checks
     from wanduet.kernels.dit.gpu_quantized import TILES, TRITON_QUANTIZED, products
@@ -232,7 +235,7 @@ def quantized(dtype: torch.dtype, capability: int, brief: bool) -> Iterator[tupl
     for name, spec in (("1.3B", WAN_1_3B), ("14B", WAN_14B))[: 1 if brief else 2]:
         t = spec.transformer
         for format, eight in FORMATS.items():
-            if format == "fp8" and capability < 89:
+            if (format == "fp8" and capability < 89) or only not in ("", format):
                 continue
             for product, multiply in products(eight, CARDS[capability][0]).items():
                 if not product.startswith("triton") or (brief and product != TILES[0].name):
@@ -254,7 +257,8 @@ def compile_all(capability: int, dtype_name: str, brief: bool = False, part: str
     """Every kernel for that capability in that dtype. To be called before any kernel is imported, for one capability.
 
     `brief`: those of the defaults, a VAE in float32 and a transformer of 1.3B in bfloat16; 8-bit attention, which is no
-    default, with `part` "int8" only, which leaves out all others."""
+    default, with `part` "int8" only, which leaves out all others, as does "fp8": products of that format, and what they
+    need, the one difference of 8.9 from 8.6."""
     shared, multiprocessors = CARDS[capability]
 
     def nowhere(x: object) -> AbstractContextManager[object]:
@@ -272,9 +276,9 @@ def compile_all(capability: int, dtype_name: str, brief: bool = False, part: str
     with torch.no_grad(), Recorder(capability, dtype_name) as recorder:
         of_vae = () if brief and dtype.itemsize == 2 else decodes(dtype, brief)
         cases = [*of_vae, *(forwards(dtype, brief) if dtype.itemsize == 2 else ())] if part == "all" else []
-        if dtype.itemsize == 2 and part == "all":
-            cases += quantized(dtype, capability, brief)
-        if dtype.itemsize == 2 and (part == "int8" or not brief):
+        if dtype.itemsize == 2 and part != "int8":
+            cases += quantized(dtype, capability, brief, "" if part == "all" else part)
+        if dtype.itemsize == 2 and (part == "int8" or (part == "all" and not brief)):
             cases += attentions(dtype, brief, shared)
         for recorder.case, run in cases:
             run()
@@ -299,7 +303,9 @@ def main() -> int:
     parser.add_argument("--capability", type=int, choices=sorted(CARDS), default=86)
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="default: both")
     parser.add_argument("--brief", action="store_true", help="the forms of the default dtypes and of two sizes")
-    parser.add_argument("--part", choices=("all", "int8"), default="all", help="int8: attention with 8-bit scores only")
+    parser.add_argument(
+        "--part", choices=("all", "int8", "fp8"), default="all", help="int8: attention only; fp8: products only"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()

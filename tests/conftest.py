@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing that is imported goes away again: garbage is looked for afterwards."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_place)
+    items.sort(key=lambda item: _place(item.path))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,8 +85,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneProcessAFile(config, log)
 
 
-def _place(item: pytest.Item) -> int:
-    return next((place for place, name in enumerate(FIRST) if item.path.is_relative_to(TESTS / name)), len(FIRST))
+@cache
+def _place(path: Path) -> int:
+    return next((place for place, name in enumerate(FIRST) if path.is_relative_to(TESTS / name)), len(FIRST))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,7 +22,8 @@ from postgres import need, postgres
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
-from real_server import Server, serving
+from real_server import LONG as LONG
+from real_server import SMALL, Server, serving
 
 from wanduet.cluster.fit import Fitter
 from wanduet.cluster.shapes import Node, declared_devices
@@ -38,8 +39,6 @@ from wanduet.planning.planner import HEADROOM_BYTES
 from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 
-SMALL = {"size": "32x32", "num_frames": "5", "num_inference_steps": "2", "guidance_scale": "1"}
-LONG = {**SMALL, "num_frames": "17", "num_inference_steps": "150"}  # seconds, so that it can be interrupted
 BIG = {**SMALL, "size": "352x352"}  # more than the small GPUs of `mixed_nodes` have
 PATIENCE = 240.0  # seconds; a busy machine may need most of them, a good one needs few
 

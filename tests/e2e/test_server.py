@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,27 +106,48 @@ def test_a_queued_job_uses_no_other_file_than_it_was_accepted_with(server: Serve
     assert str(server.data) not in error["message"]
 
 
-def test_events_show_progress_and_the_video_taking_shape(server: Server) -> None:
-    job = server.create(**LONGER)
-    names, percents, pictures = [], [], []
-    with server.http.stream("GET", f"/v1/videos/{job['id']}/events") as stream:
+@dataclass
+class Watched:
+    """A job that nothing interrupted, and what its events said."""
+
+    job: str
+    names: list[str] = field(default_factory=list)
+    percents: list[int] = field(default_factory=list)
+    pictures: list[bytes] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def watched(server: Server) -> Watched:
+    seen = Watched(server.create("something else", **LONGER, seed="11")["id"])
+    with server.http.stream("GET", f"/v1/videos/{seen.job}/events") as stream:
         for line in stream.iter_lines():
             kind, _, value = line.partition(": ")
             if kind == "event":
-                names.append(value)
-            elif kind == "data" and names[-1] == "preview":
-                pictures.append(base64.b64decode(json.loads(value)["image"].partition(",")[2]))
+                seen.names.append(value)
+            elif kind == "data" and seen.names[-1] == "preview":
+                seen.pictures.append(base64.b64decode(json.loads(value)["image"].partition(",")[2]))
             elif kind == "data":
-                percents.append(json.loads(value)["progress"])
-    assert names[-1] == "done"
-    assert percents == sorted(percents)
-    assert percents[-1] == 100
-    assert len(set(percents)) > 3
-    assert pictures
-    with Image.open(io.BytesIO(pictures[-1])) as image:
+                seen.percents.append(json.loads(value)["progress"])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def reference(server: Server, watched: Watched) -> np.ndarray:
+    """The frames of the job that nothing interrupted."""
+    assert server.wait(watched.job)["status"] == "completed"
+    return server.frames(watched.job)
+
+
+def test_events_show_progress_and_the_video_taking_shape(server: Server, watched: Watched) -> None:
+    assert watched.names[-1] == "done"
+    assert watched.percents == sorted(watched.percents)
+    assert watched.percents[-1] == 100
+    assert len(set(watched.percents)) > 3
+    assert watched.pictures
+    with Image.open(io.BytesIO(watched.pictures[-1])) as image:
         assert (image.format, image.size) == ("WEBP", (4, 4))
-    assert len(pictures[-1]) < 10_000
-    assert server.http.get(f"/v1/videos/{job['id']}/preview").status_code == 404, "the video itself is there"
+    assert len(watched.pictures[-1]) < 10_000
+    assert server.http.get(f"/v1/videos/{watched.job}/preview").status_code == 404, "the video itself is there"
 
 
 def denoising(video: dict[str, Any]) -> bool:
@@ -152,14 +174,6 @@ def test_impossible_requests_are_refused_or_fail_with_a_reason(client: Any, serv
     assert bad.value.param == "num_frames"
     assert "81" in bad.value.message
     assert server.http.post("/v1/videos", data={"prompt": "x", "size": "33x33"}).status_code == 400
-
-
-@pytest.fixture(scope="module")
-def reference(server: Server) -> np.ndarray:
-    """The frames of a job that nothing interrupted."""
-    job = server.create("something else", **LONGER, seed="11")
-    assert server.wait(job["id"])["status"] == "completed"
-    return server.frames(job["id"])
 
 
 def test_the_killed_workers_job_goes_on_to_the_same_frames(

@@ -65,12 +65,16 @@ def test_commands_are_found_where_they_are_shown() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
 
 
+@pytest.fixture(scope="module")
+def known_flags(make: ModuleType) -> set[str]:
+    return set(re.findall(r"--[a-z][\w-]*", make.command_line())) | FOREIGN
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/cli.md"])
-def test_every_flag_that_is_named_exists(name: str, make: ModuleType) -> None:
-    known = set(re.findall(r"--[a-z][\w-]*", make.command_line())) | FOREIGN
+def test_every_flag_that_is_named_exists(name: str, known_flags: set[str]) -> None:
     text = re.sub(r"\]\([^)]*\)", "", (ROOT / name).read_text())
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    assert named <= known
+    assert named <= known_flags
 
 
 @pytest.mark.parametrize("name", NAMES)

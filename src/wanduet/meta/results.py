@@ -6,6 +6,7 @@ the models need. A rule returns `NotImplemented` for any other case, for which P
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise, zip_longest
 from math import ceil
 from typing import Any
@@ -37,11 +38,16 @@ def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _dense_like(x: Tensor, dtype: torch.dtype | None = None, device: torch.device = META) -> Tensor:
     """A dense tensor of x's shape, with its dimensions in the same order in memory."""
-    strides, size = [0] * x.ndim, 1
-    for dim in sorted(range(x.ndim), key=lambda dim: (x.stride(dim), -dim)):
-        strides[dim] = size
-        size *= x.shape[dim]
-    return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device=device)
+    return torch.empty_strided(x.shape, _dense(x.shape, x.stride()), dtype=dtype or x.dtype, device=device)
+
+
+@lru_cache(4096)  # a decode asks for few shapes, each thousands of times
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    dense, size = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], -dim)):
+        dense[dim] = size
+        size *= shape[dim]
+    return tuple(dense)
 
 
 def _empty_like(
@@ -136,9 +142,15 @@ def _same_dtype_and_ndim(parts: Sequence[Tensor]) -> bool:
 
 def _layout(x: Tensor) -> torch.memory_format | None:
     """The memory format by the order of strides, with or without gaps; None if neither contiguous nor channels last."""
-    for layout, last in ((torch.contiguous_format, ()), (CHANNELS_LAST.get(x.ndim), (1,))):
-        dims = [dim for dim in (*(d for d in range(x.ndim) if d not in last), *last) if x.shape[dim] > 1]
-        if layout is not None and all(x.stride(a) > x.stride(b) > 0 for a, b in pairwise(dims)):
+    return _layout_of(x.shape, x.stride())
+
+
+@lru_cache(4096)
+def _layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.memory_format | None:
+    ndim = len(shape)
+    for layout, last in ((torch.contiguous_format, ()), (CHANNELS_LAST.get(ndim), (1,))):
+        dims = [dim for dim in (*(d for d in range(ndim) if d not in last), *last) if shape[dim] > 1]
+        if layout is not None and all(strides[a] > strides[b] > 0 for a, b in pairwise(dims)):
             return layout
     return None
 

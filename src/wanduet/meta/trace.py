@@ -6,7 +6,7 @@ placed where the allocator would. The planner adds what is not seen here, as wor
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -102,13 +102,14 @@ class Footprint(TorchDispatchMode):
         kwargs = kwargs or {}
         if _active.stack[-1] is not self:
             return func(*args, **kwargs)
-        for tensor in _meta_tensors((*args, *kwargs.values())):
-            self._ignore(tensor)
+        _visit(args, self._ignore)
+        if kwargs:
+            _visit(kwargs.values(), self._ignore)
         result = meta_result(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
-        for tensor in _meta_tensors((result,)):
-            self._count(tensor)
+        if not args or result is not args[0]:  # what an operation in place returns is known
+            _visit((result,), self._count)
         return result
 
     def _ignore(self, tensor: Tensor) -> None:
@@ -135,14 +136,14 @@ class Footprint(TorchDispatchMode):
         pool.free(offset, size)
 
 
-def _meta_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The meta tensors among an operation's arguments or results, including those in lists."""
+def _visit(values: Iterable[Any], note: Callable[[Tensor], None]) -> None:
+    """Call `note` with the meta tensors among an operation's arguments or results, including those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             if value.is_meta:
-                yield value
+                note(value)
         elif isinstance(value, (list, tuple)):
-            yield from _meta_tensors(value)
+            _visit(value, note)
 
 
 def meta_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -333,7 +333,6 @@ def test_the_check_before_use_sees_a_wrong_kernel() -> None:
         return out * 1.01, past
 
     cpu = torch.device("cpu")
-    assert largest_vae_error(VAE_TRITON_KERNELS, cpu, torch.float32, 8) < 1e-5
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, causal_conv=wrong), cpu, torch.float32, 8) > 5e-3
     assert largest_vae_error(replace(VAE_TORCH_KERNELS, attend=lambda q, k, v: v), cpu, torch.float32, 8) > 5e-3
 
