@@ -11,6 +11,7 @@ import torch
 
 from wanduet.accelerate.low_res import LowRes
 from wanduet.config import GIB, EngineConfig, Weights, format_bytes, parse_devices
+from wanduet.family.attention import attention_for
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import EXACT, fields_set_by
@@ -23,7 +24,7 @@ from wanduet.kernels.verdicts import triton_problem
 from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
-from wanduet.planning.sparse import sparse_choice
+from wanduet.planning.sparse import attention_choice, sparse_choice
 from wanduet.planning.text import text_device
 from wanduet.request import ResolvedRequest
 from wanduet.weights.hub import local_model
@@ -251,6 +252,8 @@ class Explanation:
                 found.append(Choice(name, getattr(request, name), f"{self._by(name)}: {count}; {steps}"))
         if (sparse := sparse_choice(request, self.spec, self._by("sparse"))) is not None:
             found.append(sparse)
+        if (coded := attention_choice(request, REQUESTED)) is not None:
+            found.append(coded)
         if (low := LowRes.of(request, self.spec)) is not None:
             found.append(Choice("low_res_first", True, f"{REQUESTED}: {low}; the video differs from the exact one"))
         return tuple(found)
@@ -318,7 +321,8 @@ class Explanation:
 
     def _attention(self) -> Choice:
         """Explain the attention backend, as far as it is known before a run."""
-        plan, wish, device = self.plan, self.config.attention, self._transformer
+        plan, device = self.plan, self._transformer
+        wish = attention_for(self.request.quantize_attention, self.config.attention)
         auto = wish == "auto"
         if not device.name.startswith("cuda"):
             if auto:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from wanduet.config import parse_bytes
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.attention import FIELD, FORMATS, attention_for
+from wanduet.family.step_caches import OFF
 from wanduet.planning.cards import Card, card_named, typical_card
 from wanduet.planning.host import host_memory
 
@@ -63,14 +65,16 @@ def check_quantize(format: str, device: DeviceInfo) -> None:
     raise InvalidRequestError("quantize", format, allowed, nearest)
 
 
-def check_attention(name: str, device: DeviceInfo) -> None:
-    """Raise ConfigError if a device cannot run the 8-bit attention that `EngineConfig.attention` names; the other
-    backends are checked where they run, as they depend on what is installed."""
-    if name in ("int8", "int8-fast") and (device.is_cpu or device.capability < (8, 0)):
-        hint = "Leave --attention out."
-        raise ConfigError(
-            f"attention={name!r} needs a GPU of compute capability 8.0 or later, not {device.name}.", hint=hint
-        )
+def check_attention(name: str, device: DeviceInfo, requested: str = OFF) -> None:
+    """Raise ConfigError if a device cannot run the 8-bit attention that `EngineConfig.attention` names, and
+    InvalidRequestError if not the one that the request names instead; the other backends are checked where they run, as they
+    depend on what is installed."""
+    if attention_for(requested, name) not in FORMATS or (not device.is_cpu and device.capability >= (8, 0)):
+        return
+    needs = "a GPU of compute capability 8.0 or later"
+    if requested != OFF:
+        raise InvalidRequestError(FIELD, requested, f"{OFF} on {device.name}: it needs {needs}", OFF)
+    raise ConfigError(f"attention={name!r} needs {needs}, not {device.name}.", hint="Leave --attention out.")
 
 
 @dataclass(frozen=True, slots=True)

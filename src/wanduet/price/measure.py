@@ -21,6 +21,7 @@ from wanduet.family.registry import RANDOM_SPECS
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.meta.prices import Prices, exact, find_prices, store_prices
 from wanduet.planning.plan import require_fit
+from wanduet.planning.prices import has_fast_8_bit_attention
 from wanduet.price import prompts
 from wanduet.price.compare import Made, Measures
 from wanduet.price.replay import REPLAYED, Replay
@@ -59,7 +60,8 @@ class Measurement:
         self.request = self._exact(0).resolve(self.spec)
         plan = self._engine.plan(self._exact(0))
         require_fit(plan, self.request)
-        variants = all_variants(self.request.num_inference_steps, asked, plan.transformer.weights)
+        with_attention = has_fast_8_bit_attention(config, self._engine.hardware)
+        variants = all_variants(self.request.num_inference_steps, asked, plan.transformer.weights, with_attention)
         self.measured, self.refused = possible([EXACT, *variants], self._exact(0), self.spec, self._engine.plan)
         self.subject = subject_of(self._engine.models, plan, self.request)
         self.folder = self._engine.models.checkpoint.measurements

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from wanduet.config import Weights
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.attention import FIELD, FORMATS
 from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import SPEEDS
@@ -69,9 +70,12 @@ class Measured:
         return settings_key(self.settings)
 
 
-def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list[Variant]:
+def all_variants(
+    steps: int, asked: Mapping[str, Any], weights: Weights, with_attention: bool = False
+) -> list[Variant]:  # fmt: skip
     """Return all variants of an exact job of so many steps with weights of this format. `asked`: a set of
-    approximations that the user wants measured beside them."""
+    approximations that the user wants measured beside them. `with_attention`: each speed with attention in 8 bits too, among
+    which a loss budget chooses."""
     found = [Variant("rungs", speed.name, speed.fields) for speed in SPEEDS]
     found += [Variant("accelerators", name, {"step_cache": name}) for name in NAMES]
     found += [Variant("accelerators", f"guidance gate {share:g}", {"guidance_gate": share}) for share in GATES]
@@ -80,6 +84,13 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     ]
     found += [Variant("accelerators", f"sparse {share:g}", {"sparse": share}) for share in KEPT]
     found += [Variant("accelerators", f"products in {name}", {"quantize": name}) for name in DTYPES]
+    found += [Variant("accelerators", f"attention in {name}", {FIELD: name}) for name in FORMATS]
+    if with_attention:
+        found += [
+            Variant("accelerators", f"{speed.name}, attention in {name}", {**speed.fields, FIELD: name})
+            for speed in SPEEDS[1:]
+            for name in FORMATS
+        ]
     found.append(Variant("accelerators", "low resolution first", {"low_res_first": True}))
     if weights == "auto":
         found.append(Variant("accelerators", "weights q8", weights="q8"))
@@ -101,7 +112,7 @@ def possible(
     for variant in variants:
         try:
             resolved = variant.request(exact).resolve(spec)
-            if resolved.quantize != OFF or resolved.sparse < ALL:
+            if resolved.quantize != OFF or resolved.quantize_attention != OFF or resolved.sparse < ALL:
                 plan(variant.request(exact))
         except InvalidRequestError as error:
             refused[variant.name] = error.allowed

@@ -16,6 +16,7 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.lora import MergedLoras
 from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
+from wanduet.family.attention import attention_for
 from wanduet.family.sparsity import ALL, SLA_KEYS, SLA_QUERIES, block_for, first_sparse_step
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
@@ -123,13 +124,17 @@ class TransformerHost:
         tokens = checkpoint.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
         heads = (t.num_attention_heads, t.attention_head_dim)
         shape = Shape(tokens, tokens, *heads)
+        requested = attention_for(request.quantize_attention, checkpoint.config.attention)
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # consecutive jobs often have one size
-            kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
+            kernels, denoiser.requested = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads)), ""
             checkpoint.keep_verdicts()
-            requested = checkpoint.config.attention
+        else:
+            kernels = denoiser.chosen[1]
+        if denoiser.requested != requested:
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, requested, checkpoint.measurements)
-            denoiser.chosen = (shape, kernels, choice)
+            denoiser.chosen, denoiser.requested = (shape, kernels, choice), requested
             denoiser.fitted_at = time.perf_counter()
+        assert denoiser.chosen is not None
         _, kernels, choice = denoiser.chosen
         denoiser.sparse = sparse_steps(request, tokens, denoiser)
         block = None if denoiser.sparse is None else denoiser.sparse.block
@@ -246,7 +251,8 @@ class TransformerHost:
         self, loaded: Future[LoadedTransformer], plan: TransformerPlan, request: ResolvedRequest
     ) -> LoadedTransformer:
         denoiser, config = loaded.result(), self._checkpoint.config
-        import_backends(denoiser.device, config.attention, config.data_folder / "kernels")
+        requested = attention_for(request.quantize_attention, config.attention)
+        import_backends(denoiser.device, requested, config.data_folder / "kernels")
         with on_device_of(denoiser.device), suppress(Exception):
             self.fit_to(denoiser, plan, request)
         return denoiser

@@ -46,6 +46,7 @@ class LoadedTransformer:
     trained_by: str = ""  # the kernel of attention that is trained to be sparse
     sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
+    requested: str = ""  # the attention, by name or "auto", of which that choice is
     quantized: tuple[EightBits, QuantizedKernels] | None = None  # of the last job with products in 8 bits
     loras: MergedLoras | None = None  # in the weights; None for a transformer whose base cannot be read again
     adapt: Callable[[int, RunContext], bool] = lambda step, context: False  # see `TransformerHost.use`

@@ -41,6 +41,15 @@ def test_each_is_the_exact_job_but_for_one_thing() -> None:
     assert floor == EXACT
 
 
+def test_each_speed_is_measured_with_attention_in_8_bits_where_a_budget_may_choose_it() -> None:
+    without, found = ({one.name: one for one in all_variants(50, {}, "auto", choice)} for choice in (False, True))
+    added = [found[name] for name in found.keys() - without.keys()]
+    assert len(added) == 2 * (len(SPEEDS) - 1)
+    assert all(one.fields["quantize_attention"] != "off" for one in added)
+    one = found["near, attention in int8"]
+    assert one.request(EXACT).resolve(WAN_1_3B).approximations == one.fields
+
+
 def test_what_a_model_or_few_steps_cannot_do_is_left_out_by_name() -> None:
     two = EXACT.model_copy(update={"num_inference_steps": 2, "guidance_scale": 1.0})
     found, refused = possible(all_variants(2, {}, "q8"), two, WAN_1_3B, make_no_plan)
@@ -50,6 +59,8 @@ def test_what_a_model_or_few_steps_cannot_do_is_left_out_by_name() -> None:
         "sparse 0.2",
         "products in fp8",
         "products in int8",
+        "attention in int8",
+        "attention in int8-fast",
         "1 step",
         "bf16_floor",
         "another_seed",

@@ -1,7 +1,7 @@
 """State that every route shares (store, model, settings), and authentication of requests."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from wanduet.jobs.records import Limits, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.webhooks import WebhookSettings
 from wanduet.loras import Lora
-from wanduet.planning.prices import loss_of_speed
+from wanduet.planning.prices import loss_of
 from wanduet.request import GenerationRequest
 from wanduet.source_video import SourceVideo
 
@@ -103,9 +103,9 @@ class ServerContext:
         self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
-    def price(self, speed: str) -> Price | None:
-        """Return what a speed loses with the served weights on this machine; None if that was not measured."""
-        return loss_of_speed(self.store.files.folder / "measurements", self.settings.model_hash, speed)
+    def price(self, settings: Mapping[str, Any]) -> Price | None:
+        """Return what a set of approximations loses with the served weights on this machine; None if that was not measured."""
+        return loss_of(self.store.files.folder / "measurements", self.settings.model_hash, settings)
 
     def show(self, *jobs: StoredJob) -> list[Video]:
         """Convert stored jobs to video objects; a queued one says why no worker takes jobs, if so. Reads files."""
