@@ -10,6 +10,7 @@ from typing import Any
 from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
+from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import price_dict
 from wanduet.family.step_caches import OFF
@@ -116,7 +117,18 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
     if video.request.approximates:
         price = measured_price(models, plan, video.request)
         made |= {"price": made.get("price") if price is None else price}
+        if not _is_sparse_as_asked(video):
+            made["price"] = None
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
+
+
+def _is_sparse_as_asked(video: Video) -> bool:
+    """Return False if a video was made with all keys in place of some, in some steps or in all, after a failure."""
+    return (
+        video.request.sparse == ALL
+        or video.record.attention is None
+        or "+" in video.record.attention.split(", then ")[-1]
+    )
 
 
 def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
