@@ -147,8 +147,9 @@ class GenerationRequest(BaseModel):
         default=ALL,
         gt=0.0,
         le=1.0,
-        description="The share of the keys that self-attention reads after the first quarter of the steps, for example 0.5: "
-        "those that match best, by blocks. Faster, and another video.",
+        description="The share of the keys that self-attention reads, for example 0.5: those that match best, by blocks. After the "
+        "first quarter of the steps; in all steps with weights that are trained for it (VSA, SLA), whose own share is their default. "
+        "Faster, and another video.",
     )
     quantize: Annotated[Literal["off", "fp8", "int8"], Shown(row=7, label="Products", off=OFF)] = Field(
         default="off",
@@ -237,11 +238,10 @@ class GenerationRequest(BaseModel):
             given = ", ".join(f"{name}={value}" for name, value in resolved.approximations.items())
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
         # A price is that of the speed's fields and the attention, without others.
-        scores = resolved.quantize_attention
-        alone = OFF_VALUES | of_speed | {QUANTIZE_ATTENTION: scores}
+        alone = OFF_VALUES | of_speed | {QUANTIZE_ATTENTION: resolved.quantize_attention}
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         is_whole &= not has_effect(self.loras)  # with LoRA, they are other weights than those that were measured
-        price = price_of_speed(self.speed, spec, prices, scores) if is_whole else None
+        price = price_of_speed(self.speed, spec, prices, resolved.quantize_attention) if is_whole else None
         return resolved.model_copy(update={"price": price})
 
     def _within_budget(
