@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # (see benchmarks/results). Predictions do not include them.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 MOST_DEVICES = 64  # per host
-SMALLEST_DEVICE = 64 * 2**20
+SMALLEST_DEVICE, LARGEST_DEVICE = 64 * 2**20, 2**40  # "2080 Ti" is a card, and no 2080 TiB
 # Bytes a second that each of two ranks sends, and receives, where GPUs cannot write to each other's memory: what a plan
 # assumes of a desktop's board. Ranks measure it when they start (`engine.speeds.link_rate`). PCIe 4 x16 carries 25e9 in one
 # direction, and each byte crosses it twice; gloo also waits for each copy, and then for the sockets. Two H200s without peer
@@ -178,7 +178,7 @@ def _assumed_card(text: str) -> tuple[Card, int]:
         size = parse_bytes(amount)
     except ConfigError:
         size = 0
-    if size < SMALLEST_DEVICE:
+    if not SMALLEST_DEVICE <= size < LARGEST_DEVICE:
         hint = "Examples: 2x24GiB, 24GiB+12GiB, RTX 3090, 2x4090, H100."
         raise ConfigError(f"hardware: {text!r} is neither a card that is known nor the memory of one.", hint=hint)
     return typical_card(size), size

@@ -27,12 +27,19 @@ def sparse_choice(request: ResolvedRequest, spec: ModelSpec, by: str) -> Choice 
 
 
 def attention_choice(request: ResolvedRequest, by: str) -> Choice | None:
-    """Return why the scores of self-attention are in 8 bits; None if they are not. `by`: who has set the request's field."""
+    """Return why the scores of self-attention are in 8 bits; None if they are not. `by`: who has set the request's field, unless
+    that was its loss budget."""
     chosen = request.quantize_attention
     if chosen == OFF:
         return None
-    if request.loss_budget is not None:
-        by = f"of what is known to keep {request.loss_budget:g} dB here, the fastest has it"
+    by = attention_by(request, by)
     loss = f"; {request.price}" if request.speed is None and request.price is not None else ""
     why = f"{by}: self-attention's scores are in 8 bits{loss}; the video differs from the exact one"
     return Choice(FIELD, chosen, f"{why}; the seconds are predicted as for exact attention")
+
+
+def attention_by(request: ResolvedRequest, by: str) -> str:
+    """Return who has chosen the attention: `by`, or the request's loss budget."""
+    if request.quantize_attention == OFF or request.loss_budget is None:
+        return by
+    return f"part of the fastest that is known to keep {request.loss_budget:g} dB here"
