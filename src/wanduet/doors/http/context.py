@@ -20,6 +20,7 @@ from wanduet.doors.http.loras import LoraFolder
 from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.doors.http.schemas import RequestLimits, Video, to_request, to_video
 from wanduet.doors.http.security import is_loopback
+from wanduet.family.attention import FIELD as QUANTIZE_ATTENTION
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
@@ -66,6 +67,8 @@ class ServerSettings:
     limits: RequestLimits = field(default_factory=RequestLimits)
     webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     model_hash: str | None = None  # of the served weights: only jobs for this hash are accepted
+    # Whether a loss budget may choose attention in 8 bits where it was measured: the worker must have the devices of the measurement.
+    chooses_attention: bool = False
     lora_dir: Path | None = None  # the folder of the LoRA that requests may name; None: they may name none
 
 
@@ -104,7 +107,10 @@ class ServerContext:
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
     def price(self, settings: Mapping[str, Any]) -> Price | None:
-        """Return what a set of approximations loses with the served weights on this machine; None if that was not measured."""
+        """Return what a set of approximations loses with the served weights on this machine; None if that was not measured, and
+        for attention in 8 bits if it is not to be chosen."""
+        if QUANTIZE_ATTENTION in settings and not self.settings.chooses_attention:
+            return None
         return loss_of(self.store.files.folder / "measurements", self.settings.model_hash, settings)
 
     def show(self, *jobs: StoredJob) -> list[Video]:
