@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.attention import FIELD as QUANTIZE_ATTENTION
+from wanduet.family.attention import AttentionField, check_quantize_attention
 from wanduet.family.guidance import IntervalField, ModeField, check_guidance, guided_range, zero_steps
 from wanduet.family.low_res import check_low_res
 from wanduet.family.sizes import check_frames, generated_side
@@ -44,7 +46,9 @@ MAX_SEED = 2**63 - 1
 DEFAULT_STRENGTH = 0.8  # of a request with an input video
 INPUT_HASH = "sha256:"  # before the hash that stands for an input video in records
 # Fields that save work, at a loss.
-APPROXIMATIONS = ("step_cache", "guidance_gate", "guidance_interval", "sparse", "quantize", "low_res_first")
+APPROXIMATIONS = (
+    "step_cache", "guidance_gate", "guidance_interval", "sparse", "quantize", QUANTIZE_ATTENTION, "low_res_first",
+)  # fmt: skip
 OPTIONAL = (*APPROXIMATIONS, "guidance_mode")  # fields that are not recorded where they do nothing
 MAX_PROMPT = 8000  # characters of a prompt; the text encoder reads 512 tokens
 
@@ -124,7 +128,7 @@ class GenerationRequest(BaseModel):
         default=None,
         gt=0.0,
         le=100.0,
-        description="In place of a speed: take the fastest whose PSNR to the exact video is at least so many dB, of the worst "
+        description="In place of a speed: take the fastest one, or one with attention in 8 bits, whose PSNR to the exact video is at least so many dB, of the worst "
         "prompt that was measured on this machine, else as published. 40 is hard to see, 30 is plain to see in places.",
     )
     step_cache: Annotated[str, Shown(row=8, lines=1, off=OFF)] = Field(
@@ -143,14 +147,16 @@ class GenerationRequest(BaseModel):
         default=ALL,
         gt=0.0,
         le=1.0,
-        description="The share of the keys that self-attention reads after the first quarter of the steps, for example 0.5: "
-        "those that match best, by blocks. Faster, and another video.",
+        description="The share of the keys that self-attention reads, for example 0.5: those that match best, by blocks. After the "
+        "first quarter of the steps; in all steps with weights that are trained for it (VSA, SLA), whose own share is their default. "
+        "Faster, and another video.",
     )
     quantize: Annotated[Literal["off", "fp8", "int8"], Shown(row=7, label="Products", off=OFF)] = Field(
         default="off",
         description="Compute the large matrix products in 8 bits: fp8 (GPUs of compute capability 8.9 and later) or int8 "
         "(8.0 and later). Faster, and another video.",
     )
+    quantize_attention: AttentionField = "off"
     low_res_first: Annotated[bool, Shown(label="Low resolution first", row=7, off=False)] = Field(
         default=False,
         description="Make the first steps on a smaller video and enlarge its latents: 720p from 480p, for example. Faster, and "
@@ -223,6 +229,7 @@ class GenerationRequest(BaseModel):
                 check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
             check_guidance(values, spec)
             check_low_res(values, spec)
+            check_quantize_attention(values, spec)
             steps, attention = resolved.num_denoising_steps, spec.transformer.attention
             check_sparse(resolved.sparse, spec.num_tokens(*size), steps, attention)
         except InvalidRequestError as error:
@@ -230,25 +237,27 @@ class GenerationRequest(BaseModel):
         if self.speed == EXACT and resolved.approximates:
             given = ", ".join(f"{name}={value}" for name, value in resolved.approximations.items())
             raise InvalidRequestError("speed", EXACT, f"another speed, or none, with {given}")
-        alone = OFF_VALUES | of_speed  # a price is that of the speed's fields alone
+        # A price is that of the speed's fields and the attention, without others.
+        alone = OFF_VALUES | of_speed | {QUANTIZE_ATTENTION: resolved.quantize_attention}
         is_whole = all(getattr(resolved, name) == value for name, value in alone.items() if name not in own)
         is_whole &= not has_effect(self.loras)  # with LoRA, they are other weights than those that were measured
-        return resolved.model_copy(update={"price": price_of_speed(self.speed, spec, prices) if is_whole else None})
+        price = price_of_speed(self.speed, spec, prices, resolved.quantize_attention) if is_whole else None
+        return resolved.model_copy(update={"price": price})
 
     def _within_budget(
         self, budget: float, spec: ModelSpec, source: SourceVideo | None, prices: Prices
     ) -> "ResolvedRequest":
-        """Resolve with the fastest speed that is known to keep the budget and that this run may have."""
+        """Resolve with the fastest set of fields that is known to keep the budget and that this run may have."""
         for name in ("speed", *OFF_VALUES):
             if getattr(self, name) != type(self).model_fields[name].default:
-                is_set = name in ("speed", *CHOSEN)
+                is_set = name in ("speed", *CHOSEN, QUANTIZE_ATTENTION)
                 why = "loss_budget sets it" if is_set else "what it loses beside a speed is not known"
                 raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
         unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
-        for speed in (EXACT,) if has_effect(self.loras) else within(budget, spec, prices):
+        for fields in ({"speed": EXACT},) if has_effect(self.loras) else within(budget, spec, prices):
             with suppress(InvalidRequestError):
-                resolved = unset.model_copy(update={"speed": speed}).resolve(spec, source, prices)
+                resolved = unset.model_copy(update=fields).resolve(spec, source, prices)
                 return resolved.model_copy(update={"loss_budget": budget})
         return unset.resolve(spec, source)
 
@@ -294,7 +303,7 @@ class ResolvedRequest(GenerationRequest):
     generated_width: int
     loras: tuple[Lora, ...] = ()
     input_sha256: str | None = None  # of the input video's file
-    price: Price | None = None  # of `speed`, if it is known and no other field replaces a part of it
+    price: Price | None = None  # of `speed` and `quantize_attention`, if it is known and no other field changes it
 
     @property
     def num_denoising_steps(self) -> int:

@@ -32,6 +32,16 @@ def test_a_slash_at_the_end_means_a_folder(wanduet, work: Path, name: str) -> No
     assert batch["videos"][0]["output"] == str(folder / "y.mp4")
 
 
+def test_a_batch_says_once_what_its_videos_lose(wanduet, work: Path) -> None:
+    (work / "lines.jsonl").write_text(
+        '{"prompt": "x"}\n{"prompt": "y", "guidance_gate": 0.5}\n{"prompt": "z", "guidance_gate": 0.5}\n'
+    )
+    ran = wanduet("batch", "lines.jsonl", *TINY, "--json")
+    assert len(ran.json["videos"]) == 3
+    assert ran.err.count("3 of 4 forwards a video") == 1
+    assert ran.err.index(": y\n") < ran.err.index("3 of 4 forwards a video") < ran.err.index(": z\n")
+
+
 def test_a_slash_behind_a_file_is_refused(wanduet, work: Path) -> None:
     (work / "notes").write_text("mine")
     ran = wanduet("generate", "x", *TINY, "-o", "notes/", "--json")

@@ -230,6 +230,7 @@ def test_every_option_has_a_flag_a_variable_and_a_setting(
     special = {
         "resolution": ("32x32", "48x48", "64x64"), "sampler": ("euler", "unipc", "dpm++2m"),
         "speed": ("near", "fine", "exact"), "quantize": ("fp8", "int8", "off"),
+        "quantize_attention": ("int8", "int8-fast", "off"),
         "guidance_interval": ("0-0.5", "0.1-1", "0.2-0.8"), "guidance_mode": ("cfg-zero", "apg", "cfg"),
         "strategy": ("single", "placed", "parallel"), "text_encoder_hold": ("resident", "streamed", "auto"),
         **dict.fromkeys(("transformer_dtype", "vae_dtype", "text_encoder_dtype"), ("float32", "bfloat16", "float16")),

@@ -91,8 +91,8 @@ class Fitter:
         try:
             plan = self.plan(whole, hardware, stage)
         except InvalidRequestError as error:
-            if error.field == "quantize":
-                return NOWHERE  # another card may have products in this format
+            if error.field in ("quantize", "quantize_attention"):
+                return NOWHERE  # another card may have this format
             return (
                 ANYWHERE if stage == "all" else NOWHERE
             )  # a replica that does whole jobs takes it and reports the error

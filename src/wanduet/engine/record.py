@@ -10,6 +10,7 @@ from typing import Any
 from wanduet.accelerate.low_res import LowRes
 from wanduet.accelerate.skipped_steps import forwards_made
 from wanduet.engine.job import Video
+from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import price_dict
 from wanduet.family.step_caches import OFF
@@ -73,13 +74,14 @@ def _settings_of_latents(models: Models, video: Video) -> dict[str, Any]:
     return {
         "transformer_dtype": video.plan.transformer.dtype,
         "text_encoder_dtype": video.plan.text.dtype,
-        "approximate_attention": _approximate_attention(models),
+        "approximate_attention": _approximate_attention(models, video.request),
         "callback": video.job.on_step is not None,
     } | ({} if weights == "auto" else {"weights": weights})
 
 
-def _approximate_attention(models: Models) -> str | None:
-    named = models.config.attention  # an approximate back end is only used if the user names it
+def _approximate_attention(models: Models, request: ResolvedRequest) -> str | None:
+    """Return the approximate back end that the engine's settings name, unless the request names another one."""
+    named = models.config.attention if request.quantize_attention == OFF else None
     return named if any(one.name == named and not one.exact for one in BACKENDS) else None
 
 
@@ -115,7 +117,18 @@ def provenance_of(models: Models, video: Video) -> dict[str, Any]:
     if video.request.approximates:
         price = measured_price(models, plan, video.request)
         made |= {"price": made.get("price") if price is None else price}
+        if not _is_sparse_as_asked(video):
+            made["price"] = None
     return {"output": {"codec": output.codec, "quality": output.quality}} | made
+
+
+def _is_sparse_as_asked(video: Video) -> bool:
+    """Return False if a video was made with all keys in place of some, in some steps or in all, after a failure."""
+    return (
+        video.request.sparse == ALL
+        or video.record.attention is None
+        or "+" in video.record.attention.split(", then ")[-1]
+    )
 
 
 def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
@@ -124,7 +137,9 @@ def subject_of(models: Models, plan: Plan, request: ResolvedRequest) -> Subject:
     engine: dict[str, Any] = {"dtype": plan.transformer.dtype, "weights": plan.transformer.weights}
     if request.loras:
         engine["loras"] = tuple((lora.sha256, lora.strength, lora.start, lora.end) for lora in request.loras)
-    return Subject.of(request, models.about, card, engine | {"approximate_attention": _approximate_attention(models)})
+    return Subject.of(
+        request, models.about, card, engine | {"approximate_attention": _approximate_attention(models, request)}
+    )
 
 
 def measured_price(models: Models, plan: Plan, request: ResolvedRequest) -> dict[str, Any] | None:

@@ -10,7 +10,14 @@ from wanduet.distributed.launch import RankFailedError
 from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Video
 from wanduet.engine.record import video_digest
-from wanduet.errors import CancelledError, ConfigError, NonFiniteFramesError, OutOfMemoryError
+from wanduet.errors import (
+    CancelledError,
+    ConfigError,
+    KernelFailedError,
+    NonFiniteFramesError,
+    OutOfMemoryError,
+    WanduetError,
+)
 from wanduet.media.files import atomic_output
 from wanduet.media.input_video import frames_of
 from wanduet.sampling.checkpoint import Checkpoints
@@ -104,7 +111,8 @@ class GroupStrategy:
         return self._local.encode_video(video)
 
     def denoise(self, video: Video, task: DenoiseTask) -> Tensor:
-        """See Strategy. A failed group is restarted, up to GROUP_ATTEMPTS starts, and resumes from the last checkpoint.
+        """See Strategy. A failed group is restarted, up to GROUP_ATTEMPTS starts, and resumes from the last checkpoint; if a
+        kernel has failed, without that kernel.
 
         Raises ConfigError for a job with a step callback.
         """
@@ -115,10 +123,11 @@ class GroupStrategy:
             try:
                 with models.group(video.plan, video.request) as group, video.context.timed("denoise_s"):
                     return group.denoise(video, task)
-            except RankFailedError as error:
-                problem = error
+            except (RankFailedError, KernelFailedError) as error:
+                problem: WanduetError = error
             job.check_cancelled()  # do not start another group for a cancelled job
-            if job.fallback is not None and not checkpoints_of(models, task).load(own_only=not task.resume):
+            is_lost = isinstance(problem, RankFailedError)
+            if is_lost and job.fallback is not None and not checkpoints_of(models, task).load(own_only=not task.resume):
                 break  # it failed before its first checkpoint; do not wait for a second timeout
             if attempt < GROUP_ATTEMPTS - 1:
                 log.warning("%s Starting the group again.", problem.message)

@@ -4,11 +4,13 @@ A loss is the PSNR of the frames against the exact video of the same seed, in dB
 plain to see in places, and two seeds differ by about 15 dB.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.attention import FIELD as ATTENTION
+from wanduet.family.attention import FORMATS
 from wanduet.family.spec import ModelSpec
 from wanduet.family.step_caches import OFF
 
@@ -43,11 +45,13 @@ assert _OFF_VALUES.keys() == CHOSEN
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a speed loses: the PSNR in dB, of the worst of several prompts or their mean, and whose figure it is."""
+    """What a speed loses: the PSNR in dB, of the worst of several prompts or their mean, and whose figure it is. `time`: its
+    seconds as a share of the exact job's, if they were measured."""
 
     psnr: float
     of: Literal["worst", "mean"]
     source: str  # "measured on this machine", for example
+    time: float | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         """A part of a sentence."""
@@ -59,11 +63,11 @@ def price_dict(price: Price | None) -> dict[str, Any] | None:
     return None if price is None else {"psnr": {price.of: round(price.psnr, 2)}, "source": price.source}
 
 
-# Returns what a speed loses with the weights in use on this machine; None if it was not measured.
-Prices = Callable[[str], Price | None]
+# Returns what a set of request fields loses with the weights in use on this machine; None if it was not measured.
+Prices = Callable[[Mapping[str, Any]], Price | None]
 
 
-def not_measured(_: str) -> None:
+def not_measured(_: Mapping[str, Any]) -> None:
     """`Prices` of a model that was not measured."""
     return
 
@@ -81,23 +85,41 @@ PUBLISHED: Mapping[tuple[int, int], Mapping[str, Price]] = {
 }
 
 
-def price_of_speed(speed: str | None, spec: ModelSpec, prices: Prices) -> Price | None:
-    """Return what a speed loses: as measured, else as published; None if neither is known, and for the exact one."""
+def price_of_speed(speed: str | None, spec: ModelSpec, prices: Prices, attention: str = OFF) -> Price | None:
+    """Return what a speed loses: as measured, else as published; None if neither is known, and for the exact one.
+
+    `attention`: the field `quantize_attention` beside it, with which nothing is published.
+    """
+    if attention != OFF:
+        return prices({**fields_set_by(speed), ATTENTION: attention})
     if speed in (None, EXACT):
         return None
     assert speed is not None
     shape = (spec.transformer.num_layers, spec.transformer.dim)
     published = {} if spec.defaults.timesteps else PUBLISHED.get(shape, {})  # few-step weights are other weights
-    return prices(speed) or published.get(speed)
+    return prices(fields_set_by(speed)) or published.get(speed)
 
 
-def within(budget: float, spec: ModelSpec, prices: Prices) -> Iterator[SpeedName]:
-    """Yield the speeds whose PSNR is known to be at least `budget` dB, fastest first, and last the exact one."""
+def within(budget: float, spec: ModelSpec, prices: Prices) -> list[dict[str, Any]]:
+    """Return the sets of fields whose PSNR is known to be at least `budget` dB, fastest first: the speeds, the exact one last,
+    and those with attention in 8 bits that were measured to take less time than the speed behind them."""
+    found: list[tuple[float | None, dict[str, Any]]] = []
     for speed in reversed(SPEEDS[1:]):
         price = price_of_speed(speed.name, spec, prices)
         if price is not None and price.psnr >= budget:
-            yield speed.name
-    yield EXACT
+            found.append((price.time, {"speed": speed.name}))
+    found.append((1.0, {"speed": EXACT}))
+    timed = []
+    for name in (None, *(speed.name for speed in SPEEDS[1:])):
+        for attention in FORMATS:
+            price = price_of_speed(name, spec, prices, attention)
+            if price is not None and price.time is not None and price.psnr >= budget:
+                timed.append((price.time, {"speed": name, ATTENTION: attention}))
+    for time, fields in sorted(timed, key=lambda one: one[0]):
+        slower = [number for number, (other, _) in enumerate(found) if other is not None and other > time]
+        if slower:
+            found.insert(slower[0], (time, fields))
+    return [fields for _, fields in found]
 
 
 def fields_set_by(speed: str | None) -> Mapping[str, Any]:
@@ -128,6 +150,8 @@ def forecast(plan: Mapping[str, Any]) -> str:
     """Return what a plan, as JSON, predicts of approximations, as one line; empty if the request asks for none."""
     forwards, price = plan.get("predicted_forwards"), plan.get("price")
     parts = [f"speed {plan['speed']}"] if "speed" in plan else []
+    attention = [one["value"] for one in plan.get("choices", ()) if one["setting"] == ATTENTION]
+    parts += [f"attention in {value}" for value in attention]
     if forwards is not None:
         parts.append(f"{'about ' * forwards['is_estimate']}{forwards['count']} of {forwards['of']} forwards a video")
     if price is not None:

@@ -285,11 +285,12 @@ SHORT_NAMES: Mapping[str, str] = {
     "g": "guidance_gate",
     "s": "sparse",
     "q": "quantize",
+    "a": "quantize_attention",
     "l": "low_res_first",
     "i": "guidance_interval",
     "m": "guidance_mode",
 }
-SHORT_MODES: Mapping[str, str] = {"cfg-zero": "z", "apg": "a"}
+SHORT_MODES: Mapping[str, str] = {"cfg-zero": "z", "apg": "a", "int8": "8", "int8-fast": "f"}
 
 
 def demand_of(request: dict[str, Any]) -> str:

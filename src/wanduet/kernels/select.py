@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from wanduet.errors import KernelFailedError
 from wanduet.kernels.check import (
     CASES,
     QUANTIZED_CASES,
@@ -26,6 +25,7 @@ from wanduet.kernels.vae.plain import VAE_TORCH_KERNELS, VAEKernels
 from wanduet.kernels.verdicts import (
     IN_A_JOB,
     MEMORY_SHORT,
+    guard,
     plain_operations,
     reason_of,
     remember,
@@ -56,7 +56,6 @@ _QUANTIZED_OPERATIONS = {name: (name,) for name in QUANTIZED_CASES}
 _VAE_OPERATIONS = {name: (name,) for name in VAE_CASES} | {"double_conv": ("double_weight", "double_conv")}
 
 Set = TypeVar("Set", Kernels, VAEKernels, QuantizedKernels)
-Result = TypeVar("Result")
 
 
 @PRODUCTS.at(EXACT)
@@ -194,7 +193,7 @@ def guarded(kernels: Set) -> Set:
     fails."""
     operations, plain = _parts(kernels)
     own = {name: getattr(kernels, name) for name in operations}
-    forms: dict[str, Any] = {n: _guard(n, run) for n, run in own.items() if run is not getattr(plain, n)}
+    forms: dict[str, Any] = {n: guard(n, run) for n, run in own.items() if run is not getattr(plain, n)}
     return replace(kernels, **forms)
 
 
@@ -208,20 +207,6 @@ def _parts(kernels: AnySet) -> tuple[Mapping[str, tuple[str, ...]], AnySet]:
     if isinstance(kernels, VAEKernels):
         return _VAE_OPERATIONS, VAE_TORCH_KERNELS
     return _OPERATIONS, TORCH_KERNELS
-
-
-def _guard(operation: str, run: Callable[..., Result]) -> Callable[..., Result]:
-    def call(*args: Any, **options: Any) -> Result:
-        try:
-            return run(*args, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:  # a compiler can raise any exception
-            log.info("%s failed.", operation, exc_info=failure)
-            reason = reason_of(failure)
-        raise KernelFailedError(operation, reason)  # outside the handler, whose traceback keeps tensors alive
-
-    return call
 
 
 def without(kernels: Set, operation: str, device: torch.device) -> Set:

@@ -14,14 +14,17 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from wanduet.errors import KernelFailedError
 from wanduet.kernels.measurements import FAILURE_S, machine_state
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 VERDICTS_FILE = "kernels.json"
 IN_A_JOB = "failed in a job"  # used in place of a set's name, for operations of any set
@@ -92,6 +95,22 @@ def write_verdicts(folder: Path) -> None:
         os.replace(partial.name, folder / VERDICTS_FILE)
     except OSError as problem:
         log.warning("What is known of kernels cannot be kept in %s: %s", folder, problem)
+
+
+def guard(operation: str, run: Callable[..., Result]) -> Callable[..., Result]:
+    """Return `run`, which raises KernelFailedError with the operation's name if compiling or launching fails."""
+
+    def call(*args: Any, **options: Any) -> Result:
+        try:
+            return run(*args, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # a compiler can raise any exception
+            log.info("%s failed.", operation, exc_info=failure)
+            reason = reason_of(failure)
+        raise KernelFailedError(operation, reason)  # outside the handler, whose traceback keeps tensors alive
+
+    return call
 
 
 def forget() -> None:

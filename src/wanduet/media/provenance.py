@@ -164,6 +164,7 @@ def summary(provenance: Mapping[str, Any]) -> str:
         ("guidance_interval", "guidance in {} of the steps"),
         ("sparse", "{:g} of the keys"),
         ("quantize", "products in {}"),
+        ("quantize_attention", "attention in {}"),
         ("low_res_first", "low resolution first"),
         ("strength", "strength {:g} over an input video"),
     ):

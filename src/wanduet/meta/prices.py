@@ -157,6 +157,14 @@ def worst_of(folder: Path, model: str, settings: Mapping[str, Any], measure: str
     return MEASURES[measure](values) if values else None
 
 
+def share_of_time(folder: Path, model: str, settings: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a set of approximations as a share of the exact job's, the largest of all sizes and steps that
+    were measured; see `worst_of`. None if there is none."""
+    found = [(prices.of(settings), prices.of({})) for prices in all_prices(folder) if _is_of(prices.about, model)]
+    shares = [one["seconds"] / exact["seconds"] for one, exact in found if one and exact and exact["seconds"]]
+    return max(shares, default=None)
+
+
 def _is_of(about: Mapping[str, Any], model: str) -> bool:
     engine = about.get("engine")
     return about.get("model") == model and not (isinstance(engine, dict) and engine.get("loras"))

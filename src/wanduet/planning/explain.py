@@ -11,6 +11,7 @@ import torch
 
 from wanduet.accelerate.low_res import LowRes
 from wanduet.config import GIB, EngineConfig, Weights, format_bytes, parse_devices
+from wanduet.family.attention import attention_for
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import EXACT, fields_set_by
@@ -23,7 +24,7 @@ from wanduet.kernels.verdicts import triton_problem
 from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
 from wanduet.planning.plan import Choice, Plan
-from wanduet.planning.sparse import sparse_choice
+from wanduet.planning.sparse import attention_by, attention_choice, sparse_choice
 from wanduet.planning.text import text_device
 from wanduet.request import ResolvedRequest
 from wanduet.weights.hub import local_model
@@ -251,6 +252,8 @@ class Explanation:
                 found.append(Choice(name, getattr(request, name), f"{self._by(name)}: {count}; {steps}"))
         if (sparse := sparse_choice(request, self.spec, self._by("sparse"))) is not None:
             found.append(sparse)
+        if (coded := attention_choice(request, REQUESTED)) is not None:
+            found.append(coded)
         if (low := LowRes.of(request, self.spec)) is not None:
             found.append(Choice("low_res_first", True, f"{REQUESTED}: {low}; the video differs from the exact one"))
         return tuple(found)
@@ -318,23 +321,24 @@ class Explanation:
 
     def _attention(self) -> Choice:
         """Explain the attention backend, as far as it is known before a run."""
-        plan, wish, device = self.plan, self.config.attention, self._transformer
-        auto = wish == "auto"
+        plan, device = self.plan, self._transformer
+        wish = attention_for(self.request.quantize_attention, self.config.attention)
+        auto, asked = wish == "auto", attention_by(self.request, REQUESTED)
         if not device.name.startswith("cuda"):
             if auto:
                 return Choice("attention", SDPA.name, f"PyTorch's own, the only one on {device.name}")
             refused = "" if wish == SDPA.name else f", but not there on {device.name}: the job will be refused"
-            return Choice("attention", wish, REQUESTED + refused)
+            return Choice("attention", wish, asked + refused)
         if not self._is_here(device):
             seen = "checked" if not auto else "the fastest that is right: checked and measured"
-            return Choice("attention", wish, f"{'' if auto else REQUESTED + ': '}{seen} when a job first runs there")
+            return Choice("attention", wish, f"{'' if auto else asked + ': '}{seen} when a job first runs there")
         on = torch.device(device.name)
         backends = available_backends(on)
         if not auto:
             there = (
                 "checked before it is used" if wish in backends else "but not available here: the job will be refused"
             )
-            return Choice("attention", wish, f"{REQUESTED}, {there}")
+            return Choice("attention", wish, f"{asked}, {there}")
         found = remembered(
             on, self._shape(), getattr(torch, plan.transformer.dtype), self.config.data_folder / "measurements"
         )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from wanduet.config import parse_bytes
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.attention import FIELD, FORMATS, attention_for
+from wanduet.family.step_caches import OFF
 from wanduet.planning.cards import Card, card_named, typical_card
 from wanduet.planning.host import host_memory
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 # (see benchmarks/results). Predictions do not include them.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 MOST_DEVICES = 64  # per host
-SMALLEST_DEVICE = 64 * 2**20
+SMALLEST_DEVICE, LARGEST_DEVICE = 64 * 2**20, 2**40  # "2080 Ti" is a card, and no 2080 TiB
 # Bytes a second that each of two ranks sends, and receives, where GPUs cannot write to each other's memory: what a plan
 # assumes of a desktop's board. Ranks measure it when they start (`engine.speeds.link_rate`). PCIe 4 x16 carries 25e9 in one
 # direction, and each byte crosses it twice; gloo also waits for each copy, and then for the sockets. Two H200s without peer
@@ -63,14 +65,16 @@ def check_quantize(format: str, device: DeviceInfo) -> None:
     raise InvalidRequestError("quantize", format, allowed, nearest)
 
 
-def check_attention(name: str, device: DeviceInfo) -> None:
-    """Raise ConfigError if a device cannot run the 8-bit attention that `EngineConfig.attention` names; the other
-    backends are checked where they run, as they depend on what is installed."""
-    if name in ("int8", "int8-fast") and (device.is_cpu or device.capability < (8, 0)):
-        hint = "Leave --attention out."
-        raise ConfigError(
-            f"attention={name!r} needs a GPU of compute capability 8.0 or later, not {device.name}.", hint=hint
-        )
+def check_attention(name: str, device: DeviceInfo, requested: str = OFF) -> None:
+    """Raise ConfigError if a device cannot run the 8-bit attention that `EngineConfig.attention` names, and
+    InvalidRequestError if not the one that the request names instead; the other backends are checked where they run, as they
+    depend on what is installed."""
+    if attention_for(requested, name) not in FORMATS or (not device.is_cpu and device.capability >= (8, 0)):
+        return
+    needs = "a GPU of compute capability 8.0 or later"
+    if requested != OFF:
+        raise InvalidRequestError(FIELD, requested, f"{OFF} on {device.name}: it needs {needs}", OFF)
+    raise ConfigError(f"attention={name!r} needs {needs}, not {device.name}.", hint="Leave --attention out.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def _assumed_card(text: str) -> tuple[Card, int]:
         size = parse_bytes(amount)
     except ConfigError:
         size = 0
-    if size < SMALLEST_DEVICE:
+    if not SMALLEST_DEVICE <= size < LARGEST_DEVICE:
         hint = "Examples: 2x24GiB, 24GiB+12GiB, RTX 3090, 2x4090, H100."
         raise ConfigError(f"hardware: {text!r} is neither a card that is known nor the memory of one.", hint=hint)
     return typical_card(size), size

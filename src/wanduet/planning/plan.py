@@ -158,7 +158,9 @@ class Plan:
         if predicted.forwards is not None:
             about["predicted_forwards"] = predicted.forwards.as_dict()
         if predicted.speed is not None:
-            about |= {"speed": predicted.speed, "price": price_dict(predicted.price)}
+            about["speed"] = predicted.speed
+        if predicted.speed is not None or predicted.price is not None:
+            about["price"] = price_dict(predicted.price)
         if self.loras is not None:
             about["loras"] = self.loras
         return {

@@ -12,6 +12,7 @@ from wanduet.accelerate.skipped_steps import Forwards
 from wanduet.accelerate.step_cache import kept_latents
 from wanduet.config import EngineConfig, Weights
 from wanduet.distributed.mesh import choose_layout, one_sequence
+from wanduet.family.attention import attention_for
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.sparsity import ALL, ring_refused
 from wanduet.family.spec import ModelSpec
@@ -67,14 +68,16 @@ def make_plan(
 
     If none fits, return the closest (`plan.prediction.fits` is False); with `nearest`, it names the nearest settings
     that fit. Raises ConfigError if the hardware does not have what `config` requires, and InvalidRequestError if a device
-    has no products in the format of `request.quantize`.
+    has no products in the format of `request.quantize`, or not its `quantize_attention`.
     """
-    memory = replace(memory, weights=config.weights, attention=config.attention)
+    memory = replace(
+        memory, weights=config.weights, attention=attention_for(request.quantize_attention, config.attention)
+    )
     text = plan_text(memory.spec, config, hardware)
     plan, refused = Planner(request, memory, config, hardware, text).with_best_text()
     for name in plan.group.ranks or (plan.transformer.device,):
         check_quantize(request.quantize, hardware.device(name))
-        check_attention(config.attention, hardware.device(name))
+        check_attention(config.attention, hardware.device(name), request.quantize_attention)
     plan = replace(plan, choices=Explanation(plan, request, memory, config, hardware, refused).choices())
     if plan.prediction.fits or not nearest:
         return plan

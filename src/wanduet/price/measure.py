@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,12 +22,14 @@ from wanduet.family.registry import RANDOM_SPECS
 from wanduet.media.files import UnreadableFileError, check_writable
 from wanduet.meta.prices import Prices, exact, find_prices, store_prices
 from wanduet.planning.plan import require_fit
+from wanduet.planning.prices import has_fast_8_bit_attention
 from wanduet.price import prompts
 from wanduet.price.compare import Made, Measures
-from wanduet.price.replay import REPLAYED, Replay
-from wanduet.price.runs import kept, latents_path, make, make_with_other_kernels
+from wanduet.price.replay import FOLLOWED, REPLAYED, Replay, Trajectory
+from wanduet.price.runs import follow, kept, latents_path, make, make_with_other_kernels
 from wanduet.price.variants import Measured, Variant, all_variants, possible
 from wanduet.request import GenerationRequest
+from wanduet.sampling.predictor import OnPredict
 from wanduet.stages.predict import time_embedding
 from wanduet.weights.names import BUNDLED
 
@@ -59,7 +62,10 @@ class Measurement:
         self.request = self._exact(0).resolve(self.spec)
         plan = self._engine.plan(self._exact(0))
         require_fit(plan, self.request)
-        variants = all_variants(self.request.num_inference_steps, asked, plan.transformer.weights)
+        with_attention = has_fast_8_bit_attention(config, self._engine.hardware)
+        variants = all_variants(self.request.num_inference_steps, asked, plan.transformer.weights, with_attention)
+        self._sees_velocities = plan.strategy != "parallel"  # ranks do not report them
+        self._trajectory: Trajectory | None = None
         self.measured, self.refused = possible([EXACT, *variants], self._exact(0), self.spec, self._engine.plan)
         self.subject = subject_of(self._engine.models, plan, self.request)
         self.folder = self._engine.models.checkpoint.measurements
@@ -96,26 +102,31 @@ class Measurement:
 
     @property
     def videos_left(self) -> int:
-        """How many videos remain to be made."""
-        return sum(len(self._left(one)) for one in self._by_key().values())
+        """How many videos remain to be made, those that follow an exact one included."""
+        return sum(len(self._left(one)) + self._is_to_follow(one) for one in self._by_key().values())
 
     @property
     def seconds_left(self) -> float:
         """The predicted seconds of the videos that remain to be made."""
-        return sum(len(self._left(one)) * self._seconds[one.key] for one in self._by_key().values())
+        return sum(
+            (len(self._left(one)) + self._is_to_follow(one)) * self._seconds[one.key] for one in self._by_key().values()
+        )
 
     def run(self, show: Show) -> None:
         """Make and measure what remains. Raises CancelledError, OutputError, and the errors of a job."""
         total = self.seconds_left
         for weights in dict.fromkeys(one.variant.weights for one in self.measured):
             some = [one for one in self._by_key().values() if one.variant.weights == weights]
-            if not any(map(self._left, some)):
+            follows = any(map(self._is_to_follow, some if weights is not None else self.measured))
+            if not follows and not any(map(self._left, some)):
                 continue
             if weights is not None:
                 self._load(weights)
             self._warm_up(show, total)
             for number in range(len(self._prompts)):
                 self._run_prompt(number, some, show, total)
+            if follows:
+                self._follow(some, show, total)
         if not self.videos_left:
             shutil.rmtree(self._videos, ignore_errors=True)
 
@@ -140,6 +151,27 @@ class Measurement:
                 made = self._variant(one, number, progress(one))
                 self._store(one.key, number, made, reference)
 
+    def _follow(self, some: list[Measured], show: Show, total: float) -> None:
+        """Measure errors along the first prompt's exact trajectory that take forwards."""
+        done, name = total - self.seconds_left, "along the exact video"
+        request, path = self._exact(0), self._videos / "variant"
+        if self._trajectory is None:  # an earlier run has made it, and was stopped
+            self._trajectory = Trajectory(request.resolve(self.spec))
+            make(self._engine, request, path, lambda _: show(name, done, total), self._trajectory)
+            latents_path(path).unlink(missing_ok=True)
+        for one in filter(self._is_to_follow, some):
+            done, seconds = total - self.seconds_left, self._seconds[one.key]
+            show_one = partial(self._show_share, show, f"{name}: {one.variant.name}", (done, seconds, total))
+            followed = self._trajectory.follow()
+            follow(self._engine, one.variant.request(request), path, show_one, followed)
+            self._keep_errors({one.key: {"0": followed.errors}})
+            self._write()
+
+    @staticmethod
+    def _show_share(show: Show, name: str, seconds: tuple[float, float, float], share: float) -> None:
+        done, of_one, total = seconds
+        show(name, done + share * of_one, total)
+
     def _exact_video(self, number: int, progress: Callable[[float], None]) -> Made:
         """Return the exact video of a prompt; make it, unless its latents were kept."""
         request, path, key = self._exact(number), self._videos / f"exact-{number}", "{}"
@@ -152,12 +184,17 @@ class Measurement:
             if one.settings and set(one.settings) <= set(REPLAYED)
         }
         replay = Replay(replayed, self.spec, self._time_embedder)
-        made = make(self._engine, request, path, progress, replay)
-        errors = {name: {str(number): one} for name, one in replay.errors().items() if one}
-        before = self.prices.velocity_errors
-        self.prices = replace(
-            self.prices, velocity_errors=dict(before) | {k: {**before.get(k, {}), **v} for k, v in errors.items()}
-        )
+        observers: list[OnPredict] = [replay]
+        if number == 0 and any(map(self._is_to_follow, self.measured)):
+            self._trajectory = Trajectory(request.resolve(self.spec))
+            observers.append(self._trajectory)
+
+        def observe(*predicted: Any) -> None:
+            for observer in observers:
+                observer(*predicted)
+
+        made = make(self._engine, request, path, progress, observe)
+        self._keep_errors({name: {str(number): one} for name, one in replay.errors().items() if one})
         self._store(key, number, made, made)
         return made
 
@@ -192,6 +229,15 @@ class Measurement:
         rows = dict(self.prices.rows)
         rows[key] = {**rows.get(key, {}), str(number): row}
         self.prices = replace(self.prices, rows=rows)
+        self._write()
+
+    def _keep_errors(self, errors: Mapping[str, Mapping[str, list[float]]]) -> None:
+        before = self.prices.velocity_errors
+        self.prices = replace(
+            self.prices, velocity_errors=dict(before) | {k: {**before.get(k, {}), **v} for k, v in errors.items()}
+        )
+
+    def _write(self) -> None:
         try:
             store_prices(self.folder, self.subject, self.prices)
         except OSError as error:
@@ -215,6 +261,11 @@ class Measurement:
     def _left(self, one: Measured) -> list[int]:
         rows: Mapping[str, Any] = self.prices.rows.get(one.key, {})
         return [number for number in range(len(self._prompts)) if str(number) not in rows]
+
+    def _is_to_follow(self, one: Measured) -> bool:
+        """Whether a variant's velocity errors take forwards of their own that remain to be made."""
+        takes_forwards = bool(one.settings) and set(one.settings) <= set(FOLLOWED)
+        return takes_forwards and self._sees_velocities and one.key not in self.prices.velocity_errors
 
     def _predicted(self, one: Measured) -> float:
         return self._engine.plan(one.variant.request(self._exact(0))).prediction.seconds.total

@@ -22,13 +22,14 @@ MINIATURE = (
     "show what the prompt says prices nothing: videos of another seed do too."
 )
 RANDOM = "The weights are random: seconds and forwards are true, losses mean nothing."
+CHANGES = "A guidance mode saves no work: its videos differ because they are meant to, and its rows say how much, not how well."
 NO_FLOOR = "bf16_floor is not measured: this plan has no other exact kernels."
 
 
 def report(measurement: Measurement) -> dict[str, Any]:
-    """Return all rows: of each named speed, each accelerator alone, fewer steps, and the controls."""
+    """Return all rows: of each named speed, each accelerator alone, other guidance, fewer steps, and the controls."""
     found: dict[str, Any] = dict(measurement.prices.about) | measurement.made_of
-    for kind in ("rungs", "accelerators", "fewer_steps"):
+    for kind in ("rungs", "accelerators", "changes", "fewer_steps"):
         named = "speed" if kind == "rungs" else "name"
         of_kind = _unique([one for one in measurement.measured if one.variant.kind == kind])
         found[kind] = [
@@ -62,6 +63,8 @@ def _notes(measurement: Measurement, controls: dict[str, Any]) -> list[str]:
     request, notes = measurement.request, list(MEANING)
     if request.timesteps is not None or request.sampler == "renoise":
         notes.append(FEW_STEPS)
+    if any(one.variant.kind == "changes" for one in measurement.measured):
+        notes.append(CHANGES)
     if measurement.is_miniature:
         notes.append(MINIATURE)
     if measurement.has_random_weights:

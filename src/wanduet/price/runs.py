@@ -22,6 +22,7 @@ from wanduet.media.files import UnreadableFileError, atomic_output
 from wanduet.media.latents import load_latents
 from wanduet.planning.plan import Plan
 from wanduet.price.compare import Made
+from wanduet.price.replay import Followed
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.sampling.checkpoint import Checkpoints
 from wanduet.sampling.denoise import StepInfo, Watch
@@ -49,6 +50,20 @@ def make(
     """Make a video; its latents are kept at `path`. Raises the job's errors, and CancelledError on Ctrl-C."""
     job = engine.submit(request, _output(path), leave_decode=lambda: True, on_predict=on_predict)
     return _made(engine, job, path, progress)
+
+
+def follow(
+    engine: Engine, request: GenerationRequest, path: Path, progress: Progress, followed: Followed
+) -> None:  # fmt: skip
+    """Make the latents of a video along another run's trajectory, and leave none. Raises as `make` does."""
+    job = engine.submit(
+        request, _output(path), followed.next_latents, leave_decode=lambda: True, on_predict=followed
+    )  # fmt: skip
+    try:
+        with _cleared(engine, job):
+            _wait(job, progress)
+    finally:
+        latents_path(path).unlink(missing_ok=True)
 
 
 def make_with_other_kernels(engine: Engine, request: GenerationRequest, path: Path, progress: Progress) -> Made | None:
@@ -100,12 +115,23 @@ def _output(path: Path) -> OutputOptions:
 
 
 def _made(engine: Engine, job: Job, path: Path, progress: Progress) -> Made:
-    try:
-        for event in job.events():
-            if event.phase == "denoise":
-                progress(event.done / max(1, event.total))
-        job.result()
+    with _cleared(engine, job):
+        _wait(job, progress)
         return _decoded(engine, job, load_latents(latents_path(path))[0])
+
+
+def _wait(job: Job, progress: Progress) -> None:
+    for event in job.events():
+        if event.phase == "denoise":
+            progress(event.done / max(1, event.total))
+    job.result()
+
+
+@contextmanager
+def _cleared(engine: Engine, job: Job) -> Iterator[None]:
+    """On Ctrl-C, cancel the job, remove its checkpoints, and raise CancelledError."""
+    try:
+        yield
     except (KeyboardInterrupt, CancelledError):
         job.cancel()
         while not job.finished:

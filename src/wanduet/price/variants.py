@@ -1,4 +1,5 @@
-"""What is measured: the named speeds, single accelerators, fewer steps, and two controls, each as a change of a request."""
+"""What is measured: the named speeds, single accelerators, other guidance, fewer steps, and two controls, each as a change of
+a request."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +7,8 @@ from typing import Any, Literal
 
 from wanduet.config import Weights
 from wanduet.errors import ConfigError, InvalidRequestError
+from wanduet.family.attention import FIELD, FORMATS
+from wanduet.family.guidance import GuidanceMode
 from wanduet.family.sparsity import ALL
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import SPEEDS
@@ -14,11 +17,12 @@ from wanduet.kernels.dit.quantized import DTYPES
 from wanduet.meta.prices import settings_key
 from wanduet.request import GenerationRequest, ResolvedRequest
 
-Kind = Literal["rungs", "accelerators", "fewer_steps", "controls"]
+Kind = Literal["rungs", "accelerators", "changes", "fewer_steps", "controls"]
 BF16_FLOOR, ANOTHER_SEED = "bf16_floor", "another_seed"
 SEED_DISTANCE = 1_000_000
 GATES = (0.7, 0.5)
 INTERVALS = ("0.1-0.7",)
+MODES: tuple[GuidanceMode, ...] = ("cfg", "cfg-zero", "apg")
 KEPT = (0.5, 0.2)  # shares of the keys that sparse attention reads
 # Of the steps. What else a user may do to be as fast, and by far the worst bargain.
 SHARES = (0.6, 0.5, 0.4, 0.3)
@@ -26,7 +30,7 @@ SHARES = (0.6, 0.5, 0.4, 0.3)
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to make a video with less work, or a control. `fields` replace those of the exact request; `weights` is
+    """One way to make a video with less work, another guidance, or a control. `fields` replace those of the exact request; `weights` is
     the format of the weights in memory, if not the exact job's."""
 
     kind: Kind
@@ -51,6 +55,8 @@ class Variant:
         found: dict[str, Any] = resolved.approximations
         if self.kind == "fewer_steps":
             found["num_inference_steps"] = resolved.num_inference_steps
+        if self.kind == "changes":
+            found["guidance_mode"] = resolved.guidance_mode
         if self.weights is not None:
             found["weights"] = self.weights
         return found | ({"control": self.name} if self.kind == "controls" else {})
@@ -69,9 +75,12 @@ class Measured:
         return settings_key(self.settings)
 
 
-def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list[Variant]:
+def all_variants(
+    steps: int, asked: Mapping[str, Any], weights: Weights, with_attention: bool = False
+) -> list[Variant]:  # fmt: skip
     """Return all variants of an exact job of so many steps with weights of this format. `asked`: a set of
-    approximations that the user wants measured beside them."""
+    approximations that the user wants measured beside them. `with_attention`: each speed with attention in 8 bits too, among
+    which a loss budget chooses."""
     found = [Variant("rungs", speed.name, speed.fields) for speed in SPEEDS]
     found += [Variant("accelerators", name, {"step_cache": name}) for name in NAMES]
     found += [Variant("accelerators", f"guidance gate {share:g}", {"guidance_gate": share}) for share in GATES]
@@ -80,11 +89,19 @@ def all_variants(steps: int, asked: Mapping[str, Any], weights: Weights) -> list
     ]
     found += [Variant("accelerators", f"sparse {share:g}", {"sparse": share}) for share in KEPT]
     found += [Variant("accelerators", f"products in {name}", {"quantize": name}) for name in DTYPES]
+    found += [Variant("accelerators", f"attention in {name}", {FIELD: name}) for name in FORMATS]
+    if with_attention:
+        found += [
+            Variant("accelerators", f"{speed.name}, attention in {name}", {**speed.fields, FIELD: name})
+            for speed in SPEEDS[1:]
+            for name in FORMATS
+        ]
     found.append(Variant("accelerators", "low resolution first", {"low_res_first": True}))
     if weights == "auto":
         found.append(Variant("accelerators", "weights q8", weights="q8"))
     if asked:
         found.append(Variant("accelerators", "as asked", asked))
+    found += [Variant("changes", f"guidance mode {mode}", {"guidance_mode": mode}) for mode in MODES]
     fewer = sorted({max(1, round(share * steps)) for share in SHARES} - {steps}, reverse=True)
     found += [
         Variant("fewer_steps", f"{count} step{'s' * (count > 1)}", {"num_inference_steps": count}) for count in fewer
@@ -99,9 +116,11 @@ def possible(
     instead. `plan` raises InvalidRequestError or ConfigError for a request that this machine cannot run."""
     found, refused = [], {}
     for variant in variants:
+        if variant.kind == "changes" and all(getattr(exact, name) == value for name, value in variant.fields.items()):
+            continue  # no change
         try:
             resolved = variant.request(exact).resolve(spec)
-            if resolved.quantize != OFF or resolved.sparse < ALL:
+            if resolved.quantize != OFF or resolved.quantize_attention != OFF or resolved.sparse < ALL:
                 plan(variant.request(exact))
         except InvalidRequestError as error:
             refused[variant.name] = error.allowed

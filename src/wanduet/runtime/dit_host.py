@@ -16,10 +16,11 @@ from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.lora import MergedLoras
 from wanduet.accelerate.passes import LoadContext, run_passes
 from wanduet.errors import CancelledError, OutOfMemoryError
-from wanduet.family.sparsity import ALL, SLA_KEYS, SLA_QUERIES, block_for, first_sparse_step
+from wanduet.family.attention import attention_for
+from wanduet.family.sparsity import ALL, block_for, first_sparse_step
 from wanduet.kernels.attention.backends import import_backends
 from wanduet.kernels.attention.choose import Shape, choose_attention
-from wanduet.kernels.attention.sparse_steps import SparseSteps, choose_listed
+from wanduet.kernels.attention.sparse_steps import SPARSE, SparseSteps, choose_listed
 from wanduet.kernels.attention.trained import TrainedSparse
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit.quantized import EightBits
@@ -92,6 +93,8 @@ class TransformerHost:
             self.fit_to(denoiser, plan.transformer, request)
             if denoiser.fitted_at > began:  # this job waited for it
                 context.add_time("prepare_s", denoiser.fitted_at - max(began, denoiser.loaded_at))
+            if denoiser.sparse is None and _is_sparse(request, denoiser):
+                context.note(f"denoise: all keys: {SPARSE} has failed here before")
             yield denoiser
 
     def _loaded(self, plan: Plan, request: ResolvedRequest, context: RunContext) -> LoadedTransformer:
@@ -123,16 +126,22 @@ class TransformerHost:
         tokens = checkpoint.spec.num_tokens(request.generated_height, request.generated_width, request.num_frames)
         heads = (t.num_attention_heads, t.attention_head_dim)
         shape = Shape(tokens, tokens, *heads)
+        requested = attention_for(request.quantize_attention, checkpoint.config.attention)
         if denoiser.chosen is None or denoiser.chosen[0] != shape:  # consecutive jobs often have one size
-            kernels = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads))
+            kernels, denoiser.requested = guarded(kernels_for(denoiser.device, denoiser.dtype, *heads)), ""
             checkpoint.keep_verdicts()
-            requested = checkpoint.config.attention
+        else:
+            kernels = denoiser.chosen[1]
+        if denoiser.requested != requested:
             choice = choose_attention(denoiser.device, shape, denoiser.dtype, requested, checkpoint.measurements)
-            denoiser.chosen = (shape, kernels, choice)
+            denoiser.chosen, denoiser.requested = (shape, kernels, choice), requested
             denoiser.fitted_at = time.perf_counter()
+        assert denoiser.chosen is not None
         _, kernels, choice = denoiser.chosen
         denoiser.sparse = sparse_steps(request, tokens, denoiser)
-        block = None if denoiser.sparse is None else denoiser.sparse.block
+        block = (
+            block_for(tokens) if _is_sparse(request, denoiser) else None
+        )  # also where its kernels have failed: ranks agree
         quantizer = None if request.quantize == "off" else self._quantizer(denoiser, request.quantize)
         denoiser.transformer.runtime = Runtime(
             kernels=kernels,
@@ -246,7 +255,8 @@ class TransformerHost:
         self, loaded: Future[LoadedTransformer], plan: TransformerPlan, request: ResolvedRequest
     ) -> LoadedTransformer:
         denoiser, config = loaded.result(), self._checkpoint.config
-        import_backends(denoiser.device, config.attention, config.data_folder / "kernels")
+        requested = attention_for(request.quantize_attention, config.attention)
+        import_backends(denoiser.device, requested, config.data_folder / "kernels")
         with on_device_of(denoiser.device), suppress(Exception):
             self.fit_to(denoiser, plan, request)
         return denoiser
@@ -280,25 +290,28 @@ def _adapt(
 
 
 def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransformer) -> SparseSteps | None:
-    """Return how a request's denoise of so many tokens is sparse; None for dense. Raises ConfigError if that does not work
-    on the transformer's device."""
-    if request.sparse == ALL or denoiser.spec.transformer.attention != "dense":
+    """Return how a request's denoise of so many tokens is sparse; None for dense, also where the kernels have failed in a job.
+    Raises ConfigError if they do not work on the transformer's device."""
+    if not _is_sparse(request, denoiser):
         return None
     block = block_for(tokens)
     head_dim = denoiser.spec.transformer.attention_head_dim
     backend = choose_listed(denoiser.device, denoiser.dtype, head_dim, block)
+    if backend is None:
+        return None
     return SparseSteps(
         backend, request.sparse, block, first_sparse_step(request.first_step, request.num_denoising_steps)
     )
 
 
+def _is_sparse(request: ResolvedRequest, denoiser: LoadedTransformer) -> bool:
+    return request.sparse < ALL and denoiser.spec.transformer.attention == "dense"
+
+
 def trained_sparse(request: ResolvedRequest, denoiser: LoadedTransformer) -> TrainedSparse:
-    """Return how attention that is trained to be sparse runs, and note its kernel. Raises ConfigError if it does not work on
-    the transformer's device."""
+    """Return how attention that is trained to be sparse runs, and note its kernel: the plain form where others have failed in
+    a job. Raises ConfigError if they do not work on the transformer's device."""
     spec = denoiser.spec.transformer
     if spec.attention == "dense":
         return TrainedSparse()
-    blocks = (SLA_QUERIES, SLA_KEYS) if spec.attention == "sla" else None
-    backend = choose_listed(denoiser.device, denoiser.dtype, spec.attention_head_dim, blocks)
-    denoiser.trained_by = backend.name
-    return TrainedSparse(backend.attend, None if request.sparse == ALL else request.sparse)
+    return TrainedSparse(denoiser.listed_of_trained(), None if request.sparse == ALL else request.sparse)

@@ -14,10 +14,13 @@ from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.backends import AttentionLseFn, sdpa
 from wanduet.kernels.attention.choose import Choice, Shape
-from wanduet.kernels.attention.sparse_steps import PLAIN, SparseSteps
+from wanduet.kernels.attention.sparse import ListedFn
+from wanduet.kernels.attention.sparse_steps import PLAIN, SPARSE, SparseSteps, choose_listed
+from wanduet.kernels.attention.trained import listed_blocks
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Kernels
 from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, EightBits, QuantizedKernels
 from wanduet.kernels.select import without
+from wanduet.kernels.verdicts import guard, remember_failure
 from wanduet.models.dit.model import WanTransformer
 from wanduet.runtime.context import RunContext
 from wanduet.runtime.release import drop_memory
@@ -46,6 +49,7 @@ class LoadedTransformer:
     trained_by: str = ""  # the kernel of attention that is trained to be sparse
     sparse: SparseSteps | None = None  # of the last job
     chosen: tuple[Shape, Kernels, Choice] | None = None  # for the last job's sequence length
+    requested: str = ""  # the attention, by name or "auto", of which that choice is
     quantized: tuple[EightBits, QuantizedKernels] | None = None  # of the last job with products in 8 bits
     loras: MergedLoras | None = None  # in the weights; None for a transformer whose base cannot be read again
     adapt: Callable[[int, RunContext], bool] = lambda step, context: False  # see `TransformerHost.use`
@@ -63,20 +67,52 @@ class LoadedTransformer:
             self.attention = f"{choice.name}+{self.spec.transformer.attention} {self.trained_by}"
         self.transformer.runtime = replace(self.transformer.runtime, attention=attention)
 
-    def without_kernel(self, operation: str) -> None:
-        """Use an operation's PyTorch implementation from the next forward on, in later jobs too."""
+    def without_kernel(self, operation: str) -> str:
+        """Use an operation's PyTorch implementation from the next forward on, in later jobs too; for sparse attention, the next
+        kernel, and all keys after the last. Return what runs instead."""
         runtime = self.transformer.runtime
+        if operation.startswith(SPARSE):
+            return self._without_listed(operation)
         if hasattr(TORCH_QUANTIZED, operation):
             assert runtime.quantizer is not None
             plainer = without(runtime.quantizer.kernels, operation, self.device)
             self.quantized = (runtime.quantizer.format, plainer)
             self.transformer.runtime = replace(runtime, quantizer=replace(runtime.quantizer, kernels=plainer))
-            return
+            return f"plain {operation}"
         kernels = without(runtime.kernels, operation, self.device)
         self.transformer.runtime = replace(runtime, kernels=kernels)
         if self.chosen is not None:
             shape, _, choice = self.chosen
             self.chosen = (shape, kernels, choice)
+        return f"plain {operation}"
+
+    def _without_listed(self, operation: str) -> str:
+        assert self.chosen is not None
+        remember_failure(operation, self.device)
+        choose_listed.cache_clear()
+        before, instead = self.attention, "all keys"
+        if self.sparse is not None:
+            head_dim = self.spec.transformer.attention_head_dim
+            backend = choose_listed(self.device, self.dtype, head_dim, self.sparse.block)
+            self.sparse = None if backend is None else replace(self.sparse, backend=backend)
+            instead = instead if backend is None else backend.operation
+        else:
+            runtime = self.transformer.runtime
+            trained = replace(runtime.trained, listed=self.listed_of_trained())
+            self.transformer.runtime = replace(runtime, trained=trained)
+            instead = f"{SPARSE} by {self.trained_by}"
+        self.attend_with(self.chosen[2])
+        self.attention = f"{before}, then {self.attention}"
+        return f"{instead} in place of {operation}"
+
+    def listed_of_trained(self) -> ListedFn:
+        """Return the kernel of attention that is trained to be sparse, and note its name: the plain form where others have
+        failed in a job. Raises ConfigError if they do not work here."""
+        spec = self.spec.transformer
+        blocks = listed_blocks(spec.attention)
+        backend = choose_listed(self.device, self.dtype, spec.attention_head_dim, blocks) or PLAIN
+        self.trained_by = backend.name
+        return backend.attend if backend is PLAIN else guard(backend.operation, backend.attend)
 
     def use_plain_kernels(self) -> bool:
         """Use PyTorch's implementation of every operation, and exact products, until the next job. Return False if all are

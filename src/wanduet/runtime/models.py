@@ -1,21 +1,23 @@
 """All models of one engine, each in its own host, and the locks of their devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from wanduet.config import EngineConfig
+from wanduet.family.attention import FIELD as QUANTIZE_ATTENTION
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.footprint.phases import ModelMemory
 from wanduet.kernels.device import on_device_of
 from wanduet.media.input_video import resolve
 from wanduet.models.vae.model import WanVAE
-from wanduet.planning.hardware import Hardware
+from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.plan import Plan, TextPlan
 from wanduet.planning.planner import make_plan
-from wanduet.planning.prices import loss_of_speed
+from wanduet.planning.prices import has_fast_8_bit_attention, loss_of
 from wanduet.request import GenerationRequest, ResolvedRequest
 from wanduet.runtime.checkpoint import ModelCheckpoint
 from wanduet.runtime.context import RunContext
@@ -63,9 +65,13 @@ class Models:
         """The model's name, hash of the weights and revision, for provenance."""
         return self.checkpoint.about
 
-    def price(self, speed: str) -> Price | None:
-        """Return what a speed loses with these weights on this machine; None if that was not measured."""
-        return loss_of_speed(self.checkpoint.measurements, self.about["hash"], speed)
+    def price(self, settings: Mapping[str, Any]) -> Price | None:
+        """Return what a set of approximations loses with these weights on this machine; None if that was not measured, and for
+        attention in 8 bits where the engine would not gain by it."""
+        price = loss_of(self.checkpoint.measurements, self.about["hash"], settings)
+        if price is None or QUANTIZE_ATTENTION not in settings or has_fast_8_bit_attention(self.config, detect()):
+            return price
+        return None
 
     def resolve(self, request: GenerationRequest) -> ResolvedRequest:
         """Return a request with a value in every field, and the hashes of its files.

@@ -32,7 +32,7 @@ SMALLER_DECODES = (Tiling("frame", 4), Tiling("strip", 4), Tiling("strip", 8), T
 
 class DenoiseFallback:
     """Runs one forward. On out-of-memory, it reduces memory use by one level and reruns the forward. If a kernel fails,
-    it reruns with the kernel's PyTorch implementation. No denoising step is lost."""
+    it reruns with what replaces the kernel. No denoising step is lost."""
 
     def __init__(self, context: RunContext, denoiser: LoadedTransformer) -> None:
         self._context, self._denoiser = context, denoiser
@@ -52,9 +52,9 @@ class DenoiseFallback:
                 failed, problem = None, str(error).split(". ")[0]
             if failed is not None:
                 self._context.check_cancelled()
-                log.warning("%s Going on with its plain form.", failed.message)
-                self._context.note(f"denoise: plain {failed.operation} ({failed.reason})")
-                self._denoiser.without_kernel(failed.operation)
+                instead = self._denoiser.without_kernel(failed.operation)
+                log.warning("%s Going on with %s.", failed.message, instead)
+                self._context.note(f"denoise: {instead} ({failed.reason})")
                 continue
             # Outside the except block: the traceback there keeps the failed forward's tensors alive.
             release_memory()

@@ -49,7 +49,15 @@ def shape(gpus: str) -> Shape:
             {"guidance_mode": "cfg-zero", "guidance_gate": 0.5},
         ]
     ),
-    st.sampled_from([{}, {"sparse": 0.5}, {"quantize": "int8", "sparse": 0.25}, {"low_res_first": True}]),
+    st.sampled_from(
+        [
+            {},
+            {"sparse": 0.5},
+            {"quantize": "int8", "sparse": 0.25},
+            {"low_res_first": True},
+            {"quantize_attention": "int8-fast"},
+        ]
+    ),
 )
 def test_a_demand_says_everything_that_memory_and_time_depend_on(
     size, frames, scale, steps, videos, given, skips, others
@@ -66,7 +74,7 @@ def test_a_demand_says_everything_that_memory_and_time_depend_on(
     said = parse_demand(demand, WAN_1_3B)
     for name in ("generated_height", "generated_width", "num_frames", "num_inference_steps", "uses_guidance",
                  "num_videos_per_prompt", "num_denoising_steps", "uses_input", "step_cache", "guided_steps", "num_zero_steps",
-                 "sparse", "quantize", "low_res_first", "guidance_mode"):  # fmt: skip
+                 "sparse", "quantize", "quantize_attention", "low_res_first", "guidance_mode"):  # fmt: skip
         assert getattr(said, name) == getattr(meant, name)
 
 
@@ -78,7 +86,8 @@ def test_the_longest_demand_has_room_in_its_column() -> None:
     for more in (*({**shares, **one, **mode} for one in alone for mode in modes), {"low_res_first": True}):
         request = GenerationRequest(
             prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
-            num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, quantize="int8", **more,
+            num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, quantize="int8",
+            quantize_attention="int8-fast", **more,
         )  # fmt: skip
         demand = demand_of(request.model_dump())
         assert len(DECODE + demand) <= jobs.c.demand.type.length

@@ -492,6 +492,7 @@ def test_a_quantized_call_is_almost_the_exact_one(pipe) -> None:
         ({"speed": "near", "num_inference_steps": 20, "callback_on_step_end": print}, "may change the latents"),
         ({"sparse": 0.5, "num_inference_steps": 1}, "first quarter of the steps is dense"),
         ({"quantize": "int4"}, "'off', 'fp8' or 'int8'"),
+        ({"quantize_attention": "int8"}, "off on cpu"),
         ({"low_res_first": True}, r"wanduet\.Engine"),
     ],
 )

@@ -10,6 +10,8 @@ from wanduet.engine import group as module
 from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.ranks import Denoised
+from wanduet.engine.strategies import GroupStrategy
+from wanduet.errors import KernelFailedError
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
@@ -79,3 +81,30 @@ def test_what_ranks_take_to_load_is_not_told_as_denoising(tmp_path, monkeypatch)
     video.context.add_time("denoise_s", clock[0])  # as whoever asks for it does
     told = {name: video.timings[name] for name in ("load_s", "prepare_s", "denoise_s")}
     assert told == {"load_s": 8.0, "prepare_s": 2.0, "denoise_s": 3.0}
+
+
+def test_a_group_whose_kernel_failed_starts_again_without_it(tmp_path, monkeypatch) -> None:
+    """Ranks record the failure before they end, so those that start next do not use the kernel."""
+    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
+    models, made = EngineModels(config), torch.ones(1)
+    request = GenerationRequest(prompt="x").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    video = Job(request, plan, OutputOptions(tmp_path / "a.mp4")).videos[0]
+    outcomes = [
+        KernelFailedError("sparse attention by fast", "no such instruction"),
+        Denoised(made, "sdpa", (), {}, 0.0),
+    ]
+
+    def receive(timeout: float, number: int) -> tuple[int, object]:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, KernelFailedError):
+            raise outcome
+        return 0, outcome
+
+    closed: list[int] = []
+    ranks = SimpleNamespace(send=lambda _: 0, receive=receive, close=lambda: closed.append(1))
+    monkeypatch.setattr(module, "RankGroup", lambda *_, timeout_s: ranks)
+    assert GroupStrategy(models).denoise(video, None) is made
+    assert closed == [1]
+    (note,) = video.record.notes
+    assert note.startswith("denoise: group started again (The kernel for sparse attention by fast failed")

@@ -14,6 +14,7 @@ from wanduet.doors.cli.places import parse_place
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, InvalidRequestError
+from wanduet.kernels import verdicts
 from wanduet.kernels.attention import sparse_steps
 from wanduet.kernels.attention.sparse import KeyLists, plain_listed
 from wanduet.media.latents import load_latents
@@ -93,6 +94,63 @@ def test_nan_is_computed_again_with_all_keys(engine: Engine, exact: Job, tmp_pat
     about = job.result().videos[0].provenance
     assert about["attention"] == "sdpa"
     assert any("plain kernels after NaN" in note for note in about["rungs"])
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let a kernel fail from a call in the third step on; `others` are behind it."""
+
+    def from_step_3_on(*others: sparse_steps.ListedBackend, checked: int = 1) -> None:
+        counts = [0]
+
+        def listed(*given: Any) -> Any:
+            counts[0] += 1
+            if counts[0] > checked + 13:  # ten a step: five blocks, two prompts
+                raise RuntimeError("no such instruction")
+            return plain_listed(*given)
+
+        first = sparse_steps.ListedBackend("fast", listed)
+        monkeypatch.setattr(sparse_steps, "listed_backends", lambda *_: (first, *others))
+        sparse_steps.choose_listed.cache_clear()
+
+    verdicts.forget()
+    yield from_step_3_on
+    verdicts.forget()
+    sparse_steps.choose_listed.cache_clear()
+
+
+def test_a_kernel_that_fails_in_mid_job_is_replaced_by_the_next_one(
+    engine: Engine, made: Job, tmp_path: Path, fails: Any
+) -> None:
+    fails(sparse_steps.PLAIN)
+    first, second = (run(engine, tmp_path / f"{name}.mkv", **SPARSE) for name in "ab")
+    about, later = (job.result().videos[0].provenance for job in (first, second))
+    assert torch.equal(latents(first), latents(made))
+    assert about["attention"] == "sdpa+sparse fast, then sdpa+sparse plain"
+    reason = "RuntimeError: no such instruction, at step 3"
+    assert about["rungs"] == [f"denoise: sparse attention by plain in place of sparse attention by fast ({reason})"]
+    assert (later["attention"], later["rungs"]) == ("sdpa+sparse plain", [])  # it is not tried again
+
+
+def test_after_the_last_kernel_all_keys_are_read_and_a_resume_goes_on_with_them(
+    engine: Engine, made: Job, exact: Job, tmp_path: Path, fails: Any
+) -> None:
+    fails()
+    whole = run(engine, tmp_path / "a.mkv", **SPARSE)
+    about = whole.result().videos[0].provenance
+    assert about["attention"] == "sdpa+sparse fast, then sdpa"
+    assert about["rungs"][0].startswith("denoise: all keys in place of sparse attention by fast (RuntimeError")
+    assert about["price"] is None, "no price is that of steps with all keys"
+    assert not any(torch.equal(latents(whole), latents(one)) for one in (made, exact))
+    verdicts.forget()
+    fails()
+    with pytest.raises(CancelledError):
+        run(engine, tmp_path / "b.mkv", after=3, **SPARSE)
+    again = run(engine, tmp_path / "b.mkv", resume=True, **SPARSE)
+    assert torch.equal(latents(again), latents(whole))
+    notes = again.result().videos[0].provenance["rungs"]
+    assert "denoise: all keys: sparse attention has failed here before" in notes
+    assert any("in place of sparse attention by fast" in note for note in notes), "what the first run did is kept"
 
 
 def test_an_interrupted_job_goes_on_bit_for_bit(engine: Engine, made: Job, tmp_path: Path) -> None:

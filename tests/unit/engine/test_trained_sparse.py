@@ -16,6 +16,7 @@ from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, ConfigError
 from wanduet.family.registry import RANDOM_SPECS
+from wanduet.kernels import verdicts
 from wanduet.kernels.attention import sparse_steps
 from wanduet.kernels.attention.sparse import KeyLists, plain_listed
 from wanduet.media.latents import load_latents
@@ -146,11 +147,35 @@ def test_nan_is_computed_again_by_the_plain_kernel(engine: Engine, made: Job, tm
         return tuple(one * torch.nan for one in plain_listed(*given))
 
     broken = sparse_steps.ListedBackend("broken", nan)
-    monkeypatch.setattr("wanduet.runtime.dit_host.choose_listed", lambda *_: broken)
+    monkeypatch.setattr("wanduet.runtime.loaded.choose_listed", lambda *_: broken)
     job = run(engine, tmp_path / "a.mkv")
     assert torch.equal(latents(job), latents(made))
     about = job.result().videos[0].provenance
     assert about["attention"] == f"sdpa+{engine.models.spec.transformer.attention} plain"
+
+
+def test_a_kernel_that_fails_in_mid_job_is_replaced_by_the_plain_form(
+    engine: Engine, made: Job, tmp_path: Path, monkeypatch
+) -> None:
+    counts = [0]
+
+    def listed(*given: Any) -> Any:
+        counts[0] += 1
+        if counts[0] > 3:  # one is the check
+            raise RuntimeError("no such instruction")
+        return plain_listed(*given)
+
+    verdicts.forget()
+    sparse_steps.choose_listed.cache_clear()
+    monkeypatch.setattr(sparse_steps, "listed_backends", lambda *_: (sparse_steps.ListedBackend("fast", listed),))
+    job = run(engine, tmp_path / "a.mkv")
+    verdicts.forget()
+    sparse_steps.choose_listed.cache_clear()
+    assert torch.equal(latents(job), latents(made))
+    about = job.result().videos[0].provenance
+    attention = engine.models.spec.transformer.attention
+    assert about["attention"] == f"sdpa+{attention} fast, then sdpa+{attention} plain"
+    assert about["rungs"][0].startswith("denoise: sparse attention by plain in place of sparse attention by fast (Runt")
 
 
 @pytest.mark.parametrize("attention", ["vsa", "sla"])

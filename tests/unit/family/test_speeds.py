@@ -1,6 +1,7 @@
 """Speeds and loss budgets: the fields that they set, what is refused, and that a resolved request means the same again."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,13 @@ ROOT = Path(__file__).parents[3]
 MEASURED = {"near": 41.0, "fine": 36.0, "fast": 36.5, "draft": 20.0}
 
 
-def measured(speed: str) -> Price | None:
-    return Price(MEASURED[speed], "worst", "measured on this machine")
+def measured(fields: Mapping[str, Any]) -> Price | None:
+    found = [MEASURED[speed.name] for speed in SPEEDS[1:] if speed.fields == fields]
+    return Price(found[0], "worst", "measured on this machine") if found else None
+
+
+def measured_speed(name: str) -> Price | None:
+    return measured(speeds.fields_set_by(name))
 
 
 def resolve(spec: ModelSpec = WAN_1_3B, prices: Any = not_measured, **fields: Any) -> ResolvedRequest:
@@ -95,7 +101,7 @@ def test_a_field_that_is_given_is_kept_and_the_price_is_unknown() -> None:
 
 @pytest.mark.parametrize("more", [{"sparse": 0.5}, {"quantize": "int8"}, {"guidance_gate": 0.5}], ids=str)
 def test_with_another_approximation_the_price_of_a_speed_is_unknown(more: dict[str, Any]) -> None:
-    assert resolve(prices=measured, speed="fine").price == measured("fine")
+    assert resolve(prices=measured, speed="fine").price == measured_speed("fine")
     found = resolve(prices=measured, speed="fine", **more)
     assert found.approximations == SPEEDS[2].fields | more
     assert found.price is None, "together they lose more than was measured"
@@ -111,7 +117,7 @@ def test_published_prices_are_not_those_of_few_step_weights() -> None:
 def test_without_guidance_there_is_none_to_end() -> None:
     assert SPEEDS[-1].fields["guidance_gate"] < 1
     found = resolve(prices=measured, speed="draft", guidance_scale=1.0)
-    assert (found.guidance_gate, found.price) == (1.0, measured("draft"))
+    assert (found.guidance_gate, found.price) == (1.0, measured_speed("draft"))
     assert found.as_request().resolve(WAN_1_3B, None, measured) == found
 
 
@@ -122,7 +128,7 @@ def test_without_guidance_there_is_none_to_end() -> None:
 def test_a_budget_chooses_the_fastest_speed_that_was_measured_to_keep_it(budget: float, chosen: str) -> None:
     found = resolve(prices=measured, loss_budget=budget)
     assert (found.speed, found.loss_budget) == (chosen, budget)
-    assert found.price == (None if chosen == "exact" else measured(chosen))
+    assert found.price == (None if chosen == "exact" else measured_speed(chosen))
     assert found.recorded() == resolve(speed=chosen).recorded()
     again = found.as_request()
     assert (again.speed, again.loss_budget) == (chosen, None), "the choice does not change with later measurements"
@@ -133,9 +139,61 @@ def test_without_a_measurement_published_values_count_and_unknown_speeds_are_not
     price = resolve(speed="fine").price
     assert price is not None
     assert "published" in price.source
-    assert price_of_speed("fine", WAN_1_3B, measured) == measured("fine")
+    assert price_of_speed("fine", WAN_1_3B, measured) == measured_speed("fine")
     assert resolve(WAN_14B, loss_budget=1.0).speed == "exact"
     assert resolve(WAN_14B, speed="fast").price is None
+
+
+# PSNR, and seconds as a share of the exact job's, of each speed alone and with attention in 8 bits.
+TIMED = {
+    ("exact", "int8"): (44.0, 0.8), ("exact", "int8-fast"): (43.0, 1.02),
+    ("near", "off"): (41.0, 0.6), ("near", "int8"): (39.0, 0.45), ("near", "int8-fast"): (33.0, 0.41),
+    ("fine", "off"): (36.0, 0.42), ("fine", "int8"): (35.5, 0.43),
+}  # fmt: skip
+
+
+def timed(fields: Mapping[str, Any]) -> Price | None:
+    for (speed, attention), (psnr, time) in TIMED.items():
+        if {"quantize_attention": "off", **fields} == {**speeds.fields_set_by(speed), "quantize_attention": attention}:
+            return Price(psnr, "worst", "measured on this machine", time)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("budget", "speed", "attention"),
+    [
+        (45.0, "exact", "off"),
+        (43.5, None, "int8"),
+        (42.5, None, "int8"),  # the other format takes longer than the exact job
+        (40.0, "near", "off"),
+        (38.0, "near", "int8"),
+        (35.0, "fine", "off"),  # its 8-bit form takes longer
+        (30.0, "near", "int8-fast"),
+    ],
+)
+def test_a_budget_chooses_attention_in_8_bits_where_it_was_measured_to_be_faster(
+    budget: float, speed: str | None, attention: str
+) -> None:
+    found = resolve(prices=timed, loss_budget=budget)
+    assert (found.speed, found.quantize_attention) == (speed, attention)
+    assert ("quantize_attention" in found.recorded()) == (attention != "off")
+    assert (found.price is None) == (speed == "exact")
+    assert found.price is None or found.price.psnr >= budget
+    again = found.as_request()
+    assert again.loss_budget is None
+    assert again.resolve(WAN_1_3B, None, timed) == found.model_copy(update={"loss_budget": None})
+
+
+def test_without_a_budget_or_a_measurement_attention_is_exact() -> None:
+    assert [resolve(prices=timed, speed=speed.name).quantize_attention for speed in SPEEDS] == ["off"] * len(SPEEDS)
+    assert resolve(loss_budget=1.0).quantize_attention == "off"
+    assert resolve(prices=timed, loss_budget=38, loras=[{"name": "style.safetensors"}]).quantize_attention == "off"
+
+
+def test_attention_in_8_bits_is_not_for_weights_with_one_of_their_own() -> None:
+    vsa = replace(WAN_1_3B, transformer=replace(WAN_1_3B.transformer, attention="vsa"))
+    with pytest.raises(InvalidRequestError, match="whose self-attention is VSA"):
+        resolve(vsa, quantize_attention="int8")
 
 
 @pytest.mark.parametrize(("strength", "chosen"), [(0.5, "exact"), (0, "draft")])
@@ -164,6 +222,7 @@ def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
         (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "beside a speed is not known"),
+        (WAN_1_3B, {"loss_budget": 30, "quantize_attention": "int8"}, "quantize_attention", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "quantize": "fp8"}, "quantize", "beside a speed is not known"),
         (WAN_1_3B, {"speed": "exact", "sparse": 0.5, "quantize": "fp8"}, "speed", "with sparse=0.5, quantize=fp8"),
         (WAN_1_3B, {"speed": "near", "step_cache": "easycache:2"}, "step_cache", "at most 1"),

@@ -8,8 +8,12 @@ import pytest
 
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.http.schemas import RequestLimits
+from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError
+from wanduet.jobs.store import JobStore
 from wanduet.jobs.webhooks import WebhookSender, WebhookSettings
+from wanduet.meta.prices import Prices, Subject, settings_key, store_prices
+from wanduet.request import GenerationRequest
 
 FIELDS = {
     "id", "object", "model", "status", "progress", "created_at", "completed_at", "expires_at", "seconds", "size",
@@ -133,6 +137,25 @@ def test_bad_fields_are_named_and_nothing_is_stored(api: Any, fields: dict[str, 
     error = _post_raw(api, fields)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert len(error["message"]) < 700
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_a_budget_chooses_attention_in_8_bits_where_the_worker_is_the_machine_that_was_measured(
+    store: JobStore, make_api: Any, chooses: bool
+) -> None:
+    request = GenerationRequest(prompt="x", seed=0).resolve(WAN_1_3B)
+    subject = Subject.of(request, {"name": "mine", "hash": "abc"}, "a card", {})
+    rows = {
+        settings_key(fields): {"0": {"forwards": 100, "seconds": seconds, "psnr": psnr}}
+        for fields, seconds, psnr in (({}, 10.0, 100.0), ({"quantize_attention": "int8"}, 6.0, 44.0))
+    }
+    about = {"model": "abc", "versions": dict(subject.versions)}
+    store_prices(store.files.folder / "measurements", subject, Prices(about, rows))
+    api = make_api(ServerSettings(model_hash="abc", chooses_attention=chooses))
+    with api.http:
+        video = api.create(loss_budget=43)
+        assert video["settings"]["quantize_attention"] == ("int8" if chooses else "off")
+        assert api.create()["settings"]["quantize_attention"] == "off"
 
 
 def test_a_speed_is_a_field_and_part_of_the_video(api: Any) -> None:

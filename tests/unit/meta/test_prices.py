@@ -19,6 +19,7 @@ from wanduet.meta.prices import (
     in_words,
     price_of,
     settings_key,
+    share_of_time,
     store_prices,
     worst_of,
 )
@@ -152,6 +153,19 @@ def test_the_worst_of_a_model_over_all_its_sizes(stored: Path) -> None:
     about |= {"engine": dict(with_lora.engine)}
     store_prices(stored, with_lora, Prices(about, {settings_key(CACHED): {"0": row}}))
     assert worst_of(stored, "abc", CACHED, "psnr") == 20.0, "with LoRA, they are other weights"
+
+
+def test_the_seconds_of_a_set_are_a_share_of_those_of_the_exact_job(stored: Path) -> None:
+    about = {"versions": dict(subject().versions), "name": "mine", "model": "abc"}
+    for height, seconds in ((720, 6.0), (1088, 7.0)):
+        rows = {
+            "{}": {"0": {"forwards": 100, "seconds": 10.0}},
+            "{'a': 1}".replace("'", '"'): {"0": {"forwards": 60, "seconds": seconds}},
+        }
+        store_prices(stored, subject(height=height), Prices(about, rows))
+    assert share_of_time(stored, "abc", {"a": 1}) == 0.7
+    assert share_of_time(stored, "abc", {"a": 2}) is None
+    assert share_of_time(stored, "another", {"a": 1}) is None
 
 
 def test_a_card_is_named_by_its_devices() -> None:

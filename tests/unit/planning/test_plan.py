@@ -15,6 +15,7 @@ from wanduet.planning.alternatives import alternatives
 from wanduet.planning.hardware import Hardware, parse_hardware
 from wanduet.planning.plan import Plan, require_fit
 from wanduet.planning.planner import make_plan
+from wanduet.planning.prices import has_fast_8_bit_attention
 from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
 
@@ -146,8 +147,9 @@ def test_hardware_in_words() -> None:
     machine: Hardware = parse_hardware("24GiB+12GiB,ram=64GiB")
     assert [d.total_bytes for d in machine.devices] == [24 * GIB, 12 * GIB]
     assert machine.host_total_bytes == 64 * GIB
-    with pytest.raises(ConfigError):
-        parse_hardware("much")
+    for unknown in ("much", "2080 Ti"):  # no 2080 TiB
+        with pytest.raises(ConfigError):
+            parse_hardware(unknown)
 
 
 def test_a_streamed_text_encoder_stays_below_three_gib() -> None:
@@ -517,6 +519,36 @@ def test_products_in_8_bits_are_planned(memory, hardware: str, format: str) -> N
     ]
     assert all(0 < size < 0.25 * GIB for size in more)
     assert all(choice.setting != "quantize" for choice in exact.choices)
+
+
+def test_attention_in_8_bits_takes_memory_and_is_refused_where_it_cannot_run(memory) -> None:
+    exact, found = (plan(memory, "3090", fields={"quantize_attention": name}) for name in ("off", "int8"))
+    values = {choice.setting: choice.value for choice in found.choices}
+    assert (values["attention"], values["quantize_attention"]) == ("int8", "int8")
+    assert found.prediction.devices[0].phases["denoise"] > exact.prediction.devices[0].phases["denoise"]
+    with pytest.raises(InvalidRequestError, match="off on cuda:0") as refused:
+        plan(memory, "T4", fields={"quantize_attention": "int8"})
+    assert (refused.value.field, refused.value.nearest) == ("quantize_attention", "off")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "settings", "expected"),
+    [
+        ("3090", {}, True),
+        ("2x4090", {"devices": "cuda:1"}, True),
+        ("5090", {}, True),
+        ("4090", {"attention": "sdpa"}, False),
+        ("4090", {"devices": "cpu"}, False),
+        ("h100", {}, False),  # exact attention is faster there
+        ("3090+T4", {}, False),
+        ("3090+T4", {"devices": "cuda:0"}, True),
+        ("cpu", {}, False),
+    ],
+)
+def test_a_budget_may_choose_attention_in_8_bits_on_cards_that_gain_by_it(
+    hardware: str, settings: dict[str, str], expected: bool
+) -> None:
+    assert has_fast_8_bit_attention(EngineConfig(**settings), parse_hardware(hardware)) == expected
 
 
 def test_on_a_cpu_8_bits_are_no_faster_and_the_plan_says_so(memory) -> None:

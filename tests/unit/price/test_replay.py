@@ -7,8 +7,10 @@ import torch
 
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.call import Step
-from wanduet.price.replay import Replay
+from wanduet.price.replay import Replay, Trajectory
 from wanduet.request import GenerationRequest, ResolvedRequest
+from wanduet.sampling.denoise import StepInfo
+from wanduet.sampling.predictor import OnPredict
 
 STEPS = 14
 
@@ -54,6 +56,33 @@ def test_the_gate_and_a_cache_along_an_exact_run() -> None:
         [*computed[0], *(error(index, reused(index)) for index in range(10, STEPS - 1)), *computed[1]], abs=1e-5
     )
     assert min(errors["cache"][10:-1]) > 0.01
+
+
+@pytest.mark.parametrize(("mode", "first"), [("cfg", 0), ("apg", 0), ("cfg-zero", 1)])
+def test_a_run_that_follows_an_exact_one_has_its_latents_and_an_error_in_each_step(mode: str, first: int) -> None:
+    exact = request(guidance_mode=mode)
+    steps = torch.randn(STEPS, 3, 1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    trajectory = Trajectory(exact)
+
+    def run(observer: OnPredict, scale: float = 1.0) -> None:
+        for count in (5, STEPS):  # it begins again after five steps
+            for index in range(first, count):
+                latents, *velocities = steps[index]
+                observer(latents, Step(index, 1000.0 - index), [scale * velocity for velocity in velocities])
+
+    run(trajectory)
+    same, other = trajectory.follow(), trajectory.follow()
+    run(same)
+    assert same.errors == [0.0] * STEPS
+    run(other, scale=1.1)
+    assert len(other.errors) == STEPS
+    assert other.errors[:first] == [0.0] * first
+    if mode != "apg":  # which bounds guidance by its own norm
+        assert other.errors[first:] == pytest.approx([0.1] * (STEPS - first), rel=1e-4)
+    for index in range(first, STEPS - 1):
+        info = StepInfo(index, STEPS, 1000.0 - index, 0.5, torch.zeros(1, 2, 3, 4, 4), 0.0)
+        assert torch.equal(same.next_latents(info), steps[index + 1][0])
+    assert same.next_latents(StepInfo(STEPS - 1, STEPS, 0.0, 0.0, torch.zeros(1), 0.0)) is None
 
 
 @pytest.mark.parametrize(("mode", "first"), [("apg", 0), ("cfg-zero", 1)])

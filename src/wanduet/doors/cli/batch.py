@@ -19,6 +19,7 @@ from wanduet.doors.cli.resume import Begun, seed_of_interrupted, take_begun, wit
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import CancelledError, WanduetError
+from wanduet.family.speeds import forecast
 from wanduet.media.files import check_writable
 from wanduet.media.names import Taken
 from wanduet.planning.plan import require_fit
@@ -52,13 +53,16 @@ def run_batch(
         use_embeddings(embeddings, engine, requests)
         total = Batch(predicted)
         batch = _Batch(engine, options, names, output)
-        waiting, work = deque(requests), deque[_Work]()
+        waiting, work, said = deque(requests), deque[_Work](), ""
         while waiting or work:
             while waiting and len(work) < AHEAD:
                 work.append(batch.begin(waiting.popleft()))
             one = work.popleft()
             about = total.place if one.job is None else total.text(time.monotonic())
             print(f"{about}: {one.title}", file=sys.stderr)
+            if one.job is not None and (loss := forecast(one.job.plan.as_dict())) not in ("", said):
+                print(f"{loss[0].upper()}{loss[1:]}", file=sys.stderr)
+                said = loss
             interrupted = False
             if one.job is not None:
                 interrupted = follow(one.job, total)

@@ -265,6 +265,8 @@ def announce(job: Job, config: EngineConfig) -> None:
         steps += f", with {r.sparse:g} of the keys"  # from which step on, the plan says: it depends on the model
     if r.quantize != OFF:
         steps += f", products in {r.quantize}"
+    if r.quantize_attention != OFF:
+        steps += f", attention in {r.quantize_attention}"
     if r.low_res_first:
         steps += ", the first of them at a lower resolution"
     print(f"{size}, {steps}, seed {r.seed}; {where}", file=sys.stderr)

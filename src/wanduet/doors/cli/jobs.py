@@ -182,6 +182,9 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             (config, settings), browser = waited, False  # the browser has the page already
         folder = open_model(config.model, config.revision, files=config.files)
         spec, settings = folder.spec, replace(settings, model_hash=folder.fingerprint)
+    # A single worker that takes its devices and attention by default, as `wanduet price` does.
+    usual = cluster == ALONE and config.attention == "auto" and config.devices is None
+    settings = replace(settings, chooses_attention=usual)
 
     announce = partial(
         _announce, f"wanduet serves {spec.name} at", " (page and API)" if page else "/v1", browser=browser

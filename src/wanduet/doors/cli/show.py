@@ -15,7 +15,7 @@ from wanduet.untrusted import printable
 
 _HIDDEN = ("settings",)
 TABLE_WIDTH = 200  # the most columns of prices' table, more than it needs
-KINDS = ("rungs", "accelerators", "fewer_steps")  # the rows of prices
+KINDS = ("rungs", "accelerators", "changes", "fewer_steps")  # the rows of prices
 
 # Imports take less at each start; above this, kernels were compiled or measured, which later runs reuse.
 LONG_PREPARING_S = 10.0

@@ -1,7 +1,7 @@
 """State that every route shares (store, model, settings), and authentication of requests."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from wanduet.doors.http.loras import LoraFolder
 from wanduet.doors.http.metrics import OWNER, ServerMetrics, WorkerView
 from wanduet.doors.http.schemas import RequestLimits, Video, to_request, to_video
 from wanduet.doors.http.security import is_loopback
+from wanduet.family.attention import FIELD as QUANTIZE_ATTENTION
 from wanduet.family.spec import ModelSpec
 from wanduet.family.speeds import Price
 from wanduet.jobs.library_logs import RateLimit
@@ -27,7 +28,7 @@ from wanduet.jobs.records import Limits, StoredJob
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.webhooks import WebhookSettings
 from wanduet.loras import Lora
-from wanduet.planning.prices import loss_of_speed
+from wanduet.planning.prices import loss_of
 from wanduet.request import GenerationRequest
 from wanduet.source_video import SourceVideo
 
@@ -66,6 +67,8 @@ class ServerSettings:
     limits: RequestLimits = field(default_factory=RequestLimits)
     webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     model_hash: str | None = None  # of the served weights: only jobs for this hash are accepted
+    # Whether a loss budget may choose attention in 8 bits where it was measured: the worker must have the devices of the measurement.
+    chooses_attention: bool = False
     lora_dir: Path | None = None  # the folder of the LoRA that requests may name; None: they may name none
 
 
@@ -103,9 +106,12 @@ class ServerContext:
         self.writers, self.readers = CapacityLimiter(UPLOAD_THREADS), CapacityLimiter(UPLOAD_THREADS)
         self.uploads = Gate(MAX_UPLOADS, "uploads", UPLOAD_SHARE if self.require_key else None)
 
-    def price(self, speed: str) -> Price | None:
-        """Return what a speed loses with the served weights on this machine; None if that was not measured."""
-        return loss_of_speed(self.store.files.folder / "measurements", self.settings.model_hash, speed)
+    def price(self, settings: Mapping[str, Any]) -> Price | None:
+        """Return what a set of approximations loses with the served weights on this machine; None if that was not measured, and
+        for attention in 8 bits if it is not to be chosen."""
+        if QUANTIZE_ATTENTION in settings and not self.settings.chooses_attention:
+            return None
+        return loss_of(self.store.files.folder / "measurements", self.settings.model_hash, settings)
 
     def show(self, *jobs: StoredJob) -> list[Video]:
         """Convert stored jobs to video objects; a queued one says why no worker takes jobs, if so. Reads files."""

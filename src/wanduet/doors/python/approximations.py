@@ -21,6 +21,7 @@ class Approximations:
     quantize: str | None = None
     guidance_interval: str | None = None
     guidance_mode: str | None = None
+    quantize_attention: str | None = None
     low_res_first: bool = False  # not supported
 
     def __post_init__(self) -> None:

@@ -315,7 +315,7 @@ class PipelineParts:
         `encodes`: also the encoding of an input video of its size. `fields`: of a request, that approximate, and its LoRAs,
         which are among `loras`.
 
-        Raises ValueError for a size that the model does not support and for fields that it refuses, DoesNotFitError.
+        Raises ValueError for a size that the model does not support and for fields that it or the device refuses, DoesNotFitError.
         """
         height, width, num_frames = size
         self.models.transformer.loras.given = self.loras.by_hash()
@@ -331,7 +331,10 @@ class PipelineParts:
         if (resolved.generated_height, resolved.generated_width) != (height, width):
             multiple = self.models.spec.size_multiple
             raise ValueError(f"height={height} and width={width} must be multiples of {multiple}.")
-        plan = self._plan(resolved)
+        try:
+            plan = self._plan(resolved)
+        except InvalidRequestError as error:  # of a device that cannot do it
+            raise ValueError(str(error)) from None
         require_fit(plan, resolved)
         return resolved, plan
 

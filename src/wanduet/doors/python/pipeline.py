@@ -14,6 +14,7 @@ from wanduet.doors.python.calls import refuse
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.attention import QuantizeAttention
 from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
 from wanduet.kernels.dit.quantized import Quantize
@@ -93,13 +94,15 @@ class WanPipeline(PipelineBase):
         quantize: Quantize | None = None,
         guidance_interval: str | None = None,
         guidance_mode: GuidanceMode | None = None,
+        quantize_attention: QuantizeAttention | None = None,
         low_res_first: bool = False,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos as diffusers 0.42's call does.
 
         Not in diffusers: `progress(done, total)`, and what saves work at a loss, as on the command line: `speed`
         ("exact", "near", "fine", "fast" or "draft"), or `loss_budget` (PSNR in dB) instead of it; `step_cache`,
-        `guidance_gate` (0..1) or `guidance_interval` ("0.1-0.8"), `sparse` (0..1) and `quantize` ("off", "fp8" or "int8").
+        `guidance_gate` (0..1) or `guidance_interval` ("0.1-0.8"), `sparse` (0..1), `quantize` ("off", "fp8" or "int8")
+        and `quantize_attention` ("off", "int8" or "int8-fast").
         A step cache, which most speeds set, does not go together with `callback_on_step_end`. `guidance_mode` ("cfg",
         "cfg-zero" or "apg") is how guidance combines both prompts, as diffusers' guiders do. `low_res_first=True` is
         refused, with `Engine` instead.
@@ -121,7 +124,7 @@ class WanPipeline(PipelineBase):
             max_sequence_length=max_sequence_length, progress=progress,
             approximations=Approximations(
                 speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
-                low_res_first,
+                quantize_attention, low_res_first,
             ),
         )  # fmt: skip
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

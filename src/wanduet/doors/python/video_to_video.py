@@ -14,6 +14,7 @@ from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.family.attention import QuantizeAttention
 from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
 from wanduet.kernels.dit.quantized import Quantize
@@ -68,12 +69,13 @@ class WanVideoToVideoPipeline(PipelineBase):
         quantize: Quantize | None = None,
         guidance_interval: str | None = None,
         guidance_mode: GuidanceMode | None = None,
+        quantize_attention: QuantizeAttention | None = None,
         low_res_first: bool = False,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate videos from videos as diffusers 0.42's call does.
 
         Not in diffusers: `progress`, `speed`, `loss_budget`, `step_cache`, `guidance_gate`, `guidance_interval`,
-        `guidance_mode`, `sparse`, `quantize`, `low_res_first`; see `WanPipeline`, also for `attention_kwargs`.
+        `guidance_mode`, `sparse`, `quantize`, `quantize_attention`, `low_res_first`; see `WanPipeline`, also for `attention_kwargs`.
 
         `video`: a list of PIL images, an array `[F, H, W, 3]` or a tensor `[F, 3, H, W]` of floats in 0..1, a list of
         such frames, or several such videos; they are resized to `height` and `width`. One video serves all prompts, and
@@ -93,7 +95,7 @@ class WanVideoToVideoPipeline(PipelineBase):
             max_sequence_length=max_sequence_length, progress=progress,
             approximations=Approximations(
                 speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
-                low_res_first,
+                quantize_attention, low_res_first,
             ),
         )  # fmt: skip
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from wanduet.errors import ConfigError
+from wanduet.errors import ConfigError, KernelFailedError
 from wanduet.family.sparsity import kept_blocks
 from wanduet.kernels.attention import flash4
 from wanduet.kernels.attention.backends import AttentionFn, available_backends
@@ -17,10 +17,11 @@ from wanduet.kernels.attention.choose import EXACT_TOLERANCE, Shape
 from wanduet.kernels.attention.key_lists import highest_blocks, pooled_lists
 from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, plain_listed
 from wanduet.kernels.precision import EXACT, PRODUCTS
-from wanduet.kernels.verdicts import reason_of
+from wanduet.kernels.verdicts import IN_A_JOB, guard, plain_operations, reason_of
 
 log = logging.getLogger(__name__)
 
+SPARSE = "sparse attention"  # how the name of a kernel's operation begins, in messages and verdicts
 CHECKED_HEADS = 2
 CUT_BLOCK = 64  # the largest of blocks of different sizes
 
@@ -31,6 +32,11 @@ class ListedBackend:
 
     name: str
     attend: ListedFn
+
+    @property
+    def operation(self) -> str:
+        """The name by which a failure is recorded (`kernels.verdicts`)."""
+        return f"{SPARSE} by {self.name}"
 
 
 PLAIN = ListedBackend("plain", plain_listed)
@@ -48,12 +54,21 @@ class SparseSteps:
 
     def over(self, dense: AttentionFn) -> AttentionFn:
         """Return the attention of a denoise, which is `dense` where it is not sparse. It needs the keys of all tokens at
-        once."""
+        once. Raises KernelFailedError, with the step, if a kernel fails where it is sparse."""
+
+        def listed(q: Tensor, k: Tensor, v: Tensor, first_query: int) -> Tensor:
+            return self.backend.attend(q, k, v, pooled_lists(q, k, self.share, self.block, first_query))[0]
+
+        guarded = guard(self.backend.operation, listed)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
             if call.step is None or call.step.index < self.first_step or call.block == 0:
                 return dense(q, k, v, call)
-            return self.backend.attend(q, k, v, pooled_lists(q, k, self.share, self.block, call.first_query))[0]
+            try:
+                return guarded(q, k, v, call.first_query)
+            except KernelFailedError as error:
+                operation, reason = error.operation, f"{error.reason}, at step {call.step.index + 1}"
+            raise KernelFailedError(operation, reason)  # outside the handler, see `guard`
 
         return attend
 
@@ -78,34 +93,42 @@ def choose_listed(
     head_dim: int,
     block: int | tuple[int, int] | None,
     backends: tuple[ListedBackend, ...] | None = None,
-) -> ListedBackend:
+) -> ListedBackend | None:
     """Return the fastest kernel of sparse attention that works on `device`: flash-attn-4's on Hopper, Triton's on other
-    GPUs, the plain form on the CPU. `block`: tokens of a block of queries and of keys, one number if they are equal, or None
-    for blocks of different sizes. `backends`: try these instead, in order.
+    GPUs, the plain form on the CPU; None if those that work have failed in a job. `block`: tokens of a block of queries and
+    of keys, one number if they are equal, or None for blocks of different sizes. `backends`: try these instead, in order.
 
-    On a GPU, each is first compared with the definition on a short sequence. Raises ConfigError if none works.
+    Each but the plain form is first compared with the definition on a short sequence. Raises ConfigError if none works.
     """
-    if backends is None and device.type != "cuda":
-        return PLAIN
+    failed = set(plain_operations(IN_A_JOB, device) or ())
     problem = "Triton is not installed"
     sizes = block if isinstance(block, tuple) else (block or CUT_BLOCK, block or CUT_BLOCK)
-    for backend in _on_gpu(device, dtype, None if block is None else sizes[0]) if backends is None else backends:
+    found = listed_backends(device, dtype, None if block is None else sizes[0]) if backends is None else backends
+    for backend in found:
+        if backend.operation in failed:
+            continue
         try:
-            problem = _problem(backend.attend, (device, dtype, head_dim), sizes, is_cut=block is None)
+            kind = (device, dtype, head_dim)
+            problem = "" if backend is PLAIN else _problem(backend.attend, kind, sizes, is_cut=block is None)
         except Exception as failure:  # a kernel's library can raise any exception
             log.info("Sparse attention by %s failed.", backend.name, exc_info=failure)
             problem = reason_of(failure)
         if not problem:
             return backend
         log.warning("Sparse attention by %s is not used: %s.", backend.name, problem)
+    if any(backend.operation in failed for backend in found):
+        return None
     raise ConfigError(f"Sparse attention does not work on {device}: {problem}.", hint="Leave --sparse out.")
 
 
-def _on_gpu(device: torch.device, dtype: torch.dtype, queries: int | None) -> tuple[ListedBackend, ...]:
-    """Return what could run, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all keys.
+def listed_backends(device: torch.device, dtype: torch.dtype, queries: int | None) -> tuple[ListedBackend, ...]:
+    """Return what could run on a device, the fastest first. On cards of other generations, flash-attn-4 fails, or reads all
+    keys.
 
     `queries`: of a block; None for blocks of different sizes.
     """
+    if device.type != "cuda":
+        return (PLAIN,)
     found: list[ListedBackend] = []
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     if (

@@ -96,6 +96,11 @@ def _add_linear(out: Tensor, qkv: QKV, projection: tuple[Tensor, Tensor]) -> Ten
     return torch.cat(parts, dim=1).to(out.dtype) if parts else out
 
 
+def listed_blocks(attention: str) -> tuple[int, int] | None:
+    """Return the tokens of VSA's or SLA's blocks of queries and of keys; None for blocks of different sizes."""
+    return (SLA_QUERIES, SLA_KEYS) if attention == "sla" else None
+
+
 def trained_bytes(attention: str, shape: Shape, tiles: int, share: float, is_cpu: bool) -> int:
     """Return a bound on the bytes that VSA or SLA needs beside its inputs and its result, the token order included.
 
