@@ -42,6 +42,13 @@ class AdapterFile:
         return self._safetensors.shapes
 
     @cached_property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor. Raises WeightsError for a damaged file."""
+        if self._pickled is not None:
+            return {name: tensor.nbytes for name, tensor in self._pickled.items()}
+        return {name: info.num_bytes for name, info in self._safetensors.tensors.items()}
+
+    @cached_property
     def metadata(self) -> Mapping[str, Any]:
         """The metadata of a safetensors header; empty for other files."""
         _ = self.shapes  # reports a damaged header
