@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import by_name
+from wanduet.family.distilled import by_file
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.weights.components import read_sentencepiece, recognise_file, why_not
 from wanduet.weights.diffusers import COMPONENTS, PARTS, ModelFolder
@@ -81,7 +81,7 @@ def _absolute(path: Path) -> Path:
 
 def _parts_of(path: Path, named: Mapping[str, Path]) -> dict[str, Path]:
     """Return the components that one file gives, and those named beside it. Raises ModelNotFoundError, WeightsError."""
-    known = by_name(path.name)
+    known = by_file(path)
     if known is not None:
         check_needs(path.name, known)
     kinds = recognise_file(path)

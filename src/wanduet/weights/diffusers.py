@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
 from wanduet.family.distilled import PIPELINES as FEW_STEP_PIPELINES
-from wanduet.family.distilled import FewStep, by_name, by_pipeline, by_tensors
+from wanduet.family.distilled import FewStep, by_file, by_name, by_pipeline, by_tensors
 from wanduet.family.registry import defaults_for
 from wanduet.family.spec import (
     SUPPORTED,
@@ -100,7 +100,7 @@ class ModelFolder:
         index = self.path / "model_index.json"
         own = "transformer" not in self.parts
         pipeline = read_json(index).get("_class_name") if own and index.exists() else None
-        marked, named = by_tensors(tensors), None if own else by_name(self.part("transformer").name)
+        marked, named = by_tensors(tensors), None if own else by_file(self.part("transformer"))
         named = named or by_name(self.name)
         if marked is not None and named is not None and named.attention == marked.attention:
             marked = named  # it says more: VSA's gates do not show how sparse the weights are trained to be

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 from wanduet.weights.source import TensorInfo
 
-# Prefixes that programs write before a transformer's names, and ComfyUI's before each model's in one file for all.
+# Prefixes that programs write before a transformer's names, and ComfyUI's before each model's in one file for all. Of the
+# models that a training saves, the first one here is taken: that of averaged weights.
+_TRAINED = tuple(
+    f"{name}.{inner}" for name in ("generator_ema", "generator", "model") for inner in ("", "model.", "net.")
+)
 _PREFIXES = {
-    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", "generator."),
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", *_TRAINED),
     "vae": ("", "vae.", "first_stage_model."),
     "text_encoder": ("", "text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."),
     "clip": ("", "clip_vision.", "conditioner."),

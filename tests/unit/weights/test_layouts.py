@@ -200,8 +200,11 @@ def test_pickles_of_anything_but_tensors_are_refused_unread(tmp_path: Path, mini
     state = tensors_of(miniature, "vae")
     for made, words in (
         (state | {"x": Stranger()}, "to open it would run code"),
-        ({"generator": state}, "no flat dictionary of tensors: it holds 'generator'"),
-        ([1], "no flat dictionary of tensors"),
+        ({"generator": state, "hook": Stranger()}, "to open it would run code"),
+        ({"generator": {"step": 1}}, "no dictionary of tensors: it holds 'generator'"),
+        (state | {"generator": state}, "no dictionary of tensors: it holds 'generator'"),
+        ({"generator": {"x": state["conv2.bias"], "module.x": state["conv2.bias"]}}, "several tensors of one name"),
+        ([1], "no dictionary of tensors"),
     ):
         torch.save(made, path)
         with pytest.raises(WeightsError, match=words):
@@ -210,6 +213,32 @@ def test_pickles_of_anything_but_tensors_are_refused_unread(tmp_path: Path, mini
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(WeightsError, match="damaged"):
         _ = open_model("miniature", files={"vae": path}).vae
+
+
+@pytest.mark.parametrize("roots", [("generator_ema", "critic", "generator"), ("generator",), ("state_dict",)])
+def test_what_a_training_has_saved(tmp_path: Path, miniature: ModelFolder, roots: tuple[str, ...]) -> None:
+    """The averaged weights count, by the names that they had before FSDP wrapped them; other objects do not matter."""
+    state = tensors_of(miniature, "transformer")
+    wrapped = {
+        f"model._fsdp_wrapped_module.{name.replace('.self_attn.', '._fsdp_wrapped_module.self_attn.')}": tensor
+        for name, tensor in state.items()
+    }
+    others = {name: tensor + 1 for name, tensor in wrapped.items()}
+    path = tmp_path / "bidirectional_checkpoint2" / "model.pt"
+    path.parent.mkdir()
+    made = {root: others if index else wrapped for index, root in enumerate(roots)}
+    torch.save({**dict(reversed(made.items())), "step": 3, "optimizer": {"state": {0: torch.zeros(1)}}}, path)
+    found = open_model("miniature", files={"transformer": path})
+    assert_equal(found, miniature)
+    assert (found.spec.defaults.timesteps, found.spec.defaults.sampler) == ((1000.0, 757.0, 522.0), "renoise")
+
+
+def test_weights_for_frame_by_frame_are_refused_by_their_folder(tmp_path: Path, miniature: ModelFolder) -> None:
+    path = tmp_path / "autoregressive_checkpoint" / "model.pt"
+    path.parent.mkdir()
+    torch.save({"generator": prefixed("model.", tensors_of(miniature, "transformer"))}, path)
+    with pytest.raises(ModelNotFoundError, match="causal attention"):
+        _ = open_model("miniature", files={"transformer": path}).spec
 
 
 def wrong_files(model: ModelFolder) -> dict[str, dict[str, torch.Tensor]]:
