@@ -34,10 +34,11 @@ from wanduet.weights.json_files import read_json
 from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles, check_pointer
-from wanduet.weights.source import WeightSource
+from wanduet.weights.source import FETCH_MODEL, WeightSource
 from wanduet.weights.trained_names import by_model_names
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+GIVE_TOKENIZER = "Give a folder with tokenizer.json, or a SentencePiece model."
 PARTS = (*COMPONENTS, "tokenizer")
 # Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")
@@ -106,8 +107,9 @@ class ModelFolder:
             marked = named  # it says more: VSA's gates do not show how sparse the weights are trained to be
         found = marked or named or by_pipeline(pipeline)
         if found is not None:
-            check_needs(str(self.path), found)
-            check_module(str(self.path), found, tensors)
+            shown = str(self.path if own else self.part("transformer"))
+            check_needs(shown, found)
+            check_module(shown, found, tensors)
         return found
 
     def check_complete(self, parts: Collection[str] = PARTS) -> None:
@@ -122,7 +124,8 @@ class ModelFolder:
                 check_pointer(path)
             if not os.path.lexists(self.tokenizer / "tokenizer.json"):
                 raise ModelNotFoundError(
-                    f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
+                    f"{self.tokenizer} lacks tokenizer.json.",
+                    hint=GIVE_TOKENIZER if self.is_given("tokenizer") else FETCH_MODEL,
                 )
         missing: list[ModelNotFoundError] = []
         if "transformer" in parts:
@@ -209,6 +212,10 @@ class ModelFolder:
         """Return the path of a component's folder or file, which need not exist."""
         return self.parts.get(name, self.path / name)
 
+    def is_given(self, name: str) -> bool:
+        """Return True if a component is given by a path of its own, outside the model's folder."""
+        return name in self.parts and self.path not in (self.parts[name], *self.parts[name].parents)
+
     def is_file(self, name: str) -> bool:
         """Return True if a component's weights are in a file of any layout, not in a folder with a config."""
         return name in self.parts and self.parts[name].is_file()
@@ -271,7 +278,9 @@ class ModelFolder:
             raise ModelNotFoundError(
                 f"{folder} lacks {', '.join(missing) or 'its .safetensors file'}"
                 + (f"; {pickles[0]} is a pickle, which wanduet does not open." if pickles else "."),
-                hint="Fetch the model again with `wanduet download`.",
+                hint=f"Give one file with weights as --{name.replace('_', '-')}."
+                if self.is_given(name)
+                else FETCH_MODEL,
             )
         return TensorFiles(name.replace("_", " "), paths)
 

@@ -84,7 +84,7 @@ def check_module(shown: str, known: FewStep, names: Collection[str]) -> None:
         raise ModelNotFoundError(
             f"{shown} is named as few-step weights ({known.name}) that are trained for sparse attention "
             f"({known.attention.upper()}), but its transformer has no {key.strip('.')}.",
-            hint="Fetch the model again with `wanduet download`, or rename the folder if it is another model.",
+            hint="Fetch these weights again, or rename them if they are others.",
         )
 
 

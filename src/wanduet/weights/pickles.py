@@ -16,7 +16,7 @@ from zipfile import ZIP_STORED, ZipFile
 from wanduet.errors import WeightsError
 from wanduet.untrusted import check_regular, cut, open_regular
 from wanduet.weights.safetensors import DTYPES, portions, samples
-from wanduet.weights.source import HINT, TensorInfo, WeightSource
+from wanduet.weights.source import TensorInfo, WeightSource, fetch_again
 
 if TYPE_CHECKING:  # other headers are read before torch is imported
     from torch import Tensor
@@ -85,7 +85,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         shown = str(getattr(error, "strerror", None) or error).strip()
         reason = (shown.splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
+            f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=fetch_again(path)
         ) from error
     parts = _parts(state)
     if not parts:
