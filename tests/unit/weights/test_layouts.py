@@ -357,3 +357,41 @@ def test_inspect_shows_weights_and_lora_and_refuses_a_truncated_file(tmp_path: P
     assert describe_weights(tmp_path / "latents.safetensors") is None
     (tmp_path / "a.mp4").write_bytes(b"GGUF")
     assert describe_weights(tmp_path / "a.mp4") is None
+
+
+QUERY = "diffusion_model.blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"], None),
+        ([f"{QUERY}.diff"], None),
+        (["blocks.0.self_attn.norm_q.diff"], None),
+        ([f"{QUERY}.lora_A.weight"], "is incomplete, it lacks up"),
+        ([f"{QUERY}.alpha"], "it has alpha without matrices"),
+        ([f"{QUERY}.oft_blocks"], "a kind that wanduet does not read"),
+        (
+            ["lora_te_layers_0.lora_down.weight", "lora_te_layers_0.lora_up.weight"],
+            "it changes nothing in a transformer",
+        ),
+        (["lora_unet_down_blocks_0_conv.lora_down.weight"], "it is no LoRA for Wan"),
+    ],
+)
+def test_a_lora_of_few_tensors_is_one(tmp_path: Path, names: list[str], words: str | None) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file({name: torch.zeros(8, 8) if "norm" not in name else torch.zeros(8) for name in names}, path)
+    shown = describe_weights(path)
+    assert shown is not None
+    if words is None:
+        assert (shown["kind"], shown["hidden_size"]) == ("lora", 8)
+    else:
+        assert (shown["component"], shown["runs"]) == ("adapter", False)
+        assert words in shown["problem"]
+        assert "LoRA" in shown["hint"]
+
+
+@pytest.mark.parametrize("names", [(), ("latents",), ("prompt_embeds",), ("anything",)])
+def test_few_tensors_of_other_names_are_no_weights(tmp_path: Path, names: tuple[str, ...]) -> None:
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "mine.safetensors")
+    assert describe_weights(tmp_path / "mine.safetensors") is None

@@ -84,6 +84,11 @@ def show_inspected(console: Console, found: Mapping[str, Any]) -> None:
                 lines.append(f"Cut off, since it is beyond the model's limit: {printable(found['cut'])}")
         case "weights":
             lines = [line for one in found.get("models", [found]) for line in _weights(name, one)]
+        case "lora":
+            made_for = f" for {' or '.join(found['fits'])}" if found["fits"] else ""
+            lines = [
+                f"{name} is a LoRA{made_for}. A video with it: wanduet generate PROMPT --lora {printable(found['path'])}"
+            ]
         case kind:
             lines = [f"{name} is {printable(str(kind))}."]
     for line in (*lines, *_made_by(found.get("made_by"))):
