@@ -8,6 +8,7 @@ from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.untrusted import read_safetensors_header
 from wanduet.weights.adapters.facts import describe_adapter
 from wanduet.weights.components import open_source, why_not
+from wanduet.weights.quantised import Dequantised
 from wanduet.weights.recognise import TAKE_T2V, Recognised, recognise
 
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".gguf")
@@ -25,7 +26,8 @@ def describe_weights(path: Path) -> dict[str, Any] | None:
     if not path.name.lower().endswith(_ENDINGS) or (may_be_own and _is_own(path)):
         return None
     source = open_source(path)
-    kinds = recognise(source.tensors)
+    stored = source.source.tensors if isinstance(source, Dequantised) else source.tensors
+    kinds = recognise({name: stored[name] for name in source.tensors})
     if may_be_own and kinds[0].component == "unknown" and len(source.tensors) <= _FEW:
         return None
     if kinds[0].component == "adapter":

@@ -31,7 +31,7 @@ from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.components import derived_config, open_component, read_sentencepiece, shards
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name, is_official
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles, check_pointer
 from wanduet.weights.source import FETCH_MODEL, WeightSource
@@ -223,7 +223,13 @@ class ModelFolder:
     def config(self, component: str) -> dict[str, Any]:
         """Return a component's config.json; for a file, what its tensors' shapes say. Raises ModelNotFoundError."""
         if not self.is_file(component):
-            return read_json(self.part(component) / "config.json")
+            folder = self.part(component)
+            if self.is_given(component) and not (folder / "config.json").exists():
+                raise ModelNotFoundError(
+                    f"{folder} has no config.json, so it is no model's {component.replace('_', ' ')}.",
+                    hint=f"Give a file with weights as --{component.replace('_', '-')}, or the index of several.",
+                )
+            return read_json(folder / "config.json")
         places = (self.path / component / "config.json", self.part(component).parent / "config.json")
         known = next((read_json(place) for place in places if place.is_file()), {})
         return derived_config(component, getattr(self, component), known)
@@ -342,9 +348,19 @@ def _layout_hint(path: Path) -> str:
         return f"It is a part of a model; give the whole: --model {path.parent}"
     if inside := next((p.parent for p in sorted(path.glob("*/model_index.json"))), None):
         return f"There is one in it: --model {inside}"
+    if any((folder / name).is_dir() for folder in (path, path / "models") for name in ("diffusion_models", "unet")):
+        return (
+            "It looks like ComfyUI's folders: give files of diffusion_models, vae and text_encoders as --transformer, --vae "
+            "and --text-encoder."
+        )
     if any(path.glob("*.pth")) or any(path.glob("diffusion_pytorch_model*.safetensors")):
         model = cache_folder_id(path) or f"Wan-AI/{path.name}"
-        return f"It looks like the official layout, not whole. The same weights in diffusers' layout: {diffusers_name(model)}"
+        instead = (
+            f"The same weights in diffusers' layout: {diffusers_name(model)}"
+            if is_official(model)
+            else "Give its files as --transformer, --vae, --text-encoder and --tokenizer."
+        )
+        return f"It looks like the official layout, not whole. {instead}"
     return "A folder that diffusers' WanPipeline can load is what is needed."
 
 

@@ -148,6 +148,7 @@ def test_weights_in_8_bits_give_the_dequantised_ones(tmp_path: Path, miniature: 
     assert shown is not None
     assert (shown["runs"], shown["tensors"]) == (True, len(state))
     assert "fp8" in shown["quantisation"]
+    assert shown["dtypes"][0] == "F8_E4M3"
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.unit.weights.lora_files import Q, factors, read, saved
-from tests.weight_files import tensors_of
+from tests.weight_files import tensors_of, write_shards
 from wanduet.errors import WanduetError
+from wanduet.weights.describe import describe_weights
 from wanduet.weights.diffusers import ModelFolder
 from wanduet.weights.hub import open_model
 
@@ -94,3 +95,27 @@ def test_few_step_weights_are_named_by_their_own_file(tmp_path: Path, miniature:
     path = tmp_path / "TurboWan2.1-T2V-1.3B-480P.safetensors"
     save_file(tensors_of(miniature, "transformer"), path)
     assert DOWNLOAD not in str(refusal("transformer", path).hint)
+
+
+def test_one_of_several_files(tmp_path: Path, miniature: ModelFolder) -> None:
+    index = write_shards(tmp_path, tensors_of(miniature, "transformer"))
+    for shard in sorted(tmp_path.glob("*-of-*.safetensors")):
+        error = refusal("transformer", shard)
+        assert "one of the 3 files" in error.message
+        assert index.name in str(error.hint)
+        with pytest.raises(WanduetError, match="one of the 3 files"):
+            describe_weights(shard)
+    with pytest.raises(WanduetError, match=r"no config\.json") as caught:
+        _ = open_model("miniature", files={"transformer": tmp_path}).spec
+    assert "the index of several" in str(caught.value.hint)
+    with pytest.raises(WanduetError, match="no model in the Diffusers layout") as caught:
+        open_model(str(tmp_path))
+    assert "--transformer, --vae" in str(caught.value.hint)
+
+
+def test_comfyuis_folder(tmp_path: Path) -> None:
+    (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "models"):
+        with pytest.raises(WanduetError) as caught:
+            open_model(str(folder))
+        assert "diffusion_models, vae and text_encoders" in str(caught.value.hint)

@@ -105,7 +105,8 @@ def _of_size(found: Mapping[str, Any]) -> str:
 
 def _weights(name: str, one: Mapping[str, Any]) -> list[str]:
     size = f"{one['parameters'] / 1e9:.3g} billion" if one["parameters"] >= 1e8 else f"{one['parameters']:,}"
-    layout = f"{one['layout']} layout, {', '.join(one['dtypes'])}, {size} parameters"
+    stored = one["quantisation"] or ", ".join(one["dtypes"])
+    layout = f"{one['layout']} layout, {stored}, {size} parameters"
     lines = [f"{name} is {printable(one['model'])} ({printable(layout)})."]
     if one["runs"]:
         needs = f" It needs {', '.join(one['needs'])} beside it." if one["needs"] else ""
