@@ -113,6 +113,13 @@ def test_one_of_several_files(tmp_path: Path, miniature: ModelFolder) -> None:
     assert "--transformer, --vae" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3B_fp16.safetensors", "models/unet/wan2.1-t2v-14b-Q8_0.gguf"])
+def test_a_file_that_is_not_there(name: str) -> None:
+    with pytest.raises(WanduetError, match="There is no model") as caught:
+        open_model(name)
+    assert "no such file" in str(caught.value.hint)
+
+
 def test_comfyuis_folder(tmp_path: Path) -> None:
     (tmp_path / "models" / "diffusion_models").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "models"):
