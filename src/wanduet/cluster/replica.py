@@ -75,10 +75,10 @@ class Replica:
             devices=order.shape.gpus,
             patience_seconds=settings.patience_seconds,
             handover=Handover(_decoder_fits(fitter)) if whole else None,
-            loras=self._loras,
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )
+        self._store.loras = self._loras
         never_make(config.data_folder)
         hooks = getattr(self._engine, "hooks", None)
         self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray reports to the controller

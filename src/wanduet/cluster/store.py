@@ -118,8 +118,7 @@ class ClusterStore(JobStore):
     """A job store whose `claim` takes jobs that fit a replica, in the scheduler's order.
 
     `fit_of` predicts what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
-    `handover`: pass it to a replica that does whole jobs and may leave decodes to decoders. `loras`: the LoRA of its node;
-    jobs with others are not claimed.
+    `handover`: pass it to a replica that does whole jobs and may leave decodes to decoders.
     """
 
     def __init__(
@@ -131,7 +130,6 @@ class ClusterStore(JobStore):
         devices: int = 1,
         patience_seconds: float = PATIENCE_SECONDS,
         handover: Handover | None = None,
-        loras: NodeLoras | None = None,
         **options: Any,
     ) -> None:
         super().__init__(files, url, **options)
@@ -139,7 +137,7 @@ class ClusterStore(JobStore):
         self._devices = devices
         self._patience = patience_seconds
         self._handover = handover
-        self._loras = loras
+        self.loras: NodeLoras | None = None  # of the replica's node: jobs with others are not claimed
         self._create_tables()
 
     def claim(
@@ -170,7 +168,7 @@ class ClusterStore(JobStore):
 
     def lacks_loras(self, job: StoredJob) -> bool:
         """Return whether this node has not the LoRA files of a job."""
-        return self._loras is not None and not self._loras.has(_loras_in(job.request))
+        return self.loras is not None and not self.loras.has(_loras_in(job.request))
 
     def loras_of(self, job_id: str) -> list[Lora]:
         """Return the LoRA of a job; none if it is gone."""
@@ -313,8 +311,8 @@ class ClusterStore(JobStore):
             # A single owner is first, whatever its share.
             alike = len({one.owner for one in waiting}) <= 1
             rows = [] if alike else connection.execute(sa.select(shares)).all()
-        if self._loras is not None:
-            waiting = tuple(self._loras.available(waiting, self.loras_of))
+        if self.loras is not None:
+            waiting = tuple(self.loras.available(waiting, self.loras_of))
         if self._handover is not None:
             waiting = tuple(self._handover.take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}

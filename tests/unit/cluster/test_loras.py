@@ -43,8 +43,8 @@ def at_node(tmp_path: Path) -> Iterator[Callable[[str], ClusterStore]]:
 
     def open_one(name: str) -> ClusterStore:
         files = JobFiles(tmp_path / "data")
-        loras = NodeLoras(tmp_path / name)
-        opened.append(ClusterStore(files, postgres_url(tmp_path), fit_of=lambda demand: ANYWHERE, loras=loras))
+        opened.append(ClusterStore(files, postgres_url(tmp_path), fit_of=lambda demand: ANYWHERE))
+        opened[-1].loras = NodeLoras(tmp_path / name)
         return opened[-1]
 
     yield open_one
